@@ -1,0 +1,43 @@
+# One virtual environment, made on first use: `make demo` and `make test` work on a machine with only python3 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test check fmt bench clean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(INSTALLED): $(VENV)/.base
+	$(PIP) --constraint constraints.txt --editable '.[test,dev]'
+	@touch $@
+
+demo: $(VENV)/.base  ## build a tiny Gemma 3, convert it, look at the result
+	@$(BIN)/t5g2 demo
+
+check: $(INSTALLED)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check  ## everything that CI runs
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+fmt: $(INSTALLED)  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## measure convert against cp and a transformers script
+	$(BIN)/python examples/benchmark_convert.py
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,89 @@
+"""What the config readers of all families share: strict fields, one error for a wrong one, the words for other models."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from t5g2convert.errors import CheckpointError
+
+Scalar = int | float | bool | str | list[Any] | None
+"""A value of config.json that is carried as it is."""
+
+KNOWN_MODELS: Final = {
+    "gemma": "the first Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3n": "Gemma 3n",
+    "gemma3n_text": "Gemma 3n",
+    "gemma4": "Gemma 4",
+    "gemma4_text": "Gemma 4",
+    "paligemma": "PaliGemma",
+    "recurrent_gemma": "RecurrentGemma",
+    "t5gemma": "T5Gemma, the first generation, an encoder-decoder already",
+    "t5gemma2": "T5Gemma 2, an encoder-decoder already",
+}
+"""Model types that people try, with what they are."""
+
+
+class ConfigSection(BaseModel):
+    """A section of config.json: known fields are typed strictly, unknown ones are left alone."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", protected_namespaces=())
+
+
+Section = TypeVar("Section", bound=ConfigSection)
+
+
+class SourceModel(Protocol):
+    """What a family's reader tells about a source model; maps speak of it in these terms."""
+
+    @property
+    def family(self) -> str:
+        """The `model_type` of config.json."""
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """The conditions of `when:` and `case:` that hold."""
+
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """Sizes, for `shape:` and for the ranges of `{layer}`."""
+
+    @property
+    def values(self) -> Mapping[str, Scalar]:
+        """Config values, for `$name` in the target's config."""
+
+
+def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path) -> Section:
+    """Validate one section.
+
+    Raises:
+        CheckpointError: A field has the wrong type or an impossible value; all such fields are named.
+    """
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise CheckpointError("; ".join(reasons), where=where) from None
+
+
+def subsection(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
+    """The object under `key`, which must be there.
+
+    Raises:
+        CheckpointError: It is missing or is no object.
+    """
+    value = config.get(key)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{key} is {'missing' if value is None else 'not an object'}", where=where)
+    return value
+
+
+def describe_model_type(config: Mapping[str, Any]) -> str:
+    """The model type of a config, with what it is where that is known."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return "a config without model_type"
+    known = KNOWN_MODELS.get(model_type)
+    return f"model_type {model_type!r}" + (f" ({known})" if known else "")

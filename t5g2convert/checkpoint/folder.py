@@ -1,0 +1,174 @@
+"""A checkpoint folder: config.json, and one safetensors file or several with an index."""
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.header import Header, TensorEntry, read_header
+from t5g2convert.errors import CheckpointError
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+MAX_JSON_BYTES: Final = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor and the file, by its name in the folder, that holds it."""
+
+    file: str
+    entry: TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint folder whose headers were read and agree with each other."""
+
+    path: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, Header]
+    tensors: Mapping[str, StoredTensor]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.entry.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the config and all headers of a checkpoint folder; no tensor's bytes are read.
+
+    Raises:
+        CheckpointError: Not a folder, no config, no safetensors weights, or headers and index disagree.
+    """
+    if not path.is_dir():
+        found = "is a file, expected a checkpoint folder" if path.exists() else "no such folder"
+        raise CheckpointError(found, where=path, hint="give the folder that holds config.json")
+    config = read_json_object(path / "config.json")
+    names, index, notes = _weight_files(path)
+    files = {name: read_header(_regular_file(path / name)) for name in names}
+    tensors: dict[str, StoredTensor] = {}
+    for name, header in files.items():
+        for entry in header.tensors.values():
+            if entry.name in tensors:
+                raise CheckpointError(
+                    f"tensor {entry.name!r} is in {tensors[entry.name].file} and in {name}", where=path
+                )
+            tensors[entry.name] = StoredTensor(name, entry)
+    if index is not None:
+        _check_index(index, tensors, path / INDEX_FILE)
+    return Checkpoint(path, config, files, tensors, notes)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: The file is missing, too large, not JSON, or holds something else.
+    """
+    try:
+        if _regular_file(path).stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+    except RecursionError:
+        raise CheckpointError("is nested too deeply", where=path) from None
+    except ValueError as error:
+        raise CheckpointError(f"is not valid JSON: {error}", where=path) from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"holds a JSON {type(document).__name__}, expected an object", where=path)
+    return document
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names and the count of the rest, for an error message."""
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:limit])
+    return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
+
+
+def _regular_file(path: Path) -> Path:
+    """`path` itself if it is, through symbolic links as in the Hub cache, a regular file."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        found = "a dangling link" if path.is_symlink() else "missing"
+        raise CheckpointError(f"is {found}", where=path) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+    if not stat.S_ISREG(mode):
+        raise CheckpointError("is not a regular file", where=path)
+    return path
+
+
+def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
+    """The safetensors files to read, the index if it counts, and notes."""
+    has_single = os.path.lexists(path / SINGLE_FILE)
+    if not os.path.lexists(path / INDEX_FILE):
+        if has_single:
+            return [SINGLE_FILE], None, ()
+        raise _no_weights(path)
+    index = _read_index(path / INDEX_FILE)
+    shards = sorted(set(index.values()))
+    if not has_single or SINGLE_FILE in shards:
+        return shards, index, ()
+    present = [name for name in shards if os.path.lexists(path / name)]
+    if present:
+        raise CheckpointError(
+            f"holds {SINGLE_FILE} and an index whose shards are there as well ({some(present)})",
+            where=path,
+            hint="remove the set that is out of date",
+        )
+    return [SINGLE_FILE], None, (f"{INDEX_FILE} was ignored: none of the files it names are here",)
+
+
+def _no_weights(path: Path) -> CheckpointError:
+    others = sorted(item.name for item in path.iterdir() if item.suffix in {".bin", ".pt", ".pth", ".gguf"})
+    shards = sorted(item.name for item in path.glob("*.safetensors"))
+    if shards:
+        return CheckpointError(
+            f"found {some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}",
+            where=path,
+            hint="copy the index as well, or rename a single file",
+        )
+    if others:
+        return CheckpointError(
+            f"has no safetensors weights, only {some(others)}, which are never unpickled",
+            where=path,
+            hint="load it in transformers and call save_pretrained",
+        )
+    return CheckpointError(f"has neither {SINGLE_FILE} nor {INDEX_FILE}", where=path)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("has no weight_map", where=path)
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise CheckpointError(
+                f"{tensor!r} points to {shard!r}, expected the name of a file beside the index", where=path
+            )
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in {"", ".", ".."} and not any(character in name for character in "/\\\0")
+
+
+def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    def refuse(what: str, names: set[str]) -> CheckpointError:
+        return CheckpointError(f"{what} {len(names)} tensor(s): {some(names)}", where=path)
+
+    if absent := index.keys() - tensors.keys():
+        raise refuse("no shard holds", absent)
+    if unlisted := tensors.keys() - index.keys():
+        raise refuse("the shards hold, but the index lacks,", unlisted)
+    if misplaced := {name for name, shard in index.items() if tensors[name].file != shard}:
+        raise refuse("another shard than the index says holds", misplaced)

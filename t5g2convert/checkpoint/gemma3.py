@@ -1,0 +1,242 @@
+"""Gemma 3's config.json in all its dialects, as one set of values.
+
+Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta`, `rope_local_base_freq`, `rope_scaling`,
+`sliding_window_pattern`; 4.57 adds `layer_types` and `_sliding_window_pattern`; 5.x nests
+`rope_parameters.{full_attention, sliding_attention}`. Some files carry both, and the published `text_config` of 4b and
+larger is sparse: what is absent has the default of `Gemma3TextConfig`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from t5g2convert.checkpoint.config import (
+    ConfigSection,
+    Scalar,
+    describe_model_type,
+    parse_section,
+    subsection,
+)
+from t5g2convert.errors import CheckpointError
+
+MULTIMODAL: Final = "gemma3"
+TEXT_ONLY: Final = "gemma3_text"
+
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+class Gemma3Text(ConfigSection):
+    """The text model; field names and defaults are those of transformers' Gemma3TextConfig."""
+
+    vocab_size: PositiveInt = 262_208
+    hidden_size: PositiveInt = 2304
+    intermediate_size: PositiveInt = 9216
+    num_hidden_layers: PositiveInt = 26
+    num_attention_heads: PositiveInt = 8
+    num_key_value_heads: PositiveInt = 4
+    head_dim: PositiveInt = 256
+    hidden_activation: str = "gelu_pytorch_tanh"
+    max_position_embeddings: PositiveInt = 131_072
+    initializer_range: float = 0.02
+    rms_norm_eps: PositiveFloat = 1e-6
+    use_cache: bool = True
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 1
+    pad_token_id: int | None = 0
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    query_pre_attn_scalar: PositiveInt | PositiveFloat = 256
+    sliding_window: PositiveInt = 4096
+    final_logit_softcapping: float | None = None
+    attn_logit_softcapping: float | None = None
+    # Settled from the dialects before validation; never absent afterwards.
+    layer_types: list[LayerType]
+    rope_full_theta: PositiveFloat
+    rope_full_factor: PositiveFloat
+    rope_sliding_theta: PositiveFloat
+
+
+class SiglipVision(ConfigSection):
+    """The vision tower; field names and defaults are those of transformers' SiglipVisionConfig."""
+
+    hidden_size: PositiveInt = 768
+    intermediate_size: PositiveInt = 3072
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    num_channels: PositiveInt = 3
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: PositiveFloat = 1e-6
+    attention_dropout: float = 0.0
+
+
+class Gemma3Tokens(ConfigSection):
+    """The multimodal fields at the top of config.json; defaults are those of transformers' Gemma3Config."""
+
+    mm_tokens_per_image: PositiveInt = 256
+    boi_token_index: int = 255_999
+    eoi_token_index: int = 256_000
+    image_token_index: int = 262_144
+
+
+@dataclass(frozen=True, slots=True)
+class Gemma3:
+    """A Gemma 3 model as its config describes it; `vision` is None for a text-only model."""
+
+    family: str
+    text: Gemma3Text
+    vision: SiglipVision | None
+    tokens: Gemma3Tokens
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """`vision` or `text_only`."""
+        return frozenset({"text_only" if self.vision is None else "vision"})
+
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """Sizes in elements and counts, by the names that maps use."""
+        text, vision = self.text, self.vision or _NO_VISION
+        return {
+            "rows": text.vocab_size,
+            "hidden": text.hidden_size,
+            "intermediate": text.intermediate_size,
+            "query": text.num_attention_heads * text.head_dim,
+            "key_value": text.num_key_value_heads * text.head_dim,
+            "head": text.head_dim,
+            "layers": text.num_hidden_layers,
+            "eoi_token": self.tokens.eoi_token_index,
+            "vision_hidden": vision.hidden_size,
+            "vision_intermediate": vision.intermediate_size,
+            "vision_channels": vision.num_channels,
+            "vision_patch": vision.patch_size,
+            "vision_positions": (vision.image_size // vision.patch_size) ** 2,
+            "vision_layers": vision.num_hidden_layers,
+        }
+
+    @property
+    def values(self) -> Mapping[str, Scalar]:
+        """The fields under their own names; those of the tower start with `vision_`."""
+        vision = (self.vision or _NO_VISION).model_dump()
+        return {
+            **self.text.model_dump(),
+            **self.tokens.model_dump(),
+            **{f"vision_{name}": value for name, value in vision.items()},
+        }
+
+
+def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
+    """Settle the dialect of a Gemma 3 config and fill its defaults.
+
+    Raises:
+        CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a switch
+            that T5Gemma 2 does not have.
+    """
+    family = config.get("model_type")
+    if family == MULTIMODAL:
+        fields = subsection(config, "text_config", where)
+        vision = parse_section(SiglipVision, subsection(config, "vision_config", where), where)
+        tokens = parse_section(Gemma3Tokens, config, where)
+        # The published files carry these at the top and leave them out of the sparse text_config.
+        fields = {**fields, **{key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id") if key in config}}
+    elif family == TEXT_ONLY:
+        fields, vision, tokens = dict(config), None, Gemma3Tokens()
+    else:
+        raise CheckpointError(f"{describe_model_type(config)} is not Gemma 3", where=where)
+    if fields.get("use_bidirectional_attention"):
+        raise CheckpointError(
+            "use_bidirectional_attention is true: this is EmbeddingGemma, an encoder with other masks, not Gemma 3",
+            where=where,
+        )
+    settled = {"layer_types": _layer_types(fields, where), **_rope(fields, where)}
+    text = parse_section(Gemma3Text, {**fields, **settled}, where)
+    if len(text.layer_types) != text.num_hidden_layers:
+        raise CheckpointError(
+            f"layer_types lists {len(text.layer_types)} layers, num_hidden_layers is {text.num_hidden_layers}",
+            where=where,
+        )
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise CheckpointError(
+            f"num_attention_heads {text.num_attention_heads} is no multiple of "
+            f"num_key_value_heads {text.num_key_value_heads}",
+            where=where,
+        )
+    return Gemma3(family, text, vision, tokens)
+
+
+_NO_VISION: Final = SiglipVision()
+
+
+def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
+    """The listed kinds, or five sliding and one full repeating where only a pattern is given."""
+    if fields.get("layer_types") is not None:
+        return fields["layer_types"]
+    pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+    depth = fields.get("num_hidden_layers", 26)
+    if type(pattern) is not int or pattern < 1 or type(depth) is not int:
+        raise CheckpointError(f"sliding_window_pattern {pattern!r} is not a positive number of layers", where=where)
+    return ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(depth)]
+
+
+def _rope(fields: Mapping[str, Any], where: Path) -> dict[str, float]:
+    """Theta and linear factor, from whichever dialect the file carries; both must agree where both are there."""
+    nested = fields.get("rope_parameters") or {}
+    full = _rope_section(nested, "full_attention", where)
+    sliding = _rope_section(nested, "sliding_attention", where)
+    scaling = fields.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError("rope_scaling is not an object", where=where)
+
+    def settle(old: str, old_value: object, new: str, new_value: object, default: float) -> float:
+        given = {name: value for name, value in ((old, old_value), (new, new_value)) if value is not None}
+        for name, value in given.items():
+            if type(value) not in (int, float):
+                raise CheckpointError(f"{name} is {value!r}, expected a number", where=where)
+        if len(set(given.values())) > 1:
+            raise CheckpointError(
+                f"{old} says {old_value} but {new} says {new_value}", where=where, hint="remove the wrong one"
+            )
+        return float(next(iter(given.values()), default))  # type: ignore[arg-type]
+
+    factors = {}
+    for name, section in (("rope_scaling", scaling), ("rope_parameters.full_attention", full)):
+        kind = section.get("rope_type", section.get("type", "default"))
+        if kind not in ("default", "linear"):
+            raise CheckpointError(f"{name} has rope_type {kind!r}; only default and linear are converted", where=where)
+        if kind == "linear" and section.get("factor") is None:
+            raise CheckpointError(f"{name} is linear but has no factor", where=where)
+        factors[name] = section["factor"] if kind == "linear" else 1.0 if section.get("rope_type") else None
+    if sliding.get("rope_type", "default") != "default":
+        raise CheckpointError(
+            f"rope_parameters.sliding_attention has rope_type {sliding['rope_type']!r}; Gemma 3 scales full layers only",
+            where=where,
+        )
+    parameters = "rope_parameters.full_attention"
+    return {
+        "rope_full_theta": settle(
+            "rope_theta", fields.get("rope_theta"), f"{parameters}.rope_theta", full.get("rope_theta"), 1_000_000.0
+        ),
+        "rope_full_factor": settle(
+            "rope_scaling.factor", factors["rope_scaling"], f"{parameters}.factor", factors[parameters], 1.0
+        ),
+        "rope_sliding_theta": settle(
+            "rope_local_base_freq",
+            fields.get("rope_local_base_freq"),
+            "rope_parameters.sliding_attention.rope_theta",
+            sliding.get("rope_theta"),
+            10_000.0,
+        ),
+    }
+
+
+def _rope_section(nested: object, kind: str, where: Path) -> dict[str, Any]:
+    section = nested.get(kind) if isinstance(nested, dict) else nested
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise CheckpointError(f"rope_parameters.{kind} is not an object", where=where)
+    return section

@@ -1,0 +1,193 @@
+"""The safetensors header: eight bytes of length, JSON, then the tensors' bytes (huggingface/safetensors, format notes).
+
+Reading is stricter than the library's: a name given twice is refused (the library keeps the last), and the data must be
+covered exactly once, without overlap, hole or tail.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.dtypes import BITS, tensor_bits
+from t5g2convert.errors import CheckpointError
+
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The library's own limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file; `start` and `end` are byte positions in the file, not in its data section."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.end - self.start
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What must not change while a file is read: device, inode, size in bytes, modification time in nanoseconds."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, fd: int) -> "FileIdentity":
+        """The identity of an open file."""
+        status = os.fstat(fd)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors header that was read and found sound."""
+
+    path: Path
+    identity: FileIdentity
+    data_start: int
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file; its tensors' bytes are not read.
+
+    Raises:
+        CheckpointError: The file is no safetensors file, is truncated, or its header lies about its contents.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(f"cannot be opened: {error.strerror}", where=path) from None
+    try:
+        if not os.path.isfile(fd):
+            raise CheckpointError("is not a regular file", where=path)
+        identity = FileIdentity.of(fd)
+        text = _read_json_bytes(fd, identity.size, path)
+    finally:
+        os.close(fd)
+    try:
+        document = json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"the header names {error.key!r} twice", where=path) from None
+    except RecursionError:
+        raise CheckpointError("the header is nested too deeply", where=path) from None
+    except ValueError as error:
+        raise CheckpointError(f"the header is not valid JSON: {error}", where=path) from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"the header is a JSON {type(document).__name__}, expected an object", where=path)
+    data_start = 8 + len(text)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError("__metadata__ must map strings to strings", where=path)
+    tensors = {name: _parse_entry(name, fields, data_start, path) for name, fields in document.items()}
+    _check_coverage(tensors.values(), data_start, identity.size, path)
+    return Header(path, identity, data_start, tensors, metadata)
+
+
+def encode_header(tensors: Iterable[TensorEntry]) -> bytes:
+    """The first bytes of a safetensors file, for tensors whose `start` and `end` count from 0 at the data section.
+
+    The metadata says `format: pt`, without which transformers refuses the file; padding aligns the data to 8 bytes.
+    """
+    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for tensor in tensors:
+        document[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.start, tensor.end],
+        }
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _DuplicateKeyError(ValueError):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return result
+
+
+def _read_json_bytes(fd: int, size: int, path: Path) -> bytes:
+    start = os.pread(fd, 64, 0)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError("is a git-lfs pointer, not the weights", where=path, hint="run: git lfs pull")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError("is an HTML page, not the weights", where=path, hint="download the file again")
+    if size < 8:
+        raise CheckpointError(f"is {size} bytes long, too short for a safetensors file", where=path)
+    length = int.from_bytes(start[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"is not a safetensors file: its first 8 bytes promise a header of {length} bytes", where=path
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"expected {8 + length} bytes for the header, found {size}", where=path, hint="download again"
+        )
+    return os.pread(fd, length, 8)
+
+
+def _parse_entry(name: str, fields: object, data_start: int, path: Path) -> TensorEntry:
+    def refuse(reason: str) -> CheckpointError:
+        return CheckpointError(f"tensor {name!r}: {reason}", where=path)
+
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("expected dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise refuse(f"unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(type(extent) is int and extent >= 0 for extent in shape):
+        raise refuse(f"shape {shape!r} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int and at >= 0 for at in offsets):
+        raise refuse(f"data_offsets {offsets!r} are not two positions")
+    start, end = offsets
+    bits = tensor_bits(dtype, tuple(shape))
+    if end < start or bits != 8 * (end - start):
+        raise refuse(f"{dtype} of shape {shape} takes {bits / 8:g} bytes, but its data_offsets span {end - start}")
+    return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _check_coverage(tensors: Iterable[TensorEntry], data_start: int, size: int, path: Path) -> None:
+    """The tensors must cover the data section exactly once."""
+    position = data_start
+    for tensor in sorted(tensors, key=lambda entry: (entry.start, entry.end)):
+        if tensor.start != position:
+            what = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
+            raise CheckpointError(f"tensor {tensor.name!r} {what}", where=path)
+        position = tensor.end
+    if position > size:
+        raise CheckpointError(f"expected {position} bytes, found {size}", where=path, hint="download again")
+    if position < size:
+        raise CheckpointError(f"{size - position} bytes after the last tensor belong to nothing", where=path)

@@ -1,0 +1,134 @@
+"""T5Gemma 2's config.json, and the tensors that it implies in the published layout.
+
+The list of tensors stands here in code, apart from any weight map, so that a map that forgets one is found out.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from t5g2convert.checkpoint.config import ConfigSection, describe_model_type, parse_section, subsection
+from t5g2convert.checkpoint.gemma3 import LayerType
+from t5g2convert.errors import CheckpointError
+
+MODEL_TYPE: Final = "t5gemma2"
+
+
+class Stack(ConfigSection):
+    """One text stack, encoder or decoder: what its tensors' shapes depend on, and its layer kinds."""
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    sliding_window: PositiveInt
+    layer_types: list[LayerType]
+    rope_parameters: dict[str, Any]
+
+
+class Tower(ConfigSection):
+    """The vision tower; 0 layers for the stub of a text-only model."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: NonNegativeInt
+    num_channels: PositiveInt = 3
+    image_size: PositiveInt
+    patch_size: PositiveInt
+
+
+@dataclass(frozen=True, slots=True)
+class T5Gemma2:
+    """A T5Gemma 2 model as its config describes it."""
+
+    encoder: Stack
+    decoder: Stack
+    vision: Tower
+
+
+@dataclass(frozen=True, slots=True)
+class ImpliedTensor:
+    """A tensor that a config implies, and the part of the model that it belongs to."""
+
+    name: str
+    part: str
+    shape: tuple[int, ...]
+
+
+def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
+    """Read the sections that decide which tensors a T5Gemma 2 folder must hold.
+
+    Raises:
+        CheckpointError: Another model, or a field that is missing or of the wrong type.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2", where=where)
+    encoder = subsection(config, "encoder", where)
+    return T5Gemma2(
+        parse_section(Stack, subsection(encoder, "text_config", where), where),
+        parse_section(Stack, subsection(config, "decoder", where), where),
+        parse_section(Tower, subsection(encoder, "vision_config", where), where),
+    )
+
+
+def implied_tensors(model: T5Gemma2) -> Iterator[ImpliedTensor]:
+    """Every tensor of the published layout, once; no tied copy, no rotary buffer."""
+    vocab, hidden = model.encoder.vocab_size, model.encoder.hidden_size
+    yield ImpliedTensor("model.encoder.embed_tokens.weight", "embedding", (vocab, hidden))
+    yield ImpliedTensor("model.encoder.embed_tokens.eoi_embedding", "embedding", (hidden,))
+    for part, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
+        for name, shape in _stack_tensors(stack):
+            yield ImpliedTensor(f"model.{part}.{name}", part, shape)
+    for name, shape in _tower_tensors(model.vision):
+        yield ImpliedTensor(f"model.encoder.vision_tower.vision_model.{name}", "vision", shape)
+    projector = "model.encoder.multi_modal_projector."
+    yield ImpliedTensor(projector + "mm_input_projection_weight", "projector", (model.vision.hidden_size, hidden))
+    yield ImpliedTensor(projector + "mm_soft_emb_norm.weight", "projector", (model.vision.hidden_size,))
+
+
+def _stack_tensors(stack: Stack) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, ffn, head = stack.hidden_size, stack.intermediate_size, stack.head_dim
+    query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
+    layer_tensors = {
+        "self_attn.q_proj.weight": (query, hidden),
+        "self_attn.k_proj.weight": (key_value, hidden),
+        "self_attn.v_proj.weight": (key_value, hidden),
+        "self_attn.o_proj.weight": (hidden, query),
+        "self_attn.q_norm.weight": (head,),
+        "self_attn.k_norm.weight": (head,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+        "pre_self_attn_layernorm.weight": (hidden,),
+        "post_self_attn_layernorm.weight": (hidden,),
+        "pre_feedforward_layernorm.weight": (hidden,),
+        "post_feedforward_layernorm.weight": (hidden,),
+    }
+    for layer in range(stack.num_hidden_layers):
+        for name, shape in layer_tensors.items():
+            yield f"layers.{layer}.{name}", shape
+    yield "norm.weight", (hidden,)
+
+
+def _tower_tensors(tower: Tower) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, ffn, patch = tower.hidden_size, tower.intermediate_size, tower.patch_size
+    yield "embeddings.patch_embedding.weight", (hidden, tower.num_channels, patch, patch)
+    yield "embeddings.patch_embedding.bias", (hidden,)
+    yield "embeddings.position_embedding.weight", ((tower.image_size // patch) ** 2, hidden)
+    projections = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
+    projections |= {"mlp.fc1": (ffn, hidden), "mlp.fc2": (hidden, ffn)}
+    for layer in range(tower.num_hidden_layers):
+        for name, shape in projections.items():
+            yield f"encoder.layers.{layer}.{name}.weight", shape
+            yield f"encoder.layers.{layer}.{name}.bias", shape[:1]
+        for norm in ("layer_norm1", "layer_norm2"):
+            yield f"encoder.layers.{layer}.{norm}.weight", (hidden,)
+            yield f"encoder.layers.{layer}.{norm}.bias", (hidden,)
+    yield "post_layernorm.weight", (hidden,)
+    yield "post_layernorm.bias", (hidden,)

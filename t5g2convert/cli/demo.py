@@ -1,0 +1,5 @@
+"""`t5g2 demo`."""
+
+
+def demo() -> None:
+    """Later."""

@@ -1,0 +1,118 @@
+"""`t5g2`: the application, its exit codes, and the one place where errors become text."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, Any, Final, NoReturn
+
+import typer
+
+from t5g2convert.cli import convert, demo, inspect, mappings, plan
+from t5g2convert.cli.console import emit_json, printable
+from t5g2convert.errors import Interrupted, T5g2Error
+from t5g2convert.version import __version__
+
+SHOWN_DETAILS: Final = 20
+"""Offenders of one error that are printed; `--json` has all."""
+
+# The base of what typer raises for a wrong command line: click's, or that of the click inside typer, by its version.
+CommandLineError: Final[type[Exception]] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+app = typer.Typer(
+    name="t5g2",
+    help="Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly."""
+
+
+app.command("demo")(demo.demo)
+app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
+app.command("convert")(convert.convert)
+app.add_typer(mappings.app, name="mappings")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has gone; Python must not complain when it flushes on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except BaseException as error:  # noqa: BLE001 - the one place where every error ends
+        code = report(error, as_json="--json" in arguments, debug="--debug" in arguments)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
+    """Print an error, on one line where it has no list of offenders, and return its exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, typer.Abort):
+        error = Interrupted(signal.SIGINT)
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, CommandLineError):
+        known = _usage_error(error)
+        code = 2
+    elif isinstance(error, T5g2Error):
+        known, code = error, error.exit_code
+    else:
+        known = T5g2Error(
+            f"a bug in t5g2: {type(error).__name__}: {error}", hint="run again with --debug and report what it prints"
+        )
+        code = 1
+    if as_json:
+        document = {"code": code, "message": known.message, "where": known.where, "hint": known.hint}
+        emit_json({"error": {**document, "details": list(known.details)}})
+    print(_text(known), file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _usage_error(error: Any) -> T5g2Error:
+    context = getattr(error, "ctx", None)
+    hint = None if context is None else f"see {context.command_path} --help"
+    return T5g2Error(" ".join(error.format_message().split()), hint=hint)
+
+
+def _text(error: T5g2Error) -> str:
+    lines = [f"t5g2: {error}", *(f"  {detail}" for detail in error.details[:SHOWN_DETAILS])]
+    if len(error.details) > SHOWN_DETAILS:
+        lines.append(f"  and {len(error.details) - SHOWN_DETAILS} more; --json lists all")
+    return "\n".join(printable(line, keep="\n") for line in lines)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """The first signal lets the work clean up after itself; the second ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Interrupted(number)

@@ -1,0 +1,103 @@
+"""`t5g2 mappings`: list, show, check, schema."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from t5g2convert.cli.console import DebugOption, JsonOption, PART_STYLES, console, emit_json, printable, table
+
+app = typer.Typer(help="The weight maps: list, show, check, and their JSON Schema.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(help="A shipped mapping's name, or the path of a file.")]
+
+
+@app.command("list")
+def list_mappings(as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """The mappings that ship with the tool."""
+    from t5g2convert.mapping.library import shipped_maps
+
+    maps = shipped_maps()
+    if as_json:
+        rows = [
+            {
+                "name": item.map.name,
+                "title": item.map.title,
+                "source": item.map.source.model_type,
+                "target": item.map.target.model_type,
+                "sha256": item.sha256,
+            }
+            for item in maps
+        ]
+        emit_json({"mappings": rows})
+        return
+    listing = table("name", "converts", "into", "title")
+    for item in maps:
+        listing.add_row(
+            item.map.name, ", ".join(item.map.source.model_type), item.map.target.model_type, item.map.title
+        )
+    console().print(listing)
+
+
+@app.command("show")
+def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """A mapping as a table."""
+    from rich.text import Text
+
+    from t5g2convert.mapping.library import find_map
+    from t5g2convert.mapping.operations import Copy
+
+    weight_map = find_map(name).map
+    if as_json:
+        emit_json(weight_map.model_dump(mode="json", by_alias=True))
+        return
+    out = console()
+    rows = table("from", "shape", "", "to", title=f"{weight_map.name}: {printable(weight_map.title)}")
+    for row in weight_map.weights:
+        marks = [] if isinstance(row.op, Copy) else [f"{key} {value}" for key, value in row.op.model_dump().items()]
+        marks += ["merged attention"] if row.merged_attention else []
+        marks += [row.when.replace("_", " ") + " only" if row.when == "vision" else "text only"] if row.when else []
+        targets = Text("\n").join(Text(f"{part}: {target}", PART_STYLES[part]) for part, target in row.to.items())
+        for tied in row.tied:
+            targets.append(f"\ntied: {tied}", "dim")
+        rows.add_row(row.from_ or "-", ", ".join(map(str, row.shape)), "\n".join(marks), targets)
+    out.print(rows)
+    drops = table("dropped", "because", "must equal")
+    for drop in weight_map.drop:
+        drops.add_row(drop.from_, drop.because, drop.must_equal or "")
+    out.print(drops)
+    roots = table("root", "spellings")
+    for root, spellings in weight_map.roots.items():
+        roots.add_row(f"{{{root}}}", "  ".join(map(repr, spellings)))
+    out.print(roots)
+
+
+@app.command("check")
+def check_mapping(
+    name: NameArgument,
+    against: Annotated[Path | None, typer.Option("--against", help="A checkpoint that it must convert.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Whether a mapping is sound, by itself or against a checkpoint's headers."""
+    from t5g2convert.conversion.planner import build_plan
+    from t5g2convert.mapping.library import find_map
+
+    loaded = find_map(name)
+    tensors = None if against is None else len(build_plan(against, mapping=name).tensors)
+    if as_json:
+        emit_json({"mapping": loaded.map.name, "sha256": loaded.sha256, "rows": len(loaded.map.weights), "tensors": tensors})
+        return
+    text = f"{printable(name)} is sound: {len(loaded.map.weights)} rows, {len(loaded.map.drop)} drops"
+    if against is not None:
+        text += f"; it makes {tensors} tensors of {printable(str(against))}"
+    console().print(text, soft_wrap=True)
+
+
+@app.command("schema")
+def show_schema(debug: DebugOption = False) -> None:
+    """The JSON Schema of mappings, for editors."""
+    from t5g2convert.mapping.schema import WeightMap
+
+    schema = WeightMap.model_json_schema(by_alias=True)
+    emit_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})

@@ -1,0 +1,38 @@
+"""Options that `plan` and `convert` share."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+_UNITS: Final = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB`, `500MB`, `4GiB` or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 4GiB")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size < 1:
+        raise typer.BadParameter("a shard needs at least one byte")
+    return size
+
+
+SourceArgument = Annotated[Path, typer.Argument(help="A Gemma 3 checkpoint folder.")]
+MappingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mapping", help="A shipped mapping's name, or the file of your own.", show_default="by the source's model_type"
+    ),
+]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
+]
+ShardOption = Annotated[
+    str, typer.Option("--max-shard-size", help="Largest output file, as 5GB, 500MB or 4GiB.", metavar="SIZE")
+]

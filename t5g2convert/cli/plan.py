@@ -1,0 +1,81 @@
+"""`t5g2 plan`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from t5g2convert.cli.console import (
+    DebugOption,
+    JsonOption,
+    console,
+    emit_json,
+    parameter_table,
+    print_notes,
+    printable,
+    size_text,
+    table,
+)
+from t5g2convert.cli.options import DtypeOption, MappingOption, ShardOption, SourceArgument, parse_size
+
+if TYPE_CHECKING:
+    from t5g2convert.conversion.plan import Plan
+
+
+def plan(
+    source: SourceArgument,
+    output: Annotated[
+        Path, typer.Option("--output", help="Where the output would go; its disk's free space is shown.")
+    ] = Path(),
+    mapping: MappingOption = None,
+    dtype: DtypeOption = "keep",
+    max_shard_size: ShardOption = "5GB",
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every target tensor.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """What convert would do, from headers alone."""
+    from t5g2convert.conversion.planner import build_plan
+    from t5g2convert.conversion.staging import free_bytes
+    from t5g2convert.conversion.writer import peak_memory
+
+    made = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=parse_size(max_shard_size))
+    resources = {"disk_needed": made.nbytes, "disk_free": free_bytes(output), "peak_memory": peak_memory(made)}
+    if as_json:
+        emit_json(made.to_json() | resources)
+        return
+    out = console()
+    out.print(parameter_table(made.parameters, title=f"{printable(made.source)}: {made.family} to t5gemma2"))
+    files = table("file", "tensors", "size", right=(1, 2), title="Files")
+    for shard in made.shards:
+        count = sum(tensor.shard == shard.name for tensor in made.tensors)
+        files.add_row(shard.name, str(count), size_text(shard.size))
+    for name in made.carried_files:
+        files.add_row(printable(name), "", "copied")
+    out.print(files)
+    out.print(
+        f"needs {size_text(resources['disk_needed'])} of disk, {size_text(resources['disk_free'])} are free; "
+        f"about {size_text(resources['peak_memory'])} of memory"
+    )
+    if tensors:
+        _show_tensors(made)
+    print_notes(made.notes)
+
+
+def _show_tensors(made: "Plan") -> None:
+    listing = table("target", "part", "dtype", "shape", "from", "bytes", "shard")
+    for tensor in made.tensors:
+        source = tensor.content.source
+        origin = tensor.content.kind if tensor.origin is None else tensor.origin
+        listing.add_row(
+            tensor.name,
+            tensor.part,
+            tensor.dtype,
+            str(list(tensor.shape)),
+            printable(origin if tensor.content.kind == "copy" else f"{origin} ({tensor.content.kind})"),
+            "" if source is None else f"{printable(source.file)}[{source.start}:{source.end}]",
+            f"{tensor.shard}[{tensor.start}:{tensor.end}]",
+        )
+    wide = console()
+    wide.width = max(wide.width, 260) if not wide.is_terminal else wide.width
+    wide.print(listing)

@@ -1,0 +1,93 @@
+"""The files beside the weights: config, index, tokenizer files, manifest. Written in order, flushed, and hashed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.folder import INDEX_FILE
+from t5g2convert.conversion.plan import Plan
+from t5g2convert.conversion.writer import Written
+from t5g2convert.errors import CheckpointError, OutputError
+from t5g2convert.version import __version__
+
+MANIFEST_FILE: Final = "t5g2.json"
+MAX_CARRIED_BYTES: Final = 1 << 30
+
+
+def write_assets(plan: Plan, source: Path, folder: Path, written: Written) -> None:
+    """Write everything but the shards; the manifest comes last.
+
+    Raises:
+        CheckpointError: A file to be carried over cannot be read.
+        OutputError: A file cannot be written.
+    """
+    hashing = bool(written.shards)
+    files: dict[str, dict[str, Any]] = {
+        shard.name: {"bytes": shard.size, "sha256": written.shards.get(shard.name)} for shard in plan.shards
+    }
+    documents = {"config.json": plan.config, "generation_config.json": plan.generation_config}
+    contents = {name: _encode(document) for name, document in documents.items()}
+    contents |= {name: _carried(source / name) for name in plan.carried_files}
+    if len(plan.shards) > 1:
+        contents[INDEX_FILE] = _encode(_index(plan))
+    for name, data in contents.items():
+        _write(folder / name, data)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest() if hashing else None}
+    _write(folder / MANIFEST_FILE, _encode(_manifest(plan, source, written, files)))
+
+
+def _manifest(plan: Plan, source: Path, written: Written, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What made this folder, from what. No timestamps and no local paths: the same input gives the same bytes."""
+    config = (source / "config.json").read_bytes()
+    sources = {
+        file.name: {"bytes": file.identity.size, "sha256": written.sources.get(file.name)} for file in plan.source_files
+    }
+    sources["config.json"] = {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}
+    return {
+        "format": 1,
+        "tool": {"name": "t5g2convert", "version": __version__},
+        "mapping": {"name": plan.mapping, "sha256": plan.mapping_sha256},
+        "source": {"family": plan.family, "layout": dict(plan.layout), "files": sources},
+        "dtype": plan.dtype,
+        "parameters": dict(plan.parameters),
+        "dropped": [{"name": drop.name, "because": drop.because} for drop in plan.dropped],
+        "notes": list(plan.notes),
+        "files": {name: files[name] for name in sorted(files)},
+    }
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    return {
+        "metadata": {
+            "total_parameters": plan.parameters["total"],
+            "total_size": sum(tensor.nbytes for tensor in plan.tensors),
+        },
+        "weight_map": {tensor.name: tensor.shard for tensor in sorted(plan.tensors, key=lambda item: item.name)},
+    }
+
+
+def _encode(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _carried(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_CARRIED_BYTES:
+            raise CheckpointError(f"is larger than {MAX_CARRIED_BYTES} bytes", where=path)
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=path) from error

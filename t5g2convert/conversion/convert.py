@@ -1,0 +1,108 @@
+"""`convert`: plan, write, put in place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t5g2convert.conversion.assets import write_assets
+from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES, Plan
+from t5g2convert.conversion.planner import KEEP, build_plan
+from t5g2convert.conversion.staging import Staging, check_space, check_target
+from t5g2convert.conversion.writer import Progress, write_shards
+
+ASSET_BYTES = 64 << 20
+"""Room kept for what stands beside the shards; the largest tokenizer files in use take 40 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A finished conversion.
+
+    Attributes:
+        output: The folder written.
+        mapping: Name of the map used.
+        tensors: Number of tensors written.
+        nbytes: Bytes of all shards.
+        shards: sha256 by shard name, hexadecimal; None where hashing was switched off.
+        parameters: Number of parameters by part, with `total`.
+        notes: What a user should know of this conversion.
+    """
+
+    output: Path
+    mapping: str
+    tensors: int
+    nbytes: int
+    shards: Mapping[str, str | None]
+    parameters: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 convert --json` prints."""
+        return {
+            "output": str(self.output),
+            "mapping": self.mapping,
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "shards": [{"name": name, "sha256": digest} for name, digest in self.shards.items()],
+            "parameters": dict(self.parameters),
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    source: Path,
+    output: Path,
+    *,
+    mapping: str | None = None,
+    dtype: str = KEEP,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    hashing: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder.
+
+    Args:
+        source: The checkpoint folder to read.
+        output: The folder to write; it must be absent or empty unless `overwrite`.
+        mapping: Name of a shipped map or path of one's own; by default the shipped one for the source's model type.
+        dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
+        max_shard_bytes: Largest size of one output file's tensors, in bytes.
+        hashing: Compute sha256 of all files while they are copied and record it in the manifest.
+        overwrite: Replace a folder that has something in it, at the end.
+        progress: Called with the bytes just written, from any thread.
+
+    Raises:
+        CheckpointError: The source is not sound, or is not what its config implies.
+        MappingError: The map is faulty, or does not fill the target.
+        OutputError: The output exists or cannot be written.
+        UsageError: An argument has no meaning.
+    """
+    check_target(output, source, overwrite=overwrite)
+    plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    return execute(plan, source, output, hashing=hashing, progress=progress)
+
+
+def execute(
+    plan: Plan, source: Path, output: Path, *, hashing: bool = True, progress: Progress | None = None
+) -> Conversion:
+    """Execute a plan that `build_plan` made of `source`; the output, if it exists, is replaced at the end."""
+    check_space(output, plan.nbytes + ASSET_BYTES)
+    with Staging(output) as staging:
+        written = write_shards(plan, source, staging.folder, hashing=hashing, progress=progress or _silent)
+        write_assets(plan, source, staging.folder, written)
+        staging.commit()
+    return Conversion(
+        output=output,
+        mapping=plan.mapping,
+        tensors=len(plan.tensors),
+        nbytes=plan.nbytes,
+        shards={shard.name: written.shards.get(shard.name) for shard in plan.shards},
+        parameters=plan.parameters,
+        notes=plan.notes,
+    )
+
+
+def _silent(count: int) -> None:
+    """No progress is shown."""

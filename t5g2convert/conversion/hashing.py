@@ -1,0 +1,94 @@
+"""sha256 of files while they are copied, each on a thread of its own (hashlib releases the interpreter for large pieces).
+
+A file's hash needs its bytes in order. Pieces arrive in the order of the copy, which is the file's order except where
+one file holds both stacks: a piece that does not follow on the last one is skipped then, and read back at the end.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Final
+
+READ_BACK_BYTES: Final = 1 << 20
+
+Piece = tuple[int, memoryview, Callable[[], None]]
+"""Offset in the file, the bytes, and what to call when they are no longer needed."""
+
+
+class FileHasher:
+    """Hashes one file from the pieces that are fed to it.
+
+    Args:
+        fd: The file, open for reading.
+        size: Its final size in bytes.
+        complete: The file's bytes are all there already (a source), so that gaps can be read back at once.
+    """
+
+    def __init__(self, fd: int, size: int, *, complete: bool) -> None:
+        self._fd, self._size, self._complete = fd, size, complete
+        self._sha256 = hashlib.sha256()
+        self._position = 0
+        self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
+        self._failure: BaseException | None = None
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def feed(self, offset: int, data: memoryview, done: Callable[[], None]) -> None:
+        """Hand over a piece; `done` is called once, from the thread, when its buffer may be used again."""
+        self._pieces.put((offset, data, done))
+
+    def close(self) -> None:
+        """No more pieces come: what was skipped may be read back now."""
+        self._pieces.put(None)
+
+    def abandon(self) -> None:
+        """Stop without a result."""
+        self._abandoned = True
+        self._pieces.put(None)
+        self._thread.join()
+
+    def hexdigest(self) -> str:
+        """Wait for the thread; the sha256 of the whole file.
+
+        Raises:
+            OSError: The file could not be read back.
+        """
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._sha256.hexdigest()
+
+    def _run(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            offset, data, done = piece
+            try:
+                if self._failure is None and not self._abandoned:
+                    self._take(offset, data)
+            except OSError as error:
+                self._failure = error
+            finally:
+                del data, piece
+                done()
+        try:
+            if not self._abandoned and self._failure is None:
+                self._read_back(self._size)
+        except OSError as error:
+            self._failure = error
+
+    def _take(self, offset: int, data: memoryview) -> None:
+        if self._complete and offset > self._position:
+            self._read_back(offset)
+        if offset == self._position:
+            self._sha256.update(data)
+            self._position += len(data)
+
+    def _read_back(self, end: int) -> None:
+        while self._position < end:
+            data = os.pread(self._fd, min(READ_BACK_BYTES, end - self._position), self._position)
+            if not data:
+                raise OSError(f"ends at byte {self._position}, expected {end}")
+            self._sha256.update(data)
+            self._position += len(data)

@@ -1,0 +1,158 @@
+"""The plan of a conversion: frozen data that says of every byte of the output where it comes from.
+
+Dry run, tables, writer, manifest and tests all read this one object. Nothing here opens a file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from t5g2convert.checkpoint.header import FileIdentity
+
+DEFAULT_SHARD_BYTES: Final = 5_000_000_000
+"""`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
+
+Kind = Literal["copy", "cast", "scaled_row", "zeros"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRange:
+    """Bytes of a source file; both positions count from the start of the file."""
+
+    file: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """How a target tensor's bytes come about.
+
+    Attributes:
+        kind: copy (the range as it is), cast (the range, element by element), scaled_row (the range is one row), zeros.
+        source: The bytes to read; None for zeros.
+        dtype: The safetensors dtype of those bytes.
+    """
+
+    kind: Kind
+    source: SourceRange | None
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A target tensor: its name, type and shape, the bytes of the shard that it fills, and its content."""
+
+    name: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    end: int
+    origin: str | None
+    content: Content
+    merged_attention: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the shard."""
+        return self.end - self.start
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A target file: its final name, its size in bytes, and how many of them are the header."""
+
+    name: str
+    size: int
+    header_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A source file that will be read, as it was when its header was read."""
+
+    name: str
+    identity: FileIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A source tensor that is left behind, and the bytes that it must repeat for that to be allowed."""
+
+    name: str
+    because: str
+    content: SourceRange
+    must_equal: SourceRange | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All of a conversion before its first byte is written."""
+
+    mapping: str
+    mapping_sha256: str
+    source: str
+    family: str
+    layout: Mapping[str, str]
+    dtype: str
+    parameters: Mapping[str, int]
+    tensors: tuple[PlannedTensor, ...]
+    shards: tuple[Shard, ...]
+    dropped: tuple[Dropped, ...]
+    tied: Mapping[str, str]
+    source_files: tuple[SourceFile, ...]
+    carried_files: tuple[str, ...]
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(shard.size for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 plan --json` prints."""
+        return {
+            "output": None,
+            "mapping": self.mapping,
+            "mapping_sha256": self.mapping_sha256,
+            "family": self.family,
+            "layout": dict(self.layout),
+            "dtype": self.dtype,
+            "parameters": dict(self.parameters),
+            "bytes": self.nbytes,
+            "shards": [{"name": shard.name, "bytes": shard.size} for shard in self.shards],
+            "tensors": [_tensor_json(tensor) for tensor in self.tensors],
+            "dropped": [{"name": drop.name, "because": drop.because} for drop in self.dropped],
+            "tied": dict(self.tied),
+            "files": list(self.carried_files),
+            "config": dict(self.config),
+            "notes": list(self.notes),
+        }
+
+
+def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
+    source = tensor.content.source
+    return {
+        "name": tensor.name,
+        "part": tensor.part,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "shard": tensor.shard,
+        "start": tensor.start,
+        "end": tensor.end,
+        "from": tensor.origin,
+        "content": tensor.content.kind,
+        "source": None if source is None else {"file": source.file, "start": source.start, "end": source.end},
+    }

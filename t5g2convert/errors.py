@@ -1,0 +1,79 @@
+"""Everything that can go wrong, and the exit code that it gets.
+
+::
+
+    T5g2Error                 1   never raised itself
+    ├── UsageError            2   the command was called wrongly
+    ├── CheckpointError       3   the input checkpoint is damaged, incomplete or of another kind
+    ├── MappingError          4   the weight map is wrong, or it does not describe this model
+    ├── OutputError           5   the output folder or the disk
+    └── Interrupted      130/143  SIGINT or SIGTERM
+
+Library code raises these and nothing else on purpose; only `t5g2convert.cli` turns them into text and exit codes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class T5g2Error(Exception):
+    """A failure that the user can understand and act on.
+
+    Args:
+        message: What was expected and what was found, in one line.
+        where: The file, tensor or map position concerned.
+        hint: What to do next.
+        details: All offenders, a line each, where there are several.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | Path | None = None,
+        hint: str | None = None,
+        details: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = None if where is None else str(where)
+        self.hint = hint
+        self.details = tuple(details)
+
+    def __str__(self) -> str:
+        text = self.message if self.where is None else f"{self.where}: {self.message}"
+        return text if self.hint is None else f"{text} ({self.hint})"
+
+
+class UsageError(T5g2Error):
+    """The command or function was called wrongly."""
+
+    exit_code = 2
+
+
+class CheckpointError(T5g2Error):
+    """The input checkpoint is damaged, incomplete, or not what the tool converts."""
+
+    exit_code = 3
+
+
+class MappingError(T5g2Error):
+    """The weight map is wrong, or does not describe this model."""
+
+    exit_code = 4
+
+
+class OutputError(T5g2Error):
+    """The output folder cannot be written."""
+
+    exit_code = 5
+
+
+class Interrupted(T5g2Error):
+    """A signal stopped the work; what was staged is removed on the way out."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.exit_code = 128 + signal_number

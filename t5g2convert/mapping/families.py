@@ -1,0 +1,43 @@
+"""The families that a map may convert from: for each `model_type`, the reader of its config and the terms it defines.
+
+A new family is a reader in `t5g2convert.checkpoint` that returns a `SourceModel`, and an entry here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint import gemma3
+from t5g2convert.checkpoint.config import SourceModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read the configs of one family.
+
+    Attributes:
+        read: From the config and its path to the model.
+        example: The smallest config that `read` accepts; the terms that maps may use are taken from it.
+    """
+
+    read: Callable[[Mapping[str, Any], Path], SourceModel]
+    example: Mapping[str, Any]
+
+    @cached_property
+    def terms(self) -> SourceModel:
+        """A model of this family, asked only for the names of its symbols and values."""
+        return self.read(self.example, Path("example"))
+
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    gemma3.MULTIMODAL: Family(
+        gemma3.read_gemma3, {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}}
+    ),
+    gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}),
+}
+"""`model_type` to family."""
+
+CONDITIONS: Final = ("vision", "text_only")
+"""What `when:` and `case:` may ask of a model."""

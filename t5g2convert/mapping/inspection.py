@@ -1,0 +1,214 @@
+"""What a checkpoint is, from its config and headers: `t5g2 inspect`.
+
+A source is read through the rows of its map, a T5Gemma 2 folder against the tensors that its config implies. Unlike a plan,
+an inspection describes what is wrong instead of refusing it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, Stack, T5Gemma2, implied_tensors, read_t5gemma2
+from t5g2convert.mapping.library import map_for
+from t5g2convert.mapping.names import expand, root_of
+from t5g2convert.mapping.resolve import find_layout, read_model
+from t5g2convert.mapping.schema import Row, WeightMap, count_parameters
+
+DROPPED: Final = "dropped"
+"""Part of a tensor that the map leaves behind, and that is no parameter of its own."""
+
+TIED: Final = "tied copy"
+"""Part of a T5Gemma 2 tensor that repeats the embedding."""
+
+UNEXPECTED: Final = "unexpected"
+"""Part of a tensor that neither map nor config knows."""
+
+_TARGET_PREFIXES: Final = {
+    "lm_head.": TIED,
+    "model.decoder.embed_tokens.": TIED,
+    "model.decoder.": "decoder",
+    "model.encoder.vision_tower.": "vision",
+    "model.encoder.multi_modal_projector.": "projector",
+    "model.encoder.embed_tokens.": "embedding",
+    "model.encoder.text_model.embed_tokens.": "embedding",
+    "model.encoder.": "encoder",
+}
+"""The part of a T5Gemma 2 tensor by the start of its name, in any layout; the first that fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedTensor:
+    """A tensor of the checkpoint, and the part that it belongs to."""
+
+    name: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        path: The folder.
+        family: The `model_type` of its config.
+        layout: Root to the spelling found; for T5Gemma 2 `{"names": "published"}`, or what was found instead.
+        parameters: Number of parameters by part, with `total`; tied copies are not counted.
+        dtypes: Number of parameters by safetensors dtype.
+        files: Bytes by safetensors file.
+        facts: The settings that decide what the model computes, by their names in config.json.
+        missing: Names that the config implies and that are not there.
+        unexpected: Names that neither map nor config knows.
+        tensors: All tensors, in the order of their names.
+        notes: What else was found.
+    """
+
+    path: Path
+    family: str
+    layout: Mapping[str, str]
+    parameters: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    files: Mapping[str, int]
+    facts: Mapping[str, Any]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    tensors: tuple[InspectedTensor, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
+        """What `t5g2 inspect --json` prints."""
+        document: dict[str, Any] = {
+            "path": str(self.path),
+            "family": self.family,
+            "layout": dict(self.layout),
+            "parameters": dict(self.parameters),
+            "dtypes": dict(self.dtypes),
+            "files": [{"name": name, "bytes": size} for name, size in self.files.items()],
+            "config": dict(self.facts),
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            "notes": list(self.notes),
+        }
+        if tensors:
+            document["tensors"] = [
+                {
+                    "name": item.name,
+                    "part": item.part,
+                    "dtype": item.dtype,
+                    "shape": list(item.shape),
+                    "file": item.file,
+                }
+                for item in self.tensors
+            ]
+        return document
+
+
+def inspect(path: Path) -> Inspection:
+    """Describe a Gemma 3 or T5Gemma 2 checkpoint folder; no tensor's bytes are read.
+
+    Raises:
+        CheckpointError: The folder is not a sound checkpoint, or of a family that is not known.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.config.get("model_type") == MODEL_TYPE:
+        return _inspect_target(checkpoint)
+    return _inspect_source(checkpoint)
+
+
+def _inspect_source(checkpoint: Checkpoint) -> Inspection:
+    weight_map = map_for(checkpoint.config, checkpoint.path / "config.json").map
+    model = read_model(weight_map, checkpoint)
+    layout = find_layout(weight_map, model, checkpoint)
+    parts: dict[str, str] = {}
+    for row in weight_map.weights:
+        if row.from_ is not None and row.op.carries and row.applies(model.conditions):
+            parts |= {name: _source_part(row) for _, name in expand(row.from_, layout, model.symbols)}
+    missing = [name for name in parts if name not in checkpoint.tensors]
+    parts |= _dropped_names(weight_map, layout, checkpoint)
+    values = model.values
+    facts = {name: values[name] for name in _SOURCE_FACTS} | {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": values["rope_full_theta"], "factor": values["rope_full_factor"]},
+            "sliding_attention": {"rope_theta": values["rope_sliding_theta"]},
+        }
+    }
+    return _inspection(checkpoint, layout, parts, missing, facts)
+
+
+_SOURCE_FACTS: Final = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "query_pre_attn_scalar", "sliding_window", "layer_types", "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+
+
+def _source_part(row: Row) -> str:
+    """A decoder-only source is all decoder: what serves both stacks counts there."""
+    return "decoder" if "decoder" in row.to else next(iter(row.to))
+
+
+def _dropped_names(weight_map: WeightMap, layout: Mapping[str, str], checkpoint: Checkpoint) -> dict[str, str]:
+    names = (
+        name
+        for drop in weight_map.drop
+        if root_of(drop.from_) is None or root_of(drop.from_) in layout
+        for _, name in expand(drop.from_, layout, {})
+    )
+    return {name: DROPPED for name in names if name in checkpoint.tensors}
+
+
+def _inspect_target(checkpoint: Checkpoint) -> Inspection:
+    model = read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
+    implied = {item.name: item.part for item in implied_tensors(model)}
+    parts = {name: _target_part(name) for name in checkpoint.tensors} | implied
+    missing = [name for name in implied if name not in checkpoint.tensors]
+    layout = "published" if implied.keys() <= checkpoint.tensors.keys() else "another than the published one"
+    return _inspection(checkpoint, {"names": layout}, parts, missing, _target_facts(model))
+
+
+def _target_part(name: str) -> str:
+    return next((part for prefix, part in _TARGET_PREFIXES.items() if name.startswith(prefix)), UNEXPECTED)
+
+
+def _target_facts(model: T5Gemma2) -> dict[str, Any]:
+    def facts(stack: Stack) -> dict[str, Any]:
+        return stack.model_dump()
+
+    return {"encoder": facts(model.encoder), "decoder": facts(model.decoder), "vision": model.vision.model_dump()}
+
+
+def _inspection(
+    checkpoint: Checkpoint,
+    layout: Mapping[str, str],
+    parts: Mapping[str, str],
+    missing: list[str],
+    facts: Mapping[str, Any],
+) -> Inspection:
+    tensors = tuple(
+        InspectedTensor(name, parts.get(name, UNEXPECTED), stored.entry.dtype, stored.entry.shape, stored.file)
+        for name, stored in sorted(checkpoint.tensors.items())
+    )
+    counted: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    for item in tensors:
+        elements = checkpoint.tensors[item.name].entry.elements
+        dtypes[item.dtype] += elements
+        if item.part not in (DROPPED, TIED):
+            counted[item.part] += elements
+    return Inspection(
+        path=checkpoint.path,
+        family=str(checkpoint.config["model_type"]),
+        layout=layout,
+        parameters=count_parameters(counted),
+        dtypes=dict(dtypes.most_common()),
+        files={name: header.identity.size for name, header in checkpoint.files.items()},
+        facts=facts,
+        missing=tuple(missing),
+        unexpected=tuple(item.name for item in tensors if item.part == UNEXPECTED),
+        tensors=tensors,
+        notes=checkpoint.notes,
+    )

@@ -1,0 +1,61 @@
+"""The maps that ship with the tool, and how one is chosen."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from t5g2convert.checkpoint.config import describe_model_type
+from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean, load_map
+
+
+def mappings_folder() -> Path:
+    """`mappings` inside the installed package, or at the top of the checkout that the package runs from.
+
+    Raises:
+        MappingError: Neither is there: the installation is broken.
+    """
+    package = Path(__file__).resolve().parent.parent
+    if (package / "mappings").is_dir():
+        return package / "mappings"
+    checkout = package.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "mappings").is_dir():
+        return checkout / "mappings"
+    raise MappingError("the shipped mappings are missing", where=package, hint="install t5g2convert again")
+
+
+def shipped_maps() -> list[LoadedMap]:
+    """All shipped maps, by name."""
+    return [load_map(path) for path in sorted(mappings_folder().glob("*.yaml"))]
+
+
+def find_map(name: str) -> LoadedMap:
+    """A shipped map by its name, or any map by the path of its file.
+
+    Raises:
+        MappingError: There is no such map, or it is faulty.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return load_map(Path(name))
+    path = mappings_folder() / f"{name}.yaml"
+    if not path.is_file():
+        known = [item.stem for item in sorted(mappings_folder().glob("*.yaml"))]
+        hint = did_you_mean(name, known) or f"shipped: {', '.join(known)}; a file of yours needs its .yaml ending"
+        raise MappingError(f"there is no mapping {name!r}", hint=hint)
+    return load_map(path)
+
+
+def map_for(config: Mapping[str, Any], where: Path) -> LoadedMap:
+    """The shipped map for a source's config.
+
+    Raises:
+        CheckpointError: No shipped map converts such a model.
+    """
+    maps = shipped_maps()
+    for loaded in maps:
+        if config.get("model_type") in loaded.map.source.model_type:
+            return loaded
+    convertible = ", ".join(name for loaded in maps for name in loaded.map.source.model_type)
+    raise CheckpointError(
+        f"{describe_model_type(config)} cannot be converted; the shipped mappings convert {convertible}", where=where
+    )

@@ -1,0 +1,176 @@
+"""A strict YAML reader: plain mappings, lists and scalars, with the position of every node.
+
+YAML as PyYAML reads it has traps: a key given twice wins silently, `no` is a boolean, `12:30` is 750, `010` is 8, a tag
+builds an object, an alias multiplies. All are refused here with `file:line:column` and a caret.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from yaml.resolver import Resolver
+
+from t5g2convert.errors import MappingError
+
+MAX_BYTES: Final = 1 << 20
+MAX_DEPTH: Final = 32
+
+NodePath = tuple[str | int, ...]
+"""Where a node stands in the document: the keys and list positions that lead to it."""
+
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)\Z")
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)\Z")
+_WORDS: Final[dict[str, bool | None]] = {"true": True, "false": False, "null": None}
+_RESOLVER: Final = Resolver()
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the text, both counted from 0."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A parsed file: plain Python data, and where each node of it stands."""
+
+    path: Path
+    text: str
+    data: Any
+    positions: dict[NodePath, Position] = field(repr=False)
+
+    def error(self, reason: str, at: NodePath = (), *, hint: str | None = None) -> MappingError:
+        """An error at a node: the nearest enclosing one that has a position."""
+        while at and at not in self.positions:
+            at = at[:-1]
+        return _error(self.path, self.text, self.positions[at], reason, hint)
+
+
+def load_yaml(path: Path) -> Document:
+    """Read one YAML document.
+
+    Raises:
+        MappingError: The file cannot be read, is not plain YAML, or uses a feature that maps do without.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise MappingError(f"cannot be read: {error.strerror}", where=path) from None
+    if len(raw) > MAX_BYTES:
+        raise MappingError("is larger than 1 MiB", where=path)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise MappingError(f"is not UTF-8 text (byte {error.start})", where=path) from None
+    return _Reader(path, text).read()
+
+
+def _error(path: Path, text: str, at: Position, reason: str, hint: str | None = None) -> MappingError:
+    lines = text.splitlines()
+    line = lines[at.line] if at.line < len(lines) else ""
+    caret = f"\n  {line}\n  {' ' * at.column}^"
+    return MappingError(reason + caret, where=f"{path}:{at.line + 1}:{at.column + 1}", hint=hint)
+
+
+class _Reader:
+    """Builds data from PyYAML's events, which come without resolving tags, aliases or types."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+        self.positions: dict[NodePath, Position] = {}
+        self.events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        self.event: Any = None
+
+    def read(self) -> Document:
+        try:
+            self._next()
+            self._next()
+            if isinstance(self.event, yaml.StreamEndEvent):
+                raise _error(self.path, self.text, Position(0, 0), "is empty")
+            self._next()
+            data = self._node((), 0)
+            self._next()
+            self._next()
+            if not isinstance(self.event, yaml.StreamEndEvent):
+                raise self._refuse("a second document; a map is one")
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            at = Position(mark.line, mark.column) if mark else Position(0, 0)
+            raise _error(self.path, self.text, at, str(error.problem or error.context)) from None
+        except yaml.YAMLError as error:
+            raise MappingError(f"is not YAML: {error}".replace("\n", " "), where=self.path) from None
+        return Document(self.path, self.text, data, self.positions)
+
+    def _next(self) -> None:
+        self.event = next(self.events)
+
+    def _refuse(self, reason: str, hint: str | None = None) -> MappingError:
+        mark = self.event.start_mark
+        return _error(self.path, self.text, Position(mark.line, mark.column), reason, hint)
+
+    def _node(self, at: NodePath, depth: int) -> Any:
+        """The node that starts at the current event; on return the current event is its last."""
+        event = self.event
+        self.positions[at] = Position(event.start_mark.line, event.start_mark.column)
+        if depth > MAX_DEPTH:
+            raise self._refuse(f"nested more than {MAX_DEPTH} deep")
+        if isinstance(event, yaml.AliasEvent):
+            raise self._refuse("an alias; maps have none, write it out")
+        if event.anchor is not None:
+            raise self._refuse("an anchor; maps have none")
+        if event.tag is not None:
+            raise self._refuse(f"a tag, {event.tag}; maps have none")
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._mapping(at, depth)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return self._sequence(at, depth)
+        return self._scalar()
+
+    def _mapping(self, at: NodePath, depth: int) -> dict[str | int, Any]:
+        result: dict[str | int, Any] = {}
+        self._next()
+        while not isinstance(self.event, yaml.MappingEndEvent):
+            key_event = self.event
+            key = self._node((*at, "<key>"), depth + 1)
+            if type(key) not in (str, int):
+                self.event = key_event
+                raise self._refuse(f"the key {key!r}; keys are names")
+            if key == "<<":
+                raise self._refuse("a merge key; maps have none, write it out")
+            if key in result:
+                raise self._refuse(f"the key {key!r} again; a key stands once")
+            key_position = self.positions.pop((*at, "<key>"))
+            self._next()
+            result[key] = self._node((*at, key), depth + 1)
+            self.positions[(*at, key, "<key>")] = key_position
+            self._next()
+        return result
+
+    def _sequence(self, at: NodePath, depth: int) -> list[Any]:
+        result: list[Any] = []
+        self._next()
+        while not isinstance(self.event, yaml.SequenceEndEvent):
+            result.append(self._node((*at, len(result)), depth + 1))
+            self._next()
+        return result
+
+    def _scalar(self) -> str | int | float | bool | None:
+        value: str = self.event.value
+        if not self.event.implicit[0]:
+            return value
+        if value in _WORDS:
+            return _WORDS[value]
+        if _INTEGER.match(value):
+            return int(value)
+        if _FLOAT.match(value):
+            return float(value)
+        tag = _RESOLVER.resolve(yaml.ScalarNode, value, (True, False))
+        if tag != "tag:yaml.org,2002:str":
+            kind = tag.rpartition(":")[2]
+            raise self._refuse(f"{value!r}, which YAML may read as {kind}", hint="put it in quotes")
+        return value

@@ -1,0 +1,66 @@
+"""Name patterns. The grammar, in full:
+
+    pattern     = [ root ] literal { index literal }
+    root        = "{text}" | "{vision}" | ...      a key of the map's `roots`, first in the pattern, stands for one of its
+                                                   spellings
+    index       = "{layer}" | "{vision_layer}"     digits without leading zeros, from 0 to the depth that the config says
+    literal     = any characters but braces        matched as they are
+
+Nothing is ever searched: a pattern is *expanded* over the layers of the model at hand into whole names, which are looked
+up. So a name can't match by accident, and a layer too many or too few is a name that is left over.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+INDEX_RANGES: Final = {"layer": "layers", "vision_layer": "vision_layers"}
+"""Index placeholder to the symbol that says how far it counts."""
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+def placeholders(pattern: str) -> list[str]:
+    """The names in braces, in order."""
+    return _PLACEHOLDER.findall(pattern)
+
+
+def root_of(pattern: str) -> str | None:
+    """The root of a pattern, if it has one."""
+    first = _PLACEHOLDER.match(pattern)
+    return first[1] if first and first[1] not in INDEX_RANGES else None
+
+
+def index_of(pattern: str) -> str | None:
+    """The index placeholder of a pattern, if it has one."""
+    return next((name for name in placeholders(pattern) if name in INDEX_RANGES), None)
+
+
+def pattern_fault(pattern: str, roots: Mapping[str, object]) -> str | None:
+    """Why a pattern is not of the grammar, or None."""
+    names = placeholders(pattern)
+    if "{" in _PLACEHOLDER.sub("", pattern) or "}" in _PLACEHOLDER.sub("", pattern):
+        return "unbalanced braces"
+    for position, name in enumerate(names):
+        if name in INDEX_RANGES:
+            continue
+        if name not in roots:
+            return f"unknown root or index {{{name}}}"
+        if position or not pattern.startswith("{"):
+            return f"the root {{{name}}} must come first"
+    if len([name for name in names if name in INDEX_RANGES]) > 1:
+        return "more than one index"
+    return None
+
+
+def expand(pattern: str, roots: Mapping[str, str], symbols: Mapping[str, int]) -> Iterator[tuple[int | None, str]]:
+    """All names that a pattern stands for, each with its layer (None for a pattern without index)."""
+    root = root_of(pattern)
+    if root is not None:
+        pattern = pattern.replace(f"{{{root}}}", roots[root])
+    index = index_of(pattern)
+    if index is None:
+        yield None, pattern
+        return
+    for layer in range(symbols[INDEX_RANGES[index]]):
+        yield layer, pattern.replace(f"{{{index}}}", str(layer))

@@ -1,0 +1,80 @@
+"""The closed set of operations: how a target tensor's bytes come about from the source tensor that its row names.
+
+An operation stands in a row as one key, `op: {take_rows: vocab}`; a row without `op` is a copy. Each class is both the
+schema of that key and the rule for the target's shape; the bytes are made by `conversion.contents`, which has one rule
+for each class (a test compares the two lists).
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+Size = int | str
+"""A size in a map: a number, or a symbol that stands for one."""
+
+
+class Operation(BaseModel):
+    """What all operations share."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    carries: ClassVar[bool] = True
+    """Whether the source tensor is accounted for by this row (False: it is only looked at)."""
+
+    def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
+        """The target's shape, from the row's `shape`, in sizes and symbols."""
+        return source
+
+    def sizes(self) -> Iterator[Size]:
+        """The sizes that the operation itself names."""
+        yield from ()
+
+
+class Copy(Operation):
+    """All bytes as they are (cast first where the conversion changes the dtype)."""
+
+
+class TakeRows(Operation):
+    """The first rows of a table, `take_rows: COUNT`; the rest is left behind."""
+
+    take_rows: Size
+
+    def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
+        """The first axis becomes the row count."""
+        return (self.take_rows, *source[1:])
+
+    def sizes(self) -> Iterator[Size]:
+        """The row count."""
+        yield self.take_rows
+
+
+class ScaledRow(Operation):
+    """One row of a table times the square root of its width, `scaled_row: TOKEN`, rounded as the source model rounds.
+
+    A vector of zeros where the table has no such row.
+    """
+
+    carries: ClassVar[bool] = False
+
+    scaled_row: Size
+
+    def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
+        """The row axis goes."""
+        return source[1:]
+
+    def sizes(self) -> Iterator[Size]:
+        """The row's number."""
+        yield self.scaled_row
+
+
+class Zeros(Operation):
+    """A constant tensor of zeros that needs no source, `zeros: true`; the row has no `from`."""
+
+    carries: ClassVar[bool] = False
+
+    zeros: bool
+
+
+AnyOperation = TakeRows | ScaledRow | Zeros
+"""What `op:` may hold; without it a row is a `Copy`."""

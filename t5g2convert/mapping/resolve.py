@@ -1,0 +1,262 @@
+"""A map applied to one checkpoint: which spelling its names have, and which tensor every row stands for.
+
+This is the closed world. Whatever does not fit is collected, all of it, and told in one error: source tensors that no row
+uses, tensors that a row wants and that are missing, shapes and dtypes that are not what the config implies.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from t5g2convert.checkpoint.config import SourceModel
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, some
+from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.mapping.families import FAMILIES
+from t5g2convert.mapping.names import expand, root_of
+from t5g2convert.mapping.operations import Size
+from t5g2convert.mapping.schema import Drop, Row, WeightMap
+from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
+
+FOREIGN_NAMES: Final = {
+    "lora_": "a LoRA adapter: merge it into its base model first (peft: merge_and_unload)",
+    "_orig_mod.": "saved from a torch.compile wrapper: save the unwrapped model (model._orig_mod)",
+    "_fsdp_wrapped_module.": "saved from an FSDP wrapper: save a full state dict",
+    "qweight": "quantised (GPTQ or AWQ): dequantise it first",
+    "SCB": "quantised (bitsandbytes int8): dequantise it first",
+    "absmax": "quantised (bitsandbytes 4-bit): dequantise it first",
+    "_scale": "quantised (FP8 with scales): dequantise it first",
+}
+"""Parts of tensor names that tell what was done to a checkpoint, and what must be done before it can be converted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """One target tensor: the row that it comes from, its layer, its source tensor (None for zeros) and its shape."""
+
+    row: Row
+    part: str
+    target: str
+    source: StoredTensor | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedDrop:
+    """A dropped tensor, and the one that it must repeat."""
+
+    drop: Drop
+    tensor: StoredTensor
+    equals: StoredTensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A map applied to a checkpoint."""
+
+    model: SourceModel
+    layout: Mapping[str, str]
+    symbols: Mapping[str, int]
+    values: Mapping[str, Any]
+    targets: tuple[Resolved, ...]
+    drops: tuple[ResolvedDrop, ...]
+
+
+def resolve(loaded: LoadedMap, checkpoint: Checkpoint) -> Resolution:
+    """Apply a map to a checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint is not what its config implies; `details` lists every tensor concerned.
+        MappingError: The map does not convert this family.
+    """
+    weight_map = loaded.map
+    model = read_model(weight_map, checkpoint)
+    symbols = {**model.symbols, "vocab": weight_map.vocabulary.cut.get(model.symbols["rows"], model.symbols["rows"])}
+    values = _moved_values(weight_map, model, symbols["vocab"])
+    rows = [row for row in weight_map.weights if row.applies(model.conditions)]
+    layout = _find_layout(weight_map, rows, symbols, checkpoint)
+    collector = _Collector(checkpoint)
+    targets = [item for row in rows for item in _resolve_row(row, layout, symbols, collector)]
+    drops = [item for drop in weight_map.drop for item in _resolve_drop(drop, layout, symbols, collector)]
+    collector.finish(weight_map)
+    return Resolution(model, layout, symbols, values, tuple(targets), tuple(drops))
+
+
+def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
+    """The source model as its config describes it.
+
+    Raises:
+        MappingError: The map is for other families.
+        CheckpointError: The config is not one that can be converted.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in weight_map.source.model_type:
+        raise MappingError(
+            f"mapping {weight_map.name!r} converts {', '.join(weight_map.source.model_type)}, "
+            f"but the source's model_type is {model_type!r}",
+            where=checkpoint.path,
+        )
+    return FAMILIES[str(model_type)].read(checkpoint.config, checkpoint.path / "config.json")
+
+
+def find_layout(weight_map: WeightMap, model: SourceModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Which spelling of each root a checkpoint has.
+
+    Raises:
+        CheckpointError: None, or two of them.
+    """
+    rows = [row for row in weight_map.weights if row.applies(model.conditions)]
+    return _find_layout(weight_map, rows, model.symbols, checkpoint)
+
+
+def _find_layout(
+    weight_map: WeightMap, rows: Iterable[Row], symbols: Mapping[str, int], checkpoint: Checkpoint
+) -> dict[str, str]:
+    layout: dict[str, str] = {}
+    patterns: dict[str, list[str]] = {}
+    for row in rows:
+        if row.from_ is not None and (root := root_of(row.from_)) is not None:
+            patterns.setdefault(root, []).append(row.from_)
+    for root, wanted in patterns.items():
+        spellings = weight_map.roots[root]
+        hits = {
+            spelling: sum(
+                name in checkpoint.tensors
+                for pattern in wanted
+                for _, name in expand(pattern, {root: spelling}, symbols)
+            )
+            for spelling in spellings
+        }
+        found = [spelling for spelling in spellings if hits[spelling]]
+        if not found:
+            raise CheckpointError(
+                f"holds no {root} tensors under any known spelling; it holds {some(checkpoint.tensors)}",
+                where=checkpoint.path,
+                hint=_foreign(checkpoint.tensors) or f"known prefixes: {', '.join(map(repr, spellings))}",
+            )
+        if len(found) > 1:
+            counts = ", ".join(f"{hits[spelling]} as {spelling!r}" for spelling in found)
+            raise CheckpointError(
+                f"spells its {root} tensors in more than one way: {counts}",
+                where=checkpoint.path,
+                hint="remove the tensors that are out of date",
+            )
+        layout[root] = found[0]
+    return layout
+
+
+def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int) -> dict[str, Any]:
+    """The source's values, with the token ids that lie past the end of the target's table moved into it."""
+    values: dict[str, Any] = dict(model.values)
+    for name, token in weight_map.vocabulary.moved.items():
+        if values[name] >= vocab:
+            if "vision" in model.conditions and token >= vocab:
+                raise CheckpointError(f"{name} is {values[name]}, past the {vocab} rows of the embedding table")
+            values[name] = token
+    return values
+
+
+@dataclass(slots=True)
+class _Collector:
+    """Everything wrong, gathered while rows are resolved."""
+
+    checkpoint: Checkpoint
+    used: set[str] = field(default_factory=set)
+    missing: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+    def take(self, name: str, *, carries: bool) -> StoredTensor | None:
+        tensor = self.checkpoint.tensors.get(name)
+        if tensor is None:
+            if carries:
+                self.missing.append(name)
+        elif carries:
+            self.used.add(name)
+        return tensor
+
+    def finish(self, weight_map: WeightMap) -> None:
+        unused = [name for name in self.checkpoint.tensors if name not in self.used]
+        if not (unused or self.missing or self.misshapen):
+            return
+        details = [f"missing: {name}{_nearest(name, unused)}" for name in self.missing[:MAX_NEAREST]]
+        details += [f"missing: {name}" for name in self.missing[MAX_NEAREST:]]
+        details += [f"unused: {name}{_nearest(name, self.missing)}" for name in unused[:MAX_NEAREST]]
+        details += [f"unused: {name}" for name in unused[MAX_NEAREST:]]
+        details += self.misshapen
+        counts = {"missing": len(self.missing), "unused": len(unused), "misshapen": len(self.misshapen)}
+        summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        raise CheckpointError(
+            f"its tensors are not those of mapping {weight_map.name!r} and its config: {summary}",
+            where=self.checkpoint.path,
+            hint=_foreign(unused),
+            details=details,
+        )
+
+
+MAX_NEAREST: Final = 50
+"""For how many names of a kind the nearest one is looked up; the search is quadratic."""
+
+
+def _nearest(name: str, others: list[str]) -> str:
+    hint = did_you_mean(name, others[:2000]) if others else None
+    return f" ({hint})" if hint else ""
+
+
+def _foreign(names: Iterable[str]) -> str | None:
+    for name in names:
+        for marker, advice in FOREIGN_NAMES.items():
+            if marker in name:
+                return f"{name} says that this is {advice}"
+    return None
+
+
+def _sizes(shape: Iterable[Size], symbols: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(symbols[size] if isinstance(size, str) else size for size in shape)
+
+
+def _resolve_row(
+    row: Row, layout: Mapping[str, str], symbols: Mapping[str, int], collector: _Collector
+) -> Iterable[Resolved]:
+    shape = _sizes(row.target_shape, symbols)
+    names = [None] if row.from_ is None else [name for _, name in expand(row.from_, layout, symbols)]
+    for part, pattern in row.to.items():
+        for name, (_, target) in zip(names, expand(pattern, {}, symbols), strict=True):
+            if name is None:
+                yield Resolved(row, part, target, None, shape)
+            elif (tensor := _checked(row, name, symbols, collector)) is not None:
+                yield Resolved(row, part, target, tensor, shape)
+
+
+def _checked(row: Row, name: str, symbols: Mapping[str, int], collector: _Collector) -> StoredTensor | None:
+    """The tensor of a row if it is there with the right shape and dtype; what is wrong is collected once."""
+    known = name in collector.used or name in collector.missing
+    tensor = collector.take(name, carries=row.op.carries) if not known else collector.checkpoint.tensors.get(name)
+    if tensor is None or known:
+        return tensor
+    expected = _sizes(row.shape, symbols)
+    if tensor.entry.shape != expected:
+        collector.misshapen.append(
+            f"misshapen: {name} has shape {list(tensor.entry.shape)}, "
+            f"expected {list(expected)} ({', '.join(map(str, row.shape))})"
+        )
+    if tensor.entry.dtype not in CONFIG_NAMES:
+        collector.misshapen.append(
+            f"misshapen: {name} has dtype {tensor.entry.dtype}, expected one of {', '.join(CONFIG_NAMES)}"
+        )
+    return tensor
+
+
+def _resolve_drop(
+    drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int], collector: _Collector
+) -> Iterable[ResolvedDrop]:
+    root = root_of(drop.from_)
+    if root is not None and root not in layout:
+        return
+    tensors = collector.checkpoint.tensors
+    for _, name in expand(drop.from_, layout, symbols):
+        if name in tensors:
+            collector.used.add(name)
+            equals = None
+            if drop.must_equal is not None:
+                equals = tensors.get(next(iter(expand(drop.must_equal, layout, symbols)))[1])
+            yield ResolvedDrop(drop, tensors[name], equals)

@@ -1,0 +1,123 @@
+"""What a weight map may say: its YAML as frozen types. Loading one from a file, with all checks, is `mapping.weightmap`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from t5g2convert.mapping.operations import AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
+
+Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""The parts of the target, in the order of tables."""
+
+Condition = Literal["vision", "text_only"]
+
+_BY_KEY: dict[str, type[Operation]] = {"take_rows": TakeRows, "scaled_row": ScaledRow, "zeros": Zeros}
+
+
+class Declaration(BaseModel):
+    """Frozen, strictly typed, and closed: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=True)
+
+
+def _operation(value: object) -> object:
+    """Choose the operation by its key, so that a wrong one gets one error and not one for each class."""
+    if value is None or isinstance(value, Operation):
+        return value or Copy()
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in _BY_KEY:
+        raise ValueError(f"expected one operation of: {', '.join(_BY_KEY)}")
+    return _BY_KEY[next(iter(value))].model_validate(value)
+
+
+class Source(Declaration):
+    """The source family."""
+
+    model_type: list[str] = Field(min_length=1, description="The model_type values of config.json that the map converts.")
+
+
+class Target(Declaration):
+    """The target family."""
+
+    model_type: Literal["t5gemma2"]
+    architecture: str = Field(description="The class that loads the output.")
+
+
+class Vocabulary(Declaration):
+    """Which rows of the embedding table are real."""
+
+    cut: dict[int, int] = Field(
+        default_factory=dict, description="Rows in the source to rows in the target; tables of other lengths are kept."
+    )
+    moved: dict[str, int] = Field(
+        default_factory=dict, description="Token id by the name of its config value, used where the source's lies past the cut."
+    )
+
+
+class Row(Declaration):
+    """One distinct tensor: where it comes from, where it goes, its shape, and the operation if it is no copy."""
+
+    from_: str | None = Field(default=None, alias="from", description="Pattern of the source tensor's name.")
+    to: dict[Part, str] = Field(min_length=1, description="Part of the target to pattern of the target tensor's name.")
+    tied: list[str] = Field(
+        default_factory=list, description="Parameters that share the first target's storage and so are not written."
+    )
+    shape: list[Size] = Field(description="The source tensor's shape, in sizes and symbols.")
+    op: Annotated[AnyOperation | Copy, BeforeValidator(_operation)] = Field(
+        default=Copy(), description="take_rows, scaled_row or zeros; a copy without it."
+    )
+    merged_attention: bool = Field(
+        default=False, description="The decoder's joint self- and cross-attention reads this self-attention tensor."
+    )
+    when: Condition | None = Field(default=None, description="The row holds only for such sources.")
+
+    @property
+    def target_shape(self) -> tuple[Size, ...]:
+        """Shape of every target, in sizes and symbols."""
+        return self.op.target_shape(tuple(self.shape))
+
+    def applies(self, conditions: frozenset[str]) -> bool:
+        """Whether the row holds for a source."""
+        return self.when is None or self.when in conditions
+
+
+class Drop(Declaration):
+    """A source tensor that is left behind on purpose."""
+
+    from_: str = Field(alias="from", description="Pattern of the source tensor's name.")
+    because: str = Field(description="The reason, shown in every plan.")
+    must_equal: str | None = Field(
+        default=None, description="Pattern of a tensor whose bytes it must repeat; the conversion is refused otherwise."
+    )
+
+
+class Files(Declaration):
+    """What is copied beside the weights."""
+
+    carry: list[str] = Field(default_factory=list, description="File names, copied where the source has them.")
+
+
+class WeightMap(Declaration):
+    """A weight map."""
+
+    format: Literal[1] = Field(description="Version of this schema.")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="What --mapping and the manifest call it.")
+    title: str = Field(description="One line for lists.")
+    source: Source
+    target: Target
+    roots: dict[str, list[str]] = Field(
+        description="Name of a family of tensors to the spellings of its prefix; one of them is in a checkpoint."
+    )
+    vocabulary: Vocabulary = Field(default=Vocabulary())
+    weights: list[Row] = Field(min_length=1)
+    drop: list[Drop] = Field(default_factory=list)
+    config: dict[str, Any] = Field(description="config.json of the target; $name is a value of the source's config.")
+    generation_config: dict[str, Any] = Field(description="generation_config.json of the target, in the same form.")
+    files: Files = Field(default=Files())
+
+
+def count_parameters(counted: Mapping[str, int]) -> dict[str, int]:
+    """Parameters by part, in the order of tables, with their total."""
+    by_part = {part: counted.get(part, 0) for part in PARTS}
+    return {**by_part, "total": sum(by_part.values())}

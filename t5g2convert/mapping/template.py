@@ -1,0 +1,44 @@
+"""The target's config as a map writes it: plain JSON in which some values stand for values of the source.
+
+* `$name` is the source's value of that name; `$vocab` and `$dtype` belong to the target.
+* `{case: {vision: X, text_only: Y}}` is X or Y, by the kind of the source.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from t5g2convert.mapping.families import CONDITIONS
+from t5g2convert.mapping.loader import NodePath
+
+TARGET_VALUES = ("vocab", "dtype")
+"""Names that are settled while planning, not read from the source's config."""
+
+
+def template_faults(node: Any, names: set[str], at: NodePath) -> Iterator[tuple[str, NodePath, str | None]]:
+    """Every fault of a template: the reason, where it stands, and the unknown name if that is the reason."""
+    if isinstance(node, str) and node.startswith("$"):
+        if node[1:] not in names:
+            yield f"unknown value {node}", at, node[1:]
+    elif isinstance(node, list):
+        for position, item in enumerate(node):
+            yield from template_faults(item, names, (*at, position))
+    elif isinstance(node, dict):
+        if "case" in node and (
+            len(node) != 1 or not isinstance(node["case"], dict) or node["case"].keys() != set(CONDITIONS)
+        ):
+            yield f"case must stand alone and have exactly {' and '.join(CONDITIONS)}", at, None
+        for key, item in node.items():
+            yield from template_faults(item, names, (*at, key))
+
+
+def fill(node: Any, values: Mapping[str, Any], conditions: frozenset[str]) -> Any:
+    """The JSON that a template stands for; templates are checked when the map is loaded, so this cannot fail."""
+    if isinstance(node, str) and node.startswith("$"):
+        return values[node[1:]]
+    if isinstance(node, list):
+        return [fill(item, values, conditions) for item in node]
+    if isinstance(node, dict):
+        if "case" in node:
+            return fill(next(node["case"][name] for name in CONDITIONS if name in conditions), values, conditions)
+        return {key: fill(item, values, conditions) for key, item in node.items()}
+    return node

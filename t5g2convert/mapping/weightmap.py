@@ -1,0 +1,158 @@
+"""A weight map from its file, checked for everything that can be known without a model."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from t5g2convert.errors import MappingError
+from t5g2convert.mapping.families import CONDITIONS, FAMILIES
+from t5g2convert.mapping.loader import Document, NodePath, load_yaml
+from t5g2convert.mapping.names import index_of, pattern_fault, root_of
+from t5g2convert.mapping.operations import Zeros
+from t5g2convert.mapping.schema import Row, WeightMap
+from t5g2convert.mapping.template import TARGET_VALUES, template_faults
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedMap:
+    """A map, the file it came from, and the sha256 of that file's bytes."""
+
+    map: WeightMap
+    path: Path
+    sha256: str
+
+
+def load_map(path: Path) -> LoadedMap:
+    """Read and check a weight map.
+
+    Raises:
+        MappingError: With `file:line:column` and a caret at the first fault.
+    """
+    document = load_yaml(path)
+    try:
+        weight_map = WeightMap.model_validate(document.data)
+    except ValidationError as error:
+        raise _schema_error(document, error) from None
+    for reason, at, hint in _faults(weight_map):
+        raise document.error(reason, at, hint=hint)
+    return LoadedMap(weight_map, path, hashlib.sha256(document.text.encode()).hexdigest())
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A hint with the nearest known name, if one is near."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else None
+
+
+Fault = tuple[str, NodePath, str | None]
+"""A reason, where it stands, and a hint."""
+
+
+def _schema_error(document: Document, error: ValidationError) -> MappingError:
+    first = error.errors()[0]
+    at: NodePath = first["loc"]
+    if first["type"] == "extra_forbidden":
+        name = str(at[-1])
+        known = _known_keys(at)
+        key_at = (*at, "<key>")
+        return document.error(f"unknown key {name!r}", key_at, hint=did_you_mean(name, known))
+    if first["type"] == "literal_error" and at and at[-1] == "[key]":
+        return document.error(f"unknown part {at[-2]!r}", (*at[:-1], "<key>"), hint=f"expected {first['ctx']['expected']}")
+    field = f"{at[-1]}: " if at and isinstance(at[-1], str) else ""
+    return document.error(f"{field}{first['msg'].removeprefix('Value error, ')}", at)
+
+
+def _known_keys(at: NodePath) -> list[str]:
+    """The keys of the declaration at a path of the schema."""
+    model: Any = WeightMap
+    for step in at[:-1]:
+        if isinstance(step, int):
+            continue
+        found = next((info for name, info in model.model_fields.items() if step in (name, info.alias)), None)
+        if found is None:
+            return []
+        inner = [found.annotation, *getattr(found.annotation, "__args__", ())]
+        model = next((item for item in inner if hasattr(item, "model_fields")), None)
+        if model is None:
+            return []
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _faults(weight_map: WeightMap) -> Iterator[Fault]:
+    """Everything wrong that the schema alone cannot see, in the order of the file."""
+    for position, model_type in enumerate(weight_map.source.model_type):
+        if model_type not in FAMILIES:
+            hint = did_you_mean(model_type, FAMILIES) or f"known: {', '.join(FAMILIES)}"
+            yield f"unknown model_type {model_type!r}", ("source", "model_type", position), hint
+            return
+    terms = [FAMILIES[model_type].terms for model_type in weight_map.source.model_type]
+    symbols = {name for model in terms for name in model.symbols} | {"vocab"}
+    values = {name for model in terms for name in model.values}
+    yield from _moved_faults(weight_map, values)
+    for position, row in enumerate(weight_map.weights):
+        yield from _row_faults(row, weight_map.roots, symbols, ("weights", position))
+    for position, drop in enumerate(weight_map.drop):
+        for key, pattern in (("from", drop.from_), ("must_equal", drop.must_equal)):
+            if pattern is not None and (fault := pattern_fault(pattern, weight_map.roots)):
+                yield fault, ("drop", position, key), did_you_mean(root_of(pattern) or "", weight_map.roots)
+    yield from _repeated(weight_map)
+    for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
+        for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), (key,)):
+            yield reason, at, did_you_mean(unknown, values | set(TARGET_VALUES)) if unknown else None
+
+
+def _moved_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
+    for name in weight_map.vocabulary.moved:
+        if name not in values:
+            yield f"unknown value {name!r}", ("vocabulary", "moved", name, "<key>"), did_you_mean(name, values)
+
+
+def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: NodePath) -> Iterator[Fault]:
+    constant = isinstance(row.op, Zeros)
+    if constant == (row.from_ is not None):
+        yield "a row of zeros has no from" if constant else "from is missing", at, None
+    patterns = {("to", part): pattern for part, pattern in row.to.items()}
+    if row.from_ is not None:
+        patterns = {("from",): row.from_, **patterns}  # type: ignore[dict-item]
+    for key, pattern in patterns.items():
+        if fault := pattern_fault(pattern, roots):
+            yield fault, (*at, *key), did_you_mean(root_of(pattern) or "", roots)
+        elif key[0] == "to" and root_of(pattern):
+            yield "a target has no root; its name is fixed", (*at, *key), None
+        elif row.from_ is not None and index_of(pattern) != index_of(row.from_):
+            yield f"{{{index_of(pattern) or index_of(row.from_)}}} stands on one side only", (*at, *key), None
+    for position, size in enumerate(row.shape):
+        if isinstance(size, str) and size not in symbols:
+            yield f"unknown symbol {size!r}", (*at, "shape", position), did_you_mean(size, symbols)
+    for size in row.op.sizes():
+        if isinstance(size, str) and size not in symbols:
+            yield f"unknown symbol {size!r}", (*at, "op"), did_you_mean(size, symbols)
+    if row.merged_attention and not {"encoder", "decoder"} <= row.to.keys():
+        yield "merged_attention is for tensors of both stacks", (*at, "merged_attention"), None
+
+
+def _repeated(weight_map: WeightMap) -> Iterator[Fault]:
+    """A target that two rows fill, a source tensor that two rows carry, for a source that both rows hold for."""
+    for condition in CONDITIONS:
+        conditions = frozenset({condition})
+        targets: set[str] = set()
+        carried: set[str] = set()
+        for position, row in enumerate(weight_map.weights):
+            if not row.applies(conditions):
+                continue
+            for part, pattern in row.to.items():
+                if pattern in targets:
+                    yield f"another row fills {pattern} already", ("weights", position, "to", part), None
+                targets.add(pattern)
+            if row.from_ is not None and row.op.carries:
+                if row.from_ in carried:
+                    yield f"another row carries {row.from_} already", ("weights", position, "from"), None
+                carried.add(row.from_)
+        for position, drop in enumerate(weight_map.drop):
+            if drop.from_ in carried:
+                yield f"a row carries {drop.from_}", ("drop", position, "from"), None
