@@ -71,7 +71,7 @@ class OutputError(T5g2Error):
     exit_code = 5
 
 
-class Interrupted(T5g2Error):
+class Interrupted(T5g2Error):  # noqa: N818 - a signal is no error
     """A signal stopped the work; what was staged is removed on the way out."""
 
     def __init__(self, signal_number: int) -> None:

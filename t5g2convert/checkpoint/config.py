@@ -1,4 +1,4 @@
-"""What the config readers of all families share: strict fields, one error for a wrong one, the words for other models."""
+"""What the config readers of all families share: strict fields, one error, and the words for other models."""
 
 from collections.abc import Mapping
 from pathlib import Path

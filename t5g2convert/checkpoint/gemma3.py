@@ -1,7 +1,7 @@
 """Gemma 3's config.json in all its dialects, as one set of values.
 
-Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta`, `rope_local_base_freq`, `rope_scaling`,
-`sliding_window_pattern`; 4.57 adds `layer_types` and `_sliding_window_pattern`; 5.x nests
+Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta`, `rope_local_base_freq`,
+`rope_scaling`, `sliding_window_pattern`; 4.57 adds `layer_types` and `_sliding_window_pattern`; 5.x nests
 `rope_parameters.{full_attention, sliding_attention}`. Some files carry both, and the published `text_config` of 4b and
 larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 """
@@ -142,7 +142,10 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
         vision = parse_section(SiglipVision, subsection(config, "vision_config", where), where)
         tokens = parse_section(Gemma3Tokens, config, where)
         # The published files carry these at the top and leave them out of the sparse text_config.
-        fields = {**fields, **{key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id") if key in config}}
+        fields = {
+            **fields,
+            **{key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id") if key in config},
+        }
     elif family == TEXT_ONLY:
         fields, vision, tokens = dict(config), None, Gemma3Tokens()
     else:
@@ -212,8 +215,9 @@ def _rope(fields: Mapping[str, Any], where: Path) -> dict[str, float]:
         factors[name] = section["factor"] if kind == "linear" else 1.0 if section.get("rope_type") else None
     if sliding.get("rope_type", "default") != "default":
         raise CheckpointError(
-            f"rope_parameters.sliding_attention has rope_type {sliding['rope_type']!r}; Gemma 3 scales full layers only",
+            f"rope_parameters.sliding_attention has rope_type {sliding['rope_type']!r}",
             where=where,
+            hint="Gemma 3 scales full layers only",
         )
     parameters = "rope_parameters.full_attention"
     return {

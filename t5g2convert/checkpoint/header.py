@@ -6,6 +6,7 @@ covered exactly once, without overlap, hole or tail.
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"cannot be opened: {error.strerror}", where=path) from None
     try:
-        if not os.path.isfile(fd):
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise CheckpointError("is not a regular file", where=path)
         identity = FileIdentity.of(fd)
         text = _read_json_bytes(fd, identity.size, path)

@@ -30,6 +30,9 @@ def convert(
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     hashing: Annotated[bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files in t5g2.json.")] = True,
+    flush: Annotated[
+        bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT, at the very end.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -42,7 +45,7 @@ def convert(
     check_target(output, source, overwrite=overwrite)
     plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=parse_size(max_shard_size))
     with _progress_bar(plan.nbytes) as progress:
-        done = execute(plan, source, output, hashing=hashing, progress=progress)
+        done = execute(plan, source, output, hashing=hashing, flush=flush, progress=progress)
     if as_json:
         emit_json(done.to_json())
         return

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from t5g2convert.cli.console import DebugOption, JsonOption, PART_STYLES, console, emit_json, printable, table
+from t5g2convert.cli.console import PART_STYLES, DebugOption, JsonOption, console, emit_json, printable, table
 
 app = typer.Typer(help="The weight maps: list, show, check, and their JSON Schema.", no_args_is_help=True)
 
@@ -86,7 +86,9 @@ def check_mapping(
     loaded = find_map(name)
     tensors = None if against is None else len(build_plan(against, mapping=name).tensors)
     if as_json:
-        emit_json({"mapping": loaded.map.name, "sha256": loaded.sha256, "rows": len(loaded.map.weights), "tensors": tensors})
+        emit_json(
+            {"mapping": loaded.map.name, "sha256": loaded.sha256, "rows": len(loaded.map.weights), "tensors": tensors}
+        )
         return
     text = f"{printable(name)} is sound: {len(loaded.map.weights)} rows, {len(loaded.map.drop)} drops"
     if against is not None:

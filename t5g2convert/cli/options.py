@@ -27,7 +27,9 @@ SourceArgument = Annotated[Path, typer.Argument(help="A Gemma 3 checkpoint folde
 MappingOption = Annotated[
     str | None,
     typer.Option(
-        "--mapping", help="A shipped mapping's name, or the file of your own.", show_default="by the source's model_type"
+        "--mapping",
+        help="A shipped mapping's name, or the file of your own.",
+        show_default="by the source's model_type",
     ),
 ]
 DtypeOption = Annotated[

@@ -35,6 +35,7 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """What convert would do, from headers alone."""
+    from t5g2convert.cli.drawing import draw_plan
     from t5g2convert.conversion.planner import build_plan
     from t5g2convert.conversion.staging import free_bytes
     from t5g2convert.conversion.writer import peak_memory
@@ -46,6 +47,7 @@ def plan(
         return
     out = console()
     out.print(parameter_table(made.parameters, title=f"{printable(made.source)}: {made.family} to t5gemma2"))
+    out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
     for shard in made.shards:
         count = sum(tensor.shard == shard.name for tensor in made.tensors)

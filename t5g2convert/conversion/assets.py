@@ -17,7 +17,7 @@ MANIFEST_FILE: Final = "t5g2.json"
 MAX_CARRIED_BYTES: Final = 1 << 30
 
 
-def write_assets(plan: Plan, source: Path, folder: Path, written: Written) -> None:
+def write_assets(plan: Plan, source: Path, folder: Path, written: Written, *, flush: bool) -> None:
     """Write everything but the shards; the manifest comes last.
 
     Raises:
@@ -34,9 +34,9 @@ def write_assets(plan: Plan, source: Path, folder: Path, written: Written) -> No
     if len(plan.shards) > 1:
         contents[INDEX_FILE] = _encode(_index(plan))
     for name, data in contents.items():
-        _write(folder / name, data)
+        _write(folder / name, data, flush=flush)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest() if hashing else None}
-    _write(folder / MANIFEST_FILE, _encode(_manifest(plan, source, written, files)))
+    _write(folder / MANIFEST_FILE, _encode(_manifest(plan, source, written, files)), flush=flush)
 
 
 def _manifest(plan: Plan, source: Path, written: Written, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,12 +82,13 @@ def _carried(path: Path) -> bytes:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, *, flush: bool) -> None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", where=path) from error

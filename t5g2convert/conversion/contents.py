@@ -33,7 +33,7 @@ def caster(name: str, source: str, target: str) -> Callable[[memoryview], memory
             result = np.frombuffer(piece, source_dtype).astype(target_dtype)
         if not np.isfinite(result).all():
             raise CheckpointError(f"holds NaN, infinity, or a number too large for {target}", where=f"tensor {name}")
-        return memoryview(result.view(np.uint8))
+        return memoryview(result.view(np.uint8).data)
 
     return cast
 

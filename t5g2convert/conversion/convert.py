@@ -58,6 +58,7 @@ def convert(
     dtype: str = KEEP,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     hashing: bool = True,
+    flush: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -70,6 +71,7 @@ def convert(
         dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
         max_shard_bytes: Largest size of one output file's tensors, in bytes.
         hashing: Compute sha256 of all files while they are copied and record it in the manifest.
+        flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
         overwrite: Replace a folder that has something in it, at the end.
         progress: Called with the bytes just written, from any thread.
 
@@ -81,17 +83,23 @@ def convert(
     """
     check_target(output, source, overwrite=overwrite)
     plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    return execute(plan, source, output, hashing=hashing, progress=progress)
+    return execute(plan, source, output, hashing=hashing, flush=flush, progress=progress)
 
 
 def execute(
-    plan: Plan, source: Path, output: Path, *, hashing: bool = True, progress: Progress | None = None
+    plan: Plan,
+    source: Path,
+    output: Path,
+    *,
+    hashing: bool = True,
+    flush: bool = True,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Execute a plan that `build_plan` made of `source`; the output, if it exists, is replaced at the end."""
     check_space(output, plan.nbytes + ASSET_BYTES)
-    with Staging(output) as staging:
-        written = write_shards(plan, source, staging.folder, hashing=hashing, progress=progress or _silent)
-        write_assets(plan, source, staging.folder, written)
+    with Staging(output, flush=flush) as staging:
+        written = write_shards(plan, source, staging.folder, hashing=hashing, flush=flush, progress=progress or _silent)
+        write_assets(plan, source, staging.folder, written, flush=flush)
         staging.commit()
     return Conversion(
         output=output,

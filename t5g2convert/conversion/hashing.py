@@ -1,4 +1,4 @@
-"""sha256 of files while they are copied, each on a thread of its own (hashlib releases the interpreter for large pieces).
+"""sha256 of files while they are copied, each on a thread of its own (hashlib lets other threads run).
 
 A file's hash needs its bytes in order. Pieces arrive in the order of the copy, which is the file's order except where
 one file holds both stacks: a piece that does not follow on the last one is skipped then, and read back at the end.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
 
-READ_BACK_BYTES: Final = 1 << 20
+READ_BACK_BYTES: Final = 1 << 18
 
 Piece = tuple[int, memoryview, Callable[[], None]]
 """Offset in the file, the bytes, and what to call when they are no longer needed."""
@@ -23,13 +23,14 @@ class FileHasher:
     Args:
         fd: The file, open for reading.
         size: Its final size in bytes.
-        complete: The file's bytes are all there already (a source), so that gaps can be read back at once.
+        there: How many of its first bytes are there already, so that gaps among them can be read back at once.
     """
 
-    def __init__(self, fd: int, size: int, *, complete: bool) -> None:
-        self._fd, self._size, self._complete = fd, size, complete
+    def __init__(self, fd: int, size: int, *, there: int) -> None:
+        self._fd, self._size, self._there = fd, size, there
         self._sha256 = hashlib.sha256()
         self._position = 0
+        self._room = bytearray(READ_BACK_BYTES)
         self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self._failure: BaseException | None = None
         self._abandoned = False
@@ -79,7 +80,7 @@ class FileHasher:
             self._failure = error
 
     def _take(self, offset: int, data: memoryview) -> None:
-        if self._complete and offset > self._position:
+        if self._position < offset <= self._there:
             self._read_back(offset)
         if offset == self._position:
             self._sha256.update(data)
@@ -87,8 +88,9 @@ class FileHasher:
 
     def _read_back(self, end: int) -> None:
         while self._position < end:
-            data = os.pread(self._fd, min(READ_BACK_BYTES, end - self._position), self._position)
-            if not data:
+            room = memoryview(self._room)[: min(READ_BACK_BYTES, end - self._position)]
+            count = os.preadv(self._fd, [room], self._position)
+            if not count:
                 raise OSError(f"ends at byte {self._position}, expected {end}")
-            self._sha256.update(data)
-            self._position += len(data)
+            self._sha256.update(room[:count])
+            self._position += count

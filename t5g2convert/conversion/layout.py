@@ -84,5 +84,5 @@ def _source_position(draft: Draft) -> tuple[str, int, int]:
     """Computed tensors first: they are small, and so are in place before anything is streamed."""
     source = draft.content.source
     if source is None or draft.content.kind == "scaled_row":
-        return "", 0, PARTS.index(draft.part)  # type: ignore[arg-type]
+        return "", 0, [str(part) for part in PARTS].index(draft.part)
     return source.file, source.start, 0

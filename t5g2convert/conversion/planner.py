@@ -14,6 +14,7 @@ from t5g2convert.conversion.plan import (
     DEFAULT_SHARD_BYTES,
     Content,
     Dropped,
+    Kind,
     Plan,
     SourceFile,
     SourceRange,
@@ -107,7 +108,7 @@ def _draft(item: Resolved, resolution: Resolution, cast_to: str | None) -> Draft
         case Copy() | TakeRows():
             assert item.source is not None, "the schema gives every row but zeros a source"
             start = item.source.entry.start
-            kind = "copy" if target_dtype == source_dtype else "cast"
+            kind: Kind = "copy" if target_dtype == source_dtype else "cast"
             end = start + tensor_bits(source_dtype, item.shape) // 8
             content = Content(kind, SourceRange(item.source.file, start, end), source_dtype)
         case ScaledRow():

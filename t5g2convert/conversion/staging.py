@@ -48,6 +48,14 @@ def free_bytes(target: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def _flush_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class Staging:
     """A locked folder beside the target, as a context: removed on the way out unless `commit` was called.
 
@@ -55,7 +63,8 @@ class Staging:
     lock may clear it away.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, flush: bool = True) -> None:
+        self.flush = flush
         self.target = target.resolve()
         self.folder = self.target.with_name(f".{self.target.name}{STAGING_SUFFIX}")
         self.old = self.target.with_name(f".{self.target.name}{OLD_SUFFIX}")
@@ -85,7 +94,8 @@ class Staging:
             OutputError: The rename failed; the target is as it was.
         """
         try:
-            os.fsync(self._fd)
+            if self.flush:
+                os.fsync(self._fd)
             replaced = self.target.exists() and any(self.target.iterdir())
             if replaced:
                 shutil.rmtree(self.old, ignore_errors=True)
@@ -97,11 +107,8 @@ class Staging:
                     self.old.rename(self.target)
                 raise
             self._committed = True
-            parent = os.open(self.target.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(parent)
-            finally:
-                os.close(parent)
+            if self.flush:
+                _flush_folder(self.target.parent)
             if replaced:
                 shutil.rmtree(self.old, ignore_errors=True)
         except OSError as error:
@@ -130,7 +137,7 @@ class Staging:
                 self._fd = -1
                 raise OutputError("another conversion is writing there", where=self.target) from None
             try:
-                if os.path.samestat(os.stat(self.folder), os.fstat(self._fd)):
+                if os.path.samestat(self.folder.stat(), os.fstat(self._fd)):
                     return
             except FileNotFoundError:
                 pass

@@ -49,14 +49,15 @@ def peak_memory(plan: Plan) -> int:
     return BASE_BYTES + BUFFERS * CHUNK_BYTES + (BUFFERS * 4 * CHUNK_BYTES if casting else 0)
 
 
-def write_shards(plan: Plan, source: Path, folder: Path, *, hashing: bool, progress: Progress) -> Written:
-    """Write all shards of a plan, flushed to the disk.
+def write_shards(plan: Plan, source: Path, folder: Path, *, hashing: bool, flush: bool, progress: Progress) -> Written:
+    """Write all shards of a plan.
 
     Args:
         plan: The plan.
         source: The checkpoint folder that was planned.
         folder: An empty folder for the shards.
         hashing: Compute sha256 of all source and target files in the same pass.
+        flush: Wait until the disk has every byte.
         progress: Told of every piece written.
 
     Raises:
@@ -67,16 +68,17 @@ def write_shards(plan: Plan, source: Path, folder: Path, *, hashing: bool, progr
         sources = _open_sources(plan, source, stack)
         _check_repeated(plan, sources)
         shards = _create_shards(plan, folder, stack)
+        _write_computed(plan, sources, shards, progress)
         hashers = _Hashers(plan, sources, shards) if hashing else None
         if hashers is not None:
             stack.callback(hashers.abandon)
-        _write_computed(plan, sources, shards, progress)
         _Copier(_jobs(plan, sources, shards), hashers, progress).run(1 if hashing else COPY_THREADS)
         if hashers is not None:
             hashers.close()
-        for name, fd in shards.items():
-            with _output_errors(folder / name):
-                os.fsync(fd)
+        if flush:
+            for name, fd in shards.items():
+                with _output_errors(folder / name):
+                    os.fsync(fd)
         written = Written({}, {}) if hashers is None else hashers.results()
         _check_unchanged(plan, sources, source)
     return written
@@ -112,13 +114,21 @@ class _output_errors:  # noqa: N801 - a context manager that reads as one
 
 
 class _Hashers:
-    """A hasher for every source and target file."""
+    """A hasher for every source and target file; headers and computed tensors are written already."""
 
     def __init__(self, plan: Plan, sources: dict[str, int], shards: dict[str, int]) -> None:
         self.sources = {
-            file.name: FileHasher(sources[file.name], file.identity.size, complete=True) for file in plan.source_files
+            file.name: FileHasher(sources[file.name], file.identity.size, there=file.identity.size)
+            for file in plan.source_files
         }
-        self.shards = {shard.name: FileHasher(shards[shard.name], shard.size, complete=False) for shard in plan.shards}
+        first_copied = {shard.name: shard.size for shard in plan.shards}
+        for tensor in plan.tensors:
+            if tensor.content.kind in ("copy", "cast"):
+                first_copied[tensor.shard] = min(first_copied[tensor.shard], tensor.start)
+        self.shards = {
+            shard.name: FileHasher(shards[shard.name], shard.size, there=first_copied[shard.name])
+            for shard in plan.shards
+        }
 
     def close(self) -> None:
         for hasher in (*self.sources.values(), *self.shards.values()):
@@ -280,7 +290,11 @@ def _create_shards(plan: Plan, folder: Path, stack: ExitStack) -> dict[str, int]
             os.ftruncate(fd, shard.size)
             header = encode_header(
                 TensorEntry(
-                    tensor.name, tensor.dtype, tensor.shape, tensor.start - shard.header_size, tensor.end - shard.header_size
+                    tensor.name,
+                    tensor.dtype,
+                    tensor.shape,
+                    tensor.start - shard.header_size,
+                    tensor.end - shard.header_size,
                 )
                 for tensor in tensors[shard.name]
             )

@@ -1,7 +1,7 @@
 """What a checkpoint is, from its config and headers: `t5g2 inspect`.
 
-A source is read through the rows of its map, a T5Gemma 2 folder against the tensors that its config implies. Unlike a plan,
-an inspection describes what is wrong instead of refusing it.
+A source is read through the rows of its map, a T5Gemma 2 folder against the tensors that its config implies. Unlike a
+plan, an inspection describes what is wrong instead of refusing it.
 """
 
 from collections import Counter

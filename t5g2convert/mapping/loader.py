@@ -169,7 +169,7 @@ class _Reader:
             return int(value)
         if _FLOAT.match(value):
             return float(value)
-        tag = _RESOLVER.resolve(yaml.ScalarNode, value, (True, False))
+        tag: str = _RESOLVER.resolve(yaml.ScalarNode, value, (True, False))  # type: ignore[no-untyped-call]
         if tag != "tag:yaml.org,2002:str":
             kind = tag.rpartition(":")[2]
             raise self._refuse(f"{value!r}, which YAML may read as {kind}", hint="put it in quotes")

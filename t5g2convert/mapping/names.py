@@ -1,13 +1,13 @@
 """Name patterns. The grammar, in full:
 
     pattern     = [ root ] literal { index literal }
-    root        = "{text}" | "{vision}" | ...      a key of the map's `roots`, first in the pattern, stands for one of its
-                                                   spellings
-    index       = "{layer}" | "{vision_layer}"     digits without leading zeros, from 0 to the depth that the config says
+    root        = "{text}" | "{vision}" | ...      a key of the map's `roots`, first in the pattern, stands for one of
+                                                   its spellings
+    index       = "{layer}" | "{vision_layer}"     digits without leading zeros, below the depth that the config says
     literal     = any characters but braces        matched as they are
 
-Nothing is ever searched: a pattern is *expanded* over the layers of the model at hand into whole names, which are looked
-up. So a name can't match by accident, and a layer too many or too few is a name that is left over.
+Nothing is ever searched: a pattern is *expanded* over the layers of the model at hand into whole names, which are
+looked up. So a name can't match by accident, and a layer too many or too few is a name that is left over.
 """
 
 import re

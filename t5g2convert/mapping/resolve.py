@@ -1,7 +1,7 @@
 """A map applied to one checkpoint: which spelling its names have, and which tensor every row stands for.
 
-This is the closed world. Whatever does not fit is collected, all of it, and told in one error: source tensors that no row
-uses, tensors that a row wants and that are missing, shapes and dtypes that are not what the config implies.
+This is the closed world. Whatever does not fit is collected, all of it, and told in one error: source tensors that no
+row uses, tensors that a row wants and that are missing, shapes and dtypes that are not what the config implies.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""What a weight map may say: its YAML as frozen types. Loading one from a file, with all checks, is `mapping.weightmap`."""
+"""What a weight map may say: its YAML as frozen types. `mapping.weightmap` loads one from a file, with all checks."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -34,7 +34,9 @@ def _operation(value: object) -> object:
 class Source(Declaration):
     """The source family."""
 
-    model_type: list[str] = Field(min_length=1, description="The model_type values of config.json that the map converts.")
+    model_type: list[str] = Field(
+        min_length=1, description="The model_type values of config.json that the map converts."
+    )
 
 
 class Target(Declaration):
@@ -51,7 +53,8 @@ class Vocabulary(Declaration):
         default_factory=dict, description="Rows in the source to rows in the target; tables of other lengths are kept."
     )
     moved: dict[str, int] = Field(
-        default_factory=dict, description="Token id by the name of its config value, used where the source's lies past the cut."
+        default_factory=dict,
+        description="Token id by the name of its config value, used where the source's lies past the cut.",
     )
 
 
@@ -119,5 +122,5 @@ class WeightMap(Declaration):
 
 def count_parameters(counted: Mapping[str, int]) -> dict[str, int]:
     """Parameters by part, in the order of tables, with their total."""
-    by_part = {part: counted.get(part, 0) for part in PARTS}
+    by_part: dict[str, int] = {part: counted.get(part, 0) for part in PARTS}
     return {**by_part, "total": sum(by_part.values())}

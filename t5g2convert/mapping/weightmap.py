@@ -62,7 +62,9 @@ def _schema_error(document: Document, error: ValidationError) -> MappingError:
         key_at = (*at, "<key>")
         return document.error(f"unknown key {name!r}", key_at, hint=did_you_mean(name, known))
     if first["type"] == "literal_error" and at and at[-1] == "[key]":
-        return document.error(f"unknown part {at[-2]!r}", (*at[:-1], "<key>"), hint=f"expected {first['ctx']['expected']}")
+        return document.error(
+            f"unknown part {at[-2]!r}", (*at[:-1], "<key>"), hint=f"expected {first['ctx']['expected']}"
+        )
     field = f"{at[-1]}: " if at and isinstance(at[-1], str) else ""
     return document.error(f"{field}{first['msg'].removeprefix('Value error, ')}", at)
 

@@ -1,0 +1,60 @@
+"""A drawing of a plan: which tensors of the source go where in the target."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from t5g2convert.cli.console import PART_STYLES, size_text
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from t5g2convert.conversion.plan import Plan
+
+_ROLES = {
+    "embedding": "one matrix: encoder input, decoder input and softmax",
+    "encoder": "attends both ways",
+    "decoder": "merged attention over [decoder states; encoder output]",
+    "vision": "feeds the encoder only",
+    "projector": "from image features to the encoder's width",
+}
+
+
+def draw_plan(plan: "Plan") -> "Text":
+    """One line for every part of the target, joined to the source tensors that fill it."""
+    from rich.text import Text
+
+    parts_of: dict[str | None, set[str]] = {}
+    for tensor in plan.tensors:
+        parts_of.setdefault(tensor.origin, set()).add(tensor.part)
+    sources: dict[tuple[str, ...], tuple[int, int]] = {}
+    computed: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for tensor in plan.tensors:
+        counts[tensor.part] += 1
+        if tensor.content.kind in ("copy", "cast") and tensor.content.source is not None:
+            parts = tuple(sorted(parts_of[tensor.origin], key=list(PART_STYLES).index))
+            number, size = sources.get(parts, (0, 0))
+            if tensor.part == parts[0]:
+                span = tensor.content.source
+                sources[parts] = (number + 1, size + span.end - span.start)
+        else:
+            computed[tensor.part] += 1
+    drawing = Text()
+    for parts, (number, size) in sources.items():
+        left = f"{number} tensor{'s' if number > 1 else ''}, {size_text(size)}"
+        for position, part in enumerate(parts):
+            fork = "───" if len(parts) == 1 else "─┬─" if position == 0 else " └─"
+            drawing.append(f"  {left if position == 0 else '':<24}")
+            drawing.append(f"{fork}────▶ ", PART_STYLES[part])
+            drawing.append(f"{part:<10}", f"bold {PART_STYLES[part]}")
+            drawing.append(f"{counts[part]:>5} tensors   {_ROLES[part]}\n")
+    for part, number in computed.items():
+        drawing.append(f"  {'computed':<24}")
+        drawing.append("───────▶ ", PART_STYLES[part])
+        drawing.append(f"{part:<10}", f"bold {PART_STYLES[part]}")
+        drawing.append(f"{number:>5} of them    {_computed_role(part)}\n")
+    return drawing
+
+
+def _computed_role(part: str) -> str:
+    return "the end-of-image row, scaled" if part == "embedding" else "the stub of a model without images"

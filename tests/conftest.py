@@ -1,0 +1,39 @@
+"""Fixtures that all tests share."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
+from t5g2convert.mapping.library import find_map
+from t5g2convert.mapping.schema import WeightMap
+
+# Generated cases are the same in every run; a failure can be had again.
+settings.register_profile("t5g2", derandomize=True, deadline=None)
+settings.load_profile("t5g2")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def gemma3_map() -> WeightMap:
+    """The shipped map."""
+    return find_map("gemma3").map
+
+
+@pytest.fixture(scope="session")
+def demo_config() -> Mapping[str, Any]:
+    """The config of the demo's Gemma 3: with images, 8 layers."""
+    return DEMO_CONFIG
+
+
+@pytest.fixture
+def demo_source(tmp_path: Path) -> Path:
+    """The demo's tiny Gemma 3 with images and tokenizer, made without torch, free to be damaged."""
+    folder = tmp_path / "demo-source"
+    build_demo_source(folder)
+    return folder
