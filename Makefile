@@ -1,14 +1,15 @@
 # One virtual environment, made on first use: `make demo` and `make test` work on a machine with only python3 and make.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check fmt bench clean
+.PHONY: help demo test test-oldest check fmt bench clean
 
 help:  ## what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,14 @@ check: $(INSTALLED)  ## ruff and mypy --strict
 test: check  ## everything that CI runs
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the parity tests again, judged by transformers 5.0.0
+	T5G2_OLDER_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest tests/test_parity.py -k oldest
+
+$(OLDEST)/.installed:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.13.0 transformers==5.0.0
+	@touch $@
+
 fmt: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -40,4 +49,4 @@ bench: $(INSTALLED)  ## measure convert against cp and a transformers script
 	$(BIN)/python examples/benchmark_convert.py
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,142 @@
+"""Measure `t5g2 convert` against `cp` of as many bytes and a transformers script, alternating in one run.
+
+    python examples/benchmark_convert.py [270m 1b 4b] [--rounds 5] [--folder DIR]
+
+Sources have the real shapes and seeded random weights; the size `tiny` is there to try the script. Every command is
+timed as a whole process, start-up included; before each, the disk is given time to take what the one before left
+(sync). Printed are medians over the rounds: seconds, the ratio to `cp` of the same round, and peak memory. Sizes that
+the disk cannot hold are left out.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TEXT = {
+    "270m": {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
+             "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "vocab_size": 262_144},
+    "1b": {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
+           "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "vocab_size": 262_144},
+    "4b": {"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "num_attention_heads": 8,
+           "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024, "vocab_size": 262_208,
+           "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+}  # fmt: skip
+VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+          "image_size": 896, "patch_size": 14, "vision_use_head": False}  # fmt: skip
+TINY = {**TEXT["270m"], "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 512}
+CONFIGS = {
+    "tiny": {"model_type": "gemma3_text", **TINY},
+    "270m": {"model_type": "gemma3_text", **TEXT["270m"]},
+    "1b": {"model_type": "gemma3_text", **TEXT["1b"]},
+    "4b": {"model_type": "gemma3", "text_config": TEXT["4b"], "vision_config": VISION},
+}
+DISK = {"tiny": 1e8, "270m": 3e9, "1b": 12e9, "4b": 42e9}
+"""Bytes that a size needs: source, reference, and one output at a time."""
+
+TRANSFORMERS_ROUNDS = 3
+"""Rounds in which the slow script takes part."""
+
+
+@dataclass
+class Contestant:
+    """A command that leaves its output in a folder, and what was measured of it."""
+
+    name: str
+    command: list[str]
+    rounds: int
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+    def run(self, output: Path) -> None:
+        """Run it once, alone, and remove what it wrote."""
+        os.sync()
+        start = time.perf_counter()
+        process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        self.seconds.append(time.perf_counter() - start)
+        self.peaks.append(usage.ru_maxrss * 1024)
+        if status:
+            raise SystemExit(f"{' '.join(self.command)} failed with status {status}")
+        shutil.rmtree(output)
+
+
+def main() -> None:
+    """Measure the sizes that were asked for, as far as the disk allows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", default=["270m", "1b", "4b"], help="sizes to measure")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
+    arguments = parser.parse_args()
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            if shutil.disk_usage(folder).free < DISK[size]:
+                print(f"{size}: left out, it needs {DISK[size] / 1e9:.0f} GB of disk")
+                continue
+            measure(size, arguments.rounds, Path(folder))
+
+
+def measure(size: str, rounds: int, folder: Path) -> None:
+    """Make a source, run everyone in turn, print the table."""
+    source, reference, output = folder / "source", folder / "reference", folder / "output"
+    source.mkdir()
+    make = "import sys; from benchmark_convert import make_source; make_source(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", make, size, str(source)], check=True, cwd=Path(__file__).parent)
+    t5g2 = [str(Path(sys.executable).with_name("t5g2")), "convert", str(source), str(output)]
+    subprocess.run([t5g2[0], "convert", str(source), str(reference)], check=True, stdout=subprocess.DEVNULL)
+    copied = f"cp -r '{reference}' '{output}'"
+    script = str(Path(__file__).with_name("convert_with_transformers.py"))
+    contestants = [
+        Contestant("cp", ["sh", "-c", copied], rounds),
+        Contestant("t5g2 convert --no-hash --no-flush", [*t5g2, "--no-hash", "--no-flush"], rounds),
+        Contestant("t5g2 convert --no-flush", [*t5g2, "--no-flush"], rounds),
+        Contestant("cp, then sync", ["sh", "-c", f"{copied} && sync '{output}'/*"], rounds),
+        Contestant("t5g2 convert", t5g2, rounds),
+        Contestant(
+            "transformers, meta device", [sys.executable, script, str(source), str(output)], TRANSFORMERS_ROUNDS
+        ),
+    ]
+    for number in range(rounds):
+        for contestant in contestants:
+            if number < contestant.rounds:
+                contestant.run(output)
+    report(size, contestants, sum(path.stat().st_size for path in reference.iterdir()))
+
+
+def make_source(size: str, folder: str) -> None:
+    """Write the source; in a process of its own, since a child's peak memory starts at its parent's."""
+    from t5g2convert.mapping.library import find_map
+    from t5g2convert.mapping.synthetic import write_synthetic_source
+
+    write_synthetic_source(Path(folder), find_map("gemma3").map, CONFIGS[size], seed=0)
+
+
+def report(size: str, contestants: list[Contestant], output_bytes: int) -> None:
+    """Print medians; the plain copies are compared with `cp`, the flushed ones with `cp, then sync`."""
+    by_name = {contestant.name: contestant for contestant in contestants}
+    print(f"\n{size}: {output_bytes / 1e9:.2f} GB of output, medians of {contestants[0].rounds} rounds")
+    print(f"{'':36}{'seconds':>9}{'to cp':>8}{'over cp':>10}{'peak MB':>9}")
+    for contestant in contestants:
+        flushed = contestant.name in ("t5g2 convert", "cp, then sync")
+        yardstick = by_name["cp, then sync" if flushed else "cp"].seconds
+        pairs = list(zip(contestant.seconds, yardstick, strict=False))
+        ratio = statistics.median(mine / theirs for mine, theirs in pairs)
+        over = statistics.median(mine - theirs for mine, theirs in pairs)
+        print(
+            f"{contestant.name:36}{statistics.median(contestant.seconds):9.2f}{ratio:8.2f}{over:+9.2f}s"
+            f"{statistics.median(contestant.peaks) / 1e6:9.0f}",
+            flush=True,
+        )
+    fastest, script = by_name["t5g2 convert --no-hash --no-flush"], by_name["transformers, meta device"]
+    times = statistics.median(theirs / mine for mine, theirs in zip(fastest.seconds, script.seconds, strict=False))
+    print(f"the transformers script takes {times:.1f} times as long as t5g2 convert --no-hash --no-flush")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+from t5g2convert.conversion.contents import caster, scaled_row
+from t5g2convert.errors import CheckpointError
+
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def all_16_bit_values(dtype: torch.dtype) -> torch.Tensor:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    return every[torch.isfinite(every)]
+
+
+@pytest.mark.parametrize("source", ["BF16", "F16"])
+@pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
+def test_casting_every_16_bit_value_is_torchs_cast(source: str, target: str) -> None:
+    values = all_16_bit_values(TORCH[source])
+    values = values[torch.isfinite(values.to(TORCH[target]))]
+    assert len(values) > 30_000
+    assert bytes(caster("x", source, target)(memoryview(to_bytes(values)))) == to_bytes(values.to(TORCH[target]))
+
+
+@pytest.mark.parametrize("target", ["BF16", "F16"])
+def test_casting_float32_is_torchs_cast(target: str) -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 500_000, dtype=np.uint32)
+    values = torch.from_numpy(bits.view(np.float32))
+    values = values[torch.isfinite(values.to(TORCH[target]))]
+    assert len(values) > 50_000
+    assert bytes(caster("x", "F32", target)(memoryview(to_bytes(values)))) == to_bytes(values.to(TORCH[target]))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "value"),
+    [
+        ("F32", "BF16", float("nan")),
+        ("F32", "BF16", float("-inf")),
+        ("F32", "BF16", 3.4e38),
+        ("F32", "F16", 65520.0),
+        ("BF16", "F16", 1e30),
+        ("F16", "F32", float("nan")),
+    ],
+)
+def test_I9_a_cast_that_is_not_finite_names_the_tensor(source: str, target: str, value: float) -> None:
+    piece = memoryview(to_bytes(torch.tensor([1.0, value], dtype=TORCH[source])))
+    with pytest.raises(CheckpointError, match=r"tensor a\.b: holds NaN, infinity, or a number too large"):
+        caster("a.b", source, target)(piece)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("width", [640, 1152, 2560, 3840, 5376, 24, 7])
+def test_the_scaled_row_is_what_gemma_3_computes(width: int, dtype: str) -> None:
+    embedding = Gemma3TextScaledWordEmbedding(3, width, 0, embed_scale=width**0.5).to(TORCH[dtype])
+    with torch.no_grad():
+        embedding.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(width))
+        expected = embedding(torch.tensor([1]))[0]
+    assert scaled_row(to_bytes(embedding.weight[1].detach()), dtype, dtype) == to_bytes(expected)
+
+
+@pytest.mark.parametrize(("width", "scale"), [(640, 25.25), (1152, 34.0), (2560, 50.5), (3840, 62.0), (5376, 73.5)])
+def test_the_bfloat16_scales_of_the_real_sizes(width: int, scale: float) -> None:
+    row = to_bytes(torch.ones(width, dtype=torch.bfloat16))
+    assert scaled_row(row, "BF16", "BF16") == to_bytes(torch.full((width,), scale, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("source", "target"), [("BF16", "F32"), ("F32", "BF16"), ("F16", "BF16"), ("F32", "F16")])
+def test_a_cast_row_is_cast_before_it_is_scaled(source: str, target: str) -> None:
+    row = torch.randn(48, generator=torch.Generator().manual_seed(1)).to(TORCH[source])
+    scale = torch.tensor(48**0.5).to(TORCH[target])
+    assert scaled_row(to_bytes(row), source, target) == to_bytes(row.to(TORCH[target]) * scale)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
+def test_bfloat16_rows_of_any_numbers_are_torchs(values: list[float]) -> None:
+    row = torch.tensor(values, dtype=torch.float32).to(torch.bfloat16)
+    row = torch.where(torch.isfinite(row), row, torch.zeros_like(row))
+    scaled = row * torch.tensor(len(values) ** 0.5).to(torch.bfloat16)
+    if torch.isfinite(scaled).all():
+        assert scaled_row(to_bytes(row), "BF16", "BF16") == to_bytes(scaled)
+    else:
+        with pytest.raises(CheckpointError, match="too large"):
+            scaled_row(to_bytes(row), "BF16", "BF16")

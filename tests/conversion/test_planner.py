@@ -1,0 +1,186 @@
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5g2convert import CheckpointError, Plan, UsageError, plan
+from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.synthetic import write_synthetic_source
+from tests.memory import run_and_measure
+
+GEMMA3_27B: dict[str, Any] = {
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 168,
+        "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    },
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 896,
+        "patch_size": 14,
+    },
+}
+"""The published, sparse form."""
+
+
+def test_every_byte_of_every_shard_is_planned_once(demo_source: Path) -> None:
+    made = plan(demo_source, max_shard_bytes=60_000)
+    assert len(made.shards) > 5
+    for shard in made.shards:
+        position = shard.header_size
+        for tensor in sorted((item for item in made.tensors if item.shard == shard.name), key=lambda item: item.start):
+            assert tensor.start == position
+            assert tensor.nbytes == tensor.elements * 2
+            position = tensor.end
+        assert position == shard.size
+        assert shard.size - shard.header_size <= 60_000
+
+
+def test_what_serves_both_stacks_names_one_source_range(demo_source: Path) -> None:
+    made = plan(demo_source)
+    ranges = Counter(tensor.content.source for tensor in made.tensors if tensor.content.kind == "copy")
+    stacks = [tensor for tensor in made.tensors if tensor.part in ("encoder", "decoder")]
+    assert {ranges[tensor.content.source] for tensor in stacks} == {2}
+    others = [tensor for tensor in made.tensors if tensor.part in ("vision", "projector")]
+    assert {ranges[tensor.content.source] for tensor in others} == {1}
+
+
+def test_merged_attention_is_marked_on_six_tensors_of_every_layer(demo_source: Path) -> None:
+    marked = [tensor.name for tensor in plan(demo_source).tensors if tensor.merged_attention]
+    assert len(marked) == 2 * 8 * 6
+    assert all(".self_attn." in name for name in marked)
+
+
+def test_a_sharded_decoder_starts_a_file_of_its_own(demo_source: Path) -> None:
+    made = plan(demo_source, max_shard_bytes=500_000)
+    parts = {
+        shard.name: {tensor.part for tensor in made.tensors if tensor.shard == shard.name} for shard in made.shards
+    }
+    assert list(parts) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert "decoder" not in parts["model-00001-of-00002.safetensors"]
+    assert parts["model-00002-of-00002.safetensors"] == {"decoder"}
+
+
+def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(demo_source: Path) -> None:
+    made = plan(demo_source, max_shard_bytes=1)
+    assert len(made.shards) == len(made.tensors)
+
+
+def test_the_plan_is_json(demo_source: Path) -> None:
+    made = plan(demo_source)
+    assert json.loads(json.dumps(made.to_json())) == made.to_json()
+
+
+def test_a_text_only_source_gets_the_stub_tower(
+    demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path
+) -> None:
+    config = {**demo_config["text_config"], "model_type": "gemma3_text"}
+    write_synthetic_source(tmp_path, gemma3_map, config, seed=0)
+    made = plan(tmp_path)
+    stub = [tensor for tensor in made.tensors if tensor.part in ("vision", "projector")]
+    assert len(stub) == 7
+    assert {tensor.content.kind for tensor in stub} == {"zeros"}
+    assert made.config["encoder"]["vision_config"]["num_hidden_layers"] == 0
+    assert made.config["encoder"]["mm_tokens_per_image"] == 4
+    assert any("no vision tower" in note for note in made.notes)
+
+
+def test_dtype_stands_at_the_top_of_the_config_only(demo_source: Path) -> None:
+    config = plan(demo_source).config
+    assert config["dtype"] == "bfloat16"
+    below = [config["encoder"], config["encoder"]["text_config"], config["encoder"]["vision_config"], config["decoder"]]
+    assert not any(key in section for section in below for key in ("dtype", "torch_dtype"))
+
+
+def test_the_config_carries_what_the_source_says(demo_source: Path) -> None:
+    path = demo_source / "config.json"
+    source = json.loads(path.read_text())
+    source["text_config"] |= {
+        "rope_theta": 2e6,
+        "rope_local_base_freq": 3e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "sliding_window": 11,
+        "rms_norm_eps": 1e-4,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+        "attention_dropout": 0.1,
+        "layer_types": ["full_attention", "sliding_attention"] * 4,
+        "hidden_activation": "gelu",
+    }
+    source["eos_token_id"] = [1, 106]
+    path.write_text(json.dumps(source))
+    made = plan(demo_source)
+    for stack in (made.config["encoder"]["text_config"], made.config["decoder"]):
+        for key in ("sliding_window", "rms_norm_eps", "final_logit_softcapping", "attn_logit_softcapping"):
+            assert stack[key] == source["text_config"][key]
+        assert stack["layer_types"] == source["text_config"]["layer_types"]
+        assert stack["hidden_activation"] == "gelu"
+        assert stack["attention_dropout"] == made.config["attention_dropout"] == 0.1
+        assert stack["rope_parameters"] == {
+            "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+        }
+        assert stack["eos_token_id"] == [1, 106]
+    assert made.generation_config == {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
+
+
+def test_the_end_tokens_of_generation_config_win(demo_source: Path) -> None:
+    (demo_source / "generation_config.json").write_text('{"eos_token_id": [1, 106], "cache_implementation": "hybrid"}')
+    assert plan(demo_source).generation_config["eos_token_id"] == [1, 106]
+    assert "cache_implementation" not in plan(demo_source).generation_config
+
+
+def test_an_unscaled_rope_is_written_as_linear_with_factor_one(demo_source: Path) -> None:
+    rope = plan(demo_source).config["decoder"]["rope_parameters"]["full_attention"]
+    assert rope == {"rope_type": "linear", "rope_theta": 1e6, "factor": 1.0}
+
+
+def test_an_image_token_past_the_table_is_refused(demo_source: Path) -> None:
+    path = demo_source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_token_index": 256}))
+    with pytest.raises(CheckpointError, match="image_token_index is 256, past the 256 rows"):
+        plan(demo_source)
+
+
+def test_a_vocabulary_without_the_end_of_image_token_gets_zeros_and_a_note(demo_source: Path) -> None:
+    path = demo_source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eoi_token_index": 300}))
+    made = plan(demo_source)
+    (eoi,) = [tensor for tensor in made.tensors if tensor.name.endswith("eoi_embedding")]
+    assert eoi.content.kind == "zeros"
+    assert any("eoi_embedding is zeros" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("dtype", "int8"), ("max_shard_bytes", 0)])
+def test_an_argument_without_meaning_is_refused(argument: str, value: Any, demo_source: Path) -> None:
+    with pytest.raises(UsageError):
+        plan(demo_source, **{argument: value})
+
+
+def planned(config: Mapping[str, Any], weight_map: WeightMap, folder: Path) -> Plan:
+    write_synthetic_source(folder, weight_map, config, seed=None)
+    return plan(folder)
+
+
+def test_27b_is_planned_from_headers_in_little_memory(gemma3_map: WeightMap, tmp_path: Path) -> None:
+    made = planned(GEMMA3_27B, gemma3_map, tmp_path)
+    assert made.parameters["total"] == 53_031_784_048
+    assert made.parameters["encoder"] == made.parameters["decoder"] == 25_599_716_096
+    assert made.nbytes > 106e9
+    assert len(made.shards) > 20
+    printed, peak = run_and_measure("plan", tmp_path, "--json")
+    assert json.loads(printed)["parameters"]["total"] == 53_031_784_048
+    assert peak < 150e6

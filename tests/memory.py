@@ -1,0 +1,24 @@
+"""Peak memory of a run of the command line, as the kernel counts it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+# VmHWM starts anew with the process; ru_maxrss would carry over what the tests themselves take.
+_SCRIPT = """
+import sys
+from pathlib import Path
+from t5g2convert.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    status = Path("/proc/self/status").read_text()
+    print(next(line for line in status.splitlines() if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
+def run_and_measure(*arguments: str | Path) -> tuple[str, int]:
+    """Run `t5g2` with these arguments; what it printed on stdout, and its peak resident memory in bytes."""
+    command = [sys.executable, "-c", _SCRIPT, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stdout, int(run.stderr.splitlines()[-1].split()[1]) * 1024

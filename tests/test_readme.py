@@ -1,0 +1,79 @@
+"""The README's commands run as they stand, and what it shows is what is printed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from t5g2convert.cli.demo import build_demo_source
+from t5g2convert.mapping.library import find_map
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    return [line[2:].partition(" #")[0].strip() for line in lines]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint under the name that the README uses."""
+    folder = tmp_path_factory.mktemp("readme")
+    build_demo_source(folder / "gemma-3-4b-pt")
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_commands_run_in_their_order(workplace: Path) -> None:
+    ours = [command for command in commands() if command.startswith("t5g2 ")]
+    assert [command.split()[1] for command in ours] == ["inspect", "plan", "convert"]
+    for command in ours:
+        run(command.split(), workplace)
+    assert (workplace / "t5gemma-2-4b-4b/t5g2.json").is_file()
+
+
+def test_the_python_blocks_run(workplace: Path, tmp_path: Path) -> None:
+    loading, converting = blocks("python")
+    build_demo_source(tmp_path / "gemma-3-4b-pt")
+    assert "'encoder': 186160" in run([sys.executable, "-c", converting], tmp_path)
+    run([sys.executable, "-c", loading], tmp_path)
+
+
+def test_the_drawing_is_what_the_demo_prints(workplace: Path) -> None:
+    (shown,) = (block for block in blocks("text") if "Which tensors go where" in block)
+    printed = "\n".join(line.rstrip() for line in run(["t5g2", "demo"], workplace).splitlines())
+    assert shown.strip() in printed
+
+
+def test_the_row_is_in_the_map() -> None:
+    (row,) = yaml.safe_load(blocks("yaml")[0])
+    assert row in yaml.safe_load(find_map("gemma3").path.read_text())["weights"]
+
+
+def test_make_knows_the_targets_that_the_readme_names() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_file_that_the_readme_links_exists() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

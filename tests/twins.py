@@ -1,0 +1,209 @@
+"""Twins: small seeded Gemma 3 checkpoints of awkward shapes, written by transformers, respelled as others spell them.
+
+Awkward: a depth that is no multiple of the 5:1 pattern, an odd window, head_dim * heads other than the hidden size, one
+and two key-value heads, a vocabulary with and without the rows of random fill.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+
+SIGLIP: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "image_size": 56,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A source to be written: its text settings, its vision settings if it has any, dtype and shard size."""
+
+    name: str
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any] | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    dtype: torch.dtype = torch.bfloat16
+    max_shard_size: str = "5GB"
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the source's table."""
+        return int(self.text["vocab_size"])
+
+    @property
+    def has_eoi(self) -> bool:
+        """Whether the table has an end-of-image row."""
+        return self.eoi < self.vocab
+
+    @property
+    def eoi(self) -> int:
+        """The end-of-image token."""
+        return self.tokens.get("eoi_token_index", 256_000)
+
+
+def _text(**changes: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 300,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 10,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 7,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        **changes,
+    }
+
+
+IN_VOCABULARY = {"boi_token_index": 290, "eoi_token_index": 291, "image_token_index": 292, "mm_tokens_per_image": 4}
+
+LINEAR_8 = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+TWINS = [
+    Twin("text-8", _text()),
+    Twin("text-13", _text(num_hidden_layers=13, num_key_value_heads=2, sliding_window=6, rope_parameters=LINEAR_8)),
+    Twin("text-float32", _text(num_hidden_layers=7), dtype=torch.float32),
+    Twin("text-float16", _text(num_hidden_layers=6), dtype=torch.float16),
+    Twin("text-sharded", _text(), max_shard_size="20KB"),
+    Twin("text-real-vocabulary", _text(vocab_size=262_144, hidden_size=8, num_hidden_layers=6)),
+    Twin("text-with-fill", _text(vocab_size=262_208, hidden_size=8, num_hidden_layers=6)),
+    Twin("images-8", _text(sliding_window=5), SIGLIP, IN_VOCABULARY),
+    Twin(
+        "images-13", _text(num_hidden_layers=13, num_key_value_heads=2, rope_parameters=LINEAR_8), SIGLIP, IN_VOCABULARY
+    ),
+    Twin("images-float32", _text(), SIGLIP, IN_VOCABULARY, dtype=torch.float32),
+    Twin("images-sharded", _text(), SIGLIP, IN_VOCABULARY, max_shard_size="20KB"),
+    Twin("images-with-head", _text(), {**SIGLIP, "vision_use_head": True}, IN_VOCABULARY),
+    Twin(
+        "images-with-fill",
+        _text(vocab_size=262_208, hidden_size=8, num_hidden_layers=6),
+        SIGLIP,
+        {"mm_tokens_per_image": 4},
+    ),
+]
+
+
+def write_twin(twin: Twin, folder: Path) -> None:
+    """Write a twin as transformers saves it; every parameter is random, norms included."""
+    if twin.vision is None:
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**twin.text))
+    else:
+        model = Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=dict(twin.text), vision_config=dict(twin.vision), **twin.tokens)
+        )
+    generator = torch.Generator().manual_seed(len(twin.name))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.25, generator=generator)
+    model.to(twin.dtype).save_pretrained(folder, max_shard_size=twin.max_shard_size)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {
+        new + name.removeprefix(old) if name.startswith(old) else name: tensor for name, tensor in tensors.items()
+    }
+
+
+def _then(*steps: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
+    def run(tensors: Tensors) -> Tensors:
+        for step in steps:
+            tensors = step(tensors)
+        return tensors
+
+    return run
+
+
+def _with_head(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, name: tensors["language_model.model.embed_tokens.weight"].clone()}
+
+
+_hub = _renamed("vision_tower.", "vision_tower.vision_model.")
+_inside_model = _then(
+    _renamed("multi_modal_projector.", "model.multi_modal_projector."), _renamed("vision_tower.", "model.vision_tower.")
+)
+
+IMAGE_SPELLINGS: dict[str, Callable[[Tensors], Tensors]] = {
+    "hub": _hub,
+    "transformers-5.6": lambda tensors: tensors,
+    "transformers-5.4": _then(_hub, _inside_model, _renamed("language_model.", "model.language_model.")),
+    "raw-state-dict": _then(
+        _with_head("lm_head.weight"), _hub, _inside_model, _renamed("language_model.model.", "model.language_model.")
+    ),
+    "raw-state-dict-5": _then(
+        _with_head("lm_head.weight"), _inside_model, _renamed("language_model.model.", "model.language_model.")
+    ),
+    "raw-state-dict-4.50": _then(_with_head("language_model.lm_head.weight"), _hub),
+    "base-model": _renamed("language_model.model.", "language_model."),
+}
+"""How the tensors of a multimodal model are named in the wild (from the names that transformers 5.23 saves)."""
+
+TEXT_SPELLINGS: dict[str, Callable[[Tensors], Tensors]] = {
+    "published": lambda tensors: tensors,
+    "bare": _renamed("model.", ""),
+    "with-head": lambda tensors: {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+}
+
+
+def respell(source: Path, target: Path, spelling: Callable[[Tensors], Tensors]) -> None:
+    """Copy a single-file checkpoint with its tensors renamed."""
+    shutil.copytree(source, target)
+    save_file(spelling(load_file(source / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
+
+
+def _old_rope(text: dict[str, Any]) -> None:
+    full = text["rope_parameters"]["full_attention"]
+    text["rope_theta"] = full["rope_theta"]
+    text["rope_local_base_freq"] = text["rope_parameters"]["sliding_attention"]["rope_theta"]
+    text["rope_scaling"] = {"factor": full["factor"], "rope_type": "linear"} if full["rope_type"] == "linear" else None
+
+
+def _dialect_4_50(text: dict[str, Any]) -> None:
+    _old_rope(text)
+    text["sliding_window_pattern"] = 6
+    for key in ("rope_parameters", "layer_types", "_sliding_window_pattern", "use_bidirectional_attention"):
+        text.pop(key, None)
+
+
+def _dialect_4_57(text: dict[str, Any]) -> None:
+    _old_rope(text)
+    text["_sliding_window_pattern"] = 6
+    text.pop("rope_parameters")
+
+
+DIALECTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "4.50": _dialect_4_50,
+    "4.57": _dialect_4_57,
+    "both": _old_rope,
+}
+"""How older transformers write the text settings that 5.x writes."""
+
+
+def rewrite_config(source: Path, target: Path, dialect: Callable[[dict[str, Any]], None]) -> None:
+    """Copy a checkpoint with its config in another dialect."""
+    shutil.copytree(source, target)
+    config = json.loads((source / "config.json").read_text())
+    dialect(config.get("text_config", config))
+    config["torch_dtype"] = config.pop("dtype")
+    (target / "config.json").write_text(json.dumps(config))
