@@ -1,5 +1,6 @@
 """The dtypes of safetensors files, and the names that config.json gives to some of them."""
 
+import math
 from typing import Final
 
 BITS: Final = {
@@ -24,7 +25,4 @@ def element_bytes(dtype: str) -> int:
 
 def tensor_bits(dtype: str, shape: tuple[int, ...]) -> int:
     """Size of a tensor in bits; exact for any shape, since Python integers do not overflow."""
-    bits = BITS[dtype]
-    for extent in shape:
-        bits *= extent
-    return bits
+    return BITS[dtype] * math.prod(shape)

@@ -1,6 +1,5 @@
 """A checkpoint folder: config.json, and one safetensors file or several with an index."""
 
-import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.header import Header, TensorEntry, read_header
+from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -74,16 +74,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if _regular_file(path).stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)
-        document = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
-    except RecursionError:
-        raise CheckpointError("is nested too deeply", where=path) from None
-    except ValueError as error:
-        raise CheckpointError(f"is not valid JSON: {error}", where=path) from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"holds a JSON {type(document).__name__}, expected an object", where=path)
-    return document
+    return parse_object(text, path)
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -5,6 +5,7 @@ covered exactly once, without overlap, hole or tail.
 """
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.dtypes import BITS, tensor_bits
+from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
 
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -37,10 +39,7 @@ class TensorEntry:
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +86,7 @@ def read_header(path: Path) -> Header:
         text = _read_json_bytes(fd, identity.size, path)
     finally:
         os.close(fd)
-    try:
-        document = json.loads(text, object_pairs_hook=_refuse_duplicates)
-    except _DuplicateKeyError as error:
-        raise CheckpointError(f"the header names {error.key!r} twice", where=path) from None
-    except RecursionError:
-        raise CheckpointError("the header is nested too deeply", where=path) from None
-    except ValueError as error:
-        raise CheckpointError(f"the header is not valid JSON: {error}", where=path) from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"the header is a JSON {type(document).__name__}, expected an object", where=path)
+    document = parse_object(text, path, "the header ")
     data_start = 8 + len(text)
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -121,23 +111,6 @@ def encode_header(tensors: Iterable[TensorEntry]) -> bytes:
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-class _DuplicateKeyError(ValueError):
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateKeyError(key)
-            seen.add(key)
-    return result
 
 
 def _read_json_bytes(fd: int, size: int, path: Path) -> bytes:

@@ -20,7 +20,7 @@ from t5g2convert.cli.console import (
 from t5g2convert.cli.options import DtypeOption, MappingOption, ShardOption, SourceArgument, parse_size
 
 if TYPE_CHECKING:
-    from t5g2convert.conversion.writer import Progress
+    from t5g2convert.conversion.copying import Progress
 
 
 def convert(

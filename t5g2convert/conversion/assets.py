@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from t5g2convert.errors import CheckpointError, OutputError
 from t5g2convert.version import __version__
 
 MANIFEST_FILE: Final = "t5g2.json"
-MAX_CARRIED_BYTES: Final = 1 << 30
+PIECE_BYTES: Final = 1 << 18
 
 
 def write_assets(plan: Plan, source: Path, folder: Path, written: Written, *, flush: bool) -> None:
@@ -29,14 +29,14 @@ def write_assets(plan: Plan, source: Path, folder: Path, written: Written, *, fl
         shard.name: {"bytes": shard.size, "sha256": written.shards.get(shard.name)} for shard in plan.shards
     }
     documents = {"config.json": plan.config, "generation_config.json": plan.generation_config}
-    contents = {name: _encode(document) for name, document in documents.items()}
-    contents |= {name: _carried(source / name) for name in plan.carried_files}
+    contents: dict[str, Iterable[bytes]] = {name: [_encode(document)] for name, document in documents.items()}
+    contents |= {name: _pieces(source / name) for name in plan.carried_files}
     if len(plan.shards) > 1:
-        contents[INDEX_FILE] = _encode(_index(plan))
-    for name, data in contents.items():
-        _write(folder / name, data, flush=flush)
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest() if hashing else None}
-    _write(folder / MANIFEST_FILE, _encode(_manifest(plan, source, written, files)), flush=flush)
+        contents[INDEX_FILE] = [_encode(_index(plan))]
+    for name, pieces in contents.items():
+        size, digest = _write(folder / name, pieces, flush=flush)
+        files[name] = {"bytes": size, "sha256": digest if hashing else None}
+    _write(folder / MANIFEST_FILE, [_encode(_manifest(plan, source, written, files))], flush=flush)
 
 
 def _manifest(plan: Plan, source: Path, written: Written, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -73,22 +73,29 @@ def _encode(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _carried(path: Path) -> bytes:
+def _pieces(path: Path) -> Iterator[bytes]:
+    """A file of the source, a piece at a time: a tokenizer takes more memory than the rest of the conversion."""
     try:
-        if path.stat().st_size > MAX_CARRIED_BYTES:
-            raise CheckpointError(f"is larger than {MAX_CARRIED_BYTES} bytes", where=path)
-        return path.read_bytes()
+        with path.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                yield piece
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
 
 
-def _write(path: Path, data: bytes, *, flush: bool) -> None:
+def _write(path: Path, pieces: Iterable[bytes], *, flush: bool) -> tuple[int, str]:
+    """Write a file; its size in bytes and its sha256."""
+    size, digest = 0, hashlib.sha256()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
             if flush:
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", where=path) from error
+    return size, digest.hexdigest()

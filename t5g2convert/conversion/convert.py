@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from t5g2convert.conversion.assets import write_assets
+from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES, Plan
 from t5g2convert.conversion.planner import KEEP, build_plan
 from t5g2convert.conversion.staging import Staging, check_space, check_target
-from t5g2convert.conversion.writer import Progress, write_shards
+from t5g2convert.conversion.writer import write_shards
 
 ASSET_BYTES = 64 << 20
 """Room kept for what stands beside the shards; the largest tokenizer files in use take 40 MB."""

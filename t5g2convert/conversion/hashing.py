@@ -7,7 +7,8 @@ one file holds both stacks: a piece that does not follow on the last one is skip
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
@@ -94,3 +95,21 @@ class FileHasher:
                 raise OSError(f"ends at byte {self._position}, expected {end}")
             self._sha256.update(room[:count])
             self._position += count
+
+
+@dataclass(frozen=True, slots=True)
+class Hashers:
+    """The hashers of one conversion, by file name."""
+
+    sources: Mapping[str, FileHasher]
+    shards: Mapping[str, FileHasher]
+
+    def close(self) -> None:
+        """No more pieces come."""
+        for hasher in (*self.sources.values(), *self.shards.values()):
+            hasher.close()
+
+    def abandon(self) -> None:
+        """Stop all; a hasher that is done already does not mind."""
+        for hasher in (*self.sources.values(), *self.shards.values()):
+            hasher.abandon()

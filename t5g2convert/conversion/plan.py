@@ -3,6 +3,7 @@
 Dry run, tables, writer, manifest and tests all read this one object. Nothing here opens a file.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -62,10 +63,7 @@ class PlannedTensor:
     @property
     def elements(self) -> int:
         """Number of parameters."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def resolve(loaded: LoadedMap, checkpoint: Checkpoint) -> Resolution:
     weight_map = loaded.map
     model = read_model(weight_map, checkpoint)
     symbols = {**model.symbols, "vocab": weight_map.vocabulary.cut.get(model.symbols["rows"], model.symbols["rows"])}
-    values = _moved_values(weight_map, model, symbols["vocab"])
+    values = _moved_values(weight_map, model, symbols["vocab"], checkpoint)
     rows = [row for row in weight_map.weights if row.applies(model.conditions)]
     layout = _find_layout(weight_map, rows, symbols, checkpoint)
     collector = _Collector(checkpoint)
@@ -145,13 +145,16 @@ def _find_layout(
     return layout
 
 
-def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int) -> dict[str, Any]:
+def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int, checkpoint: Checkpoint) -> dict[str, Any]:
     """The source's values, with the token ids that lie past the end of the target's table moved into it."""
     values: dict[str, Any] = dict(model.values)
     for name, token in weight_map.vocabulary.moved.items():
         if values[name] >= vocab:
             if "vision" in model.conditions and token >= vocab:
-                raise CheckpointError(f"{name} is {values[name]}, past the {vocab} rows of the embedding table")
+                raise CheckpointError(
+                    f"{name} is {values[name]}, past the {vocab} rows of the embedding table",
+                    where=checkpoint.path / "config.json",
+                )
             values[name] = token
     return values
 
