@@ -55,8 +55,8 @@ class SourceModel(Protocol):
         """Config values, for `$name` in the target's config."""
 
 
-def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path) -> Section:
-    """Validate one section.
+def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path, section: str = "") -> Section:
+    """Validate one section; `section` is its name in config.json, for errors.
 
     Raises:
         CheckpointError: A field has the wrong type or an impossible value; all such fields are named.
@@ -64,8 +64,16 @@ def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path) 
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        reasons = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise CheckpointError("; ".join(reasons), where=where) from None
+        prefix = f"{section}." if section else ""
+        # A field that may have several types gets one reason for each; the field is named once.
+        reasons = {_field_path(item["loc"]): item["msg"] for item in reversed(error.errors())}
+        text = "; ".join(f"{prefix}{field}: {reason}" for field, reason in reversed(reasons.items()))
+        raise CheckpointError(text, where=where) from None
+
+
+def _field_path(location: tuple[int | str, ...]) -> str:
+    """The field and the list positions in it, without pydantic's names of the types that it tried."""
+    return ".".join([str(location[0]), *(str(step) for step in location[1:] if isinstance(step, int))])
 
 
 def subsection(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Checkpoint:
 
     path: Path
     config: Mapping[str, Any]
+    config_text: bytes
     files: Mapping[str, Header]
     tensors: Mapping[str, StoredTensor]
     notes: tuple[str, ...]
@@ -46,10 +47,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: Not a folder, no config, no safetensors weights, or headers and index disagree.
     """
-    if not path.is_dir():
-        found = "is a file, expected a checkpoint folder" if path.exists() else "no such folder"
-        raise CheckpointError(found, where=path, hint="give the folder that holds config.json")
-    config = read_json_object(path / "config.json")
+    _check_folder(path)
+    config_text = read_json_file(path / "config.json")
+    config = parse_object(config_text, path / "config.json")
     names, index, notes = _weight_files(path)
     files = {name: read_header(_regular_file(path / name)) for name in names}
     tensors: dict[str, StoredTensor] = {}
@@ -62,7 +62,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
             tensors[entry.name] = StoredTensor(name, entry)
     if index is not None:
         _check_index(index, tensors, path / INDEX_FILE)
-    return Checkpoint(path, config, files, tensors, notes)
+    return Checkpoint(path, config, config_text, files, tensors, notes)
+
+
+def _check_folder(path: Path) -> None:
+    hint = "give the folder that holds config.json"
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise CheckpointError("no such folder", where=path, hint=hint) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"cannot be read: {reason}", where=path, hint=hint) from None
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError("is a file, expected a checkpoint folder", where=path, hint=hint)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -71,13 +84,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing, too large, not JSON, or holds something else.
     """
+    return parse_object(read_json_file(path), path)
+
+
+def read_json_file(path: Path) -> bytes:
+    """The bytes of a file that is small enough to be parsed.
+
+    Raises:
+        CheckpointError: The file is missing, too large, or cannot be read.
+    """
     try:
         if _regular_file(path).stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
-    return parse_object(text, path)
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
@@ -111,6 +132,9 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, tuple[s
     index = _read_index(path / INDEX_FILE)
     shards = sorted(set(index.values()))
     if not has_single or SINGLE_FILE in shards:
+        absent = [name for name in shards if not os.path.lexists(path / name)]
+        if len(absent) > 1:
+            raise CheckpointError(f"{INDEX_FILE} names files that are missing: {some(absent)}", where=path)
         return shards, index, ()
     present = [name for name in shards if os.path.lexists(path / name)]
     if present:
@@ -145,14 +169,15 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("has no weight_map", where=path)
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
+        if not isinstance(shard, str) or not is_plain_name(shard):
             raise CheckpointError(
                 f"{tensor!r} points to {shard!r}, expected the name of a file beside the index", where=path
             )
     return weight_map
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
+    """Whether a name stays in its folder: no path, nothing that a path could be made of."""
     return name not in {"", ".", ".."} and not any(character in name for character in "/\\\0")
 
 

@@ -6,6 +6,7 @@ Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta
 larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,9 @@ def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
         return fields["layer_types"]
     pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
     depth = fields.get("num_hidden_layers", 26)
-    if type(pattern) is not int or pattern < 1 or type(depth) is not int:
+    if type(depth) is not int:
+        return []  # num_hidden_layers is refused by its own name
+    if type(pattern) is not int or pattern < 1:
         raise CheckpointError(f"sliding_window_pattern {pattern!r} is not a positive number of layers", where=where)
     return ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(depth)]
 
@@ -197,8 +200,8 @@ def _rope(fields: Mapping[str, Any], where: Path) -> dict[str, float]:
     def settle(old: str, old_value: object, new: str, new_value: object, default: float) -> float:
         given = {name: value for name, value in ((old, old_value), (new, new_value)) if value is not None}
         for name, value in given.items():
-            if type(value) not in (int, float):
-                raise CheckpointError(f"{name} is {value!r}, expected a number", where=where)
+            if type(value) not in (int, float) or not 0 < value < math.inf:  # type: ignore[operator]
+                raise CheckpointError(f"{name} is {value!r}, expected a positive number", where=where)
         if len(set(given.values())) > 1:
             raise CheckpointError(
                 f"{old} says {old_value} but {new} says {new_value}", where=where, hint="remove the wrong one"

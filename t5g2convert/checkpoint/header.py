@@ -21,6 +21,10 @@ MAX_HEADER_BYTES: Final = 100_000_000
 """The library's own limit."""
 
 
+MAX_EXTENT: Final = 2**64 - 1
+"""Largest number that readers can hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a safetensors file; `start` and `end` are byte positions in the file, not in its data section."""
@@ -146,10 +150,15 @@ def _parse_entry(name: str, fields: object, data_start: int, path: Path) -> Tens
         raise refuse(f"shape {shape!r} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int and at >= 0 for at in offsets):
         raise refuse(f"data_offsets {offsets!r} are not two positions")
+    if max((*shape, *offsets), default=0) > MAX_EXTENT:
+        raise refuse("a size or offset does not fit into 64 bits")
     start, end = offsets
     bits = tensor_bits(dtype, tuple(shape))
     if end < start or bits != 8 * (end - start):
-        raise refuse(f"{dtype} of shape {shape} takes {bits / 8:g} bytes, but its data_offsets span {end - start}")
+        half = ".5" if bits % 8 else ""
+        raise refuse(f"{dtype} of shape {shape} takes {bits // 8}{half} bytes, but its data_offsets span {end - start}")
+    if math.prod(extent for extent in shape if extent) > MAX_EXTENT:
+        raise refuse(f"shape {shape} does not fit into 64 bits")
     return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + end)
 
 

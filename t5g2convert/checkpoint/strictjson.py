@@ -19,7 +19,7 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
         CheckpointError: It is not JSON, not an object, nested too deeply, or has a key twice.
     """
     try:
-        document = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        document = json.loads(text.decode(), object_pairs_hook=_checked)
     except _DuplicateKeyError as error:
         raise CheckpointError(f"{subject}names {error.key!r} twice", where=where) from None
     except RecursionError:
@@ -37,8 +37,12 @@ class _DuplicateKeyError(ValueError):
         self.key = key
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ and are text that can be written again (JSON can spell half of a surrogate pair)."""
     result = dict(pairs)
+    for key in result:
+        if not key.isascii():
+            key.encode()
     if len(result) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:

@@ -71,9 +71,9 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2", where=where)
     encoder = subsection(config, "encoder", where)
     return T5Gemma2(
-        parse_section(Stack, subsection(encoder, "text_config", where), where),
-        parse_section(Stack, subsection(config, "decoder", where), where),
-        parse_section(Tower, subsection(encoder, "vision_config", where), where),
+        parse_section(Stack, subsection(encoder, "text_config", where), where, "encoder.text_config"),
+        parse_section(Stack, subsection(config, "decoder", where), where, "decoder"),
+        parse_section(Tower, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
     )
 
 

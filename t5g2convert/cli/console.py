@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Add the traceback to an error.")]
 
-PLAIN_WIDTH: Final = 140
-"""Columns of tables that do not go to a terminal."""
+PLAIN_WIDTH: Final = 400
+"""Columns at most of a table that does not go to a terminal: enough for every name to stand whole."""
 
 PART_STYLES: Final = {
     "embedding": "yellow", "encoder": "cyan", "decoder": "magenta", "vision": "green", "projector": "blue",
@@ -53,7 +53,7 @@ def table(*columns: str, title: str | None = None, right: Iterable[int] = ()) ->
 
     result = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
-        result.add_column(column, justify="right" if position in set(right) else "left")
+        result.add_column(column, justify="right" if position in set(right) else "left", overflow="fold")
     return result
 
 

@@ -45,7 +45,7 @@ def convert(
     check_target(output, source, overwrite=overwrite)
     plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=parse_size(max_shard_size))
     with _progress_bar(plan.nbytes) as progress:
-        done = execute(plan, source, output, hashing=hashing, flush=flush, progress=progress)
+        done = execute(plan, source, output, overwrite=overwrite, hashing=hashing, flush=flush, progress=progress)
     if as_json:
         emit_json(done.to_json())
         return

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from t5g2convert.cli.console import DebugOption, console, parameter_table, size_text
+from t5g2convert.cli.console import DebugOption, console, parameter_table, printable, size_text
 from t5g2convert.errors import CheckpointError, OutputError
 
 DEMO_CONFIG: Final[dict[str, Any]] = {
@@ -86,7 +86,7 @@ def demo(
         screen.print(f"   {child.family}: all {len(child.tensors)} tensors that its config implies, and no other\n")
         screen.print(parameter_table(child.parameters, title="T5Gemma 2"))
         if out is not None:
-            screen.print(f"kept in {out}", soft_wrap=True)
+            screen.print(f"kept in {printable(str(out))}", soft_wrap=True)
         screen.print("Your own:  t5g2 convert PATH/TO/gemma-3 OUTPUT", style="bold")
 
 

@@ -1,10 +1,12 @@
 """`t5g2`: the application, its exit codes, and the one place where errors become text."""
 
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any, Final, NoReturn
 
@@ -12,7 +14,7 @@ import typer
 
 from t5g2convert.cli import convert, demo, inspect, mappings, plan
 from t5g2convert.cli.console import emit_json, printable
-from t5g2convert.errors import Interrupted, T5g2Error
+from t5g2convert.errors import Interrupted, MappingError, T5g2Error, UsageError
 from t5g2convert.version import __version__
 
 SHOWN_DETAILS: Final = 20
@@ -59,20 +61,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = app(arguments, standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of our output has gone; Python must not complain when it flushes on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except BaseException as error:  # noqa: BLE001 - the one place where every error ends
         code = report(error, as_json="--json" in arguments, debug="--debug" in arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has gone; Python must not complain when it flushes once more on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Print an error, on one line where it has no list of offenders, and return its exit code."""
+    # Typer and rich make an exit of a pipe whose reader has gone; that is no error.
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+        return 0
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, typer.Exit):
@@ -80,35 +88,39 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     if isinstance(error, typer.Abort):
         error = Interrupted(signal.SIGINT)
     if debug:
-        traceback.print_exception(error)
+        sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
     if isinstance(error, CommandLineError):
-        known = _usage_error(error)
-        code = 2
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error}\n")
+            return UsageError.exit_code
+        known: T5g2Error = _usage_error(error)
     elif isinstance(error, T5g2Error):
-        known, code = error, error.exit_code
+        known = error
     else:
         known = T5g2Error(
             f"a bug in t5g2: {type(error).__name__}: {error}", hint="run again with --debug and report what it prints"
         )
-        code = 1
     if as_json:
-        document = {"code": code, "message": known.message, "where": known.where, "hint": known.hint}
-        emit_json({"error": {**document, "details": list(known.details)}})
-    print(_text(known), file=sys.stderr)  # noqa: T201
-    return code
+        document = {"code": known.exit_code, "message": known.message, "where": known.where, "hint": known.hint}
+        with suppress(BrokenPipeError):
+            emit_json({"error": {**document, "details": list(known.details)}})
+    sys.stderr.write(_text(known) + "\n")
+    return known.exit_code
 
 
-def _usage_error(error: Any) -> T5g2Error:
+def _usage_error(error: Any) -> UsageError:
     context = getattr(error, "ctx", None)
     hint = None if context is None else f"see {context.command_path} --help"
-    return T5g2Error(" ".join(error.format_message().split()), hint=hint)
+    return UsageError(" ".join(error.format_message().split()), hint=hint)
 
 
 def _text(error: T5g2Error) -> str:
-    lines = [f"t5g2: {error}", *(f"  {detail}" for detail in error.details[:SHOWN_DETAILS])]
+    # Only a map's error has lines of its own: the place in the file, with a caret.
+    first = printable(f"t5g2: {error}", keep="\n" if isinstance(error, MappingError) else "")
+    lines = [first, *(f"  {printable(detail)}" for detail in error.details[:SHOWN_DETAILS])]
     if len(error.details) > SHOWN_DETAILS:
         lines.append(f"  and {len(error.details) - SHOWN_DETAILS} more; --json lists all")
-    return "\n".join(printable(line, keep="\n") for line in lines)
+    return "\n".join(lines)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

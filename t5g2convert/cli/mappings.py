@@ -57,18 +57,20 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
         marks = [] if isinstance(row.op, Copy) else [f"{key} {value}" for key, value in row.op.model_dump().items()]
         marks += ["merged attention"] if row.merged_attention else []
         marks += [row.when.replace("_", " ") + " only" if row.when == "vision" else "text only"] if row.when else []
-        targets = Text("\n").join(Text(f"{part}: {target}", PART_STYLES[part]) for part, target in row.to.items())
+        targets = Text("\n").join(
+            Text(f"{part}: {printable(target)}", PART_STYLES[part]) for part, target in row.to.items()
+        )
         for tied in row.tied:
-            targets.append(f"\ntied: {tied}", "dim")
-        rows.add_row(row.from_ or "-", ", ".join(map(str, row.shape)), "\n".join(marks), targets)
+            targets.append(f"\ntied: {printable(tied)}", "dim")
+        rows.add_row(printable(row.from_ or "-"), ", ".join(map(str, row.shape)), "\n".join(marks), targets)
     out.print(rows)
     drops = table("dropped", "because", "must equal")
     for drop in weight_map.drop:
-        drops.add_row(drop.from_, drop.because, drop.must_equal or "")
+        drops.add_row(*map(printable, (drop.from_, drop.because, drop.must_equal or "")))
     out.print(drops)
     roots = table("root", "spellings")
     for root, spellings in weight_map.roots.items():
-        roots.add_row(f"{{{root}}}", "  ".join(map(repr, spellings)))
+        roots.add_row(f"{{{printable(root)}}}", "  ".join(map(repr, spellings)))
     out.print(roots)
 
 

@@ -1,6 +1,7 @@
 """Options that `plan` and `convert` share."""
 
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -17,9 +18,9 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 4GiB")
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size < 1:
-        raise typer.BadParameter("a shard needs at least one byte")
+    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if not 1 <= size < 2**63:
+        raise typer.BadParameter(f"{text!r} is no size that a file can have")
     return size
 
 
@@ -36,5 +37,6 @@ DtypeOption = Annotated[
     str, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
 ]
 ShardOption = Annotated[
-    str, typer.Option("--max-shard-size", help="Largest output file, as 5GB, 500MB or 4GiB.", metavar="SIZE")
+    str,
+    typer.Option("--max-shard-size", help="Largest sum of tensors in one file, as 5GB, 500MB or 4GiB.", metavar="SIZE"),
 ]

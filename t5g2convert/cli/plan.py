@@ -78,6 +78,4 @@ def _show_tensors(made: "Plan") -> None:
             "" if source is None else f"{printable(source.file)}[{source.start}:{source.end}]",
             f"{tensor.shard}[{tensor.start}:{tensor.end}]",
         )
-    wide = console()
-    wide.width = max(wide.width, 260) if not wide.is_terminal else wide.width
-    wide.print(listing)
+    console().print(listing)

@@ -36,16 +36,15 @@ def write_assets(plan: Plan, source: Path, folder: Path, written: Written, *, fl
     for name, pieces in contents.items():
         size, digest = _write(folder / name, pieces, flush=flush)
         files[name] = {"bytes": size, "sha256": digest if hashing else None}
-    _write(folder / MANIFEST_FILE, [_encode(_manifest(plan, source, written, files))], flush=flush)
+    _write(folder / MANIFEST_FILE, [_encode(_manifest(plan, written, files))], flush=flush)
 
 
-def _manifest(plan: Plan, source: Path, written: Written, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What made this folder, from what. No timestamps and no local paths: the same input gives the same bytes."""
-    config = (source / "config.json").read_bytes()
     sources = {
         file.name: {"bytes": file.identity.size, "sha256": written.sources.get(file.name)} for file in plan.source_files
     }
-    sources["config.json"] = {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}
+    sources["config.json"] = {"bytes": plan.source_config.size, "sha256": plan.source_config.sha256}
     return {
         "format": 1,
         "tool": {"name": "t5g2convert", "version": __version__},

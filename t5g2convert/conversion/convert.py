@@ -84,7 +84,7 @@ def convert(
     """
     check_target(output, source, overwrite=overwrite)
     plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    return execute(plan, source, output, hashing=hashing, flush=flush, progress=progress)
+    return execute(plan, source, output, overwrite=overwrite, hashing=hashing, flush=flush, progress=progress)
 
 
 def execute(
@@ -92,13 +92,14 @@ def execute(
     source: Path,
     output: Path,
     *,
+    overwrite: bool = False,
     hashing: bool = True,
     flush: bool = True,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Execute a plan that `build_plan` made of `source`; the output, if it exists, is replaced at the end."""
+    """Execute a plan that `build_plan` made of `source`; see `convert`."""
     check_space(output, plan.nbytes + ASSET_BYTES)
-    with Staging(output, flush=flush) as staging:
+    with Staging(output, overwrite=overwrite, flush=flush) as staging:
         written = write_shards(plan, source, staging.folder, hashing=hashing, flush=flush, progress=progress or _silent)
         write_assets(plan, source, staging.folder, written, flush=flush)
         staging.commit()

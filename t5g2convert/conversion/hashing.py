@@ -69,7 +69,7 @@ class FileHasher:
             try:
                 if self._failure is None and not self._abandoned:
                     self._take(offset, data)
-            except OSError as error:
+            except BaseException as error:  # noqa: BLE001 - the thread must go on handing buffers back
                 self._failure = error
             finally:
                 del data, piece

@@ -84,6 +84,14 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceConfig:
+    """The source's config.json that the plan was made from: its size in bytes and its sha256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Dropped:
     """A source tensor that is left behind, and the bytes that it must repeat for that to be allowed."""
 
@@ -109,6 +117,7 @@ class Plan:
     dropped: tuple[Dropped, ...]
     tied: Mapping[str, str]
     source_files: tuple[SourceFile, ...]
+    source_config: SourceConfig
     carried_files: tuple[str, ...]
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]

@@ -1,5 +1,6 @@
 """From a map and a checkpoint's headers to a plan."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from t5g2convert.conversion.plan import (
     Dropped,
     Kind,
     Plan,
+    SourceConfig,
     SourceFile,
     SourceRange,
 )
@@ -92,6 +94,7 @@ def plan_checkpoint(checkpoint: Checkpoint, loaded: LoadedMap, *, dtype: str, ma
         ),
         tied={name: item.target for item in resolution.targets for name in item.row.tied},
         source_files=tuple(SourceFile(name, header.identity) for name, header in checkpoint.files.items()),
+        source_config=SourceConfig(len(checkpoint.config_text), hashlib.sha256(checkpoint.config_text).hexdigest()),
         carried_files=_carried_files(weight_map, checkpoint),
         config=config,
         generation_config=fill(weight_map.generation_config, generation, resolution.model.conditions),

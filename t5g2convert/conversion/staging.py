@@ -3,11 +3,14 @@
 import fcntl
 import os
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from t5g2convert.errors import OutputError
+from t5g2convert.errors import Interrupted, OutputError
 
 STAGING_SUFFIX: Final = ".t5g2-staging"
 OLD_SUFFIX: Final = ".t5g2-old"
@@ -19,13 +22,13 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: It is a file or a folder with something in it, or it and the source contain each other.
     """
-    real, real_source = target.resolve(), source.resolve()
+    real, real_source = _real(target), _real(source)
     if real == real_source or real in real_source.parents or real_source in real.parents:
         relation = "is" if real == real_source else "contains" if real in real_source.parents else "lies inside"
         raise OutputError(f"{relation} the source folder", where=target, hint="choose another folder")
     if not os.path.lexists(target):
         return
-    if not target.is_dir():
+    if not os.path.isdir(target):  # noqa: PTH112 - False, and no error, for a name that no folder can have
         raise OutputError("exists and is not a folder", where=target)
     if not overwrite and any(target.iterdir()):
         raise OutputError("exists and is not empty", where=target, hint="--overwrite replaces it")
@@ -44,8 +47,14 @@ def check_space(target: Path, need: int) -> None:
 
 def free_bytes(target: Path) -> int:
     """Bytes free for this user where `target` is or would be."""
-    existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
+    folders = (target.absolute(), *target.absolute().parents)
+    existing = next(folder for folder in folders if os.path.exists(folder))  # noqa: PTH110 - as above
     return shutil.disk_usage(existing).free
+
+
+def _real(path: Path) -> Path:
+    """The path without links; a link that leads nowhere, or to itself, stays as it is."""
+    return Path(os.path.realpath(path))
 
 
 def _flush_folder(folder: Path) -> None:
@@ -56,34 +65,52 @@ def _flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off SIGINT and SIGTERM: what the block does to the disk and what it notes of it belong together."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Staging:
     """A locked folder beside the target, as a context: removed on the way out unless `commit` was called.
 
     The lock is on the folder itself, so that it goes with the process that held it; whoever finds the folder without a
     lock may clear it away.
+
+    Args:
+        target: The folder to be written.
+        overwrite: Whether a target that has something in it is replaced.
+        flush: Whether the folder and its parent are flushed to the disk around the rename.
     """
 
-    def __init__(self, target: Path, *, flush: bool = True) -> None:
-        self.flush = flush
-        self.target = target.resolve()
+    def __init__(self, target: Path, *, overwrite: bool = False, flush: bool = True) -> None:
+        self.target = _real(target)
         self.folder = self.target.with_name(f".{self.target.name}{STAGING_SUFFIX}")
         self.old = self.target.with_name(f".{self.target.name}{OLD_SUFFIX}")
+        self._overwrite, self._flush = overwrite, flush
         self._fd = -1
-        self._made_parents: list[Path] = []
+        self._made: list[Path] = []
         self._committed = False
 
     def __enter__(self) -> Self:
         try:
-            self._make_parents()
-            self._lock()
-            self._clear()
-            if self.old.exists() and not self.target.exists():
-                self.old.rename(self.target)
-        except OSError as error:
-            self._leave()
-            raise OutputError(f"cannot be written: {error.strerror}", where=self.target) from error
-        except BaseException:
-            self._leave()
+            with _uninterrupted():
+                self._make_parents()
+                self._lock()
+                self._clear()
+                if self.old.exists() and not self.target.exists():
+                    self.old.rename(self.target)
+            # Looked at again, now that nobody else can write: it may have been filled since.
+            check_target(self.target, self.folder / "source", overwrite=self._overwrite)
+        except BaseException as error:
+            with _uninterrupted():
+                self._leave()
+            if isinstance(error, OSError):
+                raise OutputError(f"cannot be written: {error.strerror}", where=self.target) from error
             raise
         return self
 
@@ -91,44 +118,55 @@ class Staging:
         """Flush the folder, put it in the target's place, flush the parent.
 
         Raises:
-            OutputError: The rename failed; the target is as it was.
+            OutputError: The rename failed, and the target is as it was; or the parent could not be flushed.
         """
-        try:
-            if self.flush:
-                os.fsync(self._fd)
-            replaced = self.target.exists() and any(self.target.iterdir())
-            if replaced:
-                shutil.rmtree(self.old, ignore_errors=True)
-                self.target.rename(self.old)
+        with _uninterrupted():
             try:
-                self.folder.rename(self.target)
-            except BaseException:
-                if replaced:
-                    self.old.rename(self.target)
-                raise
-            self._committed = True
-            if self.flush:
-                _flush_folder(self.target.parent)
-            if replaced:
-                shutil.rmtree(self.old, ignore_errors=True)
-        except OSError as error:
-            raise OutputError(f"cannot be put in place: {error.strerror}", where=self.target) from error
+                self._put_in_place()
+            except OSError as error:
+                raise OutputError(f"cannot be put in place: {error.strerror}", where=self.target) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._leave()
+        # After one signal the next must end the process at once, also in the middle of cleaning up.
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        with nullcontext() if stopped else _uninterrupted():
+            self._leave()
+
+    def _put_in_place(self) -> None:
+        if self._flush:
+            os.fsync(self._fd)
+        replaced = self.target.exists() and any(self.target.iterdir())
+        if replaced:
+            shutil.rmtree(self.old, ignore_errors=True)
+            self.target.rename(self.old)
+        try:
+            self.folder.rename(self.target)
+        except OSError:
+            if replaced:
+                self.old.rename(self.target)
+            raise
+        self._committed = True
+        try:
+            if self._flush:
+                _flush_folder(self.target.parent)
+        finally:
+            if replaced:
+                shutil.rmtree(self.old, ignore_errors=True)
 
     def _make_parents(self) -> None:
-        missing = [folder for folder in self.target.parents if not folder.exists()]
-        for folder in reversed(missing):
+        parents = [folder for folder in self.target.parents if not os.path.exists(folder)]  # noqa: PTH110 - as above
+        for folder in reversed(parents):
             folder.mkdir()
-            self._made_parents.insert(0, folder)
+            self._made.insert(0, folder)
 
     def _lock(self) -> None:
         """Take the folder; another process may rename or remove it between any two calls, so look again afterwards."""
         while True:
-            self.folder.mkdir(exist_ok=True)
+            if not self.folder.exists():
+                self.folder.mkdir(exist_ok=True)
+                self._made.insert(0, self.folder)
             self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,25 +183,24 @@ class Staging:
             self._fd = -1
 
     def _clear(self) -> None:
+        """Make the folder as if it were new: empty, and with the permissions of one."""
         for item in self.folder.iterdir():
             if item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item)
             else:
                 item.unlink()
+        umask = os.umask(0o077)
+        os.umask(umask)
+        os.fchmod(self._fd, 0o777 & ~umask)
 
     def _leave(self) -> None:
-        if self._fd < 0:
-            self._remove_parents()
-            return
+        """Remove what was made, unless it was put in place, and let go of the lock."""
         if not self._committed:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._remove_parents()
-        os.close(self._fd)
-        self._fd = -1
-
-    def _remove_parents(self) -> None:
-        for folder in self._made_parents:
-            try:
-                folder.rmdir()
-            except OSError:
-                return
+            if self._fd >= 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self._made:
+                with suppress(OSError):
+                    folder.rmdir()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -78,7 +78,7 @@ def write_shards(plan: Plan, source: Path, folder: Path, *, hashing: bool, flush
             for name, fd in shards.items():
                 with output_errors(folder / name):
                     os.fsync(fd)
-        written = Written({}, {}) if hashers is None else _digests(hashers)
+        written = Written({}, {}) if hashers is None else _digests(hashers, source, folder)
         _check_unchanged(plan, sources, source)
     return written
 
@@ -202,11 +202,17 @@ def _start_hashers(plan: Plan, sources: dict[str, int], shards: dict[str, int]) 
     )
 
 
-def _digests(hashers: Hashers) -> Written:
-    return Written(
-        {name: hasher.hexdigest() for name, hasher in hashers.sources.items()},
-        {name: hasher.hexdigest() for name, hasher in hashers.shards.items()},
-    )
+def _digests(hashers: Hashers, source: Path, folder: Path) -> Written:
+    written = Written({}, {})
+    for name, hasher in hashers.sources.items():
+        try:
+            written.sources[name] = hasher.hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=source / name) from error
+    for name, hasher in hashers.shards.items():
+        with output_errors(folder / name):
+            written.shards[name] = hasher.hexdigest()
+    return written
 
 
 def _jobs(plan: Plan, sources: dict[str, int], shards: dict[str, int]) -> list[Job]:

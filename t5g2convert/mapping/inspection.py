@@ -197,8 +197,7 @@ def _inspection(
     for item in tensors:
         elements = checkpoint.tensors[item.name].entry.elements
         dtypes[item.dtype] += elements
-        if item.part not in (DROPPED, TIED):
-            counted[item.part] += elements
+        counted[item.part] += elements
     return Inspection(
         path=checkpoint.path,
         family=str(checkpoint.config["model_type"]),

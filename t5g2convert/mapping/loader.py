@@ -16,6 +16,11 @@ from t5g2convert.errors import MappingError
 
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 32
+MAX_DIGITS: Final = 18
+"""Digits of a number; every such number fits into 64 bits."""
+
+SHOWN_COLUMNS: Final = 200
+"""Columns of a line that an error shows."""
 
 NodePath = tuple[str | int, ...]
 """Where a node stands in the document: the keys and list positions that lead to it."""
@@ -66,14 +71,25 @@ def load_yaml(path: Path) -> Document:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise MappingError(f"is not UTF-8 text (byte {error.start})", where=path) from None
+        before = raw[: error.start].decode()
+        raise _error(path, before, _position(before, len(before)), "a byte that is not UTF-8 text") from None
     return _Reader(path, text).read()
+
+
+def _position(text: str, index: int) -> Position:
+    """The line and column of a character."""
+    line_start = text.rfind("\n", 0, index) + 1
+    return Position(text.count("\n", 0, index), index - line_start)
 
 
 def _error(path: Path, text: str, at: Position, reason: str, hint: str | None = None) -> MappingError:
     lines = text.splitlines()
     line = lines[at.line] if at.line < len(lines) else ""
-    caret = f"\n  {line}\n  {' ' * at.column}^"
+    start = at.column - SHOWN_COLUMNS // 2 if at.column >= SHOWN_COLUMNS else 0
+    shown = "".join(
+        character if character.isprintable() or character == "\t" else "\N{REPLACEMENT CHARACTER}" for character in line
+    )
+    caret = f"\n  {shown[start : start + SHOWN_COLUMNS]}\n  {' ' * (at.column - start)}^"
     return MappingError(reason + caret, where=f"{path}:{at.line + 1}:{at.column + 1}", hint=hint)
 
 
@@ -102,6 +118,9 @@ class _Reader:
             mark = error.problem_mark or error.context_mark
             at = Position(mark.line, mark.column) if mark else Position(0, 0)
             raise _error(self.path, self.text, at, str(error.problem or error.context)) from None
+        except yaml.reader.ReaderError as error:
+            at = _position(self.text, error.position)
+            raise _error(self.path, self.text, at, "a character that YAML does not allow") from None
         except yaml.YAMLError as error:
             raise MappingError(f"is not YAML: {error}".replace("\n", " "), where=self.path) from None
         return Document(self.path, self.text, data, self.positions)
@@ -166,6 +185,8 @@ class _Reader:
         if value in _WORDS:
             return _WORDS[value]
         if _INTEGER.match(value):
+            if len(value) > MAX_DIGITS:
+                raise self._refuse(f"a number of more than {MAX_DIGITS} digits")
             return int(value)
         if _FLOAT.match(value):
             return float(value)

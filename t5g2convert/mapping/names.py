@@ -36,6 +36,11 @@ def index_of(pattern: str) -> str | None:
     return next((name for name in placeholders(pattern) if name in INDEX_RANGES), None)
 
 
+def unknown_placeholder(pattern: str, roots: Mapping[str, object]) -> str | None:
+    """The first name in braces that is neither root nor index."""
+    return next((name for name in placeholders(pattern) if name not in INDEX_RANGES and name not in roots), None)
+
+
 def pattern_fault(pattern: str, roots: Mapping[str, object]) -> str | None:
     """Why a pattern is not of the grammar, or None."""
     names = placeholders(pattern)

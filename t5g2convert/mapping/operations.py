@@ -6,12 +6,18 @@ for each class (a test compares the two lists).
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Size = int | str
+Size = Annotated[int, Field(ge=0)] | str
 """A size in a map: a number, or a symbol that stands for one."""
+
+
+def _only_true(value: bool) -> bool:
+    if not value:
+        raise ValueError("expected true; without zeros leave the operation out")
+    return value
 
 
 class Operation(BaseModel):
@@ -73,7 +79,7 @@ class Zeros(Operation):
 
     carries: ClassVar[bool] = False
 
-    zeros: bool
+    zeros: Annotated[bool, AfterValidator(_only_true)]
 
 
 AnyOperation = TakeRows | ScaledRow | Zeros

@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, some
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
-from t5g2convert.mapping.operations import Size
+from t5g2convert.mapping.operations import Size, TakeRows
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
@@ -242,6 +242,8 @@ def _checked(row: Row, name: str, symbols: Mapping[str, int], collector: _Collec
             f"misshapen: {name} has shape {list(tensor.entry.shape)}, "
             f"expected {list(expected)} ({', '.join(map(str, row.shape))})"
         )
+    elif isinstance(row.op, TakeRows) and (taken := _sizes(row.target_shape, symbols)[0]) > expected[0]:
+        collector.misshapen.append(f"misshapen: {name} has {expected[0]} rows, of which {taken} cannot be taken")
     if tensor.entry.dtype not in CONFIG_NAMES:
         collector.misshapen.append(
             f"misshapen: {name} has dtype {tensor.entry.dtype}, expected one of {', '.join(CONFIG_NAMES)}"

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
 from t5g2convert.mapping.operations import AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
 
 Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
@@ -19,7 +20,7 @@ _BY_KEY: dict[str, type[Operation]] = {"take_rows": TakeRows, "scaled_row": Scal
 class Declaration(BaseModel):
     """Frozen, strictly typed, and closed: an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 def _operation(value: object) -> object:
@@ -29,6 +30,27 @@ def _operation(value: object) -> object:
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in _BY_KEY:
         raise ValueError(f"expected one operation of: {', '.join(_BY_KEY)}")
     return _BY_KEY[next(iter(value))].model_validate(value)
+
+
+def _file_name(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError("expected the name of a file in the source folder")
+    if name in RESERVED_FILES or name.endswith(".safetensors"):
+        raise ValueError("the conversion writes this file itself")
+    return name
+
+
+def _spelling(prefix: str) -> str:
+    if "{" in prefix or "}" in prefix:
+        raise ValueError("a spelling is a prefix as it stands, without braces")
+    return prefix
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+Spelling = Annotated[str, AfterValidator(_spelling)]
+
+RESERVED_FILES = frozenset({"config.json", "generation_config.json", "t5g2.json", INDEX_FILE})
+"""What a conversion writes, and so carries over from no source."""
 
 
 class Source(Declaration):
@@ -49,10 +71,10 @@ class Target(Declaration):
 class Vocabulary(Declaration):
     """Which rows of the embedding table are real."""
 
-    cut: dict[int, int] = Field(
+    cut: dict[PositiveInt, PositiveInt] = Field(
         default_factory=dict, description="Rows in the source to rows in the target; tables of other lengths are kept."
     )
-    moved: dict[str, int] = Field(
+    moved: dict[str, NonNegativeInt] = Field(
         default_factory=dict,
         description="Token id by the name of its config value, used where the source's lies past the cut.",
     )
@@ -98,7 +120,7 @@ class Drop(Declaration):
 class Files(Declaration):
     """What is copied beside the weights."""
 
-    carry: list[str] = Field(default_factory=list, description="File names, copied where the source has them.")
+    carry: list[FileName] = Field(default_factory=list, description="File names, copied where the source has them.")
 
 
 class WeightMap(Declaration):
@@ -109,7 +131,7 @@ class WeightMap(Declaration):
     title: str = Field(description="One line for lists.")
     source: Source
     target: Target
-    roots: dict[str, list[str]] = Field(
+    roots: dict[str, Annotated[list[Spelling], Field(min_length=1)]] = Field(
         description="Name of a family of tensors to the spellings of its prefix; one of them is in a checkpoint."
     )
     vocabulary: Vocabulary = Field(default=Vocabulary())

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from t5g2convert.errors import MappingError
 from t5g2convert.mapping.families import CONDITIONS, FAMILIES
 from t5g2convert.mapping.loader import Document, NodePath, load_yaml
-from t5g2convert.mapping.names import index_of, pattern_fault, root_of
+from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
 from t5g2convert.mapping.operations import Zeros
 from t5g2convert.mapping.schema import Row, WeightMap
 from t5g2convert.mapping.template import TARGET_VALUES, template_faults
@@ -54,7 +54,12 @@ Fault = tuple[str, NodePath, str | None]
 
 
 def _schema_error(document: Document, error: ValidationError) -> MappingError:
-    first = error.errors()[0]
+    # A misspelt key is also a missing one; the spelling is what helps.
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "missing":
+        beside = (item for item in errors if item["loc"][:-1] == first["loc"][:-1])
+        first = next((item for item in beside if item["type"] == "extra_forbidden"), first)
     at: NodePath = first["loc"]
     if first["type"] == "extra_forbidden":
         name = str(at[-1])
@@ -95,23 +100,32 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
     terms = [FAMILIES[model_type].terms for model_type in weight_map.source.model_type]
     symbols = {name for model in terms for name in model.symbols} | {"vocab"}
     values = {name for model in terms for name in model.values}
-    yield from _moved_faults(weight_map, values)
+    numbers = {name for model in terms for name, value in model.values.items() if type(value) is int}
+    yield from _vocabulary_faults(weight_map, numbers)
     for position, row in enumerate(weight_map.weights):
         yield from _row_faults(row, weight_map.roots, symbols, ("weights", position))
     for position, drop in enumerate(weight_map.drop):
         for key, pattern in (("from", drop.from_), ("must_equal", drop.must_equal)):
             if pattern is not None and (fault := pattern_fault(pattern, weight_map.roots)):
-                yield fault, ("drop", position, key), did_you_mean(root_of(pattern) or "", weight_map.roots)
+                yield fault, ("drop", position, key), _placeholder_hint(pattern, weight_map.roots)
     yield from _repeated(weight_map)
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
         for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), (key,)):
             yield reason, at, did_you_mean(unknown, values | set(TARGET_VALUES)) if unknown else None
 
 
-def _moved_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
+def _vocabulary_faults(weight_map: WeightMap, numbers: set[str]) -> Iterator[Fault]:
+    for rows, kept in weight_map.vocabulary.cut.items():
+        if kept > rows:
+            yield f"a table of {rows} rows cannot be cut to {kept}", ("vocabulary", "cut", rows), None
     for name in weight_map.vocabulary.moved:
-        if name not in values:
-            yield f"unknown value {name!r}", ("vocabulary", "moved", name, "<key>"), did_you_mean(name, values)
+        if name not in numbers:
+            yield f"unknown value {name!r}", ("vocabulary", "moved", name, "<key>"), did_you_mean(name, numbers)
+
+
+def _placeholder_hint(pattern: str, roots: Mapping[str, object]) -> str | None:
+    unknown = unknown_placeholder(pattern, roots)
+    return None if unknown is None else did_you_mean(unknown, (*roots, *INDEX_RANGES))
 
 
 def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: NodePath) -> Iterator[Fault]:
@@ -123,11 +137,11 @@ def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: No
         patterns = {("from",): row.from_, **patterns}  # type: ignore[dict-item]
     for key, pattern in patterns.items():
         if fault := pattern_fault(pattern, roots):
-            yield fault, (*at, *key), did_you_mean(root_of(pattern) or "", roots)
+            yield fault, (*at, *key), _placeholder_hint(pattern, roots)
         elif key[0] == "to" and root_of(pattern):
             yield "a target has no root; its name is fixed", (*at, *key), None
-        elif row.from_ is not None and index_of(pattern) != index_of(row.from_):
-            yield f"{{{index_of(pattern) or index_of(row.from_)}}} stands on one side only", (*at, *key), None
+        elif index_of(pattern) != index_of(row.from_ or ""):
+            yield f"{{{index_of(pattern) or index_of(row.from_ or '')}}} stands on one side only", (*at, *key), None
     for position, size in enumerate(row.shape):
         if isinstance(size, str) and size not in symbols:
             yield f"unknown symbol {size!r}", (*at, "shape", position), did_you_mean(size, symbols)
