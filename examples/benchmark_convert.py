@@ -1,11 +1,11 @@
 """Measure `t5g2 convert` against `cp` of as many bytes and a transformers script, alternating in one run.
 
-    python examples/benchmark_convert.py [270m 1b 4b] [--rounds 5] [--folder DIR]
+    python examples/benchmark_convert.py [270m 1b 4b 27b] [--rounds 5] [--folder DIR]
 
 Sources have the real shapes and seeded random weights; the size `tiny` is there to try the script. Every command is
 timed as a whole process, start-up included; before each, the disk is given time to take what the one before left
 (sync). Printed are medians over the rounds: seconds, the ratio to `cp` of the same round, and peak memory. Sizes that
-the disk cannot hold are left out.
+the disk cannot hold are left out. 27b is planned only, from headers.
 """
 
 import argparse
@@ -28,6 +28,8 @@ TEXT = {
            "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024, "vocab_size": 262_208,
            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
 }  # fmt: skip
+TEXT["27b"] = {**TEXT["4b"], "hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62,
+               "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}  # fmt: skip
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
           "image_size": 896, "patch_size": 14, "vision_use_head": False}  # fmt: skip
 TINY = {**TEXT["270m"], "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 512}
@@ -36,8 +38,9 @@ CONFIGS = {
     "270m": {"model_type": "gemma3_text", **TEXT["270m"]},
     "1b": {"model_type": "gemma3_text", **TEXT["1b"]},
     "4b": {"model_type": "gemma3", "text_config": TEXT["4b"], "vision_config": VISION},
+    "27b": {"model_type": "gemma3", "text_config": TEXT["27b"], "vision_config": VISION},
 }
-DISK = {"tiny": 1e8, "270m": 3e9, "1b": 12e9, "4b": 42e9}
+DISK = {"tiny": 1e8, "270m": 3e9, "1b": 12e9, "4b": 42e9, "27b": 1e6}
 """Bytes that a size needs: source, reference, and one output at a time."""
 
 TRANSFORMERS_ROUNDS = 3
@@ -54,7 +57,7 @@ class Contestant:
     seconds: list[float] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
 
-    def run(self, output: Path) -> None:
+    def run(self, output: Path | None) -> None:
         """Run it once, alone, and remove what it wrote."""
         os.sync()
         start = time.perf_counter()
@@ -64,13 +67,14 @@ class Contestant:
         self.peaks.append(usage.ru_maxrss * 1024)
         if status:
             raise SystemExit(f"{' '.join(self.command)} failed with status {status}")
-        shutil.rmtree(output)
+        if output is not None:
+            shutil.rmtree(output)
 
 
 def main() -> None:
     """Measure the sizes that were asked for, as far as the disk allows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sizes", nargs="*", default=["270m", "1b", "4b"], help="sizes to measure")
+    parser.add_argument("sizes", nargs="*", default=["270m", "1b", "4b", "27b"], help="sizes to measure")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
     arguments = parser.parse_args()
@@ -79,15 +83,14 @@ def main() -> None:
             if shutil.disk_usage(folder).free < DISK[size]:
                 print(f"{size}: left out, it needs {DISK[size] / 1e9:.0f} GB of disk")
                 continue
-            measure(size, arguments.rounds, Path(folder))
+            (measure_plan if size == "27b" else measure)(size, arguments.rounds, Path(folder))
 
 
 def measure(size: str, rounds: int, folder: Path) -> None:
     """Make a source, run everyone in turn, print the table."""
     source, reference, output = folder / "source", folder / "reference", folder / "output"
     source.mkdir()
-    make = "import sys; from benchmark_convert import make_source; make_source(*sys.argv[1:])"
-    subprocess.run([sys.executable, "-c", make, size, str(source)], check=True, cwd=Path(__file__).parent)
+    run_apart("make_source", size, str(source))
     t5g2 = [str(Path(sys.executable).with_name("t5g2")), "convert", str(source), str(output)]
     subprocess.run([t5g2[0], "convert", str(source), str(reference)], check=True, stdout=subprocess.DEVNULL)
     copied = f"cp -r '{reference}' '{output}'"
@@ -109,12 +112,28 @@ def measure(size: str, rounds: int, folder: Path) -> None:
     report(size, contestants, sum(path.stat().st_size for path in reference.iterdir()))
 
 
-def make_source(size: str, folder: str) -> None:
-    """Write the source; in a process of its own, since a child's peak memory starts at its parent's."""
+def measure_plan(size: str, rounds: int, folder: Path) -> None:
+    """Plan a model of which only the headers are there."""
+    run_apart("make_source", size, str(folder), "headers only")
+    planner = Contestant("t5g2 plan", [str(Path(sys.executable).with_name("t5g2")), "plan", str(folder)], rounds)
+    for _ in range(rounds):
+        planner.run(None)
+    seconds, peak = statistics.median(planner.seconds), statistics.median(planner.peaks)
+    print(f"\n{size}: planned in {seconds:.2f} s and {peak / 1e6:.0f} MB, median of {rounds} rounds", flush=True)
+
+
+def run_apart(function: str, *arguments: str) -> None:
+    """Run a function of this file in a process of its own: a child's peak memory starts at its parent's."""
+    command = f"import sys; from benchmark_convert import {function}; {function}(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", command, *arguments], check=True, cwd=Path(__file__).parent)
+
+
+def make_source(size: str, folder: str, headers_only: str = "") -> None:
+    """Write the source, with seeded random weights or with none."""
     from t5g2convert.mapping.library import find_map
     from t5g2convert.mapping.synthetic import write_synthetic_source
 
-    write_synthetic_source(Path(folder), find_map("gemma3").map, CONFIGS[size], seed=0)
+    write_synthetic_source(Path(folder), find_map("gemma3").map, CONFIGS[size], seed=None if headers_only else 0)
 
 
 def report(size: str, contestants: list[Contestant], output_bytes: int) -> None:

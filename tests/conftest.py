@@ -18,6 +18,9 @@ settings.load_profile("t5g2")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Tests run side by side; more threads than cores only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def gemma3_map() -> WeightMap:

@@ -33,6 +33,7 @@ def test_the_benchmark_measures_everyone(tmp_path: Path) -> None:
         sys.executable,
         str(EXAMPLES / "benchmark_convert.py"),
         "tiny",
+        "27b",
         "--rounds",
         "1",
         "--folder",
@@ -41,6 +42,7 @@ def test_the_benchmark_measures_everyone(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     for name in ("cp ", "cp, then sync", "t5g2 convert --no-hash --no-flush", "transformers, meta device"):
         assert any(line.startswith(name) for line in run.stdout.splitlines()), run.stdout
+    assert "27b: planned in " in run.stdout
     assert list(tmp_path.iterdir()) == []
 
 
