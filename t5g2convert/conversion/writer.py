@@ -157,8 +157,11 @@ def _create_shards(plan: Plan, folder: Path, stack: ExitStack) -> dict[str, int]
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Give a file its size and its blocks at once: a full disk is told here, and two files that grow side by side do
-    not cut each other into pieces (1.7 times as fast for two shards of 1b on ext4)."""
+    """Give a file its size and its blocks at once.
+
+    A full disk is told here, and two stacks that grow side by side do not cut each other into pieces: writing 1b to
+    ext4 took 1.5 s with it and 2.4 s without (medians of four rounds, not flushed).
+    """
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)
