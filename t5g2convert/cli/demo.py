@@ -1,4 +1,4 @@
-"""`t5g2 demo`: the whole tool on a model of a few thousand parameters, without network."""
+"""`t5g2 demo`: the whole tool on a model of a quarter of a million parameters, without network."""
 
 import json
 from contextlib import ExitStack

@@ -26,6 +26,10 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     if real == real_source or real in real_source.parents or real_source in real.parents:
         relation = "is" if real == real_source else "contains" if real in real_source.parents else "lies inside"
         raise OutputError(f"{relation} the source folder", where=target, hint="choose another folder")
+    _check_vacant(target, overwrite=overwrite)
+
+
+def _check_vacant(target: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not os.path.isdir(target):  # noqa: PTH112 - False, and no error, for a name that no folder can have
@@ -105,7 +109,7 @@ class Staging:
                 if self.old.exists() and not self.target.exists():
                     self.old.rename(self.target)
             # Looked at again, now that nobody else can write: it may have been filled since.
-            check_target(self.target, self.folder / "source", overwrite=self._overwrite)
+            _check_vacant(self.target, overwrite=self._overwrite)
         except BaseException as error:
             with _uninterrupted():
                 self._leave()

@@ -1,10 +1,8 @@
 import json
 import os
 import pickle
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,19 +14,9 @@ from t5g2convert.errors import CheckpointError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 SHARDS = {FIRST: ["a", "b"], SECOND: ["c"]}
+pytestmark = pytest.mark.usefixtures("soon")
+
 INDEX = {name: shard for shard, names in SHARDS.items() for name in names}
-
-
-@pytest.fixture(autouse=True)
-def _soon() -> Iterator[None]:
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def weights(names: Sequence[str]) -> bytes:

@@ -1,10 +1,7 @@
 import json
 import os
-import signal
 import struct
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ml_dtypes
@@ -20,18 +17,6 @@ from t5g2convert.checkpoint.header import MAX_HEADER_BYTES, FileIdentity, Tensor
 from t5g2convert.errors import CheckpointError
 
 Fields = dict[str, Any]
-
-
-@pytest.fixture
-def soon() -> Iterator[None]:
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def framed(header: bytes, data: bytes = b"") -> bytes:

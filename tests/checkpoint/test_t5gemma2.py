@@ -1,6 +1,5 @@
 import json
 from collections import Counter
-from collections.abc import Mapping
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -11,33 +10,12 @@ import pytest
 from t5g2convert.checkpoint.config import KNOWN_MODELS
 from t5g2convert.checkpoint.t5gemma2 import Stack, Tower, implied_tensors, read_t5gemma2
 from t5g2convert.errors import CheckpointError
+from tests.sizes import FIELDS, SIZES, TOTALS
 
 Config = dict[str, Any]
 
 WHERE = Path("somewhere/config.json")
 
-FIELDS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-SIZES: Mapping[str, tuple[int, ...]] = {
-    "270m": (18, 640, 2048, 4, 1, 256),
-    "1b": (26, 1152, 6912, 4, 1, 256),
-    "4b": (34, 2560, 10240, 8, 4, 256),
-    "12b": (48, 3840, 15360, 16, 8, 256),
-    "27b": (62, 5376, 21504, 32, 16, 128),
-}
-TOTALS = {
-    "270m": 786_029_296,
-    "1b": 2_115_977_456,
-    "4b": 7_508_928_880,
-    "12b": 22_946_238_576,
-    "27b": 53_031_784_048,
-}
 EMBEDDING_AND_STACK = {
     "270m": (167.8, 100.3),
     "1b": (302.0, 697.9),

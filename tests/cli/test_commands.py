@@ -1,9 +1,6 @@
 import hashlib
 import json
-import signal
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -13,40 +10,18 @@ import yaml
 from jsonschema import Draft202012Validator
 from safetensors import safe_open
 
-from t5g2convert.cli.main import main
 from t5g2convert.mapping.library import mappings_folder
+from tests.cli.commandline import CommandLine, Result
 
 PARTS: Final = ["embedding", "encoder", "decoder", "vision", "projector"]
 WIDTHS: Final = {"BF16": 2, "F16": 2, "F32": 4}
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(autouse=True)
-def restored_signals() -> Iterator[None]:
-    """`main` takes the process's handlers; give them back to pytest."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-class CommandLine:
-    """Runs `t5g2` in this process; it must end well."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
+class Successful(CommandLine):
+    """Runs `t5g2`; it must end well."""
 
     def __call__(self, *arguments: str | Path) -> Result:
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        result = Result(int(end.value.code or 0), *self.capsys.readouterr())
+        result = super().__call__(*arguments)
         assert result.code == 0, result.err
         assert [line for line in result.err.splitlines() if not line.startswith("note: ")] == []
         return result
@@ -58,8 +33,8 @@ class CommandLine:
 
 
 @pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
+def t5g2(capsys: pytest.CaptureFixture[str]) -> Successful:
+    return Successful(capsys)
 
 
 def digest(path: Path) -> str:
@@ -92,7 +67,7 @@ def assert_sound_parameters(parameters: dict[str, int]) -> None:
 # inspect
 
 
-def test_inspect_json_counts_what_the_headers_say(t5g2: CommandLine, demo_source: Path) -> None:
+def test_inspect_json_counts_what_the_headers_say(t5g2: Successful, demo_source: Path) -> None:
     document = t5g2.json("inspect", demo_source, "--tensors")
     assert document["family"] == "gemma3"
     assert_sound_parameters(document["parameters"])
@@ -112,11 +87,11 @@ def test_inspect_json_counts_what_the_headers_say(t5g2: CommandLine, demo_source
     assert document["config"]["layer_types"].count("full_attention") == 1
 
 
-def test_inspect_json_lists_tensors_only_when_asked(t5g2: CommandLine, demo_source: Path) -> None:
+def test_inspect_json_lists_tensors_only_when_asked(t5g2: Successful, demo_source: Path) -> None:
     assert "tensors" not in t5g2.json("inspect", demo_source)
 
 
-def test_inspect_says_which_part_each_tensor_belongs_to(t5g2: CommandLine, demo_source: Path) -> None:
+def test_inspect_says_which_part_each_tensor_belongs_to(t5g2: Successful, demo_source: Path) -> None:
     parts = {item["name"]: item["part"] for item in t5g2.json("inspect", demo_source, "--tensors")["tensors"]}
     assert parts["language_model.model.embed_tokens.weight"] == "embedding"
     assert parts["language_model.model.layers.0.mlp.up_proj.weight"] == "decoder"
@@ -125,7 +100,7 @@ def test_inspect_says_which_part_each_tensor_belongs_to(t5g2: CommandLine, demo_
     assert vision == {"vision"}
 
 
-def test_inspect_reads_what_convert_wrote(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_inspect_reads_what_convert_wrote(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     done = t5g2.json("convert", demo_source, tmp_path / "out")
     document = t5g2.json("inspect", tmp_path / "out")
     assert document["family"] == "t5gemma2"
@@ -134,7 +109,7 @@ def test_inspect_reads_what_convert_wrote(t5g2: CommandLine, demo_source: Path, 
     assert sum(file["bytes"] for file in document["files"]) == done["bytes"]
 
 
-def test_inspect_reports_a_lost_tensor_instead_of_refusing(t5g2: CommandLine, demo_source: Path) -> None:
+def test_inspect_reports_a_lost_tensor_instead_of_refusing(t5g2: Successful, demo_source: Path) -> None:
     config = json.loads((demo_source / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] += 1
     (demo_source / "config.json").write_text(json.dumps(config))
@@ -144,7 +119,7 @@ def test_inspect_reports_a_lost_tensor_instead_of_refusing(t5g2: CommandLine, de
     assert "missing: language_model.model.layers.8.input_layernorm.weight\n" in t5g2("inspect", demo_source).out
 
 
-def test_inspect_for_people_names_family_parts_and_numbers(t5g2: CommandLine, demo_source: Path) -> None:
+def test_inspect_for_people_names_family_parts_and_numbers(t5g2: Successful, demo_source: Path) -> None:
     out = t5g2("inspect", demo_source).out
     total = t5g2.json("inspect", demo_source)["parameters"]["total"]
     assert f"gemma3 in {demo_source}" in out
@@ -161,7 +136,7 @@ def test_inspect_for_people_names_family_parts_and_numbers(t5g2: CommandLine, de
 
 
 @pytest.mark.parametrize("size", ["5GB", "100kB"])
-def test_plan_json_is_consistent(t5g2: CommandLine, demo_source: Path, size: str) -> None:
+def test_plan_json_is_consistent(t5g2: Successful, demo_source: Path, size: str) -> None:
     document = t5g2.json("plan", demo_source, "--max-shard-size", size)
     assert {"output", "mapping", "tensors", "bytes", "shards", "parameters"} <= document.keys()
     assert document["mapping"] == "gemma3"
@@ -179,7 +154,7 @@ def test_plan_json_is_consistent(t5g2: CommandLine, demo_source: Path, size: str
         assert item["end"] - item["start"] == prod(item["shape"]) * WIDTHS[item["dtype"]]
 
 
-def test_plan_json_names_the_source_of_every_tensor(t5g2: CommandLine, demo_source: Path) -> None:
+def test_plan_json_names_the_source_of_every_tensor(t5g2: Successful, demo_source: Path) -> None:
     document = t5g2.json("plan", demo_source)
     stored = header(demo_source / "model.safetensors")
     assert {item["from"] for item in document["tensors"]} == set(stored)
@@ -188,14 +163,14 @@ def test_plan_json_names_the_source_of_every_tensor(t5g2: CommandLine, demo_sour
     assert uses["multi_modal_projector.mm_soft_emb_norm.weight"] == 1
 
 
-def test_plan_writes_nothing(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_plan_writes_nothing(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     before = contents(demo_source)
     t5g2("plan", demo_source, "--output", tmp_path / "new/out")
     assert contents(demo_source) == before
     assert [path.name for path in tmp_path.iterdir()] == ["demo-source"]
 
 
-def test_plan_for_people_names_parts_files_and_needs(t5g2: CommandLine, demo_source: Path) -> None:
+def test_plan_for_people_names_parts_files_and_needs(t5g2: Successful, demo_source: Path) -> None:
     out = t5g2("plan", demo_source, "--max-shard-size", "100kB").out
     for part in (*PARTS, "total"):
         assert f"\n {part} " in out
@@ -205,7 +180,7 @@ def test_plan_for_people_names_parts_files_and_needs(t5g2: CommandLine, demo_sou
     assert "of disk" in out
 
 
-def test_plan_for_people_lists_every_tensor_by_its_whole_name(t5g2: CommandLine, demo_source: Path) -> None:
+def test_plan_for_people_lists_every_tensor_by_its_whole_name(t5g2: Successful, demo_source: Path) -> None:
     document = t5g2.json("plan", demo_source)
     listed = t5g2("plan", demo_source, "--tensors").out
     assert [item["name"] for item in document["tensors"] if f" {item['name']} " not in listed] == []
@@ -217,7 +192,7 @@ def test_plan_for_people_lists_every_tensor_by_its_whole_name(t5g2: CommandLine,
 
 
 @pytest.mark.parametrize("size", ["5GB", "100kB"])
-def test_convert_json_says_what_lies_on_disk(t5g2: CommandLine, demo_source: Path, tmp_path: Path, size: str) -> None:
+def test_convert_json_says_what_lies_on_disk(t5g2: Successful, demo_source: Path, tmp_path: Path, size: str) -> None:
     output = tmp_path / "out"
     planned = t5g2.json("plan", demo_source, "--max-shard-size", size)
     document = t5g2.json("convert", demo_source, output, "--max-shard-size", size)
@@ -236,7 +211,7 @@ def test_convert_json_says_what_lies_on_disk(t5g2: CommandLine, demo_source: Pat
     assert document["parameters"]["total"] == sum(prod(entry["shape"]) for entry in written.values())
 
 
-def test_convert_for_people_names_parts_and_the_folder(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_convert_for_people_names_parts_and_the_folder(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     result = t5g2("convert", demo_source, tmp_path / "out")
     for part in (*PARTS, "total"):
         assert f"\n {part} " in result.out
@@ -244,7 +219,7 @@ def test_convert_for_people_names_parts_and_the_folder(t5g2: CommandLine, demo_s
     assert result.err == ""
 
 
-def test_notes_go_to_stderr_and_into_the_json(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_notes_go_to_stderr_and_into_the_json(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     config = json.loads((demo_source / "config.json").read_text())
     config["eoi_token_index"] = 300
     (demo_source / "config.json").write_text(json.dumps(config))
@@ -256,7 +231,7 @@ def test_notes_go_to_stderr_and_into_the_json(t5g2: CommandLine, demo_source: Pa
     assert t5g2("plan", demo_source).err == f"note: {note}\n"
 
 
-def test_no_hash_writes_the_same_weights_and_no_sha256(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_no_hash_writes_the_same_weights_and_no_sha256(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     t5g2("convert", demo_source, tmp_path / "one")
     document = t5g2.json("convert", demo_source, tmp_path / "two", "--no-hash")
     assert [shard["sha256"] for shard in document["shards"]] == [None]
@@ -268,7 +243,7 @@ def test_no_hash_writes_the_same_weights_and_no_sha256(t5g2: CommandLine, demo_s
 
 
 def test_no_flush_writes_the_same_and_waits_for_no_disk(
-    t5g2: CommandLine, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    t5g2: Successful, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     t5g2("convert", demo_source, tmp_path / "one")
     flushed: list[int] = []
@@ -280,7 +255,7 @@ def test_no_flush_writes_the_same_and_waits_for_no_disk(
     assert len(flushed) >= len(contents(tmp_path / "three")) + 2, "every file, the folder and its parent"
 
 
-def test_many_shards_have_a_complete_index(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_many_shards_have_a_complete_index(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     t5g2("convert", demo_source, output, "--max-shard-size", "100kB")
     shards = sorted(path.name for path in output.glob("*.safetensors"))
@@ -300,7 +275,7 @@ def test_many_shards_have_a_complete_index(t5g2: CommandLine, demo_source: Path,
     assert not (tmp_path / "one/model.safetensors.index.json").exists()
 
 
-def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     document = t5g2.json("convert", demo_source, tmp_path / "out", "--max-shard-size", "1")
     assert len(document["shards"]) == document["tensors"] == 251
     assert t5g2.json("inspect", tmp_path / "out")["missing"] == []
@@ -308,7 +283,7 @@ def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(t5g2: CommandLine, dem
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("keep", "BF16")])
 def test_dtype_casts_every_tensor_and_the_config(
-    t5g2: CommandLine, demo_source: Path, tmp_path: Path, dtype: str, stored: str
+    t5g2: Successful, demo_source: Path, tmp_path: Path, dtype: str, stored: str
 ) -> None:
     document = t5g2.json("convert", demo_source, tmp_path / "out", "--dtype", dtype)
     written = header(tmp_path / "out/model.safetensors")
@@ -319,7 +294,7 @@ def test_dtype_casts_every_tensor_and_the_config(
 
 
 def test_a_map_of_ones_own_gives_what_the_shipped_one_gives(
-    t5g2: CommandLine, demo_source: Path, tmp_path: Path
+    t5g2: Successful, demo_source: Path, tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_bytes((mappings_folder() / "gemma3.yaml").read_bytes())
@@ -333,7 +308,7 @@ def test_a_map_of_ones_own_gives_what_the_shipped_one_gives(
     assert manifest["mapping"] == {"name": "gemma3", "sha256": digest(mine)}
 
 
-def test_O1_overwrite_replaces_everything_in_the_folder(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_O1_overwrite_replaces_everything_in_the_folder(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     t5g2("convert", demo_source, tmp_path / "fresh")
     t5g2("convert", demo_source, output, "--max-shard-size", "100kB")
@@ -343,7 +318,7 @@ def test_O1_overwrite_replaces_everything_in_the_folder(t5g2: CommandLine, demo_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-source", "fresh", "out"]
 
 
-def test_O1_an_empty_folder_is_filled(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_O1_an_empty_folder_is_filled(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     t5g2("convert", demo_source, tmp_path / "out")
     assert (tmp_path / "out/t5g2.json").is_file()
@@ -351,7 +326,7 @@ def test_O1_an_empty_folder_is_filled(t5g2: CommandLine, demo_source: Path, tmp_
 
 
 def test_an_output_by_a_relative_path_goes_there(
-    t5g2: CommandLine, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    t5g2: Successful, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -364,7 +339,7 @@ def test_an_output_by_a_relative_path_goes_there(
 # mappings
 
 
-def test_mappings_list_has_every_file(t5g2: CommandLine) -> None:
+def test_mappings_list_has_every_file(t5g2: Successful) -> None:
     rows = t5g2.json("mappings", "list")["mappings"]
     paths = {path.stem: path for path in mappings_folder().glob("*.yaml")}
     assert {row["name"]: row["sha256"] for row in rows} == {name: digest(path) for name, path in paths.items()}
@@ -375,7 +350,7 @@ def test_mappings_list_has_every_file(t5g2: CommandLine) -> None:
     assert all(row["name"] in out for row in rows)
 
 
-def test_mappings_show_names_every_row(t5g2: CommandLine) -> None:
+def test_mappings_show_names_every_row(t5g2: Successful) -> None:
     document = yaml.safe_load((mappings_folder() / "gemma3.yaml").read_text())
     shown = t5g2.json("mappings", "show", "gemma3")
     assert [row.get("from") for row in shown["weights"]] == [row.get("from") for row in document["weights"]]
@@ -383,7 +358,7 @@ def test_mappings_show_names_every_row(t5g2: CommandLine) -> None:
     assert [drop["because"] for drop in shown["drop"]] == [drop["because"] for drop in document["drop"]]
 
 
-def test_mappings_show_for_people_cuts_no_name(t5g2: CommandLine) -> None:
+def test_mappings_show_for_people_cuts_no_name(t5g2: Successful) -> None:
     document = yaml.safe_load((mappings_folder() / "gemma3.yaml").read_text())
     out = t5g2("mappings", "show", "gemma3").out
     assert "take_rows vocab" in out
@@ -392,9 +367,7 @@ def test_mappings_show_for_people_cuts_no_name(t5g2: CommandLine) -> None:
     assert [name for name in names + [drop["from"] for drop in document["drop"]] if name not in out] == []
 
 
-def test_mappings_check_counts_the_tensors_of_a_checkpoint(
-    t5g2: CommandLine, demo_source: Path, tmp_path: Path
-) -> None:
+def test_mappings_check_counts_the_tensors_of_a_checkpoint(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     path = mappings_folder() / "gemma3.yaml"
     rows = len(yaml.safe_load(path.read_text())["weights"])
     alone = t5g2.json("mappings", "check", "gemma3")
@@ -405,7 +378,7 @@ def test_mappings_check_counts_the_tensors_of_a_checkpoint(
 
 
 @pytest.fixture
-def schema(t5g2: CommandLine) -> Draft202012Validator:
+def schema(t5g2: Successful) -> Draft202012Validator:
     document = json.loads(t5g2("mappings", "schema").out)
     assert document["$schema"] == Draft202012Validator.META_SCHEMA["$id"]
     Draft202012Validator.check_schema(document)
@@ -472,7 +445,7 @@ def test_the_schema_asks_for_what_a_map_needs(
 # demo
 
 
-def test_demo_shows_both_models_and_where_tensors_go(t5g2: CommandLine, tmp_path: Path) -> None:
+def test_demo_shows_both_models_and_where_tensors_go(t5g2: Successful, tmp_path: Path) -> None:
     result = t5g2("demo", "--out", tmp_path / "kept")
     assert result.err == ""
     for part in PARTS:
@@ -488,7 +461,7 @@ def test_demo_shows_both_models_and_where_tensors_go(t5g2: CommandLine, tmp_path
 
 
 def test_demo_leaves_nothing_behind_unless_asked(
-    t5g2: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    t5g2: Successful, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -498,7 +471,7 @@ def test_demo_leaves_nothing_behind_unless_asked(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_is_the_same_every_time(t5g2: CommandLine, tmp_path: Path) -> None:
+def test_demo_is_the_same_every_time(t5g2: Successful, tmp_path: Path) -> None:
     shown = {t5g2("demo", "--out", tmp_path / name).out.replace(str(tmp_path / name), "") for name in ("one", "two")}
     assert len(shown) == 1
     for model in ("gemma3-tiny", "t5gemma2-tiny"):

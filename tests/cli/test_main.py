@@ -5,18 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
 
-from t5g2convert.cli.main import main
 from t5g2convert.conversion.staging import STAGING_SUFFIX
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
+from tests.cli.commandline import CommandLine, Result
 
 HOSTILE: Final = {
     "ansi": "\x1b[31mred",
@@ -29,41 +27,6 @@ HOSTILE: Final = {
 """Text that a terminal would obey, or that would look like a line of ours."""
 
 MARKUP: Final = ["[bold]x", "[/]", "[link=https://example.org]y", ":smile:"]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> dict[str, Any]:
-        """The only document on stdout."""
-        return dict(json.loads(self.out)["error"])
-
-
-@pytest.fixture(autouse=True)
-def restored_signals() -> Iterator[None]:
-    """`main` takes the process's handlers; give them back to pytest."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-class CommandLine:
-    """Runs `t5g2` in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-
-    def __call__(self, *arguments: str | Path) -> Result:
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        assert isinstance(end.value.code, int)
-        return Result(end.value.code, *self.capsys.readouterr())
 
 
 @pytest.fixture

@@ -14,41 +14,11 @@ from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.t5gemma2 import implied_tensors, read_t5gemma2
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
+from tests.sizes import FIELDS, SIGLIP, SIZES, TOTALS
 
 Config = dict[str, Any]
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-FIELDS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-SIZES: Mapping[str, tuple[int, ...]] = {
-    "270m": (18, 640, 2048, 4, 1, 256),
-    "1b": (26, 1152, 6912, 4, 1, 256),
-    "4b": (34, 2560, 10240, 8, 4, 256),
-    "12b": (48, 3840, 15360, 16, 8, 256),
-    "27b": (62, 5376, 21504, 32, 16, 128),
-}
-TOTALS = {
-    "270m": 786_029_296,
-    "1b": 2_115_977_456,
-    "4b": 7_508_928_880,
-    "12b": 22_946_238_576,
-    "27b": 53_031_784_048,
-}
-TOWER: Config = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 896,
-    "patch_size": 14,
-}
 TOWER_PARAMETERS = 416_866_032
 
 
@@ -217,7 +187,7 @@ def test_I10_another_family_is_refused(model_type: str | None, demo_source: Path
 @pytest.mark.parametrize("size", ["4b", "12b", "27b"])
 def test_the_multimodal_sizes_have_their_published_totals(size: str, gemma3_map: WeightMap, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
-    source_config = {"model_type": "gemma3", "text_config": fields(size), "vision_config": TOWER}
+    source_config = {"model_type": "gemma3", "text_config": fields(size), "vision_config": SIGLIP}
     write_synthetic_source(tmp_path / "source", gemma3_map, source_config, seed=None)
     made: Plan = plan(tmp_path / "source")
     write_hollow(tmp_path / "out", dict(made.config), [(item.name, item.shape) for item in made.tensors])
@@ -245,7 +215,7 @@ def test_a_release_of_any_size_has_its_published_total(size: str, tmp_path: Path
     }
     config = {
         "model_type": "t5gemma2",
-        "encoder": {"text_config": stack, "vision_config": TOWER},
+        "encoder": {"text_config": stack, "vision_config": SIGLIP},
         "decoder": stack,
     }
     implied = implied_tensors(read_t5gemma2(config, tmp_path / "config.json"))
