@@ -1,13 +1,14 @@
 """Fixtures that all tests share."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from t5g2convert import convert
 from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import WeightMap
@@ -39,4 +40,36 @@ def demo_source(tmp_path: Path) -> Path:
     """The demo's tiny Gemma 3 with images and tokenizer, made without torch, free to be damaged."""
     folder = tmp_path / "demo-source"
     build_demo_source(folder)
+    return folder
+
+
+TwinFolder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def twin_folder(tmp_path_factory: pytest.TempPathFactory) -> TwinFolder:
+    """The folder of a twin by its name, written on first use; not to be changed."""
+    root = tmp_path_factory.mktemp("twins")
+
+    def folder(name: str) -> Path:
+        # Imported here: transformers takes seconds, and most tests do without.
+        from tests.twins import BY_NAME, write_twin
+
+        if not (root / name).exists():
+            write_twin(BY_NAME[name], root / name)
+        return root / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted_twin(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFactory) -> TwinFolder:
+    """The folder of a twin's conversion by its name, written on first use; not to be changed."""
+    root = tmp_path_factory.mktemp("converted")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            convert(twin_folder(name), root / name)
+        return root / name
+
     return folder

@@ -23,6 +23,7 @@ BELOW = {
     "checkpoint": LEAVES,
     "mapping": LEAVES | {"checkpoint"},
     "conversion": LEAVES | {"checkpoint", "mapping"},
+    "reference": LEAVES | {"checkpoint"},
     "__init__": LEAVES | {"checkpoint", "mapping", "conversion"},
     "__main__": {"cli"},
     "cli": LEAVES | {"checkpoint", "mapping", "conversion"},

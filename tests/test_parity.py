@@ -3,31 +3,15 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from t5g2convert import convert
+from tests.conftest import TwinFolder
 from tests.judge import judge
-from tests.twins import DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, TWINS, Twin, respell, rewrite_config, write_twin
-
-TwinFolder = Callable[[str], Path]
-BY_NAME = {twin.name: twin for twin in TWINS}
-
-
-@pytest.fixture(scope="session")
-def twin_folder(tmp_path_factory: pytest.TempPathFactory) -> TwinFolder:
-    """The folder of a twin by its name, written on first use."""
-    root = tmp_path_factory.mktemp("twins")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            write_twin(BY_NAME[name], root / name)
-        return root / name
-
-    return folder
+from tests.twins import BY_NAME, DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, TWINS, Twin, respell, rewrite_config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

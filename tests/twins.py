@@ -101,6 +101,8 @@ TWINS = [
     ),
 ]
 
+BY_NAME: Mapping[str, Twin] = {twin.name: twin for twin in TWINS}
+
 
 def write_twin(twin: Twin, folder: Path) -> None:
     """Write a twin as transformers saves it; every parameter is random, norms included."""

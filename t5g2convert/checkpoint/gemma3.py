@@ -51,8 +51,8 @@ class Gemma3Text(ConfigSection):
     attention_dropout: float = 0.0
     query_pre_attn_scalar: PositiveInt | PositiveFloat = 256
     sliding_window: PositiveInt = 4096
-    final_logit_softcapping: float | None = None
-    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: PositiveFloat | None = None
+    attn_logit_softcapping: PositiveFloat | None = None
     # Settled from the dialects before validation; never absent afterwards.
     layer_types: list[LayerType]
     rope_full_theta: PositiveFloat

@@ -6,9 +6,9 @@ The list of tensors stands here in code, apart from any weight map, so that a ma
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from t5g2convert.checkpoint.config import ConfigSection, describe_model_type, parse_section, subsection
 from t5g2convert.checkpoint.gemma3 import LayerType
@@ -17,8 +17,21 @@ from t5g2convert.errors import CheckpointError
 MODEL_TYPE: Final = "t5gemma2"
 
 
+class Rope(ConfigSection):
+    """The rotary position embedding of one kind of layer; a linear factor divides the frequencies."""
+
+    rope_type: Literal["default", "linear"] = "default"
+    rope_theta: PositiveFloat
+    factor: PositiveFloat = 1.0
+
+    @property
+    def linear_factor(self) -> float:
+        """The factor that counts: a default embedding has none, whatever stands there."""
+        return self.factor if self.rope_type == "linear" else 1.0
+
+
 class Stack(ConfigSection):
-    """One text stack, encoder or decoder: what its tensors' shapes depend on, and its layer kinds."""
+    """One text stack, encoder or decoder; where a default stands, it is that of transformers' T5Gemma2TextConfig."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -27,9 +40,17 @@ class Stack(ConfigSection):
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
     head_dim: PositiveInt
+    hidden_activation: str = "gelu_pytorch_tanh"
+    rms_norm_eps: PositiveFloat = 1e-6
+    attention_bias: bool = False
+    query_pre_attn_scalar: PositiveInt | PositiveFloat = 256
     sliding_window: PositiveInt
     layer_types: list[LayerType]
-    rope_parameters: dict[str, Any]
+    rope_parameters: dict[LayerType, Rope]
+    attn_logit_softcapping: PositiveFloat | None = None
+    final_logit_softcapping: PositiveFloat | None = None
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 1
 
 
 class Tower(ConfigSection):
@@ -38,9 +59,21 @@ class Tower(ConfigSection):
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     num_hidden_layers: NonNegativeInt
+    num_attention_heads: PositiveInt = 12
     num_channels: PositiveInt = 3
     image_size: PositiveInt
     patch_size: PositiveInt
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: PositiveFloat = 1e-6
+
+
+class Tokens(ConfigSection):
+    """How images stand among the tokens; the defaults are those of transformers' T5Gemma2Config."""
+
+    mm_tokens_per_image: PositiveInt = 256
+    boi_token_index: int = 255_999
+    eoi_token_index: int = 256_000
+    image_token_index: int = 256_001
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +83,7 @@ class T5Gemma2:
     encoder: Stack
     decoder: Stack
     vision: Tower
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +96,7 @@ class ImpliedTensor:
 
 
 def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
-    """Read the sections that decide which tensors a T5Gemma 2 folder must hold.
+    """Read what decides which tensors a T5Gemma 2 folder holds and what they compute.
 
     Raises:
         CheckpointError: Another model, or a field that is missing or of the wrong type.
@@ -71,10 +105,35 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2", where=where)
     encoder = subsection(config, "encoder", where)
     return T5Gemma2(
-        parse_section(Stack, subsection(encoder, "text_config", where), where, "encoder.text_config"),
-        parse_section(Stack, subsection(config, "decoder", where), where, "decoder"),
+        _stack(subsection(encoder, "text_config", where), where, "encoder.text_config"),
+        _stack(subsection(config, "decoder", where), where, "decoder"),
         parse_section(Tower, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
+        # Both places name them; transformers takes the image token from the top, the others from the encoder.
+        parse_section(Tokens, {**encoder, **_top_image_token(config)}, where, "encoder"),
     )
+
+
+def _top_image_token(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"image_token_index": config.get("image_token_index", 256_001)}
+
+
+def _stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
+    stack = parse_section(Stack, fields, where, section)
+    if len(stack.layer_types) != stack.num_hidden_layers:
+        raise CheckpointError(
+            f"{section}.layer_types lists {len(stack.layer_types)} layers, num_hidden_layers is "
+            f"{stack.num_hidden_layers}",
+            where=where,
+        )
+    if stack.num_attention_heads % stack.num_key_value_heads:
+        raise CheckpointError(
+            f"{section}.num_attention_heads {stack.num_attention_heads} is no multiple of "
+            f"num_key_value_heads {stack.num_key_value_heads}",
+            where=where,
+        )
+    if unsettled := set(stack.layer_types) - stack.rope_parameters.keys():
+        raise CheckpointError(f"{section}.rope_parameters lacks {', '.join(sorted(unsettled))}", where=where)
+    return stack
 
 
 def implied_tensors(model: T5Gemma2) -> Iterator[ImpliedTensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from t5g2convert.checkpoint.config import KNOWN_MODELS
-from t5g2convert.checkpoint.t5gemma2 import Stack, Tower, implied_tensors, read_t5gemma2
+from t5g2convert.checkpoint.t5gemma2 import Rope, Stack, Tower, implied_tensors, read_t5gemma2
 from t5g2convert.errors import CheckpointError
 from tests.sizes import FIELDS, SIZES, TOTALS
 
@@ -39,7 +39,7 @@ def stack(size: str, **changes: Any) -> Config:
         "vocab_size": 262144,
         "sliding_window": 512,
         "layer_types": ["full_attention"] * fields["num_hidden_layers"],
-        "rope_parameters": {},
+        "rope_parameters": {"full_attention": {"rope_theta": 1e6}},
         **changes,
     }
 
@@ -153,6 +153,7 @@ def test_a_stub_tower_is_seven_small_tensors() -> None:
 def test_stacks_of_different_depth_and_width_keep_their_own_shapes() -> None:
     document = config()
     document["decoder"] |= {"num_hidden_layers": 3, "intermediate_size": 99, "num_attention_heads": 2, "head_dim": 8}
+    document["decoder"]["layer_types"] = ["full_attention"] * 3
     implied = {item.name: item.shape for item in implied_tensors(read_t5gemma2(document, WHERE))}
     assert implied["model.encoder.layers.17.mlp.up_proj.weight"] == (2048, 640)
     assert implied["model.decoder.layers.2.mlp.up_proj.weight"] == (99, 640)
@@ -211,3 +212,25 @@ def test_reading_leaves_the_config_as_it_is() -> None:
     before = deepcopy(document)
     list(implied_tensors(read_t5gemma2(document, WHERE)))
     assert json.dumps(document) == json.dumps(before)
+
+
+@pytest.mark.parametrize("place", ["encoder.text_config", "decoder"])
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"layer_types": ["full_attention"]}, "layer_types lists 1 layers, num_hidden_layers is 18"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"rope_parameters": {}}, "rope_parameters lacks full_attention"),
+    ],
+    ids=["layer_types", "heads", "rope"],
+)
+def test_I10_settings_that_contradict_each_other_are_named(place: str, changes: Config, complaint: str) -> None:
+    document = config()
+    section(document, place).update(changes)
+    assert refusal(document).message == f"{place}.{complaint}"
+
+
+def test_a_rope_factor_counts_only_where_the_embedding_is_linear() -> None:
+    rope = {"rope_theta": 1e6, "factor": 8.0}
+    assert Rope.model_validate({**rope, "rope_type": "linear"}).linear_factor == 8.0
+    assert Rope.model_validate({**rope, "rope_type": "default"}).linear_factor == 1.0

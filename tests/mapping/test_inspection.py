@@ -211,7 +211,7 @@ def test_a_release_of_any_size_has_its_published_total(size: str, tmp_path: Path
         "vocab_size": 262144,
         "sliding_window": 512,
         "layer_types": ["full_attention"] * SIZES[size][0],
-        "rope_parameters": {},
+        "rope_parameters": {"full_attention": {"rope_theta": 1e6}},
     }
     config = {
         "model_type": "t5gemma2",

@@ -1,0 +1,111 @@
+"""Softmax attention over one set of keys, or over two that share one softmax (merged attention).
+
+The eager kernel follows transformers' `eager_attention_forward`: scores in the dtype of the weights, softmax in
+float32, probabilities rounded back before they meet the values.
+"""
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BLOCK_SCORES: Final = 1 << 20
+"""Scores that are held at once, which a processor's cache can take; more are done a block of queries at a time."""
+
+
+class Keys(NamedTuple):
+    """Keys, values, and which of them each query may see."""
+
+    k_BKSD: Tensor
+    v_BKSD: Tensor
+    seen_BTS: Tensor | None
+    """[B or 1, 1, T, S]; None: all."""
+
+
+def attend(q_BHTD: Tensor, groups: list[Keys], *, scale: float, softcap: float | None) -> Tensor:
+    """Attention over the keys of all groups together, [B, H, T, D].
+
+    Groups of which every query sees something stand in one row of scores, as in transformers. Where a query sees
+    nothing of a group, each group gets a softmax of its own and a share by the weight of its scores: softmax([a, b]) is
+    [softmax(a) * A / (A + B), softmax(b) * B / (A + B)], A and B being the sums of the exponentials. A hidden group has
+    the share 0, and leaves the others *exactly* as they are without it, at any length and on any device; in one long
+    row its keys would change the order in which a machine adds the others (2e-6 in float32 at 23 tokens).
+    """
+    if len(groups) > 1 and all(group.seen_BTS is None or bool(group.seen_BTS.any(-1).all()) for group in groups[1:]):
+        groups = [_joined(groups, q_BHTD.shape[2])]
+    batch, heads, queries, _ = q_BHTD.shape
+    # By the first group alone: with a hidden group and without it, the same blocks are computed.
+    rows = max(1, BLOCK_SCORES // (batch * heads * groups[0].k_BKSD.shape[2]))
+    blocks = [
+        _attend_block(q_BHTD[:, :, start : start + rows], _block(groups, start, start + rows), scale, softcap)
+        for start in range(0, queries, rows)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def attend_fused(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen_BTS: Tensor | None, *, scale: float) -> Tensor:
+    """Attention by torch's fused kernel, [B, H, T, D]."""
+    grouped = q_BHTD.shape[1] != k_BKSD.shape[1]
+    return functional.scaled_dot_product_attention(
+        q_BHTD, k_BKSD, v_BKSD, attn_mask=seen_BTS, scale=scale, enable_gqa=grouped
+    )
+
+
+def _joined(groups: list[Keys], queries: int) -> Keys:
+    k_BKSD = torch.cat([group.k_BKSD for group in groups], dim=2)
+    v_BKSD = torch.cat([group.v_BKSD for group in groups], dim=2)
+    masks = []
+    for group in groups:
+        shape = (k_BKSD.shape[0], 1, queries, group.k_BKSD.shape[2])
+        seen_BTS = k_BKSD.new_ones((), dtype=torch.bool) if group.seen_BTS is None else group.seen_BTS
+        masks.append(seen_BTS.expand(shape))
+    return Keys(k_BKSD, v_BKSD, torch.cat(masks, dim=-1))
+
+
+def _block(groups: list[Keys], start: int, stop: int) -> list[Keys]:
+    return [
+        Keys(group.k_BKSD, group.v_BKSD, None if group.seen_BTS is None else group.seen_BTS[:, :, start:stop])
+        for group in groups
+    ]
+
+
+def _attend_block(q_BHTD: Tensor, groups: list[Keys], scale: float, softcap: float | None) -> Tensor:
+    scores = [_scores(q_BHTD, group, scale, softcap) for group in groups]
+    weights = [torch.softmax(part, dim=-1, dtype=torch.float32) for part in scores]
+    if len(groups) > 1:
+        shares = _shares(scores, weights)
+        weights = [part * shares[..., number, None] for number, part in enumerate(weights)]
+    outputs = [_weighted(part.to(q_BHTD.dtype), group.v_BKSD) for part, group in zip(weights, groups, strict=True)]
+    return outputs[0] if len(outputs) == 1 else torch.stack(outputs).sum(0)
+
+
+def _shares(scores: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """The part of each group in the softmax over all, [B, H, T, groups], float32.
+
+    The largest weight of a group is 1 / (sum of its exponentials, relative to its largest score): no logarithm needed.
+    """
+    peaks = torch.stack([part.amax(dim=-1).float() for part in scores], dim=-1)
+    tops = torch.stack([part.amax(dim=-1) for part in weights], dim=-1)
+    sums = torch.exp(peaks - peaks.amax(dim=-1, keepdim=True)) / tops
+    return sums / sums.sum(dim=-1, keepdim=True)
+
+
+def _scores(q_BHTD: Tensor, group: Keys, scale: float, softcap: float | None) -> Tensor:
+    """Scaled scores, [B, H, T, S]; what may not be seen has the lowest number there is."""
+    batch, heads, queries, width = q_BHTD.shape
+    # The query heads of one key-value head are rows of one product; nothing is repeated in memory.
+    q_BKGD = q_BHTD.reshape(batch, group.k_BKSD.shape[1], -1, width)
+    scores_BHTS = torch.matmul(q_BKGD, group.k_BKSD.transpose(2, 3)).view(batch, heads, queries, -1) * scale
+    if softcap is not None:
+        scores_BHTS = torch.tanh(scores_BHTS / softcap) * softcap
+    if group.seen_BTS is None:
+        return scores_BHTS
+    return scores_BHTS.masked_fill(~group.seen_BTS, torch.finfo(scores_BHTS.dtype).min)
+
+
+def _weighted(weights_BHTS: Tensor, v_BKSD: Tensor) -> Tensor:
+    """Sum of the values by their weights, [B, H, T, D]."""
+    batch, heads, queries, keys = weights_BHTS.shape
+    grouped = weights_BHTS.view(batch, v_BKSD.shape[1], -1, keys)
+    return torch.matmul(grouped, v_BKSD).view(batch, heads, queries, -1)

@@ -1,0 +1,36 @@
+"""The key-value cache of one decoder layer: the memory computed once, the decoder's own tokens growing behind it."""
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Keys and values of merged attention in one buffer, [memory | own tokens | room]; it doubles when it is full."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._buffer_2BKSD: Tensor | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether the memory's keys and values are here."""
+        return self._buffer_2BKSD is not None
+
+    def start(self, k_BKMD: Tensor, v_BKMD: Tensor) -> None:
+        """Take the memory's keys and values."""
+        self._buffer_2BKSD = torch.stack((k_BKMD, v_BKMD))
+        self.length = k_BKMD.shape[2]
+
+    def append(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add tokens; all keys and all values, the memory's first."""
+        assert self._buffer_2BKSD is not None, "start comes first"
+        end = self.length + k_BKTD.shape[2]
+        if end > self._buffer_2BKSD.shape[3]:
+            full = self._buffer_2BKSD
+            self._buffer_2BKSD = full.new_empty((*full.shape[:3], max(end, 2 * full.shape[3]), full.shape[4]))
+            self._buffer_2BKSD[:, :, :, : self.length] = full[:, :, :, : self.length]
+        self._buffer_2BKSD[0, :, :, self.length : end] = k_BKTD
+        self._buffer_2BKSD[1, :, :, self.length : end] = v_BKTD
+        self.length = end
+        k_BKSD, v_BKSD = self._buffer_2BKSD[:, :, :, :end]
+        return k_BKSD, v_BKSD

@@ -1,0 +1,102 @@
+"""Gemma 3, decoder-only, with or without images (arXiv 2503.19786), from a checkpoint folder in any spelling."""
+
+import torch
+from torch import Tensor
+
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.gemma3 import read_gemma3
+from t5g2convert.reference.layers import Gemma3Layer
+from t5g2convert.reference.masks import causal
+from t5g2convert.reference.settings import Kernel, gemma3_text, gemma3_vision
+from t5g2convert.reference.stack import Run, Stack
+from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
+from t5g2convert.reference.weights import Weights, only_prefix
+
+
+class Gemma3Reference:
+    """What a Gemma 3 folder computes.
+
+    Attributes:
+        text: The text stack.
+        vision: The vision tower; None for a text-only model.
+
+    Args:
+        checkpoint: The folder; the spelling of its names is taken from it.
+        dtype: Dtype to compute in; parameters are cast to it (None: as they are stored).
+        device: Device to compute on.
+        resident: Keep the parameters in memory; otherwise one layer at a time is there.
+        kernel: How attention is computed.
+        rounded_to: A dtype that parameters are cast to before `dtype`.
+
+    Raises:
+        CheckpointError: The config is not Gemma 3's, or the names fit no spelling.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        resident: bool = False,
+        kernel: Kernel = "eager",
+        rounded_to: torch.dtype | None = None,
+    ) -> None:
+        model = read_gemma3(checkpoint.config, checkpoint.path / "config.json")
+        self.model = model
+        self.weights = Weights(checkpoint, dtype=dtype, device=device, resident=resident, rounded_to=rounded_to)
+        names = list(checkpoint.tensors)
+        root = only_prefix(names, "embed_tokens.weight", checkpoint)
+        self.text = Stack(
+            self.weights,
+            gemma3_text(model),
+            Gemma3Layer,
+            prefix=root,
+            table=f"{root}embed_tokens.weight",
+            eoi=None,
+            kernel=kernel,
+        )
+        settings = gemma3_vision(model)
+        self.vision = (
+            None
+            if settings is None
+            else VisionTower(
+                self.weights,
+                settings,
+                self.text.settings.hidden_size,
+                tower=only_prefix(names, "embeddings.patch_embedding.weight", checkpoint),
+                projector=only_prefix(names, "mm_input_projection_weight", checkpoint),
+            )
+        )
+
+    def start(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Run:
+        """A batch before its first layer.
+
+        Args:
+            ids_BT: Token ids, int64.
+            kept_BT: False at padding.
+            features_ITC: Soft tokens of the images in the batch, in order; their tokens see each other both ways.
+        """
+        token, blocks = self.model.tokens.image_token_index, None
+        if features_ITC is None:
+            embedded = self.text.embed(ids_BT)
+        else:
+            embedded = scatter_images(self.text.embed(text_only(ids_BT, token)), ids_BT, token, features_ITC)
+            blocks = image_blocks(ids_BT, token)
+        settings = self.text.settings
+        masks = {
+            kind: causal(kind, settings.sliding_window, kept_BT, blocks_BS=blocks) for kind in set(settings.layer_types)
+        }
+        return Run(embedded, self.text.rotations(0, ids_BT.shape[1], embedded.dtype), masks)
+
+    @torch.inference_mode()
+    def logits(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
+        """Logits of every token, [B, T, V]."""
+        return self.text.logits(self.start(ids_BT, kept_BT, features_ITC).through(self.text))
+
+
+def image_blocks(ids_BT: Tensor, image_token: int) -> Tensor:
+    """The number of the image that each token belongs to, 0 for text: runs of image tokens are counted from 1."""
+    inside = ids_BT == image_token
+    before = torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    return torch.where(inside, (inside & ~before).cumsum(1), 0)

@@ -1,0 +1,124 @@
+"""Greedy generation with the reference encoder-decoder."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.errors import UsageError
+from t5g2convert.reference.cache import LayerCache
+from t5g2convert.reference.prompts import TextCodec, picture
+from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+
+
+@torch.inference_mode()
+def write(
+    folder: Path,
+    prompt: str,
+    *,
+    image: Path | None = None,
+    max_new_tokens: int = 64,
+    dtype: str | None = None,
+    device: str = "cpu",
+) -> Iterator[str]:
+    """What the model of a folder writes to a prompt that its encoder reads, a piece of text at a time.
+
+    Args:
+        folder: A T5Gemma 2 folder with a tokenizer.
+        prompt: What the encoder reads.
+        image: A picture that stands before it.
+        max_new_tokens: Tokens at most.
+        dtype: Dtype to compute in (default: as the parameters are stored).
+        device: Device to compute on.
+
+    Raises:
+        CheckpointError: The folder is not sound, or has no tokenizer.
+        UsageError: The model has no images, or nothing to start with.
+    """
+    computed = None if dtype is None else getattr(torch, dtype)
+    model = T5Gemma2Reference(open_checkpoint(folder), dtype=computed, device=device, resident=True, kernel="sdpa")
+    codec, features = TextCodec(folder), None
+    if image is None:
+        tokens = codec.encode(prompt)
+    elif model.vision is None:
+        raise UsageError(f"{folder} cannot see {image}: it has no vision tower")
+    else:
+        place = model.model.tokens
+        tokens = codec.encode_with_image(
+            prompt,
+            boi=place.boi_token_index,
+            eoi=place.eoi_token_index,
+            image=place.image_token_index,
+            count=place.mm_tokens_per_image,
+        )
+        weight = model.weights.tensor(f"{model.vision.tower}post_layernorm.weight")
+        features = model.vision.features(picture(image, model.vision, folder, weight.dtype).to(device))
+    start, ends = model.model.decoder.bos_token_id, model.model.decoder.eos_token_id
+    if start is None:
+        raise UsageError("the decoder has no bos_token_id to start with", hint=f"see {folder}/config.json")
+    if not tokens:
+        raise UsageError("the prompt is empty")
+    ids_BT = torch.tensor([tokens], device=device)
+    steps = generate(
+        model,
+        ids_BT,
+        torch.ones_like(ids_BT, dtype=torch.bool),
+        start_token=start,
+        max_new_tokens=max_new_tokens,
+        features_ITC=features,
+    )
+    written: list[int] = []
+    told = ""
+    for token in until_end(steps, {ends} if isinstance(ends, int) else set(ends or ())):
+        written.append(token)
+        text = codec.decode(written)
+        # A character of several tokens is whole only with the last of them.
+        if text.startswith(told) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(told) :]
+            told = text
+
+
+@torch.inference_mode()
+def generate(
+    model: T5Gemma2Reference,
+    ids_BT: Tensor,
+    kept_BT: Tensor,
+    *,
+    start_token: int,
+    max_new_tokens: int,
+    features_ITC: Tensor | None = None,
+    cached: bool = True,
+) -> Iterator[Tensor]:
+    """The most probable next token of every sequence, again and again: [B], int64, one yield per step.
+
+    The caller stops when it has seen what ends a sequence; see `until_end`.
+
+    Args:
+        model: The encoder-decoder; `resident` makes it fast.
+        ids_BT: The encoder's input.
+        kept_BT: False at its padding.
+        start_token: What the decoder starts with (`decoder.bos_token_id`).
+        max_new_tokens: Steps at most.
+        features_ITC: Soft tokens of the images in the encoder's input.
+        cached: Keep keys and values between steps; without, every step computes all tokens again.
+    """
+    memory_BMC = model.encode(ids_BT, kept_BT, features_ITC)
+    caches = [LayerCache() for _ in range(len(model.decoder))] if cached else None
+    written_BT = torch.full((ids_BT.shape[0], 1), start_token, device=ids_BT.device)
+    for _ in range(max_new_tokens):
+        fresh_BT = written_BT[:, -1:] if cached else written_BT
+        states = model.decode(fresh_BT, torch.ones_like(written_BT, dtype=torch.bool), memory_BMC, kept_BT, caches)
+        token_B = model.decoder.logits(states[:, -1]).argmax(-1)
+        written_BT = torch.cat((written_BT, token_B[:, None]), dim=1)
+        yield token_B
+
+
+def until_end(tokens: Iterator[Tensor], ends: Collection[int]) -> Iterator[int]:
+    """The tokens of a single sequence up to the first one that ends it, which is not given."""
+    for token_B in tokens:
+        token = int(token_B[0])
+        if token in ends:
+            return
+        yield token

@@ -1,0 +1,203 @@
+"""The blocks that Gemma 3 and T5Gemma 2 are made of; parameter names are checkpoint keys.
+
+Sources: transformers 5.23, models/gemma3 and models/t5gemma2; arXiv 2512.14856, section 2, for merged attention.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from t5g2convert.errors import CheckpointError
+from t5g2convert.reference.attention import Keys, attend, attend_fused
+from t5g2convert.reference.cache import LayerCache
+from t5g2convert.reference.rope import Rotation, rotate
+from t5g2convert.reference.settings import Kernel, TextSettings
+
+ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "relu": functional.relu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function that a config names.
+
+    Raises:
+        CheckpointError: It is none that the passes know.
+    """
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm in float32, times 1 + weight, rounded once at the end."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis; any shape, the dtype stays."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.float())).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward block."""
+
+    def __init__(self, settings: TextSettings) -> None:
+        super().__init__()
+        hidden, inner = settings.hidden_size, settings.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.activation = activation(settings.hidden_activation)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        return self.down_proj(self.activation(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+
+
+class Projections(nn.Module):
+    """Grouped-query attention without the attention: projections, and norms on queries and keys."""
+
+    def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
+        super().__init__()
+        hidden, self.head_dim = settings.hidden_size, settings.head_dim
+        query, key_value = settings.num_attention_heads * self.head_dim, settings.num_key_value_heads * self.head_dim
+        bias = settings.attention_bias
+        self.q_proj = nn.Linear(hidden, query, bias=bias)
+        self.k_proj = nn.Linear(hidden, key_value, bias=bias)
+        self.v_proj = nn.Linear(hidden, key_value, bias=bias)
+        self.o_proj = nn.Linear(query, hidden, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, settings.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, settings.rms_norm_eps)
+        self.scale = settings.query_pre_attn_scalar**-0.5
+        self.softcap = settings.attn_logit_softcapping
+        # torch's fused kernel has no softcap.
+        self.fused = kernel == "sdpa" and self.softcap is None
+
+    def project(self, x_BTC: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the tokens themselves; queries and keys are normed and rotated."""
+        q_BHTD = rotate(self.q_norm(self.heads(self.q_proj(x_BTC))), turn)
+        k_BKTD = rotate(self.k_norm(self.heads(self.k_proj(x_BTC))), turn)
+        return q_BHTD, k_BKTD, self.heads(self.v_proj(x_BTC))
+
+    def heads(self, x_BTN: Tensor) -> Tensor:
+        """[B, T, heads * D] to [B, heads, T, D]."""
+        batch, tokens, _ = x_BTN.shape
+        return x_BTN.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+
+    def gather(self, output_BHTD: Tensor) -> Tensor:
+        """Heads side by side, projected back to the hidden width."""
+        return self.o_proj(output_BHTD.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Projections):
+    """Gemma 3's attention and the encoder's: tokens see each other as the mask allows."""
+
+    def forward(self, x_BTC: Tensor, turn: Rotation, seen_BTT: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        q_BHTD, k_BKTD, v_BKTD = self.project(x_BTC, turn)
+        if self.fused:
+            return self.gather(attend_fused(q_BHTD, k_BKTD, v_BKTD, seen_BTT, scale=self.scale))
+        return self.gather(attend(q_BHTD, [Keys(k_BKTD, v_BKTD, seen_BTT)], scale=self.scale, softcap=self.softcap))
+
+
+class MergedAttention(Projections):
+    """The decoder's attention: own tokens and the encoder's output under one softmax, through the same projections."""
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        turn: Rotation,
+        seen_BTS: Tensor,
+        memory_BMC: Tensor,
+        memory_seen_BTM: Tensor,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """[B, T, C] to [B, T, C].
+
+        Args:
+            x_BTC: The tokens that ask; with a cache, those that it does not hold yet.
+            turn: Their rotation.
+            seen_BTS: Which own tokens each may see, those in the cache first.
+            memory_BMC: The encoder's output; it gets k_norm and no rotation.
+            memory_seen_BTM: Which of it each may see.
+            cache: Holds the memory's keys and values, computed once, and those of the tokens seen so far.
+        """
+        q_BHTD, k_BKSD, v_BKSD = self.project(x_BTC, turn)
+        if cache is None:
+            k_BKMD, v_BKMD = self.project_memory(memory_BMC)
+            k_all, v_all = torch.cat((k_BKMD, k_BKSD), 2), torch.cat((v_BKMD, v_BKSD), 2)
+        else:
+            if not cache.started:
+                cache.start(*self.project_memory(memory_BMC))
+            k_all, v_all = cache.append(k_BKSD, v_BKSD)
+        if self.fused:
+            seen = torch.cat((memory_seen_BTM, seen_BTS), -1)
+            return self.gather(attend_fused(q_BHTD, k_all, v_all, seen, scale=self.scale))
+        count = memory_seen_BTM.shape[-1]
+        own = Keys(k_all[:, :, count:], v_all[:, :, count:], seen_BTS)
+        memory = Keys(k_all[:, :, :count], v_all[:, :, :count], memory_seen_BTM)
+        return self.gather(attend(q_BHTD, [own, memory], scale=self.scale, softcap=self.softcap))
+
+    def project_memory(self, memory_BMC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's output; no rotation: it has no place among the decoder's positions."""
+        return self.k_norm(self.heads(self.k_proj(memory_BMC))), self.heads(self.v_proj(memory_BMC))
+
+
+class Gemma3Layer(nn.Module):
+    """A layer of Gemma 3: attention and MLP, a norm before and after each."""
+
+    def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
+        super().__init__()
+        norm = partial(RMSNorm, settings.hidden_size, settings.rms_norm_eps)
+        self.input_layernorm = norm()
+        self.self_attn = SelfAttention(settings, kernel)
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.mlp = MLP(settings)
+        self.post_feedforward_layernorm = norm()
+
+    def forward(self, x_BTC: Tensor, turn: Rotation, seen_BTT: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        x_BTC = x_BTC + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_BTC), turn, seen_BTT))
+        return x_BTC + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTC)))
+
+
+class EncoderLayer(nn.Module):
+    """A layer of T5Gemma 2's encoder: Gemma 3's, under other names."""
+
+    attention: type[Projections] = SelfAttention
+
+    def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
+        super().__init__()
+        norm = partial(RMSNorm, settings.hidden_size, settings.rms_norm_eps)
+        self.pre_self_attn_layernorm = norm()
+        self.self_attn = self.attention(settings, kernel)
+        self.post_self_attn_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.mlp = MLP(settings)
+        self.post_feedforward_layernorm = norm()
+
+    def forward(self, x_BTC: Tensor, *attention: object) -> Tensor:
+        """[B, T, C] to [B, T, C]; `attention` is what the layer's attention takes besides."""
+        attended = self.self_attn(self.pre_self_attn_layernorm(x_BTC), *attention)
+        x_BTC = x_BTC + self.post_self_attn_layernorm(attended)
+        return x_BTC + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTC)))
+
+
+class DecoderLayer(EncoderLayer):
+    """A layer of T5Gemma 2's decoder: merged attention in place of self-attention."""
+
+    attention = MergedAttention

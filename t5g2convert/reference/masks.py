@@ -1,0 +1,82 @@
+"""Attention masks: True where a query may see a key, [B or 1, 1, T, S].
+
+In the drawings a row is a query, a column a key, # seen, . hidden.
+"""
+
+import torch
+from torch import Tensor
+
+from t5g2convert.checkpoint.gemma3 import LayerType
+
+
+def causal(
+    kind: LayerType, window: int, kept_BS: Tensor, *, queries: int | None = None, blocks_BS: Tensor | None = None
+) -> Tensor:
+    """Gemma 3's mask and that of the decoder's own tokens: nothing ahead; in sliding layers `window` tokens back.
+
+    A token counts itself, so that a window of 3 sees itself and two before it::
+
+        full          sliding, window 3
+        # . . . .     # . . . .
+        # # . . .     # # . . .
+        # # # . .     # # # . .
+        # # # # .     . # # # .
+        # # # # #     . . # # #
+
+    Args:
+        kind: The kind of layer.
+        window: `sliding_window` of the config.
+        kept_BS: False at padding, [B, S].
+        queries: How many of the last tokens ask, where earlier ones stand in a cache (default: all).
+        blocks_BS: Number of the image that a token belongs to, 0 for text. Within an image Gemma 3 sees both ways, in
+            sliding layers inside the window.
+    """
+    keys = kept_BS.shape[1]
+    distance_TS = _distance(keys if queries is None else queries, keys, kept_BS.device)
+    seen = (distance_TS >= 0)[None, None]
+    if blocks_BS is not None:
+        seen = seen | ((blocks_BS[:, None, :, None] == blocks_BS[:, None, None, :]) & (blocks_BS > 0)[:, None, :, None])
+    if kind == "sliding_attention":
+        seen = seen & (distance_TS < window)
+    return seen & kept_BS[:, None, None, :]
+
+
+def bidirectional(kind: LayerType, window: int, kept_BS: Tensor) -> Tensor:
+    """The encoder's mask: everything; in sliding layers (w + 1) // 2 - 1 tokens back and w // 2 ahead.
+
+    ::
+
+        full          sliding, window 3     sliding, window 4
+        # # # # #     # # . . .             # # # . .
+        # # # # #     # # # . .             # # # # .
+        # # # # #     . # # # .             . # # # #
+        # # # # #     . . # # #             . . # # #
+        # # # # #     . . . # #             . . . # #
+
+    Source: `sliding_window_mask_function` of transformers' T5Gemma 2.
+    """
+    tokens = kept_BS.shape[1]
+    distance_TS = _distance(tokens, tokens, kept_BS.device)
+    seen = kept_BS[:, None, None, :].expand(-1, 1, tokens, tokens)
+    if kind == "sliding_attention":
+        seen = seen & (distance_TS < (window + 1) // 2) & (-distance_TS <= window // 2)
+    return seen
+
+
+def memory(queries: int, kept_BM: Tensor) -> Tensor:
+    """The decoder's view of the encoder's output: all of it but padding, in every layer, from every token.
+
+    Beside the causal mask it makes the merged mask, here for 3 tokens and a memory of 4 that ends with padding::
+
+        own tokens | memory
+        # . .      | # # # .
+        # # .      | # # # .
+        # # #      | # # # .
+    """
+    return kept_BM[:, None, None, :].expand(-1, 1, queries, -1)
+
+
+def _distance(queries: int, keys: int, device: torch.device) -> Tensor:
+    """How far before its query each key stands, [T, S]; the queries are the last of the keys."""
+    positions = torch.arange(keys, device=device)
+    return positions[keys - queries :, None] - positions[None, :]

@@ -1,0 +1,88 @@
+"""Texts and pictures made into what a model reads, with the tokenizer and the image processor of its folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t5g2convert.checkpoint.folder import read_json_object
+from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.reference.vision import VisionTower
+
+
+class TextCodec:
+    """The tokenizer of a folder.
+
+    Raises:
+        CheckpointError: The folder has no tokenizer.json, or the tokenizers library cannot read it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError("is missing: without it there is no text", where=path)
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise CheckpointError(f"is no tokenizer that the tokenizers library reads: {error}", where=path) from None
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, with the tokens that the tokenizer puts around it if `special`."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode(tokens))
+
+    def encode_with_image(self, text: str, *, boi: int, eoi: int, image: int, count: int) -> list[int]:
+        """A text behind an image, as Gemma 3's processor writes it: blank lines around the image's tokens.
+
+        Args:
+            text: What stands behind the image.
+            boi: The begin-of-image token.
+            eoi: The end-of-image token.
+            image: The image token.
+            count: How many of it stand for the image.
+        """
+        return [
+            *self.encode("\n\n"),
+            boi,
+            *[image] * count,
+            eoi,
+            *self.encode(f"\n\n{text}", special=False),
+        ]
+
+
+def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) -> Tensor:
+    """Pixels of a picture file, [1, channels, side, side], resized and normalised as the folder's processor says.
+
+    Where the folder has no processor, as Gemma 3's does: bilinear, mean and standard deviation 0.5.
+
+    Raises:
+        UsageError: The file is no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    settings = _processor(folder)
+    side = tower.settings.image_size
+    try:
+        with Image.open(path) as image:
+            resized = image.convert("RGB").resize((side, side), Image.Resampling(settings.get("resample", 2)))
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"{path} cannot be read as a picture: {error}") from None
+    values = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(side, side, 3).float() / 255.0
+    mean, deviation = (torch.tensor(settings.get(key, [0.5] * 3)) for key in ("image_mean", "image_std"))
+    return ((values - mean) / deviation).permute(2, 0, 1)[None].to(dtype)
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        if (folder / name).is_file():
+            document = read_json_object(folder / name)
+            section = document if key is None else document.get(key)
+            if isinstance(section, dict):
+                return section
+    return {}

@@ -1,0 +1,143 @@
+"""A text stack run a layer at a time: the embedding, one layer after the other, the last norm, the softmax.
+
+`Stack` knows where the parameters are; a `Run` is one batch on its way through. They are apart so that two models can
+advance side by side, with one layer of each in memory.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from t5g2convert.checkpoint.gemma3 import LayerType
+from t5g2convert.reference.cache import LayerCache
+from t5g2convert.reference.layers import EncoderLayer, Gemma3Layer, RMSNorm
+from t5g2convert.reference.rope import Rotation, rotation
+from t5g2convert.reference.settings import Kernel, TextSettings
+from t5g2convert.reference.weights import Weights
+
+HEAD_ROWS: Final = 16_384
+"""Rows of the embedding table that the softmax reads at once."""
+
+
+class Stack:
+    """One text stack of a checkpoint.
+
+    Args:
+        weights: The checkpoint's tensors.
+        settings: What the config says of this stack.
+        layer_class: Gemma 3's layer, the encoder's or the decoder's.
+        prefix: What stands before `layers.N.` and `norm.weight` in the checkpoint.
+        table: Name of the embedding matrix, which is the softmax's too.
+        eoi: Name of the vector that replaces the scaled embedding of the end-of-image token, if there is one.
+        kernel: How attention is computed.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        settings: TextSettings,
+        layer_class: type[Gemma3Layer] | type[EncoderLayer],
+        *,
+        prefix: str,
+        table: str,
+        eoi: str | None,
+        kernel: Kernel,
+    ) -> None:
+        self.weights = weights
+        self.settings = settings
+        self.layer_class = layer_class
+        self.prefix = prefix
+        self.table = table
+        self.eoi = eoi
+        self.kernel = kernel
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self.settings.layer_types)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Scaled embeddings, [B, T, C]: the scale is rounded to the dtype of the table, then the product."""
+        rows_BTC = self.weights.gather(self.table, ids_BT)
+        scale = torch.tensor(self.settings.hidden_size**0.5, device=rows_BTC.device).to(rows_BTC.dtype)
+        embedded_BTC = rows_BTC * scale
+        if self.eoi is not None:
+            embedded_BTC[ids_BT == self.settings.eoi_token_index] = self.weights.tensor(self.eoi)
+        return embedded_BTC
+
+    def layer(self, number: int) -> nn.Module:
+        """A layer with its parameters."""
+        return self.weights.module(
+            lambda: self.layer_class(self.settings, self.kernel), f"{self.prefix}layers.{number}."
+        )
+
+    def norm(self, x_BTC: Tensor) -> Tensor:
+        """The norm behind the last layer."""
+        settings = self.settings
+        norm = self.weights.module(lambda: RMSNorm(settings.hidden_size, settings.rms_norm_eps), f"{self.prefix}norm.")
+        return norm(x_BTC)
+
+    def rotations(self, start: int, stop: int, dtype: torch.dtype) -> dict[LayerType, Rotation]:
+        """Rotations of the positions from `start` to `stop`, by kind of layer."""
+        positions = torch.arange(start, stop, device=self.weights.device)
+        settings = self.settings
+        return {
+            kind: rotation(settings.ropes[kind], settings.head_dim, positions, dtype)
+            for kind in set(settings.layer_types)
+        }
+
+    def logits(self, x_NC: Tensor, rows: int | None = None) -> Tensor:
+        """Logits of normed states over the first `rows` of the vocabulary (default: all of it)."""
+        chunks = [chunk for _, chunk in self.logit_chunks(x_NC, rows)]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
+
+    def logit_chunks(self, x_NC: Tensor, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The same a slice of the table at a time: the first row's number, and the logits of its slice."""
+        rows = self.settings.vocab_size if rows is None else rows
+        step = rows if self.weights.resident else HEAD_ROWS
+        softcap = self.settings.final_logit_softcapping
+        for start in range(0, rows, step):
+            chunk = functional.linear(x_NC, self.weights.rows(self.table, start, min(start + step, rows)))
+            yield start, chunk if softcap is None else torch.tanh(chunk / softcap) * softcap
+
+
+@dataclass
+class Run:
+    """A batch on its way through a stack.
+
+    Attributes:
+        hidden_BTC: The states behind the last layer that was passed.
+        rotations: By kind of layer.
+        masks: What own tokens may see of each other, by kind of layer.
+        memory_BMC: The encoder's output, for a decoder.
+        memory_seen_BTM: What may be seen of it.
+        caches: One for each layer, for a decoder that writes a token at a time.
+    """
+
+    hidden_BTC: Tensor
+    rotations: Mapping[LayerType, Rotation]
+    masks: Mapping[LayerType, Tensor]
+    memory_BMC: Tensor | None = None
+    memory_seen_BTM: Tensor | None = None
+    caches: list[LayerCache] = field(default_factory=list)
+
+    def advance(self, layer: nn.Module, kind: LayerType, number: int) -> None:
+        """Pass one layer."""
+        self.hidden_BTC = layer(self.hidden_BTC, *self.arguments(kind, number))
+
+    def arguments(self, kind: LayerType, number: int) -> list[object]:
+        """What a layer takes besides the states."""
+        arguments: list[object] = [self.rotations[kind], self.masks[kind]]
+        if self.memory_BMC is not None:
+            arguments += [self.memory_BMC, self.memory_seen_BTM]
+            arguments += [self.caches[number]] if self.caches else []
+        return arguments
+
+    def through(self, stack: Stack) -> Tensor:
+        """Pass all layers and the last norm; the normed states, [B, T, C]."""
+        for number, kind in enumerate(stack.settings.layer_types):
+            self.advance(stack.layer(number), kind, number)
+        return stack.norm(self.hidden_BTC)

@@ -1,0 +1,84 @@
+"""A vision tower of a checkpoint, run a layer at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from t5g2convert.errors import CheckpointError
+from t5g2convert.reference.settings import VisionSettings
+from t5g2convert.reference.siglip import Projector, VisionEmbeddings, VisionLayer
+from t5g2convert.reference.weights import Weights
+
+
+class VisionTower:
+    """SigLIP and the projector of one checkpoint.
+
+    Args:
+        weights: The checkpoint's tensors.
+        settings: What the config says of the tower.
+        text_width: Hidden width of the text stack that the soft tokens go to.
+        tower: What stands before the tower's names, `...vision_model.`
+        projector: What stands before the projector's, `...multi_modal_projector.`
+    """
+
+    def __init__(
+        self, weights: Weights, settings: VisionSettings, text_width: int, *, tower: str, projector: str
+    ) -> None:
+        self.weights = weights
+        self.settings = settings
+        self.text_width = text_width
+        self.tower = tower
+        self.projector = projector
+
+    def stages(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules in the order in which an image passes them, each read when it is its turn, with their names."""
+        settings = self.settings
+        yield "embeddings", self.weights.module(lambda: VisionEmbeddings(settings), f"{self.tower}embeddings.")
+        for number in range(settings.num_hidden_layers):
+            name = f"encoder.layers.{number}"
+            yield name, self.weights.module(lambda: VisionLayer(settings), f"{self.tower}{name}.")
+        yield (
+            "post_layernorm",
+            self.weights.module(
+                lambda: nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps), f"{self.tower}post_layernorm."
+            ),
+        )
+        yield (
+            "multi_modal_projector",
+            self.weights.module(lambda: Projector(settings, self.text_width), self.projector),
+        )
+
+    def features(self, pixels_BNYX: Tensor) -> Tensor:
+        """Soft tokens of images, [B, mm_tokens_per_image, text width]; pixels in the dtype of the weights."""
+        state = pixels_BNYX
+        for _, module in self.stages():
+            state = module(state)
+            # The next stage is read before the name is bound anew; two need not be in memory.
+            del module
+        return state
+
+    def pixel_shape(self, images: int) -> tuple[int, int, int, int]:
+        """The shape of a batch of images."""
+        side = self.settings.image_size
+        return images, self.settings.num_channels, side, side
+
+
+def text_only(ids_BT: Tensor, image_token: int) -> Tensor:
+    """The ids with 0 for image tokens: they may stand behind the table's end, and their rows are replaced anyway."""
+    return torch.where(ids_BT == image_token, 0, ids_BT)
+
+
+def scatter_images(embedded_BTC: Tensor, ids_BT: Tensor, image_token: int, features_ITC: Tensor) -> Tensor:
+    """Embeddings with those of the image tokens replaced by soft tokens, in order.
+
+    Raises:
+        CheckpointError: The counts differ.
+    """
+    at = ids_BT == image_token
+    count = features_ITC.shape[0] * features_ITC.shape[1]
+    if int(at.sum()) != count:
+        raise CheckpointError(f"the input has {int(at.sum())} image tokens, the images give {count}")
+    replaced = embedded_BTC.clone()
+    replaced[at] = torch.flatten(features_ITC, 0, 1).to(embedded_BTC.dtype)
+    return replaced

@@ -1,0 +1,164 @@
+"""Tensors of a checkpoint folder, read when they are asked for and dropped when nobody holds them.
+
+Bytes are read, not mapped: mapped pages would count as this process's memory until the kernel wants them back, and a
+file that shrinks would kill the process. Every tensor starts on memory that torch aligned, so that a kernel cannot
+choose another order of additions for one model than for the other.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
+from t5g2convert.errors import CheckpointError
+
+DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""safetensors dtype to torch dtype: the dtypes that a model can be run in."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Weights:
+    """The tensors of one checkpoint, in one dtype, on one device.
+
+    Args:
+        checkpoint: The folder.
+        dtype: Every tensor is cast to it as it is read (None: it stays as it is stored).
+        device: Where the tensors go.
+        resident: Keep what was read, for a model that is run many times; otherwise memory holds what is in use.
+        rounded_to: A dtype that every tensor is cast to before `dtype`: a model is judged as a conversion rounded it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        resident: bool = False,
+        rounded_to: torch.dtype | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.resident = resident
+        self.rounded_to = rounded_to
+        self._tensors: dict[str, Tensor] = {}
+        self._modules: dict[str, nn.Module] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header."""
+        return self._stored(name).entry.shape
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor.
+
+        Raises:
+            CheckpointError: There is none, its dtype is not a floating one, or its file has become shorter.
+        """
+        if name in self._tensors:
+            return self._tensors[name]
+        stored = self._stored(name)
+        tensor = self._read(stored, 0, stored.entry.nbytes).view(stored.entry.shape)
+        if self.resident:
+            self._tensors[name] = tensor
+        return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a table, [stop - start, width]."""
+        if self.resident:
+            return self.tensor(name)[start:stop]
+        stored = self._stored(name)
+        width = stored.entry.nbytes // stored.entry.shape[0]
+        return self._read(stored, start * width, stop * width).view(stop - start, *stored.entry.shape[1:])
+
+    def gather(self, name: str, ids: Tensor) -> Tensor:
+        """The rows of a table with these numbers, [*ids.shape, width]; each distinct row is read once.
+
+        Raises:
+            IndexError: The table has no such row.
+        """
+        if self.resident:
+            return self.tensor(name)[ids]
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        if not 0 <= int(distinct[0]) <= int(distinct[-1]) < self.shape(name)[0]:
+            raise IndexError(f"ids from {distinct[0]} to {distinct[-1]} in a table of {self.shape(name)[0]} rows")
+        rows = [self.rows(name, number, number + 1) for number in distinct.tolist()]
+        return torch.cat(rows)[inverse]
+
+    def module(self, make: Callable[[], Module], prefix: str) -> Module:
+        """A module whose every parameter is the tensor of its own name behind `prefix`.
+
+        Raises:
+            CheckpointError: A tensor is missing or has another shape than the module's parameter.
+        """
+        if prefix in self._modules:
+            return cast(Module, self._modules[prefix])
+        with torch.device("meta"):
+            module = make()
+        state = {}
+        for name, parameter in module.named_parameters():
+            found, expected = self.shape(prefix + name), tuple(parameter.shape)
+            if found != expected:
+                raise CheckpointError(
+                    f"tensor {prefix + name!r} has shape {list(found)}, its config implies {list(expected)}",
+                    where=self.checkpoint.path,
+                )
+            state[name] = self.tensor(prefix + name)
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False).eval()
+        if self.resident:
+            self._modules[prefix] = module
+        return module
+
+    def _stored(self, name: str) -> StoredTensor:
+        stored = self.checkpoint.tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"has no tensor {name!r}", where=self.checkpoint.path)
+        if stored.entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r} has dtype {stored.entry.dtype}, expected one of {', '.join(DTYPES)}",
+                where=self.checkpoint.path,
+            )
+        return stored
+
+    def _read(self, stored: StoredTensor, start: int, end: int) -> Tensor:
+        """Bytes `start` to `end` of a tensor as a flat tensor in the dtype and on the device of these weights."""
+        buffer = torch.empty(end - start, dtype=torch.uint8)
+        read_exactly(self.checkpoint, stored, start, buffer)
+        tensor = buffer.view(DTYPES[stored.entry.dtype]).to(device=self.device, dtype=self.rounded_to)
+        return tensor.to(self.dtype)
+
+
+def read_exactly(checkpoint: Checkpoint, stored: StoredTensor, start: int, buffer: Tensor) -> None:
+    """Fill a byte tensor from a stored tensor, beginning at its byte `start`.
+
+    Raises:
+        CheckpointError: The file cannot be read, or has become shorter than its header says.
+    """
+    path = checkpoint.path / stored.file
+    todo = memoryview(buffer.numpy().data)
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(stored.entry.start + start)
+            while todo:
+                count = file.readinto(todo)
+                if not count:
+                    raise CheckpointError("has become shorter while it was read", where=path)
+                todo = todo[count:]
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+
+
+def only_prefix(names: Sequence[str], anchor: str, checkpoint: Checkpoint) -> str:
+    """What stands before `anchor` in the one tensor name that ends with it: the spelling of a family of names.
+
+    Raises:
+        CheckpointError: No name ends with it, or several do.
+    """
+    found = [name for name in names if name == anchor or name.endswith(f".{anchor}")]
+    if len(found) != 1:
+        raise CheckpointError(f"has {len(found)} tensors named ...{anchor}, expected one", where=checkpoint.path)
+    return found[0].removesuffix(anchor)
