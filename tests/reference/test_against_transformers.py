@@ -112,13 +112,15 @@ def test_decoder_logits_with_visible_memory(case: Case) -> None:
 @torch.no_grad()
 def test_image_features_of_both_models(case: Case) -> None:
     images = pixels(3, case.dtype)
+    # The tower's attention is fused: in bfloat16 two units in the last place of a feature between 2 and 4.
+    limit = max(case.limit, 0.04 if case.dtype == torch.bfloat16 else 0.0)
     for theirs, vision in (
         (case.their_gemma.model, case.gemma().vision),
         (case.their_t5gemma.model.encoder, case.t5gemma().vision),
     ):
         assert vision is not None
         assert images.shape == vision.pixel_shape(3)
-        assert difference(vision.features(images), theirs.get_image_features(images).pooler_output) <= case.limit
+        assert difference(vision.features(images), theirs.get_image_features(images).pooler_output) <= limit
 
 
 @every_image_twin
