@@ -7,6 +7,7 @@
     ├── CheckpointError       3   the input checkpoint is damaged, incomplete or of another kind
     ├── MappingError          4   the weight map is wrong, or it does not describe this model
     ├── OutputError           5   the output folder or the disk
+    ├── VerificationError     6   a conversion does not compute what its source computes
     └── Interrupted      130/143  SIGINT or SIGTERM
 
 Library code raises these and nothing else on purpose; only `t5g2convert.cli` turns them into text and exit codes.
@@ -69,6 +70,12 @@ class OutputError(T5g2Error):
     """The output folder cannot be written."""
 
     exit_code = 5
+
+
+class VerificationError(T5g2Error):
+    """A conversion was judged and found wrong; `details` has every check that failed."""
+
+    exit_code = 6
 
 
 class Interrupted(T5g2Error):  # noqa: N818 - a signal is no error

@@ -1,19 +1,19 @@
 """The files beside the weights: config, index, tokenizer files, manifest. Written in order, flushed, and hashed."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import INDEX_FILE
+from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, seal
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.conversion.writer import Written
 from t5g2convert.errors import CheckpointError, OutputError
 from t5g2convert.version import __version__
 
-MANIFEST_FILE: Final = "t5g2.json"
 PIECE_BYTES: Final = 1 << 18
 
 
@@ -29,14 +29,14 @@ def write_assets(plan: Plan, source: Path, folder: Path, written: Written, *, fl
         shard.name: {"bytes": shard.size, "sha256": written.shards.get(shard.name)} for shard in plan.shards
     }
     documents = {"config.json": plan.config, "generation_config.json": plan.generation_config}
-    contents: dict[str, Iterable[bytes]] = {name: [_encode(document)] for name, document in documents.items()}
+    contents: dict[str, Iterable[bytes]] = {name: [encode_json(document)] for name, document in documents.items()}
     contents |= {name: _pieces(source / name) for name in plan.carried_files}
     if len(plan.shards) > 1:
-        contents[INDEX_FILE] = [_encode(_index(plan))]
+        contents[INDEX_FILE] = [encode_json(_index(plan))]
     for name, pieces in contents.items():
         size, digest = _write(folder / name, pieces, flush=flush)
         files[name] = {"bytes": size, "sha256": digest if hashing else None}
-    _write(folder / MANIFEST_FILE, [_encode(_manifest(plan, written, files))], flush=flush)
+    _write(folder / MANIFEST_FILE, [seal(_manifest(plan, written, files))], flush=flush)
 
 
 def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -46,13 +46,14 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any
     }
     sources["config.json"] = {"bytes": plan.source_config.size, "sha256": plan.source_config.sha256}
     return {
-        "format": 1,
+        "format": FORMAT,
         "tool": {"name": "t5g2convert", "version": __version__},
         "mapping": {"name": plan.mapping, "sha256": plan.mapping_sha256},
         "source": {"family": plan.family, "layout": dict(plan.layout), "files": sources},
         "dtype": plan.dtype,
         "parameters": dict(plan.parameters),
         "dropped": [{"name": drop.name, "because": drop.because} for drop in plan.dropped],
+        "changes": [asdict(change) for change in plan.changes],
         "notes": list(plan.notes),
         "files": {name: files[name] for name in sorted(files)},
     }
@@ -66,10 +67,6 @@ def _index(plan: Plan) -> dict[str, Any]:
         },
         "weight_map": {tensor.name: tensor.shard for tensor in sorted(plan.tensors, key=lambda item: item.name)},
     }
-
-
-def _encode(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

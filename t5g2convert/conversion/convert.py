@@ -1,6 +1,6 @@
 """`convert`: plan, write, put in place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES, Plan
 from t5g2convert.conversion.planner import KEEP, build_plan
 from t5g2convert.conversion.staging import Staging, check_space, check_target
 from t5g2convert.conversion.writer import write_shards
+
+Judge = Callable[[Path], None]
+"""Raises if a folder is not what it should be."""
 
 ASSET_BYTES = 64 << 20
 """Room kept for what stands beside the shards; the largest tokenizer files in use take 40 MB."""
@@ -62,6 +65,7 @@ def convert(
     flush: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
+    judge: Judge | None = None,
 ) -> Conversion:
     """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder.
 
@@ -75,6 +79,7 @@ def convert(
         flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
         overwrite: Replace a folder that has something in it, at the end.
         progress: Called with the bytes just written, from any thread.
+        judge: Called with the finished folder before it appears under its name; what it raises leaves no output.
 
     Raises:
         CheckpointError: The source is not sound, or is not what its config implies.
@@ -84,7 +89,9 @@ def convert(
     """
     check_target(output, source, overwrite=overwrite)
     plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    return execute(plan, source, output, overwrite=overwrite, hashing=hashing, flush=flush, progress=progress)
+    return execute(
+        plan, source, output, overwrite=overwrite, hashing=hashing, flush=flush, progress=progress, judge=judge
+    )
 
 
 def execute(
@@ -96,12 +103,15 @@ def execute(
     hashing: bool = True,
     flush: bool = True,
     progress: Progress | None = None,
+    judge: Judge | None = None,
 ) -> Conversion:
     """Execute a plan that `build_plan` made of `source`; see `convert`."""
     check_space(output, plan.nbytes + ASSET_BYTES)
     with Staging(output, overwrite=overwrite, flush=flush) as staging:
         written = write_shards(plan, source, staging.folder, hashing=hashing, flush=flush, progress=progress or _silent)
         write_assets(plan, source, staging.folder, written, flush=flush)
+        if judge is not None:
+            judge(staging.folder)
         staging.commit()
     return Conversion(
         output=output,

@@ -5,7 +5,7 @@ Dry run, tables, writer, manifest and tests all read this one object. Nothing he
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from t5g2convert.checkpoint.header import FileIdentity
@@ -102,6 +102,15 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that the target does not have from the source, by its name in config.json, and both its values."""
+
+    field: str
+    source: Any
+    target: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All of a conversion before its first byte is written."""
 
@@ -115,6 +124,7 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     shards: tuple[Shard, ...]
     dropped: tuple[Dropped, ...]
+    changes: tuple[Change, ...]
     tied: Mapping[str, str]
     source_files: tuple[SourceFile, ...]
     source_config: SourceConfig
@@ -142,6 +152,7 @@ class Plan:
             "shards": [{"name": shard.name, "bytes": shard.size} for shard in self.shards],
             "tensors": [_tensor_json(tensor) for tensor in self.tensors],
             "dropped": [{"name": drop.name, "because": drop.because} for drop in self.dropped],
+            "changes": [asdict(change) for change in self.changes],
             "tied": dict(self.tied),
             "files": list(self.carried_files),
             "config": dict(self.config),

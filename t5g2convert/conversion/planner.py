@@ -13,6 +13,7 @@ from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.plan import (
     DEFAULT_SHARD_BYTES,
+    Change,
     Content,
     Dropped,
     Kind,
@@ -92,6 +93,7 @@ def plan_checkpoint(checkpoint: Checkpoint, loaded: LoadedMap, *, dtype: str, ma
             )
             for drop in resolution.drops
         ),
+        changes=tuple(_changes(resolution, drafts, config, model_dtype)),
         tied={name: item.target for item in resolution.targets for name in item.row.tied},
         source_files=tuple(SourceFile(name, header.identity) for name, header in checkpoint.files.items()),
         source_config=SourceConfig(len(checkpoint.config_text), hashlib.sha256(checkpoint.config_text).hexdigest()),
@@ -204,6 +206,43 @@ def _suggest(name: str, others: Sequence[str]) -> str:
 
 def _carried_files(weight_map: WeightMap, checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name in weight_map.files.carry if (checkpoint.path / name).is_file())
+
+
+def _changes(
+    resolution: Resolution, drafts: Sequence[Draft], config: Mapping[str, Any], model_dtype: str
+) -> Iterable[Change]:
+    """What the target's config does not have from the source; verification takes these for declared."""
+    cast = sorted({draft.content.dtype for draft in drafts if draft.content.kind != "zeros"} - {model_dtype})
+    if cast and all(draft.dtype == model_dtype for draft in drafts):
+        yield Change("dtype", ", ".join(CONFIG_NAMES[dtype] for dtype in cast), CONFIG_NAMES[model_dtype])
+    rows, vocab = resolution.symbols["rows"], resolution.symbols["vocab"]
+    if vocab != rows:
+        yield Change("vocab_size", rows, vocab)
+    for name, before in resolution.model.values.items():
+        if resolution.values[name] != before:
+            yield Change(name, before, resolution.values[name])
+    for path, name in _WRITTEN_OUT.items():
+        for stack in ("encoder.text_config", "decoder"):
+            before, after = resolution.model.values[name], _setting(config, f"{stack}.{path}")
+            if after != before:
+                yield Change(f"{stack}.{path}", before, after)
+
+
+_WRITTEN_OUT: Final = {
+    "rope_parameters.full_attention.factor": "rope_full_factor",
+    "rope_parameters.full_attention.rope_theta": "rope_full_theta",
+    "rope_parameters.sliding_attention.rope_theta": "rope_sliding_theta",
+    "sliding_window": "sliding_window",
+}
+"""Settings of a stack, by path, that a map may write out in place of the source's: those of long contexts."""
+
+
+def _setting(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a path of keys in a config, None where there is none."""
+    node: Any = config
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def _notes(

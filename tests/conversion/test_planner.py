@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from t5g2convert import CheckpointError, Plan, UsageError, plan
+from t5g2convert.conversion.plan import Change
+from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.memory import run_and_measure
@@ -184,3 +186,43 @@ def test_27b_is_planned_from_headers_in_little_memory(gemma3_map: WeightMap, tmp
     printed, peak = run_and_measure("plan", tmp_path, "--json")
     assert json.loads(printed)["parameters"]["total"] == 53_031_784_048
     assert peak < 150e6
+
+
+def test_what_is_kept_as_it_is_declares_no_change(demo_source: Path) -> None:
+    assert plan(demo_source).changes == ()
+
+
+def test_a_cast_is_declared_with_both_dtypes(demo_source: Path) -> None:
+    assert plan(demo_source, dtype="float32").changes == (Change("dtype", "bfloat16", "float32"),)
+    assert plan(demo_source, dtype="bfloat16").changes == ()
+
+
+def test_a_cut_table_and_a_moved_token_are_declared(
+    gemma3_map: WeightMap, demo_config: Mapping[str, Any], tmp_path: Path
+) -> None:
+    config = json.loads(json.dumps(demo_config)) | {"image_token_index": 262_144}
+    config["text_config"]["vocab_size"] = 262_208
+    write_synthetic_source(tmp_path, gemma3_map, config, seed=None)
+    assert set(plan(tmp_path).changes) == {
+        Change("vocab_size", 262_208, 262_144),
+        Change("image_token_index", 262_144, 256_001),
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "path", "before", "after"),
+    [
+        ("factor: $rope_full_factor", "rope_parameters.full_attention.factor", 1.0, 8.0),
+        ("rope_theta: $rope_full_theta", "rope_parameters.full_attention.rope_theta", 1e6, 8.0),
+        ("rope_theta: $rope_sliding_theta", "rope_parameters.sliding_attention.rope_theta", 1e4, 8.0),
+        ("sliding_window: $sliding_window", "sliding_window", 16, 8.0),
+    ],
+)
+def test_a_setting_that_a_map_writes_out_is_declared_for_each_stack(
+    written: str, path: str, before: float, after: float, demo_source: Path, tmp_path: Path
+) -> None:
+    text = find_map("gemma3").path.read_text()
+    number = "8" if path == "sliding_window" else "8.0"
+    (tmp_path / "mine.yaml").write_text(text.replace(written, f"{written.partition(':')[0]}: {number}"))
+    found = plan(demo_source, mapping=str(tmp_path / "mine.yaml")).changes
+    assert found == tuple(Change(f"{stack}.{path}", before, after) for stack in ("encoder.text_config", "decoder"))
