@@ -22,7 +22,7 @@ $(INSTALLED): $(VENV)/.base
 	$(PIP) --constraint constraints.txt --editable '.[test,dev]'
 	@touch $@
 
-demo: $(VENV)/.base  ## build a tiny Gemma 3, convert it, look at the result
+demo: $(VENV)/.base  ## build a tiny Gemma 3, convert it, verify it
 	@$(BIN)/t5g2 demo
 
 check: $(INSTALLED)  ## ruff and mypy --strict
@@ -45,8 +45,10 @@ fmt: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## measure convert against cp and a transformers script
+bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each against its yardstick
 	$(BIN)/python examples/benchmark_convert.py
+	$(BIN)/python examples/benchmark_forward.py
+	$(BIN)/python examples/benchmark_verify.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

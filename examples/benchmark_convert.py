@@ -19,29 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TEXT = {
-    "270m": {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
-             "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "vocab_size": 262_144},
-    "1b": {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
-           "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "vocab_size": 262_144},
-    "4b": {"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "num_attention_heads": 8,
-           "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024, "vocab_size": 262_208,
-           "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
-}  # fmt: skip
-TEXT["27b"] = {**TEXT["4b"], "hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62,
-               "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}  # fmt: skip
-VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-          "image_size": 896, "patch_size": 14, "vision_use_head": False}  # fmt: skip
-TINY = {**TEXT["270m"], "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 512}
-CONFIGS = {
-    "tiny": {"model_type": "gemma3_text", **TINY},
-    "270m": {"model_type": "gemma3_text", **TEXT["270m"]},
-    "1b": {"model_type": "gemma3_text", **TEXT["1b"]},
-    "4b": {"model_type": "gemma3", "text_config": TEXT["4b"], "vision_config": VISION},
-    "27b": {"model_type": "gemma3", "text_config": TEXT["27b"], "vision_config": VISION},
-}
-DISK = {"tiny": 1e8, "270m": 3e9, "1b": 12e9, "4b": 42e9, "27b": 1e6}
-"""Bytes that a size needs: source, reference, and one output at a time."""
+from benchmark_sources import DISK, run_apart
 
 TRANSFORMERS_ROUNDS = 3
 """Rounds in which the slow script takes part."""
@@ -120,20 +98,6 @@ def measure_plan(size: str, rounds: int, folder: Path) -> None:
         planner.run(None)
     seconds, peak = statistics.median(planner.seconds), statistics.median(planner.peaks)
     print(f"\n{size}: planned in {seconds:.2f} s and {peak / 1e6:.0f} MB, median of {rounds} rounds", flush=True)
-
-
-def run_apart(function: str, *arguments: str) -> None:
-    """Run a function of this file in a process of its own: a child's peak memory starts at its parent's."""
-    command = f"import sys; from benchmark_convert import {function}; {function}(*sys.argv[1:])"
-    subprocess.run([sys.executable, "-c", command, *arguments], check=True, cwd=Path(__file__).parent)
-
-
-def make_source(size: str, folder: str, headers_only: str = "") -> None:
-    """Write the source, with seeded random weights or with none."""
-    from t5g2convert.mapping.library import find_map
-    from t5g2convert.mapping.synthetic import write_synthetic_source
-
-    write_synthetic_source(Path(folder), find_map("gemma3").map, CONFIGS[size], seed=None if headers_only else 0)
 
 
 def report(size: str, contestants: list[Contestant], output_bytes: int) -> None:

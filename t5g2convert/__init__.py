@@ -3,10 +3,11 @@
 The public interface; everything else may change between versions::
 
     from pathlib import Path
-    from t5g2convert import convert, inspect, plan
+    from t5g2convert import convert, inspect, plan, verify
 
     print(plan(Path("gemma-3-4b-pt")).parameters)
     convert(Path("gemma-3-4b-pt"), Path("t5gemma-2-4b-4b"))
+    assert verify(Path("t5gemma-2-4b-4b"), Path("gemma-3-4b-pt")).passed
 
 Importing this package imports neither torch nor numpy; names are loaded when they are first used.
 """
@@ -19,36 +20,59 @@ if TYPE_CHECKING:
     from t5g2convert.conversion.convert import Conversion, convert
     from t5g2convert.conversion.plan import Plan
     from t5g2convert.conversion.planner import build_plan as plan
-    from t5g2convert.errors import CheckpointError, MappingError, OutputError, T5g2Error, UsageError
+    from t5g2convert.errors import (
+        CheckpointError,
+        MappingError,
+        OutputError,
+        T5g2Error,
+        UsageError,
+        VerificationError,
+    )
     from t5g2convert.mapping.inspection import Inspection, inspect
+    from t5g2convert.parity.compare import Comparison, compare
+    from t5g2convert.parity.report import Report
+    from t5g2convert.parity.verify import verify
+    from t5g2convert.reference.generation import write
 
 __all__ = [
     "CheckpointError",
+    "Comparison",
     "Conversion",
     "Inspection",
     "MappingError",
     "OutputError",
     "Plan",
+    "Report",
     "T5g2Error",
     "UsageError",
+    "VerificationError",
     "__version__",
+    "compare",
     "convert",
     "inspect",
     "plan",
+    "verify",
+    "write",
 ]
 
 _HOME = {
     "CheckpointError": "errors",
+    "Comparison": "parity.compare",
     "Conversion": "conversion.convert",
     "Inspection": "mapping.inspection",
     "MappingError": "errors",
     "OutputError": "errors",
     "Plan": "conversion.plan",
+    "Report": "parity.report",
     "T5g2Error": "errors",
     "UsageError": "errors",
+    "VerificationError": "errors",
+    "compare": "parity.compare",
     "convert": "conversion.convert",
     "inspect": "mapping.inspection",
     "plan": "conversion.planner",
+    "verify": "parity.verify",
+    "write": "reference.generation",
 }
 
 

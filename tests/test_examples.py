@@ -24,6 +24,9 @@ TEXT = {
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix == ".py"} == {
         "benchmark_convert.py",
+        "benchmark_forward.py",
+        "benchmark_sources.py",
+        "benchmark_verify.py",
         "convert_with_transformers.py",
     }
 
@@ -43,6 +46,26 @@ def test_the_benchmark_measures_everyone(tmp_path: Path) -> None:
     for name in ("cp ", "cp, then sync", "t5g2 convert --no-hash --no-flush", "transformers, meta device"):
         assert any(line.startswith(name) for line in run.stdout.splitlines()), run.stdout
     assert "27b: planned in " in run.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_forward_benchmark_measures_everyone_with_every_dtype(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "benchmark_forward.py")
+    command = [sys.executable, script, "tiny", "--rounds", "1", "--folder", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    for dtype in ("float32", "bfloat16"):
+        assert f"tiny-tiny, {dtype}: 512 tokens in, 64 out, one pass" in run.stdout
+        assert f"tiny-tiny, {dtype}: 512 tokens in, 64 written greedily" in run.stdout
+    for name in ("t5g2 reference", "transformers, sdpa", "transformers, eager"):
+        assert sum(line.startswith(f"{name}  ") for line in run.stdout.splitlines()) == 4, run.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verify_benchmark_verifies(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "benchmark_verify.py"), "tiny", "--folder", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = next(line for line in run.stdout.splitlines() if line.startswith("tiny"))
+    assert float(row.split()[-1]) > 100
     assert list(tmp_path.iterdir()) == []
 
 

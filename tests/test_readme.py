@@ -1,5 +1,6 @@
 """The README's commands run as they stand, and what it shows is what is printed."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from t5g2convert.checkpoint.header import read_header
+from t5g2convert.checkpoint.manifest import read_manifest, seal
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.mapping.library import find_map
 
@@ -33,18 +36,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, *, code: int = 0) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stdout
 
 
 def test_the_commands_run_in_their_order(workplace: Path) -> None:
     ours = [command for command in commands() if command.startswith("t5g2 ")]
-    assert [command.split()[1] for command in ours] == ["inspect", "plan", "convert"]
+    assert [command.split()[1] for command in ours] == ["inspect", "plan", "convert", "verify"]
     for command in ours:
         run(command.split(), workplace)
     assert (workplace / "t5gemma-2-4b-4b/t5g2.json").is_file()
@@ -57,10 +60,42 @@ def test_the_python_blocks_run(workplace: Path, tmp_path: Path) -> None:
     run([sys.executable, "-c", loading], tmp_path)
 
 
+def shown(beginning: str) -> list[str]:
+    """The lines of the text block that begins so, without the spaces of a table's padding."""
+    (block,) = (block for block in blocks("text") if block.strip().startswith(beginning))
+    return unmeasured(block)
+
+
+def unmeasured(text: str) -> list[str]:
+    """Lines without padding, and without how large a difference is: that varies with the processor."""
+    measured = r"difference [\d.e-]+ \([\d.e-]+ of the largest value\); KL [\d.e-]+, top-1 agreement [\d.]+%"
+    return [re.sub(measured, "a difference", line.strip()) for line in text.strip().splitlines()]
+
+
+def test_the_verifications_are_what_is_printed(tmp_path: Path) -> None:
+    build_demo_source(tmp_path / "source")
+    run(["t5g2", "convert", "source", "out"], tmp_path)
+    judged = run(["t5g2", "verify", "out", "--source", "source"], tmp_path)
+    assert [line for line in unmeasured(judged) if line.startswith("passed")] == shown("passed")
+
+    path = tmp_path / "out/model.safetensors"
+    one, other = (
+        read_header(path).tensors[f"model.decoder.layers.{layer}.self_attn.q_proj.weight"] for layer in (4, 5)
+    )
+    data = bytearray(path.read_bytes())
+    data[one.start : one.end], data[other.start : other.end] = data[other.start : other.end], data[one.start : one.end]
+    path.write_bytes(data)
+    manifest = read_manifest(tmp_path / "out")
+    manifest["files"][path.name]["sha256"] = hashlib.sha256(data).hexdigest()
+    (tmp_path / "out/t5g2.json").write_bytes(seal(manifest))
+    judged = run(["t5g2", "verify", "out", "--source", "source"], tmp_path, code=6)
+    assert [line for line in unmeasured(judged) if line.startswith("FAILED")] == shown("FAILED")
+
+
 def test_the_drawing_is_what_the_demo_prints(workplace: Path) -> None:
-    (shown,) = (block for block in blocks("text") if "Which tensors go where" in block)
+    (drawing,) = (block for block in blocks("text") if "Which tensors go where" in block)
     printed = "\n".join(line.rstrip() for line in run(["t5g2", "demo"], workplace).splitlines())
-    assert shown.strip() in printed
+    assert drawing.strip() in printed
 
 
 def test_the_row_is_in_the_map() -> None:

@@ -1,9 +1,8 @@
 """`t5g2 convert`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -18,9 +17,12 @@ from t5g2convert.cli.console import (
     size_text,
 )
 from t5g2convert.cli.options import DtypeOption, MappingOption, ShardOption, SourceArgument, parse_size
+from t5g2convert.cli.verify import print_report, require_passed, shown_progress
 
 if TYPE_CHECKING:
-    from t5g2convert.conversion.copying import Progress
+    from rich.progress import Progress
+
+    from t5g2convert.parity.report import Report
 
 
 def convert(
@@ -34,6 +36,9 @@ def convert(
         bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT, at the very end.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -44,12 +49,36 @@ def convert(
 
     check_target(output, source, overwrite=overwrite)
     plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=parse_size(max_shard_size))
-    with _progress_bar(plan.nbytes) as progress:
-        done = execute(plan, source, output, overwrite=overwrite, hashing=hashing, flush=flush, progress=progress)
+    reports: list[Report] = []
+
+    def judge(folder: Path) -> None:
+        from t5g2convert.parity.verify import verify as judge_folder
+
+        bar.stop()
+        with shown_progress() as told:
+            reports.append(judge_folder(folder, source, mapping=mapping, progress=told))
+        require_passed(reports[0], output)
+
+    with ProgressBar(plan.nbytes) as bar:
+        done = execute(
+            plan,
+            source,
+            output,
+            overwrite=overwrite,
+            hashing=hashing,
+            flush=flush,
+            progress=bar.advance,
+            judge=judge if verify else None,
+        )
     if as_json:
-        emit_json(done.to_json())
+        document = done.to_json()
+        if reports:
+            document["verification"] = replace(reports[0], output=output).to_json()
+        emit_json(document)
         return
     out = console()
+    if reports:
+        print_report(reports[0], out)
     out.print(parameter_table(done.parameters))
     out.print(
         f"wrote {done.tensors} tensors, {size_text(done.nbytes)} in {len(done.shards)} file(s), to "
@@ -59,17 +88,39 @@ def convert(
     print_notes(done.notes)
 
 
-@contextmanager
-def _progress_bar(total: int) -> "Iterator[Progress | None]":
+class ProgressBar:
     """Bytes, rate and time left on stderr, if that is a terminal."""
-    import sys
 
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    def __init__(self, total: int) -> None:
+        import sys
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("convert", total=total)
-        yield lambda count: bar.advance(task, count)
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            from rich import progress
+
+            columns = (
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(),
+            )
+            self._bar = progress.Progress(*columns, console=console(stderr=True), transient=True)
+            self._task = self._bar.add_task("convert", total=total)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def advance(self, count: int) -> None:
+        """Show that so many bytes were written."""
+        if self._bar is not None:
+            self._bar.advance(self._task, count)
+
+    def stop(self) -> None:
+        """Give the line back; another display may follow."""
+        if self._bar is not None:
+            self._bar.stop()

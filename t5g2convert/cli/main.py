@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from t5g2convert.cli import convert, demo, inspect, mappings, plan
+from t5g2convert.cli import compare, convert, demo, generate, inspect, mappings, plan, verify
 from t5g2convert.cli.console import emit_json, printable
 from t5g2convert.errors import Interrupted, MappingError, T5g2Error, UsageError
 from t5g2convert.version import __version__
@@ -53,6 +53,9 @@ app.command("demo")(demo.demo)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
+app.command("verify")(verify.verify)
+app.command("compare")(compare.compare)
+app.command("generate")(generate.generate)
 app.add_typer(mappings.app, name="mappings")
 
 

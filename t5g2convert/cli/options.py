@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -24,6 +24,19 @@ def parse_size(text: str) -> int:
     return size
 
 
+DeviceOption = Annotated[
+    Literal["cpu", "cuda"], typer.Option("--device", help="Where the passes run; parity is exact on the CPU.")
+]
+PassDtypeOption = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option("--dtype", help="What the passes compute in.", show_default="the output's"),
+]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", help="A text file to read in place of seeded tokens, with OUTPUT's tokenizer.")
+]
+ImageOption = Annotated[
+    Path | None, typer.Option("--image", help="A picture file to look at in place of seeded pixels.")
+]
 SourceArgument = Annotated[Path, typer.Argument(help="A Gemma 3 checkpoint folder.")]
 MappingOption = Annotated[
     str | None,

@@ -1,0 +1,28 @@
+"""`t5g2 generate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from t5g2convert.cli.console import DebugOption, printable
+from t5g2convert.cli.options import DeviceOption, PassDtypeOption
+
+
+def generate(
+    output: Annotated[Path, typer.Argument(help="A T5Gemma 2 folder with a tokenizer.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What the encoder reads.")],
+    image: Annotated[Path | None, typer.Option("--image", help="A picture that the encoder sees first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.", min=1)] = 64,
+    dtype: PassDtypeOption = None,
+    device: DeviceOption = "cpu",
+    debug: DebugOption = False,
+) -> None:
+    """Write greedily with the reference encoder-decoder. A fresh conversion has yet to learn to use its encoder."""
+    from t5g2convert.reference.generation import write
+
+    for piece in write(output, prompt, image=image, max_new_tokens=max_new_tokens, dtype=dtype, device=device):
+        sys.stdout.write(printable(piece, keep="\n"))
+        sys.stdout.flush()
+    sys.stdout.write("\n")

@@ -1,0 +1,141 @@
+"""`compare`: Gemma 3 beside a T5Gemma 2 that was trained further, on a text; where equality is no longer expected."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.errors import UsageError
+from t5g2convert.parity.difference import Distributions
+from t5g2convert.parity.inputs import Batch, read_text
+from t5g2convert.parity.report import Drift
+from t5g2convert.parity.text import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
+from t5g2convert.reference.gemma3 import Gemma3Reference
+from t5g2convert.reference.prompts import TextCodec
+from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One way of reading the text.
+
+    Attributes:
+        tokens: Predicted tokens.
+        kl: Mean of KL(Gemma 3 || T5Gemma 2) over tokens, in nats.
+        agreement: Share of tokens for which both find the same successor most probable.
+        gemma3_perplexity: Perplexity of the text under Gemma 3.
+        t5gemma2_perplexity: The same under T5Gemma 2.
+    """
+
+    tokens: int
+    kl: float
+    agreement: float
+    gemma3_perplexity: float
+    t5gemma2_perplexity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        decoder_alone: The decoder reads the text, its memory hidden, as Gemma 3 does.
+        prefix_in_encoder: The encoder reads the first half; decoder and Gemma 3 predict the second.
+        drifts: How far the decoder's states are from Gemma 3's, layer by layer, in the first reading.
+    """
+
+    decoder_alone: Reading
+    prefix_in_encoder: Reading
+    drifts: tuple[Drift, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 compare --json` prints."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def compare(
+    gemma3: Path,
+    t5gemma2: Path,
+    text: Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    max_tokens: int = 1024,
+    progress: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Compare two folders on a text; nothing has to be equal.
+
+    Args:
+        gemma3: The Gemma 3 folder.
+        t5gemma2: The T5Gemma 2 folder; its tokenizer reads the text.
+        text: A UTF-8 text file.
+        dtype: Dtype to compute in (default: T5Gemma 2's).
+        device: Device to compute on.
+        max_tokens: Tokens of the text that are read at most.
+        progress: Told what is being done.
+
+    Raises:
+        CheckpointError: A folder is not sound, or the two have no stack of the same depth and width.
+        UsageError: The text cannot be read, or is too short.
+    """
+    progress = progress or (lambda _: None)
+    parent, child = open_checkpoint(gemma3), open_checkpoint(t5gemma2)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype or str(child.config.get("dtype"))), "device": device}
+    source, target = Gemma3Reference(parent, **options), T5Gemma2Reference(child, **options)
+    _check_pair(source, target)
+    tokens = TextCodec(t5gemma2).encode(read_text(text))[:max_tokens]
+    if len(tokens) < 8:
+        raise UsageError(f"{text} has {len(tokens)} tokens, expected 8 at least")
+    ids_BT = torch.tensor([tokens], device=device)
+    everything = torch.ones_like(ids_BT, dtype=torch.bool)
+    expected = source.start(ids_BT, everything)
+    found = hidden_memory_run(target, Batch(ids_BT, everything))
+    track = Track("decoder", target.decoder, [Pair(expected, found, everything)])
+    track.compare("embed_tokens")
+    advance_side_by_side(source.text, [track], progress, trace=False)
+    gemma_TC = source.text.norm(expected.hidden_BTC)[0]
+    alone_TC = target.decoder.norm(found.hidden_BTC)[0]
+    progress("softmax")
+    alone = _reading(source, target, gemma_TC[:-1], alone_TC[:-1], ids_BT[0, 1:])
+    half = len(tokens) // 2
+    progress("the first half in the encoder")
+    written_TC = _continue(target, ids_BT, half)
+    # Gemma 3's state at the last token of the prefix predicts what the decoder predicts from its start token.
+    together = _reading(source, target, gemma_TC[half - 1 : -1], written_TC, ids_BT[0, half:])
+    return Comparison(alone, together, tuple(track.drifts))
+
+
+def _check_pair(source: Gemma3Reference, target: T5Gemma2Reference) -> None:
+    ours, theirs = source.text.settings, target.decoder.settings
+    for what, one, other in (
+        ("layers", len(source.text), len(target.decoder)),
+        ("hidden_size", ours.hidden_size, theirs.hidden_size),
+    ):
+        if one != other:
+            raise UsageError(f"the two cannot be compared: {what} is {one} in Gemma 3 and {other} in the decoder")
+
+
+def _continue(target: T5Gemma2Reference, ids_BT: Tensor, half: int) -> Tensor:
+    """Normed decoder states that predict the second half of the text, the first being the encoder's, [T, C]."""
+    prefix_BT, rest_BT = ids_BT[:, :half], ids_BT[:, half:]
+    start = target.model.decoder.bos_token_id
+    if start is None:
+        raise UsageError("the decoder has no bos_token_id to start with")
+    written_BT = torch.cat((torch.full_like(rest_BT[:, :1], start), rest_BT[:, :-1]), dim=1)
+    kept_BT = torch.ones_like(prefix_BT, dtype=torch.bool)
+    memory_BMC = target.encode(prefix_BT, kept_BT)
+    return target.decode(written_BT, torch.ones_like(written_BT, dtype=torch.bool), memory_BMC, kept_BT)[0]
+
+
+def _reading(
+    source: Gemma3Reference, target: T5Gemma2Reference, expected_NC: Tensor, found_NC: Tensor, labels_N: Tensor
+) -> Reading:
+    tokens = Distributions(len(labels_N), labels_N)
+    for start, expected_NV, found_NV in both_logits(source.text, target.decoder, expected_NC, found_NC):
+        tokens.add(start, expected_NV, found_NV)
+    return Reading(len(labels_N), tokens.kl, tokens.agreement, *tokens.perplexities)

@@ -1,0 +1,140 @@
+"""config: the target's settings are the source's, but for declared changes.
+
+What is expected stands here in code, written down from the two classes' configs, apart from the map that made it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.gemma3 import Gemma3
+from t5g2convert.checkpoint.t5gemma2 import implied_tensors, read_t5gemma2
+from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.report import Check, refused
+
+SHARED = (
+    "attention_bias", "attention_dropout", "attn_logit_softcapping", "bos_token_id", "eos_token_id",
+    "final_logit_softcapping", "head_dim", "hidden_activation", "hidden_size", "initializer_range",
+    "intermediate_size", "layer_types", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "pad_token_id", "query_pre_attn_scalar", "rms_norm_eps", "sliding_window", "use_cache",
+    "vocab_size",
+)  # fmt: skip
+"""Settings that both stacks have from the source under the same name."""
+
+STUB = {
+    "attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 16, "image_size": 28,
+    "intermediate_size": 16, "layer_norm_eps": 1e-6, "num_attention_heads": 1, "num_channels": 3,
+    "num_hidden_layers": 0, "patch_size": 14,
+}  # fmt: skip
+"""The tower of no layers that stands for a source without images."""
+
+
+def judge_config(
+    source: Gemma3,
+    target: Checkpoint,
+    generation: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    *,
+    ends: int | list[int] | None = None,
+) -> Check:
+    """Compare config.json and generation_config.json with what the source and the declared changes imply.
+
+    Args:
+        source: The source's settings.
+        target: The converted folder.
+        generation: Its generation_config.json.
+        changes: New values from the manifest, by the source's name of a setting, or by its path in the target's config.
+        ends: End tokens of the source's generation_config.json, which may be more than those of its config.json.
+    """
+    expected = dict(flatten(expected_config(source, changes)))
+    expected |= {path: value for path, value in changes.items() if path in expected and "." in path}
+    found = dict(flatten(target.config))
+    found.pop("dtype", None)
+    faults = list(_differences(expected, found))
+    written = {name: getattr(source.text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if ends is not None:
+        written["eos_token_id"] = ends
+    faults += [f"generation_config.json: {fault}" for fault in _differences(written, generation)]
+    faults += [f"tensors: {fault}" for fault in _tensor_faults(target)]
+    if faults:
+        return refused("config", "setting(s) that are not the source's", faults)
+    declared = f" but for {', '.join(changes)}, as declared" if changes else ""
+    return Check("config", True, f"{len(expected)} settings are the source's{declared}")
+
+
+def expected_config(source: Gemma3, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the target, without `dtype`."""
+    values = {**source.values, **{name: value for name, value in changes.items() if name != "dtype"}}
+    stack = {name: values[name] for name in SHARED} | {
+        "dropout_rate": 0.0,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "linear", "rope_theta": values["rope_full_theta"], "factor": values["rope_full_factor"],
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": values["rope_sliding_theta"]},
+        },
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    tokens = {name: values[name] for name in ("eoi_token_index", "image_token_index", "initializer_range")}
+    vision = STUB if source.vision is None else source.vision.model_dump()
+    return {
+        "architectures": ["T5Gemma2ForConditionalGeneration"],
+        "model_type": "t5gemma2",
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": True,
+        "classifier_dropout_rate": 0.0,
+        "dropout_rate": 0.0,
+        **tokens,
+        **{name: values[name] for name in ("attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id")},
+        "vocab_size": values["vocab_size"],
+        "encoder": {
+            "model_type": "t5gemma2_encoder",
+            "boi_token_index": values["boi_token_index"],
+            **tokens,
+            "mm_tokens_per_image": 4 if source.vision is None else values["mm_tokens_per_image"],
+            "tie_word_embeddings": True,
+            "text_config": {"model_type": "t5gemma2_text", **stack},
+            "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **vision},
+        },
+        "decoder": {"model_type": "t5gemma2_decoder", **stack},
+    }
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by their path, `decoder.rope_parameters.full_attention.factor`; lists stay whole."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """Every setting that is missing, another, or one too many."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            yield f"{name} is missing, expected {expected[name]!r}"
+        elif name not in expected:
+            yield f"{name} is {found[name]!r}, no setting of this model"
+        elif not _same(expected[name], found[name]):
+            yield f"{name} is {found[name]!r}, expected {expected[name]!r}"
+
+
+def _same(expected: Any, found: Any) -> bool:
+    """Equal, and not a truth value beside a number (True == 1 in Python)."""
+    return bool(expected == found) and isinstance(expected, bool) == isinstance(found, bool)
+
+
+def _tensor_faults(target: Checkpoint) -> Iterator[str]:
+    """Where the folder's tensors are not those that its own config implies."""
+    try:
+        implied = {item.name: item.shape for item in implied_tensors(read_t5gemma2(target.config, target.path))}
+    except CheckpointError as error:
+        yield error.message
+        return
+    yield from (f"{name} is missing" for name in implied if name not in target.tensors)
+    for name, stored in target.tensors.items():
+        if name not in implied:
+            yield f"{name} is not one of this model"
+        elif stored.entry.shape != implied[name]:
+            yield f"{name} has shape {list(stored.entry.shape)}, expected {list(implied[name])}"

@@ -1,0 +1,69 @@
+"""Where two layers that should be the same depart: the first tensor inside them that differs."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION = "self_attn (windows, RoPE, scale or softcap)"
+"""What is between the projections and o_proj, and has no parameters."""
+
+
+def first_departure(
+    expected: nn.Module,
+    expected_inputs: Sequence[object],
+    found: nn.Module,
+    found_inputs: Sequence[object],
+    kept_BT: Tensor | None,
+) -> str:
+    """Run two layers of the same structure once more, and name the first module whose outputs differ.
+
+    Args:
+        expected: Gemma 3's layer.
+        expected_inputs: States and the rest, as it takes them.
+        found: The layer of T5Gemma 2, whose names are given.
+        found_inputs: What it takes.
+        kept_BT: False at padding; None where there is none.
+    """
+    ours, theirs = _outputs(expected, expected_inputs), _outputs(found, found_inputs)
+    for (name, right), (_, left) in zip(theirs, ours, strict=False):
+        if left.shape != right.shape or not torch.equal(_tokens(left, kept_BT), _tokens(right, kept_BT)):
+            return name
+    return "the sums behind attention and MLP"
+
+
+def _outputs(layer: nn.Module, inputs: Sequence[object]) -> list[tuple[str, Tensor]]:
+    """The first output of every module inside a layer, in the order in which they are computed.
+
+    The first: merged attention calls its projections again for the memory.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        outputs.setdefault(name, tensor)
+
+    with ExitStack() as hooks:
+        for name, module in layer.named_modules():
+            if name.endswith("o_proj"):
+                before = module.register_forward_pre_hook(lambda _, given: keep(ATTENTION, given[0]))
+                hooks.callback(before.remove)
+            if next(module.children(), None) is None:
+                after = module.register_forward_hook(partial(_keep_output, keep, name))
+                hooks.callback(after.remove)
+        layer(*inputs)
+    return list(outputs.items())
+
+
+def _keep_output(
+    keep: Callable[[str, Tensor], None], name: str, _module: nn.Module, _given: object, output: Tensor
+) -> None:
+    keep(name, output)
+
+
+def _tokens(x: Tensor, kept_BT: Tensor | None) -> Tensor:
+    """What belongs to tokens that are no padding, of [B, T, C] or [B, heads, T, D]."""
+    if kept_BT is None:
+        return x
+    return x[kept_BT] if x.ndim == 3 else x.transpose(1, 2)[kept_BT]

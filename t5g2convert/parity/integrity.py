@@ -1,0 +1,71 @@
+"""integrity: every file is the one that the manifest tells of, and no other stands beside them."""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.report import Check, refused
+
+READ_BY_LOADERS: Final = {".safetensors", ".json", ".bin", ".pt", ".pth", ".model", ".jinja", ".py", ".gguf"}
+"""Kinds of files that a loader takes up when it finds them; such a stranger can change what the folder means."""
+
+PIECE_BYTES: Final = 1 << 20
+THREADS: Final = 2
+
+
+def judge_integrity(folder: Path, manifest: Mapping[str, Any]) -> Check:
+    """Compare every file's size and sha256 with the manifest's."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        return Check("integrity", False, f"{MANIFEST_FILE} lists no files")
+    with ThreadPoolExecutor(THREADS) as pool:
+        faults = [fault for fault in pool.map(lambda item: _fault(folder, *item), files.items()) if fault]
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and path.name != MANIFEST_FILE and path.suffix in READ_BY_LOADERS:
+            faults.append(f"{path.name} is not in {MANIFEST_FILE}")
+    if faults:
+        return refused("integrity", f"file(s) that are not {MANIFEST_FILE}'s", faults)
+    unhashed = sum(facts["sha256"] is None for facts in files.values())
+    if unhashed:
+        return Check(
+            "integrity",
+            True,
+            f"{len(files)} files have the size that {MANIFEST_FILE} says; {unhashed} have no sha256 there (--no-hash)",
+        )
+    return Check("integrity", True, f"sha256 of {len(files)} files is {MANIFEST_FILE}'s, and its own fits")
+
+
+def _fault(folder: Path, name: str, facts: Any) -> str | None:
+    if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or "sha256" not in facts:
+        return f"{name} has no size and sha256 in {MANIFEST_FILE}"
+    path = folder / name
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            return f"{name} has {size} bytes, expected {facts['bytes']}"
+        if facts["sha256"] is not None and sha256_of(path) != facts["sha256"]:
+            return f"{name} has another sha256"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, hexadecimal, in bounded memory."""
+    digest = hashlib.sha256()
+    buffer = bytearray(PIECE_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def unreadable_manifest(error: CheckpointError) -> Check:
+    """The check where the manifest itself is missing or was changed."""
+    return Check("integrity", False, f"{MANIFEST_FILE} {error.message}")

@@ -1,0 +1,244 @@
+"""provenance: every byte of the target is what the map says of the source, and nothing of the source is lost.
+
+The one check that asks the converter for its plan; it takes from it which tensor should come from where, and looks at
+the bytes itself. Casts and the scaled row are computed anew, with torch.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from t5g2convert.checkpoint.dtypes import element_bytes
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.conversion.plan import Content, Plan, PlannedTensor
+from t5g2convert.conversion.planner import KEEP, build_plan
+from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.report import Check, refused
+from t5g2convert.reference.weights import DTYPES
+
+PIECE_BYTES: Final = 1 << 24
+"""Bytes of the source that are compared at once; a multiple of every element's size."""
+
+WIDENED: Final = {("BF16", "F32"), ("F16", "F32")}
+"""Casts that lose nothing: the source can be had back."""
+
+
+def replay(source: Path, manifest: Mapping[str, Any], mapping: str | None) -> Plan:
+    """The plan that the converter makes today of this source, with the options that the manifest tells of.
+
+    Raises:
+        CheckpointError: The source is not what its config implies.
+        MappingError: The map is faulty, or does not fill the target.
+    """
+    cast = (change["target"] for change in manifest.get("changes", ()) if change["field"] == "dtype")
+    return build_plan(source, mapping=mapping, dtype=next(cast, KEEP))
+
+
+def judge_provenance(
+    plan: Plan, source: Checkpoint, target: Checkpoint, manifest: Mapping[str, Any], progress: Callable[[str], None]
+) -> Check:
+    """Compare the target's bytes with the source's, and account for every byte of the source.
+
+    Args:
+        plan: What the converter would do with this source and map today.
+        source: The source, open.
+        target: The target, open.
+        manifest: The target's manifest, or nothing if it has none.
+        progress: Told what is being done.
+    """
+    faults = [*_header_faults(plan, target), *_manifest_faults(plan, manifest)]
+    if not faults:
+        with ExitStack() as files:
+            reader = _Reader(files)
+            faults += _byte_faults(plan, source, target, reader, progress)
+            faults += _repeated_faults(plan, source, reader)
+        faults += _carried_faults(plan, source.path, target.path)
+    accounts = _accounts(plan, source)
+    faults += [f"{name} of the source cannot be rebuilt, and that is not declared" for name in accounts["lost"]]
+    if faults:
+        return refused("provenance", "fault(s)", faults)
+    return Check("provenance", True, _told(plan, accounts))
+
+
+class _Reader:
+    """Reads ranges of files, which stay open until the check is done."""
+
+    def __init__(self, files: ExitStack) -> None:
+        self._files = files
+        self._descriptors: dict[Path, int] = {}
+
+    def __call__(self, path: Path, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on, fewer at the end of a file."""
+        if path not in self._descriptors:
+            try:
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+            self._files.callback(os.close, self._descriptors[path])
+        return os.pread(self._descriptors[path], size, start)
+
+
+def _header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
+    """Names, dtypes and shapes first."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    yield from (f"{name} is missing" for name in planned if name not in target.tensors)
+    for name, stored in target.tensors.items():
+        if name not in planned:
+            yield f"{name} does not come from the source"
+        elif (stored.entry.dtype, stored.entry.shape) != (planned[name].dtype, planned[name].shape):
+            yield (
+                f"{name} is {stored.entry.dtype} {list(stored.entry.shape)}, "
+                f"expected {planned[name].dtype} {list(planned[name].shape)}"
+            )
+
+
+def _manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What the manifest tells of the source and of what was left behind."""
+    if not manifest:
+        return
+    document = plan.to_json()
+    made_with = manifest.get("mapping", {}).get("name")
+    if made_with != plan.mapping:
+        yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
+    told = {key: manifest.get(key) for key in ("dtype", "parameters", "dropped", "changes", "notes")}
+    for key, value in told.items():
+        if value != document[key]:
+            yield f"t5g2.json says {key} {value!r}, expected {document[key]!r}"
+    files = manifest.get("source", {}).get("files", {})
+    sizes = {file.name: file.identity.size for file in plan.source_files} | {"config.json": plan.source_config.size}
+    if {name: facts.get("bytes") for name, facts in files.items()} != sizes:
+        yield f"t5g2.json was made from files of other names or sizes: {', '.join(files) or 'none'}"
+    elif files["config.json"].get("sha256") != plan.source_config.sha256:
+        yield "t5g2.json was made from a source with another config.json"
+
+
+def _byte_faults(
+    plan: Plan, source: Checkpoint, target: Checkpoint, read: _Reader, progress: Callable[[str], None]
+) -> Iterator[str]:
+    """Every range of the source is read once, and compared with all targets that it fills."""
+    fills: dict[object, list[PlannedTensor]] = defaultdict(list)
+    for tensor in plan.tensors:
+        fills[tensor.content, tensor.dtype, tensor.name if tensor.content.source is None else None].append(tensor)
+    for number, tensors in enumerate(fills.values()):
+        if number % 100 == 0:
+            progress(f"bytes of tensor {number} of {len(fills)}")
+        content, size, scale = tensors[0].content, tensors[0].nbytes, 1.0
+        if content.source is not None:
+            size = content.source.end - content.source.start
+            scale = element_bytes(tensors[0].dtype) / element_bytes(content.dtype)
+        faulty: set[str] = set()
+        for at in range(0, size, PIECE_BYTES):
+            expected = _expected(content, tensors[0], source.path, at, min(PIECE_BYTES, size - at), read)
+            for tensor in tensors:
+                if tensor.name in faulty:
+                    continue
+                stored, start = target.tensors[tensor.name], int(at * scale)
+                found = read(target.path / stored.file, stored.entry.start + start, len(expected))
+                if found != expected:
+                    faulty.add(tensor.name)
+                    yield _byte_fault(tensor, expected, found, start)
+
+
+def _expected(content: Content, tensor: PlannedTensor, folder: Path, at: int, size: int, read: _Reader) -> bytes:
+    """What a target must hold where these bytes of its source go."""
+    if content.source is None:
+        return bytes(size)
+    piece = read(folder / content.source.file, content.source.start + at, size)
+    if content.kind == "copy":
+        return piece
+    values = torch.frombuffer(bytearray(piece), dtype=DTYPES[content.dtype]).to(DTYPES[tensor.dtype])
+    if content.kind == "scaled_row":
+        # Rounded as the model rounds it: the scale to the dtype of the table first, then the product.
+        values = values * torch.tensor(len(values) ** 0.5).to(values.dtype)
+    return _bytes(values)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return bytes(values.view(torch.uint8).numpy().data)
+
+
+def _byte_fault(tensor: PlannedTensor, expected: bytes, found: bytes, start: int) -> str:
+    if len(found) != len(expected):
+        return f"{tensor.name} ends too early"
+    first = next(number for number, (one, other) in enumerate(zip(expected, found, strict=True)) if one != other)
+    element = (start + first) // element_bytes(tensor.dtype)
+    place = []
+    for extent in reversed(tensor.shape):
+        place.append(element % extent)
+        element //= extent
+    told = {"copy": "is not", "cast": "is not the rounded", "scaled_row": "is not the scaled", "zeros": "is not zero:"}
+    origin = f" {tensor.origin}" if tensor.origin is not None else ""
+    return f"{tensor.name}{place[::-1]} {told[tensor.content.kind]}{origin}"
+
+
+def _repeated_faults(plan: Plan, source: Checkpoint, read: _Reader) -> Iterator[str]:
+    """A dropped copy, like lm_head, must be one."""
+    for drop in plan.dropped:
+        if drop.must_equal is None:
+            continue
+        size = drop.content.end - drop.content.start
+        for at in range(0, size, PIECE_BYTES):
+            count = min(PIECE_BYTES, size - at)
+            pieces = [read(source.path / part.file, part.start + at, count) for part in (drop.content, drop.must_equal)]
+            if pieces[0] != pieces[1]:
+                yield f"{drop.name} of the source was dropped as a copy and is none"
+                break
+
+
+def _carried_faults(plan: Plan, source: Path, target: Path) -> Iterator[str]:
+    """Files that are carried over are the source's."""
+    for name in plan.carried_files:
+        try:
+            if (source / name).read_bytes() != (target / name).read_bytes():
+                yield f"{name} is not the source's"
+        except OSError as error:
+            yield f"{name} cannot be read: {error.strerror}"
+
+
+def _accounts(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
+    """The source's tensors by what became of them: whole, rounded, cut, dropped, or lost without a word."""
+    exact: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    rounded: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for tensor in plan.tensors:
+        content = tensor.content
+        if content.source is not None and content.kind in ("copy", "cast"):
+            whole = content.kind == "copy" or (content.dtype, tensor.dtype) in WIDENED
+            (exact if whole else rounded)[content.source.file].append((content.source.start, content.source.end))
+    declared = {drop.name for drop in plan.dropped}
+    cut = any(change.field == "vocab_size" for change in plan.changes)
+    accounts: dict[str, list[str]] = {kind: [] for kind in ("whole", "rounded", "cut", "dropped", "lost")}
+    for name, stored in source.tensors.items():
+        start, end = stored.entry.start, stored.entry.end
+        held = [
+            max((stop for first, stop in ranges[stored.file] if first == start), default=start)
+            for ranges in (exact, rounded)
+        ]
+        if held[0] == end:
+            kind = "whole"
+        elif held[1] == end:
+            kind = "rounded"
+        elif max(held) > start and cut:
+            kind = "cut"
+        else:
+            kind = "dropped" if name in declared else "lost"
+        accounts[kind].append(name)
+    return accounts
+
+
+def _told(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
+    told = f"{len(plan.tensors)} tensors are the source's, byte for byte"
+    if accounts["whole"]:
+        told += f"; {len(accounts['whole'])} of the source can be rebuilt"
+    if accounts["rounded"]:
+        told += f"; {len(accounts['rounded'])} were rounded to {plan.dtype}, as declared"
+    if accounts["cut"]:
+        told += f"; the rows that were cut from {', '.join(accounts['cut'])} are left behind, as declared"
+    if accounts["dropped"]:
+        told += f"; {len(accounts['dropped'])} were dropped, as declared"
+    return told

@@ -1,0 +1,228 @@
+"""decoder_parity and encoder_parity: Gemma 3 and both stacks of T5Gemma 2 side by side, a layer of each at a time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from t5g2convert.checkpoint.gemma3 import LayerType
+from t5g2convert.parity.departure import first_departure
+from t5g2convert.parity.difference import Difference, Distributions
+from t5g2convert.parity.inputs import MEMORY_TOKENS, Batch, ImageBatch, generator
+from t5g2convert.parity.report import Check, Drift
+from t5g2convert.reference.gemma3 import Gemma3Reference, image_blocks
+from t5g2convert.reference.masks import causal
+from t5g2convert.reference.stack import Run, Stack
+from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+
+
+@dataclass
+class Pair:
+    """A batch on its way through Gemma 3, and the same batch through a stack of T5Gemma 2."""
+
+    expected: Run
+    found: Run
+    kept_BT: Tensor
+
+
+@dataclass
+class Track:
+    """One stack of T5Gemma 2 beside Gemma 3's, and what was seen of them so far."""
+
+    name: str
+    stack: Stack
+    pairs: list[Pair]
+    drifts: list[Drift] = field(default_factory=list)
+    departs: str | None = None
+
+    def compare(self, layer: str) -> Difference:
+        """Note how far the states are apart now."""
+        difference = Difference()
+        for pair in self.pairs:
+            difference.add(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
+        self.drifts.append(difference.drift(layer))
+        return difference
+
+
+@torch.inference_mode()
+def judge_text(
+    source: Gemma3Reference,
+    target: T5Gemma2Reference,
+    batch: Batch,
+    images: ImageBatch | None,
+    *,
+    tolerance: float,
+    progress: Callable[[str], None],
+) -> list[Check]:
+    """Both parities in one walk through the layers.
+
+    Args:
+        source: Gemma 3.
+        target: T5Gemma 2.
+        batch: What both stacks and Gemma 3 read.
+        images: What the encoder and Gemma 3 read besides, if they have images.
+        tolerance: Largest relative difference that passes; 0 is exact.
+        progress: Told what is being done.
+    """
+    expected = source.start(batch.ids_BT, batch.kept_BT)
+    decoder = Track("decoder", target.decoder, [Pair(expected, hidden_memory_run(target, batch), batch.kept_BT)])
+    encoder = Track("encoder", target.encoder, [Pair(expected, causal_encoder_run(target, batch), batch.kept_BT)])
+    if images is not None:
+        encoder.pairs.append(_image_pair(source, target, images))
+    unequal = [
+        f"the source has {len(source.text)} layers, the {track.name} {len(track.stack)}"
+        for track in (decoder, encoder)
+        if len(track.stack) != len(source.text)
+    ]
+    if unequal:
+        return [Check(f"{part}_parity", False, "; ".join(unequal)) for part in ("decoder", "encoder")]
+    for track in (decoder, encoder):
+        if track.compare("embed_tokens").max_abs:
+            track.departs = _embedding_departure(source, target, track)
+    advance_side_by_side(source.text, [decoder, encoder], progress)
+    progress("softmax")
+    return [
+        _judge_decoder(source.text, decoder, batch, tolerance),
+        _judge_encoder(source.text, encoder, batch, images, tolerance),
+    ]
+
+
+def hidden_memory_run(target: T5Gemma2Reference, batch: Batch) -> Run:
+    """A decoder batch whose memory, seeded noise, is hidden by its mask."""
+    count = batch.ids_BT.shape[0]
+    memory_BMC = torch.randn((count, MEMORY_TOKENS, target.decoder.settings.hidden_size), generator=generator())
+    hidden_BM = torch.zeros(count, MEMORY_TOKENS, dtype=torch.bool, device=batch.ids_BT.device)
+    run = target.start_decoder(batch.ids_BT, batch.kept_BT, memory_BMC, hidden_BM)
+    run.memory_BMC = memory_BMC.to(run.hidden_BTC)
+    return run
+
+
+def causal_encoder_run(target: T5Gemma2Reference, batch: Batch, blocks_BT: Tensor | None = None) -> Run:
+    """An encoder batch under Gemma 3's masks, with the encoder's own window."""
+    return target.start_encoder(batch.ids_BT, _causal_masks(target.encoder, batch.kept_BT, blocks_BT))
+
+
+def _causal_masks(stack: Stack, kept_BT: Tensor, blocks_BT: Tensor | None) -> dict[LayerType, Tensor]:
+    window, kinds = stack.settings.sliding_window, set(stack.settings.layer_types)
+    return {kind: causal(kind, window, kept_BT, blocks_BS=blocks_BT) for kind in kinds}
+
+
+def _image_pair(source: Gemma3Reference, target: T5Gemma2Reference, images: ImageBatch) -> Pair:
+    """Text with an image: both get the source's image features, so that a faulty tower is told by its own check."""
+    assert source.vision is not None
+    assert target.vision is not None
+    token = target.vision.settings.image_token_index
+    ids_BT, kept_BT = images.with_token(token), torch.ones_like(images.ids_BT, dtype=torch.bool)
+    expected = source.start(images.with_token(source.vision.settings.image_token_index), kept_BT, images.features_ITC)
+    masks = _causal_masks(target.encoder, kept_BT, image_blocks(ids_BT, token))
+    return Pair(expected, target.start_encoder(ids_BT, masks, images.features_ITC), kept_BT)
+
+
+def advance_side_by_side(
+    source: Stack, tracks: list[Track], progress: Callable[[str], None], *, trace: bool = True
+) -> None:
+    """Take every pair through all layers; with `trace`, note where a track first departs from the source."""
+    runs = list({id(pair.expected): pair.expected for track in tracks for pair in track.pairs}.values())
+    for number, kind in enumerate(source.settings.layer_types):
+        progress(f"layer {number + 1} of {len(source)}")
+        layer = source.layer(number)
+        before = {id(run): run.hidden_BTC for run in runs}
+        for run in runs:
+            run.advance(layer, kind, number)
+        for track in tracks:
+            other, other_kind = track.stack.layer(number), track.stack.settings.layer_types[number]
+            entered = [pair.found.hidden_BTC for pair in track.pairs]
+            for pair in track.pairs:
+                pair.found.advance(other, other_kind, number)
+            difference = track.compare(f"layers.{number}")
+            if trace and difference.max_abs and track.departs is None:
+                places = [
+                    first_departure(
+                        layer,
+                        [before[id(pair.expected)], *pair.expected.arguments(kind, number)],
+                        other,
+                        [states, *pair.found.arguments(other_kind, number)],
+                        pair.kept_BT,
+                    )
+                    for pair, states in zip(track.pairs, entered, strict=True)
+                    if not torch.equal(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
+                ]
+                track.departs = f"{track.name} layers.{number} ({other_kind}), {places[0]}"
+            del other
+
+
+def _embedding_departure(source: Gemma3Reference, target: T5Gemma2Reference, track: Track) -> str:
+    for pair in track.pairs:
+        differs_BT = (pair.expected.hidden_BTC != pair.found.hidden_BTC).any(-1) & pair.kept_BT
+        if bool(differs_BT.any()):
+            row, column = differs_BT.nonzero()[0].tolist()
+            return f"embed_tokens, at token {column} of sequence {row}"
+    return "embed_tokens"
+
+
+def _normed(source: Stack, track: Track) -> list[tuple[Tensor, Tensor]]:
+    """States behind the last norm of both models, tokens that are no padding only; the difference is noted."""
+    difference = Difference()
+    states = []
+    for pair in track.pairs:
+        expected_NC = source.norm(pair.expected.hidden_BTC[pair.kept_BT])
+        found_NC = track.stack.norm(pair.found.hidden_BTC[pair.kept_BT])
+        difference.add(expected_NC, found_NC)
+        states.append((expected_NC, found_NC))
+    track.drifts.append(difference.drift("norm"))
+    if difference.max_abs and track.departs is None:
+        track.departs = f"{track.name} norm"
+    return states
+
+
+def both_logits(
+    source: Stack, target: Stack, expected_NC: Tensor, found_NC: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Logits of normed states over the target's vocabulary, a slice of both tables at a time, with its first row."""
+    rows = target.settings.vocab_size
+    chunks = zip(source.logit_chunks(expected_NC, rows), target.logit_chunks(found_NC, rows), strict=True)
+    for (start, expected_NV), (_, found_NV) in chunks:
+        yield start, expected_NV, found_NV
+
+
+def _judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) -> Check:
+    ((expected_NC, found_NC),) = _normed(source, track)
+    difference = Difference()
+    for _, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
+        difference.add(expected_NV, found_NV)
+    kl, agreement = 0.0, 1.0
+    if difference.max_abs:
+        # Equal logits are equal distributions; only others are worth a second look at the whole vocabulary.
+        tokens = Distributions(len(expected_NC))
+        for start, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
+            tokens.add(start, expected_NV, found_NV)
+        kl, agreement = tokens.kl, tokens.agreement
+        track.departs = track.departs or "embed_tokens as the softmax"
+    passed = difference.within(tolerance)
+    count, length = int(batch.kept_BT.sum()), batch.ids_BT.shape[1]
+    said = f"logits with hidden memory, {count} tokens in sequences of {length}: {_verdict(difference, passed)}"
+    if not passed:
+        said += f"; KL {kl:.3g}, top-1 agreement {agreement:.1%}; departs at {track.departs}"
+    figures = difference.figures(departs=track.departs, drifts=tuple(track.drifts), kl=kl, agreement=agreement)
+    return Check("decoder_parity", passed, said, figures=figures)
+
+
+def _judge_encoder(source: Stack, track: Track, batch: Batch, images: ImageBatch | None, tolerance: float) -> Check:
+    difference = Difference()
+    for expected_NC, found_NC in _normed(source, track):
+        difference.add(expected_NC, found_NC)
+    passed = difference.within(tolerance)
+    seen = " and with an image" if images is not None else ""
+    said = f"states under causal masks, {int(batch.kept_BT.sum())} tokens{seen}: {_verdict(difference, passed)}"
+    if not passed:
+        said += f"; departs at {track.departs}"
+    return Check(
+        "encoder_parity", passed, said, figures=difference.figures(departs=track.departs, drifts=tuple(track.drifts))
+    )
+
+
+def _verdict(difference: Difference, passed: bool) -> str:
+    if passed and not difference.max_abs:
+        return "difference 0"
+    return f"difference {difference.max_abs:.3g} ({difference.relative:.2g} of the largest value)"

@@ -1,0 +1,245 @@
+"""`verify`: all checks of one folder, in order, and the report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
+from t5g2convert.checkpoint.gemma3 import Gemma3, read_gemma3
+from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
+from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.parity.config import judge_config
+from t5g2convert.parity.inputs import Inputs
+from t5g2convert.parity.integrity import judge_integrity, unreadable_manifest
+from t5g2convert.parity.provenance import judge_provenance, replay
+from t5g2convert.parity.record import record_report
+from t5g2convert.parity.report import Check, Report
+from t5g2convert.parity.runs import judge_runs
+from t5g2convert.parity.text import judge_text
+from t5g2convert.parity.vision import judge_vision
+from t5g2convert.reference.gemma3 import Gemma3Reference
+from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+
+Progress = Callable[[str], None]
+PARITIES: Final = ("vision_parity", "decoder_parity", "encoder_parity")
+
+
+def verify(
+    output: Path,
+    source: Path | None = None,
+    *,
+    mapping: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    tolerance: float = 0.0,
+    text: Path | None = None,
+    image: Path | None = None,
+    record: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Judge a conversion with the reference passes.
+
+    Args:
+        output: The T5Gemma 2 folder to judge.
+        source: The Gemma 3 folder that it was converted from; without it only integrity and runs are checked.
+        mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
+        dtype: Dtype to compute in, `bfloat16`, `float16` or `float32` (default: the output's).
+        device: Device to compute on, `cpu` or `cuda`.
+        tolerance: Largest difference that passes, as a part of the largest value; 0 is exact.
+        text: A text file to read in place of seeded tokens, with the output's tokenizer.
+        image: A picture file to look at in place of seeded pixels.
+        record: Write the result into the output's t5g2.json.
+        progress: Told what is being done.
+
+    Raises:
+        CheckpointError: The source is not sound, or the output is no folder.
+        MappingError: The map is faulty.
+        UsageError: An argument has no meaning.
+    """
+    if dtype is not None and dtype not in BY_CONFIG_NAME:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"expected {', '.join(BY_CONFIG_NAME)}")
+    if not 0 <= tolerance < 1:
+        raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
+    if not output.is_dir():
+        raise CheckpointError("no such folder", where=output)
+    # A fault of the source is not the output's: it ends the work before any check.
+    parent = None if source is None else open_checkpoint(source)
+    judge = _Judge(output, Inputs(text, image), device, tolerance, progress or _silent)
+    judge.folder()
+    target = judge.opened(dtype)
+    if target is not None:
+        if parent is None:
+            judge.skip(("provenance", "config", *PARITIES), "no source was given")
+        else:
+            judge.against(parent, target, mapping)
+        judge.alone(target)
+    report = judge.report(source)
+    return record_report(report, judge.manifest) if record and judge.manifest else report
+
+
+class _Judge:
+    """A verification under way: the checks made so far, and what they are made with."""
+
+    def __init__(self, output: Path, inputs: Inputs, device: str, tolerance: float, progress: Progress) -> None:
+        self.output = output
+        self.inputs = inputs
+        self.device = device
+        self.tolerance = tolerance
+        self.progress = progress
+        self.manifest: Mapping[str, Any] = {}
+        self.dtype: str | None = None
+        self.checks: list[Check] = []
+        self.skipped: dict[str, str] = {}
+        self.remarks: list[str] = []
+
+    def report(self, source: Path | None) -> Report:
+        """What was found."""
+        return Report(
+            output=self.output,
+            source=source,
+            dtype=self.dtype,
+            device=self.device,
+            tolerance=self.tolerance,
+            checks=tuple(self.checks),
+            skipped=self.skipped,
+            remarks=(*self.remarks, *self.inputs.remarks),
+            parameters=self.manifest.get("parameters") or {},
+        )
+
+    def skip(self, names: Sequence[str], because: str) -> None:
+        """Note checks that are not made."""
+        self.skipped |= dict.fromkeys(names, because)
+
+    def make(self, names: Sequence[str], check: Callable[[], list[Check]]) -> None:
+        """Make checks; what cannot be read or computed of the output fails them."""
+        try:
+            self.checks += check()
+        except torch.OutOfMemoryError:
+            raise
+        except CheckpointError as error:
+            self.checks += [Check(name, False, str(error)) for name in names]
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            told = f"cannot be computed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.checks += [Check(name, False, told) for name in names]
+
+    def folder(self) -> None:
+        """integrity."""
+        self.progress("sha256 of all files")
+        try:
+            self.manifest = read_manifest(self.output)
+        except CheckpointError as error:
+            self.checks.append(unreadable_manifest(error))
+        else:
+            self.make(["integrity"], lambda: [judge_integrity(self.output, self.manifest)])
+
+    def opened(self, dtype: str | None) -> Checkpoint | None:
+        """The output, if its headers and its config can be read."""
+        try:
+            target = open_checkpoint(self.output)
+            read_t5gemma2(target.config, self.output / "config.json")
+        except CheckpointError as error:
+            self.checks.append(Check("config", False, str(error)))
+            self.skip(("provenance", *PARITIES, "runs"), "the output cannot be read")
+            return None
+        found = target.config.get("dtype")
+        if found not in BY_CONFIG_NAME:
+            self.checks.append(Check("config", False, f"dtype is {found!r}, expected {', '.join(BY_CONFIG_NAME)}"))
+            found = "float32"
+        self.dtype = dtype or str(found)
+        return target
+
+    def against(self, parent: Checkpoint, target: Checkpoint, mapping: str | None) -> None:
+        """All checks that need the source."""
+        model = read_gemma3(parent.config, parent.path / "config.json")
+        changes = {change["field"]: change for change in self.manifest.get("changes", ())}
+        plan = replay(parent.path, self.manifest, mapping)
+        new_values = {field: change["target"] for field, change in changes.items()}
+        self.make(["provenance"], lambda: [judge_provenance(plan, parent, target, self.manifest, self.progress)])
+        self.make(["config"], lambda: [self._config(model, parent, target, new_values)])
+        self._tell(changes)
+        dtype = getattr(torch, str(self.dtype))
+        rounded_to = getattr(torch, changes["dtype"]["target"]) if "dtype" in changes else None
+        gemma = Gemma3Reference(parent, dtype=dtype, device=self.device, rounded_to=rounded_to)
+        settled = on_source_settings(target, changes)
+
+        def passes() -> list[Check]:
+            t5gemma = T5Gemma2Reference(target, dtype=dtype, device=self.device, model=settled)
+            features = self._look(gemma, t5gemma)
+            batch = self.inputs.batch(t5gemma, self.output)
+            images = None if features is None else self.inputs.image_batch(t5gemma, features)
+            return judge_text(gemma, t5gemma, batch, images, tolerance=self.tolerance, progress=self.progress)
+
+        self.make(PARITIES[1:], passes)
+
+    def alone(self, target: Checkpoint) -> None:
+        """runs."""
+        dtype = getattr(torch, str(self.dtype))
+
+        def use() -> list[Check]:
+            t5gemma = T5Gemma2Reference(target, dtype=dtype, device=self.device)
+            return [judge_runs(t5gemma, dtype, progress=self.progress)]
+
+        self.make(["runs"], use)
+
+    def _look(self, gemma: Gemma3Reference, t5gemma: T5Gemma2Reference) -> Tensor | None:
+        """vision_parity; the source's image features, if both have a tower."""
+        if gemma.vision is None:
+            if self.inputs.image is not None:
+                raise UsageError(f"{self.inputs.image} cannot be looked at: the source has no images")
+            self.skip(["vision_parity"], "the source has no images")
+            return None
+        pixels = self.inputs.pixels(gemma.vision, self.output).to(self.device)
+        features: list[Tensor] = []
+
+        def look() -> list[Check]:
+            if gemma.vision is None or t5gemma.vision is None:
+                return [Check("vision_parity", False, "the source has a vision tower, the target a stub of no layers")]
+            check, seen = judge_vision(
+                gemma.vision, t5gemma.vision, pixels, tolerance=self.tolerance, progress=self.progress
+            )
+            features.append(seen)
+            return [check]
+
+        self.make(["vision_parity"], look)
+        return features[0] if features else None
+
+    def _config(self, model: Gemma3, parent: Checkpoint, target: Checkpoint, changes: Mapping[str, Any]) -> Check:
+        name = "generation_config.json"
+        ends = read_json_object(parent.path / name).get("eos_token_id") if (parent.path / name).exists() else None
+        return judge_config(model, target, read_json_object(target.path / name), changes, ends=ends)
+
+    def _tell(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        for field, change in changes.items():
+            if field == "dtype":
+                self.remarks.append(
+                    f"the source's weights were cast from {change['source']} to {change['target']}, as declared: the "
+                    "parities are judged on Gemma 3 with its weights so cast"
+                )
+            elif "." in field:
+                self.remarks.append(
+                    f"{field} was changed from {change['source']} to {change['target']}, as declared: the parities are "
+                    f"judged with {change['source']}"
+                )
+
+
+def on_source_settings(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]]) -> T5Gemma2:
+    """The target's settings, with those that were changed on purpose put back."""
+    config = deepcopy(dict(target.config))
+    for field, change in changes.items():
+        *path, last = field.split(".")
+        section = config
+        for key in path:
+            section = section[key]
+        if path:
+            section[last] = change["source"]
+    return read_t5gemma2(config, target.path / "config.json")
+
+
+def _silent(_: str) -> None:
+    """No progress is shown."""

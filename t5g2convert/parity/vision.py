@@ -1,0 +1,51 @@
+"""vision_parity: both towers on the same pixels, stage by stage."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from t5g2convert.parity.departure import first_departure
+from t5g2convert.parity.difference import Difference
+from t5g2convert.parity.report import Check, Drift
+from t5g2convert.reference.vision import VisionTower
+
+
+@torch.inference_mode()
+def judge_vision(
+    source: VisionTower,
+    target: VisionTower,
+    pixels_BNYX: Tensor,
+    *,
+    tolerance: float,
+    progress: Callable[[str], None],
+) -> tuple[Check, Tensor]:
+    """Compare two towers, and give the source's image features, [B, mm_tokens_per_image, text width]."""
+    depths = source.settings.num_hidden_layers, target.settings.num_hidden_layers
+    if depths[0] != depths[1]:
+        said = f"the source's tower has {depths[0]} layers, the target's {depths[1]}"
+        return Check("vision_parity", False, said), source.features(pixels_BNYX)
+    expected = found = pixels_BNYX
+    drifts: list[Drift] = []
+    departs: str | None = None
+    difference = Difference()
+    for (name, ours), (_, theirs) in zip(source.stages(), target.stages(), strict=True):
+        progress(f"vision tower, {name}")
+        before = expected, found
+        expected, found = ours(expected), theirs(found)
+        difference = Difference()
+        difference.add(expected, found)
+        drifts.append(difference.drift(name))
+        if difference.max_abs and departs is None:
+            departs = f"{name}, {first_departure(ours, [before[0]], theirs, [before[1]], None)}"
+        # The next stages are read before the names are bound anew.
+        del ours, theirs
+    passed = difference.within(tolerance)
+    size = "x".join(map(str, pixels_BNYX.shape[-2:]))
+    verdict = "difference 0" if not difference.max_abs else f"difference {difference.max_abs:.3g}"
+    said = f"image features of {pixels_BNYX.shape[0]} image(s) of {size}: {verdict}"
+    if not passed:
+        said += f"; departs at {departs}"
+    return Check(
+        "vision_parity", passed, said, figures=difference.figures(departs=departs, drifts=tuple(drifts))
+    ), expected
