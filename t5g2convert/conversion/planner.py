@@ -69,6 +69,7 @@ def plan_checkpoint(checkpoint: Checkpoint, loaded: LoadedMap, *, dtype: str, ma
     generation = _generation_values(checkpoint, values)
     drafts = [_draft(item, resolution, None if dtype == KEEP else model_dtype) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
+    changes = tuple(_changes(resolution, drafts, config, model_dtype))
     _check_target(drafts, config, loaded)
     tensors, shards = lay_out(drafts, max_shard_bytes)
     counted: Counter[str] = Counter()
@@ -93,14 +94,14 @@ def plan_checkpoint(checkpoint: Checkpoint, loaded: LoadedMap, *, dtype: str, ma
             )
             for drop in resolution.drops
         ),
-        changes=tuple(_changes(resolution, drafts, config, model_dtype)),
+        changes=changes,
         tied={name: item.target for item in resolution.targets for name in item.row.tied},
         source_files=tuple(SourceFile(name, header.identity) for name, header in checkpoint.files.items()),
         source_config=SourceConfig(len(checkpoint.config_text), hashlib.sha256(checkpoint.config_text).hexdigest()),
         carried_files=_carried_files(weight_map, checkpoint),
         config=config,
         generation_config=fill(weight_map.generation_config, generation, resolution.model.conditions),
-        notes=tuple(_notes(checkpoint, resolution, weight_map, drafts, model_dtype, kept=dtype == KEEP)),
+        notes=tuple(_notes(checkpoint, resolution, drafts, changes, model_dtype, kept=dtype == KEEP)),
     )
 
 
@@ -248,21 +249,21 @@ def _setting(config: Mapping[str, Any], path: str) -> Any:
 def _notes(
     checkpoint: Checkpoint,
     resolution: Resolution,
-    weight_map: WeightMap,
     drafts: Sequence[Draft],
+    changes: Sequence[Change],
     model_dtype: str,
     *,
     kept: bool,
 ) -> Iterable[str]:
     """What a user should know before converting."""
     yield from checkpoint.notes
-    rows, vocab = resolution.symbols["rows"], resolution.symbols["vocab"]
-    if vocab != rows:
-        yield f"the embedding table is cut from {rows} to {vocab} rows"
-    for name in weight_map.vocabulary.moved:
-        before, after = resolution.model.values[name], resolution.values[name]
-        if before != after and "vision" in resolution.model.conditions:
-            yield f"{name} moves from {before} to {after}"
+    for change in changes:
+        if change.field == "vocab_size":
+            yield f"the embedding table is cut from {change.source} to {change.target} rows"
+        elif change.field in resolution.model.values and "vision" in resolution.model.conditions:
+            yield f"{change.field} moves from {change.source} to {change.target}"
+        elif "." in change.field:
+            yield f"{change.field} is {change.target}, the source's is {change.source}: that changes what is computed"
     for draft in drafts:
         if draft.content.kind == "zeros" and draft.origin is not None:
             yield f"{draft.name} is zeros: the vocabulary has no such token"

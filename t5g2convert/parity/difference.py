@@ -31,6 +31,13 @@ class Difference:
         finite = bool(torch.isfinite(expected).all()) and bool(torch.isfinite(found).all())
         self.max_abs = max(self.max_abs, distance if finite else math.inf)
 
+    def __str__(self) -> str:
+        if not math.isfinite(self.max_abs):
+            return "values that are not finite"
+        if not self.max_abs:
+            return "difference 0"
+        return f"difference {self.max_abs:.3g} ({self.relative:.2g} of the largest value)"
+
     @property
     def relative(self) -> float:
         """Largest difference over the largest expected value."""

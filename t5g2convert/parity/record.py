@@ -15,6 +15,9 @@ def record_report(report: Report, manifest: Mapping[str, Any]) -> Report:
     """Put the result into the manifest, in one rename; the report says so if that cannot be done."""
     path = report.output / MANIFEST_FILE
     staged = path.with_name(f".{MANIFEST_FILE}.{os.getpid()}")
+    if path.is_symlink():
+        # A folder of the Hub's cache: its files are shared, and are not this tool's to write.
+        return replace(report, remarks=(*report.remarks, f"the result was not written: {MANIFEST_FILE} is a link"))
     try:
         try:
             fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

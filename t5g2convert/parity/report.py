@@ -1,9 +1,19 @@
 """What a verification found: frozen data that tables, JSON, JUnit and the HTML page are made of."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+
+def finite(node: Any) -> Any:
+    """A JSON document with null for every number that JSON cannot hold: NaN and infinity."""
+    if isinstance(node, dict):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,7 @@ class Check:
         if self.offenders:
             document["offenders"] = list(self.offenders)
         if self.figures is not None:
-            document["figures"] = asdict(self.figures)
+            document["figures"] = finite(asdict(self.figures))
         return document
 
 

@@ -201,7 +201,7 @@ def _judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) 
         track.departs = track.departs or "embed_tokens as the softmax"
     passed = difference.within(tolerance)
     count, length = int(batch.kept_BT.sum()), batch.ids_BT.shape[1]
-    said = f"logits with hidden memory, {count} tokens in sequences of {length}: {_verdict(difference, passed)}"
+    said = f"logits with hidden memory, {count} tokens in sequences of {length}: {difference}"
     if not passed:
         said += f"; KL {kl:.3g}, top-1 agreement {agreement:.1%}; departs at {track.departs}"
     figures = difference.figures(departs=track.departs, drifts=tuple(track.drifts), kl=kl, agreement=agreement)
@@ -214,15 +214,9 @@ def _judge_encoder(source: Stack, track: Track, batch: Batch, images: ImageBatch
         difference.add(expected_NC, found_NC)
     passed = difference.within(tolerance)
     seen = " and with an image" if images is not None else ""
-    said = f"states under causal masks, {int(batch.kept_BT.sum())} tokens{seen}: {_verdict(difference, passed)}"
+    said = f"states under causal masks, {int(batch.kept_BT.sum())} tokens{seen}: {difference}"
     if not passed:
         said += f"; departs at {track.departs}"
     return Check(
         "encoder_parity", passed, said, figures=difference.figures(departs=track.departs, drifts=tuple(track.drifts))
     )
-
-
-def _verdict(difference: Difference, passed: bool) -> str:
-    if passed and not difference.max_abs:
-        return "difference 0"
-    return f"difference {difference.max_abs:.3g} ({difference.relative:.2g} of the largest value)"

@@ -42,8 +42,7 @@ def judge_vision(
         del ours, theirs
     passed = difference.within(tolerance)
     size = "x".join(map(str, pixels_BNYX.shape[-2:]))
-    verdict = "difference 0" if not difference.max_abs else f"difference {difference.max_abs:.3g}"
-    said = f"image features of {pixels_BNYX.shape[0]} image(s) of {size}: {verdict}"
+    said = f"image features of {pixels_BNYX.shape[0]} image(s) of {size}: {difference}"
     if not passed:
         said += f"; departs at {departs}"
     return Check(
