@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,14 @@ class Checkpoint:
     files: Mapping[str, Header]
     tensors: Mapping[str, StoredTensor]
     notes: tuple[str, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype that most of the tensors' bytes have; F32 where there are none."""
+        counted: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            counted[tensor.entry.dtype] += tensor.entry.nbytes
+        return max(counted, key=lambda dtype: counted[dtype], default="F32")
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.difference import Distributions
@@ -85,7 +86,10 @@ def compare(
     """
     progress = progress or (lambda _: None)
     parent, child = open_checkpoint(gemma3), open_checkpoint(t5gemma2)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype or str(child.config.get("dtype"))), "device": device}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype or CONFIG_NAMES.get(child.dtype, "float32")),
+        "device": device,
+    }
     source, target = Gemma3Reference(parent, **options), T5Gemma2Reference(child, **options)
     _check_pair(source, target)
     tokens = TextCodec(t5gemma2).encode(read_text(text))[:max_tokens]

@@ -3,7 +3,6 @@
 What is expected stands here in code, written down from the two classes' configs, apart from the map that made it.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,7 +49,7 @@ def judge_config(
     """
     expected = dict(flatten(expected_config(source, changes)))
     expected |= {path: value for path, value in changes.items() if path in expected and "." in path}
-    expected["dtype"] = _stored_dtype(target)
+    expected["dtype"] = CONFIG_NAMES.get(target.dtype)
     found = dict(flatten(target.config))
     faults = list(_differences(expected, found))
     written = {name: getattr(source.text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -100,14 +99,6 @@ def expected_config(source: Gemma3, changes: Mapping[str, Any]) -> dict[str, Any
         },
         "decoder": {"model_type": "t5gemma2_decoder", **stack},
     }
-
-
-def _stored_dtype(target: Checkpoint) -> str | None:
-    """The dtype that most of the folder's bytes have, as config.json names it."""
-    counted: Counter[str] = Counter()
-    for stored in target.tensors.values():
-        counted[stored.entry.dtype] += stored.entry.nbytes
-    return CONFIG_NAMES.get(counted.most_common(1)[0][0]) if counted else None
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
+from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.gemma3 import Gemma3, read_gemma3
 from t5g2convert.checkpoint.manifest import read_manifest
@@ -147,11 +147,7 @@ class _Judge:
             self.checks.append(Check("config", False, str(error)))
             self.skip(("provenance", *PARITIES, "runs"), "the output cannot be read")
             return None
-        found = target.config.get("dtype")
-        if found not in BY_CONFIG_NAME:
-            self.checks.append(Check("config", False, f"dtype is {found!r}, expected {', '.join(BY_CONFIG_NAME)}"))
-            found = "float32"
-        self.dtype = dtype or str(found)
+        self.dtype = dtype or CONFIG_NAMES.get(target.dtype, "float32")
         return target
 
     def against(self, parent: Checkpoint, target: Checkpoint, mapping: str | None) -> None:

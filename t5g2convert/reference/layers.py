@@ -136,20 +136,20 @@ class MergedAttention(Projections):
             cache: Holds the memory's keys and values, computed once, and those of the tokens seen so far.
         """
         q_BHTD, k_BKSD, v_BKSD = self.project(x_BTC, turn)
+        joined, count = None, memory_BMC.shape[1]
         if cache is None:
             k_BKMD, v_BKMD = self.project_memory(memory_BMC)
-            k_all, v_all = torch.cat((k_BKMD, k_BKSD), 2), torch.cat((v_BKMD, v_BKSD), 2)
         else:
             if not cache.started:
                 cache.start(*self.project_memory(memory_BMC))
-            k_all, v_all = cache.append(k_BKSD, v_BKSD)
+            joined = cache.append(k_BKSD, v_BKSD)
+            (k_BKMD, k_BKSD), (v_BKMD, v_BKSD) = ((both[:, :, :count], both[:, :, count:]) for both in joined)
         if self.fused:
             seen = torch.cat((memory_seen_BTM, seen_BTS), -1)
+            k_all, v_all = joined or (torch.cat((k_BKMD, k_BKSD), 2), torch.cat((v_BKMD, v_BKSD), 2))
             return self.gather(attend_fused(q_BHTD, k_all, v_all, seen, scale=self.scale))
-        count = memory_seen_BTM.shape[-1]
-        own = Keys(k_all[:, :, count:], v_all[:, :, count:], seen_BTS)
-        memory = Keys(k_all[:, :, :count], v_all[:, :, :count], memory_seen_BTM)
-        return self.gather(attend(q_BHTD, [own, memory], scale=self.scale, softcap=self.softcap))
+        groups = [Keys(k_BKSD, v_BKSD, seen_BTS), Keys(k_BKMD, v_BKMD, memory_seen_BTM)]
+        return self.gather(attend(q_BHTD, groups, scale=self.scale, softcap=self.softcap))
 
     def project_memory(self, memory_BMC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the encoder's output; no rotation: it has no place among the decoder's positions."""

@@ -1,11 +1,13 @@
 """Texts and pictures made into what a model reads, with the tokenizer and the image processor of its folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from t5g2convert.checkpoint.config import ConfigSection, parse_section
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.reference.vision import VisionTower
@@ -62,27 +64,35 @@ def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) ->
     Where the folder has no processor, as Gemma 3's does: bilinear, mean and standard deviation 0.5.
 
     Raises:
+        CheckpointError: The processor's settings are none.
         UsageError: The file is no picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    settings = _processor(folder)
-    side = tower.settings.image_size
+    settings, side = _processor(folder), tower.settings.image_size
     try:
         with Image.open(path) as image:
-            resized = image.convert("RGB").resize((side, side), Image.Resampling(settings.get("resample", 2)))
-    except (OSError, UnidentifiedImageError) as error:
+            resized = image.convert("RGB").resize((side, side), Image.Resampling(settings.resample))
+    except Exception as error:  # noqa: BLE001 - pillow's readers raise whatever a damaged file makes them raise
         raise UsageError(f"{path} cannot be read as a picture: {error}") from None
     values = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(side, side, 3).float() / 255.0
-    mean, deviation = (torch.tensor(settings.get(key, [0.5] * 3)) for key in ("image_mean", "image_std"))
-    return ((values - mean) / deviation).permute(2, 0, 1)[None].to(dtype)
+    normalised = (values - torch.tensor(settings.image_mean)) / torch.tensor(settings.image_std)
+    return normalised.permute(2, 0, 1)[None].to(dtype)
 
 
-def _processor(folder: Path) -> dict[str, Any]:
+class _Processor(ConfigSection):
+    """How pictures become pixels; the defaults are those of Gemma 3's image processor."""
+
+    resample: Literal[0, 1, 2, 3, 4, 5] = 2
+    image_mean: list[float] = Field(default=[0.5, 0.5, 0.5], min_length=3, max_length=3)
+    image_std: list[PositiveFloat] = Field(default=[0.5, 0.5, 0.5], min_length=3, max_length=3)
+
+
+def _processor(folder: Path) -> _Processor:
     for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         if (folder / name).is_file():
             document = read_json_object(folder / name)
             section = document if key is None else document.get(key)
             if isinstance(section, dict):
-                return section
-    return {}
+                return parse_section(_Processor, section, folder / name)
+    return _Processor()
