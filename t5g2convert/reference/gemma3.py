@@ -1,5 +1,7 @@
 """Gemma 3, decoder-only, with or without images (arXiv 2503.19786), from a checkpoint folder in any spelling."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
@@ -10,23 +12,21 @@ from t5g2convert.reference.masks import causal
 from t5g2convert.reference.settings import Kernel, gemma3_text, gemma3_vision
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
-from t5g2convert.reference.weights import Weights, only_prefix
+from t5g2convert.reference.weights import Reading, Weights, only_prefix
 
 
 class Gemma3Reference:
     """What a Gemma 3 folder computes.
 
     Attributes:
+        model: Its settings.
         text: The text stack.
         vision: The vision tower; None for a text-only model.
 
     Args:
         checkpoint: The folder; the spelling of its names is taken from it.
-        dtype: Dtype to compute in; parameters are cast to it (None: as they are stored).
-        device: Device to compute on.
-        resident: Keep the parameters in memory; otherwise one layer at a time is there.
         kernel: How attention is computed.
-        rounded_to: A dtype that parameters are cast to before `dtype`.
+        reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
         CheckpointError: The config is not Gemma 3's, or the names fit no spelling.
@@ -36,15 +36,12 @@ class Gemma3Reference:
         self,
         checkpoint: Checkpoint,
         *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        resident: bool = False,
         kernel: Kernel = "eager",
-        rounded_to: torch.dtype | None = None,
+        **reading: Unpack[Reading],
     ) -> None:
         model = read_gemma3(checkpoint.config, checkpoint.path / "config.json")
         self.model = model
-        self.weights = Weights(checkpoint, dtype=dtype, device=device, resident=resident, rounded_to=rounded_to)
+        self.weights = Weights(checkpoint, **reading)
         names = list(checkpoint.tensors)
         root = only_prefix(names, "embed_tokens.weight", checkpoint)
         self.text = Stack(

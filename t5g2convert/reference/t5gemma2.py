@@ -1,6 +1,7 @@
 """T5Gemma 2 (arXiv 2512.14856): an encoder that sees both ways, and a decoder with merged attention."""
 
 from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from t5g2convert.reference.masks import bidirectional, causal, memory
 from t5g2convert.reference.settings import Kernel, t5gemma2_text, t5gemma2_vision
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
-from t5g2convert.reference.weights import Weights, only_prefix
+from t5g2convert.reference.weights import Reading, Weights, only_prefix
 
 TEXT_ROOTS = ("model.encoder.text_model.", "model.encoder.")
 """Spellings of the encoder's text stack: as module names (models trained and saved elsewhere), as published."""
@@ -24,17 +25,16 @@ class T5Gemma2Reference:
     """What a T5Gemma 2 folder computes.
 
     Attributes:
+        model: Its settings.
         encoder: The encoder's text stack.
         decoder: The decoder's.
         vision: The vision tower; None for the stub of a text-only model.
 
     Args:
         checkpoint: The folder.
-        dtype: Dtype to compute in; parameters are cast to it (None: as they are stored).
-        device: Device to compute on.
-        resident: Keep the parameters in memory; otherwise one layer at a time is there.
         kernel: How attention is computed.
         model: Settings to use in place of those of the folder's config.json.
+        reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
         CheckpointError: The config is not T5Gemma 2's, or the names fit no spelling.
@@ -44,15 +44,13 @@ class T5Gemma2Reference:
         self,
         checkpoint: Checkpoint,
         *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        resident: bool = False,
         kernel: Kernel = "eager",
         model: T5Gemma2 | None = None,
+        **reading: Unpack[Reading],
     ) -> None:
         model = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
         self.model = model
-        self.weights = Weights(checkpoint, dtype=dtype, device=device, resident=resident)
+        self.weights = Weights(checkpoint, **reading)
         root = next((root for root in TEXT_ROOTS if f"{root}norm.weight" in checkpoint.tensors), TEXT_ROOTS[-1])
         table, eoi = f"{root}embed_tokens.weight", f"{root}embed_tokens.eoi_embedding"
 

@@ -6,7 +6,7 @@ choose another order of additions for one model than for the other.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar, cast
+from typing import Final, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,31 @@ DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Weights:
-    """The tensors of one checkpoint, in one dtype, on one device.
+class Reading(TypedDict, total=False):
+    """How tensors are read.
 
-    Args:
-        checkpoint: The folder.
-        dtype: Every tensor is cast to it as it is read (None: it stays as it is stored).
-        device: Where the tensors go.
+    Attributes:
+        dtype: Every tensor is cast to it (default: it stays as it is stored).
+        device: Where the tensors go (default: the CPU).
         resident: Keep what was read, for a model that is run many times; otherwise memory holds what is in use.
         rounded_to: A dtype that every tensor is cast to before `dtype`: a model is judged as a conversion rounded it.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        resident: bool = False,
-        rounded_to: torch.dtype | None = None,
-    ) -> None:
+    dtype: torch.dtype | None
+    device: torch.device | str
+    resident: bool
+    rounded_to: torch.dtype | None
+
+
+class Weights:
+    """The tensors of one checkpoint, in one dtype, on one device."""
+
+    def __init__(self, checkpoint: Checkpoint, **reading: Unpack[Reading]) -> None:
         self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self.resident = resident
-        self.rounded_to = rounded_to
+        self.dtype = reading.get("dtype")
+        self.device = torch.device(reading.get("device", "cpu"))
+        self.resident = reading.get("resident", False)
+        self.rounded_to = reading.get("rounded_to")
         self._tensors: dict[str, Tensor] = {}
         self._modules: dict[str, nn.Module] = {}
 
