@@ -7,8 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, Self
 
+from pydantic import NonNegativeInt, model_validator
+
+from t5g2convert.checkpoint.config import ConfigSection, parse_section
+from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.folder import read_json_file
 from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
@@ -34,7 +38,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder.
 
     Raises:
-        CheckpointError: There is none, it is of another format, or not byte for byte as it was written.
+        CheckpointError: There is none, it is of another format, not byte for byte as it was written, or lacks a part.
     """
     path = folder / MANIFEST_FILE
     text = read_json_file(path)
@@ -43,4 +47,60 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"has format {document.get('format')!r}, expected {FORMAT}", where=path)
     if seal(document) != text:
         raise CheckpointError("was changed after it was written: its sha256 does not fit its contents", where=path)
+    parse_section(_Manifest, document, path)
     return document
+
+
+class _File(ConfigSection, extra="forbid"):
+    bytes: NonNegativeInt
+    sha256: str | None
+
+
+class _Tool(ConfigSection, extra="forbid"):
+    name: str
+    version: str
+
+
+class _Mapping(ConfigSection, extra="forbid"):
+    name: str
+    sha256: str
+
+
+class _Source(ConfigSection, extra="forbid"):
+    family: str
+    layout: dict[str, str]
+    files: dict[str, _File]
+
+
+class _Dropped(ConfigSection, extra="forbid"):
+    name: str
+    because: str
+
+
+class _Change(ConfigSection, extra="forbid"):
+    field: str
+    source: Any
+    target: Any
+
+    @model_validator(mode="after")
+    def _casts_to_a_dtype(self) -> Self:
+        if self.field == "dtype" and self.target not in BY_CONFIG_NAME:
+            raise ValueError(f"{self.target!r} is no dtype that a model is cast to")
+        return self
+
+
+class _Manifest(ConfigSection, extra="forbid"):
+    """What a manifest must be, so that its readers need not ask."""
+
+    format: Literal[1]
+    tool: _Tool
+    mapping: _Mapping
+    source: _Source
+    dtype: str
+    parameters: dict[str, NonNegativeInt]
+    dropped: list[_Dropped]
+    changes: list[_Change]
+    notes: list[str]
+    files: dict[str, _File]
+    verification: dict[str, Any] | None = None
+    sha256: str

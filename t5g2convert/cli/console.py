@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from t5g2convert.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -20,16 +22,6 @@ PLAIN_WIDTH: Final = 400
 PART_STYLES: Final = {
     "embedding": "yellow", "encoder": "cyan", "decoder": "magenta", "vision": "green", "projector": "blue",
 }  # fmt: skip
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Text from outside with its control characters escaped, so that a terminal shows them and obeys none."""
-    return "".join(
-        character
-        if character in keep or (character.isprintable() and character != "\x1b")
-        else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def emit_json(document: Mapping[str, Any]) -> None:

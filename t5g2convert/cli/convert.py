@@ -6,18 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
-from t5g2convert.cli.console import (
-    DebugOption,
-    JsonOption,
-    console,
-    emit_json,
-    parameter_table,
-    print_notes,
-    printable,
-    size_text,
-)
+from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes, size_text
 from t5g2convert.cli.options import DtypeOption, MappingOption, ShardOption, SourceArgument, parse_size
 from t5g2convert.cli.verify import print_report, require_passed, shown_progress
+from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from t5g2convert.cli.console import DebugOption, console, parameter_table, printable, size_text
+from t5g2convert.cli.console import DebugOption, console, parameter_table, size_text
 from t5g2convert.cli.verify import print_report, require_passed
 from t5g2convert.errors import OutputError
+from t5g2convert.printable import printable
 
 DEMO_CONFIG: Final[dict[str, Any]] = {
     "architectures": ["Gemma3ForConditionalGeneration"],

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from t5g2convert.cli.console import DebugOption, printable
+from t5g2convert.cli.console import DebugOption
 from t5g2convert.cli.options import DeviceOption, PassDtypeOption
+from t5g2convert.printable import printable
 
 
 def generate(

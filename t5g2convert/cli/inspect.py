@@ -12,10 +12,10 @@ from t5g2convert.cli.console import (
     emit_json,
     parameter_table,
     print_notes,
-    printable,
     size_text,
     table,
 )
+from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
     from t5g2convert.mapping.inspection import Inspection

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from t5g2convert.cli import compare, convert, demo, generate, inspect, mappings, plan, verify
-from t5g2convert.cli.console import emit_json, printable
+from t5g2convert.cli.console import emit_json
 from t5g2convert.errors import Interrupted, MappingError, T5g2Error, UsageError
+from t5g2convert.printable import printable
 from t5g2convert.version import __version__
 
 SHOWN_DETAILS: Final = 20

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from t5g2convert.cli.console import PART_STYLES, DebugOption, JsonOption, console, emit_json, printable, table
+from t5g2convert.cli.console import PART_STYLES, DebugOption, JsonOption, console, emit_json, table
+from t5g2convert.printable import printable
 
 app = typer.Typer(help="The weight maps: list, show, check, and their JSON Schema.", no_args_is_help=True)
 

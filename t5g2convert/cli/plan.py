@@ -12,11 +12,11 @@ from t5g2convert.cli.console import (
     emit_json,
     parameter_table,
     print_notes,
-    printable,
     size_text,
     table,
 )
 from t5g2convert.cli.options import DtypeOption, MappingOption, ShardOption, SourceArgument, parse_size
+from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
     from t5g2convert.conversion.plan import Plan

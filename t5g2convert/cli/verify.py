@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from t5g2convert.cli.console import (
-    DebugOption,
-    JsonOption,
-    console,
-    emit_json,
-    print_notes,
-    printable,
-    table,
-)
+from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
 from t5g2convert.cli.options import (
     DeviceOption,
     ImageOption,
@@ -23,6 +15,7 @@ from t5g2convert.cli.options import (
     TextOption,
 )
 from t5g2convert.errors import OutputError, VerificationError
+from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,6 +18,7 @@ from t5g2convert.parity.text import Pair, Track, advance_side_by_side, both_logi
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.prompts import TextCodec
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.weights import check_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ def compare(
         CheckpointError: A folder is not sound, or the two have no stack of the same depth and width.
         UsageError: The text cannot be read, or is too short.
     """
+    check_place(dtype, device)
     progress = progress or (lambda _: None)
     parent, child = open_checkpoint(gemma3), open_checkpoint(t5gemma2)
     options: dict[str, Any] = {
@@ -92,7 +94,7 @@ def compare(
     }
     source, target = Gemma3Reference(parent, **options), T5Gemma2Reference(child, **options)
     _check_pair(source, target)
-    tokens = TextCodec(t5gemma2).encode(read_text(text))[:max_tokens]
+    tokens = TextCodec(t5gemma2, target.decoder.settings.vocab_size).encode(read_text(text))[:max_tokens]
     if len(tokens) < 8:
         raise UsageError(f"{text} has {len(tokens)} tokens, expected 8 at least")
     ids_BT = torch.tensor([tokens], device=device)
@@ -122,6 +124,11 @@ def _check_pair(source: Gemma3Reference, target: T5Gemma2Reference) -> None:
     ):
         if one != other:
             raise UsageError(f"the two cannot be compared: {what} is {one} in Gemma 3 and {other} in the decoder")
+    if ours.vocab_size < theirs.vocab_size:
+        raise UsageError(
+            f"the two cannot be compared: vocab_size is {ours.vocab_size} in Gemma 3 and more, {theirs.vocab_size}, in "
+            "the decoder"
+        )
 
 
 def _continue(target: T5Gemma2Reference, ids_BT: Tensor, half: int) -> Tensor:

@@ -18,7 +18,9 @@ def first_departure(
     found_inputs: Sequence[object],
     kept_BT: Tensor | None,
 ) -> str:
-    """Run two layers of the same structure once more, and name the first module whose outputs differ.
+    """Run two layers of the same structure once more, and name the first module inside whose outputs differ.
+
+    Nothing is named where only the result of the whole differs.
 
     Args:
         expected: Gemma 3's layer.
@@ -31,7 +33,7 @@ def first_departure(
     for (name, right), (_, left) in zip(theirs, ours, strict=False):
         if left.shape != right.shape or not torch.equal(_tokens(left, kept_BT), _tokens(right, kept_BT)):
             return name
-    return "the sums behind attention and MLP"
+    return ""
 
 
 def _outputs(layer: nn.Module, inputs: Sequence[object]) -> list[tuple[str, Tensor]]:

@@ -113,7 +113,7 @@ class Distributions:
     def perplexities(self) -> tuple[float, float]:
         """Perplexity of the labels under both."""
         a, b = (
-            math.exp(float((side.log - self._label_logits_2N[row]).mean()))
+            float(torch.exp((side.log - self._label_logits_2N[row]).mean()))
             for row, side in enumerate((self._a, self._b))
         )
         return a, b

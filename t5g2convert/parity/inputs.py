@@ -65,7 +65,11 @@ class Inputs:
         window = max(settings.sliding_window, target.encoder.settings.sliding_window)
         length = min(window + BEYOND_WINDOW, MAX_TOKENS)
         if self.text is not None:
-            batch = text_batch(TextCodec(folder).encode(read_text(self.text)), length)
+            tokens = TextCodec(folder, settings.vocab_size).encode(read_text(self.text))
+            ending = target.encoder.settings.eoi_token_index
+            if ending in tokens and self._eoi(target) is None:
+                tokens = [token for token in tokens if token != ending]
+            batch = text_batch(tokens, length)
         else:
             batch = token_batch(settings.vocab_size, length, never=reserved(target), placed=self._eoi(target))
         longest = batch.ids_BT.shape[1]

@@ -3,6 +3,7 @@
 from xml.etree import ElementTree
 
 from t5g2convert.parity.report import Report
+from t5g2convert.printable import printable
 
 
 def junit(report: Report) -> str:
@@ -18,19 +19,13 @@ def junit(report: Report) -> str:
     for check in report.checks:
         case = ElementTree.SubElement(suite, "testcase", classname="t5g2.verify", name=check.name)
         if check.passed:
-            ElementTree.SubElement(case, "system-out").text = _printable(check.detail)
+            ElementTree.SubElement(case, "system-out").text = printable(check.detail)
         else:
-            failure = ElementTree.SubElement(case, "failure", message=_printable(check.detail))
-            failure.text = _printable("\n".join(check.offenders))
+            failure = ElementTree.SubElement(case, "failure", message=printable(check.detail))
+            failure.text = printable("\n".join(check.offenders), keep="\n")
     for name, because in report.skipped.items():
         case = ElementTree.SubElement(suite, "testcase", classname="t5g2.verify", name=name)
-        ElementTree.SubElement(case, "skipped", message=_printable(because))
-    ElementTree.SubElement(suite, "system-out").text = _printable("\n".join(report.remarks))
+        ElementTree.SubElement(case, "skipped", message=printable(because))
+    ElementTree.SubElement(suite, "system-out").text = printable("\n".join(report.remarks), keep="\n")
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
-
-
-def _printable(text: str) -> str:
-    """Text without the characters that XML cannot hold, which names in a checkpoint may contain."""
-    replacement = "\N{REPLACEMENT CHARACTER}"
-    return "".join(letter if letter.isprintable() or letter == "\n" else replacement for letter in text)

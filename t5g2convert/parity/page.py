@@ -6,6 +6,7 @@ from html import escape
 from typing import Final
 
 from t5g2convert.parity.report import Check, Drift, Report
+from t5g2convert.printable import printable
 from t5g2convert.version import __version__
 
 STYLE: Final = """
@@ -33,12 +34,12 @@ def page(report: Report) -> str:
     verdict = "passed" if report.passed else "failed"
     sections = [
         f'<h1 class="{verdict}">Verification {verdict}</h1>',
-        f"<p><code>{escape(str(report.output))}</code>{_against(report)}</p>",
+        f"<p><code>{_escaped(str(report.output))}</code>{_against(report)}</p>",
         _checks(report),
-        *(f"<p>{escape(remark)}.</p>" for remark in report.remarks),
+        *(f"<p>{_escaped(remark)}.</p>" for remark in report.remarks),
         *(_plot(check) for check in report.checks if check.figures is not None and check.figures.drifts),
         _parameters(report.parameters),
-        f"<p><small>t5g2convert {escape(__version__)}</small></p>",
+        f"<p><small>t5g2convert {_escaped(__version__)}</small></p>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -54,15 +55,15 @@ def _against(report: Report) -> str:
         return ", judged without its source"
     exact = "exactly" if report.tolerance == 0 else f"within {report.tolerance:g} of the largest value"
     return (
-        f" against <code>{escape(str(report.source))}</code>, compared {exact}, "
-        f"in {escape(str(report.dtype))} on {escape(report.device)}"
+        f" against <code>{_escaped(str(report.source))}</code>, compared {exact}, "
+        f"in {_escaped(str(report.dtype))} on {_escaped(report.device)}"
     )
 
 
 def _checks(report: Report) -> str:
     rows = [_check_row(check) for check in report.checks]
     rows += [
-        f"<tr><td>not made</td><td>{escape(name)}</td><td>{escape(because)}</td></tr>"
+        f"<tr><td>not made</td><td>{_escaped(name)}</td><td>{_escaped(because)}</td></tr>"
         for name, because in report.skipped.items()
     ]
     return (
@@ -73,11 +74,11 @@ def _checks(report: Report) -> str:
 
 def _check_row(check: Check) -> str:
     verdict = "passed" if check.passed else "failed"
-    told = escape(check.detail)
+    told = _escaped(check.detail)
     if len(check.offenders) > 1:
-        listed = "".join(f"<li><code>{escape(name)}</code></li>" for name in check.offenders[:200])
+        listed = "".join(f"<li><code>{_escaped(name)}</code></li>" for name in check.offenders[:200])
         told += f"<details><summary>all {len(check.offenders)}</summary><ul>{listed}</ul></details>"
-    return f'<tr><td class="{verdict}">{verdict}</td><td>{escape(check.name)}</td><td>{told}</td></tr>'
+    return f'<tr><td class="{verdict}">{verdict}</td><td>{_escaped(check.name)}</td><td>{told}</td></tr>'
 
 
 def _plot(check: Check) -> str:
@@ -91,11 +92,11 @@ def _plot(check: Check) -> str:
     if check.figures.departs is not None:
         told += f"; departs at {check.figures.departs}"
     return (
-        f"<h2>{escape(check.name)}, layer by layer</h2><p>{escape(told)}</p>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 20}" role="img" aria-label="{escape(told)}">'
+        f"<h2>{_escaped(check.name)}, layer by layer</h2><p>{_escaped(told)}</p>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 20}" role="img" aria-label="{_escaped(told)}">'
         f'<line x1="0" y1="{HEIGHT}" x2="{WIDTH}" y2="{HEIGHT}" stroke="currentColor"/>{bars}'
-        f'<text x="0" y="{HEIGHT + 14}">{escape(drifts[0].layer)}</text>'
-        f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end">{escape(drifts[-1].layer)}</text>'
+        f'<text x="0" y="{HEIGHT + 14}">{_escaped(drifts[0].layer)}</text>'
+        f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end">{_escaped(drifts[-1].layer)}</text>'
         f'<text x="0" y="11">relative difference, 1 at the top, {FLOOR:g} at the foot</text></svg>'
     )
 
@@ -110,7 +111,7 @@ def _bars(drifts: Sequence[Drift], step: float) -> Iterator[str]:
             height = float(HEIGHT)
         title = f"{drift.layer}: {drift.max_abs:.3g} ({drift.relative:.2g} of the largest value)"
         yield (
-            f"<g><title>{escape(title)}</title>"
+            f"<g><title>{_escaped(title)}</title>"
             f'<rect x="{number * step:.1f}" y="0" width="{step:.1f}" height="{HEIGHT}" fill="transparent"/>'
             f'<rect x="{number * step + 1:.1f}" y="{HEIGHT - height:.1f}" width="{max(step - 2, 1):.1f}" '
             f'height="{height:.1f}" fill="var(--bar)"/></g>'
@@ -130,3 +131,8 @@ def _parameters(parameters: Mapping[str, int]) -> str:
         "<h2>Parameters</h2><table><thead><tr><th>part</th><th>parameters</th><th>share</th></tr></thead>"
         f'<tbody>{rows}<tr><th>total</th><td class="number">{total:,}</td><td></td></tr></tbody></table>'
     )
+
+
+def _escaped(text: str) -> str:
+    """Text from outside as text of the page."""
+    return escape(printable(text))

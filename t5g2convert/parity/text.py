@@ -148,7 +148,9 @@ def advance_side_by_side(
                     for pair, states in zip(track.pairs, entered, strict=True)
                     if not torch.equal(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
                 ]
-                track.departs = f"{track.name} layers.{number} ({other_kind}), {places[0]}"
+                track.departs = (
+                    f"{track.name} layers.{number} ({other_kind}), {places[0] or 'the sums behind attention and MLP'}"
+                )
             del other
 
 

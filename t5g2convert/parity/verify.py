@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.gemma3 import Gemma3, read_gemma3
 from t5g2convert.checkpoint.manifest import read_manifest
@@ -25,6 +25,7 @@ from t5g2convert.parity.text import judge_text
 from t5g2convert.parity.vision import judge_vision
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.weights import check_place
 
 Progress = Callable[[str], None]
 PARITIES: Final = ("vision_parity", "decoder_parity", "encoder_parity")
@@ -62,8 +63,7 @@ def verify(
         MappingError: The map is faulty.
         UsageError: An argument has no meaning.
     """
-    if dtype is not None and dtype not in BY_CONFIG_NAME:
-        raise UsageError(f"unknown dtype {dtype!r}", hint=f"expected {', '.join(BY_CONFIG_NAME)}")
+    check_place(dtype, device)
     if not 0 <= tolerance < 1:
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     if not output.is_dir():
@@ -123,10 +123,16 @@ class _Judge:
         except torch.OutOfMemoryError:
             raise
         except CheckpointError as error:
-            self.checks += [Check(name, False, str(error)) for name in names]
+            self.checks += [Check(name, False, self._told(error)) for name in names]
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
             told = f"cannot be computed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self.checks += [Check(name, False, told) for name in names]
+
+    def _told(self, error: CheckpointError) -> str:
+        """An error of the output without its folder, which is no part of a record."""
+        return (
+            error.message if error.where in (None, str(self.output)) else f"{Path(error.where).name}: {error.message}"
+        )
 
     def folder(self) -> None:
         """integrity."""
@@ -144,7 +150,7 @@ class _Judge:
             target = open_checkpoint(self.output)
             read_t5gemma2(target.config, self.output / "config.json")
         except CheckpointError as error:
-            self.checks.append(Check("config", False, str(error)))
+            self.checks.append(Check("config", False, self._told(error)))
             self.skip(("provenance", *PARITIES, "runs"), "the output cannot be read")
             return None
         self.dtype = dtype or CONFIG_NAMES.get(target.dtype, "float32")
@@ -162,9 +168,9 @@ class _Judge:
         dtype = getattr(torch, str(self.dtype))
         rounded_to = getattr(torch, changes["dtype"]["target"]) if "dtype" in changes else None
         gemma = Gemma3Reference(parent, dtype=dtype, device=self.device, rounded_to=rounded_to)
-        settled = on_source_settings(target, changes)
 
         def passes() -> list[Check]:
+            settled = on_source_settings(target, changes)
             t5gemma = T5Gemma2Reference(target, dtype=dtype, device=self.device, model=settled)
             features = self._look(gemma, t5gemma)
             batch = self.inputs.batch(t5gemma, self.output)
@@ -225,13 +231,19 @@ class _Judge:
 
 
 def on_source_settings(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]]) -> T5Gemma2:
-    """The target's settings, with those that were changed on purpose put back."""
+    """The target's settings, with those that were changed on purpose put back.
+
+    Raises:
+        CheckpointError: A change is declared of a setting that is not there.
+    """
     config = deepcopy(dict(target.config))
     for field, change in changes.items():
         *path, last = field.split(".")
-        section = config
+        section: Any = config
         for key in path:
-            section = section[key]
+            section = section.get(key) if isinstance(section, dict) else None
+        if path and not (isinstance(section, dict) and last in section):
+            raise CheckpointError(f"t5g2.json declares a change of {field}, which config.json lacks")
         if path:
             section[last] = change["source"]
     return read_t5gemma2(config, target.path / "config.json")

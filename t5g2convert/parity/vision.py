@@ -37,7 +37,8 @@ def judge_vision(
         difference.add(expected, found)
         drifts.append(difference.drift(name))
         if difference.max_abs and departs is None:
-            departs = f"{name}, {first_departure(ours, [before[0]], theirs, [before[1]], None)}"
+            inside = first_departure(ours, [before[0]], theirs, [before[1]], None)
+            departs = f"{name}, {inside}" if inside else name
         # The next stages are read before the names are bound anew.
         del ours, theirs
     passed = difference.within(tolerance)

@@ -11,6 +11,7 @@ from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.weights import check_place
 
 
 @torch.inference_mode()
@@ -37,15 +38,18 @@ def write(
         CheckpointError: The folder is not sound, or has no tokenizer.
         UsageError: The model has no images, or nothing to start with.
     """
+    check_place(dtype, device)
     computed = None if dtype is None else getattr(torch, dtype)
     model = T5Gemma2Reference(open_checkpoint(folder), dtype=computed, device=device, resident=True, kernel="sdpa")
-    codec, features = TextCodec(folder), None
+    codec, features = TextCodec(folder, model.encoder.settings.vocab_size), None
     if image is None:
         tokens = codec.encode(prompt)
     elif model.vision is None:
         raise UsageError(f"{folder} cannot see {image}: it has no vision tower")
     else:
         place = model.model.tokens
+        if place.image_token_index in codec.encode(prompt):
+            raise UsageError("the prompt has image tokens of its own; with --image they are put before it")
         tokens = codec.encode_with_image(
             prompt,
             boi=place.boi_token_index,

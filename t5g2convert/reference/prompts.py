@@ -16,12 +16,17 @@ from t5g2convert.reference.vision import VisionTower
 class TextCodec:
     """The tokenizer of a folder.
 
+    Args:
+        folder: Where tokenizer.json is.
+        vocab: Rows of the embedding table; a token beyond them is refused.
+
     Raises:
         CheckpointError: The folder has no tokenizer.json, or the tokenizers library cannot read it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
+    def __init__(self, folder: Path, vocab: int | None = None) -> None:
+        self._vocab = vocab
+        self._path = path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError("is missing: without it there is no text", where=path)
         from tokenizers import Tokenizer
@@ -32,8 +37,17 @@ class TextCodec:
             raise CheckpointError(f"is no tokenizer that the tokenizers library reads: {error}", where=path) from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text, with the tokens that the tokenizer puts around it if `special`."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        """Token ids of a text, with the tokens that the tokenizer puts around it if `special`.
+
+        Raises:
+            CheckpointError: The embedding table has no row for one.
+        """
+        tokens = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        if self._vocab is not None and max(tokens, default=0) >= self._vocab:
+            raise CheckpointError(
+                f"gives token {max(tokens)}, the embedding table has {self._vocab} rows", where=self._path
+            )
+        return tokens
 
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids, special tokens left out."""

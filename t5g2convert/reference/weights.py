@@ -11,11 +11,27 @@ from typing import Final, TypedDict, TypeVar, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
-from t5g2convert.errors import CheckpointError
+from t5g2convert.errors import CheckpointError, UsageError
 
 DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """safetensors dtype to torch dtype: the dtypes that a model can be run in."""
+
+
+def check_place(dtype: str | None, device: str) -> None:
+    """Refuse a dtype that no model is run in, and a device that is not there.
+
+    Raises:
+        UsageError: Either.
+    """
+    if dtype is not None and dtype not in BY_CONFIG_NAME:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"expected {', '.join(BY_CONFIG_NAME)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
 
 Module = TypeVar("Module", bound=nn.Module)
 
