@@ -152,6 +152,8 @@ def advance_side_by_side(
                     f"{track.name} layers.{number} ({other_kind}), {places[0] or 'the sums behind attention and MLP'}"
                 )
             del other
+        # The next layers are read before the names are bound anew.
+        del layer
 
 
 def _embedding_departure(source: Gemma3Reference, target: T5Gemma2Reference, track: Track) -> str:
