@@ -82,8 +82,8 @@ def compare(
         progress: Told what is being done.
 
     Raises:
-        CheckpointError: A folder is not sound, or the two have no stack of the same depth and width.
-        UsageError: The text cannot be read, or is too short.
+        CheckpointError: A folder is not sound.
+        UsageError: The text cannot be read or is too short, or the two are of other depths or widths.
     """
     check_place(dtype, device)
     progress = progress or (lambda _: None)

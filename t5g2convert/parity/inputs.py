@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
-from t5g2convert.errors import UsageError
+from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.vision import VisionTower
@@ -58,6 +58,21 @@ class Inputs:
         self.text = text
         self.image = image
         self.remarks: list[str] = []
+
+    def check(self, folder: Path, source: Path | None) -> None:
+        """Refuse inputs that nothing can be made of, before any check is made.
+
+        Raises:
+            UsageError: There is no source to compare with, or `folder` has no tokenizer for the text.
+        """
+        if source is None and (self.text or self.image) is not None:
+            raise UsageError("a text or a picture is read by both models, and no source was given")
+        if self.text is not None:
+            read_text(self.text)
+            try:
+                TextCodec(folder)
+            except CheckpointError as error:
+                raise UsageError(f"the text cannot be read: {error}") from None
 
     def batch(self, target: T5Gemma2Reference, folder: Path) -> Batch:
         """Tokens for both stacks, longer than the sliding window; `folder` has the tokenizer."""

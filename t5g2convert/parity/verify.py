@@ -68,9 +68,11 @@ def verify(
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     if not output.is_dir():
         raise CheckpointError("no such folder", where=output)
+    inputs = Inputs(text, image)
+    inputs.check(output, source)
     # A fault of the source is not the output's: it ends the work before any check.
     parent = None if source is None else open_checkpoint(source)
-    judge = _Judge(output, Inputs(text, image), device, tolerance, progress or _silent)
+    judge = _Judge(output, inputs, device, tolerance, progress or _silent)
     judge.folder()
     target = judge.opened(dtype)
     if target is not None:
