@@ -2,11 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t5g2convert.errors import CheckpointError
+
+MAX_INTEGER: Final = 2**31 - 1
+"""Largest size and largest token id that makes sense."""
+
+Size = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+Depth = Annotated[int, Field(ge=0, le=10_000)]
+Token = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Scalar = int | float | bool | str | list[Any] | None
 """A value of config.json that is carried as it is."""

@@ -10,13 +10,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field
 
 from t5g2convert.checkpoint.config import (
     ConfigSection,
+    Depth,
+    Positive,
     Scalar,
+    Size,
+    Token,
     describe_model_type,
     parse_section,
     subsection,
@@ -32,56 +36,56 @@ LayerType = Literal["sliding_attention", "full_attention"]
 class Gemma3Text(ConfigSection):
     """The text model; field names and defaults are those of transformers' Gemma3TextConfig."""
 
-    vocab_size: PositiveInt = 262_208
-    hidden_size: PositiveInt = 2304
-    intermediate_size: PositiveInt = 9216
-    num_hidden_layers: PositiveInt = 26
-    num_attention_heads: PositiveInt = 8
-    num_key_value_heads: PositiveInt = 4
-    head_dim: PositiveInt = 256
+    vocab_size: Size = 262_208
+    hidden_size: Size = 2304
+    intermediate_size: Size = 9216
+    num_hidden_layers: Annotated[Depth, Field(gt=0)] = 26
+    num_attention_heads: Size = 8
+    num_key_value_heads: Size = 4
+    head_dim: Size = 256
     hidden_activation: str = "gelu_pytorch_tanh"
-    max_position_embeddings: PositiveInt = 131_072
+    max_position_embeddings: Size = 131_072
     initializer_range: float = 0.02
-    rms_norm_eps: PositiveFloat = 1e-6
+    rms_norm_eps: Positive = 1e-6
     use_cache: bool = True
-    bos_token_id: int | None = 2
-    eos_token_id: int | list[int] | None = 1
-    pad_token_id: int | None = 0
+    bos_token_id: Token | None = 2
+    eos_token_id: Token | list[Token] | None = 1
+    pad_token_id: Token | None = 0
     attention_bias: bool = False
     attention_dropout: float = 0.0
-    query_pre_attn_scalar: PositiveInt | PositiveFloat = 256
-    sliding_window: PositiveInt = 4096
-    final_logit_softcapping: PositiveFloat | None = None
-    attn_logit_softcapping: PositiveFloat | None = None
+    query_pre_attn_scalar: Size | Positive = 256
+    sliding_window: Size = 4096
+    final_logit_softcapping: Positive | None = None
+    attn_logit_softcapping: Positive | None = None
     # Settled from the dialects before validation; never absent afterwards.
     layer_types: list[LayerType]
-    rope_full_theta: PositiveFloat
-    rope_full_factor: PositiveFloat
-    rope_sliding_theta: PositiveFloat
+    rope_full_theta: Positive
+    rope_full_factor: Positive
+    rope_sliding_theta: Positive
 
 
 class SiglipVision(ConfigSection):
     """The vision tower; field names and defaults are those of transformers' SiglipVisionConfig."""
 
-    hidden_size: PositiveInt = 768
-    intermediate_size: PositiveInt = 3072
-    num_hidden_layers: PositiveInt = 12
-    num_attention_heads: PositiveInt = 12
-    num_channels: PositiveInt = 3
-    image_size: PositiveInt = 224
-    patch_size: PositiveInt = 16
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Annotated[Depth, Field(gt=0)] = 12
+    num_attention_heads: Size = 12
+    num_channels: Size = 3
+    image_size: Size = 224
+    patch_size: Size = 16
     hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: PositiveFloat = 1e-6
+    layer_norm_eps: Positive = 1e-6
     attention_dropout: float = 0.0
 
 
 class Gemma3Tokens(ConfigSection):
     """The multimodal fields at the top of config.json; defaults are those of transformers' Gemma3Config."""
 
-    mm_tokens_per_image: PositiveInt = 256
-    boi_token_index: int = 255_999
-    eoi_token_index: int = 256_000
-    image_token_index: int = 262_144
+    mm_tokens_per_image: Size = 256
+    boi_token_index: Token = 255_999
+    eoi_token_index: Token = 256_000
+    image_token_index: Token = 262_144
 
 
 @dataclass(frozen=True, slots=True)

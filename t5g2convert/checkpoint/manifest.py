@@ -45,7 +45,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     document = parse_object(text, path)
     if document.get("format") != FORMAT:
         raise CheckpointError(f"has format {document.get('format')!r}, expected {FORMAT}", where=path)
-    if seal(document) != text:
+    try:
+        sealed = seal(document)
+    except UnicodeEncodeError:
+        raise CheckpointError("holds text that cannot be written again", where=path) from None
+    if sealed != text:
         raise CheckpointError("was changed after it was written: its sha256 does not fit its contents", where=path)
     parse_section(_Manifest, document, path)
     return document
@@ -84,7 +88,7 @@ class _Change(ConfigSection, extra="forbid"):
 
     @model_validator(mode="after")
     def _casts_to_a_dtype(self) -> Self:
-        if self.field == "dtype" and self.target not in BY_CONFIG_NAME:
+        if self.field == "dtype" and self.target not in list(BY_CONFIG_NAME):
             raise ValueError(f"{self.target!r} is no dtype that a model is cast to")
         return self
 

@@ -6,11 +6,20 @@ The list of tensors stands here in code, apart from any weight map, so that a ma
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from t5g2convert.checkpoint.config import ConfigSection, describe_model_type, parse_section, subsection
+from t5g2convert.checkpoint.config import (
+    ConfigSection,
+    Depth,
+    Positive,
+    Size,
+    Token,
+    describe_model_type,
+    parse_section,
+    subsection,
+)
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.errors import CheckpointError
 
@@ -21,8 +30,8 @@ class Rope(ConfigSection):
     """The rotary position embedding of one kind of layer; a linear factor divides the frequencies."""
 
     rope_type: Literal["default", "linear"] = "default"
-    rope_theta: PositiveFloat
-    factor: PositiveFloat = 1.0
+    rope_theta: Positive
+    factor: Positive = 1.0
 
     @property
     def linear_factor(self) -> float:
@@ -33,47 +42,47 @@ class Rope(ConfigSection):
 class Stack(ConfigSection):
     """One text stack, encoder or decoder; where a default stands, it is that of transformers' T5Gemma2TextConfig."""
 
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[Depth, Field(gt=0)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
     hidden_activation: str = "gelu_pytorch_tanh"
-    rms_norm_eps: PositiveFloat = 1e-6
+    rms_norm_eps: Positive = 1e-6
     attention_bias: bool = False
-    query_pre_attn_scalar: PositiveInt | PositiveFloat = 256
-    sliding_window: PositiveInt
+    query_pre_attn_scalar: Size | Positive = 256
+    sliding_window: Size
     layer_types: list[LayerType]
     rope_parameters: dict[LayerType, Rope]
-    attn_logit_softcapping: PositiveFloat | None = None
-    final_logit_softcapping: PositiveFloat | None = None
-    bos_token_id: int | None = 2
-    eos_token_id: int | list[int] | None = 1
+    attn_logit_softcapping: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+    bos_token_id: Token | None = 2
+    eos_token_id: Token | list[Token] | None = 1
 
 
 class Tower(ConfigSection):
     """The vision tower; 0 layers for the stub of a text-only model."""
 
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: NonNegativeInt
-    num_attention_heads: PositiveInt = 12
-    num_channels: PositiveInt = 3
-    image_size: PositiveInt
-    patch_size: PositiveInt
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size = 12
+    num_channels: Size = 3
+    image_size: Size
+    patch_size: Size
     hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: PositiveFloat = 1e-6
+    layer_norm_eps: Positive = 1e-6
 
 
 class Tokens(ConfigSection):
     """How images stand among the tokens; the defaults are those of transformers' T5Gemma2Config."""
 
-    mm_tokens_per_image: PositiveInt = 256
-    boi_token_index: int = 255_999
-    eoi_token_index: int = 256_000
-    image_token_index: int = 256_001
+    mm_tokens_per_image: Size = 256
+    boi_token_index: Token = 255_999
+    eoi_token_index: Token = 256_000
+    image_token_index: Token = 256_001
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.difference import Distributions
 from t5g2convert.parity.inputs import Batch, read_text
-from t5g2convert.parity.report import Drift, finite
+from t5g2convert.parity.report import Drift, writable
 from t5g2convert.parity.text import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.prompts import TextCodec
@@ -56,7 +56,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 compare --json` prints."""
-        return finite(asdict(self))
+        return writable(asdict(self))
 
 
 @torch.inference_mode()

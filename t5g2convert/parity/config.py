@@ -56,7 +56,10 @@ def judge_config(
     if ends is not None:
         written["eos_token_id"] = ends
     faults += [f"generation_config.json: {fault}" for fault in _differences(written, generation)]
-    faults += [f"tensors: {fault}" for fault in _tensor_faults(target)]
+    try:
+        faults += [f"tensors: {fault}" for fault in (*tensor_faults(target), *_strangers(target))]
+    except CheckpointError as error:
+        faults.append(error.message)
     if faults:
         return refused("config", "setting(s) that are not the source's", faults)
     declared = f" but for {', '.join(changes)}, as declared" if changes else ""
@@ -104,10 +107,12 @@ def expected_config(source: Gemma3, changes: Mapping[str, Any]) -> dict[str, Any
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Settings by their path, `decoder.rope_parameters.full_attention.factor`; lists stay whole."""
     for key, value in node.items():
+        # A key with a dot of its own is no path.
+        name = prefix + (repr(key) if "." in key else key)
         if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield name, value
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
@@ -122,20 +127,24 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Itera
 
 
 def _same(expected: Any, found: Any) -> bool:
-    """Equal, and not a truth value beside a number (True == 1 in Python)."""
-    return bool(expected == found) and isinstance(expected, bool) == isinstance(found, bool)
+    """Equal, and of one type, except that a whole number may stand for a fraction (True == 1 == 1.0 in Python)."""
+    if isinstance(expected, list) and isinstance(found, list):
+        return len(expected) == len(found) and all(map(_same, expected, found))
+    alike = type(expected) is type(found) or (isinstance(expected, float) and type(found) is int)
+    return alike and bool(expected == found)
 
 
-def _tensor_faults(target: Checkpoint) -> Iterator[str]:
-    """Where the folder's tensors are not those that its own config implies."""
-    try:
-        implied = {item.name: item.shape for item in implied_tensors(read_t5gemma2(target.config, target.path))}
-    except CheckpointError as error:
-        yield error.message
-        return
-    yield from (f"{name} is missing" for name in implied if name not in target.tensors)
-    for name, stored in target.tensors.items():
-        if name not in implied:
-            yield f"{name} is not one of this model"
-        elif stored.entry.shape != implied[name]:
-            yield f"{name} has shape {list(stored.entry.shape)}, expected {list(implied[name])}"
+def tensor_faults(target: Checkpoint) -> Iterator[str]:
+    """Tensors that the folder's own config implies and that are not there, or in another shape."""
+    for item in implied_tensors(read_t5gemma2(target.config, target.path)):
+        stored = target.tensors.get(item.name)
+        if stored is None:
+            yield f"{item.name} is missing"
+        elif stored.entry.shape != item.shape:
+            yield f"{item.name} has shape {list(stored.entry.shape)}, expected {list(item.shape)}"
+
+
+def _strangers(target: Checkpoint) -> Iterator[str]:
+    """Tensors that the folder's own config does not imply."""
+    implied = {item.name for item in implied_tensors(read_t5gemma2(target.config, target.path))}
+    yield from (f"{name} is not one of this model" for name in target.tensors if name not in implied)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.folder import is_plain_name
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.report import Check, refused
@@ -42,6 +43,8 @@ def judge_integrity(folder: Path, manifest: Mapping[str, Any]) -> Check:
 def _fault(folder: Path, name: str, facts: Any) -> str | None:
     if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or "sha256" not in facts:
         return f"{name} has no size and sha256 in {MANIFEST_FILE}"
+    if not is_plain_name(name):
+        return f"{name!r} is no name of a file in this folder"
     path = folder / name
     try:
         if not path.is_file():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import element_bytes
-from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
 from t5g2convert.conversion.plan import Content, Plan, PlannedTensor
 from t5g2convert.conversion.planner import KEEP, build_plan
 from t5g2convert.errors import CheckpointError
@@ -52,7 +52,7 @@ def judge_provenance(
         manifest: The target's manifest, or nothing if it has none.
         progress: Told what is being done.
     """
-    faults = [*_header_faults(plan, target), *_manifest_faults(plan, manifest)]
+    faults = [*_header_faults(plan, target), *_file_faults(plan, target, manifest), *_manifest_faults(plan, manifest)]
     if not faults:
         with ExitStack() as files:
             reader = _Reader(files)
@@ -98,23 +98,45 @@ def _header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
             )
 
 
+def _file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The files are those that a conversion writes: a loader takes up whatever else it knows the name of."""
+    count = len(target.files)
+    shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    weights = {SINGLE_FILE} if count == 1 else {*shards, INDEX_FILE}
+    expected = {"config.json", "generation_config.json", *weights, *plan.carried_files}
+    found = set(manifest["files"]) if manifest else expected
+    yield from (f"{name} is no file of this conversion" for name in sorted(found - expected))
+    yield from (f"{name} is not in t5g2.json" for name in sorted(expected - found))
+    for name, header in target.files.items():
+        if header.metadata != {"format": "pt"}:
+            yield f"{name} has metadata {dict(header.metadata)!r}, expected format pt"
+    if count > 1:
+        metadata = read_json_object(target.path / INDEX_FILE).get("metadata")
+        size = sum(tensor.nbytes for tensor in plan.tensors)
+        if metadata != {"total_parameters": plan.parameters["total"], "total_size": size}:
+            yield f"{INDEX_FILE} has metadata {metadata!r}, expected the counts of parameters and bytes"
+
+
 def _manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     """What the manifest tells of the source and of what was left behind."""
     if not manifest:
         return
     document = plan.to_json()
-    made_with = manifest.get("mapping", {}).get("name")
+    made_with = manifest["mapping"]["name"]
     if made_with != plan.mapping:
         yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
-    told = {key: manifest.get(key) for key in ("dtype", "parameters", "dropped", "changes", "notes")}
+    told = {key: manifest[key] for key in ("dtype", "parameters", "dropped", "changes", "notes")}
     for key, value in told.items():
         if value != document[key]:
             yield f"t5g2.json says {key} {value!r}, expected {document[key]!r}"
-    files = manifest.get("source", {}).get("files", {})
+    for key in ("family", "layout"):
+        if manifest["source"][key] != document[key]:
+            yield f"t5g2.json says source {key} {manifest['source'][key]!r}, expected {document[key]!r}"
+    files = manifest["source"]["files"]
     sizes = {file.name: file.identity.size for file in plan.source_files} | {"config.json": plan.source_config.size}
-    if {name: facts.get("bytes") for name, facts in files.items()} != sizes:
+    if {name: facts["bytes"] for name, facts in files.items()} != sizes:
         yield f"t5g2.json was made from files of other names or sizes: {', '.join(files) or 'none'}"
-    elif files["config.json"].get("sha256") != plan.source_config.sha256:
+    elif files["config.json"]["sha256"] != plan.source_config.sha256:
         yield "t5g2.json was made from a source with another config.json"
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
-def finite(node: Any) -> Any:
-    """A JSON document with null for every number that JSON cannot hold: NaN and infinity."""
+def writable(node: Any) -> Any:
+    """A document as JSON can hold it: null for NaN and infinity, names of files that are no text escaped."""
     if isinstance(node, dict):
-        return {key: finite(value) for key, value in node.items()}
+        return {key: writable(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return [finite(value) for value in node]
+        return [writable(value) for value in node]
+    if isinstance(node, str):
+        return node.encode(errors="backslashreplace").decode()
     return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
@@ -70,8 +72,8 @@ class Check:
         if self.offenders:
             document["offenders"] = list(self.offenders)
         if self.figures is not None:
-            document["figures"] = finite(asdict(self.figures))
-        return document
+            document["figures"] = asdict(self.figures)
+        return writable(document)
 
 
 def refused(name: str, what: str, offenders: Sequence[str]) -> Check:
@@ -134,7 +136,7 @@ class Report:
         return {
             "passed": self.passed,
             **self._conditions(),
-            "checks": checks,
+            "checks": writable(checks),
             "skipped": dict(self.skipped),
             "remarks": list(self.remarks),
         }

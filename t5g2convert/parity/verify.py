@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.gemma3 import Gemma3, read_gemma3
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.errors import CheckpointError, UsageError
-from t5g2convert.parity.config import judge_config
+from t5g2convert.parity.config import judge_config, tensor_faults
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.integrity import judge_integrity, unreadable_manifest
 from t5g2convert.parity.provenance import judge_provenance, replay
@@ -126,7 +126,7 @@ class _Judge:
             raise
         except CheckpointError as error:
             self.checks += [Check(name, False, self._told(error)) for name in names]
-        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
             told = f"cannot be computed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self.checks += [Check(name, False, told) for name in names]
 
@@ -170,6 +170,8 @@ class _Judge:
         dtype = getattr(torch, str(self.dtype))
         rounded_to = getattr(torch, changes["dtype"]["target"]) if "dtype" in changes else None
         gemma = Gemma3Reference(parent, dtype=dtype, device=self.device, rounded_to=rounded_to)
+        if self._unfit(PARITIES if gemma.vision is not None else PARITIES[1:], target):
+            return
 
         def passes() -> list[Check]:
             settled = on_source_settings(target, changes)
@@ -183,6 +185,8 @@ class _Judge:
 
     def alone(self, target: Checkpoint) -> None:
         """runs."""
+        if self._unfit(["runs"], target):
+            return
         dtype = getattr(torch, str(self.dtype))
 
         def use() -> list[Check]:
@@ -190,6 +194,14 @@ class _Judge:
             return [judge_runs(t5gemma, dtype, progress=self.progress)]
 
         self.make(["runs"], use)
+
+    def _unfit(self, names: Sequence[str], target: Checkpoint) -> bool:
+        """Fail checks that cannot be computed, before anything is made of the sizes in the config."""
+        fault = next(tensor_faults(target), None)
+        if fault is not None:
+            told = f"cannot be computed: its tensors are not those that its config implies: {fault}"
+            self.checks += [Check(name, False, told) for name in names]
+        return fault is not None
 
     def _look(self, gemma: Gemma3Reference, t5gemma: T5Gemma2Reference) -> Tensor | None:
         """vision_parity; the source's image features, if both have a tower."""

@@ -83,10 +83,19 @@ class Weights:
         return tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a table, [stop - start, width]."""
+        """Rows `start` to `stop` of a table, [stop - start, width].
+
+        Raises:
+            CheckpointError: The table has fewer.
+        """
         if self.resident:
             return self.tensor(name)[start:stop]
         stored = self._stored(name)
+        if not 0 <= start <= stop <= stored.entry.shape[0]:
+            raise CheckpointError(
+                f"tensor {name!r} has {stored.entry.shape[0]} rows, rows {start} to {stop} were asked for",
+                where=self.checkpoint.path,
+            )
         width = stored.entry.nbytes // stored.entry.shape[0]
         return self._read(stored, start * width, stop * width).view(stop - start, *stored.entry.shape[1:])
 

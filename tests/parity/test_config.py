@@ -234,7 +234,7 @@ def test_tensors_that_the_config_does_not_imply_are_faults(
     tensors["model.encoder.norm.weight"] = tensors["model.encoder.embed_tokens.weight"]
     check = judge_config(source, replace(target, tensors=tensors), generation, {})
     assert check.offenders == (
-        "tensors: model.decoder.norm.weight is missing",
         "tensors: model.encoder.norm.weight has shape [300, 24], expected [24]",
+        "tensors: model.decoder.norm.weight is missing",
         "tensors: model.decoder.norm.bias is not one of this model",
     )

@@ -186,7 +186,7 @@ def test_names_dtypes_and_shapes_come_first(made: Make) -> None:
     tensors["model.decoder.norm.bias"] = tensors.pop("model.decoder.norm.weight")
     tensors["model.encoder.norm.weight"] = tensors["model.encoder.norm.weight"].float()
     tensors[TABLE] = tensors[TABLE][:-1].clone()
-    save_file(tensors, faulty.output / "model.safetensors")
+    save_file(tensors, faulty.output / "model.safetensors", {"format": "pt"})
     assert set(faulty.judge().offenders) == {
         "model.decoder.norm.weight is missing",
         "model.decoder.norm.bias does not come from the source",
@@ -246,7 +246,8 @@ def test_a_manifest_of_another_source_is_found(made: Make) -> None:
         files | {"config.json": {**files["config.json"], "sha256": "0" * 64}},
     ]
     for changed in wrong:
-        check = sound.judge(manifest=sound.manifest | {"source": {"files": changed}})
+        source = sound.manifest["source"] | {"files": changed}
+        check = sound.judge(manifest=sound.manifest | {"source": source})
         assert not check.passed
         assert "t5g2.json was made from" in check.offenders[0]
 

@@ -1,0 +1,317 @@
+"""What a saboteur does to a converted folder, how it covers its traces, and what must be found all the same."""
+
+import copy
+import hashlib
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from t5g2convert.checkpoint.folder import read_json_object
+from t5g2convert.checkpoint.header import read_header
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, seal
+from t5g2convert.cli.verify import print_report
+from t5g2convert.parity.junit import junit
+from t5g2convert.parity.page import page
+from t5g2convert.parity.report import Check, Report
+from t5g2convert.parity.verify import PARITIES, verify
+from t5g2convert.reference.weights import DTYPES
+
+Tensors = dict[str, Tensor]
+Document = dict[str, Any]
+
+LAYER_ORDER = (
+    "pre_self_attn_layernorm", "self_attn.q_proj", "self_attn.q_norm", "self_attn.k_proj", "self_attn.k_norm",
+    "self_attn.v_proj", "self_attn.o_proj", "post_self_attn_layernorm", "pre_feedforward_layernorm", "mlp.gate_proj",
+    "mlp.up_proj", "mlp.down_proj", "post_feedforward_layernorm",
+)  # fmt: skip
+"""The modules of a text layer in the order in which they are computed."""
+
+VISION_ORDER = (
+    "layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "layer_norm2",
+    "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+"""Those of a layer of the vision tower."""
+
+TOWER = "model.encoder.vision_tower.vision_model."
+PROJECTOR = "model.encoder.multi_modal_projector."
+TABLE = "model.encoder.embed_tokens.weight"
+EOI = "model.encoder.embed_tokens.eoi_embedding"
+
+
+@dataclass
+class Tally:
+    """Mutants that were tried, and the checks that caught them; several may catch one."""
+
+    tried: int = 0
+    caught: Counter[str] = field(default_factory=Counter)
+    survivors: list[str] = field(default_factory=list)
+
+    def add(self, label: str, report: Report) -> None:
+        self.tried += 1
+        names = {check.name for check in report.failed}
+        self.caught.update(names | ({"parity"} if names & set(PARITIES) else set()))
+        if report.passed:
+            self.survivors.append(label)
+
+    def close(self, family: str, at_least: int) -> None:
+        """Print the counts; none may have survived, and enough must have been tried."""
+        print(f"\nmutants, {family}: {self.tried}; caught by {dict(sorted(self.caught.items()))}")
+        assert self.survivors == []
+        assert self.tried >= at_least
+
+
+@dataclass
+class Bench:
+    """A conversion that is damaged, judged and put back, again and again."""
+
+    source: Path
+    folder: Path
+    sound: Mapping[str, bytes] = field(repr=False)
+
+    @classmethod
+    def of(cls, source: Path, converted: Path, folder: Path) -> "Bench":
+        shutil.copytree(converted, folder)
+        return cls(source, folder, {path.name: path.read_bytes() for path in folder.iterdir()})
+
+    def restore(self) -> None:
+        """Undo everything."""
+        for path in list(self.folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in self.sound or path.is_symlink() or not path.is_file():
+                path.unlink()
+        for name, contents in self.sound.items():
+            path = self.folder / name
+            if not path.exists() or path.read_bytes() != contents:
+                path.write_bytes(contents)
+
+    @contextmanager
+    def tensors(self) -> Iterator[Tensors]:
+        """All tensors, to be changed in place; they are written when the block ends."""
+        buffers = {path: bytearray(path.read_bytes()) for path in sorted(self.folder.glob("*.safetensors"))}
+        views: Tensors = {}
+        for path, buffer in buffers.items():
+            for entry in read_header(path).tensors.values():
+                dtype = DTYPES[entry.dtype]
+                flat = torch.frombuffer(buffer, dtype=dtype, count=entry.elements, offset=entry.start)
+                views[entry.name] = flat.view(entry.shape)
+        yield views
+        for path, buffer in buffers.items():
+            if buffer != path.read_bytes():
+                path.write_bytes(buffer)
+
+    def edit(self, name: str, change: Callable[[Document], object]) -> None:
+        """Change a JSON file."""
+        document = read_json_object(self.folder / name)
+        change(document)
+        (self.folder / name).write_bytes(encode_json(document))
+
+    def reseal(self, lie: Callable[[Document], object] | None = None) -> None:
+        """Make the manifest tell of the files that are here now, let it lie as well, and seal it."""
+        manifest = read_json_object(self.folder / MANIFEST_FILE)
+        manifest["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for path in sorted(self.folder.iterdir())
+            if path.name != MANIFEST_FILE and path.is_file()
+        }
+        if lie is not None:
+            lie(manifest)
+        (self.folder / MANIFEST_FILE).write_bytes(seal(manifest))
+
+    def judge(self, **options: Any) -> Report:
+        """Verify, and show the report in every way there is: none of them may stumble."""
+        report = verify(self.folder, self.source, record=False, **options)
+        json.dumps(report.to_json())
+        print_report(report, Console(file=io.StringIO()))
+        junit(report)
+        page(report)
+        return report
+
+    def resealed(self, **options: Any) -> Report:
+        """Seal what was done, have it judged, and undo it."""
+        self.reseal()
+        return self.judged(**options)
+
+    def judged(self, **options: Any) -> Report:
+        """Have it judged as it is, and undo it."""
+        try:
+            return self.judge(**options)
+        finally:
+            self.restore()
+
+
+def check_of(report: Report, name: str) -> Check:
+    """The checks of a name as one; config is judged in two places."""
+    found = [check for check in report.checks if check.name == name]
+    assert found, f"{name} was not made"
+    failed = [check for check in found if not check.passed]
+    return failed[0] if failed else found[0]
+
+
+def told(check: Check) -> str:
+    """All that a check says."""
+    return "\n".join((check.detail, *check.offenders))
+
+
+def departs(report: Report, name: str) -> str:
+    """Where a parity that failed says that the models depart."""
+    check = check_of(report, name)
+    assert not check.passed, f"{name} passed"
+    assert check.figures is not None, check.detail
+    assert check.figures.departs is not None
+    assert check.figures.departs in check.detail
+    return check.figures.departs
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """The parity that judges a tensor that is not the embedding's, and what `departs` must start with."""
+    if name.startswith(PROJECTOR):
+        module = name.removeprefix(PROJECTOR).rpartition(".")[0]
+        return "vision_parity", "multi_modal_projector" + (f", {module}" if module else "")
+    if name.startswith(TOWER):
+        rest = name.removeprefix(TOWER)
+        if rest.startswith("encoder.layers."):
+            _, _, number, module = rest.split(".", 3)
+            return "vision_parity", f"encoder.layers.{number}, {module.rpartition('.')[0]}"
+        if rest.startswith("post_layernorm"):
+            return "vision_parity", "post_layernorm"
+        return "vision_parity", "embeddings" + (", patch_embedding" if "patch" in rest else "")
+    _, part, rest = name.split(".", 2)
+    if rest == "norm.weight":
+        return f"{part}_parity", f"{part} norm"
+    _, number, module = rest.split(".", 2)
+    return f"{part}_parity", f"{part} layers.{number} ({{kind}}), {module.removesuffix('.weight')}"
+
+
+def earliest(names: list[str]) -> str:
+    """The one of several tensors of one part that is computed with first."""
+
+    def rank(name: str) -> tuple[int, int]:
+        number, module = name.partition("layers.")[2].split(".", 1)
+        order = VISION_ORDER if name.startswith(TOWER) else LAYER_ORDER
+        return int(number), order.index(module.rpartition(".")[0])
+
+    return min(names, key=rank)
+
+
+# Operators on one tensor
+
+
+def flip_exponent(tensor: Tensor) -> None:
+    """One high bit of the exponent of the largest element."""
+    _flip(tensor, {2: 0x0800, 4: 0x08000000}[tensor.element_size()])
+
+
+def flip_sign(tensor: Tensor) -> None:
+    """The sign of the largest element."""
+    _flip(tensor, {2: -0x8000, 4: -0x80000000}[tensor.element_size()])
+
+
+def _flip(tensor: Tensor, bit: int) -> None:
+    bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).view(-1)
+    bits[int(tensor.float().abs().argmax())] ^= bit
+
+
+def zero(tensor: Tensor) -> None:
+    tensor.zero_()
+
+
+def transpose(tensor: Tensor) -> None:
+    """The bytes of the transpose under the old shape; a vector is turned round."""
+    turned = tensor.flip(0) if tensor.ndim == 1 else tensor.transpose(0, -1).reshape(tensor.shape)
+    tensor.copy_(turned.clone())
+
+
+def put_nan(tensor: Tensor) -> None:
+    tensor.view(-1)[tensor.numel() // 2] = torch.nan
+
+
+def put_inf(tensor: Tensor) -> None:
+    tensor.view(-1)[tensor.numel() // 3] = -torch.inf
+
+
+def shift_rows(tensor: Tensor) -> None:
+    """Every row where its successor was."""
+    tensor.copy_(tensor.roll(1, 0))
+
+
+def double(tensor: Tensor) -> None:
+    tensor.mul_(2)
+
+
+OPERATORS = (flip_exponent, flip_sign, transpose, zero, put_nan, put_inf, shift_rows, double)
+
+
+def exchange(tensors: Tensors, one: str, other: str) -> None:
+    """Two tensors change places."""
+    kept = tensors[one].clone()
+    tensors[one].copy_(tensors[other].view(kept.shape))
+    tensors[other].copy_(kept.view(tensors[other].shape))
+
+
+def layer_names(tensors: Tensors, prefix: str, number: int) -> list[str]:
+    """The names of a layer's tensors behind `prefix`layers.N."""
+    start = f"{prefix}layers.{number}."
+    return [name.removeprefix(start) for name in tensors if name.startswith(start)]
+
+
+# Settings
+
+
+def leaves(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Every value of a JSON document that is no object and no list, by its path."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, node
+
+
+def parent_of(document: Document, path: tuple[str | int, ...]) -> Any:
+    node: Any = document
+    for key in path[:-1]:
+        node = node[key]
+    return node
+
+
+def put(document: Document, path: tuple[str | int, ...], value: Any) -> None:
+    parent_of(document, path)[path[-1]] = value
+
+
+def setting_name(path: tuple[str | int, ...]) -> str:
+    """`decoder.layer_types`: as checks name it, a list as a whole."""
+    return ".".join(str(key) for key in path if isinstance(key, str))
+
+
+def plausible(path: tuple[str | int, ...], value: Any) -> Any:
+    """A plausible value that means something else."""
+    named = {
+        "sliding_attention": "full_attention", "full_attention": "sliding_attention", "linear": "default",
+        "default": "linear", "gelu_pytorch_tanh": "gelu", "bfloat16": "float32", "float32": "bfloat16",
+    }  # fmt: skip
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 2 if value else 0.1
+    if value is None:
+        return 5.0 if "softcap" in str(path[-1]) else 3
+    return named.get(value, f"{value}x")
+
+
+def dotted(document: Document, path: tuple[str, ...], value: Any) -> None:
+    """Change a nested setting, and put its old value beside it under a name with dots in it, as checks spell it."""
+    good = copy.deepcopy(parent_of(document, path)[path[-1]])
+    put(document, path, value)
+    document[".".join(path)] = good
