@@ -52,7 +52,8 @@ def measure(size: str, folder: Path) -> None:
     source.mkdir()
     run_apart("make_source", size, str(source))
     t5g2 = str(Path(sys.executable).with_name("t5g2"))
-    subprocess.run([t5g2, "convert", str(source), str(output), "--no-flush"], check=True, stdout=subprocess.DEVNULL)
+    conversion = [t5g2, "convert", str(source), str(output), "--no-flush"]
+    subprocess.run(conversion, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     start = time.perf_counter()
     command = [sys.executable, "-c", SCRIPT, "verify", str(output), "--source", str(source), "--json"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -4,8 +4,6 @@
 def printable(text: str, keep: str = "") -> str:
     """Text with its control characters escaped, so that a terminal, a page or a log shows them and obeys none."""
     return "".join(
-        character
-        if character in keep or (character.isprintable() and character != "\x1b")
-        else character.encode("unicode_escape").decode()
+        character if character in keep or character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )

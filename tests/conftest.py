@@ -1,7 +1,9 @@
 """Fixtures that all tests share."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +75,17 @@ def converted_twin(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFac
         return root / name
 
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The count of mutants stands at the end of a run; the checks that caught them, too."""
+    counts: Counter[str] = Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "mutants" and isinstance(value, dict):
+                counts.update(value)
+    if counts:
+        told = ", ".join(f"{name} {counts[name]}" for name in ("integrity", "provenance", "config", "parity"))
+        terminalreporter.write_line(
+            f"mutants: {counts['tried']} tried, {counts['survived']} survived; caught by {told}"
+        )

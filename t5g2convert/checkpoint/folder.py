@@ -42,7 +42,7 @@ class Checkpoint:
         counted: Counter[str] = Counter()
         for tensor in self.tensors.values():
             counted[tensor.entry.dtype] += tensor.entry.nbytes
-        return max(counted, key=lambda dtype: counted[dtype], default="F32")
+        return max(counted, key=lambda dtype: (counted[dtype], dtype), default="F32")
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Options that `plan` and `convert` share."""
+"""Options that several commands share."""
 
 import re
 from decimal import Decimal

@@ -56,6 +56,10 @@ def verify(
     """Judge a conversion: files, bytes, settings, and what both models compute. Exits 6 if anything is wrong."""
     from t5g2convert.parity.verify import verify as judge
 
+    for path in (junit, html):
+        # A verification takes minutes; a place that cannot be written is told before.
+        if path is not None:
+            write_text(path, "")
     with shown_progress() as progress:
         report = judge(
             output,
@@ -89,10 +93,19 @@ def write_reports(report: "Report", junit: Path | None, html: Path | None) -> No
 
     for path, render in ((junit, as_junit), (html, page)):
         if path is not None:
-            try:
-                path.write_text(render(report), encoding="utf-8")
-            except OSError as error:
-                raise OutputError(f"cannot be written: {error.strerror}", where=path) from None
+            write_text(path, render(report))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=path) from None
 
 
 def print_report(report: "Report", out: "Console") -> None:
@@ -113,7 +126,12 @@ def print_report(report: "Report", out: "Console") -> None:
                 out.print(f"  {printable(offender)}", soft_wrap=True)
             if len(check.offenders) > SHOWN_OFFENDERS:
                 out.print(f"  and {len(check.offenders) - SHOWN_OFFENDERS} more; --json and --html list all")
-    verdict = Text("verified", "bold green") if report.passed else Text("not verified", "bold red")
+    if not report.passed:
+        verdict = Text("not verified", "bold red")
+    elif report.complete:
+        verdict = Text("verified", "bold green")
+    else:
+        verdict = Text("intact, but not compared with its source: give it with --source", "bold yellow")
     if report.dtype is not None:
         verdict.append(f" in {report.dtype} on {report.device}", "not bold default")
     out.print(verdict)

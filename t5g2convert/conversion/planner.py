@@ -155,8 +155,8 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
     counted: Counter[str] = Counter()
     for item in targets:
         if item.source is not None:
-            counted[item.source.entry.dtype] += item.source.entry.nbytes
-    return counted.most_common(1)[0][0]
+            counted[item.source.entry.dtype] += tensor_bits(item.source.entry.dtype, item.shape) // 8
+    return max(counted, key=lambda dtype: (counted[dtype], dtype))
 
 
 def _generation_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,6 +234,7 @@ _WRITTEN_OUT: Final = {
     "rope_parameters.full_attention.rope_theta": "rope_full_theta",
     "rope_parameters.sliding_attention.rope_theta": "rope_sliding_theta",
     "sliding_window": "sliding_window",
+    "max_position_embeddings": "max_position_embeddings",
 }
 """Settings of a stack, by path, that a map may write out in place of the source's: those of long contexts."""
 

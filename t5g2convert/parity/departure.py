@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-ATTENTION = "self_attn (windows, RoPE, scale or softcap)"
+ATTENTION = "self_attn (windows, RoPE, scale, softcap or heads)"
 """What is between the projections and o_proj, and has no parameters."""
 
 
@@ -20,7 +20,7 @@ def first_departure(
 ) -> str:
     """Run two layers of the same structure once more, and name the first module inside whose outputs differ.
 
-    Nothing is named where only the result of the whole differs.
+    Where none does, the first parameter that differs; nothing where only the result of the whole does.
 
     Args:
         expected: Gemma 3's layer.
@@ -29,11 +29,13 @@ def first_departure(
         found_inputs: What it takes.
         kept_BT: False at padding; None where there is none.
     """
-    ours, theirs = _outputs(expected, expected_inputs), _outputs(found, found_inputs)
-    for (name, right), (_, left) in zip(theirs, ours, strict=False):
+    lefts, rights = _outputs(expected, expected_inputs), _outputs(found, found_inputs)
+    for (name, right), (_, left) in zip(rights, lefts, strict=False):
         if left.shape != right.shape or not torch.equal(_tokens(left, kept_BT), _tokens(right, kept_BT)):
             return name
-    return ""
+    # Some parameters are no module's: the projection of the soft tokens, the table of positions.
+    parameters = zip(expected.parameters(), found.named_parameters(), strict=True)
+    return next((name for ours, (name, theirs) in parameters if not torch.equal(ours, theirs)), "")
 
 
 def _outputs(layer: nn.Module, inputs: Sequence[object]) -> list[tuple[str, Tensor]]:
@@ -48,7 +50,7 @@ def _outputs(layer: nn.Module, inputs: Sequence[object]) -> list[tuple[str, Tens
 
     with ExitStack() as hooks:
         for name, module in layer.named_modules():
-            if name.endswith("o_proj"):
+            if name.endswith(("o_proj", "out_proj")):
                 before = module.register_forward_pre_hook(lambda _, given: keep(ATTENTION, given[0]))
                 hooks.callback(before.remove)
             if next(module.children(), None) is None:

@@ -9,17 +9,21 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import DTYPES
 
 SEED: Final = 2512_14856
-MAX_TOKENS: Final = 8192
+MAX_TOKENS: Final = 4096 + 24
 """Tokens of a sequence at most; a sliding window that is longer stays unproved, which is said."""
 
 BEYOND_WINDOW: Final = 24
 """Tokens that a sequence is longer than the sliding window."""
+
+SHORTEST: Final = 8
+"""Tokens of a text at least."""
 
 MEMORY_TOKENS: Final = 8
 """Tokens of the hidden memory in decoder_parity."""
@@ -58,39 +62,58 @@ class Inputs:
         self.text = text
         self.image = image
         self.remarks: list[str] = []
+        self._tokens: list[int] = []
+        self._pixels: Tensor | None = None
 
-    def check(self, folder: Path, source: Path | None) -> None:
-        """Refuse inputs that nothing can be made of, before any check is made.
+    def check(self, folder: Path, gemma: Gemma3Reference | None) -> None:
+        """Read the text and look at the picture, before any check is made.
+
+        Args:
+            folder: The output, with its tokenizer and its processor's settings.
+            gemma: The source, if there is one.
 
         Raises:
-            UsageError: There is no source to compare with, or `folder` has no tokenizer for the text.
+            UsageError: There is nothing to compare with, or nothing can be made of the text or the picture.
         """
-        if source is None and (self.text or self.image) is not None:
+        if gemma is None and (self.text or self.image) is not None:
             raise UsageError("a text or a picture is read by both models, and no source was given")
-        if self.text is not None:
-            read_text(self.text)
-            try:
-                TextCodec(folder)
-            except CheckpointError as error:
-                raise UsageError(f"the text cannot be read: {error}") from None
+        try:
+            if self.text is not None:
+                self._tokens = TextCodec(folder).encode(read_text(self.text))
+                if len(self._tokens) < SHORTEST:
+                    raise UsageError(f"{self.text} has {len(self._tokens)} tokens, expected {SHORTEST} at least")
+            if self.image is not None and gemma is not None:
+                if gemma.vision is None:
+                    raise UsageError(f"{self.image} cannot be looked at: the source has no images")
+                self._pixels = picture(self.image, gemma.vision, folder, torch.float32)
+        except CheckpointError as error:
+            raise UsageError(f"the text or the picture cannot be read: {error}") from None
 
-    def batch(self, target: T5Gemma2Reference, folder: Path) -> Batch:
-        """Tokens for both stacks, longer than the sliding window; `folder` has the tokenizer."""
+    def batch(self, target: T5Gemma2Reference) -> Batch:
+        """Tokens for both stacks, longer than the sliding window."""
         settings = target.decoder.settings
         window = max(settings.sliding_window, target.encoder.settings.sliding_window)
         length = min(window + BEYOND_WINDOW, MAX_TOKENS)
         if self.text is not None:
-            tokens = TextCodec(folder, settings.vocab_size).encode(read_text(self.text))
-            ending = target.encoder.settings.eoi_token_index
-            if ending in tokens and self._eoi(target) is None:
-                tokens = [token for token in tokens if token != ending]
-            batch = text_batch(tokens, length)
+            batch = text_batch(self._readable(target), length)
         else:
             batch = token_batch(settings.vocab_size, length, never=reserved(target), placed=self._eoi(target))
         longest = batch.ids_BT.shape[1]
         if longest <= window:
             self.remarks.append(f"the sequences have {longest} tokens: the sliding window of {window} was not reached")
         return Batch(batch.ids_BT.to(target.weights.device), batch.kept_BT.to(target.weights.device))
+
+    def _readable(self, target: T5Gemma2Reference) -> list[int]:
+        """The text's tokens, without the end-of-image token where its row need not be exact."""
+        vocab, ending = target.decoder.settings.vocab_size, target.encoder.settings.eoi_token_index
+        if max(self._tokens) >= vocab:
+            raise UsageError(f"{self.text} has token {max(self._tokens)}, the embedding table has {vocab} rows")
+        if ending not in self._tokens:
+            if ending < vocab:
+                self.remarks.append("the text has no end-of-image token: its row was judged by provenance alone")
+            return self._tokens
+        exact = self._eoi(target) is not None
+        return self._tokens if exact else [token for token in self._tokens if token != ending]
 
     def _eoi(self, target: T5Gemma2Reference) -> int | None:
         """The end-of-image token, where its row must be exact: in the dtype that the row was scaled and rounded in."""
@@ -106,10 +129,10 @@ class Inputs:
         )
         return None
 
-    def pixels(self, tower: VisionTower, folder: Path) -> Tensor:
-        """One image; `folder` has the processor's settings."""
+    def pixels(self, tower: VisionTower) -> Tensor:
+        """One image."""
         dtype = tower.weights.dtype or torch.float32
-        return pixels(tower, 1, dtype) if self.image is None else picture(self.image, tower, folder, dtype)
+        return pixels(tower, 1, dtype) if self._pixels is None else self._pixels.to(dtype)
 
     def image_batch(self, target: T5Gemma2Reference, features_ITC: Tensor) -> ImageBatch:
         """Text with that image in it."""
@@ -145,13 +168,7 @@ def token_batch(vocab: int, length: int, *, never: set[int], placed: int | None 
 
 
 def text_batch(tokens: list[int], length: int) -> Batch:
-    """The same from a text: its first tokens, and the same again with padding on both sides.
-
-    Raises:
-        UsageError: The text has fewer than 8 tokens.
-    """
-    if len(tokens) < 8:
-        raise UsageError(f"the text has {len(tokens)} tokens, expected 8 at least")
+    """The same from a text of 8 tokens or more: its first tokens, and the same again with padding on both sides."""
     ids_BT = torch.tensor(tokens[:length]).expand(2, -1).clone()
     return Batch(ids_BT, padded(ids_BT.shape[1]))
 

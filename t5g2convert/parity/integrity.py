@@ -1,4 +1,4 @@
-"""integrity: every file is the one that the manifest tells of, and no other stands beside them."""
+"""integrity: every file is the one that the manifest tells of, and a loader finds no other beside them."""
 
 import hashlib
 from collections.abc import Mapping

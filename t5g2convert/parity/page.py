@@ -33,7 +33,7 @@ def page(report: Report) -> str:
     """The page; it loads nothing from anywhere."""
     verdict = "passed" if report.passed else "failed"
     sections = [
-        f'<h1 class="{verdict}">Verification {verdict}</h1>',
+        f'<h1 class="{verdict}">Verification {verdict}{"" if report.complete else ", without the source"}</h1>',
         f"<p><code>{_escaped(str(report.output))}</code>{_against(report)}</p>",
         _checks(report),
         *(f"<p>{_escaped(remark)}.</p>" for remark in report.remarks),

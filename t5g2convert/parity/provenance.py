@@ -5,7 +5,7 @@ the bytes itself. Casts and the scaled row are computed anew, with torch.
 """
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
-from t5g2convert.conversion.plan import Content, Plan, PlannedTensor
+from t5g2convert.conversion.plan import Content, Kind, Plan, PlannedTensor
 from t5g2convert.conversion.planner import KEEP, build_plan
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.report import Check, refused
@@ -125,10 +125,13 @@ def _manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     made_with = manifest["mapping"]["name"]
     if made_with != plan.mapping:
         yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
-    told = {key: manifest[key] for key in ("dtype", "parameters", "dropped", "changes", "notes")}
-    for key, value in told.items():
-        if value != document[key]:
-            yield f"t5g2.json says {key} {value!r}, expected {document[key]!r}"
+    for key in ("dtype", "parameters", "changes"):
+        if manifest[key] != document[key]:
+            yield f"t5g2.json says {key} {manifest[key]!r}, expected {document[key]!r}"
+    # By name: why a tensor is dropped may be worded anew.
+    dropped, expected = ([drop["name"] for drop in told["dropped"]] for told in (manifest, document))
+    if dropped != expected:
+        yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
     for key in ("family", "layout"):
         if manifest["source"][key] != document[key]:
             yield f"t5g2.json says source {key} {manifest['source'][key]!r}, expected {document[key]!r}"
@@ -254,11 +257,18 @@ def _accounts(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
 
 
 def _told(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
-    told = f"{len(plan.tensors)} tensors are the source's, byte for byte"
+    kinds = Counter(tensor.content.kind for tensor in plan.tensors)
+    said: dict[Kind, str] = {
+        "copy": "tensors are the source's byte for byte",
+        "cast": f"are the source's in {plan.dtype}, as declared",
+        "scaled_row": "is a row of it, scaled",
+        "zeros": "are zeros",
+    }
+    told = ", ".join(f"{kinds[kind]} {what}" for kind, what in said.items() if kinds[kind])
     if accounts["whole"]:
         told += f"; {len(accounts['whole'])} of the source can be rebuilt"
     if accounts["rounded"]:
-        told += f"; {len(accounts['rounded'])} were rounded to {plan.dtype}, as declared"
+        told += f"; {len(accounts['rounded'])} of the source were rounded"
     if accounts["cut"]:
         told += f"; the rows that were cut from {', '.join(accounts['cut'])} are left behind, as declared"
     if accounts["dropped"]:

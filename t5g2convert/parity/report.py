@@ -108,6 +108,11 @@ class Report:
     parameters: Mapping[str, int]
 
     @property
+    def complete(self) -> bool:
+        """Whether the folder was compared with its source."""
+        return self.source is not None
+
+    @property
     def passed(self) -> bool:
         """Whether every check that was made passed, and one was."""
         return bool(self.checks) and all(check.passed for check in self.checks)
@@ -121,6 +126,7 @@ class Report:
         """What `t5g2 verify --json` prints."""
         return {
             "passed": self.passed,
+            "complete": self.complete,
             "output": str(self.output),
             "source": None if self.source is None else str(self.source),
             **self._conditions(),

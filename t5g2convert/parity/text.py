@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from t5g2convert.checkpoint.gemma3 import LayerType
+from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference, Distributions
 from t5g2convert.parity.inputs import MEMORY_TOKENS, Batch, ImageBatch, generator
@@ -64,6 +65,9 @@ def judge_text(
         images: What the encoder and Gemma 3 read besides, if they have images.
         tolerance: Largest relative difference that passes; 0 is exact.
         progress: Told what is being done.
+
+    Raises:
+        CheckpointError: Gemma 3 itself does not stay finite in this dtype.
     """
     expected = source.start(batch.ids_BT, batch.kept_BT)
     decoder = Track("decoder", target.decoder, [Pair(expected, hidden_memory_run(target, batch), batch.kept_BT)])
@@ -81,6 +85,12 @@ def judge_text(
         if track.compare("embed_tokens").max_abs:
             track.departs = _embedding_departure(source, target, track)
     advance_side_by_side(source.text, [decoder, encoder], progress)
+    if not bool(torch.isfinite(expected.hidden_BTC[batch.kept_BT]).all()):
+        raise CheckpointError(
+            f"its own states are not finite in {str(expected.hidden_BTC.dtype).removeprefix('torch.')}",
+            where=source.weights.checkpoint.path,
+            hint="nothing can be compared with them; perhaps in another --dtype",
+        )
     progress("softmax")
     return [
         _judge_decoder(source.text, decoder, batch, tolerance),
@@ -90,12 +100,11 @@ def judge_text(
 
 def hidden_memory_run(target: T5Gemma2Reference, batch: Batch) -> Run:
     """A decoder batch whose memory, seeded noise, is hidden by its mask."""
-    count = batch.ids_BT.shape[0]
+    count, device = batch.ids_BT.shape[0], batch.ids_BT.device
     memory_BMC = torch.randn((count, MEMORY_TOKENS, target.decoder.settings.hidden_size), generator=generator())
-    hidden_BM = torch.zeros(count, MEMORY_TOKENS, dtype=torch.bool, device=batch.ids_BT.device)
-    run = target.start_decoder(batch.ids_BT, batch.kept_BT, memory_BMC, hidden_BM)
-    run.memory_BMC = memory_BMC.to(run.hidden_BTC)
-    return run
+    hidden_BM = torch.zeros(count, MEMORY_TOKENS, dtype=torch.bool, device=device)
+    memory_BMC = memory_BMC.to(device=device, dtype=target.decoder.embed(batch.ids_BT[:1, :1]).dtype)
+    return target.start_decoder(batch.ids_BT, batch.kept_BT, memory_BMC, hidden_BM)
 
 
 def causal_encoder_run(target: T5Gemma2Reference, batch: Batch, blocks_BT: Tensor | None = None) -> Run:
@@ -148,9 +157,8 @@ def advance_side_by_side(
                     for pair, states in zip(track.pairs, entered, strict=True)
                     if not torch.equal(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
                 ]
-                track.departs = (
-                    f"{track.name} layers.{number} ({other_kind}), {places[0] or 'the sums behind attention and MLP'}"
-                )
+                inside = next(iter(places), None) or "the sums behind attention and MLP"
+                track.departs = f"{track.name} layers.{number} ({other_kind}), {inside}"
             del other
         # The next layers are read before the names are bound anew.
         del layer
@@ -202,7 +210,7 @@ def _judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) 
         for start, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
             tokens.add(start, expected_NV, found_NV)
         kl, agreement = tokens.kl, tokens.agreement
-        track.departs = track.departs or "embed_tokens as the softmax"
+        track.departs = track.departs or "embed_tokens as the softmax, or final_logit_softcapping"
     passed = difference.within(tolerance)
     count, length = int(batch.kept_BT.sum()), batch.ids_BT.shape[1]
     said = f"logits with hidden memory, {count} tokens in sequences of {length}: {difference}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
-from t5g2convert.checkpoint.gemma3 import Gemma3, read_gemma3
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.errors import CheckpointError, UsageError
@@ -68,28 +68,48 @@ def verify(
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     if not output.is_dir():
         raise CheckpointError("no such folder", where=output)
+    # Faults of the source, of the map and of the inputs are not the output's: they end the work before any check.
+    parent = None if source is None else Parent(source)
     inputs = Inputs(text, image)
-    inputs.check(output, source)
-    # A fault of the source is not the output's: it ends the work before any check.
-    parent = None if source is None else open_checkpoint(source)
-    judge = _Judge(output, inputs, device, tolerance, progress or _silent)
-    judge.folder()
+    inputs.check(output, None if parent is None else parent.gemma)
+    judge = _Judge(output, source, inputs, device, tolerance, progress or _silent)
+    judge.read_manifest()
+    # Asked of the converter now, since a map that does not fit is no fault of the output either.
+    prove = None if parent is None else partial(judge_provenance, replay(parent.path, judge.manifest, mapping))
+    judge.integrity()
     target = judge.opened(dtype)
     if target is not None:
-        if parent is None:
+        if parent is None or prove is None:
             judge.skip(("provenance", "config", *PARITIES), "no source was given")
         else:
-            judge.against(parent, target, mapping)
+            judge.against(parent, prove, target)
         judge.alone(target)
-    report = judge.report(source)
-    return record_report(report, judge.manifest) if record and judge.manifest else report
+    report = judge.report()
+    # What was not compared with its source proves nothing that is worth keeping.
+    return record_report(report, judge.manifest) if record and judge.manifest and report.complete else report
+
+
+class Parent:
+    """The source of a conversion, opened and understood.
+
+    Raises:
+        CheckpointError: The folder is not sound, not Gemma 3, or has a switch that the passes do not know.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = open_checkpoint(path)
+        self.gemma = Gemma3Reference(self.checkpoint)
 
 
 class _Judge:
     """A verification under way: the checks made so far, and what they are made with."""
 
-    def __init__(self, output: Path, inputs: Inputs, device: str, tolerance: float, progress: Progress) -> None:
+    def __init__(
+        self, output: Path, source: Path | None, inputs: Inputs, device: str, tolerance: float, progress: Progress
+    ) -> None:
         self.output = output
+        self.source = source
         self.inputs = inputs
         self.device = device
         self.tolerance = tolerance
@@ -100,11 +120,11 @@ class _Judge:
         self.skipped: dict[str, str] = {}
         self.remarks: list[str] = []
 
-    def report(self, source: Path | None) -> Report:
+    def report(self) -> Report:
         """What was found."""
         return Report(
             output=self.output,
-            source=source,
+            source=self.source,
             dtype=self.dtype,
             device=self.device,
             tolerance=self.tolerance,
@@ -122,11 +142,16 @@ class _Judge:
         """Make checks; what cannot be read or computed of the output fails them."""
         try:
             self.checks += check()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except CheckpointError as error:
+            if self.source is not None and error.where is not None and Path(error.where).is_relative_to(self.source):
+                raise
             self.checks += [Check(name, False, self._told(error)) for name in names]
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+            if "allocate" in str(error) or "thread" in str(error):
+                # The CPU's allocator has no error of its own; too little memory is no fault of the output.
+                raise
             told = f"cannot be computed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self.checks += [Check(name, False, told) for name in names]
 
@@ -136,14 +161,17 @@ class _Judge:
             error.message if error.where in (None, str(self.output)) else f"{Path(error.where).name}: {error.message}"
         )
 
-    def folder(self) -> None:
-        """integrity."""
-        self.progress("sha256 of all files")
+    def read_manifest(self) -> None:
+        """The manifest, on which the other checks rely; without one integrity has failed."""
         try:
             self.manifest = read_manifest(self.output)
         except CheckpointError as error:
             self.checks.append(unreadable_manifest(error))
-        else:
+
+    def integrity(self) -> None:
+        """integrity."""
+        self.progress("sha256 of all files")
+        if self.manifest:
             self.make(["integrity"], lambda: [judge_integrity(self.output, self.manifest)])
 
     def opened(self, dtype: str | None) -> Checkpoint | None:
@@ -158,18 +186,19 @@ class _Judge:
         self.dtype = dtype or CONFIG_NAMES.get(target.dtype, "float32")
         return target
 
-    def against(self, parent: Checkpoint, target: Checkpoint, mapping: str | None) -> None:
-        """All checks that need the source."""
-        model = read_gemma3(parent.config, parent.path / "config.json")
+    def against(self, parent: Parent, prove: Callable[..., Check], target: Checkpoint) -> None:
+        """All checks that need the source; `prove` is provenance."""
+        source = parent.checkpoint
         changes = {change["field"]: change for change in self.manifest.get("changes", ())}
-        plan = replay(parent.path, self.manifest, mapping)
         new_values = {field: change["target"] for field, change in changes.items()}
-        self.make(["provenance"], lambda: [judge_provenance(plan, parent, target, self.manifest, self.progress)])
-        self.make(["config"], lambda: [self._config(model, parent, target, new_values)])
+        self.make(["provenance"], lambda: [prove(source, target, self.manifest, self.progress)])
+        self.make(["config"], lambda: [self._config(parent, target, new_values)])
         self._tell(changes)
         dtype = getattr(torch, str(self.dtype))
         rounded_to = getattr(torch, changes["dtype"]["target"]) if "dtype" in changes else None
-        gemma = Gemma3Reference(parent, dtype=dtype, device=self.device, rounded_to=rounded_to)
+        gemma = Gemma3Reference(source, dtype=dtype, device=self.device, rounded_to=rounded_to)
+        if gemma.vision is None:
+            self.skip(["vision_parity"], "the source has no images")
         if self._unfit(PARITIES if gemma.vision is not None else PARITIES[1:], target):
             return
 
@@ -177,7 +206,7 @@ class _Judge:
             settled = on_source_settings(target, changes)
             t5gemma = T5Gemma2Reference(target, dtype=dtype, device=self.device, model=settled)
             features = self._look(gemma, t5gemma)
-            batch = self.inputs.batch(t5gemma, self.output)
+            batch = self.inputs.batch(t5gemma)
             images = None if features is None else self.inputs.image_batch(t5gemma, features)
             return judge_text(gemma, t5gemma, batch, images, tolerance=self.tolerance, progress=self.progress)
 
@@ -206,11 +235,8 @@ class _Judge:
     def _look(self, gemma: Gemma3Reference, t5gemma: T5Gemma2Reference) -> Tensor | None:
         """vision_parity; the source's image features, if both have a tower."""
         if gemma.vision is None:
-            if self.inputs.image is not None:
-                raise UsageError(f"{self.inputs.image} cannot be looked at: the source has no images")
-            self.skip(["vision_parity"], "the source has no images")
             return None
-        pixels = self.inputs.pixels(gemma.vision, self.output).to(self.device)
+        pixels = self.inputs.pixels(gemma.vision).to(self.device)
         features: list[Tensor] = []
 
         def look() -> list[Check]:
@@ -225,10 +251,11 @@ class _Judge:
         self.make(["vision_parity"], look)
         return features[0] if features else None
 
-    def _config(self, model: Gemma3, parent: Checkpoint, target: Checkpoint, changes: Mapping[str, Any]) -> Check:
+    def _config(self, parent: Parent, target: Checkpoint, changes: Mapping[str, Any]) -> Check:
         name = "generation_config.json"
-        ends = read_json_object(parent.path / name).get("eos_token_id") if (parent.path / name).exists() else None
-        return judge_config(model, target, read_json_object(target.path / name), changes, ends=ends)
+        given = parent.path / name
+        ends = read_json_object(given).get("eos_token_id") if given.exists() else None
+        return judge_config(parent.gemma.model, target, read_json_object(target.path / name), changes, ends=ends)
 
     def _tell(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         for field, change in changes.items():

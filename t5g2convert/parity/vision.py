@@ -29,7 +29,9 @@ def judge_vision(
     drifts: list[Drift] = []
     departs: str | None = None
     difference = Difference()
-    for (name, ours), (_, theirs) in zip(source.stages(), target.stages(), strict=True):
+    others = target.stages()
+    for name, ours in source.stages():
+        theirs = next(others)[1]
         progress(f"vision tower, {name}")
         before = expected, found
         expected, found = ours(expected), theirs(found)

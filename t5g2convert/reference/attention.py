@@ -1,7 +1,8 @@
 """Softmax attention over one set of keys, or over two that share one softmax (merged attention).
 
 The eager kernel follows transformers' `eager_attention_forward`: scores in the dtype of the weights, softmax in
-float32, probabilities rounded back before they meet the values.
+float32, probabilities rounded back before they meet the values. A softcap of the scores is applied where the config
+has one; transformers 5.23 reads that setting of these two models and leaves it alone (Gemma 3 has none).
 """
 
 from typing import Final, NamedTuple

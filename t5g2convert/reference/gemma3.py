@@ -7,12 +7,12 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import read_gemma3
-from t5g2convert.reference.layers import Gemma3Layer
+from t5g2convert.reference.layers import Gemma3Layer, activation
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.settings import Kernel, gemma3_text, gemma3_vision
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
-from t5g2convert.reference.weights import Reading, Weights, only_prefix
+from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 
 
 class Gemma3Reference:
@@ -37,10 +37,11 @@ class Gemma3Reference:
         checkpoint: Checkpoint,
         *,
         kernel: Kernel = "eager",
-        **reading: Unpack[Reading],
+        **reading: Unpack[ReadOptions],
     ) -> None:
         model = read_gemma3(checkpoint.config, checkpoint.path / "config.json")
         self.model = model
+        activation(model.text.hidden_activation)
         self.weights = Weights(checkpoint, **reading)
         names = list(checkpoint.tensors)
         root = only_prefix(names, "embed_tokens.weight", checkpoint)

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
 from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.prompts import TextCodec, picture
@@ -31,7 +32,7 @@ def write(
         prompt: What the encoder reads.
         image: A picture that stands before it.
         max_new_tokens: Tokens at most.
-        dtype: Dtype to compute in (default: as the parameters are stored).
+        dtype: Dtype to compute in (default: that of most parameters).
         device: Device to compute on.
 
     Raises:
@@ -39,8 +40,9 @@ def write(
         UsageError: The model has no images, or nothing to start with.
     """
     check_place(dtype, device)
-    computed = None if dtype is None else getattr(torch, dtype)
-    model = T5Gemma2Reference(open_checkpoint(folder), dtype=computed, device=device, resident=True, kernel="sdpa")
+    checkpoint = open_checkpoint(folder)
+    computed = getattr(torch, dtype or CONFIG_NAMES.get(checkpoint.dtype, "float32"))
+    model = T5Gemma2Reference(checkpoint, dtype=computed, device=device, resident=True, kernel="sdpa")
     codec, features = TextCodec(folder, model.encoder.settings.vocab_size), None
     if image is None:
         tokens = codec.encode(prompt)
@@ -57,9 +59,8 @@ def write(
             image=place.image_token_index,
             count=place.mm_tokens_per_image,
         )
-        weight = model.weights.tensor(f"{model.vision.tower}post_layernorm.weight")
-        features = model.vision.features(picture(image, model.vision, folder, weight.dtype).to(device))
-    start, ends = model.model.decoder.bos_token_id, model.model.decoder.eos_token_id
+        features = model.vision.features(picture(image, model.vision, folder, computed).to(device))
+    start = model.model.decoder.bos_token_id
     if start is None:
         raise UsageError("the decoder has no bos_token_id to start with", hint=f"see {folder}/config.json")
     if not tokens:
@@ -75,13 +76,24 @@ def write(
     )
     written: list[int] = []
     told = ""
-    for token in until_end(steps, {ends} if isinstance(ends, int) else set(ends or ())):
+    for token in until_end(steps, end_tokens(model, folder)):
         written.append(token)
         text = codec.decode(written)
         # A character of several tokens is whole only with the last of them.
         if text.startswith(told) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(told) :]
             told = text
+    if rest := codec.decode(written)[len(told) :]:
+        yield rest
+
+
+def end_tokens(model: T5Gemma2Reference, folder: Path) -> set[int]:
+    """The tokens that end a text: those of generation_config.json, or of the decoder's config where it names none."""
+    path = folder / "generation_config.json"
+    ends = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    if ends is None:
+        ends = model.model.decoder.eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 @torch.inference_mode()

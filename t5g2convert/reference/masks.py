@@ -78,5 +78,5 @@ def memory(queries: int, kept_BM: Tensor) -> Tensor:
 
 def _distance(queries: int, keys: int, device: torch.device) -> Tensor:
     """How far before its query each key stands, [T, S]; the queries are the last of the keys."""
-    positions = torch.arange(keys, device=device)
+    positions = torch.arange(keys, device=device, dtype=torch.int32)
     return positions[keys - queries :, None] - positions[None, :]

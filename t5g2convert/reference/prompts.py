@@ -73,7 +73,7 @@ class TextCodec:
 
 
 def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) -> Tensor:
-    """Pixels of a picture file, [1, channels, side, side], resized and normalised as the folder's processor says.
+    """Pixels of a picture file, [1, channels, side, side], with the mean and deviation of the folder's processor.
 
     Where the folder has no processor, as Gemma 3's does: bilinear, mean and standard deviation 0.5.
 

@@ -100,8 +100,12 @@ class Stack:
         step = rows if self.weights.resident else HEAD_ROWS
         softcap = self.settings.final_logit_softcapping
         for start in range(0, rows, step):
-            chunk = functional.linear(x_NC, self.weights.rows(self.table, start, min(start + step, rows)))
-            yield start, chunk if softcap is None else torch.tanh(chunk / softcap) * softcap
+            stop = min(start + step, rows)
+            yield start, _capped(functional.linear(x_NC, self.weights.rows(self.table, start, stop)), softcap)
+
+
+def _capped(logits_NV: Tensor, softcap: float | None) -> Tensor:
+    return logits_NV if softcap is None else torch.tanh(logits_NV / softcap) * softcap
 
 
 @dataclass

@@ -15,7 +15,7 @@ from t5g2convert.reference.masks import bidirectional, causal, memory
 from t5g2convert.reference.settings import Kernel, t5gemma2_text, t5gemma2_vision
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
-from t5g2convert.reference.weights import Reading, Weights, only_prefix
+from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 
 TEXT_ROOTS = ("model.encoder.text_model.", "model.encoder.")
 """Spellings of the encoder's text stack: as module names (models trained and saved elsewhere), as published."""
@@ -46,7 +46,7 @@ class T5Gemma2Reference:
         *,
         kernel: Kernel = "eager",
         model: T5Gemma2 | None = None,
-        **reading: Unpack[Reading],
+        **reading: Unpack[ReadOptions],
     ) -> None:
         model = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
         self.model = model

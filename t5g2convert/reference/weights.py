@@ -36,7 +36,7 @@ def check_place(dtype: str | None, device: str) -> None:
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Reading(TypedDict, total=False):
+class ReadOptions(TypedDict, total=False):
     """How tensors are read.
 
     Attributes:
@@ -55,7 +55,7 @@ class Reading(TypedDict, total=False):
 class Weights:
     """The tensors of one checkpoint, in one dtype, on one device."""
 
-    def __init__(self, checkpoint: Checkpoint, **reading: Unpack[Reading]) -> None:
+    def __init__(self, checkpoint: Checkpoint, **reading: Unpack[ReadOptions]) -> None:
         self.checkpoint = checkpoint
         self.dtype = reading.get("dtype")
         self.device = torch.device(reading.get("device", "cpu"))

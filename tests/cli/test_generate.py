@@ -122,11 +122,17 @@ def test_no_more_tokens_are_written_than_asked(lively: Path) -> None:
     assert long.startswith("".join(write(lively, PROMPT, max_new_tokens=5)))
 
 
+def set_ends(folder: Path, ends: int | list[int]) -> None:
+    """Name the tokens that end a text where a fine-tune names more than its config.json does."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ends}))
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_it_stops_before_the_token_that_ends(listed: bool, t5g2: CommandLine, output: Path) -> None:
     tokens = theirs(output, TextCodec(output).encode(PROMPT), 32)
     end = next(token for token in tokens[3:] if token != tokens[0])
-    set_config(output, "decoder", eos_token_id=[EOS, end] if listed else end)
+    set_ends(output, [EOS, end] if listed else end)
     before = tokens[: tokens.index(end)]
     assert before
     assert t5g2("generate", output, "--prompt", PROMPT).out == decoded(output, before) + "\n"
@@ -134,9 +140,16 @@ def test_it_stops_before_the_token_that_ends(listed: bool, t5g2: CommandLine, ou
 
 def test_an_end_at_once_is_an_empty_line(t5g2: CommandLine, output: Path) -> None:
     (first,) = theirs(output, TextCodec(output).encode(PROMPT), 1)
-    set_config(output, "decoder", eos_token_id=first)
+    set_ends(output, first)
     assert t5g2("generate", output, "--prompt", PROMPT).out == "\n"
     assert list(write(output, PROMPT)) == []
+
+
+def test_without_a_generation_config_the_decoders_end_counts(t5g2: CommandLine, output: Path) -> None:
+    (first,) = theirs(output, TextCodec(output).encode(PROMPT), 1)
+    (output / "generation_config.json").unlink()
+    set_config(output, "decoder", eos_token_id=first)
+    assert t5g2("generate", output, "--prompt", PROMPT).out == "\n"
 
 
 def test_pieces_come_as_they_are_written(lively: Path) -> None:

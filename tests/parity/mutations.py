@@ -64,10 +64,14 @@ class Tally:
             self.survivors.append(label)
 
     def close(self, family: str, at_least: int) -> None:
-        """Print the counts; none may have survived, and enough must have been tried."""
-        print(f"\nmutants, {family}: {self.tried}; caught by {dict(sorted(self.caught.items()))}")
+        """Keep the counts for the summary; none may have survived, and enough must have been tried."""
+        CLOSED.append(self)
         assert self.survivors == []
-        assert self.tried >= at_least
+        assert self.tried >= at_least, family
+
+
+CLOSED: list[Tally] = []
+"""The tallies that the test now running has closed."""
 
 
 @dataclass

@@ -20,6 +20,7 @@ from t5g2convert.parity.inputs import (
     text_batch,
     token_batch,
 )
+from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
@@ -101,9 +102,11 @@ def test_a_text_that_is_shorter_is_read_whole() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_fewer_than_eight_tokens_are_no_text(count: int) -> None:
+def test_fewer_than_eight_tokens_are_no_text(count: int, demo_source: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("x" * count)
+    gemma = Gemma3Reference(open_checkpoint(demo_source))
     with pytest.raises(UsageError, match=f"has {count} tokens, expected 8 at least"):
-        text_batch([5] * count, 31)
+        Inputs(tmp_path / "text").check(demo_source, gemma)
 
 
 def test_a_text_that_cannot_be_read_is_said(tmp_path: Path) -> None:
@@ -153,16 +156,16 @@ def test_sequences_are_longer_than_the_larger_window(
     one = changed_config(converted_twin("images-8"), tmp_path / "one", "decoder", sliding_window=decoder)
     both = changed_config(one, tmp_path / "both", "encoder", sliding_window=encoder)
     given = Inputs()
-    assert given.batch(opened(both), both).ids_BT.shape == (2, max(decoder, encoder) + BEYOND_WINDOW)
+    assert given.batch(opened(both)).ids_BT.shape == (2, max(decoder, encoder) + BEYOND_WINDOW)
     assert given.remarks == []
 
 
 def test_the_end_of_image_token_is_read_in_the_dtype_that_its_row_was_rounded_in(converted_twin: TwinFolder) -> None:
     folder = converted_twin("images-8")
     exact, widened = Inputs(), Inputs()
-    assert int((exact.batch(opened(folder), folder).ids_BT == 291).sum()) == 6
+    assert int((exact.batch(opened(folder)).ids_BT == 291).sum()) == 6
     assert exact.remarks == []
-    assert 291 not in widened.batch(opened(folder, torch.float32), folder).ids_BT
+    assert 291 not in widened.batch(opened(folder, torch.float32)).ids_BT
     (remark,) = widened.remarks
     assert remark.startswith("the end-of-image token was left out: its row was scaled and rounded in bfloat16")
 
@@ -170,7 +173,7 @@ def test_the_end_of_image_token_is_read_in_the_dtype_that_its_row_was_rounded_in
 def test_a_vocabulary_without_the_end_of_image_token_needs_no_remark(converted_twin: TwinFolder) -> None:
     folder = converted_twin("text-8")
     given = Inputs()
-    assert int(given.batch(opened(folder, torch.float32), folder).ids_BT.max()) < 300
+    assert int(given.batch(opened(folder, torch.float32)).ids_BT.max()) < 300
     assert given.remarks == []
 
 
@@ -181,7 +184,7 @@ def test_a_window_that_was_not_reached_is_said(
     folder = changed_config(converted_twin("text-8"), tmp_path / "out", "decoder", sliding_window=16)
     monkeypatch.setattr(module, "MAX_TOKENS", longest)
     given = Inputs()
-    assert given.batch(opened(folder), folder).ids_BT.shape == (2, longest)
+    assert given.batch(opened(folder)).ids_BT.shape == (2, longest)
     told = [f"the sequences have {longest} tokens: the sliding window of 16 was not reached"]
     assert given.remarks == told * remarks
 
@@ -197,8 +200,9 @@ def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
     target = opened(folder)
     assert target.vision is not None
     given = Inputs(tmp_path / "text", tmp_path / "picture.png")
+    given.check(folder, Gemma3Reference(open_checkpoint(demo_source)))
     expected = TextCodec(folder).encode("a text of my own, as long as it has to be")[: 5 + BEYOND_WINDOW]
-    assert given.batch(target, folder).ids_BT.tolist() == [expected] * 2
-    found = given.pixels(target.vision, folder)
+    assert given.batch(target).ids_BT.tolist() == [expected] * 2
+    found = given.pixels(target.vision)
     assert torch.equal(found, picture(tmp_path / "picture.png", target.vision, folder, torch.bfloat16))
-    assert torch.equal(Inputs().pixels(target.vision, folder), pixels(target.vision, 1, torch.bfloat16))
+    assert torch.equal(Inputs().pixels(target.vision), pixels(target.vision, 1, torch.bfloat16))

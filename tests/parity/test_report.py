@@ -53,6 +53,7 @@ def test_json_has_all_that_was_found() -> None:
     document = strict_json(report(PASSED, FAILED, MEASURED).to_json())
     assert document == {
         "passed": False,
+        "complete": True,
         "output": "/home/me/out",
         "source": "/home/me/source",
         "dtype": "bfloat16",
