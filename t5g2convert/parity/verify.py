@@ -142,16 +142,16 @@ class _Judge:
         """Make checks; what cannot be read or computed of the output fails them."""
         try:
             self.checks += check()
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise _too_little_memory(error) from None
         except CheckpointError as error:
             if self.source is not None and error.where is not None and Path(error.where).is_relative_to(self.source):
                 raise
             self.checks += [Check(name, False, self._told(error)) for name in names]
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
-            if "allocate" in str(error) or "thread" in str(error):
-                # The CPU's allocator has no error of its own; too little memory is no fault of the output.
-                raise
+            # The CPU's allocator has no error of its own.
+            if "can't allocate memory" in str(error):
+                raise _too_little_memory(error) from None
             told = f"cannot be computed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self.checks += [Check(name, False, told) for name in names]
 
@@ -288,6 +288,13 @@ def on_source_settings(target: Checkpoint, changes: Mapping[str, Mapping[str, An
         if path:
             section[last] = change["source"]
     return read_t5gemma2(config, target.path / "config.json")
+
+
+def _too_little_memory(error: BaseException) -> UsageError:
+    """What is no fault of the output."""
+    return UsageError(
+        f"there is too little memory for the passes: {str(error).splitlines()[0] if str(error) else 'none is left'}"
+    )
 
 
 def _silent(_: str) -> None:

@@ -1,10 +1,21 @@
-"""What the mutants of a test were caught by is handed to the summary of the run (tests/conftest.py)."""
+"""Fixtures of those who damage a conversion; tests/conftest.py tells at the end of a run what caught the mutants."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.parity.mutations import CLOSED
+from t5g2convert import convert
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.conversion.plan import Plan
+from t5g2convert.parity.provenance import replay
+from t5g2convert.parity.report import Check
+from t5g2convert.parity.verify import PARITIES
+from t5g2convert.reference.gemma3 import Gemma3Reference
+from tests.conftest import TwinFolder
+from tests.parity.mutations import CLOSED, Bench, Document, MakeBench
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +25,56 @@ def counted(record_property: Callable[[str, object], None]) -> Iterator[None]:
     yield
     for tally in CLOSED:
         record_property("mutants", {"tried": tally.tried, "survived": len(tally.survivors), **tally.caught})
+
+
+@pytest.fixture
+def bench(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> MakeBench:
+    """Conversions of twins, free to be damaged."""
+
+    def make(name: str, **options: Any) -> Bench:
+        converted = converted_twin(name)
+        if options:
+            converted = tmp_path / "converted"
+            convert(twin_folder(name), converted, **options)
+        return Bench.of(twin_folder(name), converted, tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small source the plan is made and the layers are read once, not for every mutant."""
+    plans: dict[Path, Plan] = {}
+    references: dict[object, Gemma3Reference] = {}
+
+    def replayed(source: Path, manifest: Document, mapping: str | None) -> Plan:
+        if manifest.get("changes") or mapping:
+            return replay(source, manifest, mapping)
+        if source not in plans:
+            plans[source] = replay(source, {}, None)
+        return plans[source]
+
+    def opened(parent: Checkpoint, **options: Any) -> Gemma3Reference:
+        if parent.nbytes > 1_000_000:
+            return Gemma3Reference(parent, **options)
+        key = (parent.path, *options.values())
+        if key not in references:
+            references[key] = Gemma3Reference(parent, resident=True, **options)
+        return references[key]
+
+    monkeypatch.setattr("t5g2convert.parity.verify.replay", replayed)
+    monkeypatch.setattr("t5g2convert.parity.verify.Gemma3Reference", opened)
+
+
+@pytest.fixture
+def without_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No help from the check that uses the model: what compares it with its source must suffice."""
+    monkeypatch.setattr("t5g2convert.parity.verify.judge_runs", lambda *_, **__: Check("runs", True, "not made"))
+
+
+@pytest.fixture
+def without_passes(without_use: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No help from the parities either."""
+    sound = [Check(name, True, "not made") for name in PARITIES]
+    monkeypatch.setattr("t5g2convert.parity.verify.judge_text", lambda *_, **__: sound[1:])
+    monkeypatch.setattr("t5g2convert.parity.verify.judge_vision", lambda *_, **__: (sound[0], torch.zeros(1, 4, 24)))

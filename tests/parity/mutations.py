@@ -319,3 +319,32 @@ def dotted(document: Document, path: tuple[str, ...], value: Any) -> None:
     good = copy.deepcopy(parent_of(document, path)[path[-1]])
     put(document, path, value)
     document[".".join(path)] = good
+
+
+MINIMA = {
+    "one byte, images-8": 55,
+    "one byte, text-float32": 55,
+    "one byte, sealed": 60,
+    "text layers, images-13": 80,
+    "text layers, text-float32": 60,
+    "vision, images-8": 70,
+    "embedding": 25,
+    "exchanged": 45,
+    "fill": 5,
+    "shards": 15,
+    "structure": 20,
+    "settings": 110,
+    "settings that are computed with": 35,
+    "settings missing": 100,
+    "settings of a text-only target": 90,
+    "manifest": 25,
+}
+"""Families of mutants, and how many of each must be tried at least; each family is a test of its own."""
+
+MakeBench = Callable[..., Bench]
+"""Makes a bench of a twin by its name; further arguments are those of `convert`."""
+
+
+def close(tally: Tally, family: str) -> None:
+    """Close a family that has a minimum."""
+    tally.close(family, MINIMA[family])

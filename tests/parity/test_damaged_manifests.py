@@ -1,0 +1,443 @@
+"""V2: damage that leaves t5g2.json as it was, lies in it, and files that no conversion writes; nothing may pass."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from t5g2convert import convert
+from t5g2convert.checkpoint.folder import INDEX_FILE, read_json_object
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, seal
+from t5g2convert.mapping.library import find_map
+from t5g2convert.parity.integrity import judge_integrity
+from t5g2convert.parity.verify import PARITIES, verify
+from tests.conftest import TwinFolder
+from tests.parity.mutations import (
+    MINIMA,
+    Bench,
+    Document,
+    MakeBench,
+    Tally,
+    check_of,
+    close,
+    departs,
+    flip_sign,
+    parent_of,
+    put,
+    told,
+)
+from tests.twins import BY_NAME, write_twin
+
+pytestmark = pytest.mark.usefixtures("same_source")
+
+
+# Naive damage
+
+
+@pytest.mark.parametrize("name", ["images-8", "text-float32"])
+def test_V2_any_byte_of_any_file(name: str, bench: MakeBench, without_use: None) -> None:
+    made = bench(name)
+    verify(made.folder, made.source, record=True)
+    recorded = (made.folder / MANIFEST_FILE).read_bytes()
+    assert b'"verification"' in recorded
+    manifest, tally, chance = json.loads(recorded), Tally(), random.Random(name)
+    for file, sound in {**made.sound, f"{MANIFEST_FILE} with a verification": recorded}.items():
+        path = made.folder / file.split()[0]
+        weights = path.suffix == ".safetensors"
+        header = 8 + int.from_bytes(sound[:8], "little") if weights else 0
+        for number in range(20 if weights else 9):
+            # Half of the changes to a file of weights are in its header.
+            at = chance.randrange(header if weights and number % 2 else len(sound))
+            damaged = bytearray(sound)
+            damaged[at] = (damaged[at] + chance.randrange(1, 256)) % 256
+            path.write_bytes(damaged)
+            report = made.judged()
+            tally.add(f"{file}[{at}] = {damaged[at]}", report)
+            assert path.name in told(check_of(report, "integrity")), (at, damaged[at])
+        if path.name == MANIFEST_FILE:
+            continue
+        for _ in range(150):
+            at, damaged = chance.randrange(len(sound)), bytearray(sound)
+            damaged[at] ^= chance.randrange(1, 256)
+            path.write_bytes(damaged)
+            assert judge_integrity(made.folder, manifest).offenders == (f"{file} has another sha256",)
+        made.restore()
+    assert set(tally.caught) >= {"integrity"}
+    assert tally.caught["integrity"] == tally.tried
+    close(tally, f"one byte, {name}")
+
+
+def test_any_byte_of_a_header_or_config_that_is_sealed(bench: MakeBench, without_use: None) -> None:
+    made, tally, chance = bench("text-float32"), Tally(), random.Random(8)
+    for file in ("model.safetensors", "config.json", "generation_config.json"):
+        sound = made.sound[file]
+        start, stop = 0, len(sound)
+        if file == "model.safetensors":
+            start, stop = 8, 8 + int.from_bytes(sound[:8], "little")
+        for _ in range(30):
+            at, damaged = chance.randrange(start, stop), bytearray(sound)
+            # Digits become digits, so that many of the changes can be read.
+            damaged[at] = chance.choice(b"0123456789") if chr(sound[at]).isdigit() else chance.randrange(256)
+            if meaning(damaged[start:stop]) == meaning(sound[start:stop]):
+                continue
+            (made.folder / file).write_bytes(damaged)
+            tally.add(f"{file}[{at}] = {damaged[at]}", made.resealed())
+    assert tally.caught["integrity"] == 0
+    close(tally, "one byte, sealed")
+
+
+def meaning(text: bytes) -> object:
+    """What JSON says: spaces between its parts are nothing."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return bytes(text)
+
+
+# The manifest, and other sources
+
+LIES: dict[str, tuple[Callable[[Document], object], str]] = {
+    "total": (lambda it: it["parameters"].update(total=1), "parameters"),
+    "a part": (lambda it: it["parameters"].update(decoder=it["parameters"]["decoder"] + 1), "parameters"),
+    "no parameters": (lambda it: it.pop("parameters"), "parameters"),
+    "dropped more": (lambda it: it["dropped"].append({"name": "lm_head.weight", "because": "tied"}), "dropped"),
+    "dropped none": (lambda it: it.pop("dropped"), "dropped"),
+    "another map": (lambda it: it["mapping"].update(name="mine"), "mine"),
+    "no map": (lambda it: it["mapping"].pop("name"), "mapping"),
+    "no notes": (lambda it: it.pop("notes"), "notes"),
+    "dtype": (lambda it: it.update(dtype="float32"), "dtype"),
+    "no dtype": (lambda it: it.pop("dtype"), "dtype"),
+    "source size": (lambda it: it["source"]["files"]["model.safetensors"].update(bytes=1), "sizes"),
+    "source config": (lambda it: it["source"]["files"]["config.json"].update(sha256="0" * 64), "config.json"),
+    "source file more": (lambda it: it["source"]["files"].update({"x": {"bytes": 1, "sha256": None}}), "x"),
+    "source file less": (lambda it: it["source"]["files"].pop("config.json"), "model.safetensors"),
+    "source files none": (lambda it: it["source"].update(files={}), "none"),
+    "no source files": (lambda it: it["source"].pop("files"), "source"),
+    "no changes": (lambda it: it.pop("changes"), "changes"),
+    "one thing more": (lambda it: it.update(quantized="int4"), "quantized"),
+}
+
+
+def declared(name: str, before: Any, after: Any) -> Callable[[Document], object]:
+    return lambda manifest: manifest["changes"].append({"field": name, "source": before, "target": after})
+
+
+LIES |= {
+    f"declared: {name}": (declared(name, before, after), name)
+    for name, before, after in (
+        ("vocab_size", 300, 299),
+        ("sliding_window", 5, 6),
+        ("decoder.sliding_window", 5, 6),
+        ("decoder.rms_norm_eps", 1e-5, 1e-6),
+        ("hidden_size", 24, 24),
+        ("dtype", "bfloat16", "float16"),
+        ("dtype", "float32", "bfloat16"),
+        ("image_token_index", 292, 293),
+        ("encoder.vision_config.image_size", 56, 57),
+        ("no_such_setting", 1, 2),
+    )
+}
+
+
+def test_lies_in_the_manifest(bench: MakeBench, without_use: None) -> None:
+    made, tally = bench("images-8"), Tally()
+    for label, (lie, named) in LIES.items():
+        made.reseal(lie)
+        report = made.judged()
+        tally.add(label, report)
+        # What is missing makes it no manifest; what is wrong makes it a lie.
+        check = check_of(report, "provenance" if check_of(report, "integrity").passed else "integrity")
+        assert not check.passed, label
+        assert named in told(check), label
+    # A change that was made as well as declared is no less a lie about what this map does of this source.
+    for path, before, after in (("decoder.sliding_window", 5, 6), ("decoder.rms_norm_eps", 1e-5, 0.1)):
+        made.edit("config.json", partial(put, path=tuple(path.split(".")), value=after))
+        made.reseal(declared(path, before, after))
+        report = made.judged()
+        tally.add(f"made and declared: {path}", report)
+        assert {check.name for check in report.failed} == {"provenance"}
+    close(tally, "manifest")
+
+
+ODD: list[Any] = [
+    None, True, 3, 1.5, "x", [], {}, [3], ["x"], [None], [{}], [[]], {"a": 1}, {"config.json": None},
+    {"config.json": {}}, {"files": 3}, [{"field": "dtype"}], [{"field": None, "source": 1, "target": 1}],
+    [{"field": ["dtype"], "source": 1, "target": 1}], [{"field": "dtype", "source": "bfloat16", "target": "int4"}],
+    [{"field": "dtype", "source": "bfloat16", "target": None}], [{"field": "dtype", "source": 1, "target": ["x"]}],
+    [{"field": "a.b.c", "source": 1, "target": 2}], [{"field": "decoder.layer_types.x", "source": 1, "target": 2}],
+    [{"field": "encoder.text_config", "source": 1, "target": 2}], [{"field": "", "source": 1, "target": 2}],
+    [{"field": "decoder.sliding_window", "source": "x", "target": None}],
+]  # fmt: skip
+
+JUDGED = (("mapping",), ("source",), ("source", "files"), ("dtype",), ("parameters",), ("dropped",), ("changes",),
+          ("files",), ("format",))  # fmt: skip
+"""What the manifest says that can be judged. Names and hashes of tool, map and weights cannot: no reader needs them."""
+
+
+@pytest.mark.parametrize("path", JUDGED, ids=".".join)
+def test_odd_types_in_the_manifest_fail_a_check(path: tuple[str, ...], bench: MakeBench, without_passes: None) -> None:
+    made, crashes, survivors = bench("images-8"), [], []
+    sound = parent_of(read_json_object(made.folder / MANIFEST_FILE), path)[path[-1]]
+    for odd in ODD:
+        if odd == sound:
+            continue
+        made.reseal(partial(put, path=path, value=odd))
+        try:
+            if made.judged().passed:
+                survivors.append(odd)
+        except Exception as error:  # noqa: BLE001 - nothing may be raised
+            crashes.append((odd, f"{type(error).__name__}: {error}"))
+    assert crashes == []
+    assert survivors == []
+
+
+@pytest.mark.parametrize("path", [("tool",), ("verification",), ("source", "layout"), ("mapping", "sha256")], ids=str)
+def test_odd_types_where_nobody_looks_harm_nobody(
+    path: tuple[str, ...], bench: MakeBench, without_passes: None
+) -> None:
+    made = bench("images-8")
+    for odd in ODD:
+        made.reseal(partial(put, path=path, value=odd))
+        made.judged()
+
+
+def another(source: Path, folder: Path, tensor: str | None = None, **settings: Any) -> Path:
+    """A copy of a source with one tensor or some settings changed."""
+    shutil.copytree(source, folder)
+    if tensor is not None:
+        tensors = load_file(folder / "model.safetensors")
+        flip_sign(tensors[tensor])
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if settings:
+        config = read_json_object(folder / "config.json")
+        config["text_config"].update(settings)
+        (folder / "config.json").write_bytes(encode_json(config))
+    return folder
+
+
+def test_another_source(bench: MakeBench, tmp_path: Path) -> None:
+    made = bench("images-8")
+    text = "language_model.model."
+    one = another(made.source, tmp_path / "one", f"{text}layers.6.mlp.gate_proj.weight")
+    report = verify(made.folder, one, record=False)
+    assert "layers.6.mlp.gate_proj.weight" in told(check_of(report, "provenance"))
+    for part in ("encoder", "decoder"):
+        assert departs(report, f"{part}_parity") == f"{part} layers.6 (sliding_attention), mlp.gate_proj"
+    for name, setting in (("window", {"sliding_window": 6}), ("eps", {"rms_norm_eps": 0.1})):
+        report = verify(made.folder, another(made.source, tmp_path / name, **setting), record=False)
+        assert {"provenance", "config", *PARITIES[1:]} <= {check.name for check in report.failed}
+    # Of the same shape to the last byte of its files' sizes, but for its numbers.
+    namesake = tmp_path / "namesake"
+    shutil.copytree(made.source, namesake)
+    tensors = load_file(namesake / "model.safetensors")
+    save_file({name: tensor.flip(0).contiguous() for name, tensor in tensors.items()}, namesake / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    report = verify(made.folder, namesake, record=False)
+    assert {"provenance", *PARITIES} <= {check.name for check in report.failed}
+    write_twin(BY_NAME["images-13"], tmp_path / "deeper")
+    report = verify(made.folder, tmp_path / "deeper", record=False)
+    assert {"provenance", "config", *PARITIES[1:]} <= {check.name for check in report.failed}
+
+
+def test_a_namesake_of_the_shipped_map(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    """A map with two rows exchanged that calls itself gemma3: with it given, only the parities are left to object."""
+    mapping = tmp_path / "gemma3.yaml"
+    text = find_map("gemma3").path.read_text()
+    one, other = (
+        '"model.decoder.layers.{layer}.mlp.gate_proj.weight"',
+        '"model.decoder.layers.{layer}.mlp.up_proj.weight"',
+    )
+    mapping.write_text(text.replace(one, "@").replace(other, one).replace("@", other))
+    convert(twin_folder("images-8"), tmp_path / "out", mapping=str(mapping))
+    report = verify(tmp_path / "out", twin_folder("images-8"), record=False)
+    assert {check.name for check in report.failed} == {"provenance", "decoder_parity"}
+    report = verify(tmp_path / "out", twin_folder("images-8"), mapping=str(mapping), record=False)
+    assert {check.name for check in report.failed} == {"decoder_parity"}
+    assert departs(report, "decoder_parity") == "decoder layers.0 (sliding_attention), mlp.gate_proj"
+
+
+# Files
+
+
+def beside(name: str, contents: bytes = b"{}") -> Callable[[Bench], object]:
+    return lambda made: (made.folder / name).write_bytes(contents)
+
+
+def head_beside(made: Bench) -> None:
+    zeros = torch.zeros_like(load_file(made.folder / "model.safetensors")["model.decoder.norm.weight"])
+    save_file({"model.decoder.norm.weight": zeros}, made.folder / "model-00002-of-00002.safetensors", {"format": "pt"})
+
+
+def in_two(made: Bench, first: str, second: str, metadata: object = None) -> None:
+    """Cut the weights in two files of these names, with an index."""
+    path = made.folder / "model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for file, part in ((first, names[: len(names) // 2]), (second, names[len(names) // 2 :])):
+        save_file({name: tensors[name] for name in part}, made.folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(tensor.numel() for tensor in tensors.values())
+    index = {"metadata": metadata or {"total_parameters": total, "total_size": size}, "weight_map": weight_map}
+    if metadata == "none":
+        del index["metadata"]
+    (made.folder / INDEX_FILE).write_bytes(encode_json(index))
+
+
+def with_format(metadata: dict[str, str] | None) -> Callable[[Bench], object]:
+    def rewrite(made: Bench) -> None:
+        path = made.folder / "model.safetensors"
+        save_file(load_file(path), path, metadata)
+
+    return rewrite
+
+
+CUT = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+FOLDERS: dict[str, Callable[[Bench], object]] = {
+    # transformers takes model.safetensors for the whole model, and leaves the other half random.
+    "a shard with the name of a whole model": lambda made: in_two(made, "model.safetensors", CUT[1]),
+    # transformers unpickles what is not called .safetensors.
+    "shards with other suffixes": lambda made: in_two(made, "model-1.bin", "model-2.bin"),
+    # transformers ends with a KeyError or a TypeError.
+    "an index without metadata": lambda made: in_two(made, *CUT, metadata="none"),
+    "an index whose metadata are a string": lambda made: in_two(made, *CUT, metadata="x"),
+    "an index with a wrong size": lambda made: in_two(made, *CUT, metadata={"total_parameters": 1, "total_size": 1}),
+    # transformers before 5 refuses it.
+    "weights without metadata": with_format(None),
+    "weights of another framework": with_format({"format": "tf"}),
+    # Loaders that take every *.safetensors, mlx for one, would load it over the sound one.
+    "weights beside the weights": head_beside,
+    # transformers with peft puts an adapter that it finds on the model without a word.
+    "an adapter": beside("adapter_config.json"),
+    "pickled weights": beside("pytorch_model.bin"),
+    "a stray index": beside(INDEX_FILE, b'{"weight_map": {"model.decoder.norm.weight": "gone.safetensors"}}'),
+    "a chat template": beside("chat_template.jinja"),
+    "a tokenizer that the source has not": beside("tokenizer.json"),
+    "code": beside("modeling_t5gemma2.py"),
+}
+
+
+@pytest.mark.parametrize("label", FOLDERS)
+def test_files_that_the_conversion_does_not_write(label: str, bench: MakeBench) -> None:
+    made = bench("images-8")
+    FOLDERS[label](made)
+    assert not made.resealed().passed
+
+
+def test_a_model_cut_in_two_otherwise_is_the_same_model(bench: MakeBench) -> None:
+    """How the shards are cut is nobody's lie; otherwise the mutants above would be caught for nothing."""
+    made = bench("images-8")
+    in_two(made, *CUT)
+    assert made.resealed().passed
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.json", "a\0b", "", ".", "x" * 5000, "/dev/null"])
+def test_names_in_the_manifest_that_are_none(name: str, bench: MakeBench) -> None:
+    made = bench("text-float32")
+    (made.folder.parent / "elsewhere.json").write_bytes(b"")
+    made.reseal(lambda manifest: manifest["files"].update({name: {"bytes": 0, "sha256": None}}))
+    assert not check_of(made.judged(), "integrity").passed
+
+
+def test_a_name_that_is_no_text_is_told(bench: MakeBench) -> None:
+    made = bench("text-float32")
+    try:
+        (made.folder / os.fsdecode(b"\xff.json")).write_bytes(b"{}")
+    except OSError:
+        pytest.skip("the file system has no such names")
+    report = verify(made.folder, made.source, record=True)
+    assert not check_of(report, "integrity").passed
+    assert not made.judged().passed
+
+
+def test_a_manifest_that_cannot_be_written_again(bench: MakeBench) -> None:
+    made = bench("text-float32")
+    odd = made.sound[MANIFEST_FILE].replace(b'"notes": [', b'"notes": ["\\ud800", ')
+    (made.folder / MANIFEST_FILE).write_bytes(odd)
+    assert MANIFEST_FILE in told(check_of(made.judged(), "integrity"))
+
+
+def mkfifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def in_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", MANIFEST_FILE])
+@pytest.mark.parametrize(
+    "trick",
+    [mkfifo, in_a_folder, partial(link, target="/dev/zero"), partial(link, target="gone"), partial(link, target=".")],
+    ids=["fifo", "folder", "endless", "dangling", "link to the folder"],
+)
+def test_what_is_no_file(name: str, trick: Callable[[Path], None], bench: MakeBench) -> None:
+    made = bench("text-float32")
+    trick(made.folder / name)
+    assert name in told(check_of(made.judged(), "integrity"))
+
+
+def test_a_link_to_the_same_bytes_is_the_same_file(bench: MakeBench, tmp_path: Path) -> None:
+    made = bench("text-float32")
+    (tmp_path / "blob").write_bytes(made.sound["model.safetensors"])
+    link(made.folder / "model.safetensors", str(tmp_path / "blob"))
+    assert made.judged().passed
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"vocab_size": 300,', b'"vocab_size": 300, "vocab_size": 300,'),
+        (b'"dropout_rate": 0.0,', b'"dropout_rate": 0.5, "dr\\u006fpout_rate": 0.0,'),
+        (b'"vocab_size": 300,', b'"vocab_size": NaN,'),
+        (b'"vocab_size": 300,', b'"vocab_size": 1e999,'),
+        (b'"vocab_size": 300,', b'"vocab_size": "300",'),
+        (b"{", b"\xef\xbb\xbf{"),
+        (b'"T5Gemma2ForConditionalGeneration"', b'"\\ud800"'),
+        (b'"t5gemma2"', b'"\\ud800"'),
+        (b'"gelu_pytorch_tanh"', b'"\\ud800"'),
+        (b'"bfloat16"', b'"\\ud800"'),
+        (b'"decoder": {', b'"decoder": null, "other": {'),
+        (b'"decoder": {', b'"decoder": [], "other": {'),
+    ],
+)
+def test_json_tricks(old: bytes, new: bytes, bench: MakeBench) -> None:
+    made = bench("images-8")
+    assert old in made.sound["config.json"]
+    (made.folder / "config.json").write_bytes(made.sound["config.json"].replace(old, new, 1))
+    assert not check_of(made.resealed(), "config").passed
+
+
+def test_a_manifest_sealed_by_hand_is_a_manifest(bench: MakeBench) -> None:
+    """The seal is what this module takes it for; otherwise every mutant above would be caught by it."""
+    made = bench("text-float32")
+    made.reseal()
+    assert (made.folder / MANIFEST_FILE).read_bytes() == made.sound[MANIFEST_FILE]
+    document = read_json_object(made.folder / MANIFEST_FILE)
+    assert seal(document) == made.sound[MANIFEST_FILE]
+    made.edit(MANIFEST_FILE, lambda manifest: manifest.update(notes=[]))
+    assert MANIFEST_FILE in told(check_of(made.judged(), "integrity"))
+
+
+def test_hundreds_of_mutants_are_tried() -> None:
+    """Every family asserts its own minimum and that none survived: this is their sum, whoever ran them."""
+    print(f"\nmutants at least: {sum(MINIMA.values())} in {len(MINIMA)} families")
+    assert sum(MINIMA.values()) >= 300
