@@ -92,7 +92,8 @@ class Inputs:
     def batch(self, target: T5Gemma2Reference) -> Batch:
         """Tokens for both stacks, longer than the sliding window."""
         settings = target.decoder.settings
-        window = max(settings.sliding_window, target.encoder.settings.sliding_window)
+        stacks = (settings, target.encoder.settings)
+        window = max((stack.sliding_window for stack in stacks if "sliding_attention" in stack.layer_types), default=0)
         length = min(window + BEYOND_WINDOW, MAX_TOKENS)
         if self.text is not None:
             batch = text_batch(self._readable(target), length)
