@@ -28,6 +28,12 @@ def convert(
         bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT, at the very end.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the shards that an earlier run finished; leave them if stopped.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
     ] = False,
@@ -59,6 +65,8 @@ def convert(
             overwrite=overwrite,
             hashing=hashing,
             flush=flush,
+            resume=resume,
+            allow_nonfinite=allow_nonfinite,
             progress=bar.advance,
             judge=judge if verify else None,
         )

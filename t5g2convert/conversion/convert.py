@@ -1,16 +1,19 @@
 """`convert`: plan, write, put in place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t5g2convert.checkpoint.folder import some
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
+from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES, Plan
 from t5g2convert.conversion.planner import KEEP, build_plan
 from t5g2convert.conversion.staging import Staging, check_space, check_target
-from t5g2convert.conversion.writer import write_shards
+from t5g2convert.conversion.writer import Written, write_shards
+from t5g2convert.errors import UsageError
 
 Judge = Callable[[Path], None]
 """Raises if a folder is not what it should be."""
@@ -31,6 +34,7 @@ class Conversion:
         shards: sha256 by shard name, hexadecimal; None where hashing was switched off.
         parameters: Number of parameters by part, with `total`.
         notes: What a user should know of this conversion.
+        kept: Names of the shards that an earlier run had finished.
     """
 
     output: Path
@@ -40,6 +44,7 @@ class Conversion:
     shards: Mapping[str, str | None]
     parameters: Mapping[str, int]
     notes: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 convert --json` prints."""
@@ -51,6 +56,7 @@ class Conversion:
             "shards": [{"name": name, "sha256": digest} for name, digest in self.shards.items()],
             "parameters": dict(self.parameters),
             "notes": list(self.notes),
+            "kept": list(self.kept),
         }
 
 
@@ -64,6 +70,8 @@ def convert(
     hashing: bool = True,
     flush: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
     judge: Judge | None = None,
 ) -> Conversion:
@@ -78,11 +86,14 @@ def convert(
         hashing: Compute sha256 of all files while they are copied and record it in the manifest.
         flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
         overwrite: Replace a folder that has something in it, at the end.
+        resume: Keep the shards that an earlier run into the same output had finished, after a look at their sha256; and
+            leave finished ones for a later run if this one is stopped or the disk fails.
+        allow_nonfinite: Copy NaN and infinity as they are; without, tensors that hold them are refused.
         progress: Called with the bytes just written, from any thread.
         judge: Called with the finished folder before it appears under its name; what it raises leaves no output.
 
     Raises:
-        CheckpointError: The source is not sound, or is not what its config implies.
+        CheckpointError: The source is not sound, is not what its config implies, or holds NaN or infinity.
         MappingError: The map is faulty, or does not fill the target.
         OutputError: The output exists or cannot be written.
         UsageError: An argument has no meaning.
@@ -90,7 +101,16 @@ def convert(
     check_target(output, source, overwrite=overwrite)
     plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=max_shard_bytes)
     return execute(
-        plan, source, output, overwrite=overwrite, hashing=hashing, flush=flush, progress=progress, judge=judge
+        plan,
+        source,
+        output,
+        overwrite=overwrite,
+        hashing=hashing,
+        flush=flush,
+        resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        progress=progress,
+        judge=judge,
     )
 
 
@@ -102,16 +122,34 @@ def execute(
     overwrite: bool = False,
     hashing: bool = True,
     flush: bool = True,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
     judge: Judge | None = None,
 ) -> Conversion:
     """Execute a plan that `build_plan` made of `source`; see `convert`."""
-    check_space(output, plan.nbytes + ASSET_BYTES)
-    with Staging(output, overwrite=overwrite, flush=flush) as staging:
-        written = write_shards(plan, source, staging.folder, hashing=hashing, flush=flush, progress=progress or _silent)
+    if resume and not hashing:
+        raise UsageError("a run can be resumed only with sha256: what was finished is known by it")
+    with Staging(output, overwrite=overwrite, flush=flush, resume=resume) as staging:
+        journal = Journal(staging.folder, plan, allow_nonfinite=allow_nonfinite, flush=flush) if hashing else None
+        kept = journal.salvage() if journal is not None and resume else {}
+        missing = sum(shard.size for shard in plan.shards if shard.name not in kept)
+        check_space(staging.target, missing + ASSET_BYTES)
+        written = write_shards(
+            plan,
+            source,
+            staging.folder,
+            journal=journal,
+            kept=kept,
+            allow_nonfinite=allow_nonfinite,
+            flush=flush,
+            progress=progress or _silent,
+        )
         write_assets(plan, source, staging.folder, written, flush=flush)
         if judge is not None:
             judge(staging.folder)
+        if journal is not None:
+            journal.remove()
         staging.commit()
     return Conversion(
         output=output,
@@ -120,8 +158,16 @@ def execute(
         nbytes=plan.nbytes,
         shards={shard.name: written.shards.get(shard.name) for shard in plan.shards},
         parameters=plan.parameters,
-        notes=plan.notes,
+        notes=(*plan.notes, *_notes(plan, kept, written)),
+        kept=tuple(kept),
     )
+
+
+def _notes(plan: Plan, kept: Mapping[str, str], written: Written) -> Iterator[str]:
+    if kept:
+        yield f"{len(kept)} of {len(plan.shards)} shards were finished by an earlier run, and kept"
+    if written.nonfinite:
+        yield f"{len(written.nonfinite)} tensor(s) hold NaN or infinity, copied as they are: {some(written.nonfinite)}"
 
 
 def _silent(count: int) -> None:

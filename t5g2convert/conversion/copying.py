@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import Final
 
+from t5g2convert.checkpoint.dtypes import element_bytes
+from t5g2convert.conversion.finite import first_nonfinite
 from t5g2convert.conversion.hashing import Hashers
 from t5g2convert.errors import CheckpointError, OutputError
 
@@ -27,24 +30,26 @@ class Job:
     """One source range and the places that it goes to.
 
     Attributes:
+        tensor: Name of the source tensor.
+        dtype: Its safetensors dtype.
         file: Name of the source file.
         fd: The source file, open.
         start: First byte of the range in the source file.
         end: The byte after the last.
         targets: For each place the shard's name, the shard, open, and the position in it.
+        target_dtype: The safetensors dtype in all of these places.
         cast: What makes the target's bytes of the source's, piece by piece; None copies them.
-        source_width: Bytes of a source element.
-        target_width: Bytes of a target element.
     """
 
+    tensor: str
+    dtype: str
     file: str
     fd: int
     start: int
     end: int
     targets: tuple[tuple[str, int, int], ...]
+    target_dtype: str
     cast: Callable[[memoryview], memoryview] | None
-    source_width: int
-    target_width: int
 
 
 @contextmanager
@@ -78,11 +83,28 @@ class _Buffer:
 
 
 class Copier:
-    """Runs jobs on one or more threads."""
+    """Runs jobs on one or more threads.
 
-    def __init__(self, jobs: Sequence[Job], hashers: Hashers | None, progress: Progress) -> None:
+    Args:
+        jobs: What to copy.
+        hashers: Are fed with every piece where given, which then must be copied in order, on one thread; a shard's is
+            closed when its last byte is written.
+        progress: Told of every piece.
+        allow_nonfinite: Copy on when a piece holds NaN or infinity. Otherwise nothing more is written, but the rest is
+            still read, so that all such tensors are known.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], hashers: Hashers | None, progress: Progress, *, allow_nonfinite: bool = False
+    ) -> None:
         self.pieces = _pieces(jobs)
-        self.hashers, self.progress = hashers, progress
+        self.hashers, self.progress, self.allow_nonfinite = hashers, progress, allow_nonfinite
+        self.nonfinite: dict[str, tuple[int, str]] = {}
+        """For each tensor that holds NaN or infinity the first such element, and which of both it is."""
+        self.missing: Counter[str] = Counter()
+        for job in jobs:
+            for shard, _, _ in job.targets:
+                self.missing[shard] += (job.end - job.start) // element_bytes(job.dtype)
         # Last in, first out: the buffer that was used last is still in the processor's cache.
         self.pool: LifoQueue[_Buffer] = LifoQueue()
         for _ in range(BUFFERS):
@@ -128,18 +150,33 @@ class Copier:
     def _copy(self, job: Job, start: int, end: int, buffer: _Buffer) -> None:
         data = memoryview(buffer.data)[: end - start]
         read_exactly(job.fd, data, start, job.file)
+        first = (start - job.start) // element_bytes(job.dtype)
+        self._check_finite(job, first, first_nonfinite(buffer.data, len(data), job.dtype))
+        if self.allow_nonfinite or not self.nonfinite:
+            self._write(job, start, first, data, buffer)
+        self.progress(len(data) // element_bytes(job.dtype) * element_bytes(job.target_dtype) * len(job.targets))
+
+    def _check_finite(self, job: Job, first: int, found: tuple[int, str] | None) -> None:
+        if found is not None:
+            with self.lock:
+                known = self.nonfinite.get(job.tensor)
+                self.nonfinite[job.tensor] = min(known or (first + found[0], found[1]), (first + found[0], found[1]))
+
+    def _write(self, job: Job, start: int, first: int, data: memoryview, buffer: _Buffer) -> None:
         if self.hashers is not None:
             buffer.hold()
             self.hashers.sources[job.file].feed(start, data, buffer.release)
         result = data if job.cast is None else job.cast(data)
         for shard, fd, at in job.targets:
-            offset = at + (start - job.start) // job.source_width * job.target_width
+            offset = at + first * element_bytes(job.target_dtype)
             with output_errors(Path(shard)):
                 write_exactly(fd, result, offset)
             if self.hashers is not None:
                 buffer.hold()
                 self.hashers.shards[shard].feed(offset, result, buffer.release)
-        self.progress(len(result) * len(job.targets))
+                self.missing[shard] -= len(data) // element_bytes(job.dtype)
+                if not self.missing[shard]:
+                    self.hashers.shards[shard].close()
 
 
 def _pieces(jobs: Sequence[Job]) -> Iterator[tuple[Job, int, int]]:

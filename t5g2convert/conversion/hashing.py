@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
+from t5g2convert.errors import OutputError
+
 READ_BACK_BYTES: Final = 1 << 18
 
 Piece = tuple[int, memoryview, Callable[[], None]]
@@ -25,10 +27,11 @@ class FileHasher:
         fd: The file, open for reading.
         size: Its final size in bytes.
         there: How many of its first bytes are there already, so that gaps among them can be read back at once.
+        finished: Called with the sha256, hexadecimal, from the thread, when the last byte is hashed.
     """
 
-    def __init__(self, fd: int, size: int, *, there: int) -> None:
-        self._fd, self._size, self._there = fd, size, there
+    def __init__(self, fd: int, size: int, *, there: int, finished: Callable[[str], None] | None = None) -> None:
+        self._fd, self._size, self._there, self._finished = fd, size, there, finished
         self._sha256 = hashlib.sha256()
         self._position = 0
         self._room = bytearray(READ_BACK_BYTES)
@@ -43,7 +46,7 @@ class FileHasher:
         self._pieces.put((offset, data, done))
 
     def close(self) -> None:
-        """No more pieces come: what was skipped may be read back now."""
+        """No more pieces come: what was skipped may be read back now. Said twice, it counts once."""
         self._pieces.put(None)
 
     def abandon(self) -> None:
@@ -57,6 +60,7 @@ class FileHasher:
 
         Raises:
             OSError: The file could not be read back.
+            OutputError: What was to be done with the finished file failed.
         """
         self._thread.join()
         if self._failure is not None:
@@ -77,7 +81,9 @@ class FileHasher:
         try:
             if not self._abandoned and self._failure is None:
                 self._read_back(self._size)
-        except OSError as error:
+                if self._finished is not None:
+                    self._finished(self._sha256.hexdigest())
+        except (OSError, OutputError) as error:
             self._failure = error
 
     def _take(self, offset: int, data: memoryview) -> None:

@@ -4,16 +4,18 @@ import fcntl
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from t5g2convert.errors import Interrupted, OutputError
+from t5g2convert.errors import Interrupted, OutputError, T5g2Error
 
 STAGING_SUFFIX: Final = ".t5g2-staging"
 OLD_SUFFIX: Final = ".t5g2-old"
+JOURNAL_FILE: Final = ".t5g2-finished"
+"""In the staging folder; the shards that it names are worth keeping for a run that takes up where another stopped."""
 
 
 def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
@@ -56,6 +58,28 @@ def free_bytes(target: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def clear(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove everything in a folder but the names to be kept.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for item in folder.iterdir():
+        if item.name in keep:
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
+
+
+def usual_mode(mode: int) -> int:
+    """The permissions less the umask, as a new file or folder has them."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return mode & ~umask
+
+
 def _real(path: Path) -> Path:
     """The path without links; a link that leads nowhere, or to itself, stays as it is."""
     return Path(os.path.realpath(path))
@@ -89,13 +113,15 @@ class Staging:
         target: The folder to be written.
         overwrite: Whether a target that has something in it is replaced.
         flush: Whether the folder and its parent are flushed to the disk around the rename.
+        resume: Whether what an earlier run left in the folder stays there, and what this one finished stays when it is
+            stopped or the disk fails.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False, flush: bool = True) -> None:
+    def __init__(self, target: Path, *, overwrite: bool = False, flush: bool = True, resume: bool = False) -> None:
         self.target = _real(target)
         self.folder = self.target.with_name(f".{self.target.name}{STAGING_SUFFIX}")
         self.old = self.target.with_name(f".{self.target.name}{OLD_SUFFIX}")
-        self._overwrite, self._flush = overwrite, flush
+        self._overwrite, self._flush, self._resume = overwrite, flush, resume
         self._fd = -1
         self._made: list[Path] = []
         self._committed = False
@@ -105,14 +131,16 @@ class Staging:
             with _uninterrupted():
                 self._make_parents()
                 self._lock()
-                self._clear()
+                if not self._resume:
+                    clear(self.folder)
+                os.fchmod(self._fd, usual_mode(0o777))
                 if self.old.exists() and not self.target.exists():
                     self.old.rename(self.target)
             # Looked at again, now that nobody else can write: it may have been filled since.
             _check_vacant(self.target, overwrite=self._overwrite)
         except BaseException as error:
             with _uninterrupted():
-                self._leave()
+                self._leave(keep=self._is_worth_keeping())
             if isinstance(error, OSError):
                 raise OutputError(f"cannot be written: {error.strerror}", where=self.target) from error
             raise
@@ -135,8 +163,11 @@ class Staging:
     ) -> None:
         # After one signal the next must end the process at once, also in the middle of cleaning up.
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        keep = (stopped or isinstance(error, OutputError)) and self._is_worth_keeping()
+        if keep and isinstance(error, T5g2Error):
+            error.hint = "the finished shards are kept, and --resume goes on with them"
         with nullcontext() if stopped else _uninterrupted():
-            self._leave()
+            self._leave(keep=keep)
 
     def _put_in_place(self) -> None:
         if self._flush:
@@ -186,20 +217,12 @@ class Staging:
             os.close(self._fd)
             self._fd = -1
 
-    def _clear(self) -> None:
-        """Make the folder as if it were new: empty, and with the permissions of one."""
-        for item in self.folder.iterdir():
-            if item.is_dir() and not item.is_symlink():
-                shutil.rmtree(item)
-            else:
-                item.unlink()
-        umask = os.umask(0o077)
-        os.umask(umask)
-        os.fchmod(self._fd, 0o777 & ~umask)
+    def _is_worth_keeping(self) -> bool:
+        return self._resume and self._fd >= 0 and (self.folder / JOURNAL_FILE).exists()
 
-    def _leave(self) -> None:
-        """Remove what was made, unless it was put in place, and let go of the lock."""
-        if not self._committed:
+    def _leave(self, *, keep: bool) -> None:
+        """Remove what was made, unless it was put in place or is kept, and let go of the lock."""
+        if not self._committed and not keep:
             if self._fd >= 0:
                 shutil.rmtree(self.folder, ignore_errors=True)
             for folder in self._made:

@@ -3,15 +3,15 @@
 A source range that serves both stacks is read once and written twice. Nothing is decoded unless it is cast.
 """
 
-import errno
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from t5g2convert.checkpoint.dtypes import element_bytes
-from t5g2convert.checkpoint.header import FileIdentity, TensorEntry, encode_header
+from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.conversion.contents import caster, scaled_row
 from t5g2convert.conversion.copying import (
     BUFFERS,
@@ -24,7 +24,9 @@ from t5g2convert.conversion.copying import (
     write_exactly,
 )
 from t5g2convert.conversion.hashing import FileHasher, Hashers
+from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.plan import Plan, PlannedTensor, SourceRange
+from t5g2convert.conversion.shards import OpenShards
 from t5g2convert.errors import CheckpointError
 
 BASE_BYTES: Final = 44_000_000
@@ -36,10 +38,17 @@ COPY_THREADS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """sha256 by file name, hexadecimal; empty where hashing was switched off."""
+    """What was written.
+
+    Attributes:
+        sources: sha256 by file name, hexadecimal; empty where nothing was hashed.
+        shards: The same of the output's shards.
+        nonfinite: A line for each tensor that holds NaN or infinity.
+    """
 
     sources: dict[str, str]
     shards: dict[str, str]
+    nonfinite: tuple[str, ...]
 
 
 def peak_memory(plan: Plan) -> int:
@@ -48,38 +57,62 @@ def peak_memory(plan: Plan) -> int:
     return BASE_BYTES + BUFFERS * CHUNK_BYTES + (BUFFERS * 4 * CHUNK_BYTES if casting else 0)
 
 
-def write_shards(plan: Plan, source: Path, folder: Path, *, hashing: bool, flush: bool, progress: Progress) -> Written:
+def write_shards(
+    plan: Plan,
+    source: Path,
+    folder: Path,
+    *,
+    journal: Journal | None,
+    kept: Mapping[str, str],
+    allow_nonfinite: bool,
+    flush: bool,
+    progress: Progress,
+) -> Written:
     """Write all shards of a plan.
 
     Args:
         plan: The plan.
         source: The checkpoint folder that was planned.
-        folder: An empty folder for the shards.
-        hashing: Compute sha256 of all source and target files in the same pass.
+        folder: A folder for the shards; none of them is there but those that are kept.
+        journal: Is told of every finished shard; where given, sha256 of all source and target files is computed in the
+            same pass.
+        kept: sha256 by name of the shards that are there already.
+        allow_nonfinite: Copy NaN and infinity as they are.
         flush: Wait until the disk has every byte.
         progress: Told of every piece written.
 
     Raises:
-        CheckpointError: The source changed since it was planned, or has values that cannot be cast.
+        CheckpointError: The source changed since it was planned, or holds NaN, infinity, or values that cannot be cast.
         OutputError: The disk is full or fails.
     """
     with ExitStack() as stack:
         sources = _open_sources(plan, source, stack)
         _check_repeated(plan, sources)
-        shards = _create_shards(plan, folder, stack)
+        shards = stack.enter_context(OpenShards(plan, folder, kept, journal, flush=flush))
         _write_computed(plan, sources, shards, progress)
-        hashers = _start_hashers(plan, sources, shards) if hashing else None
+        hashers = _start_hashers(plan, sources, shards) if journal is not None else None
         if hashers is not None:
             stack.callback(hashers.abandon)
-        Copier(_jobs(plan, sources, shards), hashers, progress).run(1 if hashing else COPY_THREADS)
-        if hashers is not None:
+        progress(sum(tensor.nbytes for tensor in plan.tensors if tensor.shard in kept))
+        copier = Copier(_jobs(plan, sources, shards), hashers, progress, allow_nonfinite=allow_nonfinite)
+        copier.run(COPY_THREADS if hashers is None else 1)
+        nonfinite = tuple(_nonfinite(copier, plan))
+        if nonfinite and not allow_nonfinite:
+            raise CheckpointError(
+                f"{len(nonfinite)} tensor(s) hold NaN or infinity",
+                where=source,
+                hint="--allow-nonfinite converts them as they are",
+                details=nonfinite,
+            )
+        if hashers is None:
+            for shard in shards.shards:
+                shards.finish(shard.name, None)
+            written = Written({}, {}, nonfinite)
+        else:
             hashers.close()
-        if flush:
-            for name, fd in shards.items():
-                with output_errors(folder / name):
-                    os.fsync(fd)
-        written = Written({}, {}) if hashers is None else _digests(hashers, source, folder)
+            written = _digests(hashers, source, folder, kept, nonfinite)
         _check_unchanged(plan, sources, source)
+        shards.close()
     return written
 
 
@@ -90,10 +123,28 @@ def _open_sources(plan: Plan, source: Path, stack: ExitStack) -> dict[str, int]:
             fd = os.open(source / file.name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"cannot be opened: {error.strerror}", where=source / file.name) from None
-        stack.callback(os.close, fd)
+        stack.callback(_close_read, fd)
         opened[file.name] = fd
     _check_unchanged(plan, opened, source)
     return opened
+
+
+def _close_read(fd: int) -> None:
+    """Close a file that was only read; nothing can be lost by it."""
+    with suppress(OSError):
+        os.close(fd)
+
+
+def _nonfinite(copier: Copier, plan: Plan) -> Iterator[str]:
+    """The tensors that hold NaN or infinity, each with its first such element, in the order of the plan."""
+    if not copier.nonfinite:
+        return
+    import numpy as np
+
+    shapes = {tensor.origin: tensor.shape for tensor in plan.tensors}
+    for name, (element, what) in copier.nonfinite.items():
+        place = ", ".join(str(index) for index in np.unravel_index(element, shapes[name]))
+        yield f"{name}[{place}] is {what}"
 
 
 def _check_unchanged(plan: Plan, sources: dict[str, int], source: Path) -> None:
@@ -129,65 +180,22 @@ def _read(sources: dict[str, int], source: SourceRange, position: int, length: i
     return data
 
 
-def _create_shards(plan: Plan, folder: Path, stack: ExitStack) -> dict[str, int]:
-    """Create all shards in their final size, with their headers."""
-    created: dict[str, int] = {}
-    tensors: dict[str, list[PlannedTensor]] = {shard.name: [] for shard in plan.shards}
-    for tensor in plan.tensors:
-        tensors[tensor.shard].append(tensor)
-    for shard in plan.shards:
-        with output_errors(folder / shard.name):
-            fd = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            stack.callback(os.close, fd)
-            created[shard.name] = fd
-            _reserve(fd, shard.size)
-            header = encode_header(
-                TensorEntry(
-                    tensor.name,
-                    tensor.dtype,
-                    tensor.shape,
-                    tensor.start - shard.header_size,
-                    tensor.end - shard.header_size,
-                )
-                for tensor in tensors[shard.name]
-            )
-            assert len(header) == shard.header_size, "the plan counted this header"
-            write_exactly(fd, memoryview(header), 0)
-    return created
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Give a file its size and its blocks at once.
-
-    A full disk is told here, and two stacks that grow side by side do not cut each other into pieces: writing 1b to
-    ext4 took 1.5 s with it and 2.4 s without (medians of four rounds, not flushed).
-    """
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, size)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-    os.ftruncate(fd, size)
-
-
-def _write_computed(plan: Plan, sources: dict[str, int], shards: dict[str, int], progress: Progress) -> None:
+def _write_computed(plan: Plan, sources: dict[str, int], shards: OpenShards, progress: Progress) -> None:
     """Write the tensors that are not copied from a range."""
     for tensor in plan.tensors:
         content = tensor.content
-        if content.kind not in ("zeros", "scaled_row"):
+        if content.kind not in ("zeros", "scaled_row") or tensor.shard not in shards.files:
             continue
         data = bytes(tensor.nbytes)
         if content.kind == "scaled_row" and content.source is not None:
             row = _read(sources, content.source, 0, content.source.end - content.source.start)
             data = scaled_row(bytes(row), content.dtype, tensor.dtype)
         with output_errors(Path(tensor.shard)):
-            write_exactly(shards[tensor.shard], memoryview(data), tensor.start)
+            write_exactly(shards.files[tensor.shard], memoryview(data), tensor.start)
         progress(len(data))
 
 
-def _start_hashers(plan: Plan, sources: dict[str, int], shards: dict[str, int]) -> Hashers:
+def _start_hashers(plan: Plan, sources: dict[str, int], shards: OpenShards) -> Hashers:
     """A hasher for every source and target file; headers and computed tensors are written already."""
     first_copied = {shard.name: shard.size for shard in plan.shards}
     for tensor in plan.tensors:
@@ -199,14 +207,21 @@ def _start_hashers(plan: Plan, sources: dict[str, int], shards: dict[str, int]) 
             for file in plan.source_files
         },
         shards={
-            shard.name: FileHasher(shards[shard.name], shard.size, there=first_copied[shard.name])
-            for shard in plan.shards
+            shard.name: FileHasher(
+                shards.files[shard.name],
+                shard.size,
+                there=first_copied[shard.name],
+                finished=partial(shards.finish, shard.name),
+            )
+            for shard in shards.shards
         },
     )
 
 
-def _digests(hashers: Hashers, source: Path, folder: Path) -> Written:
-    written = Written({}, {})
+def _digests(
+    hashers: Hashers, source: Path, folder: Path, kept: Mapping[str, str], nonfinite: tuple[str, ...]
+) -> Written:
+    written = Written({}, dict(kept), nonfinite)
     for name, hasher in hashers.sources.items():
         try:
             written.sources[name] = hasher.hexdigest()
@@ -218,11 +233,12 @@ def _digests(hashers: Hashers, source: Path, folder: Path) -> Written:
     return written
 
 
-def _jobs(plan: Plan, sources: dict[str, int], shards: dict[str, int]) -> list[Job]:
-    """One job for each source range, in the order of the source, with all of its targets."""
+def _jobs(plan: Plan, sources: dict[str, int], shards: OpenShards) -> list[Job]:
+    """One job for each source range, in the order of the source, with all of its targets that are to be written."""
     by_source: dict[SourceRange, list[PlannedTensor]] = {}
     for tensor in plan.tensors:
-        if tensor.content.kind in ("copy", "cast") and tensor.content.source is not None and tensor.nbytes:
+        if tensor.content.kind in ("copy", "cast") and tensor.nbytes and tensor.shard in shards.files:
+            assert tensor.content.source is not None, "what is copied has a source"
             by_source.setdefault(tensor.content.source, []).append(tensor)
     jobs = []
     for source in sorted(by_source, key=lambda item: (item.file, item.start)):
@@ -233,14 +249,15 @@ def _jobs(plan: Plan, sources: dict[str, int], shards: dict[str, int]) -> list[J
             cast = caster(first.name, first.content.dtype, first.dtype)
         jobs.append(
             Job(
+                first.origin or first.name,
+                first.content.dtype,
                 source.file,
                 sources[source.file],
                 source.start,
                 source.end,
-                tuple((tensor.shard, shards[tensor.shard], tensor.start) for tensor in targets),
+                tuple((tensor.shard, shards.files[tensor.shard], tensor.start) for tensor in targets),
+                first.dtype,
                 cast,
-                element_bytes(first.content.dtype),
-                element_bytes(first.dtype),
             )
         )
     return jobs

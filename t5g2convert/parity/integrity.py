@@ -1,11 +1,11 @@
 """integrity: every file is the one that the manifest tells of, and a loader finds no other beside them."""
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import is_plain_name
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import CheckpointError
@@ -14,7 +14,6 @@ from t5g2convert.parity.report import Check, refused
 READ_BY_LOADERS: Final = {".safetensors", ".json", ".bin", ".pt", ".pth", ".model", ".jinja", ".py", ".gguf"}
 """Kinds of files that a loader takes up when it finds them; such a stranger can change what the folder means."""
 
-PIECE_BYTES: Final = 1 << 20
 THREADS: Final = 2
 
 
@@ -57,16 +56,6 @@ def _fault(folder: Path, name: str, facts: Any) -> str | None:
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return None
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, hexadecimal, in bounded memory."""
-    digest = hashlib.sha256()
-    buffer = bytearray(PIECE_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def unreadable_manifest(error: CheckpointError) -> Check:

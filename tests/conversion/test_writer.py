@@ -148,13 +148,88 @@ def test_I6_a_head_that_differs_is_refused_as_untied(demo_source: Path, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-source"]
 
 
+SPOILED: Mapping[str, tuple[tuple[int, ...], float]] = {
+    "language_model.model.embed_tokens.weight": ((200, 7), float("inf")),
+    "language_model.model.layers.3.mlp.up_proj.weight": ((5, 5), float("nan")),
+    "language_model.model.norm.weight": ((0,), float("-inf")),
+    "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias": ((1,), float("nan")),
+}
+
+
+def spoil(source: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
+    for name, (place, value) in SPOILED.items():
+        tensors[name][place] = value
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize("hashing", [True, False])
-def test_I9_a_cast_of_nan_is_refused_and_nothing_is_left(hashing: bool, demo_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("cast", ["keep", "float32"])
+def test_I9_every_tensor_with_nan_or_infinity_is_named_and_nothing_is_left(
+    hashing: bool, dtype: torch.dtype, cast: str, demo_source: Path, tmp_path: Path
+) -> None:
+    spoil(demo_source, dtype)
+    with pytest.raises(CheckpointError, match=r"4 tensor\(s\) hold NaN or infinity .*--allow-nonfinite") as error:
+        convert(demo_source, tmp_path / "out", dtype=cast, hashing=hashing)
+    assert sorted(error.value.details) == [
+        f"{name}[{', '.join(map(str, place))}] is {'infinity' if abs(value) == float('inf') else 'NaN'}"
+        for name, (place, value) in sorted(SPOILED.items())
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-source"]
+
+
+@pytest.mark.parametrize("hashing", [True, False])
+@pytest.mark.parametrize("cast", ["keep", "float16", "float32"])
+def test_I9_allowed_they_are_copied_and_noted(hashing: bool, cast: str, demo_source: Path, tmp_path: Path) -> None:
+    spoil(demo_source)
+    done = convert(demo_source, tmp_path / "out", dtype=cast, hashing=hashing, allow_nonfinite=True)
+    assert any(note.startswith("4 tensor(s) hold NaN or infinity, copied as they are: ") for note in done.notes)
+    parent, found = load_file(demo_source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    target = {"keep": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[cast]
+    for part in ("encoder", "decoder"):
+        expected = parent["language_model.model.layers.3.mlp.up_proj.weight"].to(target)
+        torch.testing.assert_close(
+            found[f"model.{part}.layers.3.mlp.up_proj.weight"], expected, rtol=0, atol=0, equal_nan=True
+        )
+    if hashing:
+        manifest = json.loads((tmp_path / "out/t5g2.json").read_text())
+        assert manifest["files"]["model.safetensors"]["sha256"] == sha256(tmp_path / "out/model.safetensors")
+
+
+def test_I9_finding_them_costs_no_second_read_and_nothing_is_written_after_the_first(
+    demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(demo_source)
+    size = (demo_source / "model.safetensors").stat().st_size
+    read: list[int] = []
+    written: list[int] = []
+    real_read, real_write = os.preadv, os.pwrite
+
+    def count_read(fd: int, views: list[memoryview], offset: int) -> int:
+        read.append(real_read(fd, views, offset))
+        return read[-1]
+
+    def count_write(fd: int, data: memoryview, offset: int) -> int:
+        written.append(real_write(fd, data, offset))
+        return written[-1]
+
+    monkeypatch.setattr(os, "preadv", count_read)
+    monkeypatch.setattr(os, "pwrite", count_write)
+    with pytest.raises(CheckpointError, match="NaN"):
+        convert(demo_source, tmp_path / "out", hashing=False)
+    assert 0.9 * size < sum(read) <= size
+    assert sum(written) < size // 2
+
+
+def test_I9_a_number_that_a_cast_makes_infinite_is_refused_even_if_infinity_is_allowed(
+    demo_source: Path, tmp_path: Path
+) -> None:
     tensors = load_file(demo_source / "model.safetensors")
-    tensors["language_model.model.layers.3.mlp.up_proj.weight"][5, 5] = float("nan")
+    tensors["language_model.model.layers.3.mlp.up_proj.weight"][5, 5] = 1e30
     save_file(tensors, demo_source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight: holds NaN"):
-        convert(demo_source, tmp_path / "out", dtype="float32", hashing=hashing)
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight: holds a number too large for F16"):
+        convert(demo_source, tmp_path / "out", dtype="float16", allow_nonfinite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-source"]
 
 

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import shutil
@@ -9,7 +8,7 @@ import pytest
 
 from t5g2convert import CheckpointError, convert
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.parity.integrity import PIECE_BYTES, judge_integrity, sha256_of, unreadable_manifest
+from t5g2convert.parity.integrity import judge_integrity, unreadable_manifest
 from tests.conftest import TwinFolder
 
 
@@ -113,13 +112,6 @@ def test_a_file_that_may_not_be_read_is_said(folder: Path) -> None:
         pytest.skip("root may read everything")
     (folder / "config.json").chmod(0)
     assert judge_integrity(folder, manifest_of(folder)).offenders == ("config.json cannot be read: Permission denied",)
-
-
-@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 7])
-def test_sha256_of_files_of_all_sizes(tmp_path: Path, size: int) -> None:
-    contents = (bytes(range(251)) * (size // 251 + 1))[:size]
-    (tmp_path / "x").write_bytes(contents)
-    assert sha256_of(tmp_path / "x") == hashlib.sha256(contents).hexdigest()
 
 
 def test_an_unreadable_manifest_fails_without_the_folders_path(tmp_path: Path) -> None:

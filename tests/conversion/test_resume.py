@@ -1,0 +1,336 @@
+"""A conversion that died is taken up again: finished shards are kept, everything else is written anew."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from t5g2convert import CheckpointError, OutputError, T5g2Error, UsageError, VerificationError, convert, plan
+from t5g2convert.conversion.staging import JOURNAL_FILE, STAGING_SUFFIX
+from t5g2convert.errors import Interrupted
+
+SHARD: Final = 60_000
+"""Bytes of a shard that give the demo about twenty."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def staging_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}{STAGING_SUFFIX}")
+
+
+def finished_in(staging: Path) -> set[str]:
+    return {json.loads(line)["shard"] for line in (staging / JOURNAL_FILE).read_text().splitlines()}
+
+
+@pytest.fixture
+def source(demo_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "gemma"
+    demo_source.rename(folder)
+    return folder
+
+
+@pytest.fixture
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a conversion gives that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    convert(source, folder, max_shard_bytes=SHARD)
+    return contents(folder)
+
+
+def stopping(after: int, error: BaseException) -> Callable[[int], None]:
+    """A progress callback that stops the conversion when so many bytes are written."""
+    seen = 0
+
+    def progress(count: int) -> None:
+        nonlocal seen
+        seen += count
+        if seen >= after:
+            raise error
+
+    return progress
+
+
+def stop(source: Path, target: Path, error: BaseException | None = None, **options: Any) -> None:
+    """Convert with --resume and stop at two thirds."""
+    error = error or Interrupted(signal.SIGTERM)
+    after = plan(source, max_shard_bytes=SHARD).nbytes * 2 // 3
+    with pytest.raises(type(error)):
+        convert(source, target, max_shard_bytes=SHARD, resume=True, progress=stopping(after, error), **options)
+
+
+@pytest.mark.parametrize("error", [Interrupted(signal.SIGINT), OutputError("the disk is full")], ids=["signal", "disk"])
+def test_finished_shards_are_kept_and_the_rest_is_written(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], error: T5g2Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    stop(source, target, error)
+    assert error.hint == "the finished shards are kept, and --resume goes on with them"
+    staging = staging_of(target)
+    finished = finished_in(staging)
+    assert 8 < len(finished) < len([name for name in whole if name.endswith(".safetensors")])
+    assert {name: (staging / name).read_bytes() for name in finished} == {name: whole[name] for name in finished}
+    inodes = {(staging / name).stat().st_ino for name in finished}
+
+    written = 0
+    real = os.pwrite
+
+    def count(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal written
+        done = real(fd, data, offset)
+        written += done
+        return done
+
+    monkeypatch.setattr(os, "pwrite", count)
+    progressed: list[int] = []
+    done = convert(source, target, max_shard_bytes=SHARD, resume=True, progress=progressed.append)
+    assert contents(target) == whole
+    assert set(done.kept) == finished
+    assert f"{len(finished)} of {len(done.shards)} shards were finished by an earlier run, and kept" in done.notes
+    assert inodes <= {path.stat().st_ino for path in target.iterdir()}
+    assert written == done.nbytes - sum(len(whole[name]) for name in finished)
+    assert sum(progressed) == sum(tensor.nbytes for tensor in plan(source, max_shard_bytes=SHARD).tensors)
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_run_may_be_stopped_again_and_again(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    target, kept, runs = tmp_path / "out", 0, 0
+    while not target.exists():
+        runs += 1
+        # Each run gets a little further than what is there already.
+        there = sum(len(whole[name]) for name in finished_in(staging_of(target))) if runs > 1 else 0
+        try:
+            done = convert(
+                source,
+                target,
+                max_shard_bytes=SHARD,
+                resume=True,
+                progress=stopping(there + 3 * SHARD, Interrupted(signal.SIGTERM)),
+            )
+        except Interrupted:
+            now = len(finished_in(staging_of(target)))
+            assert now > kept
+            kept = now
+    assert runs > 4
+    assert len(done.kept) == kept
+    assert contents(target) == whole
+
+
+def test_without_the_flag_nothing_is_kept(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        convert(source, target, max_shard_bytes=SHARD, progress=stopping(600_000, Interrupted(signal.SIGTERM)))
+    assert names(tmp_path) == []
+    stop(source, target)
+    done = convert(source, target, max_shard_bytes=SHARD)
+    assert done.kept == ()
+    assert contents(target) == whole
+
+
+@pytest.mark.parametrize(
+    "error",
+    [CheckpointError("bad"), VerificationError("wrong"), ValueError("a bug")],
+    ids=lambda error: type(error).__name__,
+)
+def test_shards_of_a_run_that_was_wrong_are_not_kept(source: Path, tmp_path: Path, error: Exception) -> None:
+    stop(source, tmp_path / "out", error)
+    assert names(tmp_path) == []
+
+
+def test_a_run_that_is_stopped_before_a_shard_is_finished_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "out", resume=True, progress=stopping(600_000, Interrupted(signal.SIGTERM)))
+    assert names(tmp_path) == []
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def second_name(path: Path) -> None:
+    os.link(path, path.parent.parent / "second name")
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, cut, link, second_name, folder, Path.unlink], ids=lambda damage: damage.__name__
+)
+def test_a_shard_that_is_not_what_was_finished_is_written_anew(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], damage: Callable[[Path], None]
+) -> None:
+    target = tmp_path / "out"
+    stop(source, target)
+    finished = finished_in(staging_of(target))
+    damaged = min(finished)
+    damage(staging_of(target) / damaged)
+    done = convert(source, target, max_shard_bytes=SHARD, resume=True)
+    assert set(done.kept) == finished - {damaged}
+    assert contents(target) == whole
+    assert all(path.is_file() and not path.is_symlink() for path in target.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"\n\n", b"{", b"[1]\n", b"\xff\xfe\n", b'{"plan": 1}\n', b'{"plan": "x", "shard": ["a"], "sha256": 3}\n'],
+)
+def test_a_journal_that_cannot_be_read_counts_for_nothing(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], text: bytes
+) -> None:
+    target = tmp_path / "out"
+    stop(source, target)
+    (staging_of(target) / JOURNAL_FILE).write_bytes(text)
+    done = convert(source, target, max_shard_bytes=SHARD, resume=True)
+    assert done.kept == ()
+    assert contents(target) == whole
+
+
+def test_a_torn_line_loses_one_shard(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    target = tmp_path / "out"
+    stop(source, target)
+    journal = staging_of(target) / JOURNAL_FILE
+    lines = journal.read_bytes()
+    journal.write_bytes(lines[:-20])
+    done = convert(source, target, max_shard_bytes=SHARD, resume=True)
+    assert len(done.kept) == lines.count(b"\n") - 1
+    assert contents(target) == whole
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "float32"}, {"max_shard_bytes": 90_000}, {"allow_nonfinite": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_another_conversion_keeps_nothing(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    target = tmp_path / "out"
+    stop(source, target)
+    options = {"max_shard_bytes": SHARD, **options}
+    done = convert(source, target, resume=True, **options)
+    convert(source, tmp_path / "expected", **options)
+    assert done.kept == ()
+    assert contents(target) == contents(tmp_path / "expected")
+
+
+def test_another_source_keeps_nothing(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    target = tmp_path / "out"
+    stop(source, target)
+    weights = source / "model.safetensors"
+    flip(weights)
+    done = convert(source, target, max_shard_bytes=SHARD, resume=True)
+    assert done.kept == ()
+    convert(source, tmp_path / "expected", max_shard_bytes=SHARD)
+    assert contents(target) == contents(tmp_path / "expected") != whole
+
+
+def test_what_else_lies_in_the_staging_folder_goes(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    target = tmp_path / "out"
+    stop(source, target)
+    staging = staging_of(target)
+    (staging / "strange.json").write_text("{}")
+    (staging / "deep/er").mkdir(parents=True)
+    (staging / "config.json").write_text("half")
+    convert(source, target, max_shard_bytes=SHARD, resume=True)
+    assert contents(target) == whole
+
+
+def test_kept_shards_get_the_usual_permissions(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    before = os.umask(0o077)
+    try:
+        stop(source, target)
+        os.umask(0o022)
+        convert(source, target, max_shard_bytes=SHARD, resume=True)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o7777 for path in target.iterdir()} == {0o644}
+    assert target.stat().st_mode & 0o7777 == 0o755
+
+
+def test_resuming_without_sha256_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only with sha256"):
+        convert(source, tmp_path / "out", resume=True, hashing=False)
+    assert names(tmp_path) == []
+
+
+def test_the_room_that_kept_shards_take_is_not_asked_for_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    stop(source, target)
+    asked: list[int] = []
+    monkeypatch.setattr("t5g2convert.conversion.convert.check_space", lambda where, need: asked.append(need))
+    done = convert(source, target, max_shard_bytes=SHARD, resume=True)
+    kept = sum((target / name).stat().st_size for name in done.kept)
+    assert asked == [done.nbytes - kept + (64 << 20)]
+
+
+def test_a_judge_that_was_killed_leaves_shards_that_are_all_kept(
+    source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    target = tmp_path / "out"
+
+    def interrupted(folder: Path) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        convert(source, target, max_shard_bytes=SHARD, resume=True, judge=interrupted)
+    done = convert(source, target, max_shard_bytes=SHARD, resume=True)
+    assert len(done.kept) == len(done.shards)
+    assert contents(target) == whole
+
+
+KILLED: Final = """
+import os, signal, sys
+from pathlib import Path
+from t5g2convert import convert
+
+left = int(sys.argv[3])
+
+def progress(count):
+    global left
+    left -= count
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=60_000, progress=progress)
+"""
+
+
+def test_O4_a_killed_run_is_taken_up_again_even_if_it_did_not_ask_for_it(
+    source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    target = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(source), str(target), "700000"]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+    finished = finished_in(staging_of(target))
+    assert finished
+    done = convert(source, target, max_shard_bytes=SHARD, resume=True)
+    assert set(done.kept) == finished
+    assert contents(target) == whole
+    assert names(tmp_path) == ["out"]
