@@ -81,15 +81,15 @@ def read_header(path: Path) -> Header:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise CheckpointError("is not a regular file", where=path)
+            identity = FileIdentity.of(fd)
+            text = _read_json_bytes(fd, identity.size, path)
+        finally:
+            os.close(fd)
     except OSError as error:
-        raise CheckpointError(f"cannot be opened: {error.strerror}", where=path) from None
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CheckpointError("is not a regular file", where=path)
-        identity = FileIdentity.of(fd)
-        text = _read_json_bytes(fd, identity.size, path)
-    finally:
-        os.close(fd)
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
     document = parse_object(text, path, "the header ")
     data_start = 8 + len(text)
     metadata = document.pop("__metadata__", {})

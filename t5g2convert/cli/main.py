@@ -14,7 +14,7 @@ import typer
 
 from t5g2convert.cli import compare, convert, demo, generate, inspect, mappings, plan, verify
 from t5g2convert.cli.console import emit_json
-from t5g2convert.errors import Interrupted, MappingError, T5g2Error, UsageError
+from t5g2convert.errors import Interrupted, MappingError, OutputError, T5g2Error, UsageError
 from t5g2convert.printable import printable
 from t5g2convert.version import __version__
 
@@ -74,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = report(error, as_json="--json" in arguments, debug="--debug" in arguments)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of our output has gone; Python must not complain when it flushes once more on exit.
+    except OSError as error:
+        # The reader of our output has gone, or its disk is full; Python must not complain when it flushes on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or report(error, as_json=False, debug="--debug" in arguments)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -100,13 +101,16 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
         known: T5g2Error = _usage_error(error)
     elif isinstance(error, T5g2Error):
         known = error
+    elif isinstance(error, OSError):
+        # What reads and writes checkpoints tells of its own failures; left are the streams and the system itself.
+        known = OutputError(f"the system says: {error.strerror or error}", where=error.filename)
     else:
         known = T5g2Error(
             f"a bug in t5g2: {type(error).__name__}: {error}", hint="run again with --debug and report what it prints"
         )
     if as_json:
         document = {"code": known.exit_code, "message": known.message, "where": known.where, "hint": known.hint}
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             emit_json({"error": {**document, "details": list(known.details)}})
     sys.stderr.write(_text(known) + "\n")
     return known.exit_code

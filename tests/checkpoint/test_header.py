@@ -393,7 +393,7 @@ def test_I12_what_is_no_file_is_refused(path: Path) -> None:
 
 
 def test_a_missing_file_is_refused_with_the_systems_words(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be opened: No such file"):
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         read_header(tmp_path / "x.safetensors")
 
 

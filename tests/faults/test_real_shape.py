@@ -1,0 +1,159 @@
+"""Damage to a conversion of the 270m at its real shape, 0.74 GB: whatever is flipped is found and named."""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from t5g2convert import convert
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.errors import CheckpointError
+from t5g2convert.mapping.library import find_map
+from t5g2convert.mapping.synthetic import write_synthetic_source
+from t5g2convert.parity.inputs import Batch, reserved, token_batch
+from t5g2convert.parity.integrity import judge_integrity
+from t5g2convert.parity.text import judge_text
+from t5g2convert.reference.gemma3 import Gemma3Reference
+from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from tests.parity.mutations import place_of
+from tests.sizes import FIELDS, SIZES
+
+PLACES: Final = 200
+TOKENS: Final = 12
+EOI_PLACE: Final = TOKENS // 3
+"""Where `token_batch` puts the end-of-image token first."""
+
+EXPONENT: Final = 0x40
+"""The highest bit of the exponent, in the upper byte of a bfloat16."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("270m") / "source"
+    folder.mkdir()
+    config = {"model_type": "gemma3_text", "vocab_size": 262_144, "sliding_window": 512}
+    config |= dict(zip(FIELDS, SIZES["270m"], strict=True))
+    write_synthetic_source(folder, find_map("gemma3").map, config, seed=0)
+    (folder / "tokenizer_config.json").write_text("{}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path) -> Path:
+    convert(source, source.parent / "out", max_shard_bytes=400_000_000)
+    return source.parent / "out"
+
+
+@contextmanager
+def flipped(path: Path, place: int, bits: int) -> Iterator[None]:
+    """A file with some bits of one byte flipped; put back afterwards."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ bits]))
+        try:
+            yield
+        finally:
+            file.seek(place)
+            file.write(bytes([byte]))
+
+
+def test_V2_one_byte_at_200_random_places_of_a_real_folder_names_the_file(
+    converted: Path, record_property: Callable[[str, object], None]
+) -> None:
+    manifest = read_manifest(converted)
+    assert judge_integrity(converted, manifest).passed
+    rng = random.Random(2)
+    names = sorted(path.name for path in converted.iterdir())
+    tried: dict[str, int] = dict.fromkeys(names, 0)
+    for number in range(PLACES):
+        # Half of the places lie in the weights, a quarter in their headers, a quarter in the files beside them.
+        weights = number % 4 < 3
+        name = rng.choice([name for name in names if name.endswith(".safetensors") == weights])
+        header = open_checkpoint(converted).files[name].data_start if weights else 0
+        size = (converted / name).stat().st_size
+        place = rng.randrange(header) if number % 4 == 2 else rng.randrange(header, size)
+        tried[name] += 1
+        with flipped(converted / name, place, rng.randrange(1, 256)):
+            if name == MANIFEST_FILE:
+                with pytest.raises(CheckpointError) as error:
+                    read_manifest(converted)
+                assert error.value.where == str(converted / MANIFEST_FILE)
+                continue
+            check = judge_integrity(converted, manifest)
+        assert not check.passed, (name, place)
+        assert re.search(rf"\b{re.escape(name)} has another sha256", check.detail), (name, place, check.detail)
+    assert judge_integrity(converted, manifest).passed
+    assert min(tried.values()) > 2
+    record_property("faults", {"bytes flipped": PLACES})
+
+
+class Judge:
+    """Decoder and encoder parity on a few tokens, as often as wanted."""
+
+    def __init__(self, source: Path, converted: Path) -> None:
+        self.gemma = Gemma3Reference(open_checkpoint(source))
+        self.checkpoint: Checkpoint = open_checkpoint(converted)
+        target = T5Gemma2Reference(self.checkpoint)
+        vocab, ending = target.decoder.settings.vocab_size, target.encoder.settings.eoi_token_index
+        self.batch: Batch = token_batch(vocab, TOKENS, never=reserved(target), placed=ending)
+
+    def __call__(self) -> dict[str, str | None]:
+        """The parities that fail, and where the two models depart."""
+        target = T5Gemma2Reference(self.checkpoint)
+        checks = judge_text(self.gemma, target, self.batch, None, tolerance=0, progress=lambda _: None)
+        return {
+            check.name: None if check.figures is None else check.figures.departs for check in checks if not check.passed
+        }
+
+
+@pytest.fixture(scope="module")
+def judge(source: Path, converted: Path) -> Judge:
+    return Judge(source, converted)
+
+
+def of_each_class(checkpoint: Checkpoint) -> dict[str, str]:
+    """A tensor of each class, from a random layer."""
+    rng = random.Random(1)
+    classes: dict[str, list[str]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if "vision" not in name and "multi_modal" not in name and tensor.entry.nbytes:
+            classes.setdefault(re.sub(r"\.\d+\.", ".N.", name), []).append(name)
+    return {kind: rng.choice(names) for kind, names in sorted(classes.items())}
+
+
+def test_V1_one_bit_in_each_class_of_tensor_of_a_real_folder_is_named_by_its_parity(
+    judge: Judge, record_property: Callable[[str, object], None]
+) -> None:
+    chosen = of_each_class(judge.checkpoint)
+    assert len(chosen) == 2 * 13 + 2 + 2, "13 of a layer and a norm in each stack; the table and the end-of-image row"
+    assert judge() == {}
+    rng = random.Random(3)
+    for name in chosen.values():
+        stored = judge.checkpoint.tensors[name]
+        width = 2 * stored.entry.shape[-1]
+        row = stored.entry.start
+        if name.endswith("embed_tokens.weight"):
+            row += int(judge.batch.ids_BT[0, 0]) * width  # a row that is looked up as well as multiplied with
+        elif len(stored.entry.shape) > 1:
+            row += rng.randrange(stored.entry.shape[0]) * width
+        place = row + 2 * rng.randrange(stored.entry.shape[-1]) + 1
+        with flipped(judge.checkpoint.path / stored.file, place, EXPONENT):
+            failed = judge()
+        if "embed_tokens" in name:
+            # One matrix, and one end-of-image row, serve both stacks.
+            at = f"embed_tokens, at token {0 if name.endswith('weight') else EOI_PLACE} of sequence 0"
+            assert failed == {"decoder_parity": at, "encoder_parity": at}
+        else:
+            parity, where = place_of(name)
+            assert list(failed) == [parity], name
+            kinds = "(sliding|full)_attention"
+            assert re.fullmatch(re.escape(where).replace(r"\{kind\}", kinds), str(failed[parity])), name
+    assert judge() == {}
+    record_property("faults", {"bits flipped": len(chosen)})
