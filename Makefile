@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST := .venv-oldest
+FUZZ_SECONDS ?= 60
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-oldest check fmt bench clean
+.PHONY: help demo test test-oldest fuzz check fmt bench clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -40,6 +41,11 @@ $(OLDEST)/.installed:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet torch==2.13.0 transformers==5.0.0
 	@touch $@
+
+fuzz: $(VENV)/.base  ## mutated headers and maps, FUZZ_SECONDS of each
+	$(PIP) --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.header -max_total_time=$(FUZZ_SECONDS)
+	$(BIN)/python -m tests.fuzz.weight_map -max_total_time=$(FUZZ_SECONDS)
 
 fmt: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .

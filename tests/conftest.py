@@ -78,14 +78,19 @@ def converted_twin(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFac
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The count of mutants stands at the end of a run; the checks that caught them, too."""
-    counts: Counter[str] = Counter()
+    """The counts of mutants, with the checks that caught them, and of bad inputs stand at the end of a run."""
+    mutants: Counter[str] = Counter()
+    bad_inputs = 0
     for report in chain.from_iterable(terminalreporter.stats.values()):
         for name, value in getattr(report, "user_properties", ()):
             if name == "mutants" and isinstance(value, dict):
-                counts.update(value)
-    if counts:
-        told = ", ".join(f"{name} {counts[name]}" for name in ("integrity", "provenance", "config", "parity"))
+                mutants.update(value)
+            elif name == "bad_inputs" and getattr(report, "when", "") == "call":
+                bad_inputs += value
+    if mutants:
+        told = ", ".join(f"{name} {mutants[name]}" for name in ("integrity", "provenance", "config", "parity"))
         terminalreporter.write_line(
-            f"mutants: {counts['tried']} tried, {counts['survived']} survived; caught by {told}"
+            f"mutants: {mutants['tried']} tried, {mutants['survived']} survived; caught by {told}"
         )
+    if bad_inputs:
+        terminalreporter.write_line(f"bad inputs: {bad_inputs} tried")

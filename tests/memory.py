@@ -1,7 +1,10 @@
-"""Peak memory of a run of the command line, as the kernel counts it."""
+"""Peak memory of a run of the command line, as the kernel counts it, and a limit for what runs in this process."""
 
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # VmHWM starts anew with the process; ru_maxrss would carry over what the tests themselves take.
@@ -22,3 +25,15 @@ def run_and_measure(*arguments: str | Path) -> tuple[str, int]:
     command = [sys.executable, "-c", _SCRIPT, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return run.stdout, int(run.stderr.splitlines()[-1].split()[1]) * 1024
+
+
+@contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """At most `more` bytes beyond what this process has mapped; what asks for more gets a MemoryError."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

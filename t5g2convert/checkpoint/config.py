@@ -12,8 +12,10 @@ MAX_INTEGER: Final = 2**31 - 1
 """Largest size and largest token id that makes sense."""
 
 Size = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
-Depth = Annotated[int, Field(ge=0, le=10_000)]
+MAX_DEPTH: Final = 10_000
+Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
 Token = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Scalar = int | float | bool | str | list[Any] | None

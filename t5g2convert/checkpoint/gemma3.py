@@ -6,7 +6,7 @@ Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta
 larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from t5g2convert.checkpoint.config import (
+    MAX_DEPTH,
     ConfigSection,
     Depth,
+    Number,
     Positive,
     Scalar,
     Size,
@@ -45,14 +47,14 @@ class Gemma3Text(ConfigSection):
     head_dim: Size = 256
     hidden_activation: str = "gelu_pytorch_tanh"
     max_position_embeddings: Size = 131_072
-    initializer_range: float = 0.02
+    initializer_range: Number = 0.02
     rms_norm_eps: Positive = 1e-6
     use_cache: bool = True
     bos_token_id: Token | None = 2
     eos_token_id: Token | list[Token] | None = 1
     pad_token_id: Token | None = 0
     attention_bias: bool = False
-    attention_dropout: float = 0.0
+    attention_dropout: Number = 0.0
     query_pre_attn_scalar: Size | Positive = 256
     sliding_window: Size = 4096
     final_logit_softcapping: Positive | None = None
@@ -76,7 +78,7 @@ class SiglipVision(ConfigSection):
     patch_size: Size = 16
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: Positive = 1e-6
-    attention_dropout: float = 0.0
+    attention_dropout: Number = 0.0
 
 
 class Gemma3Tokens(ConfigSection):
@@ -173,6 +175,12 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
             f"num_key_value_heads {text.num_key_value_heads}",
             where=where,
         )
+    if vision and vision.hidden_size % vision.num_attention_heads:
+        raise CheckpointError(
+            f"vision hidden_size {vision.hidden_size} is no multiple of vision num_attention_heads "
+            f"{vision.num_attention_heads}",
+            where=where,
+        )
     return Gemma3(family, text, vision, tokens)
 
 
@@ -185,7 +193,7 @@ def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
         return fields["layer_types"]
     pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
     depth = fields.get("num_hidden_layers", 26)
-    if type(depth) is not int:
+    if type(depth) is not int or depth > MAX_DEPTH:
         return []  # num_hidden_layers is refused by its own name
     if type(pattern) is not int or pattern < 1:
         raise CheckpointError(f"sliding_window_pattern {pattern!r} is not a positive number of layers", where=where)
@@ -204,7 +212,7 @@ def _rope(fields: Mapping[str, Any], where: Path) -> dict[str, float]:
     def settle(old: str, old_value: object, new: str, new_value: object, default: float) -> float:
         given = {name: value for name, value in ((old, old_value), (new, new_value)) if value is not None}
         for name, value in given.items():
-            if type(value) not in (int, float) or not 0 < value < math.inf:  # type: ignore[operator]
+            if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
                 raise CheckpointError(f"{name} is {value!r}, expected a positive number", where=where)
         if len(set(given.values())) > 1:
             raise CheckpointError(

@@ -21,6 +21,9 @@ MAX_HEADER_BYTES: Final = 100_000_000
 """The library's own limit."""
 
 
+MAX_DIMENSIONS: Final = 64
+"""More than the tensors of any model have."""
+
 MAX_EXTENT: Final = 2**64 - 1
 """Largest number that readers can hold."""
 
@@ -150,6 +153,8 @@ def _parse_entry(name: str, fields: object, data_start: int, path: Path) -> Tens
         raise refuse(f"shape {shape!r} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int and at >= 0 for at in offsets):
         raise refuse(f"data_offsets {offsets!r} are not two positions")
+    if len(shape) > MAX_DIMENSIONS:
+        raise refuse(f"has {len(shape)} dimensions")
     if max((*shape, *offsets), default=0) > MAX_EXTENT:
         raise refuse("a size or offset does not fit into 64 bits")
     start, end = offsets

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
@@ -22,7 +23,7 @@ from t5g2convert.conversion.plan import (
     SourceFile,
     SourceRange,
 )
-from t5g2convert.errors import MappingError, UsageError
+from t5g2convert.errors import CheckpointError, MappingError, UsageError
 from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.operations import Copy, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.resolve import Resolution, Resolved, resolve
@@ -63,6 +64,10 @@ def plan_checkpoint(checkpoint: Checkpoint, loaded: LoadedMap, *, dtype: str, ma
     """Plan the conversion of a checkpoint that is open already; see `build_plan`."""
     weight_map = loaded.map
     resolution = resolve(loaded, checkpoint)
+    if resolution.values["attention_bias"]:
+        raise CheckpointError(
+            "attention_bias is true, but the attention's tensors have no biases", where=checkpoint.path / "config.json"
+        )
     model_dtype = BY_CONFIG_NAME[dtype] if dtype != KEEP else _dominant_dtype(resolution.targets)
     values = {**resolution.values, "vocab": resolution.symbols["vocab"], "dtype": CONFIG_NAMES[model_dtype]}
     config = fill(weight_map.config, values, resolution.model.conditions)
@@ -165,7 +170,12 @@ def _generation_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> dic
     if not path.exists():
         return dict(values)
     generation = read_json_object(path)
-    return {**values, **{key: generation[key] for key in ("eos_token_id",) if generation.get(key) is not None}}
+    tokens = parse_section(_Generation, generation, path).eos_token_id
+    return {**values, **({} if tokens is None else {"eos_token_id": tokens})}
+
+
+class _Generation(ConfigSection):
+    eos_token_id: Token | list[Token] | None = None
 
 
 def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap) -> None:

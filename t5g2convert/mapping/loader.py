@@ -90,6 +90,7 @@ def _error(path: Path, text: str, at: Position, reason: str, hint: str | None = 
         character if character.isprintable() or character == "\t" else "\N{REPLACEMENT CHARACTER}" for character in line
     )
     caret = f"\n  {shown[start : start + SHOWN_COLUMNS]}\n  {' ' * (at.column - start)}^"
+    reason = reason.replace("\r", "\\r").replace("\n", "\\n")
     return MappingError(reason + caret, where=f"{path}:{at.line + 1}:{at.column + 1}", hint=hint)
 
 
@@ -119,7 +120,7 @@ class _Reader:
             at = Position(mark.line, mark.column) if mark else Position(0, 0)
             raise _error(self.path, self.text, at, str(error.problem or error.context)) from None
         except yaml.reader.ReaderError as error:
-            at = _position(self.text, error.position)
+            at = _position(self.text, len(self.text.encode()[: error.position].decode(errors="ignore")))
             raise _error(self.path, self.text, at, "a character that YAML does not allow") from None
         except yaml.YAMLError as error:
             raise MappingError(f"is not YAML: {error}".replace("\n", " "), where=self.path) from None

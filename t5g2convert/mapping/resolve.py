@@ -165,14 +165,14 @@ class _Collector:
 
     checkpoint: Checkpoint
     used: set[str] = field(default_factory=set)
-    missing: list[str] = field(default_factory=list)
+    missing: dict[str, None] = field(default_factory=dict)
     misshapen: list[str] = field(default_factory=list)
 
     def take(self, name: str, *, carries: bool) -> StoredTensor | None:
         tensor = self.checkpoint.tensors.get(name)
         if tensor is None:
             if carries:
-                self.missing.append(name)
+                self.missing[name] = None
         elif carries:
             self.used.add(name)
         return tensor
@@ -181,9 +181,10 @@ class _Collector:
         unused = [name for name in self.checkpoint.tensors if name not in self.used]
         if not (unused or self.missing or self.misshapen):
             return
-        details = [f"missing: {name}{_nearest(name, unused)}" for name in self.missing[:MAX_NEAREST]]
-        details += [f"missing: {name}" for name in self.missing[MAX_NEAREST:]]
-        details += [f"unused: {name}{_nearest(name, self.missing)}" for name in unused[:MAX_NEAREST]]
+        missing = list(self.missing)
+        details = [f"missing: {name}{_nearest(name, unused)}" for name in missing[:MAX_NEAREST]]
+        details += [f"missing: {name}" for name in missing[MAX_NEAREST:]]
+        details += [f"unused: {name}{_nearest(name, missing)}" for name in unused[:MAX_NEAREST]]
         details += [f"unused: {name}" for name in unused[MAX_NEAREST:]]
         details += self.misshapen
         counts = {"missing": len(self.missing), "unused": len(unused), "misshapen": len(self.misshapen)}
@@ -258,10 +259,25 @@ def _resolve_drop(
     if root is not None and root not in layout:
         return
     tensors = collector.checkpoint.tensors
-    for _, name in expand(drop.from_, layout, symbols):
-        if name in tensors:
-            collector.used.add(name)
-            equals = None
-            if drop.must_equal is not None:
-                equals = tensors.get(next(iter(expand(drop.must_equal, layout, symbols)))[1])
-            yield ResolvedDrop(drop, tensors[name], equals)
+    others = _names_to_equal(drop, layout, symbols)
+    for index, name in expand(drop.from_, layout, symbols):
+        if name not in tensors:
+            continue
+        collector.used.add(name)
+        equals = None
+        if drop.must_equal is not None:
+            equals = tensors.get(others.get(index, others.get(None, "")))
+            if equals is None:
+                raise MappingError(
+                    f"{name} can be dropped only if it equals {drop.must_equal}, which is not there",
+                    where=collector.checkpoint.path,
+                )
+        yield ResolvedDrop(drop, tensors[name], equals)
+
+
+def _names_to_equal(drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int]) -> dict[int | None, str]:
+    """The names that a drop must equal, by layer; none where the source has nothing under their root."""
+    root = None if drop.must_equal is None else root_of(drop.must_equal)
+    if drop.must_equal is None or (root is not None and root not in layout):
+        return {}
+    return dict(expand(drop.must_equal, layout, symbols))

@@ -123,10 +123,16 @@ class Files(Declaration):
     carry: list[FileName] = Field(default_factory=list, description="File names, copied where the source has them.")
 
 
+def _format(value: object) -> object:
+    if type(value) is not int:
+        raise ValueError("Input should be 1")
+    return value
+
+
 class WeightMap(Declaration):
     """A weight map."""
 
-    format: Literal[1] = Field(description="Version of this schema.")
+    format: Annotated[Literal[1], BeforeValidator(_format)] = Field(description="Version of this schema.")
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="What --mapping and the manifest call it.")
     title: str = Field(description="One line for lists.")
     source: Source

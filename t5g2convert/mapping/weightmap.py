@@ -13,7 +13,7 @@ from t5g2convert.errors import MappingError
 from t5g2convert.mapping.families import CONDITIONS, FAMILIES
 from t5g2convert.mapping.loader import Document, NodePath, load_yaml
 from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
-from t5g2convert.mapping.operations import Zeros
+from t5g2convert.mapping.operations import ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.schema import Row, WeightMap
 from t5g2convert.mapping.template import TARGET_VALUES, template_faults
 
@@ -70,6 +70,9 @@ def _schema_error(document: Document, error: ValidationError) -> MappingError:
         return document.error(
             f"unknown part {at[-2]!r}", (*at[:-1], "<key>"), hint=f"expected {first['ctx']['expected']}"
         )
+    if at and at[-1] == "[key]":
+        at = (*at[:-1], "<key>")
+        return document.error(str(first["msg"]), at)
     field = f"{at[-1]}: " if at and isinstance(at[-1], str) else ""
     return document.error(f"{field}{first['msg'].removeprefix('Value error, ')}", at)
 
@@ -108,6 +111,8 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
         for key, pattern in (("from", drop.from_), ("must_equal", drop.must_equal)):
             if pattern is not None and (fault := pattern_fault(pattern, weight_map.roots)):
                 yield fault, ("drop", position, key), _placeholder_hint(pattern, weight_map.roots)
+            elif pattern is not None and index_of(pattern) not in (None, index_of(drop.from_)):
+                yield f"{{{index_of(pattern)}}} stands on one side only", ("drop", position, key), None
     yield from _repeated(weight_map)
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
         for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), (key,)):
@@ -138,7 +143,7 @@ def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: No
     for key, pattern in patterns.items():
         if fault := pattern_fault(pattern, roots):
             yield fault, (*at, *key), _placeholder_hint(pattern, roots)
-        elif key[0] == "to" and root_of(pattern):
+        elif key[0] == "to" and root_of(pattern) is not None:
             yield "a target has no root; its name is fixed", (*at, *key), None
         elif index_of(pattern) != index_of(row.from_ or ""):
             yield f"{{{index_of(pattern) or index_of(row.from_ or '')}}} stands on one side only", (*at, *key), None
@@ -148,6 +153,10 @@ def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: No
     for size in row.op.sizes():
         if isinstance(size, str) and size not in symbols:
             yield f"unknown symbol {size!r}", (*at, "op"), did_you_mean(size, symbols)
+    if isinstance(row.op, ScaledRow) and len(row.shape) != 2:
+        yield "scaled_row takes a row of a table; a table's shape has two sizes", (*at, "shape"), None
+    if isinstance(row.op, TakeRows) and not row.shape:
+        yield "take_rows takes rows of a table; the shape has no sizes", (*at, "shape"), None
     if row.merged_attention and not {"encoder", "decoder"} <= row.to.keys():
         yield "merged_attention is for tensors of both stacks", (*at, "merged_attention"), None
 

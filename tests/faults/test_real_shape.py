@@ -1,7 +1,10 @@
 """Damage to a conversion of the 270m at its real shape, 0.74 GB: whatever is flipped is found and named."""
 
+import json
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,3 +160,24 @@ def test_V1_one_bit_in_each_class_of_tensor_of_a_real_folder_is_named_by_its_par
             assert re.fullmatch(re.escape(where).replace(r"\{kind\}", kinds), str(failed[parity])), name
     assert judge() == {}
     record_property("faults", {"bits flipped": len(chosen)})
+
+
+LIMITED: Final = """
+import resource, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from t5g2convert.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_V3_a_real_folder_is_verified_by_a_process_that_may_take_half_of_its_size(
+    source: Path, converted: Path
+) -> None:
+    size = sum(path.stat().st_size for folder in (source, converted) for path in folder.iterdir())
+    command = [sys.executable, "-c", LIMITED, str(size // 2), "verify", converted, "--source", source, "--json"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["passed"]
+    command[3] = str(size // 8)
+    assert subprocess.run(list(map(str, command)), capture_output=True, check=False).returncode != 0, "it is a limit"

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from t5g2convert import CheckpointError, MappingError, plan
+from t5g2convert import CheckpointError, MappingError, convert, plan
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.schema import Row
@@ -200,3 +200,50 @@ def test_a_map_that_fills_one_target_less_is_refused(row: Row, demo_source: Path
         plan(demo_source, mapping=str(tmp_path / "wrong.yaml"))
     name = list(expand(target, {}, COUNTS))[-1][1]
     assert any(detail.startswith(f"not filled: {name}") for detail in caught.value.details)
+
+
+COPIES = """\
+  - from: "{text}layers.{layer}.copy.weight"
+    because: "it repeats the norm"
+    must_equal: "{text}layers.{layer}.input_layernorm.weight"
+drop:
+"""
+
+
+def test_a_dropped_tensor_of_a_layer_must_equal_that_layers(demo_source: Path, tmp_path: Path) -> None:
+    """Each layer's copy is compared with its own layer, not with the first."""
+    first, *rest = find_map("gemma3").path.read_text().partition("drop:\n")
+    (tmp_path / "map.yaml").write_text(first + "drop:\n" + COPIES.removesuffix("drop:\n") + rest[1])
+    norm = "language_model.model.layers.{}.input_layernorm.weight"
+    copy = "language_model.model.layers.{}.copy.weight"
+    edit(
+        demo_source,
+        lambda tensors: tensors.update({copy.format(layer): tensors[norm.format(layer)].clone() for layer in range(8)}),
+    )
+    mapping = str(tmp_path / "map.yaml")
+    convert(demo_source, tmp_path / "out", mapping=mapping)
+
+    def exchange(tensors: Tensors) -> None:
+        tensors[norm.format(3)] = tensors[norm.format(3)] + 1
+        tensors[copy.format(5)] = tensors[norm.format(0)].clone()
+
+    edit(demo_source, exchange)
+    with pytest.raises(CheckpointError, match=r"layers\.[35]\.copy\.weight: differs"):
+        convert(demo_source, tmp_path / "other", mapping=mapping)
+
+
+@pytest.mark.parametrize("equals", ["embed_tokens.misspelt", "{vision}post_layernorm.weight"])
+def test_I6_a_drop_whose_counterpart_is_not_there_is_refused(equals: str, demo_source: Path, tmp_path: Path) -> None:
+    text = find_map("gemma3").path.read_text()
+    mapping = tmp_path / "map.yaml"
+    mapping.write_text(text.replace('must_equal: "{text}embed_tokens.weight"', f'must_equal: "{equals}"'))
+    table = "language_model.model.embed_tokens.weight"
+    edit(demo_source, lambda tensors: tensors.update({"lm_head.weight": tensors[table].clone()}))
+    if equals.startswith("{vision}"):
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs"):
+            convert(demo_source, tmp_path / "out", mapping=str(mapping))
+    else:
+        with pytest.raises(
+            MappingError, match=r"lm_head\.weight can be dropped only if it equals embed_tokens\.misspelt"
+        ):
+            plan(demo_source, mapping=str(mapping))

@@ -195,6 +195,14 @@ FAULTS = [
         id="equal-root",
     ),
     pytest.param(
+        'must_equal: "{text}embed_tokens.weight"',
+        'must_equal: "{text}layers.{layer}.input_layernorm.weight"',
+        '"{text}layers',
+        "{layer} stands on one side only",
+        None,
+        id="equal-index",
+    ),
+    pytest.param(
         UP_FROM, '"{text}layers.{layer.mlp.up_proj.weight"', '"{text}', "unbalanced braces", None, id="braces-open"
     ),
     pytest.param(
