@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-oldest fuzz check fmt bench clean
+.PHONY: help demo test test-oldest faults fuzz check fmt bench clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ check: $(INSTALLED)  ## ruff and mypy --strict
 
 test: check  ## everything that CI runs
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+faults: $(INSTALLED)  ## make every system call of a conversion fail in turn, or kill it there, and count what is lost
+	$(BIN)/python -m pytest tests/faults --numprocesses 2 --dist worksteal
 
 test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the parity tests again, judged by transformers 5.0.0
 	T5G2_OLDER_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest tests/test_parity.py -k oldest

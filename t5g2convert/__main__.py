@@ -1,6 +1,16 @@
 """`python -m t5g2convert`."""
 
-from t5g2convert.cli.main import main
+import signal
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line; until it can clean up after a signal, one ends the process without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from t5g2convert.cli.main import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -78,19 +78,26 @@ def converted_twin(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFac
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The counts of mutants, with the checks that caught them, and of bad inputs stand at the end of a run."""
-    mutants: Counter[str] = Counter()
-    bad_inputs = 0
-    for report in chain.from_iterable(terminalreporter.stats.values()):
-        for name, value in getattr(report, "user_properties", ()):
-            if name == "mutants" and isinstance(value, dict):
-                mutants.update(value)
-            elif name == "bad_inputs" and getattr(report, "when", "") == "call":
-                bad_inputs += value
-    if mutants:
-        told = ", ".join(f"{name} {mutants[name]}" for name in ("integrity", "provenance", "config", "parity"))
+    """What was tried, counted, stands at the end of a run."""
+    if counts := _recorded(terminalreporter, "mutants"):
+        told = ", ".join(f"{name} {counts[name]}" for name in ("integrity", "provenance", "config", "parity"))
         terminalreporter.write_line(
-            f"mutants: {mutants['tried']} tried, {mutants['survived']} survived; caught by {told}"
+            f"mutants: {counts['tried']} tried, {counts['survived']} survived; caught by {told}"
         )
-    if bad_inputs:
-        terminalreporter.write_line(f"bad inputs: {bad_inputs} tried")
+    if counts := _recorded(terminalreporter, "faults"):
+        lost = counts.pop("lost", 0)
+        told = ", ".join(f"{fault} {count}" for fault, count in counts.most_common())
+        terminalreporter.write_line(f"faults: {counts.total()} injected ({told}), {lost} outputs lost or damaged")
+    if counts := _recorded(terminalreporter, "bad_inputs"):
+        terminalreporter.write_line(f"bad inputs: {counts.total()} tried")
+
+
+def _recorded(terminalreporter: pytest.TerminalReporter, wanted: str) -> Counter[str]:
+    """The sum of what tests recorded under a name: counts by kind, or one number."""
+    counts: Counter[str] = Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        # The report of the call has those of the call alone, the last one has all.
+        for name, value in report.user_properties if getattr(report, "when", None) == "teardown" else ():
+            if name == wanted:
+                counts.update(value if isinstance(value, dict) else {wanted: value})
+    return counts

@@ -135,4 +135,6 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """The first signal lets the work clean up after itself; the second ends the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Python complains of a signal that came with this one and has lost its handler.
+    sys.unraisablehook = lambda _: None
     raise Interrupted(number)

@@ -167,7 +167,7 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
 def _generation_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
     """The end tokens of the source's generation_config.json win over those of its config.json: -it models have more."""
     path = checkpoint.path / "generation_config.json"
-    if not path.exists():
+    if not _is_there(path):
         return dict(values)
     generation = read_json_object(path)
     tokens = parse_section(_Generation, generation, path).eos_token_id
@@ -216,7 +216,15 @@ def _suggest(name: str, others: Sequence[str]) -> str:
 
 
 def _carried_files(weight_map: WeightMap, checkpoint: Checkpoint) -> tuple[str, ...]:
-    return tuple(name for name in weight_map.files.carry if (checkpoint.path / name).is_file())
+    return tuple(name for name in weight_map.files.carry if _is_there(checkpoint.path / name))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file is there; a disk that cannot tell must not pass for one that has none."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
 
 
 def _changes(

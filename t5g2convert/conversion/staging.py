@@ -14,6 +14,7 @@ from t5g2convert.errors import Interrupted, OutputError, T5g2Error
 
 STAGING_SUFFIX: Final = ".t5g2-staging"
 OLD_SUFFIX: Final = ".t5g2-old"
+LOCK_ATTEMPTS: Final = 100
 JOURNAL_FILE: Final = ".t5g2-finished"
 """In the staging folder; the shards that it names are worth keeping for a run that takes up where another stopped."""
 
@@ -55,7 +56,10 @@ def free_bytes(target: Path) -> int:
     """Bytes free for this user where `target` is or would be."""
     folders = (target.absolute(), *target.absolute().parents)
     existing = next(folder for folder in folders if os.path.exists(folder))  # noqa: PTH110 - as above
-    return shutil.disk_usage(existing).free
+    try:
+        return shutil.disk_usage(existing).free
+    except OSError as error:
+        raise OutputError(f"cannot be looked at: {error.strerror}", where=existing) from error
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:
@@ -129,7 +133,6 @@ class Staging:
     def __enter__(self) -> Self:
         try:
             with _uninterrupted():
-                self._make_parents()
                 self._lock()
                 if not self._resume:
                     clear(self.folder)
@@ -193,21 +196,32 @@ class Staging:
     def _make_parents(self) -> None:
         parents = [folder for folder in self.target.parents if not os.path.exists(folder)]  # noqa: PTH110 - as above
         for folder in reversed(parents):
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             self._made.insert(0, folder)
 
     def _lock(self) -> None:
         """Take the folder; another process may rename or remove it between any two calls, so look again afterwards."""
+        attempts = LOCK_ATTEMPTS
         while True:
-            if not self.folder.exists():
-                self.folder.mkdir(exist_ok=True)
-                self._made.insert(0, self.folder)
-            self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                self._make_parents()
+                if not self.folder.exists():
+                    self.folder.mkdir(exist_ok=True)
+                    self._made.insert(0, self.folder)
+                self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                # Another run has just removed what it had made; but some paths never come to be: /proc/no/such.
+                attempts -= 1
+                if not attempts:
+                    raise
+                continue
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(self._fd)
                 self._fd = -1
+                # It is the other's now, even if it was made here: empty as it is, it must not be removed.
+                self._made = [folder for folder in self._made if folder != self.folder]
                 raise OutputError("another conversion is writing there", where=self.target) from None
             try:
                 if os.path.samestat(self.folder.stat(), os.fstat(self._fd)):
@@ -229,5 +243,7 @@ class Staging:
                 with suppress(OSError):
                     folder.rmdir()
         if self._fd >= 0:
-            os.close(self._fd)
+            # A folder's descriptor: nothing is lost with it, and the lock goes with the process at the latest.
+            with suppress(OSError):
+                os.close(self._fd)
             self._fd = -1

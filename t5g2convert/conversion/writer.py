@@ -149,7 +149,11 @@ def _nonfinite(copier: Copier, plan: Plan) -> Iterator[str]:
 
 def _check_unchanged(plan: Plan, sources: dict[str, int], source: Path) -> None:
     for file in plan.source_files:
-        if FileIdentity.of(sources[file.name]) != file.identity:
+        try:
+            found = FileIdentity.of(sources[file.name])
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", where=source / file.name) from error
+        if found != file.identity:
             raise CheckpointError("changed while it was being read", where=source / file.name, hint="start again")
 
 

@@ -1,0 +1,269 @@
+"""One conversion to be disturbed: how it lies before, and what must hold after."""
+
+import shutil
+import signal
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert import OutputError, convert
+from t5g2convert.mapping.library import find_map
+from t5g2convert.mapping.synthetic import write_synthetic_source
+from tests.faults.strace import INJECTED, Call, Run, Tracer
+
+CONFIG: Final[dict[str, Any]] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "dtype": "bfloat16",
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "query_pre_attn_scalar": 4,
+    "sliding_window": 4,
+    "max_position_embeddings": 64,
+}
+"""The smallest model: every tensor is a read and two writes, and each is a place for a fault."""
+
+SHARD_BYTES: Final = 20_000
+"""Gives three shards and an index."""
+
+OLD: Final = {"mine.txt": b"keep", "below/too.txt": b"keep too"}
+
+CLEANING: Final = {"unlink", "unlinkat", "rmdir"}
+
+RENAMES: Final = "?rename,?renameat,?renameat2"
+
+
+def write_source(folder: Path, **config: Any) -> None:
+    folder.mkdir(parents=True)
+    write_synthetic_source(folder, find_map("gemma3").map, {**CONFIG, **config}, seed=0)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}\n')
+
+
+def write_old(folder: Path) -> None:
+    for name, data in OLD.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def contents(folder: Path) -> dict[str, bytes] | None:
+    """The files of a folder; None if it is not there."""
+    if not folder.exists():
+        return None
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+EMPTY: Final = "a folder with nothing in it"
+
+
+def beside(target: Path) -> set[str]:
+    """What lies beside a target, or that the folder made for it holds nothing."""
+    if not target.parent.exists():
+        return set()
+    others = {path.name for path in target.parent.iterdir()} - {target.name}
+    return others if others or target.exists() else {EMPTY}
+
+
+def ill_said(stderr: str, code: int) -> str | None:
+    """What is wrong with the words that a conversion ended with."""
+    lines = stderr.splitlines()
+    if code == 0:
+        return None if all(line.startswith("note: ") for line in lines) else f"said {stderr!r} although all went well"
+    if len(lines) != 1 or not stderr.startswith("t5g2: ") or "a bug in t5g2" in stderr:
+        return f"said {stderr.strip()[-300:]!r}"
+    return None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the target lies before the run that is disturbed.
+
+    Attributes:
+        overwrite: Whether an old target is replaced.
+        killed: Where a run before this one was killed.
+        failing: A fault that the run has in any case, so that it must clean up.
+    """
+
+    overwrite: bool = False
+    killed: str | None = None
+    failing: str | None = None
+
+
+MODES: Final = {
+    "new": Mode(),
+    "overwrite": Mode(overwrite=True),
+    "failing": Mode(failing="fsync:error=EIO:when=1"),
+    "after-kill": Mode(killed="rename,renameat2:signal=KILL:when=1"),
+    "after-torn-swap": Mode(overwrite=True, killed="rename,renameat2:signal=KILL:when=2"),
+}
+
+
+@dataclass
+class Scene:
+    """Conversions of one source into one target, again and again."""
+
+    tracer: Tracer
+    source: Path
+    clean: dict[str, bytes]
+    folder: Path
+    templates: dict[str, Path] = field(default_factory=dict)
+    traced: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def target(self) -> Path:
+        return self.folder / "work/new/out"
+
+    def arguments(self, mode: str) -> list[str | Path]:
+        options = ["--overwrite"] * MODES[mode].overwrite
+        return ["convert", self.source, self.target, "--max-shard-size", str(SHARD_BYTES), *options]
+
+    def lay(self, mode: str) -> None:
+        """Make everything as it is before the run."""
+        work = self.folder / "work"
+        killed = MODES[mode].killed
+        # Traced first, as that lays the target itself.
+        paths = self.paths("overwrite" if MODES[mode].overwrite else "new") if killed is not None else []
+        shutil.rmtree(work, ignore_errors=True)
+        if mode in self.templates:
+            shutil.copytree(self.templates[mode], work)
+            return
+        work.mkdir()
+        if MODES[mode].overwrite:
+            write_old(self.target)
+        if killed is not None:
+            run = self.tracer.run(self.arguments(mode), paths=paths, inject=[killed])
+            assert run.code == -9
+            assert contents(self.target) is None
+            assert any(contents(path) == OLD for path in self.target.parent.iterdir()) == MODES[mode].overwrite
+            self.templates[mode] = self.folder / mode
+            shutil.copytree(work, self.templates[mode])
+
+    def trace(self, mode: str) -> Run:
+        """A run without a fault but those of the mode; the calls on files of ours."""
+        self.lay(mode)
+        failing = MODES[mode].failing
+        run = self.tracer.run(self.arguments(mode), inject=[] if failing is None else [failing])
+        return Run(run.code, run.stderr, tuple(call for call in run.calls if self._ours(call)))
+
+    def paths(self, mode: str) -> list[str]:
+        """Every path of ours that the conversion names or has open."""
+        if mode not in self.traced:
+            found = {path for call in self.trace(mode).calls for path in call.paths if self._ours(call)}
+            self.traced[mode] = sorted(path for path in found if path.startswith(str(self.folder)))
+        return self.traced[mode]
+
+    def _ours(self, call: Call) -> bool:
+        return any(path.startswith(str(self.folder)) for path in call.paths)
+
+    def sweep(self, mode: str, calls: str, fault: str, *, only: str = "") -> tuple[str, dict[str, int]]:
+        """Run with a fault at the first call, at the second, and so on, until a run has no such call.
+
+        Returns:
+            What was wrong, a line each; and how many faults there were, and how many outputs lost or damaged.
+        """
+        wrong: list[str] = []
+        counts = Counter({fault: 0, "lost": 0})
+        paths = [path for path in self.paths(mode) if path.startswith(only)]
+        failing = MODES[mode].failing
+        number = 0 if failing is None else self._before(mode, calls, "(INJECTED)")
+        # Once it has cleared away what the killed one left, such a run is like any other.
+        last = None if MODES[mode].killed is None else self._before(mode, calls, "O_CREAT")
+        while last is None or number < last:
+            number += 1
+            self.lay(mode)
+            before = beside(self.target)
+            inject = [f"{calls}:{INJECTED[fault]}:when={number}", *([failing] if failing else [])]
+            traced = f"{calls},{RENAMES},fsync"
+            run = self.tracer.run(self.arguments(mode), calls=traced, paths=paths, inject=inject)
+            hit = run.hit if failing is None else self._hit_beside(run, calls)
+            if hit is None:
+                assert failing is not None or contents(self.target) == self.clean
+                break
+            counts[fault] += 1
+            stopped = signal.Signals[fault] if fault in ("SIGINT", "SIGTERM") else 0
+            faults = self.judge(mode, run, hit, before, stopped=stopped)
+            counts["lost"] += any(fault.startswith("the target") for fault in faults)
+            where = run.calls[hit].text.replace(str(self.folder), "")[:150]
+            wrong += [f"{fault} at {calls} {number}: {where}: {text}" for text in faults]
+        return "\n".join(wrong), dict(counts)
+
+    def _before(self, mode: str, calls: str, sign: str) -> int:
+        """How many such calls the main thread makes before the first call that has the sign."""
+        traced = self.trace(mode).calls
+        first = next(number for number, call in enumerate(traced) if sign in call.text)
+        named = Counter(call.name for call in traced[:first] if call.thread == traced[first].thread)
+        return max(named[name] for name in calls.replace("?", "").split(","))
+
+    def _hit_beside(self, run: Run, calls: str) -> int | None:
+        """The call hit, where a run has a fault of its own before."""
+        if run.code == -9:
+            return run.hit
+        names = calls.replace("?", "").split(",")
+        failed = [number for number, call in enumerate(run.calls) if call.name in names and "(INJECTED)" in call.text]
+        return failed[-1] if failed else None
+
+    def judge(self, mode: str, run: Run, hit: int, before: set[str], *, stopped: int = 0) -> list[str]:
+        """What is wrong after a run that was hit, and after the next one.
+
+        Args:
+            mode: How the target lay.
+            run: The run.
+            hit: The position of the call that was hit.
+            before: What lay beside the target already.
+            stopped: The signal that was sent, if it was one that can be handled.
+        """
+        call, overwrite = run.calls[hit], MODES[mode].overwrite
+        if not self._ours(call):
+            return ["the harness hit a file that is not ours"]
+        killed = run.code == -9
+        committed = any(self._commits(earlier) for earlier in run.calls[:hit])
+        cleaning = committed or call.name in CLEANING or MODES[mode].failing is not None
+        wrong = []
+        if not killed:
+            first = next(call for call in run.calls if "(INJECTED)" in call.text)
+            expected = 3 if any(path.startswith(str(self.source)) for path in first.paths) else 5
+            expected = 128 + stopped if stopped else expected
+            if run.code not in (expected, 0):
+                wrong.append(f"exit code {run.code}, expected {expected}")
+            if ill := ill_said(run.stderr, run.code):
+                wrong.append(ill)
+        found = contents(self.target)
+        if run.code == 0 and found != self.clean:
+            wrong.append("the target is not complete, although the exit code is 0")
+        if found is None and overwrite and not killed and MODES[mode].killed is None:
+            wrong.append("the target was taken away")
+        if found not in (None, OLD if overwrite else None, self.clean):
+            wrong.append(f"the target holds {sorted(found or ())}")
+        recoverable = overwrite and found is None
+        # A run that gets nowhere leaves what another left.
+        left = set() if killed or (cleaning and not stopped) else beside(self.target) - before
+        if left and not (before and left == {EMPTY}):
+            wrong.append(f"{sorted(left)} left beside")
+        if recoverable:
+            # The next run puts it back, also if it does nothing else.
+            with suppress(OutputError):
+                convert(self.source, self.target, max_shard_bytes=SHARD_BYTES)
+            if contents(self.target) != OLD:
+                wrong.append("the target's old content is lost")
+        return wrong + self.next_run(overwrite=overwrite or found is not None)
+
+    def _commits(self, call: Call) -> bool:
+        return call.name.startswith("rename") and call.text.endswith("= 0") and call.paths[-1] == str(self.target)
+
+    def next_run(self, *, overwrite: bool) -> list[str]:
+        wrong = []
+        try:
+            convert(self.source, self.target, overwrite=overwrite, max_shard_bytes=SHARD_BYTES)
+        except Exception as error:  # noqa: BLE001 - told with the others
+            wrong.append(f"the next run: {type(error).__name__}: {error}")
+        if contents(self.target) != self.clean:
+            wrong.append("the next run did not complete it")
+        if left := beside(self.target):
+            wrong.append(f"the next run leaves {sorted(left)} beside")
+        return wrong
