@@ -16,6 +16,8 @@ Library code raises these and nothing else on purpose; only `t5g2convert.cli` tu
 from collections.abc import Sequence
 from pathlib import Path
 
+from t5g2convert.printable import printable
+
 
 class T5g2Error(Exception):
     """A failure that the user can understand and act on.
@@ -44,8 +46,11 @@ class T5g2Error(Exception):
         self.details = tuple(details)
 
     def __str__(self) -> str:
-        text = self.message if self.where is None else f"{self.where}: {self.message}"
-        return text if self.hint is None else f"{text} ({self.hint})"
+        # A traceback shows it too: the only line ends are those of a map's error, in front of its line and its caret.
+        reason, *excerpt = self.message.rsplit("\n  ", 2) if isinstance(self, MappingError) else [self.message]
+        text = printable(reason if self.where is None else f"{self.where}: {reason}")
+        text = "\n  ".join([text, *excerpt])
+        return text if self.hint is None else f"{text} ({printable(self.hint)})"
 
 
 class UsageError(T5g2Error):

@@ -90,6 +90,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"faults: {counts.total()} injected ({told}), {lost} outputs lost or damaged")
     if counts := _recorded(terminalreporter, "bad_inputs"):
         terminalreporter.write_line(f"bad inputs: {counts.total()} tried")
+    if counts := _recorded(terminalreporter, "hostile_texts"):
+        terminalreporter.write_line(f"hostile texts: shown {counts.total()} times, obeyed never")
 
 
 def _recorded(terminalreporter: pytest.TerminalReporter, wanted: str) -> Counter[str]:

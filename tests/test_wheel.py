@@ -88,7 +88,7 @@ def test_the_wheel_has_the_licence_the_command_and_the_readme(wheel: Path) -> No
         assert archive.read(f"{info}/licenses/LICENSE") == (CHECKOUT / "LICENSE").read_bytes()
         assert archive.read(f"{info}/entry_points.txt").decode().split("\n")[:2] == [
             "[console_scripts]",
-            "t5g2 = t5g2convert.cli.main:main",
+            "t5g2 = t5g2convert.__main__:main",
         ]
         metadata = archive.read(f"{info}/METADATA").decode()
     assert "\nName: t5g2convert\n" in metadata

@@ -61,6 +61,10 @@ class SourceModel(Protocol):
         """Sizes, for `shape:` and for the ranges of `{layer}`."""
 
     @property
+    def fields(self) -> Mapping[str, str]:
+        """The fields of config.json that a symbol is made of, for errors."""
+
+    @property
     def values(self) -> Mapping[str, Scalar]:
         """Config values, for `$name` in the target's config."""
 

@@ -1,6 +1,7 @@
 """A checkpoint folder: config.json, and one safetensors file or several with an index."""
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.header import Header, TensorEntry, read_header
-from t5g2convert.checkpoint.strictjson import parse_object
+from t5g2convert.checkpoint.strictjson import is_text, parse_object
 from t5g2convert.errors import CheckpointError
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -56,11 +57,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: Not a folder, no config, no safetensors weights, or headers and index disagree.
     """
-    _check_folder(path)
+    check_folder(path)
     config_text = read_json_file(path / "config.json")
     config = parse_object(config_text, path / "config.json")
     names, index, notes = _weight_files(path)
-    files = {name: read_header(_regular_file(path / name)) for name in names}
+    files = {name: read_header(regular_file(path / name)) for name in names}
     tensors: dict[str, StoredTensor] = {}
     for name, header in files.items():
         for entry in header.tensors.values():
@@ -74,8 +75,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, config, config_text, files, tensors, notes)
 
 
-def _check_folder(path: Path) -> None:
+def scheme_of(path: Path) -> str | None:
+    """The scheme, as `https:`, of an address that was given for a path; what stands behind it may hold a token."""
+    found = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:(?=/)", str(path))
+    return found[0] if found else None
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        CheckpointError: It is missing, a file, cannot be read, or is an address.
+    """
     hint = "give the folder that holds config.json"
+    if scheme := scheme_of(path):
+        told = f"an address ({scheme}//...) was given, expected a folder"
+        raise CheckpointError(told, hint="download it first: hf download")
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -103,7 +118,7 @@ def read_json_file(path: Path) -> bytes:
         CheckpointError: The file is missing, too large, or cannot be read.
     """
     try:
-        if _regular_file(path).stat().st_size > MAX_JSON_BYTES:
+        if regular_file(path).stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)
         return path.read_bytes()
     except OSError as error:
@@ -117,7 +132,7 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
 
 
-def _regular_file(path: Path) -> Path:
+def regular_file(path: Path) -> Path:
     """`path` itself if it is, through symbolic links as in the Hub cache, a regular file."""
     try:
         mode = path.stat().st_mode
@@ -178,7 +193,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("has no weight_map", where=path)
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not is_plain_name(shard):
+        if not isinstance(shard, str) or not is_plain_name(shard) or not is_text(shard):
             raise CheckpointError(
                 f"{tensor!r} points to {shard!r}, expected the name of a file beside the index", where=path
             )
@@ -191,12 +206,13 @@ def is_plain_name(name: str) -> bool:
 
 
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], path: Path) -> None:
-    def refuse(what: str, names: set[str]) -> CheckpointError:
-        return CheckpointError(f"{what} {len(names)} tensor(s): {some(names)}", where=path)
-
-    if absent := index.keys() - tensors.keys():
-        raise refuse("no shard holds", absent)
-    if unlisted := tensors.keys() - index.keys():
-        raise refuse("the shards hold, but the index lacks,", unlisted)
-    if misplaced := {name for name, shard in index.items() if tensors[name].file != shard}:
-        raise refuse("another shard than the index says holds", misplaced)
+    differences = {
+        "no shard holds": index.keys() - tensors.keys(),
+        "the shards hold, but the index lacks,": tensors.keys() - index.keys(),
+        "another shard than the index says holds": {
+            name for name, shard in index.items() if name in tensors and tensors[name].file != shard
+        },
+    }
+    told = [f"{what} {len(names)} tensor(s): {some(names)}" for what, names in differences.items() if names]
+    if told:
+        raise CheckpointError("; ".join(told), where=path)

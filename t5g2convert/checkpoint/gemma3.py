@@ -126,6 +126,24 @@ class Gemma3:
         }
 
     @property
+    def fields(self) -> Mapping[str, str]:
+        """Where the symbols stand in config.json."""
+        text = "" if self.vision is None else "text_config."
+        return {
+            "rows": f"{text}vocab_size",
+            "hidden": f"{text}hidden_size",
+            "intermediate": f"{text}intermediate_size",
+            "query": f"{text}num_attention_heads * {text}head_dim",
+            "key_value": f"{text}num_key_value_heads * {text}head_dim",
+            "head": f"{text}head_dim",
+            "vision_hidden": "vision_config.hidden_size",
+            "vision_intermediate": "vision_config.intermediate_size",
+            "vision_channels": "vision_config.num_channels",
+            "vision_patch": "vision_config.patch_size",
+            "vision_positions": "(vision_config.image_size // vision_config.patch_size) squared",
+        }
+
+    @property
     def values(self) -> Mapping[str, Scalar]:
         """The fields under their own names; those of the tower start with `vision_`."""
         vision = (self.vision or _NO_VISION).model_dump()

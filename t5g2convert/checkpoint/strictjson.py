@@ -1,7 +1,6 @@
 """JSON as checkpoints hold it, read without mercy: one object, every key once."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,17 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
     return document
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON can spell half of a surrogate pair, which cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _integer(text: str) -> int | float:
     """A whole number; `-0` is a float to other readers of JSON."""
     return -0.0 if text == "-0" else int(text)
@@ -44,10 +54,11 @@ class _DuplicateKeyError(ValueError):
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ and whose texts can be written again (JSON can spell half of a surrogate pair)."""
+    """An object whose keys differ and whose texts can be written again."""
     result = dict(pairs)
-    _check_text(result)
-    _check_text(result.values())
+    for key, value in result.items():
+        if not (is_text(key) and _is_writable(value)):
+            raise ValueError("a text holds half of a surrogate pair")
     if len(result) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
@@ -57,11 +68,8 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _check_text(values: Iterable[Any]) -> None:
-    """Raise a ValueError if a text among the values, or in lists of them, is not Unicode; objects check their own."""
-    for value in values:
-        if isinstance(value, str):
-            if not value.isascii():
-                value.encode()
-        elif isinstance(value, list):
-            _check_text(value)
+def _is_writable(value: object) -> bool:
+    """Whether a value is no text that cannot be written, nor a list with one; objects were looked at before."""
+    if isinstance(value, list):
+        return all(map(_is_writable, value))
+    return not isinstance(value, str) or is_text(value)

@@ -26,7 +26,8 @@ PART_STYLES: Final = {
 
 def emit_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    json.dump(document, sys.stdout, indent=2)
+    sys.stdout.write("\n")
 
 
 def console(*, stderr: bool = False) -> "Console":

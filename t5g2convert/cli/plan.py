@@ -1,5 +1,6 @@
 """`t5g2 plan`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,9 +50,9 @@ def plan(
     out.print(parameter_table(made.parameters, title=f"{printable(made.source)}: {made.family} to t5gemma2"))
     out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
+    counts = Counter(tensor.shard for tensor in made.tensors)
     for shard in made.shards:
-        count = sum(tensor.shard == shard.name for tensor in made.tensors)
-        files.add_row(shard.name, str(count), size_text(shard.size))
+        files.add_row(shard.name, str(counts[shard.name]), size_text(shard.size))
     for name in made.carried_files:
         files.add_row(printable(name), "", "copied")
     out.print(files)

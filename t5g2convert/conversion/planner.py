@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, read_json_object, regular_file
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.plan import (
@@ -220,11 +220,19 @@ def _carried_files(weight_map: WeightMap, checkpoint: Checkpoint) -> tuple[str, 
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a file is there; a disk that cannot tell must not pass for one that has none."""
+    """Whether a file is there.
+
+    Raises:
+        CheckpointError: It is there and is no file, like a link that leads nowhere; or the disk cannot tell.
+    """
     try:
-        return path.is_file()
+        path.lstat()
+    except FileNotFoundError:
+        return False
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+    regular_file(path)
+    return True
 
 
 def _changes(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from t5g2convert.checkpoint.folder import scheme_of
 from t5g2convert.errors import Interrupted, OutputError, T5g2Error
 
 STAGING_SUFFIX: Final = ".t5g2-staging"
@@ -23,8 +24,10 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     """Refuse a target that must not be written, before any work.
 
     Raises:
-        OutputError: It is a file or a folder with something in it, or it and the source contain each other.
+        OutputError: It is an address, a file or a folder with something in it, or it and the source contain each other.
     """
+    if scheme := scheme_of(target):
+        raise OutputError(f"an address ({scheme}//...) was given, expected a folder")
     real, real_source = _real(target), _real(source)
     if real == real_source or real in real_source.parents or real_source in real.parents:
         relation = "is" if real == real_source else "contains" if real in real_source.parents else "lies inside"

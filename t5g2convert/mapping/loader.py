@@ -13,6 +13,7 @@ import yaml
 from yaml.resolver import Resolver
 
 from t5g2convert.errors import MappingError
+from t5g2convert.printable import printable
 
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 32
@@ -62,12 +63,15 @@ def load_yaml(path: Path) -> Document:
         MappingError: The file cannot be read, is not plain YAML, or uses a feature that maps do without.
     """
     try:
+        if path.is_fifo():
+            raise MappingError("is a pipe, expected a file", where=path)
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise MappingError(f"cannot be read: {error.strerror}", where=path) from None
     if len(raw) > MAX_BYTES:
-        raise MappingError("is larger than 1 MiB", where=path)
+        before = raw[:MAX_BYTES].decode(errors="replace")
+        raise _error(path, before, _position(before, len(before)), "is larger than 1 MiB")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -90,8 +94,8 @@ def _error(path: Path, text: str, at: Position, reason: str, hint: str | None = 
         character if character.isprintable() or character == "\t" else "\N{REPLACEMENT CHARACTER}" for character in line
     )
     caret = f"\n  {shown[start : start + SHOWN_COLUMNS]}\n  {' ' * (at.column - start)}^"
-    reason = reason.replace("\r", "\\r").replace("\n", "\\n")
-    return MappingError(reason + caret, where=f"{path}:{at.line + 1}:{at.column + 1}", hint=hint)
+    # The only line ends of an error are those of the excerpt.
+    return MappingError(printable(reason) + caret, where=f"{path}:{at.line + 1}:{at.column + 1}", hint=hint)
 
 
 class _Reader:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from t5g2convert.checkpoint.config import SourceModel
+from t5g2convert.checkpoint.config import SourceModel, describe_model_type
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, some
 from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.operations import Size, TakeRows
@@ -75,7 +76,8 @@ def resolve(loaded: LoadedMap, checkpoint: Checkpoint) -> Resolution:
     values = _moved_values(weight_map, model, symbols["vocab"], checkpoint)
     rows = [row for row in weight_map.weights if row.applies(model.conditions)]
     layout = _find_layout(weight_map, rows, symbols, checkpoint)
-    collector = _Collector(checkpoint)
+    check_rows(loaded, model.conditions, layout, symbols, checkpoint.tensors)
+    collector = _Collector(checkpoint, model)
     targets = [item for row in rows for item in _resolve_row(row, layout, symbols, collector)]
     drops = [item for drop in weight_map.drop for item in _resolve_drop(drop, layout, symbols, collector)]
     collector.finish(weight_map)
@@ -92,8 +94,8 @@ def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
     model_type = checkpoint.config.get("model_type")
     if model_type not in weight_map.source.model_type:
         raise MappingError(
-            f"mapping {weight_map.name!r} converts {', '.join(weight_map.source.model_type)}, "
-            f"but the source's model_type is {model_type!r}",
+            f"mapping {weight_map.name!r} converts {', '.join(weight_map.source.model_type)}; "
+            f"the source is {describe_model_type(checkpoint.config)}",
             where=checkpoint.path,
         )
     return FAMILIES[str(model_type)].read(checkpoint.config, checkpoint.path / "config.json")
@@ -164,6 +166,7 @@ class _Collector:
     """Everything wrong, gathered while rows are resolved."""
 
     checkpoint: Checkpoint
+    model: SourceModel
     used: set[str] = field(default_factory=set)
     missing: dict[str, None] = field(default_factory=dict)
     misshapen: list[str] = field(default_factory=list)
@@ -241,7 +244,7 @@ def _checked(row: Row, name: str, symbols: Mapping[str, int], collector: _Collec
     if tensor.entry.shape != expected:
         collector.misshapen.append(
             f"misshapen: {name} has shape {list(tensor.entry.shape)}, "
-            f"expected {list(expected)} ({', '.join(map(str, row.shape))})"
+            f"expected {list(expected)} ({_implied_by(row, collector.model)})"
         )
     elif isinstance(row.op, TakeRows) and (taken := _sizes(row.target_shape, symbols)[0]) > expected[0]:
         collector.misshapen.append(f"misshapen: {name} has {expected[0]} rows, of which {taken} cannot be taken")
@@ -250,6 +253,12 @@ def _checked(row: Row, name: str, symbols: Mapping[str, int], collector: _Collec
             f"misshapen: {name} has dtype {tensor.entry.dtype}, expected one of {', '.join(CONFIG_NAMES)}"
         )
     return tensor
+
+
+def _implied_by(row: Row, model: SourceModel) -> str:
+    """Where a row's shape comes from: its symbols, and the fields of config.json that they are made of."""
+    fields = [f"{size} is {model.fields[size]}" for size in dict.fromkeys(map(str, row.shape)) if size in model.fields]
+    return "; ".join([", ".join(map(str, row.shape)), ", ".join(fields)]) if fields else ", ".join(map(str, row.shape))
 
 
 def _resolve_drop(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from t5g2convert.mapping.template import TARGET_VALUES, template_faults
 
 @dataclass(frozen=True, slots=True)
 class LoadedMap:
-    """A map, the file it came from, and the sha256 of that file's bytes."""
+    """A map, the file it came from, the sha256 of that file's bytes, and where everything stands in it."""
 
     map: WeightMap
     path: Path
     sha256: str
+    document: Document = field(repr=False, compare=False)
 
 
 def load_map(path: Path) -> LoadedMap:
@@ -40,7 +41,7 @@ def load_map(path: Path) -> LoadedMap:
         raise _schema_error(document, error) from None
     for reason, at, hint in _faults(weight_map):
         raise document.error(reason, at, hint=hint)
-    return LoadedMap(weight_map, path, hashlib.sha256(document.text.encode()).hexdigest())
+    return LoadedMap(weight_map, path, hashlib.sha256(document.text.encode()).hexdigest(), document)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

@@ -200,6 +200,8 @@ def read_text(path: Path) -> str:
         UsageError: It cannot be read, or is not UTF-8.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} cannot be read: it is no file")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
-from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, check_folder, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.errors import CheckpointError, UsageError
@@ -66,8 +66,7 @@ def verify(
     check_place(dtype, device)
     if not 0 <= tolerance < 1:
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
-    if not output.is_dir():
-        raise CheckpointError("no such folder", where=output)
+    check_folder(output)
     # Faults of the source, of the map and of the inputs are not the output's: they end the work before any check.
     parent = None if source is None else Parent(source)
     inputs = Inputs(text, image)

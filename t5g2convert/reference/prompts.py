@@ -42,6 +42,10 @@ class TextCodec:
         Raises:
             CheckpointError: The embedding table has no row for one.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError("the text holds half of a surrogate pair, or bytes that are not UTF-8") from None
         tokens = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         if self._vocab is not None and max(tokens, default=0) >= self._vocab:
             raise CheckpointError(
@@ -84,6 +88,8 @@ def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) ->
     from PIL import Image
 
     settings, side = _processor(folder), tower.settings.image_size
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} cannot be read as a picture: it is no file")
     try:
         with Image.open(path) as image:
             resized = image.convert("RGB").resize((side, side), Image.Resampling(settings.resample))

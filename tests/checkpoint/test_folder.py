@@ -179,6 +179,17 @@ def test_I3_the_first_five_are_named_and_the_rest_counted(sharded: Path) -> None
     assert refusal(sharded).message == "no shard holds 9 tensor(s): d0, d1, d2, d3, d4 and 4 more"
 
 
+def test_I3_both_directions_are_told_in_one_error(sharded: Path) -> None:
+    strangers = {f"d{number}": FIRST for number in range(7)}
+    (sharded / SECOND).write_bytes(weights([f"c{number}" for number in range(8)]))
+    write_index(sharded / INDEX_FILE, {**INDEX, **strangers})
+    error = refusal(sharded)
+    told = "\n".join((str(error), *error.details))
+    assert "no shard holds 8 tensor(s): c, d0, d1, d2, d3 and 3 more" in told
+    assert "the index lacks, 8 tensor(s): c0, c1, c2, c3, c4 and 3 more" in told
+    assert error.where == str(sharded / INDEX_FILE)
+
+
 def test_I3_a_tensor_in_another_shard_than_the_index_says_is_named(sharded: Path) -> None:
     write_index(sharded / INDEX_FILE, {"a": SECOND, "b": FIRST, "c": SECOND})
     assert refusal(sharded).message == "another shard than the index says holds 1 tensor(s): a"

@@ -409,55 +409,6 @@ def test_O3_a_signal_after_any_call_leaves_the_target_whole_and_nothing_beside_i
     assert faults == ""
 
 
-KILLED: Final = """
-import os, signal, sys
-from pathlib import Path
-from t5g2convert import convert
-
-at, folder, seen = int(sys.argv[3]), str(Path(sys.argv[2]).parent), 0
-
-def wrapped(real):
-    def call(*arguments, **options):
-        global seen
-        result = real(*arguments, **options)
-        if isinstance(arguments[0], int) or str(arguments[0]).startswith(folder):
-            if seen == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
-        return result
-    return call
-
-for name in ("mkdir", "open", "ftruncate", "posix_fallocate", "fsync", "rename", "rmdir", "unlink"):
-    setattr(os, name, wrapped(getattr(os, name)))
-convert(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=sys.argv[4] == "overwrite")
-"""
-
-
-@pytest.mark.parametrize("mode", ["new", "overwrite"])
-def test_O4_a_kill_after_any_call_leaves_the_target_absent_or_whole_and_the_next_run_completes(
-    source: Path, tmp_path: Path, mode: str, finished: dict[str, bytes]
-) -> None:
-    code = -signal.SIGKILL
-    number = -1
-    while code == -signal.SIGKILL:
-        number += 1
-        parent = tmp_path / str(number)
-        parent.mkdir()
-        target = parent / "out"
-        if mode == "overwrite":
-            write_old(target)
-        command = [sys.executable, "-c", KILLED, str(source), str(target), str(number), mode]
-        code = subprocess.run(command, check=False, timeout=60).returncode
-        found = contents(target) if target.exists() else None
-        assert found in (None, OLD if mode == "overwrite" else None, finished), number
-        assert found is not None or mode == "new" or contents(old_of(target)) == OLD, "the old one is not lost"
-        convert(source, target, overwrite=True)
-        assert contents(target) == finished
-        assert names(parent) == {"out"}, number
-    assert code == 0
-    assert number > 10
-
-
 def test_O4_the_staging_folder_of_a_dead_run_is_cleared(
     source: Path, tmp_path: Path, finished: dict[str, bytes]
 ) -> None:

@@ -219,7 +219,7 @@ def test_I9_finding_them_costs_no_second_read_and_nothing_is_written_after_the_f
     with pytest.raises(CheckpointError, match="NaN"):
         convert(demo_source, tmp_path / "out", hashing=False)
     assert 0.9 * size < sum(read) <= size
-    assert sum(written) < size // 2
+    assert sum(written) < size, "all would be twice as much"
 
 
 def test_I9_a_number_that_a_cast_makes_infinite_is_refused_even_if_infinity_is_allowed(

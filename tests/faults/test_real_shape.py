@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -48,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def converted(source: Path) -> Path:
-    convert(source, source.parent / "out", max_shard_bytes=400_000_000)
+    convert(source, source.parent / "out", max_shard_bytes=60_000_000)
     return source.parent / "out"
 
 
@@ -70,31 +70,38 @@ def flipped(path: Path, place: int, bits: int) -> Iterator[None]:
 def test_V2_one_byte_at_200_random_places_of_a_real_folder_names_the_file(
     converted: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    """Several files are damaged at once, a byte of each, so that 0.74 GB need not be read 200 times."""
     manifest = read_manifest(converted)
     assert judge_integrity(converted, manifest).passed
+    starts = {name: header.data_start for name, header in open_checkpoint(converted).files.items()}
+    names = sorted({path.name for path in converted.iterdir()} - {MANIFEST_FILE})
     rng = random.Random(2)
-    names = sorted(path.name for path in converted.iterdir())
-    tried: dict[str, int] = dict.fromkeys(names, 0)
-    for number in range(PLACES):
-        # Half of the places lie in the weights, a quarter in their headers, a quarter in the files beside them.
-        weights = number % 4 < 3
-        name = rng.choice([name for name in names if name.endswith(".safetensors") == weights])
-        header = open_checkpoint(converted).files[name].data_start if weights else 0
-        size = (converted / name).stat().st_size
-        place = rng.randrange(header) if number % 4 == 2 else rng.randrange(header, size)
-        tried[name] += 1
-        with flipped(converted / name, place, rng.randrange(1, 256)):
-            if name == MANIFEST_FILE:
-                with pytest.raises(CheckpointError) as error:
-                    read_manifest(converted)
-                assert error.value.where == str(converted / MANIFEST_FILE)
-                continue
+    tried = 0
+    while tried < PLACES:
+        damaged = sorted(rng.sample(names, 10))
+        with ExitStack() as stack:
+            for name in damaged:
+                # In every other file of weights the place lies in the header, which is a small part of it.
+                size = starts[name] if name in starts and rng.random() < 0.5 else (converted / name).stat().st_size
+                stack.enter_context(flipped(converted / name, rng.randrange(size), rng.randrange(1, 256)))
             check = judge_integrity(converted, manifest)
-        assert not check.passed, (name, place)
-        assert re.search(rf"\b{re.escape(name)} has another sha256", check.detail), (name, place, check.detail)
+        assert sorted(check.offenders) == [f"{name} has another sha256" for name in damaged]
+        tried += len(damaged)
     assert judge_integrity(converted, manifest).passed
-    assert min(tried.values()) > 2
-    record_property("faults", {"bytes flipped": PLACES})
+    record_property("faults", {"bytes flipped": tried})
+
+
+def test_V2_one_byte_anywhere_in_a_real_manifest_is_found(
+    converted: Path, record_property: Callable[[str, object], None]
+) -> None:
+    path = converted / MANIFEST_FILE
+    rng = random.Random(4)
+    for place in rng.sample(range(path.stat().st_size), 50):
+        with flipped(path, place, rng.randrange(1, 256)), pytest.raises(CheckpointError) as error:
+            read_manifest(converted)
+        assert error.value.where == str(path)
+    read_manifest(converted)
+    record_property("faults", {"bytes flipped": 50})
 
 
 class Judge:

@@ -1,5 +1,7 @@
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -149,6 +151,32 @@ def test_C1_a_file_over_1_MiB_is_refused_unparsed(filling: bytes, tmp_path: Path
     error = refusal(path, (filling * (MAX_BYTES // len(filling) + 1))[: MAX_BYTES + 1])
     assert "larger than 1 MiB" in error.message
     assert (error.where or "").startswith(str(path))
+
+
+def test_C1_a_file_over_1_MiB_is_refused_with_a_position_and_a_caret(tmp_path: Path) -> None:
+    line = "a: 1  # a comment\n"
+    error = refusal(tmp_path / "map.yaml", line * (MAX_BYTES // len(line) + 1))
+    assert position(error) == (MAX_BYTES // len(line) + 1, MAX_BYTES % len(line) + 1)
+    assert caret_column(error) == position(error)[1]
+
+
+@pytest.mark.parametrize("deep", ["[" * 5000, "{a: " * 5000, "- " * 5000, "[" * 5000 + "]" * 5000], ids=len)
+def test_C1_deep_nesting_is_refused_before_it_is_walked(
+    deep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyYAML takes ten seconds for the whole of it; what is asked of it here are a few events."""
+    events = 0
+    parse = yaml.parse
+
+    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        nonlocal events
+        for event in parse(*arguments, **options):
+            events += 1
+            yield event
+
+    monkeypatch.setattr("t5g2convert.mapping.loader.yaml.parse", counted)
+    assert "nested more than" in refusal(tmp_path / "map.yaml", deep).message
+    assert events < 4 * MAX_DEPTH
 
 
 def test_a_file_of_just_1_MiB_is_read(tmp_path: Path) -> None:

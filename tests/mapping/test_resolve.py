@@ -174,7 +174,7 @@ def test_a_map_for_another_family_is_refused(demo_source: Path, tmp_path: Path) 
         (find_map("gemma3").path).read_text().replace("model_type: [gemma3, gemma3_text]", "model_type: [gemma3_text]")
     )
     (tmp_path / "text-only.yaml").write_text(text)
-    with pytest.raises(MappingError, match="model_type is 'gemma3'"):
+    with pytest.raises(MappingError, match="is model_type 'gemma3'"):
         plan(demo_source, mapping=str(tmp_path / "text-only.yaml"))
 
 

@@ -1,0 +1,152 @@
+"""The token of the Hub: whatever is run and whatever goes wrong, it is nowhere in what is printed or written."""
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from t5g2convert import convert
+from t5g2convert.cli.demo import build_demo_source
+
+BUG: Final = """
+import sys
+import t5g2convert.mapping.inspection as inspection
+
+def fail(path):
+    import os
+    token = os.environ["HF_TOKEN"]  # in a local variable, as a client of the Hub has it
+    return 1 // 0 if token else None
+
+inspection.open_checkpoint = fail
+from t5g2convert.cli.main import main
+main(sys.argv[1:])
+"""
+
+RUN: Final = "import sys; from t5g2convert.cli.main import main; main(sys.argv[1:])"
+
+
+@pytest.fixture(scope="module")
+def token() -> str:
+    """Another one in each run, so that it stands in no file by chance."""
+    return f"hf_{secrets.token_hex(17)}"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, token: str) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    build_demo_source(folder / "source")
+    convert(folder / "source", folder / "out", flush=False)
+    (folder / "text.txt").write_text("a text to be read")
+    (folder / "bad.yaml").write_text("format: 2\n")
+    (folder / "full").mkdir()
+    (folder / "full/mine.txt").touch()
+    (folder / "home").mkdir()
+    (folder / "home/token").write_text(token)
+    (folder / "home/stored_tokens").write_text(f"[mine]\nhf_token = {token}\n")
+    return folder
+
+
+GOOD: Final = [
+    "demo --out DEMO",
+    "inspect SOURCE --tensors",
+    "plan SOURCE --tensors",
+    "plan SOURCE --json",
+    "convert SOURCE NEW --verify --json",
+    "mappings list",
+    "mappings check gemma3 --against SOURCE --json",
+    "verify OUT --source SOURCE --junit JUNIT --html HTML",
+    "verify OUT --source SOURCE --json",
+    "compare SOURCE OUT --text TEXT",
+    "generate OUT --prompt x --max-new-tokens 2",
+]
+BAD: Final = {
+    "plan SOURCE --nope": 2,
+    "plan SOURCE --dtype int8": 2,
+    "inspect MISSING": 3,
+    "plan OUT": 3,
+    "mappings check BADMAP": 4,
+    "plan SOURCE --mapping nope": 4,
+    "convert SOURCE FULL": 5,
+    "verify OUT --source SOURCE --html MISSING/x.html": 5,
+    "compare SOURCE OUT --text TEXT --max-kl 0 --min-agreement 1": None,
+    "generate SOURCE --prompt x": 3,
+}
+
+
+def run(work: Path, token: str, line: str, script: str = RUN) -> subprocess.CompletedProcess[str]:
+    places = {
+        "SOURCE": "source", "OUT": "out", "NEW": "new", "MISSING": "gone", "MISSING/x.html": "gone/x.html",
+        "BADMAP": "bad.yaml", "FULL": "full", "TEXT": "text.txt", "JUNIT": "x.xml", "HTML": "x.html", "DEMO": "demo",
+    }  # fmt: skip
+    arguments = [str(work / places[word]) if word in places else word for word in line.split()]
+    tokens = {"HF_TOKEN": token, "HUGGING_FACE_HUB_TOKEN": token, "HF_HOME": str(work / "home")}
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=work,
+        env={**os.environ, **tokens, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def holders(folder: Path, token: str) -> list[str]:
+    """Files that hold the token, other than those that were made to; hidden ones too."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "home"]
+    return [path.name for path in files if token.encode() in path.read_bytes()]
+
+
+def test_H6_the_token_is_in_nothing_that_a_good_run_prints_or_writes(
+    work: Path, token: str, record_property: Callable[[str, object], None]
+) -> None:
+    for line in GOOD:
+        done = run(work, token, line)
+        assert done.returncode == 0, (line, done.stderr)
+        assert token not in done.stdout + done.stderr, line
+    assert {"x.xml", "x.html", "new", "demo"} <= {path.name for path in work.iterdir()}
+    assert holders(work, token) == []
+    assert [path.name for path in (work / "home").iterdir() if token in path.read_text()], "the search finds it"
+    record_property("token_runs", len(GOOD))
+
+
+@pytest.mark.parametrize("option", ["", " --debug", " --json"], ids=["plain", "debug", "json"])
+def test_H6_the_token_is_in_no_error(
+    option: str, work: Path, token: str, record_property: Callable[[str, object], None]
+) -> None:
+    for line, code in BAD.items():
+        if option == " --json" and line.startswith("generate"):
+            continue
+        done = run(work, token, line + option)
+        assert code is None or done.returncode == code, (line, done.stderr)
+        assert token not in done.stdout + done.stderr, line
+    assert holders(work, token) == []
+    record_property("token_runs", len(BAD))
+
+
+@pytest.mark.parametrize("option", ["", " --debug", " --json"], ids=["plain", "debug", "json"])
+def test_H6_the_token_is_in_no_traceback_of_a_bug(option: str, work: Path, token: str) -> None:
+    done = run(work, token, f"inspect SOURCE{option}", BUG)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert ("Traceback" in done.stderr) == (option == " --debug")
+    assert token not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("option", [[], ["--debug"], ["--json"]], ids=["plain", "debug", "json"])
+@pytest.mark.parametrize("form", ["https://user:{}@huggingface.co/x", "https://{}@huggingface.co/x"])
+@pytest.mark.parametrize("line", ["inspect URL", "plan URL", "convert URL new2", "convert SOURCE URL", "verify URL"])
+def test_H6_a_token_in_an_address_given_for_a_folder_is_not_repeated(
+    line: str, form: str, option: list[str], work: Path, token: str
+) -> None:
+    """Errors end up in logs; the argument itself is known to whoever typed it."""
+    done = run(work, token, " ".join([line.replace("URL", form.format(token)), *option]))
+    assert done.returncode == (5 if line.endswith("SOURCE URL") else 3)
+    assert "an address (https://...) was given" in done.stderr
+    assert token not in done.stdout + done.stderr
+    assert holders(work, token) == []
