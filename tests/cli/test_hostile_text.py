@@ -42,13 +42,15 @@ class Terminals(CommandLine):
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(capsys)
         self.monkeypatch = monkeypatch
+        self.turn = 0
         self.count = 0
 
     def harmless(self, *call: str | Path) -> Result:
         """Run once; nothing of what came from outside may be obeyed."""
-        width = (None, "20", "240")[self.count % 3]
+        width = (None, "20", "240")[self.turn % 3]
         choices: list[list[str]] = [[], ["--debug"], ["--json"]]
-        options = choices[self.count // 3 % (2 if call[0] in ("generate", "demo") else 3)]
+        options = choices[self.turn // 3 % (2 if call[0] in ("generate", "demo") else 3)]
+        self.turn += 1
         self.count += 1
         with self.monkeypatch.context() as patch:
             if width is not None:
@@ -208,7 +210,7 @@ SOURCE_FIELDS: Final[dict[str, Callable[[Path, str], None]]] = {
 @pytest.mark.parametrize("field", SOURCE_FIELDS)
 def test_T1_text_of_a_source_is_never_obeyed(field: str, payload: str, t5g2: Terminals, work: Path) -> None:
     SOURCE_FIELDS[field](work / "source", PAYLOADS[payload])
-    t5g2.count = list(PAYLOADS).index(payload) + 4 * list(SOURCE_FIELDS).index(field)
+    t5g2.turn = list(PAYLOADS).index(payload) + 4 * list(SOURCE_FIELDS).index(field)
     for call in source_calls(work):
         t5g2.harmless(*call)
 
@@ -219,7 +221,7 @@ def test_T1_text_of_a_source_is_never_obeyed_by_those_that_compute(
     field: str, payload: str, t5g2: Terminals, work: Path
 ) -> None:
     SOURCE_FIELDS[field](work / "source", PAYLOADS[payload])
-    t5g2.count = list(PAYLOADS).index(payload)
+    t5g2.turn = list(PAYLOADS).index(payload)
     t5g2.harmless("convert", work / "source", work / "new", "--verify")
     t5g2.harmless("compare", work / "source", work / "out", "--text", work / "text.txt")
     judge(t5g2, work)
@@ -329,7 +331,7 @@ OUTPUT_FIELDS: Final[dict[str, Callable[[Path, str], None]]] = {
 def test_T1_text_of_an_output_is_never_obeyed(field: str, payload: str, t5g2: Terminals, work: Path) -> None:
     text = PAYLOADS[payload]
     OUTPUT_FIELDS[field](work / "out", text)
-    t5g2.count = list(PAYLOADS).index(payload) + list(OUTPUT_FIELDS).index(field)
+    t5g2.turn = list(PAYLOADS).index(payload) + list(OUTPUT_FIELDS).index(field)
     judge(t5g2, work)
     t5g2.harmless("inspect", work / "out", "--tensors")
     if field.startswith(("tokenizer", "config")):

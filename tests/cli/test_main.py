@@ -11,7 +11,8 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from t5g2convert.conversion.staging import STAGING_SUFFIX
+from t5g2convert.checkpoint.header import read_header
+from t5g2convert.conversion.staging import JOURNAL_FILE, STAGING_SUFFIX
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
 from tests.cli.commandline import CommandLine, Result
@@ -667,3 +668,50 @@ def test_O3_a_second_signal_ends_the_process_at_once(demo_source: Path, tmp_path
     assert process.returncode == -signal.SIGINT
     assert time.monotonic() - before < 10
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_O3_with_resume_a_signal_leaves_what_is_finished_and_the_next_run_goes_on(
+    t5g2: CommandLine, demo_source: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    options = ["--max-shard-size", "60kB", "--resume"]
+    t5g2("convert", demo_source, tmp_path / "whole", "--max-shard-size", "60kB")
+    with start(SLOW_WRITES, "convert", demo_source, tmp_path / "out", *options) as process:
+        wait_for(tmp_path / f".out{STAGING_SUFFIX}" / JOURNAL_FILE, process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    hint = "the finished shards are kept, and --resume goes on with them"
+    assert err == f"t5g2: stopped by signal {int(number)} ({hint})\n"
+    again = t5g2("convert", demo_source, tmp_path / "out", *options, "--json")
+    assert again.code == 0
+    assert json.loads(again.out)["kept"]
+    assert {path.name for path in tmp_path.iterdir()} == {"demo-source", "whole", "out"}
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_resume_without_sha256_is_a_wrong_command_line(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+    result = t5g2("convert", demo_source, tmp_path / "out", "--resume", "--no-hash")
+    assert result.code == 2
+    assert "only with sha256" in result.err
+
+
+def test_I9_nan_is_refused_by_name_and_let_through_on_demand(
+    t5g2: CommandLine, demo_source: Path, tmp_path: Path
+) -> None:
+    path = demo_source / "model.safetensors"
+    entry = read_header(path).tensors["language_model.model.layers.2.mlp.up_proj.weight"]
+    data = bytearray(path.read_bytes())
+    data[entry.start + 2 : entry.start + 4] = b"\xc0\x7f"
+    path.write_bytes(data)
+    refused = t5g2("convert", demo_source, tmp_path / "out")
+    assert refused.code == 3
+    assert refused.err.splitlines() == [
+        f"t5g2: {demo_source}: 1 tensor(s) hold NaN or infinity (--allow-nonfinite converts them as they are)",
+        "  language_model.model.layers.2.mlp.up_proj.weight[0, 1] is NaN",
+    ]
+    assert not (tmp_path / "out").exists()
+    allowed = t5g2("convert", demo_source, tmp_path / "out", "--allow-nonfinite")
+    assert allowed.code == 0
+    assert "1 tensor(s) hold NaN or infinity, copied as they are: " in allowed.err

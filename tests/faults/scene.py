@@ -114,6 +114,9 @@ class Scene:
     folder: Path
     templates: dict[str, Path] = field(default_factory=dict)
     traced: dict[str, list[str]] = field(default_factory=dict)
+    kills: int = 0
+    kept: int = 0
+    """Shards of killed runs that others took up."""
 
     @property
     def target(self) -> Path:
@@ -251,15 +254,19 @@ class Scene:
                 convert(self.source, self.target, max_shard_bytes=SHARD_BYTES)
             if contents(self.target) != OLD:
                 wrong.append("the target's old content is lost")
-        return wrong + self.next_run(overwrite=overwrite or found is not None)
+        # After every other kill the next run takes up what was finished.
+        self.kills += killed
+        resume = killed and self.kills % 2 == 0
+        return wrong + self.next_run(overwrite=overwrite or found is not None, resume=resume)
 
     def _commits(self, call: Call) -> bool:
         return call.name.startswith("rename") and call.text.endswith("= 0") and call.paths[-1] == str(self.target)
 
-    def next_run(self, *, overwrite: bool) -> list[str]:
+    def next_run(self, *, overwrite: bool, resume: bool) -> list[str]:
         wrong = []
         try:
-            convert(self.source, self.target, overwrite=overwrite, max_shard_bytes=SHARD_BYTES)
+            done = convert(self.source, self.target, overwrite=overwrite, resume=resume, max_shard_bytes=SHARD_BYTES)
+            self.kept += len(done.kept)
         except Exception as error:  # noqa: BLE001 - told with the others
             wrong.append(f"the next run: {type(error).__name__}: {error}")
         if contents(self.target) != self.clean:
