@@ -174,8 +174,6 @@ def test_the_package_itself_is_cheap_to_import() -> None:
         ["inspect", "SOURCE", "--json", "--tensors"],
         ["plan", "SOURCE"],
         ["plan", "SOURCE", "--tensors", "--dtype", "float32"],
-        ["convert", "SOURCE", "OUTPUT"],
-        ["convert", "SOURCE", "OUTPUT", "--no-hash", "--max-shard-size", "100kB", "--json"],
         ["mappings", "list"],
         ["mappings", "show", "gemma3"],
         ["mappings", "check", "gemma3", "--against", "SOURCE"],
@@ -188,8 +186,9 @@ def test_a_command_loads_no_heavy_library(arguments: list[str], demo_source: Pat
     assert not modules_after([places.get(item, item) for item in arguments], tmp_path) & HEAVY
 
 
-def test_a_cast_loads_numpy_and_still_no_torch(demo_source: Path, tmp_path: Path) -> None:
-    arguments = ["convert", str(demo_source), str(tmp_path / "out"), "--dtype", "float32"]
+@pytest.mark.parametrize("options", [[], ["--no-hash", "--json"], ["--dtype", "float32"]], ids=" ".join)
+def test_a_conversion_loads_numpy_and_still_no_torch(options: list[str], demo_source: Path, tmp_path: Path) -> None:
+    arguments = ["convert", str(demo_source), str(tmp_path / "out"), *options]
     assert modules_after(arguments, tmp_path) & HEAVY == {"numpy"}
 
 

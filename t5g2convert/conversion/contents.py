@@ -1,26 +1,14 @@
-"""The bytes of tensors that are not copied as they are: cast, or computed from one row. torch is never imported here.
-
-The one row is computed with the standard library: numpy would cost every conversion 15 MB and a tenth of a second.
-"""
+"""The bytes of tensors that are not copied as they are: cast, or computed from one row, without torch."""
 
 import math
 import struct
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.errors import CheckpointError
 
 _STRUCT_CODES: Final = {"F16": "e", "F32": "f"}
-
-
-def numpy_dtype(dtype: str) -> Any:
-    """numpy's dtype of a safetensors dtype that is converted; numpy is imported on the first call."""
-    import ml_dtypes
-    import numpy as np
-
-    # Little-endian as the format says, and as every platform is that torch runs on.
-    return {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}[dtype]
 
 
 def caster(name: str, source: str, target: str) -> Callable[[memoryview], memoryview]:
@@ -31,9 +19,12 @@ def caster(name: str, source: str, target: str) -> Callable[[memoryview], memory
     Raises (the function):
         CheckpointError: The piece holds a number that the target dtype cannot hold.
     """
+    import ml_dtypes
     import numpy as np
 
-    source_dtype, target_dtype = numpy_dtype(source), numpy_dtype(target)
+    # Little-endian as the format says, and as every platform is that torch runs on.
+    dtypes = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+    source_dtype, target_dtype = dtypes[source], dtypes[target]
 
     def cast(piece: memoryview) -> memoryview:
         values = np.frombuffer(piece, source_dtype)

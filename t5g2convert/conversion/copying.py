@@ -151,7 +151,7 @@ class Copier:
         data = memoryview(buffer.data)[: end - start]
         read_exactly(job.fd, data, start, job.file)
         first = (start - job.start) // element_bytes(job.dtype)
-        self._check_finite(job, first, first_nonfinite(buffer.data, len(data), job.dtype))
+        self._check_finite(job, first, first_nonfinite(data, job.dtype))
         if self.allow_nonfinite or not self.nonfinite:
             self._write(job, start, first, data, buffer)
         self.progress(len(data) // element_bytes(job.dtype) * element_bytes(job.target_dtype) * len(job.targets))

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ class OpenShards:
         self.files: dict[str, int] = {}
         """File descriptors by name."""
         self._plan, self._folder, self._journal, self._flush = plan, folder, journal, flush
+        self._flushing = {shard.name: threading.Lock() for shard in self.shards}
+        self._flushed: set[str] = set()
 
     def __enter__(self) -> Self:
         tensors: dict[str, list[PlannedTensor]] = {shard.name: [] for shard in self._plan.shards}
@@ -50,16 +53,26 @@ class OpenShards:
     ) -> None:
         self._abandon()
 
-    def finish(self, name: str, sha256: str | None) -> None:
-        """A shard has all its bytes; called from any thread.
+    def flush(self, name: str) -> None:
+        """A shard has all its bytes: wait until the disk has them, once; called from any thread.
 
         Raises:
             OutputError: The disk fails.
         """
-        if self._flush:
-            with output_errors(self._folder / name):
-                os.fsync(self.files[name])
-        if self._journal is not None and sha256 is not None:
+        with self._flushing[name]:
+            if self._flush and name not in self._flushed:
+                with output_errors(self._folder / name):
+                    os.fsync(self.files[name])
+                self._flushed.add(name)
+
+    def finish(self, name: str, sha256: str) -> None:
+        """A shard has all its bytes, and this sha256; called from any thread.
+
+        Raises:
+            OutputError: The disk fails.
+        """
+        self.flush(name)
+        if self._journal is not None:
             self._journal.add(name, sha256)
 
     def close(self) -> None:

@@ -9,8 +9,8 @@ TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 LARGEST = {dtype: torch.finfo(TORCH[dtype]).max for dtype in TORCH}
 
 
-def to_bytes(tensor: torch.Tensor) -> bytearray:
-    return bytearray(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+def to_bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -18,9 +18,9 @@ def test_every_16_bit_value_is_judged_as_by_torch(dtype: str) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(TORCH[dtype])
     for value in every[~torch.isfinite(every)]:
         what = "NaN" if torch.isnan(value) else "infinity"
-        assert first_nonfinite(to_bytes(value.reshape(1)), value.element_size(), dtype) == (0, what)
+        assert first_nonfinite(to_bytes(value.reshape(1)), dtype) == (0, what)
     numbers = to_bytes(every[torch.isfinite(every)])
-    assert first_nonfinite(numbers, len(numbers), dtype) is None
+    assert first_nonfinite(numbers, dtype) is None
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60))
@@ -28,7 +28,7 @@ def test_any_float32_is_judged_as_by_torch(bits: list[int]) -> None:
     data = bytearray(b"".join(word.to_bytes(4, "little") for word in bits))
     values = torch.frombuffer(data, dtype=torch.float32)
     bad = (~torch.isfinite(values)).nonzero()
-    found = first_nonfinite(data, len(data), "F32")
+    found = first_nonfinite(memoryview(data), "F32")
     if not len(bad):
         assert found is None
     else:
@@ -45,10 +45,9 @@ def test_the_first_of_several_is_told_wherever_it_stands(dtype: str, value: floa
         values[63] = float("nan")
         data = to_bytes(values)
         what = "NaN" if place == 63 or value != value else "infinity"
-        assert first_nonfinite(data, len(data), dtype) == (place, what)
+        assert first_nonfinite(data, dtype) == (place, what)
 
 
 @pytest.mark.parametrize("dtype", list(TORCH))
-def test_what_lies_behind_the_piece_does_not_count(dtype: str) -> None:
-    data = to_bytes(torch.tensor([1.0, 2.0, float("nan")], dtype=TORCH[dtype]))
-    assert first_nonfinite(data, len(data) // 3 * 2, dtype) is None
+def test_a_piece_of_nothing_holds_nothing(dtype: str) -> None:
+    assert first_nonfinite(memoryview(b""), dtype) is None
