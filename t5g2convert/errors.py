@@ -84,7 +84,7 @@ class VerificationError(T5g2Error):
 
 
 class Interrupted(T5g2Error):  # noqa: N818 - a signal is no error
-    """A signal stopped the work; what was staged is removed on the way out."""
+    """A signal stopped the work; what was staged is removed on the way out, or kept to be taken up again."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")

@@ -72,12 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = app(arguments, standalone_mode=False)
     except BaseException as error:  # noqa: BLE001 - the one place where every error ends
         code = report(error, as_json="--json" in arguments, debug="--debug" in arguments)
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        # The reader of our output has gone, or its disk is full; Python must not complain when it flushes on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = code or report(error, as_json=False, debug="--debug" in arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            # The reader of our output has gone, or its disk is full; Python must not complain when it flushes on exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = code or report(error, as_json=False, debug="--debug" in arguments)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -93,7 +94,8 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     if isinstance(error, typer.Abort):
         error = Interrupted(signal.SIGINT)
     if debug:
-        sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
+        with suppress(OSError):
+            sys.stderr.write(printable("".join(traceback.format_exception(error)), keep="\n"))
     if isinstance(error, CommandLineError):
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.stderr.write(f"{error}\n")
@@ -112,7 +114,8 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
         document = {"code": known.exit_code, "message": known.message, "where": known.where, "hint": known.hint}
         with suppress(OSError):
             emit_json({"error": {**document, "details": list(known.details)}})
-    sys.stderr.write(_text(known) + "\n")
+    with suppress(OSError):
+        sys.stderr.write(_text(known) + "\n")
     return known.exit_code
 
 

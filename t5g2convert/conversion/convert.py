@@ -132,22 +132,28 @@ def execute(
         raise UsageError("a run can be resumed only with sha256: what was finished is known by it")
     with Staging(output, overwrite=overwrite, flush=flush, resume=resume) as staging:
         journal = Journal(staging.folder, plan, allow_nonfinite=allow_nonfinite, flush=flush) if hashing else None
+        begun = journal is not None and journal.path.exists()
         kept = journal.salvage() if journal is not None and resume else {}
-        missing = sum(shard.size for shard in plan.shards if shard.name not in kept)
-        check_space(staging.target, missing + ASSET_BYTES)
-        written = write_shards(
-            plan,
-            source,
-            staging.folder,
-            journal=journal,
-            kept=kept,
-            allow_nonfinite=allow_nonfinite,
-            flush=flush,
-            progress=progress or _silent,
-        )
-        write_assets(plan, source, staging.folder, written, flush=flush)
-        if judge is not None:
-            judge(staging.folder)
+        try:
+            missing = sum(shard.size for shard in plan.shards if shard.name not in kept)
+            check_space(staging.target, missing + ASSET_BYTES)
+            written = write_shards(
+                plan,
+                source,
+                staging.folder,
+                journal=journal,
+                kept=kept,
+                allow_nonfinite=allow_nonfinite,
+                flush=flush,
+                progress=progress or _silent,
+            )
+            write_assets(plan, source, staging.folder, written, flush=flush)
+            if judge is not None:
+                judge(staging.folder)
+        except BaseException:
+            if journal is not None and resume:
+                journal.prune()
+            raise
         if journal is not None:
             journal.remove()
         staging.commit()
@@ -158,16 +164,21 @@ def execute(
         nbytes=plan.nbytes,
         shards={shard.name: written.shards.get(shard.name) for shard in plan.shards},
         parameters=plan.parameters,
-        notes=(*plan.notes, *_notes(plan, kept, written)),
+        notes=(*plan.notes, *_notes(plan, kept, written, begun=begun)),
         kept=tuple(kept),
     )
 
 
-def _notes(plan: Plan, kept: Mapping[str, str], written: Written) -> Iterator[str]:
+def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool) -> Iterator[str]:
     if kept:
         yield f"{len(kept)} of {len(plan.shards)} shards were finished by an earlier run, and kept"
+    elif begun:
+        yield "an earlier run had finished nothing of this very conversion: all was written anew"
     if written.nonfinite:
-        yield f"{len(written.nonfinite)} tensor(s) hold NaN or infinity, copied as they are: {some(written.nonfinite)}"
+        where = " in the shards written now" if kept else ""
+        yield f"{len(written.nonfinite)} tensor(s){where} hold NaN or infinity, copied as they are: " + some(
+            written.nonfinite
+        )
 
 
 def _silent(count: int) -> None:

@@ -119,12 +119,14 @@ class Copier:
             helper.start()
         try:
             self._work()
-        except BaseException as error:
-            self.failure = self.failure or error
-            raise
-        finally:
             for helper in helpers:
                 helper.join()
+        except BaseException as error:
+            # Also a signal that comes while a helper is waited for: it must stop before its files are closed.
+            self.failure = self.failure or error
+            for helper in helpers:
+                helper.join()
+            raise
         if self.failure is not None:
             raise self.failure
 

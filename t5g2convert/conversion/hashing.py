@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final
 
-from t5g2convert.errors import OutputError
-
 READ_BACK_BYTES: Final = 1 << 18
 
 Piece = tuple[int, memoryview, Callable[[], None]]
@@ -49,10 +47,13 @@ class FileHasher:
         """No more pieces come: what was skipped may be read back now. Said twice, it counts once."""
         self._pieces.put(None)
 
-    def abandon(self) -> None:
-        """Stop without a result."""
+    def stop(self) -> None:
+        """Come to an end soon, without a result."""
         self._abandoned = True
         self._pieces.put(None)
+
+    def join(self) -> None:
+        """Wait until it has."""
         self._thread.join()
 
     def hexdigest(self) -> str:
@@ -81,9 +82,9 @@ class FileHasher:
         try:
             if not self._abandoned and self._failure is None:
                 self._read_back(self._size)
-                if self._finished is not None:
+                if self._finished is not None and not self._abandoned:
                     self._finished(self._sha256.hexdigest())
-        except (OSError, OutputError) as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that asks for the sha256
             self._failure = error
 
     def _take(self, offset: int, data: memoryview) -> None:
@@ -94,7 +95,7 @@ class FileHasher:
             self._position += len(data)
 
     def _read_back(self, end: int) -> None:
-        while self._position < end:
+        while self._position < end and not self._abandoned:
             room = memoryview(self._room)[: min(READ_BACK_BYTES, end - self._position)]
             count = os.preadv(self._fd, [room], self._position)
             if not count:
@@ -117,5 +118,8 @@ class Hashers:
 
     def abandon(self) -> None:
         """Stop all; a hasher that is done already does not mind."""
-        for hasher in (*self.sources.values(), *self.shards.values()):
-            hasher.abandon()
+        hashers = (*self.sources.values(), *self.shards.values())
+        for hasher in hashers:
+            hasher.stop()
+        for hasher in hashers:
+            hasher.join()

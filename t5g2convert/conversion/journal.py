@@ -12,6 +12,7 @@ import stat
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Final
@@ -48,7 +49,8 @@ class Journal:
         Raises:
             OutputError: The line cannot be written.
         """
-        line = json.dumps({"plan": self._fingerprint, "shard": shard, "sha256": sha256}) + "\n"
+        # A line that was torn when a run died must not take this one with it.
+        line = "\n" + json.dumps({"plan": self._fingerprint, "shard": shard, "sha256": sha256}) + "\n"
         try:
             with self._lock, self.path.open("a") as file:
                 file.write(line)
@@ -73,10 +75,16 @@ class Journal:
                 }
             clear(self.path.parent, keep={JOURNAL_FILE, *kept} if kept else ())
             for name in kept:
-                (self.path.parent / name).chmod(usual_mode(0o666))
+                self._adopt(self.path.parent / name)
         except OSError as error:
             raise OutputError(f"cannot be taken up again: {error.strerror}", where=self.path.parent) from error
         return kept
+
+    def prune(self) -> None:
+        """Leave nothing but the finished shards and this journal, and no journal where there are none."""
+        with suppress(OSError):
+            noted = self._read()
+            clear(self.path.parent, keep={JOURNAL_FILE, *noted} if noted else ())
 
     def remove(self) -> None:
         """The folder is complete.
@@ -105,12 +113,25 @@ class Journal:
 
     def _is_sound(self, shard: Shard, noted: Mapping[str, str]) -> bool:
         path = self.path.parent / shard.name
-        return (
-            shard.name in noted
-            and _is_own_file(path)
-            and path.stat().st_size == shard.size
-            and sha256_of(path) == noted[shard.name]
-        )
+        try:
+            return (
+                shard.name in noted
+                and _is_own_file(path)
+                and path.stat().st_size == shard.size
+                and sha256_of(path) == noted[shard.name]
+            )
+        except OSError:
+            return False  # written anew
+
+    def _adopt(self, path: Path) -> None:
+        """Give a kept shard the usual permissions, and to the disk: the run that wrote it may not have waited."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.fchmod(fd, usual_mode(0o666))
+            if self._flush:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _fingerprint(plan: Plan, *, allow_nonfinite: bool) -> str:
@@ -118,14 +139,15 @@ def _fingerprint(plan: Plan, *, allow_nonfinite: bool) -> str:
     decides = {
         "version": __version__,
         "plan": plan.to_json(),
-        "source": [(file.name, *astuple(file.identity)) for file in plan.source_files],
+        # Not the device, whose number may be another after a restart.
+        "source": [(file.name, *astuple(file.identity)[1:]) for file in plan.source_files],
         "allow_nonfinite": allow_nonfinite,
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
 def _is_own_file(path: Path) -> bool:
-    """Whether a path is a regular file of this user and has no other name; nobody else can have put it there."""
+    """Whether a path is a regular file of this user and has no other name."""
     try:
         status = path.lstat()
     except FileNotFoundError:

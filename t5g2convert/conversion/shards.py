@@ -34,7 +34,8 @@ class OpenShards:
         """File descriptors by name."""
         self._plan, self._folder, self._journal, self._flush = plan, folder, journal, flush
         self._flushing = {shard.name: threading.Lock() for shard in self.shards}
-        self._flushed: set[str] = set()
+        self._flushed: dict[str, OSError | None] = {}
+        """What came of the flush, by name: asked again, a disk that has failed says that all is well."""
 
     def __enter__(self) -> Self:
         tensors: dict[str, list[PlannedTensor]] = {shard.name: [] for shard in self._plan.shards}
@@ -61,9 +62,14 @@ class OpenShards:
         """
         with self._flushing[name]:
             if self._flush and name not in self._flushed:
-                with output_errors(self._folder / name):
+                try:
                     os.fsync(self.files[name])
-                self._flushed.add(name)
+                    self._flushed[name] = None
+                except OSError as error:
+                    self._flushed[name] = error
+            if (failure := self._flushed.get(name)) is not None:
+                with output_errors(self._folder / name):
+                    raise failure
 
     def finish(self, name: str, sha256: str) -> None:
         """A shard has all its bytes, and this sha256; called from any thread.
@@ -72,8 +78,8 @@ class OpenShards:
             OutputError: The disk fails.
         """
         self.flush(name)
-        if self._journal is not None:
-            self._journal.add(name, sha256)
+        assert self._journal is not None, "nothing is hashed without one"
+        self._journal.add(name, sha256)
 
     def close(self) -> None:
         """Close all; some file systems tell only now that a write failed.

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -40,7 +41,11 @@ def _check_vacant(target: Path, *, overwrite: bool) -> None:
         return
     if not os.path.isdir(target):  # noqa: PTH112 - False, and no error, for a name that no folder can have
         raise OutputError("exists and is not a folder", where=target)
-    if not overwrite and any(target.iterdir()):
+    try:
+        vacant = overwrite or not any(target.iterdir())
+    except OSError as error:
+        raise OutputError(f"cannot be read: {error.strerror}", where=target) from error
+    if not vacant:
         raise OutputError("exists and is not empty", where=target, hint="--overwrite replaces it")
 
 
@@ -102,16 +107,30 @@ def _flush_folder(folder: Path) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Put off SIGINT and SIGTERM: what the block does to the disk and what it notes of it belong together."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Put off SIGINT and SIGTERM: what the block does to the disk and what it notes of it belong together.
+
+    A mask would not do: other threads, of numpy or of a progress bar, take the signal then, and Python's handler still
+    runs in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread only
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class Staging:
-    """A locked folder beside the target, as a context: removed on the way out unless `commit` was called.
+    """A locked folder beside the target, as a context: removed on the way out unless it was put in place or is kept.
 
     The lock is on the folder itself, so that it goes with the process that held it; whoever finds the folder without a
     lock may clear it away.
@@ -169,7 +188,9 @@ class Staging:
     ) -> None:
         # After one signal the next must end the process at once, also in the middle of cleaning up.
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        keep = (stopped or isinstance(error, OutputError)) and self._is_worth_keeping()
+        # A disk that fails says nothing against what is finished; a source that is wrong does.
+        failed = isinstance(error, OutputError) or isinstance(getattr(error, "__cause__", None), OSError)
+        keep = (stopped or failed) and self._is_worth_keeping()
         if keep and isinstance(error, T5g2Error):
             error.hint = "the finished shards are kept, and --resume goes on with them"
         with nullcontext() if stopped else _uninterrupted():

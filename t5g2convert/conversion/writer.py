@@ -79,7 +79,7 @@ def write_shards(
         kept: sha256 by name of the shards that are there already.
         allow_nonfinite: Copy NaN and infinity as they are.
         flush: Wait until the disk has every byte.
-        progress: Told of every piece written.
+        progress: Told of every piece that is done: written, kept, or read in vain.
 
     Raises:
         CheckpointError: The source changed since it was planned, or holds NaN, infinity, or values that cannot be cast.
@@ -140,9 +140,12 @@ def _nonfinite(copier: Copier, plan: Plan) -> Iterator[str]:
         return
     import numpy as np
 
-    shapes = {tensor.origin: tensor.shape for tensor in plan.tensors}
-    for name, (element, what) in copier.nonfinite.items():
-        place = ", ".join(str(index) for index in np.unravel_index(element, shapes[name]))
+    shapes = {tensor.origin or "": tensor.shape for tensor in plan.tensors if tensor.content.kind in ("copy", "cast")}
+    for name, shape in shapes.items():
+        if name not in copier.nonfinite:
+            continue
+        element, what = copier.nonfinite[name]
+        place = ", ".join(str(index) for index in np.unravel_index(element, shape))
         yield f"{name}[{place}] is {what}"
 
 

@@ -275,10 +275,13 @@ def _resolve_drop(
         collector.used.add(name)
         equals = None
         if drop.must_equal is not None:
-            equals = tensors.get(others.get(index, others.get(None, "")))
+            other = others.get(index, others.get(None, drop.must_equal))
+            if other in collector.missing:
+                continue  # it is told with everything that is missing
+            equals = tensors.get(other)
             if equals is None:
                 raise MappingError(
-                    f"{name} can be dropped only if it equals {drop.must_equal}, which is not there",
+                    f"{name} can be dropped only if it equals {other}, which is not there",
                     where=collector.checkpoint.path,
                 )
         yield ResolvedDrop(drop, tensors[name], equals)

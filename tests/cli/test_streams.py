@@ -12,12 +12,12 @@ FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 
 
-def run(*arguments: str | Path, unbuffered: bool) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, unbuffered: bool, both: bool = False) -> subprocess.CompletedProcess[str]:
     with FULL.open("wb") as full:
         return subprocess.run(
             [sys.executable, *["-u"] * unbuffered, "-m", "t5g2convert", *map(str, arguments)],
             stdout=full,
-            stderr=subprocess.PIPE,
+            stderr=full if both else subprocess.PIPE,
             text=True,
             timeout=60,
             check=False,
@@ -53,3 +53,8 @@ def test_an_error_keeps_its_code_when_its_document_is_lost(tmp_path: Path, unbuf
     assert ended.returncode == 3
     assert ended.stderr.count("\n") == 1
     assert "no such folder" in ended.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--debug"], ["--json"]], ids=["plain", "debug", "json"])
+def test_an_error_keeps_its_code_when_nothing_can_be_said(tmp_path: Path, options: list[str]) -> None:
+    assert run("plan", tmp_path / "absent", *options, unbuffered=False, both=True).returncode == 3

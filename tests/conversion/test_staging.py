@@ -509,6 +509,43 @@ def test_O5_data_is_flushed_before_the_rename_and_the_parent_after_it(
     assert trace[len(files) :] == [f"flush {staged}", f"rename {staged} {target}", f"flush {tmp_path}"]
 
 
+SIGNALLED: Final = """
+import os, signal, sys
+from t5g2convert.cli.main import main
+
+real, seen = os.rename, 0
+
+def rename(one, other):
+    global seen
+    real(one, other)
+    seen += 1
+    if seen == int(sys.argv[1]):
+        # To the process, so that any of its threads may take it; given time to arrive.
+        os.kill(os.getpid(), int(sys.argv[2]))
+        for _ in range(200):
+            os.stat(other)
+
+os.rename = rename
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("after", [1, 2])
+def test_O3_a_signal_to_any_thread_in_the_middle_of_the_swap_waits(
+    source: Path, tmp_path: Path, after: int, number: signal.Signals, finished: dict[str, bytes]
+) -> None:
+    """numpy has threads of its own, which a signal mask of the main thread does not cover."""
+    target = tmp_path / "out"
+    write_old(target)
+    command = [sys.executable, "-c", SIGNALLED, str(after), str(int(number)), "convert", source, target, "--overwrite"]
+    run = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 128 + number
+    assert run.stderr == f"t5g2: stopped by signal {int(number)}\n"
+    assert contents(target) == finished
+    assert names(tmp_path) == {"out"}
+
+
 # Two at once
 
 

@@ -247,3 +247,10 @@ def test_I6_a_drop_whose_counterpart_is_not_there_is_refused(equals: str, demo_s
             MappingError, match=r"lm_head\.weight can be dropped only if it equals embed_tokens\.misspelt"
         ):
             plan(demo_source, mapping=str(mapping))
+
+
+def test_I5_a_head_without_the_embedding_is_told_as_the_embedding_missing(demo_source: Path) -> None:
+    table = "language_model.model.embed_tokens.weight"
+    edit(demo_source, lambda tensors: tensors.update({"lm_head.weight": tensors.pop(table)}))
+    error = refusal(demo_source)
+    assert any(detail.startswith(f"missing: {table}") for detail in error.details)
