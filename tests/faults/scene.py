@@ -86,11 +86,13 @@ class Mode:
 
     Attributes:
         overwrite: Whether an old target is replaced.
+        resume: Whether the run takes up what the killed one had finished, of which a shard has gone since.
         killed: Where a run before this one was killed.
         failing: A fault that the run has in any case, so that it must clean up.
     """
 
     overwrite: bool = False
+    resume: bool = False
     killed: str | None = None
     failing: str | None = None
 
@@ -100,6 +102,8 @@ MODES: Final = {
     "overwrite": Mode(overwrite=True),
     "failing": Mode(failing="fsync:error=EIO:when=1"),
     "after-kill": Mode(killed="rename,renameat2:signal=KILL:when=1"),
+    # Killed when the journal was about to go: all shards are finished.
+    "resumed": Mode(resume=True, killed="?unlink,?unlinkat:signal=KILL:when=1"),
     "after-torn-swap": Mode(overwrite=True, killed="rename,renameat2:signal=KILL:when=2"),
 }
 
@@ -123,7 +127,7 @@ class Scene:
         return self.folder / "work/new/out"
 
     def arguments(self, mode: str) -> list[str | Path]:
-        options = ["--overwrite"] * MODES[mode].overwrite
+        options = ["--overwrite"] * MODES[mode].overwrite + ["--resume"] * MODES[mode].resume
         return ["convert", self.source, self.target, "--max-shard-size", str(SHARD_BYTES), *options]
 
     def lay(self, mode: str) -> None:
@@ -144,6 +148,8 @@ class Scene:
             assert run.code == -9
             assert contents(self.target) is None
             assert any(contents(path) == OLD for path in self.target.parent.iterdir()) == MODES[mode].overwrite
+            if MODES[mode].resume:
+                next(self.target.parent.rglob("model-00002-*")).unlink()
             self.templates[mode] = self.folder / mode
             shutil.copytree(work, self.templates[mode])
 
@@ -176,7 +182,7 @@ class Scene:
         failing = MODES[mode].failing
         number = 0 if failing is None else self._before(mode, calls, "(INJECTED)")
         # Once it has cleared away what the killed one left, such a run is like any other.
-        last = None if MODES[mode].killed is None else self._before(mode, calls, "O_CREAT")
+        last = None if MODES[mode].killed is None or MODES[mode].resume else self._before(mode, calls, "O_CREAT")
         while last is None or number < last:
             number += 1
             self.lay(mode)
@@ -245,7 +251,7 @@ class Scene:
             wrong.append(f"the target holds {sorted(found or ())}")
         recoverable = overwrite and found is None
         # A run that gets nowhere leaves what another left.
-        left = set() if killed or (cleaning and not stopped) else beside(self.target) - before
+        left = set() if killed or MODES[mode].resume or (cleaning and not stopped) else beside(self.target) - before
         if left and not (before and left == {EMPTY}):
             wrong.append(f"{sorted(left)} left beside")
         if recoverable:

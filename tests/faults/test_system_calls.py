@@ -46,6 +46,19 @@ def points() -> list[tuple[str, str, str]]:
         "overwrite": swapping,
         "failing": clearing,
         "after-kill": clearing,
+        "resumed": (
+            "openat",
+            "write",
+            "pwrite",
+            "pread",
+            "read",
+            "fsync",
+            "rename",
+            "close",
+            "fchmod",
+            "list",
+            *CLEANING,
+        ),
         "after-torn-swap": ("openat", "rename", "close", *CLEANING),
     }
     return [

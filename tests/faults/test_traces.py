@@ -52,7 +52,7 @@ def _flushes(call: Call) -> bool:
     return call.text.endswith("= 0")
 
 
-@pytest.mark.parametrize("mode", ["new", "overwrite", "failing", "after-kill", "after-torn-swap"])
+@pytest.mark.parametrize("mode", ["new", "overwrite", "failing", "after-kill", "resumed", "after-torn-swap"])
 def test_every_call_on_our_files_is_swept(scene: Scene, mode: str) -> None:
     swept = {name for names in ALL.values() for name in names.replace("?", "").split(",")}
     assert {call.name for call in scene.trace(mode).calls} - swept - HARMLESS == set()
@@ -66,3 +66,8 @@ def test_the_result_that_all_others_are_compared_with_is_verified(
     command = [sys.executable, "-m", "t5g2convert", "verify", str(tmp_path), "--source", str(source)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_resumed_run_writes_only_the_shard_that_has_gone(scene: Scene) -> None:
+    created = {Path(call.paths[-1]).name for call in scene.trace("resumed").calls if "O_CREAT" in call.text}
+    assert {name for name in created if name.endswith(".safetensors")} == {"model-00002-of-00003.safetensors"}
