@@ -230,7 +230,8 @@ class Scene:
         call, overwrite = run.calls[hit], MODES[mode].overwrite
         if not self._ours(call):
             return ["the harness hit a file that is not ours"]
-        killed = run.code == -9
+        # Two threads that come to their N-th call bring two signals, and the second ends the process at once.
+        killed = run.code == -9 or (stopped != 0 and run.code == -stopped and run.injected > 1)
         committed = any(self._commits(earlier) for earlier in run.calls[:hit])
         cleaning = committed or call.name in CLEANING or MODES[mode].failing is not None
         wrong = []

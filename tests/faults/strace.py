@@ -56,6 +56,11 @@ class Run:
             return max(number for number, call in enumerate(self.calls) if call.text.rstrip().endswith(("= ?", "...>")))
         return failed[-1] if failed else None
 
+    @property
+    def injected(self) -> int:
+        """How many faults there were: with `when=N` every thread that comes to its N-th call has one."""
+        return sum(call.text.count("(INJECTED)") for call in self.calls)
+
 
 def parse(log: str) -> tuple[Call, ...]:
     """The calls of a log; one that another thread interrupted is put together again."""

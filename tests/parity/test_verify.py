@@ -447,8 +447,8 @@ def test_a_faulty_map_ends_the_work(twin_folder: TwinFolder, converted_twin: Twi
 
 def test_an_output_that_is_no_folder_is_said(twin_folder: TwinFolder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for name in ("file", "missing"):
-        with pytest.raises(CheckpointError, match="no such folder"):
+    for name, says in (("file", "is a file, expected a checkpoint folder"), ("missing", "no such folder")):
+        with pytest.raises(CheckpointError, match=says):
             verify(tmp_path / name, twin_folder("text-8"))
 
 
