@@ -59,10 +59,10 @@ def convert(
     debug: DebugOption = False,
 ) -> None:
     """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder."""
+    from t5g2convert.checkpoint.roles import Folders
     from t5g2convert.conversion.convert import execute
     from t5g2convert.conversion.planner import build_plan
     from t5g2convert.conversion.staging import check_target
-    from t5g2convert.mapping.roles import Folders
 
     folders = Folders(source, vision_from=vision_from)
     check_target(output, *folders.all, overwrite=overwrite)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from t5g2convert.checkpoint.folder import some
+from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.journal import Journal
@@ -15,7 +16,6 @@ from t5g2convert.conversion.planner import build_plan
 from t5g2convert.conversion.staging import Staging, check_space, check_target
 from t5g2convert.conversion.writer import Written, write_shards
 from t5g2convert.errors import UsageError
-from t5g2convert.mapping.roles import Folders
 
 Judge = Callable[[Path], None]
 """Raises if a folder is not what it should be."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -17,6 +17,9 @@ KEEP: Final = "keep"
 """`--dtype` and `--rope-scaling` that change nothing."""
 
 PROJECTORS: Final = ("copy", "zeros", "aligned")
+
+UNRECORDED: Final = frozenset({"mapping", "vision_from"})
+"""Options that the manifest has in other words: a map by its sha256, a donor by its files."""
 
 
 class PlanOptions(TypedDict, total=False):
@@ -112,12 +115,8 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: the options that differ from their defaults and are no paths."""
-        given = {
-            field.name: value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) != field.default and field.name not in ("mapping", "vision_from")
-        }
-        return {name: value for name, value in asdict(self).items() if name in given}
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default and name not in UNRECORDED}
 
 
 def _preset(name: str, model: SourceModel, weight_map: WeightMap) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def recorded_options(record: Mapping[str, Any]) -> PlanOptions:
     Raises:
         UsageError: It tells of an option that there is not.
     """
-    known = {field.name for field in fields(Options)} - {"mapping", "vision_from"}
+    known = {field.name for field in fields(Options)} - UNRECORDED
     if strange := record.keys() - known:
         raise UsageError(
             f"t5g2.json was made with options that this version does not know: {', '.join(sorted(strange))}"

@@ -5,6 +5,7 @@ from typing import Unpack
 
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.gemma3 import Gemma3
+from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import ReadOptions
@@ -14,11 +15,10 @@ class Parent:
     """The source of a conversion, and the donor of its vision tower if it has one.
 
     Attributes:
-        path: The source's folder.
+        folders: Where both lie.
         checkpoint: The source.
         gemma: What it computes.
-        vision_from: The donor's folder; None where images are the source's own, or there are none.
-        donor: The donor.
+        donor: The donor; None where images are the source's own, or there are none.
 
     Args:
         path: The source's folder.
@@ -29,11 +29,10 @@ class Parent:
     """
 
     def __init__(self, path: Path, vision_from: Path | None = None) -> None:
-        self.path = path
+        self.folders = Folders(path, vision_from=vision_from)
         self.checkpoint = open_checkpoint(path)
         self.gemma = Gemma3Reference(self.checkpoint)
         self.donor = None if vision_from is None else open_checkpoint(vision_from)
-        self.vision_from = vision_from
         self._seeing = self.gemma if self.donor is None else Gemma3Reference(self.donor)
 
     @property
@@ -56,5 +55,4 @@ class Parent:
 
     def holds(self, path: Path) -> bool:
         """Whether a path is in one of the folders read, and so its faults are not the output's."""
-        folders = [self.path] if self.donor is None else [self.path, self.donor.path]
-        return any(path.is_relative_to(folder) for folder in folders)
+        return any(path.is_relative_to(folder) for folder in self.folders.all)

@@ -9,6 +9,7 @@ import torch
 
 from t5g2convert import convert
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.parity.provenance import replay
 from t5g2convert.parity.report import Check
@@ -47,12 +48,12 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: dict[Path, Plan] = {}
     references: dict[object, Gemma3Reference] = {}
 
-    def replayed(source: Path, manifest: Document, mapping: str | None, *, vision_from: Path | None = None) -> Plan:
-        if manifest.get("options") or mapping or vision_from:
-            return replay(source, manifest, mapping, vision_from=vision_from)
-        if source not in plans:
-            plans[source] = replay(source, {}, None)
-        return plans[source]
+    def replayed(folders: Folders, manifest: Document, mapping: str | None) -> Plan:
+        if manifest.get("options") or mapping or folders.vision_from:
+            return replay(folders, manifest, mapping)
+        if folders.source not in plans:
+            plans[folders.source] = replay(folders, {}, None)
+        return plans[folders.source]
 
     def opened(parent: Checkpoint, **options: Any) -> Gemma3Reference:
         if parent.nbytes > 1_000_000:
