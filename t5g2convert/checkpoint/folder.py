@@ -146,6 +146,22 @@ def regular_file(path: Path) -> Path:
     return path
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file is there.
+
+    Raises:
+        CheckpointError: It is there and is no file, like a link that leads nowhere; or the disk cannot tell.
+    """
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+    regular_file(path)
+    return True
+
+
 def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
     """The safetensors files to read, the index if it counts, and notes."""
     has_single = os.path.lexists(path / SINGLE_FILE)

@@ -9,9 +9,10 @@ from typing import Any, Final, Unpack
 
 from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, read_json_object, regular_file
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, is_there, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
+from t5g2convert.conversion.files import plan_files
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.notes import plan_notes
 from t5g2convert.conversion.options import KEEP, Options, PlanOptions
@@ -34,7 +35,7 @@ from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.resolve import Graft, Resolution, Resolved, resolve
-from t5g2convert.mapping.schema import WeightMap, count_parameters
+from t5g2convert.mapping.schema import count_parameters
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
@@ -82,6 +83,7 @@ def plan_checkpoint(
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     changes = tuple(_changes(resolution, drafts, config, model_dtype))
     _check_target(drafts, config, loaded)
+    beside = plan_files(weight_map, resolution)
     tensors, shards = lay_out(drafts, options.max_shard_bytes)
     counted: Counter[str] = Counter()
     for tensor in tensors:
@@ -106,10 +108,14 @@ def plan_checkpoint(
         ),
         changes=changes,
         tied={name: item.target for item in resolution.targets for name in item.row.tied},
-        carried_files=_carried_files(weight_map, checkpoint),
+        files=beside.files,
+        tokens=beside.tokens,
         config=config,
         generation_config=fill(weight_map.generation_config, generation, resolution.model.conditions),
-        notes=tuple(plan_notes(resolution, drafts, changes, options, weight_map, dtype=CONFIG_NAMES[model_dtype])),
+        notes=(
+            *plan_notes(resolution, drafts, changes, options, weight_map, dtype=CONFIG_NAMES[model_dtype]),
+            *beside.notes,
+        ),
     )
 
 
@@ -207,7 +213,7 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
 def _generation_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
     """The end tokens of the source's generation_config.json win over those of its config.json: -it models have more."""
     path = checkpoint.path / "generation_config.json"
-    if not _is_there(path):
+    if not is_there(path):
         return dict(values)
     generation = read_json_object(path)
     tokens = parse_section(_Generation, generation, path).eos_token_id
@@ -253,26 +259,6 @@ def _mismatch(draft: Draft, implied: ImpliedTensor) -> str:
 def _suggest(name: str, others: Sequence[str]) -> str:
     hint = did_you_mean(name, others) if len(others) <= 50 else None
     return f" ({hint})" if hint else ""
-
-
-def _carried_files(weight_map: WeightMap, checkpoint: Checkpoint) -> tuple[str, ...]:
-    return tuple(name for name in weight_map.files.carry if _is_there(checkpoint.path / name))
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a file is there.
-
-    Raises:
-        CheckpointError: It is there and is no file, like a link that leads nowhere; or the disk cannot tell.
-    """
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
-    regular_file(path)
-    return True
 
 
 def _changes(
