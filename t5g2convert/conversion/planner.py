@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, read_json_object, regular_file
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.plan import (
@@ -83,7 +83,7 @@ def plan_checkpoint(checkpoint: Checkpoint, loaded: LoadedMap, *, dtype: str, ma
     return Plan(
         mapping=weight_map.name,
         mapping_sha256=loaded.sha256,
-        source=checkpoint.path.resolve().name,
+        source=checkpoint.name,
         family=resolution.model.family,
         layout=dict(resolution.layout),
         dtype=CONFIG_NAMES[model_dtype],
@@ -167,7 +167,7 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
 def _generation_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
     """The end tokens of the source's generation_config.json win over those of its config.json: -it models have more."""
     path = checkpoint.path / "generation_config.json"
-    if not _is_there(path):
+    if not checkpoint.holds(path.name):
         return dict(values)
     generation = read_json_object(path)
     tokens = parse_section(_Generation, generation, path).eos_token_id
@@ -216,23 +216,7 @@ def _suggest(name: str, others: Sequence[str]) -> str:
 
 
 def _carried_files(weight_map: WeightMap, checkpoint: Checkpoint) -> tuple[str, ...]:
-    return tuple(name for name in weight_map.files.carry if _is_there(checkpoint.path / name))
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a file is there.
-
-    Raises:
-        CheckpointError: It is there and is no file, like a link that leads nowhere; or the disk cannot tell.
-    """
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
-    regular_file(path)
-    return True
+    return tuple(name for name in weight_map.files.carry if checkpoint.holds(name))
 
 
 def _changes(
