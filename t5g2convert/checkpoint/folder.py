@@ -27,18 +27,26 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a model of the Hub: its size in bytes, and its sha256 where the Hub tells it."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class HubOrigin:
     """The model of the Hub that a checkpoint is.
 
     Attributes:
         repo: Its name, `org/name`.
         revision: The sha of the commit.
-        files: Size in bytes of every file at its top level; offline, of those in the cache.
+        files: Every file at its top level; offline, those in the cache.
     """
 
     repo: str
     revision: str
-    files: Mapping[str, int]
+    files: Mapping[str, HubFile]
 
 
 @dataclass(frozen=True, slots=True)
