@@ -51,7 +51,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens to requests whose path fits: so many times a status, or a connection cut after so many bytes."""
+    """What happens so many times to requests whose path fits: a status, a cut after so many bytes, or something else."""
 
     path: str
     times: int
@@ -59,6 +59,8 @@ class Fault:
     cut_after: int | None = None
     method: str = "GET"
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    before: Callable[[], object] | None = None
 
 
 class Hub:
@@ -143,11 +145,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        # The slashes of a branch's name are quoted.
+        path = urlsplit(self.path).path
         fault = self.hub.fault(self.command, path)
+        self._cut_after = None if fault is None else fault.cut_after
         try:
+            if fault is not None and fault.before is not None:
+                fault.before()
             if fault is not None and fault.status is not None:
-                return self._send(fault.status, b"", dict(fault.headers))
+                return self._send(fault.status, fault.body, fault.headers)
             routes: dict[str, Callable[..., None]] = {
                 r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?": self._info,
                 r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
@@ -155,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for pattern, route in routes.items():
                 if found := re.fullmatch(pattern, path):
-                    return route(*found.groups(), cut_after=None if fault is None else fault.cut_after)
+                    return route(*(part and unquote(part) for part in found.groups()))
             self._send(404, b"{}", {})
         except _Refusal as refusal:
             self._send(refusal.status, b"", refusal.headers)
@@ -179,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha
 
-    def _info(self, name: str, revision: str | None, **_: Any) -> None:
+    def _info(self, name: str, revision: str | None) -> None:
         repo = self._repo(name)
         sha = self._commit(repo, revision)
         files = [_described(file, data) for file, data in repo.commits[sha].items()]
@@ -187,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         document = {"_id": "0", "id": name, "modelId": name, "sha": sha, "gated": gated, "tags": [], "siblings": files}
         self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
-    def _resolve(self, name: str, revision: str, file: str, *, cut_after: int | None) -> None:
+    def _resolve(self, name: str, revision: str, file: str) -> None:
         """A regular file itself, or the way to an LFS file."""
         repo = self._repo(name)
         if repo.gated_to is not None and self._user not in repo.gated_to:
@@ -198,27 +204,27 @@ class _Handler(BaseHTTPRequestHandler):
         data = repo.commits[sha][file]
         headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
         if not _is_large(file, data):
-            return self._send_file(data, headers, cut_after)
+            return self._send_file(data, headers)
         headers |= {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
         return self._send(302, b"", {**headers, "Location": f"{self.hub.storage_url}/lfs/{name}/{sha}/{file}"})
 
-    def _content(self, name: str, sha: str, file: str, *, cut_after: int | None) -> None:
+    def _content(self, name: str, sha: str, file: str) -> None:
         """The bytes of an LFS file. Who has its address may read it; a token must not get here."""
         if "Authorization" in self.headers:
             raise _Refusal(400)
-        self._send_file(self.hub.repos[name].commits[sha][file], {}, cut_after)
+        self._send_file(self.hub.repos[name].commits[sha][file], {})
 
-    def _send_file(self, data: bytes, headers: dict[str, str], cut_after: int | None) -> None:
+    def _send_file(self, data: bytes, headers: dict[str, str]) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked is None or not self.hub.knows_ranges:
-            return self._send(200, data, headers, cut_after)
+            return self._send(200, data, headers)
         start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
         if start >= len(data):
             return self._send(416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"})
         headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-        return self._send(206, data[start : end + 1], headers, cut_after)
+        return self._send(206, data[start : end + 1], headers)
 
-    def _send(self, status: int, body: bytes, headers: Mapping[str, str], cut_after: int | None = None) -> None:
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -226,8 +232,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         sent = 0
         if self.command != "HEAD":
-            sent = self._write(body if cut_after is None else body[:cut_after])
-        if cut_after is not None:
+            sent = self._write(body[: self._cut_after])
+        if self._cut_after is not None:
             self.close_connection = True
         self.hub.note(Request(self.command, self.path, self.headers.get("Range"), status, sent))
 
