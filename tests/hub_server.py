@@ -51,7 +51,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens so many times to requests whose path fits: a status, a cut after so many bytes, or something else."""
+    """What happens so many times to requests whose path fits: a status, a cut after so many bytes, or a call."""
 
     path: str
     times: int

@@ -6,7 +6,7 @@ All downloads are huggingface_hub's, with its cache and its settings: HF_TOKEN, 
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -107,6 +107,31 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
                 "has another header than the Hub has", where=checkpoint.path / name, hint="remove it, and start again"
             )
     return replace(checkpoint, files={**checkpoint.files, **headers})
+
+
+def open_whole(source: str | Path, told: Callable[[str], None]) -> Checkpoint:
+    """Open a checkpoint, all its weights and JSON files being here: those of a model of the Hub are fetched.
+
+    Args:
+        source: As `open_source`.
+        told: Told what is being fetched, in words, whenever that has changed.
+
+    Raises:
+        CheckpointError: It is not sound.
+        HubError: The Hub has no such model, does not give it out, or cannot be reached.
+        OutputError: The cache's disk has too little room or fails.
+    """
+    checkpoint = open_source(source)
+    total, done, shown = max(missing_bytes(checkpoint, checkpoint.files), 1), 0, -1
+
+    def progress(count: int) -> None:
+        nonlocal done, shown
+        done += count
+        if done * 100 // total > shown:
+            shown = done * 100 // total
+            told(f"download of {checkpoint.name}, {shown}%")
+
+    return fetch(checkpoint, checkpoint.files, progress=progress)
 
 
 def _absent(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
