@@ -152,6 +152,17 @@ def _check_room(checkpoint: Checkpoint, absent: list[str]) -> None:
 
 def _open_online(hub_id: HubId) -> Checkpoint:
     """Ask the Hub for the commit and its files, read the small ones, and the headers of the others."""
+    # A branch may move between the two questions that are asked of it. Or the Hub fails at the second, and its client
+    # falls back on a commit that was fetched before.
+    place = _pinned(hub_id) or _pinned(hub_id)
+    if place is None:
+        raise HubError("the commit of the branch cannot be told", where=str(hub_id), hint="try again, or give a commit")
+    place.fetch_small()
+    return read_checkpoint(place, place.hub)
+
+
+def _pinned(hub_id: HubId) -> Repository | None:
+    """The commit that the Hub names, with its config.json in the cache; None if that is of another commit."""
     from huggingface_hub import constants
 
     api, config = hub_api(), "config.json"
@@ -169,12 +180,7 @@ def _open_online(hub_id: HubId) -> Checkpoint:
         # By the revision's name, which so gets into the cache for a later run offline.
         path = api.hf_hub_download(hub_id.repo, config, revision=hub_id.revision, tqdm_class=silent_bar())
         snapshot = Path(path).parent
-    if snapshot.name != info.sha:
-        # The branch has moved since it was asked; a commit stays what it is.
-        return _open_online(HubId(hub_id.repo, snapshot.name))
-    place = Repository(snapshot, HubOrigin(hub_id.repo, snapshot.name, files))
-    place.fetch_small()
-    return read_checkpoint(place, place.hub)
+    return Repository(snapshot, HubOrigin(hub_id.repo, snapshot.name, files)) if snapshot.name == info.sha else None
 
 
 def _listed(siblings: Iterable[Any] | None) -> dict[str, HubFile]:

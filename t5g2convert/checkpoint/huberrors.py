@@ -89,7 +89,7 @@ def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> 
             told = "is gated, and the token's user has no access" if known else "is gated, and no token was given"
             hint = f"accept the terms at {_endpoint()}/{repo}, then: {LOGIN_HINT}"
         case errors.RevisionNotFoundError():
-            told, hint = f"has no revision {revision!r}", "give a branch, a tag or a commit after the @"
+            told, hint = f"has no revision {revision or 'main'!r}", "give a branch, a tag or a commit after the @"
         case errors.RepositoryNotFoundError() if known:
             told = f"{absent}, or the token may not read it"
             hint = f"look at the name; another token: {LOGIN_HINT}"

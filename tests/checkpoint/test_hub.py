@@ -456,6 +456,15 @@ def test_a_branch_that_moves_while_it_is_opened_is_opened_as_it_is_then(hub: Hub
     assert list(checkpoint.tensors) == ["c"]
 
 
+def test_a_commit_that_was_fetched_before_is_not_taken_for_the_branch(hub: Hub, single: Path) -> None:
+    hub.add(REPO, single)
+    open_source(REPO)
+    hub.repos[REPO].commit({"config.json": b"{}", SINGLE_FILE: weights(["c"])})
+    hub.faults.append(Fault("resolve/main", 99, status=503, method="HEAD"))
+    with pytest.raises(HubError, match="the commit of the branch cannot be told"):
+        open_source(REPO)
+
+
 @pytest.mark.parametrize("revision", ["v1.0", "refs/pr/1", "feature/long context"])
 def test_branches_and_tags_are_found(revision: str, hub: Hub, single: Path) -> None:
     hub.add(REPO, single)
