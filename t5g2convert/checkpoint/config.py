@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import Annotated, Any, Final, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -67,6 +67,18 @@ class SourceModel(Protocol):
     @property
     def values(self) -> Mapping[str, Scalar]:
         """Config values, for `$name` in the target's config."""
+
+    def with_vision_of(self, donor: Self, projector: str | None) -> Self:
+        """This model with the vision tower of another of its family.
+
+        Args:
+            donor: The other model.
+            projector: How the donor's projector comes to this model's width: copy, zeros or aligned; None for the first
+                that is possible without computing.
+
+        Raises:
+            MappingError: This model has a tower already, the donor has none, or the projector cannot be had so.
+        """
 
 
 def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path, section: str = "") -> Section:

@@ -8,7 +8,7 @@ larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -27,7 +27,7 @@ from t5g2convert.checkpoint.config import (
     parse_section,
     subsection,
 )
-from t5g2convert.errors import CheckpointError
+from t5g2convert.errors import CheckpointError, MappingError
 
 MULTIMODAL: Final = "gemma3"
 TEXT_ONLY: Final = "gemma3_text"
@@ -92,17 +92,43 @@ class Gemma3Tokens(ConfigSection):
 
 @dataclass(frozen=True, slots=True)
 class Gemma3:
-    """A Gemma 3 model as its config describes it; `vision` is None for a text-only model."""
+    """A Gemma 3 model as its config describes it.
+
+    Attributes:
+        family: The `model_type` of its config.
+        text: Its text model.
+        vision: Its vision tower; None for a text-only model.
+        tokens: How images stand among its tokens.
+        projector: Where the projector comes from: `copy`, or for the tower of a donor `zeros` or `aligned`.
+        projected_width: Hidden width that the projector leads to as it is stored, in elements.
+    """
 
     family: str
     text: Gemma3Text
     vision: SiglipVision | None
     tokens: Gemma3Tokens
+    projector: str = "copy"
+    projected_width: int | None = None
 
     @property
     def conditions(self) -> frozenset[str]:
-        """`vision` or `text_only`."""
-        return frozenset({"text_only" if self.vision is None else "vision"})
+        """`text_only`, or `vision` and where the projector comes from."""
+        return frozenset({"text_only"} if self.vision is None else {"vision", f"projector_{self.projector}"})
+
+    def with_vision_of(self, donor: "Gemma3", projector: str | None) -> "Gemma3":
+        """This text-only model with the vision tower of another; see `SourceModel`."""
+        if self.vision is not None:
+            raise MappingError("--vision-from is for sources without images; this one has a vision tower of its own")
+        if donor.vision is None:
+            raise MappingError("the checkpoint given by --vision-from has no vision tower")
+        width, same = donor.text.hidden_size, donor.text.hidden_size == self.text.hidden_size
+        projector = projector or ("copy" if same else "zeros")
+        if projector == "copy" and not same:
+            raise MappingError(
+                f"the donor's projector leads to width {width}, the source has {self.text.hidden_size}",
+                hint="--projector zeros or aligned",
+            )
+        return replace(self, vision=donor.vision, tokens=donor.tokens, projector=projector, projected_width=width)
 
     @property
     def symbols(self) -> Mapping[str, int]:
@@ -116,6 +142,7 @@ class Gemma3:
             "key_value": text.num_key_value_heads * text.head_dim,
             "head": text.head_dim,
             "layers": text.num_hidden_layers,
+            "projected": self.projected_width or text.hidden_size,
             "eoi_token": self.tokens.eoi_token_index,
             "vision_hidden": vision.hidden_size,
             "vision_intermediate": vision.intermediate_size,
@@ -128,7 +155,7 @@ class Gemma3:
     @property
     def fields(self) -> Mapping[str, str]:
         """Where the symbols stand in config.json."""
-        text = "" if self.vision is None else "text_config."
+        text = "text_config." if self.family == MULTIMODAL else ""
         return {
             "rows": f"{text}vocab_size",
             "hidden": f"{text}hidden_size",

@@ -99,7 +99,9 @@ class _Manifest(ConfigSection, extra="forbid"):
     format: Literal[1]
     tool: _Tool
     mapping: _Mapping
+    options: dict[str, Any]
     source: _Source
+    vision_from: _Source | None = None
     dtype: str
     parameters: dict[str, NonNegativeInt]
     dropped: list[_Dropped]

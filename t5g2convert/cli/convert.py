@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes, size_text
-from t5g2convert.cli.options import DtypeOption, MappingOption, ShardOption, SourceArgument, parse_size
+from t5g2convert.cli.options import (
+    DtypeOption,
+    MappingOption,
+    PresetOption,
+    ProjectorOption,
+    RidgeOption,
+    RopeOption,
+    ShardOption,
+    SourceArgument,
+    VisionFromOption,
+    WindowOption,
+    parse_size,
+)
 from t5g2convert.cli.verify import print_report, require_passed, shown_progress
 from t5g2convert.printable import printable
 
@@ -21,6 +33,12 @@ def convert(
     source: SourceArgument,
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     mapping: MappingOption = None,
+    vision_from: VisionFromOption = None,
+    projector: ProjectorOption = None,
+    ridge: RidgeOption = 0.0,
+    rope_scaling: RopeOption = "keep",
+    sliding_window: WindowOption = None,
+    preset: PresetOption = None,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     hashing: Annotated[bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files in t5g2.json.")] = True,
@@ -44,9 +62,22 @@ def convert(
     from t5g2convert.conversion.convert import execute
     from t5g2convert.conversion.planner import build_plan
     from t5g2convert.conversion.staging import check_target
+    from t5g2convert.mapping.roles import Folders
 
-    check_target(output, source, overwrite=overwrite)
-    plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=parse_size(max_shard_size))
+    folders = Folders(source, vision_from=vision_from)
+    check_target(output, *folders.all, overwrite=overwrite)
+    plan = build_plan(
+        source,
+        mapping=mapping,
+        vision_from=vision_from,
+        projector=projector,
+        ridge=ridge,
+        rope_scaling=rope_scaling,
+        sliding_window=sliding_window,
+        preset=preset,
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+    )
     reports: list[Report] = []
 
     def judge(folder: Path) -> None:
@@ -54,13 +85,13 @@ def convert(
 
         bar.stop()
         with shown_progress() as told:
-            reports.append(judge_folder(folder, source, mapping=mapping, progress=told))
+            reports.append(judge_folder(folder, source, vision_from=vision_from, mapping=mapping, progress=told))
         require_passed(reports[0], output)
 
     with ProgressBar(plan.nbytes) as bar:
         done = execute(
             plan,
-            source,
+            folders,
             output,
             overwrite=overwrite,
             hashing=hashing,

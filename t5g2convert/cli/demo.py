@@ -62,6 +62,7 @@ def demo(
     from t5g2convert.conversion.planner import build_plan
     from t5g2convert.conversion.staging import check_target
     from t5g2convert.mapping.inspection import inspect
+    from t5g2convert.mapping.roles import Folders
     from t5g2convert.parity.verify import verify
     from t5g2convert.reference.generation import write
 
@@ -82,7 +83,7 @@ def demo(
         screen.print("   the source is read once; what serves both stacks is written twice\n")
         screen.print(draw_plan(plan), soft_wrap=True)
 
-        execute(plan, source, output)
+        execute(plan, Folders(source), output)
         screen.print("3  The result", style="bold")
         child = inspect(output)
         screen.print(f"   {child.family}: {len(child.tensors)} tensors\n")

@@ -49,6 +49,35 @@ MappingOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
 ]
+VisionFromOption = Annotated[
+    Path | None,
+    typer.Option("--vision-from", help="A Gemma 3 folder whose vision tower a source without images gets."),
+]
+ProjectorOption = Annotated[
+    Literal["copy", "zeros", "aligned"] | None,
+    typer.Option(
+        "--projector",
+        help="How the donor's projector comes to the source's width: zeros, or least squares between both embeddings.",
+        show_default="copy for equal widths, else zeros",
+    ),
+]
+RidgeOption = Annotated[float, typer.Option("--ridge", help="For --projector aligned: penalty on large maps.")]
+RopeOption = Annotated[
+    str,
+    typer.Option(
+        "--rope-scaling",
+        help="keep, or linear:F: in full layers positions are divided by F, and inputs may be as much longer.",
+        metavar="SCALING",
+    ),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option("--sliding-window", help="Tokens that a sliding layer sees.", show_default="the source's"),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="The settings of a release, as t5gemma-2-270m-270m.", metavar="NAME"),
+]
 ShardOption = Annotated[
     str,
     typer.Option("--max-shard-size", help="Largest sum of tensors in one file, as 5GB, 500MB or 4GiB.", metavar="SIZE"),

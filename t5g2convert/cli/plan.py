@@ -16,7 +16,19 @@ from t5g2convert.cli.console import (
     size_text,
     table,
 )
-from t5g2convert.cli.options import DtypeOption, MappingOption, ShardOption, SourceArgument, parse_size
+from t5g2convert.cli.options import (
+    DtypeOption,
+    MappingOption,
+    PresetOption,
+    ProjectorOption,
+    RidgeOption,
+    RopeOption,
+    ShardOption,
+    SourceArgument,
+    VisionFromOption,
+    WindowOption,
+    parse_size,
+)
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
@@ -29,6 +41,12 @@ def plan(
         Path, typer.Option("--output", help="Where the output would go; its disk's free space is shown.")
     ] = Path(),
     mapping: MappingOption = None,
+    vision_from: VisionFromOption = None,
+    projector: ProjectorOption = None,
+    ridge: RidgeOption = 0.0,
+    rope_scaling: RopeOption = "keep",
+    sliding_window: WindowOption = None,
+    preset: PresetOption = None,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     tensors: Annotated[bool, typer.Option("--tensors", help="List every target tensor.")] = False,
@@ -41,13 +59,26 @@ def plan(
     from t5g2convert.conversion.staging import free_bytes
     from t5g2convert.conversion.writer import peak_memory
 
-    made = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=parse_size(max_shard_size))
+    made = build_plan(
+        source,
+        mapping=mapping,
+        vision_from=vision_from,
+        projector=projector,
+        ridge=ridge,
+        rope_scaling=rope_scaling,
+        sliding_window=sliding_window,
+        preset=preset,
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+    )
     resources = {"disk_needed": made.nbytes, "disk_free": free_bytes(output), "peak_memory": peak_memory(made)}
     if as_json:
         emit_json(made.to_json() | resources)
         return
     out = console()
-    out.print(parameter_table(made.parameters, title=f"{printable(made.source)}: {made.family} to t5gemma2"))
+    out.print(
+        parameter_table(made.parameters, title=f"{printable(made.source.name)}: {made.source.family} to t5gemma2")
+    )
     out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
     counts = Counter(tensor.shard for tensor in made.tensors)

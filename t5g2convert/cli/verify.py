@@ -13,6 +13,7 @@ from t5g2convert.cli.options import (
     ImageOption,
     PassDtypeOption,
     TextOption,
+    VisionFromOption,
 )
 from t5g2convert.errors import OutputError, VerificationError
 from t5g2convert.printable import printable
@@ -34,6 +35,7 @@ def verify(
         Path | None,
         typer.Option("--source", help="The Gemma 3 folder that it was made of; without it little can be checked."),
     ] = None,
+    vision_from: VisionFromOption = None,
     mapping: Annotated[
         str | None,
         typer.Option(
@@ -64,6 +66,7 @@ def verify(
         report = judge(
             output,
             source,
+            vision_from=vision_from,
             mapping=mapping,
             dtype=dtype,
             device=device,

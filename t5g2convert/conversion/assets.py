@@ -9,15 +9,16 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import INDEX_FILE
 from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, seal
-from t5g2convert.conversion.plan import Plan
+from t5g2convert.conversion.plan import Plan, PlannedSource
 from t5g2convert.conversion.writer import Written
 from t5g2convert.errors import CheckpointError, OutputError
+from t5g2convert.mapping.roles import Folders
 from t5g2convert.version import __version__
 
 PIECE_BYTES: Final = 1 << 18
 
 
-def write_assets(plan: Plan, source: Path, folder: Path, written: Written, *, flush: bool) -> None:
+def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *, flush: bool) -> None:
     """Write everything but the shards; the manifest comes last.
 
     Raises:
@@ -30,7 +31,7 @@ def write_assets(plan: Plan, source: Path, folder: Path, written: Written, *, fl
     }
     documents = {"config.json": plan.config, "generation_config.json": plan.generation_config}
     contents: dict[str, Iterable[bytes]] = {name: [encode_json(document)] for name, document in documents.items()}
-    contents |= {name: _pieces(source / name) for name in plan.carried_files}
+    contents |= {name: _pieces(folders.path(name)) for name in plan.carried_files}
     if len(plan.shards) > 1:
         contents[INDEX_FILE] = [encode_json(_index(plan))]
     for name, pieces in contents.items():
@@ -41,15 +42,12 @@ def write_assets(plan: Plan, source: Path, folder: Path, written: Written, *, fl
 
 def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What made this folder, from what. No timestamps and no local paths: the same input gives the same bytes."""
-    sources = {
-        file.name: {"bytes": file.identity.size, "sha256": written.sources.get(file.name)} for file in plan.source_files
-    }
-    sources["config.json"] = {"bytes": plan.source_config.size, "sha256": plan.source_config.sha256}
     return {
         "format": FORMAT,
         "tool": {"name": "t5g2convert", "version": __version__},
         "mapping": {"name": plan.mapping, "sha256": plan.mapping_sha256},
-        "source": {"family": plan.family, "layout": dict(plan.layout), "files": sources},
+        "options": dict(plan.options),
+        **{role: _read_from(source, written) for role, source in plan.sources.items()},
         "dtype": plan.dtype,
         "parameters": dict(plan.parameters),
         "dropped": [{"name": drop.name, "because": drop.because} for drop in plan.dropped],
@@ -57,6 +55,16 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any
         "notes": list(plan.notes),
         "files": {name: files[name] for name in sorted(files)},
     }
+
+
+def _read_from(source: PlannedSource, written: Written) -> dict[str, Any]:
+    """A checkpoint that was read, and the sha256 of its files."""
+    files = {
+        file.name.rpartition("/")[2]: {"bytes": file.identity.size, "sha256": written.sources.get(file.name)}
+        for file in source.files
+    }
+    files["config.json"] = {"bytes": source.config.size, "sha256": source.config.sha256}
+    return {"family": source.family, "layout": dict(source.layout), "files": files}
 
 
 def _index(plan: Plan) -> dict[str, Any]:

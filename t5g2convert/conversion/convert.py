@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.journal import Journal
-from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES, Plan
-from t5g2convert.conversion.planner import KEEP, build_plan
+from t5g2convert.conversion.options import PlanOptions
+from t5g2convert.conversion.plan import Plan
+from t5g2convert.conversion.planner import build_plan
 from t5g2convert.conversion.staging import Staging, check_space, check_target
 from t5g2convert.conversion.writer import Written, write_shards
 from t5g2convert.errors import UsageError
+from t5g2convert.mapping.roles import Folders
 
 Judge = Callable[[Path], None]
 """Raises if a folder is not what it should be."""
@@ -64,9 +66,6 @@ def convert(
     source: Path,
     output: Path,
     *,
-    mapping: str | None = None,
-    dtype: str = KEEP,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     hashing: bool = True,
     flush: bool = True,
     overwrite: bool = False,
@@ -74,15 +73,13 @@ def convert(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
     judge: Judge | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Conversion:
     """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder.
 
     Args:
         source: The checkpoint folder to read.
         output: The folder to write; it must be absent or empty unless `overwrite`.
-        mapping: Name of a shipped map or path of one's own; by default the shipped one for the source's model type.
-        dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
-        max_shard_bytes: Largest size of one output file's tensors, in bytes.
         hashing: Compute sha256 of all files while they are copied and record it in the manifest.
         flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
         overwrite: Replace a folder that has something in it, at the end.
@@ -91,18 +88,20 @@ def convert(
         allow_nonfinite: Copy NaN and infinity as they are; without, tensors that hold them are refused.
         progress: Called with the bytes just written, from any thread.
         judge: Called with the finished folder before it appears under its name; what it raises leaves no output.
+        options: What decides the output's bytes beside the source; see `Options`.
 
     Raises:
         CheckpointError: The source is not sound, is not what its config implies, or holds NaN or infinity.
-        MappingError: The map is faulty, or does not fill the target.
+        MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         OutputError: The output exists or cannot be written.
         UsageError: An argument has no meaning.
     """
-    check_target(output, source, overwrite=overwrite)
-    plan = build_plan(source, mapping=mapping, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    folders = Folders(source, vision_from=options.get("vision_from"))
+    check_target(output, *folders.all, overwrite=overwrite)
+    plan = build_plan(source, **options)
     return execute(
         plan,
-        source,
+        folders,
         output,
         overwrite=overwrite,
         hashing=hashing,
@@ -116,7 +115,7 @@ def convert(
 
 def execute(
     plan: Plan,
-    source: Path,
+    folders: Folders,
     output: Path,
     *,
     overwrite: bool = False,
@@ -127,7 +126,7 @@ def execute(
     progress: Progress | None = None,
     judge: Judge | None = None,
 ) -> Conversion:
-    """Execute a plan that `build_plan` made of `source`; see `convert`."""
+    """Execute a plan that `build_plan` made of the checkpoints in these folders; see `convert`."""
     if resume and not hashing:
         raise UsageError("a run can be resumed only with sha256: what was finished is known by it")
     with Staging(output, overwrite=overwrite, flush=flush, resume=resume) as staging:
@@ -139,7 +138,7 @@ def execute(
             check_space(staging.target, missing + ASSET_BYTES)
             written = write_shards(
                 plan,
-                source,
+                folders,
                 staging.folder,
                 journal=journal,
                 kept=kept,
@@ -147,7 +146,7 @@ def execute(
                 flush=flush,
                 progress=progress or _silent,
             )
-            write_assets(plan, source, staging.folder, written, flush=flush)
+            write_assets(plan, folders, staging.folder, written, flush=flush)
             if judge is not None:
                 judge(staging.folder)
         except BaseException:

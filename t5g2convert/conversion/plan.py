@@ -9,16 +9,23 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from t5g2convert.checkpoint.header import FileIdentity
+from t5g2convert.mapping.roles import SOURCE, Role
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
 
-Kind = Literal["copy", "cast", "scaled_row", "zeros"]
+Kind = Literal["copy", "cast", "scaled_row", "zeros", "aligned"]
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRange:
-    """Bytes of a source file; both positions count from the start of the file."""
+    """Bytes of a file that is read; both positions count from its start.
+
+    Attributes:
+        file: The name of a file of the source, or of another checkpoint behind its role: `vision_from/NAME`.
+        start: The first byte.
+        end: The byte after the last.
+    """
 
     file: str
     start: int
@@ -26,18 +33,54 @@ class SourceRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """An embedding table: its bytes, their safetensors dtype, and the elements of a row."""
+
+    source: SourceRange
+    dtype: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What an aligned projector is made with; see `conversion.alignment`.
+
+    Attributes:
+        donor: The table of the donor, whose space the projector leads to.
+        target: The table of the source, whose space it shall lead to.
+        rows: How many rows both have, and are aligned by.
+        ridge: Weight of the penalty on large maps.
+    """
+
+    donor: Table
+    target: Table
+    rows: int
+    ridge: float
+
+
+@dataclass(frozen=True, slots=True)
 class Content:
     """How a target tensor's bytes come about.
 
     Attributes:
-        kind: copy (the range as it is), cast (the range, element by element), scaled_row (the range is one row), zeros.
+        kind: copy (the range as it is), cast (the range, element by element), scaled_row (the range is one row), zeros,
+            aligned (the range is a projector, carried into another space).
         source: The bytes to read; None for zeros.
         dtype: The safetensors dtype of those bytes.
+        alignment: What an aligned projector is made with.
     """
 
     kind: Kind
     source: SourceRange | None
     dtype: str
+    alignment: Alignment | None = None
+
+    @property
+    def spans(self) -> tuple[SourceRange, ...]:
+        """All bytes that it takes."""
+        own = () if self.source is None else (self.source,)
+        tables = () if self.alignment is None else (self.alignment.donor.source, self.alignment.target.source)
+        return own + tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +120,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A source file that will be read, as it was when its header was read."""
+    """A file that will be read, named as in a `SourceRange`, as it was when its header was read."""
 
     name: str
     identity: FileIdentity
@@ -85,10 +128,29 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """The source's config.json that the plan was made from: its size in bytes and its sha256."""
+    """The config.json that the plan was made from: its size in bytes and its sha256."""
 
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """A checkpoint that the conversion reads.
+
+    Attributes:
+        name: Its folder's name.
+        family: The `model_type` of its config.
+        layout: The spelling of each root.
+        config: Its config.json.
+        files: Its weight files that are read.
+    """
+
+    name: str
+    family: str
+    layout: Mapping[str, str]
+    config: SourceConfig
+    files: tuple[SourceFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +178,8 @@ class Plan:
 
     mapping: str
     mapping_sha256: str
-    source: str
-    family: str
-    layout: Mapping[str, str]
+    options: Mapping[str, Any]
+    sources: Mapping[Role, PlannedSource]
     dtype: str
     parameters: Mapping[str, int]
     tensors: tuple[PlannedTensor, ...]
@@ -126,12 +187,20 @@ class Plan:
     dropped: tuple[Dropped, ...]
     changes: tuple[Change, ...]
     tied: Mapping[str, str]
-    source_files: tuple[SourceFile, ...]
-    source_config: SourceConfig
     carried_files: tuple[str, ...]
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def source(self) -> PlannedSource:
+        """The checkpoint that is converted."""
+        return self.sources[SOURCE]
+
+    @property
+    def source_files(self) -> tuple[SourceFile, ...]:
+        """All weight files that are read."""
+        return tuple(file for source in self.sources.values() for file in source.files)
 
     @property
     def nbytes(self) -> int:
@@ -144,8 +213,9 @@ class Plan:
             "output": None,
             "mapping": self.mapping,
             "mapping_sha256": self.mapping_sha256,
-            "family": self.family,
-            "layout": dict(self.layout),
+            "options": dict(self.options),
+            "family": self.source.family,
+            "layout": dict(self.source.layout),
             "dtype": self.dtype,
             "parameters": dict(self.parameters),
             "bytes": self.nbytes,

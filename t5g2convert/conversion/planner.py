@@ -5,87 +5,92 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
 from t5g2convert.conversion.layout import Draft, lay_out
+from t5g2convert.conversion.notes import plan_notes
+from t5g2convert.conversion.options import KEEP, Options, PlanOptions
 from t5g2convert.conversion.plan import (
-    DEFAULT_SHARD_BYTES,
+    Alignment,
     Change,
     Content,
     Dropped,
     Kind,
     Plan,
+    PlannedSource,
+    PlannedTensor,
     SourceConfig,
     SourceFile,
     SourceRange,
+    Table,
 )
-from t5g2convert.errors import CheckpointError, MappingError, UsageError
+from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
-from t5g2convert.mapping.operations import Copy, ScaledRow, TakeRows, Zeros
-from t5g2convert.mapping.resolve import Resolution, Resolved, resolve
+from t5g2convert.mapping.names import expand
+from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
+from t5g2convert.mapping.resolve import Graft, Resolution, Resolved, resolve
+from t5g2convert.mapping.roles import SOURCE, VISION_FROM, Role, named
 from t5g2convert.mapping.schema import WeightMap, count_parameters
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
-KEEP: Final = "keep"
-"""`--dtype` that changes nothing."""
 
-
-def build_plan(
-    source: Path, *, mapping: str | None = None, dtype: str = KEEP, max_shard_bytes: int = DEFAULT_SHARD_BYTES
-) -> Plan:
+def build_plan(source: Path, **options: Unpack[PlanOptions]) -> Plan:
     """Plan a conversion from headers alone.
 
     Args:
         source: A Gemma 3 checkpoint folder.
-        mapping: Name of a shipped map or path of one's own; by default the shipped one for the source's model type.
-        dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
-        max_shard_bytes: Largest size of one output file's tensors, in bytes.
+        options: What decides the output's bytes beside it; see `Options`.
 
     Raises:
-        CheckpointError: The source is not sound, or is not what its config implies.
-        MappingError: The map is faulty, or does not fill the target.
+        CheckpointError: The source or the donor is not sound, or is not what its config implies.
+        MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         UsageError: An argument has no meaning.
     """
-    if dtype != KEEP and dtype not in BY_CONFIG_NAME:
-        raise UsageError(f"unknown dtype {dtype!r}", hint=f"expected {KEEP}, {', '.join(BY_CONFIG_NAME)}")
-    if max_shard_bytes < 1:
-        raise UsageError(f"a shard of at most {max_shard_bytes} bytes holds nothing")
+    wanted = Options(**options)
     checkpoint = open_checkpoint(source)
-    loaded = find_map(mapping) if mapping is not None else map_for(checkpoint.config, source / "config.json")
-    return plan_checkpoint(checkpoint, loaded, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    donor = None if wanted.vision_from is None else open_checkpoint(wanted.vision_from)
+    loaded = (
+        find_map(wanted.mapping) if wanted.mapping is not None else map_for(checkpoint.config, source / "config.json")
+    )
+    return plan_checkpoint(checkpoint, loaded, wanted, donor=donor)
 
 
-def plan_checkpoint(checkpoint: Checkpoint, loaded: LoadedMap, *, dtype: str, max_shard_bytes: int) -> Plan:
-    """Plan the conversion of a checkpoint that is open already; see `build_plan`."""
+def plan_checkpoint(
+    checkpoint: Checkpoint, loaded: LoadedMap, options: Options, *, donor: Checkpoint | None = None
+) -> Plan:
+    """Plan the conversion of a checkpoint that is open already, with the tower of a donor; see `build_plan`."""
     weight_map = loaded.map
-    resolution = resolve(loaded, checkpoint)
+    resolution = resolve(loaded, checkpoint, None if donor is None else Graft(donor, options.projector))
     if resolution.values["attention_bias"]:
         raise CheckpointError(
             "attention_bias is true, but the attention's tensors have no biases", where=checkpoint.path / "config.json"
         )
-    model_dtype = BY_CONFIG_NAME[dtype] if dtype != KEEP else _dominant_dtype(resolution.targets)
-    values = {**resolution.values, "vocab": resolution.symbols["vocab"], "dtype": CONFIG_NAMES[model_dtype]}
+    cast_to = None if options.dtype == KEEP else BY_CONFIG_NAME[options.dtype]
+    model_dtype = cast_to or _dominant_dtype(resolution.targets)
+    settings = options.settings(resolution.model, weight_map)
+    values = {
+        **resolution.values, **settings, "vocab": resolution.symbols["vocab"], "dtype": CONFIG_NAMES[model_dtype],
+    }  # fmt: skip
     config = fill(weight_map.config, values, resolution.model.conditions)
     generation = _generation_values(checkpoint, values)
-    drafts = [_draft(item, resolution, None if dtype == KEEP else model_dtype) for item in resolution.targets]
+    drafts = [_draft(item, resolution, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     changes = tuple(_changes(resolution, drafts, config, model_dtype))
     _check_target(drafts, config, loaded)
-    tensors, shards = lay_out(drafts, max_shard_bytes)
+    tensors, shards = lay_out(drafts, options.max_shard_bytes)
     counted: Counter[str] = Counter()
     for tensor in tensors:
         counted[tensor.part] += tensor.elements
     return Plan(
         mapping=weight_map.name,
         mapping_sha256=loaded.sha256,
-        source=checkpoint.name,
-        family=resolution.model.family,
-        layout=dict(resolution.layout),
+        options=_effective(options, resolution),
+        sources={role: _source(role, resolution, tensors) for role in resolution.checkpoints},
         dtype=CONFIG_NAMES[model_dtype],
         parameters=count_parameters(counted),
         tensors=tensors,
@@ -101,16 +106,37 @@ def plan_checkpoint(checkpoint: Checkpoint, loaded: LoadedMap, *, dtype: str, ma
         ),
         changes=changes,
         tied={name: item.target for item in resolution.targets for name in item.row.tied},
-        source_files=tuple(SourceFile(name, header.identity) for name, header in checkpoint.files.items()),
-        source_config=SourceConfig(len(checkpoint.config_text), hashlib.sha256(checkpoint.config_text).hexdigest()),
         carried_files=_carried_files(weight_map, checkpoint),
         config=config,
         generation_config=fill(weight_map.generation_config, generation, resolution.model.conditions),
-        notes=tuple(_notes(checkpoint, resolution, drafts, changes, model_dtype, kept=dtype == KEEP)),
+        notes=tuple(plan_notes(resolution, drafts, changes, options, weight_map, dtype=CONFIG_NAMES[model_dtype])),
     )
 
 
-def _draft(item: Resolved, resolution: Resolution, cast_to: str | None) -> Draft:
+def _effective(options: Options, resolution: Resolution) -> dict[str, Any]:
+    """The options that the manifest keeps, with the choices that were left to the tool."""
+    made = (name.removeprefix("projector_") for name in resolution.model.conditions if name.startswith("projector_"))
+    return {**options.record(), **({"projector": next(made)} if VISION_FROM in resolution.checkpoints else {})}
+
+
+def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]) -> PlannedSource:
+    """A checkpoint as the plan reads it: the source whole, of another only the files with something for the target."""
+    checkpoint = resolution.checkpoints[role]
+    read = {span.file for tensor in tensors for span in tensor.content.spans}
+    return PlannedSource(
+        name=checkpoint.path.resolve().name,
+        family=str(checkpoint.config["model_type"]),
+        layout=dict(resolution.layouts[role]),
+        config=SourceConfig(len(checkpoint.config_text), hashlib.sha256(checkpoint.config_text).hexdigest()),
+        files=tuple(
+            SourceFile(named(role, name), header.identity)
+            for name, header in checkpoint.files.items()
+            if role == SOURCE or named(role, name) in read
+        ),
+    )
+
+
+def _draft(item: Resolved, resolution: Resolution, options: Options, cast_to: str | None) -> Draft:
     """The content of one target. A constant gets the model's dtype later; everything else keeps or casts its own."""
     operation = item.row.op
     source_dtype = "" if item.source is None else item.source.entry.dtype
@@ -121,12 +147,16 @@ def _draft(item: Resolved, resolution: Resolution, cast_to: str | None) -> Draft
             start = item.source.entry.start
             kind: Kind = "copy" if target_dtype == source_dtype else "cast"
             end = start + tensor_bits(source_dtype, item.shape) // 8
-            content = Content(kind, SourceRange(item.source.file, start, end), source_dtype)
+            content = Content(kind, SourceRange(named(item.role, item.source.file), start, end), source_dtype)
         case ScaledRow():
             assert item.source is not None, "the schema gives every row but zeros a source"
             content = _scaled_row(operation, item.source, resolution.symbols)
         case Zeros():
             content = Content("zeros", None, target_dtype)
+        case Aligned():
+            assert item.source is not None, "the schema gives every row but zeros a source"
+            alignment = _alignment(operation, resolution, options.ridge)
+            content = Content("aligned", _whole(item.source, item.role), source_dtype, alignment)
         case _:
             raise NotImplementedError(f"no content for {operation!r}")
     return Draft(
@@ -151,8 +181,21 @@ def _scaled_row(operation: ScaledRow, source: StoredTensor, symbols: Mapping[str
     return Content("scaled_row", SourceRange(source.file, start, start + width), entry.dtype)
 
 
-def _whole(tensor: StoredTensor) -> SourceRange:
-    return SourceRange(tensor.file, tensor.entry.start, tensor.entry.end)
+def _alignment(operation: Aligned, resolution: Resolution, ridge: float) -> Alignment:
+    tables = []
+    for role in (VISION_FROM, SOURCE):
+        ((_, name),) = expand(operation.aligned.tables, resolution.layouts[role], {})
+        stored = resolution.checkpoints[role].tensors[name]
+        tables.append(Table(_whole(stored, role), stored.entry.dtype, stored.entry.shape[1]))
+    rows = min(
+        resolution.symbols["vocab"],
+        *((table.source.end - table.source.start) // (table.width * element_bytes(table.dtype)) for table in tables),
+    )
+    return Alignment(tables[0], tables[1], rows, ridge)
+
+
+def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
+    return SourceRange(named(role, tensor.file), tensor.entry.start, tensor.entry.end)
 
 
 def _dominant_dtype(targets: Iterable[Resolved]) -> str:
@@ -255,33 +298,3 @@ def _setting(config: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         node = node.get(key) if isinstance(node, dict) else None
     return node
-
-
-def _notes(
-    checkpoint: Checkpoint,
-    resolution: Resolution,
-    drafts: Sequence[Draft],
-    changes: Sequence[Change],
-    model_dtype: str,
-    *,
-    kept: bool,
-) -> Iterable[str]:
-    """What a user should know before converting."""
-    yield from checkpoint.notes
-    for change in changes:
-        if change.field == "vocab_size":
-            yield f"the embedding table is cut from {change.source} to {change.target} rows"
-        elif change.field in resolution.model.values and "vision" in resolution.model.conditions:
-            yield f"{change.field} moves from {change.source} to {change.target}"
-        elif "." in change.field:
-            yield f"{change.field} is {change.target}, the source's is {change.source}: that changes what is computed"
-    for draft in drafts:
-        if draft.content.kind == "zeros" and draft.origin is not None:
-            yield f"{draft.name} is zeros: the vocabulary has no such token"
-    if "text_only" in resolution.model.conditions:
-        yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
-    dtypes = sorted({draft.dtype for draft in drafts})
-    if kept and len(dtypes) > 1:
-        yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {CONFIG_NAMES[model_dtype]}"
-    for drop in resolution.drops:
-        yield f"{drop.tensor.entry.name} is dropped: {drop.drop.because}"

@@ -21,18 +21,19 @@ JOURNAL_FILE: Final = ".t5g2-finished"
 """In the staging folder; the shards that it names are worth keeping for a run that takes up where another stopped."""
 
 
-def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *sources: Path, overwrite: bool) -> None:
     """Refuse a target that must not be written, before any work.
 
     Raises:
-        OutputError: It is an address, a file or a folder with something in it, or it and the source contain each other.
+        OutputError: It is an address, a file or a folder with something in it, or it and a source contain each other.
     """
     if scheme := scheme_of(target):
         raise OutputError(f"an address ({scheme}//...) was given, expected a folder")
-    real, real_source = _real(target), _real(source)
-    if real == real_source or real in real_source.parents or real_source in real.parents:
-        relation = "is" if real == real_source else "contains" if real in real_source.parents else "lies inside"
-        raise OutputError(f"{relation} the source folder", where=target, hint="choose another folder")
+    real = _real(target)
+    for real_source in map(_real, sources):
+        if real == real_source or real in real_source.parents or real_source in real.parents:
+            relation = "is" if real == real_source else "contains" if real in real_source.parents else "lies inside"
+            raise OutputError(f"{relation} the source folder", where=target, hint="choose another folder")
     _check_vacant(target, overwrite=overwrite)
 
 

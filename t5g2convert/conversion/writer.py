@@ -28,6 +28,7 @@ from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.plan import Plan, PlannedTensor, SourceRange
 from t5g2convert.conversion.shards import OpenShards
 from t5g2convert.errors import CheckpointError
+from t5g2convert.mapping.roles import Folders
 
 BASE_BYTES: Final = 56_000_000
 """What the interpreter and the libraries take (measured, CPython 3.11 on Linux)."""
@@ -59,7 +60,7 @@ def peak_memory(plan: Plan) -> int:
 
 def write_shards(
     plan: Plan,
-    source: Path,
+    folders: Folders,
     folder: Path,
     *,
     journal: Journal | None,
@@ -72,7 +73,7 @@ def write_shards(
 
     Args:
         plan: The plan.
-        source: The checkpoint folder that was planned.
+        folders: Where the checkpoints lie that were planned.
         folder: A folder for the shards; none of them is there but those that are kept.
         journal: Is told of every finished shard; where given, sha256 of all source and target files is computed in the
             same pass.
@@ -86,7 +87,7 @@ def write_shards(
         OutputError: The disk is full or fails.
     """
     with ExitStack() as stack:
-        sources = _open_sources(plan, source, stack)
+        sources = _open_sources(plan, folders, stack)
         _check_repeated(plan, sources)
         shards = stack.enter_context(OpenShards(plan, folder, kept, journal, flush=flush))
         _write_computed(plan, sources, shards, progress)
@@ -100,7 +101,7 @@ def write_shards(
         if nonfinite and not allow_nonfinite:
             raise CheckpointError(
                 f"{len(nonfinite)} tensor(s) hold NaN or infinity",
-                where=source,
+                where=folders.source,
                 hint="--allow-nonfinite converts them as they are",
                 details=nonfinite,
             )
@@ -109,22 +110,22 @@ def write_shards(
         # While the hashers read back what they have skipped.
         for shard in shards.shards:
             shards.flush(shard.name)
-        written = Written({}, {}, nonfinite) if hashers is None else _digests(hashers, source, folder, kept, nonfinite)
-        _check_unchanged(plan, sources, source)
+        written = Written({}, {}, nonfinite) if hashers is None else _digests(hashers, folders, folder, kept, nonfinite)
+        _check_unchanged(plan, sources, folders)
         shards.close()
     return written
 
 
-def _open_sources(plan: Plan, source: Path, stack: ExitStack) -> dict[str, int]:
+def _open_sources(plan: Plan, folders: Folders, stack: ExitStack) -> dict[str, int]:
     opened: dict[str, int] = {}
     for file in plan.source_files:
         try:
-            fd = os.open(source / file.name, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(folders.path(file.name), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise CheckpointError(f"cannot be opened: {error.strerror}", where=source / file.name) from None
+            raise CheckpointError(f"cannot be opened: {error.strerror}", where=folders.path(file.name)) from None
         stack.callback(_close_read, fd)
         opened[file.name] = fd
-    _check_unchanged(plan, opened, source)
+    _check_unchanged(plan, opened, folders)
     return opened
 
 
@@ -149,14 +150,14 @@ def _nonfinite(copier: Copier, plan: Plan) -> Iterator[str]:
         yield f"{name}[{place}] is {what}"
 
 
-def _check_unchanged(plan: Plan, sources: dict[str, int], source: Path) -> None:
+def _check_unchanged(plan: Plan, sources: dict[str, int], folders: Folders) -> None:
     for file in plan.source_files:
         try:
             found = FileIdentity.of(sources[file.name])
         except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", where=source / file.name) from error
+            raise CheckpointError(f"cannot be read: {error.strerror}", where=folders.path(file.name)) from error
         if found != file.identity:
-            raise CheckpointError("changed while it was being read", where=source / file.name, hint="start again")
+            raise CheckpointError("changed while it was being read", where=folders.path(file.name), hint="start again")
 
 
 def _check_repeated(plan: Plan, sources: dict[str, int]) -> None:
@@ -190,8 +191,10 @@ def _write_computed(plan: Plan, sources: dict[str, int], shards: OpenShards, pro
     """Write the tensors that are not copied from a range."""
     for tensor in plan.tensors:
         content = tensor.content
-        if content.kind not in ("zeros", "scaled_row") or tensor.shard not in shards.files:
+        if content.kind in ("copy", "cast") or tensor.shard not in shards.files:
             continue
+        if content.kind == "aligned":
+            raise NotImplementedError
         data = bytes(tensor.nbytes)
         if content.kind == "scaled_row" and content.source is not None:
             row = _read(sources, content.source, 0, content.source.end - content.source.start)
@@ -225,14 +228,14 @@ def _start_hashers(plan: Plan, sources: dict[str, int], shards: OpenShards) -> H
 
 
 def _digests(
-    hashers: Hashers, source: Path, folder: Path, kept: Mapping[str, str], nonfinite: tuple[str, ...]
+    hashers: Hashers, folders: Folders, folder: Path, kept: Mapping[str, str], nonfinite: tuple[str, ...]
 ) -> Written:
     written = Written({}, dict(kept), nonfinite)
     for name, hasher in hashers.sources.items():
         try:
             written.sources[name] = hasher.hexdigest()
         except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=source / name) from error
+            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=folders.path(name)) from error
     for name, hasher in hashers.shards.items():
         with output_errors(folder / name):
             written.shards[name] = hasher.hexdigest()

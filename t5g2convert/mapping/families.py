@@ -39,5 +39,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 """`model_type` to family."""
 
-CONDITIONS: Final = ("vision", "text_only")
-"""What `when:` and `case:` may ask of a model."""
+KINDS: Final = ("vision", "text_only")
+"""What `case:` may ask of a model: every model is one of them."""
+
+WORLDS: Final = (
+    frozenset({"text_only"}),
+    frozenset({"vision", "projector_copy"}),
+    frozenset({"vision", "projector_zeros"}),
+    frozenset({"vision", "projector_aligned"}),
+)
+"""The conditions that hold together; `when:` may ask for any of them."""

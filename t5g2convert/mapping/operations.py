@@ -82,5 +82,31 @@ class Zeros(Operation):
     zeros: Annotated[bool, AfterValidator(_only_true)]
 
 
-AnyOperation = TakeRows | ScaledRow | Zeros
+class AlignedWith(BaseModel):
+    """Where an aligned matrix leads, and the tables that say how."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    to: Size = Field(description="The width that it leads to.")
+    tables: str = Field(description="Pattern of the embedding table, in the donor and in the source.")
+
+
+class Aligned(Operation):
+    """A projector of the donor carried into the source's space, `aligned: {to: WIDTH, tables: PATTERN}`.
+
+    The map between the spaces is the least-squares one between both embedding tables.
+    """
+
+    aligned: AlignedWith
+
+    def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
+        """The last axis becomes the width."""
+        return (*source[:-1], self.aligned.to)
+
+    def sizes(self) -> Iterator[Size]:
+        """The width."""
+        yield self.aligned.to
+
+
+AnyOperation = TakeRows | ScaledRow | Zeros | Aligned
 """What `op:` may hold; without it a row is a `Copy`."""

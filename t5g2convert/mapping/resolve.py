@@ -16,6 +16,7 @@ from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.operations import Size, TakeRows
+from t5g2convert.mapping.roles import SOURCE, VISION_FROM, Role, role_of
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
@@ -33,13 +34,15 @@ FOREIGN_NAMES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """One target tensor: the row that it comes from, its layer, its source tensor (None for zeros) and its shape."""
+    """One target tensor: the row that it comes from, its source tensor (None for zeros), its shape, and the role of the
+    checkpoint that holds the source tensor."""
 
     row: Row
     part: str
     target: str
     source: StoredTensor | None
     shape: tuple[int, ...]
+    role: Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +55,71 @@ class ResolvedDrop:
 
 
 @dataclass(frozen=True, slots=True)
+class Graft:
+    """A donor of a vision tower, and how its projector comes to the source's width; see `SourceModel`."""
+
+    donor: Checkpoint
+    projector: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Resolution:
-    """A map applied to a checkpoint."""
+    """A map applied to a checkpoint, and to the donor of its vision tower if it has one.
+
+    Attributes:
+        model: What the target is made of.
+        checkpoints: What is read, by role.
+        layouts: By role, the spelling of each root.
+        symbols: Sizes, for `shape:` and for the ranges of `{layer}`.
+        values: Config values, those that the map moves already moved.
+        targets: Every target tensor.
+        drops: The source's tensors that are left behind.
+    """
 
     model: SourceModel
-    layout: Mapping[str, str]
+    checkpoints: Mapping[Role, Checkpoint]
+    layouts: Mapping[Role, Mapping[str, str]]
     symbols: Mapping[str, int]
     values: Mapping[str, Any]
     targets: tuple[Resolved, ...]
     drops: tuple[ResolvedDrop, ...]
 
 
-def resolve(loaded: LoadedMap, checkpoint: Checkpoint) -> Resolution:
+def resolve(loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = None) -> Resolution:
     """Apply a map to a checkpoint.
 
+    Args:
+        loaded: The map.
+        checkpoint: The source.
+        graft: Where the vision tower of a source without images comes from.
+
     Raises:
-        CheckpointError: The checkpoint is not what its config implies; `details` lists every tensor concerned.
-        MappingError: The map does not convert this family.
+        CheckpointError: A checkpoint is not what its config implies; `details` lists every tensor concerned.
+        MappingError: The map does not convert this family, or the graft does not fit.
     """
     weight_map = loaded.map
     model = read_model(weight_map, checkpoint)
+    checkpoints: dict[Role, Checkpoint] = {SOURCE: checkpoint}
+    layouts: dict[Role, Mapping[str, str]] = {}
+    if graft is not None:
+        # A world of its own: whatever would refuse the donor as a source refuses it as a donor.
+        donor = resolve(loaded, graft.donor)
+        model = model.with_vision_of(donor.model, graft.projector)
+        checkpoints[VISION_FROM], layouts[VISION_FROM] = graft.donor, donor.layouts[SOURCE]
     symbols = {**model.symbols, "vocab": weight_map.vocabulary.cut.get(model.symbols["rows"], model.symbols["rows"])}
     values = _moved_values(weight_map, model, symbols["vocab"], checkpoint)
-    rows = [row for row in weight_map.weights if row.applies(model.conditions)]
-    layout = _find_layout(weight_map, rows, symbols, checkpoint)
-    check_rows(loaded, model.conditions, layout, symbols, checkpoint.tensors)
-    collector = _Collector(checkpoint, model)
-    targets = [item for row in rows for item in _resolve_row(row, layout, symbols, collector)]
-    drops = [item for drop in weight_map.drop for item in _resolve_drop(drop, layout, symbols, collector)]
-    collector.finish(weight_map)
-    return Resolution(model, layout, symbols, values, tuple(targets), tuple(drops))
+    rows = [(row, role_of(row.to, checkpoints)) for row in weight_map.weights if row.applies(model.conditions)]
+    own = [row for row, role in rows if role == SOURCE]
+    layouts[SOURCE] = _find_layout(weight_map, own, symbols, checkpoint)
+    tensors = {name: tensor for each in checkpoints.values() for name, tensor in each.tensors.items()}
+    check_rows(loaded, model.conditions, {**layouts.get(VISION_FROM, {}), **layouts[SOURCE]}, symbols, tensors)
+    collectors = {role: _Collector(each, model) for role, each in checkpoints.items()}
+    targets = [item for row, role in rows for item in _resolve_row(row, role, layouts[role], symbols, collectors[role])]
+    source = collectors[SOURCE]
+    drops = [item for drop in weight_map.drop for item in _resolve_drop(drop, layouts[SOURCE], symbols, source)]
+    for role, collector in collectors.items():
+        collector.finish(weight_map, whole=role == SOURCE)
+    return Resolution(model, checkpoints, layouts, symbols, values, tuple(targets), tuple(drops))
 
 
 def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
@@ -180,8 +218,9 @@ class _Collector:
             self.used.add(name)
         return tensor
 
-    def finish(self, weight_map: WeightMap) -> None:
-        unused = [name for name in self.checkpoint.tensors if name not in self.used]
+    def finish(self, weight_map: WeightMap, *, whole: bool) -> None:
+        """Tell everything that is wrong; of a checkpoint that need not be used whole, not what was left over."""
+        unused = [name for name in self.checkpoint.tensors if name not in self.used] if whole else []
         if not (unused or self.missing or self.misshapen):
             return
         missing = list(self.missing)
@@ -222,16 +261,16 @@ def _sizes(shape: Iterable[Size], symbols: Mapping[str, int]) -> tuple[int, ...]
 
 
 def _resolve_row(
-    row: Row, layout: Mapping[str, str], symbols: Mapping[str, int], collector: _Collector
+    row: Row, role: Role, layout: Mapping[str, str], symbols: Mapping[str, int], collector: _Collector
 ) -> Iterable[Resolved]:
     shape = _sizes(row.target_shape, symbols)
     names = [None] if row.from_ is None else [name for _, name in expand(row.from_, layout, symbols)]
     for part, pattern in row.to.items():
         for name, (_, target) in zip(names, expand(pattern, {}, symbols), strict=True):
             if name is None:
-                yield Resolved(row, part, target, None, shape)
+                yield Resolved(row, part, target, None, shape, role)
             elif (tensor := _checked(row, name, symbols, collector)) is not None:
-                yield Resolved(row, part, target, tensor, shape)
+                yield Resolved(row, part, target, tensor, shape, role)
 
 
 def _checked(row: Row, name: str, symbols: Mapping[str, int], collector: _Collector) -> StoredTensor | None:

@@ -6,15 +6,20 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
-from t5g2convert.mapping.operations import AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
+from t5g2convert.mapping.operations import Aligned, AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
 
 Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of the target, in the order of tables."""
 
-Condition = Literal["vision", "text_only"]
+Condition = Literal["vision", "text_only", "projector_copy", "projector_zeros", "projector_aligned"]
 
-_BY_KEY: dict[str, type[Operation]] = {"take_rows": TakeRows, "scaled_row": ScaledRow, "zeros": Zeros}
+_BY_KEY: dict[str, type[Operation]] = {
+    "take_rows": TakeRows,
+    "scaled_row": ScaledRow,
+    "zeros": Zeros,
+    "aligned": Aligned,
+}
 
 
 class Declaration(BaseModel):
@@ -90,7 +95,7 @@ class Row(Declaration):
     )
     shape: list[Size] = Field(description="The source tensor's shape, in sizes and symbols.")
     op: Annotated[AnyOperation | Copy, BeforeValidator(_operation)] = Field(
-        default=Copy(), description="take_rows, scaled_row or zeros; a copy without it."
+        default=Copy(), description="take_rows, scaled_row, zeros or aligned; a copy without it."
     )
     merged_attention: bool = Field(
         default=False, description="The decoder's joint self- and cross-attention reads this self-attention tensor."
@@ -114,6 +119,16 @@ class Drop(Declaration):
     because: str = Field(description="The reason, shown in every plan.")
     must_equal: str | None = Field(
         default=None, description="Pattern of a tensor whose bytes it must repeat; the conversion is refused otherwise."
+    )
+
+
+class Preset(Declaration):
+    """Settings that go together, by the names of config values."""
+
+    requires: dict[str, int] = Field(description="Config values that the source must have.")
+    settings: dict[str, int | float] = Field(min_length=1, description="Config values of the target.")
+    assumed: list[str] = Field(
+        default_factory=list, description="Those of the settings that are ours; the plan says which."
     )
 
 
@@ -143,6 +158,7 @@ class WeightMap(Declaration):
     vocabulary: Vocabulary = Field(default=Vocabulary())
     weights: list[Row] = Field(min_length=1)
     drop: list[Drop] = Field(default_factory=list)
+    presets: dict[str, Preset] = Field(default_factory=dict, description="What --preset may name.")
     config: dict[str, Any] = Field(description="config.json of the target; $name is a value of the source's config.")
     generation_config: dict[str, Any] = Field(description="generation_config.json of the target, in the same form.")
     files: Files = Field(default=Files())

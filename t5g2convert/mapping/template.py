@@ -7,7 +7,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from t5g2convert.mapping.families import CONDITIONS
+from t5g2convert.mapping.families import KINDS
 from t5g2convert.mapping.loader import NodePath
 
 TARGET_VALUES = ("vocab", "dtype")
@@ -24,9 +24,9 @@ def template_faults(node: Any, names: set[str], at: NodePath) -> Iterator[tuple[
             yield from template_faults(item, names, (*at, position))
     elif isinstance(node, dict):
         if "case" in node and (
-            len(node) != 1 or not isinstance(node["case"], dict) or node["case"].keys() != set(CONDITIONS)
+            len(node) != 1 or not isinstance(node["case"], dict) or node["case"].keys() != set(KINDS)
         ):
-            yield f"case must stand alone and have exactly {' and '.join(CONDITIONS)}", at, None
+            yield f"case must stand alone and have exactly {' and '.join(KINDS)}", at, None
         for key, item in node.items():
             yield from template_faults(item, names, (*at, key))
 
@@ -39,6 +39,6 @@ def fill(node: Any, values: Mapping[str, Any], conditions: frozenset[str]) -> An
         return [fill(item, values, conditions) for item in node]
     if isinstance(node, dict):
         if "case" in node:
-            return fill(next(node["case"][name] for name in CONDITIONS if name in conditions), values, conditions)
+            return fill(next(node["case"][name] for name in KINDS if name in conditions), values, conditions)
         return {key: fill(item, values, conditions) for key, item in node.items()}
     return node

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.families import CONDITIONS, FAMILIES
+from t5g2convert.mapping.families import FAMILIES, WORLDS
 from t5g2convert.mapping.loader import Document, NodePath, load_yaml
 from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
-from t5g2convert.mapping.operations import ScaledRow, TakeRows, Zeros
+from t5g2convert.mapping.operations import Aligned, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.schema import Row, WeightMap
 from t5g2convert.mapping.template import TARGET_VALUES, template_faults
 
@@ -115,6 +115,7 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
             elif pattern is not None and index_of(pattern) not in (None, index_of(drop.from_)):
                 yield f"{{{index_of(pattern)}}} stands on one side only", ("drop", position, key), None
     yield from _repeated(weight_map)
+    yield from _preset_faults(weight_map, values)
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
         for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), (key,)):
             yield reason, at, did_you_mean(unknown, values | set(TARGET_VALUES)) if unknown else None
@@ -127,6 +128,19 @@ def _vocabulary_faults(weight_map: WeightMap, numbers: set[str]) -> Iterator[Fau
     for name in weight_map.vocabulary.moved:
         if name not in numbers:
             yield f"unknown value {name!r}", ("vocabulary", "moved", name, "<key>"), did_you_mean(name, numbers)
+
+
+def _preset_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
+    for preset, declared in weight_map.presets.items():
+        for key, names in (("requires", declared.requires), ("settings", declared.settings)):
+            for name in names:
+                if name not in values:
+                    at: NodePath = ("presets", preset, key, name, "<key>")
+                    yield f"unknown value {name!r}", at, did_you_mean(name, values)
+        for position, name in enumerate(declared.assumed):
+            if name not in declared.settings:
+                at = ("presets", preset, "assumed", position)
+                yield f"{name!r} is none of the settings", at, did_you_mean(name, declared.settings)
 
 
 def _placeholder_hint(pattern: str, roots: Mapping[str, object]) -> str | None:
@@ -156,6 +170,13 @@ def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: No
             yield f"unknown symbol {size!r}", (*at, "op"), did_you_mean(size, symbols)
     if isinstance(row.op, ScaledRow) and len(row.shape) != 2:
         yield "scaled_row takes a row of a table; a table's shape has two sizes", (*at, "shape"), None
+    if isinstance(row.op, Aligned):
+        if len(row.shape) != 2:
+            yield "aligned takes a matrix; its shape has two sizes", (*at, "shape"), None
+        if fault := pattern_fault(row.op.aligned.tables, roots):
+            yield fault, (*at, "op"), _placeholder_hint(row.op.aligned.tables, roots)
+        elif index_of(row.op.aligned.tables) is not None:
+            yield "an embedding table has no layers", (*at, "op"), None
     if isinstance(row.op, TakeRows) and not row.shape:
         yield "take_rows takes rows of a table; the shape has no sizes", (*at, "shape"), None
     if row.merged_attention and not {"encoder", "decoder"} <= row.to.keys():
@@ -164,8 +185,7 @@ def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: No
 
 def _repeated(weight_map: WeightMap) -> Iterator[Fault]:
     """A target that two rows fill, a source tensor that two rows carry, for a source that both rows hold for."""
-    for condition in CONDITIONS:
-        conditions = frozenset({condition})
+    for conditions in WORLDS:
         targets: set[str] = set()
         carried: set[str] = set()
         for position, row in enumerate(weight_map.weights):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.errors import CheckpointError, UsageError
-from t5g2convert.reference.gemma3 import Gemma3Reference
+from t5g2convert.parity.parent import Parent
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.vision import VisionTower
@@ -65,27 +65,27 @@ class Inputs:
         self._tokens: list[int] = []
         self._pixels: Tensor | None = None
 
-    def check(self, folder: Path, gemma: Gemma3Reference | None) -> None:
+    def check(self, folder: Path, parent: Parent | None) -> None:
         """Read the text and look at the picture, before any check is made.
 
         Args:
             folder: The output, with its tokenizer and its processor's settings.
-            gemma: The source, if there is one.
+            parent: The source, if there is one.
 
         Raises:
             UsageError: There is nothing to compare with, or nothing can be made of the text or the picture.
         """
-        if gemma is None and (self.text or self.image) is not None:
+        if parent is None and (self.text or self.image) is not None:
             raise UsageError("a text or a picture is read by both models, and no source was given")
         try:
             if self.text is not None:
                 self._tokens = TextCodec(folder).encode(read_text(self.text))
                 if len(self._tokens) < SHORTEST:
                     raise UsageError(f"{self.text} has {len(self._tokens)} tokens, expected {SHORTEST} at least")
-            if self.image is not None and gemma is not None:
-                if gemma.vision is None:
+            if self.image is not None and parent is not None:
+                if parent.vision is None:
                     raise UsageError(f"{self.image} cannot be looked at: the source has no images")
-                self._pixels = picture(self.image, gemma.vision, folder, torch.float32)
+                self._pixels = picture(self.image, parent.vision, folder, torch.float32)
         except CheckpointError as error:
             raise UsageError(f"the text or the picture cannot be read: {error}") from None
 

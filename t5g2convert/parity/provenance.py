@@ -16,9 +16,12 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
-from t5g2convert.conversion.plan import Content, Kind, Plan, PlannedTensor
-from t5g2convert.conversion.planner import KEEP, build_plan
+from t5g2convert.conversion.options import recorded_options
+from t5g2convert.conversion.plan import Content, Kind, Plan, PlannedSource, PlannedTensor
+from t5g2convert.conversion.planner import build_plan
 from t5g2convert.errors import CheckpointError
+from t5g2convert.mapping.roles import Folders
+from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.reference.weights import DTYPES
 
@@ -29,37 +32,40 @@ WIDENED: Final = {("BF16", "F32"), ("F16", "F32")}
 """Casts that lose nothing: the source can be had back."""
 
 
-def replay(source: Path, manifest: Mapping[str, Any], mapping: str | None) -> Plan:
+def replay(source: Path, manifest: Mapping[str, Any], mapping: str | None, *, vision_from: Path | None = None) -> Plan:
     """The plan that the converter makes today of this source, with the options that the manifest tells of.
 
     Raises:
         CheckpointError: The source is not what its config implies.
         MappingError: The map is faulty, or does not fill the target.
+        UsageError: The manifest tells of an option that has no meaning.
     """
-    cast = (change["target"] for change in manifest.get("changes", ()) if change["field"] == "dtype")
-    return build_plan(source, mapping=mapping, dtype=next(cast, KEEP))
+    options = recorded_options(manifest.get("options", {}))
+    options["mapping"], options["vision_from"] = mapping, vision_from
+    return build_plan(source, **options)
 
 
 def judge_provenance(
-    plan: Plan, source: Checkpoint, target: Checkpoint, manifest: Mapping[str, Any], progress: Callable[[str], None]
+    plan: Plan, parent: Parent, target: Checkpoint, manifest: Mapping[str, Any], progress: Callable[[str], None]
 ) -> Check:
     """Compare the target's bytes with the source's, and account for every byte of the source.
 
     Args:
         plan: What the converter would do with this source and map today.
-        source: The source, open.
+        parent: The source, and the donor of its tower if it has one.
         target: The target, open.
         manifest: The target's manifest, or nothing if it has none.
         progress: Told what is being done.
     """
+    folders = Folders(parent.path, vision_from=parent.vision_from)
     faults = [*_header_faults(plan, target), *_file_faults(plan, target, manifest), *_manifest_faults(plan, manifest)]
     if not faults:
         with ExitStack() as files:
             reader = _Reader(files)
-            faults += _byte_faults(plan, source, target, reader, progress)
-            faults += _repeated_faults(plan, source, reader)
-        faults += _carried_faults(plan, source.path, target.path)
-    accounts = _accounts(plan, source)
+            faults += _byte_faults(plan, folders, target, reader, progress)
+            faults += _repeated_faults(plan, folders, reader)
+        faults += _carried_faults(plan, folders, target.path)
+    accounts = _accounts(plan, parent.checkpoint)
     faults += [f"{name} of the source cannot be rebuilt, and that is not declared" for name in accounts["lost"]]
     if faults:
         return refused("provenance", "fault(s)", faults)
@@ -125,26 +131,36 @@ def _manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     made_with = manifest["mapping"]["name"]
     if made_with != plan.mapping:
         yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
-    for key in ("dtype", "parameters", "changes"):
+    for key in ("dtype", "parameters", "options", "changes"):
         if manifest[key] != document[key]:
             yield f"t5g2.json says {key} {manifest[key]!r}, expected {document[key]!r}"
     # By name: why a tensor is dropped may be worded anew.
     dropped, expected = ([drop["name"] for drop in told["dropped"]] for told in (manifest, document))
     if dropped != expected:
         yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
-    for key in ("family", "layout"):
-        if manifest["source"][key] != document[key]:
-            yield f"t5g2.json says source {key} {manifest['source'][key]!r}, expected {document[key]!r}"
-    files = manifest["source"]["files"]
-    sizes = {file.name: file.identity.size for file in plan.source_files} | {"config.json": plan.source_config.size}
+    for role, source in plan.sources.items():
+        yield from _source_faults(role, source, manifest.get(role))
+
+
+def _source_faults(role: str, planned: PlannedSource, told: Mapping[str, Any] | None) -> Iterator[str]:
+    """What the manifest tells of a checkpoint that was read."""
+    if told is None:
+        yield f"t5g2.json does not tell of a {role}"
+        return
+    for key, expected in (("family", planned.family), ("layout", dict(planned.layout))):
+        if told[key] != expected:
+            yield f"t5g2.json says {role} {key} {told[key]!r}, expected {expected!r}"
+    files = told["files"]
+    sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
+    sizes["config.json"] = planned.config.size
     if {name: facts["bytes"] for name, facts in files.items()} != sizes:
         yield f"t5g2.json was made from files of other names or sizes: {', '.join(files) or 'none'}"
-    elif files["config.json"]["sha256"] != plan.source_config.sha256:
-        yield "t5g2.json was made from a source with another config.json"
+    elif files["config.json"]["sha256"] != planned.config.sha256:
+        yield f"t5g2.json was made from a {role} with another config.json"
 
 
 def _byte_faults(
-    plan: Plan, source: Checkpoint, target: Checkpoint, read: _Reader, progress: Callable[[str], None]
+    plan: Plan, folders: Folders, target: Checkpoint, read: _Reader, progress: Callable[[str], None]
 ) -> Iterator[str]:
     """Every range of the source is read once, and compared with all targets that it fills."""
     fills: dict[object, list[PlannedTensor]] = defaultdict(list)
@@ -159,7 +175,7 @@ def _byte_faults(
             scale = element_bytes(tensors[0].dtype) / element_bytes(content.dtype)
         faulty: set[str] = set()
         for at in range(0, size, PIECE_BYTES):
-            expected = _expected(content, tensors[0], source.path, at, min(PIECE_BYTES, size - at), read)
+            expected = _expected(content, tensors[0], folders, at, min(PIECE_BYTES, size - at), read)
             for tensor in tensors:
                 if tensor.name in faulty:
                     continue
@@ -170,11 +186,11 @@ def _byte_faults(
                     yield _byte_fault(tensor, expected, found, start)
 
 
-def _expected(content: Content, tensor: PlannedTensor, folder: Path, at: int, size: int, read: _Reader) -> bytes:
+def _expected(content: Content, tensor: PlannedTensor, folders: Folders, at: int, size: int, read: _Reader) -> bytes:
     """What a target must hold where these bytes of its source go."""
     if content.source is None:
         return bytes(size)
-    piece = read(folder / content.source.file, content.source.start + at, size)
+    piece = read(folders.path(content.source.file), content.source.start + at, size)
     if content.kind == "copy":
         return piece
     values = torch.frombuffer(bytearray(piece), dtype=DTYPES[content.dtype]).to(DTYPES[tensor.dtype])
@@ -202,7 +218,7 @@ def _byte_fault(tensor: PlannedTensor, expected: bytes, found: bytes, start: int
     return f"{tensor.name}{place[::-1]} {told[tensor.content.kind]}{origin}"
 
 
-def _repeated_faults(plan: Plan, source: Checkpoint, read: _Reader) -> Iterator[str]:
+def _repeated_faults(plan: Plan, folders: Folders, read: _Reader) -> Iterator[str]:
     """A dropped copy, like lm_head, must be one."""
     for drop in plan.dropped:
         if drop.must_equal is None:
@@ -210,17 +226,17 @@ def _repeated_faults(plan: Plan, source: Checkpoint, read: _Reader) -> Iterator[
         size = drop.content.end - drop.content.start
         for at in range(0, size, PIECE_BYTES):
             count = min(PIECE_BYTES, size - at)
-            pieces = [read(source.path / part.file, part.start + at, count) for part in (drop.content, drop.must_equal)]
+            pieces = [read(folders.path(part.file), part.start + at, count) for part in (drop.content, drop.must_equal)]
             if pieces[0] != pieces[1]:
                 yield f"{drop.name} of the source was dropped as a copy and is none"
                 break
 
 
-def _carried_faults(plan: Plan, source: Path, target: Path) -> Iterator[str]:
+def _carried_faults(plan: Plan, folders: Folders, target: Path) -> Iterator[str]:
     """Files that are carried over are the source's."""
     for name in plan.carried_files:
         try:
-            if (source / name).read_bytes() != (target / name).read_bytes():
+            if folders.path(name).read_bytes() != (target / name).read_bytes():
                 yield f"{name} is not the source's"
         except OSError as error:
             yield f"{name} cannot be read: {error.strerror}"

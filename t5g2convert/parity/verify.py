@@ -17,6 +17,7 @@ from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.config import judge_config, tensor_faults
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.integrity import judge_integrity, unreadable_manifest
+from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.provenance import judge_provenance, replay
 from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Check, Report
@@ -25,7 +26,8 @@ from t5g2convert.parity.text import judge_text
 from t5g2convert.parity.vision import judge_vision
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
-from t5g2convert.reference.weights import check_place
+from t5g2convert.reference.vision import VisionTower
+from t5g2convert.reference.weights import ReadOptions, check_place
 
 Progress = Callable[[str], None]
 PARITIES: Final = ("vision_parity", "decoder_parity", "encoder_parity")
@@ -35,6 +37,7 @@ def verify(
     output: Path,
     source: Path | None = None,
     *,
+    vision_from: Path | None = None,
     mapping: str | None = None,
     dtype: str | None = None,
     device: str = "cpu",
@@ -49,6 +52,7 @@ def verify(
     Args:
         output: The T5Gemma 2 folder to judge.
         source: The Gemma 3 folder that it was converted from; without it only integrity and runs are checked.
+        vision_from: The folder whose vision tower the conversion was given, if it was.
         mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
         dtype: Dtype to compute in, `bfloat16`, `float16` or `float32` (default: the output's).
         device: Device to compute on, `cpu` or `cuda`.
@@ -68,13 +72,19 @@ def verify(
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     check_folder(output)
     # Faults of the source, of the map and of the inputs are not the output's: they end the work before any check.
-    parent = None if source is None else Parent(source)
+    parent = None if source is None else Parent(source, vision_from)
     inputs = Inputs(text, image)
-    inputs.check(output, None if parent is None else parent.gemma)
-    judge = _Judge(output, source, inputs, device, tolerance, progress or _silent)
+    inputs.check(output, parent)
+    judge = _Judge(output, parent, inputs, device, tolerance, progress or _silent)
     judge.read_manifest()
+    if parent is not None and parent.donor is None and "vision_from" in judge.manifest:
+        raise UsageError("its vision tower is from another checkpoint", hint="give that one with --vision-from")
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
-    prove = None if parent is None else partial(judge_provenance, replay(parent.path, judge.manifest, mapping))
+    prove = (
+        None
+        if parent is None
+        else partial(judge_provenance, replay(parent.path, judge.manifest, mapping, vision_from=parent.vision_from))
+    )
     judge.integrity()
     target = judge.opened(dtype)
     if target is not None:
@@ -88,27 +98,14 @@ def verify(
     return record_report(report, judge.manifest) if record and judge.manifest and report.complete else report
 
 
-class Parent:
-    """The source of a conversion, opened and understood.
-
-    Raises:
-        CheckpointError: The folder is not sound, not Gemma 3, or has a switch that the passes do not know.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoint = open_checkpoint(path)
-        self.gemma = Gemma3Reference(self.checkpoint)
-
-
 class _Judge:
     """A verification under way: the checks made so far, and what they are made with."""
 
     def __init__(
-        self, output: Path, source: Path | None, inputs: Inputs, device: str, tolerance: float, progress: Progress
+        self, output: Path, parent: Parent | None, inputs: Inputs, device: str, tolerance: float, progress: Progress
     ) -> None:
         self.output = output
-        self.source = source
+        self.parent = parent
         self.inputs = inputs
         self.device = device
         self.tolerance = tolerance
@@ -119,11 +116,16 @@ class _Judge:
         self.skipped: dict[str, str] = {}
         self.remarks: list[str] = []
 
+    @property
+    def projector(self) -> str | None:
+        """How the projector of a grafted tower was made, as the manifest tells."""
+        return self.manifest.get("options", {}).get("projector")
+
     def report(self) -> Report:
         """What was found."""
         return Report(
             output=self.output,
-            source=self.source,
+            source=None if self.parent is None else self.parent.path,
             dtype=self.dtype,
             device=self.device,
             tolerance=self.tolerance,
@@ -144,7 +146,7 @@ class _Judge:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise _too_little_memory(error) from None
         except CheckpointError as error:
-            if self.source is not None and error.where is not None and Path(error.where).is_relative_to(self.source):
+            if self.parent is not None and error.where is not None and self.parent.holds(Path(error.where)):
                 raise
             self.checks += [Check(name, False, self._told(error)) for name in names]
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
@@ -187,26 +189,28 @@ class _Judge:
 
     def against(self, parent: Parent, prove: Callable[..., Check], target: Checkpoint) -> None:
         """All checks that need the source; `prove` is provenance."""
-        source = parent.checkpoint
         changes = {change["field"]: change for change in self.manifest.get("changes", ())}
         new_values = {field: change["target"] for field, change in changes.items()}
-        self.make(["provenance"], lambda: [prove(source, target, self.manifest, self.progress)])
+        self.make(["provenance"], lambda: [prove(parent, target, self.manifest, self.progress)])
         self.make(["config"], lambda: [self._config(parent, target, new_values)])
         self._tell(changes)
         dtype = getattr(torch, str(self.dtype))
         rounded_to = getattr(torch, changes["dtype"]["target"]) if "dtype" in changes else None
-        gemma = Gemma3Reference(source, dtype=dtype, device=self.device, rounded_to=rounded_to)
-        if gemma.vision is None:
+        reading: ReadOptions = {"dtype": dtype, "device": self.device, "rounded_to": rounded_to}
+        gemma, tower = Gemma3Reference(parent.checkpoint, **reading), parent.tower(**reading)
+        if tower is None:
             self.skip(["vision_parity"], "the source has no images")
-        if self._unfit(PARITIES if gemma.vision is not None else PARITIES[1:], target):
+        if self._unfit(PARITIES if tower is not None else PARITIES[1:], target):
             return
 
         def passes() -> list[Check]:
             settled = on_source_settings(target, changes)
             t5gemma = T5Gemma2Reference(target, dtype=dtype, device=self.device, model=settled)
-            features = self._look(gemma, t5gemma)
+            features = None if tower is None else self._look(tower, t5gemma)
             batch = self.inputs.batch(t5gemma)
-            images = None if features is None else self.inputs.image_batch(t5gemma, features)
+            # With a tower from elsewhere there is no Gemma 3 that reads text and images.
+            seen = features is not None and parent.donor is None
+            images = self.inputs.image_batch(t5gemma, features) if seen and features is not None else None
             return judge_text(gemma, t5gemma, batch, images, tolerance=self.tolerance, progress=self.progress)
 
         self.make(PARITIES[1:], passes)
@@ -219,7 +223,7 @@ class _Judge:
 
         def use() -> list[Check]:
             t5gemma = T5Gemma2Reference(target, dtype=dtype, device=self.device)
-            return [judge_runs(t5gemma, dtype, progress=self.progress)]
+            return [judge_runs(t5gemma, dtype, blind=self.projector == "zeros", progress=self.progress)]
 
         self.make(["runs"], use)
 
@@ -231,18 +235,21 @@ class _Judge:
             self.checks += [Check(name, False, told) for name in names]
         return fault is not None
 
-    def _look(self, gemma: Gemma3Reference, t5gemma: T5Gemma2Reference) -> Tensor | None:
-        """vision_parity; the source's image features, if both have a tower."""
-        if gemma.vision is None:
-            return None
-        pixels = self.inputs.pixels(gemma.vision).to(self.device)
+    def _look(self, tower: VisionTower, t5gemma: T5Gemma2Reference) -> Tensor | None:
+        """vision_parity; the image features of the source's tower, if the target has one too."""
+        pixels = self.inputs.pixels(tower).to(self.device)
         features: list[Tensor] = []
 
         def look() -> list[Check]:
-            if gemma.vision is None or t5gemma.vision is None:
+            if t5gemma.vision is None:
                 return [Check("vision_parity", False, "the source has a vision tower, the target a stub of no layers")]
             check, seen = judge_vision(
-                gemma.vision, t5gemma.vision, pixels, tolerance=self.tolerance, progress=self.progress
+                tower,
+                t5gemma.vision,
+                pixels,
+                projected=self.projector in (None, "copy"),
+                tolerance=self.tolerance,
+                progress=self.progress,
             )
             features.append(seen)
             return [check]
@@ -254,7 +261,9 @@ class _Judge:
         name = "generation_config.json"
         given = parent.path / name
         ends = read_json_object(given).get("eos_token_id") if given.exists() else None
-        return judge_config(parent.gemma.model, target, read_json_object(target.path / name), changes, ends=ends)
+        return judge_config(
+            parent.model(self.projector), target, read_json_object(target.path / name), changes, ends=ends
+        )
 
     def _tell(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         for field, change in changes.items():

@@ -8,6 +8,7 @@ from torch import Tensor
 from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference
 from t5g2convert.parity.report import Check, Drift
+from t5g2convert.reference.siglip import Projector
 from t5g2convert.reference.vision import VisionTower
 
 
@@ -17,10 +18,20 @@ def judge_vision(
     target: VisionTower,
     pixels_BNYX: Tensor,
     *,
+    projected: bool = True,
     tolerance: float,
     progress: Callable[[str], None],
 ) -> tuple[Check, Tensor]:
-    """Compare two towers, and give the source's image features, [B, mm_tokens_per_image, text width]."""
+    """Compare two towers, and give the source's image features, [B, mm_tokens_per_image, text width].
+
+    Args:
+        source: The tower of the source, or of the donor.
+        target: The target's.
+        pixels_BNYX: What they look at.
+        projected: Whether both have one projector; otherwise they are compared before it, at the normed soft tokens.
+        tolerance: Largest relative difference that passes.
+        progress: Told what is being done.
+    """
     depths = source.settings.num_hidden_layers, target.settings.num_hidden_layers
     if depths[0] != depths[1]:
         said = f"the source's tower has {depths[0]} layers, the target's {depths[1]}"
@@ -34,6 +45,8 @@ def judge_vision(
         theirs = next(others)[1]
         progress(f"vision tower, {name}")
         before = expected, found
+        if isinstance(ours, Projector) and isinstance(theirs, Projector) and not projected:
+            ours, theirs = ours.mm_soft_emb_norm, theirs.mm_soft_emb_norm
         expected, found = ours(expected), theirs(found)
         difference = Difference()
         difference.add(expected, found)
@@ -45,7 +58,8 @@ def judge_vision(
         del ours, theirs
     passed = difference.within(tolerance)
     size = "x".join(map(str, pixels_BNYX.shape[-2:]))
-    said = f"image features of {pixels_BNYX.shape[0]} image(s) of {size}: {difference}"
+    what = "image features" if projected else "tower states before the projector"
+    said = f"{what} of {pixels_BNYX.shape[0]} image(s) of {size}: {difference}"
     if not passed:
         said += f"; departs at {departs}"
     return Check(

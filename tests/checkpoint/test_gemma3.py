@@ -266,7 +266,7 @@ def test_special_tokens_at_the_top_win_over_the_defaults() -> None:
 def test_terms_follow_from_the_fields() -> None:
     model = read(multimodal(vision=VISIONS["published"], **SIZES))
     assert model.family == "gemma3"
-    assert model.conditions == {"vision"}
+    assert model.conditions == {"vision", "projector_copy"}
     assert model.symbols == {
         "rows": 262144,
         "hidden": 640,
@@ -275,6 +275,7 @@ def test_terms_follow_from_the_fields() -> None:
         "key_value": 256,
         "head": 256,
         "layers": 8,
+        "projected": 640,
         "eoi_token": 256000,
         "vision_hidden": 1152,
         "vision_intermediate": 4304,

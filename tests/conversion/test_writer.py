@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import CheckpointError, convert, plan
 from t5g2convert.conversion import copying, writer
 from t5g2convert.conversion.convert import execute
+from t5g2convert.mapping.roles import Folders
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.memory import run_and_measure
@@ -31,7 +32,7 @@ def test_every_copied_range_holds_the_bytes_of_its_source(
     demo_source: Path, tmp_path: Path, max_shard_bytes: int, hashing: bool
 ) -> None:
     made = plan(demo_source, max_shard_bytes=max_shard_bytes)
-    execute(made, demo_source, tmp_path / "out", hashing=hashing)
+    execute(made, Folders(demo_source), tmp_path / "out", hashing=hashing)
     source = (demo_source / "model.safetensors").read_bytes()
     copied = [tensor for tensor in made.tensors if tensor.content.kind == "copy"]
     assert len(copied) == 250
@@ -45,7 +46,7 @@ def test_the_library_reads_every_tensor_that_was_planned(
     demo_source: Path, tmp_path: Path, max_shard_bytes: int
 ) -> None:
     made = plan(demo_source, max_shard_bytes=max_shard_bytes)
-    execute(made, demo_source, tmp_path / "out")
+    execute(made, Folders(demo_source), tmp_path / "out")
     found = {name: tensor for shard in made.shards for name, tensor in load_file(tmp_path / "out" / shard.name).items()}
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
         tensor.name: tensor.shape for tensor in made.tensors
@@ -104,7 +105,7 @@ def test_each_source_byte_is_copied_from_once(
     monkeypatch.setattr(writer, "read_exactly", count_read)
     monkeypatch.setattr(os, "pwrite", count_write)
     made = plan(demo_source)
-    execute(made, demo_source, tmp_path / "out", hashing=hashing)
+    execute(made, Folders(demo_source), tmp_path / "out", hashing=hashing)
     tensor_bytes = sum(
         entry.end - entry.start for entry in {t.content.source for t in made.tensors if t.content.source}
     )
@@ -133,7 +134,7 @@ def test_mixed_dtypes_are_kept_and_aligned(demo_source: Path, tmp_path: Path) ->
     assert all(tensor.start % 4 == 0 for tensor in made.tensors if tensor.dtype == "F32")
     assert made.dtype == "bfloat16"
     assert any("several dtypes (BF16, F32)" in note for note in made.notes)
-    execute(made, demo_source, tmp_path / "out")
+    execute(made, Folders(demo_source), tmp_path / "out")
     found = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(found["model.decoder.norm.weight"], tensors["language_model.model.norm.weight"])
 
@@ -237,7 +238,7 @@ def test_I13_a_source_that_changed_since_it_was_planned_is_refused(demo_source: 
     made = plan(demo_source)
     os.utime(demo_source / "model.safetensors", ns=(1, 1))
     with pytest.raises(CheckpointError, match="changed while it was being read"):
-        execute(made, demo_source, tmp_path / "out")
+        execute(made, Folders(demo_source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -248,14 +249,14 @@ def test_I13_a_source_that_changes_while_it_is_copied_is_refused(demo_source: Pa
         os.utime(demo_source / "model.safetensors", ns=(2, 2))
 
     with pytest.raises(CheckpointError, match="changed while it was being read"):
-        execute(made, demo_source, tmp_path / "out", progress=touch)
+        execute(made, Folders(demo_source), tmp_path / "out", progress=touch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-source"]
 
 
 def test_progress_counts_every_byte_but_the_headers(demo_source: Path, tmp_path: Path) -> None:
     counts: list[int] = []
     made = plan(demo_source)
-    execute(made, demo_source, tmp_path / "out", progress=counts.append)
+    execute(made, Folders(demo_source), tmp_path / "out", progress=counts.append)
     assert sum(counts) == sum(tensor.nbytes for tensor in made.tensors)
 
 

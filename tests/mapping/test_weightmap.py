@@ -5,7 +5,7 @@ import pytest
 
 from t5g2convert.checkpoint.config import SourceModel
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.families import CONDITIONS, FAMILIES
+from t5g2convert.mapping.families import FAMILIES, WORLDS
 from t5g2convert.mapping.library import mappings_folder, shipped_maps
 from t5g2convert.mapping.names import index_of, pattern_fault, root_of
 from t5g2convert.mapping.schema import Row, WeightMap
@@ -489,7 +489,7 @@ def test_every_shipped_row_uses_names_that_exist(weight_map: WeightMap, row: Row
     if row.from_ is not None:
         assert pattern_fault(row.from_, weight_map.roots) is None
         assert root_of(row.from_) in weight_map.roots
-    assert row.when is None or row.when in CONDITIONS
+    assert row.when is None or any(row.when in world for world in WORLDS)
 
 
 @pytest.mark.parametrize(("weight_map", "row"), ROWS)
@@ -556,9 +556,9 @@ def test_the_vocabulary_is_cut_as_the_releases_are(gemma3_map: WeightMap) -> Non
     assert gemma3_map.vocabulary.moved == {"image_token_index": 256001}
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_every_condition_fills_all_parts_of_the_target(condition: str, gemma3_map: WeightMap) -> None:
-    parts = {part for row in gemma3_map.weights if row.applies(frozenset({condition})) for part in row.to}
+@pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-".join(sorted(world)))
+def test_every_kind_of_source_fills_all_parts_of_the_target(world: frozenset[str], gemma3_map: WeightMap) -> None:
+    parts = {part for row in gemma3_map.weights if row.applies(world) for part in row.to}
     assert parts == {"embedding", "encoder", "decoder", "vision", "projector"}
 
 

@@ -47,9 +47,9 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: dict[Path, Plan] = {}
     references: dict[object, Gemma3Reference] = {}
 
-    def replayed(source: Path, manifest: Document, mapping: str | None) -> Plan:
-        if manifest.get("changes") or mapping:
-            return replay(source, manifest, mapping)
+    def replayed(source: Path, manifest: Document, mapping: str | None, *, vision_from: Path | None = None) -> Plan:
+        if manifest.get("options") or mapping or vision_from:
+            return replay(source, manifest, mapping, vision_from=vision_from)
         if source not in plans:
             plans[source] = replay(source, {}, None)
         return plans[source]
@@ -64,6 +64,7 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("t5g2convert.parity.verify.replay", replayed)
     monkeypatch.setattr("t5g2convert.parity.verify.Gemma3Reference", opened)
+    monkeypatch.setattr("t5g2convert.parity.parent.Gemma3Reference", opened)
 
 
 @pytest.fixture

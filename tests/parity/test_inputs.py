@@ -20,7 +20,7 @@ from t5g2convert.parity.inputs import (
     text_batch,
     token_batch,
 )
-from t5g2convert.reference.gemma3 import Gemma3Reference
+from t5g2convert.parity.parent import Parent
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
@@ -104,9 +104,9 @@ def test_a_text_that_is_shorter_is_read_whole() -> None:
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_fewer_than_eight_tokens_are_no_text(count: int, demo_source: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * count)
-    gemma = Gemma3Reference(open_checkpoint(demo_source))
+    parent = Parent(demo_source)
     with pytest.raises(UsageError, match=f"has {count} tokens, expected 8 at least"):
-        Inputs(tmp_path / "text").check(demo_source, gemma)
+        Inputs(tmp_path / "text").check(demo_source, parent)
 
 
 def test_a_text_that_cannot_be_read_is_said(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
     target = opened(folder)
     assert target.vision is not None
     given = Inputs(tmp_path / "text", tmp_path / "picture.png")
-    given.check(folder, Gemma3Reference(open_checkpoint(demo_source)))
+    given.check(folder, Parent(demo_source))
     expected = TextCodec(folder).encode("a text of my own, as long as it has to be")[: 5 + BEYOND_WINDOW]
     assert given.batch(target).ids_BT.tolist() == [expected] * 2
     found = given.pixels(target.vision)

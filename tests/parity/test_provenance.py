@@ -14,6 +14,7 @@ from t5g2convert import CheckpointError, convert
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.parity import provenance
+from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.provenance import judge_provenance, replay
 from t5g2convert.parity.report import Check
 from tests.conftest import TwinFolder
@@ -46,7 +47,7 @@ class Conversion:
         return replay(self.source, self.manifest, mapping)
 
     def judge(self, plan: Plan | None = None, manifest: dict[str, Any] | None = None) -> Check:
-        source, target = open_checkpoint(self.source), open_checkpoint(self.output)
+        source, target = Parent(self.source), open_checkpoint(self.output)
         manifest = self.manifest if manifest is None else manifest
         return judge_provenance(plan or self.plan(), source, target, manifest, silent)
 
@@ -293,7 +294,7 @@ def test_a_source_that_cannot_be_planned_is_the_sources_fault(made: Make) -> Non
 def test_a_file_that_cannot_be_opened_is_said(made: Make) -> None:
     sound = made()
     plan = sound.plan()
-    source, target = open_checkpoint(sound.source), open_checkpoint(sound.output)
+    source, target = Parent(sound.source), open_checkpoint(sound.output)
     (sound.output / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         judge_provenance(plan, source, target, sound.manifest, silent)
@@ -302,7 +303,7 @@ def test_a_file_that_cannot_be_opened_is_said(made: Make) -> None:
 def test_a_file_that_has_become_shorter_is_said(made: Make) -> None:
     sound = made()
     plan = sound.plan()
-    source, target = open_checkpoint(sound.source), open_checkpoint(sound.output)
+    source, target = Parent(sound.source), open_checkpoint(sound.output)
     os.truncate(sound.output / "model.safetensors", 200_000)
     check = judge_provenance(plan, source, target, sound.manifest, silent)
     assert not check.passed

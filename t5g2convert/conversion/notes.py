@@ -1,0 +1,81 @@
+"""What a user should know of a conversion before it is made, in sentences."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from t5g2convert.conversion.layout import Draft
+from t5g2convert.conversion.options import KEEP, Options
+from t5g2convert.conversion.plan import Change
+from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.roles import VISION_FROM
+from t5g2convert.mapping.schema import WeightMap
+
+STACKS: Final = ("encoder.text_config.", "decoder.")
+
+LENGTH: Final = "max_position_embeddings"
+
+
+def plan_notes(
+    resolution: Resolution,
+    drafts: Sequence[Draft],
+    changes: Sequence[Change],
+    options: Options,
+    weight_map: WeightMap,
+    *,
+    dtype: str,
+) -> Iterator[str]:
+    """All notes of a plan, in the order in which they are shown; `dtype` is what config.json names."""
+    for checkpoint in resolution.checkpoints.values():
+        yield from checkpoint.notes
+    yield from _vocabulary(resolution, drafts, changes)
+    yield from _settings(changes)
+    if options.preset is not None:
+        for name in weight_map.presets[options.preset].assumed:
+            yield f"preset {options.preset}: what the release has for {name} is not established"
+    yield from _images(resolution)
+    dtypes = sorted({draft.dtype for draft in drafts})
+    if options.dtype == KEEP and len(dtypes) > 1:
+        yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {dtype}"
+    for drop in resolution.drops:
+        yield f"{drop.tensor.entry.name} is dropped: {drop.drop.because}"
+
+
+def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequence[Change]) -> Iterator[str]:
+    for change in changes:
+        if change.field == "vocab_size":
+            yield f"the embedding table is cut from {change.source} to {change.target} rows"
+        elif change.field in resolution.model.values and "vision" in resolution.model.conditions:
+            yield f"{change.field} moves from {change.source} to {change.target}"
+    for draft in drafts:
+        if draft.content.kind == "zeros" and draft.origin is not None:
+            yield f"{draft.name} is zeros: the vocabulary has no such token"
+
+
+def _settings(changes: Sequence[Change]) -> Iterator[str]:
+    """Settings that are not the source's: one note for both stacks where they agree."""
+    by_setting: dict[tuple[str, Any, Any], list[str]] = {}
+    for change in changes:
+        stack = next((stack for stack in STACKS if change.field.startswith(stack)), None)
+        if stack is not None:
+            setting = change.field.removeprefix(stack)
+            by_setting.setdefault((setting, change.source, change.target), []).append(change.field)
+    for (setting, source, target), named in by_setting.items():
+        name = setting if len(named) == len(STACKS) else named[0]
+        effect = "longer inputs are allowed" if target > source else "shorter inputs are allowed"
+        if setting != LENGTH:
+            effect = "that changes what is computed"
+        yield f"{name} is {target}, the source's is {source}: {effect}"
+
+
+def _images(resolution: Resolution) -> Iterator[str]:
+    conditions = resolution.model.conditions
+    if "text_only" in conditions:
+        yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
+    if VISION_FROM in resolution.checkpoints:
+        taken = sum(item.role == VISION_FROM and item.source is not None for item in resolution.targets)
+        left = len(resolution.checkpoints[VISION_FROM].tensors) - taken
+        yield f"{taken} tensors are the donor's; its other {left} are left behind"
+    if "projector_zeros" in conditions:
+        yield "the projector is zeros: images mean nothing until it is trained"
+    if "projector_aligned" in conditions:
+        yield "the projector is the donor's, carried over by least squares between both embedding tables"

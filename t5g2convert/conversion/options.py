@@ -1,0 +1,151 @@
+"""What a user may ask of a conversion beside its source; everything here decides the output's bytes."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+from t5g2convert.checkpoint.config import MAX_INTEGER, SourceModel
+from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
+from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES
+from t5g2convert.errors import MappingError, UsageError
+from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.weightmap import did_you_mean
+
+KEEP: Final = "keep"
+"""`--dtype` and `--rope-scaling` that change nothing."""
+
+PROJECTORS: Final = ("copy", "zeros", "aligned")
+
+
+class PlanOptions(TypedDict, total=False):
+    """The keyword arguments of `plan` and `convert`; see `Options`."""
+
+    mapping: str | None
+    dtype: str
+    max_shard_bytes: int
+    vision_from: Path | None
+    projector: str | None
+    ridge: float
+    rope_scaling: str
+    sliding_window: int | None
+    preset: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What decides the output's bytes, beside the source.
+
+    Attributes:
+        mapping: Name of a shipped map or path of one's own; by default the shipped one for the source's model type.
+        dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
+        max_shard_bytes: Largest size of one output file's tensors, in bytes.
+        vision_from: A Gemma 3 checkpoint folder whose vision tower a source without images gets.
+        projector: How that tower's projector comes to the source's width: `copy` (for equal widths), `zeros`, or
+            `aligned` by least squares between both embedding tables; None for `copy` where it fits, else `zeros`.
+        ridge: Penalty on large maps for `aligned`, as a part of the mean square of the donor's embedding columns.
+        rope_scaling: `keep`, or `linear:F`: positions in full layers are divided by F, and as many more are allowed.
+        sliding_window: Tokens that a sliding layer sees; None for the source's.
+        preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options win over it.
+
+    Raises:
+        UsageError: An option has no meaning.
+    """
+
+    mapping: str | None = None
+    dtype: str = KEEP
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    vision_from: Path | None = None
+    projector: str | None = None
+    ridge: float = 0.0
+    rope_scaling: str = KEEP
+    sliding_window: int | None = None
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype != KEEP and self.dtype not in BY_CONFIG_NAME:
+            raise UsageError(f"unknown dtype {self.dtype!r}", hint=f"expected {KEEP}, {', '.join(BY_CONFIG_NAME)}")
+        if self.max_shard_bytes < 1:
+            raise UsageError(f"a shard of at most {self.max_shard_bytes} bytes holds nothing")
+        if self.projector is not None and self.projector not in PROJECTORS:
+            raise UsageError(f"unknown projector {self.projector!r}", hint=f"expected {', '.join(PROJECTORS)}")
+        if self.vision_from is None and self.projector is not None:
+            raise UsageError("--projector is for the tower of a donor", hint="give one with --vision-from")
+        if not 0 <= self.ridge < math.inf:
+            raise UsageError(f"a ridge of {self.ridge} has no meaning", hint="0 or more; 1e-6 is little")
+        if self.ridge and self.projector != "aligned":
+            raise UsageError("--ridge is for --projector aligned")
+        if self.sliding_window is not None and not 0 < self.sliding_window <= MAX_INTEGER:
+            raise UsageError(f"a sliding window of {self.sliding_window} tokens has no meaning")
+        self._rope_factor()
+
+    def _rope_factor(self) -> float | None:
+        if self.rope_scaling == KEEP:
+            return None
+        kind, _, text = self.rope_scaling.partition(":")
+        try:
+            factor = float(text) if kind == "linear" else math.nan
+        except ValueError:
+            factor = math.nan
+        if not 0 < factor < math.inf:
+            raise UsageError(
+                f"unknown RoPE scaling {self.rope_scaling!r}", hint=f"expected {KEEP}, or linear:F as linear:8"
+            )
+        return factor
+
+    def settings(self, model: SourceModel, weight_map: WeightMap) -> dict[str, Any]:
+        """The source's config values that the target shall have otherwise, by their names.
+
+        Raises:
+            MappingError: The map has no such preset, or it is for another size of model.
+        """
+        settings = {} if self.preset is None else _preset(self.preset, model, weight_map)
+        factor = self._rope_factor()
+        if factor is not None:
+            longer = factor / model.values["rope_full_factor"]  # type: ignore[operator]
+            positions = int(model.values["max_position_embeddings"] * longer)  # type: ignore[operator]
+            settings |= {"rope_full_factor": factor, "max_position_embeddings": min(max(positions, 1), MAX_INTEGER)}
+        if self.sliding_window is not None:
+            settings["sliding_window"] = self.sliding_window
+        return settings
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps: the options that differ from their defaults and are no paths."""
+        given = {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default and field.name not in ("mapping", "vision_from")
+        }
+        return {name: value for name, value in asdict(self).items() if name in given}
+
+
+def _preset(name: str, model: SourceModel, weight_map: WeightMap) -> dict[str, Any]:
+    preset = weight_map.presets.get(name)
+    if preset is None:
+        known = ", ".join(weight_map.presets) or "none"
+        raise MappingError(
+            f"mapping {weight_map.name!r} has no preset {name!r}",
+            hint=did_you_mean(name, weight_map.presets) or f"it has {known}",
+        )
+    for field, needed in preset.requires.items():
+        if model.values[field] != needed:
+            raise MappingError(
+                f"preset {name} is for {field} {needed}, the source has {model.values[field]}",
+                hint="give --rope-scaling and --sliding-window themselves",
+            )
+    return dict(preset.settings)
+
+
+def recorded_options(record: Mapping[str, Any]) -> PlanOptions:
+    """The options that a manifest tells of.
+
+    Raises:
+        UsageError: It tells of an option that there is not.
+    """
+    known = {field.name for field in fields(Options)} - {"mapping", "vision_from"}
+    if strange := record.keys() - known:
+        raise UsageError(
+            f"t5g2.json was made with options that this version does not know: {', '.join(sorted(strange))}"
+        )
+    return PlanOptions(**record)  # type: ignore[typeddict-item, no-any-return]

@@ -1,0 +1,51 @@
+"""The checkpoints that one conversion may read, and which of them a part of the target comes from."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final, Literal
+
+Role = Literal["source", "vision_from"]
+
+SOURCE: Final = "source"
+"""The checkpoint that is converted."""
+
+VISION_FROM: Final = "vision_from"
+"""The donor of a vision tower to a source that has none."""
+
+GRAFTED_PARTS: Final = frozenset({"vision", "projector"})
+"""Parts of the target that come from the donor, where there is one."""
+
+
+def role_of(parts: Collection[str], roles: Collection[Role]) -> Role:
+    """The role of the checkpoint that a row for these parts reads, among those that there are."""
+    return VISION_FROM if VISION_FROM in roles and GRAFTED_PARTS.issuperset(parts) else SOURCE
+
+
+def named(role: Role, file: str) -> str:
+    """A file of the checkpoint in a role, as plans name it: the source's own as it is, others behind their role."""
+    return file if role == SOURCE else f"{role}/{file}"
+
+
+class Folders:
+    """Where the checkpoints of a conversion lie.
+
+    Args:
+        source: The folder of the source.
+        vision_from: The folder of the donor of a vision tower.
+    """
+
+    def __init__(self, source: Path, *, vision_from: Path | None = None) -> None:
+        self.source = source
+        self._others = {VISION_FROM: vision_from}
+
+    def path(self, file: str) -> Path:
+        """The path of a file by its name in a plan; a plain name cannot hold a slash."""
+        role, _, name = file.rpartition("/")
+        folder = self._others[role] if role else self.source
+        assert folder is not None, "a plan reads only what it was made from"
+        return folder / name
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every folder that is read."""
+        return (self.source, *(folder for folder in self._others.values() if folder is not None))
