@@ -48,6 +48,10 @@ class HubOrigin:
     revision: str
     files: Mapping[str, HubFile]
 
+    def to_json(self) -> dict[str, str]:
+        """What is told of it, and kept in manifests."""
+        return {"repo": self.repo, "revision": self.revision}
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

@@ -24,6 +24,9 @@ from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
 from t5g2convert.errors import CheckpointError, HubError, OutputError
 
+Origin = str | Path | Checkpoint
+"""What a checkpoint is opened from: a folder; a str may also name a model of the Hub; or it is open already."""
+
 _ID: Final = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^\s@]+))?", re.ASCII)
 
 
@@ -46,17 +49,25 @@ def parse_id(text: str) -> HubId | None:
     return HubId(found[1], found[2])
 
 
-def open_source(source: str | Path) -> Checkpoint:
+def given_folders(*sources: Origin | None) -> list[Path]:
+    """The folders among what was given; nothing is opened."""
+    paths = (source.path if isinstance(source, Checkpoint) else source for source in sources if source is not None)
+    return [Path(path) for path in paths if isinstance(path, Path) or parse_id(path) is None]
+
+
+def open_source(source: Origin) -> Checkpoint:
     """Open a checkpoint by its headers alone.
 
     Args:
-        source: A folder; or, if it is no Path, also a model of the Hub, org/name[@revision].
+        source: A folder; a str may also be a model of the Hub, org/name[@revision]; what is open is returned as it is.
 
     Raises:
         CheckpointError: It is not sound; see `open_checkpoint`.
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
         OutputError: The Hub's cache cannot be written.
     """
+    if isinstance(source, Checkpoint):
+        return source
     hub_id = parse_id(source) if isinstance(source, str) else None
     if hub_id is None:
         return open_checkpoint(Path(source))
@@ -65,9 +76,21 @@ def open_source(source: str | Path) -> Checkpoint:
     return _open_cached(hub_id) if constants.HF_HUB_OFFLINE else _open_online(hub_id)
 
 
+def again(checkpoint: Checkpoint) -> Path | Checkpoint:
+    """What to open it from again: a folder is read anew; of a model of the Hub the branch may have moved."""
+    return checkpoint.path if checkpoint.hub is None else checkpoint
+
+
 def missing_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     """Bytes of those of the files that are on the Hub and not yet here."""
-    return sum(checkpoint.hub.files[name].size for name in _absent(checkpoint, names)) if checkpoint.hub else 0
+    return sum(checkpoint.hub.files[name].size for name in absent(checkpoint, names)) if checkpoint.hub else 0
+
+
+def absent(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+    """Those of the files that are on the Hub and not yet here."""
+    if checkpoint.hub is None:
+        return []
+    return [name for name in dict.fromkeys(names) if not (checkpoint.path / name).exists()]
 
 
 def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | None = None) -> Checkpoint:
@@ -91,9 +114,8 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
     if hub is None:
         return checkpoint
     wanted = list(dict.fromkeys(names))
-    absent = _absent(checkpoint, wanted)
-    _check_room(checkpoint, absent)
-    for name in absent:
+    _check_room(checkpoint, missing_bytes(checkpoint, wanted))
+    for name in absent(checkpoint, wanted):
         download(hub, name, progress)
     headers = {name: read_header(regular_file(checkpoint.path / name)) for name in wanted if name in checkpoint.files}
     for name, header in headers.items():
@@ -109,20 +131,10 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
     return replace(checkpoint, files={**checkpoint.files, **headers})
 
 
-def open_whole(source: str | Path, told: Callable[[str], None]) -> Checkpoint:
-    """Open a checkpoint, all its weights and JSON files being here: those of a model of the Hub are fetched.
-
-    Args:
-        source: As `open_source`.
-        told: Told what is being fetched, in words, whenever that has changed.
-
-    Raises:
-        CheckpointError: It is not sound.
-        HubError: The Hub has no such model, does not give it out, or cannot be reached.
-        OutputError: The cache's disk has too little room or fails.
-    """
-    checkpoint = open_source(source)
-    total, done, shown = max(missing_bytes(checkpoint, checkpoint.files), 1), 0, -1
+def fetch_telling(checkpoint: Checkpoint, names: Iterable[str], told: Callable[[str], None]) -> Checkpoint:
+    """Fetch as `fetch` does, and tell how far it is, in words."""
+    wanted = list(names)
+    total, done, shown = max(missing_bytes(checkpoint, wanted), 1), 0, -1
 
     def progress(count: int) -> None:
         nonlocal done, shown
@@ -131,16 +143,11 @@ def open_whole(source: str | Path, told: Callable[[str], None]) -> Checkpoint:
             shown = done * 100 // total
             told(f"download of {checkpoint.name}, {shown}%")
 
-    return fetch(checkpoint, checkpoint.files, progress=progress)
+    return fetch(checkpoint, wanted, progress=progress)
 
 
-def _absent(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    return [name for name in dict.fromkeys(names) if not (checkpoint.path / name).exists()]
-
-
-def _check_room(checkpoint: Checkpoint, absent: list[str]) -> None:
+def _check_room(checkpoint: Checkpoint, need: int) -> None:
     """Refuse a download that the cache's disk cannot hold."""
-    need = missing_bytes(checkpoint, absent)
     have = shutil.disk_usage(checkpoint.path).free
     if have < need:
         raise OutputError(

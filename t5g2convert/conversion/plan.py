@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
+from t5g2convert.checkpoint.folder import HubOrigin
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.mapping.roles import SOURCE, Role
+from t5g2convert.mapping.roles import SOURCE, Role, plain_name
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
@@ -144,6 +145,7 @@ class PlannedSource:
         layout: The spelling of each root.
         config: Its config.json.
         files: Its weight files that are read.
+        hub: The model of the Hub that it is, if it is one.
     """
 
     name: str
@@ -151,6 +153,7 @@ class PlannedSource:
     layout: Mapping[str, str]
     config: SourceConfig
     files: tuple[SourceFile, ...]
+    hub: HubOrigin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,12 @@ class Plan:
         return tuple(file for source in self.sources.values() for file in source.files)
 
     @property
+    def reads(self) -> Mapping[Role, tuple[str, ...]]:
+        """The files of each checkpoint that are read, by their names in it."""
+        weights = {role: [plain_name(file.name) for file in source.files] for role, source in self.sources.items()}
+        return {role: (*names, *(self.carried_files if role == SOURCE else ())) for role, names in weights.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all shards, headers included."""
         return sum(shard.size for shard in self.shards)
@@ -216,6 +225,7 @@ class Plan:
             "options": dict(self.options),
             "family": self.source.family,
             "layout": dict(self.source.layout),
+            **({} if self.source.hub is None else {"hub": self.source.hub.to_json()}),
             "dtype": self.dtype,
             "parameters": dict(self.parameters),
             "bytes": self.nbytes,

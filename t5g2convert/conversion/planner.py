@@ -4,12 +4,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, Unpack
 
 from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, read_json_object
+from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.notes import plan_notes
@@ -28,6 +28,7 @@ from t5g2convert.conversion.plan import (
     SourceRange,
     Table,
 )
+from t5g2convert.conversion.sources import Sources
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.names import expand
@@ -39,25 +40,28 @@ from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 
-def build_plan(source: Path, **options: Unpack[PlanOptions]) -> Plan:
+def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
     """Plan a conversion from headers alone.
 
     Args:
-        source: A Gemma 3 checkpoint folder.
+        source: A Gemma 3 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
         options: What decides the output's bytes beside it; see `Options`.
 
     Raises:
         CheckpointError: The source or the donor is not sound, or is not what its config implies.
+        HubError: The Hub does not have a model or give it out, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         UsageError: An argument has no meaning.
     """
     wanted = Options(**options)
-    checkpoint = open_checkpoint(source)
-    donor = None if wanted.vision_from is None else open_checkpoint(wanted.vision_from)
+    sources = Sources.open(source, wanted.vision_from)
+    checkpoint = sources.source
     loaded = (
-        find_map(wanted.mapping) if wanted.mapping is not None else map_for(checkpoint.config, source / "config.json")
+        find_map(wanted.mapping)
+        if wanted.mapping is not None
+        else map_for(checkpoint.config, checkpoint.path / "config.json")
     )
-    return plan_checkpoint(checkpoint, loaded, wanted, donor=donor)
+    return plan_checkpoint(checkpoint, loaded, wanted, donor=sources.vision_from)
 
 
 def plan_checkpoint(
@@ -124,7 +128,7 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
     checkpoint = resolution.checkpoints[role]
     read = {span.file for tensor in tensors for span in tensor.content.spans}
     return PlannedSource(
-        name=checkpoint.path.resolve().name,
+        name=checkpoint.name,
         family=str(checkpoint.config["model_type"]),
         layout=dict(resolution.layouts[role]),
         config=SourceConfig(len(checkpoint.config_text), hashlib.sha256(checkpoint.config_text).hexdigest()),
@@ -133,6 +137,7 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
             for name, header in checkpoint.files.items()
             if role == SOURCE or named(role, name) in read
         ),
+        hub=checkpoint.hub,
     )
 
 

@@ -104,7 +104,7 @@ class Inspection:
             "notes": list(self.notes),
         }
         if self.hub is not None:
-            document["hub"] = {"repo": self.hub.repo, "revision": self.hub.revision}
+            document["hub"] = self.hub.to_json()
         if tensors:
             document["tensors"] = [
                 {

@@ -26,6 +26,11 @@ def named(role: Role, file: str) -> str:
     return file if role == SOURCE else f"{role}/{file}"
 
 
+def plain_name(file: str) -> str:
+    """The name in its checkpoint of a file as plans name it."""
+    return file.rpartition("/")[2]
+
+
 class Folders:
     """Where the checkpoints of a conversion lie.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.hub import open_whole
+from t5g2convert.checkpoint.hub import fetch_telling, open_source
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.difference import Distributions
 from t5g2convert.parity.inputs import Batch, read_text
@@ -89,7 +89,8 @@ def compare(
     """
     check_place(dtype, device)
     progress = progress or (lambda _: None)
-    child, parent = open_checkpoint(t5gemma2), open_whole(gemma3, progress)
+    child, parent = open_checkpoint(t5gemma2), open_source(gemma3)
+    parent = fetch_telling(parent, parent.files, progress)
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype or CONFIG_NAMES.get(child.dtype, "float32")),
         "device": device,

@@ -1,10 +1,12 @@
 """What a conversion was made of, opened and understood."""
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
-from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import Gemma3
+from t5g2convert.checkpoint.hub import Origin, again, fetch_telling, open_source
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import ReadOptions
@@ -21,20 +23,42 @@ class Parent:
         donor: The donor.
 
     Args:
-        path: The source's folder.
+        source: The source's folder; a str may also be a model of the Hub.
         vision_from: The donor's.
 
     Raises:
-        CheckpointError: A folder is not sound, not Gemma 3, or has a switch that the passes do not know.
+        CheckpointError: A model is not sound, not Gemma 3, or has a switch that the passes do not know.
+        HubError: The Hub does not have one or give it out, or cannot be reached.
     """
 
-    def __init__(self, path: Path, vision_from: Path | None = None) -> None:
-        self.path = path
-        self.checkpoint = open_checkpoint(path)
+    def __init__(self, source: Origin, vision_from: Origin | None = None) -> None:
+        self.checkpoint = open_source(source)
+        self.path = self.checkpoint.path
         self.gemma = Gemma3Reference(self.checkpoint)
-        self.donor = None if vision_from is None else open_checkpoint(vision_from)
-        self.vision_from = vision_from
+        self.donor = None if vision_from is None else open_source(vision_from)
+        self.vision_from = None if self.donor is None else self.donor.path
         self._seeing = self.gemma if self.donor is None else Gemma3Reference(self.donor)
+
+    @property
+    def origins(self) -> tuple[Path | Checkpoint, Path | Checkpoint | None]:
+        """Both, to be opened by the converter."""
+        return again(self.checkpoint), None if self.donor is None else again(self.donor)
+
+    def fetch(self, names: Mapping[Any, Iterable[str]], told: Callable[[str], None]) -> None:
+        """Fetch the files that are read of a model of the Hub.
+
+        Args:
+            names: Files by role.
+            told: Told how far it is.
+
+        Raises:
+            CheckpointError: A file has another header than was read on the Hub.
+            HubError: The Hub does not give a file out, or cannot be reached.
+            OutputError: The cache's disk has too little room or fails.
+        """
+        fetch_telling(self.checkpoint, names["source"], told)
+        if self.donor is not None:
+            fetch_telling(self.donor, names["vision_from"], told)
 
     @property
     def vision(self) -> VisionTower | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
+from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.conversion.options import recorded_options
 from t5g2convert.conversion.plan import Content, Kind, Plan, PlannedSource, PlannedTensor
 from t5g2convert.conversion.planner import build_plan
@@ -32,7 +33,9 @@ WIDENED: Final = {("BF16", "F32"), ("F16", "F32")}
 """Casts that lose nothing: the source can be had back."""
 
 
-def replay(source: Path, manifest: Mapping[str, Any], mapping: str | None, *, vision_from: Path | None = None) -> Plan:
+def replay(
+    source: Origin, manifest: Mapping[str, Any], mapping: str | None, *, vision_from: Origin | None = None
+) -> Plan:
     """The plan that the converter makes today of this source, with the options that the manifest tells of.
 
     Raises:
