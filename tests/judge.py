@@ -38,7 +38,10 @@ class Judgement:
 
 
 def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
-    """Compare a Gemma 3 folder and its conversion, both loaded in `dtype`, with eager attention."""
+    """Compare a Gemma 3 folder and its conversion, both loaded in `dtype`, with eager attention.
+
+    Image features are compared where the source has a vision tower.
+    """
     parent, child, complaints = load(source, output, dtype)
     config = json.loads((output / "config.json").read_text())
     ids, mask = _inputs(config, exact_eoi=config["dtype"] == str(dtype).removeprefix("torch."))
@@ -62,7 +65,7 @@ def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
         complaints=complaints,
         decoder=_difference(expected[..., : config["vocab_size"]][kept], hidden_memory[kept]),
         encoder=_difference(states, encoded),
-        vision=_vision_difference(parent, child, config, dtype),
+        vision=_vision_difference(parent, child, config, dtype) if hasattr(parent.model, "vision_tower") else None,
         generated=generated[0].tolist(),
         finite=bool(torch.isfinite(memory).all()),
     )
@@ -114,9 +117,7 @@ def _text_states(parent: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids).last_hidden_state
 
 
-def _vision_difference(parent: Any, child: Any, config: dict[str, Any], dtype: torch.dtype) -> float | None:
-    if not config["encoder"]["vision_config"]["num_hidden_layers"]:
-        return None
+def _vision_difference(parent: Any, child: Any, config: dict[str, Any], dtype: torch.dtype) -> float:
     size = config["encoder"]["vision_config"]["image_size"]
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3)).to(dtype)
     with torch.no_grad():
@@ -126,6 +127,16 @@ def _vision_difference(parent: Any, child: Any, config: dict[str, Any], dtype: t
 def _features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     features = model.get_image_features(pixels)
     return getattr(features, "pooler_output", features)
+
+
+def tower_difference(donor: Path, output: Path, dtype: torch.dtype) -> float:
+    """How far the states of a conversion's vision tower are from those of the model that it was taken from."""
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(3)).to(dtype)
+    seeing = Gemma3ForConditionalGeneration.from_pretrained(donor, dtype=dtype, attn_implementation="eager").eval()
+    child = T5Gemma2ForConditionalGeneration.from_pretrained(output, dtype=dtype, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = seeing.model.vision_tower(pixels).last_hidden_state
+        return _difference(expected, child.model.encoder.vision_tower(pixels).last_hidden_state)
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from t5g2convert import convert
 from tests.conftest import TwinFolder
-from tests.judge import judge
+from tests.judge import judge, tower_difference
 from tests.twins import BY_NAME, DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, TWINS, Twin, respell, rewrite_config
 
 
@@ -40,6 +41,35 @@ def test_a_cast_conversion_equals_the_source_loaded_in_that_dtype(
     judgement = judge(source, tmp_path / "out", getattr(torch, target))
     assert (judgement.complaints, judgement.decoder, judgement.encoder) == ([], 0.0, 0.0)
     assert judgement.vision in (None, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("donor", ["images-13", "donor-wide"])
+def test_a_grafted_tower_sees_what_the_donors_sees_and_the_text_stays_the_sources(
+    donor: str, dtype: torch.dtype, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    convert(twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder(donor))
+    judgement = judge(twin_folder("text-8"), tmp_path / "out", dtype)
+    assert (judgement.complaints, judgement.decoder, judgement.encoder) == ([], 0.0, 0.0)
+    assert judgement.finite
+    assert tower_difference(twin_folder(donor), tmp_path / "out", dtype) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["text-8", "images-13"])
+def test_another_factor_and_window_are_those_of_a_gemma_3_with_them(
+    name: str, dtype: torch.dtype, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    convert(twin_folder(name), tmp_path / "out", rope_scaling="linear:3", sliding_window=9)
+
+    def change(text: dict[str, Any]) -> None:
+        text["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 3.0}
+        text["sliding_window"] = 9
+
+    rewrite_config(twin_folder(name), tmp_path / "changed", change)
+    judgement = judge(tmp_path / "changed", tmp_path / "out", dtype)
+    assert (judgement.complaints, judgement.decoder, judgement.encoder) == ([], 0.0, 0.0)
+    assert judge(twin_folder(name), tmp_path / "out", dtype).decoder > 0
 
 
 def shards(folder: Path) -> dict[str, bytes]:

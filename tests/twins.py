@@ -101,7 +101,10 @@ TWINS = [
     ),
 ]
 
-BY_NAME: Mapping[str, Twin] = {twin.name: twin for twin in TWINS}
+DONORS = [Twin("donor-wide", _text(hidden_size=32, num_hidden_layers=6), SIGLIP, IN_VOCABULARY)]
+"""Models of another width than the text-only twins, whose vision tower they may be given."""
+
+BY_NAME: Mapping[str, Twin] = {twin.name: twin for twin in (*TWINS, *DONORS)}
 
 
 def write_twin(twin: Twin, folder: Path) -> None:

@@ -6,7 +6,7 @@ All downloads are huggingface_hub's, with its cache and its settings: HF_TOKEN, 
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -81,16 +81,16 @@ def again(checkpoint: Checkpoint) -> Path | Checkpoint:
     return checkpoint.path if checkpoint.hub is None else checkpoint
 
 
-def missing_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
-    """Bytes of those of the files that are on the Hub and not yet here."""
-    return sum(checkpoint.hub.files[name].size for name in absent(checkpoint, names)) if checkpoint.hub else 0
-
-
-def absent(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+def missing(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
     """Those of the files that are on the Hub and not yet here."""
     if checkpoint.hub is None:
         return []
     return [name for name in dict.fromkeys(names) if not (checkpoint.path / name).exists()]
+
+
+def size_of(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    """Bytes of files of a model of the Hub; 0 for a folder, of which nothing is fetched."""
+    return sum(checkpoint.hub.files[name].size for name in names) if checkpoint.hub is not None else 0
 
 
 def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | None = None) -> Checkpoint:
@@ -114,8 +114,9 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
     if hub is None:
         return checkpoint
     wanted = list(dict.fromkeys(names))
-    _check_room(checkpoint, missing_bytes(checkpoint, wanted))
-    for name in absent(checkpoint, wanted):
+    absent = missing(checkpoint, wanted)
+    _check_room(checkpoint, size_of(checkpoint, absent))
+    for name in absent:
         download(hub, name, progress)
     headers = {name: read_header(regular_file(checkpoint.path / name)) for name in wanted if name in checkpoint.files}
     for name, header in headers.items():
@@ -129,21 +130,6 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
                 "has another header than the Hub has", where=checkpoint.path / name, hint="remove it, and start again"
             )
     return replace(checkpoint, files={**checkpoint.files, **headers})
-
-
-def fetch_telling(checkpoint: Checkpoint, names: Iterable[str], told: Callable[[str], None]) -> Checkpoint:
-    """Fetch as `fetch` does, and tell how far it is, in words."""
-    wanted = list(names)
-    total, done, shown = max(missing_bytes(checkpoint, wanted), 1), 0, -1
-
-    def progress(count: int) -> None:
-        nonlocal done, shown
-        done += count
-        if done * 100 // total > shown:
-            shown = done * 100 // total
-            told(f"download of {checkpoint.name}, {shown}%")
-
-    return fetch(checkpoint, wanted, progress=progress)
 
 
 def _check_room(checkpoint: Checkpoint, need: int) -> None:

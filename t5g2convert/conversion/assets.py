@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import INDEX_FILE
 from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, seal
+from t5g2convert.checkpoint.roles import Folders, plain_name
 from t5g2convert.conversion.plan import Plan, PlannedSource
 from t5g2convert.conversion.writer import Written
 from t5g2convert.errors import CheckpointError, OutputError
-from t5g2convert.mapping.roles import Folders, plain_name
 from t5g2convert.version import __version__
 
 PIECE_BYTES: Final = 1 << 18

@@ -7,17 +7,20 @@ from typing import Any, Unpack
 
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub import Origin, given_folders
+from t5g2convert.checkpoint.roles import Folders, plain_name
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.options import Options, PlanOptions
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.conversion.planner import build_plan
-from t5g2convert.conversion.sources import Downloading, Sources
-from t5g2convert.conversion.staging import ASSET_BYTES, Staging, check_space, check_target
+from t5g2convert.conversion.staging import ASSET_BYTES, Staging, check_space, check_target, same_disk
 from t5g2convert.conversion.writer import Written, write_shards
 from t5g2convert.errors import CheckpointError, UsageError
-from t5g2convert.mapping.roles import Folders, plain_name
+
+Downloading = Callable[[int], Callable[[int], None]]
+"""Called with the bytes that will be downloaded; gives the function that is told of each piece."""
 
 Judge = Callable[[Path], None]
 """Raises if a folder is not what it should be."""
@@ -134,11 +137,15 @@ def prepare(
     sources = Sources.open(source, wanted.vision_from)
     options["vision_from"] = sources.vision_from
     plan = build_plan(sources.source, **options)
-    here = sources.fetch(plan, output, downloading)
-    if here is not sources:
-        options["vision_from"] = here.vision_from
-        plan = build_plan(here.source, **options)
-    return plan, here
+    if missing := sources.missing(plan.reads):
+        size = sources.size(missing)
+        shared = any(same_disk(folder, output) for folder in sources.folders.all)
+        check_space(output, plan.nbytes + ASSET_BYTES + (size if shared else 0))
+        sources = sources.fetch(plan.reads, None if downloading is None else downloading(size))
+        # Again, now that the files' identities are known.
+        options["vision_from"] = sources.vision_from
+        plan = build_plan(sources.source, **options)
+    return plan, sources
 
 
 def execute(

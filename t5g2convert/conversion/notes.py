@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from t5g2convert.checkpoint.roles import VISION_FROM
 from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.options import KEEP, Options
 from t5g2convert.conversion.plan import Change
 from t5g2convert.mapping.resolve import Resolution
-from t5g2convert.mapping.roles import VISION_FROM
 from t5g2convert.mapping.schema import WeightMap
 
 STACKS: Final = ("encoder.text_config.", "decoder.")

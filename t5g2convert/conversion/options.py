@@ -18,6 +18,9 @@ KEEP: Final = "keep"
 
 PROJECTORS: Final = ("copy", "zeros", "aligned")
 
+UNRECORDED: Final = frozenset({"mapping", "vision_from"})
+"""Options that the manifest has in other words: a map by its sha256, a donor by its files."""
+
 
 class PlanOptions(TypedDict, total=False):
     """The keyword arguments of `plan` and `convert`; see `Options`."""
@@ -113,11 +116,8 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: the options that differ from their defaults and are no paths."""
-        return {
-            field.name: value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) != field.default and field.name not in ("mapping", "vision_from")
-        }
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default and name not in UNRECORDED}
 
 
 def _preset(name: str, model: SourceModel, weight_map: WeightMap) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def recorded_options(record: Mapping[str, Any]) -> PlanOptions:
     Raises:
         UsageError: It tells of an option that there is not.
     """
-    known = {field.name for field in fields(Options)} - {"mapping", "vision_from"}
+    known = {field.name for field in fields(Options)} - UNRECORDED
     if strange := record.keys() - known:
         raise UsageError(
             f"t5g2.json was made with options that this version does not know: {', '.join(sorted(strange))}"

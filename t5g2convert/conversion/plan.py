@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from t5g2convert.checkpoint.folder import HubOrigin
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.mapping.roles import SOURCE, Role, plain_name
+from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""

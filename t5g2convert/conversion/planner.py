@@ -10,6 +10,8 @@ from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, read_json_object
 from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.notes import plan_notes
@@ -28,13 +30,11 @@ from t5g2convert.conversion.plan import (
     SourceRange,
     Table,
 )
-from t5g2convert.conversion.sources import Sources
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.resolve import Graft, Resolution, Resolved, resolve
-from t5g2convert.mapping.roles import SOURCE, VISION_FROM, Role, named
 from t5g2convert.mapping.schema import WeightMap, count_parameters
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from t5g2convert.checkpoint.header import FileIdentity
+from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.contents import caster, scaled_row
 from t5g2convert.conversion.copying import (
     BUFFERS,
@@ -28,7 +29,6 @@ from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.plan import Plan, PlannedTensor, SourceRange
 from t5g2convert.conversion.shards import OpenShards
 from t5g2convert.errors import CheckpointError
-from t5g2convert.mapping.roles import Folders
 
 BASE_BYTES: Final = 56_000_000
 """What the interpreter and the libraries take (measured, CPython 3.11 on Linux)."""

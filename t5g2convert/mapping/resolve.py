@@ -11,12 +11,12 @@ from typing import Any, Final
 from t5g2convert.checkpoint.config import SourceModel, describe_model_type
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, some
+from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.operations import Size, TakeRows
-from t5g2convert.mapping.roles import SOURCE, VISION_FROM, Role, role_of
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.hub import fetch_telling, open_source
+from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.roles import SOURCE, Role
+from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.difference import Distributions
 from t5g2convert.parity.inputs import Batch, read_text
@@ -62,7 +64,7 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(
-    gemma3: Path | str,
+    gemma3: Origin,
     t5gemma2: Path,
     text: Path,
     *,
@@ -89,8 +91,10 @@ def compare(
     """
     check_place(dtype, device)
     progress = progress or (lambda _: None)
-    child, parent = open_checkpoint(t5gemma2), open_source(gemma3)
-    parent = fetch_telling(parent, parent.files, progress)
+    child, sources = open_checkpoint(t5gemma2), Sources.open(gemma3)
+    reads: dict[Role, list[str]] = {SOURCE: list(sources.source.files)}
+    size = sources.size(sources.missing(reads))
+    parent = sources.fetch(reads, percent("download", size, progress)).source
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype or CONFIG_NAMES.get(child.dtype, "float32")),
         "device": device,

@@ -1,12 +1,11 @@
 """What a conversion was made of, opened and understood."""
 
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
-from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import Gemma3
-from t5g2convert.checkpoint.hub import Origin, again, fetch_telling, open_source
+from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import ReadOptions
@@ -16,11 +15,11 @@ class Parent:
     """The source of a conversion, and the donor of its vision tower if it has one.
 
     Attributes:
-        path: The source's folder.
+        sources: Both, open.
+        folders: Where both lie.
         checkpoint: The source.
         gemma: What it computes.
-        vision_from: The donor's folder; None where images are the source's own, or there are none.
-        donor: The donor.
+        donor: The donor; None where images are the source's own, or there are none.
 
     Args:
         source: The source's folder; a str may also be a model of the Hub.
@@ -32,33 +31,11 @@ class Parent:
     """
 
     def __init__(self, source: Origin, vision_from: Origin | None = None) -> None:
-        self.checkpoint = open_source(source)
-        self.path = self.checkpoint.path
+        self.sources = Sources.open(source, vision_from)
+        self.folders = self.sources.folders
+        self.checkpoint, self.donor = self.sources.source, self.sources.vision_from
         self.gemma = Gemma3Reference(self.checkpoint)
-        self.donor = None if vision_from is None else open_source(vision_from)
-        self.vision_from = None if self.donor is None else self.donor.path
         self._seeing = self.gemma if self.donor is None else Gemma3Reference(self.donor)
-
-    @property
-    def origins(self) -> tuple[Path | Checkpoint, Path | Checkpoint | None]:
-        """Both, to be opened by the converter."""
-        return again(self.checkpoint), None if self.donor is None else again(self.donor)
-
-    def fetch(self, names: Mapping[Any, Iterable[str]], told: Callable[[str], None]) -> None:
-        """Fetch the files that are read of a model of the Hub.
-
-        Args:
-            names: Files by role.
-            told: Told how far it is.
-
-        Raises:
-            CheckpointError: A file has another header than was read on the Hub.
-            HubError: The Hub does not give a file out, or cannot be reached.
-            OutputError: The cache's disk has too little room or fails.
-        """
-        fetch_telling(self.checkpoint, names["source"], told)
-        if self.donor is not None:
-            fetch_telling(self.donor, names["vision_from"], told)
 
     @property
     def vision(self) -> VisionTower | None:
@@ -80,5 +57,4 @@ class Parent:
 
     def holds(self, path: Path) -> bool:
         """Whether a path is in one of the folders read, and so its faults are not the output's."""
-        folders = [self.path] if self.donor is None else [self.path, self.donor.path]
-        return any(path.is_relative_to(folder) for folder in folders)
+        return any(path.is_relative_to(folder) for folder in self.folders.all)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
-from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.options import recorded_options
 from t5g2convert.conversion.plan import Content, Kind, Plan, PlannedSource, PlannedTensor
 from t5g2convert.conversion.planner import build_plan
 from t5g2convert.errors import CheckpointError
-from t5g2convert.mapping.roles import Folders
 from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.reference.weights import DTYPES
@@ -33,9 +33,7 @@ WIDENED: Final = {("BF16", "F32"), ("F16", "F32")}
 """Casts that lose nothing: the source can be had back."""
 
 
-def replay(
-    source: Origin, manifest: Mapping[str, Any], mapping: str | None, *, vision_from: Origin | None = None
-) -> Plan:
+def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None) -> Plan:
     """The plan that the converter makes today of this source, with the options that the manifest tells of.
 
     Raises:
@@ -44,7 +42,8 @@ def replay(
         UsageError: The manifest tells of an option that has no meaning.
     """
     options = recorded_options(manifest.get("options", {}))
-    options["mapping"], options["vision_from"] = mapping, vision_from
+    options["mapping"] = mapping
+    source, options["vision_from"] = sources.origins
     return build_plan(source, **options)
 
 
@@ -60,7 +59,7 @@ def judge_provenance(
         manifest: The target's manifest, or nothing if it has none.
         progress: Told what is being done.
     """
-    folders = Folders(parent.path, vision_from=parent.vision_from)
+    folders = parent.folders
     faults = [*_header_faults(plan, target), *_file_faults(plan, target, manifest), *_manifest_faults(plan, manifest)]
     if not faults:
         with ExitStack() as files:

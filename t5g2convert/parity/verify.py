@@ -13,6 +13,7 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.sources import percent
 from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.config import judge_config, tensor_faults
@@ -31,6 +32,9 @@ from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import ReadOptions, check_place
 
 Progress = Callable[[str], None]
+LENGTH: Final = "max_position_embeddings"
+"""A setting that nothing is computed with."""
+
 PARITIES: Final = ("vision_parity", "decoder_parity", "encoder_parity")
 
 
@@ -75,6 +79,8 @@ def verify(
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     check_folder(output)
     # Faults of the source, of the map and of the inputs are not the output's: they end the work before any check.
+    if source is None and vision_from is not None:
+        raise UsageError("a donor of a vision tower was given, and no source")
     parent = None if source is None else Parent(source, vision_from)
     inputs = Inputs(text, image)
     inputs.check(output, parent)
@@ -85,9 +91,9 @@ def verify(
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
     prove = None
     if parent is not None:
-        origin, donor = parent.origins
-        plan = replay(origin, judge.manifest, mapping, vision_from=donor)
-        parent.fetch(plan.reads, judge.progress)
+        plan = replay(parent.sources, judge.manifest, mapping)
+        size = parent.sources.size(parent.sources.missing(plan.reads))
+        parent.sources.fetch(plan.reads, percent("download", size, judge.progress))
         prove = partial(judge_provenance, plan)
     judge.integrity()
     target = judge.opened(dtype)
@@ -129,7 +135,7 @@ class _Judge:
         """What was found."""
         return Report(
             output=self.output,
-            source=None if self.parent is None else self.parent.path,
+            source=None if self.parent is None else self.parent.folders.source,
             dtype=self.dtype,
             device=self.device,
             tolerance=self.tolerance,
@@ -263,7 +269,7 @@ class _Judge:
 
     def _config(self, parent: Parent, target: Checkpoint, changes: Mapping[str, Any]) -> Check:
         name = "generation_config.json"
-        given = parent.path / name
+        given = parent.folders.source / name
         ends = read_json_object(given).get("eos_token_id") if given.exists() else None
         return judge_config(
             parent.model(self.projector), target, read_json_object(target.path / name), changes, ends=ends
@@ -276,11 +282,24 @@ class _Judge:
                     f"the source's weights were cast from {change['source']} to {change['target']}, as declared: the "
                     "parities are judged on Gemma 3 with its weights so cast"
                 )
-            elif "." in field:
-                self.remarks.append(
-                    f"{field} was changed from {change['source']} to {change['target']}, as declared: the parities are "
-                    f"judged with {change['source']}"
-                )
+        for setting, (source, target) in stack_changes(changes).items():
+            told = f"{setting} was changed from {source} to {target}, as declared"
+            if LENGTH not in setting:
+                told += f": the parities are judged with {source}"
+            self.remarks.append(told)
+
+
+def stack_changes(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of every setting that was changed, under its path in a stack where both changed alike."""
+    told: dict[str, tuple[Any, Any]] = {}
+    for field, change in changes.items():
+        values = change["source"], change["target"]
+        setting = field.removeprefix("encoder.text_config.").removeprefix("decoder.")
+        others = [changes.get(f"{stack}.{setting}") for stack in ("encoder.text_config", "decoder")]
+        alike = all(other is not None and (other["source"], other["target"]) == values for other in others)
+        if "." in field:
+            told[f"{setting} of both stacks" if alike else field] = values
+    return told
 
 
 def on_source_settings(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]]) -> T5Gemma2:

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
-from t5g2convert.checkpoint.hub import HubId, fetch, missing_bytes, open_source, parse_id
+from t5g2convert.checkpoint.hub import HubId, fetch, missing, open_source, parse_id, size_of
 from t5g2convert.checkpoint.ranges import FIRST_BYTES
 from t5g2convert.errors import CheckpointError, HubError, OutputError, T5g2Error
 from tests.checkpoint.test_folder import FIRST, INDEX, SECOND, SHARDS, weights, write_index
@@ -409,7 +409,7 @@ def test_only_what_is_asked_for_is_fetched(hub: Hub, sharded: Path) -> None:
     hub.add(REPO, sharded)
     checkpoint = open_source(REPO)
     size = (sharded / FIRST).stat().st_size
-    assert missing_bytes(checkpoint, [FIRST, FIRST, "config.json"]) == size
+    assert size_of(checkpoint, missing(checkpoint, [FIRST, FIRST, "config.json"])) == size
     told: list[int] = []
     fetched = fetch(checkpoint, [FIRST, FIRST, "config.json"], progress=told.append)
     assert sum(told) == size
@@ -417,7 +417,7 @@ def test_only_what_is_asked_for_is_fetched(hub: Hub, sharded: Path) -> None:
     assert not (fetched.path / SECOND).exists()
     assert fetched.files[FIRST] == open_checkpoint_files(fetched.path, FIRST)
     assert fetched.files[SECOND] == checkpoint.files[SECOND]
-    assert missing_bytes(fetched, checkpoint.files) == (sharded / SECOND).stat().st_size
+    assert missing(fetched, checkpoint.files) == [SECOND]
     hub.log.clear()
     assert fetch(checkpoint, [FIRST, "config.json"]) == fetched
     assert hub.log == []
@@ -432,7 +432,8 @@ def open_checkpoint_files(folder: Path, name: str) -> Any:
 def test_a_folder_has_nothing_to_fetch(single: Path) -> None:
     checkpoint = open_checkpoint(single)
     assert fetch(checkpoint, checkpoint.files) is checkpoint
-    assert missing_bytes(checkpoint, checkpoint.files) == 0
+    assert missing(checkpoint, checkpoint.files) == []
+    assert size_of(checkpoint, checkpoint.files) == 0
 
 
 def test_the_commit_that_was_opened_is_fetched_whatever_its_branch_does(hub: Hub, single: Path, tmp_path: Path) -> None:
@@ -504,7 +505,7 @@ def test_H2_files_that_are_complete_are_kept(hub: Hub, sharded: Path) -> None:
     hub.faults.append(Fault(f"/lfs/.*{SECOND}", 99, cut_after=10))
     with pytest.raises(HubError, match="cannot be reached, or cut the connection"):
         fetch(checkpoint, checkpoint.files)
-    assert missing_bytes(checkpoint, checkpoint.files) == (sharded / SECOND).stat().st_size
+    assert missing(checkpoint, checkpoint.files) == [SECOND]
     hub.faults.clear()
     hub.log.clear()
     fetch(checkpoint, checkpoint.files)

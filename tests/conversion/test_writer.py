@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, convert, plan
+from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion import copying, writer
 from t5g2convert.conversion.convert import execute
-from t5g2convert.mapping.roles import Folders
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.memory import run_and_measure

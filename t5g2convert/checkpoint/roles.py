@@ -40,17 +40,16 @@ class Folders:
     """
 
     def __init__(self, source: Path, *, vision_from: Path | None = None) -> None:
-        self.source = source
-        self._others = {VISION_FROM: vision_from}
+        self.source, self.vision_from = source, vision_from
 
     def path(self, file: str) -> Path:
         """The path of a file by its name in a plan; a plain name cannot hold a slash."""
         role, _, name = file.rpartition("/")
-        folder = self._others[role] if role else self.source
+        folder = self.vision_from if role == VISION_FROM else self.source
         assert folder is not None, "a plan reads only what it was made from"
         return folder / name
 
     @property
     def all(self) -> tuple[Path, ...]:
         """Every folder that is read."""
-        return (self.source, *(folder for folder in self._others.values() if folder is not None))
+        return (self.source,) if self.vision_from is None else (self.source, self.vision_from)

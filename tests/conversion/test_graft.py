@@ -1,0 +1,115 @@
+"""A text-only source with the vision tower of a donor: what is planned and what is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5g2convert import CheckpointError, MappingError, OutputError, convert, inspect, plan
+from tests.conftest import TwinFolder
+
+TOWER = "model.encoder.vision_tower.vision_model."
+PROJECTOR = "model.encoder.multi_modal_projector.mm_input_projection_weight"
+
+
+@pytest.mark.parametrize(("donor", "projector"), [("images-13", "copy"), ("donor-wide", "zeros")])
+def test_the_tower_and_its_norm_are_the_donors_and_all_else_the_sources(
+    donor: str, projector: str, twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    done = convert(twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder(donor))
+    found, text = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", converted_twin("text-8")))
+    seeing = load_file(converted_twin(donor) / "model.safetensors")
+    assert found.keys() == text.keys() | {name for name in seeing if name.startswith(TOWER)}
+    for name, tensor in found.items():
+        if name == PROJECTOR and projector == "zeros":
+            assert tensor.shape == (20, 24)
+            assert not tensor.any()
+        else:
+            given = seeing if "vision_tower" in name or "projector" in name else text
+            assert torch.equal(tensor, given[name]) or name.endswith("eoi_embedding"), name
+    assert done.parameters["vision"] == inspect(converted_twin(donor)).parameters["vision"] > 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    expected = json.loads((converted_twin(donor) / "config.json").read_text())
+    assert config["encoder"]["vision_config"] == expected["encoder"]["vision_config"]
+    assert config["encoder"]["mm_tokens_per_image"] == 4
+    assert config["image_token_index"] == config["encoder"]["image_token_index"] == 292
+    assert (
+        config["encoder"]["text_config"]
+        == json.loads((converted_twin("text-8") / "config.json").read_text())["encoder"]["text_config"]
+    )
+
+
+def test_the_end_of_image_row_is_the_sources_at_the_donors_token(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    convert(twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder("donor-wide"))
+    found = load_file(tmp_path / "out/model.safetensors")
+    row = found["model.encoder.embed_tokens.weight"][291]
+    assert torch.equal(found["model.encoder.embed_tokens.eoi_embedding"], row * torch.tensor(24**0.5).to(row.dtype))
+
+
+def test_the_manifest_tells_of_both_checkpoints(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    source, donor = twin_folder("text-8"), twin_folder("donor-wide")
+    convert(source, tmp_path / "out", vision_from=donor)
+    text = (tmp_path / "out/t5g2.json").read_text()
+    manifest = json.loads(text)
+    assert manifest["source"]["family"] == "gemma3_text"
+    assert manifest["vision_from"]["family"] == "gemma3"
+    assert manifest["vision_from"]["layout"].keys() == {"text", "vision", "projector"}
+    assert manifest["vision_from"]["files"].keys() == {"model.safetensors", "config.json"}
+    assert all(len(facts["sha256"]) == 64 for facts in manifest["vision_from"]["files"].values())
+    assert manifest["options"] == {"projector": "zeros"}
+    assert str(donor.parent) not in text
+
+
+def test_of_a_sharded_donor_only_the_files_with_the_tower_are_read(twin_folder: TwinFolder) -> None:
+    made = plan(twin_folder("text-8"), vision_from=twin_folder("images-sharded"))
+    read = {file.name for file in made.sources["vision_from"].files}
+    spans = {tensor.content.source.file for tensor in made.tensors if tensor.content.source is not None}
+    assert read == {name for name in spans if name.startswith("vision_from/")}
+    assert 0 < len(read) < len(list(twin_folder("images-sharded").glob("*.safetensors")))
+    assert any("left behind" in note for note in made.notes)
+
+
+def test_the_same_graft_twice_gives_the_same_bytes(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        convert(twin_folder("text-8"), tmp_path / name, vision_from=twin_folder("donor-wide"))
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("source", "donor", "options", "says"),
+    [
+        ("images-8", "images-13", {}, "has a vision tower of its own"),
+        ("text-8", "text-13", {}, "has no vision tower"),
+        ("text-8", "donor-wide", {"projector": "copy"}, "leads to width 32, the source has 24"),
+    ],
+)
+def test_a_graft_that_does_not_fit_is_refused(
+    source: str, donor: str, options: dict[str, Any], says: str, twin_folder: TwinFolder
+) -> None:
+    with pytest.raises(MappingError, match=says):
+        plan(twin_folder(source), vision_from=twin_folder(donor), **options)
+
+
+def test_a_donor_is_a_closed_world_too(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(twin_folder("donor-wide"), tmp_path / "donor")
+    path = tmp_path / "donor/model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "stranger": torch.zeros(2)}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError) as caught:
+        plan(twin_folder("text-8"), vision_from=tmp_path / "donor")
+    assert "unused: stranger" in caught.value.details
+    assert caught.value.where == str(tmp_path / "donor")
+
+
+def test_the_output_may_not_lie_in_the_donor(twin_folder: TwinFolder) -> None:
+    donor = twin_folder("donor-wide")
+    with pytest.raises(OutputError, match="lies inside the source folder"):
+        convert(twin_folder("text-8"), donor / "out", vision_from=donor)

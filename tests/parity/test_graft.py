@@ -1,0 +1,175 @@
+"""Verification of models whose vision tower is another checkpoint's."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from t5g2convert import MappingError, Report, UsageError, convert, verify
+from t5g2convert.checkpoint.manifest import seal
+from tests.conftest import TwinFolder
+
+TOWER = "model.encoder.vision_tower.vision_model."
+PROJECTOR = "model.encoder.multi_modal_projector."
+
+
+@dataclass(frozen=True)
+class Grafted:
+    """A conversion with a donor, free to be damaged, and its judge."""
+
+    source: Path
+    donor: Path
+    output: Path
+
+    def verify(self, **options: Any) -> Report:
+        return verify(self.output, self.source, **{"vision_from": self.donor, "record": False, **options})
+
+    def failed(self) -> set[str]:
+        return {check.name for check in self.verify().failed}
+
+    def edit_tensors(self, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        path = self.output / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+
+    def edit_manifest(self, **changes: Any) -> None:
+        path = self.output / "t5g2.json"
+        path.write_bytes(seal(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture(params=["images-13", "donor-wide"])
+def grafted(request: pytest.FixtureRequest, twin_folder: TwinFolder, tmp_path: Path) -> Grafted:
+    """With a projector that is the donor's, and with one of zeros."""
+    made = Grafted(twin_folder("text-8"), twin_folder(request.param), tmp_path / "out")
+    convert(made.source, made.output, vision_from=made.donor, flush=False)
+    return made
+
+
+def test_a_graft_passes_exactly(grafted: Grafted) -> None:
+    report = grafted.verify()
+    assert report.passed
+    names = [check.name for check in report.checks]
+    assert {"integrity", "provenance", "config", "vision_parity", "decoder_parity", "encoder_parity", "runs"} <= set(
+        names
+    )
+    for check in report.checks:
+        if check.figures is not None:
+            assert check.figures.max_abs == 0.0
+
+
+def test_a_copied_projector_is_judged_by_its_features_and_zeros_before_it(grafted: Grafted) -> None:
+    details = {check.name: check.detail for check in grafted.verify().checks}
+    zeros = grafted.donor.name == "donor-wide"
+    assert details["vision_parity"].startswith("tower states before the projector" if zeros else "image features")
+    assert ("image" in details["runs"]) is not zeros
+
+
+def test_the_result_is_recorded(grafted: Grafted) -> None:
+    grafted.verify(record=True)
+    assert json.loads((grafted.output / "t5g2.json").read_text())["verification"]["passed"] is True
+    assert grafted.verify().passed
+
+
+def test_without_the_donor_there_is_nothing_to_judge_by(grafted: Grafted) -> None:
+    with pytest.raises(UsageError, match="--vision-from"):
+        grafted.verify(vision_from=None)
+
+
+def test_another_donor_is_refused(grafted: Grafted, twin_folder: TwinFolder) -> None:
+    report = grafted.verify(vision_from=twin_folder("images-8"))
+    assert {"provenance"} <= {check.name for check in report.failed}
+
+
+def test_a_donor_without_a_source_has_no_meaning(grafted: Grafted) -> None:
+    with pytest.raises(UsageError, match="no source"):
+        verify(grafted.output, vision_from=grafted.donor, record=False)
+
+
+def test_a_donor_for_a_conversion_without_one_is_refused(converted_twin: TwinFolder, twin_folder: TwinFolder) -> None:
+    report = verify(converted_twin("text-8"), twin_folder("text-8"), vision_from=twin_folder("images-13"), record=False)
+    assert {"provenance", "config"} <= {check.name for check in report.failed}
+    with pytest.raises(MappingError, match="tower of its own"):
+        verify(converted_twin("images-8"), twin_folder("images-8"), vision_from=twin_folder("images-13"), record=False)
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], set[str]]] = {
+    "a weight of the tower": (
+        lambda tensors: tensors[f"{TOWER}encoder.layers.1.mlp.fc1.weight"][0].neg_(),
+        {"provenance", "vision_parity"},
+    ),
+    "two layers of the tower exchanged": (
+        lambda tensors: tensors.update(
+            {
+                f"{TOWER}encoder.layers.{one}.layer_norm1.bias": tensors[
+                    f"{TOWER}encoder.layers.{other}.layer_norm1.bias"
+                ].clone()
+                for one, other in ((0, 2), (2, 0))
+            }
+        ),
+        {"provenance", "vision_parity"},
+    ),
+    "the norm of the soft tokens": (
+        lambda tensors: tensors[f"{PROJECTOR}mm_soft_emb_norm.weight"][3].add_(1),
+        {"provenance", "vision_parity"},
+    ),
+    "the projector": (
+        lambda tensors: tensors[f"{PROJECTOR}mm_input_projection_weight"][1].add_(1),
+        {"provenance"},
+    ),
+    "a decoder tensor": (
+        lambda tensors: tensors["model.decoder.layers.2.self_attn.q_proj.weight"].neg_(),
+        {"provenance", "decoder_parity"},
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found(grafted: Grafted, damage: str) -> None:
+    change, expected = DAMAGES[damage]
+    grafted.edit_tensors(change)
+    assert expected | {"integrity"} <= grafted.failed()
+
+
+@pytest.mark.parametrize("setting", ["num_attention_heads", "layer_norm_eps", "hidden_act", "image_size"])
+def test_a_changed_setting_of_the_tower_is_found(grafted: Grafted, setting: str) -> None:
+    path = grafted.output / "config.json"
+    config = json.loads(path.read_text())
+    tower = config["encoder"]["vision_config"]
+    tower[setting] = {"num_attention_heads": 4, "layer_norm_eps": 1e-3, "hidden_act": "relu", "image_size": 28}[setting]
+    path.write_text(json.dumps(config))
+    assert {"config", "integrity"} <= grafted.failed()
+
+
+def test_a_manifest_that_lies_about_the_projector_is_found(grafted: Grafted) -> None:
+    told = json.loads((grafted.output / "t5g2.json").read_text())["options"]["projector"]
+    if told == "copy":
+        grafted.edit_manifest(options={"projector": "zeros"})
+        assert "provenance" in grafted.failed()
+    else:
+        grafted.edit_manifest(options={"projector": "copy"})
+        with pytest.raises(MappingError, match="leads to width 32"):
+            grafted.verify()
+
+
+def test_a_manifest_that_lies_about_the_donors_files_is_found(grafted: Grafted) -> None:
+    told = json.loads((grafted.output / "t5g2.json").read_text())["vision_from"]
+    told["files"]["model.safetensors"]["bytes"] += 1
+    grafted.edit_manifest(vision_from=told)
+    assert "provenance" in grafted.failed()
+
+
+def test_a_tower_of_zeros_declared_as_such_does_not_pass_for_the_donors(
+    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    """A text-only conversion that claims to have a donor."""
+    shutil.copytree(converted_twin("text-8"), tmp_path / "out")
+    made = Grafted(twin_folder("text-8"), twin_folder("images-13"), tmp_path / "out")
+    made.edit_manifest(options={"projector": "copy"})
+    assert {"provenance", "config"} <= made.failed()
