@@ -93,5 +93,5 @@ def test_a_manifest_tells_repository_and_commit_alone(demo_source: Path, tmp_pat
     document = json.loads(path.read_bytes())
     document["source"]["hub"] = hub
     path.write_bytes(seal(document))
-    with pytest.raises(CheckpointError, match="t5g2.json: source: "):
+    with pytest.raises(CheckpointError, match=r"t5g2\.json: source: "):
         read_manifest(tmp_path / "out")
