@@ -131,4 +131,7 @@ def silent_bar(progress: Progress | None = None) -> type[Any]:
         def update_transfer(self, n: float | None = 1) -> None:
             """Bytes of the network, of which the files are then made: told once, as bytes of files."""
 
+        def set_transfer_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+            """The rate of the network, which goes with `update_transfer`."""
+
     return Counter

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.hub import HubId, fetch, missing, open_source, parse_id, size_of
+from t5g2convert.checkpoint.hubfiles import silent_bar
 from t5g2convert.checkpoint.ranges import FIRST_BYTES
 from t5g2convert.errors import CheckpointError, HubError, OutputError, T5g2Error
 from tests.checkpoint.test_folder import FIRST, INDEX, SECOND, SHARDS, weights, write_index
@@ -297,6 +299,11 @@ REFUSALS: Final = {
         "try again later",
         fault=Fault("/lfs/", 9, 206, headers={"Content-Range": "bytes 0-9/10"}),
     ),
+    "less than was asked for": Refusal(
+        "was cut while a header was read .10 of 100000 bytes",
+        "try again",
+        fault=Fault("/lfs/", 9, 206, headers={"Content-Range": "bytes 0-9/*"}, body=bytes(10)),
+    ),
     "another size": Refusal("answers with '3'", "try again later", fault=Fault("/lfs/", 9, 200, body=b"abc")),
     "cut again and again": Refusal(
         "was cut while a header was read", "try again", fault=Fault("/lfs/", 9, cut_after=9)
@@ -546,6 +553,26 @@ def test_a_cache_that_cannot_be_written_is_told(hub: Hub, single: Path, tmp_path
     (tmp_path / "hub").write_text("no folder")
     with pytest.raises(OutputError, match="the Hub's cache cannot be written"):
         open_source(REPO)
+
+
+def test_the_bytes_of_a_download_in_pieces_are_told_once() -> None:
+    """The client's other way of downloading counts the network's bytes and the files' apart."""
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    told: list[int] = []
+    bars = {"total": 100, "log_level": 30, "name": "huggingface_hub.xet_get", "tqdm_class": silent_bar(told.append)}
+    with XetDownloadProgressReporter(reconstruction_desc="files", **bars) as reporter:
+        for network, files in ((20, 0), (30, 40), (50, 100)):
+            report = SimpleNamespace(
+                total_bytes=100,
+                total_bytes_completed=files,
+                total_bytes_completion_rate=1.0,
+                total_transfer_bytes=50,
+                total_transfer_bytes_completed=network,
+                total_transfer_bytes_completion_rate=1.0,
+            )
+            reporter.update_progress(report)
+    assert told == [40, 60]
 
 
 def test_errors_of_our_own_pass_as_they_are() -> None:
