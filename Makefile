@@ -58,6 +58,7 @@ bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each aga
 	$(BIN)/python examples/benchmark_convert.py
 	$(BIN)/python examples/benchmark_forward.py
 	$(BIN)/python examples/benchmark_verify.py
+	$(BIN)/python examples/benchmark_graft.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

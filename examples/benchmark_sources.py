@@ -24,8 +24,24 @@ CONFIGS = {
     "1b": {"model_type": "gemma3_text", **TEXT["1b"]},
     "4b": {"model_type": "gemma3", "text_config": TEXT["4b"], "vision_config": VISION},
     "27b": {"model_type": "gemma3", "text_config": TEXT["27b"], "vision_config": VISION},
+    "tiny-vision": {
+        "model_type": "gemma3",
+        "text_config": {**TINY, "hidden_size": 96},
+        "boi_token_index": 509,
+        "eoi_token_index": 510,
+        "image_token_index": 511,
+        "mm_tokens_per_image": 4,
+        "vision_config": {
+            **VISION,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 56,
+        },
+    },
 }
-DISK = {"tiny": 1e8, "270m": 3e9, "1b": 12e9, "4b": 42e9, "27b": 1e6}
+DISK = {"tiny": 1e8, "tiny-vision": 1e8, "270m": 3e9, "1b": 12e9, "4b": 42e9, "27b": 1e6}
 """Bytes that a size needs: source, reference, and one output at a time."""
 
 

@@ -46,22 +46,27 @@ def main() -> None:
             measure(size, Path(folder))
 
 
+def measured(*arguments: str | Path) -> tuple[str, float, float]:
+    """Run `t5g2`; what it printed on stdout, the seconds that it took, start-up included, and its peak memory in MB."""
+    start = time.perf_counter()
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if run.returncode:
+        raise SystemExit(f"t5g2 {' '.join(map(str, arguments))} failed: {run.stdout}{run.stderr}")
+    return run.stdout, seconds, int(run.stderr.split()[-1]) * 1024 / 1e6
+
+
 def measure(size: str, folder: Path) -> None:
     """Make a source, convert it, verify it once."""
     source, output = folder / "source", folder / "output"
     source.mkdir()
     run_apart("make_source", size, str(source))
-    t5g2 = str(Path(sys.executable).with_name("t5g2"))
-    conversion = [t5g2, "convert", str(source), str(output), "--no-flush"]
-    subprocess.run(conversion, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    start = time.perf_counter()
-    command = [sys.executable, "-c", SCRIPT, "verify", str(output), "--source", str(source), "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    if run.returncode or not json.loads(run.stdout)["passed"]:
-        raise SystemExit(f"{size} was not verified: {run.stdout}{run.stderr}")
+    measured("convert", source, output, "--no-flush")
+    said, seconds, peak = measured("verify", output, "--source", source, "--json")
+    if not json.loads(said)["passed"]:
+        raise SystemExit(f"{size} was not verified: {said}")
     sizes = [sum(path.stat().st_size for path in place.iterdir()) / 1e9 for place in (source, output)]
-    peak = int(run.stderr.split()[-1]) * 1024 / 1e6
     print(
         f"{size:8}{sizes[0]:7.2f} GB{sizes[1]:7.2f} GB{seconds:10.1f}{seconds / sum(sizes):10.1f}{peak:10.0f}",
         flush=True,

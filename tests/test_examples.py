@@ -25,6 +25,7 @@ def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix == ".py"} == {
         "benchmark_convert.py",
         "benchmark_forward.py",
+        "benchmark_graft.py",
         "benchmark_sources.py",
         "benchmark_verify.py",
         "convert_with_transformers.py",

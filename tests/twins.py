@@ -104,6 +104,25 @@ TWINS = [
 DONORS = [Twin("donor-wide", _text(hidden_size=32, num_hidden_layers=6), SIGLIP, IN_VOCABULARY)]
 """Models of another width than the text-only twins, whose vision tower they may be given."""
 
+
+def write_aligned_source(source: Path, donor: Path, folder: Path) -> torch.Tensor:
+    """Copy a text-only twin, with a table that is exactly the donor's times a matrix, [donor width, width].
+
+    Each column of the source's is one of the donor's times a power of two, so that nothing is rounded.
+    """
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    table = load_file(donor / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    width = tensors["model.embed_tokens.weight"].shape[1]
+    generator = torch.Generator().manual_seed(5)
+    columns = torch.randperm(table.shape[1], generator=generator)[:width]
+    matrix = torch.zeros(table.shape[1], width, dtype=torch.float64)
+    matrix[columns, torch.arange(width)] = 2.0 ** torch.randint(-2, 3, (width,), generator=generator).double()
+    tensors["model.embed_tokens.weight"] = (table.double() @ matrix).to(table.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return matrix
+
+
 BY_NAME: Mapping[str, Twin] = {twin.name: twin for twin in (*TWINS, *DONORS)}
 
 

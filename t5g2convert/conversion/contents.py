@@ -3,10 +3,14 @@
 import math
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _STRUCT_CODES: Final = {"F16": "e", "F32": "f"}
 
@@ -60,6 +64,46 @@ def scaled_row(row: bytes, source: str, target: str) -> bytes:
         return _encode([value * scale for value in values], target)
     except OverflowError:
         raise CheckpointError(f"holds a number too large for {target}", where="the end-of-image embedding") from None
+
+
+def rounded(name: str, values: "NDArray[np.float64]", target: str) -> bytes:
+    """Computed values in a stored dtype, each rounded once: to nearest, ties to even.
+
+    Args:
+        name: The tensor that they are for.
+        values: Finite, of any shape.
+        target: BF16, F16 or F32.
+
+    Raises:
+        CheckpointError: A value is too large for the target dtype.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        if target == "BF16":
+            result = _rounded_to_odd(values).astype(ml_dtypes.bfloat16)
+        else:
+            result = values.astype({"F16": np.float16, "F32": np.float32}[target])
+    if not np.isfinite(result).all():
+        raise CheckpointError(f"comes to a number too large for {target}", where=f"tensor {name}")
+    return result.tobytes()
+
+
+def _rounded_to_odd(values: "NDArray[np.float64]") -> "NDArray[np.float32]":
+    """float32, cut towards zero and given an odd last bit where anything was cut off.
+
+    ml_dtypes takes a double to bfloat16 by way of the nearest float32. That rounds twice: what lies just beyond the
+    middle between two bfloat16 lands on the middle first. With an odd last bit it never does.
+    """
+    import numpy as np
+
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    back = near.astype(np.float64)
+    bits -= np.abs(back) > np.abs(values)
+    bits |= back != values
+    return near
 
 
 def _decode(data: bytes, dtype: str) -> list[float]:

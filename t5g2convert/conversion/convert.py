@@ -222,6 +222,8 @@ def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool
         yield f"{len(kept)} of {len(plan.shards)} shards were finished by an earlier run, and kept"
     elif begun:
         yield "an earlier run had finished nothing of this very conversion: all was written anew"
+    if written.residual is not None:
+        yield f"residual of the aligned embedding tables: {written.residual:.3g} (0: they fit exactly, 1: not at all)"
     if written.nonfinite:
         where = " in the shards written now" if kept else ""
         yield f"{len(written.nonfinite)} tensor(s){where} hold NaN or infinity, copied as they are: " + some(

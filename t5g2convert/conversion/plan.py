@@ -34,16 +34,18 @@ class SourceRange:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """An embedding table: its bytes, their safetensors dtype, and the elements of a row."""
+class PlannedTable:
+    """An embedding table: its tensor's name, its bytes, their safetensors dtype, its rows, and the elements of one."""
 
+    tensor: str
     source: SourceRange
     dtype: str
+    rows: int
     width: int
 
 
 @dataclass(frozen=True, slots=True)
-class Alignment:
+class PlannedAlignment:
     """What an aligned projector is made with; see `conversion.alignment`.
 
     Attributes:
@@ -53,8 +55,8 @@ class Alignment:
         ridge: Weight of the penalty on large maps.
     """
 
-    donor: Table
-    target: Table
+    donor: PlannedTable
+    target: PlannedTable
     rows: int
     ridge: float
 
@@ -74,7 +76,7 @@ class Content:
     kind: Kind
     source: SourceRange | None
     dtype: str
-    alignment: Alignment | None = None
+    alignment: PlannedAlignment | None = None
 
     @property
     def spans(self) -> tuple[SourceRange, ...]:

@@ -17,18 +17,18 @@ from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.notes import plan_notes
 from t5g2convert.conversion.options import KEEP, Options, PlanOptions
 from t5g2convert.conversion.plan import (
-    Alignment,
     Change,
     Content,
     Dropped,
     Kind,
     Plan,
+    PlannedAlignment,
     PlannedSource,
+    PlannedTable,
     PlannedTensor,
     SourceConfig,
     SourceFile,
     SourceRange,
-    Table,
 )
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
@@ -186,17 +186,14 @@ def _scaled_row(operation: ScaledRow, source: StoredTensor, symbols: Mapping[str
     return Content("scaled_row", SourceRange(source.file, start, start + width), entry.dtype)
 
 
-def _alignment(operation: Aligned, resolution: Resolution, ridge: float) -> Alignment:
+def _alignment(operation: Aligned, resolution: Resolution, ridge: float) -> PlannedAlignment:
     tables = []
     for role in (VISION_FROM, SOURCE):
         ((_, name),) = expand(operation.aligned.tables, resolution.layouts[role], {})
         stored = resolution.checkpoints[role].tensors[name]
-        tables.append(Table(_whole(stored, role), stored.entry.dtype, stored.entry.shape[1]))
-    rows = min(
-        resolution.symbols["vocab"],
-        *((table.source.end - table.source.start) // (table.width * element_bytes(table.dtype)) for table in tables),
-    )
-    return Alignment(tables[0], tables[1], rows, ridge)
+        tables.append(PlannedTable(name, _whole(stored, role), stored.entry.dtype, *stored.entry.shape))
+    donor, target = tables
+    return PlannedAlignment(donor, target, min(resolution.symbols["vocab"], donor.rows, target.rows), ridge)
 
 
 def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:

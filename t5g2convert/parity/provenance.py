@@ -19,9 +19,18 @@ from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, r
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.options import recorded_options
-from t5g2convert.conversion.plan import Content, Kind, Plan, PlannedSource, PlannedTensor
+from t5g2convert.conversion.plan import (
+    Content,
+    Kind,
+    Plan,
+    PlannedAlignment,
+    PlannedSource,
+    PlannedTable,
+    PlannedTensor,
+)
 from t5g2convert.conversion.planner import build_plan
 from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.alignment import aligned_projector, projector_faults
 from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.reference.weights import DTYPES
@@ -171,6 +180,10 @@ def _byte_faults(
     for number, tensors in enumerate(fills.values()):
         if number % 100 == 0:
             progress(f"bytes of tensor {number} of {len(fills)}")
+        if tensors[0].content.alignment is not None:
+            progress("least squares between the embedding tables")
+            yield from _alignment_faults(tensors[0], tensors[0].content.alignment, folders, target, read)
+            continue
         content, size, scale = tensors[0].content, tensors[0].nbytes, 1.0
         if content.source is not None:
             size = content.source.end - content.source.start
@@ -188,6 +201,42 @@ def _byte_faults(
                     yield _byte_fault(tensor, expected, found, start)
 
 
+def _alignment_faults(
+    tensor: PlannedTensor, alignment: PlannedAlignment, folders: Folders, target: Checkpoint, read: _Reader
+) -> Iterator[str]:
+    """Whether a projector is the donor's, carried over; computed anew from the tables."""
+
+    def rows_of(table: PlannedTable) -> Callable[[int, int], Tensor]:
+        def rows(start: int, stop: int) -> Tensor:
+            row = table.width * element_bytes(table.dtype)
+            data = read(folders.path(table.source.file), table.source.start + start * row, (stop - start) * row)
+            return _values(data, table.dtype).view(-1, table.width)
+
+        return rows
+
+    source = tensor.content.source
+    assert source is not None, "what is aligned has a source"
+    projector = _values(read(folders.path(source.file), source.start, source.end - source.start), tensor.content.dtype)
+    expected = aligned_projector(
+        projector.view(-1, alignment.donor.width),
+        rows_of(alignment.donor),
+        rows_of(alignment.target),
+        rows=alignment.rows,
+        ridge=alignment.ridge,
+    )
+    stored = target.tensors[tensor.name]
+    found = read(target.path / stored.file, stored.entry.start, stored.entry.nbytes)
+    if len(found) != tensor.nbytes:
+        yield f"{tensor.name} ends too early"
+        return
+    yield from projector_faults(tensor.name, _values(found, tensor.dtype).view(tensor.shape), expected)
+
+
+def _values(data: bytes, dtype: str) -> Tensor:
+    """The numbers of stored bytes; torch makes no tensor of none."""
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]) if data else torch.empty(0, dtype=DTYPES[dtype])
+
+
 def _expected(content: Content, tensor: PlannedTensor, folders: Folders, at: int, size: int, read: _Reader) -> bytes:
     """What a target must hold where these bytes of its source go."""
     if content.source is None:
@@ -195,7 +244,7 @@ def _expected(content: Content, tensor: PlannedTensor, folders: Folders, at: int
     piece = read(folders.path(content.source.file), content.source.start + at, size)
     if content.kind == "copy":
         return piece
-    values = torch.frombuffer(bytearray(piece), dtype=DTYPES[content.dtype]).to(DTYPES[tensor.dtype])
+    values = _values(piece, content.dtype).to(DTYPES[tensor.dtype])
     if content.kind == "scaled_row":
         # Rounded as the model rounds it: the scale to the dtype of the table first, then the product.
         values = values * torch.tensor(len(values) ** 0.5).to(values.dtype)
@@ -281,6 +330,7 @@ def _told(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
         "cast": f"are the source's in {plan.dtype}, as declared",
         "scaled_row": "is a row of it, scaled",
         "zeros": "are zeros",
+        "aligned": "is the donor's, aligned",
     }
     told = ", ".join(f"{kinds[kind]} {what}" for kind, what in said.items() if kinds[kind])
     if accounts["whole"]:

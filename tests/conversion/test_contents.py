@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from t5g2convert.conversion.contents import caster, scaled_row
+from t5g2convert.conversion.contents import caster, rounded, scaled_row
 from t5g2convert.errors import CheckpointError
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -104,3 +104,45 @@ def test_bfloat16_rows_of_any_numbers_are_torchs(values: list[float]) -> None:
     else:
         with pytest.raises(CheckpointError, match="too large"):
             scaled_row(to_bytes(row), "BF16", "BF16")
+
+
+def nearest(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Of all numbers of a 16-bit dtype, the one that is nearest to each value, of two the one whose last bit is 0."""
+    every = all_16_bit_values(dtype)
+    every = every[every.double() >= 0].double().unique().numpy()
+    above = np.searchsorted(every, np.abs(values)).clip(1, len(every) - 1)
+    low, high = every[above - 1], every[above]
+    middle = (low + high) / 2
+    upper = (np.abs(values) > middle) | ((np.abs(values) == middle) & (above % 2 == 0))
+    return torch.from_numpy(np.copysign(np.where(upper, high, low), values)).to(dtype)
+
+
+@pytest.mark.parametrize("target", ["BF16", "F16"])
+def test_computed_values_are_rounded_once(target: str) -> None:
+    every = all_16_bit_values(TORCH[target]).double().unique().numpy()
+    middles = (every[1:] + every[:-1]) / 2
+    # The middle of two, and what lies so near to it that float32 cannot tell.
+    near = [middles, middles * (1 + 2.0**-40), middles * (1 - 2.0**-40), every]
+    values = np.concatenate([*near, np.random.default_rng(0).standard_normal(100_000)])
+    values = values[np.abs(values) <= every[-1]]
+    assert rounded("x", values, target) == to_bytes(nearest(values, TORCH[target]))
+
+
+def test_computed_values_in_float32_are_torchs_cast() -> None:
+    values = np.random.default_rng(0).standard_normal(10_000) * 10.0 ** np.linspace(-50, 37, 10_000)
+    assert rounded("x", values, "F32") == to_bytes(torch.from_numpy(values).float())
+
+
+@pytest.mark.parametrize(
+    ("target", "value"), [("BF16", 3.3962e38), ("F16", 65520.0), ("F32", 3.4029e38), ("BF16", 1e300)]
+)
+def test_a_computed_value_that_becomes_infinity_names_the_tensor(target: str, value: float) -> None:
+    for number in (value, -value):
+        with pytest.raises(CheckpointError, match=r"tensor a\.b: comes to a number too large for"):
+            rounded("a.b", np.array([[1.0, number]]), target)
+
+
+@pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
+def test_the_largest_number_of_a_dtype_is_not_too_large(target: str) -> None:
+    largest = torch.finfo(TORCH[target]).max
+    assert rounded("x", np.array([-largest]), target) == to_bytes(torch.tensor([-largest], dtype=TORCH[target]))

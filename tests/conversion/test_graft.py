@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from t5g2convert import CheckpointError, MappingError, OutputError, convert, inspect, plan
 from tests.conftest import TwinFolder
+from tests.twins import write_aligned_source
 
 TOWER = "model.encoder.vision_tower.vision_model."
 PROJECTOR = "model.encoder.multi_modal_projector.mm_input_projection_weight"
@@ -40,6 +41,67 @@ def test_the_tower_and_its_norm_are_the_donors_and_all_else_the_sources(
         config["encoder"]["text_config"]
         == json.loads((converted_twin("text-8") / "config.json").read_text())["encoder"]["text_config"]
     )
+
+
+def test_an_aligned_projector_is_the_donors_times_the_map_between_the_tables(
+    twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    donor = twin_folder("donor-wide")
+    matrix = write_aligned_source(twin_folder("text-8"), donor, tmp_path / "source")
+    done = convert(tmp_path / "source", tmp_path / "out", vision_from=donor, projector="aligned")
+    projector = load_file(donor / "model.safetensors")["multi_modal_projector.mm_input_projection_weight"]
+    # Image features stand beside embeddings that are scaled by the root of their width.
+    expected = projector.double() @ matrix * (24 / 32) ** 0.5
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[PROJECTOR], expected.to(torch.bfloat16))
+    (told,) = (note for note in done.notes if "residual" in note)
+    assert float(told.split(": ")[1].split()[0]) < 1e-12
+
+
+def test_tables_that_do_not_fit_have_a_residual(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    done = convert(
+        twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder("donor-wide"), projector="aligned", ridge=0.1
+    )
+    (told,) = (note for note in done.notes if "residual" in note)
+    assert 0.5 < float(told.split(": ")[1].split()[0]) < 1
+    assert json.loads((tmp_path / "out/t5g2.json").read_text())["options"] == {"projector": "aligned", "ridge": 0.1}
+    assert "residual" not in json.dumps(json.loads((tmp_path / "out/t5g2.json").read_text())["notes"])
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"max_shard_bytes": 20_000}], ids=str)
+def test_an_aligned_projector_is_cast_and_sharded_like_all_else(
+    options: dict[str, Any], twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    donor = twin_folder("donor-wide")
+    write_aligned_source(twin_folder("text-8"), donor, tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "plain", vision_from=donor, projector="aligned")
+    convert(tmp_path / "source", tmp_path / "out", vision_from=donor, projector="aligned", **options)
+    plain, found = (
+        {name: tensor for path in (tmp_path / name).glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for name in ("plain", "out")
+    )
+    assert found.keys() == plain.keys()
+    assert torch.equal(found[PROJECTOR].to(torch.bfloat16), plain[PROJECTOR])
+    assert found[PROJECTOR].dtype == (torch.float32 if "dtype" in options else torch.bfloat16)
+
+
+def test_a_resumed_graft_has_the_same_bytes(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    donor = twin_folder("donor-wide")
+
+    def run(name: str, judge: Any = None) -> None:
+        convert(
+            twin_folder("text-8"), tmp_path / name, vision_from=donor, projector="aligned", ridge=0.1,
+            max_shard_bytes=20_000, resume=True, judge=judge,
+        )  # fmt: skip
+
+    def stop(_: Path) -> None:
+        raise OutputError("the disk fails")
+
+    with pytest.raises(OutputError, match="the disk fails"):
+        run("resumed", stop)
+    run("resumed")
+    run("plain")
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("resumed", "plain"))
+    assert one == two
 
 
 def test_the_end_of_image_row_is_the_sources_at_the_donors_token(twin_folder: TwinFolder, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Grafted:
     source: Path
     donor: Path
     output: Path
+    projector: str = "copy"
 
     def verify(self, **options: Any) -> Report:
         return verify(self.output, self.source, **{"vision_from": self.donor, "record": False, **options})
@@ -44,11 +45,14 @@ class Grafted:
         path.write_bytes(seal(json.loads(path.read_text()) | changes))
 
 
-@pytest.fixture(params=["images-13", "donor-wide"])
+DONORS = {"copy": "images-13", "zeros": "donor-wide", "aligned": "donor-wide"}
+
+
+@pytest.fixture(params=DONORS)
 def grafted(request: pytest.FixtureRequest, twin_folder: TwinFolder, tmp_path: Path) -> Grafted:
-    """With a projector that is the donor's, and with one of zeros."""
-    made = Grafted(twin_folder("text-8"), twin_folder(request.param), tmp_path / "out")
-    convert(made.source, made.output, vision_from=made.donor, flush=False)
+    """With a projector that is the donor's, with one of zeros, and with one that is aligned."""
+    made = Grafted(twin_folder("text-8"), twin_folder(DONORS[request.param]), tmp_path / "out", request.param)
+    convert(made.source, made.output, vision_from=made.donor, projector=request.param, flush=False)
     return made
 
 
@@ -66,9 +70,10 @@ def test_a_graft_passes_exactly(grafted: Grafted) -> None:
 
 def test_a_copied_projector_is_judged_by_its_features_and_zeros_before_it(grafted: Grafted) -> None:
     details = {check.name: check.detail for check in grafted.verify().checks}
-    zeros = grafted.donor.name == "donor-wide"
-    assert details["vision_parity"].startswith("tower states before the projector" if zeros else "image features")
-    assert ("image" in details["runs"]) is not zeros
+    compared = "image features" if grafted.projector == "copy" else "tower states before the projector"
+    assert details["vision_parity"].startswith(compared)
+    assert ("image" in details["runs"]) is (grafted.projector != "zeros")
+    assert ("is the donor's, aligned" in details["provenance"]) is (grafted.projector == "aligned")
 
 
 def test_the_result_is_recorded(grafted: Grafted) -> None:
@@ -148,14 +153,36 @@ def test_a_changed_setting_of_the_tower_is_found(grafted: Grafted, setting: str)
 
 
 def test_a_manifest_that_lies_about_the_projector_is_found(grafted: Grafted) -> None:
-    told = json.loads((grafted.output / "t5g2.json").read_text())["options"]["projector"]
-    if told == "copy":
-        grafted.edit_manifest(options={"projector": "zeros"})
-        assert "provenance" in grafted.failed()
-    else:
-        grafted.edit_manifest(options={"projector": "copy"})
-        with pytest.raises(MappingError, match="leads to width 32"):
-            grafted.verify()
+    for lie in DONORS.keys() - {grafted.projector}:
+        grafted.edit_manifest(options={"projector": lie})
+        if lie == "copy":
+            with pytest.raises(MappingError, match="leads to width 32"):
+                grafted.verify()
+        else:
+            assert "provenance" in grafted.failed()
+
+
+def test_a_manifest_that_lies_about_the_ridge_is_found(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    made = Grafted(twin_folder("text-8"), twin_folder("donor-wide"), tmp_path / "out", "aligned")
+    convert(made.source, made.output, vision_from=made.donor, projector="aligned", ridge=0.1, flush=False)
+    assert made.verify().passed
+    made.edit_manifest(options={"projector": "aligned", "ridge": 0.11})
+    (check,) = made.verify().failed
+    assert check.name == "provenance"
+    assert "are not the donor's projector, aligned" in check.detail
+
+
+def test_one_step_of_one_element_of_an_aligned_projector_is_found(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    made = Grafted(twin_folder("text-8"), twin_folder("donor-wide"), tmp_path / "out", "aligned")
+    convert(made.source, made.output, vision_from=made.donor, projector="aligned", flush=False)
+
+    def step(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{PROJECTOR}mm_input_projection_weight"].view(torch.int16)[7, 3] += 1
+
+    made.edit_tensors(step)
+    (offender,) = next(check for check in made.verify().failed if check.name == "provenance").offenders
+    assert "1 of 480 elements" in offender
+    assert "[7, 3]" in offender
 
 
 def test_a_manifest_that_lies_about_the_donors_files_is_found(grafted: Grafted) -> None:
