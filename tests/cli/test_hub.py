@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,3 +281,30 @@ def read_terminal(leader: int) -> bytes:
         return os.read(leader, 65_536)
     except OSError:
         return b""  # the other end was closed
+
+
+def test_a_picture_is_looked_at_with_a_tower_of_the_hub(scene: Scene, demo_source: Path) -> None:
+    from PIL import Image
+
+    scene.hub.add(REPO, demo_source)
+    convert(demo_source, scene.folder / "out", flush=False)
+    Image.new("RGB", (80, 40), (200, 30, 60)).save(scene.folder / "red.png")
+    assert scene.json(f"verify out --source {REPO} --image red.png")["passed"]
+
+
+def test_a_signal_ends_a_download(scene: Scene, demo_source: Path) -> None:
+    scene.hub.add(REPO, demo_source)
+    begun, over = threading.Event(), threading.Event()
+    scene.hub.faults.append(Fault("/lfs/", 1))  # the header
+    scene.hub.faults.append(Fault("/lfs/", 1, before=lambda: (begun.set(), over.wait(30))))
+    command = [sys.executable, "-m", "t5g2convert", "convert", REPO, "out"]
+    env = {**scene.hub.env(scene.folder / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=scene.folder, env=env, text=True) as process:
+        assert begun.wait(30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        over.set()
+        assert process.stderr is not None
+        assert process.stderr.read() == "t5g2: stopped by signal 2\n"
+    assert [path.name for path in scene.folder.iterdir()] == ["home"]
+    assert list((scene.folder / "home").rglob("*.incomplete")) == []
