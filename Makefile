@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST := .venv-oldest
+KERAS := .venv-keras
 FUZZ_SECONDS ?= 60
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-oldest faults fuzz check fmt bench clean
+.PHONY: help demo test test-oldest test-keras faults fuzz check fmt bench clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -38,11 +39,21 @@ faults: $(INSTALLED)  ## make every system call of a conversion fail in turn, or
 	$(BIN)/python -m pytest tests/faults --numprocesses 2 --dist worksteal
 
 test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the parity tests again, judged by transformers 5.0.0
-	T5G2_OLDER_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest tests/test_parity.py -k oldest
+	T5G2_OLDER_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest tests/test_parity.py tests/test_processor.py -k oldest
 
 $(OLDEST)/.installed:
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet torch==2.13.0 transformers==5.0.0
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.13.0 transformers==5.0.0 pillow
+	@touch $@
+
+test-keras: $(INSTALLED) $(KERAS)/.installed  ## keras-hub, on torch, loads conversions and computes the same
+	T5G2_KERAS_PYTHON=$(CURDIR)/$(KERAS)/bin/python $(BIN)/python -m pytest tests/test_keras.py
+
+# keras-hub without its dependencies: TensorFlow and Kaggle's clients, which loading a folder onto torch does without.
+$(KERAS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(KERAS)
+	$(KERAS)/bin/python -m pip install --quiet --constraint constraints.txt torch transformers keras sentencepiece
+	$(KERAS)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps keras-hub
 	@touch $@
 
 fuzz: $(VENV)/.base  ## mutated headers and maps, FUZZ_SECONDS of each
@@ -61,4 +72,4 @@ bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each aga
 	$(BIN)/python examples/benchmark_graft.py
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(KERAS) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

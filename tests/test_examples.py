@@ -7,6 +7,7 @@ from pathlib import Path
 from t5g2convert import inspect
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
+from tests.conftest import TwinFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXT = {
@@ -28,6 +29,8 @@ def test_every_example_is_run_here() -> None:
         "benchmark_graft.py",
         "benchmark_sources.py",
         "benchmark_verify.py",
+        "convert_text.py",
+        "convert_with_vision.py",
         "convert_with_transformers.py",
     }
 
@@ -68,6 +71,36 @@ def test_the_verify_benchmark_verifies(tmp_path: Path) -> None:
     row = next(line for line in run.stdout.splitlines() if line.startswith("tiny"))
     assert float(row.split()[-1]) > 100
     assert list(tmp_path.iterdir()) == []
+
+
+def run(script: str, *arguments: Path) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_graft_is_measured_with_both_projectors(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "benchmark_graft.py"), "tiny", "tiny-vision", "--folder", str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in said.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        [name, what] for name in ("zeros", "aligned") for what in ("convert", "verify")
+    ]
+    assert all(float(row[3]) > 30 for row in rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_converted_and_verified(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    said = run("convert_text.py", twin_folder("text-8"), tmp_path / "out")
+    assert "passed decoder_parity" in said
+    assert "FAILED" not in said
+
+
+def test_a_text_model_is_given_eyes_and_a_long_context(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    said = run("convert_with_vision.py", twin_folder("text-8"), twin_folder("donor-wide"), tmp_path / "out")
+    assert "residual of the aligned embedding tables" in said
+    assert "passed vision_parity" in said
+    assert "of both stacks was changed from 1.0 to 8.0" in said
+    assert "FAILED" not in said
 
 
 def test_the_script_by_hand_gives_the_same_parameters(tmp_path: Path) -> None:

@@ -129,7 +129,12 @@ def test_the_fill_rows_are_cut_and_the_image_token_moves(twin_folder: TwinFolder
 OLDER = os.environ.get("T5G2_OLDER_PYTHON", "")
 
 
-@pytest.mark.skipif(not OLDER, reason="T5G2_OLDER_PYTHON names no Python with transformers 5.0.0 (make test-oldest)")
+oldest = pytest.mark.skipif(
+    not OLDER, reason="T5G2_OLDER_PYTHON names no Python with transformers 5.0.0 (make test-oldest)"
+)
+
+
+@oldest
 @pytest.mark.parametrize("name", ["text-8", "text-real-vocabulary", "images-8", "images-13", "images-with-fill"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_oldest_transformers_judges_the_same(
@@ -141,11 +146,22 @@ def test_the_oldest_transformers_judges_the_same(
         respell(source, tmp_path / "published", IMAGE_SPELLINGS["hub"])
         source = tmp_path / "published"
     convert(source, tmp_path / "out")
-    script = Path(__file__).with_name("judge.py")
-    run = subprocess.run(
-        [OLDER, str(script), str(source), str(tmp_path / "out"), dtype], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    judgement = json.loads(run.stdout.splitlines()[-1])
+    judgement = judged_by_the_oldest(source, tmp_path / "out", dtype)
     assert (judgement["complaints"], judgement["decoder"], judgement["encoder"]) == ([], 0.0, 0.0)
     assert judgement["vision"] in (None, 0.0)
+
+
+@oldest
+@pytest.mark.parametrize("projector", ["zeros", "aligned"])
+def test_the_oldest_transformers_takes_a_graft(projector: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
+    source = twin_folder("text-8")
+    convert(source, tmp_path / "out", vision_from=twin_folder("donor-wide"), projector=projector)
+    judgement = judged_by_the_oldest(source, tmp_path / "out", "bfloat16")
+    assert (judgement["complaints"], judgement["decoder"], judgement["encoder"]) == ([], 0.0, 0.0)
+
+
+def judged_by_the_oldest(source: Path, output: Path, dtype: str) -> dict[str, Any]:
+    command = [OLDER, str(Path(__file__).with_name("judge.py")), str(source), str(output), dtype]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return dict(json.loads(run.stdout.splitlines()[-1]))

@@ -86,17 +86,7 @@ class Checkpoint:
         Raises:
             CheckpointError: What is there is no file, like a link that leads nowhere; or the disk cannot tell.
         """
-        if self.hub is not None:
-            return name in self.hub.files
-        path = self.path / name
-        try:
-            path.lstat()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
-        regular_file(path)
-        return True
+        return name in self.hub.files if self.hub is not None else is_there(self.path / name)
 
     @property
     def dtype(self) -> str:
@@ -254,6 +244,22 @@ def regular_file(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise CheckpointError("is not a regular file", where=path)
     return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file is there.
+
+    Raises:
+        CheckpointError: It is there and is no file, like a link that leads nowhere; or the disk cannot tell.
+    """
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+    regular_file(path)
+    return True
 
 
 def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:

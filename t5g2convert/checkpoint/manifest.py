@@ -99,6 +99,13 @@ class _Change(ConfigSection, extra="forbid"):
         return self
 
 
+class _TokenChange(ConfigSection, extra="forbid"):
+    token: str
+    source: NonNegativeInt | None
+    target: NonNegativeInt
+    replaces: str | None
+
+
 class _Manifest(ConfigSection, extra="forbid"):
     """What a manifest must be, so that its readers need not ask."""
 
@@ -112,6 +119,7 @@ class _Manifest(ConfigSection, extra="forbid"):
     parameters: dict[str, NonNegativeInt]
     dropped: list[_Dropped]
     changes: list[_Change]
+    tokens: list[_TokenChange]
     notes: list[str]
     files: dict[str, _File]
     verification: dict[str, Any] | None = None

@@ -84,8 +84,9 @@ def plan(
     counts = Counter(tensor.shard for tensor in made.tensors)
     for shard in made.shards:
         files.add_row(shard.name, str(counts[shard.name]), size_text(shard.size))
-    for name in made.carried_files:
-        files.add_row(printable(name), "", "copied")
+    for file in made.files:
+        how = f"made from {', '.join(file.reads)}" if file.how == "made" and file.reads else file.how
+        files.add_row(printable(file.name), "", printable(how))
     out.print(files)
     out.print(
         f"needs {size_text(resources['disk_needed'])} of disk, {size_text(resources['disk_free'])} are free; "

@@ -4,13 +4,15 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import INDEX_FILE
+from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, seal
 from t5g2convert.checkpoint.roles import Folders, plain_name
-from t5g2convert.conversion.plan import Plan, PlannedSource
+from t5g2convert.conversion.plan import Plan, PlannedFile, PlannedSource
 from t5g2convert.conversion.writer import Written
 from t5g2convert.errors import CheckpointError, OutputError
 from t5g2convert.version import __version__
@@ -22,7 +24,7 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
     """Write everything but the shards; the manifest comes last.
 
     Raises:
-        CheckpointError: A file to be carried over cannot be read.
+        CheckpointError: A file to be carried over cannot be read, or changed since it was planned.
         OutputError: A file cannot be written.
     """
     hashing = bool(written.shards)
@@ -31,7 +33,7 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
     }
     documents = {"config.json": plan.config, "generation_config.json": plan.generation_config}
     contents: dict[str, Iterable[bytes]] = {name: [encode_json(document)] for name, document in documents.items()}
-    contents |= {name: _pieces(folders.path(name)) for name in plan.carried_files}
+    contents |= {file.name: _contents(file, folders) for file in plan.files}
     if len(plan.shards) > 1:
         contents[INDEX_FILE] = [encode_json(_index(plan))]
     for name, pieces in contents.items():
@@ -52,6 +54,7 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any
         "parameters": dict(plan.parameters),
         "dropped": [{"name": drop.name, "because": drop.because} for drop in plan.dropped],
         "changes": [asdict(change) for change in plan.changes],
+        "tokens": [asdict(token) for token in plan.tokens],
         "notes": list(plan.notes),
         "files": {name: files[name] for name in sorted(files)},
     }
@@ -78,14 +81,40 @@ def _index(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    """A file of the source, a piece at a time: a tokenizer takes more memory than the rest of the conversion."""
+def _contents(planned: PlannedFile, folders: Folders) -> Iterator[bytes]:
+    """A file's bytes, a piece at a time: a tokenizer takes more memory than the rest of the conversion.
+
+    Raises:
+        CheckpointError: The source's file cannot be read, or is not what it was when it was planned.
+    """
+    if planned.text is not None:
+        yield planned.text
+        return
+    path = folders.path(planned.reads[0])
     try:
         with path.open("rb") as file:
-            while piece := file.read(PIECE_BYTES):
-                yield piece
+            _check_unchanged(planned, file, path)
+            at = 0
+            for splice in planned.splices:
+                yield from _pieces(file, splice.start - at)
+                yield splice.text
+                at = file.seek(splice.end)
+            yield from _pieces(file, None)
+            _check_unchanged(planned, file, path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
+
+
+def _pieces(file: BufferedReader, count: int | None) -> Iterator[bytes]:
+    """The next `count` bytes of a file, or all that are left."""
+    while piece := file.read(PIECE_BYTES if count is None else min(count, PIECE_BYTES)):
+        yield piece
+        count = None if count is None else count - len(piece)
+
+
+def _check_unchanged(planned: PlannedFile, file: BufferedReader, path: Path) -> None:
+    if planned.identity is not None and FileIdentity.of(file.fileno()) != planned.identity:
+        raise CheckpointError("changed while it was being read", where=path, hint="start again")
 
 
 def _write(path: Path, pieces: Iterable[bytes], *, flush: bool) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from t5g2convert.checkpoint.folder import HubOrigin
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name
+from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name, role_in
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
@@ -178,6 +178,58 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Splice:
+    """Bytes that take the place of a file's own from `start` to `end`, counted from the start of the file."""
+
+    start: int
+    end: int
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChange:
+    """A token that is special and has the id `target` in the output's tokenizer.
+
+    Attributes:
+        token: Its name.
+        source: Its id as an added token of the source; None where it is none.
+        target: Its id in the output.
+        replaces: The name that the id had in the source; None where it had this one.
+    """
+
+    token: str
+    source: int | None
+    target: int
+    replaces: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A file beside the weights: made while planning, or a source's file with some of its bytes exchanged.
+
+    Attributes:
+        name: Its name in the output.
+        reads: The source's files that it comes of; of a file that is copied, the one.
+        text: Its bytes, where it is made.
+        splices: What is exchanged in the file that is copied, in the order of the file.
+        identity: That file as it was when it was planned.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    text: bytes | None = None
+    splices: tuple[Splice, ...] = ()
+    identity: FileIdentity | None = None
+
+    @property
+    def how(self) -> Literal["copied", "changed", "made"]:
+        """How it comes about; a file that is made of the one of its name alone is that one, changed."""
+        if self.text is None and not self.splices:
+            return "copied"
+        return "changed" if self.reads == (self.name,) else "made"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All of a conversion before its first byte is written."""
 
@@ -192,7 +244,8 @@ class Plan:
     dropped: tuple[Dropped, ...]
     changes: tuple[Change, ...]
     tied: Mapping[str, str]
-    carried_files: tuple[str, ...]
+    files: tuple[PlannedFile, ...]
+    tokens: tuple[TokenChange, ...]
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -210,8 +263,9 @@ class Plan:
     @property
     def reads(self) -> Mapping[Role, tuple[str, ...]]:
         """The files of each checkpoint that are read, by their names in it."""
-        weights = {role: [plain_name(file.name) for file in source.files] for role, source in self.sources.items()}
-        return {role: (*names, *(self.carried_files if role == SOURCE else ())) for role, names in weights.items()}
+        weights = [file.name for source in self.sources.values() for file in source.files]
+        names = dict.fromkeys([*weights, *(name for file in self.files for name in file.reads)])
+        return {role: tuple(plain_name(name) for name in names if role_in(name) == role) for role in self.sources}
 
     @property
     def nbytes(self) -> int:
@@ -236,7 +290,8 @@ class Plan:
             "dropped": [{"name": drop.name, "because": drop.because} for drop in self.dropped],
             "changes": [asdict(change) for change in self.changes],
             "tied": dict(self.tied),
-            "files": list(self.carried_files),
+            "files": [{"name": file.name, "how": file.how, "from": list(file.reads)} for file in self.files],
+            "tokens": [asdict(token) for token in self.tokens],
             "config": dict(self.config),
             "notes": list(self.notes),
         }

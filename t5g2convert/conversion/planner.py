@@ -13,6 +13,7 @@ from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
+from t5g2convert.conversion.files import plan_files
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.notes import plan_notes
 from t5g2convert.conversion.options import KEEP, Options, PlanOptions
@@ -35,7 +36,7 @@ from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.resolve import Graft, Resolution, Resolved, resolve
-from t5g2convert.mapping.schema import WeightMap, count_parameters
+from t5g2convert.mapping.schema import count_parameters
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
@@ -86,6 +87,7 @@ def plan_checkpoint(
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     changes = tuple(_changes(resolution, drafts, config, model_dtype))
     _check_target(drafts, config, loaded)
+    beside = plan_files(weight_map, resolution)
     tensors, shards = lay_out(drafts, options.max_shard_bytes)
     counted: Counter[str] = Counter()
     for tensor in tensors:
@@ -110,10 +112,14 @@ def plan_checkpoint(
         ),
         changes=changes,
         tied={name: item.target for item in resolution.targets for name in item.row.tied},
-        carried_files=_carried_files(weight_map, checkpoint),
+        files=beside.files,
+        tokens=beside.tokens,
         config=config,
         generation_config=fill(weight_map.generation_config, generation, resolution.model.conditions),
-        notes=tuple(plan_notes(resolution, drafts, changes, options, weight_map, dtype=CONFIG_NAMES[model_dtype])),
+        notes=(
+            *plan_notes(resolution, drafts, changes, options, weight_map, dtype=CONFIG_NAMES[model_dtype]),
+            *beside.notes,
+        ),
     )
 
 
@@ -258,10 +264,6 @@ def _mismatch(draft: Draft, implied: ImpliedTensor) -> str:
 def _suggest(name: str, others: Sequence[str]) -> str:
     hint = did_you_mean(name, others) if len(others) <= 50 else None
     return f" ({hint})" if hint else ""
-
-
-def _carried_files(weight_map: WeightMap, checkpoint: Checkpoint) -> tuple[str, ...]:
-    return tuple(name for name in weight_map.files.carry if checkpoint.holds(name))
 
 
 def _changes(

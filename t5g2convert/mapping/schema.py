@@ -1,5 +1,6 @@
 """What a weight map may say: its YAML as frozen types. `mapping.weightmap` loads one from a file, with all checks."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -51,11 +52,22 @@ def _spelling(prefix: str) -> str:
     return prefix
 
 
+def _token_text(token: str) -> str:
+    if not re.fullmatch(r'[^\s,:\[\]{}"\\\x00-\x1f][^"\\\x00-\x1f]*', token):
+        raise ValueError("expected a token that JSON writes as it stands")
+    return token
+
+
 FileName = Annotated[str, AfterValidator(_file_name)]
+TokenText = Annotated[str, AfterValidator(_token_text)]
 Spelling = Annotated[str, AfterValidator(_spelling)]
 
 RESERVED_FILES = frozenset({"config.json", "generation_config.json", "t5g2.json", INDEX_FILE})
 """What a conversion writes, and so carries over from no source."""
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+PROCESSOR_FILE = "processor_config.json"
 
 
 class Source(Declaration):
@@ -132,10 +144,35 @@ class Preset(Declaration):
     )
 
 
+class MovedToken(Declaration):
+    """What the tokenizer calls a token whose id moves, and the token that gives way to it."""
+
+    id: str = Field(description="Name of the config value that moves, one of vocabulary.moved.")
+    token: TokenText = Field(description="The token.")
+    replaces: TokenText = Field(description="The token that has the new id in the source's tokenizer, and goes.")
+
+
+class TokenizerFiles(Declaration):
+    """tokenizer.json and tokenizer_config.json, made from the source's."""
+
+    moved: list[MovedToken] = Field(default_factory=list, description="One for each of vocabulary.moved.")
+    special: list[TokenText] = Field(default_factory=list, description="Tokens that become special where one moves.")
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys that tokenizer_config.json gets where the source's lacks them; null takes one away.",
+    )
+
+
 class Files(Declaration):
-    """What is copied beside the weights."""
+    """What stands beside the weights."""
 
     carry: list[FileName] = Field(default_factory=list, description="File names, copied where the source has them.")
+    tokenizer: TokenizerFiles | None = Field(default=None, description="Makes the tokenizer's files.")
+    processor: dict[str, Any] | None = Field(
+        default=None,
+        description="Makes processor_config.json for a source with images, in the form of config; "
+        "the source's own settings of the image processor win.",
+    )
 
 
 def _format(value: object) -> object:

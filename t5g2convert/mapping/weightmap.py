@@ -14,7 +14,14 @@ from t5g2convert.mapping.families import FAMILIES, WORLDS
 from t5g2convert.mapping.loader import Document, NodePath, load_yaml
 from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
 from t5g2convert.mapping.operations import Aligned, ScaledRow, TakeRows, Zeros
-from t5g2convert.mapping.schema import Row, WeightMap
+from t5g2convert.mapping.schema import (
+    PROCESSOR_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    Row,
+    TokenizerFiles,
+    WeightMap,
+)
 from t5g2convert.mapping.template import TARGET_VALUES, template_faults
 
 
@@ -119,6 +126,51 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
         for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), (key,)):
             yield reason, at, did_you_mean(unknown, values | set(TARGET_VALUES)) if unknown else None
+    yield from _file_faults(weight_map, values | set(TARGET_VALUES))
+
+
+def _file_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
+    """What cannot be made of the files beside the weights."""
+    files, at = weight_map.files, ("files",)
+    made = [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE] if files.tokenizer is not None else []
+    made += [PROCESSOR_FILE, "preprocessor_config.json"] if files.processor is not None else []
+    for position, name in enumerate(files.carry):
+        if name in made:
+            yield f"{name} is made, and so not carried over", (*at, "carry", position), None
+    templates: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    if files.tokenizer is not None:
+        yield from _moved_faults(files.tokenizer, weight_map.vocabulary.moved)
+        templates["tokenizer", "config"] = files.tokenizer.config
+    if files.processor is not None:
+        if not isinstance(files.processor.get("image_processor"), dict):
+            yield "expected the settings of an image_processor", (*at, "processor"), None
+        templates["processor",] = files.processor
+    for key, template in templates.items():
+        for reason, place, unknown in template_faults(template, values, (*at, *key)):
+            yield reason, place, did_you_mean(unknown, values) if unknown else None
+
+
+def _moved_faults(tokenizer: TokenizerFiles, moved: Mapping[str, int]) -> Iterator[Fault]:
+    """Every value that moves has a token, and no token is named twice."""
+    at = ("files", "tokenizer", "moved")
+    taken: set[str] = set()
+    for position, item in enumerate(tokenizer.moved):
+        if item.id not in moved:
+            yield (
+                f"{item.id!r} does not move",
+                (*at, position, "id"),
+                f"vocabulary.moved has {', '.join(moved) or 'none'}",
+            )
+        for key, token in (("id", item.id), ("token", item.token), ("replaces", item.replaces)):
+            if token in taken:
+                yield f"{token!r} again", (*at, position, key), None
+            taken.add(token)
+    for name in moved:
+        if name not in taken:
+            yield f"vocabulary.moved has {name!r}, which has no token here", at, None
+    for position, token in enumerate(tokenizer.special):
+        if token in taken:
+            yield f"{token!r} again", (*at[:2], "special", position), None
 
 
 def _vocabulary_faults(weight_map: WeightMap, numbers: set[str]) -> Iterator[Fault]:

@@ -120,7 +120,7 @@ def _file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) ->
     count = len(target.files)
     shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     weights = {SINGLE_FILE} if count == 1 else {*shards, INDEX_FILE}
-    expected = {"config.json", "generation_config.json", *weights, *plan.carried_files}
+    expected = {"config.json", "generation_config.json", *weights, *(file.name for file in plan.files)}
     found = set(manifest["files"]) if manifest else expected
     yield from (f"{name} is no file of this conversion" for name in sorted(found - expected))
     yield from (f"{name} is not in t5g2.json" for name in sorted(expected - found))
@@ -142,7 +142,7 @@ def _manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     made_with = manifest["mapping"]["name"]
     if made_with != plan.mapping:
         yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
-    for key in ("dtype", "parameters", "options", "changes"):
+    for key in ("dtype", "parameters", "options", "changes", "tokens"):
         if manifest[key] != document[key]:
             yield f"t5g2.json says {key} {manifest[key]!r}, expected {document[key]!r}"
     # By name: why a tensor is dropped may be worded anew.
@@ -284,8 +284,8 @@ def _repeated_faults(plan: Plan, folders: Folders, read: _Reader) -> Iterator[st
 
 
 def _carried_faults(plan: Plan, folders: Folders, target: Path) -> Iterator[str]:
-    """Files that are carried over are the source's."""
-    for name in plan.carried_files:
+    """Files that are copied are the source's; those that are made are judged by `tokenizer`."""
+    for name in (file.name for file in plan.files if file.how == "copied"):
         try:
             if folders.path(name).read_bytes() != (target / name).read_bytes():
                 yield f"{name} is not the source's"

@@ -25,6 +25,7 @@ from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Check, Report
 from t5g2convert.parity.runs import judge_runs
 from t5g2convert.parity.text import judge_text
+from t5g2convert.parity.tokenizer import is_judged, judge_tokenizer
 from t5g2convert.parity.vision import judge_vision
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
@@ -99,7 +100,7 @@ def verify(
     target = judge.opened(dtype)
     if target is not None:
         if parent is None or prove is None:
-            judge.skip(("provenance", "config", *PARITIES), "no source was given")
+            judge.skip(("provenance", "config", "tokenizer", *PARITIES), "no source was given")
         else:
             judge.against(parent, prove, target)
         judge.alone(target)
@@ -192,7 +193,7 @@ class _Judge:
             read_t5gemma2(target.config, self.output / "config.json")
         except CheckpointError as error:
             self.checks.append(Check("config", False, self._told(error)))
-            self.skip(("provenance", *PARITIES, "runs"), "the output cannot be read")
+            self.skip(("provenance", "tokenizer", *PARITIES, "runs"), "the output cannot be read")
             return None
         self.dtype = dtype or CONFIG_NAMES.get(target.dtype, "float32")
         return target
@@ -203,6 +204,7 @@ class _Judge:
         new_values = {field: change["target"] for field, change in changes.items()}
         self.make(["provenance"], lambda: [prove(parent, target, self.manifest, self.progress)])
         self.make(["config"], lambda: [self._config(parent, target, new_values)])
+        self._tokens(parent, target)
         self._tell(changes)
         dtype = getattr(torch, str(self.dtype))
         rounded_to = getattr(torch, changes["dtype"]["target"]) if "dtype" in changes else None
@@ -274,6 +276,17 @@ class _Judge:
         return judge_config(
             parent.model(self.projector), target, read_json_object(target.path / name), changes, ends=ends
         )
+
+    def _tokens(self, parent: Parent, target: Checkpoint) -> None:
+        """tokenizer."""
+
+        def compare() -> list[Check]:
+            if not is_judged(target.path, self.manifest):
+                self.skip(["tokenizer"], "the output has no tokenizer")
+                return []
+            return [judge_tokenizer(parent.folders, parent.model(self.projector), target, self.manifest)]
+
+        self.make(["tokenizer"], compare)
 
     def _tell(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         for field, change in changes.items():

@@ -19,6 +19,7 @@ DOCUMENT: dict[str, Any] = {
     "parameters": {"embedding": 7, "total": 7},
     "dropped": [{"name": "lm_head.weight", "because": "the softmax is tied"}],
     "changes": [{"field": "sliding_window", "source": 4, "target": 8.0}],
+    "tokens": [{"token": "<image_soft_token>", "source": None, "target": 256_001, "replaces": "<unused99>"}],
     "notes": ["ünïcode stays, \x1b is escaped"],
     "files": {"config.json": {"bytes": 3, "sha256": "1" * 64}},
 }

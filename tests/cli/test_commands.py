@@ -452,7 +452,7 @@ def test_demo_shows_both_models_and_where_tensors_go(t5g2: Successful, tmp_path:
         assert result.out.count(f"\n {part} ") == 2
     assert "▶ encoder" in result.out
     assert "t5gemma2: 251 tensors" in result.out
-    assert result.out.count("passed ") == 7
+    assert result.out.count("passed ") == 8
     assert "verified in bfloat16" in result.out
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"gemma3-tiny", "t5gemma2-tiny"}
     document = t5g2.json("inspect", tmp_path / "kept/t5gemma2-tiny")

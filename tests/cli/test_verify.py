@@ -18,7 +18,7 @@ from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine, Result
 from tests.conftest import TwinFolder
 
-CHECKS = ["integrity", "provenance", "config", "vision_parity", "decoder_parity", "encoder_parity", "runs"]
+CHECKS = ["integrity", "provenance", "config", "tokenizer", "vision_parity", "decoder_parity", "encoder_parity", "runs"]
 HOSTILE = ["<script>alert(1)</script>", "\x1b[31mred\x07", "[bold]markup[/]", "\u202eoverride", "a\nt5g2: line"]
 
 

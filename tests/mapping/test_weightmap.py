@@ -57,7 +57,10 @@ UNKNOWN_KEYS = [
     ("  cut: {", "  cuts: {", "cuts", "cut"),
     ("{model_type: t5gemma2, architecture:", "{model_type: t5gemma2, architectur:", "architectur", "architecture"),
     ("source: {model_type:", "source: {model_typ:", "model_typ", "model_type"),
-    ("  carry:\n", "  cary:\n", "cary", "carry"),
+    ("  carry: ", "  cary: ", "cary", "carry"),
+    ("  processor:\n", "  procesor:\n", "procesor", "processor"),
+    ("    special: [", "    specials: [", "specials", "special"),
+    ('replaces: "<unused99>"', 'replace: "<unused99>"', "replace", "replaces"),
     ("    shape: [query, hidden]", "    shap: [query, hidden]", "shap", "shape"),
     ("    merged_attention: true", "    merged_atention: true", "merged_atention", "merged_attention"),
     ("    when: vision\n", "    wen: vision\n", "wen", "when"),
@@ -113,7 +116,7 @@ WRONG_TYPES = [
     pytest.param(f"encoder: {UP_TO}", f"encoder: [{UP_TO}]", "[", "", id="target-list"),
     pytest.param(f"encoder: {UP_TO}", f"encodr: {UP_TO}", "encodr", "unknown part 'encodr'", id="part"),
     pytest.param('because: "the softmax', 'because: 3  # "', "3", "because", id="reason-number"),
-    pytest.param("    - tokenizer.model\n", "    - {tokenizer: model}\n", "{tokenizer", "", id="file-mapping"),
+    pytest.param("    - chat_template.json\n", "    - {tokenizer: model}\n", "{tokenizer", "", id="file-mapping"),
     pytest.param("config:\n  architectures", "config: none\n_:\n  architectures", "none", "config", id="config-text"),
 ]
 
@@ -313,6 +316,57 @@ FAULTS = [
         id="moved",
     ),
     pytest.param(
+        "{id: image_token_index,",
+        "{id: image_token_indx,",
+        "image_token_indx",
+        "'image_token_indx' does not move",
+        "vocabulary.moved has image_token_index",
+        id="file-moved",
+    ),
+    pytest.param(
+        '    moved:\n      - {id: image_token_index, token: "<image_soft_token>", replaces: "<unused99>"}\n',
+        "    moved: []\n",
+        "[]",
+        "vocabulary.moved has 'image_token_index', which has no token here",
+        None,
+        id="file-moved-without-token",
+    ),
+    pytest.param(
+        'replaces: "<unused99>"',
+        'replaces: "<image_soft_token>"',
+        '"<image_soft_token>"}',
+        "'<image_soft_token>' again",
+        None,
+        id="file-token-twice",
+    ),
+    pytest.param(
+        'special: ["<mask>"]', 'special: ["<unused99>"]', '"<unused99>"', "'<unused99>' again", None, id="file-special"
+    ),
+    pytest.param(
+        "    - chat_template.json\n",
+        "    - tokenizer.json\n",
+        "tokenizer.json",
+        "tokenizer.json is made, and so not carried over",
+        None,
+        id="file-made-and-carried",
+    ),
+    pytest.param(
+        "    - chat_template.json\n",
+        "    - preprocessor_config.json\n",
+        "preprocessor_config.json",
+        "preprocessor_config.json is made, and so not carried over",
+        None,
+        id="file-of-the-processor",
+    ),
+    pytest.param(
+        "size: {height: $vision_image_size,",
+        "size: {height: $vision_imag_size,",
+        "$vision_imag_size",
+        "unknown value $vision_imag_size",
+        "did you mean vision_image_size?",
+        id="file-value",
+    ),
+    pytest.param(
         "  dtype: $dtype", "  dtype: $dtyp", "$dtyp", "unknown value $dtyp", "did you mean dtype?", id="value"
     ),
     pytest.param(
@@ -332,8 +386,8 @@ FAULTS = [
         id="value-in-list",
     ),
     pytest.param(
-        "  pad_token_id: $pad_token_id\n\nfiles:",
-        "  pad_token_id: $pad_token_idd\n\nfiles:",
+        "  pad_token_id: $pad_token_id\n\n# What",
+        "  pad_token_id: $pad_token_idd\n\n# What",
         "$pad_token_idd",
         "unknown value $pad_token_idd",
         "did you mean pad_token_id?",
@@ -434,10 +488,15 @@ def test_C2_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
         pytest.param("{image_token_index: 256001}", "{image_token_index: -1}", id="moved-negative"),
         pytest.param("{image_token_index: 256001}", "{layer_types: 256001}", id="moved-no-token"),
         pytest.param("shape: [key_value, hidden]", "shape: [-1, hidden]", id="size-negative"),
-        pytest.param("    - tokenizer.json\n", "    - ../tokenizer.json\n", id="carry-outside"),
-        pytest.param("    - tokenizer.json\n", "    - /etc/hostname\n", id="carry-absolute"),
-        pytest.param("    - tokenizer.json\n", '    - "a\\0b"\n', id="carry-nul"),
-        pytest.param("    - tokenizer.json\n", "    - config.json\n", id="carry-over-the-config"),
+        pytest.param("    - special_tokens_map.json\n", "    - ../tokenizer.json\n", id="carry-outside"),
+        pytest.param("    - special_tokens_map.json\n", "    - /etc/hostname\n", id="carry-absolute"),
+        pytest.param("    - special_tokens_map.json\n", '    - "a\\0b"\n', id="carry-nul"),
+        pytest.param("    - special_tokens_map.json\n", "    - config.json\n", id="carry-over-the-config"),
+        pytest.param('replaces: "<unused99>"', 'replaces: "<un\\"used99>"', id="token-with-a-quote"),
+        pytest.param('replaces: "<unused99>"', 'replaces: "<un\\\\used99>"', id="token-with-a-backslash"),
+        pytest.param('replaces: "<unused99>"', 'replaces: ": x"', id="token-like-json"),
+        pytest.param('replaces: "<unused99>"', 'replaces: ""', id="token-empty"),
+        pytest.param('special: ["<mask>"]', 'special: ["a\\tb"]', id="token-with-a-tab"),
         pytest.param(
             '  projector:\n    - "multi_modal_projector."\n    - "model.multi_modal_projector."\n',
             "  projector: []\n",
@@ -450,6 +509,27 @@ def test_C2_a_map_that_no_model_can_satisfy_is_refused(old: str, new: str, tmp_p
     text = edited(old, new)
     error = refusal(tmp_path / "map.yaml", text)
     assert (error.where or "").rsplit(":", 2)[1] == str(line_of_the_edit(text))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        pytest.param("text_only: {tokenizer_class", "text: {tokenizer_class", "case must stand alone", id="case"),
+        pytest.param(
+            "    image_processor:", "    pixels:", "expected the settings of an image_processor", id="processor"
+        ),
+    ],
+)
+def test_C2_a_file_that_cannot_be_made_is_refused(old: str, new: str, reason: str, tmp_path: Path) -> None:
+    error = refusal(tmp_path / "map.yaml", edited(old, new))
+    assert reason in error.message.splitlines()[0]
+    assert error.message.splitlines()[-1].endswith("^")
+
+
+def test_a_map_without_tokenizer_and_processor_may_carry_their_files(tmp_path: Path) -> None:
+    text = GOOD[: GOOD.index("files:\n")]
+    (tmp_path / "map.yaml").write_text(f"{text}files: {{carry: [tokenizer.json, processor_config.json]}}\n")
+    assert load_map(tmp_path / "map.yaml").map.files.tokenizer is None
 
 
 def test_a_loaded_map_knows_its_file_and_its_hash(tmp_path: Path) -> None:

@@ -223,6 +223,15 @@ def test_what_cannot_be_judged_is_a_fault(spoil: str) -> None:
     assert fault.startswith(f"{NAME} cannot be judged: ")
 
 
+def test_tables_that_determine_nothing_give_no_numbers() -> None:
+    case = make_case()
+    case.donor[:, 3] = 0
+    expected = case.expected()
+    assert expected.projector_VH.shape == expected.uncertainty_VH.shape == (30, 40)
+    assert expected.projector_VH.isnan().all()
+    assert all(map(math.isnan, expected.residual))
+
+
 def test_a_projector_of_zeros_stays_one() -> None:
     case = make_case()
     case = Case(case.donor, case.target, torch.zeros_like(case.projector))

@@ -177,8 +177,8 @@ ODD: list[Any] = [
     [{"field": "decoder.sliding_window", "source": "x", "target": None}],
 ]  # fmt: skip
 
-JUDGED = (("mapping",), ("source",), ("source", "files"), ("dtype",), ("parameters",), ("dropped",), ("changes",),
-          ("files",), ("format",))  # fmt: skip
+JUDGED = (("mapping",), ("options",), ("source",), ("source", "files"), ("dtype",), ("parameters",), ("dropped",),
+          ("changes",), ("tokens",), ("files",), ("format",))  # fmt: skip
 """What the manifest says that can be judged. Names and hashes of tool, map and weights cannot: no reader needs them."""
 
 

@@ -82,7 +82,7 @@ def test_without_hashes_sizes_are_judged_and_that_is_said(twin_folder: TwinFolde
     manifest = manifest_of(tmp_path / "out")
     check = judge_integrity(tmp_path / "out", manifest)
     assert check.passed
-    assert "3 files" in check.detail
+    assert "4 files" in check.detail
     assert "no sha256" in check.detail
     (tmp_path / "out/config.json").write_text("{}")
     assert not judge_integrity(tmp_path / "out", manifest).passed

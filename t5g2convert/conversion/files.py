@@ -1,0 +1,127 @@
+"""The files beside the weights: which are copied from the source, which are made, and of what."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.folder import is_there, read_json_object
+from t5g2convert.checkpoint.hub import fetch
+from t5g2convert.checkpoint.manifest import encode_json
+from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
+from t5g2convert.conversion.plan import PlannedFile, TokenChange
+from t5g2convert.conversion.settings import processor_config, refuse_use, tokenizer_config
+from t5g2convert.conversion.tokenizer import PatchedTokenizer, TokenMove, patch_tokenizer
+from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.schema import PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles, WeightMap
+from t5g2convert.mapping.template import fill
+
+SPECIAL_TOKENS_FILE: Final = "special_tokens_map.json"
+TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True, slots=True)
+class FilesBeside:
+    """The files beside the weights, what became of the tokenizer's tokens, and notes."""
+
+    files: tuple[PlannedFile, ...]
+    tokens: tuple[TokenChange, ...]
+    notes: tuple[str, ...]
+
+
+def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
+    """Plan the files beside the weights: the source's tokenizer, and the image processor of the tower's checkpoint.
+
+    Args:
+        weight_map: The map, which says what is carried over and what is made.
+        resolution: The map applied to the source.
+
+    Raises:
+        CheckpointError: A file of the source cannot be read, or does not fit the model.
+    """
+    source = resolution.checkpoints[SOURCE]
+    folder = source.path
+    carried = [PlannedFile(name, (name,)) for name in weight_map.files.carry if source.holds(name)]
+    made: list[PlannedFile] = []
+    tokens: tuple[TokenChange, ...] = ()
+    notes: list[str] = []
+    if (declared := weight_map.files.tokenizer) is not None:
+        moves = _moves(declared, resolution) if source.holds(TOKENIZER_FILE) else []
+        patched = _patch(declared, moves, resolution, folder)
+        if patched is not None:
+            tokens = patched.changes
+        elif moves:
+            notes.append(f"tokenizer.json is copied as it is: it knows no {moves[0].token} to be moved")
+            moves = []
+        made += _tokenizer_files(declared, moves, resolution, folder, patched)
+    if weight_map.files.processor is not None and "vision" in resolution.model.conditions:
+        filled = fill(weight_map.files.processor, resolution.values, resolution.model.conditions)
+        role: Role = VISION_FROM if VISION_FROM in resolution.checkpoints else SOURCE
+        document, reads = processor_config(filled, resolution.checkpoints[role].path)
+        origins = tuple(named(role, name) for name in ("config.json", *reads))
+        made.append(PlannedFile(PROCESSOR_FILE, origins, encode_json(document)))
+    files = (*made, *carried)
+    return FilesBeside(files, tokens, (*notes, *_notes(files, tokens, folder)))
+
+
+def _moves(declared: TokenizerFiles, resolution: Resolution) -> list[TokenMove]:
+    """The tokens whose ids the plan moved."""
+    before, after = resolution.model.values, resolution.values
+    return [
+        TokenMove(item.token, item.replaces, int(before[item.id]), int(after[item.id]))  # type: ignore[arg-type]
+        for item in declared.moved
+        if before[item.id] != after[item.id]
+    ]
+
+
+def _patch(
+    declared: TokenizerFiles, moves: Sequence[TokenMove], resolution: Resolution, folder: Path
+) -> PatchedTokenizer | None:
+    """What is exchanged in the source's tokenizer.json; None where it stays as it is."""
+    if not moves:
+        return None
+    # All that a plan reads of a model of the Hub, beside headers and small files.
+    fetch(resolution.checkpoints[SOURCE], [TOKENIZER_FILE])
+    return patch_tokenizer(
+        folder / TOKENIZER_FILE,
+        moves,
+        declared.special,
+        rows=resolution.symbols["vocab"],
+        required="vision" in resolution.model.conditions,
+    )
+
+
+def _tokenizer_files(
+    declared: TokenizerFiles,
+    moves: Sequence[TokenMove],
+    resolution: Resolution,
+    folder: Path,
+    patched: PatchedTokenizer | None,
+) -> Iterator[PlannedFile]:
+    """tokenizer.json and tokenizer_config.json."""
+    if resolution.checkpoints[SOURCE].holds(TOKENIZER_FILE):
+        exchange = (patched.splices, patched.identity) if patched is not None else ()
+        yield PlannedFile(TOKENIZER_FILE, (TOKENIZER_FILE,), None, *exchange)
+    path = folder / TOKENIZER_CONFIG_FILE
+    given = read_json_object(path) if is_there(path) else {}
+    if is_there(folder / SPECIAL_TOKENS_FILE) and moves:
+        refuse_use(read_json_object(folder / SPECIAL_TOKENS_FILE), moves, folder / SPECIAL_TOKENS_FILE)
+    additions: Mapping[str, Any] = fill(declared.config, resolution.values, resolution.model.conditions)
+    config = tokenizer_config(given, additions, moves, declared.special, path)
+    reads = (TOKENIZER_CONFIG_FILE,) if is_there(path) else ()
+    if config != given:
+        yield PlannedFile(TOKENIZER_CONFIG_FILE, reads, encode_json(config))
+    elif reads:
+        yield PlannedFile(TOKENIZER_CONFIG_FILE, reads)
+
+
+def _notes(files: tuple[PlannedFile, ...], tokens: tuple[TokenChange, ...], folder: Path) -> Iterator[str]:
+    names = {file.name for file in files}
+    if TOKENIZER_FILE not in names:
+        yield "the source has no tokenizer.json: the output cannot read text"
+    for change in tokens:
+        if change.replaces is not None:
+            yield f"tokenizer.json: {change.token} takes the place of {change.replaces}, id {change.target}"
+    config = folder / TOKENIZER_CONFIG_FILE
+    if names & set(TEMPLATE_FILES) or (is_there(config) and "chat_template" in read_json_object(config)):
+        yield "the chat template is the source's: it was written for a decoder without an encoder"
