@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from t5g2convert.conversion.planner import build_plan as plan
     from t5g2convert.errors import (
         CheckpointError,
+        HubError,
         MappingError,
         OutputError,
         T5g2Error,
@@ -38,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "Comparison",
     "Conversion",
+    "HubError",
     "Inspection",
     "MappingError",
     "OutputError",
@@ -59,6 +61,7 @@ _HOME = {
     "CheckpointError": "errors",
     "Comparison": "parity.compare",
     "Conversion": "conversion.convert",
+    "HubError": "errors",
     "Inspection": "mapping.inspection",
     "MappingError": "errors",
     "OutputError": "errors",

@@ -8,6 +8,7 @@
     ├── MappingError          4   the weight map is wrong, or it does not describe this model
     ├── OutputError           5   the output folder or the disk
     ├── VerificationError     6   a conversion does not compute what its source computes
+    ├── HubError              7   the Hub: not found, not allowed, not reached
     └── Interrupted      130/143  SIGINT or SIGTERM
 
 Library code raises these and nothing else on purpose; only `t5g2convert.cli` turns them into text and exit codes.
@@ -81,6 +82,12 @@ class VerificationError(T5g2Error):
     """A conversion was judged and found wrong; `details` has every check that failed."""
 
     exit_code = 6
+
+
+class HubError(T5g2Error):
+    """The Hub has no such model, does not give it out, or cannot be reached."""
+
+    exit_code = 7
 
 
 class Interrupted(T5g2Error):  # noqa: N818 - a signal is no error

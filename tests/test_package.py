@@ -117,6 +117,7 @@ def test_every_error_has_the_exit_code_of_the_table() -> None:
         "MappingError": 4,
         "OutputError": 5,
         "VerificationError": 6,
+        "HubError": 7,
     }
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder: config.json, and one safetensors file or several with an index."""
+"""A checkpoint: config.json, and one safetensors file or several with an index, in a folder or on the Hub."""
 
 import os
 import re
@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from t5g2convert.checkpoint.header import Header, TensorEntry, read_header
 from t5g2convert.checkpoint.strictjson import is_text, parse_object
-from t5g2convert.errors import CheckpointError
+from t5g2convert.errors import CheckpointError, T5g2Error
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -27,8 +27,45 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a model of the Hub: its size in bytes, and its sha256 where the Hub tells it."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class HubOrigin:
+    """The model of the Hub that a checkpoint is.
+
+    Attributes:
+        repo: Its name, `org/name`.
+        revision: The sha of the commit.
+        files: Every file at its top level; offline, those in the cache.
+    """
+
+    repo: str
+    revision: str
+    files: Mapping[str, HubFile]
+
+    def to_json(self) -> dict[str, str]:
+        """What is told of it, and kept in manifests."""
+        return {"repo": self.repo, "revision": self.revision}
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint folder whose headers were read and agree with each other."""
+    """A checkpoint whose headers were read and agree with each other.
+
+    Attributes:
+        path: Its folder; of a model of the Hub, the folder in the Hub's cache where files lie once they are fetched.
+        config: config.json.
+        config_text: The same as it was read.
+        files: Headers by the names of the safetensors files.
+        tensors: All tensors by name.
+        notes: What was found odd.
+        hub: Where it is from, if it is a model of the Hub.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -36,6 +73,20 @@ class Checkpoint:
     files: Mapping[str, Header]
     tensors: Mapping[str, StoredTensor]
     notes: tuple[str, ...]
+    hub: HubOrigin | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called: the name of the folder, or that of the model."""
+        return self.path.resolve().name if self.hub is None else self.hub.repo
+
+    def holds(self, name: str) -> bool:
+        """Whether it has a file of that name, fetched or not.
+
+        Raises:
+            CheckpointError: What is there is no file, like a link that leads nowhere; or the disk cannot tell.
+        """
+        return name in self.hub.files if self.hub is not None else is_there(self.path / name)
 
     @property
     def dtype(self) -> str:
@@ -51,6 +102,49 @@ class Checkpoint:
         return sum(tensor.entry.nbytes for tensor in self.tensors.values())
 
 
+class Place(Protocol):
+    """Where the files of a checkpoint are; JSON files that exist can be read in `path`."""
+
+    @property
+    def path(self) -> Path:
+        """The folder where they lie, or will."""
+
+    def has(self, name: str) -> bool:
+        """Whether anything is there under that name."""
+
+    def names(self) -> Iterable[str]:
+        """Everything that is there."""
+
+    def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
+        """The headers of safetensors files."""
+
+    def incomplete(self, reason: str, hint: str | None = None) -> T5g2Error:
+        """The error that weights are not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of this machine, as a place."""
+
+    path: Path
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file or anything else of that name, be it a link that leads nowhere."""
+        return os.path.lexists(self.path / name)
+
+    def names(self) -> Iterable[str]:
+        """Everything in the folder."""
+        return [item.name for item in self.path.iterdir()]
+
+    def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
+        """The headers of safetensors files."""
+        return {name: read_header(regular_file(self.path / name)) for name in names}
+
+    def incomplete(self, reason: str, hint: str | None = None) -> T5g2Error:
+        """The error that weights are not there."""
+        return CheckpointError(reason, where=self.path, hint=hint)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the config and all headers of a checkpoint folder; no tensor's bytes are read.
 
@@ -58,10 +152,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: Not a folder, no config, no safetensors weights, or headers and index disagree.
     """
     check_folder(path)
+    return read_checkpoint(Folder(path))
+
+
+def read_checkpoint(place: Place, hub: HubOrigin | None = None) -> Checkpoint:
+    """Read the config and all headers of a checkpoint, wherever it is; see `open_checkpoint`."""
+    path = place.path
     config_text = read_json_file(path / "config.json")
     config = parse_object(config_text, path / "config.json")
-    names, index, notes = _weight_files(path)
-    files = {name: read_header(regular_file(path / name)) for name in names}
+    names, index, notes = _weight_files(place)
+    files = place.headers(names)
     tensors: dict[str, StoredTensor] = {}
     for name, header in files.items():
         for entry in header.tensors.values():
@@ -72,7 +172,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             tensors[entry.name] = StoredTensor(name, entry)
     if index is not None:
         _check_index(index, tensors, path / INDEX_FILE)
-    return Checkpoint(path, config, config_text, files, tensors, notes)
+    return Checkpoint(path, config, config_text, files, tensors, notes, hub)
 
 
 def scheme_of(path: Path) -> str | None:
@@ -90,7 +190,7 @@ def check_folder(path: Path) -> None:
     hint = "give the folder that holds config.json"
     if scheme := scheme_of(path):
         told = f"an address ({scheme}//...) was given, expected a folder"
-        raise CheckpointError(told, hint="download it first: hf download")
+        raise CheckpointError(told, hint="a model of the Hub is given by its name, as org/name")
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -162,46 +262,45 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
+def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
     """The safetensors files to read, the index if it counts, and notes."""
-    has_single = os.path.lexists(path / SINGLE_FILE)
-    if not os.path.lexists(path / INDEX_FILE):
+    has_single = place.has(SINGLE_FILE)
+    if not place.has(INDEX_FILE):
         if has_single:
             return [SINGLE_FILE], None, ()
-        raise _no_weights(path)
-    index = _read_index(path / INDEX_FILE)
+        raise _no_weights(place)
+    index = _read_index(place.path / INDEX_FILE)
     shards = sorted(set(index.values()))
     if not has_single or SINGLE_FILE in shards:
-        absent = [name for name in shards if not os.path.lexists(path / name)]
+        absent = [name for name in shards if not place.has(name)]
         if len(absent) > 1:
-            raise CheckpointError(f"{INDEX_FILE} names files that are missing: {some(absent)}", where=path)
+            raise place.incomplete(f"{INDEX_FILE} names files that are missing: {some(absent)}")
         return shards, index, ()
-    present = [name for name in shards if os.path.lexists(path / name)]
+    present = [name for name in shards if place.has(name)]
     if present:
         raise CheckpointError(
             f"holds {SINGLE_FILE} and an index whose shards are there as well ({some(present)})",
-            where=path,
+            where=place.path,
             hint="remove the set that is out of date",
         )
     return [SINGLE_FILE], None, (f"{INDEX_FILE} was ignored: none of the files it names are here",)
 
 
-def _no_weights(path: Path) -> CheckpointError:
-    others = sorted(item.name for item in path.iterdir() if item.suffix in {".bin", ".pt", ".pth", ".gguf"})
-    shards = sorted(item.name for item in path.glob("*.safetensors"))
+def _no_weights(place: Place) -> T5g2Error:
+    names = list(place.names())
+    others = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".gguf"}]
+    shards = [name for name in names if Path(name).suffix == ".safetensors"]
     if shards:
-        return CheckpointError(
+        return place.incomplete(
             f"found {some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}",
-            where=path,
-            hint="copy the index as well, or rename a single file",
+            "copy the index as well, or rename a single file",
         )
     if others:
-        return CheckpointError(
+        return place.incomplete(
             f"has no safetensors weights, only {some(others)}, which are never unpickled",
-            where=path,
-            hint="load it in transformers and call save_pretrained",
+            "load it in transformers and call save_pretrained",
         )
-    return CheckpointError(f"has neither {SINGLE_FILE} nor {INDEX_FILE}", where=path)
+    return place.incomplete(f"has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
 def _read_index(path: Path) -> dict[str, str]:

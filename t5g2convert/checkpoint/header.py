@@ -8,8 +8,9 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,9 @@ MAX_DIMENSIONS: Final = 64
 
 MAX_EXTENT: Final = 2**64 - 1
 """Largest number that readers can hold."""
+
+Read = Callable[[int, int], bytes]
+"""Gives so many bytes of a file from a position on; fewer at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,11 @@ class FileIdentity:
         status = os.fstat(fd)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
+    @classmethod
+    def elsewhere(cls, size: int) -> "FileIdentity":
+        """The identity of a file that is not on this machine: only its size in bytes is known."""
+        return cls(0, 0, size, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -88,11 +97,29 @@ def read_header(path: Path) -> Header:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise CheckpointError("is not a regular file", where=path)
             identity = FileIdentity.of(fd)
-            text = _read_json_bytes(fd, identity.size, path)
+            text = _read_json_bytes(partial(os.pread, fd), identity.size, path)
         finally:
             os.close(fd)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+    return _parse_header(text, identity, path)
+
+
+def read_header_elsewhere(read: Read, size: int, path: Path) -> Header:
+    """Read and check the header of a safetensors file that is not on this machine.
+
+    Args:
+        read: Gives so many bytes, fewer at the end of the file, from a position on; its errors are passed on.
+        size: Bytes of the whole file.
+        path: Where the file would lie; for errors, and the header's own.
+
+    Raises:
+        CheckpointError: As `read_header`.
+    """
+    return _parse_header(_read_json_bytes(read, size, path), FileIdentity.elsewhere(size), path)
+
+
+def _parse_header(text: bytes, identity: FileIdentity, path: Path) -> Header:
     document = parse_object(text, path, "the header ")
     data_start = 8 + len(text)
     metadata = document.pop("__metadata__", {})
@@ -120,8 +147,8 @@ def encode_header(tensors: Iterable[TensorEntry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_json_bytes(fd: int, size: int, path: Path) -> bytes:
-    start = os.pread(fd, 64, 0)
+def _read_json_bytes(read: Read, size: int, path: Path) -> bytes:
+    start = read(64, 0)
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError("is a git-lfs pointer, not the weights", where=path, hint="run: git lfs pull")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -137,7 +164,7 @@ def _read_json_bytes(fd: int, size: int, path: Path) -> bytes:
         raise CheckpointError(
             f"expected {8 + length} bytes for the header, found {size}", where=path, hint="download again"
         )
-    return os.pread(fd, length, 8)
+    return read(length, 8)
 
 
 def _parse_entry(name: str, fields: object, data_start: int, path: Path) -> TensorEntry:

@@ -70,10 +70,16 @@ class _Mapping(ConfigSection, extra="forbid"):
     sha256: str
 
 
+class _Hub(ConfigSection, extra="forbid"):
+    repo: str
+    revision: str
+
+
 class _Source(ConfigSection, extra="forbid"):
     family: str
     layout: dict[str, str]
     files: dict[str, _File]
+    hub: _Hub | None = None
 
 
 class _Options(ConfigSection, extra="forbid"):

@@ -26,6 +26,16 @@ def named(role: Role, file: str) -> str:
     return file if role == SOURCE else f"{role}/{file}"
 
 
+def role_in(file: str) -> Role:
+    """The role of the checkpoint that a file is of, by its name in a plan."""
+    return VISION_FROM if file.startswith(f"{VISION_FROM}/") else SOURCE
+
+
+def plain_name(file: str) -> str:
+    """The name in its checkpoint of a file as plans name it."""
+    return file.rpartition("/")[2]
+
+
 class Folders:
     """Where the checkpoints of a conversion lie.
 

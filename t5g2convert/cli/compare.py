@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    gemma3: Annotated[Path, typer.Argument(help="A Gemma 3 folder.")],
+    gemma3: Annotated[str, typer.Argument(help="A Gemma 3 folder, or a model of the Hub: org/name[@revision].")],
     t5gemma2: Annotated[Path, typer.Argument(help="A T5Gemma 2 folder that was trained further.")],
     text: Annotated[Path, typer.Option("--text", help="The text file to read, with T5GEMMA2's tokenizer.")],
     max_kl: Annotated[

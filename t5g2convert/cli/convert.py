@@ -1,5 +1,6 @@
 """`t5g2 convert`."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
@@ -59,25 +60,25 @@ def convert(
     debug: DebugOption = False,
 ) -> None:
     """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder."""
-    from t5g2convert.checkpoint.roles import Folders
-    from t5g2convert.conversion.convert import execute
-    from t5g2convert.conversion.planner import build_plan
-    from t5g2convert.conversion.staging import check_target
+    from t5g2convert.conversion.convert import execute, prepare
 
-    folders = Folders(source, vision_from=vision_from)
-    check_target(output, *folders.all, overwrite=overwrite)
-    plan = build_plan(
-        source,
-        mapping=mapping,
-        vision_from=vision_from,
-        projector=projector,
-        ridge=ridge,
-        rope_scaling=rope_scaling,
-        sliding_window=sliding_window,
-        preset=preset,
-        dtype=dtype,
-        max_shard_bytes=parse_size(max_shard_size),
-    )
+    with ExitStack() as shown:
+        plan, sources = prepare(
+            source,
+            output,
+            overwrite=overwrite,
+            downloading=lambda total: shown.enter_context(ProgressBar(total, "download")).advance,
+            mapping=mapping,
+            vision_from=vision_from,
+            projector=projector,
+            ridge=ridge,
+            rope_scaling=rope_scaling,
+            sliding_window=sliding_window,
+            preset=preset,
+            dtype=dtype,
+            max_shard_bytes=parse_size(max_shard_size),
+        )
+    folders = sources.folders
     reports: list[Report] = []
 
     def judge(folder: Path) -> None:
@@ -85,10 +86,11 @@ def convert(
 
         bar.stop()
         with shown_progress() as told:
-            reports.append(judge_folder(folder, source, vision_from=vision_from, mapping=mapping, progress=told))
+            given, donor = sources.origins
+            reports.append(judge_folder(folder, given, vision_from=donor, mapping=mapping, progress=told))
         require_passed(reports[0], output)
 
-    with ProgressBar(plan.nbytes) as bar:
+    with ProgressBar(plan.nbytes, "convert") as bar:
         done = execute(
             plan,
             folders,
@@ -122,7 +124,7 @@ def convert(
 class ProgressBar:
     """Bytes, rate and time left on stderr, if that is a terminal."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, what: str) -> None:
         import sys
 
         self._bar: Progress | None = None
@@ -130,13 +132,14 @@ class ProgressBar:
             from rich import progress
 
             columns = (
+                progress.TextColumn("{task.description}"),
                 progress.BarColumn(),
                 progress.DownloadColumn(),
                 progress.TransferSpeedColumn(),
                 progress.TimeRemainingColumn(),
             )
             self._bar = progress.Progress(*columns, console=console(stderr=True), transient=True)
-            self._task = self._bar.add_task("convert", total=total)
+            self._task = self._bar.add_task(what, total=total)
 
     def __enter__(self) -> Self:
         if self._bar is not None:

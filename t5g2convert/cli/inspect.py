@@ -1,6 +1,5 @@
 """`t5g2 inspect`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,15 +21,17 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A Gemma 3 or T5Gemma 2 checkpoint folder.")],
+    source: Annotated[
+        str, typer.Argument(help="A Gemma 3 or T5Gemma 2 folder, or a model of the Hub: org/name[@revision].")
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """What a checkpoint is: family, layout, parameters by part, dtypes, RoPE, windows."""
-    from t5g2convert.mapping.inspection import inspect as inspect_folder
+    from t5g2convert.mapping.inspection import inspect as inspect_source
 
-    inspection = inspect_folder(path)
+    inspection = inspect_source(source)
     if as_json:
         emit_json(inspection.to_json(tensors=tensors))
         return
@@ -40,7 +41,7 @@ def inspect(
 def show_inspection(inspection: "Inspection", *, tensors: bool = False) -> None:
     """Print an inspection for people."""
     out = console()
-    files = table("", "", title=f"{inspection.family} in {printable(str(inspection.path))}")
+    files = table("", "", title=printable(inspection.title))
     files.show_header = False
     files.add_row("names", ", ".join(f"{root} as {spelling!r}" for root, spelling in inspection.layout.items()))
     files.add_row("dtypes", ", ".join(f"{dtype} ({count:,})" for dtype, count in inspection.dtypes.items()))

@@ -1,6 +1,5 @@
 """`t5g2 mappings`: list, show, check, schema."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -78,7 +77,9 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
 @app.command("check")
 def check_mapping(
     name: NameArgument,
-    against: Annotated[Path | None, typer.Option("--against", help="A checkpoint that it must convert.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="A checkpoint folder or model that it must convert.")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -95,7 +96,7 @@ def check_mapping(
         return
     text = f"{printable(name)} is sound: {len(loaded.map.weights)} rows, {len(loaded.map.drop)} drops"
     if against is not None:
-        text += f"; it makes {tensors} tensors of {printable(str(against))}"
+        text += f"; it makes {tensors} tensors of {printable(against)}"
     console().print(text, soft_wrap=True)
 
 

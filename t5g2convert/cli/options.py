@@ -37,7 +37,9 @@ TextOption = Annotated[
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="A picture file to look at in place of seeded pixels.")
 ]
-SourceArgument = Annotated[Path, typer.Argument(help="A Gemma 3 checkpoint folder.")]
+SourceArgument = Annotated[
+    str, typer.Argument(help="A Gemma 3 checkpoint folder, or a model of the Hub: org/name[@revision].")
+]
 MappingOption = Annotated[
     str | None,
     typer.Option(
@@ -50,8 +52,8 @@ DtypeOption = Annotated[
     str, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
 ]
 VisionFromOption = Annotated[
-    Path | None,
-    typer.Option("--vision-from", help="A Gemma 3 folder whose vision tower a source without images gets."),
+    str | None,
+    typer.Option("--vision-from", help="A Gemma 3 folder or model whose vision tower a source without images gets."),
 ]
 ProjectorOption = Annotated[
     Literal["copy", "zeros", "aligned"] | None,

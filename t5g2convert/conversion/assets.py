@@ -11,7 +11,7 @@ from typing import Any, Final
 from t5g2convert.checkpoint.folder import INDEX_FILE
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, seal
-from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.roles import Folders, plain_name
 from t5g2convert.conversion.plan import Plan, PlannedFile, PlannedSource
 from t5g2convert.conversion.writer import Written
 from t5g2convert.errors import CheckpointError, OutputError
@@ -63,11 +63,12 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any
 def _read_from(source: PlannedSource, written: Written) -> dict[str, Any]:
     """A checkpoint that was read, and the sha256 of its files."""
     files = {
-        file.name.rpartition("/")[2]: {"bytes": file.identity.size, "sha256": written.sources.get(file.name)}
+        plain_name(file.name): {"bytes": file.identity.size, "sha256": written.sources.get(file.name)}
         for file in source.files
     }
     files["config.json"] = {"bytes": source.config.size, "sha256": source.config.sha256}
-    return {"family": source.family, "layout": dict(source.layout), "files": files}
+    hub = {} if source.hub is None else {"hub": source.hub.to_json()}
+    return {"family": source.family, "layout": dict(source.layout), "files": files, **hub}
 
 
 def _index(plan: Plan) -> dict[str, Any]:

@@ -6,22 +6,24 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.hub import Origin, given_folders
+from t5g2convert.checkpoint.roles import Folders, plain_name
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.journal import Journal
-from t5g2convert.conversion.options import PlanOptions
+from t5g2convert.conversion.options import Options, PlanOptions
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.conversion.planner import build_plan
-from t5g2convert.conversion.staging import Staging, check_space, check_target
+from t5g2convert.conversion.staging import ASSET_BYTES, Staging, check_space, check_target, same_disk
 from t5g2convert.conversion.writer import Written, write_shards
-from t5g2convert.errors import UsageError
+from t5g2convert.errors import CheckpointError, UsageError
+
+Downloading = Callable[[int], Callable[[int], None]]
+"""Called with the bytes that will be downloaded; gives the function that is told of each piece."""
 
 Judge = Callable[[Path], None]
 """Raises if a folder is not what it should be."""
-
-ASSET_BYTES = 64 << 20
-"""Room kept for what stands beside the shards; the largest tokenizer files in use take 40 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Conversion:
 
 
 def convert(
-    source: Path,
+    source: Origin,
     output: Path,
     *,
     hashing: bool = True,
@@ -78,7 +80,8 @@ def convert(
     """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder.
 
     Args:
-        source: The checkpoint folder to read.
+        source: The checkpoint folder to read; a str may also be a model of the Hub, org/name[@revision], of which the
+            files that are needed are downloaded into the Hub's cache.
         output: The folder to write; it must be absent or empty unless `overwrite`.
         hashing: Compute sha256 of all files while they are copied and record it in the manifest.
         flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
@@ -92,16 +95,15 @@ def convert(
 
     Raises:
         CheckpointError: The source is not sound, is not what its config implies, or holds NaN or infinity.
+        HubError: The Hub does not have a model or give it out, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         OutputError: The output exists or cannot be written.
         UsageError: An argument has no meaning.
     """
-    folders = Folders(source, vision_from=options.get("vision_from"))
-    check_target(output, *folders.all, overwrite=overwrite)
-    plan = build_plan(source, **options)
+    plan, sources = prepare(source, output, overwrite=overwrite, **options)
     return execute(
         plan,
-        folders,
+        sources.folders,
         output,
         overwrite=overwrite,
         hashing=hashing,
@@ -111,6 +113,39 @@ def convert(
         progress=progress,
         judge=judge,
     )
+
+
+def prepare(
+    source: Origin,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    downloading: Downloading | None = None,
+    **options: Unpack[PlanOptions],
+) -> tuple[Plan, Sources]:
+    """Plan a conversion, and make sure that all files it reads are on this machine; see `convert`.
+
+    Args:
+        source: As in `convert`.
+        output: As in `convert`.
+        overwrite: As in `convert`.
+        downloading: Shows the download, if there is one.
+        options: As in `convert`.
+    """
+    wanted = Options(**options)
+    check_target(output, *given_folders(source, wanted.vision_from), overwrite=overwrite)
+    sources = Sources.open(source, wanted.vision_from)
+    options["vision_from"] = sources.vision_from
+    plan = build_plan(sources.source, **options)
+    if missing := sources.missing(plan.reads):
+        size = sources.size(missing)
+        shared = any(same_disk(folder, output) for folder in sources.folders.all)
+        check_space(output, plan.nbytes + ASSET_BYTES + (size if shared else 0))
+        sources = sources.fetch(plan.reads, None if downloading is None else downloading(size))
+        # Again, now that the files' identities are known.
+        options["vision_from"] = sources.vision_from
+        plan = build_plan(sources.source, **options)
+    return plan, sources
 
 
 def execute(
@@ -146,6 +181,7 @@ def execute(
                 flush=flush,
                 progress=progress or _silent,
             )
+            _check_downloads(plan, folders, written)
             write_assets(plan, folders, staging.folder, written, flush=flush)
             if judge is not None:
                 judge(staging.folder)
@@ -166,6 +202,19 @@ def execute(
         notes=(*plan.notes, *_notes(plan, kept, written, begun=begun)),
         kept=tuple(kept),
     )
+
+
+def _check_downloads(plan: Plan, folders: Folders, written: Written) -> None:
+    """What was read of a model of the Hub must have the sha256 that the Hub tells, where it tells one."""
+    for source in plan.sources.values():
+        for file in source.files if source.hub is not None and written.sources else ():
+            expected = source.hub.files[plain_name(file.name)].sha256 if source.hub is not None else None
+            if expected not in (None, written.sources[file.name]):
+                raise CheckpointError(
+                    f"has sha256 {written.sources[file.name]}, the Hub tells {expected}",
+                    where=folders.path(file.name),
+                    hint="remove it, and start again",
+                )
 
 
 def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool) -> Iterator[str]:

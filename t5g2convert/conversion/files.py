@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import is_there, read_json_object
+from t5g2convert.checkpoint.hub import fetch
 from t5g2convert.checkpoint.manifest import encode_json
 from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
 from t5g2convert.conversion.plan import PlannedFile, TokenChange
@@ -38,13 +39,14 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
     Raises:
         CheckpointError: A file of the source cannot be read, or does not fit the model.
     """
-    folder = resolution.checkpoints[SOURCE].path
-    carried = [PlannedFile(name, (name,)) for name in weight_map.files.carry if is_there(folder / name)]
+    source = resolution.checkpoints[SOURCE]
+    folder = source.path
+    carried = [PlannedFile(name, (name,)) for name in weight_map.files.carry if source.holds(name)]
     made: list[PlannedFile] = []
     tokens: tuple[TokenChange, ...] = ()
     notes: list[str] = []
     if (declared := weight_map.files.tokenizer) is not None:
-        moves = _moves(declared, resolution) if is_there(folder / TOKENIZER_FILE) else []
+        moves = _moves(declared, resolution) if source.holds(TOKENIZER_FILE) else []
         patched = _patch(declared, moves, resolution, folder)
         if patched is not None:
             tokens = patched.changes
@@ -78,6 +80,8 @@ def _patch(
     """What is exchanged in the source's tokenizer.json; None where it stays as it is."""
     if not moves:
         return None
+    # All that a plan reads of a model of the Hub, beside headers and small files.
+    fetch(resolution.checkpoints[SOURCE], [TOKENIZER_FILE])
     return patch_tokenizer(
         folder / TOKENIZER_FILE,
         moves,
@@ -95,7 +99,7 @@ def _tokenizer_files(
     patched: PatchedTokenizer | None,
 ) -> Iterator[PlannedFile]:
     """tokenizer.json and tokenizer_config.json."""
-    if is_there(folder / TOKENIZER_FILE):
+    if resolution.checkpoints[SOURCE].holds(TOKENIZER_FILE):
         exchange = (patched.splices, patched.identity) if patched is not None else ()
         yield PlannedFile(TOKENIZER_FILE, (TOKENIZER_FILE,), None, *exchange)
     path = folder / TOKENIZER_CONFIG_FILE

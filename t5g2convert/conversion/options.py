@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from t5g2convert.checkpoint.config import MAX_INTEGER, SourceModel
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
+from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES
 from t5g2convert.errors import MappingError, UsageError
 from t5g2convert.mapping.schema import WeightMap
@@ -28,7 +28,7 @@ class PlanOptions(TypedDict, total=False):
     mapping: str | None
     dtype: str
     max_shard_bytes: int
-    vision_from: Path | None
+    vision_from: Origin | None
     projector: str | None
     ridge: float
     rope_scaling: str
@@ -44,7 +44,8 @@ class Options:
         mapping: Name of a shipped map or path of one's own; by default the shipped one for the source's model type.
         dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
         max_shard_bytes: Largest size of one output file's tensors, in bytes.
-        vision_from: A Gemma 3 checkpoint folder whose vision tower a source without images gets.
+        vision_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, whose vision tower a source
+            without images gets.
         projector: How that tower's projector comes to the source's width: `copy` (for equal widths), `zeros`, or
             `aligned` by least squares between both embedding tables; None for `copy` where it fits, else `zeros`.
         ridge: Penalty on large maps for `aligned`, as a part of the mean square of the donor's embedding columns.
@@ -59,7 +60,7 @@ class Options:
     mapping: str | None = None
     dtype: str = KEEP
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    vision_from: Path | None = None
+    vision_from: Origin | None = None
     projector: str | None = None
     ridge: float = 0.0
     rope_scaling: str = KEEP

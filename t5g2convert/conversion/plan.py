@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
+from t5g2convert.checkpoint.folder import HubOrigin
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.roles import SOURCE, Role
+from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name, role_in
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
@@ -146,6 +147,7 @@ class PlannedSource:
         layout: The spelling of each root.
         config: Its config.json.
         files: Its weight files that are read.
+        hub: The model of the Hub that it is, if it is one.
     """
 
     name: str
@@ -153,6 +155,7 @@ class PlannedSource:
     layout: Mapping[str, str]
     config: SourceConfig
     files: tuple[SourceFile, ...]
+    hub: HubOrigin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +261,13 @@ class Plan:
         return tuple(file for source in self.sources.values() for file in source.files)
 
     @property
+    def reads(self) -> Mapping[Role, tuple[str, ...]]:
+        """The files of each checkpoint that are read, by their names in it."""
+        weights = [file.name for source in self.sources.values() for file in source.files]
+        names = dict.fromkeys([*weights, *(name for file in self.files for name in file.reads)])
+        return {role: tuple(plain_name(name) for name in names if role_in(name) == role) for role in self.sources}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all shards, headers included."""
         return sum(shard.size for shard in self.shards)
@@ -271,6 +281,7 @@ class Plan:
             "options": dict(self.options),
             "family": self.source.family,
             "layout": dict(self.source.layout),
+            **({} if self.source.hub is None else {"hub": self.source.hub.to_json()}),
             "dtype": self.dtype,
             "parameters": dict(self.parameters),
             "bytes": self.nbytes,

@@ -4,13 +4,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, Unpack
 
 from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, is_there, open_checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, read_json_object
+from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
 from t5g2convert.conversion.files import plan_files
 from t5g2convert.conversion.layout import Draft, lay_out
@@ -40,25 +41,28 @@ from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 
-def build_plan(source: Path, **options: Unpack[PlanOptions]) -> Plan:
+def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
     """Plan a conversion from headers alone.
 
     Args:
-        source: A Gemma 3 checkpoint folder.
+        source: A Gemma 3 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
         options: What decides the output's bytes beside it; see `Options`.
 
     Raises:
         CheckpointError: The source or the donor is not sound, or is not what its config implies.
+        HubError: The Hub does not have a model or give it out, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         UsageError: An argument has no meaning.
     """
     wanted = Options(**options)
-    checkpoint = open_checkpoint(source)
-    donor = None if wanted.vision_from is None else open_checkpoint(wanted.vision_from)
+    sources = Sources.open(source, wanted.vision_from)
+    checkpoint = sources.source
     loaded = (
-        find_map(wanted.mapping) if wanted.mapping is not None else map_for(checkpoint.config, source / "config.json")
+        find_map(wanted.mapping)
+        if wanted.mapping is not None
+        else map_for(checkpoint.config, checkpoint.path / "config.json")
     )
-    return plan_checkpoint(checkpoint, loaded, wanted, donor=donor)
+    return plan_checkpoint(checkpoint, loaded, wanted, donor=sources.vision_from)
 
 
 def plan_checkpoint(
@@ -130,7 +134,7 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
     checkpoint = resolution.checkpoints[role]
     read = {span.file for tensor in tensors for span in tensor.content.spans}
     return PlannedSource(
-        name=checkpoint.path.resolve().name,
+        name=checkpoint.name,
         family=str(checkpoint.config["model_type"]),
         layout=dict(resolution.layouts[role]),
         config=SourceConfig(len(checkpoint.config_text), hashlib.sha256(checkpoint.config_text).hexdigest()),
@@ -139,6 +143,7 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
             for name, header in checkpoint.files.items()
             if role == SOURCE or named(role, name) in read
         ),
+        hub=checkpoint.hub,
     )
 
 
@@ -213,7 +218,7 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
 def _generation_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
     """The end tokens of the source's generation_config.json win over those of its config.json: -it models have more."""
     path = checkpoint.path / "generation_config.json"
-    if not is_there(path):
+    if not checkpoint.holds(path.name):
         return dict(values)
     generation = read_json_object(path)
     tokens = parse_section(_Generation, generation, path).eos_token_id

@@ -17,6 +17,9 @@ from t5g2convert.errors import Interrupted, OutputError, T5g2Error
 STAGING_SUFFIX: Final = ".t5g2-staging"
 OLD_SUFFIX: Final = ".t5g2-old"
 LOCK_ATTEMPTS: Final = 100
+ASSET_BYTES: Final = 64 << 20
+"""Room kept for what stands beside the shards; the largest tokenizer files in use take 40 MB."""
+
 JOURNAL_FILE: Final = ".t5g2-finished"
 """In the staging folder; the shards that it names are worth keeping for a run that takes up where another stopped."""
 
@@ -63,12 +66,22 @@ def check_space(target: Path, need: int) -> None:
 
 def free_bytes(target: Path) -> int:
     """Bytes free for this user where `target` is or would be."""
-    folders = (target.absolute(), *target.absolute().parents)
-    existing = next(folder for folder in folders if os.path.exists(folder))  # noqa: PTH110 - as above
+    existing = _existing(target)
     try:
         return shutil.disk_usage(existing).free
     except OSError as error:
         raise OutputError(f"cannot be looked at: {error.strerror}", where=existing) from error
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether what is written to one path takes the room of the other."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the folder nearest to it that there is."""
+    folders = (path.absolute(), *path.absolute().parents)
+    return next(folder for folder in folders if os.path.exists(folder))  # noqa: PTH110 - as above
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.folder import Checkpoint, HubOrigin
+from t5g2convert.checkpoint.hub import open_source
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, Stack, T5Gemma2, implied_tensors, read_t5gemma2
 from t5g2convert.mapping.library import map_for
 from t5g2convert.mapping.names import expand, root_of
@@ -55,7 +56,7 @@ class Inspection:
     """What a checkpoint is.
 
     Attributes:
-        path: The folder.
+        path: The folder; of a model of the Hub, that in the Hub's cache.
         family: The `model_type` of its config.
         layout: Root to the spelling found; for T5Gemma 2 `{"names": "published"}`, or what was found instead.
         parameters: Number of parameters by part, with `total`; tied copies are not counted.
@@ -66,6 +67,7 @@ class Inspection:
         unexpected: Names that neither map nor config knows.
         tensors: All tensors, in the order of their names.
         notes: What else was found.
+        hub: The model of the Hub that it is, if it is one.
     """
 
     path: Path
@@ -79,6 +81,13 @@ class Inspection:
     unexpected: tuple[str, ...]
     tensors: tuple[InspectedTensor, ...]
     notes: tuple[str, ...]
+    hub: HubOrigin | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is and where it is from."""
+        place = str(self.path) if self.hub is None else f"{self.hub.repo}@{self.hub.revision}"
+        return f"{self.family} in {place}"
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
         """What `t5g2 inspect --json` prints."""
@@ -94,6 +103,8 @@ class Inspection:
             "unexpected": list(self.unexpected),
             "notes": list(self.notes),
         }
+        if self.hub is not None:
+            document["hub"] = self.hub.to_json()
         if tensors:
             document["tensors"] = [
                 {
@@ -108,13 +119,17 @@ class Inspection:
         return document
 
 
-def inspect(path: Path) -> Inspection:
-    """Describe a Gemma 3 or T5Gemma 2 checkpoint folder; no tensor's bytes are read.
+def inspect(source: Path | str) -> Inspection:
+    """Describe a Gemma 3 or T5Gemma 2 checkpoint; no tensor's bytes are read.
+
+    Args:
+        source: A folder; a str may also be a model of the Hub, org/name[@revision].
 
     Raises:
-        CheckpointError: The folder is not a sound checkpoint, or of a family that is not known.
+        CheckpointError: It is not a sound checkpoint, or of a family that is not known.
+        HubError: The Hub has no such model, does not give it out, or cannot be reached.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_source(source)
     if checkpoint.config.get("model_type") == MODEL_TYPE:
         return _inspect_target(checkpoint)
     return _inspect_source(checkpoint)
@@ -210,4 +225,5 @@ def _inspection(
         unexpected=tuple(item.name for item in tensors if item.part == UNEXPECTED),
         tensors=tensors,
         notes=checkpoint.notes,
+        hub=checkpoint.hub,
     )

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.roles import SOURCE, Role
+from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.difference import Distributions
 from t5g2convert.parity.inputs import Batch, read_text
@@ -61,7 +64,7 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(
-    gemma3: Path,
+    gemma3: Origin,
     t5gemma2: Path,
     text: Path,
     *,
@@ -70,10 +73,10 @@ def compare(
     max_tokens: int = 1024,
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Compare two folders on a text; nothing has to be equal.
+    """Compare two models on a text; nothing has to be equal.
 
     Args:
-        gemma3: The Gemma 3 folder.
+        gemma3: The Gemma 3 folder; a str may also be a model of the Hub, which is downloaded.
         t5gemma2: The T5Gemma 2 folder; its tokenizer reads the text.
         text: A UTF-8 text file.
         dtype: Dtype to compute in (default: T5Gemma 2's).
@@ -83,11 +86,15 @@ def compare(
 
     Raises:
         CheckpointError: A folder is not sound.
+        HubError: The Hub has no such model, does not give it out, or cannot be reached.
         UsageError: The text cannot be read or is too short, or the two are of other depths or widths.
     """
     check_place(dtype, device)
     progress = progress or (lambda _: None)
-    parent, child = open_checkpoint(gemma3), open_checkpoint(t5gemma2)
+    child, sources = open_checkpoint(t5gemma2), Sources.open(gemma3)
+    reads: dict[Role, list[str]] = {SOURCE: list(sources.source.files)}
+    size = sources.size(sources.missing(reads))
+    parent = sources.fetch(reads, percent("download", size, progress)).source
     options: dict[str, Any] = {
         "dtype": getattr(torch, dtype or CONFIG_NAMES.get(child.dtype, "float32")),
         "device": device,

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Unpack
 
-from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.gemma3 import Gemma3
-from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import ReadOptions
@@ -15,24 +15,26 @@ class Parent:
     """The source of a conversion, and the donor of its vision tower if it has one.
 
     Attributes:
+        sources: Both, open.
         folders: Where both lie.
         checkpoint: The source.
         gemma: What it computes.
         donor: The donor; None where images are the source's own, or there are none.
 
     Args:
-        path: The source's folder.
+        source: The source's folder; a str may also be a model of the Hub.
         vision_from: The donor's.
 
     Raises:
-        CheckpointError: A folder is not sound, not Gemma 3, or has a switch that the passes do not know.
+        CheckpointError: A model is not sound, not Gemma 3, or has a switch that the passes do not know.
+        HubError: The Hub does not have one or give it out, or cannot be reached.
     """
 
-    def __init__(self, path: Path, vision_from: Path | None = None) -> None:
-        self.folders = Folders(path, vision_from=vision_from)
-        self.checkpoint = open_checkpoint(path)
+    def __init__(self, source: Origin, vision_from: Origin | None = None) -> None:
+        self.sources = Sources.open(source, vision_from)
+        self.folders = self.sources.folders
+        self.checkpoint, self.donor = self.sources.source, self.sources.vision_from
         self.gemma = Gemma3Reference(self.checkpoint)
-        self.donor = None if vision_from is None else open_checkpoint(vision_from)
         self._seeing = self.gemma if self.donor is None else Gemma3Reference(self.donor)
 
     @property

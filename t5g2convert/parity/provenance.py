@@ -17,6 +17,7 @@ from torch import Tensor
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
 from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.options import Options, recorded_options
 from t5g2convert.conversion.plan import (
     Content,
@@ -41,7 +42,7 @@ WIDENED: Final = {("BF16", "F32"), ("F16", "F32")}
 """Casts that lose nothing: the source can be had back."""
 
 
-def replay(folders: Folders, manifest: Mapping[str, Any], mapping: str | None) -> Plan:
+def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None) -> Plan:
     """The plan that the converter makes today of this source, with the options that the manifest tells of.
 
     Raises:
@@ -49,8 +50,9 @@ def replay(folders: Folders, manifest: Mapping[str, Any], mapping: str | None) -
         MappingError: The map is faulty, or does not fill the target.
     """
     options = recorded_options(manifest.get("options", {}))
-    options["mapping"], options["vision_from"] = mapping, folders.vision_from
-    return build_plan(folders.source, **options)
+    options["mapping"] = mapping
+    source, options["vision_from"] = sources.origins
+    return build_plan(source, **options)
 
 
 def check_options(manifest: Mapping[str, Any]) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, open_checkpoint, read_json_object
+from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.sources import percent
 from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.config import judge_config, tensor_faults
@@ -39,9 +41,9 @@ PARITIES: Final = ("vision_parity", "decoder_parity", "encoder_parity")
 
 def verify(
     output: Path,
-    source: Path | None = None,
+    source: Origin | None = None,
     *,
-    vision_from: Path | None = None,
+    vision_from: Origin | None = None,
     mapping: str | None = None,
     dtype: str | None = None,
     device: str = "cpu",
@@ -55,8 +57,9 @@ def verify(
 
     Args:
         output: The T5Gemma 2 folder to judge.
-        source: The Gemma 3 folder that it was converted from; without it only integrity and runs are checked.
-        vision_from: The folder whose vision tower the conversion was given, if it was.
+        source: The Gemma 3 folder that it was converted from; without it only integrity and runs are checked. A str may
+            also be a model of the Hub, which is downloaded.
+        vision_from: The folder or model whose vision tower the conversion was given, if it was.
         mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
         dtype: Dtype to compute in, `bfloat16`, `float16` or `float32` (default: the output's).
         device: Device to compute on, `cpu` or `cuda`.
@@ -68,6 +71,7 @@ def verify(
 
     Raises:
         CheckpointError: The source is not sound, or the output is no folder.
+        HubError: The Hub does not have the source or give it out, or cannot be reached.
         MappingError: The map is faulty.
         UsageError: An argument has no meaning.
     """
@@ -86,7 +90,12 @@ def verify(
     if parent is not None and parent.donor is None and "vision_from" in judge.manifest:
         raise UsageError("its vision tower is from another checkpoint", hint="give that one with --vision-from")
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
-    prove = None if parent is None else partial(judge_provenance, replay(parent.folders, judge.manifest, mapping))
+    prove = None
+    if parent is not None:
+        plan = replay(parent.sources, judge.manifest, mapping)
+        size = parent.sources.size(parent.sources.missing(plan.reads))
+        parent.sources.fetch(plan.reads, percent("download", size, judge.progress))
+        prove = partial(judge_provenance, plan)
     judge.integrity()
     target = judge.opened(dtype)
     if target is not None:

@@ -375,7 +375,7 @@ def test_an_exception_that_nobody_thought_of_is_a_bug_and_exit_1(
     def fail(path: Path) -> None:
         raise ZeroDivisionError("by \x1b[31mzero")
 
-    monkeypatch.setattr("t5g2convert.mapping.inspection.open_checkpoint", fail)
+    monkeypatch.setattr("t5g2convert.mapping.inspection.open_source", fail)
     result = t5g2("inspect", demo_source, *options)
     assert result.code == 1
     assert result.err.count("\n") == 1

@@ -22,7 +22,7 @@ def fail(path):
     token = os.environ["HF_TOKEN"]  # in a local variable, as a client of the Hub has it
     return 1 // 0 if token else None
 
-inspection.open_checkpoint = fail
+inspection.open_source = fail
 from t5g2convert.cli.main import main
 main(sys.argv[1:])
 """

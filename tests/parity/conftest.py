@@ -9,7 +9,7 @@ import torch
 
 from t5g2convert import convert
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.parity.provenance import replay
 from t5g2convert.parity.report import Check
@@ -48,12 +48,13 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: dict[Path, Plan] = {}
     references: dict[object, Gemma3Reference] = {}
 
-    def replayed(folders: Folders, manifest: Document, mapping: str | None) -> Plan:
-        if manifest.get("options") or mapping or folders.vision_from:
-            return replay(folders, manifest, mapping)
-        if folders.source not in plans:
-            plans[folders.source] = replay(folders, {}, None)
-        return plans[folders.source]
+    def replayed(sources: Sources, manifest: Document, mapping: str | None) -> Plan:
+        folder = sources.folders.source
+        if manifest.get("options") or mapping or sources.vision_from:
+            return replay(sources, manifest, mapping)
+        if folder not in plans:
+            plans[folder] = replay(sources, {}, None)
+        return plans[folder]
 
     def opened(parent: Checkpoint, **options: Any) -> Gemma3Reference:
         if parent.nbytes > 1_000_000:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, convert
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.parity import provenance
 from t5g2convert.parity.parent import Parent
@@ -45,7 +45,7 @@ class Conversion:
         return dict(json.loads((self.output / "t5g2.json").read_text()))
 
     def plan(self, mapping: str | None = None) -> Plan:
-        return replay(Folders(self.source), self.manifest, mapping)
+        return replay(Sources.open(self.source), self.manifest, mapping)
 
     def judge(self, plan: Plan | None = None, manifest: dict[str, Any] | None = None) -> Check:
         source, target = Parent(self.source), open_checkpoint(self.output)
@@ -271,9 +271,9 @@ def test_a_manifest_of_another_map_asks_for_that_map(made: Make) -> None:
 
 def test_without_a_manifest_the_bytes_are_judged_all_the_same(made: Make) -> None:
     sound = made()
-    assert sound.judge(plan=replay(Folders(sound.source), {}, None), manifest={}).passed
+    assert sound.judge(plan=replay(Sources.open(sound.source), {}, None), manifest={}).passed
     sound.flip(TABLE, 77)
-    assert not sound.judge(plan=replay(Folders(sound.source), {}, None), manifest={}).passed
+    assert not sound.judge(plan=replay(Sources.open(sound.source), {}, None), manifest={}).passed
 
 
 # replay

@@ -1,0 +1,136 @@
+"""What the Hub and its client say, in our words: one line, what to do next, and never a token.
+
+Nothing of the client's own messages is repeated: they hold addresses, which may be signed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from t5g2convert.errors import HubError, OutputError, T5g2Error
+
+OFFLINE_HINT = "unset it to ask the Hub"
+LOGIN_HINT = "hf auth login, or set HF_TOKEN"
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None = None, *, absent: str = "no such model on the Hub") -> Iterator[None]:
+    """Turn what the Hub's client raises in this context into our errors.
+
+    Args:
+        repo: The model that is asked for, `org/name`.
+        revision: The branch, tag or commit that is asked for.
+        absent: What is said of a model that is not there.
+
+    Raises:
+        HubError: The Hub has no such model, does not give it out, or cannot be reached.
+        OutputError: The client's cache cannot be written.
+    """
+    try:
+        yield
+    except T5g2Error:
+        raise
+    except (transport_error(), OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise _explained(_cause(error), repo, revision, absent) from None
+
+
+def transport_error() -> type[Exception]:
+    """The base of what the HTTP client raises: of httpx, or of its successor, by the version of huggingface_hub."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base: type[Exception] = HfHubHTTPError.__bases__[0]
+    return base
+
+
+def _cause(error: Exception) -> Exception:
+    """What was behind an error of the client's cache, which says only that a file is not in it."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+    return cause if isinstance(cause, Exception) else error
+
+
+def _explained(error: Exception, repo: str, revision: str | None, absent: str) -> T5g2Error:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return HubError("HF_HUB_OFFLINE is set, and the Hub's cache lacks it", where=repo, hint=OFFLINE_HINT)
+    if isinstance(error, HfHubHTTPError):
+        return _refused(error, repo, revision, absent)
+    if isinstance(error, FileMetadataError | ValueError | LookupError | TypeError):
+        return HubError(f"{_host()} does not answer as the Hub does", where=repo, hint="look at HF_ENDPOINT")
+    if isinstance(error, OSError) and error.errno is not None:
+        return OutputError(
+            f"the Hub's cache cannot be written: {error.strerror}",
+            where=Path(constants.HF_HUB_CACHE),
+            hint="HF_HOME moves it",
+        )
+    name = type(error).__name__
+    if "Timeout" in name:
+        told = f"{_host()} did not answer in time ({name})"
+    elif isinstance(error, transport_error()):
+        told = f"{_host()} cannot be reached, or cut the connection ({name})"
+    else:
+        told = f"could not be downloaded from {_host()} ({name})"
+    return HubError(told, where=repo, hint="try again: files that are complete are kept; HF_HUB_OFFLINE=1 uses those")
+
+
+def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> HubError:
+    """The error for an answer that is a refusal, by the kind of refusal first and by its status then."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    known = _has_token()
+    told, hint = f"{_host()} answers with status {status}", "try again later"
+    match error:
+        case errors.GatedRepoError():
+            told = "is gated, and the token's user has no access" if known else "is gated, and no token was given"
+            hint = f"accept the terms at {_endpoint()}/{repo}, then: {LOGIN_HINT}"
+        case errors.RevisionNotFoundError():
+            told, hint = f"has no revision {revision or 'main'!r}", "give a branch, a tag or a commit after the @"
+        case errors.RepositoryNotFoundError() if known:
+            told = f"{absent}, or the token may not read it"
+            hint = f"look at the name; another token: {LOGIN_HINT}"
+        case errors.RepositoryNotFoundError():
+            told = f"{absent}, or it is private and no token was given"
+            hint = f"look at the name; for a private model: {LOGIN_HINT}"
+        case errors.EntryNotFoundError():
+            told, hint = "lacks a file that it lists", "try again"
+        case _ if status == 401:
+            told, hint = "the Hub does not accept the token" if known else "the Hub wants a token", LOGIN_HINT
+        case errors.DisabledRepoError():
+            told, hint = "was disabled on the Hub", "choose another model"
+        case _ if status == 403:
+            told, hint = "the token may not read it", f"give it the permission, or another one: {LOGIN_HINT}"
+        case _ if status == 429:
+            told, hint = (
+                f"{_host()} was asked too often",
+                f"wait; with a token more is allowed: {LOGIN_HINT}",
+            )
+    return HubError(told, where=repo, hint=hint)
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import OIDCError
+
+    try:
+        return bool(get_token())
+    except (OIDCError, OSError):
+        return False
+
+
+def _host() -> str:
+    """The Hub's host; HF_ENDPOINT may hold a password."""
+    from huggingface_hub import constants
+
+    return urlsplit(constants.ENDPOINT).hostname or "the Hub"
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    parts = urlsplit(constants.ENDPOINT)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"

@@ -1,0 +1,310 @@
+"""Commands on models of the Hub: the real client, in processes of their own, against a Hub on loopback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from t5g2convert import convert, plan
+from t5g2convert.checkpoint.folder import SINGLE_FILE
+from t5g2convert.checkpoint.ranges import FIRST_BYTES
+from tests.conftest import TwinFolder
+from tests.hub_server import Fault, Hub, running
+
+REPO: Final = "google/gemma-demo"
+TOKEN: Final = "hf_thetokenofthecommandline"
+
+
+@dataclass
+class Scene:
+    """A Hub, and a folder to work in with a cache of its own."""
+
+    hub: Hub
+    folder: Path
+
+    def __call__(self, line: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "t5g2convert", *line.split()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            cwd=self.folder,
+            env={**self.hub.env(self.folder / "home"), "PYTHONPATH": str(Path(__file__).parents[2]), **env},
+        )
+
+    def json(self, line: str, **env: str) -> dict[str, Any]:
+        """The document of a command that ends well."""
+        done = self(f"{line} --json", **env)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    with running() as hub:
+        (tmp_path / "work").mkdir()
+        yield Scene(hub, tmp_path / "work")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def without_hub(manifest: bytes) -> dict[str, Any]:
+    """A manifest without what only the conversion of a model of the Hub tells."""
+    document = json.loads(manifest)
+    del document["sha256"]
+    for role in ("source", "vision_from"):
+        document.get(role, {}).pop("hub", None)
+    return dict(document)
+
+
+def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: Path) -> None:
+    sha = scene.hub.add(REPO, demo_source)
+    found = scene.json(f"inspect {REPO}")
+    assert found["hub"] == {"repo": REPO, "revision": sha}
+    here = scene.json(f"inspect {demo_source}")
+    assert "hub" not in here
+    assert {**here, "path": "", "hub": ""} == {**found, "path": "", "hub": ""}
+    planned = scene.json(f"plan {REPO}@main")
+    assert planned["hub"] == found["hub"]
+    assert planned["tensors"] == plan(demo_source).to_json()["tensors"]
+    assert planned["files"] == ["tokenizer.json", "tokenizer_config.json"]
+    assert scene.json(f"mappings check gemma3 --against {REPO}")["tensors"] == len(planned["tensors"])
+    assert scene.hub.sent(SINGLE_FILE) == 3 * FIRST_BYTES
+    assert not list((scene.folder / "home").rglob(SINGLE_FILE))
+    told = scene(f"inspect {REPO}")
+    assert f"gemma3 in {REPO}@{sha}" in told.stdout
+    assert told.stderr == ""
+    assert f"{REPO}: gemma3 to t5gemma2" in scene(f"plan {REPO}").stdout
+
+
+@pytest.mark.parametrize("name", ["images-sharded", "text-8"])
+def test_a_conversion_is_that_of_the_same_files(scene: Scene, twin_folder: TwinFolder, name: str) -> None:
+    source = twin_folder(name)
+    sha = scene.hub.add(REPO, source)
+    done = scene(f"convert {REPO} out --no-flush --verify")
+    assert done.returncode == 0, done.stderr
+    assert "passed" in done.stdout
+    assert not [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    convert(source, scene.folder / "expected", flush=False)
+    found, expected = contents(scene.folder / "out"), contents(scene.folder / "expected")
+    manifests = found.pop("t5g2.json"), expected.pop("t5g2.json")
+    assert found == expected
+    assert json.loads(manifests[0])["source"]["hub"] == {"repo": REPO, "revision": sha}
+    told = without_hub(manifests[0])
+    assert told.pop("verification")["passed"]
+    assert told == without_hub(manifests[1])
+
+
+def test_what_was_converted_online_is_converted_offline_byte_for_byte(scene: Scene, demo_source: Path) -> None:
+    scene.hub.add(REPO, demo_source)
+    assert scene.json(f"convert {REPO} online")["tensors"] > 200
+    scene.hub.log.clear()
+    for command in ("inspect", "plan"):
+        assert scene.json(f"{command} {REPO}", HF_HUB_OFFLINE="1")["hub"]["repo"] == REPO
+    scene.json(f"convert {REPO} offline", HF_HUB_OFFLINE="1")
+    assert contents(scene.folder / "offline") == contents(scene.folder / "online")
+    assert scene.hub.log == []
+
+
+def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
+    (demo_source / "tokenizer.model").write_bytes(b"carried, and no JSON")
+    scene.hub.add(REPO, demo_source)
+    convert(demo_source, scene.folder / "out", flush=False)
+    report = scene.json(f"verify out --source {REPO}")
+    assert report["passed"]
+    assert {check["name"] for check in report["checks"]} >= {"provenance", "decoder_parity", "vision_parity"}
+    other = b"carried, another JSON"[:20]
+    scene.hub.repos[REPO].commit({**contents(demo_source), "tokenizer.model": other})
+    done = scene(f"verify out --source {REPO}")
+    assert done.returncode == 6
+    assert "tokenizer.model is not the source's" in done.stdout
+
+
+def test_a_model_of_the_hub_is_compared(scene: Scene, demo_source: Path) -> None:
+    scene.hub.add(REPO, demo_source)
+    convert(demo_source, scene.folder / "out", flush=False)
+    (scene.folder / "text.txt").write_text("a text to be read by both")
+    assert scene.json(f"compare {REPO} out --text text.txt")["decoder_alone"]["kl"] == 0
+
+
+def test_only_the_shards_with_the_tower_of_a_donor_are_fetched(scene: Scene, twin_folder: TwinFolder) -> None:
+    donor, source = twin_folder("images-sharded"), twin_folder("text-8")
+    sha = scene.hub.add("google/donor", donor)
+    assert scene.json(f"plan {source} --vision-from google/donor --projector copy")["options"] == {"projector": "copy"}
+    scene.json(f"convert {source} out --vision-from google/donor --projector copy --no-flush")
+    manifest = json.loads((scene.folder / "out/t5g2.json").read_text())
+    assert manifest["vision_from"]["hub"] == {"repo": "google/donor", "revision": sha}
+    assert "hub" not in manifest["source"]
+    fetched = {path.name for path in (scene.folder / "home").rglob("*.safetensors")}
+    assert fetched == {name for name in manifest["vision_from"]["files"] if name.endswith(".safetensors")}
+    assert 0 < len(fetched) < len(list(donor.glob("*.safetensors")))
+    convert(source, scene.folder / "expected", vision_from=donor, projector="copy", flush=False)
+    found, expected = contents(scene.folder / "out"), contents(scene.folder / "expected")
+    assert without_hub(found.pop("t5g2.json")) == without_hub(expected.pop("t5g2.json"))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect SOURCE", "plan SOURCE", "convert SOURCE out", "verify DONE --source SOURCE"]
+)
+def test_H1_a_gated_model_is_told_before_any_work(scene: Scene, demo_source: Path, command: str) -> None:
+    scene.hub.add(REPO, demo_source, gated_to={"bo"})
+    scene.hub.users[TOKEN] = "ann"
+    convert(demo_source, scene.folder / "done", flush=False)
+    line = command.replace("SOURCE", REPO).replace("DONE", "done")
+    for token, told in ("", "no token was given"), (TOKEN, "the token's user has no access"):
+        done = scene(line, **({"HF_TOKEN": token} if token else {}))
+        assert done.returncode == 7
+        assert done.stdout == ""
+        page = f"accept the terms at {scene.hub.url}/{REPO}, then: hf auth login, or set HF_TOKEN"
+        assert done.stderr == f"t5g2: {REPO}: is gated, and {told} ({page})\n"
+    assert not (scene.folder / "out").exists()
+    assert scene.hub.sent(SINGLE_FILE) == 0
+
+
+@pytest.mark.parametrize("option", ["", " --json", " --debug"], ids=["plain", "json", "debug"])
+@pytest.mark.parametrize("command", ["inspect SOURCE", "convert SOURCE out"])
+def test_H6_a_token_is_in_nothing_that_is_printed_or_written(
+    scene: Scene, demo_source: Path, command: str, option: str
+) -> None:
+    scene.hub.users[TOKEN] = "ann"
+    scene.hub.add(REPO, demo_source, private_to={"ann"})
+    scene.hub.add("google/other", demo_source, private_to={"bo"})
+    for source, token, code in ((REPO, f"{TOKEN}x", 7), ("google/other", TOKEN, 7), (REPO, TOKEN, 0)):
+        done = scene(command.replace("SOURCE", source) + option, HF_TOKEN=token)
+        assert done.returncode == code, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+    holders = [path for path in scene.folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert holders == []
+
+
+def test_H1_offline_with_an_empty_cache(scene: Scene) -> None:
+    for command in ("inspect a/b", "plan a/b", "convert a/b out"):
+        done = scene(command, HF_HUB_OFFLINE="1")
+        assert done.returncode == 7
+        assert done.stderr.startswith(
+            "t5g2: a/b: no such folder, HF_HUB_OFFLINE is set, and the Hub's cache has no such"
+        )
+        assert done.stderr.count("\n") == 1
+    assert scene.hub.log == []
+    assert list(scene.folder.glob("[!h]*")) == []
+
+
+def test_H1_the_error_of_the_hub_is_a_document_too(scene: Scene) -> None:
+    done = scene("plan a/b@v1 --json")
+    assert done.returncode == 7
+    error = json.loads(done.stdout)["error"]
+    assert (error["code"], error["where"]) == (7, "a/b")
+    assert error["message"].startswith("no such folder, and no such model on the Hub")
+
+
+def test_a_folder_comes_before_a_model_of_its_name(scene: Scene, demo_source: Path) -> None:
+    (scene.folder / "google").mkdir()
+    (scene.folder / REPO).symlink_to(demo_source)
+    assert "hub" not in scene.json(f"inspect {REPO}")
+    assert scene.hub.log == []
+
+
+def test_H1_a_target_that_cannot_be_written_is_told_before_the_hub_is_asked(scene: Scene) -> None:
+    (scene.folder / "out").mkdir()
+    (scene.folder / "out/mine.txt").touch()
+    assert scene(f"convert {REPO} out").returncode == 5
+    assert scene.hub.log == []
+
+
+def test_H2_a_conversion_that_was_cut_goes_on_with_the_files_that_are_here(
+    scene: Scene, twin_folder: TwinFolder
+) -> None:
+    source = twin_folder("text-sharded")
+    scene.hub.add(REPO, source)
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    scene.hub.faults.append(Fault(f"/resolve/.*{shards[-1]}", 99, status=404, method="HEAD"))
+    done = scene(f"convert {REPO} out")
+    assert done.returncode == 7
+    assert done.stderr.count("\n") == 1
+    assert not (scene.folder / "out").exists()
+    scene.hub.faults.clear()
+    scene.hub.log.clear()
+    assert scene(f"convert {REPO} out").returncode == 0
+    assert {request.path.rpartition("/")[2] for request in scene.hub.log if request.sent > 1000} >= {shards[-1]}
+    assert scene.hub.sent(shards[0]) == 0
+
+
+def test_a_download_that_is_not_what_the_hub_tells_is_refused(scene: Scene, demo_source: Path) -> None:
+    """Of the right size, with the right header; only the sha256 shows it."""
+    sha = scene.hub.add(REPO, demo_source)
+    right = (demo_source / SINGLE_FILE).read_bytes()
+    wrong = right[:-1] + bytes([right[-1] ^ 1])
+    files = scene.hub.repos[REPO].commits[sha]
+    scene.hub.faults.append(Fault("/lfs/", 1, before=lambda: files.update({SINGLE_FILE: wrong})))
+    done = scene(f"convert {REPO} out")
+    assert done.returncode == 3
+    assert "the Hub tells" in done.stderr
+    assert not (scene.folder / "out").exists()
+
+
+def test_the_progress_of_a_download_is_shown_on_a_terminal_alone(scene: Scene, demo_source: Path) -> None:
+    import pty
+
+    scene.hub.add(REPO, demo_source)
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "t5g2convert", "convert", REPO, "out"],
+        stdout=subprocess.DEVNULL,
+        stderr=follower,
+        cwd=scene.folder,
+        env={**scene.hub.env(scene.folder / "home"), "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"},
+    ) as process:
+        os.close(follower)
+        shown = b""
+        while piece := read_terminal(leader):
+            shown += piece
+    os.close(leader)
+    assert process.returncode == 0
+    assert b"download" in shown
+    assert b"kB" in shown
+
+
+def read_terminal(leader: int) -> bytes:
+    try:
+        return os.read(leader, 65_536)
+    except OSError:
+        return b""  # the other end was closed
+
+
+def test_a_picture_is_looked_at_with_a_tower_of_the_hub(scene: Scene, demo_source: Path) -> None:
+    from PIL import Image
+
+    scene.hub.add(REPO, demo_source)
+    convert(demo_source, scene.folder / "out", flush=False)
+    Image.new("RGB", (80, 40), (200, 30, 60)).save(scene.folder / "red.png")
+    assert scene.json(f"verify out --source {REPO} --image red.png")["passed"]
+
+
+def test_a_signal_ends_a_download(scene: Scene, demo_source: Path) -> None:
+    scene.hub.add(REPO, demo_source)
+    begun, over = threading.Event(), threading.Event()
+    scene.hub.faults.append(Fault("/lfs/", 1))  # the header
+    scene.hub.faults.append(Fault("/lfs/", 1, before=lambda: (begun.set(), over.wait(30))))
+    command = [sys.executable, "-m", "t5g2convert", "convert", REPO, "out"]
+    env = {**scene.hub.env(scene.folder / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=scene.folder, env=env, text=True) as process:
+        assert begun.wait(30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        over.set()
+        assert process.stderr is not None
+        assert process.stderr.read() == "t5g2: stopped by signal 2\n"
+    assert [path.name for path in scene.folder.iterdir()] == ["home"]
+    assert list((scene.folder / "home").rglob("*.incomplete")) == []

@@ -1,0 +1,97 @@
+"""What a conversion fetches before it begins; the Hub itself is in tests/checkpoint/test_hub.py."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from t5g2convert import convert
+from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, HubFile, HubOrigin, open_checkpoint
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
+from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.conversion.convert import execute, prepare
+from t5g2convert.conversion.planner import build_plan
+from t5g2convert.errors import CheckpointError, OutputError
+from tests.conftest import TwinFolder
+
+SHA = "0123456789" * 4
+
+
+def as_model(folder: Path, *away: str) -> Checkpoint:
+    """A folder as the snapshot of a model, some of whose files are still on the Hub."""
+    checkpoint = open_checkpoint(folder)
+    files = {path.name: HubFile(path.stat().st_size, None) for path in folder.iterdir()}
+    for name in away:
+        (folder / name).unlink()
+    return replace(checkpoint, hub=HubOrigin("google/gemma-demo", SHA, files))
+
+
+def test_what_is_here_is_not_fetched(demo_source: Path) -> None:
+    for sources in Sources.open(demo_source), Sources.open(str(demo_source)), Sources(as_model(demo_source)):
+        reads = build_plan(sources.source).reads
+        assert sources.missing(reads) == {}
+        assert sources.fetch(reads) == sources
+
+
+def test_a_plan_tells_what_it_reads_of_each_checkpoint(demo_source: Path, twin_folder: TwinFolder) -> None:
+    assert build_plan(demo_source).reads == {
+        "source": (SINGLE_FILE, "tokenizer.json", "tokenizer_config.json"),
+    }
+    donor = twin_folder("images-sharded")
+    reads = build_plan(twin_folder("text-8"), vision_from=donor, projector="copy").reads
+    assert reads["source"] == (SINGLE_FILE,)
+    tower = {item.file for name, item in open_checkpoint(donor).tensors.items() if "language_model" not in name}
+    assert set(reads["vision_from"]) == tower
+
+
+def test_output_and_download_must_fit_on_a_disk_that_they_share(
+    demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (demo_source / SINGLE_FILE).stat().st_size
+    model = as_model(demo_source, SINGLE_FILE)
+    plan = build_plan(model)
+    need = plan.nbytes + (64 << 20) + size
+    usage = shutil._ntuple_diskusage(need, 1, need - 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=f"has {need - 1:,} bytes free, the output needs {need:,}"):
+        prepare(model, tmp_path / "new/out")
+
+
+def test_a_checkpoint_that_is_open_already_is_converted(demo_source: Path, tmp_path: Path) -> None:
+    model = as_model(demo_source)
+    convert(model, tmp_path / "model", flush=False)
+    convert(demo_source, tmp_path / "folder", flush=False)
+    manifests = [read_manifest(tmp_path / name) for name in ("model", "folder")]
+    assert manifests[0]["source"].pop("hub") == {"repo": "google/gemma-demo", "revision": SHA}
+    assert {**manifests[0], "sha256": ""} == {**manifests[1], "sha256": ""}
+
+
+def test_the_plan_is_made_of_the_files_that_were_fetched(
+    demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = (demo_source / SINGLE_FILE).read_bytes()
+    model = as_model(demo_source, SINGLE_FILE)
+    told: list[int] = []
+
+    def download(hub: HubOrigin, name: str, progress: object) -> None:
+        (demo_source / name).write_bytes(data)
+
+    monkeypatch.setattr("t5g2convert.checkpoint.hub.download", download)
+    plan, sources = prepare(model, tmp_path / "out", downloading=lambda total: told.append(total) or told.append)
+    assert told == [len(data)]
+    assert plan.source_files[0].identity == open_checkpoint(demo_source).files[SINGLE_FILE].identity
+    assert sources.folders.all == (demo_source,)
+    assert execute(plan, sources.folders, tmp_path / "out", flush=False).tensors == len(plan.tensors)
+
+
+@pytest.mark.parametrize("hub", [{"repo": "a/b"}, {"repo": "a/b", "revision": SHA, "url": ""}, "a/b"])
+def test_a_manifest_tells_repository_and_commit_alone(demo_source: Path, tmp_path: Path, hub: object) -> None:
+    convert(demo_source, tmp_path / "out", flush=False)
+    path = tmp_path / "out" / MANIFEST_FILE
+    document = json.loads(path.read_bytes())
+    document["source"]["hub"] = hub
+    path.write_bytes(seal(document))
+    with pytest.raises(CheckpointError, match=r"t5g2\.json: source: "):
+        read_manifest(tmp_path / "out")
