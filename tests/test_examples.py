@@ -1,13 +1,17 @@
 """Every example runs."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from t5g2convert import inspect
+from PIL import Image
+
+from t5g2convert import convert, inspect
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
+from tests.gemma_tokenizer import write_processor, write_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXT = {
@@ -31,6 +35,7 @@ def test_every_example_is_run_here() -> None:
         "benchmark_verify.py",
         "convert_text.py",
         "convert_with_vision.py",
+        "run_in_transformers.py",
         "convert_with_transformers.py",
     }
 
@@ -73,9 +78,11 @@ def test_the_verify_benchmark_verifies(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def run(script: str, *arguments: Path) -> str:
+def run(script: str, *arguments: str | Path) -> str:
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_graft_is_measured_with_both_projectors(tmp_path: Path) -> None:
@@ -101,6 +108,16 @@ def test_a_text_model_is_given_eyes_and_a_long_context(twin_folder: TwinFolder, 
     assert "passed vision_parity" in said
     assert "of both stacks was changed from 1.0 to 8.0" in said
     assert "FAILED" not in said
+
+
+def test_a_conversion_writes_after_a_text_and_after_a_picture(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    shutil.copytree(twin_folder("images-with-fill"), tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    write_processor(tmp_path / "source", side=56, tokens=4)
+    convert(tmp_path / "source", tmp_path / "out")
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "picture.png")
+    assert run("run_in_transformers.py", tmp_path / "out", "ab ab").endswith("\n")
+    assert run("run_in_transformers.py", tmp_path / "out", "ab ab", tmp_path / "picture.png").endswith("\n")
 
 
 def test_the_script_by_hand_gives_the_same_parameters(tmp_path: Path) -> None:

@@ -146,6 +146,30 @@ def test_a_processor_that_is_made_of_the_config_is_gemma_3s(
     assert -1 <= float(pixels.min()) < float(pixels.max()) <= 1
 
 
+def test_a_grafted_model_looks_at_pictures_with_the_donors_processor_and_its_own_tokenizer(
+    source: Path, photo: Path, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    text, donor = tmp_path / "text", tmp_path / "donor"
+    shutil.copytree(twin_folder("text-with-fill"), text)
+    write_tokenizer(text)
+    shutil.copytree(source, donor)
+    (donor / "tokenizer.json").unlink()
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (donor / name).exists():
+            (donor / name).write_text((donor / name).read_text().replace("0.5", "0.25"))
+    convert(text, tmp_path / "out", vision_from=donor)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert list(processor.image_processor.image_mean) == [0.25] * 3
+    shown = pipeline("image-text-to-text", model=str(tmp_path / "out"))
+    (answer,) = shown(images=str(photo), text=PROMPT, max_new_tokens=6, do_sample=False, return_full_text=False)
+    assert answer["generated_text"] is not None
+    assert verify(tmp_path / "out", text, vision_from=donor, image=photo, record=False).passed
+    path = tmp_path / "out/processor_config.json"
+    path.write_text(path.read_text().replace("0.25", "0.5"))
+    failed = verify(tmp_path / "out", text, vision_from=donor, record=False).failed
+    assert {"integrity", "tokenizer"} <= {check.name for check in failed}
+
+
 OLDER = os.environ.get("T5G2_OLDER_PYTHON", "")
 
 SCRIPT: Final = """
