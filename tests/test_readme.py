@@ -12,8 +12,9 @@ import yaml
 
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.manifest import read_manifest, seal
-from t5g2convert.cli.demo import build_demo_source
+from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.mapping.library import find_map
+from t5g2convert.mapping.synthetic import write_synthetic_source
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,9 +31,12 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint under the name that the README uses."""
+    """A folder with checkpoints under the names that the README uses."""
     folder = tmp_path_factory.mktemp("readme")
     build_demo_source(folder / "gemma-3-4b-pt")
+    text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18}
+    (folder / "gemma-3-270m").mkdir()
+    write_synthetic_source(folder / "gemma-3-270m", find_map("gemma3").map, text, seed=0)
     return folder
 
 
@@ -47,7 +51,7 @@ def run(command: list[str], folder: Path, *, code: int = 0) -> str:
 
 def test_the_commands_run_in_their_order(workplace: Path) -> None:
     ours = [command for command in commands() if command.startswith("t5g2 ")]
-    assert [command.split()[1] for command in ours] == ["inspect", "plan", "convert", "verify"]
+    assert [command.split()[1] for command in ours] == ["inspect", "plan", "convert", "convert", "verify"]
     for command in ours:
         run(command.split(), workplace)
     assert (workplace / "t5gemma-2-4b-4b/t5g2.json").is_file()

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from t5g2convert.checkpoint.roles import VISION_FROM, role_of
 from t5g2convert.cli.console import PART_STYLES, size_text
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def draw_plan(plan: "Plan") -> "Text":
     for tensor in plan.tensors:
         parts_of.setdefault(tensor.origin, set()).add(tensor.part)
     sources: dict[tuple[str, ...], tuple[int, int]] = {}
-    computed: Counter[str] = Counter()
+    computed: Counter[tuple[str, str]] = Counter()
     counts: Counter[str] = Counter()
     for tensor in plan.tensors:
         counts[tensor.part] += 1
@@ -38,7 +39,7 @@ def draw_plan(plan: "Plan") -> "Text":
                 span = tensor.content.source
                 sources[parts] = (number + 1, size + span.end - span.start)
         else:
-            computed[tensor.part] += 1
+            computed[tensor.part, tensor.content.kind] += 1
     drawing = Text()
     for parts, (number, size) in sources.items():
         left = f"{number} tensor{'s' if number > 1 else ''}, {size_text(size)}"
@@ -47,14 +48,19 @@ def draw_plan(plan: "Plan") -> "Text":
             drawing.append(f"  {left if position == 0 else '':<24}")
             drawing.append(f"{fork}────▶ ", PART_STYLES[part])
             drawing.append(f"{part:<10}", f"bold {PART_STYLES[part]}")
-            drawing.append(f"{counts[part]:>5} tensors   {_ROLES[part]}\n")
-    for part, number in computed.items():
+            role = f"the donor's: {_ROLES[part]}" if role_of(parts, plan.sources) == VISION_FROM else _ROLES[part]
+            drawing.append(f"{counts[part]:>5} tensors   {role}\n")
+    for (part, kind), number in computed.items():
         drawing.append(f"  {'computed':<24}")
         drawing.append("───────▶ ", PART_STYLES[part])
         drawing.append(f"{part:<10}", f"bold {PART_STYLES[part]}")
-        drawing.append(f"{number:>5} of them    {_computed_role(part)}\n")
+        drawing.append(f"{number:>5} of them    {_computed_role(part, kind, plan)}\n")
     return drawing
 
 
-def _computed_role(part: str) -> str:
-    return "the end-of-image row, scaled" if part == "embedding" else "the stub of a model without images"
+def _computed_role(part: str, kind: str, plan: "Plan") -> str:
+    if part == "embedding":
+        return "the end-of-image row, scaled"
+    if kind == "aligned":
+        return "the donor's, carried to the source's width by least squares"
+    return "zeros, to be trained" if VISION_FROM in plan.sources else "the stub of a model without images"

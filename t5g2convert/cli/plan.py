@@ -76,9 +76,8 @@ def plan(
         emit_json(made.to_json() | resources)
         return
     out = console()
-    out.print(
-        parameter_table(made.parameters, title=f"{printable(made.source.name)}: {made.source.family} to t5gemma2")
-    )
+    sources = " with the tower of ".join(printable(source.name) for source in made.sources.values())
+    out.print(parameter_table(made.parameters, title=f"{sources}: {made.source.family} to t5gemma2"))
     out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
     counts = Counter(tensor.shard for tensor in made.tensors)
