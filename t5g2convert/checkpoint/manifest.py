@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from t5g2convert.checkpoint.config import ConfigSection, parse_section
+from t5g2convert.checkpoint.config import ConfigSection, Positive, Size, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.folder import read_json_file
 from t5g2convert.checkpoint.strictjson import parse_object
@@ -82,6 +82,18 @@ class _Source(ConfigSection, extra="forbid"):
     hub: _Hub | None = None
 
 
+class _Options(ConfigSection, extra="forbid"):
+    """Those that differ from what a conversion does by itself."""
+
+    dtype: str | None = None
+    max_shard_bytes: PositiveInt | None = None
+    projector: Literal["copy", "zeros", "aligned"] | None = None
+    ridge: Positive | None = None
+    rope_scaling: str | None = None
+    sliding_window: Size | None = None
+    preset: str | None = None
+
+
 class _Dropped(ConfigSection, extra="forbid"):
     name: str
     because: str
@@ -112,7 +124,7 @@ class _Manifest(ConfigSection, extra="forbid"):
     format: Literal[1]
     tool: _Tool
     mapping: _Mapping
-    options: dict[str, Any]
+    options: _Options
     source: _Source
     vision_from: _Source | None = None
     dtype: str

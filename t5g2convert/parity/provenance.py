@@ -18,7 +18,7 @@ from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.conversion.options import recorded_options
+from t5g2convert.conversion.options import Options, recorded_options
 from t5g2convert.conversion.plan import (
     Content,
     Kind,
@@ -29,7 +29,7 @@ from t5g2convert.conversion.plan import (
     PlannedTensor,
 )
 from t5g2convert.conversion.planner import build_plan
-from t5g2convert.errors import CheckpointError
+from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.alignment import aligned_projector, projector_faults
 from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.report import Check, refused
@@ -48,12 +48,25 @@ def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None) -
     Raises:
         CheckpointError: The source is not what its config implies.
         MappingError: The map is faulty, or does not fill the target.
-        UsageError: The manifest tells of an option that has no meaning.
     """
     options = recorded_options(manifest.get("options", {}))
     options["mapping"] = mapping
     source, options["vision_from"] = sources.origins
     return build_plan(source, **options)
+
+
+def check_options(manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest that tells of options which no conversion can have had.
+
+    Raises:
+        CheckpointError: With the option.
+    """
+    options = recorded_options(manifest["options"])
+    options["vision_from"] = Path() if "vision_from" in manifest else None
+    try:
+        Options(**options)
+    except UsageError as error:
+        raise CheckpointError(f"tells of an option without meaning: {error.message}") from None
 
 
 def judge_provenance(

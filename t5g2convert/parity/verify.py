@@ -20,7 +20,7 @@ from t5g2convert.parity.config import judge_config, tensor_faults
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.integrity import judge_integrity, unreadable_manifest
 from t5g2convert.parity.parent import Parent
-from t5g2convert.parity.provenance import judge_provenance, replay
+from t5g2convert.parity.provenance import check_options, judge_provenance, replay
 from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Check, Report
 from t5g2convert.parity.runs import judge_runs
@@ -176,7 +176,9 @@ class _Judge:
     def read_manifest(self) -> None:
         """The manifest, on which the other checks rely; without one integrity has failed."""
         try:
-            self.manifest = read_manifest(self.output)
+            manifest = read_manifest(self.output)
+            check_options(manifest)
+            self.manifest = manifest
         except CheckpointError as error:
             self.checks.append(unreadable_manifest(error))
 

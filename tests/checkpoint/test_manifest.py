@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("soon")
 DOCUMENT: dict[str, Any] = {
     "format": FORMAT,
     "tool": {"name": "t5g2convert", "version": "0"},
+    "options": {},
     "mapping": {"name": "gemma3", "sha256": "0" * 64},
     "source": {"family": "gemma3", "layout": {"text": ""}, "files": {"Zürich.json": {"bytes": 5, "sha256": None}}},
     "dtype": "bfloat16",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.assets import _contents
 from t5g2convert.conversion.plan import PlannedFile, TokenChange
 from t5g2convert.conversion.tokenizer import PatchedTokenizer, TokenMove, patch_tokenizer
@@ -32,7 +33,7 @@ def patch(path: Path, *, required: bool = True, rows: int = VOCABULARY) -> Patch
 
 def written(path: Path, patched: PatchedTokenizer) -> bytes:
     planned = PlannedFile(path.name, (path.name,), None, patched.splices, patched.identity)
-    return b"".join(_contents(planned, path.parent))
+    return b"".join(_contents(planned, Folders(path.parent)))
 
 
 def result(folder: Path, text: str) -> str:

@@ -54,6 +54,31 @@ def edited(folder: Path, config: dict[str, Any], options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_scaling": "yarn:8"},
+        {"rope_scaling": 8},
+        {"sliding_window": -3},
+        {"dtype": "int8"},
+        {"dtype": None},
+        {"fp8": True},
+        {"projector": "zeros"},
+        {"mapping": "mine.yaml"},
+        [],
+        None,
+    ],
+    ids=str,
+)
+def test_a_manifest_that_tells_of_options_without_meaning_fails_integrity(
+    options: Any, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    convert(twin_folder("text-8"), tmp_path / "out", flush=False)
+    edited(tmp_path / "out", {}, options)
+    report = verify(tmp_path / "out", twin_folder("text-8"), record=False)
+    assert "integrity" in {check.name for check in report.failed}
+
+
+@pytest.mark.parametrize(
     ("config", "options"),
     [
         # Changed but not declared; declared but not changed; another value than declared.
