@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,12 @@ from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.hub import HubId, fetch, missing, open_source, parse_id, size_of
 from t5g2convert.checkpoint.hubfiles import silent_bar
 from t5g2convert.checkpoint.ranges import FIRST_BYTES
+from t5g2convert.conversion.planner import build_plan
 from t5g2convert.errors import CheckpointError, HubError, OutputError, T5g2Error
+from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.checkpoint.test_folder import FIRST, INDEX, SECOND, SHARDS, weights, write_index
+from tests.gemma_tokenizer import write_tokenizer
 from tests.hub_server import Fault, Hub, running
 
 REPO: Final = "google/gemma-demo"
@@ -580,6 +584,27 @@ def test_errors_of_our_own_pass_as_they_are() -> None:
 
     with pytest.raises(T5g2Error, match="ours"), hub_errors(REPO):
         raise CheckpointError("ours")
+
+
+def test_a_tokenizer_is_fetched_for_a_plan_that_changes_it(
+    hub: Hub, tmp_path: Path, gemma3_map: WeightMap, demo_config: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t5g2convert.checkpoint.hubfiles.SMALL_BYTES", 100_000)
+    source = tmp_path / "source"
+    source.mkdir()
+    config = {key: value for key, value in demo_config.items() if not key.endswith("_token_index")}
+    config["text_config"] = {**config["text_config"], "vocab_size": 262_208}
+    write_synthetic_source(source, gemma3_map, config, seed=None)
+    write_tokenizer(source)
+    assert (source / "tokenizer.json").stat().st_size > 100_000
+    hub.add(REPO, source)
+    checkpoint = open_source(REPO)
+    assert missing(checkpoint, ["tokenizer.json"])
+    planned = build_plan(checkpoint)
+    assert not missing(checkpoint, ["tokenizer.json"])
+    assert [file.splices for file in planned.files] == [file.splices for file in build_plan(source).files]
+    assert any(file.splices for file in planned.files)
+    assert hub.sent(SINGLE_FILE) == FIRST_BYTES
 
 
 def test_a_listing_of_json_is_read(hub: Hub, single: Path) -> None:

@@ -78,7 +78,7 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     planned = scene.json(f"plan {REPO}@main")
     assert planned["hub"] == found["hub"]
     assert planned["tensors"] == plan(demo_source).to_json()["tensors"]
-    assert planned["files"] == ["tokenizer.json", "tokenizer_config.json"]
+    assert planned["files"] == plan(demo_source).to_json()["files"]
     assert scene.json(f"mappings check gemma3 --against {REPO}")["tensors"] == len(planned["tensors"])
     assert scene.hub.sent(SINGLE_FILE) == 3 * FIRST_BYTES
     assert not list((scene.folder / "home").rglob(SINGLE_FILE))
@@ -118,17 +118,17 @@ def test_what_was_converted_online_is_converted_offline_byte_for_byte(scene: Sce
 
 
 def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
-    (demo_source / "tokenizer.model").write_bytes(b"carried, and no JSON")
+    (demo_source / "chat_template.jinja").write_bytes(b"carried, and no JSON")
     scene.hub.add(REPO, demo_source)
     convert(demo_source, scene.folder / "out", flush=False)
     report = scene.json(f"verify out --source {REPO}")
     assert report["passed"]
     assert {check["name"] for check in report["checks"]} >= {"provenance", "decoder_parity", "vision_parity"}
     other = b"carried, another JSON"[:20]
-    scene.hub.repos[REPO].commit({**contents(demo_source), "tokenizer.model": other})
+    scene.hub.repos[REPO].commit({**contents(demo_source), "chat_template.jinja": other})
     done = scene(f"verify out --source {REPO}")
     assert done.returncode == 6
-    assert "tokenizer.model is not the source's" in done.stdout
+    assert "chat_template.jinja is not the source's" in done.stdout
 
 
 def test_a_model_of_the_hub_is_compared(scene: Scene, demo_source: Path) -> None:

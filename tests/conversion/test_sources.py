@@ -37,13 +37,13 @@ def test_what_is_here_is_not_fetched(demo_source: Path) -> None:
 
 def test_a_plan_tells_what_it_reads_of_each_checkpoint(demo_source: Path, twin_folder: TwinFolder) -> None:
     assert build_plan(demo_source).reads == {
-        "source": (SINGLE_FILE, "tokenizer.json", "tokenizer_config.json"),
+        "source": (SINGLE_FILE, "tokenizer.json", "tokenizer_config.json", "config.json"),
     }
     donor = twin_folder("images-sharded")
     reads = build_plan(twin_folder("text-8"), vision_from=donor, projector="copy").reads
     assert reads["source"] == (SINGLE_FILE,)
     tower = {item.file for name, item in open_checkpoint(donor).tensors.items() if "language_model" not in name}
-    assert set(reads["vision_from"]) == tower
+    assert set(reads["vision_from"]) == {*tower, "config.json"}
 
 
 def test_output_and_download_must_fit_on_a_disk_that_they_share(
