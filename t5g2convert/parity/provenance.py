@@ -5,7 +5,7 @@ the bytes itself. Casts and the scaled row are computed anew, with torch.
 """
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,31 +15,28 @@ import torch
 from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import element_bytes
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.options import Options, recorded_options
 from t5g2convert.conversion.plan import (
     Content,
-    Kind,
     Plan,
     PlannedAlignment,
-    PlannedSource,
     PlannedTable,
     PlannedTensor,
 )
 from t5g2convert.conversion.planner import build_plan
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.parity.accounts import account, accounts_of
 from t5g2convert.parity.alignment import aligned_projector, projector_faults
+from t5g2convert.parity.claims import file_faults, header_faults, manifest_faults
 from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.reference.weights import DTYPES
 
 PIECE_BYTES: Final = 1 << 24
 """Bytes of the source that are compared at once; a multiple of every element's size."""
-
-WIDENED: Final = {("BF16", "F32"), ("F16", "F32")}
-"""Casts that lose nothing: the source can be had back."""
 
 
 def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None) -> Plan:
@@ -82,18 +79,18 @@ def judge_provenance(
         progress: Told what is being done.
     """
     folders = parent.folders
-    faults = [*_header_faults(plan, target), *_file_faults(plan, target, manifest), *_manifest_faults(plan, manifest)]
+    faults = [*header_faults(plan, target), *file_faults(plan, target, manifest), *manifest_faults(plan, manifest)]
     if not faults:
         with ExitStack() as files:
             reader = _Reader(files)
             faults += _byte_faults(plan, folders, target, reader, progress)
             faults += _repeated_faults(plan, folders, reader)
         faults += _carried_faults(plan, folders, target.path)
-    accounts = _accounts(plan, parent.checkpoint)
+    accounts = accounts_of(plan, parent.checkpoint)
     faults += [f"{name} of the source cannot be rebuilt, and that is not declared" for name in accounts["lost"]]
     if faults:
         return refused("provenance", "fault(s)", faults)
-    return Check("provenance", True, _told(plan, accounts))
+    return Check("provenance", True, account(plan, accounts))
 
 
 class _Reader:
@@ -112,75 +109,6 @@ class _Reader:
                 raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
             self._files.callback(os.close, self._descriptors[path])
         return os.pread(self._descriptors[path], size, start)
-
-
-def _header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
-    """Names, dtypes and shapes first."""
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    yield from (f"{name} is missing" for name in planned if name not in target.tensors)
-    for name, stored in target.tensors.items():
-        if name not in planned:
-            yield f"{name} does not come from the source"
-        elif (stored.entry.dtype, stored.entry.shape) != (planned[name].dtype, planned[name].shape):
-            yield (
-                f"{name} is {stored.entry.dtype} {list(stored.entry.shape)}, "
-                f"expected {planned[name].dtype} {list(planned[name].shape)}"
-            )
-
-
-def _file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """The files are those that a conversion writes: a loader takes up whatever else it knows the name of."""
-    count = len(target.files)
-    shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    weights = {SINGLE_FILE} if count == 1 else {*shards, INDEX_FILE}
-    expected = {"config.json", "generation_config.json", *weights, *(file.name for file in plan.files)}
-    found = set(manifest["files"]) if manifest else expected
-    yield from (f"{name} is no file of this conversion" for name in sorted(found - expected))
-    yield from (f"{name} is not in t5g2.json" for name in sorted(expected - found))
-    for name, header in target.files.items():
-        if header.metadata != {"format": "pt"}:
-            yield f"{name} has metadata {dict(header.metadata)!r}, expected format pt"
-    if count > 1:
-        metadata = read_json_object(target.path / INDEX_FILE).get("metadata")
-        size = sum(tensor.nbytes for tensor in plan.tensors)
-        if metadata != {"total_parameters": plan.parameters["total"], "total_size": size}:
-            yield f"{INDEX_FILE} has metadata {metadata!r}, expected the counts of parameters and bytes"
-
-
-def _manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What the manifest tells of the source and of what was left behind."""
-    if not manifest:
-        return
-    document = plan.to_json()
-    made_with = manifest["mapping"]["name"]
-    if made_with != plan.mapping:
-        yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
-    for key in ("dtype", "parameters", "options", "changes", "tokens"):
-        if manifest[key] != document[key]:
-            yield f"t5g2.json says {key} {manifest[key]!r}, expected {document[key]!r}"
-    # By name: why a tensor is dropped may be worded anew.
-    dropped, expected = ([drop["name"] for drop in told["dropped"]] for told in (manifest, document))
-    if dropped != expected:
-        yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
-    for role, source in plan.sources.items():
-        yield from _source_faults(role, source, manifest.get(role))
-
-
-def _source_faults(role: str, planned: PlannedSource, told: Mapping[str, Any] | None) -> Iterator[str]:
-    """What the manifest tells of a checkpoint that was read."""
-    if told is None:
-        yield f"t5g2.json does not tell of a {role}"
-        return
-    for key, expected in (("family", planned.family), ("layout", dict(planned.layout))):
-        if told[key] != expected:
-            yield f"t5g2.json says {role} {key} {told[key]!r}, expected {expected!r}"
-    files = told["files"]
-    sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
-    sizes["config.json"] = planned.config.size
-    if {name: facts["bytes"] for name, facts in files.items()} != sizes:
-        yield f"t5g2.json was made from files of other names or sizes: {', '.join(files) or 'none'}"
-    elif files["config.json"]["sha256"] != planned.config.sha256:
-        yield f"t5g2.json was made from a {role} with another config.json"
 
 
 def _byte_faults(
@@ -304,54 +232,3 @@ def _carried_faults(plan: Plan, folders: Folders, target: Path) -> Iterator[str]
                 yield f"{name} is not the source's"
         except OSError as error:
             yield f"{name} cannot be read: {error.strerror}"
-
-
-def _accounts(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
-    """The source's tensors by what became of them: whole, rounded, cut, dropped, or lost without a word."""
-    exact: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    rounded: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for tensor in plan.tensors:
-        content = tensor.content
-        if content.source is not None and content.kind in ("copy", "cast"):
-            whole = content.kind == "copy" or (content.dtype, tensor.dtype) in WIDENED
-            (exact if whole else rounded)[content.source.file].append((content.source.start, content.source.end))
-    declared = {drop.name for drop in plan.dropped}
-    cut = any(change.field == "vocab_size" for change in plan.changes)
-    accounts: dict[str, list[str]] = {kind: [] for kind in ("whole", "rounded", "cut", "dropped", "lost")}
-    for name, stored in source.tensors.items():
-        start, end = stored.entry.start, stored.entry.end
-        held = [
-            max((stop for first, stop in ranges[stored.file] if first == start), default=start)
-            for ranges in (exact, rounded)
-        ]
-        if held[0] == end:
-            kind = "whole"
-        elif held[1] == end:
-            kind = "rounded"
-        elif max(held) > start and cut:
-            kind = "cut"
-        else:
-            kind = "dropped" if name in declared else "lost"
-        accounts[kind].append(name)
-    return accounts
-
-
-def _told(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
-    kinds = Counter(tensor.content.kind for tensor in plan.tensors)
-    said: dict[Kind, str] = {
-        "copy": "tensors are the source's byte for byte",
-        "cast": f"are the source's in {plan.dtype}, as declared",
-        "scaled_row": "is a row of it, scaled",
-        "zeros": "are zeros",
-        "aligned": "is the donor's, aligned",
-    }
-    told = ", ".join(f"{kinds[kind]} {what}" for kind, what in said.items() if kinds[kind])
-    if accounts["whole"]:
-        told += f"; {len(accounts['whole'])} of the source can be rebuilt"
-    if accounts["rounded"]:
-        told += f"; {len(accounts['rounded'])} of the source were rounded"
-    if accounts["cut"]:
-        told += f"; the rows that were cut from {', '.join(accounts['cut'])} are left behind, as declared"
-    if accounts["dropped"]:
-        told += f"; {len(accounts['dropped'])} were dropped, as declared"
-    return told

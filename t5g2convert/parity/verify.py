@@ -1,7 +1,6 @@
 """`verify`: all checks of one folder, in order, and the report."""
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -14,8 +13,9 @@ from t5g2convert.checkpoint.folder import Checkpoint, check_folder, open_checkpo
 from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.checkpoint.sources import percent
-from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
+from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.parity.changes import change_remarks, on_source_settings
 from t5g2convert.parity.config import judge_config, tensor_faults
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.integrity import judge_integrity, unreadable_manifest
@@ -33,9 +33,6 @@ from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import ReadOptions, check_place
 
 Progress = Callable[[str], None]
-LENGTH: Final = "max_position_embeddings"
-"""A setting that nothing is computed with."""
-
 PARITIES: Final = ("vision_parity", "decoder_parity", "encoder_parity")
 
 
@@ -207,7 +204,7 @@ class _Judge:
         self.make(["provenance"], lambda: [prove(parent, target, self.manifest, self.progress)])
         self.make(["config"], lambda: [self._config(parent, target, new_values)])
         self._tokens(parent, target)
-        self._tell(changes)
+        self.remarks += change_remarks(changes)
         dtype = getattr(torch, str(self.dtype))
         rounded_to = getattr(torch, changes["dtype"]["target"]) if "dtype" in changes else None
         reading: ReadOptions = {"dtype": dtype, "device": self.device, "rounded_to": rounded_to}
@@ -289,51 +286,6 @@ class _Judge:
             return [judge_tokenizer(parent.folders, parent.model(self.projector), target, self.manifest)]
 
         self.make(["tokenizer"], compare)
-
-    def _tell(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        for field, change in changes.items():
-            if field == "dtype":
-                self.remarks.append(
-                    f"the source's weights were cast from {change['source']} to {change['target']}, as declared: the "
-                    "parities are judged on Gemma 3 with its weights so cast"
-                )
-        for setting, (source, target) in stack_changes(changes).items():
-            told = f"{setting} was changed from {source} to {target}, as declared"
-            if LENGTH not in setting:
-                told += f": the parities are judged with {source}"
-            self.remarks.append(told)
-
-
-def stack_changes(changes: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
-    """Old and new value of every setting that was changed, under its path in a stack where both changed alike."""
-    told: dict[str, tuple[Any, Any]] = {}
-    for field, change in changes.items():
-        values = change["source"], change["target"]
-        setting = field.removeprefix("encoder.text_config.").removeprefix("decoder.")
-        others = [changes.get(f"{stack}.{setting}") for stack in ("encoder.text_config", "decoder")]
-        alike = all(other is not None and (other["source"], other["target"]) == values for other in others)
-        if "." in field:
-            told[f"{setting} of both stacks" if alike else field] = values
-    return told
-
-
-def on_source_settings(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]]) -> T5Gemma2:
-    """The target's settings, with those that were changed on purpose put back.
-
-    Raises:
-        CheckpointError: A change is declared of a setting that is not there.
-    """
-    config = deepcopy(dict(target.config))
-    for field, change in changes.items():
-        *path, last = field.split(".")
-        section: Any = config
-        for key in path:
-            section = section.get(key) if isinstance(section, dict) else None
-        if path and not (isinstance(section, dict) and last in section):
-            raise CheckpointError(f"t5g2.json declares a change of {field}, which config.json lacks")
-        if path:
-            section[last] = change["source"]
-    return read_t5gemma2(config, target.path / "config.json")
 
 
 def _too_little_memory(error: BaseException) -> UsageError:

@@ -1,0 +1,76 @@
+"""What a converted folder says of itself, for provenance: its headers, the names of its files, and its manifest."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
+from t5g2convert.conversion.plan import Plan, PlannedSource
+
+
+def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
+    """Names, dtypes and shapes first."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    yield from (f"{name} is missing" for name in planned if name not in target.tensors)
+    for name, stored in target.tensors.items():
+        if name not in planned:
+            yield f"{name} does not come from the source"
+        elif (stored.entry.dtype, stored.entry.shape) != (planned[name].dtype, planned[name].shape):
+            yield (
+                f"{name} is {stored.entry.dtype} {list(stored.entry.shape)}, "
+                f"expected {planned[name].dtype} {list(planned[name].shape)}"
+            )
+
+
+def file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The files are those that a conversion writes: a loader takes up whatever else it knows the name of."""
+    count = len(target.files)
+    shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    weights = {SINGLE_FILE} if count == 1 else {*shards, INDEX_FILE}
+    expected = {"config.json", "generation_config.json", *weights, *(file.name for file in plan.files)}
+    found = set(manifest["files"]) if manifest else expected
+    yield from (f"{name} is no file of this conversion" for name in sorted(found - expected))
+    yield from (f"{name} is not in t5g2.json" for name in sorted(expected - found))
+    for name, header in target.files.items():
+        if header.metadata != {"format": "pt"}:
+            yield f"{name} has metadata {dict(header.metadata)!r}, expected format pt"
+    if count > 1:
+        metadata = read_json_object(target.path / INDEX_FILE).get("metadata")
+        size = sum(tensor.nbytes for tensor in plan.tensors)
+        if metadata != {"total_parameters": plan.parameters["total"], "total_size": size}:
+            yield f"{INDEX_FILE} has metadata {metadata!r}, expected the counts of parameters and bytes"
+
+
+def manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What the manifest tells of the source and of what was left behind."""
+    if not manifest:
+        return
+    document = plan.to_json()
+    made_with = manifest["mapping"]["name"]
+    if made_with != plan.mapping:
+        yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
+    for key in ("dtype", "parameters", "options", "changes", "tokens"):
+        if manifest[key] != document[key]:
+            yield f"t5g2.json says {key} {manifest[key]!r}, expected {document[key]!r}"
+    # By name: why a tensor is dropped may be worded anew.
+    dropped, expected = ([drop["name"] for drop in told["dropped"]] for told in (manifest, document))
+    if dropped != expected:
+        yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
+    for role, source in plan.sources.items():
+        yield from _source_faults(role, source, manifest.get(role))
+
+
+def _source_faults(role: str, planned: PlannedSource, told: Mapping[str, Any] | None) -> Iterator[str]:
+    """What the manifest tells of a checkpoint that was read."""
+    if told is None:
+        yield f"t5g2.json does not tell of a {role}"
+        return
+    for key, expected in (("family", planned.family), ("layout", dict(planned.layout))):
+        if told[key] != expected:
+            yield f"t5g2.json says {role} {key} {told[key]!r}, expected {expected!r}"
+    files = told["files"]
+    sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
+    sizes["config.json"] = planned.config.size
+    if {name: facts["bytes"] for name, facts in files.items()} != sizes:
+        yield f"t5g2.json was made from files of other names or sizes: {', '.join(files) or 'none'}"
+    elif files["config.json"]["sha256"] != planned.config.sha256:
+        yield f"t5g2.json was made from a {role} with another config.json"
