@@ -23,14 +23,16 @@ from t5g2convert.parity.compare import Reading
 from t5g2convert.reference import stack
 from t5g2convert.reference.prompts import TextCodec
 from tests.conftest import TwinFolder
+from tests.gemma_tokenizer import write_tokenizer
 from tests.reference.models import loaded
+from tests.twins import BY_NAME
 
 TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps."
 
 
 @dataclass(frozen=True)
 class Models:
-    """Gemma 3 and a T5Gemma 2, both with the demo's tokenizer, and a text."""
+    """Gemma 3 and a T5Gemma 2, both with a tokenizer of their vocabulary, and a text."""
 
     gemma3: Path
     t5gemma2: Path
@@ -52,7 +54,10 @@ def models(twin_folder: TwinFolder, demo_source: Path, tmp_path: Path) -> Make:
     def make(name: str = "text-8", trained: float = 0.0) -> Models:
         source, output, text = tmp_path / "source", tmp_path / "out", tmp_path / "text"
         shutil.copytree(twin_folder(name), source)
-        shutil.copy(demo_source / "tokenizer.json", source)
+        if BY_NAME[name].vocab < 262_144:
+            shutil.copy(demo_source / "tokenizer.json", source)
+        else:
+            write_tokenizer(source)
         convert(source, output, flush=False)
         if trained:
             train(output, trained)
