@@ -1,6 +1,7 @@
 """What the config readers of all families share: strict fields, one error, and the words for other models."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Protocol, Self, TypeVar
 
@@ -43,6 +44,15 @@ class ConfigSection(BaseModel):
 
 
 Section = TypeVar("Section", bound=ConfigSection)
+
+
+@dataclass(frozen=True, slots=True)
+class ImpliedTensor:
+    """A tensor that a config implies, and the part of the model that it belongs to."""
+
+    name: str
+    part: str
+    shape: tuple[int, ...]
 
 
 class SourceModel(Protocol):

@@ -13,6 +13,7 @@ from pydantic import Field
 from t5g2convert.checkpoint.config import (
     ConfigSection,
     Depth,
+    ImpliedTensor,
     Positive,
     Size,
     Token,
@@ -95,15 +96,6 @@ class T5Gemma2:
     tokens: Tokens
 
 
-@dataclass(frozen=True, slots=True)
-class ImpliedTensor:
-    """A tensor that a config implies, and the part of the model that it belongs to."""
-
-    name: str
-    part: str
-    shape: tuple[int, ...]
-
-
 def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
     """Read what decides which tensors a T5Gemma 2 folder holds and what they compute.
 
@@ -145,8 +137,13 @@ def _stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
     return stack
 
 
-def implied_tensors(model: T5Gemma2) -> Iterator[ImpliedTensor]:
-    """Every tensor of the published layout, once; no tied copy, no rotary buffer."""
+def implied_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
+    """Every tensor of the published layout, once; no tied copy, no rotary buffer.
+
+    Raises:
+        CheckpointError: As `read_t5gemma2`.
+    """
+    model = read_t5gemma2(config, where)
     vocab, hidden = model.encoder.vocab_size, model.encoder.hidden_size
     yield ImpliedTensor("model.encoder.embed_tokens.weight", "embedding", (vocab, hidden))
     yield ImpliedTensor("model.encoder.embed_tokens.eoi_embedding", "embedding", (hidden,))

@@ -24,7 +24,7 @@ def list_mappings(as_json: JsonOption = False, debug: DebugOption = False) -> No
                 "name": item.map.name,
                 "title": item.map.title,
                 "source": item.map.source.model_type,
-                "target": item.map.target.model_type,
+                "target": ", ".join(item.map.target.model_types),
                 "sha256": item.sha256,
             }
             for item in maps
@@ -34,7 +34,7 @@ def list_mappings(as_json: JsonOption = False, debug: DebugOption = False) -> No
     listing = table("name", "converts", "into", "title")
     for item in maps:
         listing.add_row(
-            item.map.name, ", ".join(item.map.source.model_type), item.map.target.model_type, item.map.title
+            item.map.name, ", ".join(item.map.source.model_type), ", ".join(item.map.target.model_types), item.map.title
         )
     console().print(listing)
 
@@ -56,9 +56,9 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
     for row in weight_map.weights:
         marks = [] if isinstance(row.op, Copy) else [f"{key} {value}" for key, value in row.op.model_dump().items()]
         marks += ["merged attention"] if row.merged_attention else []
-        marks += [row.when.replace("_", " ") + " only" if row.when == "vision" else "text only"] if row.when else []
+        marks += [f"if {row.when.replace('_', ' ')}"] if row.when else []
         targets = Text("\n").join(
-            Text(f"{part}: {printable(target)}", PART_STYLES[part]) for part, target in row.to.items()
+            Text(f"{part}: {printable(target)}", PART_STYLES[part]) for part, target in row.targets
         )
         for tied in row.tied:
             targets.append(f"\ntied: {printable(tied)}", "dim")

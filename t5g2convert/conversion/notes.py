@@ -1,16 +1,16 @@
 """What a user should know of a conversion before it is made, in sentences."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.roles import VISION_FROM
+from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.options import KEEP, Options
 from t5g2convert.conversion.plan import Change
 from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.schema import WeightMap
-
-STACKS: Final = ("encoder.text_config.", "decoder.")
 
 LENGTH: Final = "max_position_embeddings"
 
@@ -21,21 +21,20 @@ def plan_notes(
     changes: Sequence[Change],
     options: Options,
     weight_map: WeightMap,
-    *,
-    dtype: str,
+    config: Mapping[str, Any],
 ) -> Iterator[str]:
-    """All notes of a plan, in the order in which they are shown; `dtype` is what config.json names."""
+    """All notes of a plan, in the order in which they are shown; `config` is the target's."""
     for checkpoint in resolution.checkpoints.values():
         yield from checkpoint.notes
     yield from _vocabulary(resolution, drafts, changes)
-    yield from _settings(changes)
+    yield from _settings(changes, target_of(config, Path("config.json")).stacks)
     if options.preset is not None:
         for name in weight_map.presets[options.preset].assumed:
             yield f"preset {options.preset}: what the release has for {name} is not established"
     yield from _images(resolution)
     dtypes = sorted({draft.dtype for draft in drafts})
     if options.dtype == KEEP and len(dtypes) > 1:
-        yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {dtype}"
+        yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
     for drop in resolution.drops:
         yield f"{drop.tensor.entry.name} is dropped: {drop.drop.because}"
 
@@ -51,16 +50,16 @@ def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequen
             yield f"{draft.name} is zeros: the vocabulary has no such token"
 
 
-def _settings(changes: Sequence[Change]) -> Iterator[str]:
-    """Settings that are not the source's: one note for both stacks where they agree."""
+def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]:
+    """Settings that are not the source's: one note for all stacks where they agree."""
     by_setting: dict[tuple[str, Any, Any], list[str]] = {}
     for change in changes:
-        stack = next((stack for stack in STACKS if change.field.startswith(stack)), None)
+        stack = next((stack for stack in stacks if change.field.startswith(stack)), None)
         if stack is not None:
             setting = change.field.removeprefix(stack)
             by_setting.setdefault((setting, change.source, change.target), []).append(change.field)
     for (setting, source, target), named in by_setting.items():
-        name = setting if len(named) == len(STACKS) else named[0]
+        name = setting if len(named) == len(stacks) else named[0]
         effect = "longer inputs are allowed" if target > source else "shorter inputs are allowed"
         if setting != LENGTH:
             effect = "that changes what is computed"

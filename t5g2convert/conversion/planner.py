@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Unpack
 
-from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
+from t5g2convert.checkpoint.config import ConfigSection, ImpliedTensor, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, read_json_object
 from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.checkpoint.t5gemma2 import ImpliedTensor, implied_tensors, read_t5gemma2
+from t5g2convert.checkpoint.targets import implied_tensors, target_of
 from t5g2convert.conversion.files import plan_files
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.notes import plan_notes
@@ -71,7 +71,7 @@ def plan_checkpoint(
     """Plan the conversion of a checkpoint that is open already, with the tower of a donor; see `build_plan`."""
     weight_map = loaded.map
     resolution = resolve(loaded, checkpoint, None if donor is None else Graft(donor, options.projector))
-    if resolution.values["attention_bias"]:
+    if resolution.values.get("attention_bias"):
         raise CheckpointError(
             "attention_bias is true, but the attention's tensors have no biases", where=checkpoint.path / "config.json"
         )
@@ -85,8 +85,8 @@ def plan_checkpoint(
     generation = _generation_values(checkpoint, values)
     drafts = [_draft(item, resolution, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
-    changes = tuple(_changes(resolution, drafts, config, model_dtype))
     _check_target(drafts, config, loaded)
+    changes = tuple(_changes(resolution, drafts, config, loaded, model_dtype))
     beside = plan_files(weight_map, resolution)
     tensors, shards = lay_out(drafts, options.max_shard_bytes)
     counted: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def plan_checkpoint(
         config=config,
         generation_config=fill(weight_map.generation_config, generation, resolution.model.conditions),
         notes=(
-            *plan_notes(resolution, drafts, changes, options, weight_map, dtype=CONFIG_NAMES[model_dtype]),
+            *plan_notes(resolution, drafts, changes, options, weight_map, config),
             *beside.notes,
         ),
     )
@@ -234,7 +234,7 @@ def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: Lo
 
     The list of implied tensors does not come from the map, so a map that forgets a tensor is found out here.
     """
-    implied = {item.name: item for item in implied_tensors(read_t5gemma2(config, loaded.path))}
+    implied = {item.name: item for item in implied_tensors(config, loaded.path)}
     filled = Counter(draft.name for draft in drafts)
     details = [f"filled {count} times: {name}" for name, count in filled.items() if count > 1]
     unfilled = [name for name in implied if name not in filled]
@@ -267,7 +267,7 @@ def _suggest(name: str, others: Sequence[str]) -> str:
 
 
 def _changes(
-    resolution: Resolution, drafts: Sequence[Draft], config: Mapping[str, Any], model_dtype: str
+    resolution: Resolution, drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap, model_dtype: str
 ) -> Iterable[Change]:
     """What the target's config does not have from the source; verification takes these for declared."""
     cast = sorted({draft.content.dtype for draft in drafts if draft.content.kind != "zeros"} - {model_dtype})
@@ -280,10 +280,10 @@ def _changes(
         if resolution.values[name] != before:
             yield Change(name, before, resolution.values[name])
     for path, name in _WRITTEN_OUT.items():
-        for stack in ("encoder.text_config", "decoder"):
-            before, after = resolution.model.values[name], _setting(config, f"{stack}.{path}")
-            if after != before:
-                yield Change(f"{stack}.{path}", before, after)
+        for stack in target_of(config, loaded.path).stacks if name in resolution.model.values else ():
+            before, after = resolution.model.values[name], _setting(config, stack + path)
+            if after is not None and after != before:
+                yield Change(stack + path, before, after)
 
 
 _WRITTEN_OUT: Final = {

@@ -12,6 +12,7 @@ def check_rows(
     loaded: LoadedMap,
     conditions: frozenset[str],
     layout: Mapping[str, str],
+    prefixes: Mapping[str, str],
     symbols: Mapping[str, int],
     tensors: Mapping[str, object],
 ) -> None:
@@ -21,6 +22,7 @@ def check_rows(
         loaded: The map.
         conditions: What the checkpoint is, for `when:`.
         layout: The spelling found of each root.
+        prefixes: The prefix of each root of the target.
         symbols: Sizes, for the ranges of `{layer}`.
         tensors: The checkpoint's tensors by name.
 
@@ -43,11 +45,13 @@ def check_rows(
         if row.op.carries:
             _refuse(loaded, "another row carries {} already", names, carried, (*at, "from"))
             carried.update(names)
-        for part, pattern in row.to.items():
-            targets = _names(pattern, {}, symbols)
+        for part, pattern in row.targets:
+            targets = _names(pattern, prefixes, symbols)
             _refuse(loaded, "another row fills {} already", targets, filled, (*at, "to", part))
             filled.update(targets)
     for position, drop in enumerate(loaded.map.drop):
+        if not drop.applies(conditions):
+            continue
         root = root_of(drop.from_)
         names = _names(drop.from_, layout, symbols) if root is None or root in layout else []
         _refuse(loaded, "a row carries {}", names, carried, ("drop", position, "from"))

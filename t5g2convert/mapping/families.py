@@ -3,7 +3,7 @@
 A new family is a reader in `t5g2convert.checkpoint` that returns a `SourceModel`, and an entry here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,12 @@ class Family:
     Attributes:
         read: From the config and its path to the model.
         example: The smallest config that `read` accepts; the terms that maps may use are taken from it.
+        worlds: The sets of conditions that hold together; `when:` and `case:` may ask for any of them.
     """
 
     read: Callable[[Mapping[str, Any], Path], SourceModel]
     example: Mapping[str, Any]
+    worlds: tuple[frozenset[str], ...]
 
     @cached_property
     def terms(self) -> SourceModel:
@@ -31,21 +33,20 @@ class Family:
         return self.read(self.example, Path("example"))
 
 
+_GEMMA3_WORLDS: Final = (
+    frozenset({"text_only"}),
+    *(frozenset({"vision", f"projector_{made}"}) for made in ("copy", "zeros", "aligned")),
+)
+
 FAMILIES: Final[Mapping[str, Family]] = {
     gemma3.MULTIMODAL: Family(
-        gemma3.read_gemma3, {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}}
+        gemma3.read_gemma3, {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}}, _GEMMA3_WORLDS
     ),
-    gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}),
+    gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}, _GEMMA3_WORLDS),
 }
 """`model_type` to family."""
 
-KINDS: Final = ("vision", "text_only")
-"""What `case:` may ask of a model: every model is one of them."""
 
-WORLDS: Final = (
-    frozenset({"text_only"}),
-    frozenset({"vision", "projector_copy"}),
-    frozenset({"vision", "projector_zeros"}),
-    frozenset({"vision", "projector_aligned"}),
-)
-"""The conditions that hold together; `when:` may ask for any of them."""
+def worlds_of(model_types: Iterable[str]) -> tuple[frozenset[str], ...]:
+    """The sets of conditions that may hold for a source of these families."""
+    return tuple(dict.fromkeys(world for name in model_types for world in FAMILIES[name].worlds))

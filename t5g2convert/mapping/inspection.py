@@ -178,7 +178,7 @@ def _dropped_names(weight_map: WeightMap, layout: Mapping[str, str], checkpoint:
 
 def _inspect_target(checkpoint: Checkpoint) -> Inspection:
     model = read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
-    implied = {item.name: item.part for item in implied_tensors(model)}
+    implied = {item.name: item.part for item in implied_tensors(checkpoint.config, checkpoint.path / "config.json")}
     parts = {name: _target_part(name) for name in checkpoint.tensors} | implied
     missing = [name for name in implied if name not in checkpoint.tensors]
     layout = "published" if implied.keys() <= checkpoint.tensors.keys() else "another than the published one"

@@ -45,17 +45,24 @@ def find_map(name: str) -> LoadedMap:
     return load_map(path)
 
 
-def map_for(config: Mapping[str, Any], where: Path) -> LoadedMap:
+def map_for(config: Mapping[str, Any], where: Path, *, extracts: str | None = None) -> LoadedMap:
     """The shipped map for a source's config.
 
+    Args:
+        config: config.json of the source.
+        where: Its path, for errors.
+        extracts: The part of an encoder-decoder that shall be taken out; None to convert a model whole.
+
     Raises:
-        CheckpointError: No shipped map converts such a model.
+        CheckpointError: No shipped map does that to such a model.
     """
-    maps = shipped_maps()
+    maps = [loaded for loaded in shipped_maps() if loaded.map.extracts == extracts]
     for loaded in maps:
         if config.get("model_type") in loaded.map.source.model_type:
             return loaded
     convertible = ", ".join(name for loaded in maps for name in loaded.map.source.model_type)
+    done, do = ("converted", "convert") if extracts is None else (f"taken apart for its {extracts}", "take apart")
     raise CheckpointError(
-        f"{describe_model_type(config)} cannot be converted; the shipped mappings convert {convertible}", where=where
+        f"{describe_model_type(config)} cannot be {done}; the shipped mappings {do} {convertible or 'none'}",
+        where=where,
     )

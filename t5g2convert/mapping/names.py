@@ -3,7 +3,8 @@
     pattern     = [ root ] literal { index literal }
     root        = "{text}" | "{vision}" | ...      a key of the map's `roots`, first in the pattern, stands for one of
                                                    its spellings
-    index       = "{layer}" | "{vision_layer}"     digits without leading zeros, below the depth that the config says
+    index       = "{layer}" | "{vision_layer}"     digits without leading zeros, below the depth that the config says;
+                | "{encoder_layer}" | ...          the stacks of a source that is an encoder-decoder have each its own
     literal     = any characters but braces        matched as they are
 
 Nothing is ever searched: a pattern is *expanded* over the layers of the model at hand into whole names, which are
@@ -11,10 +12,15 @@ looked up. So a name can't match by accident, and a layer too many or too few is
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
-INDEX_RANGES: Final = {"layer": "layers", "vision_layer": "vision_layers"}
+INDEX_RANGES: Final = {
+    "layer": "layers",
+    "encoder_layer": "encoder_layers",
+    "decoder_layer": "decoder_layers",
+    "vision_layer": "vision_layers",
+}
 """Index placeholder to the symbol that says how far it counts."""
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -41,13 +47,15 @@ def unknown_placeholder(pattern: str, roots: Mapping[str, object]) -> str | None
     return next((name for name in placeholders(pattern) if name not in INDEX_RANGES and name not in roots), None)
 
 
-def pattern_fault(pattern: str, roots: Mapping[str, object]) -> str | None:
-    """Why a pattern is not of the grammar, or None."""
+def pattern_fault(pattern: str, roots: Mapping[str, object], symbols: Collection[str]) -> str | None:
+    """Why a pattern is not of the grammar, or None; `symbols` are those that the source's family has."""
     names = placeholders(pattern)
     if "{" in _PLACEHOLDER.sub("", pattern) or "}" in _PLACEHOLDER.sub("", pattern):
         return "unbalanced braces"
     for position, name in enumerate(names):
         if name in INDEX_RANGES:
+            if INDEX_RANGES[name] not in symbols:
+                return f"the source has no {INDEX_RANGES[name].replace('_', ' ')} to count {{{name}}}"
             continue
         if name not in roots:
             return f"unknown root or index {{{name}}}"

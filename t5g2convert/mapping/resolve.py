@@ -18,6 +18,7 @@ from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.operations import Size, TakeRows
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
+from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 FOREIGN_NAMES: Final = {
@@ -112,11 +113,21 @@ def resolve(loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = Non
     own = [row for row, role in rows if role == SOURCE]
     layouts[SOURCE] = _find_layout(weight_map, own, symbols, checkpoint)
     tensors = {name: tensor for each in checkpoints.values() for name, tensor in each.tensors.items()}
-    check_rows(loaded, model.conditions, {**layouts.get(VISION_FROM, {}), **layouts[SOURCE]}, symbols, tensors)
+    prefixes = fill(weight_map.target.roots, {}, model.conditions)
+    layout = {**layouts.get(VISION_FROM, {}), **layouts[SOURCE]}
+    check_rows(loaded, model.conditions, layout, prefixes, symbols, tensors)
     collectors = {role: _Collector(each, model) for role, each in checkpoints.items()}
-    targets = [item for row, role in rows for item in _resolve_row(row, role, layouts[role], symbols, collectors[role])]
-    source = collectors[SOURCE]
-    drops = [item for drop in weight_map.drop for item in _resolve_drop(drop, layouts[SOURCE], symbols, source)]
+    targets = [
+        item
+        for row, role in rows
+        for item in _resolve_row(row, role, layouts[role], prefixes, symbols, collectors[role])
+    ]
+    drops = [
+        item
+        for drop in weight_map.drop
+        if drop.applies(model.conditions)
+        for item in _resolve_drop(drop, layouts[SOURCE], symbols, collectors[SOURCE])
+    ]
     for role, collector in collectors.items():
         collector.finish(weight_map, whole=role == SOURCE)
     return Resolution(model, checkpoints, layouts, symbols, values, tuple(targets), tuple(drops))
@@ -261,12 +272,17 @@ def _sizes(shape: Iterable[Size], symbols: Mapping[str, int]) -> tuple[int, ...]
 
 
 def _resolve_row(
-    row: Row, role: Role, layout: Mapping[str, str], symbols: Mapping[str, int], collector: _Collector
+    row: Row,
+    role: Role,
+    layout: Mapping[str, str],
+    prefixes: Mapping[str, str],
+    symbols: Mapping[str, int],
+    collector: _Collector,
 ) -> Iterable[Resolved]:
     shape = _sizes(row.target_shape, symbols)
     names = [None] if row.from_ is None else [name for _, name in expand(row.from_, layout, symbols)]
-    for part, pattern in row.to.items():
-        for name, (_, target) in zip(names, expand(pattern, {}, symbols), strict=True):
+    for part, pattern in row.targets:
+        for name, (_, target) in zip(names, expand(pattern, prefixes, symbols), strict=True):
             if name is None:
                 yield Resolved(row, part, target, None, shape, role)
             elif (tensor := _checked(row, name, symbols, collector)) is not None:

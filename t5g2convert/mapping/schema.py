@@ -13,8 +13,6 @@ Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of the target, in the order of tables."""
 
-Condition = Literal["vision", "text_only", "projector_copy", "projector_zeros", "projector_aligned"]
-
 _BY_KEY: dict[str, type[Operation]] = {
     "take_rows": TakeRows,
     "scaled_row": ScaledRow,
@@ -38,6 +36,14 @@ def _operation(value: object) -> object:
     return _BY_KEY[next(iter(value))].model_validate(value)
 
 
+def _names(value: object) -> object:
+    if not isinstance(value, str) and not (
+        isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    ):
+        raise ValueError("expected the pattern of a name, or a list of such patterns")
+    return value
+
+
 def _file_name(name: str) -> str:
     if not is_plain_name(name):
         raise ValueError("expected the name of a file in the source folder")
@@ -58,6 +64,7 @@ def _token_text(token: str) -> str:
     return token
 
 
+Names = Annotated[str | list[str], BeforeValidator(_names)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 TokenText = Annotated[str, AfterValidator(_token_text)]
 Spelling = Annotated[str, AfterValidator(_spelling)]
@@ -81,8 +88,17 @@ class Source(Declaration):
 class Target(Declaration):
     """The target family."""
 
-    model_type: Literal["t5gemma2"]
+    model_type: Names = Field(description="The model_type of its config.json, or those that it may be.")
     architecture: str = Field(description="The class that loads the output.")
+    roots: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Name of a prefix of target names to the prefix, which may be a case as in config.",
+    )
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.model_type,) if isinstance(self.model_type, str) else tuple(self.model_type)
 
 
 class Vocabulary(Declaration):
@@ -101,7 +117,9 @@ class Row(Declaration):
     """One distinct tensor: where it comes from, where it goes, its shape, and the operation if it is no copy."""
 
     from_: str | None = Field(default=None, alias="from", description="Pattern of the source tensor's name.")
-    to: dict[Part, str] = Field(min_length=1, description="Part of the target to pattern of the target tensor's name.")
+    to: dict[Part, Names] = Field(
+        min_length=1, description="Part of the target to pattern of the target tensor's name, or to several patterns."
+    )
     tied: list[str] = Field(
         default_factory=list, description="Parameters that share the first target's storage and so are not written."
     )
@@ -112,7 +130,14 @@ class Row(Declaration):
     merged_attention: bool = Field(
         default=False, description="The decoder's joint self- and cross-attention reads this self-attention tensor."
     )
-    when: Condition | None = Field(default=None, description="The row holds only for such sources.")
+    when: str | None = Field(default=None, description="The row holds only for such sources.")
+
+    @property
+    def targets(self) -> tuple[tuple[Part, str], ...]:
+        """Part and pattern of every target."""
+        return tuple(
+            (part, name) for part, names in self.to.items() for name in ([names] if isinstance(names, str) else names)
+        )
 
     @property
     def target_shape(self) -> tuple[Size, ...]:
@@ -132,6 +157,11 @@ class Drop(Declaration):
     must_equal: str | None = Field(
         default=None, description="Pattern of a tensor whose bytes it must repeat; the conversion is refused otherwise."
     )
+    when: str | None = Field(default=None, description="The drop holds only for such sources.")
+
+    def applies(self, conditions: frozenset[str]) -> bool:
+        """Whether the drop holds for a source."""
+        return self.when is None or self.when in conditions
 
 
 class Preset(Declaration):
@@ -187,6 +217,9 @@ class WeightMap(Declaration):
     format: Annotated[Literal[1], BeforeValidator(_format)] = Field(description="Version of this schema.")
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="What --mapping and the manifest call it.")
     title: str = Field(description="One line for lists.")
+    extracts: Literal["encoder", "decoder"] | None = Field(
+        default=None, description="The part of an encoder-decoder that the map takes out; `t5g2 extract --part`."
+    )
     source: Source
     target: Target
     roots: dict[str, Annotated[list[Spelling], Field(min_length=1)]] = Field(

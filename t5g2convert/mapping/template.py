@@ -1,34 +1,48 @@
 """The target's config as a map writes it: plain JSON in which some values stand for values of the source.
 
 * `$name` is the source's value of that name; `$vocab` and `$dtype` belong to the target.
-* `{case: {vision: X, text_only: Y}}` is X or Y, by the kind of the source.
+* `{case: {vision: X, text_only: Y}}` is X or Y, by which of the conditions holds for the source.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from t5g2convert.mapping.families import KINDS
 from t5g2convert.mapping.loader import NodePath
 
 TARGET_VALUES = ("vocab", "dtype")
 """Names that are settled while planning, not read from the source's config."""
 
 
-def template_faults(node: Any, names: set[str], at: NodePath) -> Iterator[tuple[str, NodePath, str | None]]:
-    """Every fault of a template: the reason, where it stands, and the unknown name if that is the reason."""
+def template_faults(
+    node: Any, names: set[str], worlds: Collection[frozenset[str]], at: NodePath
+) -> Iterator[tuple[str, NodePath, str | None]]:
+    """Every fault of a template: the reason, where it stands, and the unknown name if that is the reason.
+
+    Args:
+        node: The template.
+        names: What may stand behind a dollar sign.
+        worlds: The sets of conditions that may hold; of the names of a case one must hold in each.
+        at: Where the template stands.
+    """
     if isinstance(node, str) and node.startswith("$"):
         if node[1:] not in names:
             yield f"unknown value {node}", at, node[1:]
     elif isinstance(node, list):
         for position, item in enumerate(node):
-            yield from template_faults(item, names, (*at, position))
+            yield from template_faults(item, names, worlds, (*at, position))
     elif isinstance(node, dict):
-        if "case" in node and (
-            len(node) != 1 or not isinstance(node["case"], dict) or node["case"].keys() != set(KINDS)
-        ):
-            yield f"case must stand alone and have exactly {' and '.join(KINDS)}", at, None
+        if "case" in node and (len(node) != 1 or not _settles(node["case"], worlds)):
+            told = " or ".join(" and ".join(sorted(world)) for world in worlds)
+            yield f"case must stand alone and name exactly one condition of: {told}", at, None
         for key, item in node.items():
-            yield from template_faults(item, names, (*at, key))
+            yield from template_faults(item, names, worlds, (*at, key))
+
+
+def _settles(cases: Any, worlds: Collection[frozenset[str]]) -> bool:
+    """Whether one of the cases holds in every world, and each of them somewhere."""
+    if not isinstance(cases, dict):
+        return False
+    return all(len(world & cases.keys()) == 1 for world in worlds) and cases.keys() <= frozenset().union(*worlds)
 
 
 def fill(node: Any, values: Mapping[str, Any], conditions: frozenset[str]) -> Any:
@@ -39,6 +53,6 @@ def fill(node: Any, values: Mapping[str, Any], conditions: frozenset[str]) -> An
         return [fill(item, values, conditions) for item in node]
     if isinstance(node, dict):
         if "case" in node:
-            return fill(next(node["case"][name] for name in KINDS if name in conditions), values, conditions)
+            return fill(next(item for name, item in node["case"].items() if name in conditions), values, conditions)
         return {key: fill(item, values, conditions) for key, item in node.items()}
     return node

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from t5g2convert.checkpoint.targets import TARGETS
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.families import FAMILIES, WORLDS
+from t5g2convert.mapping.families import FAMILIES, worlds_of
 from t5g2convert.mapping.loader import Document, NodePath, load_yaml
 from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
 from t5g2convert.mapping.operations import Aligned, ScaledRow, TakeRows, Zeros
@@ -18,11 +19,12 @@ from t5g2convert.mapping.schema import (
     PROCESSOR_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    Drop,
     Row,
     TokenizerFiles,
     WeightMap,
 )
-from t5g2convert.mapping.template import TARGET_VALUES, template_faults
+from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     near = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else None
 
+
+Worlds = tuple[frozenset[str], ...]
+"""The sets of conditions that may hold for a source of a map."""
 
 Fault = tuple[str, NodePath, str | None]
 """A reason, where it stands, and a hint."""
@@ -109,27 +114,57 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
             yield f"unknown model_type {model_type!r}", ("source", "model_type", position), hint
             return
     terms = [FAMILIES[model_type].terms for model_type in weight_map.source.model_type]
+    worlds = worlds_of(weight_map.source.model_type)
     symbols = {name for model in terms for name in model.symbols} | {"vocab"}
     values = {name for model in terms for name in model.values}
     numbers = {name for model in terms for name, value in model.values.items() if type(value) is int}
+    yield from _target_faults(weight_map, worlds)
     yield from _vocabulary_faults(weight_map, numbers)
+    yield from _condition_faults(weight_map.weights, worlds, "weights")
+    yield from _condition_faults(weight_map.drop, worlds, "drop")
     for position, row in enumerate(weight_map.weights):
-        yield from _row_faults(row, weight_map.roots, symbols, ("weights", position))
+        yield from _row_faults(row, weight_map, symbols, ("weights", position))
     for position, drop in enumerate(weight_map.drop):
         for key, pattern in (("from", drop.from_), ("must_equal", drop.must_equal)):
-            if pattern is not None and (fault := pattern_fault(pattern, weight_map.roots)):
+            if pattern is not None and (fault := pattern_fault(pattern, weight_map.roots, symbols)):
                 yield fault, ("drop", position, key), _placeholder_hint(pattern, weight_map.roots)
             elif pattern is not None and index_of(pattern) not in (None, index_of(drop.from_)):
                 yield f"{{{index_of(pattern)}}} stands on one side only", ("drop", position, key), None
-    yield from _repeated(weight_map)
+    yield from _repeated(weight_map, worlds)
     yield from _preset_faults(weight_map, values)
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
-        for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), (key,)):
+        for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), worlds, (key,)):
             yield reason, at, did_you_mean(unknown, values | set(TARGET_VALUES)) if unknown else None
-    yield from _file_faults(weight_map, values | set(TARGET_VALUES))
+    yield from _file_faults(weight_map, values | set(TARGET_VALUES), worlds)
 
 
-def _file_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
+def _target_faults(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
+    """A target that no conversion leads to; a prefix that is none."""
+    for position, model_type in enumerate(weight_map.target.model_types):
+        if model_type not in TARGETS:
+            at: NodePath = ("target", "model_type", position)
+            hint = did_you_mean(model_type, TARGETS) or f"known: {', '.join(TARGETS)}"
+            yield f"unknown target {model_type!r}", at, hint
+    for root, template in weight_map.target.roots.items():
+        at = ("target", "roots", root)
+        for reason, place, _ in template_faults(template, set(), worlds, at):
+            yield reason, place, None
+        for world in worlds:
+            if isinstance(prefix := fill(template, {}, world), str) and not {"{", "}"} & set(prefix):
+                continue
+            yield "expected a prefix as it stands, without braces", at, None
+            break
+
+
+def _condition_faults(items: Iterable[Row | Drop], worlds: Worlds, key: str) -> Iterator[Fault]:
+    known = sorted(frozenset().union(*worlds))
+    for position, item in enumerate(items):
+        if item.when is not None and item.when not in known:
+            hint = did_you_mean(item.when, known) or f"known: {', '.join(known)}"
+            yield f"unknown condition {item.when!r}", (key, position, "when"), hint
+
+
+def _file_faults(weight_map: WeightMap, values: set[str], worlds: Worlds) -> Iterator[Fault]:
     """What cannot be made of the files beside the weights."""
     files, at = weight_map.files, ("files",)
     made = [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE] if files.tokenizer is not None else []
@@ -146,7 +181,7 @@ def _file_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
             yield "expected the settings of an image_processor", (*at, "processor"), None
         templates["processor",] = files.processor
     for key, template in templates.items():
-        for reason, place, unknown in template_faults(template, values, (*at, *key)):
+        for reason, place, unknown in template_faults(template, values, worlds, (*at, *key)):
             yield reason, place, did_you_mean(unknown, values) if unknown else None
 
 
@@ -200,20 +235,15 @@ def _placeholder_hint(pattern: str, roots: Mapping[str, object]) -> str | None:
     return None if unknown is None else did_you_mean(unknown, (*roots, *INDEX_RANGES))
 
 
-def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: NodePath) -> Iterator[Fault]:
+def _row_faults(row: Row, weight_map: WeightMap, symbols: set[str], at: NodePath) -> Iterator[Fault]:
+    roots = weight_map.roots
     constant = isinstance(row.op, Zeros)
     if constant == (row.from_ is not None):
         yield "a row of zeros has no from" if constant else "from is missing", at, None
-    patterns = {("to", part): pattern for part, pattern in row.to.items()}
-    if row.from_ is not None:
-        patterns = {("from",): row.from_, **patterns}  # type: ignore[dict-item]
-    for key, pattern in patterns.items():
-        if fault := pattern_fault(pattern, roots):
-            yield fault, (*at, *key), _placeholder_hint(pattern, roots)
-        elif key[0] == "to" and root_of(pattern) is not None:
-            yield "a target has no root; its name is fixed", (*at, *key), None
-        elif index_of(pattern) != index_of(row.from_ or ""):
-            yield f"{{{index_of(pattern) or index_of(row.from_ or '')}}} stands on one side only", (*at, *key), None
+    if row.from_ is not None and (fault := pattern_fault(row.from_, roots, symbols)):
+        yield fault, (*at, "from"), _placeholder_hint(row.from_, roots)
+    for part, pattern in row.targets:
+        yield from _name_faults(row, pattern, weight_map, symbols, (*at, "to", part))
     for position, size in enumerate(row.shape):
         if isinstance(size, str) and size not in symbols:
             yield f"unknown symbol {size!r}", (*at, "shape", position), did_you_mean(size, symbols)
@@ -225,7 +255,7 @@ def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: No
     if isinstance(row.op, Aligned):
         if len(row.shape) != 2:
             yield "aligned takes a matrix; its shape has two sizes", (*at, "shape"), None
-        if fault := pattern_fault(row.op.aligned.tables, roots):
+        if fault := pattern_fault(row.op.aligned.tables, roots, symbols):
             yield fault, (*at, "op"), _placeholder_hint(row.op.aligned.tables, roots)
         elif index_of(row.op.aligned.tables) is not None:
             yield "an embedding table has no layers", (*at, "op"), None
@@ -235,15 +265,26 @@ def _row_faults(row: Row, roots: Mapping[str, object], symbols: set[str], at: No
         yield "merged_attention is for tensors of both stacks", (*at, "merged_attention"), None
 
 
-def _repeated(weight_map: WeightMap) -> Iterator[Fault]:
+def _name_faults(row: Row, pattern: str, weight_map: WeightMap, symbols: set[str], at: NodePath) -> Iterator[Fault]:
+    """What is wrong with the name of a target."""
+    prefixes, index = weight_map.target.roots, index_of(row.from_ or "")
+    if fault := pattern_fault(pattern, {**weight_map.roots, **prefixes}, symbols):
+        yield fault, at, _placeholder_hint(pattern, prefixes)
+    elif (root := root_of(pattern)) is not None and root not in prefixes:
+        yield f"{{{root}}} is no root of the target", at, f"target.roots has {', '.join(prefixes) or 'none'}"
+    elif index_of(pattern) != index:
+        yield f"{{{index_of(pattern) or index}}} stands on one side only", at, None
+
+
+def _repeated(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
     """A target that two rows fill, a source tensor that two rows carry, for a source that both rows hold for."""
-    for conditions in WORLDS:
+    for conditions in worlds:
         targets: set[str] = set()
         carried: set[str] = set()
         for position, row in enumerate(weight_map.weights):
             if not row.applies(conditions):
                 continue
-            for part, pattern in row.to.items():
+            for part, pattern in row.targets:
                 if pattern in targets:
                     yield f"another row fills {pattern} already", ("weights", position, "to", part), None
                 targets.add(pattern)
@@ -252,5 +293,5 @@ def _repeated(weight_map: WeightMap) -> Iterator[Fault]:
                     yield f"another row carries {row.from_} already", ("weights", position, "from"), None
                 carried.add(row.from_)
         for position, drop in enumerate(weight_map.drop):
-            if drop.from_ in carried:
+            if drop.applies(conditions) and drop.from_ in carried:
                 yield f"a row carries {drop.from_}", ("drop", position, "from"), None

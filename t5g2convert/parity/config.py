@@ -9,7 +9,7 @@ from typing import Any
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import Gemma3
-from t5g2convert.checkpoint.t5gemma2 import implied_tensors, read_t5gemma2
+from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.report import Check, refused
 
@@ -136,7 +136,7 @@ def _same(expected: Any, found: Any) -> bool:
 
 def tensor_faults(target: Checkpoint) -> Iterator[str]:
     """Tensors that the folder's own config implies and that are not there, or in another shape."""
-    for item in implied_tensors(read_t5gemma2(target.config, target.path)):
+    for item in implied_tensors(target.config, target.path):
         stored = target.tensors.get(item.name)
         if stored is None:
             yield f"{item.name} is missing"
@@ -146,5 +146,5 @@ def tensor_faults(target: Checkpoint) -> Iterator[str]:
 
 def _strangers(target: Checkpoint) -> Iterator[str]:
     """Tensors that the folder's own config does not imply."""
-    implied = {item.name for item in implied_tensors(read_t5gemma2(target.config, target.path))}
+    implied = {item.name for item in implied_tensors(target.config, target.path)}
     yield from (f"{name} is not one of this model" for name in target.tensors if name not in implied)

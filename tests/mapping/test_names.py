@@ -27,7 +27,7 @@ def test_a_pattern_is_taken_apart(pattern: str, root: str | None, index: str | N
     assert root_of(pattern) == root
     assert index_of(pattern) == index
     assert placeholders(pattern) == names
-    assert pattern_fault(pattern, ROOTS) is None
+    assert pattern_fault(pattern, ROOTS, INDEX_RANGES.values()) is None
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_pattern_is_taken_apart(pattern: str, root: str | None, index: str | N
     ],
 )
 def test_what_is_not_of_the_grammar_is_named(pattern: str, fault: str) -> None:
-    assert pattern_fault(pattern, ROOTS) == fault
+    assert pattern_fault(pattern, ROOTS, INDEX_RANGES.values()) == fault
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ LITERALS = st.text(alphabet="abc._0", max_size=6)
 @given(LITERALS, LITERALS, LITERALS, st.integers(0, 130))
 def test_an_expansion_has_one_distinct_name_for_each_layer(spelling: str, before: str, after: str, layers: int) -> None:
     pattern = f"{{text}}{before}.{{layer}}.{after}"
-    assert pattern_fault(pattern, ROOTS) is None
+    assert pattern_fault(pattern, ROOTS, INDEX_RANGES.values()) is None
     found = dict(expand(pattern, {"text": spelling}, {"layers": layers}))
     assert found == {layer: f"{spelling}{before}.{layer}.{after}" for layer in range(layers)}
     assert len(set(found.values())) == layers
@@ -103,5 +103,5 @@ def test_an_expansion_has_one_distinct_name_for_each_layer(spelling: str, before
 
 @given(st.text(alphabet="{}abtextlayer._", max_size=24))
 def test_every_pattern_is_faulty_or_expands_without_braces(pattern: str) -> None:
-    if pattern_fault(pattern, ROOTS) is None:
+    if pattern_fault(pattern, ROOTS, INDEX_RANGES.values()) is None:
         assert not [name for _, name in expand(pattern, ROOTS, SYMBOLS) if "{" in name or "}" in name]
