@@ -86,6 +86,16 @@ class T5Gemma2Reference:
             )
         )
 
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Both text stacks."""
+        return self.encoder, self.decoder
+
+    @property
+    def reserved(self) -> frozenset[int]:
+        """Ids that stand for something else than themselves: those of an image, and of its end."""
+        return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
+
     def start_encoder(
         self, ids_BT: Tensor, masks: Mapping[LayerType, Tensor], features_ITC: Tensor | None = None
     ) -> Run:
