@@ -220,6 +220,7 @@ def encoder_config(model: T5Gemma2) -> dict[str, Any]:
         "model_type": ENCODER_TYPE,
         **model.tokens.model_dump(),
         "initializer_range": model.encoder.initializer_range,
+        "processor_class": "Gemma3Processor" if model.vision.num_hidden_layers else "GemmaTokenizer",
         "tie_word_embeddings": True,
         "text_config": {
             "model_type": "t5gemma2_text", "dropout_rate": model.encoder.dropout_rate, **_stack(model.encoder),
