@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import t5gemma2
+from t5g2convert.checkpoint import t5gemma, t5gemma2
 from t5g2convert.checkpoint.config import ImpliedTensor, describe_model_type
 from t5g2convert.errors import CheckpointError
 
@@ -27,6 +27,7 @@ class Target:
 
 
 TARGETS: Final[Mapping[str, Target]] = {
+    t5gemma.MODEL_TYPE: Target(t5gemma.implied_tensors, ("encoder.", "decoder.")),
     t5gemma2.MODEL_TYPE: Target(t5gemma2.implied_tensors, ("encoder.text_config.", "decoder.")),
 }
 """`model_type` to family."""
