@@ -10,6 +10,7 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
 from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
+from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.weights import check_place
@@ -87,7 +88,7 @@ def write(
         yield rest
 
 
-def end_tokens(model: T5Gemma2Reference, folder: Path) -> set[int]:
+def end_tokens(model: EncoderDecoder, folder: Path) -> set[int]:
     """The tokens that end a text: those of generation_config.json, or of the decoder's config where it names none."""
     path = folder / "generation_config.json"
     ends = read_json_object(path).get("eos_token_id") if path.is_file() else None
@@ -98,7 +99,7 @@ def end_tokens(model: T5Gemma2Reference, folder: Path) -> set[int]:
 
 @torch.inference_mode()
 def generate(
-    model: T5Gemma2Reference,
+    model: EncoderDecoder,
     ids_BT: Tensor,
     kept_BT: Tensor,
     *,

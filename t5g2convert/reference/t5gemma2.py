@@ -1,19 +1,17 @@
 """T5Gemma 2 (arXiv 2512.14856): an encoder that sees both ways, and a decoder with merged attention."""
 
-from collections.abc import Mapping
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
-from t5g2convert.reference.cache import LayerCache
+from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer
-from t5g2convert.reference.masks import bidirectional, causal, memory
+from t5g2convert.reference.masks import bidirectional
 from t5g2convert.reference.settings import Kernel, t5gemma2_text, t5gemma2_vision
-from t5g2convert.reference.stack import Run, Stack
+from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
 from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 
@@ -21,7 +19,7 @@ TEXT_ROOTS = ("model.encoder.text_model.", "model.encoder.")
 """Spellings of the encoder's text stack: as module names (models trained and saved elsewhere), as published."""
 
 
-class T5Gemma2Reference:
+class T5Gemma2Reference(EncoderDecoder):
     """What a T5Gemma 2 folder computes.
 
     Attributes:
@@ -48,8 +46,8 @@ class T5Gemma2Reference:
         model: T5Gemma2 | None = None,
         **reading: Unpack[ReadOptions],
     ) -> None:
-        model = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
-        self.model = model
+        self.model: T5Gemma2 = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
+        model = self.model
         self.weights = Weights(checkpoint, **reading)
         root = next((root for root in TEXT_ROOTS if f"{root}norm.weight" in checkpoint.tensors), TEXT_ROOTS[-1])
         table, eoi = f"{root}embed_tokens.weight", f"{root}embed_tokens.eoi_embedding"
@@ -86,66 +84,14 @@ class T5Gemma2Reference:
             )
         )
 
-    def start_encoder(
-        self, ids_BT: Tensor, masks: Mapping[LayerType, Tensor], features_ITC: Tensor | None = None
-    ) -> Run:
-        """An encoder batch before its first layer, under masks of the caller's choice.
-
-        Args:
-            ids_BT: Token ids, int64.
-            masks: By kind of layer; see `encoder_masks`.
-            features_ITC: Soft tokens of the images in the batch, in order.
-        """
-        token = self.model.tokens.image_token_index
-        if features_ITC is None:
-            embedded = self.encoder.embed(ids_BT)
-        else:
-            embedded = scatter_images(self.encoder.embed(text_only(ids_BT, token)), ids_BT, token, features_ITC)
-        return Run(embedded, self.encoder.rotations(0, ids_BT.shape[1], embedded.dtype), masks)
-
     def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
-        """The masks that an encoder has: both ways, in sliding layers within the window."""
+        """Both ways, in sliding layers half the window to either side."""
         settings = self.encoder.settings
         return {kind: bidirectional(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}
 
-    def start_decoder(
-        self,
-        ids_BT: Tensor,
-        kept_BS: Tensor,
-        memory_BMC: Tensor,
-        memory_kept_BM: Tensor,
-        caches: list[LayerCache] | None = None,
-    ) -> Run:
-        """A decoder batch before its first layer.
-
-        Args:
-            ids_BT: Token ids, int64; with caches, those that they do not hold yet.
-            kept_BS: False at padding, for the tokens in the caches and these.
-            memory_BMC: The encoder's output.
-            memory_kept_BM: False at its padding, or at all of it to hide it.
-            caches: One for each layer; they are filled.
-        """
-        settings, (queries, keys) = self.decoder.settings, (ids_BT.shape[1], kept_BS.shape[1])
-        embedded = self.decoder.embed(ids_BT)
-        masks = {
-            kind: causal(kind, settings.sliding_window, kept_BS, queries=queries) for kind in set(settings.layer_types)
-        }
-        rotations = self.decoder.rotations(keys - queries, keys, embedded.dtype)
-        return Run(embedded, rotations, masks, memory_BMC, memory(queries, memory_kept_BM), caches or [])
-
-    @torch.inference_mode()
-    def encode(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
-        """The encoder's output, [B, T, C]."""
-        return self.start_encoder(ids_BT, self.encoder_masks(kept_BT), features_ITC).through(self.encoder)
-
-    @torch.inference_mode()
-    def decode(
-        self,
-        ids_BT: Tensor,
-        kept_BS: Tensor,
-        memory_BMC: Tensor,
-        memory_kept_BM: Tensor,
-        caches: list[LayerCache] | None = None,
-    ) -> Tensor:
-        """The decoder's normed states, [B, T, C]; `decoder.logits` makes logits of them."""
-        return self.start_decoder(ids_BT, kept_BS, memory_BMC, memory_kept_BM, caches).through(self.decoder)
+    def embed(self, ids_BT: Tensor, features_ITC: Tensor | None) -> Tensor:
+        """Embeddings, with soft tokens in the place of image tokens."""
+        if features_ITC is None:
+            return self.encoder.embed(ids_BT)
+        token = self.model.tokens.image_token_index
+        return scatter_images(self.encoder.embed(text_only(ids_BT, token)), ids_BT, token, features_ITC)
