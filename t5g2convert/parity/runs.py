@@ -4,18 +4,16 @@ from collections.abc import Callable
 
 import torch
 
-from t5g2convert.parity.inputs import image_ids, pixels, reserved, token_batch
+from t5g2convert.parity.inputs import image_ids, pixels, token_batch
 from t5g2convert.parity.report import Check
-from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.encoderdecoder import EncoderDecoder
 
 ENCODER_TOKENS = 24
 DECODER_TOKENS = 12
 
 
 @torch.inference_mode()
-def judge_runs(
-    target: T5Gemma2Reference, dtype: torch.dtype, *, blind: bool = False, progress: Callable[[str], None]
-) -> Check:
+def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callable[[str], None]) -> Check:
     """Logits must be finite, and must change when the encoder reads another text, or another image.
 
     Three sequences with the same decoder input; the second has another image than the first (another text, where the
@@ -23,17 +21,17 @@ def judge_runs(
 
     Args:
         target: The model.
-        dtype: What it computes in.
         blind: Whether its projector is declared to be zeros, so that all images are one to it.
         progress: Told what is being done.
     """
     progress("encoder and decoder together")
-    never = reserved(target)
+    never = target.reserved
     vocab, device = target.decoder.settings.vocab_size, target.weights.device
     texts_BT = token_batch(vocab, ENCODER_TOKENS, never=never).ids_BT
     written_BT = token_batch(vocab, DECODER_TOKENS, never=never).ids_BT[:1].expand(3, -1)
     features = None
     if target.vision is not None:
+        dtype = target.weights.dtype or torch.float32
         token, count = target.vision.settings.image_token_index, target.vision.settings.mm_tokens_per_image
         image_T = torch.where((found := image_ids(vocab, count, never=never)) < 0, token, found)[0]
         ids_BT = torch.stack([torch.cat((texts_BT[row], image_T)) for row in (0, 0, 1)])

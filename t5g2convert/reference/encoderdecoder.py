@@ -32,6 +32,16 @@ class EncoderDecoder:
     decoder: Stack
     vision: VisionTower | None = None
 
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Both text stacks."""
+        return self.encoder, self.decoder
+
+    @property
+    def reserved(self) -> frozenset[int]:
+        """Ids that stand for something else than themselves."""
+        return frozenset()
+
     def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
         """The masks that the encoder has: both ways, in sliding layers within the window."""
         raise NotImplementedError

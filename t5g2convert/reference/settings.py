@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from t5g2convert.checkpoint.config import MAX_INTEGER
 from t5g2convert.checkpoint.gemma2 import Gemma2, Gemma2Text
 from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text, LayerType, SiglipVision
 from t5g2convert.checkpoint.t5gemma import T5Gemma
@@ -12,8 +13,8 @@ from t5g2convert.checkpoint.t5gemma2 import Stack, T5Gemma2, Tower
 Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""
 
-NO_TOKEN: Final = -1
-"""An id that no token has."""
+NO_TOKEN: Final = MAX_INTEGER + 1
+"""An id that no token has: behind every table."""
 
 
 @dataclass(frozen=True, slots=True)

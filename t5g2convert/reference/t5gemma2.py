@@ -84,6 +84,11 @@ class T5Gemma2Reference(EncoderDecoder):
             )
         )
 
+    @property
+    def reserved(self) -> frozenset[int]:
+        """Those of an image, and of its end."""
+        return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
+
     def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
         """Both ways, in sliding layers half the window to either side."""
         settings = self.encoder.settings

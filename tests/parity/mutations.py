@@ -23,7 +23,8 @@ from t5g2convert.cli.verify import print_report
 from t5g2convert.parity.junit import junit
 from t5g2convert.parity.page import page
 from t5g2convert.parity.report import Check, Report
-from t5g2convert.parity.verify import PARITIES, verify
+from t5g2convert.parity.t5gemma2 import PARITIES
+from t5g2convert.parity.verify import verify
 from t5g2convert.reference.weights import DTYPES
 
 Tensors = dict[str, Tensor]
