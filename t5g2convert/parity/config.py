@@ -3,11 +3,12 @@
 What is expected stands here in code, written down from the two classes' configs, apart from the map that made it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.gemma2 import Gemma2
 from t5g2convert.checkpoint.gemma3 import Gemma3
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.errors import CheckpointError
@@ -31,12 +32,13 @@ STUB = {
 
 
 def judge_config(
-    source: Gemma3,
+    source: Gemma3 | Gemma2,
     target: Checkpoint,
     generation: Mapping[str, Any],
     changes: Mapping[str, Any],
     *,
     ends: int | list[int] | None = None,
+    expect: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None,
 ) -> Check:
     """Compare config.json and generation_config.json with what the source and the declared changes imply.
 
@@ -46,8 +48,10 @@ def judge_config(
         generation: Its generation_config.json.
         changes: New values from the manifest, by the source's name of a setting, or by its path in the target's config.
         ends: End tokens of the source's generation_config.json, which may be more than those of its config.json.
+        expect: From the source and the changes to config.json without `dtype` (default: T5Gemma 2's).
     """
-    expected = dict(flatten(expected_config(source, changes)))
+    expectation: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = expect or expected_config
+    expected = dict(flatten(expectation(source, changes)))
     expected |= {path: value for path, value in changes.items() if path in expected and "." in path}
     expected["dtype"] = CONFIG_NAMES.get(target.dtype)
     found = dict(flatten(target.config))

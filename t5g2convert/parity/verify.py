@@ -14,10 +14,11 @@ from t5g2convert.parity.kinds import Kind
 from t5g2convert.parity.provenance import judge_provenance, replay
 from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Report
+from t5g2convert.parity.t5gemma import ToT5Gemma
 from t5g2convert.parity.t5gemma2 import ToT5Gemma2
 from t5g2convert.reference.weights import check_place
 
-KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(),)
+KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma())
 """The kinds of conversion that are known; the first is what a folder is taken for that is none of them."""
 
 

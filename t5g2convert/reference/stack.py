@@ -71,6 +71,11 @@ class Stack:
             embedded_BTC[ids_BT == self.settings.eoi_token_index] = self.weights.tensor(self.eoi)
         return embedded_BTC
 
+    def table_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The embedding matrix a slice at a time: the first row's number, and the rows as they are stored."""
+        for start in range(0, self.settings.vocab_size, HEAD_ROWS):
+            yield start, self.weights.rows(self.table, start, min(start + HEAD_ROWS, self.settings.vocab_size))
+
     def layer(self, number: int) -> nn.Module:
         """A layer with its parameters."""
         return self.weights.module(
