@@ -31,7 +31,7 @@ def plan_notes(
     if options.preset is not None:
         for name in weight_map.presets[options.preset].assumed:
             yield f"preset {options.preset}: what the release has for {name} is not established"
-    yield from _images(resolution, drafts)
+    yield from _images(resolution)
     dtypes = sorted({draft.dtype for draft in drafts})
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
@@ -66,9 +66,9 @@ def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]
         yield f"{name} is {target}, the source's is {source}: {effect}"
 
 
-def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
+def _images(resolution: Resolution) -> Iterator[str]:
     conditions = resolution.model.conditions
-    if "text_only" in conditions and any(draft.part == "vision" for draft in drafts):
+    if any(item.part == "vision" and item.source is None for item in resolution.targets):
         yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
     if VISION_FROM in resolution.checkpoints:
         taken = sum(item.role == VISION_FROM and item.source is not None for item in resolution.targets)

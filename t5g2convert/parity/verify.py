@@ -39,8 +39,8 @@ def verify(
     """Judge a conversion with the reference passes.
 
     Args:
-        output: The T5Gemma 2 folder to judge.
-        source: The Gemma 3 folder that it was converted from; without it only integrity and runs are checked. A str may
+        output: The converted folder to judge.
+        source: The folder that it was converted from; without it only integrity and runs are checked. A str may
             also be a model of the Hub, which is downloaded.
         vision_from: The folder or model whose vision tower the conversion was given, if it was.
         mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
