@@ -61,7 +61,8 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
         origins = tuple(named(role, name) for name in ("config.json", *reads))
         made.append(PlannedFile(PROCESSOR_FILE, origins, encode_json(document)))
     files = (*made, *carried)
-    return FilesBeside(files, tokens, (*notes, *_notes(files, tokens, folder)))
+    notes += _notes(files, tokens, folder, converted=weight_map.extracts is None)
+    return FilesBeside(files, tokens, tuple(notes))
 
 
 def _moves(declared: TokenizerFiles, resolution: Resolution) -> list[TokenMove]:
@@ -115,7 +116,9 @@ def _tokenizer_files(
         yield PlannedFile(TOKENIZER_CONFIG_FILE, reads)
 
 
-def _notes(files: tuple[PlannedFile, ...], tokens: tuple[TokenChange, ...], folder: Path) -> Iterator[str]:
+def _notes(
+    files: tuple[PlannedFile, ...], tokens: tuple[TokenChange, ...], folder: Path, *, converted: bool
+) -> Iterator[str]:
     names = {file.name for file in files}
     if TOKENIZER_FILE not in names:
         yield "the source has no tokenizer.json: the output cannot read text"
@@ -123,5 +126,7 @@ def _notes(files: tuple[PlannedFile, ...], tokens: tuple[TokenChange, ...], fold
         if change.replaces is not None:
             yield f"tokenizer.json: {change.token} takes the place of {change.replaces}, id {change.target}"
     config = folder / TOKENIZER_CONFIG_FILE
+    if not converted:
+        return
     if names & set(TEMPLATE_FILES) or (is_there(config) and "chat_template" in read_json_object(config)):
         yield "the chat template is the source's: it was written for a decoder without an encoder"

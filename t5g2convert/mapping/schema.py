@@ -222,6 +222,10 @@ class WeightMap(Declaration):
     )
     source: Source
     target: Target
+    requires: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="Config values that the source must have, since the target cannot have others.",
+    )
     roots: dict[str, Annotated[list[Spelling], Field(min_length=1)]] = Field(
         description="Name of a family of tensors to the spellings of its prefix; one of them is in a checkpoint."
     )
@@ -230,7 +234,10 @@ class WeightMap(Declaration):
     drop: list[Drop] = Field(default_factory=list)
     presets: dict[str, Preset] = Field(default_factory=dict, description="What --preset may name.")
     config: dict[str, Any] = Field(description="config.json of the target; $name is a value of the source's config.")
-    generation_config: dict[str, Any] = Field(description="generation_config.json of the target, in the same form.")
+    generation_config: dict[str, Any] | None = Field(
+        default=None,
+        description="generation_config.json of the target, in the same form; none for what writes no text.",
+    )
     files: Files = Field(default=Files())
 
 

@@ -118,8 +118,8 @@ def judge_first_generation(
     ]
     if unequal := walk(source, tracks, progress):
         return [Check(f"{name}_parity", False, unequal) for name in ("decoder", "encoder", "cross")]
-    decoder = judge_decoder(source.text, tracks[0], batch, tolerance, "logits without cross-attention")
-    encoder = judge_encoder(source.text, tracks[1], batch, tolerance, " and all rows of its table")
+    decoder = judge_decoder(source.text, tracks[0], batch, tolerance, compared="logits without cross-attention")
+    encoder = judge_encoder(source.text, tracks[1], batch, None, tolerance, besides=" and all rows of its table")
     # A tied softmax has read every row already.
     if target.decoder.head != target.decoder.table:
         decoder = with_table(decoder, source.text, tracks[0], tolerance)

@@ -28,6 +28,7 @@ from t5g2convert.conversion.plan import (
 )
 from t5g2convert.conversion.planner import build_plan
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.mapping.library import shipped_maps
 from t5g2convert.parity.accounts import account, accounts_of
 from t5g2convert.parity.alignment import aligned_projector, projector_faults
 from t5g2convert.parity.claims import file_faults, header_faults, manifest_faults
@@ -47,7 +48,10 @@ def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None) -
         MappingError: The map is faulty, or does not fill the target.
     """
     options = recorded_options(manifest.get("options", {}))
-    options["mapping"] = mapping
+    made_with = manifest.get("mapping", {}).get("name")
+    shipped = {loaded.map.name: loaded.map.extracts for loaded in shipped_maps()}
+    # A part is taken out with a map of its own, which the source alone does not tell.
+    options["mapping"], options["part"] = mapping, None if mapping is not None else shipped.get(made_with)
     source, options["vision_from"] = sources.origins
     return build_plan(source, **options)
 

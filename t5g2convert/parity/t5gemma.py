@@ -9,7 +9,7 @@ from t5g2convert.checkpoint.gemma2 import Gemma2
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma import T5Gemma, read_t5gemma
 from t5g2convert.parity.changes import change_remarks, on_source_settings
-from t5g2convert.parity.config import SHARED, judge_config
+from t5g2convert.parity.config import SHARED, differences, flatten, judge_settings
 from t5g2convert.parity.cross import judge_first_generation
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.kinds import Kind
@@ -87,10 +87,13 @@ def _files(names: list[str], parent: Gemma2Parent, target: Checkpoint) -> Check:
 
 
 def _config(judge: Judge, parent: Gemma2Parent, target: Checkpoint) -> Check:
-    generation = read_json_object(target.path / GENERATION)
-    return judge_config(
-        parent.gemma.model, target, generation, judge.new_values, ends=parent.ends, expect=expected_config
-    )
+    changes, text = judge.new_values, parent.gemma.model.text
+    expected = dict(flatten(expected_config(parent.gemma.model, changes)))
+    expected |= {path: value for path, value in changes.items() if path in expected and "." in path}
+    written = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    written |= {} if parent.ends is None else {"eos_token_id": parent.ends}
+    faults = differences(written, read_json_object(target.path / GENERATION))
+    return judge_settings(expected, target, faults, changes)
 
 
 def expected_config(source: Gemma2, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,18 @@ class Track:
         self.drifts.append(difference.drift(layer))
         return difference
 
+    def compare_embeddings(self) -> None:
+        """The same before the first layer, and the first token that differs."""
+        if not self.compare("embed_tokens").max_abs:
+            return
+        self.departs = "embed_tokens"
+        for pair in self.pairs:
+            differs_BT = (pair.expected.hidden_BTC != pair.found.hidden_BTC).any(-1) & pair.kept_BT
+            if bool(differs_BT.any()):
+                row, column = differs_BT.nonzero()[0].tolist()
+                self.departs = f"embed_tokens, at token {column} of sequence {row}"
+                return
+
 
 @torch.inference_mode()
 def judge_text(
@@ -102,8 +114,8 @@ def judge_text(
     if unequal := walk(source, [decoder, encoder], progress):
         return [Check(f"{part}_parity", False, unequal) for part in ("decoder", "encoder")]
     return [
-        judge_decoder(source.text, decoder, batch, tolerance, "logits with hidden memory"),
-        judge_encoder(source.text, encoder, batch, tolerance, " and with an image" if images is not None else ""),
+        judge_decoder(source.text, decoder, batch, tolerance),
+        judge_encoder(source.text, encoder, batch, images, tolerance),
     ]
 
 
@@ -121,8 +133,7 @@ def walk(source: Parent, tracks: list[Track], progress: Callable[[str], None]) -
     if unequal:
         return "; ".join(unequal)
     for track in tracks:
-        if track.compare("embed_tokens").max_abs:
-            track.departs = _embedding_departure(track)
+        track.compare_embeddings()
     advance_side_by_side(source.text, tracks, progress)
     pair = tracks[0].pairs[0]
     if not bool(torch.isfinite(pair.expected.hidden_BTC[pair.kept_BT]).all()):
@@ -203,15 +214,6 @@ def advance_side_by_side(
         del layer
 
 
-def _embedding_departure(track: Track) -> str:
-    for pair in track.pairs:
-        differs_BT = (pair.expected.hidden_BTC != pair.found.hidden_BTC).any(-1) & pair.kept_BT
-        if bool(differs_BT.any()):
-            row, column = differs_BT.nonzero()[0].tolist()
-            return f"embed_tokens, at token {column} of sequence {row}"
-    return "embed_tokens"
-
-
 def _normed(source: Stack, track: Track) -> list[tuple[Tensor, Tensor]]:
     """States behind the last norm of both models, tokens that are no padding only; the difference is noted."""
     difference = Difference()
@@ -237,8 +239,10 @@ def both_logits(
         yield start, expected_NV, found_NV
 
 
-def judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float, compared: str) -> Check:
-    """decoder_parity, behind the last layer; `compared` says what was."""
+def judge_decoder(
+    source: Stack, track: Track, batch: Batch, tolerance: float, *, compared: str = "logits with hidden memory"
+) -> Check:
+    """decoder_parity: whether the logits are the source's, behind all layers; `compared` says under what."""
     ((expected_NC, found_NC),) = _normed(source, track)
     difference = Difference()
     for _, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
@@ -261,13 +265,33 @@ def judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float, c
     return Check("decoder_parity", passed, said, figures=figures)
 
 
-def judge_encoder(source: Stack, track: Track, batch: Batch, tolerance: float, besides: str = "") -> Check:
-    """encoder_parity, behind the last layer; `besides` says what was compared beside the batch."""
+def judge_encoder(
+    source: Stack,
+    track: Track,
+    batch: Batch,
+    images: ImageBatch | None,
+    tolerance: float,
+    *,
+    masks: str = "causal masks",
+    besides: str = "",
+) -> Check:
+    """encoder_parity: whether the normed states are the source's, behind all layers.
+
+    Args:
+        source: The source's stack.
+        track: The encoder's.
+        batch: What both read.
+        images: What both read besides, if anything.
+        tolerance: Largest relative difference that passes.
+        masks: Under which masks they read it.
+        besides: What else is compared.
+    """
     difference = Difference()
     for expected_NC, found_NC in _normed(source, track):
         difference.add(expected_NC, found_NC)
     passed = difference.within(tolerance)
-    said = f"states under causal masks, {int(batch.kept_BT.sum())} tokens{besides}: {difference}"
+    seen = " and with an image" if images is not None else ""
+    said = f"states under {masks}, {int(batch.kept_BT.sum())} tokens{seen}{besides}: {difference}"
     if not passed:
         said += f"; departs at {track.departs}"
     return Check(

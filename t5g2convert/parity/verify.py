@@ -8,6 +8,7 @@ from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_ob
 from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.parity.extracted import ToEncoder, ToGemma3
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.judge import Judge, Progress
 from t5g2convert.parity.kinds import Kind
@@ -18,7 +19,7 @@ from t5g2convert.parity.t5gemma import ToT5Gemma
 from t5g2convert.parity.t5gemma2 import ToT5Gemma2
 from t5g2convert.reference.weights import check_place
 
-KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma())
+KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3())
 """The kinds of conversion that are known; the first is what a folder is taken for that is none of them."""
 
 

@@ -15,27 +15,23 @@ from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import Weights
 
 
-class EncoderDecoder:
-    """A folder's encoder-decoder; its subclasses read the folder.
+class Encoding:
+    """A folder's encoder; its subclasses read the folder.
 
     Attributes:
-        model: Its settings.
-        weights: Its tensors.
+        weights: The folder's tensors.
         encoder: The encoder's text stack.
-        decoder: The decoder's.
         vision: The vision tower; None for a model without images.
     """
 
-    model: T5Gemma | T5Gemma2
     weights: Weights
     encoder: Stack
-    decoder: Stack
     vision: VisionTower | None = None
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """Both text stacks."""
-        return self.encoder, self.decoder
+        """The text stacks."""
+        return (self.encoder,)
 
     @property
     def reserved(self) -> frozenset[int]:
@@ -65,6 +61,28 @@ class EncoderDecoder:
         embedded = self.embed(ids_BT, features_ITC)
         return Run(embedded, self.encoder.rotations(0, ids_BT.shape[1], embedded.dtype), masks)
 
+    @torch.inference_mode()
+    def encode(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
+        """The encoder's output, [B, T, C]."""
+        return self.start_encoder(ids_BT, self.encoder_masks(kept_BT), features_ITC).through(self.encoder)
+
+
+class EncoderDecoder(Encoding):
+    """A folder's encoder-decoder; its subclasses read the folder.
+
+    Attributes:
+        model: Its settings.
+        decoder: The decoder's text stack.
+    """
+
+    model: T5Gemma | T5Gemma2
+    decoder: Stack
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Both text stacks."""
+        return self.encoder, self.decoder
+
     def start_decoder(
         self,
         ids_BT: Tensor,
@@ -90,11 +108,6 @@ class EncoderDecoder:
         rotations = self.decoder.rotations(keys - queries, keys, embedded.dtype)
         seen_BTM = None if memory_kept_BM is None else memory(queries, memory_kept_BM)
         return Run(embedded, rotations, masks, memory_BMC, seen_BTM, caches or [])
-
-    @torch.inference_mode()
-    def encode(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
-        """The encoder's output, [B, T, C]."""
-        return self.start_encoder(ids_BT, self.encoder_masks(kept_BT), features_ITC).through(self.encoder)
 
     @torch.inference_mode()
     def decode(

@@ -1,13 +1,14 @@
 """T5Gemma 2 (arXiv 2512.14856): an encoder that sees both ways, and a decoder with merged attention."""
 
+from collections.abc import Sequence
 from typing import Unpack
 
 from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import LayerType
-from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
-from t5g2convert.reference.encoderdecoder import EncoderDecoder
+from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, T5Gemma2Encoder, read_t5gemma2, read_t5gemma2_encoder
+from t5g2convert.reference.encoderdecoder import EncoderDecoder, Encoding
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer
 from t5g2convert.reference.masks import bidirectional
 from t5g2convert.reference.settings import Kernel, t5gemma2_text, t5gemma2_vision
@@ -18,24 +19,28 @@ from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 TEXT_ROOTS = ("model.encoder.text_model.", "model.encoder.")
 """Spellings of the encoder's text stack: as module names (models trained and saved elsewhere), as published."""
 
+ALONE_ROOTS = ("text_model.", "")
+"""The same in a folder that holds the encoder alone."""
 
-class T5Gemma2Reference(EncoderDecoder):
-    """What a T5Gemma 2 folder computes.
+
+class EncoderReference(Encoding):
+    """What the encoder of a T5Gemma 2 computes, from a folder of its own.
 
     Attributes:
         model: Its settings.
-        encoder: The encoder's text stack.
-        decoder: The decoder's.
+        weights: The folder's tensors.
+        encoder: The text stack.
         vision: The vision tower; None for the stub of a text-only model.
 
     Args:
         checkpoint: The folder.
         kernel: How attention is computed.
         model: Settings to use in place of those of the folder's config.json.
+        roots: What may stand before the names of the text stack.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is not T5Gemma 2's, or the names fit no spelling.
+        CheckpointError: The config is not of such an encoder, or the names fit no spelling.
     """
 
     def __init__(
@@ -43,31 +48,21 @@ class T5Gemma2Reference(EncoderDecoder):
         checkpoint: Checkpoint,
         *,
         kernel: Kernel = "eager",
-        model: T5Gemma2 | None = None,
+        model: T5Gemma2Encoder | None = None,
+        roots: Sequence[str] = ALONE_ROOTS,
         **reading: Unpack[ReadOptions],
     ) -> None:
-        self.model: T5Gemma2 = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
-        model = self.model
+        model = model or read_t5gemma2_encoder(checkpoint.config, checkpoint.path / "config.json")
+        self.model = model
         self.weights = Weights(checkpoint, **reading)
-        root = next((root for root in TEXT_ROOTS if f"{root}norm.weight" in checkpoint.tensors), TEXT_ROOTS[-1])
-        table, eoi = f"{root}embed_tokens.weight", f"{root}embed_tokens.eoi_embedding"
-
+        root = next((root for root in roots if f"{root}norm.weight" in checkpoint.tensors), roots[-1])
         self.encoder = Stack(
             self.weights,
             t5gemma2_text(model, model.encoder),
             EncoderLayer,
             prefix=root,
-            table=table,
-            eoi=eoi,
-            kernel=kernel,
-        )
-        self.decoder = Stack(
-            self.weights,
-            t5gemma2_text(model, model.decoder),
-            DecoderLayer,
-            prefix="model.decoder.",
-            table=table,
-            eoi=eoi,
+            table=f"{root}embed_tokens.weight",
+            eoi=f"{root}embed_tokens.eoi_embedding",
             kernel=kernel,
         )
         settings = t5gemma2_vision(model)
@@ -100,3 +95,46 @@ class T5Gemma2Reference(EncoderDecoder):
             return self.encoder.embed(ids_BT)
         token = self.model.tokens.image_token_index
         return scatter_images(self.encoder.embed(text_only(ids_BT, token)), ids_BT, token, features_ITC)
+
+
+class T5Gemma2Reference(EncoderReference, EncoderDecoder):
+    """What a T5Gemma 2 folder computes.
+
+    Attributes:
+        model: Its settings.
+        weights: The folder's tensors.
+        encoder: The encoder's text stack.
+        decoder: The decoder's.
+        vision: The vision tower; None for the stub of a text-only model.
+
+    Args:
+        checkpoint: The folder.
+        kernel: How attention is computed.
+        model: Settings to use in place of those of the folder's config.json.
+        reading: The dtype to compute in, the device, and whether parameters stay in memory.
+
+    Raises:
+        CheckpointError: The config is not T5Gemma 2's, or the names fit no spelling.
+    """
+
+    model: T5Gemma2
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        kernel: Kernel = "eager",
+        model: T5Gemma2 | None = None,
+        **reading: Unpack[ReadOptions],
+    ) -> None:
+        model = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
+        super().__init__(checkpoint, kernel=kernel, model=model, roots=TEXT_ROOTS, **reading)
+        self.decoder = Stack(
+            self.weights,
+            t5gemma2_text(model, model.decoder),
+            DecoderLayer,
+            prefix="model.decoder.",
+            table=self.encoder.table,
+            eoi=self.encoder.eoi,
+            kernel=kernel,
+        )
