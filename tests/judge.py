@@ -84,7 +84,7 @@ def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
 
 
 def judge_first_generation(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
-    """Compare a Gemma 2 folder and the T5Gemma made of it; its cross-attention is silent while the decoder is judged."""
+    """Compare a Gemma 2 folder and the T5Gemma made of it, as `judge` does; the decoder with silent cross-attention."""
     parent, child, complaints = load(source, output, dtype)
     config = json.loads((output / "config.json").read_text())
     generator = torch.Generator().manual_seed(7)

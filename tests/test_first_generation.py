@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5GemmaConfig, T5GemmaModuleConfig
 
 from t5g2convert import convert, verify
 from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.config import SHARED
 from tests.conftest import TwinFolder
 from tests.gemma_tokenizer import write_tokenizer
 from tests.judge import judge
@@ -57,6 +59,18 @@ def test_verify_passes_with_every_check(name: str, twin_folder: TwinFolder, conv
     parities = [check.figures for check in report.checks if check.figures is not None]
     assert [(figures.max_abs, figures.departs) for figures in parities] == [(0.0, None)] * 3
     assert len(parities[2].drifts) == json.loads((twin_folder(name) / "config.json").read_text())["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_every_setting_as_it_stands_and_has_no_other(name: str, converted_twin: TwinFolder) -> None:
+    ours = json.loads((converted_twin(name) / "config.json").read_text())
+    theirs = T5GemmaConfig.from_pretrained(converted_twin(name)).to_dict()
+    for part in ("encoder", "decoder"):
+        found = theirs.pop(part)
+        stack = ours.pop(part)
+        assert stack == {key: found[key] for key in stack}
+        assert T5GemmaModuleConfig().to_dict().keys() & {*SHARED, "tie_word_embeddings", "is_decoder"} <= stack.keys()
+    assert ours == {key: theirs[key] for key in ours}
 
 
 def test_without_its_source_a_folder_is_checked_as_far_as_that_goes(converted_twin: TwinFolder) -> None:

@@ -133,7 +133,7 @@ def inspect(source: Path | str) -> Inspection:
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
     """
     checkpoint = open_source(source)
-    if checkpoint.config.get("model_type") in _TARGET_FACTS:
+    if str(checkpoint.config.get("model_type")) in _TARGET_FACTS:
         return _inspect_target(checkpoint)
     return _inspect_source(checkpoint)
 

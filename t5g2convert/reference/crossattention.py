@@ -26,8 +26,9 @@ class CrossAttention(Projections):
         self, x_BTC: Tensor, memory_BMC: Tensor, memory_seen_BTM: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
         """[B, T, C] to [B, T, C]; a cache holds the memory's keys and values already."""
+        q_BHTD = self.q_norm(self.heads(self.q_proj(x_BTC)))
         k_BKMD, v_BKMD = self.project_memory(memory_BMC) if cache is None else cache.memory
-        return self.attended(self.q_norm(self.heads(self.q_proj(x_BTC))), k_BKMD, v_BKMD, memory_seen_BTM)
+        return self.attended(q_BHTD, k_BKMD, v_BKMD, memory_seen_BTM)
 
 
 class CrossDecoderLayer(StackLayer):
