@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
+from t5g2convert.checkpoint.targets import TARGETS
+from t5g2convert.mapping.families import FAMILIES, worlds_of
 from t5g2convert.mapping.operations import Aligned, AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
 
 Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
@@ -65,6 +67,8 @@ def _token_text(token: str) -> str:
 
 
 Names = Annotated[str | list[str], BeforeValidator(_names)]
+TargetType = Annotated[str, Field(json_schema_extra={"enum": sorted(TARGETS)})]
+Condition = Annotated[str, Field(json_schema_extra={"enum": sorted(frozenset().union(*worlds_of(FAMILIES)))})]
 FileName = Annotated[str, AfterValidator(_file_name)]
 TokenText = Annotated[str, AfterValidator(_token_text)]
 Spelling = Annotated[str, AfterValidator(_spelling)]
@@ -88,7 +92,9 @@ class Source(Declaration):
 class Target(Declaration):
     """The target family."""
 
-    model_type: Names = Field(description="The model_type of its config.json, or those that it may be.")
+    model_type: Annotated[TargetType | list[TargetType], BeforeValidator(_names)] = Field(
+        description="The model_type of its config.json, or those that it may be."
+    )
     architecture: str = Field(description="The class that loads the output.")
     roots: dict[str, Any] = Field(
         default_factory=dict,
@@ -130,7 +136,7 @@ class Row(Declaration):
     merged_attention: bool = Field(
         default=False, description="The decoder's joint self- and cross-attention reads this self-attention tensor."
     )
-    when: str | None = Field(default=None, description="The row holds only for such sources.")
+    when: Condition | None = Field(default=None, description="The row holds only for such sources.")
 
     @property
     def targets(self) -> tuple[tuple[Part, str], ...]:
@@ -157,7 +163,7 @@ class Drop(Declaration):
     must_equal: str | None = Field(
         default=None, description="Pattern of a tensor whose bytes it must repeat; the conversion is refused otherwise."
     )
-    when: str | None = Field(default=None, description="The drop holds only for such sources.")
+    when: Condition | None = Field(default=None, description="The drop holds only for such sources.")
 
     def applies(self, conditions: frozenset[str]) -> bool:
         """Whether the drop holds for a source."""

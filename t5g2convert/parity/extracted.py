@@ -103,6 +103,7 @@ class ToEncoder(_Extracted):
 
     targets = (ENCODER_TYPE,)
     parities = ("vision_parity", "encoder_parity")
+    part = "encoder"
 
     def read(self, target: Checkpoint) -> T5Gemma2Encoder:
         """T5Gemma 2's encoder."""
@@ -137,6 +138,7 @@ class ToGemma3(_Extracted):
 
     targets = (MULTIMODAL, TEXT_ONLY)
     parities = ("vision_parity", "decoder_parity")
+    part = "decoder"
 
     def read(self, target: Checkpoint) -> Gemma3:
         """Gemma 3."""

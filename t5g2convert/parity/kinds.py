@@ -22,11 +22,13 @@ class Kind(ABC, Generic[Made]):
         sources: The `model_type`s of what is converted.
         targets: The `model_type`s of what comes of it.
         parities: The checks that compare what both compute.
+        part: What is taken out of the source; None where it is converted whole.
     """
 
     sources: ClassVar[tuple[str, ...]]
     targets: ClassVar[tuple[str, ...]]
     parities: ClassVar[tuple[str, ...]]
+    part: ClassVar[str | None] = None
 
     @abstractmethod
     def parent(self, sources: Sources) -> Made:

@@ -6,15 +6,16 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_object
 from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.extracted import ToEncoder, ToGemma3
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.judge import Judge, Progress
 from t5g2convert.parity.kinds import Kind
-from t5g2convert.parity.provenance import judge_provenance, replay
+from t5g2convert.parity.provenance import judge_provenance, planned
 from t5g2convert.parity.record import record_report
-from t5g2convert.parity.report import Report
+from t5g2convert.parity.report import Check, Report
 from t5g2convert.parity.t5gemma import ToT5Gemma
 from t5g2convert.parity.t5gemma2 import ToT5Gemma2
 from t5g2convert.reference.weights import check_place
@@ -76,9 +77,9 @@ def verify(
     if parent is not None and parent.donor is None and "vision_from" in judge.manifest:
         raise UsageError("its vision tower is from another checkpoint", hint="give that one with --vision-from")
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
-    plan = None
+    plan = lie = None
     if parent is not None:
-        plan = replay(parent.sources, judge.manifest, mapping)
+        plan, lie = planned(parent.sources, judge.manifest, mapping, kind.part)
         size = parent.sources.size(parent.sources.missing(plan.reads))
         parent.sources.fetch(plan.reads, percent("download", size, judge.progress))
     judge.integrity()
@@ -88,7 +89,7 @@ def verify(
             judge.skip(("provenance", "config", "tokenizer", *kind.parities), "no source was given")
         else:
             prove = partial(judge_provenance, plan, parent, target, judge.manifest, judge.progress)
-            judge.make(["provenance"], lambda: [prove()])
+            judge.make(["provenance"], lambda: [prove() if lie is None else Check("provenance", False, lie)])
             kind.against(judge, parent, target)
         if not judge.unfit(["runs"], target):
             judge.make(["runs"], lambda: [kind.runs(judge, target)])
@@ -98,13 +99,30 @@ def verify(
 
 
 def kind_of(output: Path, source: Checkpoint | None) -> Kind[Any]:
-    """The kind of conversion that a folder is judged as: one that its source can have, and leads to such a folder."""
+    """The kind of conversion that a folder is judged as.
+
+    One that the source can have and that leads to such a folder, if there is one. Otherwise either the folder or the
+    source is another than it should be: the folder, where its manifest names a source of this family.
+    """
+    found, family = _told(output / "config.json", "model_type"), _told(output / MANIFEST_FILE, "source", "family")
+    leading = [kind for kind in KINDS if found in kind.targets]
+    if source is None:
+        return (leading or KINDS)[0]
+    model_type = source.config.get("model_type")
+    possible = [kind for kind in KINDS if model_type in kind.sources]
+    both = [kind for kind in leading if kind in possible]
+    return (both or (possible if family == model_type or not leading else leading) or KINDS)[0]
+
+
+def _told(path: Path, *keys: str) -> object:
+    """What a JSON file of the output says, None where it says nothing that can be read."""
     try:
-        model_type = read_json_object(output / "config.json").get("model_type")
+        node: Any = read_json_object(path)
     except CheckpointError:
-        model_type = None
-    possible = [kind for kind in KINDS if source is None or source.config.get("model_type") in kind.sources] or KINDS
-    return next((kind for kind in possible if model_type in kind.targets), possible[0])
+        return None
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def _silent(_: str) -> None:

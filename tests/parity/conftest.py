@@ -48,10 +48,10 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: dict[Path, Plan] = {}
     references: dict[object, Gemma3Reference] = {}
 
-    def replayed(sources: Sources, manifest: Document, mapping: str | None) -> Plan:
+    def replayed(sources: Sources, manifest: Document, mapping: str | None, part: str | None = None) -> Plan:
         folder = sources.folders.source
-        if manifest.get("options") or mapping or sources.vision_from:
-            return replay(sources, manifest, mapping)
+        if manifest.get("options") or mapping or part or sources.vision_from:
+            return replay(sources, manifest, mapping, part)
         if folder not in plans:
             plans[folder] = replay(sources, {}, None)
         return plans[folder]
@@ -64,7 +64,7 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
             references[key] = Gemma3Reference(parent, resident=True, **options)
         return references[key]
 
-    monkeypatch.setattr("t5g2convert.parity.verify.replay", replayed)
+    monkeypatch.setattr("t5g2convert.parity.provenance.replay", replayed)
     monkeypatch.setattr("t5g2convert.parity.t5gemma2.Gemma3Reference", opened)
     monkeypatch.setattr("t5g2convert.parity.parent.Gemma3Reference", opened)
 

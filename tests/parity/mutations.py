@@ -343,6 +343,14 @@ MINIMA = {
     "settings that are computed with": 35,
     "settings missing": 100,
     "settings of a text-only target": 90,
+    "encoder taken out, text-float32": 80,
+    "encoder taken out, images-8": 100,
+    "decoder taken out, text-float32": 80,
+    "decoder taken out, images-8": 100,
+    "encoder taken out, exchanged": 20,
+    "decoder taken out, exchanged": 20,
+    "settings of a part, text-8": 30,
+    "settings of a part, images-8": 50,
     "manifest": 25,
 }
 """Families of mutants, and how many of each must be tried at least; each family is a test of its own."""
