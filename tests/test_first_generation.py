@@ -1,6 +1,7 @@
 """Gemma 2 becomes T5Gemma: transformers loads it, and computes of it what it computes of its parent."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5GemmaConfig, T5GemmaModuleConfig
+from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig
 
-from t5g2convert import convert, verify
-from t5g2convert.errors import CheckpointError
+from t5g2convert import convert, verify, write
+from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.config import SHARED
+from t5g2convert.reference.prompts import TextCodec
 from tests.conftest import TwinFolder
 from tests.gemma_tokenizer import write_tokenizer
 from tests.judge import judge
@@ -214,6 +216,25 @@ def test_one_of_them_that_is_another_fails_the_check(twin_folder: TwinFolder, tm
     report = verify(tmp_path / "out", tmp_path / "source", record=False)
     assert [check.name for check in report.failed] == ["provenance", "tokenizer"]
     assert report.failed[1].offenders == ("tokenizer.json is not the source's",)
+
+
+def test_the_reference_writes_what_transformers_writes(
+    twin_folder: TwinFolder, demo_source: Path, tmp_path: Path
+) -> None:
+    respell(twin_folder("gemma2-float32"), tmp_path / "source", lambda arrays: arrays)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_source / name, tmp_path / "source" / name)
+    convert(tmp_path / "source", tmp_path / "out")
+    codec = TextCodec(tmp_path / "out", 300)
+    model = T5GemmaForConditionalGeneration.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.tensor([codec.encode("Tell me a story")])
+    theirs = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, 1:].tolist()
+    expected = codec.decode(theirs[: theirs.index(1)] if 1 in theirs else theirs)
+    assert "".join(write(tmp_path / "out", "Tell me a story", max_new_tokens=12)) == expected != ""
+    with pytest.raises(UsageError, match="no vision tower"):
+        list(write(tmp_path / "out", "Tell me", image=tmp_path / "picture.png"))
 
 
 def test_nan_in_the_parent_is_no_fault_of_the_conversion(twin_folder: TwinFolder, tmp_path: Path) -> None:
