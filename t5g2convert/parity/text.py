@@ -1,13 +1,15 @@
 """decoder_parity and encoder_parity: Gemma 3 and both stacks of T5Gemma 2 side by side, a layer of each at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.ancestors import Ancestors
 from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference, Distributions
 from t5g2convert.parity.inputs import MEMORY_TOKENS, Batch, ImageBatch, generator
@@ -60,7 +62,7 @@ class Track:
 
 @torch.inference_mode()
 def judge_text(
-    source: Gemma3Reference,
+    parents: Ancestors,
     target: T5Gemma2Reference,
     batch: Batch,
     images: ImageBatch | None,
@@ -68,45 +70,59 @@ def judge_text(
     tolerance: float,
     progress: Callable[[str], None],
 ) -> list[Check]:
-    """Both parities in one walk through the layers.
+    """Both parities: in one walk through the layers where both stacks have the same, and in one for each otherwise.
 
     Args:
-        source: Gemma 3.
+        parents: What encoder and decoder should compute.
         target: T5Gemma 2.
         batch: What both stacks and Gemma 3 read.
-        images: What the encoder and Gemma 3 read besides, if they have images.
+        images: What the encoder and its parent read besides, if they have images.
         tolerance: Largest relative difference that passes; 0 is exact.
         progress: Told what is being done.
 
     Raises:
-        CheckpointError: Gemma 3 itself does not stay finite in this dtype.
+        CheckpointError: A Gemma 3 itself does not stay finite in this dtype.
     """
-    expected = source.start(batch.ids_BT, batch.kept_BT)
-    decoder = Track("decoder", target.decoder, [Pair(expected, hidden_memory_run(target, batch), batch.kept_BT)])
-    encoder = Track("encoder", target.encoder, [Pair(expected, causal_encoder_run(target, batch), batch.kept_BT)])
+    encoder_from, decoder_from = parents.encoder, parents.decoder
+    first = decoder_from.gemma.start(batch.ids_BT, batch.kept_BT)
+    second = first if parents.alike else encoder_from.gemma.start(batch.ids_BT, batch.kept_BT)
+    decoder = Track("decoder", target.decoder, [Pair(first, hidden_memory_run(target, batch), batch.kept_BT)])
+    encoder = Track("encoder", target.encoder, [Pair(second, causal_encoder_run(target, batch), batch.kept_BT)])
     if images is not None:
-        encoder.pairs.append(_image_pair(source, target, images))
+        encoder.pairs.append(_image_pair(encoder_from.gemma, target, images))
     unequal = [
-        f"the source has {len(source.text)} layers, the {track.name} {len(track.stack)}"
-        for track in (decoder, encoder)
-        if len(track.stack) != len(source.text)
+        f"the source has {len(ancestor.layers)} layers, the {track.name} {len(track.stack)}"
+        for track, ancestor in ((decoder, decoder_from), (encoder, encoder_from))
+        if len(track.stack) != len(ancestor.layers)
     ]
     if unequal:
         return [Check(f"{part}_parity", False, "; ".join(unequal)) for part in ("decoder", "encoder")]
     for track in (decoder, encoder):
         track.compare_embeddings()
-    advance_side_by_side(source.text, [decoder, encoder], progress)
-    if not bool(torch.isfinite(expected.hidden_BTC[batch.kept_BT]).all()):
-        raise CheckpointError(
-            f"its own states are not finite in {str(expected.hidden_BTC.dtype).removeprefix('torch.')}",
-            where=source.weights.checkpoint.path,
-            hint="nothing can be compared with them; perhaps in another --dtype",
-        )
+    walks = [(decoder_from, [decoder]), (encoder_from, [encoder])]
+    for ancestor, tracks in [(decoder_from, [decoder, encoder])] if parents.alike else walks:
+        told = progress if parents.alike else partial(_told_of, tracks[0], progress)
+        advance_side_by_side(ancestor.gemma.text, tracks, told, layers=ancestor.layers)
+        _refuse_nonfinite(ancestor.gemma, tracks[0].pairs[0])
     progress("softmax")
     return [
-        judge_decoder(source.text, decoder, batch, tolerance),
-        judge_encoder(source.text, encoder, batch, images, tolerance),
+        judge_decoder(decoder_from.gemma.text, decoder, batch, tolerance),
+        judge_encoder(encoder_from.gemma.text, encoder, batch, images, tolerance),
     ]
+
+
+def _told_of(track: Track, progress: Callable[[str], None], told: str) -> None:
+    progress(f"{told} of the {track.name}")
+
+
+def _refuse_nonfinite(gemma: Gemma3Reference, pair: Pair) -> None:
+    """Refuse a Gemma 3 with whose states nothing can be compared."""
+    if not bool(torch.isfinite(pair.expected.hidden_BTC[pair.kept_BT]).all()):
+        raise CheckpointError(
+            f"its own states are not finite in {str(pair.expected.hidden_BTC.dtype).removeprefix('torch.')}",
+            where=gemma.weights.checkpoint.path,
+            hint="nothing can be compared with them; perhaps in another --dtype",
+        )
 
 
 def hidden_memory_run(target: T5Gemma2Reference, batch: Batch) -> Run:
@@ -140,13 +156,28 @@ def _image_pair(source: Gemma3Reference, target: T5Gemma2Reference, images: Imag
 
 
 def advance_side_by_side(
-    source: Stack, tracks: list[Track], progress: Callable[[str], None], *, trace: bool = True
+    source: Stack,
+    tracks: list[Track],
+    progress: Callable[[str], None],
+    *,
+    layers: Sequence[int] | None = None,
+    trace: bool = True,
 ) -> None:
-    """Take every pair through all layers; with `trace`, note where a track first departs from the source."""
+    """Take every pair through all layers, a layer of each stack at a time.
+
+    Args:
+        source: What the tracks' stacks should compute.
+        tracks: Those stacks, all of one depth.
+        progress: Told what is being done.
+        layers: The numbers of the source's layers that they have, if not all.
+        trace: Note where a track first departs from the source.
+    """
+    numbers = range(len(source)) if layers is None else layers
     runs = list({id(pair.expected): pair.expected for track in tracks for pair in track.pairs}.values())
-    for number, kind in enumerate(source.settings.layer_types):
-        progress(f"layer {number + 1} of {len(source)}")
-        layer = source.layer(number)
+    for number, original in enumerate(numbers):
+        kind = source.settings.layer_types[original]
+        progress(f"layer {number + 1} of {len(numbers)}")
+        layer = source.layer(original)
         before = {id(run): run.hidden_BTC for run in runs}
         for run in runs:
             run.advance(layer, kind, number)
@@ -169,7 +200,8 @@ def advance_side_by_side(
                     if not torch.equal(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
                 ]
                 inside = next(iter(places), None) or "the sums behind attention and MLP"
-                track.departs = f"{track.name} layers.{number} ({other_kind}), {inside}"
+                which = other_kind if original == number else f"{other_kind}, the parent's layers.{original}"
+                track.departs = f"{track.name} layers.{number} ({which}), {inside}"
             del other
         # The next layers are read before the names are bound anew.
         del layer
