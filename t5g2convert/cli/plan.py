@@ -98,7 +98,7 @@ def plan(
         return
     out = console()
     title = " ".join(f"{_GIVES[role]}{printable(source.name)}" for role, source in made.sources.items())
-    out.print(parameter_table(made.parameters, title=f"{title}: {made.source.family} to t5gemma2"))
+    out.print(parameter_table(made.parameters, title=f"{title}: {made.source.family} to {made.config['model_type']}"))
     out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
     counts = Counter(tensor.shard for tensor in made.tensors)

@@ -43,6 +43,8 @@ _WRITTEN_OUT: Final = {
     "rope_parameters.full_attention.factor": "rope_full_factor",
     "rope_parameters.full_attention.rope_theta": "rope_full_theta",
     "rope_parameters.sliding_attention.rope_theta": "rope_sliding_theta",
+    "rope_parameters.factor": "rope_factor",
+    "rope_parameters.rope_theta": "rope_theta",
     "sliding_window": "sliding_window",
     "max_position_embeddings": "max_position_embeddings",
 }

@@ -47,7 +47,7 @@ def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
     """Plan a conversion from headers alone.
 
     Args:
-        source: A Gemma 3 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
+        source: A Gemma 3 or Gemma 2 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
         options: What decides the output's bytes beside it; see `Options`.
 
     Raises:

@@ -6,8 +6,10 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.config import SourceModel
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.roles import SOURCE, STACKS, Role
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, Role
 from t5g2convert.errors import MappingError
+from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.template import has_value
 
 Layers = Mapping[str, tuple[int, ...]]
 """By part, the layers that a stack takes of its parent, in its order; a stack that takes all of them is not named."""
@@ -38,6 +40,23 @@ SHARED_SIZES: Final = {"hidden": "hidden_size", "vocab": "rows of the embedding 
 
 SHARED_VALUES: Final = ("attention_dropout",)
 """Config values that both parents must have: the target's class has one for both stacks."""
+
+
+def check_map(weight_map: WeightMap, pairing: Pairing) -> None:
+    """Refuse a map whose config gives both stacks the settings of the source, where they need their own.
+
+    Raises:
+        MappingError: With the option that it cannot follow.
+    """
+    asked = {f"--{part}-layers": part for part in pairing.layers}
+    if DECODER_FROM in pairing.others:
+        asked["--decoder-from"] = "decoder"
+    for option, part in asked.items():
+        if not has_value(weight_map.config, f"{part}.num_hidden_layers"):
+            raise MappingError(
+                f"{option} is not for mapping {weight_map.name!r}, which gives the {part} the settings of the source",
+                hint=f"a map that can asks for ${part}.num_hidden_layers in its config",
+            )
 
 
 def check_fit(

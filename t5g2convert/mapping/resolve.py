@@ -15,7 +15,16 @@ from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
-from t5g2convert.mapping.pairing import ALONE, Layers, Pairing, check_fit, check_layers, depth_of, stack_values
+from t5g2convert.mapping.pairing import (
+    ALONE,
+    Layers,
+    Pairing,
+    check_fit,
+    check_layers,
+    check_map,
+    depth_of,
+    stack_values,
+)
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
 from t5g2convert.mapping.taking import (
     Collector,
@@ -85,6 +94,7 @@ def resolve(loaded: LoadedMap, checkpoint: Checkpoint, pairing: Pairing = ALONE)
     """
     weight_map = loaded.map
     model = read_model(weight_map, checkpoint)
+    check_map(weight_map, pairing)
     # Worlds of their own: whatever would refuse another checkpoint as a source refuses it here.
     worlds = {role: resolve(loaded, other) for role, other in pairing.others.items()}
     if VISION_FROM in worlds:

@@ -21,6 +21,13 @@ def value_names(names: Collection[str]) -> set[str]:
     return {*names, *(f"{part}.{name}" for part in STACKS for name in plain), *TARGET_VALUES}
 
 
+def has_value(node: Any, name: str) -> bool:
+    """Whether a template asks for a value, by its name."""
+    if isinstance(node, dict | list):
+        return any(has_value(item, name) for item in (node.values() if isinstance(node, dict) else node))
+    return bool(node == f"${name}")
+
+
 def template_faults(
     node: Any, names: set[str], worlds: Collection[frozenset[str]], at: NodePath
 ) -> Iterator[tuple[str, NodePath, str | None]]:

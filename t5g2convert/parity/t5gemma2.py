@@ -14,7 +14,7 @@ from t5g2convert.parity.changes import change_remarks, on_source_settings
 from t5g2convert.parity.config import judge_config
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.kinds import Kind
-from t5g2convert.parity.parent import Gemma3Parent, taken_layers
+from t5g2convert.parity.parent import GENERATION, Gemma3Parent, taken_layers
 from t5g2convert.parity.report import Check
 from t5g2convert.parity.runs import judge_runs
 from t5g2convert.parity.text import judge_text
@@ -54,7 +54,7 @@ class ToT5Gemma2(Kind[Gemma3Parent]):
             return [judge_tokenizer(parent.folders, parent.model(projector), target, judge.manifest)]
 
         judge.make(["tokenizer"], tokens)
-        judge.remarks += change_remarks(changes)
+        judge.remarks += change_remarks(target, changes)
         reading = judge.reading(rounded=True)
         tower = parent.tower(**reading)
         if tower is None:
@@ -65,7 +65,7 @@ class ToT5Gemma2(Kind[Gemma3Parent]):
         def passes() -> list[Check]:
             parents = _ancestors(judge, parent)
             judge.remarks += _pairing_remarks(judge.options, parents)
-            settled = on_source_settings(target, changes)
+            settled = read_t5gemma2(on_source_settings(target, changes), target.path / "config.json")
             t5gemma = T5Gemma2Reference(target, model=settled, **judge.reading())
             features = None if tower is None else _look(judge, tower, t5gemma)
             batch = judge.inputs.batch(t5gemma)
@@ -112,13 +112,9 @@ def _pairing_remarks(options: Mapping[str, Any], parents: Ancestors) -> Iterator
 
 
 def _config(judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> Check:
-    name = "generation_config.json"
-    given = parent.decoder.path / name
-    ends = read_json_object(given).get("eos_token_id") if given.exists() else None
-    values: dict[str, Any] = {field: change["target"] for field, change in judge.changes.items()}
-    model = parent.model(judge.options.get("projector"))
+    model, generation = parent.model(judge.options.get("projector")), read_json_object(target.path / GENERATION)
     stacks = parent.stacks(judge.options)
-    return judge_config(model, target, read_json_object(target.path / name), values, stacks=stacks, ends=ends)
+    return judge_config(model, target, generation, judge.new_values, stacks=stacks, ends=parent.ends)
 
 
 def _look(judge: Judge, tower: VisionTower, t5gemma: T5Gemma2Reference) -> Tensor | None:

@@ -293,10 +293,25 @@ def test_tables_of_equal_rows_behind_the_cut_fit(
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_what_is_taken_out_has_no_other_parent_and_no_selection(part: str, converted_twin: TwinFolder) -> None:
     whole = converted_twin("text-8")
-    with pytest.raises(MappingError, match="--decoder-from is for decoder-only sources"):
-        plan(whole, part=part, decoder_from=converted_twin("text-sharded"))
-    with pytest.raises(MappingError, match=f"--{part}-layers is for decoder-only sources"):
-        plan(whole, part=part, **{f"{part}_layers": "first:2"})  # type: ignore[arg-type]
+    for options in ({"decoder_from": converted_twin("text-sharded")}, {f"{part}_layers": "first:2"}):
+        with pytest.raises(MappingError, match=r"is (not )?for "):
+            plan(whole, part=part, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"decoder_layers": "first:2"}, "--decoder-layers is not for mapping 'gemma2'"),
+        ({"encoder_layers": "first:2"}, "--encoder-layers is not for mapping 'gemma2'"),
+        ({"decoder_from": "gemma2-7-untied"}, "--decoder-from is not for mapping 'gemma2'"),
+    ],
+)
+def test_a_map_that_gives_both_stacks_the_sources_settings_refuses_others(
+    options: dict[str, Any], says: str, twin_folder: TwinFolder
+) -> None:
+    given = {name: twin_folder(value) if name == "decoder_from" else value for name, value in options.items()}
+    with pytest.raises(MappingError, match=says):
+        plan(twin_folder("gemma2-5"), **given)  # type: ignore[arg-type]
 
 
 def test_a_setting_that_the_target_has_once_is_the_same_in_both(twin_folder: TwinFolder, tmp_path: Path) -> None:

@@ -629,6 +629,11 @@ def test_every_shipped_row_uses_names_that_exist(weight_map: WeightMap, row: Row
 
 
 PREFIXES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "gemma2": {
+        "embedding": ("model.encoder.embed_tokens.", "model.decoder.embed_tokens.", "lm_head.out_proj."),
+        "encoder": "model.encoder.",
+        "decoder": "model.decoder.",
+    },
     "gemma3": {
         "embedding": "model.encoder.embed_tokens.",
         "encoder": "model.encoder.",
