@@ -2,7 +2,9 @@
 
 It knows nothing of t5g2convert, and runs as a script too, so that other versions of transformers can judge:
 
-    python tests/judge.py SOURCE OUTPUT DTYPE
+    python tests/judge.py SOURCE OUTPUT DTYPE [PAIRING]
+
+PAIRING is the JSON of a `Pairing`.
 """
 
 import json
@@ -33,6 +35,27 @@ MEMORY = 8
 """Tokens of the encoder input."""
 
 
+WRITTEN = 20
+"""Tokens that a model writes with a cache and without: more than every twin's sliding window."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What encoder and decoder were made of, where that is not the source whole.
+
+    Attributes:
+        decoder_from: The folder of the decoder's parent.
+        embedding_from: Whose table the target has, `source` or `decoder-from`.
+        encoder_layers: The numbers of the source's layers that the encoder has.
+        decoder_layers: The same of the decoder and its parent.
+    """
+
+    decoder_from: str | None = None
+    embedding_from: str = "source"
+    encoder_layers: list[int] | None = None
+    decoder_layers: list[int] | None = None
+
+
 @dataclass(frozen=True)
 class Judgement:
     """Largest absolute differences (None for what such a model has not), and what loading complained of."""
@@ -46,18 +69,22 @@ class Judgement:
     cross: float | None = None
 
 
-def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
+def judge(source: Path, output: Path, dtype: torch.dtype, pairing: Pairing | None = None) -> Judgement:
     """Compare a Gemma folder and its conversion, both loaded in `dtype`, with eager attention.
 
-    Image features are compared where the source has a vision tower.
+    Image features are compared where the source has a vision tower. With a pairing each stack is compared with its own
+    parent, cut to its own layers.
     """
     if json.loads((source / "config.json").read_text())["model_type"] == "gemma2":
         return judge_first_generation(source, output, dtype)
     parent, child, complaints = load(source, output, dtype)
+    reader = writer = parent
+    if pairing is not None:
+        reader, writer = parents(source, pairing, dtype)
     config = json.loads((output / "config.json").read_text())
     ids, mask = _inputs(config, exact_eoi=config["dtype"] == str(dtype).removeprefix("torch."))
     with torch.no_grad():
-        expected = parent(input_ids=ids, attention_mask=mask).logits
+        expected = writer(input_ids=ids, attention_mask=mask, use_cache=False).logits
         hidden_memory = child(
             input_ids=ids[:, :MEMORY],
             attention_mask=torch.zeros_like(ids[:, :MEMORY]),
@@ -66,7 +93,7 @@ def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
         ).logits
         memory = child(input_ids=ids[:, :MEMORY], decoder_input_ids=ids[:, :2]).logits
         # Without padding: the masks are given, and so cannot say which tokens are padding.
-        states = _text_states(parent, ids)
+        states = _text_states(reader, ids)
         masks = _causal_masks(ids, config["encoder"]["text_config"]["sliding_window"], dtype)
         encoded = child.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
         generated = child.generate(
@@ -81,6 +108,48 @@ def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
         generated=generated[0].tolist(),
         finite=bool(torch.isfinite(memory).all()),
     )
+
+
+def parents(source: Path, pairing: Pairing, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The encoder's parent and the decoder's, each with the target's table and the layers that its stack has."""
+    reader, writer = open_parent(source, dtype), open_parent(Path(pairing.decoder_from or source), dtype)
+    given, other = (reader, writer) if pairing.embedding_from == "source" else (writer, reader)
+    with torch.no_grad():
+        # The softmax is tied to it.
+        other.get_input_embeddings().weight.copy_(given.get_input_embeddings().weight)
+    assert torch.equal(other.lm_head.weight, given.lm_head.weight)
+    for model, layers in ((reader, pairing.encoder_layers), (writer, pairing.decoder_layers)):
+        text = getattr(model.model, "language_model", model.model)
+        numbers = list(range(len(text.layers))) if layers is None else layers
+        kinds = [text.config.layer_types[number] for number in numbers]
+        text.layers = torch.nn.ModuleList([text.layers[number] for number in numbers])
+        text.config.num_hidden_layers, text.config.layer_types = len(kinds), kinds
+    return reader, writer
+
+
+def _family(source: Path) -> str:
+    return str(json.loads((source / "config.json").read_text())["model_type"])
+
+
+def open_parent(folder: Path, dtype: torch.dtype) -> Any:
+    """A source's folder in the class of its family."""
+    parent_class, _ = CLASSES[_family(folder)]
+    return parent_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def written(output: Path, dtype: torch.dtype, *, use_cache: bool) -> list[int]:
+    """What a conversion writes greedily after a text that is longer than its window."""
+    child = T5Gemma2ForConditionalGeneration.from_pretrained(output, dtype=dtype, attn_implementation="eager").eval()
+    ids = torch.randint(3, 280, (1, LENGTH), generator=torch.Generator().manual_seed(11))
+    made = child.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=WRITTEN,
+        max_new_tokens=WRITTEN,
+        do_sample=False,
+        use_cache=use_cache,
+    )
+    return list(made[0].tolist())
 
 
 def judge_first_generation(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
@@ -147,8 +216,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 
 def load(source: Path, output: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     """Both models, and every complaint of loading the conversion."""
-    parent_class, child_class = CLASSES[json.loads((source / "config.json").read_text())["model_type"]]
-    parent = parent_class.from_pretrained(source, dtype=dtype, attn_implementation="eager").eval()
+    parent, child_class = open_parent(source, dtype), CLASSES[_family(source)][1]
     child, loading = child_class.from_pretrained(
         output, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
@@ -186,7 +254,7 @@ def _causal_masks(ids: torch.Tensor, window: int, dtype: torch.dtype) -> dict[st
 def _text_states(parent: Any, ids: torch.Tensor) -> torch.Tensor:
     model = parent.model
     model = getattr(model, "language_model", model)
-    return model(input_ids=ids).last_hidden_state
+    return model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _vision_difference(parent: Any, child: Any, config: dict[str, Any], dtype: torch.dtype) -> float:
@@ -217,5 +285,15 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one.float() - other.float()).abs().max().item()
 
 
+def main() -> None:
+    """Judge as the command line says."""
+    source, output, dtype = Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3])
+    pairing = Pairing(**json.loads(sys.argv[4])) if len(sys.argv) > 4 else None
+    told: dict[str, Any] = asdict(judge(source, output, dtype, pairing))
+    if pairing is not None:
+        told["written"] = [written(output, dtype, use_cache=use_cache) for use_cache in (True, False)]
+    print(json.dumps(told))
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(judge(Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3])))))
+    main()

@@ -113,6 +113,29 @@ DONORS = [Twin("donor-wide", _text(hidden_size=32, num_hidden_layers=6), SIGLIP,
 """Models of another width than the text-only twins, whose vision tower they may be given."""
 
 
+PARENTS = [
+    # Of the width and vocabulary of the others, and unlike them in all else.
+    Twin(
+        "text-unlike-7",
+        _text(
+            num_hidden_layers=7,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            head_dim=12,
+            intermediate_size=56,
+            query_pre_attn_scalar=20,
+            sliding_window=9,
+            max_position_embeddings=256,
+            rms_norm_eps=1e-6,
+            rope_parameters=LINEAR_8,
+            final_logit_softcapping=3.0,
+            eos_token_id=[1, 106],
+        ),
+    )
+]
+"""Models that may be the decoder's parent beside another source."""
+
+
 def write_aligned_source(source: Path, donor: Path, folder: Path) -> torch.Tensor:
     """Copy a text-only twin, with a table that is exactly the donor's times a matrix, [donor width, width].
 
@@ -147,7 +170,7 @@ GEMMA2_TWINS = [
     _gemma2("gemma2-sharded", max_shard_size="20KB", final_logit_softcapping=None, attn_logit_softcapping=None),
 ]
 
-BY_NAME: Mapping[str, Twin] = {twin.name: twin for twin in (*TWINS, *DONORS, *GEMMA2_TWINS)}
+BY_NAME: Mapping[str, Twin] = {twin.name: twin for twin in (*TWINS, *DONORS, *PARENTS, *GEMMA2_TWINS)}
 
 
 def write_twin(twin: Twin, folder: Path) -> None:

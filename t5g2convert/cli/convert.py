@@ -9,7 +9,11 @@ import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes, size_text
 from t5g2convert.cli.options import (
+    DecoderFromOption,
+    DecoderLayersOption,
     DtypeOption,
+    EmbeddingFromOption,
+    EncoderLayersOption,
     MappingOption,
     PresetOption,
     ProjectorOption,
@@ -41,6 +45,10 @@ def convert(
     source: SourceArgument,
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     mapping: MappingOption = None,
+    decoder_from: DecoderFromOption = None,
+    embedding_from: EmbeddingFromOption = "source",
+    encoder_layers: EncoderLayersOption = None,
+    decoder_layers: DecoderLayersOption = None,
     vision_from: VisionFromOption = None,
     projector: ProjectorOption = None,
     ridge: RidgeOption = 0.0,
@@ -76,6 +84,10 @@ def convert(
         verify=verify,
         as_json=as_json,
         mapping=mapping,
+        decoder_from=decoder_from,
+        embedding_from=embedding_from,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         vision_from=vision_from,
         projector=projector,
         ridge=ridge,
@@ -119,9 +131,10 @@ def write_folder(
 
         bar.stop()
         with shown_progress() as told:
-            given, donor = sources.origins
             mapping = options.get("mapping")
-            reports.append(judge_folder(folder, given, vision_from=donor, mapping=mapping, progress=told))
+            reports.append(
+                judge_folder(folder, sources.origin, **sources.other_origins, mapping=mapping, progress=told)
+            )
         require_passed(reports[0], output)
 
     with ProgressBar(plan.nbytes, "convert") as bar:

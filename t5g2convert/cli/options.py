@@ -51,6 +51,33 @@ MappingOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
 ]
+DecoderFromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder-from",
+        help="A Gemma 3 folder or model of the same width and vocabulary whose layers the decoder gets.",
+        show_default="SOURCE",
+    ),
+]
+EmbeddingFromOption = Annotated[
+    Literal["source", "decoder-from"],
+    typer.Option("--embedding-from", help="Whose embedding table both stacks get."),
+]
+EncoderLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder-layers",
+        help="Layers of its parent that the encoder takes, from 0: first:N, A:B, A:B:STEP (below B), or 0,3,5:12.",
+        show_default="all",
+        metavar="SPEC",
+    ),
+]
+DecoderLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder-layers", help="The same of the decoder and its parent.", show_default="all", metavar="SPEC"
+    ),
+]
 VisionFromOption = Annotated[
     str | None,
     typer.Option("--vision-from", help="A Gemma 3 folder or model whose vision tower a source without images gets."),

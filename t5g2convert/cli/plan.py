@@ -1,11 +1,13 @@
 """`t5g2 plan`."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,
@@ -17,7 +19,11 @@ from t5g2convert.cli.console import (
     table,
 )
 from t5g2convert.cli.options import (
+    DecoderFromOption,
+    DecoderLayersOption,
     DtypeOption,
+    EmbeddingFromOption,
+    EncoderLayersOption,
     MappingOption,
     PresetOption,
     ProjectorOption,
@@ -34,6 +40,13 @@ from t5g2convert.printable import printable
 if TYPE_CHECKING:
     from t5g2convert.conversion.plan import Plan
 
+_GIVES: Final[Mapping[Role, str]] = {
+    SOURCE: "",
+    DECODER_FROM: "with the decoder of ",
+    VISION_FROM: "with the tower of ",
+}
+"""What a checkpoint is to a plan, in front of its name."""
+
 
 def plan(
     source: SourceArgument,
@@ -41,6 +54,10 @@ def plan(
         Path, typer.Option("--output", help="Where the output would go; its disk's free space is shown.")
     ] = Path(),
     mapping: MappingOption = None,
+    decoder_from: DecoderFromOption = None,
+    embedding_from: EmbeddingFromOption = "source",
+    encoder_layers: EncoderLayersOption = None,
+    decoder_layers: DecoderLayersOption = None,
     vision_from: VisionFromOption = None,
     projector: ProjectorOption = None,
     ridge: RidgeOption = 0.0,
@@ -62,6 +79,10 @@ def plan(
     made = build_plan(
         source,
         mapping=mapping,
+        decoder_from=decoder_from,
+        embedding_from=embedding_from,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         vision_from=vision_from,
         projector=projector,
         ridge=ridge,
@@ -76,8 +97,8 @@ def plan(
         emit_json(made.to_json() | resources)
         return
     out = console()
-    sources = " with the tower of ".join(printable(source.name) for source in made.sources.values())
-    out.print(parameter_table(made.parameters, title=f"{sources}: {made.source.family} to {made.config['model_type']}"))
+    title = " ".join(f"{_GIVES[role]}{printable(source.name)}" for role, source in made.sources.items())
+    out.print(parameter_table(made.parameters, title=f"{title}: {made.source.family} to {made.config['model_type']}"))
     out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
     counts = Counter(tensor.shard for tensor in made.tensors)

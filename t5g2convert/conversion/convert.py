@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub import Origin, given_folders
 from t5g2convert.checkpoint.roles import Folders, plain_name
-from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.sources import OtherOrigins, Sources
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.journal import Journal
@@ -133,9 +133,10 @@ def prepare(
         options: As in `convert`.
     """
     wanted = Options(**options)
-    check_target(output, *given_folders(source, wanted.vision_from), overwrite=overwrite)
-    sources = Sources.open(source, wanted.vision_from)
-    options["vision_from"] = sources.vision_from
+    others: OtherOrigins = {"decoder_from": wanted.decoder_from, "vision_from": wanted.vision_from}
+    check_target(output, *given_folders(source, wanted.decoder_from, wanted.vision_from), overwrite=overwrite)
+    sources = Sources.open(source, **others)
+    options = {**options, **sources.opened}
     plan = build_plan(sources.source, **options)
     if missing := sources.missing(plan.reads):
         size = sources.size(missing)
@@ -143,7 +144,7 @@ def prepare(
         check_space(output, plan.nbytes + ASSET_BYTES + (size if shared else 0))
         sources = sources.fetch(plan.reads, None if downloading is None else downloading(size))
         # Again, now that the files' identities are known.
-        options["vision_from"] = sources.vision_from
+        options = {**options, **sources.opened}
         plan = build_plan(sources.source, **options)
     return plan, sources
 

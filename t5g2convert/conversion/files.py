@@ -8,7 +8,7 @@ from typing import Any, Final
 from t5g2convert.checkpoint.folder import is_there, read_json_object
 from t5g2convert.checkpoint.hub import fetch
 from t5g2convert.checkpoint.manifest import encode_json
-from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
+from t5g2convert.checkpoint.roles import SOURCE, named, role_of
 from t5g2convert.conversion.plan import PlannedFile, TokenChange
 from t5g2convert.conversion.settings import processor_config, refuse_use, tokenizer_config
 from t5g2convert.conversion.tokenizer import PatchedTokenizer, TokenMove, patch_tokenizer
@@ -56,7 +56,7 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
         made += _tokenizer_files(declared, moves, resolution, folder, patched)
     if weight_map.files.processor is not None and "vision" in resolution.model.conditions:
         filled = fill(weight_map.files.processor, resolution.values, resolution.model.conditions)
-        role: Role = VISION_FROM if VISION_FROM in resolution.checkpoints else SOURCE
+        role = role_of("vision", resolution.checkpoints)
         document, reads = processor_config(filled, resolution.checkpoints[role].path)
         origins = tuple(named(role, name) for name in ("config.json", *reads))
         made.append(PlannedFile(PROCESSOR_FILE, origins, encode_json(document)))

@@ -23,7 +23,7 @@ class SourceRange:
     """Bytes of a file that is read; both positions count from its start.
 
     Attributes:
-        file: The name of a file of the source, or of another checkpoint behind its role: `vision_from/NAME`.
+        file: The name of a file of the source, or of another checkpoint behind its role: `decoder_from/NAME`.
         start: The first byte.
         end: The byte after the last.
     """
@@ -88,7 +88,10 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A target tensor: its name, type and shape, the bytes of the shard that it fills, and its content."""
+    """A target tensor: its name, type and shape, the bytes of the shard that it fills, and its content.
+
+    `origin` is the source tensor that it comes of, behind its role like a file where that is another checkpoint's.
+    """
 
     name: str
     part: str
@@ -157,10 +160,18 @@ class PlannedSource:
     files: tuple[SourceFile, ...]
     hub: HubOrigin | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 plan --json` prints of it."""
+        hub = {} if self.hub is None else {"hub": self.hub.to_json()}
+        return {"name": self.name, "family": self.family, "layout": dict(self.layout), **hub}
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A source tensor that is left behind, and the bytes that it must repeat for that to be allowed."""
+    """A source tensor that is left behind, and the bytes that it must repeat for that to be allowed.
+
+    One of the decoder's parent is named behind its role, and only where it must repeat another.
+    """
 
     name: str
     because: str
@@ -282,6 +293,7 @@ class Plan:
             "family": self.source.family,
             "layout": dict(self.source.layout),
             **({} if self.source.hub is None else {"hub": self.source.hub.to_json()}),
+            "sources": {role: source.to_json() for role, source in self.sources.items()},
             "dtype": self.dtype,
             "parameters": dict(self.parameters),
             "bytes": self.nbytes,

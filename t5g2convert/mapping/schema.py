@@ -239,7 +239,10 @@ class WeightMap(Declaration):
     weights: list[Row] = Field(min_length=1)
     drop: list[Drop] = Field(default_factory=list)
     presets: dict[str, Preset] = Field(default_factory=dict, description="What --preset may name.")
-    config: dict[str, Any] = Field(description="config.json of the target; $name is a value of the source's config.")
+    config: dict[str, Any] = Field(
+        description="config.json of the target; $name is a value of the source's config, $encoder.name and "
+        "$decoder.name are values of that stack's own parent."
+    )
     generation_config: dict[str, Any] | None = Field(
         default=None,
         description="generation_config.json of the target, in the same form; none for what writes no text.",

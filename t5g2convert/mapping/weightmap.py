@@ -24,7 +24,7 @@ from t5g2convert.mapping.schema import (
     TokenizerFiles,
     WeightMap,
 )
-from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults
+from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults, value_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +136,8 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
             yield f"unknown value {name!r}", ("requires", name, "<key>"), did_you_mean(name, values)
     yield from _preset_faults(weight_map, values)
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
-        for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), worlds, (key,)):
-            yield reason, at, did_you_mean(unknown, values | set(TARGET_VALUES)) if unknown else None
+        for reason, at, unknown in template_faults(template, value_names(values), worlds, (key,)):
+            yield reason, at, did_you_mean(unknown, value_names(values)) if unknown else None
     yield from _file_faults(weight_map, values | set(TARGET_VALUES), worlds)
 
 

@@ -19,7 +19,9 @@ def change_remarks(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]])
             f"the source's weights were cast from {changes['dtype']['source']} to {changes['dtype']['target']}, as "
             "declared: the parities are judged on the source with its weights so cast"
         )
-    for setting, (before, after) in stack_changes(changes, target_of(target.config, target.path).stacks).items():
+    for setting, (before, after) in stack_changes(
+        changes, tuple(target_of(target.config, target.path).stacks.values())
+    ).items():
         told = f"{setting} was changed from {before} to {after}, as declared"
         yield told if LENGTH in setting else f"{told}: the parities are judged with {before}"
 

@@ -54,8 +54,8 @@ def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None, p
     """
     options = recorded_options(manifest.get("options", {}))
     options["mapping"], options["part"] = mapping, part
-    source, options["vision_from"] = sources.origins
-    return build_plan(source, **options)
+    options = {**options, **sources.other_origins}
+    return build_plan(sources.origin, **options)
 
 
 def planned(
@@ -84,6 +84,7 @@ def check_options(manifest: Mapping[str, Any]) -> None:
         CheckpointError: With the option.
     """
     options = recorded_options(manifest["options"])
+    options["decoder_from"] = Path() if "decoder_from" in manifest else None
     options["vision_from"] = Path() if "vision_from" in manifest else None
     try:
         Options(**options)

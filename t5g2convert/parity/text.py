@@ -1,7 +1,8 @@
 """decoder_parity and encoder_parity: a parent and both stacks of its child side by side, a layer of each at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.ancestors import Ancestors
 from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference, Distributions
 from t5g2convert.parity.inputs import MEMORY_TOKENS, Batch, ImageBatch, generator
@@ -85,7 +87,7 @@ class Track:
 
 @torch.inference_mode()
 def judge_text(
-    source: Gemma3Reference,
+    parents: Ancestors,
     target: T5Gemma2Reference,
     batch: Batch,
     images: ImageBatch | None,
@@ -93,48 +95,71 @@ def judge_text(
     tolerance: float,
     progress: Callable[[str], None],
 ) -> list[Check]:
-    """Both parities in one walk through the layers.
+    """Both parities: in one walk through the layers where both stacks have the same, and in one for each otherwise.
 
     Args:
-        source: Gemma 3.
+        parents: What encoder and decoder should compute.
         target: T5Gemma 2.
         batch: What both stacks and Gemma 3 read.
-        images: What the encoder and Gemma 3 read besides, if they have images.
+        images: What the encoder and its parent read besides, if they have images.
         tolerance: Largest relative difference that passes; 0 is exact.
         progress: Told what is being done.
 
     Raises:
-        CheckpointError: Gemma 3 itself does not stay finite in this dtype.
+        CheckpointError: A Gemma 3 itself does not stay finite in this dtype.
     """
-    expected = source.start(batch.ids_BT, batch.kept_BT)
-    decoder = Track("decoder", target.decoder, [Pair(expected, hidden_memory_run(target, batch), batch.kept_BT)])
-    encoder = Track("encoder", target.encoder, [Pair(expected, causal_encoder_run(target, batch), batch.kept_BT)])
+    encoder_from, decoder_from = parents.encoder, parents.decoder
+    first = decoder_from.gemma.start(batch.ids_BT, batch.kept_BT)
+    second = first if parents.alike else encoder_from.gemma.start(batch.ids_BT, batch.kept_BT)
+    decoder = Track("decoder", target.decoder, [Pair(first, hidden_memory_run(target, batch), batch.kept_BT)])
+    encoder = Track("encoder", target.encoder, [Pair(second, causal_encoder_run(target, batch), batch.kept_BT)])
     if images is not None:
-        encoder.pairs.append(_image_pair(source, target, images))
-    if unequal := walk(source, [decoder, encoder], progress):
+        encoder.pairs.append(_image_pair(encoder_from.gemma, target, images))
+    if parents.alike:
+        unequal = walk(decoder_from.gemma, [decoder, encoder], progress, layers=decoder_from.layers)
+    else:
+        reasons = [
+            walk(ancestor.gemma, [track], partial(_told_of, track, progress), layers=ancestor.layers)
+            for ancestor, track in ((decoder_from, decoder), (encoder_from, encoder))
+        ]
+        unequal = "; ".join(reason for reason in reasons if reason is not None)
+    if unequal:
         return [Check(f"{part}_parity", False, unequal) for part in ("decoder", "encoder")]
     return [
-        judge_decoder(source.text, decoder, batch, tolerance),
-        judge_encoder(source.text, encoder, batch, images, tolerance),
+        judge_decoder(decoder_from.gemma.text, decoder, batch, tolerance),
+        judge_encoder(encoder_from.gemma.text, encoder, batch, images, tolerance),
     ]
 
 
-def walk(source: Parent, tracks: list[Track], progress: Callable[[str], None]) -> str | None:
+def _told_of(track: Track, progress: Callable[[str], None], told: str) -> None:
+    progress(f"{told} of the {track.name}")
+
+
+def walk(
+    source: Parent, tracks: list[Track], progress: Callable[[str], None], *, layers: Sequence[int] | None = None
+) -> str | None:
     """Take all tracks through all layers, and note where each departs; why that cannot be, where depths differ.
+
+    Args:
+        source: The parent.
+        tracks: What is compared with it.
+        progress: Told what is being done.
+        layers: The numbers of the parent's layers that the tracks' stacks have, if not all.
 
     Raises:
         CheckpointError: The parent itself does not stay finite in this dtype.
     """
+    depth = len(source.text) if layers is None else len(layers)
     unequal = [
-        f"the source has {len(source.text)} layers, the {track.name} {len(track.stack)}"
+        f"the source has {depth} layers, the {track.name} {len(track.stack)}"
         for track in tracks
-        if len(track.stack) != len(source.text)
+        if len(track.stack) != depth
     ]
     if unequal:
         return "; ".join(unequal)
     for track in tracks:
         track.compare_embeddings()
-    advance_side_by_side(source.text, tracks, progress)
+    advance_side_by_side(source.text, tracks, progress, layers=layers)
     pair = tracks[0].pairs[0]
     if not bool(torch.isfinite(pair.expected.hidden_BTC[pair.kept_BT]).all()):
         raise CheckpointError(
@@ -177,13 +202,28 @@ def _image_pair(source: Gemma3Reference, target: T5Gemma2Reference, images: Imag
 
 
 def advance_side_by_side(
-    source: Stack, tracks: list[Track], progress: Callable[[str], None], *, trace: bool = True
+    source: Stack,
+    tracks: list[Track],
+    progress: Callable[[str], None],
+    *,
+    layers: Sequence[int] | None = None,
+    trace: bool = True,
 ) -> None:
-    """Take every pair through all layers; with `trace`, note where a track first departs from the source."""
+    """Take every pair through all layers, a layer of each stack at a time.
+
+    Args:
+        source: What the tracks' stacks should compute.
+        tracks: Those stacks, all of one depth.
+        progress: Told what is being done.
+        layers: The numbers of the source's layers that they have, if not all.
+        trace: Note where a track first departs from the source.
+    """
+    numbers = range(len(source)) if layers is None else layers
     runs = list({id(pair.expected): pair.expected for track in tracks for pair in track.pairs}.values())
-    for number, kind in enumerate(source.settings.layer_types):
-        progress(f"layer {number + 1} of {len(source)}")
-        layer = source.layer(number)
+    for number, original in enumerate(numbers):
+        kind = source.settings.layer_types[original]
+        progress(f"layer {number + 1} of {len(numbers)}")
+        layer = source.layer(original)
         before = {id(run): run.hidden_BTC for run in runs}
         for run in runs:
             run.advance(layer, kind, number)
@@ -208,7 +248,8 @@ def advance_side_by_side(
                     if not torch.equal(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
                 ]
                 inside = next(iter(places), None) or "the sums behind attention and MLP"
-                track.departs = f"{track.name} layers.{number} ({other_kind}), {inside}"
+                which = other_kind if original == number else f"{other_kind}, the parent's layers.{original}"
+                track.departs = f"{track.name} layers.{number} ({which}), {inside}"
             del other
         # The next layers are read before the names are bound anew.
         del layer

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, is_there, read_json_file, read_json_object
 from t5g2convert.checkpoint.gemma3 import Gemma3
-from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.roles import VISION_FROM, Folders
 from t5g2convert.parity.report import Check, refused
 
 TOKENIZER: Final = "tokenizer.json"
@@ -59,7 +59,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     Raises:
         CheckpointError: A file of either is none, or no JSON.
     """
-    source, seeing = folders.source, folders.vision_from or folders.source
+    source, seeing = folders.source, folders.by_role.get(VISION_FROM, folders.source)
     names = _names(target.path, manifest)
     changes = manifest.get("tokens", ())
     faults = [f"{name} is not the source's" for name in UNCHANGED if name in names and not _same(name, source, target)]

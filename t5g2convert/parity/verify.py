@@ -7,6 +7,7 @@ from typing import Any, Final
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_object
 from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.roles import DECODER_FROM, VISION_FROM
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.extracted import ToEncoder, ToGemma3
@@ -28,6 +29,7 @@ def verify(
     output: Path,
     source: Origin | None = None,
     *,
+    decoder_from: Origin | None = None,
     vision_from: Origin | None = None,
     mapping: str | None = None,
     dtype: str | None = None,
@@ -44,6 +46,7 @@ def verify(
         output: The converted folder to judge.
         source: The folder that it was converted from; without it only integrity and runs are checked. A str may
             also be a model of the Hub, which is downloaded.
+        decoder_from: The folder or model whose layers the decoder was given, if it was.
         vision_from: The folder or model whose vision tower the conversion was given, if it was.
         mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
         dtype: Dtype to compute in, `bfloat16`, `float16` or `float32` (default: the output's).
@@ -65,17 +68,19 @@ def verify(
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     check_folder(output)
     # Faults of the source, of the map and of the inputs are not the output's: they end the work before any check.
-    if source is None and vision_from is not None:
-        raise UsageError("a donor of a vision tower was given, and no source")
-    sources = None if source is None else Sources.open(source, vision_from)
+    if source is None and (decoder_from, vision_from) != (None, None):
+        raise UsageError("another checkpoint was given, and no source")
+    sources = None if source is None else Sources.open(source, decoder_from=decoder_from, vision_from=vision_from)
     kind = kind_of(output, None if sources is None else sources.source)
     parent = None if sources is None else kind.parent(sources)
     inputs = Inputs(text, image)
     inputs.check(output, parent)
     judge = Judge(output, parent, inputs, device, tolerance, progress or _silent)
     judge.read_manifest()
-    if parent is not None and parent.donor is None and "vision_from" in judge.manifest:
-        raise UsageError("its vision tower is from another checkpoint", hint="give that one with --vision-from")
+    for role, what in ((DECODER_FROM, "decoder"), (VISION_FROM, "vision tower")):
+        if sources is not None and role in judge.manifest and role not in sources.others:
+            option = f"--{role.replace('_', '-')}"
+            raise UsageError(f"its {what} is from another checkpoint", hint=f"give that one with {option}")
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
     plan = lie = None
     if parent is not None:

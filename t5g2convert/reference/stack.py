@@ -5,6 +5,7 @@ advance side by side, with one layer of each in memory.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -50,6 +51,7 @@ class Stack:
         kernel: Kernel,
     ) -> None:
         self.weights = weights
+        self.table_weights = weights
         self.settings = settings
         self.layer_class = layer_class
         self.prefix = prefix
@@ -62,9 +64,15 @@ class Stack:
         """Number of layers."""
         return len(self.settings.layer_types)
 
+    def with_table_of(self, other: "Stack") -> "Stack":
+        """This stack with the embedding matrix and the softmax of another of the same width."""
+        changed = copy(self)
+        changed.table_weights, changed.table, changed.head = other.table_weights, other.table, other.head
+        return changed
+
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Scaled embeddings, [B, T, C]: the scale is rounded to the dtype of the table, then the product."""
-        rows_BTC = self.weights.gather(self.table, ids_BT)
+        rows_BTC = self.table_weights.gather(self.table, ids_BT)
         scale = torch.tensor(self.settings.hidden_size**0.5, device=rows_BTC.device).to(rows_BTC.dtype)
         embedded_BTC = rows_BTC * scale
         if self.eoi is not None:
@@ -109,7 +117,7 @@ class Stack:
         softcap = self.settings.final_logit_softcapping
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield start, _capped(functional.linear(x_NC, self.weights.rows(self.head, start, stop)), softcap)
+            yield start, _capped(functional.linear(x_NC, self.table_weights.rows(self.head, start, stop)), softcap)
 
 
 def _capped(logits_NV: Tensor, softcap: float | None) -> Tensor:

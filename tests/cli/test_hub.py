@@ -63,7 +63,7 @@ def without_hub(manifest: bytes) -> dict[str, Any]:
     """A manifest without what only the conversion of a model of the Hub tells."""
     document = json.loads(manifest)
     del document["sha256"]
-    for role in ("source", "vision_from"):
+    for role in ("source", "decoder_from", "vision_from"):
         document.get(role, {}).pop("hub", None)
     return dict(document)
 
@@ -153,6 +153,34 @@ def test_only_the_shards_with_the_tower_of_a_donor_are_fetched(scene: Scene, twi
     found, expected = contents(scene.folder / "out"), contents(scene.folder / "expected")
     assert without_hub(found.pop("t5g2.json")) == without_hub(expected.pop("t5g2.json"))
     assert found == expected
+
+
+def test_only_the_shards_with_the_layers_of_the_decoders_parent_are_fetched(
+    scene: Scene, twin_folder: TwinFolder
+) -> None:
+    other, source = twin_folder("text-sharded"), twin_folder("text-8")
+    sha = scene.hub.add("google/other", other)
+    options = "--decoder-from google/other --decoder-layers 0:4:3"
+    planned = scene.json(f"plan {source} {options}")
+    assert planned["options"] == {"decoder_layers": [0, 3]}
+    assert planned["sources"]["decoder_from"]["hub"] == {"repo": "google/other", "revision": sha}
+    assert "hub" not in planned["sources"]["source"]
+    assert not list((scene.folder / "home").rglob("*.safetensors"))
+    done = scene(f"convert {source} out {options} --no-flush --verify")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((scene.folder / "out/t5g2.json").read_text())
+    assert manifest["decoder_from"]["hub"] == {"repo": "google/other", "revision": sha}
+    fetched = {path.name for path in (scene.folder / "home").rglob("*.safetensors")}
+    assert fetched == {name for name in manifest["decoder_from"]["files"] if name.endswith(".safetensors")}
+    assert 0 < len(fetched) < len(list(other.glob("*.safetensors")))
+    convert(source, scene.folder / "expected", decoder_from=other, decoder_layers="0:4:3", flush=False)
+    found, expected = contents(scene.folder / "out"), contents(scene.folder / "expected")
+    told = without_hub(found.pop("t5g2.json"))
+    assert told.pop("verification")["passed"]
+    assert told == without_hub(expected.pop("t5g2.json"))
+    assert found == expected
+    report = scene.json(f"verify out --source {source} --decoder-from google/other")
+    assert report["passed"]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_an_option_without_meaning_is_refused(options: dict[str, Any], says: str
 
 
 def test_without_options_nothing_is_set_and_nothing_recorded(gemma3_map: WeightMap) -> None:
-    assert Options().settings(model(), gemma3_map) == {}
+    assert Options().settings(model().values, gemma3_map) == {}
     assert Options().record() == {}
 
 
@@ -69,12 +69,12 @@ def test_without_options_nothing_is_set_and_nothing_recorded(gemma3_map: WeightM
 def test_a_linear_factor_allows_as_much_longer_inputs(
     scaling: str, before: dict[str, Any], expected: dict[str, Any], gemma3_map: WeightMap
 ) -> None:
-    assert Options(rope_scaling=scaling).settings(model(**before), gemma3_map) == expected
+    assert Options(rope_scaling=scaling).settings(model(**before).values, gemma3_map) == expected
 
 
 @pytest.mark.parametrize(("preset", "size"), RELEASES.items())
 def test_a_preset_gives_what_the_release_has(preset: str, size: str, gemma3_map: WeightMap) -> None:
-    settings = Options(preset=preset).settings(model(size), gemma3_map)
+    settings = Options(preset=preset).settings(model(size).values, gemma3_map)
     assert settings == {"rope_full_factor": 8.0, "max_position_embeddings": 131072}
     assert gemma3_map.presets[preset].assumed == ["max_position_embeddings"]
 
@@ -85,7 +85,7 @@ def test_every_preset_is_a_release(gemma3_map: WeightMap) -> None:
 
 def test_options_win_over_a_preset(gemma3_map: WeightMap) -> None:
     options = Options(preset="t5gemma-2-270m-270m", rope_scaling="linear:4", sliding_window=256)
-    assert options.settings(model(), gemma3_map) == {
+    assert options.settings(model().values, gemma3_map) == {
         "rope_full_factor": 4.0,
         "max_position_embeddings": 131072,
         "sliding_window": 256,
@@ -94,12 +94,12 @@ def test_options_win_over_a_preset(gemma3_map: WeightMap) -> None:
 
 def test_a_preset_of_another_size_is_refused(gemma3_map: WeightMap) -> None:
     with pytest.raises(MappingError, match="is for hidden_size 1152, the source has 640"):
-        Options(preset="t5gemma-2-1b-1b").settings(model(), gemma3_map)
+        Options(preset="t5gemma-2-1b-1b").settings(model().values, gemma3_map)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest(gemma3_map: WeightMap) -> None:
     with pytest.raises(MappingError, match="did you mean t5gemma-2-1b-1b"):
-        Options(preset="t5gemma-2-1b").settings(model(), gemma3_map)
+        Options(preset="t5gemma-2-1b").settings(model().values, gemma3_map)
 
 
 def test_what_is_recorded_gives_the_same_options_again() -> None:

@@ -212,10 +212,10 @@ def test_a_cut_table_and_a_moved_token_are_declared(
 @pytest.mark.parametrize(
     ("written", "path", "before", "after"),
     [
-        ("factor: $rope_full_factor", "rope_parameters.full_attention.factor", 1.0, 8.0),
-        ("rope_theta: $rope_full_theta", "rope_parameters.full_attention.rope_theta", 1e6, 8.0),
-        ("rope_theta: $rope_sliding_theta", "rope_parameters.sliding_attention.rope_theta", 1e4, 8.0),
-        ("sliding_window: $sliding_window", "sliding_window", 16, 8.0),
+        ("factor: $STACK.rope_full_factor", "rope_parameters.full_attention.factor", 1.0, 8.0),
+        ("rope_theta: $STACK.rope_full_theta", "rope_parameters.full_attention.rope_theta", 1e6, 8.0),
+        ("rope_theta: $STACK.rope_sliding_theta", "rope_parameters.sliding_attention.rope_theta", 1e4, 8.0),
+        ("sliding_window: $STACK.sliding_window", "sliding_window", 16, 8.0),
     ],
 )
 def test_a_setting_that_a_map_writes_out_is_declared_for_each_stack(
@@ -223,7 +223,9 @@ def test_a_setting_that_a_map_writes_out_is_declared_for_each_stack(
 ) -> None:
     text = find_map("gemma3").path.read_text()
     number = "8" if path == "sliding_window" else "8.0"
-    (tmp_path / "mine.yaml").write_text(text.replace(written, f"{written.partition(':')[0]}: {number}"))
+    for stack in ("encoder", "decoder"):
+        text = text.replace(written.replace("STACK", stack), f"{written.partition(':')[0]}: {number}")
+    (tmp_path / "mine.yaml").write_text(text)
     made = plan(demo_source, mapping=str(tmp_path / "mine.yaml"))
     assert sum("that changes what is computed" in note for note in made.notes) == 1
     assert made.changes == tuple(

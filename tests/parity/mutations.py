@@ -352,6 +352,9 @@ MINIMA = {
     "settings of a part, text-8": 30,
     "settings of a part, images-8": 50,
     "manifest": 25,
+    "pairings, layers": 30,
+    "pairings, settings": 14,
+    "pairings, lies": 12,
 }
 """Families of mutants, and how many of each must be tried at least; each family is a test of its own."""
 
