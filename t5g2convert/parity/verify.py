@@ -1,13 +1,14 @@
 """`verify`: all checks of one folder, in order, and the report."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_object
-from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.hub import Origin, parse_id
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.checkpoint.roles import DECODER_FROM, VISION_FROM
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.extracted import ToEncoder, ToGemma3
@@ -77,10 +78,11 @@ def verify(
     inputs.check(output, parent)
     judge = Judge(output, parent, inputs, device, tolerance, progress or _silent)
     judge.read_manifest()
-    for role, what in ((DECODER_FROM, "decoder"), (VISION_FROM, "vision tower")):
-        if sources is not None and role in judge.manifest and role not in sources.others:
-            option = f"--{role.replace('_', '-')}"
-            raise UsageError(f"its {what} is from another checkpoint", hint=f"give that one with {option}")
+    given = {SOURCE: source, DECODER_FROM: decoder_from, VISION_FROM: vision_from}
+    if sources is not None and judge.manifest:
+        _check_roles(sources, judge.manifest)
+        for role, checkpoint in sources.by_role.items():
+            _check_commit(given[role], checkpoint, judge.manifest[role])
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
     plan = lie = None
     if parent is not None:
@@ -101,6 +103,29 @@ def verify(
     report = judge.report()
     # What was not compared with its source proves nothing that is worth keeping.
     return record_report(report, judge.manifest) if record and judge.manifest and report.complete else report
+
+
+def _check_roles(sources: Sources, manifest: Mapping[str, Any]) -> None:
+    """Refuse to judge with other checkpoints than a conversion read."""
+    for role, what in ((DECODER_FROM, "decoder"), (VISION_FROM, "vision tower")):
+        option = f"--{role.replace('_', '-')}"
+        if role in manifest and role not in sources.others:
+            raise UsageError(f"its {what} is from another checkpoint", hint=f"give that one with {option}")
+        if role in sources.others and role not in manifest:
+            raise UsageError(f"its {what} is from no other checkpoint", hint=f"leave {option} out")
+
+
+def _check_commit(given: Origin | None, checkpoint: Checkpoint, told: Mapping[str, Any]) -> None:
+    """A branch that has moved on since a conversion is no fault of the conversion, and no proof of it either."""
+    hub, found = told.get("hub") or {}, checkpoint.hub
+    named = parse_id(given) if isinstance(given, str) else None
+    if named is None or named.revision is not None or found is None or hub.get("repo") != found.repo:
+        return
+    if hub["revision"] != found.revision:
+        raise UsageError(
+            f"it was made of commit {hub['revision']} of {found.repo}, which is at {found.revision} now",
+            hint=f"if you trust that commit, give {found.repo}@{hub['revision']}",
+        )
 
 
 def kind_of(output: Path, source: Checkpoint | None) -> Kind[Any]:

@@ -131,6 +131,29 @@ def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
     assert "chat_template.jinja is not the source's" in done.stdout
 
 
+def test_a_branch_that_moved_on_is_told_with_the_commit_that_was_converted(scene: Scene, demo_source: Path) -> None:
+    sha = scene.hub.add(REPO, demo_source)
+    assert scene(f"convert {REPO} out --no-flush").returncode == 0
+    scene.hub.repos[REPO].commit({**contents(demo_source), "notes.txt": b"something else"})
+    done = scene(f"verify out --source {REPO}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"it was made of commit {sha} of {REPO}" in done.stderr
+    assert f"{REPO}@{sha}" in done.stderr
+    assert scene.json(f"verify out --source {REPO}@{sha}")["passed"]
+
+
+def test_a_part_is_taken_out_of_a_model_of_the_hub(scene: Scene, converted_twin: TwinFolder, tmp_path: Path) -> None:
+    sha = scene.hub.add(REPO, converted_twin("images-sharded"))
+    for part in ("encoder", "decoder"):
+        done = scene(f"extract {REPO} {part} --part {part} --verify")
+        assert done.returncode == 0, done.stderr
+        manifest = json.loads((scene.folder / part / "t5g2.json").read_text())
+        assert manifest["source"]["hub"] == {"repo": REPO, "revision": sha}
+        convert(converted_twin("images-sharded"), tmp_path / part, part=part)
+        weights = "model.safetensors"
+        assert (scene.folder / part / weights).read_bytes() == (tmp_path / part / weights).read_bytes()
+
+
 def test_a_model_of_the_hub_is_compared(scene: Scene, demo_source: Path) -> None:
     scene.hub.add(REPO, demo_source)
     convert(demo_source, scene.folder / "out", flush=False)
