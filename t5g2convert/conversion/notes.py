@@ -38,8 +38,17 @@ def plan_notes(
     dtypes = sorted({draft.dtype for draft in drafts})
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
+    yield from _drops(resolution)
+
+
+def _drops(resolution: Resolution) -> Iterator[str]:
+    """What is left behind, a note for each reason."""
+    by_reason: dict[str, list[str]] = {}
     for drop in resolution.drops:
-        yield f"{named(drop.role, drop.tensor.entry.name)} is dropped: {drop.drop.because}"
+        by_reason.setdefault(drop.drop.because, []).append(named(drop.role, drop.tensor.entry.name))
+    for because, names in by_reason.items():
+        told = f"{names[0]} is" if len(names) == 1 else f"{len(names)} tensors, the first of them {names[0]}, are"
+        yield f"{told} dropped: {because}"
 
 
 def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequence[Change]) -> Iterator[str]:
