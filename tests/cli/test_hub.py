@@ -155,6 +155,21 @@ def test_only_the_shards_with_the_tower_of_a_donor_are_fetched(scene: Scene, twi
     assert found == expected
 
 
+def test_a_graft_is_judged_without_the_shard_of_a_projector_that_it_does_not_have(
+    scene: Scene, twin_folder: TwinFolder
+) -> None:
+    from tests.twins import split_off
+
+    source = twin_folder("text-8")
+    _, shard = split_off(twin_folder("donor-wide"), scene.folder / "donor", "mm_input_projection_weight")
+    scene.hub.add("google/donor", scene.folder / "donor")
+    assert scene.json(f"convert {source} out --vision-from google/donor --verify --no-flush")["verification"]["passed"]
+    report = scene.json(f"verify out --source {source} --vision-from google/donor")
+    assert report["passed"]
+    assert "vision_parity" in {check["name"] for check in report["checks"]}
+    assert not list((scene.folder / "home").rglob(shard))
+
+
 @pytest.mark.parametrize(
     "command", ["inspect SOURCE", "plan SOURCE", "convert SOURCE out", "verify DONE --source SOURCE"]
 )
