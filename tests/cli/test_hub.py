@@ -15,6 +15,7 @@ import pytest
 
 from t5g2convert import convert, plan
 from t5g2convert.checkpoint.folder import SINGLE_FILE
+from t5g2convert.checkpoint.manifest import seal
 from t5g2convert.checkpoint.ranges import FIRST_BYTES
 from tests.conftest import TwinFolder
 from tests.hub_server import Fault, Hub, running
@@ -129,6 +130,23 @@ def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
     done = scene(f"verify out --source {REPO}")
     assert done.returncode == 6
     assert "chat_template.jinja is not the source's" in done.stdout
+
+
+def test_another_commit_than_it_was_made_from_is_told(scene: Scene, demo_source: Path) -> None:
+    sha = scene.hub.add(REPO, demo_source)
+    scene.json(f"convert {REPO} out --no-flush")
+    assert scene.json(f"verify out --source {REPO} --no-record")["passed"]
+    path = scene.folder / "out/t5g2.json"
+    lie = json.loads(path.read_text())
+    lie["source"]["hub"] = {"repo": "google/other", "revision": "0" * 40}
+    path.write_bytes(seal(lie))
+    done = scene(f"verify out --source {REPO}")
+    assert done.returncode == 6
+    assert f"was made from source google/other@{'0' * 40}, and {REPO}@{sha} was opened" in done.stdout.replace(
+        "\n", " "
+    )
+    # A copy in a folder has no commit.
+    assert scene.json(f"verify out --source {demo_source}")["passed"]
 
 
 def test_a_model_of_the_hub_is_compared(scene: Scene, demo_source: Path) -> None:
