@@ -31,10 +31,12 @@ def model(size: str = "270m", **fields: Any) -> Gemma3:
         ({"rope_scaling": "yarn:8"}, "linear:F"),
         ({"rope_scaling": "linear"}, "linear:F"),
         ({"rope_scaling": "linear:"}, "linear:F"),
-        ({"rope_scaling": "linear:0"}, "linear:F"),
-        ({"rope_scaling": "linear:-8"}, "linear:F"),
+        ({"rope_scaling": "linear:0"}, "RoPE factor"),
+        ({"rope_scaling": "linear:-8"}, "RoPE factor"),
         ({"rope_scaling": "linear:nan"}, "linear:F"),
-        ({"rope_scaling": "linear:inf"}, "linear:F"),
+        ({"rope_scaling": "linear:inf"}, "RoPE factor"),
+        ({"rope_scaling": "linear:1e308"}, "a RoPE factor of 1e\\+308 has no meaning"),
+        ({"rope_scaling": "linear:1e-308"}, "RoPE factor"),
         ({"rope_scaling": "8"}, "linear:F"),
         ({"sliding_window": 0}, "sliding window"),
         ({"sliding_window": 2**31}, "sliding window"),
@@ -64,6 +66,11 @@ def test_without_options_nothing_is_set_and_nothing_recorded(gemma3_map: WeightM
         ),
         ("linear:1e-9", {}, {"rope_full_factor": 1e-9, "max_position_embeddings": 1}),
         ("linear:1e9", {}, {"rope_full_factor": 1e9, "max_position_embeddings": 2**31 - 1}),
+        (
+            "linear:1e9",
+            {"rope_scaling": {"rope_type": "linear", "factor": 1e-300}},
+            {"rope_full_factor": 1e9, "max_position_embeddings": 2**31 - 1},
+        ),
     ],
 )
 def test_a_linear_factor_allows_as_much_longer_inputs(
@@ -111,6 +118,21 @@ def test_what_is_recorded_gives_the_same_options_again() -> None:
         "max_shard_bytes": 10,
     }
     assert Options(**recorded_options(options.record())) == options
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        ("linear:8.0", "linear:8"),
+        ("linear:0.80e1", "linear:8"),
+        ("linear: 1.50", "linear:1.5"),
+        ("linear:1e9", "linear:1000000000"),
+    ],
+)
+def test_one_factor_has_one_spelling(given: str, recorded: str) -> None:
+    options = Options(rope_scaling=given)
+    assert options.record() == {"rope_scaling": recorded}
+    assert Options(rope_scaling=recorded) == options
 
 
 def test_paths_are_not_recorded() -> None:
