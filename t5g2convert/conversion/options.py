@@ -145,7 +145,7 @@ def _preset(name: str, model: SourceModel, weight_map: WeightMap) -> dict[str, A
                 f"preset {name} is for {field} {needed}, the source has {model.values[field]}",
                 hint="give --rope-scaling and --sliding-window themselves",
             )
-    return dict(preset.settings)
+    return dict(preset.settings.given)
 
 
 def recorded_options(record: Mapping[str, Any]) -> PlanOptions:

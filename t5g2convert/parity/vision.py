@@ -29,7 +29,7 @@ def judge_vision(
         source: The tower of the source, or of the donor.
         target: The target's.
         pixels_BNYX: What they look at.
-        projected: Whether both have one projector; otherwise they are compared before it, at the normed states of the patches.
+        projected: Whether both have one projector; otherwise they are compared before it, at the normed patch states.
         tolerance: Largest relative difference that passes.
         progress: Told what is being done.
     """

@@ -36,8 +36,8 @@ class VisionTower:
         """The modules in the order in which an image passes them, each read when it is its turn, with their names.
 
         Args:
-            projected: Whether the last is the projector; otherwise it is the projector's norm, and its matrix, which may
-                lie in a file of its own, is not read.
+            projected: Whether the last is the projector; otherwise it is its norm, and the matrix is not read:
+                it may lie in a file of its own.
         """
         settings = self.settings
         yield "embeddings", self.weights.module(lambda: VisionEmbeddings(settings), f"{self.tower}embeddings.")

@@ -13,7 +13,9 @@ RELEASES = {"t5gemma-2-270m-270m": "270m", "t5gemma-2-1b-1b": "1b", "t5gemma-2-4
 
 
 def model(size: str = "270m", **fields: Any) -> Gemma3:
-    config = {**dict(zip(FIELDS, SIZES[size], strict=True)), "max_position_embeddings": 32768, **fields}
+    window = 1024 if size == "4b" else 512
+    made = {"max_position_embeddings": 32768, "sliding_window": window}
+    config = {**dict(zip(FIELDS, SIZES[size], strict=True)), **made, **fields}
     return read_gemma3({"model_type": "gemma3_text", **config}, Path("config.json"))
 
 
@@ -97,6 +99,22 @@ def test_options_win_over_a_preset(gemma3_map: WeightMap) -> None:
         "max_position_embeddings": 131072,
         "sliding_window": 256,
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"sliding_window": 513}, "is for sliding_window 512, the source has 513"),
+        ({"rope_theta": 5e5}, "is for rope_full_theta 1000000, the source has 500000.0"),
+        ({"rope_local_base_freq": 2e4}, "is for rope_sliding_theta 10000, the source has 20000.0"),
+        ({"num_hidden_layers": 19}, "is for num_hidden_layers 18, the source has 19"),
+    ],
+)
+def test_what_a_release_has_of_its_parent_is_asked_of_the_source(
+    fields: dict[str, Any], says: str, gemma3_map: WeightMap
+) -> None:
+    with pytest.raises(MappingError, match=says):
+        Options(preset="t5gemma-2-270m-270m").settings(model(**fields), gemma3_map)
 
 
 def test_a_preset_of_another_size_is_refused(gemma3_map: WeightMap) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from t5g2convert import CheckpointError, Plan, UsageError, plan
 from t5g2convert.conversion.plan import Change
-from t5g2convert.mapping.library import find_map
-from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.library import find_map, mappings_folder
+from t5g2convert.mapping.schema import PresetSettings, WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.memory import run_and_measure
 
@@ -207,6 +207,18 @@ def test_a_cut_table_and_a_moved_token_are_declared(
         Change("vocab_size", 262_208, 262_144),
         Change("image_token_index", 262_144, 256_001),
     }
+
+
+@pytest.mark.parametrize("name", PresetSettings.model_fields)
+def test_all_that_a_preset_may_set_is_declared_for_each_stack(name: str, demo_source: Path, tmp_path: Path) -> None:
+    text = (mappings_folder() / "gemma3.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(
+        text.replace(
+            "\npresets:\n", f"\npresets:\n  mine: {{requires: {{hidden_size: 48}}, settings: {{{name}: 77}}}}\n"
+        )
+    )
+    changes = plan(demo_source, mapping=str(tmp_path / "mine.yaml"), preset="mine").changes
+    assert [change.target for change in changes if change.field.startswith(("encoder.", "decoder."))] == [77, 77]
 
 
 @pytest.mark.parametrize(
