@@ -17,6 +17,7 @@ from t5g2convert.checkpoint.folder import (
     HubOrigin,
     open_checkpoint,
     read_checkpoint,
+    read_json_object,
     regular_file,
 )
 from t5g2convert.checkpoint.header import read_header
@@ -130,6 +131,19 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
                 "has another header than the Hub has", where=checkpoint.path / name, hint="remove it, and start again"
             )
     return replace(checkpoint, files={**checkpoint.files, **headers})
+
+
+def read_held(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+    """A JSON file of a checkpoint, which is fetched if it is on the Hub; None where there is none.
+
+    Raises:
+        CheckpointError: It is no JSON, or no file.
+        HubError: The Hub does not give it out, or cannot be reached.
+    """
+    if not checkpoint.holds(name):
+        return None
+    fetch(checkpoint, [name])
+    return read_json_object(checkpoint.path / name)
 
 
 def _check_room(checkpoint: Checkpoint, need: int) -> None:

@@ -212,7 +212,7 @@ class PlannedFile:
         reads: The source's files that it comes of; of a file that is copied, the one.
         text: Its bytes, where it is made.
         splices: What is exchanged in the file that is copied, in the order of the file.
-        identity: That file as it was when it was planned.
+        identity: That file as it was when it was planned; None where nothing is copied.
     """
 
     name: str

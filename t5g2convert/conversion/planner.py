@@ -8,8 +8,8 @@ from typing import Any, Final, Unpack
 
 from t5g2convert.checkpoint.config import ConfigSection, ImpliedTensor, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, read_json_object
-from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
+from t5g2convert.checkpoint.hub import Origin, read_held
 from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.targets import implied_tensors, target_of
@@ -218,9 +218,9 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
 def _generation_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
     """The end tokens of the source's generation_config.json win over those of its config.json: -it models have more."""
     path = checkpoint.path / "generation_config.json"
-    if not checkpoint.holds(path.name):
+    generation = read_held(checkpoint, path.name)
+    if generation is None:
         return dict(values)
-    generation = read_json_object(path)
     tokens = parse_section(_Generation, generation, path).eos_token_id
     return {**values, **({} if tokens is None else {"eos_token_id": tokens})}
 

@@ -15,6 +15,7 @@ import pytest
 
 from t5g2convert import convert, plan
 from t5g2convert.checkpoint.folder import SINGLE_FILE
+from t5g2convert.checkpoint.hubfiles import SMALL_BYTES
 from t5g2convert.checkpoint.manifest import seal
 from t5g2convert.checkpoint.ranges import FIRST_BYTES
 from tests.conftest import TwinFolder
@@ -87,6 +88,20 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     assert f"gemma3 in {REPO}@{sha}" in told.stdout
     assert told.stderr == ""
     assert f"{REPO}: gemma3 to t5gemma2" in scene(f"plan {REPO}").stdout
+
+
+def test_a_large_tokenizer_config_is_fetched_and_carried(scene: Scene, demo_source: Path) -> None:
+    path = demo_source / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "x" * (SMALL_BYTES + 1)}))
+    scene.hub.add(REPO, demo_source)
+    made = scene.json(f"plan {REPO}")
+    assert made["files"] == plan(demo_source).to_json()["files"]
+    assert made["notes"] == list(plan(demo_source).notes)
+    scene.json(f"convert {REPO} out --no-flush")
+    convert(demo_source, scene.folder / "expected", flush=False)
+    assert contents(scene.folder / "out").keys() == contents(scene.folder / "expected").keys()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (scene.folder / "out" / name).read_bytes() == (scene.folder / "expected" / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["images-sharded", "text-8"])
