@@ -9,10 +9,12 @@ from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.options import KEEP, Options
 from t5g2convert.conversion.plan import Change
+from t5g2convert.conversion.vocabulary import has_names
 from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.schema import WeightMap
 
 LENGTH: Final = "max_position_embeddings"
+FACTOR: Final = "rope_parameters.full_attention.factor"
 
 
 def plan_notes(
@@ -31,7 +33,7 @@ def plan_notes(
     if options.preset is not None:
         for name in weight_map.presets[options.preset].assumed:
             yield f"preset {options.preset}: what the release has for {name} is not established"
-    yield from _images(resolution)
+    yield from _images(resolution, drafts)
     dtypes = sorted({draft.dtype for draft in drafts})
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
@@ -60,13 +62,19 @@ def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]
             by_setting.setdefault((setting, change.source, change.target), []).append(change.field)
     for (setting, source, target), named in by_setting.items():
         name = setting if len(named) == len(stacks) else named[0]
-        effect = "longer inputs are allowed" if target > source else "shorter inputs are allowed"
-        if setting != LENGTH:
-            effect = "that changes what is computed"
-        yield f"{name} is {target}, the source's is {source}: {effect}"
+        yield f"{name} is {target}, the source's is {source}: {_effect(setting, source, target)}"
 
 
-def _images(resolution: Resolution) -> Iterator[str]:
+def _effect(setting: str, source: Any, target: Any) -> str:
+    """What it means that a setting is not the source's."""
+    if setting == LENGTH:
+        return "longer inputs are allowed" if target > source else "shorter inputs are allowed"
+    if setting == FACTOR:
+        return f"positions in full layers are divided by {target:g}"
+    return "that changes what is computed"
+
+
+def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
     conditions = resolution.model.conditions
     if "text_only" in conditions:
         yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
@@ -76,5 +84,9 @@ def _images(resolution: Resolution) -> Iterator[str]:
         yield f"{taken} tensors are the donor's; its other {left} are left behind"
     if "projector_zeros" in conditions:
         yield "the projector is zeros: images mean nothing until it is trained"
-    if "projector_aligned" in conditions:
-        yield "the projector is the donor's, carried over by least squares between both embedding tables"
+    for alignment in (draft.content.alignment for draft in drafts):
+        if alignment is not None:
+            rows = f"{alignment.rows} rows of both embedding tables"
+            yield f"the projector is the donor's, carried over by least squares between {rows}"
+            if not has_names(resolution):
+                yield f"that the {rows} are the same tokens was not looked at: a tokenizer.json is missing"

@@ -297,8 +297,24 @@ class Plan:
         }
 
 
+def _range_json(span: SourceRange) -> dict[str, Any]:
+    return {"file": span.file, "start": span.start, "end": span.end}
+
+
+def _alignment_json(alignment: PlannedAlignment) -> dict[str, Any]:
+    tables = {"donor": alignment.donor, "target": alignment.target}
+    return {
+        **{
+            name: {"tensor": table.tensor, "dtype": table.dtype, "source": _range_json(table.source)}
+            for name, table in tables.items()
+        },
+        "rows": alignment.rows,
+        "ridge": alignment.ridge,
+    }
+
+
 def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
-    source = tensor.content.source
+    source, alignment = tensor.content.source, tensor.content.alignment
     return {
         "name": tensor.name,
         "part": tensor.part,
@@ -309,5 +325,6 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
         "end": tensor.end,
         "from": tensor.origin,
         "content": tensor.content.kind,
-        "source": None if source is None else {"file": source.file, "start": source.start, "end": source.end},
+        "source": None if source is None else _range_json(source),
+        **({} if alignment is None else {"alignment": _alignment_json(alignment)}),
     }

@@ -10,7 +10,7 @@ from t5g2convert.checkpoint.config import ConfigSection, ImpliedTensor, Token, p
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub import Origin, read_held
-from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
+from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named, role_in
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.targets import implied_tensors, target_of
 from t5g2convert.conversion.files import plan_files
@@ -31,12 +31,13 @@ from t5g2convert.conversion.plan import (
     SourceFile,
     SourceRange,
 )
+from t5g2convert.conversion.vocabulary import shared_rows
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.resolve import Graft, Resolution, Resolved, resolve
-from t5g2convert.mapping.schema import count_parameters
+from t5g2convert.mapping.schema import WeightMap, count_parameters
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
@@ -83,7 +84,7 @@ def plan_checkpoint(
     }  # fmt: skip
     config = fill(weight_map.config, values, resolution.model.conditions)
     generation = _generation_values(checkpoint, values)
-    drafts = [_draft(item, resolution, options, cast_to) for item in resolution.targets]
+    drafts = [_draft(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     _check_target(drafts, config, loaded)
     changes = tuple(_changes(resolution, drafts, config, loaded, model_dtype))
@@ -147,7 +148,9 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
     )
 
 
-def _draft(item: Resolved, resolution: Resolution, options: Options, cast_to: str | None) -> Draft:
+def _draft(
+    item: Resolved, resolution: Resolution, weight_map: WeightMap, options: Options, cast_to: str | None
+) -> Draft:
     """The content of one target. A constant gets the model's dtype later; everything else keeps or casts its own."""
     operation = item.row.op
     source_dtype = "" if item.source is None else item.source.entry.dtype
@@ -166,7 +169,7 @@ def _draft(item: Resolved, resolution: Resolution, options: Options, cast_to: st
             content = Content("zeros", None, target_dtype)
         case Aligned():
             assert item.source is not None, "the schema gives every row but zeros a source"
-            alignment = _alignment(operation, resolution, options.ridge)
+            alignment = _alignment(operation, resolution, weight_map, options.ridge)
             content = Content("aligned", _whole(item.source, item.role), source_dtype, alignment)
         case _:
             raise NotImplementedError(f"no content for {operation!r}")
@@ -192,14 +195,14 @@ def _scaled_row(operation: ScaledRow, source: StoredTensor, symbols: Mapping[str
     return Content("scaled_row", SourceRange(source.file, start, start + width), entry.dtype)
 
 
-def _alignment(operation: Aligned, resolution: Resolution, ridge: float) -> PlannedAlignment:
+def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap, ridge: float) -> PlannedAlignment:
     tables = []
     for role in (VISION_FROM, SOURCE):
         ((_, name),) = expand(operation.aligned.tables, resolution.layouts[role], {})
         stored = resolution.checkpoints[role].tensors[name]
         tables.append(PlannedTable(name, _whole(stored, role), stored.entry.dtype, *stored.entry.shape))
     donor, target = tables
-    return PlannedAlignment(donor, target, min(resolution.symbols["vocab"], donor.rows, target.rows), ridge)
+    return PlannedAlignment(donor, target, shared_rows(resolution, weight_map, donor.rows), ridge)
 
 
 def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
@@ -207,10 +210,10 @@ def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
 
 
 def _dominant_dtype(targets: Iterable[Resolved]) -> str:
-    """The dtype that most of the model's bytes have; config.json can name only one."""
+    """The dtype that most of the source's bytes have; config.json can name only one, and a donor does not decide it."""
     counted: Counter[str] = Counter()
     for item in targets:
-        if item.source is not None:
+        if item.source is not None and item.role == SOURCE:
             counted[item.source.entry.dtype] += tensor_bits(item.source.entry.dtype, item.shape) // 8
     return max(counted, key=lambda dtype: (counted[dtype], dtype))
 
@@ -270,9 +273,11 @@ def _changes(
     resolution: Resolution, drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap, model_dtype: str
 ) -> Iterable[Change]:
     """What the target's config does not have from the source; verification takes these for declared."""
-    cast = sorted({draft.content.dtype for draft in drafts if draft.content.kind != "zeros"} - {model_dtype})
+    given = {(span.file, draft.content.dtype) for draft in drafts for span in draft.content.spans[:1]}
+    cast = sorted({(role_in(file) != SOURCE, CONFIG_NAMES[dtype]) for file, dtype in given if dtype != model_dtype})
     if cast and all(draft.dtype == model_dtype for draft in drafts):
-        yield Change("dtype", ", ".join(CONFIG_NAMES[dtype] for dtype in cast), CONFIG_NAMES[model_dtype])
+        told = ", ".join(f"the donor's {dtype}" if donated else dtype for donated, dtype in cast)
+        yield Change("dtype", told, CONFIG_NAMES[model_dtype])
     rows, vocab = resolution.symbols["rows"], resolution.symbols["vocab"]
     if vocab != rows:
         yield Change("vocab_size", rows, vocab)

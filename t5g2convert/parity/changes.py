@@ -16,8 +16,8 @@ def change_remarks(changes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """What a reader of a report must know of the changes, by field."""
     if "dtype" in changes:
         yield (
-            f"the source's weights were cast from {changes['dtype']['source']} to {changes['dtype']['target']}, as "
-            "declared: the parities are judged on Gemma 3 with its weights so cast"
+            f"weights were cast from {changes['dtype']['source']} to {changes['dtype']['target']}, as declared: "
+            "the parities are judged on Gemma 3 with its weights so cast"
         )
     for setting, (source, target) in stack_changes(changes).items():
         told = f"{setting} was changed from {source} to {target}, as declared"

@@ -1,6 +1,7 @@
 """A text-only source with the vision tower of a donor: what is planned and what is written."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5g2convert import CheckpointError, MappingError, OutputError, convert, inspect, plan
+from t5g2convert import CheckpointError, MappingError, OutputError, convert, inspect, plan, verify
+from t5g2convert.conversion.plan import Change
+from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
 from tests.twins import write_aligned_source
 
@@ -169,6 +173,41 @@ def test_a_donor_is_a_closed_world_too(twin_folder: TwinFolder, tmp_path: Path) 
         plan(twin_folder("text-8"), vision_from=tmp_path / "donor")
     assert "unused: stranger" in caught.value.details
     assert caught.value.where == str(tmp_path / "donor")
+
+
+@pytest.fixture
+def small_text(twin_folder: TwinFolder, gemma3_map: WeightMap, tmp_path: Path) -> Path:
+    """A bfloat16 source of one layer: the tower of a float32 donor is larger than all of it."""
+    (tmp_path / "small").mkdir()
+    config = json.loads((twin_folder("text-8") / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    write_synthetic_source(tmp_path / "small", gemma3_map, config, seed=3)
+    return tmp_path / "small"
+
+
+def test_the_config_names_the_sources_dtype_whatever_the_donor_has(small_text: Path, twin_folder: TwinFolder) -> None:
+    made = plan(small_text, vision_from=twin_folder("images-float32"))
+    sizes = Counter[str]()
+    for tensor in made.tensors:
+        sizes[tensor.dtype] += tensor.nbytes
+    assert sizes["F32"] > sizes["BF16"]
+    assert made.dtype == made.config["dtype"] == "bfloat16"
+    assert made.changes == ()
+
+
+def test_a_cast_is_declared_of_whose_tensors_it_was(small_text: Path, twin_folder: TwinFolder, tmp_path: Path) -> None:
+    donor = twin_folder("images-float32")
+    assert plan(small_text, vision_from=donor, dtype="bfloat16").changes == (
+        Change("dtype", "the donor's float32", "bfloat16"),
+    )
+    assert plan(small_text, vision_from=donor, dtype="float16").changes == (
+        Change("dtype", "bfloat16, the donor's float32", "float16"),
+    )
+    convert(small_text, tmp_path / "out", vision_from=donor, dtype="bfloat16", flush=False)
+    report = verify(tmp_path / "out", small_text, vision_from=donor, record=False)
+    assert report.passed
+    (remark,) = (remark for remark in report.remarks if "cast" in remark)
+    assert remark.startswith("weights were cast from the donor's float32 to bfloat16, as declared")
 
 
 def test_the_output_may_not_lie_in_the_donor(twin_folder: TwinFolder) -> None:
