@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.contents import caster, scaled_row
@@ -32,10 +33,6 @@ from t5g2convert.errors import CheckpointError
 
 BASE_BYTES: Final = 56_000_000
 """What the interpreter and the libraries take (measured, CPython 3.11 on Linux)."""
-
-ALIGNING_MATRICES: Final = 4
-"""Square float64 matrices of the donor's width that an alignment takes at most, with the rows that it reads at once
-(measured: 254 MB in all at 2,560, 439 MB at 3,840, 745 MB at 5,376)."""
 
 COPY_THREADS: Final = 2
 """Threads that copy where nothing is hashed; hashing needs the bytes in order, so one copies then."""
@@ -60,10 +57,20 @@ class Written:
 
 def peak_memory(plan: Plan) -> int:
     """Bytes of memory that a conversion is expected to take at its peak; the size of the model does not matter."""
+    from t5g2convert.conversion import alignment
+
     casting = any(tensor.content.kind == "cast" for tensor in plan.tensors)
-    widths = [tensor.content.alignment.donor.width for tensor in plan.tensors if tensor.content.alignment is not None]
     copying = BUFFERS * CHUNK_BYTES + (BUFFERS * 4 * CHUNK_BYTES if casting else 0)
-    return BASE_BYTES + max(copying, ALIGNING_MATRICES * 8 * max(widths, default=0) ** 2)
+    aligning = [
+        alignment.peak_memory(
+            planned.donor.width,
+            planned.target.width,
+            max(element_bytes(table.dtype) for table in (planned.donor, planned.target)),
+        )
+        for planned in (tensor.content.alignment for tensor in plan.tensors)
+        if planned is not None
+    ]
+    return BASE_BYTES + max([copying, *aligning])
 
 
 def write_shards(

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from t5g2convert.conversion.plan import Change
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
+from tests.memory import run_and_measure
 from tests.twins import write_aligned_source
 
 TOWER = "model.encoder.vision_tower.vision_model."
@@ -208,6 +210,24 @@ def test_a_cast_is_declared_of_whose_tensors_it_was(small_text: Path, twin_folde
     assert report.passed
     (remark,) = (remark for remark in report.remarks if "cast" in remark)
     assert remark.startswith("weights were cast from the donor's float32 to bfloat16, as declared")
+
+
+@pytest.mark.parametrize(("donor_width", "width"), [(512, 256), (1024, 512), (512, 1024)])
+def test_an_alignment_takes_the_memory_that_its_plan_tells(
+    donor_width: int, width: int, demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path
+) -> None:
+    text = {**demo_config["text_config"], "vocab_size": 4096, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    configs = {
+        "source": {**text, "hidden_size": width, "model_type": "gemma3_text"},
+        "donor": {**demo_config, "text_config": {**text, "hidden_size": donor_width}},
+    }
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        write_synthetic_source(tmp_path / name, gemma3_map, config, seed=len(name))
+    options = ["--vision-from", tmp_path / "donor", "--projector", "aligned", "--ridge", "1e-3"]
+    told = json.loads(run_and_measure("plan", tmp_path / "source", *options, "--json")[0])["peak_memory"]
+    _, taken = run_and_measure("convert", tmp_path / "source", tmp_path / "out", *options, "--no-flush")
+    assert taken < told < 1.25 * taken
 
 
 def test_the_output_may_not_lie_in_the_donor(twin_folder: TwinFolder) -> None:
