@@ -42,7 +42,9 @@ def convert(
     preset: PresetOption = None,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
-    hashing: Annotated[bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files in t5g2.json.")] = True,
+    hashing: Annotated[
+        bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files, and compare downloads with the Hub's.")
+    ] = True,
     flush: Annotated[
         bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
     ] = True,
@@ -67,6 +69,8 @@ def convert(
             source,
             output,
             overwrite=overwrite,
+            hashing=hashing,
+            resume=resume,
             downloading=lambda total: shown.enter_context(ProgressBar(total, "download")).advance,
             mapping=mapping,
             vision_from=vision_from,
@@ -90,7 +94,7 @@ def convert(
             reports.append(judge_folder(folder, given, vision_from=donor, mapping=mapping, progress=told))
         require_passed(reports[0], output)
 
-    with ProgressBar(plan.nbytes, "convert") as bar:
+    with ProgressBar(plan.work, "convert") as bar:
         done = execute(
             plan,
             folders,

@@ -39,6 +39,8 @@ class Conversion:
         parameters: Number of parameters by part, with `total`.
         notes: What a user should know of this conversion.
         kept: Names of the shards that an earlier run had finished.
+        residual: How far the tables of an aligned projector are from fitting each other, 0 exactly and 1 not at all;
+            None without one, or where it stands in a shard that was kept.
     """
 
     output: Path
@@ -49,6 +51,7 @@ class Conversion:
     parameters: Mapping[str, int]
     notes: tuple[str, ...]
     kept: tuple[str, ...] = ()
+    residual: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 convert --json` prints."""
@@ -61,6 +64,7 @@ class Conversion:
             "parameters": dict(self.parameters),
             "notes": list(self.notes),
             "kept": list(self.kept),
+            "residual": self.residual,
         }
 
 
@@ -100,7 +104,7 @@ def convert(
         OutputError: The output exists or cannot be written.
         UsageError: An argument has no meaning.
     """
-    plan, sources = prepare(source, output, overwrite=overwrite, **options)
+    plan, sources = prepare(source, output, overwrite=overwrite, hashing=hashing, resume=resume, **options)
     return execute(
         plan,
         sources.folders,
@@ -120,6 +124,8 @@ def prepare(
     output: Path,
     *,
     overwrite: bool = False,
+    hashing: bool = True,
+    resume: bool = False,
     downloading: Downloading | None = None,
     **options: Unpack[PlanOptions],
 ) -> tuple[Plan, Sources]:
@@ -129,10 +135,13 @@ def prepare(
         source: As in `convert`.
         output: As in `convert`.
         overwrite: As in `convert`.
+        hashing: As in `convert`.
+        resume: As in `convert`.
         downloading: Shows the download, if there is one.
         options: As in `convert`.
     """
     wanted = Options(**options)
+    _check_resumable(hashing=hashing, resume=resume)
     check_target(output, *given_folders(source, wanted.vision_from), overwrite=overwrite)
     sources = Sources.open(source, wanted.vision_from)
     options["vision_from"] = sources.vision_from
@@ -162,8 +171,7 @@ def execute(
     judge: Judge | None = None,
 ) -> Conversion:
     """Execute a plan that `build_plan` made of the checkpoints in these folders; see `convert`."""
-    if resume and not hashing:
-        raise UsageError("a run can be resumed only with sha256: what was finished is known by it")
+    _check_resumable(hashing=hashing, resume=resume)
     with Staging(output, overwrite=overwrite, flush=flush, resume=resume) as staging:
         journal = Journal(staging.folder, plan, allow_nonfinite=allow_nonfinite, flush=flush) if hashing else None
         begun = journal is not None and journal.path.exists()
@@ -201,20 +209,26 @@ def execute(
         parameters=plan.parameters,
         notes=(*plan.notes, *_notes(plan, kept, written, begun=begun)),
         kept=tuple(kept),
+        residual=written.residual,
     )
+
+
+def _check_resumable(*, hashing: bool, resume: bool) -> None:
+    if resume and not hashing:
+        raise UsageError("a run can be resumed only with sha256: what was finished is known by it")
 
 
 def _check_downloads(plan: Plan, folders: Folders, written: Written) -> None:
     """What was read of a model of the Hub must have the sha256 that the Hub tells, where it tells one."""
-    for source in plan.sources.values():
-        for file in source.files if source.hub is not None and written.sources else ():
-            expected = source.hub.files[plain_name(file.name)].sha256 if source.hub is not None else None
-            if expected not in (None, written.sources[file.name]):
-                raise CheckpointError(
-                    f"has sha256 {written.sources[file.name]}, the Hub tells {expected}",
-                    where=folders.path(file.name),
-                    hint="remove it, and start again",
-                )
+    read = [(source.hub, file) for source in plan.sources.values() for file in source.files]
+    for hub, file in read if written.sources else ():
+        expected = None if hub is None else hub.files[plain_name(file.name)].sha256
+        if expected not in (None, written.sources[file.name]):
+            raise CheckpointError(
+                f"has sha256 {written.sources[file.name]}, the Hub tells {expected}",
+                where=folders.path(file.name),
+                hint="remove it, and start again",
+            )
 
 
 def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool) -> Iterator[str]:
@@ -224,6 +238,8 @@ def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool
         yield "an earlier run had finished nothing of this very conversion: all was written anew"
     if written.residual is not None:
         yield f"residual of the aligned embedding tables: {written.residual:.3g} (0: they fit exactly, 1: not at all)"
+    elif any(tensor.content.alignment is not None for tensor in plan.tensors):
+        yield "the aligned projector is in a shard that was kept; verify tells the residual"
     if written.nonfinite:
         where = " in the shards written now" if kept else ""
         yield f"{len(written.nonfinite)} tensor(s){where} hold NaN or infinity, copied as they are: " + some(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
+from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import HubOrigin
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name, role_in
@@ -60,6 +61,11 @@ class PlannedAlignment:
     rows: int
     ridge: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tables that are read."""
+        return sum(self.rows * table.width * element_bytes(table.dtype) for table in (self.donor, self.target))
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -105,6 +111,11 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Bytes in the shard."""
         return self.end - self.start
+
+    @property
+    def work(self) -> int:
+        """Bytes of which progress is told: those in the shard, and the tables that are read for an alignment."""
+        return self.nbytes + (0 if self.content.alignment is None else self.content.alignment.nbytes)
 
     @property
     def elements(self) -> int:
@@ -271,6 +282,11 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all shards, headers included."""
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def work(self) -> int:
+        """Bytes of which progress is told."""
+        return sum(tensor.work for tensor in self.tensors)
 
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 plan --json` prints."""

@@ -271,6 +271,13 @@ def test_H1_a_target_that_cannot_be_written_is_told_before_the_hub_is_asked(scen
     assert scene.hub.log == []
 
 
+def test_a_run_that_cannot_be_resumed_is_told_before_the_hub_is_asked(scene: Scene) -> None:
+    done = scene(f"convert {REPO} out --resume --no-hash")
+    assert done.returncode == 2
+    assert "only with sha256" in done.stderr
+    assert scene.hub.log == []
+
+
 def test_H2_a_conversion_that_was_cut_goes_on_with_the_files_that_are_here(
     scene: Scene, twin_folder: TwinFolder
 ) -> None:

@@ -1,6 +1,7 @@
 """A text-only source with the vision tower of a donor: what is planned and what is written."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from t5g2convert import CheckpointError, MappingError, OutputError, convert, inspect, plan, verify
+from t5g2convert import CheckpointError, Conversion, MappingError, OutputError, convert, inspect, plan, verify
+from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.conversion.convert import execute
 from t5g2convert.conversion.plan import Change
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -61,6 +64,8 @@ def test_an_aligned_projector_is_the_donors_times_the_map_between_the_tables(
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")[PROJECTOR], expected.to(torch.bfloat16))
     (told,) = (note for note in done.notes if "residual" in note)
     assert float(told.split(": ")[1].split()[0]) < 1e-12
+    assert done.residual is not None
+    assert done.residual == done.to_json()["residual"] < 1e-12
 
 
 def test_tables_that_do_not_fit_have_a_residual(twin_folder: TwinFolder, tmp_path: Path) -> None:
@@ -90,13 +95,37 @@ def test_an_aligned_projector_is_cast_and_sharded_like_all_else(
     assert found[PROJECTOR].dtype == (torch.float32 if "dtype" in options else torch.bfloat16)
 
 
+def test_without_an_alignment_there_is_no_residual(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    done = convert(twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder("donor-wide"))
+    assert done.residual is done.to_json()["residual"] is None
+    assert not any("residual" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["tables-read-twice", "tables-read-once"])
+def test_progress_counts_the_tables_of_an_alignment(
+    fits: bool, twin_folder: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, donor = twin_folder("text-8"), twin_folder("donor-wide")
+    if fits:
+        write_aligned_source(source, donor, tmp_path / "source")
+        source = tmp_path / "source"
+    counts: list[int] = []
+    made = plan(source, vision_from=donor, projector="aligned")
+    monkeypatch.setattr("t5g2convert.conversion.tables.ROWS_AT_ONCE", 64)
+    execute(made, Folders(source, vision_from=donor), tmp_path / "out", progress=counts.append, flush=False)
+    tables = 300 * (32 + 24) * 2
+    assert sum(counts) == made.work == sum(tensor.nbytes for tensor in made.tensors) + tables
+    # While it goes on, and not at its end.
+    assert counts[1:3] == [64 * 32 * 2, 64 * 24 * 2]
+
+
 def test_a_resumed_graft_has_the_same_bytes(twin_folder: TwinFolder, tmp_path: Path) -> None:
     donor = twin_folder("donor-wide")
 
-    def run(name: str, judge: Any = None) -> None:
-        convert(
+    def run(name: str, judge: Any = None, counts: list[int] | None = None) -> Conversion:
+        return convert(
             twin_folder("text-8"), tmp_path / name, vision_from=donor, projector="aligned", ridge=0.1,
-            max_shard_bytes=20_000, resume=True, judge=judge,
+            max_shard_bytes=20_000, resume=True, judge=judge, progress=None if counts is None else counts.append,
         )  # fmt: skip
 
     def stop(_: Path) -> None:
@@ -104,8 +133,12 @@ def test_a_resumed_graft_has_the_same_bytes(twin_folder: TwinFolder, tmp_path: P
 
     with pytest.raises(OutputError, match="the disk fails"):
         run("resumed", stop)
-    run("resumed")
-    run("plain")
+    counts: tuple[list[int], list[int]] = ([], [])
+    resumed, plain = run("resumed", counts=counts[0]), run("plain", counts=counts[1])
+    assert sum(counts[0]) == sum(counts[1])
+    assert resumed.residual is None
+    assert "the aligned projector is in a shard that was kept; verify tells the residual" in resumed.notes
+    assert plain.residual is not None
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("resumed", "plain"))
     assert one == two
 
@@ -162,11 +195,28 @@ def test_a_graft_that_does_not_fit_is_refused(
         plan(twin_folder(source), vision_from=twin_folder(donor), **options)
 
 
+@pytest.mark.parametrize("holders", [{"donor"}, {"source", "donor"}], ids=lambda holders: "-".join(sorted(holders)))
+def test_nan_is_told_of_the_folder_that_holds_it(holders: set[str], twin_folder: TwinFolder, tmp_path: Path) -> None:
+    names = {"source": "model.norm.weight", "donor": "vision_tower.post_layernorm.bias"}
+    for name, twin in (("source", "text-8"), ("donor", "donor-wide")):
+        shutil.copytree(twin_folder(twin), tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        if name in holders:
+            tensors[names[name]][3] = float("nan")
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+
+    def run(**options: bool) -> Conversion:
+        return convert(tmp_path / "source", tmp_path / "out", vision_from=tmp_path / "donor", **options)
+
+    with pytest.raises(CheckpointError, match="hold NaN or infinity") as caught:
+        run()
+    assert caught.value.where == " and ".join(str(tmp_path / name) for name in sorted(holders))
+    lines = {"source": f"{names['source']}[3] is NaN", "donor": f"{names['donor']}[3] of the donor is NaN"}
+    assert set(caught.value.details) == {lines[name] for name in holders}
+    assert any(lines["donor"] in note for note in run(allow_nonfinite=True).notes)
+
+
 def test_a_donor_is_a_closed_world_too(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import save_file
-
     shutil.copytree(twin_folder("donor-wide"), tmp_path / "donor")
     path = tmp_path / "donor/model.safetensors"
     tensors = load_file(path)
