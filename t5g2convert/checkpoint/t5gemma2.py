@@ -1,9 +1,6 @@
-"""T5Gemma 2's config.json, and the tensors that it implies in the published layout.
+"""T5Gemma 2's config.json, of the whole model and of its encoder alone, as one set of values."""
 
-The list of tensors stands here in code, apart from any weight map, so that a map that forgets one is found out.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -13,8 +10,9 @@ from pydantic import Field
 from t5g2convert.checkpoint.config import (
     ConfigSection,
     Depth,
-    ImpliedTensor,
+    Number,
     Positive,
+    Scalar,
     Size,
     Token,
     describe_model_type,
@@ -22,9 +20,13 @@ from t5g2convert.checkpoint.config import (
     subsection,
 )
 from t5g2convert.checkpoint.gemma3 import LayerType
-from t5g2convert.errors import CheckpointError
+from t5g2convert.errors import CheckpointError, MappingError
 
 MODEL_TYPE: Final = "t5gemma2"
+ENCODER_TYPE: Final = "t5gemma2_encoder"
+
+DEFAULT_THETA: Final = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
+"""What transformers' T5Gemma2TextConfig has for a kind of layer that a config says nothing of."""
 
 
 class Rope(ConfigSection):
@@ -61,6 +63,23 @@ class Stack(ConfigSection):
     final_logit_softcapping: Positive | None = None
     bos_token_id: Token | None = 2
     eos_token_id: Token | list[Token] | None = 1
+    pad_token_id: Token | None = 0
+    max_position_embeddings: Size = 131_072
+    initializer_range: Number = 0.02
+    attention_dropout: Number = 0.0
+    dropout_rate: Number = 0.0
+    use_cache: bool = True
+
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """Sizes in elements, and the depth, by the names that maps use behind the name of the stack."""
+        return {
+            "intermediate": self.intermediate_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "key_value": self.num_key_value_heads * self.head_dim,
+            "head": self.head_dim,
+            "layers": self.num_hidden_layers,
+        }
 
 
 class Tower(ConfigSection):
@@ -75,6 +94,7 @@ class Tower(ConfigSection):
     patch_size: Size
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: Positive = 1e-6
+    attention_dropout: Number = 0.0
 
 
 class Tokens(ConfigSection):
@@ -87,13 +107,83 @@ class Tokens(ConfigSection):
 
 
 @dataclass(frozen=True, slots=True)
-class T5Gemma2:
-    """A T5Gemma 2 model as its config describes it."""
+class T5Gemma2Encoder:
+    """The encoder of a T5Gemma 2 as its config describes it."""
 
     encoder: Stack
-    decoder: Stack
     vision: Tower
     tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class T5Gemma2(T5Gemma2Encoder):
+    """A T5Gemma 2 model as its config describes it."""
+
+    decoder: Stack
+
+    @property
+    def family(self) -> str:
+        """The `model_type` of its config."""
+        return MODEL_TYPE
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """`vision`, or `text_only` for the stub of a tower."""
+        return frozenset({"vision" if self.vision.num_hidden_layers else "text_only"})
+
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """Sizes in elements and counts, by the names that maps use."""
+        vision = self.vision
+        return {
+            "rows": self.encoder.vocab_size,
+            "hidden": self.encoder.hidden_size,
+            **{f"encoder_{name}": size for name, size in self.encoder.symbols.items()},
+            **{f"decoder_{name}": size for name, size in self.decoder.symbols.items()},
+            "vision_hidden": vision.hidden_size,
+            "vision_intermediate": vision.intermediate_size,
+            "vision_channels": vision.num_channels,
+            "vision_patch": vision.patch_size,
+            "vision_positions": (vision.image_size // vision.patch_size) ** 2,
+            "vision_layers": vision.num_hidden_layers,
+        }
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        """Where the symbols stand in config.json."""
+        fields = {"rows": "encoder.text_config.vocab_size", "hidden": "encoder.text_config.hidden_size"}
+        for stack, path in (("encoder", "encoder.text_config"), ("decoder", "decoder")):
+            fields |= {
+                f"{stack}_intermediate": f"{path}.intermediate_size",
+                f"{stack}_query": f"{path}.num_attention_heads * {path}.head_dim",
+                f"{stack}_key_value": f"{path}.num_key_value_heads * {path}.head_dim",
+                f"{stack}_head": f"{path}.head_dim",
+            }
+        tower = "encoder.vision_config"
+        return fields | {
+            "vision_hidden": f"{tower}.hidden_size",
+            "vision_intermediate": f"{tower}.intermediate_size",
+            "vision_channels": f"{tower}.num_channels",
+            "vision_patch": f"{tower}.patch_size",
+            "vision_positions": f"({tower}.image_size // {tower}.patch_size) squared",
+        }
+
+    @property
+    def values(self) -> Mapping[str, Scalar]:
+        """The fields of a stack behind its name and a dot, those of the tower behind `vision_`, and the tokens."""
+        values: dict[str, Scalar] = self.tokens.model_dump()
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            fields = stack.model_dump(exclude={"rope_parameters"})
+            for kind, rope in (("full", "full_attention"), ("sliding", "sliding_attention")):
+                settings = stack.rope_parameters.get(rope)  # type: ignore[call-overload]
+                fields[f"rope_{kind}_theta"] = settings.rope_theta if settings else DEFAULT_THETA[rope]
+                fields[f"rope_{kind}_factor"] = settings.linear_factor if settings else 1.0
+            values |= {f"{name}.{field}": value for field, value in fields.items()}
+        return values | {f"vision_{field}": value for field, value in self.vision.model_dump().items()}
+
+    def with_vision_of(self, donor: "T5Gemma2", projector: str | None) -> "T5Gemma2":
+        """See `SourceModel`: not for what has a place for a tower of its own."""
+        raise MappingError("--vision-from is for decoder-only sources")
 
 
 def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
@@ -107,10 +197,26 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
     encoder = subsection(config, "encoder", where)
     return T5Gemma2(
         _stack(subsection(encoder, "text_config", where), where, "encoder.text_config"),
-        _stack(subsection(config, "decoder", where), where, "decoder"),
         parse_section(Tower, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
         # Both places name them; transformers takes the image token from the top, the others from the encoder.
         parse_section(Tokens, {**encoder, **_top_image_token(config)}, where, "encoder"),
+        _stack(subsection(config, "decoder", where), where, "decoder"),
+    )
+
+
+def read_t5gemma2_encoder(config: Mapping[str, Any], where: Path) -> T5Gemma2Encoder:
+    """Read what decides which tensors the folder of an encoder alone holds and what they compute.
+
+    Raises:
+        CheckpointError: Another model, or a field that is missing or of the wrong type.
+    """
+    if config.get("model_type") != ENCODER_TYPE:
+        raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2's encoder", where=where)
+    return T5Gemma2Encoder(
+        _stack(subsection(config, "text_config", where), where, "text_config"),
+        parse_section(Tower, subsection(config, "vision_config", where), where, "vision_config"),
+        # An encoder alone has another default than the whole model, which is never meant.
+        parse_section(Tokens, config, where),
     )
 
 
@@ -135,65 +241,3 @@ def _stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
     if unsettled := set(stack.layer_types) - stack.rope_parameters.keys():
         raise CheckpointError(f"{section}.rope_parameters lacks {', '.join(sorted(unsettled))}", where=where)
     return stack
-
-
-def implied_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
-    """Every tensor of the published layout, once; no tied copy, no rotary buffer.
-
-    Raises:
-        CheckpointError: As `read_t5gemma2`.
-    """
-    model = read_t5gemma2(config, where)
-    vocab, hidden = model.encoder.vocab_size, model.encoder.hidden_size
-    yield ImpliedTensor("model.encoder.embed_tokens.weight", "embedding", (vocab, hidden))
-    yield ImpliedTensor("model.encoder.embed_tokens.eoi_embedding", "embedding", (hidden,))
-    for part, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
-        for name, shape in _stack_tensors(stack):
-            yield ImpliedTensor(f"model.{part}.{name}", part, shape)
-    for name, shape in _tower_tensors(model.vision):
-        yield ImpliedTensor(f"model.encoder.vision_tower.vision_model.{name}", "vision", shape)
-    projector = "model.encoder.multi_modal_projector."
-    yield ImpliedTensor(projector + "mm_input_projection_weight", "projector", (model.vision.hidden_size, hidden))
-    yield ImpliedTensor(projector + "mm_soft_emb_norm.weight", "projector", (model.vision.hidden_size,))
-
-
-def _stack_tensors(stack: Stack) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, ffn, head = stack.hidden_size, stack.intermediate_size, stack.head_dim
-    query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
-    layer_tensors = {
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key_value, hidden),
-        "self_attn.v_proj.weight": (key_value, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-        "self_attn.q_norm.weight": (head,),
-        "self_attn.k_norm.weight": (head,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-        "pre_self_attn_layernorm.weight": (hidden,),
-        "post_self_attn_layernorm.weight": (hidden,),
-        "pre_feedforward_layernorm.weight": (hidden,),
-        "post_feedforward_layernorm.weight": (hidden,),
-    }
-    for layer in range(stack.num_hidden_layers):
-        for name, shape in layer_tensors.items():
-            yield f"layers.{layer}.{name}", shape
-    yield "norm.weight", (hidden,)
-
-
-def _tower_tensors(tower: Tower) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, ffn, patch = tower.hidden_size, tower.intermediate_size, tower.patch_size
-    yield "embeddings.patch_embedding.weight", (hidden, tower.num_channels, patch, patch)
-    yield "embeddings.patch_embedding.bias", (hidden,)
-    yield "embeddings.position_embedding.weight", ((tower.image_size // patch) ** 2, hidden)
-    projections = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
-    projections |= {"mlp.fc1": (ffn, hidden), "mlp.fc2": (hidden, ffn)}
-    for layer in range(tower.num_hidden_layers):
-        for name, shape in projections.items():
-            yield f"encoder.layers.{layer}.{name}.weight", shape
-            yield f"encoder.layers.{layer}.{name}.bias", shape[:1]
-        for norm in ("layer_norm1", "layer_norm2"):
-            yield f"encoder.layers.{layer}.{norm}.weight", (hidden,)
-            yield f"encoder.layers.{layer}.{norm}.bias", (hidden,)
-    yield "post_layernorm.weight", (hidden,)
-    yield "post_layernorm.bias", (hidden,)

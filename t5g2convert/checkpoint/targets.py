@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import t5gemma2
+from t5g2convert.checkpoint import gemma3, t5gemma2
 from t5g2convert.checkpoint.config import ImpliedTensor, describe_model_type
+from t5g2convert.checkpoint.implied import gemma3_tensors, t5gemma2_encoder_tensors, t5gemma2_tensors
 from t5g2convert.errors import CheckpointError
 
 
@@ -27,7 +28,10 @@ class Target:
 
 
 TARGETS: Final[Mapping[str, Target]] = {
-    t5gemma2.MODEL_TYPE: Target(t5gemma2.implied_tensors, ("encoder.text_config.", "decoder.")),
+    t5gemma2.MODEL_TYPE: Target(t5gemma2_tensors, ("encoder.text_config.", "decoder.")),
+    t5gemma2.ENCODER_TYPE: Target(t5gemma2_encoder_tensors, ("text_config.",)),
+    gemma3.MULTIMODAL: Target(gemma3_tensors, ("text_config.",)),
+    gemma3.TEXT_ONLY: Target(gemma3_tensors, ("",)),
 }
 """`model_type` to family."""
 

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self, Unpack
 
 import typer
 
@@ -27,7 +27,14 @@ from t5g2convert.printable import printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from t5g2convert.conversion.options import PlanOptions
     from t5g2convert.parity.report import Report
+
+
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
+]
 
 
 def convert(
@@ -48,20 +55,54 @@ def convert(
     flush: Annotated[
         bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT, at the very end.")] = False,
+    overwrite: OverwriteOption = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the shards that an earlier run finished; leave them if stopped.")
     ] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")
     ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
-    ] = False,
+    verify: VerifyOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder."""
+    write_folder(
+        source,
+        output,
+        overwrite=overwrite,
+        hashing=hashing,
+        flush=flush,
+        resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        verify=verify,
+        as_json=as_json,
+        mapping=mapping,
+        vision_from=vision_from,
+        projector=projector,
+        ridge=ridge,
+        rope_scaling=rope_scaling,
+        sliding_window=sliding_window,
+        preset=preset,
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+    )
+
+
+def write_folder(
+    source: str,
+    output: Path,
+    *,
+    overwrite: bool,
+    verify: bool,
+    as_json: bool,
+    hashing: bool = True,
+    flush: bool = True,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
+    **options: "Unpack[PlanOptions]",
+) -> None:
+    """Plan, download, write, judge if asked to, and print what was done; see `conversion.convert`."""
     from t5g2convert.conversion.convert import execute, prepare
 
     with ExitStack() as shown:
@@ -72,15 +113,7 @@ def convert(
             hashing=hashing,
             resume=resume,
             downloading=lambda total: shown.enter_context(ProgressBar(total, "download")).advance,
-            mapping=mapping,
-            vision_from=vision_from,
-            projector=projector,
-            ridge=ridge,
-            rope_scaling=rope_scaling,
-            sliding_window=sliding_window,
-            preset=preset,
-            dtype=dtype,
-            max_shard_bytes=parse_size(max_shard_size),
+            **options,
         )
     folders = sources.folders
     reports: list[Report] = []
@@ -91,6 +124,7 @@ def convert(
         bar.stop()
         with shown_progress() as told:
             given, donor = sources.origins
+            mapping = options.get("mapping")
             reports.append(judge_folder(folder, given, vision_from=donor, mapping=mapping, progress=told))
         require_passed(reports[0], output)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from t5g2convert.cli import compare, convert, demo, generate, inspect, mappings, plan, verify
+from t5g2convert.cli import compare, convert, demo, extract, generate, inspect, mappings, plan, verify
 from t5g2convert.cli.console import emit_json
 from t5g2convert.errors import Interrupted, MappingError, OutputError, T5g2Error, UsageError
 from t5g2convert.printable import printable
@@ -54,6 +54,7 @@ app.command("demo")(demo.demo)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
+app.command("extract")(extract.extract)
 app.command("verify")(verify.verify)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)

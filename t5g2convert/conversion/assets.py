@@ -31,7 +31,9 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
     files: dict[str, dict[str, Any]] = {
         shard.name: {"bytes": shard.size, "sha256": written.shards.get(shard.name)} for shard in plan.shards
     }
-    documents = {"config.json": plan.config, "generation_config.json": plan.generation_config}
+    documents = {"config.json": plan.config}
+    if plan.generation_config is not None:
+        documents["generation_config.json"] = plan.generation_config
     contents: dict[str, Iterable[bytes]] = {name: [encode_json(document)] for name, document in documents.items()}
     contents |= {file.name: _contents(file, folders) for file in plan.files}
     if len(plan.shards) > 1:

@@ -63,7 +63,8 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
         origins = tuple(named(role, name) for name in ("config.json", *reads))
         made.append(PlannedFile(PROCESSOR_FILE, origins, encode_json(document)))
     files = (*made, *carried)
-    return FilesBeside(files, tokens, (*notes, *_notes(files, tokens, source)))
+    notes += _notes(files, tokens, source, converted=weight_map.extracts is None)
+    return FilesBeside(files, tokens, tuple(notes))
 
 
 def _copied(source: Checkpoint, name: str) -> PlannedFile:
@@ -126,12 +127,16 @@ def _tokenizer_files(
         yield _copied(source, TOKENIZER_CONFIG_FILE)
 
 
-def _notes(files: tuple[PlannedFile, ...], tokens: tuple[TokenChange, ...], source: Checkpoint) -> Iterator[str]:
+def _notes(
+    files: tuple[PlannedFile, ...], tokens: tuple[TokenChange, ...], source: Checkpoint, *, converted: bool
+) -> Iterator[str]:
     names = {file.name for file in files}
     if TOKENIZER_FILE not in names:
         yield "the source has no tokenizer.json: the output cannot read text"
     for change in tokens:
         if change.replaces is not None:
             yield f"tokenizer.json: {change.token} takes the place of {change.replaces}, id {change.target}"
+    if not converted:
+        return
     if names & set(TEMPLATE_FILES) or "chat_template" in (read_held(source, TOKENIZER_CONFIG_FILE) or {}):
         yield "the chat template is the source's: it was written for a decoder without an encoder"

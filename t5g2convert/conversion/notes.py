@@ -76,7 +76,7 @@ def _effect(setting: str, source: Any, target: Any) -> str:
 
 def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
     conditions = resolution.model.conditions
-    if "text_only" in conditions:
+    if any(item.part == "vision" and item.source is None for item in resolution.targets):
         yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
     if VISION_FROM in resolution.checkpoints:
         taken = sum(item.role == VISION_FROM and item.source is not None for item in resolution.targets)

@@ -18,7 +18,10 @@ KEEP: Final = "keep"
 
 PROJECTORS: Final = ("copy", "zeros", "aligned")
 
-UNRECORDED: Final = frozenset({"mapping", "vision_from"})
+PARTS: Final = ("encoder", "decoder")
+"""What `part` may take out of an encoder-decoder."""
+
+UNRECORDED: Final = frozenset({"mapping", "part", "vision_from"})
 """Options that the manifest has in other words: a map by its sha256, a donor by its files."""
 
 
@@ -26,6 +29,7 @@ class PlanOptions(TypedDict, total=False):
     """The keyword arguments of `plan` and `convert`; see `Options`."""
 
     mapping: str | None
+    part: str | None
     dtype: str
     max_shard_bytes: int
     vision_from: Origin | None
@@ -42,6 +46,7 @@ class Options:
 
     Attributes:
         mapping: Name of a shipped map or path of one's own; by default the shipped one for the source's model type.
+        part: `encoder` or `decoder` to take that out of an encoder-decoder; None to convert a decoder-only model.
         dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
         max_shard_bytes: Largest size of one output file's tensors, in bytes.
         vision_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, whose vision tower a source
@@ -58,6 +63,7 @@ class Options:
     """
 
     mapping: str | None = None
+    part: str | None = None
     dtype: str = KEEP
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     vision_from: Origin | None = None
@@ -68,6 +74,8 @@ class Options:
     preset: str | None = None
 
     def __post_init__(self) -> None:
+        if self.part is not None and self.part not in PARTS:
+            raise UsageError(f"unknown part {self.part!r}", hint=f"expected {', '.join(PARTS)}")
         if self.dtype != KEEP and self.dtype not in BY_CONFIG_NAME:
             raise UsageError(f"unknown dtype {self.dtype!r}", hint=f"expected {KEEP}, {', '.join(BY_CONFIG_NAME)}")
         if self.max_shard_bytes < 1:

@@ -258,7 +258,7 @@ class Plan:
     files: tuple[PlannedFile, ...]
     tokens: tuple[TokenChange, ...]
     config: Mapping[str, Any]
-    generation_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
     notes: tuple[str, ...]
 
     @property

@@ -61,7 +61,7 @@ def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
     loaded = (
         find_map(wanted.mapping)
         if wanted.mapping is not None
-        else map_for(checkpoint.config, checkpoint.path / "config.json")
+        else map_for(checkpoint.config, checkpoint.path / "config.json", extracts=wanted.part)
     )
     return plan_checkpoint(checkpoint, loaded, wanted, donor=sources.vision_from)
 
@@ -72,10 +72,7 @@ def plan_checkpoint(
     """Plan the conversion of a checkpoint that is open already, with the tower of a donor; see `build_plan`."""
     weight_map = loaded.map
     resolution = resolve(loaded, checkpoint, None if donor is None else Graft(donor, options.projector))
-    if resolution.values.get("attention_bias"):
-        raise CheckpointError(
-            "attention_bias is true, but the attention's tensors have no biases", where=checkpoint.path / "config.json"
-        )
+    _check_requirements(loaded, resolution, options)
     cast_to = None if options.dtype == KEEP else BY_CONFIG_NAME[options.dtype]
     model_dtype = cast_to or _dominant_dtype(resolution.targets)
     settings = options.settings(resolution.model, weight_map)
@@ -116,12 +113,29 @@ def plan_checkpoint(
         files=beside.files,
         tokens=beside.tokens,
         config=config,
-        generation_config=fill(weight_map.generation_config, generation, resolution.model.conditions),
+        generation_config=(
+            None
+            if weight_map.generation_config is None
+            else fill(weight_map.generation_config, generation, resolution.model.conditions)
+        ),
         notes=(
             *plan_notes(resolution, drafts, changes, options, weight_map, config),
             *beside.notes,
         ),
     )
+
+
+def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Options) -> None:
+    """What the target cannot be otherwise, and what cannot be asked of a part that is taken out."""
+    for name, needed in loaded.map.requires.items():
+        if (found := resolution.values[name]) != needed:
+            raise CheckpointError(
+                f"{name} is {found!r}; mapping {loaded.map.name!r} can convert {needed!r} only",
+                where=resolution.checkpoints[SOURCE].path / "config.json",
+            )
+    asked = options.record().keys() - {"dtype", "max_shard_bytes"}
+    if loaded.map.extracts is not None and asked:
+        raise MappingError(f"{', '.join(sorted(asked))}: what is taken out of a model keeps its settings")
 
 
 def _effective(options: Options, resolution: Resolution) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import gemma3
+from t5g2convert.checkpoint import gemma3, t5gemma2
 from t5g2convert.checkpoint.config import SourceModel
 
 
@@ -38,11 +38,29 @@ _GEMMA3_WORLDS: Final = (
     *(frozenset({"vision", f"projector_{made}"}) for made in ("copy", "zeros", "aligned")),
 )
 
+_T5GEMMA2_STACK: Final = {
+    "vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 1, "sliding_window": 1, "layer_types": ["full_attention"],
+    "rope_parameters": {"full_attention": {"rope_theta": 1.0}},
+}  # fmt: skip
+_T5GEMMA2_TOWER: Final = {
+    "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "image_size": 1, "patch_size": 1,
+}  # fmt: skip
+
 FAMILIES: Final[Mapping[str, Family]] = {
     gemma3.MULTIMODAL: Family(
         gemma3.read_gemma3, {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}}, _GEMMA3_WORLDS
     ),
     gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}, _GEMMA3_WORLDS),
+    t5gemma2.MODEL_TYPE: Family(
+        t5gemma2.read_t5gemma2,
+        {
+            "model_type": t5gemma2.MODEL_TYPE,
+            "encoder": {"text_config": _T5GEMMA2_STACK, "vision_config": _T5GEMMA2_TOWER},
+            "decoder": _T5GEMMA2_STACK,
+        },
+        (frozenset({"vision"}), frozenset({"text_only"})),
+    ),
 }
 """`model_type` to family."""
 

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, HubOrigin
 from t5g2convert.checkpoint.hub import open_source
-from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, Stack, T5Gemma2, implied_tensors, read_t5gemma2
+from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, Stack, T5Gemma2, read_t5gemma2
+from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.mapping.library import map_for
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.resolve import find_layout, read_model

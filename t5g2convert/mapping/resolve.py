@@ -111,7 +111,8 @@ def resolve(loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = Non
     values = _moved_values(weight_map, model, symbols["vocab"], checkpoint)
     rows = [(row, role_of(row.to, checkpoints)) for row in weight_map.weights if row.applies(model.conditions)]
     own = [row for row, role in rows if role == SOURCE]
-    layouts[SOURCE] = _find_layout(weight_map, own, symbols, checkpoint)
+    drops = [drop for drop in weight_map.drop if drop.applies(model.conditions)]
+    layouts[SOURCE] = _find_layout(weight_map, own, drops, symbols, checkpoint)
     tensors = {name: tensor for each in checkpoints.values() for name, tensor in each.tensors.items()}
     prefixes = fill(weight_map.target.roots, {}, model.conditions)
     layout = {**layouts.get(VISION_FROM, {}), **layouts[SOURCE]}
@@ -122,15 +123,10 @@ def resolve(loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = Non
         for row, role in rows
         for item in _resolve_row(row, role, layouts[role], prefixes, symbols, collectors[role])
     ]
-    drops = [
-        item
-        for drop in weight_map.drop
-        if drop.applies(model.conditions)
-        for item in _resolve_drop(drop, layouts[SOURCE], symbols, collectors[SOURCE])
-    ]
+    dropped = [item for drop in drops for item in _resolve_drop(drop, layouts[SOURCE], symbols, collectors[SOURCE])]
     for role, collector in collectors.items():
         collector.finish(weight_map, whole=role == SOURCE)
-    return Resolution(model, checkpoints, layouts, symbols, values, tuple(targets), tuple(drops))
+    return Resolution(model, checkpoints, layouts, symbols, values, tuple(targets), tuple(dropped))
 
 
 def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
@@ -157,17 +153,26 @@ def find_layout(weight_map: WeightMap, model: SourceModel, checkpoint: Checkpoin
         CheckpointError: None, or two of them.
     """
     rows = [row for row in weight_map.weights if row.applies(model.conditions)]
-    return _find_layout(weight_map, rows, model.symbols, checkpoint)
+    return _find_layout(weight_map, rows, (), model.symbols, checkpoint)
 
 
 def _find_layout(
-    weight_map: WeightMap, rows: Iterable[Row], symbols: Mapping[str, int], checkpoint: Checkpoint
+    weight_map: WeightMap,
+    rows: Iterable[Row],
+    drops: Iterable[Drop],
+    symbols: Mapping[str, int],
+    checkpoint: Checkpoint,
 ) -> dict[str, str]:
+    """The spelling of each root that a row has; of one that only drops have, if there is anything to drop."""
     layout: dict[str, str] = {}
     patterns: dict[str, list[str]] = {}
     for row in rows:
         if row.from_ is not None and (root := root_of(row.from_)) is not None:
             patterns.setdefault(root, []).append(row.from_)
+    needed = set(patterns)
+    for drop in drops:
+        if (root := root_of(drop.from_)) is not None and root not in needed:
+            patterns.setdefault(root, []).append(drop.from_)
     for root, wanted in patterns.items():
         spellings = weight_map.roots[root]
         hits = {
@@ -179,6 +184,8 @@ def _find_layout(
             for spelling in spellings
         }
         found = [spelling for spelling in spellings if hits[spelling]]
+        if not found and root not in needed:
+            continue
         if not found:
             raise CheckpointError(
                 f"holds no {root} tensors under any known spelling; it holds {some(checkpoint.tensors)}",

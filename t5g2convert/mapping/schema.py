@@ -17,6 +17,8 @@ from pydantic import (
 
 from t5g2convert.checkpoint.config import MAX_INTEGER, Positive
 from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
+from t5g2convert.checkpoint.targets import TARGETS
+from t5g2convert.mapping.families import FAMILIES, worlds_of
 from t5g2convert.mapping.operations import Aligned, AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
 
 Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
@@ -75,6 +77,8 @@ def _token_text(token: str) -> str:
 
 
 Names = Annotated[str | list[str], BeforeValidator(_names)]
+TargetType = Annotated[str, Field(json_schema_extra={"enum": sorted(TARGETS)})]
+Condition = Annotated[str, Field(json_schema_extra={"enum": sorted(frozenset().union(*worlds_of(FAMILIES)))})]
 FileName = Annotated[str, AfterValidator(_file_name)]
 TokenText = Annotated[str, AfterValidator(_token_text)]
 Spelling = Annotated[str, AfterValidator(_spelling)]
@@ -98,7 +102,9 @@ class Source(Declaration):
 class Target(Declaration):
     """The target family."""
 
-    model_type: Names = Field(description="The model_type of its config.json, or those that it may be.")
+    model_type: Annotated[TargetType | list[TargetType], BeforeValidator(_names)] = Field(
+        description="The model_type of its config.json, or those that it may be."
+    )
     architecture: str = Field(description="The class that loads the output.")
     roots: dict[str, Any] = Field(
         default_factory=dict,
@@ -140,7 +146,7 @@ class Row(Declaration):
     merged_attention: bool = Field(
         default=False, description="The decoder's joint self- and cross-attention reads this self-attention tensor."
     )
-    when: str | None = Field(default=None, description="The row holds only for such sources.")
+    when: Condition | None = Field(default=None, description="The row holds only for such sources.")
 
     @property
     def targets(self) -> tuple[tuple[Part, str], ...]:
@@ -167,7 +173,7 @@ class Drop(Declaration):
     must_equal: str | None = Field(
         default=None, description="Pattern of a tensor whose bytes it must repeat; the conversion is refused otherwise."
     )
-    when: str | None = Field(default=None, description="The drop holds only for such sources.")
+    when: Condition | None = Field(default=None, description="The drop holds only for such sources.")
 
     def applies(self, conditions: frozenset[str]) -> bool:
         """Whether the drop holds for a source."""
@@ -256,6 +262,10 @@ class WeightMap(Declaration):
     )
     source: Source
     target: Target
+    requires: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="Config values that the source must have, since the target cannot have others.",
+    )
     roots: dict[str, Annotated[list[Spelling], Field(min_length=1)]] = Field(
         description="Name of a family of tensors to the spellings of its prefix; one of them is in a checkpoint."
     )
@@ -264,7 +274,10 @@ class WeightMap(Declaration):
     drop: list[Drop] = Field(default_factory=list)
     presets: dict[str, Preset] = Field(default_factory=dict, description="What --preset may name.")
     config: dict[str, Any] = Field(description="config.json of the target; $name is a value of the source's config.")
-    generation_config: dict[str, Any] = Field(description="generation_config.json of the target, in the same form.")
+    generation_config: dict[str, Any] | None = Field(
+        default=None,
+        description="generation_config.json of the target, in the same form; none for what writes no text.",
+    )
     files: Files = Field(default=Files())
 
 

@@ -26,7 +26,8 @@ def file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) -> 
     count = len(target.files)
     shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     weights = {SINGLE_FILE} if count == 1 else {*shards, INDEX_FILE}
-    expected = {"config.json", "generation_config.json", *weights, *(file.name for file in plan.files)}
+    settings = {"config.json"} if plan.generation_config is None else {"config.json", "generation_config.json"}
+    expected = settings | weights | {file.name for file in plan.files}
     found = set(manifest["files"]) if manifest else expected
     yield from (f"{name} is no file of this conversion" for name in sorted(found - expected))
     yield from (f"{name} is not in t5g2.json" for name in sorted(expected - found))

@@ -3,7 +3,7 @@
 What is expected stands here in code, written down from the two classes' configs, apart from the map that made it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
@@ -49,21 +49,34 @@ def judge_config(
     """
     expected = dict(flatten(expected_config(source, changes)))
     expected |= {path: value for path, value in changes.items() if path in expected and "." in path}
-    expected["dtype"] = CONFIG_NAMES.get(target.dtype)
-    found = dict(flatten(target.config))
-    faults = list(_differences(expected, found))
     written = {name: getattr(source.text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if ends is not None:
         written["eos_token_id"] = ends
-    faults += [f"generation_config.json: {fault}" for fault in _differences(written, generation)]
+    return judge_settings(expected, target, differences(written, generation), changes)
+
+
+def judge_settings(
+    expected: Mapping[str, Any], target: Checkpoint, generation: Iterable[str], declared: Collection[str]
+) -> Check:
+    """Compare config.json with what is expected of it, and the tensors with what it implies.
+
+    Args:
+        expected: Settings by their paths, without `dtype`.
+        target: The folder.
+        generation: What was found to be wrong in its generation_config.json.
+        declared: The changes among the expected settings.
+    """
+    wanted = {**expected, "dtype": CONFIG_NAMES.get(target.dtype)}
+    faults = list(differences(wanted, dict(flatten(target.config))))
+    faults += [f"generation_config.json: {fault}" for fault in generation]
     try:
         faults += [f"tensors: {fault}" for fault in (*tensor_faults(target), *_strangers(target))]
     except CheckpointError as error:
         faults.append(error.message)
     if faults:
         return refused("config", "setting(s) that are not the source's", faults)
-    declared = f" but for {', '.join(changes)}, as declared" if changes else ""
-    return Check("config", True, f"{len(expected)} settings are the source's{declared}")
+    told = f" but for {', '.join(declared)}, as declared" if declared else ""
+    return Check("config", True, f"{len(wanted)} settings are the source's{told}")
 
 
 def expected_config(source: Gemma3, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +128,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield name, value
 
 
-def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     """Every setting that is missing, another, or one too many."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:

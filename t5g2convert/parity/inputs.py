@@ -1,8 +1,9 @@
 """What the passes are given: seeded token batches and pixels, or a text and a picture of one's own."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.parent import Parent
 from t5g2convert.reference.prompts import TextCodec, picture
-from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.vision import VisionTower
-from t5g2convert.reference.weights import DTYPES
+from t5g2convert.reference.weights import DTYPES, Weights
 
 SEED: Final = 2512_14856
 MAX_TOKENS: Final = 4096 + 24
@@ -47,6 +48,20 @@ class ImageBatch:
     def with_token(self, image_token: int) -> Tensor:
         """The ids as a model wants them, whose image token this is."""
         return torch.where(self.ids_BT < 0, image_token, self.ids_BT)
+
+
+class Reader(Protocol):
+    """A model that reads tokens; `weights` are its tensors."""
+
+    weights: Weights
+
+    @property
+    def stacks(self) -> Sequence[Stack]:
+        """Its text stacks."""
+
+    @property
+    def reserved(self) -> Collection[int]:
+        """Ids that do not occur among random ones: they stand for something else than themselves."""
 
 
 class Inputs:
@@ -89,24 +104,25 @@ class Inputs:
         except CheckpointError as error:
             raise UsageError(f"the text or the picture cannot be read: {error}") from None
 
-    def batch(self, target: T5Gemma2Reference) -> Batch:
-        """Tokens for both stacks, longer than the sliding window."""
-        settings = target.decoder.settings
-        stacks = (settings, target.encoder.settings)
+    def batch(self, target: Reader) -> Batch:
+        """Tokens for all stacks of a model, longer than the sliding window."""
+        stacks = [stack.settings for stack in target.stacks]
+        settings = stacks[0]
         window = max((stack.sliding_window for stack in stacks if "sliding_attention" in stack.layer_types), default=0)
         length = min(window + BEYOND_WINDOW, MAX_TOKENS)
         if self.text is not None:
             batch = text_batch(self._readable(target), length)
         else:
-            batch = token_batch(settings.vocab_size, length, never=reserved(target), placed=self._eoi(target))
+            batch = token_batch(settings.vocab_size, length, never=target.reserved, placed=self._eoi(target))
         longest = batch.ids_BT.shape[1]
         if longest <= window:
             self.remarks.append(f"the sequences have {longest} tokens: the sliding window of {window} was not reached")
         return Batch(batch.ids_BT.to(target.weights.device), batch.kept_BT.to(target.weights.device))
 
-    def _readable(self, target: T5Gemma2Reference) -> list[int]:
+    def _readable(self, target: Reader) -> list[int]:
         """The text's tokens, without the end-of-image token where its row need not be exact."""
-        vocab, ending = target.decoder.settings.vocab_size, target.encoder.settings.eoi_token_index
+        settings = target.stacks[0].settings
+        vocab, ending = settings.vocab_size, settings.eoi_token_index
         if max(self._tokens) >= vocab:
             raise UsageError(f"{self.text} has token {max(self._tokens)}, the embedding table has {vocab} rows")
         if ending not in self._tokens:
@@ -116,12 +132,13 @@ class Inputs:
         exact = self._eoi(target) is not None
         return self._tokens if exact else [token for token in self._tokens if token != ending]
 
-    def _eoi(self, target: T5Gemma2Reference) -> int | None:
+    def _eoi(self, target: Reader) -> int | None:
         """The end-of-image token, where its row must be exact: in the dtype that the row was scaled and rounded in."""
-        token = target.encoder.settings.eoi_token_index
-        if token >= target.decoder.settings.vocab_size or target.encoder.eoi is None:
+        stack = target.stacks[0]
+        token = stack.settings.eoi_token_index
+        if token >= stack.settings.vocab_size or stack.eoi is None:
             return None
-        stored = target.weights.checkpoint.tensors.get(target.encoder.eoi)
+        stored = target.weights.checkpoint.tensors.get(stack.eoi)
         if stored is None or DTYPES.get(stored.entry.dtype) == target.weights.dtype:
             return token
         self.remarks.append(
@@ -135,16 +152,10 @@ class Inputs:
         dtype = tower.weights.dtype or torch.float32
         return pixels(tower, 1, dtype) if self._pixels is None else self._pixels.to(dtype)
 
-    def image_batch(self, target: T5Gemma2Reference, features_ITC: Tensor) -> ImageBatch:
+    def image_batch(self, target: Reader, features_ITC: Tensor) -> ImageBatch:
         """Text with that image in it."""
-        ids_BT = image_ids(target.decoder.settings.vocab_size, features_ITC.shape[1], never=reserved(target))
+        ids_BT = image_ids(target.stacks[0].settings.vocab_size, features_ITC.shape[1], never=target.reserved)
         return ImageBatch(ids_BT.to(target.weights.device), features_ITC)
-
-
-def reserved(target: T5Gemma2Reference) -> set[int]:
-    """Ids that do not occur among random ones: they stand for something else than themselves."""
-    tokens = target.model.tokens
-    return {tokens.image_token_index, tokens.eoi_token_index}
 
 
 def generator() -> torch.Generator:
@@ -152,7 +163,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(SEED)
 
 
-def token_batch(vocab: int, length: int, *, never: set[int], placed: int | None = None) -> Batch:
+def token_batch(vocab: int, length: int, *, never: Collection[int], placed: int | None = None) -> Batch:
     """Seeded ids from the whole vocabulary, two sequences; the second has padding on both sides.
 
     Args:
@@ -182,7 +193,7 @@ def padded(length: int) -> Tensor:
     return kept_BT
 
 
-def image_ids(vocab: int, tokens: int, *, never: set[int]) -> Tensor:
+def image_ids(vocab: int, tokens: int, *, never: Collection[int]) -> Tensor:
     """A seeded sequence with one image in its middle, [1, T]; -1 stands for its `tokens` tokens."""
     text = token_batch(vocab, 10, never=never).ids_BT[0]
     return torch.cat((text[:6], torch.full((tokens,), -1), text[6:]))[None]

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Unpack
 
 from t5g2convert.checkpoint.gemma3 import Gemma3
-from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.vision import VisionTower
@@ -18,22 +17,39 @@ class Parent:
         sources: Both, open.
         folders: Where both lie.
         checkpoint: The source.
-        gemma: What it computes.
         donor: The donor; None where images are the source's own, or there are none.
 
     Args:
-        source: The source's folder; a str may also be a model of the Hub.
-        vision_from: The donor's.
-
-    Raises:
-        CheckpointError: A model is not sound, not Gemma 3, or has a switch that the passes do not know.
-        HubError: The Hub does not have one or give it out, or cannot be reached.
+        sources: Both, open.
     """
 
-    def __init__(self, source: Origin, vision_from: Origin | None = None) -> None:
-        self.sources = Sources.open(source, vision_from)
-        self.folders = self.sources.folders
-        self.checkpoint, self.donor = self.sources.source, self.sources.vision_from
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.folders = sources.folders
+        self.checkpoint, self.donor = sources.source, sources.vision_from
+
+    @property
+    def vision(self) -> VisionTower | None:
+        """The tower that the target should have."""
+        return None
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path is in one of the folders read, and so its faults are not the output's."""
+        return any(path.is_relative_to(folder) for folder in self.folders.all)
+
+
+class Gemma3Parent(Parent):
+    """Gemma 3, as the source of a conversion.
+
+    Attributes:
+        gemma: What the source computes.
+
+    Raises:
+        CheckpointError: A model is not Gemma 3, or has a switch that the passes do not know.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        super().__init__(sources)
         self.gemma = Gemma3Reference(self.checkpoint)
         self._seeing = self.gemma if self.donor is None else Gemma3Reference(self.donor)
 
@@ -54,7 +70,3 @@ class Parent:
         """
         model = self.gemma.model
         return model if self.donor is None else model.with_vision_of(self._seeing.model, projector)
-
-    def holds(self, path: Path) -> bool:
-        """Whether a path is in one of the folders read, and so its faults are not the output's."""
-        return any(path.is_relative_to(folder) for folder in self.folders.all)

@@ -27,7 +27,7 @@ from t5g2convert.conversion.plan import (
     PlannedTensor,
 )
 from t5g2convert.conversion.planner import build_plan
-from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.errors import CheckpointError, MappingError, UsageError
 from t5g2convert.parity.accounts import account, accounts_of
 from t5g2convert.parity.alignment import aligned_projector, projector_faults
 from t5g2convert.parity.claims import file_faults, header_faults, manifest_faults
@@ -39,17 +39,42 @@ PIECE_BYTES: Final = 1 << 24
 """Bytes of the source that are compared at once; a multiple of every element's size."""
 
 
-def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None) -> Plan:
+def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None, part: str | None = None) -> Plan:
     """The plan that the converter makes today of this source, with the options that the manifest tells of.
+
+    Args:
+        sources: What was converted.
+        manifest: The manifest; an empty one tells of no options.
+        mapping: The map, if not the shipped one for the source.
+        part: What was taken out of the source, if it was not converted whole.
 
     Raises:
         CheckpointError: The source is not what its config implies.
         MappingError: The map is faulty, or does not fill the target.
     """
     options = recorded_options(manifest.get("options", {}))
-    options["mapping"] = mapping
+    options["mapping"], options["part"] = mapping, part
     source, options["vision_from"] = sources.origins
     return build_plan(source, **options)
+
+
+def planned(
+    sources: Sources, manifest: Mapping[str, Any], mapping: str | None, part: str | None = None
+) -> tuple[Plan, str | None]:
+    """The plan as `replay` makes it, or without the options that the manifest tells of, with what is wrong with them.
+
+    Raises:
+        CheckpointError: The source is not what its config implies.
+        MappingError: The map is faulty, or does not fill the target.
+    """
+    try:
+        return replay(sources, manifest, mapping, part), None
+    except (CheckpointError, MappingError, UsageError) as error:
+        if not manifest.get("options"):
+            raise
+        # What cannot be done without options either is no fault of the manifest.
+        plan = replay(sources, {}, mapping, part)
+        return plan, f"t5g2.json tells of options that this source was not converted with: {error.message}"
 
 
 def check_options(manifest: Mapping[str, Any]) -> None:

@@ -45,6 +45,18 @@ class Track:
         self.drifts.append(difference.drift(layer))
         return difference
 
+    def compare_embeddings(self) -> None:
+        """The same before the first layer, and the first token that differs."""
+        if not self.compare("embed_tokens").max_abs:
+            return
+        self.departs = "embed_tokens"
+        for pair in self.pairs:
+            differs_BT = (pair.expected.hidden_BTC != pair.found.hidden_BTC).any(-1) & pair.kept_BT
+            if bool(differs_BT.any()):
+                row, column = differs_BT.nonzero()[0].tolist()
+                self.departs = f"embed_tokens, at token {column} of sequence {row}"
+                return
+
 
 @torch.inference_mode()
 def judge_text(
@@ -82,8 +94,7 @@ def judge_text(
     if unequal:
         return [Check(f"{part}_parity", False, "; ".join(unequal)) for part in ("decoder", "encoder")]
     for track in (decoder, encoder):
-        if track.compare("embed_tokens").max_abs:
-            track.departs = _embedding_departure(source, target, track)
+        track.compare_embeddings()
     advance_side_by_side(source.text, [decoder, encoder], progress)
     if not bool(torch.isfinite(expected.hidden_BTC[batch.kept_BT]).all()):
         raise CheckpointError(
@@ -93,8 +104,8 @@ def judge_text(
         )
     progress("softmax")
     return [
-        _judge_decoder(source.text, decoder, batch, tolerance),
-        _judge_encoder(source.text, encoder, batch, images, tolerance),
+        judge_decoder(source.text, decoder, batch, tolerance),
+        judge_encoder(source.text, encoder, batch, images, tolerance),
     ]
 
 
@@ -164,15 +175,6 @@ def advance_side_by_side(
         del layer
 
 
-def _embedding_departure(source: Gemma3Reference, target: T5Gemma2Reference, track: Track) -> str:
-    for pair in track.pairs:
-        differs_BT = (pair.expected.hidden_BTC != pair.found.hidden_BTC).any(-1) & pair.kept_BT
-        if bool(differs_BT.any()):
-            row, column = differs_BT.nonzero()[0].tolist()
-            return f"embed_tokens, at token {column} of sequence {row}"
-    return "embed_tokens"
-
-
 def _normed(source: Stack, track: Track) -> list[tuple[Tensor, Tensor]]:
     """States behind the last norm of both models, tokens that are no padding only; the difference is noted."""
     difference = Difference()
@@ -198,7 +200,8 @@ def both_logits(
         yield start, expected_NV, found_NV
 
 
-def _judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) -> Check:
+def judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) -> Check:
+    """decoder_parity: whether the logits are the source's, behind all layers."""
     ((expected_NC, found_NC),) = _normed(source, track)
     difference = Difference()
     for _, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
@@ -220,13 +223,22 @@ def _judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) 
     return Check("decoder_parity", passed, said, figures=figures)
 
 
-def _judge_encoder(source: Stack, track: Track, batch: Batch, images: ImageBatch | None, tolerance: float) -> Check:
+def judge_encoder(
+    source: Stack,
+    track: Track,
+    batch: Batch,
+    images: ImageBatch | None,
+    tolerance: float,
+    *,
+    masks: str = "causal masks",
+) -> Check:
+    """encoder_parity: whether the normed states are the source's, behind all layers; `masks` says under which."""
     difference = Difference()
     for expected_NC, found_NC in _normed(source, track):
         difference.add(expected_NC, found_NC)
     passed = difference.within(tolerance)
     seen = " and with an image" if images is not None else ""
-    said = f"states under causal masks, {int(batch.kept_BT.sum())} tokens{seen}: {difference}"
+    said = f"states under {masks}, {int(batch.kept_BT.sum())} tokens{seen}: {difference}"
     if not passed:
         said += f"; departs at {track.departs}"
     return Check(

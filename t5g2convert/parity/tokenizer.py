@@ -86,6 +86,19 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     return Check("tokenizer", True, f"{', '.join(names)}: tokens and pixels are the source's{declared}")
 
 
+def judge_carried(folders: Folders, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:
+    """Compare the files of a part that was taken out with those of the whole: nothing of them changes.
+
+    Raises:
+        CheckpointError: A file of either cannot be read.
+    """
+    names = _names(target.path, manifest)
+    faults = [f"{name} is not the source's" for name in names if not _same(name, folders.source, target)]
+    if faults:
+        return refused("tokenizer", "file(s) that are not the source's", faults)
+    return Check("tokenizer", True, f"{', '.join(names)}: as the source has them")
+
+
 def _same(name: str, source: Path, target: Checkpoint) -> bool:
     return is_there(source / name) and read_json_file(source / name) == read_json_file(target.path / name)
 

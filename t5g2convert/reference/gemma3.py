@@ -67,6 +67,16 @@ class Gemma3Reference:
             )
         )
 
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The text stack."""
+        return (self.text,)
+
+    @property
+    def reserved(self) -> frozenset[int]:
+        """Ids that stand for something else than themselves: those of an image, and of its end."""
+        return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
+
     def start(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Run:
         """A batch before its first layer.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text, LayerType, SiglipVision
-from t5g2convert.checkpoint.t5gemma2 import Stack, T5Gemma2, Tower
+from t5g2convert.checkpoint.t5gemma2 import Stack, T5Gemma2Encoder, Tower
 
 Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""
@@ -68,7 +68,7 @@ def gemma3_text(model: Gemma3) -> TextSettings:
     return _text(text, ropes, model.tokens.eoi_token_index)
 
 
-def t5gemma2_text(model: T5Gemma2, stack: Stack) -> TextSettings:
+def t5gemma2_text(model: T5Gemma2Encoder, stack: Stack) -> TextSettings:
     """The encoder's or the decoder's stack of a T5Gemma 2."""
     ropes = {kind: RopeSettings(rope.rope_theta, rope.linear_factor) for kind, rope in stack.rope_parameters.items()}
     return _text(stack, ropes, model.tokens.eoi_token_index)
@@ -80,7 +80,7 @@ def gemma3_vision(model: Gemma3) -> VisionSettings | None:
     return None if model.vision is None else _vision(model.vision, tokens.mm_tokens_per_image, tokens.image_token_index)
 
 
-def t5gemma2_vision(model: T5Gemma2) -> VisionSettings | None:
+def t5gemma2_vision(model: T5Gemma2Encoder) -> VisionSettings | None:
     """The vision tower of a T5Gemma 2; None for the stub of a text-only one."""
     tokens = model.tokens
     if model.vision.num_hidden_layers == 0:

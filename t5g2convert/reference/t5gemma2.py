@@ -1,6 +1,6 @@
 """T5Gemma 2 (arXiv 2512.14856): an encoder that sees both ways, and a decoder with merged attention."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import LayerType
-from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
+from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, T5Gemma2Encoder, read_t5gemma2, read_t5gemma2_encoder
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer
 from t5g2convert.reference.masks import bidirectional, causal, memory
@@ -20,24 +20,28 @@ from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 TEXT_ROOTS = ("model.encoder.text_model.", "model.encoder.")
 """Spellings of the encoder's text stack: as module names (models trained and saved elsewhere), as published."""
 
+ALONE_ROOTS = ("text_model.", "")
+"""The same in a folder that holds the encoder alone."""
 
-class T5Gemma2Reference:
-    """What a T5Gemma 2 folder computes.
+
+class EncoderReference:
+    """What the encoder of a T5Gemma 2 computes, from a folder of its own.
 
     Attributes:
         model: Its settings.
-        encoder: The encoder's text stack.
-        decoder: The decoder's.
+        weights: The folder's tensors.
+        encoder: The text stack.
         vision: The vision tower; None for the stub of a text-only model.
 
     Args:
         checkpoint: The folder.
         kernel: How attention is computed.
         model: Settings to use in place of those of the folder's config.json.
+        roots: What may stand before the names of the text stack.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is not T5Gemma 2's, or the names fit no spelling.
+        CheckpointError: The config is not of such an encoder, or the names fit no spelling.
     """
 
     def __init__(
@@ -45,31 +49,21 @@ class T5Gemma2Reference:
         checkpoint: Checkpoint,
         *,
         kernel: Kernel = "eager",
-        model: T5Gemma2 | None = None,
+        model: T5Gemma2Encoder | None = None,
+        roots: Sequence[str] = ALONE_ROOTS,
         **reading: Unpack[ReadOptions],
     ) -> None:
-        model = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
+        model = model or read_t5gemma2_encoder(checkpoint.config, checkpoint.path / "config.json")
         self.model = model
         self.weights = Weights(checkpoint, **reading)
-        root = next((root for root in TEXT_ROOTS if f"{root}norm.weight" in checkpoint.tensors), TEXT_ROOTS[-1])
-        table, eoi = f"{root}embed_tokens.weight", f"{root}embed_tokens.eoi_embedding"
-
+        root = next((root for root in roots if f"{root}norm.weight" in checkpoint.tensors), roots[-1])
         self.encoder = Stack(
             self.weights,
             t5gemma2_text(model, model.encoder),
             EncoderLayer,
             prefix=root,
-            table=table,
-            eoi=eoi,
-            kernel=kernel,
-        )
-        self.decoder = Stack(
-            self.weights,
-            t5gemma2_text(model, model.decoder),
-            DecoderLayer,
-            prefix="model.decoder.",
-            table=table,
-            eoi=eoi,
+            table=f"{root}embed_tokens.weight",
+            eoi=f"{root}embed_tokens.eoi_embedding",
             kernel=kernel,
         )
         settings = t5gemma2_vision(model)
@@ -85,6 +79,16 @@ class T5Gemma2Reference:
                 projector=only_prefix(names, "mm_input_projection_weight", checkpoint),
             )
         )
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The text stack."""
+        return (self.encoder,)
+
+    @property
+    def reserved(self) -> frozenset[int]:
+        """Ids that stand for something else than themselves: those of an image, and of its end."""
+        return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
 
     def start_encoder(
         self, ids_BT: Tensor, masks: Mapping[LayerType, Tensor], features_ITC: Tensor | None = None
@@ -107,6 +111,59 @@ class T5Gemma2Reference:
         """The masks that an encoder has: both ways, in sliding layers within the window."""
         settings = self.encoder.settings
         return {kind: bidirectional(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}
+
+    @torch.inference_mode()
+    def encode(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
+        """The encoder's output, [B, T, C]."""
+        return self.start_encoder(ids_BT, self.encoder_masks(kept_BT), features_ITC).through(self.encoder)
+
+
+class T5Gemma2Reference(EncoderReference):
+    """What a T5Gemma 2 folder computes.
+
+    Attributes:
+        model: Its settings.
+        weights: The folder's tensors.
+        encoder: The encoder's text stack.
+        decoder: The decoder's.
+        vision: The vision tower; None for the stub of a text-only model.
+
+    Args:
+        checkpoint: The folder.
+        kernel: How attention is computed.
+        model: Settings to use in place of those of the folder's config.json.
+        reading: The dtype to compute in, the device, and whether parameters stay in memory.
+
+    Raises:
+        CheckpointError: The config is not T5Gemma 2's, or the names fit no spelling.
+    """
+
+    model: T5Gemma2
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        kernel: Kernel = "eager",
+        model: T5Gemma2 | None = None,
+        **reading: Unpack[ReadOptions],
+    ) -> None:
+        model = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
+        super().__init__(checkpoint, kernel=kernel, model=model, roots=TEXT_ROOTS, **reading)
+        self.decoder = Stack(
+            self.weights,
+            t5gemma2_text(model, model.decoder),
+            DecoderLayer,
+            prefix="model.decoder.",
+            table=self.encoder.table,
+            eoi=self.encoder.eoi,
+            kernel=kernel,
+        )
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Both text stacks."""
+        return self.encoder, self.decoder
 
     def start_decoder(
         self,
@@ -132,11 +189,6 @@ class T5Gemma2Reference:
         }
         rotations = self.decoder.rotations(keys - queries, keys, embedded.dtype)
         return Run(embedded, rotations, masks, memory_BMC, memory(queries, memory_kept_BM), caches or [])
-
-    @torch.inference_mode()
-    def encode(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
-        """The encoder's output, [B, T, C]."""
-        return self.start_encoder(ids_BT, self.encoder_masks(kept_BT), features_ITC).through(self.encoder)
 
     @torch.inference_mode()
     def decode(

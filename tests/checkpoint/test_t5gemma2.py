@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from t5g2convert.checkpoint.config import KNOWN_MODELS
-from t5g2convert.checkpoint.t5gemma2 import Rope, Stack, Tower, implied_tensors, read_t5gemma2
+from t5g2convert.checkpoint.t5gemma2 import Rope, Stack, Tower, read_t5gemma2
+from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.errors import CheckpointError
 from tests.sizes import FIELDS, SIZES, TOTALS
 

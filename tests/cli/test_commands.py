@@ -405,7 +405,7 @@ def test_the_schema_accepts_every_shipped_map(schema: Draft202012Validator) -> N
         ((), "name", "Not A Name"),
         ((), "weights", []),
         (("source",), "family", "gemma"),
-        (("target",), "model_type", "gemma3"),
+        (("target",), "model_type", "gemma4"),
         (("weights", 0), "form", "x"),
         (("weights", 0), "shape", "hidden"),
         (("weights", 0), "op", {"transpose": True}),

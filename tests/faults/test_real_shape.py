@@ -18,7 +18,7 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
-from t5g2convert.parity.inputs import Batch, reserved, token_batch
+from t5g2convert.parity.inputs import Batch, token_batch
 from t5g2convert.parity.integrity import judge_integrity
 from t5g2convert.parity.text import judge_text
 from t5g2convert.reference.gemma3 import Gemma3Reference
@@ -112,7 +112,7 @@ class Judge:
         self.checkpoint: Checkpoint = open_checkpoint(converted)
         target = T5Gemma2Reference(self.checkpoint)
         vocab, ending = target.decoder.settings.vocab_size, target.encoder.settings.eoi_token_index
-        self.batch: Batch = token_batch(vocab, TOKENS, never=reserved(target), placed=ending)
+        self.batch: Batch = token_batch(vocab, TOKENS, never=target.reserved, placed=ending)
 
     def __call__(self) -> dict[str, str | None]:
         """The parities that fail, and where the two models depart."""

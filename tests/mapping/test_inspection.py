@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from t5g2convert import CheckpointError, Inspection, Plan, convert, inspect, plan
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
-from t5g2convert.checkpoint.t5gemma2 import implied_tensors
+from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.sizes import FIELDS, SIGLIP, SIZES, TOTALS

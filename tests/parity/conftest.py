@@ -13,7 +13,7 @@ from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.parity.provenance import replay
 from t5g2convert.parity.report import Check
-from t5g2convert.parity.verify import PARITIES
+from t5g2convert.parity.t5gemma2 import PARITIES
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from tests.conftest import TwinFolder
 from tests.parity.mutations import CLOSED, Bench, Document, MakeBench
@@ -48,10 +48,10 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: dict[Path, Plan] = {}
     references: dict[object, Gemma3Reference] = {}
 
-    def replayed(sources: Sources, manifest: Document, mapping: str | None) -> Plan:
+    def replayed(sources: Sources, manifest: Document, mapping: str | None, part: str | None = None) -> Plan:
         folder = sources.folders.source
-        if manifest.get("options") or mapping or sources.vision_from:
-            return replay(sources, manifest, mapping)
+        if manifest.get("options") or mapping or part or sources.vision_from:
+            return replay(sources, manifest, mapping, part)
         if folder not in plans:
             plans[folder] = replay(sources, {}, None)
         return plans[folder]
@@ -64,20 +64,20 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
             references[key] = Gemma3Reference(parent, resident=True, **options)
         return references[key]
 
-    monkeypatch.setattr("t5g2convert.parity.verify.replay", replayed)
-    monkeypatch.setattr("t5g2convert.parity.verify.Gemma3Reference", opened)
+    monkeypatch.setattr("t5g2convert.parity.provenance.replay", replayed)
+    monkeypatch.setattr("t5g2convert.parity.t5gemma2.Gemma3Reference", opened)
     monkeypatch.setattr("t5g2convert.parity.parent.Gemma3Reference", opened)
 
 
 @pytest.fixture
 def without_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """No help from the check that uses the model: what compares it with its source must suffice."""
-    monkeypatch.setattr("t5g2convert.parity.verify.judge_runs", lambda *_, **__: Check("runs", True, "not made"))
+    monkeypatch.setattr("t5g2convert.parity.t5gemma2.judge_runs", lambda *_, **__: Check("runs", True, "not made"))
 
 
 @pytest.fixture
 def without_passes(without_use: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No help from the parities either."""
     sound = [Check(name, True, "not made") for name in PARITIES]
-    monkeypatch.setattr("t5g2convert.parity.verify.judge_text", lambda *_, **__: sound[1:])
-    monkeypatch.setattr("t5g2convert.parity.verify.judge_vision", lambda *_, **__: (sound[0], torch.zeros(1, 4, 24)))
+    monkeypatch.setattr("t5g2convert.parity.t5gemma2.judge_text", lambda *_, **__: sound[1:])
+    monkeypatch.setattr("t5g2convert.parity.t5gemma2.judge_vision", lambda *_, **__: (sound[0], torch.zeros(1, 4, 24)))

@@ -23,7 +23,8 @@ from t5g2convert.cli.verify import print_report
 from t5g2convert.parity.junit import junit
 from t5g2convert.parity.page import page
 from t5g2convert.parity.report import Check, Report
-from t5g2convert.parity.verify import PARITIES, verify
+from t5g2convert.parity.t5gemma2 import PARITIES
+from t5g2convert.parity.verify import verify
 from t5g2convert.reference.weights import DTYPES
 
 Tensors = dict[str, Tensor]
@@ -337,6 +338,14 @@ MINIMA = {
     "settings that are computed with": 35,
     "settings missing": 100,
     "settings of a text-only target": 90,
+    "encoder taken out, text-float32": 80,
+    "encoder taken out, images-8": 100,
+    "decoder taken out, text-float32": 80,
+    "decoder taken out, images-8": 100,
+    "encoder taken out, exchanged": 20,
+    "decoder taken out, exchanged": 20,
+    "settings of a part, text-8": 30,
+    "settings of a part, images-8": 50,
     "manifest": 25,
 }
 """Families of mutants, and how many of each must be tried at least; each family is a test of its own."""

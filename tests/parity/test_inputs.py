@@ -8,6 +8,7 @@ from PIL import Image
 
 from t5g2convert import UsageError
 from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.parity import inputs as module
 from t5g2convert.parity.inputs import (
     BEYOND_WINDOW,
@@ -16,11 +17,10 @@ from t5g2convert.parity.inputs import (
     image_ids,
     pixels,
     read_text,
-    reserved,
     text_batch,
     token_batch,
 )
-from t5g2convert.parity.parent import Parent
+from t5g2convert.parity.parent import Gemma3Parent
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
@@ -77,13 +77,13 @@ def test_the_placed_token_stands_where_it_is_no_padding(length: int) -> None:
 
 
 def test_reserved_are_the_tokens_that_stand_for_something_else(converted_twin: TwinFolder, tmp_path: Path) -> None:
-    assert reserved(opened(converted_twin("images-8"))) == {291, 292}
+    assert opened(converted_twin("images-8")).reserved == {291, 292}
     shutil.copytree(converted_twin("images-8"), tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     # As transformers takes them: the image token from the top, the end of an image from the encoder.
     config["image_token_index"], config["encoder"]["eoi_token_index"] = 17, 18
     (tmp_path / "out/config.json").write_text(json.dumps(config))
-    assert reserved(opened(tmp_path / "out")) == {17, 18}
+    assert opened(tmp_path / "out").reserved == {17, 18}
 
 
 # Texts
@@ -104,7 +104,7 @@ def test_a_text_that_is_shorter_is_read_whole() -> None:
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_fewer_than_eight_tokens_are_no_text(count: int, demo_source: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * count)
-    parent = Parent(demo_source)
+    parent = Gemma3Parent(Sources.open(demo_source))
     with pytest.raises(UsageError, match=f"has {count} tokens, expected 8 at least"):
         Inputs(tmp_path / "text").check(demo_source, parent)
 
@@ -200,7 +200,7 @@ def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
     target = opened(folder)
     assert target.vision is not None
     given = Inputs(tmp_path / "text", tmp_path / "picture.png")
-    given.check(folder, Parent(demo_source))
+    given.check(folder, Gemma3Parent(Sources.open(demo_source)))
     expected = TextCodec(folder).encode("a text of my own, as long as it has to be")[: 5 + BEYOND_WINDOW]
     assert given.batch(target).ids_BT.tolist() == [expected] * 2
     found = given.pixels(target.vision)

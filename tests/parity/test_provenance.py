@@ -15,7 +15,7 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.parity import provenance
-from t5g2convert.parity.parent import Parent
+from t5g2convert.parity.parent import Gemma3Parent
 from t5g2convert.parity.provenance import judge_provenance, replay
 from t5g2convert.parity.report import Check
 from tests.conftest import TwinFolder
@@ -48,7 +48,7 @@ class Conversion:
         return replay(Sources.open(self.source), self.manifest, mapping)
 
     def judge(self, plan: Plan | None = None, manifest: dict[str, Any] | None = None) -> Check:
-        source, target = Parent(self.source), open_checkpoint(self.output)
+        source, target = Gemma3Parent(Sources.open(self.source)), open_checkpoint(self.output)
         manifest = self.manifest if manifest is None else manifest
         return judge_provenance(plan or self.plan(), source, target, manifest, silent)
 
@@ -295,7 +295,7 @@ def test_a_source_that_cannot_be_planned_is_the_sources_fault(made: Make) -> Non
 def test_a_file_that_cannot_be_opened_is_said(made: Make) -> None:
     sound = made()
     plan = sound.plan()
-    source, target = Parent(sound.source), open_checkpoint(sound.output)
+    source, target = Gemma3Parent(Sources.open(sound.source)), open_checkpoint(sound.output)
     (sound.output / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         judge_provenance(plan, source, target, sound.manifest, silent)
@@ -304,7 +304,7 @@ def test_a_file_that_cannot_be_opened_is_said(made: Make) -> None:
 def test_a_file_that_has_become_shorter_is_said(made: Make) -> None:
     sound = made()
     plan = sound.plan()
-    source, target = Parent(sound.source), open_checkpoint(sound.output)
+    source, target = Gemma3Parent(Sources.open(sound.source)), open_checkpoint(sound.output)
     os.truncate(sound.output / "model.safetensors", 200_000)
     check = judge_provenance(plan, source, target, sound.manifest, silent)
     assert not check.passed

@@ -37,7 +37,7 @@ def without_effect(folder: Path, target: Path, ending: str, value: float = 0.0) 
 @pytest.mark.parametrize("name", ["text-8", "images-13", "images-with-fill"])
 def test_a_conversion_listens_to_its_encoder(name: str, dtype: torch.dtype, converted_twin: TwinFolder) -> None:
     told: list[str] = []
-    check = judge_runs(opened(converted_twin(name), dtype), dtype, progress=told.append)
+    check = judge_runs(opened(converted_twin(name), dtype), progress=told.append)
     assert (check.name, check.passed) == ("runs", True)
     assert ("image" in check.detail) == name.startswith("images")
     assert "text" in check.detail
@@ -52,7 +52,7 @@ def test_there_are_twins_of_both_kinds() -> None:
 def test_a_decoder_that_hears_nothing_fails(name: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
     # Attention adds nothing: the decoder is left with its own tokens.
     target = without_effect(converted_twin(name), tmp_path / "out", "decoder.norm.weight", -1.0)
-    check = judge_runs(target, torch.float32, progress=silent)
+    check = judge_runs(target, progress=silent)
     assert not check.passed
     assert "do not depend" in check.detail
     assert "text" in check.detail
@@ -60,7 +60,7 @@ def test_a_decoder_that_hears_nothing_fails(name: str, converted_twin: TwinFolde
 
 def test_an_encoder_that_sees_no_image_fails_for_the_image_alone(converted_twin: TwinFolder, tmp_path: Path) -> None:
     target = without_effect(converted_twin("images-float32"), tmp_path / "out", "mm_input_projection_weight")
-    check = judge_runs(target, torch.float32, progress=silent)
+    check = judge_runs(target, progress=silent)
     assert not check.passed
     assert "image" in check.detail
     assert "text" not in check.detail
@@ -70,7 +70,7 @@ def test_an_encoder_that_sees_no_image_fails_for_the_image_alone(converted_twin:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_fails(where: str, value: float, converted_twin: TwinFolder, tmp_path: Path) -> None:
     target = without_effect(converted_twin("images-float32"), tmp_path / "out", where, value)
-    check = judge_runs(target, torch.float32, progress=silent)
+    check = judge_runs(target, progress=silent)
     assert not check.passed
     assert "not finite" in check.detail
 
@@ -87,7 +87,7 @@ def test_the_three_sequences_differ_in_what_they_say(
         return encode(ids, kept, features)
 
     monkeypatch.setattr(target, "encode", watched)
-    judge_runs(target, torch.float32, progress=silent)
+    judge_runs(target, progress=silent)
     ((ids, features),) = seen
     assert features is not None
     assert torch.equal(ids[0], ids[1])

@@ -1,0 +1,110 @@
+"""How T5Gemma 2 is judged that was made of Gemma 3."""
+
+from typing import Any, Final
+
+from torch import Tensor
+
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
+from t5g2convert.checkpoint.gemma3 import MULTIMODAL, TEXT_ONLY
+from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
+from t5g2convert.parity.changes import change_remarks, on_source_settings
+from t5g2convert.parity.config import judge_config
+from t5g2convert.parity.judge import Judge
+from t5g2convert.parity.kinds import Kind
+from t5g2convert.parity.parent import Gemma3Parent
+from t5g2convert.parity.report import Check
+from t5g2convert.parity.runs import judge_runs
+from t5g2convert.parity.text import judge_text
+from t5g2convert.parity.tokenizer import is_judged, judge_tokenizer
+from t5g2convert.parity.vision import judge_vision
+from t5g2convert.reference.gemma3 import Gemma3Reference
+from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.vision import VisionTower
+
+PARITIES: Final = ("vision_parity", "decoder_parity", "encoder_parity")
+
+
+class ToT5Gemma2(Kind[Gemma3Parent]):
+    """Gemma 3 to T5Gemma 2: both stacks are the parent's, the tower the parent's or a donor's."""
+
+    sources = (MULTIMODAL, TEXT_ONLY)
+    targets = (MODEL_TYPE,)
+    parities = PARITIES
+
+    def parent(self, sources: Sources) -> Gemma3Parent:
+        """Gemma 3."""
+        return Gemma3Parent(sources)
+
+    def read(self, target: Checkpoint) -> T5Gemma2:
+        """T5Gemma 2."""
+        return read_t5gemma2(target.config, target.path / "config.json")
+
+    def against(self, judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> None:
+        """config, tokenizer and the parities."""
+        changes, projector = judge.changes, judge.options.get("projector")
+        judge.make(["config"], lambda: [_config(judge, parent, target)])
+
+        def tokens() -> list[Check]:
+            if not is_judged(target.path, judge.manifest):
+                judge.skip(["tokenizer"], "the output has no tokenizer")
+                return []
+            return [judge_tokenizer(parent.folders, parent.model(projector), target, judge.manifest)]
+
+        judge.make(["tokenizer"], tokens)
+        judge.remarks += change_remarks(changes)
+        reading = judge.reading(rounded=True)
+        gemma, tower = Gemma3Reference(parent.checkpoint, **reading), parent.tower(**reading)
+        if tower is None:
+            judge.skip(["vision_parity"], "the source has no images")
+        if judge.unfit(PARITIES if tower is not None else PARITIES[1:], target):
+            return
+
+        def passes() -> list[Check]:
+            settled = on_source_settings(target, changes)
+            t5gemma = T5Gemma2Reference(target, model=settled, **judge.reading())
+            features = None if tower is None else _look(judge, tower, t5gemma)
+            batch = judge.inputs.batch(t5gemma)
+            # With a tower from elsewhere there is no Gemma 3 that reads text and images.
+            seen = features is not None and parent.donor is None
+            images = judge.inputs.image_batch(t5gemma, features) if seen and features is not None else None
+            return judge_text(gemma, t5gemma, batch, images, tolerance=judge.tolerance, progress=judge.progress)
+
+        judge.make(PARITIES[1:], passes)
+
+    def runs(self, judge: Judge, target: Checkpoint) -> Check:
+        """Encoder and decoder together."""
+        blind = judge.options.get("projector") == "zeros"
+        return judge_runs(T5Gemma2Reference(target, **judge.reading()), blind=blind, progress=judge.progress)
+
+
+def _config(judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> Check:
+    name = "generation_config.json"
+    given = parent.folders.source / name
+    ends = read_json_object(given).get("eos_token_id") if given.exists() else None
+    values: dict[str, Any] = {field: change["target"] for field, change in judge.changes.items()}
+    model = parent.model(judge.options.get("projector"))
+    return judge_config(model, target, read_json_object(target.path / name), values, ends=ends)
+
+
+def _look(judge: Judge, tower: VisionTower, t5gemma: T5Gemma2Reference) -> Tensor | None:
+    """vision_parity; the image features of the source's tower, if the target has one too."""
+    pixels = judge.inputs.pixels(tower).to(judge.device)
+    features: list[Tensor] = []
+
+    def look() -> list[Check]:
+        if t5gemma.vision is None:
+            return [Check("vision_parity", False, "the source has a vision tower, the target a stub of no layers")]
+        check, seen = judge_vision(
+            tower,
+            t5gemma.vision,
+            pixels,
+            projected=judge.options.get("projector") in (None, "copy"),
+            tolerance=judge.tolerance,
+            progress=judge.progress,
+        )
+        features.append(seen)
+        return [check]
+
+    judge.make(["vision_parity"], look)
+    return features[0] if features else None
