@@ -80,10 +80,14 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     if PROCESSOR in names:
         faults += _told(PROCESSOR, _expected_processor(seeing, model), read_json_object(target.path / PROCESSOR))
     if faults:
-        return refused("tokenizer", "setting(s) or token(s) that are not the source's", faults)
+        whose = "the source's" if folders.vision_from is None else "the source's or the donor's"
+        return refused("tokenizer", f"setting(s) or token(s) that are not {whose}", faults)
     told = [f"{change['token']}, now {change['target']}" for change in changes if change["replaces"] is not None]
     declared = f" but for {'; '.join(told)}, as declared" if told else ""
-    return Check("tokenizer", True, f"{', '.join(names)}: tokens and pixels are the source's{declared}")
+    kept = "tokens are the source's" if PROCESSOR not in names else "tokens and pixels are the source's"
+    if PROCESSOR in names and folders.vision_from is not None:
+        kept = "tokens are the source's, pixels the donor's"
+    return Check("tokenizer", True, f"{', '.join(names)}: {kept}{declared}")
 
 
 def judge_carried(folders: Folders, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:
