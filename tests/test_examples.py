@@ -35,6 +35,8 @@ def test_every_example_is_run_here() -> None:
         "benchmark_verify.py",
         "convert_text.py",
         "convert_with_vision.py",
+        "extract_decoder.py",
+        "extract_encoder.py",
         "run_in_transformers.py",
         "convert_with_transformers.py",
     }
@@ -128,3 +130,33 @@ def test_the_script_by_hand_gives_the_same_parameters(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(script), str(source), str(tmp_path / "out")], check=True, capture_output=True)
     found = inspect(tmp_path / "out").parameters
     assert found["encoder"] == found["decoder"] == inspect(source).parameters["decoder"]
+
+
+def write_readable_source(folder: Path) -> None:
+    """A twin with a tokenizer."""
+    from tests.twins import BY_NAME, write_twin
+
+    folder.mkdir()
+    write_twin(BY_NAME["text-real-vocabulary"], folder)
+    write_tokenizer(folder)
+
+
+def test_the_encoder_example_tells_how_alike_texts_are(tmp_path: Path) -> None:
+    write_readable_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "whole")
+    texts = ["the quick fox", "the quick dog", "over"]
+    lines = run("extract_encoder.py", tmp_path / "whole", tmp_path / "encoder", *texts).splitlines()
+    assert "passed encoder_parity - states under its own masks" in "\n".join(lines)
+    rows = [line for line in lines if line.endswith(tuple(texts))]
+    cosines = [[float(number) for number in row.split()[:3]] for row in rows]
+    assert [round(row[place], 3) for place, row in enumerate(cosines)] == [1, 1, 1]
+    assert cosines[0][1] < 1
+
+
+def test_the_decoder_example_gives_the_source_back(tmp_path: Path) -> None:
+    write_readable_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "whole")
+    lines = run("extract_decoder.py", tmp_path / "whole", tmp_path / "back", "the quick").splitlines()
+    assert any("passed decoder_parity - logits with hidden memory" in line for line in lines)
+    weights = (tmp_path / "source/model.safetensors").read_bytes()
+    assert (tmp_path / "back/model.safetensors").read_bytes() == weights
