@@ -11,18 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import (
-    Checkpoint,
-    HubFile,
-    HubOrigin,
-    open_checkpoint,
-    read_checkpoint,
-    read_json_object,
-    regular_file,
-)
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_checkpoint, read_json_object
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
+from t5g2convert.checkpoint.place import HubFile, HubOrigin, regular_file
 from t5g2convert.errors import CheckpointError, HubError, OutputError
 
 Origin = str | Path | Checkpoint

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from t5g2convert.checkpoint.folder import INDEX_FILE, Folder, HubOrigin, regular_file, some
+from t5g2convert.checkpoint.folder import INDEX_FILE, some
 from t5g2convert.checkpoint.header import Header, read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
+from t5g2convert.checkpoint.place import Folder, HubOrigin, regular_file
 from t5g2convert.checkpoint.ranges import read_remote_header
 from t5g2convert.errors import CheckpointError, HubError, T5g2Error
 from t5g2convert.version import __version__

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from t5g2convert.checkpoint.dtypes import element_bytes
-from t5g2convert.checkpoint.folder import HubOrigin
 from t5g2convert.checkpoint.header import FileIdentity
+from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name, role_in
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000

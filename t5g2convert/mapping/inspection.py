@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import Checkpoint, HubOrigin
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub import open_source
+from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, Stack, T5Gemma2, read_t5gemma2
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.mapping.library import map_for

@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import Checkpoint, is_there, read_json_file, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
 from t5g2convert.checkpoint.gemma3 import Gemma3
+from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.parity.report import Check, refused
 

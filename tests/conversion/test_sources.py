@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from t5g2convert import convert
-from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, HubFile, HubOrigin, open_checkpoint
+from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
+from t5g2convert.checkpoint.place import HubFile, HubOrigin
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.convert import execute, prepare
 from t5g2convert.conversion.planner import build_plan
