@@ -5,32 +5,22 @@ row uses, tensors that a row wants and that are missing, shapes and dtypes that 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 from t5g2convert.checkpoint.config import SourceModel, describe_model_type
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, some
 from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.mapping.collector import Collector, foreign
 from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.operations import Size, TakeRows
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
 from t5g2convert.mapping.template import fill
-from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
-
-FOREIGN_NAMES: Final = {
-    "lora_": "a LoRA adapter: merge it into its base model first (peft: merge_and_unload)",
-    "_orig_mod.": "saved from a torch.compile wrapper: save the unwrapped model (model._orig_mod)",
-    "_fsdp_wrapped_module.": "saved from an FSDP wrapper: save a full state dict",
-    "qweight": "quantised (GPTQ or AWQ): dequantise it first",
-    "SCB": "quantised (bitsandbytes int8): dequantise it first",
-    "absmax": "quantised (bitsandbytes 4-bit): dequantise it first",
-    "_scale": "quantised (FP8 with scales): dequantise it first",
-}
-"""Parts of tensor names that tell what was done to a checkpoint, and what must be done before it can be converted."""
+from t5g2convert.mapping.weightmap import LoadedMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +76,28 @@ class Resolution:
     drops: tuple[ResolvedDrop, ...]
 
 
-def resolve(loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = None) -> Resolution:
+def resolve(
+    loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = None, *, subject: str = "the source"
+) -> Resolution:
     """Apply a map to a checkpoint.
 
     Args:
         loaded: The map.
         checkpoint: The source.
         graft: Where the vision tower of a source without images comes from.
+        subject: What the checkpoint is called where it does not fit the map.
 
     Raises:
         CheckpointError: A checkpoint is not what its config implies; `details` lists every tensor concerned.
         MappingError: The map does not convert this family, or the graft does not fit.
     """
     weight_map = loaded.map
-    model = read_model(weight_map, checkpoint)
+    model = read_model(weight_map, checkpoint, subject=subject)
     checkpoints: dict[Role, Checkpoint] = {SOURCE: checkpoint}
     layouts: dict[Role, Mapping[str, str]] = {}
     if graft is not None:
         # A world of its own: whatever would refuse the donor as a source refuses it as a donor.
-        donor = resolve(loaded, graft.donor)
+        donor = resolve(loaded, graft.donor, subject="the donor of --vision-from")
         model = model.with_vision_of(donor.model, graft.projector)
         checkpoints[VISION_FROM], layouts[VISION_FROM] = graft.donor, donor.layouts[SOURCE]
     symbols = {**model.symbols, "vocab": weight_map.vocabulary.cut.get(model.symbols["rows"], model.symbols["rows"])}
@@ -117,7 +110,7 @@ def resolve(loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = Non
     prefixes = fill(weight_map.target.roots, {}, model.conditions)
     layout = {**layouts.get(VISION_FROM, {}), **layouts[SOURCE]}
     check_rows(loaded, model.conditions, layout, prefixes, symbols, tensors)
-    collectors = {role: _Collector(each, model) for role, each in checkpoints.items()}
+    collectors = {role: Collector(each, model) for role, each in checkpoints.items()}
     targets = [
         item
         for row, role in rows
@@ -129,7 +122,7 @@ def resolve(loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = Non
     return Resolution(model, checkpoints, layouts, symbols, values, tuple(targets), tuple(dropped))
 
 
-def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
+def read_model(weight_map: WeightMap, checkpoint: Checkpoint, *, subject: str = "the source") -> SourceModel:
     """The source model as its config describes it.
 
     Raises:
@@ -140,7 +133,7 @@ def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
     if model_type not in weight_map.source.model_type:
         raise MappingError(
             f"mapping {weight_map.name!r} converts {', '.join(weight_map.source.model_type)}; "
-            f"the source is {describe_model_type(checkpoint.config)}",
+            f"{subject} is {describe_model_type(checkpoint.config)}",
             where=checkpoint.path,
         )
     return FAMILIES[str(model_type)].read(checkpoint.config, checkpoint.path / "config.json")
@@ -190,7 +183,7 @@ def _find_layout(
             raise CheckpointError(
                 f"holds no {root} tensors under any known spelling; it holds {some(checkpoint.tensors)}",
                 where=checkpoint.path,
-                hint=_foreign(checkpoint.tensors) or f"known prefixes: {', '.join(map(repr, spellings))}",
+                hint=foreign(checkpoint.tensors) or f"known prefixes: {', '.join(map(repr, spellings))}",
             )
         if len(found) > 1:
             counts = ", ".join(f"{hits[spelling]} as {spelling!r}" for spelling in found)
@@ -217,63 +210,6 @@ def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int, checkpo
     return values
 
 
-@dataclass(slots=True)
-class _Collector:
-    """Everything wrong, gathered while rows are resolved."""
-
-    checkpoint: Checkpoint
-    model: SourceModel
-    used: set[str] = field(default_factory=set)
-    missing: dict[str, None] = field(default_factory=dict)
-    misshapen: list[str] = field(default_factory=list)
-
-    def take(self, name: str, *, carries: bool) -> StoredTensor | None:
-        tensor = self.checkpoint.tensors.get(name)
-        if tensor is None:
-            if carries:
-                self.missing[name] = None
-        elif carries:
-            self.used.add(name)
-        return tensor
-
-    def finish(self, weight_map: WeightMap, *, whole: bool) -> None:
-        """Tell everything that is wrong; of a checkpoint that need not be used whole, not what was left over."""
-        unused = [name for name in self.checkpoint.tensors if name not in self.used] if whole else []
-        if not (unused or self.missing or self.misshapen):
-            return
-        missing = list(self.missing)
-        details = [f"missing: {name}{_nearest(name, unused)}" for name in missing[:MAX_NEAREST]]
-        details += [f"missing: {name}" for name in missing[MAX_NEAREST:]]
-        details += [f"unused: {name}{_nearest(name, missing)}" for name in unused[:MAX_NEAREST]]
-        details += [f"unused: {name}" for name in unused[MAX_NEAREST:]]
-        details += self.misshapen
-        counts = {"missing": len(self.missing), "unused": len(unused), "misshapen": len(self.misshapen)}
-        summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        raise CheckpointError(
-            f"its tensors are not those of mapping {weight_map.name!r} and its config: {summary}",
-            where=self.checkpoint.path,
-            hint=_foreign(unused),
-            details=details,
-        )
-
-
-MAX_NEAREST: Final = 50
-"""For how many names of a kind the nearest one is looked up; the search is quadratic."""
-
-
-def _nearest(name: str, others: list[str]) -> str:
-    hint = did_you_mean(name, others[:2000]) if others else None
-    return f" ({hint})" if hint else ""
-
-
-def _foreign(names: Iterable[str]) -> str | None:
-    for name in names:
-        for marker, advice in FOREIGN_NAMES.items():
-            if marker in name:
-                return f"{name} says that this is {advice}"
-    return None
-
-
 def _sizes(shape: Iterable[Size], symbols: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(symbols[size] if isinstance(size, str) else size for size in shape)
 
@@ -284,7 +220,7 @@ def _resolve_row(
     layout: Mapping[str, str],
     prefixes: Mapping[str, str],
     symbols: Mapping[str, int],
-    collector: _Collector,
+    collector: Collector,
 ) -> Iterable[Resolved]:
     shape = _sizes(row.target_shape, symbols)
     names = [None] if row.from_ is None else [name for _, name in expand(row.from_, layout, symbols)]
@@ -296,7 +232,7 @@ def _resolve_row(
                 yield Resolved(row, part, target, tensor, shape, role)
 
 
-def _checked(row: Row, name: str, symbols: Mapping[str, int], collector: _Collector) -> StoredTensor | None:
+def _checked(row: Row, name: str, symbols: Mapping[str, int], collector: Collector) -> StoredTensor | None:
     """The tensor of a row if it is there with the right shape and dtype; what is wrong is collected once."""
     known = name in collector.used or name in collector.missing
     tensor = collector.take(name, carries=row.op.carries) if not known else collector.checkpoint.tensors.get(name)
@@ -324,7 +260,7 @@ def _implied_by(row: Row, model: SourceModel) -> str:
 
 
 def _resolve_drop(
-    drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int], collector: _Collector
+    drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int], collector: Collector
 ) -> Iterable[ResolvedDrop]:
     root = root_of(drop.from_)
     if root is not None and root not in layout:
