@@ -174,7 +174,7 @@ def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple
     if not has_single or SINGLE_FILE in shards:
         absent = [name for name in shards if not place.has(name)]
         if len(absent) > 1:
-            raise place.incomplete(f"{INDEX_FILE} names files that are missing: {some(absent)}")
+            raise place.incomplete(f"{INDEX_FILE} names files that are missing: {some(absent)}", missing=absent)
         return shards, index, ()
     present = [name for name in shards if place.has(name)]
     if present:

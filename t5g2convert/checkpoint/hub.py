@@ -207,4 +207,5 @@ def _open_cached(hub_id: HubId) -> Checkpoint:
     snapshot = Path(config).parent
     items = (item for item in snapshot.iterdir() if not item.is_dir())
     files = {item.name: HubFile(regular_file(item).stat().st_size, None) for item in items}
-    return read_checkpoint(Snapshot(snapshot), HubOrigin(hub_id.repo, snapshot.name, files))
+    origin = HubOrigin(hub_id.repo, snapshot.name, files)
+    return read_checkpoint(Snapshot(snapshot, origin), origin)

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -54,8 +54,8 @@ class Place(Protocol):
     def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
         """The headers of safetensors files."""
 
-    def incomplete(self, reason: str, hint: str | None = None) -> T5g2Error:
-        """The error that weights are not there."""
+    def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
+        """The error that weights are not there; `missing` are the files that are known to be wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Folder:
         """The headers of safetensors files."""
         return {name: read_header(regular_file(self.path / name)) for name in names}
 
-    def incomplete(self, reason: str, hint: str | None = None) -> T5g2Error:
+    def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
         """The error that weights are not there."""
         return CheckpointError(reason, where=self.path, hint=hint)
 

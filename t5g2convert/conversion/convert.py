@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub import Origin, given_folders
-from t5g2convert.checkpoint.roles import Folders, plain_name
+from t5g2convert.checkpoint.roles import Folders, named, plain_name
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
@@ -143,18 +143,44 @@ def prepare(
     wanted = Options(**options)
     _check_resumable(hashing=hashing, resume=resume)
     check_target(output, *given_folders(source, wanted.vision_from), overwrite=overwrite)
-    sources = Sources.open(source, wanted.vision_from)
-    options["vision_from"] = sources.vision_from
-    plan = build_plan(sources.source, **options)
-    if missing := sources.missing(plan.reads):
-        size = sources.size(missing)
-        shared = any(same_disk(folder, output) for folder in sources.folders.all)
-        check_space(output, plan.nbytes + ASSET_BYTES + (size if shared else 0))
-        sources = sources.fetch(plan.reads, None if downloading is None else downloading(size))
+    plan, sources = open_and_plan(source, **options)
+    needed = room(plan, sources, output)
+    if needed.download:
+        check_space(output, needed.output)
+        sources = sources.fetch(plan.reads, None if downloading is None else downloading(needed.download))
         # Again, now that the files' identities are known.
         options["vision_from"] = sources.vision_from
         plan = build_plan(sources.source, **options)
     return plan, sources
+
+
+def open_and_plan(source: Origin, **options: Unpack[PlanOptions]) -> tuple[Plan, Sources]:
+    """Plan a conversion of checkpoints that are opened for it; see `build_plan`."""
+    sources = Sources.open(source, options.get("vision_from"))
+    options["vision_from"] = sources.vision_from
+    return build_plan(sources.source, **options), sources
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a conversion takes of disks, in bytes.
+
+    Attributes:
+        output: All that it takes of the output's disk: the output, and what is downloaded to the same disk.
+        download: The files of the Hub that it reads and that are not here yet.
+    """
+
+    output: int
+    download: int
+
+
+def room(plan: Plan, sources: Sources, output: Path) -> Room:
+    """What a conversion of these checkpoints, into this folder, will take."""
+    missing = sources.missing(plan.reads)
+    sizes = {role: sources.size({role: names}) for role, names in missing.items()}
+    caches = {role: sources.folders.path(named(role, names[0])).parent for role, names in missing.items()}
+    shared = sum(size for role, size in sizes.items() if same_disk(caches[role], output))
+    return Room(plan.nbytes + ASSET_BYTES + shared, sum(sizes.values()))
 
 
 def execute(

@@ -79,6 +79,7 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     assert {**here, "path": "", "hub": ""} == {**found, "path": "", "hub": ""}
     planned = scene.json(f"plan {REPO}@main")
     assert planned["hub"] == found["hub"]
+    assert planned["download"] == (demo_source / SINGLE_FILE).stat().st_size
     assert planned["tensors"] == plan(demo_source).to_json()["tensors"]
     assert planned["files"] == plan(demo_source).to_json()["files"]
     assert scene.json(f"mappings check gemma3 --against {REPO}")["tensors"] == len(planned["tensors"])
@@ -87,7 +88,9 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     told = scene(f"inspect {REPO}")
     assert f"gemma3 in {REPO}@{sha}" in told.stdout
     assert told.stderr == ""
-    assert f"{REPO}: gemma3 to t5gemma2" in scene(f"plan {REPO}").stdout
+    shown = scene(f"plan {REPO}").stdout
+    assert f"{REPO}: gemma3 to t5gemma2" in shown
+    assert "of memory; downloads " in shown
 
 
 def test_a_large_tokenizer_config_is_fetched_and_carried(scene: Scene, demo_source: Path) -> None:

@@ -216,6 +216,11 @@ def test_nan_is_told_of_the_folder_that_holds_it(holders: set[str], twin_folder:
     assert any(lines["donor"] in note for note in run(allow_nonfinite=True).notes)
 
 
+def test_a_donor_of_another_family_is_told_to_be_the_donor(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+    with pytest.raises(MappingError, match="the donor of --vision-from is model_type 't5gemma2'"):
+        plan(twin_folder("text-8"), vision_from=converted_twin("images-8"))
+
+
 def test_a_donor_is_a_closed_world_too(twin_folder: TwinFolder, tmp_path: Path) -> None:
     shutil.copytree(twin_folder("donor-wide"), tmp_path / "donor")
     path = tmp_path / "donor/model.safetensors"
