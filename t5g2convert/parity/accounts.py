@@ -57,7 +57,7 @@ def account(plan: Plan, accounts: Mapping[str, list[str]], residuals: Sequence[t
         ("scaled_row", False): "is a row of it, scaled",
         ("copy", True): "are the donor's byte for byte",
         ("cast", True): f"are the donor's in {plan.dtype}, as declared",
-        ("zeros", False): "are zeros",
+        ("zeros", False): "is zeros" if kinds["zeros", False] == 1 else "are zeros",
         ("aligned", True): f"is the donor's, aligned ({', '.join(map(_residual, residuals))})",
     }
     told = ", ".join(f"{kinds[kind]} {what}" for kind, what in said.items() if kinds[kind])

@@ -83,12 +83,14 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     if faults:
         whose = "the source's" if folders.vision_from is None else "the source's or the donor's"
         return refused("tokenizer", f"setting(s) or token(s) that are not {whose}", faults)
-    told = [f"{change['token']}, now {change['target']}" for change in changes if change["replaces"] is not None]
-    declared = f" but for {'; '.join(told)}, as declared" if told else ""
-    kept = "tokens are the source's" if PROCESSOR not in names else "tokens and pixels are the source's"
-    if PROCESSOR in names and folders.vision_from is not None:
-        kept = "tokens are the source's, pixels the donor's"
-    return Check("tokenizer", True, f"{', '.join(names)}: {kept}{declared}")
+    moves = [f"{change['token']}, now {change['target']}" for change in changes if change["replaces"] is not None]
+    declared = f" but for {'; '.join(moves)}, as declared" if moves else ""
+    if PROCESSOR in names and folders.vision_from is None:
+        told = f"tokens and pixels are the source's{declared}"
+    else:
+        kept = [f"tokens are the source's{declared}"] if {*names} - {PROCESSOR} else []
+        told = ", ".join([*kept, *(["pixels are the donor's"] if PROCESSOR in names else [])])
+    return Check("tokenizer", True, f"{', '.join(names)}: {told}")
 
 
 def judge_carried(folders: Folders, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:

@@ -84,15 +84,31 @@ def test_provenance_tells_what_is_whose_and_how_well_the_tables_fit(grafted: Gra
     copied = sum(tensor.content.kind == "copy" for tensor in made.tensors)
     assert f"{donated} are the donor's byte for byte" in told
     assert told.startswith(f"{copied - donated} tensors are the source's byte for byte")
-    assert ("1 are zeros" in told) is (grafted.projector == "zeros")
+    assert ("1 is zeros" in told) is (grafted.projector == "zeros")
     assert ("residual" in told) is (grafted.projector == "aligned")
     if grafted.residual is not None:
         assert f"1 is the donor's, aligned (residual {grafted.residual:.3g})" in told
 
 
-def test_the_pixels_of_a_graft_are_told_to_be_the_donors(grafted: Grafted) -> None:
-    (told,) = (check.detail for check in grafted.verify().checks if check.name == "tokenizer")
-    assert told.endswith("tokens are the source's, pixels the donor's")
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (None, ": pixels are the donor's"),
+        ("special_tokens_map.json", ": tokens are the source's, pixels are the donor's"),
+    ],
+)
+def test_the_pixels_of_a_graft_are_told_to_be_the_donors(
+    name: str | None, told: str, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(twin_folder("text-8"), tmp_path / "source")
+    if name is not None:
+        (tmp_path / "source" / name).write_text("{}")
+    donor = twin_folder("donor-wide")
+    convert(tmp_path / "source", tmp_path / "out", vision_from=donor, flush=False)
+    report = verify(tmp_path / "out", tmp_path / "source", vision_from=donor, record=False)
+    (found,) = (check for check in report.checks if check.name == "tokenizer")
+    assert found.passed
+    assert found.detail.endswith(told)
 
 
 def test_the_result_is_recorded(grafted: Grafted) -> None:
