@@ -7,12 +7,20 @@ It knows nothing of t5g2convert, and runs as a script too, so that other version
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, T5Gemma2ForConditionalGeneration
+from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    T5Gemma2ForConditionalGeneration,
+    T5GemmaForConditionalGeneration,
+)
 
 LENGTH = 24
 """Tokens of an input: more than every twin's sliding window, and whole vector registers.
@@ -27,7 +35,7 @@ MEMORY = 8
 
 @dataclass(frozen=True)
 class Judgement:
-    """Largest absolute differences (None for a model without images), and what loading complained of."""
+    """Largest absolute differences (None for what such a model has not), and what loading complained of."""
 
     complaints: list[str]
     decoder: float
@@ -35,13 +43,16 @@ class Judgement:
     vision: float | None
     generated: list[int]
     finite: bool
+    cross: float | None = None
 
 
 def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
-    """Compare a Gemma 3 folder and its conversion, both loaded in `dtype`, with eager attention.
+    """Compare a Gemma folder and its conversion, both loaded in `dtype`, with eager attention.
 
     Image features are compared where the source has a vision tower.
     """
+    if json.loads((source / "config.json").read_text())["model_type"] == "gemma2":
+        return judge_first_generation(source, output, dtype)
     parent, child, complaints = load(source, output, dtype)
     config = json.loads((output / "config.json").read_text())
     ids, mask = _inputs(config, exact_eoi=config["dtype"] == str(dtype).removeprefix("torch."))
@@ -56,7 +67,8 @@ def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
         memory = child(input_ids=ids[:, :MEMORY], decoder_input_ids=ids[:, :2]).logits
         # Without padding: the masks are given, and so cannot say which tokens are padding.
         states = _text_states(parent, ids)
-        encoded = child.model.encoder(input_ids=ids, attention_mask=_causal_masks(ids, config, dtype)).last_hidden_state
+        masks = _causal_masks(ids, config["encoder"]["text_config"]["sliding_window"], dtype)
+        encoded = child.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
         generated = child.generate(
             input_ids=ids[:1, :7], attention_mask=mask[:1, :7], max_new_tokens=4, do_sample=False
         )
@@ -71,12 +83,73 @@ def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
     )
 
 
+def judge_first_generation(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
+    """Compare a Gemma 2 folder and the T5Gemma made of it, as `judge` does; the decoder with silent cross-attention."""
+    parent, child, complaints = load(source, output, dtype)
+    config = json.loads((output / "config.json").read_text())
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 280, (2, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, -6:] = 0
+    with torch.no_grad():
+        expected = parent(input_ids=ids, attention_mask=mask).logits
+        with _cross_attention_silenced(child):
+            alone = child(input_ids=ids[:, :MEMORY], decoder_input_ids=ids, decoder_attention_mask=mask).logits
+        memory = child(input_ids=ids[:, :MEMORY], decoder_input_ids=ids[:, :2]).logits
+        masks = _causal_masks(ids, config["encoder"]["sliding_window"], dtype)
+        encoded = child.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
+        states = parent.model(input_ids=ids).last_hidden_state
+        generated = child.generate(
+            input_ids=ids[:1, :7], attention_mask=mask[:1, :7], max_new_tokens=4, do_sample=False
+        )
+        layers = zip(parent.model.layers, child.model.decoder.layers, strict=True)
+        cross = max(_cross_difference(one, other, states) for one, other in layers)
+    kept = mask.bool()
+    return Judgement(
+        complaints=complaints,
+        decoder=_difference(expected[kept], alone[kept]),
+        encoder=_difference(states, encoded),
+        vision=None,
+        generated=generated[0].tolist(),
+        finite=bool(torch.isfinite(memory).all()),
+        cross=cross,
+    )
+
+
+@contextmanager
+def _cross_attention_silenced(child: Any) -> Iterator[None]:
+    """The norm behind a cross-attention multiplies by 1 + weight: at -1 it adds nothing."""
+    norms = [layer.post_cross_attn_layernorm.weight for layer in child.model.decoder.layers]
+    kept = [weight.clone() for weight in norms]
+    for weight in norms:
+        weight.fill_(-1)
+    yield
+    for weight, value in zip(norms, kept, strict=True):
+        weight.copy_(value)
+
+
+def _cross_difference(layer: Any, other: Any, states: torch.Tensor) -> float:
+    """A cross-attention that reads what it asks with, and the self-attention that it started from, nothing rotated."""
+    still = torch.ones_like(states[..., :1]), torch.zeros_like(states[..., :1])
+    asked, asked_too = layer.input_layernorm(states), other.pre_cross_attn_layernorm(states)
+    expected, *_ = layer.self_attn(hidden_states=asked, position_embeddings=still, attention_mask=None)
+    found, *_ = other.cross_attn(hidden_states=asked_too, attention_mask=None, encoder_hidden_states=asked_too)
+    return _difference(layer.post_attention_layernorm(expected), other.post_cross_attn_layernorm(found))
+
+
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "gemma2": (Gemma2ForCausalLM, T5GemmaForConditionalGeneration),
+    "gemma3": (Gemma3ForConditionalGeneration, T5Gemma2ForConditionalGeneration),
+    "gemma3_text": (Gemma3ForCausalLM, T5Gemma2ForConditionalGeneration),
+}
+"""The classes of a source and of its conversion, by the source's `model_type`."""
+
+
 def load(source: Path, output: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     """Both models, and every complaint of loading the conversion."""
-    family = json.loads((source / "config.json").read_text())["model_type"]
-    parent_class = Gemma3ForCausalLM if family == "gemma3_text" else Gemma3ForConditionalGeneration
+    parent_class, child_class = CLASSES[json.loads((source / "config.json").read_text())["model_type"]]
     parent = parent_class.from_pretrained(source, dtype=dtype, attn_implementation="eager").eval()
-    child, loading = T5Gemma2ForConditionalGeneration.from_pretrained(
+    child, loading = child_class.from_pretrained(
         output, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     complaints = [
@@ -100,10 +173,9 @@ def _inputs(config: dict[str, Any], *, exact_eoi: bool) -> tuple[torch.Tensor, t
     return ids, mask
 
 
-def _causal_masks(ids: torch.Tensor, config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gemma 3's own masks, additive, [B, 1, T, T]: causal, and causal within the window."""
+def _causal_masks(ids: torch.Tensor, window: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Gemma's own masks, additive, [B, 1, T, T]: causal, and causal within the window."""
     distance = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])[None, :]
-    window = config["encoder"]["text_config"]["sliding_window"]
     seen = {"full_attention": distance >= 0, "sliding_attention": (distance >= 0) & (distance < window)}
     lowest = torch.finfo(dtype).min
     return {

@@ -33,6 +33,7 @@ def test_every_example_is_run_here() -> None:
         "benchmark_graft.py",
         "benchmark_sources.py",
         "benchmark_verify.py",
+        "convert_gemma2.py",
         "convert_text.py",
         "convert_with_vision.py",
         "extract_decoder.py",
@@ -101,6 +102,13 @@ def test_a_graft_is_measured_with_both_projectors(tmp_path: Path) -> None:
 def test_text_is_converted_and_verified(twin_folder: TwinFolder, tmp_path: Path) -> None:
     said = run("convert_text.py", twin_folder("text-8"), tmp_path / "out")
     assert "passed decoder_parity" in said
+    assert "FAILED" not in said
+
+
+def test_a_gemma_2_is_converted_and_verified(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    said = run("convert_gemma2.py", twin_folder("gemma2-7-untied"), tmp_path / "out")
+    assert said.startswith("t5gemma with ")
+    assert "passed cross_parity" in said
     assert "FAILED" not in said
 
 

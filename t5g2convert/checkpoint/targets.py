@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import gemma3, t5gemma2
+from t5g2convert.checkpoint import gemma3, t5gemma, t5gemma2
 from t5g2convert.checkpoint.config import ImpliedTensor, describe_model_type
 from t5g2convert.checkpoint.implied import gemma3_tensors, t5gemma2_encoder_tensors, t5gemma2_tensors
 from t5g2convert.errors import CheckpointError
@@ -28,6 +28,7 @@ class Target:
 
 
 TARGETS: Final[Mapping[str, Target]] = {
+    t5gemma.MODEL_TYPE: Target(t5gemma.implied_tensors, ("encoder.", "decoder.")),
     t5gemma2.MODEL_TYPE: Target(t5gemma2_tensors, ("encoder.text_config.", "decoder.")),
     t5gemma2.ENCODER_TYPE: Target(t5gemma2_encoder_tensors, ("text_config.",)),
     gemma3.MULTIMODAL: Target(gemma3_tensors, ("text_config.",)),

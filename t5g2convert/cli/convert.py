@@ -66,7 +66,7 @@ def convert(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder."""
+    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma."""
     write_folder(
         source,
         output,

@@ -12,12 +12,20 @@ if TYPE_CHECKING:
     from t5g2convert.conversion.plan import Plan
 
 _ROLES = {
-    "embedding": "one matrix: encoder input, decoder input and softmax",
-    "encoder": "attends both ways",
-    "decoder": "merged attention over [decoder states; encoder output]",
-    "vision": "feeds the encoder only",
-    "projector": "from image features to the encoder's width",
+    "t5gemma": {
+        "embedding": "one matrix for each stack, and for an untied softmax",
+        "encoder": "attends both ways",
+        "decoder": "cross-attention starts as self-attention",
+    },
+    "t5gemma2": {
+        "embedding": "one matrix: encoder input, decoder input and softmax",
+        "encoder": "attends both ways",
+        "decoder": "merged attention over [decoder states; encoder output]",
+        "vision": "feeds the encoder only",
+        "projector": "from image features to the encoder's width",
+    },
 }
+"""What each part does, by the target's `model_type`."""
 
 
 def draw_plan(plan: "Plan") -> "Text":
@@ -40,6 +48,7 @@ def draw_plan(plan: "Plan") -> "Text":
                 sources[parts] = (number + 1, size + span.end - span.start)
         else:
             computed[tensor.part, tensor.content.kind] += 1
+    roles = _ROLES.get(plan.config["model_type"], {})
     drawing = Text()
     for parts, (number, size) in sources.items():
         left = f"{number} tensor{'s' if number > 1 else ''}, {size_text(size)}"
@@ -48,7 +57,8 @@ def draw_plan(plan: "Plan") -> "Text":
             drawing.append(f"  {left if position == 0 else '':<24}")
             drawing.append(f"{fork}────▶ ", PART_STYLES[part])
             drawing.append(f"{part:<10}", f"bold {PART_STYLES[part]}")
-            role = f"the donor's: {_ROLES[part]}" if role_of(parts, plan.sources) == VISION_FROM else _ROLES[part]
+            role = roles.get(part, "")
+            role = f"the donor's: {role}" if role_of(parts, plan.sources) == VISION_FROM else role
             drawing.append(f"{counts[part]:>5} tensors   {role}\n")
     for (part, kind), number in computed.items():
         drawing.append(f"  {'computed':<24}")

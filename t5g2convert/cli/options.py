@@ -38,7 +38,7 @@ ImageOption = Annotated[
     Path | None, typer.Option("--image", help="A picture file to look at in place of seeded pixels.")
 ]
 SourceArgument = Annotated[
-    str, typer.Argument(help="A Gemma 3 checkpoint folder, or a model of the Hub: org/name[@revision].")
+    str, typer.Argument(help="A Gemma 3 or Gemma 2 checkpoint folder, or a model of the Hub: org/name[@revision].")
 ]
 MappingOption = Annotated[
     str | None,

@@ -84,7 +84,7 @@ def plan(
         return
     out = console()
     sources = " with the tower of ".join(printable(source.name) for source in made.sources.values())
-    out.print(parameter_table(made.parameters, title=f"{sources}: {made.source.family} to t5gemma2"))
+    out.print(parameter_table(made.parameters, title=f"{sources}: {made.source.family} to {made.config['model_type']}"))
     out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
     counts = Counter(tensor.shard for tensor in made.tensors)

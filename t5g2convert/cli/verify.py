@@ -30,10 +30,10 @@ SHOWN_OFFENDERS: Final = 20
 
 
 def verify(
-    output: Annotated[Path, typer.Argument(help="The T5Gemma 2 folder to judge.")],
+    output: Annotated[Path, typer.Argument(help="The converted folder to judge.")],
     source: Annotated[
         str | None,
-        typer.Option("--source", help="The Gemma 3 folder or model it was made of; without it little can be checked."),
+        typer.Option("--source", help="The folder or model it was made of; without it little can be checked."),
     ] = None,
     vision_from: VisionFromOption = None,
     mapping: Annotated[

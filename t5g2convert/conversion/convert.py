@@ -81,7 +81,7 @@ def convert(
     judge: Judge | None = None,
     **options: Unpack[PlanOptions],
 ) -> Conversion:
-    """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder.
+    """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma.
 
     Args:
         source: The checkpoint folder to read; a str may also be a model of the Hub, org/name[@revision], of which the

@@ -14,7 +14,11 @@ from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.schema import WeightMap
 
 LENGTH: Final = "max_position_embeddings"
-FACTOR: Final = "rope_parameters.full_attention.factor"
+FACTORS: Final[Mapping[str, str]] = {
+    "rope_parameters.full_attention.factor": "full layers",
+    "rope_parameters.factor": "all layers",
+}
+"""Linear factors of RoPE, and the layers that they count in."""
 
 
 def plan_notes(
@@ -69,8 +73,8 @@ def _effect(setting: str, source: Any, target: Any) -> str:
     """What it means that a setting is not the source's."""
     if setting == LENGTH:
         return "longer inputs are allowed" if target > source else "shorter inputs are allowed"
-    if setting == FACTOR:
-        return f"positions in full layers are divided by {target:g}"
+    if setting in FACTORS:
+        return f"positions in {FACTORS[setting]} are divided by {target:g}"
     return "that changes what is computed"
 
 

@@ -16,6 +16,9 @@ from t5g2convert.mapping.weightmap import did_you_mean
 KEEP: Final = "keep"
 """`--dtype` and `--rope-scaling` that change nothing."""
 
+ROPE_FACTORS: Final = ("rope_full_factor", "rope_factor")
+"""The value that `--rope-scaling` sets: that of full layers, or of all layers where a family has one for all."""
+
 PROJECTORS: Final = ("copy", "zeros", "aligned")
 
 PARTS: Final = ("encoder", "decoder")
@@ -54,7 +57,8 @@ class Options:
         projector: How that tower's projector comes to the source's width: `copy` (for equal widths), `zeros`, or
             `aligned` by least squares between both embedding tables; None for `copy` where it fits, else `zeros`.
         ridge: Penalty on large maps for `aligned`, as a part of the mean square of the donor's embedding columns.
-        rope_scaling: `keep`, or `linear:F`: positions in full layers are divided by F, and as many more are allowed.
+        rope_scaling: `keep`, or `linear:F`: positions in full layers (in all, where a family has one RoPE for all) are
+            divided by F, and as many more are allowed.
         sliding_window: Tokens that a sliding layer sees; None for the source's.
         preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options win over it.
 
@@ -122,13 +126,13 @@ class Options:
         settings = {} if self.preset is None else _preset(self.preset, model, weight_map)
         factor = self._rope_factor()
         if factor is not None:
-            longer = factor / model.values["rope_full_factor"]  # type: ignore[operator]
+            name = next((name for name in ROPE_FACTORS if name in model.values), None)
+            if name is None:
+                raise MappingError(f"--rope-scaling is not for {model.family}")
+            longer = factor / model.values[name]  # type: ignore[operator]
             positions = model.values["max_position_embeddings"] * longer  # type: ignore[operator]
             # Cut before it is made an integer: a source's own factor may be so small that this is infinite.
-            settings |= {
-                "rope_full_factor": factor,
-                "max_position_embeddings": int(min(max(positions, 1), MAX_INTEGER)),
-            }
+            settings |= {name: factor, "max_position_embeddings": int(min(max(positions, 1), MAX_INTEGER))}
         if self.sliding_window is not None:
             settings["sliding_window"] = self.sliding_window
         return settings

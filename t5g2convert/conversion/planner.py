@@ -46,7 +46,7 @@ def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
     """Plan a conversion from headers alone.
 
     Args:
-        source: A Gemma 3 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
+        source: A Gemma 3 or Gemma 2 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
         options: What decides the output's bytes beside it; see `Options`.
 
     Raises:
@@ -309,6 +309,8 @@ _WRITTEN_OUT: Final = {
     "rope_parameters.full_attention.factor": "rope_full_factor",
     "rope_parameters.full_attention.rope_theta": "rope_full_theta",
     "rope_parameters.sliding_attention.rope_theta": "rope_sliding_theta",
+    "rope_parameters.factor": "rope_factor",
+    "rope_parameters.rope_theta": "rope_theta",
     "sliding_window": "sliding_window",
     "max_position_embeddings": "max_position_embeddings",
 }

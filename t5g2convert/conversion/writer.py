@@ -198,7 +198,7 @@ def _check_repeated(plan: Plan, sources: dict[str, int]) -> None:
             raise CheckpointError(
                 f"differs from the embedding, although {drop.because}",
                 where=f"tensor {drop.name}",
-                hint="T5Gemma 2 has one matrix for both; an untied model cannot be converted exactly",
+                hint="the target has one matrix for both; an untied model cannot be converted exactly",
             )
 
 

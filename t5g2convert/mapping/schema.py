@@ -189,6 +189,8 @@ class PresetSettings(Declaration):
     rope_full_factor: Positive | None = Field(default=None, description="Full layers divide positions by it.")
     rope_full_theta: Positive | None = Field(default=None, description="Base of the frequencies of full layers.")
     rope_sliding_theta: Positive | None = Field(default=None, description="The same of sliding layers.")
+    rope_factor: Positive | None = Field(default=None, description="All layers divide positions by it.")
+    rope_theta: Positive | None = Field(default=None, description="Base of the frequencies of all layers.")
     sliding_window: Length | None = Field(default=None, description="Tokens that a sliding layer sees.")
     max_position_embeddings: Length | None = Field(default=None, description="Tokens of the longest input.")
 

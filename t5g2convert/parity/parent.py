@@ -1,13 +1,17 @@
 """What a conversion was made of, opened and understood."""
 
 from pathlib import Path
-from typing import Unpack
+from typing import Final, Unpack
 
+from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.gemma3 import Gemma3
 from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import ReadOptions
+
+GENERATION: Final = "generation_config.json"
 
 
 class Parent:
@@ -33,9 +37,31 @@ class Parent:
         """The tower that the target should have."""
         return None
 
+    @property
+    def ends(self) -> int | list[int] | None:
+        """The end tokens of generation_config.json, if it is there and names some."""
+        path = self.folders.source / GENERATION
+        ends: int | list[int] | None = read_json_object(path).get("eos_token_id") if path.exists() else None
+        return ends
+
     def holds(self, path: Path) -> bool:
         """Whether a path is in one of the folders read, and so its faults are not the output's."""
         return any(path.is_relative_to(folder) for folder in self.folders.all)
+
+
+class Gemma2Parent(Parent):
+    """Gemma 2, as the source of a conversion.
+
+    Attributes:
+        gemma: What the source computes.
+
+    Raises:
+        CheckpointError: The model is not Gemma 2, or has a switch that the passes do not know.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        super().__init__(sources)
+        self.gemma = Gemma2Reference(self.checkpoint)
 
 
 class Gemma3Parent(Parent):

@@ -1,6 +1,6 @@
 """How T5Gemma 2 is judged that was made of Gemma 3."""
 
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from t5g2convert.parity.changes import change_remarks, on_source_settings
 from t5g2convert.parity.config import judge_config
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.kinds import Kind
-from t5g2convert.parity.parent import Gemma3Parent
+from t5g2convert.parity.parent import GENERATION, Gemma3Parent
 from t5g2convert.parity.report import Check
 from t5g2convert.parity.runs import judge_runs
 from t5g2convert.parity.text import judge_text
@@ -52,7 +52,7 @@ class ToT5Gemma2(Kind[Gemma3Parent]):
             return [judge_tokenizer(parent.folders, parent.model(projector), target, judge.manifest)]
 
         judge.make(["tokenizer"], tokens)
-        judge.remarks += change_remarks(changes)
+        judge.remarks += change_remarks(target, changes)
         reading = judge.reading(rounded=True)
         gemma, tower = Gemma3Reference(parent.checkpoint, **reading), parent.tower(**reading)
         if tower is None:
@@ -61,7 +61,7 @@ class ToT5Gemma2(Kind[Gemma3Parent]):
             return
 
         def passes() -> list[Check]:
-            settled = on_source_settings(target, changes)
+            settled = read_t5gemma2(on_source_settings(target, changes), target.path / "config.json")
             t5gemma = T5Gemma2Reference(target, model=settled, **judge.reading())
             features = None if tower is None else _look(judge, tower, t5gemma)
             batch = judge.inputs.batch(t5gemma)
@@ -79,12 +79,8 @@ class ToT5Gemma2(Kind[Gemma3Parent]):
 
 
 def _config(judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> Check:
-    name = "generation_config.json"
-    given = parent.folders.source / name
-    ends = read_json_object(given).get("eos_token_id") if given.exists() else None
-    values: dict[str, Any] = {field: change["target"] for field, change in judge.changes.items()}
-    model = parent.model(judge.options.get("projector"))
-    return judge_config(model, target, read_json_object(target.path / name), values, ends=ends)
+    model, generation = parent.model(judge.options.get("projector")), read_json_object(target.path / GENERATION)
+    return judge_config(model, target, generation, judge.new_values, ends=parent.ends)
 
 
 def _look(judge: Judge, tower: VisionTower, t5gemma: T5Gemma2Reference) -> Tensor | None:

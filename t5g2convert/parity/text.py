@@ -1,10 +1,11 @@
-"""decoder_parity and encoder_parity: Gemma 3 and both stacks of T5Gemma 2 side by side, a layer of each at a time."""
+"""decoder_parity and encoder_parity: a parent and both stacks of its child side by side, a layer of each at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.errors import CheckpointError
@@ -12,15 +13,38 @@ from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference, Distributions
 from t5g2convert.parity.inputs import MEMORY_TOKENS, Batch, ImageBatch, generator
 from t5g2convert.parity.report import Check, Drift
+from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.gemma3 import Gemma3Reference, image_blocks
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.weights import Weights
+
+
+class Parent(Protocol):
+    """A decoder-only model: `text` are its layers, `weights` its tensors."""
+
+    text: Stack
+    weights: Weights
+
+
+class Probe(Protocol):
+    """What else is compared of two layers while they are in memory."""
+
+    def look(self, number: int, layer: nn.Module, other: nn.Module, states_BTC: Tensor) -> None:
+        """Compare.
+
+        Args:
+            number: Which layers they are.
+            layer: The parent's.
+            other: The child's.
+            states_BTC: What the parent's was given.
+        """
 
 
 @dataclass
 class Pair:
-    """A batch on its way through Gemma 3, and the same batch through a stack of T5Gemma 2."""
+    """A batch on its way through the parent, and the same batch through a stack of the child."""
 
     expected: Run
     found: Run
@@ -29,13 +53,14 @@ class Pair:
 
 @dataclass
 class Track:
-    """One stack of T5Gemma 2 beside Gemma 3's, and what was seen of them so far."""
+    """One stack of the child beside the parent's, and what was seen of them so far."""
 
     name: str
     stack: Stack
     pairs: list[Pair]
     drifts: list[Drift] = field(default_factory=list)
     departs: str | None = None
+    probe: Probe | None = None
 
     def compare(self, layer: str) -> Difference:
         """Note how far the states are apart now."""
@@ -86,27 +111,39 @@ def judge_text(
     encoder = Track("encoder", target.encoder, [Pair(expected, causal_encoder_run(target, batch), batch.kept_BT)])
     if images is not None:
         encoder.pairs.append(_image_pair(source, target, images))
-    unequal = [
-        f"the source has {len(source.text)} layers, the {track.name} {len(track.stack)}"
-        for track in (decoder, encoder)
-        if len(track.stack) != len(source.text)
-    ]
-    if unequal:
-        return [Check(f"{part}_parity", False, "; ".join(unequal)) for part in ("decoder", "encoder")]
-    for track in (decoder, encoder):
-        track.compare_embeddings()
-    advance_side_by_side(source.text, [decoder, encoder], progress)
-    if not bool(torch.isfinite(expected.hidden_BTC[batch.kept_BT]).all()):
-        raise CheckpointError(
-            f"its own states are not finite in {str(expected.hidden_BTC.dtype).removeprefix('torch.')}",
-            where=source.weights.checkpoint.path,
-            hint="nothing can be compared with them; perhaps in another --dtype",
-        )
-    progress("softmax")
+    if unequal := walk(source, [decoder, encoder], progress):
+        return [Check(f"{part}_parity", False, unequal) for part in ("decoder", "encoder")]
     return [
         judge_decoder(source.text, decoder, batch, tolerance),
         judge_encoder(source.text, encoder, batch, images, tolerance),
     ]
+
+
+def walk(source: Parent, tracks: list[Track], progress: Callable[[str], None]) -> str | None:
+    """Take all tracks through all layers, and note where each departs; why that cannot be, where depths differ.
+
+    Raises:
+        CheckpointError: The parent itself does not stay finite in this dtype.
+    """
+    unequal = [
+        f"the source has {len(source.text)} layers, the {track.name} {len(track.stack)}"
+        for track in tracks
+        if len(track.stack) != len(source.text)
+    ]
+    if unequal:
+        return "; ".join(unequal)
+    for track in tracks:
+        track.compare_embeddings()
+    advance_side_by_side(source.text, tracks, progress)
+    pair = tracks[0].pairs[0]
+    if not bool(torch.isfinite(pair.expected.hidden_BTC[pair.kept_BT]).all()):
+        raise CheckpointError(
+            f"its own states are not finite in {str(pair.expected.hidden_BTC.dtype).removeprefix('torch.')}",
+            where=source.weights.checkpoint.path,
+            hint="nothing can be compared with them; perhaps in another --dtype",
+        )
+    progress("softmax")
+    return None
 
 
 def hidden_memory_run(target: T5Gemma2Reference, batch: Batch) -> Run:
@@ -118,8 +155,8 @@ def hidden_memory_run(target: T5Gemma2Reference, batch: Batch) -> Run:
     return target.start_decoder(batch.ids_BT, batch.kept_BT, memory_BMC, hidden_BM)
 
 
-def causal_encoder_run(target: T5Gemma2Reference, batch: Batch, blocks_BT: Tensor | None = None) -> Run:
-    """An encoder batch under Gemma 3's masks, with the encoder's own window."""
+def causal_encoder_run(target: EncoderDecoder, batch: Batch, blocks_BT: Tensor | None = None) -> Run:
+    """An encoder batch under its parent's masks, with the encoder's own window."""
     return target.start_encoder(batch.ids_BT, _causal_masks(target.encoder, batch.kept_BT, blocks_BT))
 
 
@@ -155,6 +192,8 @@ def advance_side_by_side(
             entered = [pair.found.hidden_BTC for pair in track.pairs]
             for pair in track.pairs:
                 pair.found.advance(other, other_kind, number)
+            if track.probe is not None:
+                track.probe.look(number, layer, other, before[id(track.pairs[0].expected)])
             difference = track.compare(f"layers.{number}")
             if trace and difference.max_abs and track.departs is None:
                 places = [
@@ -200,8 +239,10 @@ def both_logits(
         yield start, expected_NV, found_NV
 
 
-def judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) -> Check:
-    """decoder_parity: whether the logits are the source's, behind all layers."""
+def judge_decoder(
+    source: Stack, track: Track, batch: Batch, tolerance: float, *, compared: str = "logits with hidden memory"
+) -> Check:
+    """decoder_parity: whether the logits are the source's, behind all layers; `compared` says under what."""
     ((expected_NC, found_NC),) = _normed(source, track)
     difference = Difference()
     for _, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
@@ -213,10 +254,11 @@ def judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) -
         for start, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
             tokens.add(start, expected_NV, found_NV)
         kl, agreement = tokens.kl, tokens.agreement
-        track.departs = track.departs or "embed_tokens as the softmax, or final_logit_softcapping"
+        matrix = "embed_tokens as the softmax" if track.stack.head == track.stack.table else track.stack.head
+        track.departs = track.departs or f"{matrix}, or final_logit_softcapping"
     passed = difference.within(tolerance)
     count, length = int(batch.kept_BT.sum()), batch.ids_BT.shape[1]
-    said = f"logits with hidden memory, {count} tokens in sequences of {length}: {difference}"
+    said = f"{compared}, {count} tokens in sequences of {length}: {difference}"
     if not passed:
         said += f"; KL {kl:.3g}, top-1 agreement {agreement:.1%}; departs at {track.departs}"
     figures = difference.figures(departs=track.departs, drifts=tuple(track.drifts), kl=kl, agreement=agreement)
@@ -231,14 +273,25 @@ def judge_encoder(
     tolerance: float,
     *,
     masks: str = "causal masks",
+    besides: str = "",
 ) -> Check:
-    """encoder_parity: whether the normed states are the source's, behind all layers; `masks` says under which."""
+    """encoder_parity: whether the normed states are the source's, behind all layers.
+
+    Args:
+        source: The source's stack.
+        track: The encoder's.
+        batch: What both read.
+        images: What both read besides, if anything.
+        tolerance: Largest relative difference that passes.
+        masks: Under which masks they read it.
+        besides: What else is compared.
+    """
     difference = Difference()
     for expected_NC, found_NC in _normed(source, track):
         difference.add(expected_NC, found_NC)
     passed = difference.within(tolerance)
     seen = " and with an image" if images is not None else ""
-    said = f"states under {masks}, {int(batch.kept_BT.sum())} tokens{seen}: {difference}"
+    said = f"states under {masks}, {int(batch.kept_BT.sum())} tokens{seen}{besides}: {difference}"
     if not passed:
         said += f"; departs at {track.departs}"
     return Check(

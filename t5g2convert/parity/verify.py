@@ -16,10 +16,11 @@ from t5g2convert.parity.kinds import Kind
 from t5g2convert.parity.provenance import judge_provenance, planned
 from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Check, Report
+from t5g2convert.parity.t5gemma import ToT5Gemma
 from t5g2convert.parity.t5gemma2 import ToT5Gemma2
 from t5g2convert.reference.weights import check_place
 
-KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToEncoder(), ToGemma3())
+KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3())
 """The kinds of conversion that are known; the first is what a folder is taken for that is none of them."""
 
 
@@ -40,8 +41,8 @@ def verify(
     """Judge a conversion with the reference passes.
 
     Args:
-        output: The T5Gemma 2 folder to judge.
-        source: The Gemma 3 folder that it was converted from; without it only integrity and runs are checked. A str may
+        output: The converted folder to judge.
+        source: The folder that it was converted from; without it only integrity and runs are checked. A str may
             also be a model of the Hub, which is downloaded.
         vision_from: The folder or model whose vision tower the conversion was given, if it was.
         mapping: The map that the conversion was made with, if not the shipped one for the source's model type.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import read_gemma3
-from t5g2convert.reference.layers import Gemma3Layer, activation
+from t5g2convert.reference.layers import GemmaLayer, activation
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.settings import Kernel, gemma3_text, gemma3_vision
 from t5g2convert.reference.stack import Run, Stack
@@ -48,10 +48,9 @@ class Gemma3Reference:
         self.text = Stack(
             self.weights,
             gemma3_text(model),
-            Gemma3Layer,
+            GemmaLayer,
             prefix=root,
             table=f"{root}embed_tokens.weight",
-            eoi=None,
             kernel=kernel,
         )
         settings = gemma3_vision(model)

@@ -14,13 +14,13 @@ from torch.nn import functional
 
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.reference.cache import LayerCache
-from t5g2convert.reference.layers import EncoderLayer, Gemma3Layer, RMSNorm
+from t5g2convert.reference.layers import GemmaLayer, RMSNorm, StackLayer
 from t5g2convert.reference.rope import Rotation, rotation
 from t5g2convert.reference.settings import Kernel, TextSettings
 from t5g2convert.reference.weights import Weights
 
 HEAD_ROWS: Final = 16_384
-"""Rows of the embedding table that the softmax reads at once."""
+"""Rows of its matrix that the softmax reads at once."""
 
 
 class Stack:
@@ -29,9 +29,10 @@ class Stack:
     Args:
         weights: The checkpoint's tensors.
         settings: What the config says of this stack.
-        layer_class: Gemma 3's layer, the encoder's or the decoder's.
+        layer_class: Gemma's layer, the encoder's or the decoder's.
         prefix: What stands before `layers.N.` and `norm.weight` in the checkpoint.
-        table: Name of the embedding matrix, which is the softmax's too.
+        table: Name of the embedding matrix.
+        head: Name of the softmax's matrix, where that is another.
         eoi: Name of the vector that replaces the scaled embedding of the end-of-image token, if there is one.
         kernel: How attention is computed.
     """
@@ -40,11 +41,12 @@ class Stack:
         self,
         weights: Weights,
         settings: TextSettings,
-        layer_class: type[Gemma3Layer] | type[EncoderLayer],
+        layer_class: type[GemmaLayer] | type[StackLayer],
         *,
         prefix: str,
         table: str,
-        eoi: str | None,
+        head: str | None = None,
+        eoi: str | None = None,
         kernel: Kernel,
     ) -> None:
         self.weights = weights
@@ -52,6 +54,7 @@ class Stack:
         self.layer_class = layer_class
         self.prefix = prefix
         self.table = table
+        self.head = head or table
         self.eoi = eoi
         self.kernel = kernel
 
@@ -67,6 +70,11 @@ class Stack:
         if self.eoi is not None:
             embedded_BTC[ids_BT == self.settings.eoi_token_index] = self.weights.tensor(self.eoi)
         return embedded_BTC
+
+    def table_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The embedding matrix a slice at a time: the first row's number, and the rows as they are stored."""
+        for start in range(0, self.settings.vocab_size, HEAD_ROWS):
+            yield start, self.weights.rows(self.table, start, min(start + HEAD_ROWS, self.settings.vocab_size))
 
     def layer(self, number: int) -> nn.Module:
         """A layer with its parameters."""
@@ -95,13 +103,13 @@ class Stack:
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
 
     def logit_chunks(self, x_NC: Tensor, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The same a slice of the table at a time: the first row's number, and the logits of its slice."""
+        """The same a slice of the matrix at a time: the first row's number, and the logits of its slice."""
         rows = self.settings.vocab_size if rows is None else rows
         step = rows if self.weights.resident else HEAD_ROWS
         softcap = self.settings.final_logit_softcapping
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield start, _capped(functional.linear(x_NC, self.weights.rows(self.table, start, stop)), softcap)
+            yield start, _capped(functional.linear(x_NC, self.weights.rows(self.head, start, stop)), softcap)
 
 
 def _capped(logits_NV: Tensor, softcap: float | None) -> Tensor:

@@ -580,9 +580,12 @@ def test_C2_a_preset_sets_what_a_plan_declares_to_what_it_can_be(
 
 
 @pytest.mark.parametrize("name", PresetSettings.model_fields)
-def test_every_setting_of_a_preset_may_be_set(name: str, tmp_path: Path) -> None:
+def test_every_setting_of_a_preset_may_be_set_that_the_family_has(name: str, tmp_path: Path) -> None:
     path = tmp_path / "map.yaml"
     text = edited(SETTINGS, f"    settings: {{{name}: 7}}")
+    if name not in FAMILIES["gemma3"].terms.values:
+        assert f"unknown value {name!r}" in refusal(path, text).message
+        return
     path.write_text(text.replace("    assumed: [max_position_embeddings]\n", "", 1))
     assert load_map(path).map.presets["t5gemma-2-270m-270m"].settings.given == {name: 7}
 
@@ -649,6 +652,11 @@ def test_every_shipped_row_uses_names_that_exist(weight_map: WeightMap, row: Row
 
 
 PREFIXES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "gemma2": {
+        "embedding": ("model.encoder.embed_tokens.", "model.decoder.embed_tokens.", "lm_head.out_proj."),
+        "encoder": "model.encoder.",
+        "decoder": "model.decoder.",
+    },
     "gemma3": {
         "embedding": "model.encoder.embed_tokens.",
         "encoder": "model.encoder.",
