@@ -34,7 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with checkpoints under the names that the README uses."""
     folder = tmp_path_factory.mktemp("readme")
     build_demo_source(folder / "gemma-3-4b-pt")
-    text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18}
+    text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18, "sliding_window": 512}
     (folder / "gemma-3-270m").mkdir()
     write_synthetic_source(folder / "gemma-3-270m", find_map("gemma3").map, text, seed=0)
     return folder

@@ -245,6 +245,19 @@ def respell(source: Path, target: Path, spelling: Callable[[Tensors], Tensors]) 
     save_file(spelling(load_file(source / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
 
 
+def split_off(source: Path, target: Path, part: str) -> tuple[str, str]:
+    """Copy a single-file checkpoint with the tensors whose names hold `part` in a second file; the names of both."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    names = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    index = {name: names[part in name] for name in tensors}
+    for file in names:
+        save_file({name: tensors[name] for name in tensors if index[name] == file}, target / file, {"format": "pt"})
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return names
+
+
 def _old_rope(text: dict[str, Any]) -> None:
     full = text["rope_parameters"]["full_attention"]
     text["rope_theta"] = full["rope_theta"]

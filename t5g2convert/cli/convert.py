@@ -57,7 +57,9 @@ def convert(
     preset: PresetOption = None,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
-    hashing: Annotated[bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files in t5g2.json.")] = True,
+    hashing: Annotated[
+        bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files, and compare downloads with the Hub's.")
+    ] = True,
     flush: Annotated[
         bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
     ] = True,
@@ -120,6 +122,8 @@ def write_folder(
             source,
             output,
             overwrite=overwrite,
+            hashing=hashing,
+            resume=resume,
             downloading=lambda total: shown.enter_context(ProgressBar(total, "download")).advance,
             **options,
         )
@@ -137,7 +141,7 @@ def write_folder(
             )
         require_passed(reports[0], output)
 
-    with ProgressBar(plan.nbytes, "convert") as bar:
+    with ProgressBar(plan.work, "convert") as bar:
         done = execute(
             plan,
             folders,

@@ -86,11 +86,18 @@ ProjectorOption = Annotated[
     Literal["copy", "zeros", "aligned"] | None,
     typer.Option(
         "--projector",
-        help="How the donor's projector comes to the source's width: zeros, or least squares between both embeddings.",
+        help="The projector: copy (the donor's, for equal widths), zeros (to be trained), or aligned (the donor's, by "
+        "least squares between both embeddings).",
         show_default="copy for equal widths, else zeros",
     ),
 ]
-RidgeOption = Annotated[float, typer.Option("--ridge", help="For --projector aligned: penalty on large maps.")]
+RidgeOption = Annotated[
+    float,
+    typer.Option(
+        "--ridge",
+        help="For --projector aligned: penalty on large maps, as 1e-6; needed where the embeddings determine no map.",
+    ),
+]
 RopeOption = Annotated[
     str,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, plain_name, role_in
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,
@@ -38,7 +38,7 @@ from t5g2convert.cli.options import (
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
-    from t5g2convert.conversion.plan import Plan
+    from t5g2convert.conversion.plan import Plan, PlannedFile, PlannedTensor
 
 _GIVES: Final[Mapping[Role, str]] = {
     SOURCE: "",
@@ -70,13 +70,13 @@ def plan(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """What convert would do, from headers alone."""
+    """What convert would do, from headers and small files; of the Hub a tokenizer.json is downloaded too if needed."""
     from t5g2convert.cli.drawing import draw_plan
-    from t5g2convert.conversion.planner import build_plan
+    from t5g2convert.conversion.convert import open_and_plan, room
     from t5g2convert.conversion.staging import free_bytes
     from t5g2convert.conversion.writer import peak_memory
 
-    made = build_plan(
+    made, checkpoints = open_and_plan(
         source,
         mapping=mapping,
         decoder_from=decoder_from,
@@ -92,7 +92,13 @@ def plan(
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
     )
-    resources = {"disk_needed": made.nbytes, "disk_free": free_bytes(output), "peak_memory": peak_memory(made)}
+    needed = room(made, checkpoints, output)
+    resources = {
+        "disk_needed": needed.output,
+        "disk_free": free_bytes(output),
+        "download": needed.download,
+        "peak_memory": peak_memory(made),
+    }
     if as_json:
         emit_json(made.to_json() | resources)
         return
@@ -105,29 +111,45 @@ def plan(
     for shard in made.shards:
         files.add_row(shard.name, str(counts[shard.name]), size_text(shard.size))
     for file in made.files:
-        how = f"made from {', '.join(file.reads)}" if file.how == "made" and file.reads else file.how
-        files.add_row(printable(file.name), "", printable(how))
+        files.add_row(printable(file.name), "", printable(_how(file, made)))
     out.print(files)
+    download = f"; downloads {size_text(needed.download)} first" if needed.download else ""
     out.print(
         f"needs {size_text(resources['disk_needed'])} of disk, {size_text(resources['disk_free'])} are free; "
-        f"about {size_text(resources['peak_memory'])} of memory"
+        f"about {size_text(resources['peak_memory'])} of memory{download}",
+        soft_wrap=True,
     )
     if tensors:
         _show_tensors(made)
     print_notes(made.notes)
 
 
+def _how(file: "PlannedFile", made: "Plan") -> str:
+    """How a file beside the weights comes about, with the names of the checkpoints that it is made from."""
+    if file.how != "made" or not file.reads:
+        return file.how
+    reads = (f"{plain_name(name)} of {made.sources[role_in(name)].name}" for name in file.reads)
+    return f"made from {', '.join(reads if len(made.sources) > 1 else file.reads)}"
+
+
+def _from(tensor: "PlannedTensor") -> str:
+    """The tensor that a target comes from, and what is done to it where it is not copied."""
+    kind = tensor.content.kind
+    if tensor.origin is None or tensor.content.source is None:
+        return kind
+    return tensor.origin if kind == "copy" else f"{tensor.origin} ({kind})"
+
+
 def _show_tensors(made: "Plan") -> None:
     listing = table("target", "part", "dtype", "shape", "from", "bytes", "shard")
     for tensor in made.tensors:
         source = tensor.content.source
-        origin = tensor.content.kind if tensor.origin is None else tensor.origin
         listing.add_row(
             tensor.name,
             tensor.part,
             tensor.dtype,
             str(list(tensor.shape)),
-            printable(origin if tensor.content.kind == "copy" else f"{origin} ({tensor.content.kind})"),
+            printable(_from(tensor)),
             "" if source is None else f"{printable(source.file)}[{source.start}:{source.end}]",
             f"{tensor.shard}[{tensor.start}:{tensor.end}]",
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.roles import DECODER_FROM, ROLES, SOURCE, VISION_FROM, Role, role_in
 from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.plan import Change
@@ -23,9 +24,11 @@ def declared_changes(
         loaded: The map.
         model_dtype: The target's safetensors dtype.
     """
-    cast = sorted({draft.content.dtype for draft in drafts if draft.content.kind != "zeros"} - {model_dtype})
+    given = {(role_in(span.file), draft.content.dtype) for draft in drafts for span in draft.content.spans[:1]}
+    cast = sorted((ROLES.index(role), CONFIG_NAMES[dtype]) for role, dtype in given if dtype != model_dtype)
     if cast and all(draft.dtype == model_dtype for draft in drafts):
-        yield Change("dtype", ", ".join(CONFIG_NAMES[dtype] for dtype in cast), CONFIG_NAMES[model_dtype])
+        told = ", ".join(f"{_OWNERS[ROLES[number]]}{dtype}" for number, dtype in cast)
+        yield Change("dtype", told, CONFIG_NAMES[model_dtype])
     rows, vocab = resolution.table[1], resolution.symbols["vocab"]
     if vocab != rows:
         yield Change("vocab_size", rows, vocab)
@@ -38,6 +41,13 @@ def declared_changes(
             if before is not None and after is not None and after != before:
                 yield Change(stack + path, before, after)
 
+
+_OWNERS: Final[Mapping[Role, str]] = {
+    SOURCE: "",
+    DECODER_FROM: "the decoder's parent's ",
+    VISION_FROM: "the donor's ",
+}
+"""Whose a dtype is, in front of its name."""
 
 _WRITTEN_OUT: Final = {
     "rope_parameters.full_attention.factor": "rope_full_factor",

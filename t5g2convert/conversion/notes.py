@@ -10,10 +10,16 @@ from t5g2convert.conversion.changes import setting
 from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.options import KEEP, Options
 from t5g2convert.conversion.plan import Change
+from t5g2convert.conversion.vocabulary import has_names
 from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.schema import WeightMap
 
 LENGTH: Final = "max_position_embeddings"
+FACTORS: Final[Mapping[str, str]] = {
+    "rope_parameters.full_attention.factor": "full layers",
+    "rope_parameters.factor": "all layers",
+}
+"""Linear factors of RoPE, and the layers that they count in."""
 
 
 def plan_notes(
@@ -34,7 +40,7 @@ def plan_notes(
             yield f"preset {options.preset}: what the release has for {name} is not established"
     yield from _layers(resolution, config)
     yield from _decoder(resolution)
-    yield from _images(resolution)
+    yield from _images(resolution, drafts)
     dtypes = sorted({draft.dtype for draft in drafts})
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
@@ -75,10 +81,17 @@ def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]
         field, source, target = alike[0].field, alike[0].source, alike[0].target
         stack = next(stack for stack in stacks if field.startswith(stack))
         name = field.removeprefix(stack) if len(alike) == len(stacks) else field
-        effect = "that changes what is computed"
-        if name.endswith(LENGTH) and type(target) in (int, float):
-            effect = f"{'longer' if target > source else 'shorter'} inputs are allowed"
-        yield f"{name} is {target}, the source's is {source}: {effect}"
+        yield f"{name} is {target}, the source's is {source}: {_effect(field.removeprefix(stack), source, target)}"
+
+
+def _effect(setting: str, source: Any, target: Any) -> str:
+    """What it means that a setting is not the source's."""
+    if type(target) in (int, float):
+        if setting == LENGTH:
+            return "longer inputs are allowed" if target > source else "shorter inputs are allowed"
+        if setting in FACTORS:
+            return f"positions in {FACTORS[setting]} are divided by {target:g}"
+    return "that changes what is computed"
 
 
 def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
@@ -114,7 +127,7 @@ def _taken(role: Role, whose: str, resolution: Resolution) -> str:
     return f"{len(taken)} tensors are {whose}'s; its other {left} are left behind"
 
 
-def _images(resolution: Resolution) -> Iterator[str]:
+def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
     conditions = resolution.model.conditions
     if any(item.part == "vision" and item.source is None for item in resolution.targets):
         yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
@@ -122,5 +135,9 @@ def _images(resolution: Resolution) -> Iterator[str]:
         yield _taken(VISION_FROM, "the donor", resolution)
     if "projector_zeros" in conditions:
         yield "the projector is zeros: images mean nothing until it is trained"
-    if "projector_aligned" in conditions:
-        yield "the projector is the donor's, carried over by least squares between both embedding tables"
+    for alignment in (draft.content.alignment for draft in drafts):
+        if alignment is not None:
+            rows = f"{alignment.rows} rows of both embedding tables"
+            yield f"the projector is the donor's, carried over by least squares between {rows}"
+            if not has_names(resolution):
+                yield f"that the {rows} are the same tokens was not looked at: a tokenizer.json is missing"

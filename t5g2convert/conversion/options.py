@@ -119,7 +119,10 @@ class Options:
             raise UsageError("--ridge is for --projector aligned")
         if self.sliding_window is not None and not 0 < self.sliding_window <= MAX_INTEGER:
             raise UsageError(f"a sliding window of {self.sliding_window} tokens has no meaning")
-        self._rope_factor()
+        if (factor := self._rope_factor()) is not None:
+            # One spelling of a number, so that one conversion has one manifest.
+            text = str(int(factor)) if factor.is_integer() else str(factor)
+            object.__setattr__(self, "rope_scaling", f"linear:{text}")
 
     def _rope_factor(self) -> float | None:
         if self.rope_scaling == KEEP:
@@ -129,9 +132,13 @@ class Options:
             factor = float(text) if kind == "linear" else math.nan
         except ValueError:
             factor = math.nan
-        if not 0 < factor < math.inf:
+        if math.isnan(factor):
             raise UsageError(
                 f"unknown RoPE scaling {self.rope_scaling!r}", hint=f"expected {KEEP}, or linear:F as linear:8"
+            )
+        if not 1 / MAX_INTEGER <= factor <= MAX_INTEGER:
+            raise UsageError(
+                f"a RoPE factor of {factor} has no meaning", hint=f"expected one from 1/{MAX_INTEGER} to {MAX_INTEGER}"
             )
         return factor
 
@@ -162,8 +169,9 @@ class Options:
             if name is None:
                 raise MappingError(f"--rope-scaling is not for mapping {weight_map.name!r}")
             longer = factor / values[name]
-            positions = int(values["max_position_embeddings"] * longer)
-            settings |= {name: factor, "max_position_embeddings": min(max(positions, 1), MAX_INTEGER)}
+            positions = values["max_position_embeddings"] * longer
+            # Cut before it is made an integer: a source's own factor may be so small that this is infinite.
+            settings |= {name: factor, "max_position_embeddings": int(min(max(positions, 1), MAX_INTEGER))}
         if self.sliding_window is not None:
             settings["sliding_window"] = self.sliding_window
         return settings
@@ -192,7 +200,7 @@ def _preset(name: str, values: Mapping[str, Any], weight_map: WeightMap, whose: 
                 f"preset {name} is for {field} {needed}, {whose} has {values[field]}",
                 hint="give --rope-scaling and --sliding-window themselves",
             )
-    return dict(preset.settings)
+    return dict(preset.settings.given)
 
 
 def recorded_options(record: Mapping[str, Any]) -> PlanOptions:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from t5g2convert.checkpoint.folder import HubOrigin
+from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.header import FileIdentity
+from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name, role_in
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
@@ -60,6 +61,11 @@ class PlannedAlignment:
     rows: int
     ridge: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tables that are read."""
+        return sum(self.rows * table.width * element_bytes(table.dtype) for table in (self.donor, self.target))
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -108,6 +114,11 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Bytes in the shard."""
         return self.end - self.start
+
+    @property
+    def work(self) -> int:
+        """Bytes of which progress is told: those in the shard, and the tables that are read for an alignment."""
+        return self.nbytes + (0 if self.content.alignment is None else self.content.alignment.nbytes)
 
     @property
     def elements(self) -> int:
@@ -223,7 +234,7 @@ class PlannedFile:
         reads: The source's files that it comes of; of a file that is copied, the one.
         text: Its bytes, where it is made.
         splices: What is exchanged in the file that is copied, in the order of the file.
-        identity: That file as it was when it was planned.
+        identity: That file as it was when it was planned; None where nothing is copied.
     """
 
     name: str
@@ -283,6 +294,11 @@ class Plan:
         """Bytes of all shards, headers included."""
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def work(self) -> int:
+        """Bytes of which progress is told."""
+        return sum(tensor.work for tensor in self.tensors)
+
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 plan --json` prints."""
         return {
@@ -309,8 +325,24 @@ class Plan:
         }
 
 
+def _range_json(span: SourceRange) -> dict[str, Any]:
+    return {"file": span.file, "start": span.start, "end": span.end}
+
+
+def _alignment_json(alignment: PlannedAlignment) -> dict[str, Any]:
+    tables = {"donor": alignment.donor, "target": alignment.target}
+    return {
+        **{
+            name: {"tensor": table.tensor, "dtype": table.dtype, "source": _range_json(table.source)}
+            for name, table in tables.items()
+        },
+        "rows": alignment.rows,
+        "ridge": alignment.ridge,
+    }
+
+
 def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
-    source = tensor.content.source
+    source, alignment = tensor.content.source, tensor.content.alignment
     return {
         "name": tensor.name,
         "part": tensor.part,
@@ -321,5 +353,6 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
         "end": tensor.end,
         "from": tensor.origin,
         "content": tensor.content.kind,
-        "source": None if source is None else {"file": source.file, "start": source.start, "end": source.end},
+        "source": None if source is None else _range_json(source),
+        **({} if alignment is None else {"alignment": _alignment_json(alignment)}),
     }

@@ -4,12 +4,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Final, Unpack
 
 from t5g2convert.checkpoint.config import ConfigSection, ImpliedTensor, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.folder import StoredTensor, read_json_object
-from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.folder import StoredTensor
+from t5g2convert.checkpoint.hub import Origin, read_held
 from t5g2convert.checkpoint.roles import SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.targets import implied_tensors
@@ -31,6 +31,7 @@ from t5g2convert.conversion.plan import (
     SourceFile,
     SourceRange,
 )
+from t5g2convert.conversion.vocabulary import shared_rows
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.names import expand
@@ -41,6 +42,8 @@ from t5g2convert.mapping.schema import WeightMap, count_parameters
 from t5g2convert.mapping.taking import Resolved
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
+
+GENERATION_FILE: Final = "generation_config.json"
 
 
 def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
@@ -78,7 +81,7 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
     values = _values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])
     config = fill(weight_map.config, values, resolution.model.conditions)
     generation = values | _end_tokens(resolution)
-    drafts = [_draft(item, resolution, options, cast_to) for item in resolution.targets]
+    drafts = [_draft(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     _check_target(drafts, config, loaded)
     changes = tuple(declared_changes(resolution, drafts, config, loaded, model_dtype))
@@ -190,7 +193,9 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
     )
 
 
-def _draft(item: Resolved, resolution: Resolution, options: Options, cast_to: str | None) -> Draft:
+def _draft(
+    item: Resolved, resolution: Resolution, weight_map: WeightMap, options: Options, cast_to: str | None
+) -> Draft:
     """The content of one target. A constant gets the model's dtype later; everything else keeps or casts its own."""
     operation = item.row.op
     source_dtype = "" if item.source is None else item.source.entry.dtype
@@ -209,7 +214,7 @@ def _draft(item: Resolved, resolution: Resolution, options: Options, cast_to: st
             content = Content("zeros", None, target_dtype)
         case Aligned():
             assert item.source is not None, "the schema gives every row but zeros a source"
-            alignment = _alignment(operation, resolution, options.ridge)
+            alignment = _alignment(operation, resolution, weight_map, options.ridge)
             content = Content("aligned", _whole(item.source, item.role), source_dtype, alignment)
         case _:
             raise NotImplementedError(f"no content for {operation!r}")
@@ -236,14 +241,14 @@ def _scaled_row(operation: ScaledRow, item: Resolved, source: StoredTensor, symb
     return Content("scaled_row", SourceRange(named(item.role, source.file), start, start + width), entry.dtype)
 
 
-def _alignment(operation: Aligned, resolution: Resolution, ridge: float) -> PlannedAlignment:
+def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap, ridge: float) -> PlannedAlignment:
     tables = []
     for role in (VISION_FROM, resolution.table[0]):
         ((_, name),) = expand(operation.aligned.tables, resolution.layouts[role], {})
         stored = resolution.checkpoints[role].tensors[name]
         tables.append(PlannedTable(name, _whole(stored, role), stored.entry.dtype, *stored.entry.shape))
     donor, target = tables
-    return PlannedAlignment(donor, target, min(resolution.symbols["vocab"], donor.rows, target.rows), ridge)
+    return PlannedAlignment(donor, target, shared_rows(resolution, weight_map, donor.rows), ridge)
 
 
 def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
@@ -251,10 +256,10 @@ def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
 
 
 def _dominant_dtype(targets: Iterable[Resolved]) -> str:
-    """The dtype that most of the model's bytes have; config.json can name only one."""
+    """The dtype that most of the source's bytes have; config.json can name only one, and a donor does not decide it."""
     counted: Counter[str] = Counter()
     for item in targets:
-        if item.source is not None:
+        if item.source is not None and item.role == SOURCE:
             counted[item.source.entry.dtype] += tensor_bits(item.source.entry.dtype, item.shape) // 8
     return max(counted, key=lambda dtype: (counted[dtype], dtype))
 
@@ -265,10 +270,9 @@ def _end_tokens(resolution: Resolution) -> dict[str, Any]:
     roles = {"": SOURCE, **{f"{part}.": resolution.role_of(part) for part in STACKS}}
     for prefix, role in roles.items():
         checkpoint = resolution.checkpoints[role]
-        path = checkpoint.path / "generation_config.json"
-        if checkpoint.holds(path.name):
-            generation = read_json_object(path)
-            tokens = parse_section(_Generation, generation, path).eos_token_id
+        generation = read_held(checkpoint, GENERATION_FILE)
+        if generation is not None:
+            tokens = parse_section(_Generation, generation, checkpoint.path / GENERATION_FILE).eos_token_id
             ends |= {} if tokens is None else {f"{prefix}eos_token_id": tokens}
     return ends
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint import t5gemma, t5gemma2
-from t5g2convert.checkpoint.folder import Checkpoint, HubOrigin
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub import open_source
+from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.t5gemma import read_t5gemma
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2, read_t5gemma2_encoder
 from t5g2convert.checkpoint.targets import implied_tensors

@@ -6,12 +6,13 @@ row uses, tensors that a row wants and that are missing, shapes and dtypes that 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from t5g2convert.checkpoint.config import SourceModel, describe_model_type
 from t5g2convert.checkpoint.folder import Checkpoint, some
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.mapping.collector import Collector, foreign
 from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
@@ -27,12 +28,10 @@ from t5g2convert.mapping.pairing import (
 )
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
 from t5g2convert.mapping.taking import (
-    Collector,
     LeftBehind,
     Resolved,
     ResolvedDrop,
     Side,
-    foreign,
     left_behind,
     look,
     resolve_drop,
@@ -80,23 +79,33 @@ class Resolution:
         return role_of(part, self.checkpoints, table=self.table[0])
 
 
-def resolve(loaded: LoadedMap, checkpoint: Checkpoint, pairing: Pairing = ALONE) -> Resolution:
+SUBJECTS: Final[Mapping[Role, str]] = {
+    DECODER_FROM: "the decoder's parent of --decoder-from",
+    VISION_FROM: "the donor of --vision-from",
+}
+"""What other checkpoints are called where they do not fit the map."""
+
+
+def resolve(
+    loaded: LoadedMap, checkpoint: Checkpoint, pairing: Pairing = ALONE, *, subject: str = "the source"
+) -> Resolution:
     """Apply a map to a checkpoint.
 
     Args:
         loaded: The map.
         checkpoint: The source.
         pairing: What the target is made of beside it.
+        subject: What the checkpoint is called where it does not fit the map.
 
     Raises:
         CheckpointError: A checkpoint is not what its config implies; `details` lists every tensor concerned.
         MappingError: The map does not convert this family, or the checkpoints do not fit each other.
     """
     weight_map = loaded.map
-    model = read_model(weight_map, checkpoint)
+    model = read_model(weight_map, checkpoint, subject=subject)
     check_map(weight_map, pairing)
     # Worlds of their own: whatever would refuse another checkpoint as a source refuses it here.
-    worlds = {role: resolve(loaded, other) for role, other in pairing.others.items()}
+    worlds = {role: resolve(loaded, other, subject=SUBJECTS[role]) for role, other in pairing.others.items()}
     if VISION_FROM in worlds:
         model = model.with_vision_of(worlds[VISION_FROM].model, pairing.projector)
     symbols = {**model.symbols, "vocab": weight_map.vocabulary.cut.get(model.symbols["rows"], model.symbols["rows"])}
@@ -189,7 +198,7 @@ def _repeats(worlds: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
                 yield replace(drop, role=DECODER_FROM)
 
 
-def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
+def read_model(weight_map: WeightMap, checkpoint: Checkpoint, *, subject: str = "the source") -> SourceModel:
     """The source model as its config describes it.
 
     Raises:
@@ -200,7 +209,7 @@ def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
     if model_type not in weight_map.source.model_type:
         raise MappingError(
             f"mapping {weight_map.name!r} converts {', '.join(weight_map.source.model_type)}; "
-            f"the source is {describe_model_type(checkpoint.config)}",
+            f"{subject} is {describe_model_type(checkpoint.config)}",
             where=checkpoint.path,
         )
     return FAMILIES[str(model_type)].read(checkpoint.config, checkpoint.path / "config.json")

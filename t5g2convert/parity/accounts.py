@@ -1,7 +1,7 @@
 """What became of every tensor of the source, for provenance: nothing may be lost without a word."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from t5g2convert.checkpoint.folder import Checkpoint
@@ -49,8 +49,14 @@ def accounts_of(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
     return accounts
 
 
-def account(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
-    """The same in a sentence, with what the target is made of."""
+def account(plan: Plan, accounts: Mapping[str, list[str]], residuals: Sequence[tuple[float, float]] = ()) -> str:
+    """The same in a sentence, with what the target is made of.
+
+    Args:
+        plan: The plan.
+        accounts: The source's tensors by what became of them.
+        residuals: For each aligned projector between which bounds the residual of its tables lies.
+    """
     kinds: Counter[tuple[Kind, Role]] = Counter()
     for tensor in plan.tensors:
         source = tensor.content.source
@@ -59,8 +65,8 @@ def account(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
         "copy": "tensors are {whose} byte for byte",
         "cast": f"are {{whose}} in {plan.dtype}, as declared",
         "scaled_row": "is a row of {it}, scaled",
-        "zeros": "are zeros",
-        "aligned": "is {whose}, aligned",
+        "zeros": "is zeros" if kinds["zeros", SOURCE] == 1 else "are zeros",
+        "aligned": f"is {{whose}}, aligned ({', '.join(map(_residual, residuals))})",
     }
     parts = [
         f"{kinds[kind, role]} {what.format(whose=whose, it=it)}"
@@ -78,3 +84,9 @@ def account(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
     if accounts["dropped"]:
         told += f"; {len(accounts['dropped'])} were dropped, as declared"
     return told
+
+
+def _residual(bounds: tuple[float, float]) -> str:
+    """What is left of the source's table when the donor's has been carried over: 0 nothing, 1 all of it."""
+    lower, upper = (f"{bound:.3g}" for bound in bounds)
+    return f"residual {upper}" if lower == upper else f"residual at most {upper}"

@@ -16,8 +16,8 @@ def change_remarks(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]])
     """What a reader of a report must know of the changes, by field."""
     if "dtype" in changes:
         yield (
-            f"the source's weights were cast from {changes['dtype']['source']} to {changes['dtype']['target']}, as "
-            "declared: the parities are judged on the source with its weights so cast"
+            f"weights were cast from {changes['dtype']['source']} to {changes['dtype']['target']}, as declared: "
+            "the parities are judged on the source with its weights so cast"
         )
     for setting, (before, after) in stack_changes(
         changes, tuple(target_of(target.config, target.path).stacks.values())

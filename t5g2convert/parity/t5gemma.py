@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from t5g2convert.checkpoint import gemma2, t5gemma
-from t5g2convert.checkpoint.folder import Checkpoint, is_there, read_json_file, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
 from t5g2convert.checkpoint.gemma2 import Gemma2
+from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma import T5Gemma, read_t5gemma
 from t5g2convert.parity.changes import change_remarks, on_source_settings

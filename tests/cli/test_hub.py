@@ -15,6 +15,8 @@ import pytest
 
 from t5g2convert import convert, plan
 from t5g2convert.checkpoint.folder import SINGLE_FILE
+from t5g2convert.checkpoint.hubfiles import SMALL_BYTES
+from t5g2convert.checkpoint.manifest import seal
 from t5g2convert.checkpoint.ranges import FIRST_BYTES
 from tests.conftest import TwinFolder
 from tests.hub_server import Fault, Hub, running
@@ -77,6 +79,7 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     assert {**here, "path": "", "hub": ""} == {**found, "path": "", "hub": ""}
     planned = scene.json(f"plan {REPO}@main")
     assert planned["hub"] == found["hub"]
+    assert planned["download"] == (demo_source / SINGLE_FILE).stat().st_size
     assert planned["tensors"] == plan(demo_source).to_json()["tensors"]
     assert planned["files"] == plan(demo_source).to_json()["files"]
     assert scene.json(f"mappings check gemma3 --against {REPO}")["tensors"] == len(planned["tensors"])
@@ -85,7 +88,23 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     told = scene(f"inspect {REPO}")
     assert f"gemma3 in {REPO}@{sha}" in told.stdout
     assert told.stderr == ""
-    assert f"{REPO}: gemma3 to t5gemma2" in scene(f"plan {REPO}").stdout
+    shown = scene(f"plan {REPO}").stdout
+    assert f"{REPO}: gemma3 to t5gemma2" in shown
+    assert "of memory; downloads " in shown
+
+
+def test_a_large_tokenizer_config_is_fetched_and_carried(scene: Scene, demo_source: Path) -> None:
+    path = demo_source / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "x" * (SMALL_BYTES + 1)}))
+    scene.hub.add(REPO, demo_source)
+    made = scene.json(f"plan {REPO}")
+    assert made["files"] == plan(demo_source).to_json()["files"]
+    assert made["notes"] == list(plan(demo_source).notes)
+    scene.json(f"convert {REPO} out --no-flush")
+    convert(demo_source, scene.folder / "expected", flush=False)
+    assert contents(scene.folder / "out").keys() == contents(scene.folder / "expected").keys()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (scene.folder / "out" / name).read_bytes() == (scene.folder / "expected" / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["images-sharded", "text-8"])
@@ -154,6 +173,23 @@ def test_a_part_is_taken_out_of_a_model_of_the_hub(scene: Scene, converted_twin:
         assert (scene.folder / part / weights).read_bytes() == (tmp_path / part / weights).read_bytes()
 
 
+def test_another_commit_than_it_was_made_from_is_told(scene: Scene, demo_source: Path) -> None:
+    sha = scene.hub.add(REPO, demo_source)
+    scene.json(f"convert {REPO} out --no-flush")
+    assert scene.json(f"verify out --source {REPO} --no-record")["passed"]
+    path = scene.folder / "out/t5g2.json"
+    lie = json.loads(path.read_text())
+    lie["source"]["hub"] = {"repo": "google/other", "revision": "0" * 40}
+    path.write_bytes(seal(lie))
+    done = scene(f"verify out --source {REPO}")
+    assert done.returncode == 6
+    assert f"was made from source google/other@{'0' * 40}, and {REPO}@{sha} was opened" in done.stdout.replace(
+        "\n", " "
+    )
+    # A copy in a folder has no commit.
+    assert scene.json(f"verify out --source {demo_source}")["passed"]
+
+
 def test_a_model_of_the_hub_is_compared(scene: Scene, demo_source: Path) -> None:
     scene.hub.add(REPO, demo_source)
     convert(demo_source, scene.folder / "out", flush=False)
@@ -204,6 +240,21 @@ def test_only_the_shards_with_the_layers_of_the_decoders_parent_are_fetched(
     assert found == expected
     report = scene.json(f"verify out --source {source} --decoder-from google/other")
     assert report["passed"]
+
+
+def test_a_graft_is_judged_without_the_shard_of_a_projector_that_it_does_not_have(
+    scene: Scene, twin_folder: TwinFolder
+) -> None:
+    from tests.twins import split_off
+
+    source = twin_folder("text-8")
+    _, shard = split_off(twin_folder("donor-wide"), scene.folder / "donor", "mm_input_projection_weight")
+    scene.hub.add("google/donor", scene.folder / "donor")
+    assert scene.json(f"convert {source} out --vision-from google/donor --verify --no-flush")["verification"]["passed"]
+    report = scene.json(f"verify out --source {source} --vision-from google/donor")
+    assert report["passed"]
+    assert "vision_parity" in {check["name"] for check in report["checks"]}
+    assert not list((scene.folder / "home").rglob(shard))
 
 
 @pytest.mark.parametrize(
@@ -271,6 +322,13 @@ def test_H1_a_target_that_cannot_be_written_is_told_before_the_hub_is_asked(scen
     (scene.folder / "out").mkdir()
     (scene.folder / "out/mine.txt").touch()
     assert scene(f"convert {REPO} out").returncode == 5
+    assert scene.hub.log == []
+
+
+def test_a_run_that_cannot_be_resumed_is_told_before_the_hub_is_asked(scene: Scene) -> None:
+    done = scene(f"convert {REPO} out --resume --no-hash")
+    assert done.returncode == 2
+    assert "only with sha256" in done.stderr
     assert scene.hub.log == []
 
 
