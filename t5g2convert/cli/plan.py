@@ -54,6 +54,7 @@ def plan(
         Path, typer.Option("--output", help="Where the output would go; its disk's free space is shown.")
     ] = Path(),
     mapping: MappingOption = None,
+    part: Annotated[str | None, typer.Option("--part", help="What extract would take out: encoder or decoder.")] = None,
     decoder_from: DecoderFromOption = None,
     embedding_from: EmbeddingFromOption = "source",
     encoder_layers: EncoderLayersOption = None,
@@ -79,6 +80,7 @@ def plan(
     made, checkpoints = open_and_plan(
         source,
         mapping=mapping,
+        part=part,
         decoder_from=decoder_from,
         embedding_from=embedding_from,
         encoder_layers=encoder_layers,
