@@ -51,7 +51,15 @@ def run(command: list[str], folder: Path, *, code: int = 0) -> str:
 
 def test_the_commands_run_in_their_order(workplace: Path) -> None:
     ours = [command for command in commands() if command.startswith("t5g2 ")]
-    assert [command.split()[1] for command in ours] == ["inspect", "plan", "convert", "convert", "verify", "extract", "extract"]
+    assert [command.split()[1] for command in ours] == [
+        "inspect",
+        "plan",
+        "convert",
+        "convert",
+        "verify",
+        "extract",
+        "extract",
+    ]
     for command in ours:
         run(command.split(), workplace)
     assert (workplace / "t5gemma-2-4b-4b/t5g2.json").is_file()
