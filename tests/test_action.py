@@ -168,6 +168,15 @@ def test_what_cannot_be_judged_is_red_with_its_reason(
     assert "parity.html" not in runner.artifacts["parity"]
 
 
+def test_an_earlier_verdict_is_not_taken_for_this_one(runner: Runner) -> None:
+    reports(runner).mkdir(parents=True)
+    for name in ("parity.xml", "parity.html"):
+        (reports(runner) / name).write_text("passed")
+    assert not judge(runner, arguments="--nope").passed
+    assert runner.artifacts == {"parity": ["parity.json", "parity.xml"]}
+    assert ElementTree.parse(reports(runner) / "parity.xml").getroot().get("errors") == "1"
+
+
 def test_a_tool_that_is_not_there_or_says_nothing_is_red(runner: Runner, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
@@ -385,14 +394,17 @@ def test_the_plain_shell_gives_the_same_verdicts(
     assert done.returncode == 0, done.stderr
     assert "passed decoder_parity" in done.stdout
     assert {path.name for path in (workspace / "parity").iterdir()} == {"parity.html", "parity.json", "parity.xml"}
+    assert shell("source", "output", "parity", "--nope").returncode == 2
+    assert [path.name for path in (workspace / "parity").iterdir()] == ["parity.json"], "an earlier verdict is left"
     break_config(workspace / "output")
     done = shell("source", "output", "reports/red", "--dtype", "float32")
     assert done.returncode == 6
     assert "FAILED config" in done.stdout
     assert json.loads((workspace / "reports/red/parity.json").read_text())["dtype"] == "float32"
     assert shell("source").returncode == 2
-    done = shell("gone/", "output")
+    done = shell("gone/", "output", "reports/gone")
     assert done.returncode == 3
+    assert [path.name for path in (workspace / "reports/gone").iterdir()] == ["parity.json"]
     assert "error 'no such folder" in done.stdout
 
 

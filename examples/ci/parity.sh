@@ -20,14 +20,23 @@ if [ ! -d "$output" ]; then
     *@*) revision=${output#*@} ;;
     *) revision=main ;;
   esac
-  folder=$(hf download "${output%%@*}" --revision "$revision" --quiet) || { echo "parity.sh: $output is no folder here, and the Hub does not give it" >&2; exit 7; }
+  folder=$(hf download "${output%%@*}" --revision "$revision" --quiet) || {
+    echo "parity.sh: $output is no folder here, and the Hub does not give it" >&2
+    exit 7
+  }
   output=$folder
 fi
 
+# An earlier verdict must not be taken for this one.
 mkdir -p "$reports"
+rm -f "$reports/parity.json" "$reports/parity.xml" "$reports/parity.html"
 code=0
 t5g2 verify "$output" --source "$source" --no-record --junit "$reports/parity.xml" --html "$reports/parity.html" \
   --json "$@" > "$reports/parity.json" || code=$?
+# Both files are made before anything is judged; where there is no verdict they are empty.
+for file in "$reports/parity.xml" "$reports/parity.html"; do
+  [ -s "$file" ] || rm -f "$file"
+done
 # One line for each check, or the error, from the JSON.
 python3 - "$reports/parity.json" <<'PYTHON'
 import json, sys

@@ -79,10 +79,12 @@ def test_the_tab_key_completes_in_bash(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
-def test_zsh_reads_its_script(tmp_path: Path) -> None:
+def test_zsh_asks_t5g2_once_it_has_read_the_script(tmp_path: Path) -> None:
     path = tmp_path / "_t5g2"
     path.write_text(answer(_T5G2_COMPLETE="source_zsh"))
-    subprocess.run(["zsh", "-n", str(path)], check=True)
+    script = f'autoload -Uz compinit; compinit -u -D; source "{path}"; print $_comps[t5g2]'
+    done = subprocess.run(["zsh", "-f", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "_t5g2_completion\n"
 
 
 def test_the_shell_is_shown_what_would_be_installed() -> None:

@@ -158,6 +158,9 @@ def judge(given: Mapping[str, str], reports: Path) -> int:
     """Judge and tell everyone; the exit code."""
     mode = given.get("mode") or "verify"
     reports.mkdir(parents=True, exist_ok=True)
+    for name in ("parity.json", "parity.xml", "parity.html"):
+        # An earlier verdict must not be taken for this one.
+        (reports / name).unlink(missing_ok=True)
     try:
         code, document = run(given, reports)
         rows = rows_of(document, given)
