@@ -156,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(fault.status, fault.body, fault.headers)
             routes: dict[str, Callable[..., None]] = {
                 r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?": self._info,
+                r"/api/models/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
                 r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
                 r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)": self._content,
             }
@@ -192,6 +193,18 @@ class _Handler(BaseHTTPRequestHandler):
         gated = False if repo.gated_to is None else "manual"
         document = {"_id": "0", "id": name, "modelId": name, "sha": sha, "gated": gated, "tags": [], "siblings": files}
         self._send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, name: str, revision: str) -> None:
+        """All files of a commit; no model here has folders."""
+        repo = self._repo(name)
+        files = repo.commits[self._commit(repo, revision)]
+        rows: list[dict[str, Any]] = []
+        for file, data in files.items():
+            rows.append({"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()})
+            if _is_large(file, data):
+                large = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+                rows[-1]["lfs"] = large
+        self._send(200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, name: str, revision: str, file: str) -> None:
         """A regular file itself, or the way to an LFS file."""

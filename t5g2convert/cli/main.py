@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="t5g2", standalone_mode=False)
     except BaseException as error:  # noqa: BLE001 - the one place where every error ends
         code = report(error, as_json="--json" in arguments, debug="--debug" in arguments)
     for stream in (sys.stdout, sys.stderr):
