@@ -9,7 +9,11 @@ import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes, size_text
 from t5g2convert.cli.options import (
+    DecoderFromOption,
+    DecoderLayersOption,
     DtypeOption,
+    EmbeddingFromOption,
+    EncoderLayersOption,
     MappingOption,
     PresetOption,
     ProjectorOption,
@@ -41,6 +45,10 @@ def convert(
     source: SourceArgument,
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     mapping: MappingOption = None,
+    decoder_from: DecoderFromOption = None,
+    embedding_from: EmbeddingFromOption = "source",
+    encoder_layers: EncoderLayersOption = None,
+    decoder_layers: DecoderLayersOption = None,
     vision_from: VisionFromOption = None,
     projector: ProjectorOption = None,
     ridge: RidgeOption = 0.0,
@@ -49,7 +57,9 @@ def convert(
     preset: PresetOption = None,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
-    hashing: Annotated[bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files in t5g2.json.")] = True,
+    hashing: Annotated[
+        bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files, and compare downloads with the Hub's.")
+    ] = True,
     flush: Annotated[
         bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
     ] = True,
@@ -64,7 +74,7 @@ def convert(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder."""
+    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma."""
     write_folder(
         source,
         output,
@@ -76,6 +86,10 @@ def convert(
         verify=verify,
         as_json=as_json,
         mapping=mapping,
+        decoder_from=decoder_from,
+        embedding_from=embedding_from,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         vision_from=vision_from,
         projector=projector,
         ridge=ridge,
@@ -108,6 +122,8 @@ def write_folder(
             source,
             output,
             overwrite=overwrite,
+            hashing=hashing,
+            resume=resume,
             downloading=lambda total: shown.enter_context(ProgressBar(total, "download")).advance,
             **options,
         )
@@ -119,12 +135,13 @@ def write_folder(
 
         bar.stop()
         with shown_progress() as told:
-            given, donor = sources.origins
             mapping = options.get("mapping")
-            reports.append(judge_folder(folder, given, vision_from=donor, mapping=mapping, progress=told))
+            reports.append(
+                judge_folder(folder, sources.origin, **sources.other_origins, mapping=mapping, progress=told)
+            )
         require_passed(reports[0], output)
 
-    with ProgressBar(plan.nbytes, "convert") as bar:
+    with ProgressBar(plan.work, "convert") as bar:
         done = execute(
             plan,
             folders,
