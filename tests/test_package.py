@@ -27,8 +27,9 @@ BELOW = {
     "reference": LEAVES | {"checkpoint"},
     "parity": LEAVES | {"checkpoint", "reference"},
     "__init__": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity"},
+    "publish": LEAVES | {"checkpoint", "mapping", "conversion"},
     "__main__": {"cli"},
-    "cli": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity"},
+    "cli": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity", "publish"},
 }
 
 HEAVY = {"torch", "transformers", "numpy", "huggingface_hub"}
@@ -192,6 +193,17 @@ def test_a_command_loads_no_heavy_library(arguments: list[str], demo_source: Pat
 def test_a_conversion_loads_numpy_and_still_no_torch(options: list[str], demo_source: Path, tmp_path: Path) -> None:
     arguments = ["convert", str(demo_source), str(tmp_path / "out"), *options]
     assert modules_after(arguments, tmp_path) & HEAVY == {"numpy"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["card", "OUTPUT"], ["card", "OUTPUT", "--write"], ["doctor"], ["doctor", "--json"]]
+)
+def test_what_tells_of_the_hub_loads_its_client_and_still_no_torch(
+    arguments: list[str], demo_source: Path, tmp_path: Path
+) -> None:
+    t5g2convert.convert(demo_source, tmp_path / "out", flush=False)
+    arguments = [str(tmp_path / "out") if item == "OUTPUT" else item for item in arguments]
+    assert modules_after(arguments, tmp_path) & HEAVY == {"huggingface_hub"}
 
 
 def test_the_error_path_loads_no_heavy_library_either(tmp_path: Path) -> None:
