@@ -47,8 +47,8 @@ def template_faults(
             yield from template_faults(item, names, worlds, (*at, position))
     elif isinstance(node, dict):
         if "case" in node and (len(node) != 1 or not _settles(node["case"], worlds)):
-            told = " or ".join(" and ".join(sorted(world)) for world in worlds)
-            yield f"case must stand alone and name exactly one condition of: {told}", at, None
+            known = ", ".join(sorted(frozenset().union(*worlds)))
+            yield f"case must stand alone, and one of its names must hold for every source, of {known}", at, None
         for key, item in node.items():
             yield from template_faults(item, names, worlds, (*at, key))
 

@@ -1,6 +1,7 @@
 """A weight map from its file, checked for everything that can be known without a model."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -141,6 +142,7 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
         for reason, at, unknown in template_faults(template, value_names(values), worlds, (key,)):
             yield reason, at, did_you_mean(unknown, value_names(values)) if unknown else None
+    yield from _made_type_faults(weight_map, worlds)
     yield from _file_faults(weight_map, values | set(TARGET_VALUES), worlds)
 
 
@@ -160,6 +162,16 @@ def _target_faults(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
                 continue
             yield "expected a prefix as it stands, without braces", at, None
             break
+
+
+def _made_type_faults(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
+    """A config of another family than the target's."""
+    for world in worlds:
+        made = fill(weight_map.config, defaultdict(lambda: None), world).get("model_type")
+        if made not in weight_map.target.model_types:
+            told = f"config.json would have model_type {made!r}, expected {' or '.join(weight_map.target.model_types)}"
+            yield told, ("config", "model_type"), None
+            return
 
 
 def _condition_faults(items: Iterable[Row | Drop], worlds: Worlds, key: str) -> Iterator[Fault]:

@@ -453,7 +453,7 @@ FAULTS = [
         "{case: {vision: $mm_tokens_per_image, text_only: 4}}",
         "{case: {vision: $mm_tokens_per_image}}",
         "{case",
-        "case must stand alone and name exactly one condition of: text_only or",
+        "case must stand alone, and one of its names must hold for every source, of projector_aligned,",
         None,
         id="case-missing",
     ),
