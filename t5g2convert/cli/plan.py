@@ -38,8 +38,8 @@ from t5g2convert.cli.options import (
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
+    from t5g2convert.conversion.beside import PlannedFile
     from t5g2convert.conversion.plan import Plan, PlannedTensor
-    from t5g2convert.conversion.plannedfile import PlannedFile
 
 _GIVES: Final[Mapping[Role, str]] = {
     SOURCE: "",

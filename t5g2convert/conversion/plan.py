@@ -12,7 +12,7 @@ from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name, role_in
-from t5g2convert.conversion.plannedfile import PlannedFile, TokenChange
+from t5g2convert.conversion.beside import PlannedFile, TokenChange
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""

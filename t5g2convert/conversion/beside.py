@@ -1,4 +1,4 @@
-"""What a plan says of a file beside the weights, and of the tokens in it."""
+"""Files beside the weights, as a plan tells of them."""
 
 from dataclasses import dataclass
 from typing import Literal
