@@ -26,9 +26,10 @@ BELOW = {
     "conversion": LEAVES | {"checkpoint", "mapping"},
     "reference": LEAVES | {"checkpoint"},
     "parity": LEAVES | {"checkpoint", "reference"},
+    "publish": LEAVES | {"checkpoint", "mapping", "conversion"},
     "__init__": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity"},
     "__main__": {"cli"},
-    "cli": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity"},
+    "cli": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity", "publish"},
 }
 
 HEAVY = {"torch", "transformers", "numpy", "huggingface_hub"}

@@ -1,0 +1,1 @@
+"""Publishing: the model card and the upload of a finished folder to the Hub."""
