@@ -1,6 +1,7 @@
 """What is sent of a folder: the files that its manifest lists, each with the sha256 that it tells, and nothing else."""
 
 import hashlib
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,20 +39,18 @@ class LocalFile:
         data = text.encode()
         return cls(name, data, len(data), hashlib.sha256(data).hexdigest())
 
-    def git_sha1(self) -> str:
-        """git's name for its bytes, in bounded memory.
+    def is_blob(self, sha1: str) -> bool:
+        """Whether git's name for its bytes is this one; if they are another's by now, it is none.
 
         Raises:
             OSError: It cannot be read.
         """
-        digest = hashlib.sha1(b"blob %d\0" % self.size)
-        if isinstance(self.content, bytes):
-            digest.update(self.content)
-        else:
-            with self.content.open("rb") as file:
-                while piece := file.read(PIECE_BYTES):
-                    digest.update(piece)
-        return digest.hexdigest()
+        by_git, itself = hashlib.sha1(b"blob %d\0" % self.size), hashlib.sha256()
+        with io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                by_git.update(piece)
+                itself.update(piece)
+        return (by_git.hexdigest(), itself.hexdigest()) == (sha1, self.sha256)
 
 
 def finished_files(folder: Path, told: Callable[[str], None] | None = None) -> tuple[LocalFile, ...]:

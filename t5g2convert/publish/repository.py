@@ -49,7 +49,7 @@ class RemoteFile:
         """Whether it has the bytes of a file that is here."""
         if self.size != local.size:
             return False
-        return self.sha256 == local.sha256 if self.sha256 is not None else self.blob_id == local.git_sha1()
+        return self.sha256 == local.sha256 if self.sha256 is not None else local.is_blob(self.blob_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,8 +175,13 @@ def test_a_folder_without_hashes_gets_them(demo_folders: Path, tmp_path: Path) -
 def test_the_name_that_git_gives(content: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"hello\n")
     data = b"hello\n" if content == "bytes" else tmp_path / "x"
+    file = LocalFile("x", data, 6, hashlib.sha256(b"hello\n").hexdigest())
     # echo hello | git hash-object --stdin
-    assert LocalFile("x", data, 6, "").git_sha1() == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert file.is_blob("ce013625030ba8dba906f756967f9e9ca394464a")
+    assert not file.is_blob("ce013625030ba8dba906f756967f9e9ca394464b")
+    # echo hallo | git hash-object --stdin
+    (tmp_path / "x").write_bytes(b"hallo\n")
+    assert not LocalFile("x", tmp_path / "x", 6, file.sha256).is_blob("ba2906d0666cf726c7eaadd2cd3db615dedfdf3a")
 
 
 def test_the_card_of_a_folder(out: Path) -> None:
