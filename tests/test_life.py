@@ -46,7 +46,8 @@ def scene(tmp_path: Path, demo_source: Path) -> Iterator[Scene]:
         hub.xet_store.mkdir()
         (tmp_path / "work").mkdir()
         (tmp_path / "work/text.txt").write_text("a text that both models read, word by word")
-        scene = Scene(hub, tmp_path / "work", "hf_life")
+        # xet is the client's own choice.
+        scene = Scene(hub, tmp_path / "work", "hf_life", {"HF_HUB_DISABLE_XET": "0"})
         yield scene
         scene.end()
 
@@ -56,11 +57,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_whole_life_of_a_model(scene: Scene) -> None:
-    # The client's own choice, for which hf_xet was installed.
-    env = {"HF_HUB_DISABLE_XET": "0"}
-
     def t5g2(line: str) -> dict[str, Any]:
-        return dict(json.loads(scene.good(f"{line} --json", **env)))
+        return dict(json.loads(scene.good(f"{line} --json")))
 
     # Converted and verified, uploaded.
     told = t5g2(f"convert {SOURCE} out --verify --push-to ann/t5gemma-2-tiny")
@@ -68,7 +66,7 @@ def test_the_whole_life_of_a_model(scene: Scene) -> None:
     assert told["upload"]["private"]
     assert scene.there("ann/t5gemma-2-tiny") == scene.expected()
     # Downloaded, and loaded by transformers by its name: it computes what the folder computes.
-    done = scene.python(["-c", LOADED, "out", "ann/t5gemma-2-tiny"], **env)
+    done = scene.python(["-c", LOADED, "out", "ann/t5gemma-2-tiny"])
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert (loaded["equal"], loaded["finite"], loaded["differ"]) == (True, True, True)

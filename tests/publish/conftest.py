@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -37,11 +37,15 @@ HASTY: Final = f"import t5g2convert.publish.asking as asking; asking.WAITS = (0.
 
 @dataclass
 class Scene:
-    """A Hub with a user `ann`, and a folder to work in: a converted model `out`, its source `src`, a cache `home`."""
+    """A Hub with a user `ann`, and a folder to work in: a converted model `out`, its source `src`, a cache `home`.
+
+    `settings` is what the environment of every process has besides.
+    """
 
     hub: Hub
     folder: Path
     token: str
+    settings: dict[str, str] = field(default_factory=dict)
     worker: "subprocess.Popen[str] | None" = None
 
     @property
@@ -69,7 +73,8 @@ class Scene:
         return subprocess.CompletedProcess(line, *json.loads(self.worker.stdout.readline()))
 
     def _env(self, **env: str) -> dict[str, str]:
-        settings = {**self.hub.env(self.folder / "home"), "HF_TOKEN": self.token, "PYTHONPATH": str(ROOT), **env}
+        settings = {**self.hub.env(self.folder / "home"), "HF_TOKEN": self.token, "PYTHONPATH": str(ROOT)}
+        settings |= self.settings | env
         return {name: value for name, value in settings.items() if value or name != "HF_TOKEN"}
 
     def end(self) -> None:

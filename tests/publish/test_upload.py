@@ -15,6 +15,15 @@ from tests.publish.conftest import Scene
 NO_CARD = {"README.md", ".gitattributes"}
 
 
+WAYS = (("PUT", "/lfs-put/"), ("PUT", "/lfs-part/"), ("GET", "/xet-write-token/"))
+
+
+def way_of(scene: Scene) -> str:
+    if scene.hub.xet_store is not None:
+        return "/xet-write-token/"
+    return "/lfs-put/" if scene.hub.part_bytes is None else "/lfs-part/"
+
+
 def document(scene: Scene, line: str, **env: str) -> dict[str, Any]:
     return dict(json.loads(scene.good(f"{line} --json", **env)))
 
@@ -24,48 +33,49 @@ def sent(told: dict[str, Any]) -> set[str]:
 
 
 @pytest.fixture(params=["lfs", "lfs in parts", "xet"])
-def transport(request: pytest.FixtureRequest, scene: Scene) -> dict[str, str]:
-    """The environment for a way that large files take."""
+def by_each_transport(request: pytest.FixtureRequest, scene: Scene) -> Scene:
+    """The scene with a way that large files take."""
     if request.param == "lfs in parts":
         scene.hub.part_bytes = 200_000
     if request.param == "xet":
         scene.hub.xet_store = scene.folder.parent / "store"
         scene.hub.xet_store.mkdir()
-    return {"HF_HUB_DISABLE_XET": "0" if request.param == "xet" else "1"}
+        scene.settings["HF_HUB_DISABLE_XET"] = "0"
+    return scene
 
 
 def test_H5_an_upload_is_one_commit_of_the_manifests_files_by_either_transport(
-    scene: Scene, transport: dict[str, str]
+    by_each_transport: Scene,
 ) -> None:
+    scene = by_each_transport
     expected = scene.expected()
     for stray in (".env", "notes.txt", "model.safetensors.tmp", "optimizer.pt"):
         (scene.out / stray).write_bytes(b"mine")
-    told = document(scene, "upload out ann/model", **transport)
+    told = document(scene, "upload out ann/model")
     repo = scene.hub.repos["ann/model"]
     assert scene.there() == expected
     assert len(repo.commits) == 2, "the Hub's own, and ours"
     assert repo.private_to == {"ann"}
     assert (told["created"], told["private"], told["commit"]) == (True, True, repo.refs["main"])
     assert sent(told) == {*expected, "README.md"}
-    large = {"lfs": "/lfs-put/", "xet": "/xet-write-token/"}["xet" if scene.hub.xet_store else "lfs"]
-    assert [request for request in scene.hub.log if large in request.path] or scene.hub.part_bytes
-    if scene.hub.part_bytes:
-        assert len(scene.hub.asked("/lfs-part/", "PUT")) == 5
+    ways = {path: len(scene.hub.asked(path, method)) for method, path in WAYS}
+    assert [path for path, count in ways.items() if count] == [way_of(scene)]
+    assert ways["/lfs-part/"] in {0, 5}
     # Again: nothing is sent, no commit is made.
     scene.hub.log.clear()
-    again = document(scene, "upload out ann/model", **transport)
+    again = document(scene, "upload out ann/model")
     assert (sent(again), again["commit"], again["created"]) == (set(), told["commit"], False)
     assert [request for request in scene.hub.log if request.method not in {"GET", "HEAD"}] == []
-    assert "all 7 files are there" in scene.good("upload out ann/model --card keep", **transport)
+    assert "all 7 files are there" in scene.good("upload out ann/model --card keep")
     # And it comes back, and is read by its name, by the transport that it was sent by.
     script = "from huggingface_hub import snapshot_download; print(snapshot_download('ann/model'))"
-    done = scene.python(["-c", script], **transport)
+    done = scene.python(["-c", script])
     assert done.returncode == 0, done.stderr
     snapshot = Path(done.stdout.strip())
     assert {path.name: path.read_bytes() for path in snapshot.iterdir() if path.name not in NO_CARD} == expected
-    assert document(scene, "inspect ann/model", **transport)["hub"]["revision"] == told["commit"]
+    assert document(scene, "inspect ann/model")["hub"]["revision"] == told["commit"]
     # What lies in the cache can be uploaded too: its links are followed.
-    assert sent(document(scene, f"upload {snapshot} ann/copy --card keep", **transport)) == {*expected, "README.md"}
+    assert sent(document(scene, f"upload {snapshot} ann/copy --card keep")) == {*expected, "README.md"}
     assert scene.there("ann/copy") == expected
 
 
