@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-oldest test-keras faults fuzz check fmt bench clean
+.PHONY: help demo test test-oldest test-keras faults fuzz check fmt docs bench clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -39,7 +39,7 @@ faults: $(INSTALLED)  ## make every system call of a conversion fail in turn, or
 	$(BIN)/python -m pytest tests/faults --numprocesses 2 --dist worksteal
 
 test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the parity tests again, judged by transformers 5.0.0
-	T5G2_OLDER_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest tests/test_parity.py tests/test_processor.py tests/test_extract.py -k oldest
+	T5G2_OLDER_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest tests -k oldest
 
 $(OLDEST)/.installed:
 	$(PYTHON) -m venv $(OLDEST)
@@ -64,6 +64,9 @@ fuzz: $(VENV)/.base  ## mutated headers and maps, FUZZ_SECONDS of each
 fmt: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED)  ## make the pages that tell what the code says itself
+	$(BIN)/python -m docs.generate
 
 bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each against its yardstick
 	$(BIN)/python examples/benchmark_convert.py

@@ -2,17 +2,27 @@
 
 It knows nothing of t5g2convert, and runs as a script too, so that other versions of transformers can judge:
 
-    python tests/judge.py SOURCE OUTPUT DTYPE
+    python tests/judge.py SOURCE OUTPUT DTYPE [PAIRING]
+
+PAIRING is the JSON of a `Pairing`.
 """
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, T5Gemma2ForConditionalGeneration
+from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    T5Gemma2ForConditionalGeneration,
+    T5GemmaForConditionalGeneration,
+)
 
 LENGTH = 24
 """Tokens of an input: more than every twin's sliding window, and whole vector registers.
@@ -25,9 +35,30 @@ MEMORY = 8
 """Tokens of the encoder input."""
 
 
+WRITTEN = 20
+"""Tokens that a model writes with a cache and without: more than every twin's sliding window."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What encoder and decoder were made of, where that is not the source whole.
+
+    Attributes:
+        decoder_from: The folder of the decoder's parent.
+        embedding_from: Whose table the target has, `source` or `decoder-from`.
+        encoder_layers: The numbers of the source's layers that the encoder has.
+        decoder_layers: The same of the decoder and its parent.
+    """
+
+    decoder_from: str | None = None
+    embedding_from: str = "source"
+    encoder_layers: list[int] | None = None
+    decoder_layers: list[int] | None = None
+
+
 @dataclass(frozen=True)
 class Judgement:
-    """Largest absolute differences (None for a model without images), and what loading complained of."""
+    """Largest absolute differences (None for what such a model has not), and what loading complained of."""
 
     complaints: list[str]
     decoder: float
@@ -35,18 +66,25 @@ class Judgement:
     vision: float | None
     generated: list[int]
     finite: bool
+    cross: float | None = None
 
 
-def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
-    """Compare a Gemma 3 folder and its conversion, both loaded in `dtype`, with eager attention.
+def judge(source: Path, output: Path, dtype: torch.dtype, pairing: Pairing | None = None) -> Judgement:
+    """Compare a Gemma folder and its conversion, both loaded in `dtype`, with eager attention.
 
-    Image features are compared where the source has a vision tower.
+    Image features are compared where the source has a vision tower. With a pairing each stack is compared with its own
+    parent, cut to its own layers.
     """
+    if json.loads((source / "config.json").read_text())["model_type"] == "gemma2":
+        return judge_first_generation(source, output, dtype)
     parent, child, complaints = load(source, output, dtype)
+    reader = writer = parent
+    if pairing is not None:
+        reader, writer = parents(source, pairing, dtype)
     config = json.loads((output / "config.json").read_text())
     ids, mask = _inputs(config, exact_eoi=config["dtype"] == str(dtype).removeprefix("torch."))
     with torch.no_grad():
-        expected = parent(input_ids=ids, attention_mask=mask).logits
+        expected = writer(input_ids=ids, attention_mask=mask, use_cache=False).logits
         hidden_memory = child(
             input_ids=ids[:, :MEMORY],
             attention_mask=torch.zeros_like(ids[:, :MEMORY]),
@@ -55,8 +93,9 @@ def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
         ).logits
         memory = child(input_ids=ids[:, :MEMORY], decoder_input_ids=ids[:, :2]).logits
         # Without padding: the masks are given, and so cannot say which tokens are padding.
-        states = _text_states(parent, ids)
-        encoded = child.model.encoder(input_ids=ids, attention_mask=_causal_masks(ids, config, dtype)).last_hidden_state
+        states = _text_states(reader, ids)
+        masks = _causal_masks(ids, config["encoder"]["text_config"]["sliding_window"], dtype)
+        encoded = child.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
         generated = child.generate(
             input_ids=ids[:1, :7], attention_mask=mask[:1, :7], max_new_tokens=4, do_sample=False
         )
@@ -71,12 +110,114 @@ def judge(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
     )
 
 
+def parents(source: Path, pairing: Pairing, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The encoder's parent and the decoder's, each with the target's table and the layers that its stack has."""
+    reader, writer = open_parent(source, dtype), open_parent(Path(pairing.decoder_from or source), dtype)
+    given, other = (reader, writer) if pairing.embedding_from == "source" else (writer, reader)
+    with torch.no_grad():
+        # The softmax is tied to it.
+        other.get_input_embeddings().weight.copy_(given.get_input_embeddings().weight)
+    assert torch.equal(other.lm_head.weight, given.lm_head.weight)
+    for model, layers in ((reader, pairing.encoder_layers), (writer, pairing.decoder_layers)):
+        text = getattr(model.model, "language_model", model.model)
+        numbers = list(range(len(text.layers))) if layers is None else layers
+        kinds = [text.config.layer_types[number] for number in numbers]
+        text.layers = torch.nn.ModuleList([text.layers[number] for number in numbers])
+        text.config.num_hidden_layers, text.config.layer_types = len(kinds), kinds
+    return reader, writer
+
+
+def _family(source: Path) -> str:
+    return str(json.loads((source / "config.json").read_text())["model_type"])
+
+
+def open_parent(folder: Path, dtype: torch.dtype) -> Any:
+    """A source's folder in the class of its family."""
+    parent_class, _ = CLASSES[_family(folder)]
+    return parent_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def written(output: Path, dtype: torch.dtype, *, use_cache: bool) -> list[int]:
+    """What a conversion writes greedily after a text that is longer than its window."""
+    child = T5Gemma2ForConditionalGeneration.from_pretrained(output, dtype=dtype, attn_implementation="eager").eval()
+    ids = torch.randint(3, 280, (1, LENGTH), generator=torch.Generator().manual_seed(11))
+    made = child.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=WRITTEN,
+        max_new_tokens=WRITTEN,
+        do_sample=False,
+        use_cache=use_cache,
+    )
+    return list(made[0].tolist())
+
+
+def judge_first_generation(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
+    """Compare a Gemma 2 folder and the T5Gemma made of it, as `judge` does; the decoder with silent cross-attention."""
+    parent, child, complaints = load(source, output, dtype)
+    config = json.loads((output / "config.json").read_text())
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 280, (2, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, -6:] = 0
+    with torch.no_grad():
+        expected = parent(input_ids=ids, attention_mask=mask).logits
+        with _cross_attention_silenced(child):
+            alone = child(input_ids=ids[:, :MEMORY], decoder_input_ids=ids, decoder_attention_mask=mask).logits
+        memory = child(input_ids=ids[:, :MEMORY], decoder_input_ids=ids[:, :2]).logits
+        masks = _causal_masks(ids, config["encoder"]["sliding_window"], dtype)
+        encoded = child.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
+        states = parent.model(input_ids=ids).last_hidden_state
+        generated = child.generate(
+            input_ids=ids[:1, :7], attention_mask=mask[:1, :7], max_new_tokens=4, do_sample=False
+        )
+        layers = zip(parent.model.layers, child.model.decoder.layers, strict=True)
+        cross = max(_cross_difference(one, other, states) for one, other in layers)
+    kept = mask.bool()
+    return Judgement(
+        complaints=complaints,
+        decoder=_difference(expected[kept], alone[kept]),
+        encoder=_difference(states, encoded),
+        vision=None,
+        generated=generated[0].tolist(),
+        finite=bool(torch.isfinite(memory).all()),
+        cross=cross,
+    )
+
+
+@contextmanager
+def _cross_attention_silenced(child: Any) -> Iterator[None]:
+    """The norm behind a cross-attention multiplies by 1 + weight: at -1 it adds nothing."""
+    norms = [layer.post_cross_attn_layernorm.weight for layer in child.model.decoder.layers]
+    kept = [weight.clone() for weight in norms]
+    for weight in norms:
+        weight.fill_(-1)
+    yield
+    for weight, value in zip(norms, kept, strict=True):
+        weight.copy_(value)
+
+
+def _cross_difference(layer: Any, other: Any, states: torch.Tensor) -> float:
+    """A cross-attention that reads what it asks with, and the self-attention that it started from, nothing rotated."""
+    still = torch.ones_like(states[..., :1]), torch.zeros_like(states[..., :1])
+    asked, asked_too = layer.input_layernorm(states), other.pre_cross_attn_layernorm(states)
+    expected, *_ = layer.self_attn(hidden_states=asked, position_embeddings=still, attention_mask=None)
+    found, *_ = other.cross_attn(hidden_states=asked_too, attention_mask=None, encoder_hidden_states=asked_too)
+    return _difference(layer.post_attention_layernorm(expected), other.post_cross_attn_layernorm(found))
+
+
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "gemma2": (Gemma2ForCausalLM, T5GemmaForConditionalGeneration),
+    "gemma3": (Gemma3ForConditionalGeneration, T5Gemma2ForConditionalGeneration),
+    "gemma3_text": (Gemma3ForCausalLM, T5Gemma2ForConditionalGeneration),
+}
+"""The classes of a source and of its conversion, by the source's `model_type`."""
+
+
 def load(source: Path, output: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     """Both models, and every complaint of loading the conversion."""
-    family = json.loads((source / "config.json").read_text())["model_type"]
-    parent_class = Gemma3ForCausalLM if family == "gemma3_text" else Gemma3ForConditionalGeneration
-    parent = parent_class.from_pretrained(source, dtype=dtype, attn_implementation="eager").eval()
-    child, loading = T5Gemma2ForConditionalGeneration.from_pretrained(
+    parent, child_class = open_parent(source, dtype), CLASSES[_family(source)][1]
+    child, loading = child_class.from_pretrained(
         output, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     complaints = [
@@ -100,10 +241,9 @@ def _inputs(config: dict[str, Any], *, exact_eoi: bool) -> tuple[torch.Tensor, t
     return ids, mask
 
 
-def _causal_masks(ids: torch.Tensor, config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gemma 3's own masks, additive, [B, 1, T, T]: causal, and causal within the window."""
+def _causal_masks(ids: torch.Tensor, window: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Gemma's own masks, additive, [B, 1, T, T]: causal, and causal within the window."""
     distance = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])[None, :]
-    window = config["encoder"]["text_config"]["sliding_window"]
     seen = {"full_attention": distance >= 0, "sliding_attention": (distance >= 0) & (distance < window)}
     lowest = torch.finfo(dtype).min
     return {
@@ -114,7 +254,7 @@ def _causal_masks(ids: torch.Tensor, config: dict[str, Any], dtype: torch.dtype)
 def _text_states(parent: Any, ids: torch.Tensor) -> torch.Tensor:
     model = parent.model
     model = getattr(model, "language_model", model)
-    return model(input_ids=ids).last_hidden_state
+    return model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _vision_difference(parent: Any, child: Any, config: dict[str, Any], dtype: torch.dtype) -> float:
@@ -145,5 +285,15 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one.float() - other.float()).abs().max().item()
 
 
+def main() -> None:
+    """Judge as the command line says."""
+    source, output, dtype = Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3])
+    pairing = Pairing(**json.loads(sys.argv[4])) if len(sys.argv) > 4 else None
+    told: dict[str, Any] = asdict(judge(source, output, dtype, pairing))
+    if pairing is not None:
+        told["written"] = [written(output, dtype, use_cache=use_cache) for use_cache in (True, False)]
+    print(json.dumps(told))
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(judge(Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3])))))
+    main()

@@ -33,7 +33,9 @@ def test_every_example_is_run_here() -> None:
         "benchmark_graft.py",
         "benchmark_sources.py",
         "benchmark_verify.py",
+        "convert_gemma2.py",
         "convert_text.py",
+        "convert_unbalanced.py",
         "convert_with_vision.py",
         "extract_decoder.py",
         "extract_encoder.py",
@@ -104,11 +106,37 @@ def test_text_is_converted_and_verified(twin_folder: TwinFolder, tmp_path: Path)
     assert "FAILED" not in said
 
 
+def test_a_gemma_2_is_converted_and_verified(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    said = run("convert_gemma2.py", twin_folder("gemma2-7-untied"), tmp_path / "out")
+    assert said.startswith("t5gemma with ")
+    assert "passed cross_parity" in said
+    assert "FAILED" not in said
+
+
 def test_a_text_model_is_given_eyes_and_a_long_context(twin_folder: TwinFolder, tmp_path: Path) -> None:
     said = run("convert_with_vision.py", twin_folder("text-8"), twin_folder("donor-wide"), tmp_path / "out")
     assert "residual of the aligned embedding tables" in said
     assert "passed vision_parity" in said
     assert "of both stacks was changed from 1.0 to 8.0" in said
+    assert "FAILED" not in said
+
+
+def test_a_deep_encoder_gets_a_shallow_decoder(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    said = run("convert_unbalanced.py", twin_folder("images-13"), tmp_path / "out", "0:13:5")
+    assert "the decoder takes 3 of its parent's 13 layers: 0, 5, 10" in said
+    assert "passed decoder_parity" in said
+    assert "passed encoder_parity" in said
+    assert "FAILED" not in said
+    found = inspect(tmp_path / "out").facts
+    assert (found["encoder"]["num_hidden_layers"], found["decoder"]["num_hidden_layers"]) == (13, 3)
+
+
+def test_a_decoder_comes_of_another_checkpoint(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    other = twin_folder("text-unlike-7")
+    said = run("convert_unbalanced.py", twin_folder("text-8"), tmp_path / "out", "first:6", other)
+    assert "are the decoder's parent's byte for byte" in said
+    assert "the decoder's parent is computed with the embedding table of the source" in said
+    assert "passed decoder_parity" in said
     assert "FAILED" not in said
 
 

@@ -17,9 +17,10 @@ from safetensors import deserialize
 
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from t5g2convert.checkpoint.header import read_header
+from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.cli.demo import DEMO_CONFIG
 from t5g2convert.conversion.options import Options
-from t5g2convert.conversion.planner import build_plan, plan_checkpoint
+from t5g2convert.conversion.planner import build_plan, plan_sources
 from t5g2convert.errors import CheckpointError, MappingError, T5g2Error
 from t5g2convert.mapping import library
 from t5g2convert.mapping.inspection import inspect
@@ -295,7 +296,7 @@ def test_any_map_is_refused_at_its_place_or_planned_with(source: Path, record_pr
             return
         count["loaded"] += 1
         try:
-            plan = plan_checkpoint(checkpoint, loaded, Options(max_shard_bytes=100_000))
+            plan = plan_sources(Sources(checkpoint), loaded, Options(max_shard_bytes=100_000))
         except T5g2Error as error:
             assert_told(error)
             return

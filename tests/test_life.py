@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.hub_server import running
-from tests.publish.conftest import Scene
+from tests.publish.scene import Scene
 
 SOURCE: Final = "google/gemma-3-tiny"
 LOADED: Final = """

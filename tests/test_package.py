@@ -195,6 +195,17 @@ def test_a_conversion_loads_numpy_and_still_no_torch(options: list[str], demo_so
     assert modules_after(arguments, tmp_path) & HEAVY == {"numpy"}
 
 
+@pytest.mark.parametrize(
+    "arguments", [["card", "OUTPUT"], ["card", "OUTPUT", "--write"], ["doctor"], ["doctor", "--json"]]
+)
+def test_what_tells_of_the_hub_loads_its_client_and_still_no_torch(
+    arguments: list[str], demo_source: Path, tmp_path: Path
+) -> None:
+    t5g2convert.convert(demo_source, tmp_path / "out", flush=False)
+    arguments = [str(tmp_path / "out") if item == "OUTPUT" else item for item in arguments]
+    assert modules_after(arguments, tmp_path) & HEAVY == {"huggingface_hub"}
+
+
 def test_the_error_path_loads_no_heavy_library_either(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "t5g2convert", "inspect", str(tmp_path / "nothing")],

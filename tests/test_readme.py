@@ -34,7 +34,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with checkpoints under the names that the README uses."""
     folder = tmp_path_factory.mktemp("readme")
     build_demo_source(folder / "gemma-3-4b-pt")
-    text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18}
+    text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18, "sliding_window": 512}
     (folder / "gemma-3-270m").mkdir()
     write_synthetic_source(folder / "gemma-3-270m", find_map("gemma3").map, text, seed=0)
     return folder
@@ -51,7 +51,8 @@ def run(command: list[str], folder: Path, *, code: int = 0) -> str:
 
 def test_the_commands_run_in_their_order(workplace: Path) -> None:
     ours = [command for command in commands() if command.startswith("t5g2 ")]
-    assert [command.split()[1] for command in ours] == ["inspect", "plan", "convert", "convert", "verify", "extract", "extract"]
+    shown = [command.split()[1] for command in ours]
+    assert shown == ["inspect", "plan", "convert", "convert", "verify", "extract", "extract"]
     for command in ours:
         run(command.split(), workplace)
     assert (workplace / "t5gemma-2-4b-4b/t5g2.json").is_file()

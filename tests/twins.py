@@ -1,4 +1,4 @@
-"""Twins: small seeded Gemma 3 checkpoints of awkward shapes, written by transformers, respelled as others spell them.
+"""Twins: small seeded Gemma checkpoints of awkward shapes, written by transformers, respelled as others spell them.
 
 Awkward: a depth that is no multiple of the 5:1 pattern, an odd window, head_dim * heads other than the hidden size, one
 and two key-value heads, a vocabulary with and without the rows of random fill.
@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 
 SIGLIP: dict[str, Any] = {
     "model_type": "siglip_vision_model",
@@ -37,6 +44,7 @@ class Twin:
     tokens: Mapping[str, int] = field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
     max_shard_size: str = "5GB"
+    family: str = "gemma3"
 
     @property
     def vocab(self) -> int:
@@ -105,6 +113,29 @@ DONORS = [Twin("donor-wide", _text(hidden_size=32, num_hidden_layers=6), SIGLIP,
 """Models of another width than the text-only twins, whose vision tower they may be given."""
 
 
+PARENTS = [
+    # Of the width and vocabulary of the others, and unlike them in all else.
+    Twin(
+        "text-unlike-7",
+        _text(
+            num_hidden_layers=7,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            head_dim=12,
+            intermediate_size=56,
+            query_pre_attn_scalar=20,
+            sliding_window=9,
+            max_position_embeddings=256,
+            rms_norm_eps=1e-6,
+            rope_parameters=LINEAR_8,
+            final_logit_softcapping=3.0,
+            eos_token_id=[1, 106],
+        ),
+    )
+]
+"""Models that may be the decoder's parent beside another source."""
+
+
 def write_aligned_source(source: Path, donor: Path, folder: Path) -> torch.Tensor:
     """Copy a text-only twin, with a table that is exactly the donor's times a matrix, [donor width, width].
 
@@ -123,12 +154,30 @@ def write_aligned_source(source: Path, donor: Path, folder: Path) -> torch.Tenso
     return matrix
 
 
-BY_NAME: Mapping[str, Twin] = {twin.name: twin for twin in (*TWINS, *DONORS)}
+def _gemma2(name: str, *, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "5GB", **changes: Any) -> Twin:
+    """Softcaps that bite, depths that are odd, and windows that all inputs are longer than."""
+    text = _text(num_hidden_layers=5, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    return Twin(name, {**text, **changes}, dtype=dtype, max_shard_size=max_shard_size, family="gemma2")
+
+
+LINEAR_3 = {"rope_type": "linear", "rope_theta": 2e4, "factor": 3.0}
+
+GEMMA2_TWINS = [
+    _gemma2("gemma2-5"),
+    _gemma2("gemma2-7-untied", num_hidden_layers=7, num_key_value_heads=2, sliding_window=6, tie_word_embeddings=False),
+    _gemma2("gemma2-float32", dtype=torch.float32, num_key_value_heads=2, sliding_window=7, rope_parameters=LINEAR_3),
+    _gemma2("gemma2-untied-float32", dtype=torch.float32, num_hidden_layers=3, tie_word_embeddings=False),
+    _gemma2("gemma2-sharded", max_shard_size="20KB", final_logit_softcapping=None, attn_logit_softcapping=None),
+]
+
+BY_NAME: Mapping[str, Twin] = {twin.name: twin for twin in (*TWINS, *DONORS, *PARENTS, *GEMMA2_TWINS)}
 
 
 def write_twin(twin: Twin, folder: Path) -> None:
     """Write a twin as transformers saves it; every parameter is random, norms included."""
-    if twin.vision is None:
+    if twin.family == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(**twin.text))
+    elif twin.vision is None:
         model = Gemma3ForCausalLM(Gemma3TextConfig(**twin.text))
     else:
         model = Gemma3ForConditionalGeneration(
@@ -194,6 +243,19 @@ def respell(source: Path, target: Path, spelling: Callable[[Tensors], Tensors]) 
     """Copy a single-file checkpoint with its tensors renamed."""
     shutil.copytree(source, target)
     save_file(spelling(load_file(source / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
+
+
+def split_off(source: Path, target: Path, part: str) -> tuple[str, str]:
+    """Copy a single-file checkpoint with the tensors whose names hold `part` in a second file; the names of both."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    names = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    index = {name: names[part in name] for name in tensors}
+    for file in names:
+        save_file({name: tensors[name] for name in tensors if index[name] == file}, target / file, {"format": "pt"})
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return names
 
 
 def _old_rope(text: dict[str, Any]) -> None:

@@ -1,15 +1,15 @@
 """A checkpoint: config.json, and one safetensors file or several with an index, in a folder or on the Hub."""
 
-import os
 import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from t5g2convert.checkpoint.header import Header, TensorEntry, read_header
+from t5g2convert.checkpoint.header import Header, TensorEntry
+from t5g2convert.checkpoint.place import Folder, HubOrigin, Place, is_there, regular_file
 from t5g2convert.checkpoint.strictjson import is_text, parse_object
 from t5g2convert.errors import CheckpointError, T5g2Error
 
@@ -24,33 +24,6 @@ class StoredTensor:
 
     file: str
     entry: TensorEntry
-
-
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file of a model of the Hub: its size in bytes, and its sha256 where the Hub tells it."""
-
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class HubOrigin:
-    """The model of the Hub that a checkpoint is.
-
-    Attributes:
-        repo: Its name, `org/name`.
-        revision: The sha of the commit.
-        files: Every file at its top level; offline, those in the cache.
-    """
-
-    repo: str
-    revision: str
-    files: Mapping[str, HubFile]
-
-    def to_json(self) -> dict[str, str]:
-        """What is told of it, and kept in manifests."""
-        return {"repo": self.repo, "revision": self.revision}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,49 +73,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.entry.nbytes for tensor in self.tensors.values())
-
-
-class Place(Protocol):
-    """Where the files of a checkpoint are; JSON files that exist can be read in `path`."""
-
-    @property
-    def path(self) -> Path:
-        """The folder where they lie, or will."""
-
-    def has(self, name: str) -> bool:
-        """Whether anything is there under that name."""
-
-    def names(self) -> Iterable[str]:
-        """Everything that is there."""
-
-    def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
-        """The headers of safetensors files."""
-
-    def incomplete(self, reason: str, hint: str | None = None) -> T5g2Error:
-        """The error that weights are not there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A folder of this machine, as a place."""
-
-    path: Path
-
-    def has(self, name: str) -> bool:
-        """Whether there is a file or anything else of that name, be it a link that leads nowhere."""
-        return os.path.lexists(self.path / name)
-
-    def names(self) -> Iterable[str]:
-        """Everything in the folder."""
-        return [item.name for item in self.path.iterdir()]
-
-    def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
-        """The headers of safetensors files."""
-        return {name: read_header(regular_file(self.path / name)) for name in names}
-
-    def incomplete(self, reason: str, hint: str | None = None) -> T5g2Error:
-        """The error that weights are not there."""
-        return CheckpointError(reason, where=self.path, hint=hint)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -232,36 +162,6 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
 
 
-def regular_file(path: Path) -> Path:
-    """`path` itself if it is, through symbolic links as in the Hub cache, a regular file."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        found = "a dangling link" if path.is_symlink() else "missing"
-        raise CheckpointError(f"is {found}", where=path) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
-    if not stat.S_ISREG(mode):
-        raise CheckpointError("is not a regular file", where=path)
-    return path
-
-
-def is_there(path: Path) -> bool:
-    """Whether a file is there.
-
-    Raises:
-        CheckpointError: It is there and is no file, like a link that leads nowhere; or the disk cannot tell.
-    """
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
-    regular_file(path)
-    return True
-
-
 def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
     """The safetensors files to read, the index if it counts, and notes."""
     has_single = place.has(SINGLE_FILE)
@@ -274,7 +174,7 @@ def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple
     if not has_single or SINGLE_FILE in shards:
         absent = [name for name in shards if not place.has(name)]
         if len(absent) > 1:
-            raise place.incomplete(f"{INDEX_FILE} names files that are missing: {some(absent)}")
+            raise place.incomplete(f"{INDEX_FILE} names files that are missing: {some(absent)}", missing=absent)
         return shards, index, ()
     present = [name for name in shards if place.has(name)]
     if present:

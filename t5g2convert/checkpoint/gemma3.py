@@ -6,7 +6,6 @@ Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta
 larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from t5g2convert.checkpoint.config import (
     parse_section,
     subsection,
 )
+from t5g2convert.checkpoint.rope import agreed, object_of, stated_factor
 from t5g2convert.errors import CheckpointError, MappingError
 
 MULTIMODAL: Final = "gemma3"
@@ -250,54 +250,30 @@ def _rope(fields: Mapping[str, Any], where: Path) -> dict[str, float]:
     nested = fields.get("rope_parameters") or {}
     full = _rope_section(nested, "full_attention", where)
     sliding = _rope_section(nested, "sliding_attention", where)
-    scaling = fields.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError("rope_scaling is not an object", where=where)
-
-    def settle(old: str, old_value: object, new: str, new_value: object, default: float) -> float:
-        given = {name: value for name, value in ((old, old_value), (new, new_value)) if value is not None}
-        for name, value in given.items():
-            if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
-                raise CheckpointError(f"{name} is {value!r}, expected a positive number", where=where)
-        if len(set(given.values())) > 1:
-            raise CheckpointError(
-                f"{old} says {old_value} but {new} says {new_value}", where=where, hint="remove the wrong one"
-            )
-        return float(next(iter(given.values()), default))  # type: ignore[arg-type]
-
-    factors = {}
-    for name, section in (("rope_scaling", scaling), ("rope_parameters.full_attention", full)):
-        kind = section.get("rope_type", section.get("type", "default"))
-        if kind not in ("default", "linear"):
-            raise CheckpointError(f"{name} has rope_type {kind!r}; only default and linear are converted", where=where)
-        if kind == "linear" and section.get("factor") is None:
-            raise CheckpointError(f"{name} is linear but has no factor", where=where)
-        factors[name] = section["factor"] if kind == "linear" else 1.0 if section.get("rope_type") else None
+    parameters = "rope_parameters.full_attention"
+    factors = {
+        f"{name}.factor": stated_factor(name, section, where)
+        for name, section in (("rope_scaling", object_of(fields, "rope_scaling", where)), (parameters, full))
+    }
     if sliding.get("rope_type", "default") != "default":
         raise CheckpointError(
             f"rope_parameters.sliding_attention has rope_type {sliding['rope_type']!r}",
             where=where,
             hint="Gemma 3 scales full layers only",
         )
-    parameters = "rope_parameters.full_attention"
+    full_thetas = {"rope_theta": fields.get("rope_theta"), f"{parameters}.rope_theta": full.get("rope_theta")}
+    sliding_thetas = {
+        "rope_local_base_freq": fields.get("rope_local_base_freq"),
+        "rope_parameters.sliding_attention.rope_theta": sliding.get("rope_theta"),
+    }
     return {
-        "rope_full_theta": settle(
-            "rope_theta", fields.get("rope_theta"), f"{parameters}.rope_theta", full.get("rope_theta"), 1_000_000.0
-        ),
-        "rope_full_factor": settle(
-            "rope_scaling.factor", factors["rope_scaling"], f"{parameters}.factor", factors[parameters], 1.0
-        ),
-        "rope_sliding_theta": settle(
-            "rope_local_base_freq",
-            fields.get("rope_local_base_freq"),
-            "rope_parameters.sliding_attention.rope_theta",
-            sliding.get("rope_theta"),
-            10_000.0,
-        ),
+        "rope_full_theta": agreed(full_thetas, 1_000_000.0, where),
+        "rope_full_factor": agreed(factors, 1.0, where),
+        "rope_sliding_theta": agreed(sliding_thetas, 10_000.0, where),
     }
 
 
-def _rope_section(nested: object, kind: str, where: Path) -> dict[str, Any]:
+def _rope_section(nested: object, kind: str, where: Path) -> Mapping[str, Any]:
     section = nested.get(kind) if isinstance(nested, dict) else nested
     if section is None:
         return {}

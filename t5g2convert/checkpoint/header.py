@@ -63,9 +63,9 @@ class FileIdentity:
     modified_ns: int
 
     @classmethod
-    def of(cls, fd: int) -> "FileIdentity":
-        """The identity of an open file."""
-        status = os.fstat(fd)
+    def of(cls, file: int | Path) -> "FileIdentity":
+        """The identity of an open file, or of one by its path."""
+        status = file.stat() if isinstance(file, Path) else os.fstat(file)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     @classmethod

@@ -11,17 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import (
-    Checkpoint,
-    HubFile,
-    HubOrigin,
-    open_checkpoint,
-    read_checkpoint,
-    regular_file,
-)
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_checkpoint, read_json_object
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
+from t5g2convert.checkpoint.place import HubFile, HubOrigin, regular_file
 from t5g2convert.errors import CheckpointError, HubError, OutputError
 
 Origin = str | Path | Checkpoint
@@ -132,6 +126,19 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
     return replace(checkpoint, files={**checkpoint.files, **headers})
 
 
+def read_held(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+    """A JSON file of a checkpoint, which is fetched if it is on the Hub; None where there is none.
+
+    Raises:
+        CheckpointError: It is no JSON, or no file.
+        HubError: The Hub does not give it out, or cannot be reached.
+    """
+    if not checkpoint.holds(name):
+        return None
+    fetch(checkpoint, [name])
+    return read_json_object(checkpoint.path / name)
+
+
 def _check_room(checkpoint: Checkpoint, need: int) -> None:
     """Refuse a download that the cache's disk cannot hold."""
     have = shutil.disk_usage(checkpoint.path).free
@@ -200,4 +207,5 @@ def _open_cached(hub_id: HubId) -> Checkpoint:
     snapshot = Path(config).parent
     items = (item for item in snapshot.iterdir() if not item.is_dir())
     files = {item.name: HubFile(regular_file(item).stat().st_size, None) for item in items}
-    return read_checkpoint(Snapshot(snapshot), HubOrigin(hub_id.repo, snapshot.name, files))
+    origin = HubOrigin(hub_id.repo, snapshot.name, files)
+    return read_checkpoint(Snapshot(snapshot, origin), origin)

@@ -1,14 +1,15 @@
 """The files of one commit on the Hub, as a place: asked for there, or found in the cache."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from t5g2convert.checkpoint.folder import INDEX_FILE, Folder, HubOrigin, regular_file, some
+from t5g2convert.checkpoint.folder import INDEX_FILE
 from t5g2convert.checkpoint.header import Header, read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
+from t5g2convert.checkpoint.place import Folder, HubOrigin, regular_file
 from t5g2convert.checkpoint.ranges import read_remote_header
 from t5g2convert.errors import CheckpointError, HubError, T5g2Error
 from t5g2convert.version import __version__
@@ -47,7 +48,7 @@ class Repository:
         with ThreadPoolExecutor(THREADS) as pool:
             return dict(zip(ordered, pool.map(self._header, ordered), strict=True))
 
-    def incomplete(self, reason: str, hint: str | None = None) -> T5g2Error:
+    def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
         """The error that weights are not there."""
         return CheckpointError(reason, where=self.hub.repo, hint=hint)
 
@@ -77,23 +78,29 @@ class Repository:
         return header
 
 
+@dataclass(frozen=True, slots=True)
 class Snapshot(Folder):
     """What the cache has of a commit, as a place; what is not there may be on the Hub."""
+
+    hub: HubOrigin
 
     def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
         """The headers of safetensors files."""
         ordered = list(names)
         absent = [name for name in ordered if not self.has(name)]
         if absent:
-            raise self.incomplete(f"{some(absent)} is missing")
-        return super().headers(ordered)
+            raise self.incomplete(f"{', '.join(absent)} is missing", missing=absent)
+        return Folder.headers(self, ordered)
 
-    def incomplete(self, reason: str, hint: str | None = None) -> T5g2Error:
+    def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
         """The error that weights are not there."""
+        hint = OFFLINE_HINT
+        if missing:
+            hint = f"HF_HUB_OFFLINE=0 hf download {self.hub.repo} {' '.join(missing)} --revision {self.hub.revision}"
         return HubError(
             f"HF_HUB_OFFLINE is set, and the Hub's cache has not all of the model: {reason}",
             where=self.path,
-            hint=OFFLINE_HINT,
+            hint=hint,
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from t5g2convert.checkpoint.config import ConfigSection, Positive, Size, parse_section
+from t5g2convert.checkpoint.config import ConfigSection, Depth, Positive, Size, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.folder import read_json_file
 from t5g2convert.checkpoint.strictjson import parse_object
@@ -87,6 +87,9 @@ class _Options(ConfigSection, extra="forbid"):
 
     dtype: str | None = None
     max_shard_bytes: PositiveInt | None = None
+    embedding_from: Literal["decoder-from"] | None = None
+    encoder_layers: list[Depth] | None = None
+    decoder_layers: list[Depth] | None = None
     projector: Literal["copy", "zeros", "aligned"] | None = None
     ridge: Positive | None = None
     rope_scaling: str | None = None
@@ -126,6 +129,7 @@ class _Manifest(ConfigSection, extra="forbid"):
     mapping: _Mapping
     options: _Options
     source: _Source
+    decoder_from: _Source | None = None
     vision_from: _Source | None = None
     dtype: str
     parameters: dict[str, NonNegativeInt]

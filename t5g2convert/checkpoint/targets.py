@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import gemma3, t5gemma2
+from t5g2convert.checkpoint import gemma3, t5gemma, t5gemma2
 from t5g2convert.checkpoint.config import ImpliedTensor, describe_model_type
 from t5g2convert.checkpoint.implied import gemma3_tensors, t5gemma2_encoder_tensors, t5gemma2_tensors
 from t5g2convert.errors import CheckpointError
@@ -20,18 +20,19 @@ class Target:
 
     Attributes:
         implied: From config.json and its path to every tensor of such a folder, once.
-        stacks: Where the settings of its text stacks stand in config.json, as paths that end with a dot.
+        stacks: Where the settings of its text stacks stand in config.json, by part, as paths that end with a dot.
     """
 
     implied: Callable[[Mapping[str, Any], Path], Iterator[ImpliedTensor]]
-    stacks: tuple[str, ...]
+    stacks: Mapping[str, str]
 
 
 TARGETS: Final[Mapping[str, Target]] = {
-    t5gemma2.MODEL_TYPE: Target(t5gemma2_tensors, ("encoder.text_config.", "decoder.")),
-    t5gemma2.ENCODER_TYPE: Target(t5gemma2_encoder_tensors, ("text_config.",)),
-    gemma3.MULTIMODAL: Target(gemma3_tensors, ("text_config.",)),
-    gemma3.TEXT_ONLY: Target(gemma3_tensors, ("",)),
+    t5gemma.MODEL_TYPE: Target(t5gemma.implied_tensors, {"encoder": "encoder.", "decoder": "decoder."}),
+    t5gemma2.MODEL_TYPE: Target(t5gemma2_tensors, {"encoder": "encoder.text_config.", "decoder": "decoder."}),
+    t5gemma2.ENCODER_TYPE: Target(t5gemma2_encoder_tensors, {"encoder": "text_config."}),
+    gemma3.MULTIMODAL: Target(gemma3_tensors, {"decoder": "text_config."}),
+    gemma3.TEXT_ONLY: Target(gemma3_tensors, {"decoder": ""}),
 }
 """`model_type` to family."""
 

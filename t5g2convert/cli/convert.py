@@ -9,7 +9,11 @@ import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes, size_text
 from t5g2convert.cli.options import (
+    DecoderFromOption,
+    DecoderLayersOption,
     DtypeOption,
+    EmbeddingFromOption,
+    EncoderLayersOption,
     MappingOption,
     PresetOption,
     ProjectorOption,
@@ -21,7 +25,7 @@ from t5g2convert.cli.options import (
     WindowOption,
     parse_size,
 )
-from t5g2convert.cli.upload import PushOption, card_beside, print_upload, push
+from t5g2convert.cli.upload import PushOption, print_upload, push
 from t5g2convert.cli.verify import print_report, require_passed, shown_progress
 from t5g2convert.printable import printable
 
@@ -42,6 +46,10 @@ def convert(
     source: SourceArgument,
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     mapping: MappingOption = None,
+    decoder_from: DecoderFromOption = None,
+    embedding_from: EmbeddingFromOption = "source",
+    encoder_layers: EncoderLayersOption = None,
+    decoder_layers: DecoderLayersOption = None,
     vision_from: VisionFromOption = None,
     projector: ProjectorOption = None,
     ridge: RidgeOption = 0.0,
@@ -50,7 +58,9 @@ def convert(
     preset: PresetOption = None,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
-    hashing: Annotated[bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files in t5g2.json.")] = True,
+    hashing: Annotated[
+        bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files, and compare downloads with the Hub's.")
+    ] = True,
     flush: Annotated[
         bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
     ] = True,
@@ -66,7 +76,7 @@ def convert(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder."""
+    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma."""
     write_folder(
         source,
         output,
@@ -79,6 +89,10 @@ def convert(
         push_to=push_to,
         as_json=as_json,
         mapping=mapping,
+        decoder_from=decoder_from,
+        embedding_from=embedding_from,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         vision_from=vision_from,
         projector=projector,
         ridge=ridge,
@@ -116,6 +130,8 @@ def write_folder(
             source,
             output,
             overwrite=overwrite,
+            hashing=hashing,
+            resume=resume,
             downloading=lambda total: shown.enter_context(ProgressBar(total, "download")).advance,
             **options,
         )
@@ -127,12 +143,13 @@ def write_folder(
 
         bar.stop()
         with shown_progress() as told:
-            given, donor = sources.origins
             mapping = options.get("mapping")
-            reports.append(judge_folder(folder, given, vision_from=donor, mapping=mapping, progress=told))
+            reports.append(
+                judge_folder(folder, sources.origin, **sources.other_origins, mapping=mapping, progress=told)
+            )
         require_passed(reports[0], output)
 
-    with ProgressBar(plan.nbytes, "convert") as bar:
+    with ProgressBar(plan.work, "convert") as bar:
         done = execute(
             plan,
             folders,
@@ -145,7 +162,7 @@ def write_folder(
             progress=bar.advance,
             judge=judge if verify else None,
         )
-    uploaded = None if push_to is None else push(output, push_to, card_beside(source))
+    uploaded = None if push_to is None else push(output, push_to, source)
     if as_json:
         document = done.to_json()
         if reports:

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from t5g2convert.checkpoint.roles import VISION_FROM, role_of
+from t5g2convert.checkpoint.roles import DECODER_FROM, VISION_FROM, Role, role_in
 from t5g2convert.cli.console import PART_STYLES, size_text
 
 if TYPE_CHECKING:
@@ -12,12 +12,23 @@ if TYPE_CHECKING:
     from t5g2convert.conversion.plan import Plan
 
 _ROLES = {
-    "embedding": "one matrix: encoder input, decoder input and softmax",
-    "encoder": "attends both ways",
-    "decoder": "merged attention over [decoder states; encoder output]",
-    "vision": "feeds the encoder only",
-    "projector": "from image features to the encoder's width",
+    "t5gemma": {
+        "embedding": "one matrix for each stack, and for an untied softmax",
+        "encoder": "attends both ways",
+        "decoder": "cross-attention starts as self-attention",
+    },
+    "t5gemma2": {
+        "embedding": "one matrix: encoder input, decoder input and softmax",
+        "encoder": "attends both ways",
+        "decoder": "merged attention over [decoder states; encoder output]",
+        "vision": "feeds the encoder only",
+        "projector": "from image features to the encoder's width",
+    },
 }
+"""What each part does, by the target's `model_type`."""
+
+
+_OWNERS: dict[Role, str] = {DECODER_FROM: "the other parent's", VISION_FROM: "the donor's"}
 
 
 def draw_plan(plan: "Plan") -> "Text":
@@ -27,29 +38,30 @@ def draw_plan(plan: "Plan") -> "Text":
     parts_of: dict[str | None, set[str]] = {}
     for tensor in plan.tensors:
         parts_of.setdefault(tensor.origin, set()).add(tensor.part)
-    sources: dict[tuple[str, ...], tuple[int, int]] = {}
+    sources: dict[tuple[Role, tuple[str, ...]], tuple[int, int]] = {}
     computed: Counter[tuple[str, str]] = Counter()
     counts: Counter[str] = Counter()
     for tensor in plan.tensors:
         counts[tensor.part] += 1
         if tensor.content.kind in ("copy", "cast") and tensor.content.source is not None:
             parts = tuple(sorted(parts_of[tensor.origin], key=list(PART_STYLES).index))
-            number, size = sources.get(parts, (0, 0))
+            span = tensor.content.source
+            number, size = sources.get(key := (role_in(span.file), parts), (0, 0))
             if tensor.part == parts[0]:
-                span = tensor.content.source
-                sources[parts] = (number + 1, size + span.end - span.start)
+                sources[key] = (number + 1, size + span.end - span.start)
         else:
             computed[tensor.part, tensor.content.kind] += 1
+    roles = _ROLES.get(plan.config["model_type"], {})
     drawing = Text()
-    for parts, (number, size) in sources.items():
+    for (role, parts), (number, size) in sources.items():
         left = f"{number} tensor{'s' if number > 1 else ''}, {size_text(size)}"
         for position, part in enumerate(parts):
             fork = "───" if len(parts) == 1 else "─┬─" if position == 0 else " └─"
             drawing.append(f"  {left if position == 0 else '':<24}")
             drawing.append(f"{fork}────▶ ", PART_STYLES[part])
             drawing.append(f"{part:<10}", f"bold {PART_STYLES[part]}")
-            role = f"the donor's: {_ROLES[part]}" if role_of(parts, plan.sources) == VISION_FROM else _ROLES[part]
-            drawing.append(f"{counts[part]:>5} tensors   {role}\n")
+            owner = f"{_OWNERS[role]}: " if role in _OWNERS else ""
+            drawing.append(f"{counts[part]:>5} tensors   {owner}{roles.get(part, '')}\n")
     for (part, kind), number in computed.items():
         drawing.append(f"  {'computed':<24}")
         drawing.append("───────▶ ", PART_STYLES[part])

@@ -12,7 +12,7 @@ from t5g2convert.printable import printable
 
 
 def generate(
-    output: Annotated[Path, typer.Argument(help="A T5Gemma 2 folder with a tokenizer.")],
+    output: Annotated[Path, typer.Argument(help="A T5Gemma 2 or T5Gemma folder with a tokenizer.")],
     prompt: Annotated[str, typer.Option("--prompt", help="What the encoder reads.")],
     image: Annotated[Path | None, typer.Option("--image", help="A picture that the encoder sees first.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.", min=1)] = 64,

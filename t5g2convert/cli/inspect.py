@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def inspect(
     source: Annotated[
-        str, typer.Argument(help="A Gemma 3 or T5Gemma 2 folder, or a model of the Hub: org/name[@revision].")
+        str,
+        typer.Argument(help="A Gemma 2, Gemma 3, T5Gemma or T5Gemma 2 folder, or a model of the Hub."),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: JsonOption = False,

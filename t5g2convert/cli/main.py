@@ -12,7 +12,20 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from t5g2convert.cli import compare, convert, demo, extract, generate, inspect, mappings, plan, upload, verify
+from t5g2convert.cli import (
+    card,
+    compare,
+    convert,
+    demo,
+    doctor,
+    extract,
+    generate,
+    inspect,
+    mappings,
+    plan,
+    upload,
+    verify,
+)
 from t5g2convert.cli.console import emit_json
 from t5g2convert.errors import Interrupted, MappingError, OutputError, T5g2Error, UsageError
 from t5g2convert.printable import printable
@@ -58,6 +71,8 @@ app.command("extract")(extract.extract)
 app.command("verify")(verify.verify)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
+app.command("card")(card.card)
+app.command("doctor")(doctor.doctor)
 app.command("upload")(upload.upload)
 app.add_typer(mappings.app, name="mappings")
 
@@ -73,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="t5g2", standalone_mode=False)
     except BaseException as error:  # noqa: BLE001 - the one place where every error ends
         code = report(error, as_json="--json" in arguments, debug="--debug" in arguments)
     for stream in (sys.stdout, sys.stderr):

@@ -38,7 +38,7 @@ ImageOption = Annotated[
     Path | None, typer.Option("--image", help="A picture file to look at in place of seeded pixels.")
 ]
 SourceArgument = Annotated[
-    str, typer.Argument(help="A Gemma 3 checkpoint folder, or a model of the Hub: org/name[@revision].")
+    str, typer.Argument(help="A Gemma 3 or Gemma 2 checkpoint folder, or a model of the Hub: org/name[@revision].")
 ]
 MappingOption = Annotated[
     str | None,
@@ -51,6 +51,33 @@ MappingOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
 ]
+DecoderFromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder-from",
+        help="A Gemma 3 folder or model of the same width and vocabulary whose layers the decoder gets.",
+        show_default="SOURCE",
+    ),
+]
+EmbeddingFromOption = Annotated[
+    Literal["source", "decoder-from"],
+    typer.Option("--embedding-from", help="Whose embedding table both stacks get."),
+]
+EncoderLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder-layers",
+        help="Layers of its parent that the encoder takes, from 0: first:N, A:B, A:B:STEP (below B), or 0,3,5:12.",
+        show_default="all",
+        metavar="SPEC",
+    ),
+]
+DecoderLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder-layers", help="The same of the decoder and its parent.", show_default="all", metavar="SPEC"
+    ),
+]
 VisionFromOption = Annotated[
     str | None,
     typer.Option("--vision-from", help="A Gemma 3 folder or model whose vision tower a source without images gets."),
@@ -59,11 +86,18 @@ ProjectorOption = Annotated[
     Literal["copy", "zeros", "aligned"] | None,
     typer.Option(
         "--projector",
-        help="How the donor's projector comes to the source's width: zeros, or least squares between both embeddings.",
+        help="The projector: copy (the donor's, for equal widths), zeros (to be trained), or aligned (the donor's, by "
+        "least squares between both embeddings).",
         show_default="copy for equal widths, else zeros",
     ),
 ]
-RidgeOption = Annotated[float, typer.Option("--ridge", help="For --projector aligned: penalty on large maps.")]
+RidgeOption = Annotated[
+    float,
+    typer.Option(
+        "--ridge",
+        help="For --projector aligned: penalty on large maps, as 1e-6; needed where the embeddings determine no map.",
+    ),
+]
 RopeOption = Annotated[
     str,
     typer.Option(

@@ -1,11 +1,13 @@
 """`t5g2 plan`."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, plain_name, role_in
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,
@@ -17,7 +19,11 @@ from t5g2convert.cli.console import (
     table,
 )
 from t5g2convert.cli.options import (
+    DecoderFromOption,
+    DecoderLayersOption,
     DtypeOption,
+    EmbeddingFromOption,
+    EncoderLayersOption,
     MappingOption,
     PresetOption,
     ProjectorOption,
@@ -32,7 +38,14 @@ from t5g2convert.cli.options import (
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
-    from t5g2convert.conversion.plan import Plan
+    from t5g2convert.conversion.plan import Plan, PlannedFile, PlannedTensor
+
+_GIVES: Final[Mapping[Role, str]] = {
+    SOURCE: "",
+    DECODER_FROM: "with the decoder of ",
+    VISION_FROM: "with the tower of ",
+}
+"""What a checkpoint is to a plan, in front of its name."""
 
 
 def plan(
@@ -41,6 +54,11 @@ def plan(
         Path, typer.Option("--output", help="Where the output would go; its disk's free space is shown.")
     ] = Path(),
     mapping: MappingOption = None,
+    part: Annotated[str | None, typer.Option("--part", help="What extract would take out: encoder or decoder.")] = None,
+    decoder_from: DecoderFromOption = None,
+    embedding_from: EmbeddingFromOption = "source",
+    encoder_layers: EncoderLayersOption = None,
+    decoder_layers: DecoderLayersOption = None,
     vision_from: VisionFromOption = None,
     projector: ProjectorOption = None,
     ridge: RidgeOption = 0.0,
@@ -53,15 +71,20 @@ def plan(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """What convert would do, from headers alone."""
+    """What convert would do, from headers and small files; of the Hub a tokenizer.json is downloaded too if needed."""
     from t5g2convert.cli.drawing import draw_plan
-    from t5g2convert.conversion.planner import build_plan
+    from t5g2convert.conversion.convert import open_and_plan, room
     from t5g2convert.conversion.staging import free_bytes
     from t5g2convert.conversion.writer import peak_memory
 
-    made = build_plan(
+    made, checkpoints = open_and_plan(
         source,
         mapping=mapping,
+        part=part,
+        decoder_from=decoder_from,
+        embedding_from=embedding_from,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         vision_from=vision_from,
         projector=projector,
         ridge=ridge,
@@ -71,42 +94,64 @@ def plan(
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
     )
-    resources = {"disk_needed": made.nbytes, "disk_free": free_bytes(output), "peak_memory": peak_memory(made)}
+    needed = room(made, checkpoints, output)
+    resources = {
+        "disk_needed": needed.output,
+        "disk_free": free_bytes(output),
+        "download": needed.download,
+        "peak_memory": peak_memory(made),
+    }
     if as_json:
         emit_json(made.to_json() | resources)
         return
     out = console()
-    sources = " with the tower of ".join(printable(source.name) for source in made.sources.values())
-    out.print(parameter_table(made.parameters, title=f"{sources}: {made.source.family} to t5gemma2"))
+    title = " ".join(f"{_GIVES[role]}{printable(source.name)}" for role, source in made.sources.items())
+    out.print(parameter_table(made.parameters, title=f"{title}: {made.source.family} to {made.config['model_type']}"))
     out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
     counts = Counter(tensor.shard for tensor in made.tensors)
     for shard in made.shards:
         files.add_row(shard.name, str(counts[shard.name]), size_text(shard.size))
     for file in made.files:
-        how = f"made from {', '.join(file.reads)}" if file.how == "made" and file.reads else file.how
-        files.add_row(printable(file.name), "", printable(how))
+        files.add_row(printable(file.name), "", printable(_how(file, made)))
     out.print(files)
+    download = f"; downloads {size_text(needed.download)} first" if needed.download else ""
     out.print(
         f"needs {size_text(resources['disk_needed'])} of disk, {size_text(resources['disk_free'])} are free; "
-        f"about {size_text(resources['peak_memory'])} of memory"
+        f"about {size_text(resources['peak_memory'])} of memory{download}",
+        soft_wrap=True,
     )
     if tensors:
         _show_tensors(made)
     print_notes(made.notes)
 
 
+def _how(file: "PlannedFile", made: "Plan") -> str:
+    """How a file beside the weights comes about, with the names of the checkpoints that it is made from."""
+    if file.how != "made" or not file.reads:
+        return file.how
+    reads = (f"{plain_name(name)} of {made.sources[role_in(name)].name}" for name in file.reads)
+    return f"made from {', '.join(reads if len(made.sources) > 1 else file.reads)}"
+
+
+def _from(tensor: "PlannedTensor") -> str:
+    """The tensor that a target comes from, and what is done to it where it is not copied."""
+    kind = tensor.content.kind
+    if tensor.origin is None or tensor.content.source is None:
+        return kind
+    return tensor.origin if kind == "copy" else f"{tensor.origin} ({kind})"
+
+
 def _show_tensors(made: "Plan") -> None:
     listing = table("target", "part", "dtype", "shape", "from", "bytes", "shard")
     for tensor in made.tensors:
         source = tensor.content.source
-        origin = tensor.content.kind if tensor.origin is None else tensor.origin
         listing.add_row(
             tensor.name,
             tensor.part,
             tensor.dtype,
             str(list(tensor.shape)),
-            printable(origin if tensor.content.kind == "copy" else f"{origin} ({tensor.content.kind})"),
+            printable(_from(tensor)),
             "" if source is None else f"{printable(source.file)}[{source.start}:{source.end}]",
             f"{tensor.shard}[{tensor.start}:{tensor.end}]",
         )

@@ -35,12 +35,17 @@ def upload(
         Literal["update", "replace", "keep"],
         typer.Option("--card", help="What becomes of a README.md: update adds to it, keep leaves it."),
     ] = "update",
+    source_card: Annotated[
+        Path | None,
+        typer.Option("--source-card", help="README.md of the source, which has the license, if it was a folder."),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Upload a folder to the Hub: one commit of its files, compared by their checksums before and after."""
     from t5g2convert.publish.upload import upload as send
 
+    theirs = None if source_card is None else _read(source_card)
     with _shown_steps() as told:
         done = send(
             output,
@@ -49,6 +54,7 @@ def upload(
             revision=revision,
             create_pr=create_pr,
             card=card,
+            source_card=theirs,
             dry_run=dry_run,
             bars=told is not None,
             told=told,
@@ -59,27 +65,32 @@ def upload(
         print_upload(done, console())
 
 
-def push(output: Path, repo: str, source_card: str | None) -> "Upload":
-    """Upload what was just written."""
+def push(output: Path, repo: str, source: str) -> "Upload":
+    """Upload what was just written of a source."""
     from t5g2convert.errors import HubError
     from t5g2convert.publish.upload import upload as send
 
+    card = Path(source) / "README.md"
+    beside = card.is_file()
     try:
         with _shown_steps() as told:
-            return send(output, repo, source_card=source_card, bars=told is not None, told=told)
+            return send(output, repo, source_card=_read(card) if beside else None, bars=told is not None, told=told)
     except HubError as error:
         # The folder is whole: only this step is to be repeated.
-        hint = f"{error.hint}; {output} is complete: t5g2 upload {output} {repo}"
+        again = f"t5g2 upload {output} {repo}" + (f" --source-card {card}" if beside else "")
+        hint = f"{error.hint}; {output} is complete: {again}"
         raise HubError(error.message, where=error.where, hint=hint, details=error.details) from None
 
 
-def card_beside(source: str) -> str | None:
-    """README.md of a source that is a folder."""
-    path = Path(source) / "README.md"
+def _read(card: Path) -> str:
+    from t5g2convert.errors import CheckpointError
+
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
+        return card.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError("is not UTF-8", where=card) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=card) from None
 
 
 def print_upload(done: "Upload", out: "Console") -> None:

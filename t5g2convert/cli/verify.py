@@ -9,6 +9,7 @@ import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
 from t5g2convert.cli.options import (
+    DecoderFromOption,
     DeviceOption,
     ImageOption,
     PassDtypeOption,
@@ -30,11 +31,12 @@ SHOWN_OFFENDERS: Final = 20
 
 
 def verify(
-    output: Annotated[Path, typer.Argument(help="The T5Gemma 2 folder to judge.")],
+    output: Annotated[Path, typer.Argument(help="The converted folder to judge.")],
     source: Annotated[
         str | None,
-        typer.Option("--source", help="The Gemma 3 folder or model it was made of; without it little can be checked."),
+        typer.Option("--source", help="The folder or model it was made of; without it little can be checked."),
     ] = None,
+    decoder_from: DecoderFromOption = None,
     vision_from: VisionFromOption = None,
     mapping: Annotated[
         str | None,
@@ -66,6 +68,7 @@ def verify(
         report = judge(
             output,
             source,
+            decoder_from=decoder_from,
             vision_from=vision_from,
             mapping=mapping,
             dtype=dtype,

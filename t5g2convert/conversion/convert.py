@@ -7,8 +7,8 @@ from typing import Any, Unpack
 
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub import Origin, given_folders
-from t5g2convert.checkpoint.roles import Folders, plain_name
-from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.roles import Folders, named, plain_name
+from t5g2convert.checkpoint.sources import OtherOrigins, Sources
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.journal import Journal
@@ -39,6 +39,8 @@ class Conversion:
         parameters: Number of parameters by part, with `total`.
         notes: What a user should know of this conversion.
         kept: Names of the shards that an earlier run had finished.
+        residual: How far the tables of an aligned projector are from fitting each other, 0 exactly and 1 not at all;
+            None without one, or where it stands in a shard that was kept.
     """
 
     output: Path
@@ -49,6 +51,7 @@ class Conversion:
     parameters: Mapping[str, int]
     notes: tuple[str, ...]
     kept: tuple[str, ...] = ()
+    residual: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 convert --json` prints."""
@@ -61,6 +64,7 @@ class Conversion:
             "parameters": dict(self.parameters),
             "notes": list(self.notes),
             "kept": list(self.kept),
+            "residual": self.residual,
         }
 
 
@@ -77,7 +81,7 @@ def convert(
     judge: Judge | None = None,
     **options: Unpack[PlanOptions],
 ) -> Conversion:
-    """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder.
+    """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma.
 
     Args:
         source: The checkpoint folder to read; a str may also be a model of the Hub, org/name[@revision], of which the
@@ -100,7 +104,7 @@ def convert(
         OutputError: The output exists or cannot be written.
         UsageError: An argument has no meaning.
     """
-    plan, sources = prepare(source, output, overwrite=overwrite, **options)
+    plan, sources = prepare(source, output, overwrite=overwrite, hashing=hashing, resume=resume, **options)
     return execute(
         plan,
         sources.folders,
@@ -120,6 +124,8 @@ def prepare(
     output: Path,
     *,
     overwrite: bool = False,
+    hashing: bool = True,
+    resume: bool = False,
     downloading: Downloading | None = None,
     **options: Unpack[PlanOptions],
 ) -> tuple[Plan, Sources]:
@@ -129,23 +135,56 @@ def prepare(
         source: As in `convert`.
         output: As in `convert`.
         overwrite: As in `convert`.
+        hashing: As in `convert`.
+        resume: As in `convert`.
         downloading: Shows the download, if there is one.
         options: As in `convert`.
     """
     wanted = Options(**options)
-    check_target(output, *given_folders(source, wanted.vision_from), overwrite=overwrite)
-    sources = Sources.open(source, wanted.vision_from)
-    options["vision_from"] = sources.vision_from
-    plan = build_plan(sources.source, **options)
-    if missing := sources.missing(plan.reads):
-        size = sources.size(missing)
-        shared = any(same_disk(folder, output) for folder in sources.folders.all)
-        check_space(output, plan.nbytes + ASSET_BYTES + (size if shared else 0))
-        sources = sources.fetch(plan.reads, None if downloading is None else downloading(size))
+    _check_resumable(hashing=hashing, resume=resume)
+    check_target(output, *given_folders(source, wanted.decoder_from, wanted.vision_from), overwrite=overwrite)
+    plan, sources = open_and_plan(source, **options)
+    needed = room(plan, sources, output)
+    if needed.download:
+        check_space(output, needed.output)
+        sources = sources.fetch(plan.reads, None if downloading is None else downloading(needed.download))
         # Again, now that the files' identities are known.
-        options["vision_from"] = sources.vision_from
+        options = {**options, **sources.opened}
         plan = build_plan(sources.source, **options)
     return plan, sources
+
+
+def open_and_plan(source: Origin, **options: Unpack[PlanOptions]) -> tuple[Plan, Sources]:
+    """Plan a conversion of checkpoints that are opened for it; see `build_plan`."""
+    others: OtherOrigins = {
+        "decoder_from": options.get("decoder_from"),
+        "vision_from": options.get("vision_from"),
+    }
+    sources = Sources.open(source, **others)
+    options = {**options, **sources.opened}
+    return build_plan(sources.source, **options), sources
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a conversion takes of disks, in bytes.
+
+    Attributes:
+        output: All that it takes of the output's disk: the output, and what is downloaded to the same disk.
+        download: The files of the Hub that it reads and that are not here yet.
+    """
+
+    output: int
+    download: int
+
+
+def room(plan: Plan, sources: Sources, output: Path) -> Room:
+    """What a conversion of these checkpoints, into this folder, will take."""
+    missing = sources.missing(plan.reads)
+    sizes = {role: sources.size({role: names}) for role, names in missing.items()}
+    caches = {role: sources.folders.path(named(role, names[0])).parent for role, names in missing.items()}
+    shared = sum(size for role, size in sizes.items() if same_disk(caches[role], output))
+    return Room(plan.nbytes + ASSET_BYTES + shared, sum(sizes.values()))
 
 
 def execute(
@@ -162,8 +201,7 @@ def execute(
     judge: Judge | None = None,
 ) -> Conversion:
     """Execute a plan that `build_plan` made of the checkpoints in these folders; see `convert`."""
-    if resume and not hashing:
-        raise UsageError("a run can be resumed only with sha256: what was finished is known by it")
+    _check_resumable(hashing=hashing, resume=resume)
     with Staging(output, overwrite=overwrite, flush=flush, resume=resume) as staging:
         journal = Journal(staging.folder, plan, allow_nonfinite=allow_nonfinite, flush=flush) if hashing else None
         begun = journal is not None and journal.path.exists()
@@ -201,20 +239,26 @@ def execute(
         parameters=plan.parameters,
         notes=(*plan.notes, *_notes(plan, kept, written, begun=begun)),
         kept=tuple(kept),
+        residual=written.residual,
     )
+
+
+def _check_resumable(*, hashing: bool, resume: bool) -> None:
+    if resume and not hashing:
+        raise UsageError("a run can be resumed only with sha256: what was finished is known by it")
 
 
 def _check_downloads(plan: Plan, folders: Folders, written: Written) -> None:
     """What was read of a model of the Hub must have the sha256 that the Hub tells, where it tells one."""
-    for source in plan.sources.values():
-        for file in source.files if source.hub is not None and written.sources else ():
-            expected = source.hub.files[plain_name(file.name)].sha256 if source.hub is not None else None
-            if expected not in (None, written.sources[file.name]):
-                raise CheckpointError(
-                    f"has sha256 {written.sources[file.name]}, the Hub tells {expected}",
-                    where=folders.path(file.name),
-                    hint="remove it, and start again",
-                )
+    read = [(source.hub, file) for source in plan.sources.values() for file in source.files]
+    for hub, file in read if written.sources else ():
+        expected = None if hub is None else hub.files[plain_name(file.name)].sha256
+        if expected not in (None, written.sources[file.name]):
+            raise CheckpointError(
+                f"has sha256 {written.sources[file.name]}, the Hub tells {expected}",
+                where=folders.path(file.name),
+                hint="remove it, and start again",
+            )
 
 
 def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool) -> Iterator[str]:
@@ -224,6 +268,8 @@ def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool
         yield "an earlier run had finished nothing of this very conversion: all was written anew"
     if written.residual is not None:
         yield f"residual of the aligned embedding tables: {written.residual:.3g} (0: they fit exactly, 1: not at all)"
+    elif any(tensor.content.alignment is not None for tensor in plan.tensors):
+        yield "the aligned projector is in a shard that was kept; verify tells the residual"
     if written.nonfinite:
         where = " in the shards written now" if kept else ""
         yield f"{len(written.nonfinite)} tensor(s){where} hold NaN or infinity, copied as they are: " + some(

@@ -99,8 +99,8 @@ class Copier:
     ) -> None:
         self.pieces = _pieces(jobs)
         self.hashers, self.progress, self.allow_nonfinite = hashers, progress, allow_nonfinite
-        self.nonfinite: dict[str, tuple[int, str]] = {}
-        """For each tensor that holds NaN or infinity the first such element, and which of both it is."""
+        self.nonfinite: dict[tuple[str, str], tuple[int, str]] = {}
+        """For each file and tensor that holds NaN or infinity the first such element, and which of both it is."""
         self.missing: Counter[str] = Counter()
         for job in jobs:
             for shard, _, _ in job.targets:
@@ -161,8 +161,10 @@ class Copier:
     def _check_finite(self, job: Job, first: int, found: tuple[int, str] | None) -> None:
         if found is not None:
             with self.lock:
-                known = self.nonfinite.get(job.tensor)
-                self.nonfinite[job.tensor] = min(known or (first + found[0], found[1]), (first + found[0], found[1]))
+                known = self.nonfinite.get((job.file, job.tensor))
+                self.nonfinite[job.file, job.tensor] = min(
+                    known or (first + found[0], found[1]), (first + found[0], found[1])
+                )
 
     def _write(self, job: Job, start: int, first: int, data: memoryview, buffer: _Buffer) -> None:
         if self.hashers is not None:

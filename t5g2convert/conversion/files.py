@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import is_there, read_json_object
-from t5g2convert.checkpoint.hub import fetch
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.header import FileIdentity
+from t5g2convert.checkpoint.hub import fetch, read_held
 from t5g2convert.checkpoint.manifest import encode_json
-from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
+from t5g2convert.checkpoint.roles import SOURCE, named, role_of
 from t5g2convert.conversion.plan import PlannedFile, TokenChange
 from t5g2convert.conversion.settings import processor_config, refuse_use, tokenizer_config
 from t5g2convert.conversion.tokenizer import PatchedTokenizer, TokenMove, patch_tokenizer
+from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.schema import PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles, WeightMap
 from t5g2convert.mapping.template import fill
@@ -41,7 +43,7 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
     """
     source = resolution.checkpoints[SOURCE]
     folder = source.path
-    carried = [PlannedFile(name, (name,)) for name in weight_map.files.carry if source.holds(name)]
+    carried = [_copied(source, name) for name in weight_map.files.carry if source.holds(name)]
     made: list[PlannedFile] = []
     tokens: tuple[TokenChange, ...] = ()
     notes: list[str] = []
@@ -53,16 +55,27 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
         elif moves:
             notes.append(f"tokenizer.json is copied as it is: it knows no {moves[0].token} to be moved")
             moves = []
-        made += _tokenizer_files(declared, moves, resolution, folder, patched)
+        made += _tokenizer_files(declared, moves, resolution, patched)
     if weight_map.files.processor is not None and "vision" in resolution.model.conditions:
         filled = fill(weight_map.files.processor, resolution.values, resolution.model.conditions)
-        role: Role = VISION_FROM if VISION_FROM in resolution.checkpoints else SOURCE
-        document, reads = processor_config(filled, resolution.checkpoints[role].path)
+        role = role_of("vision", resolution.checkpoints)
+        document, reads = processor_config(filled, resolution.checkpoints[role])
         origins = tuple(named(role, name) for name in ("config.json", *reads))
         made.append(PlannedFile(PROCESSOR_FILE, origins, encode_json(document)))
     files = (*made, *carried)
-    notes += _notes(files, tokens, folder, converted=weight_map.extracts is None)
+    notes += _notes(files, tokens, source, converted=weight_map.extracts is None)
     return FilesBeside(files, tokens, tuple(notes))
+
+
+def _copied(source: Checkpoint, name: str) -> PlannedFile:
+    """A file of the source, as it is now; of one that is on the Hub only the size is known."""
+    path = source.path / name
+    if source.hub is not None and not path.exists():
+        return PlannedFile(name, (name,), identity=FileIdentity.elsewhere(source.hub.files[name].size))
+    try:
+        return PlannedFile(name, (name,), identity=FileIdentity.of(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
 
 
 def _moves(declared: TokenizerFiles, resolution: Resolution) -> list[TokenMove]:
@@ -93,31 +106,29 @@ def _patch(
 
 
 def _tokenizer_files(
-    declared: TokenizerFiles,
-    moves: Sequence[TokenMove],
-    resolution: Resolution,
-    folder: Path,
-    patched: PatchedTokenizer | None,
+    declared: TokenizerFiles, moves: Sequence[TokenMove], resolution: Resolution, patched: PatchedTokenizer | None
 ) -> Iterator[PlannedFile]:
     """tokenizer.json and tokenizer_config.json."""
-    if resolution.checkpoints[SOURCE].holds(TOKENIZER_FILE):
-        exchange = (patched.splices, patched.identity) if patched is not None else ()
-        yield PlannedFile(TOKENIZER_FILE, (TOKENIZER_FILE,), None, *exchange)
-    path = folder / TOKENIZER_CONFIG_FILE
-    given = read_json_object(path) if is_there(path) else {}
-    if is_there(folder / SPECIAL_TOKENS_FILE) and moves:
-        refuse_use(read_json_object(folder / SPECIAL_TOKENS_FILE), moves, folder / SPECIAL_TOKENS_FILE)
+    source = resolution.checkpoints[SOURCE]
+    if source.holds(TOKENIZER_FILE) and patched is not None:
+        yield PlannedFile(TOKENIZER_FILE, (TOKENIZER_FILE,), None, patched.splices, patched.identity)
+    elif source.holds(TOKENIZER_FILE):
+        yield _copied(source, TOKENIZER_FILE)
+    if moves and (special := read_held(source, SPECIAL_TOKENS_FILE)) is not None:
+        refuse_use(special, moves, source.path / SPECIAL_TOKENS_FILE)
+    given = read_held(source, TOKENIZER_CONFIG_FILE)
     additions: Mapping[str, Any] = fill(declared.config, resolution.values, resolution.model.conditions)
-    config = tokenizer_config(given, additions, moves, declared.special, path)
-    reads = (TOKENIZER_CONFIG_FILE,) if is_there(path) else ()
-    if config != given:
+    path = source.path / TOKENIZER_CONFIG_FILE
+    config = tokenizer_config(given or {}, additions, moves, declared.special, path)
+    if config != (given or {}):
+        reads = () if given is None else (TOKENIZER_CONFIG_FILE,)
         yield PlannedFile(TOKENIZER_CONFIG_FILE, reads, encode_json(config))
-    elif reads:
-        yield PlannedFile(TOKENIZER_CONFIG_FILE, reads)
+    elif given is not None:
+        yield _copied(source, TOKENIZER_CONFIG_FILE)
 
 
 def _notes(
-    files: tuple[PlannedFile, ...], tokens: tuple[TokenChange, ...], folder: Path, *, converted: bool
+    files: tuple[PlannedFile, ...], tokens: tuple[TokenChange, ...], source: Checkpoint, *, converted: bool
 ) -> Iterator[str]:
     names = {file.name for file in files}
     if TOKENIZER_FILE not in names:
@@ -125,8 +136,7 @@ def _notes(
     for change in tokens:
         if change.replaces is not None:
             yield f"tokenizer.json: {change.token} takes the place of {change.replaces}, id {change.target}"
-    config = folder / TOKENIZER_CONFIG_FILE
     if not converted:
         return
-    if names & set(TEMPLATE_FILES) or (is_there(config) and "chat_template" in read_json_object(config)):
+    if names & set(TEMPLATE_FILES) or "chat_template" in (read_held(source, TOKENIZER_CONFIG_FILE) or {}):
         yield "the chat template is the source's: it was written for a decoder without an encoder"

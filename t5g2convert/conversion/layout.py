@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from t5g2convert.checkpoint.dtypes import element_bytes, tensor_bits
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
+from t5g2convert.checkpoint.roles import role_in
 from t5g2convert.conversion.plan import Content, PlannedTensor, Shard
 from t5g2convert.mapping.schema import PARTS
 
@@ -27,15 +28,16 @@ def lay_out(drafts: Sequence[Draft], max_shard_bytes: int) -> tuple[tuple[Planne
 
     Two streams in the order of the source, so that reading and writing both go forwards: first everything that has one
     copy or is the first of two, then the decoder. Where one file does not hold both, the decoder starts a file of its
-    own, so that two files can be hashed side by side while they are written. Where nothing is written twice there is
-    one stream, in the order of names, as the safetensors library writes it: what was taken apart and put together again
-    is the same file. Within a file wider dtypes come first, which keeps every tensor aligned.
+    own, so that two files can be hashed side by side while they are written. Where all comes of one checkpoint and
+    nothing is written twice there is one stream, in the order of names, as the safetensors library writes it: what was
+    taken apart and put together again is the same file. Within a file wider dtypes come first, which keeps every tensor
+    aligned.
     """
     streams: dict[bool, list[Draft]] = {False: [], True: []}
     ranges = [draft.content.source for draft in drafts if draft.content.source is not None]
-    twice = len(set(ranges)) < len(ranges)
-    for draft in sorted(drafts, key=_source_position if twice else lambda draft: draft.name):
-        streams[twice and draft.part == "decoder"].append(draft)
+    several = len(set(ranges)) < len(ranges) or len({role_in(each.file) for each in ranges}) > 1
+    for draft in sorted(drafts, key=_source_position if several else lambda draft: draft.name):
+        streams[several and draft.part == "decoder"].append(draft)
     total = sum(_nbytes(draft) for draft in drafts)
     cuts: list[list[Draft]] = []
     if total <= max_shard_bytes:

@@ -4,15 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.roles import VISION_FROM
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.targets import target_of
+from t5g2convert.conversion.changes import setting
 from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.options import KEEP, Options
 from t5g2convert.conversion.plan import Change
+from t5g2convert.conversion.vocabulary import has_names
 from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.schema import WeightMap
 
 LENGTH: Final = "max_position_embeddings"
+FACTORS: Final[Mapping[str, str]] = {
+    "rope_parameters.full_attention.factor": "full layers",
+    "rope_parameters.factor": "all layers",
+}
+"""Linear factors of RoPE, and the layers that they count in."""
 
 
 def plan_notes(
@@ -27,16 +34,27 @@ def plan_notes(
     for checkpoint in resolution.checkpoints.values():
         yield from checkpoint.notes
     yield from _vocabulary(resolution, drafts, changes)
-    yield from _settings(changes, target_of(config, Path("config.json")).stacks)
+    yield from _settings(changes, tuple(target_of(config, Path("config.json")).stacks.values()))
     if options.preset is not None:
         for name in weight_map.presets[options.preset].assumed:
             yield f"preset {options.preset}: what the release has for {name} is not established"
-    yield from _images(resolution)
+    yield from _layers(resolution, config)
+    yield from _decoder(resolution)
+    yield from _images(resolution, drafts)
     dtypes = sorted({draft.dtype for draft in drafts})
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
+    yield from _drops(resolution)
+
+
+def _drops(resolution: Resolution) -> Iterator[str]:
+    """What is left behind, a note for each reason."""
+    by_reason: dict[str, list[str]] = {}
     for drop in resolution.drops:
-        yield f"{drop.tensor.entry.name} is dropped: {drop.drop.because}"
+        by_reason.setdefault(drop.drop.because, []).append(named(drop.role, drop.tensor.entry.name))
+    for because, names in by_reason.items():
+        told = f"{names[0]} is" if len(names) == 1 else f"{len(names)} tensors, the first of them {names[0]}, are"
+        yield f"{told} dropped: {because}"
 
 
 def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequence[Change]) -> Iterator[str]:
@@ -52,29 +70,74 @@ def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequen
 
 def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]:
     """Settings that are not the source's: one note for all stacks where they agree."""
-    by_setting: dict[tuple[str, Any, Any], list[str]] = {}
+    by_setting: dict[str, list[Change]] = {}
     for change in changes:
         stack = next((stack for stack in stacks if change.field.startswith(stack)), None)
         if stack is not None:
             setting = change.field.removeprefix(stack)
-            by_setting.setdefault((setting, change.source, change.target), []).append(change.field)
-    for (setting, source, target), named in by_setting.items():
-        name = setting if len(named) == len(stacks) else named[0]
-        effect = "longer inputs are allowed" if target > source else "shorter inputs are allowed"
-        if setting != LENGTH:
-            effect = "that changes what is computed"
-        yield f"{name} is {target}, the source's is {source}: {effect}"
+            # A map of one's own may write lists and objects.
+            by_setting.setdefault(repr((setting, change.source, change.target)), []).append(change)
+    for alike in by_setting.values():
+        field, source, target = alike[0].field, alike[0].source, alike[0].target
+        stack = next(stack for stack in stacks if field.startswith(stack))
+        name = field.removeprefix(stack) if len(alike) == len(stacks) else field
+        yield f"{name} is {target}, the source's is {source}: {_effect(field.removeprefix(stack), source, target)}"
 
 
-def _images(resolution: Resolution) -> Iterator[str]:
+def _effect(setting: str, source: Any, target: Any) -> str:
+    """What it means that a setting is not the source's."""
+    if type(target) in (int, float):
+        if setting == LENGTH:
+            return "longer inputs are allowed" if target > source else "shorter inputs are allowed"
+        if setting in FACTORS:
+            return f"positions in {FACTORS[setting]} are divided by {target:g}"
+    return "that changes what is computed"
+
+
+def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
+    """What the stacks take of their parents' layers."""
+    stacks = target_of(config, Path("config.json")).stacks
+    for part, layers in resolution.layers.items():
+        depth = resolution.models[resolution.role_of(part)].symbols["layers"]
+        yield f"the {part} takes {len(layers)} of its parent's {depth} layers: {', '.join(map(str, layers))}"
+        kinds = setting(config, f"{stacks[part]}layer_types")
+        if kinds and "full_attention" not in kinds:
+            window = setting(config, f"{stacks[part]}sliding_window")
+            yield f"the {part} has no layer of full attention: each of its layers sees {window} tokens only"
+    if resolution.left:
+        yield f"{len(resolution.left)} tensor(s) of the source are left behind: the target has nothing of them"
+
+
+def _decoder(resolution: Resolution) -> Iterator[str]:
+    """What another parent of the decoder means."""
+    if DECODER_FROM not in resolution.checkpoints:
+        return
+    yield _taken(DECODER_FROM, "the decoder's parent", resolution)
+    if resolution.table[0] == SOURCE:
+        yield "the one embedding table is the source's: the decoder's parent computes with its own"
+    else:
+        yield "the one embedding table is the decoder's parent's: the source computes with its own"
+    yield "the tokenizer is the source's, the tokens that start and end what is written are the decoder's parent's"
+
+
+def _taken(role: Role, whose: str, resolution: Resolution) -> str:
+    """How much of another checkpoint is taken, its tensors counted once."""
+    taken = {item.source.entry.name for item in resolution.targets if item.role == role and item.source is not None}
+    left = len(resolution.checkpoints[role].tensors) - len(taken)
+    return f"{len(taken)} tensors are {whose}'s; its other {left} are left behind"
+
+
+def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
     conditions = resolution.model.conditions
     if any(item.part == "vision" and item.source is None for item in resolution.targets):
         yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
     if VISION_FROM in resolution.checkpoints:
-        taken = sum(item.role == VISION_FROM and item.source is not None for item in resolution.targets)
-        left = len(resolution.checkpoints[VISION_FROM].tensors) - taken
-        yield f"{taken} tensors are the donor's; its other {left} are left behind"
+        yield _taken(VISION_FROM, "the donor", resolution)
     if "projector_zeros" in conditions:
         yield "the projector is zeros: images mean nothing until it is trained"
-    if "projector_aligned" in conditions:
-        yield "the projector is the donor's, carried over by least squares between both embedding tables"
+    for alignment in (draft.content.alignment for draft in drafts):
+        if alignment is not None:
+            rows = f"{alignment.rows} rows of both embedding tables"
+            yield f"the projector is the donor's, carried over by least squares between {rows}"
+            if not has_names(resolution):
+                yield f"that the {rows} are the same tokens was not looked at: a tokenizer.json is missing"

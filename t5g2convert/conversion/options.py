@@ -3,11 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
-from t5g2convert.checkpoint.config import MAX_INTEGER, SourceModel
+from t5g2convert.checkpoint.config import MAX_INTEGER
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, Role
+from t5g2convert.checkpoint.sources import OtherOrigins
+from t5g2convert.conversion.layers import LayerSpec, parse_layers
 from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES
 from t5g2convert.errors import MappingError, UsageError
 from t5g2convert.mapping.schema import WeightMap
@@ -16,23 +19,31 @@ from t5g2convert.mapping.weightmap import did_you_mean
 KEEP: Final = "keep"
 """`--dtype` and `--rope-scaling` that change nothing."""
 
+ROPE_FACTORS: Final = ("rope_full_factor", "rope_factor")
+"""The value that `--rope-scaling` sets: that of full layers, or of all layers where a family has one for all."""
+
 PROJECTORS: Final = ("copy", "zeros", "aligned")
+
+TABLES: Final[Mapping[str, Role]] = {"source": SOURCE, "decoder-from": DECODER_FROM}
+"""`--embedding-from`, and the role that it names."""
 
 PARTS: Final = ("encoder", "decoder")
 """What `part` may take out of an encoder-decoder."""
 
-UNRECORDED: Final = frozenset({"mapping", "part", "vision_from"})
-"""Options that the manifest has in other words: a map by its sha256, a donor by its files."""
+UNRECORDED: Final = frozenset({"mapping", "part", "decoder_from", "vision_from"})
+"""Options that the manifest has in other words: a map by its sha256, other checkpoints by their files."""
 
 
-class PlanOptions(TypedDict, total=False):
+class PlanOptions(OtherOrigins, total=False):
     """The keyword arguments of `plan` and `convert`; see `Options`."""
 
     mapping: str | None
     part: str | None
     dtype: str
     max_shard_bytes: int
-    vision_from: Origin | None
+    embedding_from: str
+    encoder_layers: LayerSpec | None
+    decoder_layers: LayerSpec | None
     projector: str | None
     ridge: float
     rope_scaling: str
@@ -49,12 +60,19 @@ class Options:
         part: `encoder` or `decoder` to take that out of an encoder-decoder; None to convert a decoder-only model.
         dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
         max_shard_bytes: Largest size of one output file's tensors, in bytes.
+        decoder_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, whose layers the decoder gets;
+            it has the width and the vocabulary of the source, and may differ in all else.
+        embedding_from: Whose embedding table both stacks get: `source`, or `decoder-from`.
+        encoder_layers: The layers of its parent that the encoder takes, from 0: `first:N`, a range `A:B` or `A:B:STEP`,
+            a list of both as `0,3,5:12`, or their numbers; None for all.
+        decoder_layers: The same of the decoder.
         vision_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, whose vision tower a source
             without images gets.
         projector: How that tower's projector comes to the source's width: `copy` (for equal widths), `zeros`, or
             `aligned` by least squares between both embedding tables; None for `copy` where it fits, else `zeros`.
         ridge: Penalty on large maps for `aligned`, as a part of the mean square of the donor's embedding columns.
-        rope_scaling: `keep`, or `linear:F`: positions in full layers are divided by F, and as many more are allowed.
+        rope_scaling: `keep`, or `linear:F`: positions in full layers (in all, where a family has one RoPE for all) are
+            divided by F, and as many more are allowed.
         sliding_window: Tokens that a sliding layer sees; None for the source's.
         preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options win over it.
 
@@ -66,6 +84,10 @@ class Options:
     part: str | None = None
     dtype: str = KEEP
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    decoder_from: Origin | None = None
+    embedding_from: str = "source"
+    encoder_layers: LayerSpec | None = None
+    decoder_layers: LayerSpec | None = None
     vision_from: Origin | None = None
     projector: str | None = None
     ridge: float = 0.0
@@ -80,6 +102,13 @@ class Options:
             raise UsageError(f"unknown dtype {self.dtype!r}", hint=f"expected {KEEP}, {', '.join(BY_CONFIG_NAME)}")
         if self.max_shard_bytes < 1:
             raise UsageError(f"a shard of at most {self.max_shard_bytes} bytes holds nothing")
+        if self.embedding_from not in TABLES:
+            raise UsageError(f"unknown table {self.embedding_from!r}", hint=f"expected {', '.join(TABLES)}")
+        if self.decoder_from is None and self.embedding_from != "source":
+            raise UsageError("--embedding-from decoder-from is for another parent", hint="give one with --decoder-from")
+        for part, spec in self._asked_layers():
+            # Frozen for everybody else: what is kept are the numbers.
+            object.__setattr__(self, f"{part}_layers", parse_layers(spec, f"--{part}-layers"))
         if self.projector is not None and self.projector not in PROJECTORS:
             raise UsageError(f"unknown projector {self.projector!r}", hint=f"expected {', '.join(PROJECTORS)}")
         if self.vision_from is None and self.projector is not None:
@@ -90,7 +119,10 @@ class Options:
             raise UsageError("--ridge is for --projector aligned")
         if self.sliding_window is not None and not 0 < self.sliding_window <= MAX_INTEGER:
             raise UsageError(f"a sliding window of {self.sliding_window} tokens has no meaning")
-        self._rope_factor()
+        if (factor := self._rope_factor()) is not None:
+            # One spelling of a number, so that one conversion has one manifest.
+            text = str(int(factor)) if factor.is_integer() else str(factor)
+            object.__setattr__(self, "rope_scaling", f"linear:{text}")
 
     def _rope_factor(self) -> float | None:
         if self.rope_scaling == KEEP:
@@ -100,24 +132,46 @@ class Options:
             factor = float(text) if kind == "linear" else math.nan
         except ValueError:
             factor = math.nan
-        if not 0 < factor < math.inf:
+        if math.isnan(factor):
             raise UsageError(
                 f"unknown RoPE scaling {self.rope_scaling!r}", hint=f"expected {KEEP}, or linear:F as linear:8"
             )
+        if not 1 / MAX_INTEGER <= factor <= MAX_INTEGER:
+            raise UsageError(
+                f"a RoPE factor of {factor} has no meaning", hint=f"expected one from 1/{MAX_INTEGER} to {MAX_INTEGER}"
+            )
         return factor
 
-    def settings(self, model: SourceModel, weight_map: WeightMap) -> dict[str, Any]:
-        """The source's config values that the target shall have otherwise, by their names.
+    def _asked_layers(self) -> list[tuple[str, LayerSpec]]:
+        asked = {"encoder": self.encoder_layers, "decoder": self.decoder_layers}
+        return [(part, spec) for part, spec in asked.items() if spec is not None]
+
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """By part, the numbers of the layers that are asked for."""
+        return {part: tuple(map(int, numbers)) for part, numbers in self._asked_layers()}
+
+    def settings(self, values: Mapping[str, Any], weight_map: WeightMap, whose: str = "the source") -> dict[str, Any]:
+        """The config values that the target shall have otherwise, by their names.
+
+        Args:
+            values: Those of the source, or of one stack's parent.
+            weight_map: The map, which has the presets.
+            whose: What has the values, for errors.
 
         Raises:
             MappingError: The map has no such preset, or it is for another size of model.
         """
-        settings = {} if self.preset is None else _preset(self.preset, model, weight_map)
+        settings = {} if self.preset is None else _preset(self.preset, values, weight_map, whose)
         factor = self._rope_factor()
         if factor is not None:
-            longer = factor / model.values["rope_full_factor"]  # type: ignore[operator]
-            positions = int(model.values["max_position_embeddings"] * longer)  # type: ignore[operator]
-            settings |= {"rope_full_factor": factor, "max_position_embeddings": min(max(positions, 1), MAX_INTEGER)}
+            name = next((name for name in ROPE_FACTORS if name in values), None)
+            if name is None:
+                raise MappingError(f"--rope-scaling is not for mapping {weight_map.name!r}")
+            longer = factor / values[name]
+            positions = values["max_position_embeddings"] * longer
+            # Cut before it is made an integer: a source's own factor may be so small that this is infinite.
+            settings |= {name: factor, "max_position_embeddings": int(min(max(positions, 1), MAX_INTEGER))}
         if self.sliding_window is not None:
             settings["sliding_window"] = self.sliding_window
         return settings
@@ -125,10 +179,14 @@ class Options:
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: the options that differ from their defaults and are no paths."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        return {name: value for name, (value, default) in values.items() if value != default and name not in UNRECORDED}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, (value, default) in values.items()
+            if value != default and name not in UNRECORDED
+        }
 
 
-def _preset(name: str, model: SourceModel, weight_map: WeightMap) -> dict[str, Any]:
+def _preset(name: str, values: Mapping[str, Any], weight_map: WeightMap, whose: str) -> dict[str, Any]:
     preset = weight_map.presets.get(name)
     if preset is None:
         known = ", ".join(weight_map.presets) or "none"
@@ -137,12 +195,12 @@ def _preset(name: str, model: SourceModel, weight_map: WeightMap) -> dict[str, A
             hint=did_you_mean(name, weight_map.presets) or f"it has {known}",
         )
     for field, needed in preset.requires.items():
-        if model.values[field] != needed:
+        if values[field] != needed:
             raise MappingError(
-                f"preset {name} is for {field} {needed}, the source has {model.values[field]}",
+                f"preset {name} is for {field} {needed}, {whose} has {values[field]}",
                 hint="give --rope-scaling and --sliding-window themselves",
             )
-    return dict(preset.settings)
+    return dict(preset.settings.given)
 
 
 def recorded_options(record: Mapping[str, Any]) -> PlanOptions:

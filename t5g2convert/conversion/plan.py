@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from t5g2convert.checkpoint.folder import HubOrigin
+from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.header import FileIdentity
+from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name, role_in
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
@@ -23,7 +24,7 @@ class SourceRange:
     """Bytes of a file that is read; both positions count from its start.
 
     Attributes:
-        file: The name of a file of the source, or of another checkpoint behind its role: `vision_from/NAME`.
+        file: The name of a file of the source, or of another checkpoint behind its role: `decoder_from/NAME`.
         start: The first byte.
         end: The byte after the last.
     """
@@ -60,6 +61,11 @@ class PlannedAlignment:
     rows: int
     ridge: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tables that are read."""
+        return sum(self.rows * table.width * element_bytes(table.dtype) for table in (self.donor, self.target))
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -88,7 +94,10 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A target tensor: its name, type and shape, the bytes of the shard that it fills, and its content."""
+    """A target tensor: its name, type and shape, the bytes of the shard that it fills, and its content.
+
+    `origin` is the source tensor that it comes of, behind its role like a file where that is another checkpoint's.
+    """
 
     name: str
     part: str
@@ -105,6 +114,11 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Bytes in the shard."""
         return self.end - self.start
+
+    @property
+    def work(self) -> int:
+        """Bytes of which progress is told: those in the shard, and the tables that are read for an alignment."""
+        return self.nbytes + (0 if self.content.alignment is None else self.content.alignment.nbytes)
 
     @property
     def elements(self) -> int:
@@ -157,10 +171,18 @@ class PlannedSource:
     files: tuple[SourceFile, ...]
     hub: HubOrigin | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 plan --json` prints of it."""
+        hub = {} if self.hub is None else {"hub": self.hub.to_json()}
+        return {"name": self.name, "family": self.family, "layout": dict(self.layout), **hub}
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A source tensor that is left behind, and the bytes that it must repeat for that to be allowed."""
+    """A source tensor that is left behind, and the bytes that it must repeat for that to be allowed.
+
+    One of the decoder's parent is named behind its role, and only where it must repeat another.
+    """
 
     name: str
     because: str
@@ -212,7 +234,7 @@ class PlannedFile:
         reads: The source's files that it comes of; of a file that is copied, the one.
         text: Its bytes, where it is made.
         splices: What is exchanged in the file that is copied, in the order of the file.
-        identity: That file as it was when it was planned.
+        identity: That file as it was when it was planned; None where nothing is copied.
     """
 
     name: str
@@ -272,6 +294,11 @@ class Plan:
         """Bytes of all shards, headers included."""
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def work(self) -> int:
+        """Bytes of which progress is told."""
+        return sum(tensor.work for tensor in self.tensors)
+
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 plan --json` prints."""
         return {
@@ -282,6 +309,7 @@ class Plan:
             "family": self.source.family,
             "layout": dict(self.source.layout),
             **({} if self.source.hub is None else {"hub": self.source.hub.to_json()}),
+            "sources": {role: source.to_json() for role, source in self.sources.items()},
             "dtype": self.dtype,
             "parameters": dict(self.parameters),
             "bytes": self.nbytes,
@@ -297,8 +325,24 @@ class Plan:
         }
 
 
+def _range_json(span: SourceRange) -> dict[str, Any]:
+    return {"file": span.file, "start": span.start, "end": span.end}
+
+
+def _alignment_json(alignment: PlannedAlignment) -> dict[str, Any]:
+    tables = {"donor": alignment.donor, "target": alignment.target}
+    return {
+        **{
+            name: {"tensor": table.tensor, "dtype": table.dtype, "source": _range_json(table.source)}
+            for name, table in tables.items()
+        },
+        "rows": alignment.rows,
+        "ridge": alignment.ridge,
+    }
+
+
 def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
-    source = tensor.content.source
+    source, alignment = tensor.content.source, tensor.content.alignment
     return {
         "name": tensor.name,
         "part": tensor.part,
@@ -309,5 +353,6 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
         "end": tensor.end,
         "from": tensor.origin,
         "content": tensor.content.kind,
-        "source": None if source is None else {"file": source.file, "start": source.start, "end": source.end},
+        "source": None if source is None else _range_json(source),
+        **({} if alignment is None else {"alignment": _alignment_json(alignment)}),
     }

@@ -2,23 +2,23 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Unpack
 
 from t5g2convert.checkpoint.config import ConfigSection, ImpliedTensor, Token, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, read_json_object
-from t5g2convert.checkpoint.hub import Origin
-from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, named
+from t5g2convert.checkpoint.folder import StoredTensor
+from t5g2convert.checkpoint.hub import Origin, read_held
+from t5g2convert.checkpoint.roles import SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.checkpoint.targets import implied_tensors, target_of
+from t5g2convert.checkpoint.targets import implied_tensors
+from t5g2convert.conversion.changes import declared_changes
 from t5g2convert.conversion.files import plan_files
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.notes import plan_notes
-from t5g2convert.conversion.options import KEEP, Options, PlanOptions
+from t5g2convert.conversion.options import KEEP, TABLES, Options, PlanOptions
 from t5g2convert.conversion.plan import (
-    Change,
     Content,
     Dropped,
     Kind,
@@ -31,59 +31,60 @@ from t5g2convert.conversion.plan import (
     SourceFile,
     SourceRange,
 )
+from t5g2convert.conversion.vocabulary import shared_rows
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
-from t5g2convert.mapping.resolve import Graft, Resolution, Resolved, resolve
-from t5g2convert.mapping.schema import count_parameters
+from t5g2convert.mapping.pairing import Pairing
+from t5g2convert.mapping.resolve import Resolution, resolve
+from t5g2convert.mapping.schema import WeightMap, count_parameters
+from t5g2convert.mapping.taking import Resolved
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
+
+GENERATION_FILE: Final = "generation_config.json"
 
 
 def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
     """Plan a conversion from headers alone.
 
     Args:
-        source: A Gemma 3 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
+        source: A Gemma 3 or Gemma 2 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
         options: What decides the output's bytes beside it; see `Options`.
 
     Raises:
-        CheckpointError: The source or the donor is not sound, or is not what its config implies.
+        CheckpointError: A checkpoint is not sound, or is not what its config implies.
         HubError: The Hub does not have a model or give it out, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         UsageError: An argument has no meaning.
     """
     wanted = Options(**options)
-    sources = Sources.open(source, wanted.vision_from)
+    sources = Sources.open(source, decoder_from=wanted.decoder_from, vision_from=wanted.vision_from)
     checkpoint = sources.source
     loaded = (
         find_map(wanted.mapping)
         if wanted.mapping is not None
         else map_for(checkpoint.config, checkpoint.path / "config.json", extracts=wanted.part)
     )
-    return plan_checkpoint(checkpoint, loaded, wanted, donor=sources.vision_from)
+    return plan_sources(sources, loaded, wanted)
 
 
-def plan_checkpoint(
-    checkpoint: Checkpoint, loaded: LoadedMap, options: Options, *, donor: Checkpoint | None = None
-) -> Plan:
-    """Plan the conversion of a checkpoint that is open already, with the tower of a donor; see `build_plan`."""
+def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
+    """Plan the conversion of checkpoints that are open already; see `build_plan`."""
     weight_map = loaded.map
-    resolution = resolve(loaded, checkpoint, None if donor is None else Graft(donor, options.projector))
+    pairing = Pairing(sources.others, options.projector, TABLES[options.embedding_from], options.layers)
+    resolution = resolve(loaded, sources.source, pairing)
     _check_requirements(loaded, resolution, options)
     cast_to = None if options.dtype == KEEP else BY_CONFIG_NAME[options.dtype]
     model_dtype = cast_to or _dominant_dtype(resolution.targets)
-    settings = options.settings(resolution.model, weight_map)
-    values = {
-        **resolution.values, **settings, "vocab": resolution.symbols["vocab"], "dtype": CONFIG_NAMES[model_dtype],
-    }  # fmt: skip
+    values = _values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])
     config = fill(weight_map.config, values, resolution.model.conditions)
-    generation = _generation_values(checkpoint, values)
-    drafts = [_draft(item, resolution, options, cast_to) for item in resolution.targets]
+    generation = values | _end_tokens(resolution)
+    drafts = [_draft(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     _check_target(drafts, config, loaded)
-    changes = tuple(_changes(resolution, drafts, config, loaded, model_dtype))
+    changes = tuple(declared_changes(resolution, drafts, config, loaded, model_dtype))
     beside = plan_files(weight_map, resolution)
     tensors, shards = lay_out(drafts, options.max_shard_bytes)
     counted: Counter[str] = Counter()
@@ -98,15 +99,7 @@ def plan_checkpoint(
         parameters=count_parameters(counted),
         tensors=tensors,
         shards=shards,
-        dropped=tuple(
-            Dropped(
-                drop.tensor.entry.name,
-                drop.drop.because,
-                _whole(drop.tensor),
-                None if drop.equals is None else _whole(drop.equals),
-            )
-            for drop in resolution.drops
-        ),
+        dropped=tuple(_dropped(resolution)),
         changes=changes,
         tied={name: item.target for item in resolution.targets for name in item.row.tied},
         files=beside.files,
@@ -126,27 +119,66 @@ def plan_checkpoint(
 
 def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Options) -> None:
     """What the target cannot be otherwise, and what cannot be asked of a part that is taken out."""
+    parents = {SOURCE: resolution.values, resolution.role_of("decoder"): resolution.stacks["decoder"]}
     for name, needed in loaded.map.requires.items():
-        if (found := resolution.values[name]) != needed:
-            raise CheckpointError(
-                f"{name} is {found!r}; mapping {loaded.map.name!r} can convert {needed!r} only",
-                where=resolution.checkpoints[SOURCE].path / "config.json",
-            )
+        for role, values in parents.items():
+            if (found := values[name]) != needed:
+                raise CheckpointError(
+                    f"{name} is {found!r}; mapping {loaded.map.name!r} can convert {needed!r} only",
+                    where=resolution.checkpoints[role].path / "config.json",
+                )
     asked = options.record().keys() - {"dtype", "max_shard_bytes"}
     if loaded.map.extracts is not None and asked:
         raise MappingError(f"{', '.join(sorted(asked))}: what is taken out of a model keeps its settings")
 
 
+def _values(resolution: Resolution, options: Options, weight_map: WeightMap, dtype: str) -> dict[str, Any]:
+    """What may stand behind a dollar sign in the map's config."""
+    values = {
+        **resolution.values,
+        **options.settings(resolution.values, weight_map),
+        "vocab": resolution.symbols["vocab"],
+        "dtype": dtype,
+    }
+    for part, own in resolution.stacks.items():
+        stack = {**own, **options.settings(own, weight_map, f"the {part}")}
+        # An encoder-decoder names the values of its stacks so itself.
+        values |= {f"{part}.{name}": value for name, value in stack.items() if "." not in name}
+    return values
+
+
+def _dropped(resolution: Resolution) -> Iterator[Dropped]:
+    """What is left behind, by the map and by options."""
+    for drop in resolution.drops:
+        yield Dropped(
+            named(drop.role, drop.tensor.entry.name),
+            drop.drop.because,
+            _whole(drop.tensor, drop.role),
+            None if drop.equals is None else _whole(drop.equals, drop.role),
+        )
+    for left in resolution.left:
+        yield Dropped(left.tensor.entry.name, left.because, _whole(left.tensor), None)
+
+
 def _effective(options: Options, resolution: Resolution) -> dict[str, Any]:
-    """The options that the manifest keeps, with the choices that were left to the tool."""
+    """The options that the manifest keeps: with the choices that were left to the tool, without layers that are all."""
     made = (name.removeprefix("projector_") for name in resolution.model.conditions if name.startswith("projector_"))
-    return {**options.record(), **({"projector": next(made)} if VISION_FROM in resolution.checkpoints else {})}
+    every = {f"{part}_layers" for part in STACKS if part not in resolution.layers}
+    recorded = {name: value for name, value in options.record().items() if name not in every}
+    return {**recorded, **({"projector": next(made)} if VISION_FROM in resolution.checkpoints else {})}
 
 
 def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]) -> PlannedSource:
     """A checkpoint as the plan reads it: the source whole, of another only the files with something for the target."""
     checkpoint = resolution.checkpoints[role]
     read = {span.file for tensor in tensors for span in tensor.content.spans}
+    # What must repeat another tensor is compared with it.
+    read |= {
+        named(drop.role, stored.file)
+        for drop in resolution.drops
+        for stored in (drop.tensor, drop.equals)
+        if drop.equals is not None and stored is not None
+    }
     return PlannedSource(
         name=checkpoint.name,
         family=str(checkpoint.config["model_type"]),
@@ -161,7 +193,9 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
     )
 
 
-def _draft(item: Resolved, resolution: Resolution, options: Options, cast_to: str | None) -> Draft:
+def _draft(
+    item: Resolved, resolution: Resolution, weight_map: WeightMap, options: Options, cast_to: str | None
+) -> Draft:
     """The content of one target. A constant gets the model's dtype later; everything else keeps or casts its own."""
     operation = item.row.op
     source_dtype = "" if item.source is None else item.source.entry.dtype
@@ -175,12 +209,12 @@ def _draft(item: Resolved, resolution: Resolution, options: Options, cast_to: st
             content = Content(kind, SourceRange(named(item.role, item.source.file), start, end), source_dtype)
         case ScaledRow():
             assert item.source is not None, "the schema gives every row but zeros a source"
-            content = _scaled_row(operation, item.source, resolution.symbols)
+            content = _scaled_row(operation, item, item.source, resolution.symbols)
         case Zeros():
             content = Content("zeros", None, target_dtype)
         case Aligned():
             assert item.source is not None, "the schema gives every row but zeros a source"
-            alignment = _alignment(operation, resolution, options.ridge)
+            alignment = _alignment(operation, resolution, weight_map, options.ridge)
             content = Content("aligned", _whole(item.source, item.role), source_dtype, alignment)
         case _:
             raise NotImplementedError(f"no content for {operation!r}")
@@ -189,13 +223,14 @@ def _draft(item: Resolved, resolution: Resolution, options: Options, cast_to: st
         item.part,
         target_dtype,
         item.shape,
-        None if item.source is None else item.source.entry.name,
+        None if item.source is None else named(item.role, item.source.entry.name),
         content,
         item.row.merged_attention,
     )
 
 
-def _scaled_row(operation: ScaledRow, source: StoredTensor, symbols: Mapping[str, int]) -> Content:
+def _scaled_row(operation: ScaledRow, item: Resolved, source: StoredTensor, symbols: Mapping[str, int]) -> Content:
+    """The row of a token of the target's, in whichever checkpoint's table."""
     token = operation.scaled_row
     row = symbols[token] if isinstance(token, str) else token
     entry = source.entry
@@ -203,17 +238,17 @@ def _scaled_row(operation: ScaledRow, source: StoredTensor, symbols: Mapping[str
         return Content("zeros", None, entry.dtype)
     width = entry.shape[1] * element_bytes(entry.dtype)
     start = entry.start + row * width
-    return Content("scaled_row", SourceRange(source.file, start, start + width), entry.dtype)
+    return Content("scaled_row", SourceRange(named(item.role, source.file), start, start + width), entry.dtype)
 
 
-def _alignment(operation: Aligned, resolution: Resolution, ridge: float) -> PlannedAlignment:
+def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap, ridge: float) -> PlannedAlignment:
     tables = []
-    for role in (VISION_FROM, SOURCE):
+    for role in (VISION_FROM, resolution.table[0]):
         ((_, name),) = expand(operation.aligned.tables, resolution.layouts[role], {})
         stored = resolution.checkpoints[role].tensors[name]
         tables.append(PlannedTable(name, _whole(stored, role), stored.entry.dtype, *stored.entry.shape))
     donor, target = tables
-    return PlannedAlignment(donor, target, min(resolution.symbols["vocab"], donor.rows, target.rows), ridge)
+    return PlannedAlignment(donor, target, shared_rows(resolution, weight_map, donor.rows), ridge)
 
 
 def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
@@ -221,22 +256,25 @@ def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
 
 
 def _dominant_dtype(targets: Iterable[Resolved]) -> str:
-    """The dtype that most of the model's bytes have; config.json can name only one."""
+    """The dtype that most of the source's bytes have; config.json can name only one, and a donor does not decide it."""
     counted: Counter[str] = Counter()
     for item in targets:
-        if item.source is not None:
+        if item.source is not None and item.role == SOURCE:
             counted[item.source.entry.dtype] += tensor_bits(item.source.entry.dtype, item.shape) // 8
     return max(counted, key=lambda dtype: (counted[dtype], dtype))
 
 
-def _generation_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The end tokens of the source's generation_config.json win over those of its config.json: -it models have more."""
-    path = checkpoint.path / "generation_config.json"
-    if not checkpoint.holds(path.name):
-        return dict(values)
-    generation = read_json_object(path)
-    tokens = parse_section(_Generation, generation, path).eos_token_id
-    return {**values, **({} if tokens is None else {"eos_token_id": tokens})}
+def _end_tokens(resolution: Resolution) -> dict[str, Any]:
+    """The end tokens of a generation_config.json win over those of the config.json beside it: -it models have more."""
+    ends: dict[str, Any] = {}
+    roles = {"": SOURCE, **{f"{part}.": resolution.role_of(part) for part in STACKS}}
+    for prefix, role in roles.items():
+        checkpoint = resolution.checkpoints[role]
+        generation = read_held(checkpoint, GENERATION_FILE)
+        if generation is not None:
+            tokens = parse_section(_Generation, generation, checkpoint.path / GENERATION_FILE).eos_token_id
+            ends |= {} if tokens is None else {f"{prefix}eos_token_id": tokens}
+    return ends
 
 
 class _Generation(ConfigSection):
@@ -278,41 +316,3 @@ def _mismatch(draft: Draft, implied: ImpliedTensor) -> str:
 def _suggest(name: str, others: Sequence[str]) -> str:
     hint = did_you_mean(name, others) if len(others) <= 50 else None
     return f" ({hint})" if hint else ""
-
-
-def _changes(
-    resolution: Resolution, drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap, model_dtype: str
-) -> Iterable[Change]:
-    """What the target's config does not have from the source; verification takes these for declared."""
-    cast = sorted({draft.content.dtype for draft in drafts if draft.content.kind != "zeros"} - {model_dtype})
-    if cast and all(draft.dtype == model_dtype for draft in drafts):
-        yield Change("dtype", ", ".join(CONFIG_NAMES[dtype] for dtype in cast), CONFIG_NAMES[model_dtype])
-    rows, vocab = resolution.symbols["rows"], resolution.symbols["vocab"]
-    if vocab != rows:
-        yield Change("vocab_size", rows, vocab)
-    for name, before in resolution.model.values.items():
-        if resolution.values[name] != before:
-            yield Change(name, before, resolution.values[name])
-    for path, name in _WRITTEN_OUT.items():
-        for stack in target_of(config, loaded.path).stacks if name in resolution.model.values else ():
-            before, after = resolution.model.values[name], _setting(config, stack + path)
-            if after is not None and after != before:
-                yield Change(stack + path, before, after)
-
-
-_WRITTEN_OUT: Final = {
-    "rope_parameters.full_attention.factor": "rope_full_factor",
-    "rope_parameters.full_attention.rope_theta": "rope_full_theta",
-    "rope_parameters.sliding_attention.rope_theta": "rope_sliding_theta",
-    "sliding_window": "sliding_window",
-    "max_position_embeddings": "max_position_embeddings",
-}
-"""Settings of a stack, by path, that a map may write out in place of the source's: those of long contexts."""
-
-
-def _setting(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a path of keys in a config, None where there is none."""
-    node: Any = config
-    for key in path.split("."):
-        node = node.get(key) if isinstance(node, dict) else None
-    return node

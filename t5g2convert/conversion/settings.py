@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5g2convert.checkpoint.folder import is_there, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.hub import read_held
 from t5g2convert.conversion.tokenizer import TokenMove
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.schema import PROCESSOR_FILE
@@ -109,7 +110,7 @@ def _flags(token: Any) -> dict[str, Any]:
     return dict(token) if isinstance(token, dict) else {}
 
 
-def processor_config(made: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def processor_config(made: Mapping[str, Any], source: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
     """processor_config.json of the output, and the source's files that it comes of.
 
     The image processor's settings are the source's, from processor_config.json as transformers 5 nests them there or
@@ -117,21 +118,21 @@ def processor_config(made: Mapping[str, Any], folder: Path) -> tuple[dict[str, A
 
     Args:
         made: What the map says, filled with the source's values.
-        folder: The source.
+        source: The source, or the donor of its tower.
 
     Raises:
         CheckpointError: The source's processor makes other images, or other counts of tokens, than the model reads.
     """
-    reads = [name for name in (PROCESSOR_FILE, PREPROCESSOR_FILE) if is_there(folder / name)]
-    given = read_json_object(folder / PROCESSOR_FILE) if PROCESSOR_FILE in reads else {}
-    where, image = folder / PROCESSOR_FILE, given.pop("image_processor", None)
+    reads = [name for name in (PROCESSOR_FILE, PREPROCESSOR_FILE) if source.holds(name)]
+    given = read_held(source, PROCESSOR_FILE) or {}
+    where, image = source.path / PROCESSOR_FILE, given.pop("image_processor", None)
     if image is None and PREPROCESSOR_FILE in reads:
-        where = folder / PREPROCESSOR_FILE
-        image = read_json_object(where)
+        where = source.path / PREPROCESSOR_FILE
+        image = read_held(source, PREPROCESSOR_FILE)
     if not isinstance(image := image or {}, dict):
         raise CheckpointError("image_processor is no object", where=where)
     expected = made["image_processor"]
-    _agree(given, made, "image_seq_length", folder / PROCESSOR_FILE)
+    _agree(given, made, "image_seq_length", source.path / PROCESSOR_FILE)
     _agree(image, made, "image_seq_length", where)
     _agree(image, expected, "size", where)
     settings = {key: value for key, value in image.items() if key != "processor_class"}

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.roles import Folders
-from t5g2convert.conversion.contents import caster, scaled_row
+from t5g2convert.checkpoint.roles import SOURCE, Folders, role_in
+from t5g2convert.conversion.computed import read_range, write_computed
+from t5g2convert.conversion.contents import caster
 from t5g2convert.conversion.copying import (
     BUFFERS,
     CHUNK_BYTES,
@@ -21,21 +23,15 @@ from t5g2convert.conversion.copying import (
     Job,
     Progress,
     output_errors,
-    read_exactly,
-    write_exactly,
 )
 from t5g2convert.conversion.hashing import FileHasher, Hashers
 from t5g2convert.conversion.journal import Journal
-from t5g2convert.conversion.plan import Plan, PlannedAlignment, PlannedTensor, SourceRange
+from t5g2convert.conversion.plan import Plan, PlannedTensor, SourceRange
 from t5g2convert.conversion.shards import OpenShards
 from t5g2convert.errors import CheckpointError
 
 BASE_BYTES: Final = 56_000_000
 """What the interpreter and the libraries take (measured, CPython 3.11 on Linux)."""
-
-ALIGNING_MATRICES: Final = 4
-"""Square float64 matrices of the donor's width that an alignment takes at most, with the rows that it reads at once
-(measured: 254 MB in all at 2,560, 439 MB at 3,840, 745 MB at 5,376)."""
 
 COPY_THREADS: Final = 2
 """Threads that copy where nothing is hashed; hashing needs the bytes in order, so one copies then."""
@@ -60,10 +56,20 @@ class Written:
 
 def peak_memory(plan: Plan) -> int:
     """Bytes of memory that a conversion is expected to take at its peak; the size of the model does not matter."""
+    from t5g2convert.conversion import alignment
+
     casting = any(tensor.content.kind == "cast" for tensor in plan.tensors)
-    widths = [tensor.content.alignment.donor.width for tensor in plan.tensors if tensor.content.alignment is not None]
     copying = BUFFERS * CHUNK_BYTES + (BUFFERS * 4 * CHUNK_BYTES if casting else 0)
-    return BASE_BYTES + max(copying, ALIGNING_MATRICES * 8 * max(widths, default=0) ** 2)
+    aligning = [
+        alignment.peak_memory(
+            planned.donor.width,
+            planned.target.width,
+            max(element_bytes(table.dtype) for table in (planned.donor, planned.target)),
+        )
+        for planned in (tensor.content.alignment for tensor in plan.tensors)
+        if planned is not None
+    ]
+    return BASE_BYTES + max([copying, *aligning])
 
 
 def write_shards(
@@ -98,18 +104,19 @@ def write_shards(
         sources = _open_sources(plan, folders, stack)
         _check_repeated(plan, sources)
         shards = stack.enter_context(OpenShards(plan, folder, kept, journal, flush=flush))
-        residual = _write_computed(plan, sources, shards, progress)
+        residual = write_computed(plan, sources, shards, progress)
         hashers = _start_hashers(plan, sources, shards) if journal is not None else None
         if hashers is not None:
             stack.callback(hashers.abandon)
-        progress(sum(tensor.nbytes for tensor in plan.tensors if tensor.shard in kept))
+        progress(sum(tensor.work for tensor in plan.tensors if tensor.shard in kept))
         copier = Copier(_jobs(plan, sources, shards), hashers, progress, allow_nonfinite=allow_nonfinite)
         copier.run(COPY_THREADS if hashers is None else 1)
         nonfinite = tuple(_nonfinite(copier, plan))
         if nonfinite and not allow_nonfinite:
+            holders = sorted({str(folders.path(file).parent) for file, _ in copier.nonfinite})
             raise CheckpointError(
                 f"{len(nonfinite)} tensor(s) hold NaN or infinity",
-                where=folders.source,
+                where=" and ".join(holders),
                 hint="--allow-nonfinite converts them as they are",
                 details=nonfinite,
             )
@@ -151,13 +158,17 @@ def _nonfinite(copier: Copier, plan: Plan) -> Iterator[str]:
         return
     import numpy as np
 
-    shapes = {tensor.origin or "": tensor.shape for tensor in plan.tensors if tensor.content.kind in ("copy", "cast")}
-    for name, shape in shapes.items():
-        if name not in copier.nonfinite:
+    shapes = {
+        (tensor.content.source.file, tensor.origin or ""): tensor.shape
+        for tensor in plan.tensors
+        if tensor.content.kind in ("copy", "cast") and tensor.content.source is not None
+    }
+    for (file, name), shape in shapes.items():
+        if (file, name) not in copier.nonfinite:
             continue
-        element, what = copier.nonfinite[name]
+        element, what = copier.nonfinite[file, name]
         place = ", ".join(str(index) for index in np.unravel_index(element, shape))
-        yield f"{name}[{place}] is {what}"
+        yield f"{name}[{place}]{'' if role_in(file) == SOURCE else ' of the donor'} is {what}"
 
 
 def _check_unchanged(plan: Plan, sources: dict[str, int], folders: Folders) -> None:
@@ -182,57 +193,13 @@ def _check_repeated(plan: Plan, sources: dict[str, int]) -> None:
             if not equal:
                 break
             length = min(CHUNK_BYTES, one.end - one.start - position)
-            equal = _read(sources, one, position, length) == _read(sources, other, position, length)
+            equal = read_range(sources, one, position, length) == read_range(sources, other, position, length)
         if not equal:
             raise CheckpointError(
                 f"differs from the embedding, although {drop.because}",
                 where=f"tensor {drop.name}",
-                hint="T5Gemma 2 has one matrix for both; an untied model cannot be converted exactly",
+                hint="the target has one matrix for both; an untied model cannot be converted exactly",
             )
-
-
-def _read(sources: dict[str, int], source: SourceRange, position: int, length: int) -> bytearray:
-    data = bytearray(length)
-    read_exactly(sources[source.file], memoryview(data), source.start + position, source.file)
-    return data
-
-
-def _write_computed(plan: Plan, sources: dict[str, int], shards: OpenShards, progress: Progress) -> float | None:
-    """Write the tensors that are not copied from a range; the residual of an alignment, if one was computed."""
-    residual = None
-    for tensor in plan.tensors:
-        content = tensor.content
-        if content.kind in ("copy", "cast") or tensor.shard not in shards.files:
-            continue
-        data = bytes(tensor.nbytes)
-        if content.kind == "scaled_row" and content.source is not None:
-            row = _read(sources, content.source, 0, content.source.end - content.source.start)
-            data = scaled_row(bytes(row), content.dtype, tensor.dtype)
-        elif content.alignment is not None and content.source is not None:
-            data, residual = _aligned(tensor, content.alignment, content.source, sources)
-        with output_errors(Path(tensor.shard)):
-            write_exactly(shards.files[tensor.shard], memoryview(data), tensor.start)
-        progress(len(data))
-    return residual
-
-
-def _aligned(
-    tensor: PlannedTensor, alignment: PlannedAlignment, projector: SourceRange, sources: dict[str, int]
-) -> tuple[bytes, float]:
-    """An aligned projector, and the residual of the alignment."""
-    from t5g2convert.conversion.alignment import align, carry
-    from t5g2convert.conversion.tables import Table
-
-    donor, target = (
-        Table(
-            table.tensor, table.dtype, table.rows, table.width,
-            table.source.file, sources[table.source.file], table.source.start,
-        )
-        for table in (alignment.donor, alignment.target)
-    )  # fmt: skip
-    found = align(donor, target, rows=alignment.rows, ridge=alignment.ridge)
-    data = bytes(_read(sources, projector, 0, projector.end - projector.start))
-    return carry(tensor.name, data, tensor.content.dtype, found, tensor.dtype), found.residual
 
 
 def _start_hashers(plan: Plan, sources: dict[str, int], shards: OpenShards) -> Hashers:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import gemma3, t5gemma2
+from t5g2convert.checkpoint import gemma2, gemma3, t5gemma2
 from t5g2convert.checkpoint.config import SourceModel
 
 
@@ -52,6 +52,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
         gemma3.read_gemma3, {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}}, _GEMMA3_WORLDS
     ),
     gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}, _GEMMA3_WORLDS),
+    gemma2.MODEL_TYPE: Family(
+        gemma2.read_gemma2,
+        {"model_type": gemma2.MODEL_TYPE},
+        (frozenset({"text_only", "tied"}), frozenset({"text_only", "untied"})),
+    ),
     t5gemma2.MODEL_TYPE: Family(
         t5gemma2.read_t5gemma2,
         {

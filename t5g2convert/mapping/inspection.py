@@ -1,18 +1,21 @@
 """What a checkpoint is, from its config and headers: `t5g2 inspect`.
 
-A source is read through the rows of its map, a T5Gemma 2 folder against the tensors that its config implies. Unlike a
-plan, an inspection describes what is wrong instead of refusing it.
+A source is read through the rows of its map, a T5Gemma or T5Gemma 2 folder against the tensors that its config
+implies. Unlike a plan, an inspection describes what is wrong instead of refusing it.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import Checkpoint, HubOrigin
+from t5g2convert.checkpoint import t5gemma, t5gemma2
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub import open_source
-from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, Stack, T5Gemma2, read_t5gemma2
+from t5g2convert.checkpoint.place import HubOrigin
+from t5g2convert.checkpoint.t5gemma import read_t5gemma
+from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2, read_t5gemma2_encoder
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.mapping.library import map_for
 from t5g2convert.mapping.names import expand, root_of
@@ -23,7 +26,7 @@ DROPPED: Final = "dropped"
 """Part of a tensor that the map leaves behind, and that is no parameter of its own."""
 
 TIED: Final = "tied copy"
-"""Part of a T5Gemma 2 tensor that repeats the embedding."""
+"""Part of an encoder-decoder's tensor that repeats the embedding."""
 
 UNEXPECTED: Final = "unexpected"
 """Part of a tensor that neither map nor config knows."""
@@ -37,8 +40,12 @@ _TARGET_PREFIXES: Final = {
     "model.encoder.embed_tokens.": "embedding",
     "model.encoder.text_model.embed_tokens.": "embedding",
     "model.encoder.": "encoder",
+    # What an encoder alone is called when newer versions of transformers save it.
+    "text_model.embed_tokens.": "embedding",
+    "text_model.": "encoder",
+    "vision_tower.": "vision",
 }
-"""The part of a T5Gemma 2 tensor by the start of its name, in any layout; the first that fits."""
+"""The part of an encoder-decoder's tensor by the start of its name, in any layout; the first that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class Inspection:
     Attributes:
         path: The folder; of a model of the Hub, that in the Hub's cache.
         family: The `model_type` of its config.
-        layout: Root to the spelling found; for T5Gemma 2 `{"names": "published"}`, or what was found instead.
+        layout: Root to the spelling found; for an encoder-decoder `{"names": "published"}`, or what was found instead.
         parameters: Number of parameters by part, with `total`; tied copies are not counted.
         dtypes: Number of parameters by safetensors dtype.
         files: Bytes by safetensors file.
@@ -121,7 +128,7 @@ class Inspection:
 
 
 def inspect(source: Path | str) -> Inspection:
-    """Describe a Gemma 3 or T5Gemma 2 checkpoint; no tensor's bytes are read.
+    """Describe a Gemma, T5Gemma or T5Gemma 2 checkpoint; no tensor's bytes are read.
 
     Args:
         source: A folder; a str may also be a model of the Hub, org/name[@revision].
@@ -131,7 +138,7 @@ def inspect(source: Path | str) -> Inspection:
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
     """
     checkpoint = open_source(source)
-    if checkpoint.config.get("model_type") == MODEL_TYPE:
+    if str(checkpoint.config.get("model_type")) in _TARGET_FACTS:
         return _inspect_target(checkpoint)
     return _inspect_source(checkpoint)
 
@@ -147,12 +154,8 @@ def _inspect_source(checkpoint: Checkpoint) -> Inspection:
     missing = [name for name in parts if name not in checkpoint.tensors]
     parts |= _dropped_names(weight_map, layout, checkpoint)
     values = model.values
-    facts = {name: values[name] for name in _SOURCE_FACTS} | {
-        "rope_parameters": {
-            "full_attention": {"rope_theta": values["rope_full_theta"], "factor": values["rope_full_factor"]},
-            "sliding_attention": {"rope_theta": values["rope_sliding_theta"]},
-        }
-    }
+    facts = {name: values[name] for name in _SOURCE_FACTS} | {"rope_parameters": _rope_facts(values)}
+    facts |= {name: values[name] for name in _SOFTCAPS if values[name] is not None}
     return _inspection(checkpoint, layout, parts, missing, facts)
 
 
@@ -160,6 +163,18 @@ _SOURCE_FACTS: Final = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "query_pre_attn_scalar", "sliding_window", "layer_types", "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
+
+
+_SOFTCAPS: Final = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+def _rope_facts(values: Mapping[str, Any]) -> dict[str, Any]:
+    if "rope_theta" in values:
+        return {"rope_theta": values["rope_theta"], "factor": values["rope_factor"]}
+    return {
+        "full_attention": {"rope_theta": values["rope_full_theta"], "factor": values["rope_full_factor"]},
+        "sliding_attention": {"rope_theta": values["rope_sliding_theta"]},
+    }
 
 
 def _source_part(row: Row) -> str:
@@ -178,23 +193,41 @@ def _dropped_names(weight_map: WeightMap, layout: Mapping[str, str], checkpoint:
 
 
 def _inspect_target(checkpoint: Checkpoint) -> Inspection:
-    model = read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
+    facts = _TARGET_FACTS[checkpoint.config["model_type"]](checkpoint.config, checkpoint.path / "config.json")
     implied = {item.name: item.part for item in implied_tensors(checkpoint.config, checkpoint.path / "config.json")}
     parts = {name: _target_part(name) for name in checkpoint.tensors} | implied
     missing = [name for name in implied if name not in checkpoint.tensors]
     layout = "published" if implied.keys() <= checkpoint.tensors.keys() else "another than the published one"
-    return _inspection(checkpoint, {"names": layout}, parts, missing, _target_facts(model))
+    return _inspection(checkpoint, {"names": layout}, parts, missing, facts)
 
 
 def _target_part(name: str) -> str:
     return next((part for prefix, part in _TARGET_PREFIXES.items() if name.startswith(prefix)), UNEXPECTED)
 
 
-def _target_facts(model: T5Gemma2) -> dict[str, Any]:
-    def facts(stack: Stack) -> dict[str, Any]:
-        return stack.model_dump()
+def _t5gemma_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    model = read_t5gemma(config, where)
+    stacks = {part: stack.model_dump() for part, stack in (("encoder", model.encoder), ("decoder", model.decoder))}
+    return {**stacks, "tie_word_embeddings": model.tied}
 
-    return {"encoder": facts(model.encoder), "decoder": facts(model.decoder), "vision": model.vision.model_dump()}
+
+def _t5gemma2_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    model = read_t5gemma2(config, where)
+    parts = {"encoder": model.encoder, "decoder": model.decoder, "vision": model.vision}
+    return {name: part.model_dump() for name, part in parts.items()}
+
+
+def _t5gemma2_encoder_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    model = read_t5gemma2_encoder(config, where)
+    return {"encoder": model.encoder.model_dump(), "vision": model.vision.model_dump()}
+
+
+_TARGET_FACTS: Final[Mapping[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]]] = {
+    t5gemma.MODEL_TYPE: _t5gemma_facts,
+    t5gemma2.MODEL_TYPE: _t5gemma2_facts,
+    t5gemma2.ENCODER_TYPE: _t5gemma2_encoder_facts,
+}
+"""The settings of an encoder-decoder, or of its encoder alone, by its `model_type`."""
 
 
 def _inspection(

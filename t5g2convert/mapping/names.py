@@ -12,7 +12,7 @@ looked up. So a name can't match by accident, and a layer too many or too few is
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 INDEX_RANGES: Final = {
@@ -66,8 +66,17 @@ def pattern_fault(pattern: str, roots: Mapping[str, object], symbols: Collection
     return None
 
 
-def expand(pattern: str, roots: Mapping[str, str], symbols: Mapping[str, int]) -> Iterator[tuple[int | None, str]]:
-    """All names that a pattern stands for, each with its layer (None for a pattern without index)."""
+def expand(
+    pattern: str, roots: Mapping[str, str], symbols: Mapping[str, int], layers: Iterable[int] | None = None
+) -> Iterator[tuple[int | None, str]]:
+    """All names that a pattern stands for, each with its layer (None for a pattern without index).
+
+    Args:
+        pattern: The pattern.
+        roots: The spelling of each root.
+        symbols: Sizes; they say how far an index counts.
+        layers: What the index counts, if not all layers.
+    """
     root = root_of(pattern)
     if root is not None:
         pattern = pattern.replace(f"{{{root}}}", roots[root])
@@ -75,5 +84,5 @@ def expand(pattern: str, roots: Mapping[str, str], symbols: Mapping[str, int]) -
     if index is None:
         yield None, pattern
         return
-    for layer in range(symbols[INDEX_RANGES[index]]):
+    for layer in range(symbols[INDEX_RANGES[index]]) if layers is None else layers:
         yield layer, pattern.replace(f"{{{index}}}", str(layer))

@@ -4,132 +4,201 @@ This is the closed world. Whatever does not fit is collected, all of it, and tol
 row uses, tensors that a row wants and that are missing, shapes and dtypes that are not what the config implies.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from t5g2convert.checkpoint.config import SourceModel, describe_model_type
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, some
-from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role, role_of
+from t5g2convert.checkpoint.folder import Checkpoint, some
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.mapping.collector import Collector, foreign
 from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
-from t5g2convert.mapping.operations import Size, TakeRows
+from t5g2convert.mapping.pairing import (
+    ALONE,
+    Layers,
+    Pairing,
+    check_fit,
+    check_layers,
+    check_map,
+    depth_of,
+    stack_values,
+)
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
+from t5g2convert.mapping.taking import (
+    LeftBehind,
+    Resolved,
+    ResolvedDrop,
+    Side,
+    left_behind,
+    look,
+    resolve_drop,
+    resolve_target,
+)
 from t5g2convert.mapping.template import fill
-from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
-
-FOREIGN_NAMES: Final = {
-    "lora_": "a LoRA adapter: merge it into its base model first (peft: merge_and_unload)",
-    "_orig_mod.": "saved from a torch.compile wrapper: save the unwrapped model (model._orig_mod)",
-    "_fsdp_wrapped_module.": "saved from an FSDP wrapper: save a full state dict",
-    "qweight": "quantised (GPTQ or AWQ): dequantise it first",
-    "SCB": "quantised (bitsandbytes int8): dequantise it first",
-    "absmax": "quantised (bitsandbytes 4-bit): dequantise it first",
-    "_scale": "quantised (FP8 with scales): dequantise it first",
-}
-"""Parts of tensor names that tell what was done to a checkpoint, and what must be done before it can be converted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """One target tensor: the row that it comes from, its source tensor (None for zeros), its shape, and the role of the
-    checkpoint that holds the source tensor."""
-
-    row: Row
-    part: str
-    target: str
-    source: StoredTensor | None
-    shape: tuple[int, ...]
-    role: Role
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedDrop:
-    """A dropped tensor, and the one that it must repeat."""
-
-    drop: Drop
-    tensor: StoredTensor
-    equals: StoredTensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Graft:
-    """A donor of a vision tower, and how its projector comes to the source's width; see `SourceModel`."""
-
-    donor: Checkpoint
-    projector: str | None
+from t5g2convert.mapping.weightmap import LoadedMap
 
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """A map applied to a checkpoint, and to the donor of its vision tower if it has one.
+    """A map applied to a checkpoint, and to the others that a conversion reads.
 
     Attributes:
-        model: What the target is made of.
+        model: What the target is made of: the source, with the tower of a donor if it has one.
         checkpoints: What is read, by role.
+        models: What each is; the source's is `model`.
         layouts: By role, the spelling of each root.
         symbols: Sizes, for `shape:` and for the ranges of `{layer}`.
         values: Config values, those that the map moves already moved.
+        stacks: The same by part, for the text stacks: those of its own parent, with the layers that it takes.
+        table: The role of the checkpoint that gives the embedding table, and its rows before the cut.
+        layers: What each stack takes of its parent.
         targets: Every target tensor.
-        drops: The source's tensors that are left behind.
+        drops: The source's tensors that are left behind by the map, and those of the decoder's parent that must repeat
+            another.
+        left: The source's tensors that are left behind by an option.
     """
 
     model: SourceModel
     checkpoints: Mapping[Role, Checkpoint]
+    models: Mapping[Role, SourceModel]
     layouts: Mapping[Role, Mapping[str, str]]
     symbols: Mapping[str, int]
     values: Mapping[str, Any]
+    stacks: Mapping[str, Mapping[str, Any]]
+    table: tuple[Role, int]
+    layers: Layers
     targets: tuple[Resolved, ...]
     drops: tuple[ResolvedDrop, ...]
+    left: tuple[LeftBehind, ...]
+
+    def role_of(self, part: str) -> Role:
+        """The role of the checkpoint that a part is read from."""
+        return role_of(part, self.checkpoints, table=self.table[0])
 
 
-def resolve(loaded: LoadedMap, checkpoint: Checkpoint, graft: Graft | None = None) -> Resolution:
+SUBJECTS: Final[Mapping[Role, str]] = {
+    DECODER_FROM: "the decoder's parent of --decoder-from",
+    VISION_FROM: "the donor of --vision-from",
+}
+"""What other checkpoints are called where they do not fit the map."""
+
+
+def resolve(
+    loaded: LoadedMap, checkpoint: Checkpoint, pairing: Pairing = ALONE, *, subject: str = "the source"
+) -> Resolution:
     """Apply a map to a checkpoint.
 
     Args:
         loaded: The map.
         checkpoint: The source.
-        graft: Where the vision tower of a source without images comes from.
+        pairing: What the target is made of beside it.
+        subject: What the checkpoint is called where it does not fit the map.
 
     Raises:
         CheckpointError: A checkpoint is not what its config implies; `details` lists every tensor concerned.
-        MappingError: The map does not convert this family, or the graft does not fit.
+        MappingError: The map does not convert this family, or the checkpoints do not fit each other.
     """
     weight_map = loaded.map
-    model = read_model(weight_map, checkpoint)
-    checkpoints: dict[Role, Checkpoint] = {SOURCE: checkpoint}
-    layouts: dict[Role, Mapping[str, str]] = {}
-    if graft is not None:
-        # A world of its own: whatever would refuse the donor as a source refuses it as a donor.
-        donor = resolve(loaded, graft.donor)
-        model = model.with_vision_of(donor.model, graft.projector)
-        checkpoints[VISION_FROM], layouts[VISION_FROM] = graft.donor, donor.layouts[SOURCE]
+    model = read_model(weight_map, checkpoint, subject=subject)
+    check_map(weight_map, pairing)
+    # Worlds of their own: whatever would refuse another checkpoint as a source refuses it here.
+    worlds = {role: resolve(loaded, other, subject=SUBJECTS[role]) for role, other in pairing.others.items()}
+    if VISION_FROM in worlds:
+        model = model.with_vision_of(worlds[VISION_FROM].model, pairing.projector)
     symbols = {**model.symbols, "vocab": weight_map.vocabulary.cut.get(model.symbols["rows"], model.symbols["rows"])}
     values = _moved_values(weight_map, model, symbols["vocab"], checkpoint)
-    rows = [(row, role_of(row.to, checkpoints)) for row in weight_map.weights if row.applies(model.conditions)]
-    own = [row for row, role in rows if role == SOURCE]
+    models: dict[Role, SourceModel] = {SOURCE: model}
+    parents: dict[str, Mapping[str, Any]] = dict.fromkeys(STACKS, values)
+    for role, world in worlds.items():
+        models[role] = world.model
+        if role == DECODER_FROM:
+            check_fit(symbols, values, world.symbols, world.values)
+            parents["decoder"] = world.values
+    checkpoints: dict[Role, Checkpoint] = {SOURCE: checkpoint, **pairing.others}
+    depths = {part: depth_of(models[role_of(part, checkpoints)]) for part in STACKS}
+    layers = check_layers(pairing.layers, depths)
+    rows = [row for row in weight_map.weights if row.applies(model.conditions)]
     drops = [drop for drop in weight_map.drop if drop.applies(model.conditions)]
-    layouts[SOURCE] = _find_layout(weight_map, own, drops, symbols, checkpoint)
-    tensors = {name: tensor for each in checkpoints.values() for name, tensor in each.tensors.items()}
+    sides = _sides(loaded, rows, drops, checkpoints, models, symbols, worlds)
     prefixes = fill(weight_map.target.roots, {}, model.conditions)
-    layout = {**layouts.get(VISION_FROM, {}), **layouts[SOURCE]}
+    layout = {**(sides[VISION_FROM].layout if VISION_FROM in sides else {}), **sides[SOURCE].layout}
+    tensors = {name: tensor for each in checkpoints.values() for name, tensor in each.tensors.items()}
     check_rows(loaded, model.conditions, layout, prefixes, symbols, tensors)
-    collectors = {role: _Collector(each, model) for role, each in checkpoints.items()}
-    targets = [
-        item
-        for row, role in rows
-        for item in _resolve_row(row, role, layouts[role], prefixes, symbols, collectors[role])
-    ]
-    dropped = [item for drop in drops for item in _resolve_drop(drop, layouts[SOURCE], symbols, collectors[SOURCE])]
-    for role, collector in collectors.items():
-        collector.finish(weight_map, whole=role == SOURCE)
-    return Resolution(model, checkpoints, layouts, symbols, values, tuple(targets), tuple(dropped))
+    targets = tuple(_targets(rows, sides, prefixes, pairing.table, layers))
+    dropped = [item for drop in drops for item in resolve_drop(drop, sides[SOURCE])]
+    for role, side in sides.items():
+        side.collector.finish(weight_map, whole=role == SOURCE)
+    return Resolution(
+        model=model,
+        checkpoints=checkpoints,
+        models=models,
+        layouts={role: side.layout for role, side in sides.items()},
+        symbols=symbols,
+        values=values,
+        stacks={part: stack_values(parents[part], layers.get(part)) for part in STACKS},
+        table=(pairing.table, models[pairing.table].symbols["rows"]),
+        layers=layers,
+        targets=targets,
+        drops=(*dropped, *_repeats(worlds)),
+        left=tuple(left_behind(_own(rows, checkpoints), sides[SOURCE], targets)),
+    )
 
 
-def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
+def _own(rows: Iterable[Row], roles: Iterable[Role]) -> list[Row]:
+    """The rows that a source must have the tensors of: it is whole, even where another checkpoint gives the decoder."""
+    others = {*roles} - {DECODER_FROM}
+    return [row for row in rows if any(role_of(part, others) == SOURCE for part in row.to)]
+
+
+def _sides(
+    loaded: LoadedMap,
+    rows: Sequence[Row],
+    drops: Sequence[Drop],
+    checkpoints: Mapping[Role, Checkpoint],
+    models: Mapping[Role, SourceModel],
+    symbols: Mapping[str, int],
+    worlds: Mapping[Role, Resolution],
+) -> dict[Role, Side]:
+    """The checkpoints, each with its own spelling; the decoder's parent has its own sizes too."""
+    layouts = {role: world.layouts[SOURCE] for role, world in worlds.items()}
+    layouts[SOURCE] = _find_layout(loaded.map, _own(rows, checkpoints), drops, symbols, checkpoints[SOURCE])
+    return {
+        role: Side(
+            role,
+            layouts[role],
+            worlds[role].symbols if role == DECODER_FROM else symbols,
+            Collector(checkpoint, models[role]),
+        )
+        for role, checkpoint in checkpoints.items()
+    }
+
+
+def _targets(
+    rows: Sequence[Row], sides: Mapping[Role, Side], prefixes: Mapping[str, str], table: Role, layers: Layers
+) -> Iterator[Resolved]:
+    """Every target tensor, behind a look at all tensors that rows name."""
+    for row in _own(rows, sides):
+        look(row, sides[SOURCE])
+    for row in rows:
+        for role in dict.fromkeys(role_of(part, sides, table=table) for part in row.to):
+            look(row, sides[role])
+        for part, pattern in row.targets:
+            role = role_of(part, sides, table=table)
+            yield from resolve_target(row, part, pattern, sides[role], prefixes, layers.get(part))
+
+
+def _repeats(worlds: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
+    """What the decoder's parent drops because it repeats another tensor, which is yet to be seen."""
+    if DECODER_FROM in worlds:
+        for drop in worlds[DECODER_FROM].drops:
+            if drop.equals is not None:
+                yield replace(drop, role=DECODER_FROM)
+
+
+def read_model(weight_map: WeightMap, checkpoint: Checkpoint, *, subject: str = "the source") -> SourceModel:
     """The source model as its config describes it.
 
     Raises:
@@ -140,7 +209,7 @@ def read_model(weight_map: WeightMap, checkpoint: Checkpoint) -> SourceModel:
     if model_type not in weight_map.source.model_type:
         raise MappingError(
             f"mapping {weight_map.name!r} converts {', '.join(weight_map.source.model_type)}; "
-            f"the source is {describe_model_type(checkpoint.config)}",
+            f"{subject} is {describe_model_type(checkpoint.config)}",
             where=checkpoint.path,
         )
     return FAMILIES[str(model_type)].read(checkpoint.config, checkpoint.path / "config.json")
@@ -190,7 +259,7 @@ def _find_layout(
             raise CheckpointError(
                 f"holds no {root} tensors under any known spelling; it holds {some(checkpoint.tensors)}",
                 where=checkpoint.path,
-                hint=_foreign(checkpoint.tensors) or f"known prefixes: {', '.join(map(repr, spellings))}",
+                hint=foreign(checkpoint.tensors) or f"known prefixes: {', '.join(map(repr, spellings))}",
             )
         if len(found) > 1:
             counts = ", ".join(f"{hits[spelling]} as {spelling!r}" for spelling in found)
@@ -215,143 +284,3 @@ def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int, checkpo
                 )
             values[name] = token
     return values
-
-
-@dataclass(slots=True)
-class _Collector:
-    """Everything wrong, gathered while rows are resolved."""
-
-    checkpoint: Checkpoint
-    model: SourceModel
-    used: set[str] = field(default_factory=set)
-    missing: dict[str, None] = field(default_factory=dict)
-    misshapen: list[str] = field(default_factory=list)
-
-    def take(self, name: str, *, carries: bool) -> StoredTensor | None:
-        tensor = self.checkpoint.tensors.get(name)
-        if tensor is None:
-            if carries:
-                self.missing[name] = None
-        elif carries:
-            self.used.add(name)
-        return tensor
-
-    def finish(self, weight_map: WeightMap, *, whole: bool) -> None:
-        """Tell everything that is wrong; of a checkpoint that need not be used whole, not what was left over."""
-        unused = [name for name in self.checkpoint.tensors if name not in self.used] if whole else []
-        if not (unused or self.missing or self.misshapen):
-            return
-        missing = list(self.missing)
-        details = [f"missing: {name}{_nearest(name, unused)}" for name in missing[:MAX_NEAREST]]
-        details += [f"missing: {name}" for name in missing[MAX_NEAREST:]]
-        details += [f"unused: {name}{_nearest(name, missing)}" for name in unused[:MAX_NEAREST]]
-        details += [f"unused: {name}" for name in unused[MAX_NEAREST:]]
-        details += self.misshapen
-        counts = {"missing": len(self.missing), "unused": len(unused), "misshapen": len(self.misshapen)}
-        summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        raise CheckpointError(
-            f"its tensors are not those of mapping {weight_map.name!r} and its config: {summary}",
-            where=self.checkpoint.path,
-            hint=_foreign(unused),
-            details=details,
-        )
-
-
-MAX_NEAREST: Final = 50
-"""For how many names of a kind the nearest one is looked up; the search is quadratic."""
-
-
-def _nearest(name: str, others: list[str]) -> str:
-    hint = did_you_mean(name, others[:2000]) if others else None
-    return f" ({hint})" if hint else ""
-
-
-def _foreign(names: Iterable[str]) -> str | None:
-    for name in names:
-        for marker, advice in FOREIGN_NAMES.items():
-            if marker in name:
-                return f"{name} says that this is {advice}"
-    return None
-
-
-def _sizes(shape: Iterable[Size], symbols: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(symbols[size] if isinstance(size, str) else size for size in shape)
-
-
-def _resolve_row(
-    row: Row,
-    role: Role,
-    layout: Mapping[str, str],
-    prefixes: Mapping[str, str],
-    symbols: Mapping[str, int],
-    collector: _Collector,
-) -> Iterable[Resolved]:
-    shape = _sizes(row.target_shape, symbols)
-    names = [None] if row.from_ is None else [name for _, name in expand(row.from_, layout, symbols)]
-    for part, pattern in row.targets:
-        for name, (_, target) in zip(names, expand(pattern, prefixes, symbols), strict=True):
-            if name is None:
-                yield Resolved(row, part, target, None, shape, role)
-            elif (tensor := _checked(row, name, symbols, collector)) is not None:
-                yield Resolved(row, part, target, tensor, shape, role)
-
-
-def _checked(row: Row, name: str, symbols: Mapping[str, int], collector: _Collector) -> StoredTensor | None:
-    """The tensor of a row if it is there with the right shape and dtype; what is wrong is collected once."""
-    known = name in collector.used or name in collector.missing
-    tensor = collector.take(name, carries=row.op.carries) if not known else collector.checkpoint.tensors.get(name)
-    if tensor is None or known:
-        return tensor
-    expected = _sizes(row.shape, symbols)
-    if tensor.entry.shape != expected:
-        collector.misshapen.append(
-            f"misshapen: {name} has shape {list(tensor.entry.shape)}, "
-            f"expected {list(expected)} ({_implied_by(row, collector.model)})"
-        )
-    elif isinstance(row.op, TakeRows) and (taken := _sizes(row.target_shape, symbols)[0]) > expected[0]:
-        collector.misshapen.append(f"misshapen: {name} has {expected[0]} rows, of which {taken} cannot be taken")
-    if tensor.entry.dtype not in CONFIG_NAMES:
-        collector.misshapen.append(
-            f"misshapen: {name} has dtype {tensor.entry.dtype}, expected one of {', '.join(CONFIG_NAMES)}"
-        )
-    return tensor
-
-
-def _implied_by(row: Row, model: SourceModel) -> str:
-    """Where a row's shape comes from: its symbols, and the fields of config.json that they are made of."""
-    fields = [f"{size} is {model.fields[size]}" for size in dict.fromkeys(map(str, row.shape)) if size in model.fields]
-    return "; ".join([", ".join(map(str, row.shape)), ", ".join(fields)]) if fields else ", ".join(map(str, row.shape))
-
-
-def _resolve_drop(
-    drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int], collector: _Collector
-) -> Iterable[ResolvedDrop]:
-    root = root_of(drop.from_)
-    if root is not None and root not in layout:
-        return
-    tensors = collector.checkpoint.tensors
-    others = _names_to_equal(drop, layout, symbols)
-    for index, name in expand(drop.from_, layout, symbols):
-        if name not in tensors:
-            continue
-        collector.used.add(name)
-        equals = None
-        if drop.must_equal is not None:
-            other = others.get(index, others.get(None, drop.must_equal))
-            if other in collector.missing:
-                continue  # it is told with everything that is missing
-            equals = tensors.get(other)
-            if equals is None:
-                raise MappingError(
-                    f"{name} can be dropped only if it equals {other}, which is not there",
-                    where=collector.checkpoint.path,
-                )
-        yield ResolvedDrop(drop, tensors[name], equals)
-
-
-def _names_to_equal(drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int]) -> dict[int | None, str]:
-    """The names that a drop must equal, by layer; none where the source has nothing under their root."""
-    root = None if drop.must_equal is None else root_of(drop.must_equal)
-    if drop.must_equal is None or (root is not None and root not in layout):
-        return {}
-    return dict(expand(drop.must_equal, layout, symbols))

@@ -2,10 +2,20 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
+from t5g2convert.checkpoint.config import MAX_INTEGER, Positive
 from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
 from t5g2convert.checkpoint.targets import TARGETS
 from t5g2convert.mapping.families import FAMILIES, worlds_of
@@ -170,11 +180,37 @@ class Drop(Declaration):
         return self.when is None or self.when in conditions
 
 
+Length = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+
+
+class PresetSettings(Declaration):
+    """What a preset may set, by the names of config values: what a plan declares as changed, and nothing else."""
+
+    rope_full_factor: Positive | None = Field(default=None, description="Full layers divide positions by it.")
+    rope_full_theta: Positive | None = Field(default=None, description="Base of the frequencies of full layers.")
+    rope_sliding_theta: Positive | None = Field(default=None, description="The same of sliding layers.")
+    rope_factor: Positive | None = Field(default=None, description="All layers divide positions by it.")
+    rope_theta: Positive | None = Field(default=None, description="Base of the frequencies of all layers.")
+    sliding_window: Length | None = Field(default=None, description="Tokens that a sliding layer sees.")
+    max_position_embeddings: Length | None = Field(default=None, description="Tokens of the longest input.")
+
+    @model_validator(mode="after")
+    def _sets_something(self) -> Self:
+        if not self.model_fields_set or None in self.given.values():
+            raise ValueError("expected at least one setting, and a value for each")
+        return self
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """Those that stand there."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+
 class Preset(Declaration):
     """Settings that go together, by the names of config values."""
 
-    requires: dict[str, int] = Field(description="Config values that the source must have.")
-    settings: dict[str, int | float] = Field(min_length=1, description="Config values of the target.")
+    requires: dict[str, int | float] = Field(description="Config values that the source must have.")
+    settings: PresetSettings = Field(description="Config values of the target.")
     assumed: list[str] = Field(
         default_factory=list, description="Those of the settings that are ours; the plan says which."
     )
@@ -239,7 +275,10 @@ class WeightMap(Declaration):
     weights: list[Row] = Field(min_length=1)
     drop: list[Drop] = Field(default_factory=list)
     presets: dict[str, Preset] = Field(default_factory=dict, description="What --preset may name.")
-    config: dict[str, Any] = Field(description="config.json of the target; $name is a value of the source's config.")
+    config: dict[str, Any] = Field(
+        description="config.json of the target; $name is a value of the source's config, $encoder.name and "
+        "$decoder.name are values of that stack's own parent."
+    )
     generation_config: dict[str, Any] | None = Field(
         default=None,
         description="generation_config.json of the target, in the same form; none for what writes no text.",

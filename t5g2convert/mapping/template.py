@@ -1,16 +1,31 @@
 """The target's config as a map writes it: plain JSON in which some values stand for values of the source.
 
 * `$name` is the source's value of that name; `$vocab` and `$dtype` belong to the target.
+* `$encoder.name` and `$decoder.name` are the values of that stack's own parent, with the layers that the stack takes.
 * `{case: {vision: X, text_only: Y}}` is X or Y, by which of the conditions holds for the source.
 """
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from t5g2convert.checkpoint.roles import STACKS
 from t5g2convert.mapping.loader import NodePath
 
 TARGET_VALUES = ("vocab", "dtype")
 """Names that are settled while planning, not read from the source's config."""
+
+
+def value_names(names: Collection[str]) -> set[str]:
+    """What may stand behind a dollar sign in a config, for a family whose values have these names."""
+    plain = [name for name in names if "." not in name]
+    return {*names, *(f"{part}.{name}" for part in STACKS for name in plain), *TARGET_VALUES}
+
+
+def has_value(node: Any, name: str) -> bool:
+    """Whether a template asks for a value, by its name."""
+    if isinstance(node, dict | list):
+        return any(has_value(item, name) for item in (node.values() if isinstance(node, dict) else node))
+    return bool(node == f"${name}")
 
 
 def template_faults(
@@ -32,8 +47,8 @@ def template_faults(
             yield from template_faults(item, names, worlds, (*at, position))
     elif isinstance(node, dict):
         if "case" in node and (len(node) != 1 or not _settles(node["case"], worlds)):
-            told = " or ".join(" and ".join(sorted(world)) for world in worlds)
-            yield f"case must stand alone and name exactly one condition of: {told}", at, None
+            known = ", ".join(sorted(frozenset().union(*worlds)))
+            yield f"case must stand alone, and one of its names must hold for every source, of {known}", at, None
         for key, item in node.items():
             yield from template_faults(item, names, worlds, (*at, key))
 

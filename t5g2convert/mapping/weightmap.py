@@ -1,11 +1,12 @@
 """A weight map from its file, checked for everything that can be known without a model."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import ValidationError
 
@@ -24,7 +25,7 @@ from t5g2convert.mapping.schema import (
     TokenizerFiles,
     WeightMap,
 )
-from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults
+from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults, value_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ def _schema_error(document: Document, error: ValidationError) -> MappingError:
 def _known_keys(at: NodePath) -> list[str]:
     """The keys of the declaration at a path of the schema."""
     model: Any = WeightMap
-    for step in at[:-1]:
+    steps = iter(at[:-1])
+    for step in steps:
         if isinstance(step, int):
             continue
         found = next((info for name, info in model.model_fields.items() if step in (name, info.alias)), None)
@@ -103,6 +105,8 @@ def _known_keys(at: NodePath) -> list[str]:
         model = next((item for item in inner if hasattr(item, "model_fields")), None)
         if model is None:
             return []
+        if get_origin(found.annotation) is dict:
+            next(steps, None)  # a name that the map gives
     return [info.alias or name for name, info in model.model_fields.items()]
 
 
@@ -136,8 +140,9 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
             yield f"unknown value {name!r}", ("requires", name, "<key>"), did_you_mean(name, values)
     yield from _preset_faults(weight_map, values)
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
-        for reason, at, unknown in template_faults(template, values | set(TARGET_VALUES), worlds, (key,)):
-            yield reason, at, did_you_mean(unknown, values | set(TARGET_VALUES)) if unknown else None
+        for reason, at, unknown in template_faults(template, value_names(values), worlds, (key,)):
+            yield reason, at, did_you_mean(unknown, value_names(values)) if unknown else None
+    yield from _made_type_faults(weight_map, worlds)
     yield from _file_faults(weight_map, values | set(TARGET_VALUES), worlds)
 
 
@@ -157,6 +162,16 @@ def _target_faults(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
                 continue
             yield "expected a prefix as it stands, without braces", at, None
             break
+
+
+def _made_type_faults(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
+    """A config of another family than the target's."""
+    for world in worlds:
+        made = fill(weight_map.config, defaultdict(lambda: None), world).get("model_type")
+        if made not in weight_map.target.model_types:
+            told = f"config.json would have model_type {made!r}, expected {' or '.join(weight_map.target.model_types)}"
+            yield told, ("config", "model_type"), None
+            return
 
 
 def _condition_faults(items: Iterable[Row | Drop], worlds: Worlds, key: str) -> Iterator[Fault]:
@@ -222,15 +237,15 @@ def _vocabulary_faults(weight_map: WeightMap, numbers: set[str]) -> Iterator[Fau
 
 def _preset_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
     for preset, declared in weight_map.presets.items():
-        for key, names in (("requires", declared.requires), ("settings", declared.settings)):
+        for key, names in (("requires", declared.requires), ("settings", declared.settings.given)):
             for name in names:
                 if name not in values:
                     at: NodePath = ("presets", preset, key, name, "<key>")
                     yield f"unknown value {name!r}", at, did_you_mean(name, values)
         for position, name in enumerate(declared.assumed):
-            if name not in declared.settings:
+            if name not in declared.settings.given:
                 at = ("presets", preset, "assumed", position)
-                yield f"{name!r} is none of the settings", at, did_you_mean(name, declared.settings)
+                yield f"{name!r} is none of the settings", at, did_you_mean(name, declared.settings.given)
 
 
 def _placeholder_hint(pattern: str, roots: Mapping[str, object]) -> str | None:

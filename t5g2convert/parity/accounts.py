@@ -1,14 +1,22 @@
 """What became of every tensor of the source, for provenance: nothing may be lost without a word."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, role_in
 from t5g2convert.conversion.plan import Kind, Plan
 
 WIDENED: Final = {("BF16", "F32"), ("F16", "F32")}
 """Casts that lose nothing: the source can be had back."""
+
+_NAMES: Final[dict[Role, tuple[str, str]]] = {
+    SOURCE: ("it", "the source's"),
+    DECODER_FROM: ("the decoder's parent", "the decoder's parent's"),
+    VISION_FROM: ("the donor", "the donor's"),
+}
+"""What a checkpoint is called in a sentence, and what is its own; the source goes first."""
 
 
 def accounts_of(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
@@ -41,17 +49,32 @@ def accounts_of(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
     return accounts
 
 
-def account(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
-    """The same in a sentence, with what the target is made of."""
-    kinds = Counter(tensor.content.kind for tensor in plan.tensors)
+def account(plan: Plan, accounts: Mapping[str, list[str]], residuals: Sequence[tuple[float, float]] = ()) -> str:
+    """The same in a sentence, with what the target is made of.
+
+    Args:
+        plan: The plan.
+        accounts: The source's tensors by what became of them.
+        residuals: For each aligned projector between which bounds the residual of its tables lies.
+    """
+    kinds: Counter[tuple[Kind, Role]] = Counter()
+    for tensor in plan.tensors:
+        source = tensor.content.source
+        kinds[tensor.content.kind, SOURCE if source is None else role_in(source.file)] += 1
     said: dict[Kind, str] = {
-        "copy": "tensors are the source's byte for byte",
-        "cast": f"are the source's in {plan.dtype}, as declared",
-        "scaled_row": "is a row of it, scaled",
-        "zeros": "are zeros",
-        "aligned": "is the donor's, aligned",
+        "copy": "tensors are {whose} byte for byte",
+        "cast": f"are {{whose}} in {plan.dtype}, as declared",
+        "scaled_row": "is a row of {it}, scaled",
+        "zeros": "is zeros" if kinds["zeros", SOURCE] == 1 else "are zeros",
+        "aligned": f"is {{whose}}, aligned ({', '.join(map(_residual, residuals))})",
     }
-    told = ", ".join(f"{kinds[kind]} {what}" for kind, what in said.items() if kinds[kind])
+    parts = [
+        f"{kinds[kind, role]} {what.format(whose=whose, it=it)}"
+        for kind, what in said.items()
+        for role, (it, whose) in _NAMES.items()
+        if kinds[kind, role]
+    ]
+    told = ", ".join([*parts[:1], *(part.replace(" tensors are", " are") for part in parts[1:])])
     if accounts["whole"]:
         told += f"; {len(accounts['whole'])} of the source can be rebuilt"
     if accounts["rounded"]:
@@ -61,3 +84,9 @@ def account(plan: Plan, accounts: Mapping[str, list[str]]) -> str:
     if accounts["dropped"]:
         told += f"; {len(accounts['dropped'])} were dropped, as declared"
     return told
+
+
+def _residual(bounds: tuple[float, float]) -> str:
+    """What is left of the source's table when the donor's has been carried over: 0 nothing, 1 all of it."""
+    lower, upper = (f"{bound:.3g}" for bound in bounds)
+    return f"residual {upper}" if lower == upper else f"residual at most {upper}"

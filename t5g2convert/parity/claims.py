@@ -68,6 +68,11 @@ def _source_faults(role: str, planned: PlannedSource, told: Mapping[str, Any] | 
     for key, expected in (("family", planned.family), ("layout", dict(planned.layout))):
         if told[key] != expected:
             yield f"t5g2.json says {role} {key} {told[key]!r}, expected {expected!r}"
+    # What was made from a model of the Hub may be judged by a copy of it, and the other way round.
+    hub = told.get("hub")
+    if hub is not None and planned.hub is not None and hub != planned.hub.to_json():
+        made_of, opened = (f"{each['repo']}@{each['revision']}" for each in (hub, planned.hub.to_json()))
+        yield f"t5g2.json was made from {role} {made_of}, and {opened} was opened: give the one that it was made from"
     files = told["files"]
     sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
     sizes["config.json"] = planned.config.size

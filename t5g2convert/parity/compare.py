@@ -20,6 +20,7 @@ from t5g2convert.parity.report import Drift, writable
 from t5g2convert.parity.text import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.prompts import TextCodec
+from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.weights import check_place
 
@@ -50,7 +51,8 @@ class Comparison:
     Attributes:
         decoder_alone: The decoder reads the text, its memory hidden, as Gemma 3 does.
         prefix_in_encoder: The encoder reads the first half; decoder and Gemma 3 predict the second.
-        drifts: How far the decoder's states are from Gemma 3's, layer by layer, in the first reading.
+        drifts: How far the decoder's states are from Gemma 3's, layer by layer, in the first reading; where the two
+            have other depths, those of the embeddings alone.
     """
 
     decoder_alone: Reading
@@ -87,7 +89,7 @@ def compare(
     Raises:
         CheckpointError: A folder is not sound.
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
-        UsageError: The text cannot be read or is too short, or the two are of other depths or widths.
+        UsageError: The text cannot be read or is too short, or the two are of other widths.
     """
     check_place(dtype, device)
     progress = progress or (lambda _: None)
@@ -110,7 +112,11 @@ def compare(
     found = hidden_memory_run(target, Batch(ids_BT, everything))
     track = Track("decoder", target.decoder, [Pair(expected, found, everything)])
     track.compare("embed_tokens")
-    advance_side_by_side(source.text, [track], progress, trace=False)
+    if len(source.text) == len(target.decoder):
+        advance_side_by_side(source.text, [track], progress, trace=False)
+    else:
+        _advance(source.text, expected, progress)
+        _advance(target.decoder, found, progress)
     gemma_TC = source.text.norm(expected.hidden_BTC)[0]
     alone_TC = target.decoder.norm(found.hidden_BTC)[0]
     progress("softmax")
@@ -125,17 +131,23 @@ def compare(
 
 def _check_pair(source: Gemma3Reference, target: T5Gemma2Reference) -> None:
     ours, theirs = source.text.settings, target.decoder.settings
-    for what, one, other in (
-        ("layers", len(source.text), len(target.decoder)),
-        ("hidden_size", ours.hidden_size, theirs.hidden_size),
-    ):
-        if one != other:
-            raise UsageError(f"the two cannot be compared: {what} is {one} in Gemma 3 and {other} in the decoder")
+    if ours.hidden_size != theirs.hidden_size:
+        raise UsageError(
+            f"the two cannot be compared: hidden_size is {ours.hidden_size} in Gemma 3 and {theirs.hidden_size} in the "
+            "decoder"
+        )
     if ours.vocab_size < theirs.vocab_size:
         raise UsageError(
             f"the two cannot be compared: vocab_size is {ours.vocab_size} in Gemma 3 and more, {theirs.vocab_size}, in "
             "the decoder"
         )
+
+
+def _advance(stack: Stack, run: Run, progress: Callable[[str], None]) -> None:
+    """Take a batch through all layers of a stack alone."""
+    for number, kind in enumerate(stack.settings.layer_types):
+        progress(f"layer {number + 1} of {len(stack)}")
+        run.advance(stack.layer(number), kind, number)
 
 
 def _continue(target: T5Gemma2Reference, ids_BT: Tensor, half: int) -> Tensor:

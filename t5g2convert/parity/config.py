@@ -8,9 +8,10 @@ from typing import Any
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.gemma3 import Gemma3
+from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.parent import Stacks
 from t5g2convert.parity.report import Check, refused
 
 SHARED = (
@@ -20,7 +21,7 @@ SHARED = (
     "num_key_value_heads", "pad_token_id", "query_pre_attn_scalar", "rms_norm_eps", "sliding_window", "use_cache",
     "vocab_size",
 )  # fmt: skip
-"""Settings that both stacks have from the source under the same name."""
+"""Settings that a stack has from its parent under the same name."""
 
 STUB = {
     "attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 16, "image_size": 28,
@@ -36,20 +37,24 @@ def judge_config(
     generation: Mapping[str, Any],
     changes: Mapping[str, Any],
     *,
+    stacks: Stacks | None = None,
     ends: int | list[int] | None = None,
 ) -> Check:
     """Compare config.json and generation_config.json with what the source and the declared changes imply.
 
     Args:
-        source: The source's settings.
+        source: The source's settings, with the tower that the target should have.
         target: The converted folder.
         generation: Its generation_config.json.
         changes: New values from the manifest, by the source's name of a setting, or by its path in the target's config.
-        ends: End tokens of the source's generation_config.json, which may be more than those of its config.json.
+        stacks: The settings of both text stacks, if they are not the source's.
+        ends: End tokens of the generation_config.json of the decoder's parent, which may be more than those of its
+            config.json.
     """
-    expected = dict(flatten(expected_config(source, changes)))
+    stacks = stacks or both_of(source)
+    expected = dict(flatten(expected_config(source, changes, stacks)))
     expected |= {path: value for path, value in changes.items() if path in expected and "." in path}
-    written = {name: getattr(source.text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    written = {name: getattr(stacks.decoder, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if ends is not None:
         written["eos_token_id"] = ends
     return judge_settings(expected, target, differences(written, generation), changes)
@@ -79,19 +84,18 @@ def judge_settings(
     return Check("config", True, f"{len(wanted)} settings are the source's{told}")
 
 
-def expected_config(source: Gemma3, changes: Mapping[str, Any]) -> dict[str, Any]:
+def both_of(source: Gemma3) -> Stacks:
+    """Both stacks as the source is, whole."""
+    return Stacks(source.text, source.text, source.text.vocab_size)
+
+
+def expected_config(source: Gemma3, changes: Mapping[str, Any], stacks: Stacks | None = None) -> dict[str, Any]:
     """config.json of the target, without `dtype`."""
-    values = {**source.values, **{name: value for name, value in changes.items() if name != "dtype"}}
-    stack = {name: values[name] for name in SHARED} | {
-        "dropout_rate": 0.0,
-        "rope_parameters": {
-            "full_attention": {
-                "rope_type": "linear", "rope_theta": values["rope_full_theta"], "factor": values["rope_full_factor"],
-            },
-            "sliding_attention": {"rope_type": "default", "rope_theta": values["rope_sliding_theta"]},
-        },
-        "tie_word_embeddings": True,
-    }  # fmt: skip
+    stacks = stacks or both_of(source)
+    told = {"vocab_size": stacks.rows, **{name: value for name, value in changes.items() if name != "dtype"}}
+    values = {**source.values, **told}
+    # What the model writes starts and ends as the decoder's parent has it.
+    writing = {**stacks.decoder.model_dump(), **told}
     tokens = {name: values[name] for name in ("eoi_token_index", "image_token_index", "initializer_range")}
     vision = STUB if source.vision is None else source.vision.model_dump()
     return {
@@ -102,19 +106,34 @@ def expected_config(source: Gemma3, changes: Mapping[str, Any]) -> dict[str, Any
         "classifier_dropout_rate": 0.0,
         "dropout_rate": 0.0,
         **tokens,
-        **{name: values[name] for name in ("attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id")},
-        "vocab_size": values["vocab_size"],
+        "attention_dropout": values["attention_dropout"],
+        **{name: writing[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size")},
         "encoder": {
             "model_type": "t5gemma2_encoder",
             "boi_token_index": values["boi_token_index"],
             **tokens,
             "mm_tokens_per_image": 4 if source.vision is None else values["mm_tokens_per_image"],
             "tie_word_embeddings": True,
-            "text_config": {"model_type": "t5gemma2_text", **stack},
+            "text_config": {"model_type": "t5gemma2_text", **_expected_stack(stacks.encoder, told)},
             "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **vision},
         },
-        "decoder": {"model_type": "t5gemma2_decoder", **stack},
+        "decoder": {"model_type": "t5gemma2_decoder", **_expected_stack(stacks.decoder, told)},
     }
+
+
+def _expected_stack(text: Gemma3Text, told: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a text stack with this parent, but for those that are told."""
+    values = {**text.model_dump(), **told}
+    return {name: values[name] for name in SHARED} | {
+        "dropout_rate": 0.0,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "linear", "rope_theta": values["rope_full_theta"], "factor": values["rope_full_factor"],
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": values["rope_sliding_theta"]},
+        },
+        "tie_word_embeddings": True,
+    }  # fmt: skip
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 ATTENTION = "self_attn (windows, RoPE, scale, softcap or heads)"
 """What is between the projections and o_proj, and has no parameters."""
 
+CROSS_ATTENTION = "cross_attn (scale, softcap or heads)"
+"""The same of a decoder's attention to the encoder's output."""
+
 
 def first_departure(
     expected: nn.Module,
@@ -23,9 +26,9 @@ def first_departure(
     Where none does, the first parameter that differs; nothing where only the result of the whole does.
 
     Args:
-        expected: Gemma 3's layer.
+        expected: The parent's layer.
         expected_inputs: States and the rest, as it takes them.
-        found: The layer of T5Gemma 2, whose names are given.
+        found: The target's, whose names are given; it may have parameters behind those of the parent's.
         found_inputs: What it takes.
         kept_BT: False at padding; None where there is none.
     """
@@ -34,7 +37,7 @@ def first_departure(
         if left.shape != right.shape or not torch.equal(_tokens(left, kept_BT), _tokens(right, kept_BT)):
             return name
     # Some parameters are no module's: the projection of the soft tokens, the table of positions.
-    parameters = zip(expected.parameters(), found.named_parameters(), strict=True)
+    parameters = zip(expected.parameters(), found.named_parameters(), strict=False)
     return next((name for ours, (name, theirs) in parameters if not torch.equal(ours, theirs)), "")
 
 
@@ -51,13 +54,18 @@ def _outputs(layer: nn.Module, inputs: Sequence[object]) -> list[tuple[str, Tens
     with ExitStack() as hooks:
         for name, module in layer.named_modules():
             if name.endswith(("o_proj", "out_proj")):
-                before = module.register_forward_pre_hook(lambda _, given: keep(ATTENTION, given[0]))
+                between = CROSS_ATTENTION if name.startswith("cross_attn.") else ATTENTION
+                before = module.register_forward_pre_hook(partial(_keep_input, keep, between))
                 hooks.callback(before.remove)
             if next(module.children(), None) is None:
                 after = module.register_forward_hook(partial(_keep_output, keep, name))
                 hooks.callback(after.remove)
         layer(*inputs)
     return list(outputs.items())
+
+
+def _keep_input(keep: Callable[[str, Tensor], None], name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    keep(name, given[0])
 
 
 def _keep_output(

@@ -82,7 +82,7 @@ class _Extracted(Kind[T5Gemma2Parent]):
             return [judge_carried(parent.folders, target, judge.manifest)]
 
         judge.make(["tokenizer"], tokens)
-        judge.remarks += change_remarks(judge.changes)
+        judge.remarks += change_remarks(target, judge.changes)
         whole = T5Gemma2Reference(parent.checkpoint, **judge.reading(rounded=True))
         if whole.vision is None:
             judge.skip(["vision_parity"], "the source has no images")

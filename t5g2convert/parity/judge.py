@@ -63,6 +63,11 @@ class Judge:
         """The changes that the manifest declares, by field."""
         return {change["field"]: change for change in self.manifest.get("changes", ())}
 
+    @property
+    def new_values(self) -> Mapping[str, Any]:
+        """The values that settings were changed to, by field."""
+        return {field: change["target"] for field, change in self.changes.items()}
+
     def reading(self, *, rounded: bool = False) -> ReadOptions:
         """How weights are read; `rounded` for the parent's, which are judged as the conversion cast them."""
         options: ReadOptions = {"dtype": getattr(torch, str(self.dtype)), "device": self.device}

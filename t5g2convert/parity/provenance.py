@@ -54,8 +54,8 @@ def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None, p
     """
     options = recorded_options(manifest.get("options", {}))
     options["mapping"], options["part"] = mapping, part
-    source, options["vision_from"] = sources.origins
-    return build_plan(source, **options)
+    options = {**options, **sources.other_origins}
+    return build_plan(sources.origin, **options)
 
 
 def planned(
@@ -84,6 +84,7 @@ def check_options(manifest: Mapping[str, Any]) -> None:
         CheckpointError: With the option.
     """
     options = recorded_options(manifest["options"])
+    options["decoder_from"] = Path() if "decoder_from" in manifest else None
     options["vision_from"] = Path() if "vision_from" in manifest else None
     try:
         Options(**options)
@@ -104,18 +105,19 @@ def judge_provenance(
         progress: Told what is being done.
     """
     folders = parent.folders
+    residuals: list[tuple[float, float]] = []
     faults = [*header_faults(plan, target), *file_faults(plan, target, manifest), *manifest_faults(plan, manifest)]
     if not faults:
         with ExitStack() as files:
             reader = _Reader(files)
-            faults += _byte_faults(plan, folders, target, reader, progress)
+            faults += _byte_faults(plan, folders, target, reader, residuals, progress)
             faults += _repeated_faults(plan, folders, reader)
         faults += _carried_faults(plan, folders, target.path)
     accounts = accounts_of(plan, parent.checkpoint)
     faults += [f"{name} of the source cannot be rebuilt, and that is not declared" for name in accounts["lost"]]
     if faults:
         return refused("provenance", "fault(s)", faults)
-    return Check("provenance", True, account(plan, accounts))
+    return Check("provenance", True, account(plan, accounts, residuals))
 
 
 class _Reader:
@@ -137,9 +139,17 @@ class _Reader:
 
 
 def _byte_faults(
-    plan: Plan, folders: Folders, target: Checkpoint, read: _Reader, progress: Callable[[str], None]
+    plan: Plan,
+    folders: Folders,
+    target: Checkpoint,
+    read: _Reader,
+    residuals: list[tuple[float, float]],
+    progress: Callable[[str], None],
 ) -> Iterator[str]:
-    """Every range of the source is read once, and compared with all targets that it fills."""
+    """Every range of the source is read once, and compared with all targets that it fills.
+
+    The bounds of the residual of every alignment are added to `residuals`.
+    """
     fills: dict[object, list[PlannedTensor]] = defaultdict(list)
     for tensor in plan.tensors:
         fills[tensor.content, tensor.dtype, tensor.name if tensor.content.source is None else None].append(tensor)
@@ -148,7 +158,8 @@ def _byte_faults(
             progress(f"bytes of tensor {number} of {len(fills)}")
         if tensors[0].content.alignment is not None:
             progress("least squares between the embedding tables")
-            yield from _alignment_faults(tensors[0], tensors[0].content.alignment, folders, target, read)
+            alignment = tensors[0].content.alignment
+            yield from _alignment_faults(tensors[0], alignment, folders, target, read, residuals)
             continue
         content, size, scale = tensors[0].content, tensors[0].nbytes, 1.0
         if content.source is not None:
@@ -168,7 +179,12 @@ def _byte_faults(
 
 
 def _alignment_faults(
-    tensor: PlannedTensor, alignment: PlannedAlignment, folders: Folders, target: Checkpoint, read: _Reader
+    tensor: PlannedTensor,
+    alignment: PlannedAlignment,
+    folders: Folders,
+    target: Checkpoint,
+    read: _Reader,
+    residuals: list[tuple[float, float]],
 ) -> Iterator[str]:
     """Whether a projector is the donor's, carried over; computed anew from the tables."""
 
@@ -190,6 +206,7 @@ def _alignment_faults(
         rows=alignment.rows,
         ridge=alignment.ridge,
     )
+    residuals.append(expected.residual)
     stored = target.tensors[tensor.name]
     found = read(target.path / stored.file, stored.entry.start, stored.entry.nbytes)
     if len(found) != tensor.nbytes:

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from t5g2convert.parity.inputs import image_ids, pixels, token_batch
 from t5g2convert.parity.report import Check
+from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.gemma3 import Gemma3Reference
-from t5g2convert.reference.t5gemma2 import EncoderReference, T5Gemma2Reference
+from t5g2convert.reference.t5gemma2 import EncoderReference
 
 ENCODER_TOKENS = 24
 DECODER_TOKENS = 12
 
 
 @torch.inference_mode()
-def judge_runs(target: T5Gemma2Reference, *, blind: bool = False, progress: Callable[[str], None]) -> Check:
+def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callable[[str], None]) -> Check:
     """Logits must be finite, and must change when the encoder reads another text, or another image.
 
     Three sequences with the same decoder input; the second has another image than the first (another text, where the

@@ -1,5 +1,6 @@
 """How T5Gemma 2 is judged that was made of Gemma 3."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from torch import Tensor
@@ -8,11 +9,12 @@ from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.gemma3 import MULTIMODAL, TEXT_ONLY
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
+from t5g2convert.parity.ancestors import Ancestor, Ancestors
 from t5g2convert.parity.changes import change_remarks, on_source_settings
 from t5g2convert.parity.config import judge_config
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.kinds import Kind
-from t5g2convert.parity.parent import Gemma3Parent
+from t5g2convert.parity.parent import GENERATION, Gemma3Parent, taken_layers
 from t5g2convert.parity.report import Check
 from t5g2convert.parity.runs import judge_runs
 from t5g2convert.parity.text import judge_text
@@ -52,23 +54,25 @@ class ToT5Gemma2(Kind[Gemma3Parent]):
             return [judge_tokenizer(parent.folders, parent.model(projector), target, judge.manifest)]
 
         judge.make(["tokenizer"], tokens)
-        judge.remarks += change_remarks(changes)
+        judge.remarks += change_remarks(target, changes)
         reading = judge.reading(rounded=True)
-        gemma, tower = Gemma3Reference(parent.checkpoint, **reading), parent.tower(**reading)
+        tower = parent.tower(**reading)
         if tower is None:
             judge.skip(["vision_parity"], "the source has no images")
         if judge.unfit(PARITIES if tower is not None else PARITIES[1:], target):
             return
 
         def passes() -> list[Check]:
-            settled = on_source_settings(target, changes)
+            parents = _ancestors(judge, parent)
+            judge.remarks += _pairing_remarks(judge.options, parents)
+            settled = read_t5gemma2(on_source_settings(target, changes), target.path / "config.json")
             t5gemma = T5Gemma2Reference(target, model=settled, **judge.reading())
             features = None if tower is None else _look(judge, tower, t5gemma)
             batch = judge.inputs.batch(t5gemma)
             # With a tower from elsewhere there is no Gemma 3 that reads text and images.
             seen = features is not None and parent.donor is None
             images = judge.inputs.image_batch(t5gemma, features) if seen and features is not None else None
-            return judge_text(gemma, t5gemma, batch, images, tolerance=judge.tolerance, progress=judge.progress)
+            return judge_text(parents, t5gemma, batch, images, tolerance=judge.tolerance, progress=judge.progress)
 
         judge.make(PARITIES[1:], passes)
 
@@ -78,13 +82,39 @@ class ToT5Gemma2(Kind[Gemma3Parent]):
         return judge_runs(T5Gemma2Reference(target, **judge.reading()), blind=blind, progress=judge.progress)
 
 
+def _ancestors(judge: Judge, parent: Gemma3Parent) -> Ancestors:
+    """What encoder and decoder should compute: each its own parent's layers, over the table that the target has."""
+    reading = judge.reading(rounded=True)
+    encoder = decoder = Gemma3Reference(parent.checkpoint, **reading)
+    if parent.decoder is not parent.checkpoint:
+        decoder = Gemma3Reference(parent.decoder, **reading)
+        if judge.options.get("embedding_from") == "decoder-from":
+            encoder = encoder.with_table_of(decoder)
+        else:
+            decoder = decoder.with_table_of(encoder)
+    return Ancestors(
+        Ancestor(encoder, taken_layers("encoder", len(encoder.text), judge.options)),
+        Ancestor(decoder, taken_layers("decoder", len(decoder.text), judge.options)),
+    )
+
+
+def _pairing_remarks(options: Mapping[str, Any], parents: Ancestors) -> Iterator[str]:
+    """What each stack is compared with, where it is not the source whole."""
+    if parents.encoder.gemma is not parents.decoder.gemma:
+        given, other = ("source", "decoder's parent")
+        if options.get("embedding_from") == "decoder-from":
+            given, other = other, given
+        yield f"the {other} is computed with the embedding table of the {given}, which is the target's"
+    for part, ancestor in (("encoder", parents.encoder), ("decoder", parents.decoder)):
+        if f"{part}_layers" in options:
+            taken = ", ".join(map(str, ancestor.layers))
+            yield f"the {part} is compared with these of its parent's {len(ancestor.gemma.text)} layers: {taken}"
+
+
 def _config(judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> Check:
-    name = "generation_config.json"
-    given = parent.folders.source / name
-    ends = read_json_object(given).get("eos_token_id") if given.exists() else None
-    values: dict[str, Any] = {field: change["target"] for field, change in judge.changes.items()}
-    model = parent.model(judge.options.get("projector"))
-    return judge_config(model, target, read_json_object(target.path / name), values, ends=ends)
+    model, generation = parent.model(judge.options.get("projector")), read_json_object(target.path / GENERATION)
+    stacks = parent.stacks(judge.options)
+    return judge_config(model, target, generation, judge.new_values, stacks=stacks, ends=parent.ends)
 
 
 def _look(judge: Judge, tower: VisionTower, t5gemma: T5Gemma2Reference) -> Tensor | None:

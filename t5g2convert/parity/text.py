@@ -1,26 +1,52 @@
-"""decoder_parity and encoder_parity: Gemma 3 and both stacks of T5Gemma 2 side by side, a layer of each at a time."""
+"""decoder_parity and encoder_parity: a parent and both stacks of its child side by side, a layer of each at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.errors import CheckpointError
+from t5g2convert.parity.ancestors import Ancestors
 from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference, Distributions
 from t5g2convert.parity.inputs import MEMORY_TOKENS, Batch, ImageBatch, generator
 from t5g2convert.parity.report import Check, Drift
+from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.gemma3 import Gemma3Reference, image_blocks
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.weights import Weights
+
+
+class Parent(Protocol):
+    """A decoder-only model: `text` are its layers, `weights` its tensors."""
+
+    text: Stack
+    weights: Weights
+
+
+class Probe(Protocol):
+    """What else is compared of two layers while they are in memory."""
+
+    def look(self, number: int, layer: nn.Module, other: nn.Module, states_BTC: Tensor) -> None:
+        """Compare.
+
+        Args:
+            number: Which layers they are.
+            layer: The parent's.
+            other: The child's.
+            states_BTC: What the parent's was given.
+        """
 
 
 @dataclass
 class Pair:
-    """A batch on its way through Gemma 3, and the same batch through a stack of T5Gemma 2."""
+    """A batch on its way through the parent, and the same batch through a stack of the child."""
 
     expected: Run
     found: Run
@@ -29,13 +55,14 @@ class Pair:
 
 @dataclass
 class Track:
-    """One stack of T5Gemma 2 beside Gemma 3's, and what was seen of them so far."""
+    """One stack of the child beside the parent's, and what was seen of them so far."""
 
     name: str
     stack: Stack
     pairs: list[Pair]
     drifts: list[Drift] = field(default_factory=list)
     departs: str | None = None
+    probe: Probe | None = None
 
     def compare(self, layer: str) -> Difference:
         """Note how far the states are apart now."""
@@ -60,7 +87,7 @@ class Track:
 
 @torch.inference_mode()
 def judge_text(
-    source: Gemma3Reference,
+    parents: Ancestors,
     target: T5Gemma2Reference,
     batch: Batch,
     images: ImageBatch | None,
@@ -68,45 +95,80 @@ def judge_text(
     tolerance: float,
     progress: Callable[[str], None],
 ) -> list[Check]:
-    """Both parities in one walk through the layers.
+    """Both parities: in one walk through the layers where both stacks have the same, and in one for each otherwise.
 
     Args:
-        source: Gemma 3.
+        parents: What encoder and decoder should compute.
         target: T5Gemma 2.
         batch: What both stacks and Gemma 3 read.
-        images: What the encoder and Gemma 3 read besides, if they have images.
+        images: What the encoder and its parent read besides, if they have images.
         tolerance: Largest relative difference that passes; 0 is exact.
         progress: Told what is being done.
 
     Raises:
-        CheckpointError: Gemma 3 itself does not stay finite in this dtype.
+        CheckpointError: A Gemma 3 itself does not stay finite in this dtype.
     """
-    expected = source.start(batch.ids_BT, batch.kept_BT)
-    decoder = Track("decoder", target.decoder, [Pair(expected, hidden_memory_run(target, batch), batch.kept_BT)])
-    encoder = Track("encoder", target.encoder, [Pair(expected, causal_encoder_run(target, batch), batch.kept_BT)])
+    encoder_from, decoder_from = parents.encoder, parents.decoder
+    first = decoder_from.gemma.start(batch.ids_BT, batch.kept_BT)
+    second = first if parents.alike else encoder_from.gemma.start(batch.ids_BT, batch.kept_BT)
+    decoder = Track("decoder", target.decoder, [Pair(first, hidden_memory_run(target, batch), batch.kept_BT)])
+    encoder = Track("encoder", target.encoder, [Pair(second, causal_encoder_run(target, batch), batch.kept_BT)])
     if images is not None:
-        encoder.pairs.append(_image_pair(source, target, images))
+        encoder.pairs.append(_image_pair(encoder_from.gemma, target, images))
+    if parents.alike:
+        unequal = walk(decoder_from.gemma, [decoder, encoder], progress, layers=decoder_from.layers)
+    else:
+        reasons = [
+            walk(ancestor.gemma, [track], partial(_told_of, track, progress), layers=ancestor.layers)
+            for ancestor, track in ((decoder_from, decoder), (encoder_from, encoder))
+        ]
+        unequal = "; ".join(reason for reason in reasons if reason is not None)
+    if unequal:
+        return [Check(f"{part}_parity", False, unequal) for part in ("decoder", "encoder")]
+    return [
+        judge_decoder(decoder_from.gemma.text, decoder, batch, tolerance),
+        judge_encoder(encoder_from.gemma.text, encoder, batch, images, tolerance),
+    ]
+
+
+def _told_of(track: Track, progress: Callable[[str], None], told: str) -> None:
+    progress(f"{told} of the {track.name}")
+
+
+def walk(
+    source: Parent, tracks: list[Track], progress: Callable[[str], None], *, layers: Sequence[int] | None = None
+) -> str | None:
+    """Take all tracks through all layers, and note where each departs; why that cannot be, where depths differ.
+
+    Args:
+        source: The parent.
+        tracks: What is compared with it.
+        progress: Told what is being done.
+        layers: The numbers of the parent's layers that the tracks' stacks have, if not all.
+
+    Raises:
+        CheckpointError: The parent itself does not stay finite in this dtype.
+    """
+    depth = len(source.text) if layers is None else len(layers)
     unequal = [
-        f"the source has {len(source.text)} layers, the {track.name} {len(track.stack)}"
-        for track in (decoder, encoder)
-        if len(track.stack) != len(source.text)
+        f"the source has {depth} layers, the {track.name} {len(track.stack)}"
+        for track in tracks
+        if len(track.stack) != depth
     ]
     if unequal:
-        return [Check(f"{part}_parity", False, "; ".join(unequal)) for part in ("decoder", "encoder")]
-    for track in (decoder, encoder):
+        return "; ".join(unequal)
+    for track in tracks:
         track.compare_embeddings()
-    advance_side_by_side(source.text, [decoder, encoder], progress)
-    if not bool(torch.isfinite(expected.hidden_BTC[batch.kept_BT]).all()):
+    advance_side_by_side(source.text, tracks, progress, layers=layers)
+    pair = tracks[0].pairs[0]
+    if not bool(torch.isfinite(pair.expected.hidden_BTC[pair.kept_BT]).all()):
         raise CheckpointError(
-            f"its own states are not finite in {str(expected.hidden_BTC.dtype).removeprefix('torch.')}",
+            f"its own states are not finite in {str(pair.expected.hidden_BTC.dtype).removeprefix('torch.')}",
             where=source.weights.checkpoint.path,
             hint="nothing can be compared with them; perhaps in another --dtype",
         )
     progress("softmax")
-    return [
-        judge_decoder(source.text, decoder, batch, tolerance),
-        judge_encoder(source.text, encoder, batch, images, tolerance),
-    ]
+    return None
 
 
 def hidden_memory_run(target: T5Gemma2Reference, batch: Batch) -> Run:
@@ -118,8 +180,8 @@ def hidden_memory_run(target: T5Gemma2Reference, batch: Batch) -> Run:
     return target.start_decoder(batch.ids_BT, batch.kept_BT, memory_BMC, hidden_BM)
 
 
-def causal_encoder_run(target: T5Gemma2Reference, batch: Batch, blocks_BT: Tensor | None = None) -> Run:
-    """An encoder batch under Gemma 3's masks, with the encoder's own window."""
+def causal_encoder_run(target: EncoderDecoder, batch: Batch, blocks_BT: Tensor | None = None) -> Run:
+    """An encoder batch under its parent's masks, with the encoder's own window."""
     return target.start_encoder(batch.ids_BT, _causal_masks(target.encoder, batch.kept_BT, blocks_BT))
 
 
@@ -140,13 +202,28 @@ def _image_pair(source: Gemma3Reference, target: T5Gemma2Reference, images: Imag
 
 
 def advance_side_by_side(
-    source: Stack, tracks: list[Track], progress: Callable[[str], None], *, trace: bool = True
+    source: Stack,
+    tracks: list[Track],
+    progress: Callable[[str], None],
+    *,
+    layers: Sequence[int] | None = None,
+    trace: bool = True,
 ) -> None:
-    """Take every pair through all layers; with `trace`, note where a track first departs from the source."""
+    """Take every pair through all layers, a layer of each stack at a time.
+
+    Args:
+        source: What the tracks' stacks should compute.
+        tracks: Those stacks, all of one depth.
+        progress: Told what is being done.
+        layers: The numbers of the source's layers that they have, if not all.
+        trace: Note where a track first departs from the source.
+    """
+    numbers = range(len(source)) if layers is None else layers
     runs = list({id(pair.expected): pair.expected for track in tracks for pair in track.pairs}.values())
-    for number, kind in enumerate(source.settings.layer_types):
-        progress(f"layer {number + 1} of {len(source)}")
-        layer = source.layer(number)
+    for number, original in enumerate(numbers):
+        kind = source.settings.layer_types[original]
+        progress(f"layer {number + 1} of {len(numbers)}")
+        layer = source.layer(original)
         before = {id(run): run.hidden_BTC for run in runs}
         for run in runs:
             run.advance(layer, kind, number)
@@ -155,6 +232,8 @@ def advance_side_by_side(
             entered = [pair.found.hidden_BTC for pair in track.pairs]
             for pair in track.pairs:
                 pair.found.advance(other, other_kind, number)
+            if track.probe is not None:
+                track.probe.look(number, layer, other, before[id(track.pairs[0].expected)])
             difference = track.compare(f"layers.{number}")
             if trace and difference.max_abs and track.departs is None:
                 places = [
@@ -169,7 +248,8 @@ def advance_side_by_side(
                     if not torch.equal(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
                 ]
                 inside = next(iter(places), None) or "the sums behind attention and MLP"
-                track.departs = f"{track.name} layers.{number} ({other_kind}), {inside}"
+                which = other_kind if original == number else f"{other_kind}, the parent's layers.{original}"
+                track.departs = f"{track.name} layers.{number} ({which}), {inside}"
             del other
         # The next layers are read before the names are bound anew.
         del layer
@@ -200,8 +280,10 @@ def both_logits(
         yield start, expected_NV, found_NV
 
 
-def judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) -> Check:
-    """decoder_parity: whether the logits are the source's, behind all layers."""
+def judge_decoder(
+    source: Stack, track: Track, batch: Batch, tolerance: float, *, compared: str = "logits with hidden memory"
+) -> Check:
+    """decoder_parity: whether the logits are the source's, behind all layers; `compared` says under what."""
     ((expected_NC, found_NC),) = _normed(source, track)
     difference = Difference()
     for _, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
@@ -213,10 +295,11 @@ def judge_decoder(source: Stack, track: Track, batch: Batch, tolerance: float) -
         for start, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
             tokens.add(start, expected_NV, found_NV)
         kl, agreement = tokens.kl, tokens.agreement
-        track.departs = track.departs or "embed_tokens as the softmax, or final_logit_softcapping"
+        matrix = "embed_tokens as the softmax" if track.stack.head == track.stack.table else track.stack.head
+        track.departs = track.departs or f"{matrix}, or final_logit_softcapping"
     passed = difference.within(tolerance)
     count, length = int(batch.kept_BT.sum()), batch.ids_BT.shape[1]
-    said = f"logits with hidden memory, {count} tokens in sequences of {length}: {difference}"
+    said = f"{compared}, {count} tokens in sequences of {length}: {difference}"
     if not passed:
         said += f"; KL {kl:.3g}, top-1 agreement {agreement:.1%}; departs at {track.departs}"
     figures = difference.figures(departs=track.departs, drifts=tuple(track.drifts), kl=kl, agreement=agreement)
@@ -231,14 +314,25 @@ def judge_encoder(
     tolerance: float,
     *,
     masks: str = "causal masks",
+    besides: str = "",
 ) -> Check:
-    """encoder_parity: whether the normed states are the source's, behind all layers; `masks` says under which."""
+    """encoder_parity: whether the normed states are the source's, behind all layers.
+
+    Args:
+        source: The source's stack.
+        track: The encoder's.
+        batch: What both read.
+        images: What both read besides, if anything.
+        tolerance: Largest relative difference that passes.
+        masks: Under which masks they read it.
+        besides: What else is compared.
+    """
     difference = Difference()
     for expected_NC, found_NC in _normed(source, track):
         difference.add(expected_NC, found_NC)
     passed = difference.within(tolerance)
     seen = " and with an image" if images is not None else ""
-    said = f"states under {masks}, {int(batch.kept_BT.sum())} tokens{seen}: {difference}"
+    said = f"states under {masks}, {int(batch.kept_BT.sum())} tokens{seen}{besides}: {difference}"
     if not passed:
         said += f"; departs at {track.departs}"
     return Check(

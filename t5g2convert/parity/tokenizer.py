@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import Checkpoint, is_there, read_json_file, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
 from t5g2convert.checkpoint.gemma3 import Gemma3
-from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.place import is_there
+from t5g2convert.checkpoint.roles import VISION_FROM, Folders
 from t5g2convert.parity.report import Check, refused
 
 TOKENIZER: Final = "tokenizer.json"
@@ -59,7 +60,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     Raises:
         CheckpointError: A file of either is none, or no JSON.
     """
-    source, seeing = folders.source, folders.vision_from or folders.source
+    source, seeing = folders.source, folders.by_role.get(VISION_FROM, folders.source)
     names = _names(target.path, manifest)
     changes = manifest.get("tokens", ())
     faults = [f"{name} is not the source's" for name in UNCHANGED if name in names and not _same(name, source, target)]
@@ -80,10 +81,16 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     if PROCESSOR in names:
         faults += _told(PROCESSOR, _expected_processor(seeing, model), read_json_object(target.path / PROCESSOR))
     if faults:
-        return refused("tokenizer", "setting(s) or token(s) that are not the source's", faults)
-    told = [f"{change['token']}, now {change['target']}" for change in changes if change["replaces"] is not None]
-    declared = f" but for {'; '.join(told)}, as declared" if told else ""
-    return Check("tokenizer", True, f"{', '.join(names)}: tokens and pixels are the source's{declared}")
+        whose = "the source's" if VISION_FROM not in folders.by_role else "the source's or the donor's"
+        return refused("tokenizer", f"setting(s) or token(s) that are not {whose}", faults)
+    moves = [f"{change['token']}, now {change['target']}" for change in changes if change["replaces"] is not None]
+    declared = f" but for {'; '.join(moves)}, as declared" if moves else ""
+    if PROCESSOR in names and VISION_FROM not in folders.by_role:
+        told = f"tokens and pixels are the source's{declared}"
+    else:
+        kept = [f"tokens are the source's{declared}"] if {*names} - {PROCESSOR} else []
+        told = ", ".join([*kept, *(["pixels are the donor's"] if PROCESSOR in names else [])])
+    return Check("tokenizer", True, f"{', '.join(names)}: {told}")
 
 
 def judge_carried(folders: Folders, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:

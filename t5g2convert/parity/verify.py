@@ -1,12 +1,14 @@
 """`verify`: all checks of one folder, in order, and the report."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_object
-from t5g2convert.checkpoint.hub import Origin
+from t5g2convert.checkpoint.hub import Origin, parse_id
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.extracted import ToEncoder, ToGemma3
@@ -16,10 +18,11 @@ from t5g2convert.parity.kinds import Kind
 from t5g2convert.parity.provenance import judge_provenance, planned
 from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Check, Report
+from t5g2convert.parity.t5gemma import ToT5Gemma
 from t5g2convert.parity.t5gemma2 import ToT5Gemma2
 from t5g2convert.reference.weights import check_place
 
-KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToEncoder(), ToGemma3())
+KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3())
 """The kinds of conversion that are known; the first is what a folder is taken for that is none of them."""
 
 
@@ -27,6 +30,7 @@ def verify(
     output: Path,
     source: Origin | None = None,
     *,
+    decoder_from: Origin | None = None,
     vision_from: Origin | None = None,
     mapping: str | None = None,
     dtype: str | None = None,
@@ -40,9 +44,10 @@ def verify(
     """Judge a conversion with the reference passes.
 
     Args:
-        output: The T5Gemma 2 folder to judge.
-        source: The Gemma 3 folder that it was converted from; without it only integrity and runs are checked. A str may
+        output: The converted folder to judge.
+        source: The folder that it was converted from; without it only integrity and runs are checked. A str may
             also be a model of the Hub, which is downloaded.
+        decoder_from: The folder or model whose layers the decoder was given, if it was.
         vision_from: The folder or model whose vision tower the conversion was given, if it was.
         mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
         dtype: Dtype to compute in, `bfloat16`, `float16` or `float32` (default: the output's).
@@ -64,17 +69,20 @@ def verify(
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     check_folder(output)
     # Faults of the source, of the map and of the inputs are not the output's: they end the work before any check.
-    if source is None and vision_from is not None:
-        raise UsageError("a donor of a vision tower was given, and no source")
-    sources = None if source is None else Sources.open(source, vision_from)
+    if source is None and (decoder_from, vision_from) != (None, None):
+        raise UsageError("another checkpoint was given, and no source")
+    sources = None if source is None else Sources.open(source, decoder_from=decoder_from, vision_from=vision_from)
     kind = kind_of(output, None if sources is None else sources.source)
     parent = None if sources is None else kind.parent(sources)
     inputs = Inputs(text, image)
     inputs.check(output, parent)
     judge = Judge(output, parent, inputs, device, tolerance, progress or _silent)
     judge.read_manifest()
-    if parent is not None and parent.donor is None and "vision_from" in judge.manifest:
-        raise UsageError("its vision tower is from another checkpoint", hint="give that one with --vision-from")
+    given = {SOURCE: source, DECODER_FROM: decoder_from, VISION_FROM: vision_from}
+    if sources is not None and judge.manifest:
+        _check_roles(sources, judge.manifest)
+        for role, checkpoint in sources.by_role.items():
+            _check_commit(given[role], checkpoint, judge.manifest[role])
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
     plan = lie = None
     if parent is not None:
@@ -95,6 +103,29 @@ def verify(
     report = judge.report()
     # What was not compared with its source proves nothing that is worth keeping.
     return record_report(report, judge.manifest) if record and judge.manifest and report.complete else report
+
+
+def _check_roles(sources: Sources, manifest: Mapping[str, Any]) -> None:
+    """Refuse to judge with other checkpoints than a conversion read."""
+    for role, what in ((DECODER_FROM, "decoder"), (VISION_FROM, "vision tower")):
+        option = f"--{role.replace('_', '-')}"
+        if role in manifest and role not in sources.others:
+            raise UsageError(f"its {what} is from another checkpoint", hint=f"give that one with {option}")
+        if role in sources.others and role not in manifest:
+            raise UsageError(f"its {what} is from no other checkpoint", hint=f"leave {option} out")
+
+
+def _check_commit(given: Origin | None, checkpoint: Checkpoint, told: Mapping[str, Any]) -> None:
+    """A branch that has moved on since a conversion is no fault of the conversion, and no proof of it either."""
+    hub, found = told.get("hub") or {}, checkpoint.hub
+    named = parse_id(given) if isinstance(given, str) else None
+    if named is None or named.revision is not None or found is None or hub.get("repo") != found.repo:
+        return
+    if hub["revision"] != found.revision:
+        raise UsageError(
+            f"it was made of commit {hub['revision']} of {found.repo}, which is at {found.revision} now",
+            hint=f"if you trust that commit, give {found.repo}@{hub['revision']}",
+        )
 
 
 def kind_of(output: Path, source: Checkpoint | None) -> Kind[Any]:

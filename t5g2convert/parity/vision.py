@@ -8,7 +8,6 @@ from torch import Tensor
 from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference
 from t5g2convert.parity.report import Check, Drift
-from t5g2convert.reference.siglip import Projector
 from t5g2convert.reference.vision import VisionTower
 
 
@@ -24,29 +23,29 @@ def judge_vision(
 ) -> tuple[Check, Tensor]:
     """Compare two towers, and give the source's image features, [B, mm_tokens_per_image, text width].
 
+    Of towers without a common projector the normed states of the patches, [B, patches, vision width].
+
     Args:
         source: The tower of the source, or of the donor.
         target: The target's.
         pixels_BNYX: What they look at.
-        projected: Whether both have one projector; otherwise they are compared before it, at the normed soft tokens.
+        projected: Whether both have one projector; otherwise they are compared before it, at the normed patch states.
         tolerance: Largest relative difference that passes.
         progress: Told what is being done.
     """
     depths = source.settings.num_hidden_layers, target.settings.num_hidden_layers
     if depths[0] != depths[1]:
         said = f"the source's tower has {depths[0]} layers, the target's {depths[1]}"
-        return Check("vision_parity", False, said), source.features(pixels_BNYX)
+        return Check("vision_parity", False, said), source.features(pixels_BNYX, projected=projected)
     expected = found = pixels_BNYX
     drifts: list[Drift] = []
     departs: str | None = None
     difference = Difference()
-    others = target.stages()
-    for name, ours in source.stages():
+    others = target.stages(projected=projected)
+    for name, ours in source.stages(projected=projected):
         theirs = next(others)[1]
         progress(f"vision tower, {name}")
         before = expected, found
-        if isinstance(ours, Projector) and isinstance(theirs, Projector) and not projected:
-            ours, theirs = ours.mm_soft_emb_norm, theirs.mm_soft_emb_norm
         expected, found = ours(expected), theirs(found)
         difference = Difference()
         difference.add(expected, found)

@@ -1,1 +1,1 @@
-"""Publishing: the model card and the upload of a finished folder to the Hub."""
+"""Publishing: what a folder tells of itself to people, and how it gets to the Hub."""

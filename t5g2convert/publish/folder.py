@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.digest import PIECE_BYTES, sha256_of
-from t5g2convert.checkpoint.folder import check_folder, is_plain_name, regular_file
+from t5g2convert.checkpoint.folder import check_folder, is_plain_name
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.checkpoint.place import regular_file
 from t5g2convert.errors import CheckpointError
+from t5g2convert.publish.card import CARD_FILE
 
-CARD_FILE: Final = "README.md"
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 

@@ -8,8 +8,8 @@ from t5g2convert.checkpoint.hubfiles import hub_api, silent_bar
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import HubError
 from t5g2convert.publish.asking import upload_errors
-from t5g2convert.publish.card import model_card
-from t5g2convert.publish.folder import CARD_FILE, LocalFile, finished_files, local_card
+from t5g2convert.publish.card import CARD_FILE, model_card
+from t5g2convert.publish.folder import LocalFile, finished_files, local_card
 from t5g2convert.publish.repository import MAIN, Access, Remote, head_of, left_over, read_remote, remote_text
 
 

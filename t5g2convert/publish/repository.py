@@ -12,7 +12,8 @@ from t5g2convert.checkpoint.hubfiles import hub_api, silent_bar
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import HubError, UsageError
 from t5g2convert.publish.asking import ask, upload_errors
-from t5g2convert.publish.folder import CARD_FILE, LocalFile
+from t5g2convert.publish.card import CARD_FILE
+from t5g2convert.publish.folder import LocalFile
 
 MAIN: Final = "main"
 _NAME: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

@@ -5,10 +5,14 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of merged attention in one buffer, [memory | own tokens | room]; it doubles when it is full."""
+    """Keys and values of one layer in one buffer, [memory | own tokens | room]; it doubles when it is full.
+
+    Merged attention reads both together, T5Gemma's two attentions one part each.
+    """
 
     def __init__(self) -> None:
         self.length = 0
+        self.memory_length = 0
         self._buffer_2BKSD: Tensor | None = None
 
     @property
@@ -19,7 +23,14 @@ class LayerCache:
     def start(self, k_BKMD: Tensor, v_BKMD: Tensor) -> None:
         """Take the memory's keys and values."""
         self._buffer_2BKSD = torch.stack((k_BKMD, v_BKMD))
-        self.length = k_BKMD.shape[2]
+        self.length = self.memory_length = k_BKMD.shape[2]
+
+    @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """The memory's keys and values."""
+        assert self._buffer_2BKSD is not None, "start comes first"
+        k_BKMD, v_BKMD = self._buffer_2BKSD[:, :, :, : self.memory_length]
+        return k_BKMD, v_BKMD
 
     def append(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens; all keys and all values, the memory's first."""

@@ -1,5 +1,6 @@
 """Gemma 3, decoder-only, with or without images (arXiv 2503.19786), from a checkpoint folder in any spelling."""
 
+from copy import copy
 from typing import Unpack
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import read_gemma3
-from t5g2convert.reference.layers import Gemma3Layer, activation
+from t5g2convert.reference.layers import GemmaLayer, activation
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.settings import Kernel, gemma3_text, gemma3_vision
 from t5g2convert.reference.stack import Run, Stack
@@ -48,10 +49,9 @@ class Gemma3Reference:
         self.text = Stack(
             self.weights,
             gemma3_text(model),
-            Gemma3Layer,
+            GemmaLayer,
             prefix=root,
             table=f"{root}embed_tokens.weight",
-            eoi=None,
             kernel=kernel,
         )
         settings = gemma3_vision(model)
@@ -76,6 +76,12 @@ class Gemma3Reference:
     def reserved(self) -> frozenset[int]:
         """Ids that stand for something else than themselves: those of an image, and of its end."""
         return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
+
+    def with_table_of(self, other: "Gemma3Reference") -> "Gemma3Reference":
+        """This model with the embedding matrix of another of the same width."""
+        changed = copy(self)
+        changed.text = self.text.with_table_of(other.text)
+        return changed
 
     def start(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Run:
         """A batch before its first layer.

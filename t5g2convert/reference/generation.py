@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from t5g2convert.checkpoint import t5gemma
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
 from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
+from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.prompts import TextCodec, picture
+from t5g2convert.reference.t5gemma import T5GemmaReference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.weights import check_place
 
@@ -28,7 +31,7 @@ def write(
     """What the model of a folder writes to a prompt that its encoder reads, a piece of text at a time.
 
     Args:
-        folder: A T5Gemma 2 folder with a tokenizer.
+        folder: A T5Gemma or T5Gemma 2 folder with a tokenizer.
         prompt: What the encoder reads.
         image: A picture that stands before it.
         max_new_tokens: Tokens at most.
@@ -42,11 +45,15 @@ def write(
     check_place(dtype, device)
     checkpoint = open_checkpoint(folder)
     computed = getattr(torch, dtype or CONFIG_NAMES.get(checkpoint.dtype, "float32"))
-    model = T5Gemma2Reference(checkpoint, dtype=computed, device=device, resident=True, kernel="sdpa")
+    first = checkpoint.config.get("model_type") == t5gemma.MODEL_TYPE
+    reference = T5GemmaReference if first else T5Gemma2Reference
+    model: T5GemmaReference | T5Gemma2Reference = reference(
+        checkpoint, dtype=computed, device=device, resident=True, kernel="sdpa"
+    )
     codec, features = TextCodec(folder, model.encoder.settings.vocab_size), None
     if image is None:
         tokens = codec.encode(prompt)
-    elif model.vision is None:
+    elif not isinstance(model, T5Gemma2Reference) or model.vision is None:
         raise UsageError(f"{folder} cannot see {image}: it has no vision tower")
     else:
         place = model.model.tokens
@@ -87,7 +94,7 @@ def write(
         yield rest
 
 
-def end_tokens(model: T5Gemma2Reference, folder: Path) -> set[int]:
+def end_tokens(model: EncoderDecoder, folder: Path) -> set[int]:
     """The tokens that end a text: those of generation_config.json, or of the decoder's config where it names none."""
     path = folder / "generation_config.json"
     ends = read_json_object(path).get("eos_token_id") if path.is_file() else None
@@ -98,7 +105,7 @@ def end_tokens(model: T5Gemma2Reference, folder: Path) -> set[int]:
 
 @torch.inference_mode()
 def generate(
-    model: T5Gemma2Reference,
+    model: EncoderDecoder,
     ids_BT: Tensor,
     kept_BT: Tensor,
     *,

@@ -1,6 +1,6 @@
-"""The blocks that Gemma 3 and T5Gemma 2 are made of; parameter names are checkpoint keys.
+"""The blocks that Gemma 2, Gemma 3 and T5Gemma 2 are made of; parameter names are checkpoint keys.
 
-Sources: transformers 5.23, models/gemma3 and models/t5gemma2; arXiv 2512.14856, section 2, for merged attention.
+Sources: transformers 5.23, models/gemma2, gemma3 and t5gemma2; arXiv 2512.14856, section 2, for merged attention.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,7 +68,7 @@ class MLP(nn.Module):
 
 
 class Projections(nn.Module):
-    """Grouped-query attention without the attention: projections, and norms on queries and keys."""
+    """Grouped-query attention without the attention: projections, and from Gemma 3 on norms on queries and keys."""
 
     def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
         super().__init__()
@@ -79,8 +79,9 @@ class Projections(nn.Module):
         self.k_proj = nn.Linear(hidden, key_value, bias=bias)
         self.v_proj = nn.Linear(hidden, key_value, bias=bias)
         self.o_proj = nn.Linear(query, hidden, bias=bias)
-        self.q_norm = RMSNorm(self.head_dim, settings.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, settings.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, settings.rms_norm_eps) if settings.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.scale = settings.query_pre_attn_scalar**-0.5
         self.softcap = settings.attn_logit_softcapping
         # torch's fused kernel has no softcap.
@@ -92,10 +93,20 @@ class Projections(nn.Module):
         k_BKTD = rotate(self.k_norm(self.heads(self.k_proj(x_BTC))), turn)
         return q_BHTD, k_BKTD, self.heads(self.v_proj(x_BTC))
 
+    def project_memory(self, memory_BMC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's output; no rotation: it has no place among the decoder's positions."""
+        return self.k_norm(self.heads(self.k_proj(memory_BMC))), self.heads(self.v_proj(memory_BMC))
+
     def heads(self, x_BTN: Tensor) -> Tensor:
         """[B, T, heads * D] to [B, heads, T, D]."""
         batch, tokens, _ = x_BTN.shape
         return x_BTN.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+
+    def attended(self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen_BTS: Tensor) -> Tensor:
+        """Attention over one set of keys, projected back to the hidden width."""
+        if self.fused:
+            return self.gather(attend_fused(q_BHTD, k_BKSD, v_BKSD, seen_BTS, scale=self.scale))
+        return self.gather(attend(q_BHTD, [Keys(k_BKSD, v_BKSD, seen_BTS)], scale=self.scale, softcap=self.softcap))
 
     def gather(self, output_BHTD: Tensor) -> Tensor:
         """Heads side by side, projected back to the hidden width."""
@@ -103,14 +114,14 @@ class Projections(nn.Module):
 
 
 class SelfAttention(Projections):
-    """Gemma 3's attention and the encoder's: tokens see each other as the mask allows."""
+    """Gemma's attention and the encoder's: tokens see each other as the mask allows."""
 
-    def forward(self, x_BTC: Tensor, turn: Rotation, seen_BTT: Tensor) -> Tensor:
-        """[B, T, C] to [B, T, C]."""
-        q_BHTD, k_BKTD, v_BKTD = self.project(x_BTC, turn)
-        if self.fused:
-            return self.gather(attend_fused(q_BHTD, k_BKTD, v_BKTD, seen_BTT, scale=self.scale))
-        return self.gather(attend(q_BHTD, [Keys(k_BKTD, v_BKTD, seen_BTT)], scale=self.scale, softcap=self.softcap))
+    def forward(self, x_BTC: Tensor, turn: Rotation, seen_BTS: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, C] to [B, T, C]; with a cache, the tokens that it holds stand before these."""
+        q_BHTD, k_BKSD, v_BKSD = self.project(x_BTC, turn)
+        if cache is not None:
+            k_BKSD, v_BKSD = (both[:, :, cache.memory_length :] for both in cache.append(k_BKSD, v_BKSD))
+        return self.attended(q_BHTD, k_BKSD, v_BKSD, seen_BTS)
 
 
 class MergedAttention(Projections):
@@ -151,13 +162,9 @@ class MergedAttention(Projections):
         groups = [Keys(k_BKSD, v_BKSD, seen_BTS), Keys(k_BKMD, v_BKMD, memory_seen_BTM)]
         return self.gather(attend(q_BHTD, groups, scale=self.scale, softcap=self.softcap))
 
-    def project_memory(self, memory_BMC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder's output; no rotation: it has no place among the decoder's positions."""
-        return self.k_norm(self.heads(self.k_proj(memory_BMC))), self.heads(self.v_proj(memory_BMC))
 
-
-class Gemma3Layer(nn.Module):
-    """A layer of Gemma 3: attention and MLP, a norm before and after each."""
+class GemmaLayer(nn.Module):
+    """A layer of Gemma 2 and Gemma 3: attention and MLP, a norm before and after each."""
 
     def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
         super().__init__()
@@ -175,8 +182,8 @@ class Gemma3Layer(nn.Module):
         return x_BTC + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTC)))
 
 
-class EncoderLayer(nn.Module):
-    """A layer of T5Gemma 2's encoder: Gemma 3's, under other names."""
+class StackLayer(nn.Module):
+    """What the layers of all encoders and decoders have: Gemma's layer under other names, in two steps."""
 
     attention: type[Projections] = SelfAttention
 
@@ -190,11 +197,21 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(settings)
         self.post_feedforward_layernorm = norm()
 
+    def through_attention(self, x_BTC: Tensor, *attention: object) -> Tensor:
+        """[B, T, C] to [B, T, C]; `attention` is what the layer's attention takes besides."""
+        return x_BTC + self.post_self_attn_layernorm(self.self_attn(self.pre_self_attn_layernorm(x_BTC), *attention))
+
+    def through_mlp(self, x_BTC: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        return x_BTC + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTC)))
+
+
+class EncoderLayer(StackLayer):
+    """A layer of T5Gemma's or T5Gemma 2's encoder."""
+
     def forward(self, x_BTC: Tensor, *attention: object) -> Tensor:
         """[B, T, C] to [B, T, C]; `attention` is what the layer's attention takes besides."""
-        attended = self.self_attn(self.pre_self_attn_layernorm(x_BTC), *attention)
-        x_BTC = x_BTC + self.post_self_attn_layernorm(attended)
-        return x_BTC + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BTC)))
+        return self.through_mlp(self.through_attention(x_BTC, *attention))
 
 
 class DecoderLayer(EncoderLayer):

@@ -63,6 +63,28 @@ def bidirectional(kind: LayerType, window: int, kept_BS: Tensor) -> Tensor:
     return seen
 
 
+def around(kind: LayerType, window: int, kept_BT: Tensor) -> Tensor:
+    """The mask of T5Gemma's encoder: everything; in sliding layers `window` tokens back and as many ahead.
+
+    ::
+
+        full          sliding, window 2
+        # # # # #     # # # . .
+        # # # # #     # # # # .
+        # # # # #     # # # # #
+        # # # # #     . # # # #
+        # # # # #     . . # # #
+
+    Source: `create_bidirectional_sliding_window_mask` of transformers 5.4 to 5.23. In 5.0 the window counts the token
+    itself, as in the decoder, so that one less is seen on either side.
+    """
+    tokens = kept_BT.shape[1]
+    seen = kept_BT[:, None, None, :].expand(-1, 1, tokens, tokens)
+    if kind == "sliding_attention":
+        seen = seen & (_distance(tokens, tokens, kept_BT.device).abs() <= window)
+    return seen
+
+
 def memory(queries: int, kept_BM: Tensor) -> Tensor:
     """The decoder's view of the encoder's output: all of it but padding, in every layer, from every token.
 

@@ -1,14 +1,20 @@
-"""What the passes read of a config: one set of values for both model families."""
+"""What the passes read of a config: one set of values for all model families."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
+from t5g2convert.checkpoint.config import MAX_INTEGER
+from t5g2convert.checkpoint.gemma2 import Gemma2, Gemma2Text
 from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text, LayerType, SiglipVision
+from t5g2convert.checkpoint.t5gemma import T5Gemma
 from t5g2convert.checkpoint.t5gemma2 import Stack, T5Gemma2Encoder, Tower
 
 Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""
+
+NO_TOKEN: Final = MAX_INTEGER + 1
+"""An id that no token has: behind every table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +27,11 @@ class RopeSettings:
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """A text stack; sizes in elements, field names as in config.json."""
+    """A text stack; sizes in elements, field names as in config.json.
+
+    Two settings no config names: `qk_norm`, whether queries and keys are normed, and `memory_size`, the width of the
+    encoder's output where a decoder has an attention of its own for it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -38,7 +48,9 @@ class TextSettings:
     ropes: Mapping[LayerType, RopeSettings]
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
-    eoi_token_index: int
+    eoi_token_index: int = NO_TOKEN
+    qk_norm: bool = True
+    memory_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +77,29 @@ def gemma3_text(model: Gemma3) -> TextSettings:
         "full_attention": RopeSettings(text.rope_full_theta, text.rope_full_factor),
         "sliding_attention": RopeSettings(text.rope_sliding_theta, 1.0),
     }
-    return _text(text, ropes, model.tokens.eoi_token_index)
+    return _text(text, ropes, eoi_token_index=model.tokens.eoi_token_index)
 
 
 def t5gemma2_text(model: T5Gemma2Encoder, stack: Stack) -> TextSettings:
     """The encoder's or the decoder's stack of a T5Gemma 2."""
     ropes = {kind: RopeSettings(rope.rope_theta, rope.linear_factor) for kind, rope in stack.rope_parameters.items()}
-    return _text(stack, ropes, model.tokens.eoi_token_index)
+    return _text(stack, ropes, eoi_token_index=model.tokens.eoi_token_index)
+
+
+def gemma2_text(model: Gemma2) -> TextSettings:
+    """The layers of a Gemma 2."""
+    return _first_generation(model.text)
+
+
+def t5gemma_text(model: T5Gemma, stack: Gemma2Text) -> TextSettings:
+    """The encoder's or the decoder's stack of a T5Gemma."""
+    return _first_generation(stack, memory_size=model.encoder.hidden_size)
+
+
+def _first_generation(stack: Gemma2Text, *, memory_size: int = 0) -> TextSettings:
+    rope = RopeSettings(stack.rope_theta, stack.rope_factor)
+    ropes: dict[LayerType, RopeSettings] = {"full_attention": rope, "sliding_attention": rope}
+    return _text(stack, ropes, qk_norm=False, memory_size=memory_size)
 
 
 def gemma3_vision(model: Gemma3) -> VisionSettings | None:
@@ -88,7 +116,14 @@ def t5gemma2_vision(model: T5Gemma2Encoder) -> VisionSettings | None:
     return _vision(model.vision, tokens.mm_tokens_per_image, tokens.image_token_index)
 
 
-def _text(source: Stack | Gemma3Text, ropes: Mapping[LayerType, RopeSettings], eoi_token_index: int) -> TextSettings:
+def _text(
+    source: Stack | Gemma3Text | Gemma2Text,
+    ropes: Mapping[LayerType, RopeSettings],
+    *,
+    eoi_token_index: int = NO_TOKEN,
+    qk_norm: bool = True,
+    memory_size: int = 0,
+) -> TextSettings:
     return TextSettings(
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
@@ -106,6 +141,8 @@ def _text(source: Stack | Gemma3Text, ropes: Mapping[LayerType, RopeSettings], e
         attn_logit_softcapping=source.attn_logit_softcapping,
         final_logit_softcapping=source.final_logit_softcapping,
         eoi_token_index=eoi_token_index,
+        qk_norm=qk_norm,
+        memory_size=memory_size,
     )
 
 

@@ -5,6 +5,7 @@ advance side by side, with one layer of each in memory.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,13 +15,13 @@ from torch.nn import functional
 
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.reference.cache import LayerCache
-from t5g2convert.reference.layers import EncoderLayer, Gemma3Layer, RMSNorm
+from t5g2convert.reference.layers import GemmaLayer, RMSNorm, StackLayer
 from t5g2convert.reference.rope import Rotation, rotation
 from t5g2convert.reference.settings import Kernel, TextSettings
 from t5g2convert.reference.weights import Weights
 
 HEAD_ROWS: Final = 16_384
-"""Rows of the embedding table that the softmax reads at once."""
+"""Rows of its matrix that the softmax reads at once."""
 
 
 class Stack:
@@ -29,9 +30,10 @@ class Stack:
     Args:
         weights: The checkpoint's tensors.
         settings: What the config says of this stack.
-        layer_class: Gemma 3's layer, the encoder's or the decoder's.
+        layer_class: Gemma's layer, the encoder's or the decoder's.
         prefix: What stands before `layers.N.` and `norm.weight` in the checkpoint.
-        table: Name of the embedding matrix, which is the softmax's too.
+        table: Name of the embedding matrix.
+        head: Name of the softmax's matrix, where that is another.
         eoi: Name of the vector that replaces the scaled embedding of the end-of-image token, if there is one.
         kernel: How attention is computed.
     """
@@ -40,18 +42,21 @@ class Stack:
         self,
         weights: Weights,
         settings: TextSettings,
-        layer_class: type[Gemma3Layer] | type[EncoderLayer],
+        layer_class: type[GemmaLayer] | type[StackLayer],
         *,
         prefix: str,
         table: str,
-        eoi: str | None,
+        head: str | None = None,
+        eoi: str | None = None,
         kernel: Kernel,
     ) -> None:
         self.weights = weights
+        self.table_weights = weights
         self.settings = settings
         self.layer_class = layer_class
         self.prefix = prefix
         self.table = table
+        self.head = head or table
         self.eoi = eoi
         self.kernel = kernel
 
@@ -59,14 +64,25 @@ class Stack:
         """Number of layers."""
         return len(self.settings.layer_types)
 
+    def with_table_of(self, other: "Stack") -> "Stack":
+        """This stack with the embedding matrix and the softmax of another of the same width."""
+        changed = copy(self)
+        changed.table_weights, changed.table, changed.head = other.table_weights, other.table, other.head
+        return changed
+
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Scaled embeddings, [B, T, C]: the scale is rounded to the dtype of the table, then the product."""
-        rows_BTC = self.weights.gather(self.table, ids_BT)
+        rows_BTC = self.table_weights.gather(self.table, ids_BT)
         scale = torch.tensor(self.settings.hidden_size**0.5, device=rows_BTC.device).to(rows_BTC.dtype)
         embedded_BTC = rows_BTC * scale
         if self.eoi is not None:
             embedded_BTC[ids_BT == self.settings.eoi_token_index] = self.weights.tensor(self.eoi)
         return embedded_BTC
+
+    def table_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The embedding matrix a slice at a time: the first row's number, and the rows as they are stored."""
+        for start in range(0, self.settings.vocab_size, HEAD_ROWS):
+            yield start, self.weights.rows(self.table, start, min(start + HEAD_ROWS, self.settings.vocab_size))
 
     def layer(self, number: int) -> nn.Module:
         """A layer with its parameters."""
@@ -95,13 +111,13 @@ class Stack:
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
 
     def logit_chunks(self, x_NC: Tensor, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The same a slice of the table at a time: the first row's number, and the logits of its slice."""
+        """The same a slice of the matrix at a time: the first row's number, and the logits of its slice."""
         rows = self.settings.vocab_size if rows is None else rows
         step = rows if self.weights.resident else HEAD_ROWS
         softcap = self.settings.final_logit_softcapping
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield start, _capped(functional.linear(x_NC, self.weights.rows(self.table, start, stop)), softcap)
+            yield start, _capped(functional.linear(x_NC, self.table_weights.rows(self.head, start, stop)), softcap)
 
 
 def _capped(logits_NV: Tensor, softcap: float | None) -> Tensor:

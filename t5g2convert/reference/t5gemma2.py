@@ -1,19 +1,18 @@
 """T5Gemma 2 (arXiv 2512.14856): an encoder that sees both ways, and a decoder with merged attention."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, T5Gemma2Encoder, read_t5gemma2, read_t5gemma2_encoder
-from t5g2convert.reference.cache import LayerCache
+from t5g2convert.reference.encoderdecoder import EncoderDecoder, Encoding
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer
-from t5g2convert.reference.masks import bidirectional, causal, memory
+from t5g2convert.reference.masks import bidirectional
 from t5g2convert.reference.settings import Kernel, t5gemma2_text, t5gemma2_vision
-from t5g2convert.reference.stack import Run, Stack
+from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
 from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 
@@ -24,7 +23,7 @@ ALONE_ROOTS = ("text_model.", "")
 """The same in a folder that holds the encoder alone."""
 
 
-class EncoderReference:
+class EncoderReference(Encoding):
     """What the encoder of a T5Gemma 2 computes, from a folder of its own.
 
     Attributes:
@@ -81,44 +80,24 @@ class EncoderReference:
         )
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The text stack."""
-        return (self.encoder,)
-
-    @property
     def reserved(self) -> frozenset[int]:
-        """Ids that stand for something else than themselves: those of an image, and of its end."""
+        """Those of an image, and of its end."""
         return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
 
-    def start_encoder(
-        self, ids_BT: Tensor, masks: Mapping[LayerType, Tensor], features_ITC: Tensor | None = None
-    ) -> Run:
-        """An encoder batch before its first layer, under masks of the caller's choice.
-
-        Args:
-            ids_BT: Token ids, int64.
-            masks: By kind of layer; see `encoder_masks`.
-            features_ITC: Soft tokens of the images in the batch, in order.
-        """
-        token = self.model.tokens.image_token_index
-        if features_ITC is None:
-            embedded = self.encoder.embed(ids_BT)
-        else:
-            embedded = scatter_images(self.encoder.embed(text_only(ids_BT, token)), ids_BT, token, features_ITC)
-        return Run(embedded, self.encoder.rotations(0, ids_BT.shape[1], embedded.dtype), masks)
-
     def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
-        """The masks that an encoder has: both ways, in sliding layers within the window."""
+        """Both ways, in sliding layers half the window to either side."""
         settings = self.encoder.settings
         return {kind: bidirectional(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}
 
-    @torch.inference_mode()
-    def encode(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
-        """The encoder's output, [B, T, C]."""
-        return self.start_encoder(ids_BT, self.encoder_masks(kept_BT), features_ITC).through(self.encoder)
+    def embed(self, ids_BT: Tensor, features_ITC: Tensor | None) -> Tensor:
+        """Embeddings, with soft tokens in the place of image tokens."""
+        if features_ITC is None:
+            return self.encoder.embed(ids_BT)
+        token = self.model.tokens.image_token_index
+        return scatter_images(self.encoder.embed(text_only(ids_BT, token)), ids_BT, token, features_ITC)
 
 
-class T5Gemma2Reference(EncoderReference):
+class T5Gemma2Reference(EncoderReference, EncoderDecoder):
     """What a T5Gemma 2 folder computes.
 
     Attributes:
@@ -159,45 +138,3 @@ class T5Gemma2Reference(EncoderReference):
             eoi=self.encoder.eoi,
             kernel=kernel,
         )
-
-    @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """Both text stacks."""
-        return self.encoder, self.decoder
-
-    def start_decoder(
-        self,
-        ids_BT: Tensor,
-        kept_BS: Tensor,
-        memory_BMC: Tensor,
-        memory_kept_BM: Tensor,
-        caches: list[LayerCache] | None = None,
-    ) -> Run:
-        """A decoder batch before its first layer.
-
-        Args:
-            ids_BT: Token ids, int64; with caches, those that they do not hold yet.
-            kept_BS: False at padding, for the tokens in the caches and these.
-            memory_BMC: The encoder's output.
-            memory_kept_BM: False at its padding, or at all of it to hide it.
-            caches: One for each layer; they are filled.
-        """
-        settings, (queries, keys) = self.decoder.settings, (ids_BT.shape[1], kept_BS.shape[1])
-        embedded = self.decoder.embed(ids_BT)
-        masks = {
-            kind: causal(kind, settings.sliding_window, kept_BS, queries=queries) for kind in set(settings.layer_types)
-        }
-        rotations = self.decoder.rotations(keys - queries, keys, embedded.dtype)
-        return Run(embedded, rotations, masks, memory_BMC, memory(queries, memory_kept_BM), caches or [])
-
-    @torch.inference_mode()
-    def decode(
-        self,
-        ids_BT: Tensor,
-        kept_BS: Tensor,
-        memory_BMC: Tensor,
-        memory_kept_BM: Tensor,
-        caches: list[LayerCache] | None = None,
-    ) -> Tensor:
-        """The decoder's normed states, [B, T, C]; `decoder.logits` makes logits of them."""
-        return self.start_decoder(ids_BT, kept_BS, memory_BMC, memory_kept_BM, caches).through(self.decoder)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from t5g2convert.errors import CheckpointError
+from t5g2convert.reference.layers import RMSNorm
 from t5g2convert.reference.settings import VisionSettings
 from t5g2convert.reference.siglip import Projector, VisionEmbeddings, VisionLayer
 from t5g2convert.reference.weights import Weights
@@ -31,8 +32,13 @@ class VisionTower:
         self.tower = tower
         self.projector = projector
 
-    def stages(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules in the order in which an image passes them, each read when it is its turn, with their names."""
+    def stages(self, *, projected: bool = True) -> Iterator[tuple[str, nn.Module]]:
+        """The modules in the order in which an image passes them, each read when it is its turn, with their names.
+
+        Args:
+            projected: Whether the last is the projector; otherwise it is its norm, and the matrix is not read:
+                it may lie in a file of its own.
+        """
         settings = self.settings
         yield "embeddings", self.weights.module(lambda: VisionEmbeddings(settings), f"{self.tower}embeddings.")
         for number in range(settings.num_hidden_layers):
@@ -44,15 +50,26 @@ class VisionTower:
                 lambda: nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps), f"{self.tower}post_layernorm."
             ),
         )
-        yield (
-            "multi_modal_projector",
-            self.weights.module(lambda: Projector(settings, self.text_width), self.projector),
-        )
+        if projected:
+            yield (
+                "multi_modal_projector",
+                self.weights.module(lambda: Projector(settings, self.text_width), self.projector),
+            )
+        else:
+            yield (
+                "multi_modal_projector.mm_soft_emb_norm",
+                self.weights.module(
+                    lambda: RMSNorm(settings.hidden_size, settings.layer_norm_eps), f"{self.projector}mm_soft_emb_norm."
+                ),
+            )
 
-    def features(self, pixels_BNYX: Tensor) -> Tensor:
-        """Soft tokens of images, [B, mm_tokens_per_image, text width]; pixels in the dtype of the weights."""
+    def features(self, pixels_BNYX: Tensor, *, projected: bool = True) -> Tensor:
+        """Soft tokens of images, [B, mm_tokens_per_image, text width]; pixels in the dtype of the weights.
+
+        Without the projector the normed states of the patches, [B, patches, vision width].
+        """
         state = pixels_BNYX
-        for _, module in self.stages():
+        for _, module in self.stages(projected=projected):
             state = module(state)
             # The next stage is read before the name is bound anew; two need not be in memory.
             del module

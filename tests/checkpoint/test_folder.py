@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from t5g2convert.checkpoint import folder
+from t5g2convert.checkpoint import place
 from t5g2convert.checkpoint.folder import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.errors import CheckpointError
@@ -266,7 +266,7 @@ def test_I4_an_index_that_points_elsewhere_is_refused_before_a_shard_is_opened(
     if beside_single_file:
         (sharded / SINGLE_FILE).write_bytes(weights(["a"]))
     write_index(sharded / INDEX_FILE, {**INDEX, "evil.weight": target})
-    monkeypatch.setattr(folder, "read_header", opened)
+    monkeypatch.setattr(place, "read_header", opened)
     error = refusal(sharded)
     assert error.where == str(sharded / INDEX_FILE)
     assert "'evil.weight'" in error.message

@@ -391,8 +391,11 @@ def test_H1_offline_with_headers_alone_in_the_cache(hub: Hub, sharded: Path, mon
         with monkeypatch.context() as online:
             online.setattr(constants, "HF_HUB_OFFLINE", False)
             fetch(checkpoint, fetched)
-        with pytest.raises(HubError, match=f"the Hub's cache has not all of the model: .*{told}"):
+        with pytest.raises(HubError, match=f"the Hub's cache has not all of the model: .*{told}") as caught:
             open_source(REPO)
+        absent = " ".join(name for name in (FIRST, SECOND) if name not in fetched)
+        command = f"HF_HUB_OFFLINE=0 hf download {REPO} {absent} --revision {checkpoint.path.name}"
+        assert caught.value.hint == command
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         fetch(checkpoint, [SECOND])
 

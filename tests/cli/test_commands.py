@@ -10,8 +10,10 @@ import yaml
 from jsonschema import Draft202012Validator
 from safetensors import safe_open
 
+from t5g2convert.conversion.staging import ASSET_BYTES
 from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine, Result
+from tests.conftest import TwinFolder
 
 PARTS: Final = ["embedding", "encoder", "decoder", "vision", "projector"]
 WIDTHS: Final = {"BF16": 2, "F16": 2, "F32": 4}
@@ -135,6 +137,14 @@ def test_inspect_for_people_names_family_parts_and_numbers(t5g2: Successful, dem
 # plan
 
 
+def test_a_plan_names_the_checkpoints_and_what_is_computed(t5g2: Successful, twin_folder: TwinFolder) -> None:
+    shown = t5g2("plan", twin_folder("text-8"), "--vision-from", twin_folder("donor-wide"), "--tensors").out
+    assert "made from config.json of donor-wide" in " ".join(shown.split())
+    assert "vision_from/" not in shown.partition("Files")[2].partition("needs")[0]
+    assert "zeros (zeros)" not in shown
+    assert "downloads" not in shown
+
+
 @pytest.mark.parametrize("size", ["5GB", "100kB"])
 def test_plan_json_is_consistent(t5g2: Successful, demo_source: Path, size: str) -> None:
     document = t5g2.json("plan", demo_source, "--max-shard-size", size)
@@ -142,7 +152,9 @@ def test_plan_json_is_consistent(t5g2: Successful, demo_source: Path, size: str)
     assert document["mapping"] == "gemma3"
     assert_sound_parameters(document["parameters"])
     assert {part: document["parameters"][part] for part in PARTS} == by_part(document["tensors"])
-    assert document["bytes"] == document["disk_needed"] == sum(shard["bytes"] for shard in document["shards"])
+    assert document["bytes"] == sum(shard["bytes"] for shard in document["shards"])
+    assert document["disk_needed"] == document["bytes"] + ASSET_BYTES
+    assert document["download"] == 0
     shards = {shard["name"]: shard["bytes"] for shard in document["shards"]}
     assert len(shards) == len(document["shards"]) == (1 if size == "5GB" else 9)
     for name, end in shards.items():

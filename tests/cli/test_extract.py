@@ -50,6 +50,18 @@ def test_a_part_can_be_inspected(part: str, t5g2: CommandLine, whole: Path, tmp_
     assert document["parameters"]["total"] == read_manifest(tmp_path / "out")["parameters"]["total"]
 
 
+def test_a_plan_tells_what_would_be_taken_out(t5g2: CommandLine, whole: Path) -> None:
+    result = t5g2("plan", whole, "--part", "encoder", "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert document["mapping"] == "t5gemma2-encoder"
+    assert document["parameters"]["decoder"] == 0
+    assert {drop["because"] for drop in document["dropped"]} == {"the encoder is taken without the decoder"}
+    shown = t5g2("plan", whole, "--part", "decoder")
+    assert "t5gemma2 to gemma3" in shown.out
+    assert len([line for line in shown.err.splitlines() if "are dropped" in line]) == 1
+
+
 def test_options_of_the_writer_are_heard(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
     arguments = ("extract", whole, tmp_path / "out", "--part", "encoder")
     assert t5g2(*arguments, "--dtype", "float32", "--max-shard-size", "20KB").code == 0

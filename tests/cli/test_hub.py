@@ -15,6 +15,8 @@ import pytest
 
 from t5g2convert import convert, plan
 from t5g2convert.checkpoint.folder import SINGLE_FILE
+from t5g2convert.checkpoint.hubfiles import SMALL_BYTES
+from t5g2convert.checkpoint.manifest import seal
 from t5g2convert.checkpoint.ranges import FIRST_BYTES
 from tests.conftest import TwinFolder
 from tests.hub_server import Fault, Hub, running
@@ -63,7 +65,7 @@ def without_hub(manifest: bytes) -> dict[str, Any]:
     """A manifest without what only the conversion of a model of the Hub tells."""
     document = json.loads(manifest)
     del document["sha256"]
-    for role in ("source", "vision_from"):
+    for role in ("source", "decoder_from", "vision_from"):
         document.get(role, {}).pop("hub", None)
     return dict(document)
 
@@ -77,6 +79,7 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     assert {**here, "path": "", "hub": ""} == {**found, "path": "", "hub": ""}
     planned = scene.json(f"plan {REPO}@main")
     assert planned["hub"] == found["hub"]
+    assert planned["download"] == (demo_source / SINGLE_FILE).stat().st_size
     assert planned["tensors"] == plan(demo_source).to_json()["tensors"]
     assert planned["files"] == plan(demo_source).to_json()["files"]
     assert scene.json(f"mappings check gemma3 --against {REPO}")["tensors"] == len(planned["tensors"])
@@ -85,7 +88,23 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     told = scene(f"inspect {REPO}")
     assert f"gemma3 in {REPO}@{sha}" in told.stdout
     assert told.stderr == ""
-    assert f"{REPO}: gemma3 to t5gemma2" in scene(f"plan {REPO}").stdout
+    shown = scene(f"plan {REPO}").stdout
+    assert f"{REPO}: gemma3 to t5gemma2" in shown
+    assert "of memory; downloads " in shown
+
+
+def test_a_large_tokenizer_config_is_fetched_and_carried(scene: Scene, demo_source: Path) -> None:
+    path = demo_source / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "x" * (SMALL_BYTES + 1)}))
+    scene.hub.add(REPO, demo_source)
+    made = scene.json(f"plan {REPO}")
+    assert made["files"] == plan(demo_source).to_json()["files"]
+    assert made["notes"] == list(plan(demo_source).notes)
+    scene.json(f"convert {REPO} out --no-flush")
+    convert(demo_source, scene.folder / "expected", flush=False)
+    assert contents(scene.folder / "out").keys() == contents(scene.folder / "expected").keys()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (scene.folder / "out" / name).read_bytes() == (scene.folder / "expected" / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["images-sharded", "text-8"])
@@ -131,6 +150,46 @@ def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
     assert "chat_template.jinja is not the source's" in done.stdout
 
 
+def test_a_branch_that_moved_on_is_told_with_the_commit_that_was_converted(scene: Scene, demo_source: Path) -> None:
+    sha = scene.hub.add(REPO, demo_source)
+    assert scene(f"convert {REPO} out --no-flush").returncode == 0
+    scene.hub.repos[REPO].commit({**contents(demo_source), "notes.txt": b"something else"})
+    done = scene(f"verify out --source {REPO}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"it was made of commit {sha} of {REPO}" in done.stderr
+    assert f"{REPO}@{sha}" in done.stderr
+    assert scene.json(f"verify out --source {REPO}@{sha}")["passed"]
+
+
+def test_a_part_is_taken_out_of_a_model_of_the_hub(scene: Scene, converted_twin: TwinFolder, tmp_path: Path) -> None:
+    sha = scene.hub.add(REPO, converted_twin("images-sharded"))
+    for part in ("encoder", "decoder"):
+        done = scene(f"extract {REPO} {part} --part {part} --verify")
+        assert done.returncode == 0, done.stderr
+        manifest = json.loads((scene.folder / part / "t5g2.json").read_text())
+        assert manifest["source"]["hub"] == {"repo": REPO, "revision": sha}
+        convert(converted_twin("images-sharded"), tmp_path / part, part=part)
+        weights = "model.safetensors"
+        assert (scene.folder / part / weights).read_bytes() == (tmp_path / part / weights).read_bytes()
+
+
+def test_another_commit_than_it_was_made_from_is_told(scene: Scene, demo_source: Path) -> None:
+    sha = scene.hub.add(REPO, demo_source)
+    scene.json(f"convert {REPO} out --no-flush")
+    assert scene.json(f"verify out --source {REPO} --no-record")["passed"]
+    path = scene.folder / "out/t5g2.json"
+    lie = json.loads(path.read_text())
+    lie["source"]["hub"] = {"repo": "google/other", "revision": "0" * 40}
+    path.write_bytes(seal(lie))
+    done = scene(f"verify out --source {REPO}")
+    assert done.returncode == 6
+    assert f"was made from source google/other@{'0' * 40}, and {REPO}@{sha} was opened" in done.stdout.replace(
+        "\n", " "
+    )
+    # A copy in a folder has no commit.
+    assert scene.json(f"verify out --source {demo_source}")["passed"]
+
+
 def test_a_model_of_the_hub_is_compared(scene: Scene, demo_source: Path) -> None:
     scene.hub.add(REPO, demo_source)
     convert(demo_source, scene.folder / "out", flush=False)
@@ -153,6 +212,49 @@ def test_only_the_shards_with_the_tower_of_a_donor_are_fetched(scene: Scene, twi
     found, expected = contents(scene.folder / "out"), contents(scene.folder / "expected")
     assert without_hub(found.pop("t5g2.json")) == without_hub(expected.pop("t5g2.json"))
     assert found == expected
+
+
+def test_only_the_shards_with_the_layers_of_the_decoders_parent_are_fetched(
+    scene: Scene, twin_folder: TwinFolder
+) -> None:
+    other, source = twin_folder("text-sharded"), twin_folder("text-8")
+    sha = scene.hub.add("google/other", other)
+    options = "--decoder-from google/other --decoder-layers 0:4:3"
+    planned = scene.json(f"plan {source} {options}")
+    assert planned["options"] == {"decoder_layers": [0, 3]}
+    assert planned["sources"]["decoder_from"]["hub"] == {"repo": "google/other", "revision": sha}
+    assert "hub" not in planned["sources"]["source"]
+    assert not list((scene.folder / "home").rglob("*.safetensors"))
+    done = scene(f"convert {source} out {options} --no-flush --verify")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((scene.folder / "out/t5g2.json").read_text())
+    assert manifest["decoder_from"]["hub"] == {"repo": "google/other", "revision": sha}
+    fetched = {path.name for path in (scene.folder / "home").rglob("*.safetensors")}
+    assert fetched == {name for name in manifest["decoder_from"]["files"] if name.endswith(".safetensors")}
+    assert 0 < len(fetched) < len(list(other.glob("*.safetensors")))
+    convert(source, scene.folder / "expected", decoder_from=other, decoder_layers="0:4:3", flush=False)
+    found, expected = contents(scene.folder / "out"), contents(scene.folder / "expected")
+    told = without_hub(found.pop("t5g2.json"))
+    assert told.pop("verification")["passed"]
+    assert told == without_hub(expected.pop("t5g2.json"))
+    assert found == expected
+    report = scene.json(f"verify out --source {source} --decoder-from google/other")
+    assert report["passed"]
+
+
+def test_a_graft_is_judged_without_the_shard_of_a_projector_that_it_does_not_have(
+    scene: Scene, twin_folder: TwinFolder
+) -> None:
+    from tests.twins import split_off
+
+    source = twin_folder("text-8")
+    _, shard = split_off(twin_folder("donor-wide"), scene.folder / "donor", "mm_input_projection_weight")
+    scene.hub.add("google/donor", scene.folder / "donor")
+    assert scene.json(f"convert {source} out --vision-from google/donor --verify --no-flush")["verification"]["passed"]
+    report = scene.json(f"verify out --source {source} --vision-from google/donor")
+    assert report["passed"]
+    assert "vision_parity" in {check["name"] for check in report["checks"]}
+    assert not list((scene.folder / "home").rglob(shard))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +322,13 @@ def test_H1_a_target_that_cannot_be_written_is_told_before_the_hub_is_asked(scen
     (scene.folder / "out").mkdir()
     (scene.folder / "out/mine.txt").touch()
     assert scene(f"convert {REPO} out").returncode == 5
+    assert scene.hub.log == []
+
+
+def test_a_run_that_cannot_be_resumed_is_told_before_the_hub_is_asked(scene: Scene) -> None:
+    done = scene(f"convert {REPO} out --resume --no-hash")
+    assert done.returncode == 2
+    assert "only with sha256" in done.stderr
     assert scene.hub.log == []
 
 

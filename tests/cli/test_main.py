@@ -156,7 +156,7 @@ def _a_file(folder: Path) -> None:
 
 
 def _other_family(folder: Path) -> None:
-    set_config(folder, model_type="gemma2")
+    set_config(folder, model_type="gemma4")
 
 
 def _endless_link(folder: Path) -> None:
@@ -170,7 +170,7 @@ BAD_CHECKPOINTS: Final = {
     "endless-link": (_endless_link, "demo-source"),
     "no-config": (_no_config, "config.json"),
     "no-weights": (_no_weights, "model.safetensors"),
-    "other-family": (_other_family, "Gemma 2"),
+    "other-family": (_other_family, "Gemma 4"),
     "truncated": (_cut, "found"),
     "truncated-in-header": (_cut_in_header, "found 100"),
     "git-lfs": (_lfs, "git lfs pull"),

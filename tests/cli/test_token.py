@@ -43,6 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, token: str) -> Path:
     convert(folder / "source", folder / "out", flush=False)
     (folder / "text.txt").write_text("a text to be read")
     (folder / "bad.yaml").write_text("format: 2\n")
+    (folder / "card.md").write_text("---\nlicense: gemma\n---\n")
     (folder / "full").mkdir()
     (folder / "full/mine.txt").touch()
     (folder / "home").mkdir()
@@ -63,6 +64,9 @@ GOOD: Final = [
     "verify OUT --source SOURCE --json",
     "compare SOURCE OUT --text TEXT",
     "generate OUT --prompt x --max-new-tokens 2",
+    "card OUT --source-card CARD --write",
+    "doctor",
+    "doctor --json",
 ]
 BAD: Final = {
     "plan SOURCE --nope": 2,
@@ -75,6 +79,8 @@ BAD: Final = {
     "verify OUT --source SOURCE --html MISSING/x.html": 5,
     "compare SOURCE OUT --text TEXT --max-kl 0 --min-agreement 1": None,
     "generate SOURCE --prompt x": 3,
+    "card OUT --source-card MISSING": 3,
+    "doctor --online": 7,
 }
 
 
@@ -82,6 +88,7 @@ def run(work: Path, token: str, line: str, script: str = RUN) -> subprocess.Comp
     places = {
         "SOURCE": "source", "OUT": "out", "NEW": "new", "MISSING": "gone", "MISSING/x.html": "gone/x.html",
         "BADMAP": "bad.yaml", "FULL": "full", "TEXT": "text.txt", "JUNIT": "x.xml", "HTML": "x.html", "DEMO": "demo",
+        "CARD": "card.md",
     }  # fmt: skip
     arguments = [str(work / places[word]) if word in places else word for word in line.split()]
     tokens = {"HF_TOKEN": token, "HUGGING_FACE_HUB_TOKEN": token, "HF_HOME": str(work / "home")}
@@ -120,7 +127,7 @@ def test_H6_the_token_is_in_no_error(
     option: str, work: Path, token: str, record_property: Callable[[str, object], None]
 ) -> None:
     for line, code in BAD.items():
-        if option == " --json" and line.startswith("generate"):
+        if option == " --json" and line.startswith(("generate", "card")):
             continue
         done = run(work, token, line + option)
         assert code is None or done.returncode == code, (line, done.stderr)

@@ -288,12 +288,15 @@ def test_I15_files_that_do_not_fit_are_refused_while_planning(fault: str, source
     assert caught.value.where == str(source / name)
 
 
-def test_a_tokenizer_that_changes_while_weights_are_written_is_refused(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json"])
+def test_a_file_that_changes_while_weights_are_written_is_refused(name: str, source: Path, tmp_path: Path) -> None:
+    """One that is changed on its way, and one that is carried as it is."""
+
     def touch(_: int) -> None:
-        with (source / "tokenizer.json").open("a") as file:
+        with (source / name).open("a") as file:
             file.write(" ")
 
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: changed while it was being read"):
+    with pytest.raises(CheckpointError, match=rf"{name}: changed while it was being read"):
         convert(source, tmp_path / "out", progress=touch)
     assert not (tmp_path / "out").exists()
 

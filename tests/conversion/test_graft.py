@@ -1,15 +1,24 @@
 """A text-only source with the vision tower of a donor: what is planned and what is written."""
 
 import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from t5g2convert import CheckpointError, MappingError, OutputError, convert, inspect, plan
+from t5g2convert import CheckpointError, Conversion, MappingError, OutputError, convert, inspect, plan, verify
+from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.conversion.convert import execute
+from t5g2convert.conversion.plan import Change
+from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
+from tests.memory import run_and_measure
 from tests.twins import write_aligned_source
 
 TOWER = "model.encoder.vision_tower.vision_model."
@@ -55,6 +64,8 @@ def test_an_aligned_projector_is_the_donors_times_the_map_between_the_tables(
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")[PROJECTOR], expected.to(torch.bfloat16))
     (told,) = (note for note in done.notes if "residual" in note)
     assert float(told.split(": ")[1].split()[0]) < 1e-12
+    assert done.residual is not None
+    assert done.residual == done.to_json()["residual"] < 1e-12
 
 
 def test_tables_that_do_not_fit_have_a_residual(twin_folder: TwinFolder, tmp_path: Path) -> None:
@@ -84,13 +95,37 @@ def test_an_aligned_projector_is_cast_and_sharded_like_all_else(
     assert found[PROJECTOR].dtype == (torch.float32 if "dtype" in options else torch.bfloat16)
 
 
+def test_without_an_alignment_there_is_no_residual(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    done = convert(twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder("donor-wide"))
+    assert done.residual is done.to_json()["residual"] is None
+    assert not any("residual" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["tables-read-twice", "tables-read-once"])
+def test_progress_counts_the_tables_of_an_alignment(
+    fits: bool, twin_folder: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, donor = twin_folder("text-8"), twin_folder("donor-wide")
+    if fits:
+        write_aligned_source(source, donor, tmp_path / "source")
+        source = tmp_path / "source"
+    counts: list[int] = []
+    made = plan(source, vision_from=donor, projector="aligned")
+    monkeypatch.setattr("t5g2convert.conversion.tables.ROWS_AT_ONCE", 64)
+    execute(made, Folders(source, vision_from=donor), tmp_path / "out", progress=counts.append, flush=False)
+    tables = 300 * (32 + 24) * 2
+    assert sum(counts) == made.work == sum(tensor.nbytes for tensor in made.tensors) + tables
+    # While it goes on, and not at its end.
+    assert counts[1:3] == [64 * 32 * 2, 64 * 24 * 2]
+
+
 def test_a_resumed_graft_has_the_same_bytes(twin_folder: TwinFolder, tmp_path: Path) -> None:
     donor = twin_folder("donor-wide")
 
-    def run(name: str, judge: Any = None) -> None:
-        convert(
+    def run(name: str, judge: Any = None, counts: list[int] | None = None) -> Conversion:
+        return convert(
             twin_folder("text-8"), tmp_path / name, vision_from=donor, projector="aligned", ridge=0.1,
-            max_shard_bytes=20_000, resume=True, judge=judge,
+            max_shard_bytes=20_000, resume=True, judge=judge, progress=None if counts is None else counts.append,
         )  # fmt: skip
 
     def stop(_: Path) -> None:
@@ -98,8 +133,12 @@ def test_a_resumed_graft_has_the_same_bytes(twin_folder: TwinFolder, tmp_path: P
 
     with pytest.raises(OutputError, match="the disk fails"):
         run("resumed", stop)
-    run("resumed")
-    run("plain")
+    counts: tuple[list[int], list[int]] = ([], [])
+    resumed, plain = run("resumed", counts=counts[0]), run("plain", counts=counts[1])
+    assert sum(counts[0]) == sum(counts[1])
+    assert resumed.residual is None
+    assert "the aligned projector is in a shard that was kept; verify tells the residual" in resumed.notes
+    assert plain.residual is not None
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("resumed", "plain"))
     assert one == two
 
@@ -156,11 +195,33 @@ def test_a_graft_that_does_not_fit_is_refused(
         plan(twin_folder(source), vision_from=twin_folder(donor), **options)
 
 
+@pytest.mark.parametrize("holders", [{"donor"}, {"source", "donor"}], ids=lambda holders: "-".join(sorted(holders)))
+def test_nan_is_told_of_the_folder_that_holds_it(holders: set[str], twin_folder: TwinFolder, tmp_path: Path) -> None:
+    names = {"source": "model.norm.weight", "donor": "vision_tower.post_layernorm.bias"}
+    for name, twin in (("source", "text-8"), ("donor", "donor-wide")):
+        shutil.copytree(twin_folder(twin), tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        if name in holders:
+            tensors[names[name]][3] = float("nan")
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+
+    def run(**options: bool) -> Conversion:
+        return convert(tmp_path / "source", tmp_path / "out", vision_from=tmp_path / "donor", **options)
+
+    with pytest.raises(CheckpointError, match="hold NaN or infinity") as caught:
+        run()
+    assert caught.value.where == " and ".join(str(tmp_path / name) for name in sorted(holders))
+    lines = {"source": f"{names['source']}[3] is NaN", "donor": f"{names['donor']}[3] of the donor is NaN"}
+    assert set(caught.value.details) == {lines[name] for name in holders}
+    assert any(lines["donor"] in note for note in run(allow_nonfinite=True).notes)
+
+
+def test_a_donor_of_another_family_is_told_to_be_the_donor(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+    with pytest.raises(MappingError, match="the donor of --vision-from is model_type 't5gemma2'"):
+        plan(twin_folder("text-8"), vision_from=converted_twin("images-8"))
+
+
 def test_a_donor_is_a_closed_world_too(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import save_file
-
     shutil.copytree(twin_folder("donor-wide"), tmp_path / "donor")
     path = tmp_path / "donor/model.safetensors"
     tensors = load_file(path)
@@ -169,6 +230,59 @@ def test_a_donor_is_a_closed_world_too(twin_folder: TwinFolder, tmp_path: Path) 
         plan(twin_folder("text-8"), vision_from=tmp_path / "donor")
     assert "unused: stranger" in caught.value.details
     assert caught.value.where == str(tmp_path / "donor")
+
+
+@pytest.fixture
+def small_text(twin_folder: TwinFolder, gemma3_map: WeightMap, tmp_path: Path) -> Path:
+    """A bfloat16 source of one layer: the tower of a float32 donor is larger than all of it."""
+    (tmp_path / "small").mkdir()
+    config = json.loads((twin_folder("text-8") / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    write_synthetic_source(tmp_path / "small", gemma3_map, config, seed=3)
+    return tmp_path / "small"
+
+
+def test_the_config_names_the_sources_dtype_whatever_the_donor_has(small_text: Path, twin_folder: TwinFolder) -> None:
+    made = plan(small_text, vision_from=twin_folder("images-float32"))
+    sizes = Counter[str]()
+    for tensor in made.tensors:
+        sizes[tensor.dtype] += tensor.nbytes
+    assert sizes["F32"] > sizes["BF16"]
+    assert made.dtype == made.config["dtype"] == "bfloat16"
+    assert made.changes == ()
+
+
+def test_a_cast_is_declared_of_whose_tensors_it_was(small_text: Path, twin_folder: TwinFolder, tmp_path: Path) -> None:
+    donor = twin_folder("images-float32")
+    assert plan(small_text, vision_from=donor, dtype="bfloat16").changes == (
+        Change("dtype", "the donor's float32", "bfloat16"),
+    )
+    assert plan(small_text, vision_from=donor, dtype="float16").changes == (
+        Change("dtype", "bfloat16, the donor's float32", "float16"),
+    )
+    convert(small_text, tmp_path / "out", vision_from=donor, dtype="bfloat16", flush=False)
+    report = verify(tmp_path / "out", small_text, vision_from=donor, record=False)
+    assert report.passed
+    (remark,) = (remark for remark in report.remarks if "cast" in remark)
+    assert remark.startswith("weights were cast from the donor's float32 to bfloat16, as declared")
+
+
+@pytest.mark.parametrize(("donor_width", "width"), [(512, 256), (1024, 512), (512, 1024)])
+def test_an_alignment_takes_the_memory_that_its_plan_tells(
+    donor_width: int, width: int, demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path
+) -> None:
+    text = {**demo_config["text_config"], "vocab_size": 4096, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    configs = {
+        "source": {**text, "hidden_size": width, "model_type": "gemma3_text"},
+        "donor": {**demo_config, "text_config": {**text, "hidden_size": donor_width}},
+    }
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        write_synthetic_source(tmp_path / name, gemma3_map, config, seed=len(name))
+    options = ["--vision-from", tmp_path / "donor", "--projector", "aligned", "--ridge", "1e-3"]
+    told = json.loads(run_and_measure("plan", tmp_path / "source", *options, "--json")[0])["peak_memory"]
+    _, taken = run_and_measure("convert", tmp_path / "source", tmp_path / "out", *options, "--no-flush")
+    assert taken < told < 1.25 * taken
 
 
 def test_the_output_may_not_lie_in_the_donor(twin_folder: TwinFolder) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from t5g2convert import CheckpointError, Plan, UsageError, plan
 from t5g2convert.conversion.plan import Change
+from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.library import find_map
-from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.schema import PresetSettings, WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.memory import run_and_measure
 
@@ -209,13 +210,39 @@ def test_a_cut_table_and_a_moved_token_are_declared(
     }
 
 
+SMALL_GEMMA2: dict[str, Any] = {
+    "model_type": "gemma2", "vocab_size": 20, "hidden_size": 48, "intermediate_size": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4, "sliding_window": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family in ("gemma3", "gemma2") for name in FAMILIES[family].terms.values
+     if name in PresetSettings.model_fields],
+)  # fmt: skip
+def test_all_that_a_preset_may_set_is_declared_for_each_stack(
+    family: str, name: str, demo_config: Mapping[str, Any], tmp_path: Path
+) -> None:
+    shipped = find_map(family)
+    preset = f"presets:\n  mine: {{requires: {{hidden_size: 48}}, settings: {{{name}: 77}}}}\n"
+    text = shipped.path.read_text()
+    text = text.replace("presets:\n", preset) if "\npresets:\n" in text else f"{text}{preset}"
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "source").mkdir()
+    config = SMALL_GEMMA2 if family == "gemma2" else demo_config
+    write_synthetic_source(tmp_path / "source", shipped.map, config, seed=None)
+    changes = plan(tmp_path / "source", mapping=str(tmp_path / "mine.yaml"), preset="mine").changes
+    assert [change.target for change in changes if change.field.startswith(("encoder.", "decoder."))] == [77, 77]
+
+
 @pytest.mark.parametrize(
     ("written", "path", "before", "after"),
     [
-        ("factor: $rope_full_factor", "rope_parameters.full_attention.factor", 1.0, 8.0),
-        ("rope_theta: $rope_full_theta", "rope_parameters.full_attention.rope_theta", 1e6, 8.0),
-        ("rope_theta: $rope_sliding_theta", "rope_parameters.sliding_attention.rope_theta", 1e4, 8.0),
-        ("sliding_window: $sliding_window", "sliding_window", 16, 8.0),
+        ("factor: $STACK.rope_full_factor", "rope_parameters.full_attention.factor", 1.0, 8.0),
+        ("rope_theta: $STACK.rope_full_theta", "rope_parameters.full_attention.rope_theta", 1e6, 8.0),
+        ("rope_theta: $STACK.rope_sliding_theta", "rope_parameters.sliding_attention.rope_theta", 1e4, 8.0),
+        ("sliding_window: $STACK.sliding_window", "sliding_window", 16, 8.0),
     ],
 )
 def test_a_setting_that_a_map_writes_out_is_declared_for_each_stack(
@@ -223,9 +250,12 @@ def test_a_setting_that_a_map_writes_out_is_declared_for_each_stack(
 ) -> None:
     text = find_map("gemma3").path.read_text()
     number = "8" if path == "sliding_window" else "8.0"
-    (tmp_path / "mine.yaml").write_text(text.replace(written, f"{written.partition(':')[0]}: {number}"))
+    for stack in ("encoder", "decoder"):
+        text = text.replace(written.replace("STACK", stack), f"{written.partition(':')[0]}: {number}")
+    (tmp_path / "mine.yaml").write_text(text)
     made = plan(demo_source, mapping=str(tmp_path / "mine.yaml"))
-    assert sum("that changes what is computed" in note for note in made.notes) == 1
+    effect = "positions in full layers are divided by 8" if "factor" in path else "that changes what is computed"
+    assert sum(note.endswith(f": {effect}") for note in made.notes) == 1
     assert made.changes == tuple(
         Change(f"{stack}.{path}", before, after) for stack in ("encoder.text_config", "decoder")
     )

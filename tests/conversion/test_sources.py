@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from t5g2convert import convert
-from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, HubFile, HubOrigin, open_checkpoint
+from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
+from t5g2convert.checkpoint.place import HubFile, HubOrigin
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.conversion.convert import execute, prepare
+from t5g2convert.conversion.convert import execute, open_and_plan, prepare, room
 from t5g2convert.conversion.planner import build_plan
+from t5g2convert.conversion.staging import ASSET_BYTES
 from t5g2convert.errors import CheckpointError, OutputError
 from tests.conftest import TwinFolder
 
@@ -66,6 +68,23 @@ def test_a_checkpoint_that_is_open_already_is_converted(demo_source: Path, tmp_p
     manifests = [read_manifest(tmp_path / name) for name in ("model", "folder")]
     assert manifests[0]["source"].pop("hub") == {"repo": "google/gemma-demo", "revision": SHA}
     assert {**manifests[0], "sha256": ""} == {**manifests[1], "sha256": ""}
+
+
+@pytest.mark.parametrize("away", ["source", "donor"])
+@pytest.mark.parametrize("shared", ["source", "donor"])
+def test_a_download_counts_where_it_goes(
+    away: str, shared: str, twin_folder: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two models is still on the Hub; the cache of one of them is on the output's disk."""
+    for name, twin in (("source", "text-8"), ("donor", "donor-wide")):
+        shutil.copytree(twin_folder(twin), tmp_path / name)
+    size = (tmp_path / away / SINGLE_FILE).stat().st_size
+    models = {name: as_model(tmp_path / name, *([SINGLE_FILE] if name == away else [])) for name in ("source", "donor")}
+    monkeypatch.setattr("t5g2convert.conversion.convert.same_disk", lambda cache, _: cache == tmp_path / shared)
+    plan, sources = open_and_plan(models["source"], vision_from=models["donor"])
+    needed = room(plan, sources, tmp_path / "out")
+    assert needed.download == size
+    assert needed.output == plan.nbytes + ASSET_BYTES + (size if away == shared else 0)
 
 
 def test_the_plan_is_made_of_the_files_that_were_fetched(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, convert, plan
 from t5g2convert.checkpoint.roles import Folders
-from t5g2convert.conversion import copying, writer
+from t5g2convert.conversion import computed, copying
 from t5g2convert.conversion.convert import execute
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -102,7 +102,7 @@ def test_each_source_byte_is_copied_from_once(
         return done
 
     monkeypatch.setattr(copying, "read_exactly", count_read)
-    monkeypatch.setattr(writer, "read_exactly", count_read)
+    monkeypatch.setattr(computed, "read_exactly", count_read)
     monkeypatch.setattr(os, "pwrite", count_write)
     made = plan(demo_source)
     execute(made, Folders(demo_source), tmp_path / "out", hashing=hashing)

@@ -18,6 +18,7 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
+from t5g2convert.parity.ancestors import Ancestors
 from t5g2convert.parity.inputs import Batch, token_batch
 from t5g2convert.parity.integrity import judge_integrity
 from t5g2convert.parity.text import judge_text
@@ -117,7 +118,7 @@ class Judge:
     def __call__(self) -> dict[str, str | None]:
         """The parities that fail, and where the two models depart."""
         target = T5Gemma2Reference(self.checkpoint)
-        checks = judge_text(self.gemma, target, self.batch, None, tolerance=0, progress=lambda _: None)
+        checks = judge_text(Ancestors.both(self.gemma), target, self.batch, None, tolerance=0, progress=lambda _: None)
         return {
             check.name: None if check.figures is None else check.figures.departs for check in checks if not check.passed
         }

@@ -78,7 +78,8 @@ def test_the_example_of_a_family_can_be_inspected_and_planned(model_type: str, t
     assert (inspection.family, inspection.missing, inspection.unexpected) == (model_type, (), ())
     made = plan(tmp_path)
     assert made.source.family == model_type
-    assert made.parameters["encoder"] == made.parameters["decoder"] == inspection.parameters["decoder"] > 0
+    # A decoder has what its encoder has, and perhaps an attention more.
+    assert made.parameters["decoder"] >= made.parameters["encoder"] == inspection.parameters["decoder"] > 0
 
 
 def test_the_terms_of_a_family_are_read_once(model_type: str) -> None:

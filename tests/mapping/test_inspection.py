@@ -177,7 +177,7 @@ def test_a_target_with_other_names_is_described(demo_source: Path, tmp_path: Pat
     }
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "t5gemma", None])
+@pytest.mark.parametrize("model_type", ["gemma", "gemma4", None])
 def test_I10_another_family_is_refused(model_type: str | None, demo_source: Path) -> None:
     (demo_source / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(CheckpointError, match="cannot be converted"):

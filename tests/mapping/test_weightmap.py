@@ -8,7 +8,7 @@ from t5g2convert.errors import MappingError
 from t5g2convert.mapping.families import FAMILIES, worlds_of
 from t5g2convert.mapping.library import mappings_folder, shipped_maps
 from t5g2convert.mapping.names import index_of, pattern_fault, root_of
-from t5g2convert.mapping.schema import Row, WeightMap
+from t5g2convert.mapping.schema import PresetSettings, Row, WeightMap
 from t5g2convert.mapping.weightmap import did_you_mean, load_map
 
 GOOD = (mappings_folder() / "gemma3.yaml").read_text()
@@ -410,12 +410,28 @@ FAULTS = [
         "  dtype: $dtype", "  dtype: $dtyp", "$dtyp", "unknown value $dtyp", "did you mean dtype?", id="value"
     ),
     pytest.param(
-        "{rope_type: linear, rope_theta: $rope_full_theta, factor",
-        "{rope_type: linear, rope_theta: $rope_ful_theta, factor",
-        "$rope_ful_theta",
-        "unknown value $rope_ful_theta",
-        "did you mean rope_full_theta?",
+        "{rope_type: linear, rope_theta: $encoder.rope_full_theta, factor",
+        "{rope_type: linear, rope_theta: $encoder.rope_ful_theta, factor",
+        "$encoder.rope_ful_theta",
+        "unknown value $encoder.rope_ful_theta",
+        "did you mean encoder.rope_full_theta?",
         id="value-inside",
+    ),
+    pytest.param(
+        "final_logit_softcapping: $decoder.final_logit_softcapping",
+        "final_logit_softcapping: $vision.final_logit_softcapping",
+        "$vision.final_logit_softcapping",
+        "unknown value $vision.final_logit_softcapping",
+        "did you mean final_logit_softcapping?",
+        id="value-of-no-stack",
+    ),
+    pytest.param(
+        "height: $vision_image_size,",
+        "height: $encoder.vision_image_size,",
+        "$encoder.vision_image_size",
+        "unknown value $encoder.vision_image_size",
+        "did you mean vision_image_size?",
+        id="file-value-of-a-stack",
     ),
     pytest.param(
         "architectures: [T5Gemma2ForConditionalGeneration]\n  model",
@@ -426,18 +442,18 @@ FAULTS = [
         id="value-in-list",
     ),
     pytest.param(
-        "  pad_token_id: $pad_token_id\n\n# What",
-        "  pad_token_id: $pad_token_idd\n\n# What",
-        "$pad_token_idd",
-        "unknown value $pad_token_idd",
-        "did you mean pad_token_id?",
+        "  pad_token_id: $decoder.pad_token_id\n\n# What",
+        "  pad_token_id: $decoder.pad_token_idd\n\n# What",
+        "$decoder.pad_token_idd",
+        "unknown value $decoder.pad_token_idd",
+        "did you mean decoder.pad_token_id?",
         id="generation-value",
     ),
     pytest.param(
         "{case: {vision: $mm_tokens_per_image, text_only: 4}}",
         "{case: {vision: $mm_tokens_per_image}}",
         "{case",
-        "case must stand alone and name exactly one condition of: text_only or",
+        "case must stand alone, and one of its names must hold for every source, of projector_aligned,",
         None,
         id="case-missing",
     ),
@@ -551,6 +567,45 @@ def test_C2_a_map_that_no_model_can_satisfy_is_refused(old: str, new: str, tmp_p
     assert (error.where or "").rsplit(":", 2)[1] == str(line_of_the_edit(text))
 
 
+SETTINGS = "    settings: {rope_full_factor: 8.0, max_position_embeddings: 131072}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "node", "reason"),
+    [
+        ("rope_full_facto: 8.0", "rope_full_facto", "unknown key 'rope_full_facto' (did you mean rope_full_factor?)"),
+        ("rms_norm_eps: 1.0", "rms_norm_eps", "unknown key 'rms_norm_eps'"),
+        ("rope_full_factor: 0.0", "0.0", "rope_full_factor: Input should be greater than 0"),
+        ("rope_full_factor: -8", "-8", "rope_full_factor: Input should be greater than 0"),
+        ('rope_full_factor: "8"', '"8"', "rope_full_factor: Input should be a valid number"),
+        ("sliding_window: 512.5", "512.5", "sliding_window: Input should be a valid integer"),
+        ("sliding_window: 0", "0", "sliding_window: Input should be greater than 0"),
+        ("max_position_embeddings: 2147483648", "2147483648", "max_position_embeddings: Input should be less than"),
+        ("sliding_window: null", "{", "settings: expected at least one setting, and a value for each"),
+        ("", "{", "settings: expected at least one setting, and a value for each"),
+    ],
+    ids=str,
+)
+def test_C2_a_preset_sets_what_a_plan_declares_to_what_it_can_be(
+    settings: str, node: str, reason: str, tmp_path: Path
+) -> None:
+    text = edited(SETTINGS, f"    settings: {{{settings}}}")
+    error = refusal(tmp_path / "map.yaml", text)
+    assert_points_at(error, tmp_path / "map.yaml", text, node)
+    assert reason in f"{error.message.splitlines()[0]} ({error.hint})"
+
+
+@pytest.mark.parametrize("name", PresetSettings.model_fields)
+def test_every_setting_of_a_preset_may_be_set_that_the_family_has(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "map.yaml"
+    text = edited(SETTINGS, f"    settings: {{{name}: 7}}")
+    if name not in FAMILIES["gemma3"].terms.values:
+        assert f"unknown value {name!r}" in refusal(path, text).message
+        return
+    path.write_text(text.replace("    assumed: [max_position_embeddings]\n", "", 1))
+    assert load_map(path).map.presets["t5gemma-2-270m-270m"].settings.given == {name: 7}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
@@ -613,6 +668,11 @@ def test_every_shipped_row_uses_names_that_exist(weight_map: WeightMap, row: Row
 
 
 PREFIXES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "gemma2": {
+        "embedding": ("model.encoder.embed_tokens.", "model.decoder.embed_tokens.", "lm_head.out_proj."),
+        "encoder": "model.encoder.",
+        "decoder": "model.decoder.",
+    },
     "gemma3": {
         "embedding": "model.encoder.embed_tokens.",
         "encoder": "model.encoder.",

@@ -50,7 +50,7 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def replayed(sources: Sources, manifest: Document, mapping: str | None, part: str | None = None) -> Plan:
         folder = sources.folders.source
-        if manifest.get("options") or mapping or part or sources.vision_from:
+        if manifest.get("options") or mapping or part or sources.others:
             return replay(sources, manifest, mapping, part)
         if folder not in plans:
             plans[folder] = replay(sources, {}, None)

@@ -334,6 +334,11 @@ MINIMA = {
     "fill": 5,
     "shards": 15,
     "structure": 20,
+    "first generation, tensors": 250,
+    "first generation, exchanged": 20,
+    "first generation, settings": 70,
+    "first generation, settings missing": 55,
+    "first generation, structure": 8,
     "settings": 110,
     "settings that are computed with": 35,
     "settings missing": 100,
@@ -347,6 +352,9 @@ MINIMA = {
     "settings of a part, text-8": 30,
     "settings of a part, images-8": 50,
     "manifest": 25,
+    "pairings, layers": 30,
+    "pairings, settings": 14,
+    "pairings, lies": 12,
 }
 """Families of mutants, and how many of each must be tried at least; each family is a test of its own."""
 

@@ -126,6 +126,22 @@ def test_a_part_of_raw_module_names_is_the_same(converted_twin: TwinFolder, tmp_
         convert(raw, tmp_path / "untied", part="decoder")
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_an_unbalanced_pair_passes(
+    part: str, twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    """A decoder of other layers, and from another parent, than the encoder."""
+    whole = tmp_path / "whole"
+    convert(twin_folder("text-8"), whole, decoder_from=twin_folder("text-13"), decoder_layers="1:13:3")
+    convert(whole, tmp_path / "out", part=part)
+    report = verify(tmp_path / "out", whole, record=False)
+    assert report.passed, report.failed
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    text = config["text_config"] if part == "encoder" else config
+    assert text["num_hidden_layers"] == len(text["layer_types"]) == {"encoder": 8, "decoder": 4}[part]
+    assert text["sliding_window"] == {"encoder": 7, "decoder": 6}[part]
+
+
 @pytest.mark.usefixtures("without_use")
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["text-float32", "images-8"])

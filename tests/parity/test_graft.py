@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t5g2convert import MappingError, Report, UsageError, convert, verify
+from t5g2convert import MappingError, Report, UsageError, convert, plan, verify
 from t5g2convert.checkpoint.manifest import seal
 from tests.conftest import TwinFolder
 
@@ -27,6 +27,7 @@ class Grafted:
     donor: Path
     output: Path
     projector: str = "copy"
+    residual: float | None = None
 
     def verify(self, **options: Any) -> Report:
         return verify(self.output, self.source, **{"vision_from": self.donor, "record": False, **options})
@@ -51,9 +52,9 @@ DONORS = {"copy": "images-13", "zeros": "donor-wide", "aligned": "donor-wide"}
 @pytest.fixture(params=DONORS)
 def grafted(request: pytest.FixtureRequest, twin_folder: TwinFolder, tmp_path: Path) -> Grafted:
     """With a projector that is the donor's, with one of zeros, and with one that is aligned."""
-    made = Grafted(twin_folder("text-8"), twin_folder(DONORS[request.param]), tmp_path / "out", request.param)
-    convert(made.source, made.output, vision_from=made.donor, projector=request.param, flush=False)
-    return made
+    source, donor = twin_folder("text-8"), twin_folder(DONORS[request.param])
+    done = convert(source, tmp_path / "out", vision_from=donor, projector=request.param, flush=False)
+    return Grafted(source, donor, tmp_path / "out", request.param, done.residual)
 
 
 def test_a_graft_passes_exactly(grafted: Grafted) -> None:
@@ -74,6 +75,40 @@ def test_a_copied_projector_is_judged_by_its_features_and_zeros_before_it(grafte
     assert details["vision_parity"].startswith(compared)
     assert ("image" in details["runs"]) is (grafted.projector != "zeros")
     assert ("is the donor's, aligned" in details["provenance"]) is (grafted.projector == "aligned")
+
+
+def test_provenance_tells_what_is_whose_and_how_well_the_tables_fit(grafted: Grafted) -> None:
+    (told,) = (check.detail for check in grafted.verify().checks if check.name == "provenance")
+    made = plan(grafted.source, vision_from=grafted.donor, projector=grafted.projector)
+    donated = sum(tensor.content.kind == "copy" and tensor.part in ("vision", "projector") for tensor in made.tensors)
+    copied = sum(tensor.content.kind == "copy" for tensor in made.tensors)
+    assert f"{donated} are the donor's byte for byte" in told
+    assert told.startswith(f"{copied - donated} tensors are the source's byte for byte")
+    assert ("1 is zeros" in told) is (grafted.projector == "zeros")
+    assert ("residual" in told) is (grafted.projector == "aligned")
+    if grafted.residual is not None:
+        assert f"1 is the donor's, aligned (residual {grafted.residual:.3g})" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (None, ": pixels are the donor's"),
+        ("special_tokens_map.json", ": tokens are the source's, pixels are the donor's"),
+    ],
+)
+def test_the_pixels_of_a_graft_are_told_to_be_the_donors(
+    name: str | None, told: str, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(twin_folder("text-8"), tmp_path / "source")
+    if name is not None:
+        (tmp_path / "source" / name).write_text("{}")
+    donor = twin_folder("donor-wide")
+    convert(tmp_path / "source", tmp_path / "out", vision_from=donor, flush=False)
+    report = verify(tmp_path / "out", tmp_path / "source", vision_from=donor, record=False)
+    (found,) = (check for check in report.checks if check.name == "tokenizer")
+    assert found.passed
+    assert found.detail.endswith(told)
 
 
 def test_the_result_is_recorded(grafted: Grafted) -> None:
@@ -98,10 +133,12 @@ def test_a_donor_without_a_source_has_no_meaning(grafted: Grafted) -> None:
 
 
 def test_a_donor_for_a_conversion_without_one_is_refused(converted_twin: TwinFolder, twin_folder: TwinFolder) -> None:
-    report = verify(converted_twin("text-8"), twin_folder("text-8"), vision_from=twin_folder("images-13"), record=False)
-    assert {"provenance", "config"} <= {check.name for check in report.failed}
-    with pytest.raises(MappingError, match="tower of its own"):
-        verify(converted_twin("images-8"), twin_folder("images-8"), vision_from=twin_folder("images-13"), record=False)
+    for name in ("text-8", "images-8"):
+        with pytest.raises(UsageError, match="is from no other checkpoint") as refused:
+            verify(converted_twin(name), twin_folder(name), vision_from=twin_folder("images-13"), record=False)
+        assert refused.value.hint == "leave --vision-from out"
+    with pytest.raises(UsageError, match="is from no other checkpoint"):
+        verify(converted_twin("text-8"), twin_folder("text-8"), decoder_from=twin_folder("text-13"), record=False)
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], set[str]]] = {

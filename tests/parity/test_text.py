@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.parity.ancestors import Ancestors
 from t5g2convert.parity.inputs import Batch, ImageBatch, image_ids, pixels, token_batch
 from t5g2convert.parity.report import Check
 from t5g2convert.parity.text import (
@@ -48,7 +49,7 @@ class Models:
     def judge(self, tolerance: float = 0.0, *, images: bool = True, **options: Any) -> dict[str, Check]:
         """Both checks by name."""
         checks = judge_text(
-            self.source,
+            Ancestors.both(self.source),
             self.target,
             self.batch,
             self.images if images else None,
@@ -271,12 +272,12 @@ def test_padding_is_not_judged(models: Open) -> None:
 
 
 def test_stacks_of_other_depths_are_not_compared(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
-    source = Gemma3Reference(open_checkpoint(twin_folder("text-8")))
+    parents = Ancestors.both(Gemma3Reference(open_checkpoint(twin_folder("text-8"))))
     target = T5Gemma2Reference(open_checkpoint(converted_twin("text-sharded")))
     other = T5Gemma2Reference(open_checkpoint(converted_twin("text-float16")), dtype=torch.bfloat16)
     batch = token_batch(300, 31, never=set())
-    assert not any(check.passed for check in judge_text(source, target, batch, None, tolerance=0, progress=silent))
-    checks = judge_text(source, other, batch, None, tolerance=0.9, progress=silent)
+    assert not any(check.passed for check in judge_text(parents, target, batch, None, tolerance=0, progress=silent))
+    checks = judge_text(parents, other, batch, None, tolerance=0.9, progress=silent)
     assert [check.name for check in checks] == ["decoder_parity", "encoder_parity"]
     for check in checks:
         assert not check.passed

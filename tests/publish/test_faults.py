@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import Fault, Repo
-from tests.publish.conftest import HASTY, RUN, Scene
+from tests.publish.scene import HASTY, RUN, Scene
 
 UPLOAD = "upload out ann/model --card keep"
 COMMIT = "/api/models/ann/model/commit/"

@@ -10,7 +10,7 @@ import pytest
 from t5g2convert import convert
 from t5g2convert.parity.verify import verify
 from tests.hub_server import Repo
-from tests.publish.conftest import Scene
+from tests.publish.scene import Scene
 
 NO_CARD = {"README.md", ".gitattributes"}
 
@@ -149,7 +149,8 @@ def test_only_what_has_changed_is_sent(scene: Scene) -> None:
     document(scene, "upload out ann/model")
     verify(scene.out, scene.folder / "src")
     scene.hub.log.clear()
-    assert sent(document(scene, "upload out ann/model")) == {"t5g2.json"}
+    # The card tells of the verification.
+    assert sent(document(scene, "upload out ann/model")) == {"README.md", "t5g2.json"}
     assert scene.there() == scene.expected()
     assert scene.hub.asked("/objects/batch|/lfs-put/") == []
     assert sum(request.received for request in scene.hub.log) < 20_000
@@ -271,7 +272,14 @@ def test_the_card_knows_the_models_of_the_hub_that_a_folder_was_made_of(scene: S
     (scene.folder / "source/README.md").write_text("---\nlicense: gemma\n---\n")
     scene.hub.add("google/gemma-demo", scene.folder / "source", gated_to={"ann"})
     document(scene, "convert google/gemma-demo new --push-to ann/new --no-flush")
-    assert b'base_model: "google/gemma-demo"' in scene.hub.repos["ann/new"].files()["README.md"]
+    made = scene.hub.repos["ann/new"].files()["README.md"]
+    assert b"base_model: google/gemma-demo\n" in made
+    assert b"license: gemma\n" in made
+    # The card of a source that was a folder is to be given again.
+    document(scene, "convert source local --push-to ann/local --no-flush")
+    assert b"license: gemma\n" in scene.hub.repos["ann/local"].files()["README.md"]
+    assert sent(document(scene, "upload local ann/local --source-card source/README.md")) == set()
+    assert "source/none" in scene.refused("upload local ann/local --source-card source/none", 3)
     # Who may not see the source's card is told that its license is not known.
     scene.hub.users["hf_bo"] = "bo"
     done = scene.run("upload new bo/new", HF_TOKEN="hf_bo", HF_HOME=str(scene.folder / "other"))

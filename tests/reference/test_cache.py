@@ -37,7 +37,17 @@ def test_starts_empty_and_is_started_once_the_memory_is_there() -> None:
     with pytest.raises(AssertionError, match="start comes first"):
         cache.append(*tokens(1, 0))
     cache.start(*tokens(6, 0))
-    assert (cache.started, cache.length) == (True, 6)
+    assert (cache.started, cache.length, cache.memory_length) == (True, 6, 6)
+
+
+def test_gives_the_memory_alone_however_much_is_appended() -> None:
+    cache, memory = LayerCache(), tokens(3, 0)
+    with pytest.raises(AssertionError, match="start comes first"):
+        _ = cache.memory
+    cache.start(*memory)
+    for number in range(1, 9):
+        cache.append(*tokens(2, number))
+        assert all(torch.equal(one, other) for one, other in zip(cache.memory, memory, strict=True))
 
 
 def test_keeps_its_own_copy_of_the_memory() -> None:

@@ -6,10 +6,11 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from transformers.masking_utils import sliding_window_bidirectional_mask_function
 from transformers.models.t5gemma2.modeling_t5gemma2 import sliding_window_mask_function
 
 from t5g2convert.reference.gemma3 import image_blocks
-from t5g2convert.reference.masks import bidirectional, causal, memory
+from t5g2convert.reference.masks import around, bidirectional, causal, memory
 
 ALL_5 = torch.ones(1, 5, dtype=torch.bool)
 KINDS = ("full_attention", "sliding_attention")
@@ -44,12 +45,29 @@ def test_the_drawing_of_the_masks_that_see_both_ways() -> None:
     }
 
 
+def test_the_drawing_of_the_masks_of_the_first_generation() -> None:
+    assert {title: mask.tolist() for title, mask in drawings(around).items()} == {
+        "full": around("full_attention", 2, ALL_5)[0, 0].tolist(),
+        "sliding, window 2": around("sliding_attention", 2, ALL_5)[0, 0].tolist(),
+    }
+
+
 def test_the_drawing_of_the_merged_mask() -> None:
     kept = torch.tensor([[True, True, True, False]])
     assert {title: mask.tolist() for title, mask in drawings(memory).items()} == {
         "own tokens": causal("full_attention", 3, ALL_5[:, :3])[0, 0].tolist(),
         "memory": memory(3, kept)[0, 0].tolist(),
     }
+
+
+@pytest.mark.parametrize("window", range(1, 9))
+def test_the_first_generations_window_is_that_of_transformers(window: int) -> None:
+    sees = sliding_window_bidirectional_mask_function(window)
+    tokens = torch.arange(12)
+    kept = torch.ones(1, 12, dtype=torch.bool)
+    kept[0, 3] = False
+    expected = sees(0, 0, tokens[:, None], tokens[None, :]) & kept
+    assert torch.equal(around("sliding_attention", window, kept)[0, 0], expected)
 
 
 @pytest.mark.parametrize("window", range(1, 9))

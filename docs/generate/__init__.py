@@ -1,0 +1,90 @@
+"""Make the pages and the parts of pages that tell what the code says itself; `make docs` runs it, a test compares.
+
+    docs/commands/NAME.md       from the help of each command, with the examples below
+    docs/commands/README.md     the list of them
+    docs/README.md              the list of all pages, from their titles and first sentences
+    docs/weight-map.md          the reference, from the schema of maps and the families
+    docs/architecture.md        the rooms, from their docstrings
+    docs/ci.md                  inputs and outputs of the parity action, from action.yml
+
+A part stands between `<!-- NAME: made by make docs -->` and `<!-- end of NAME -->`; all else is written by hand.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from typer.main import get_command
+
+from docs.generate.commands import command_page
+from docs.generate.tables import first_sentence, table
+from docs.generate.weight_map import weight_map_reference
+from t5g2convert.cli.main import app
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+DOCS: Final = ROOT / "docs"
+
+
+def pages() -> dict[Path, str]:
+    """Every file that is made, whole, and its text."""
+    root: Any = get_command(app)
+    made = {DOCS / f"commands/{name}.md": command_page(name, command) for name, command in root.commands.items()}
+    parts: dict[str, Callable[[], str]] = {
+        "commands/README.md": lambda: table(
+            ("command", "what it does"),
+            ((f"[`t5g2 {name}`]({name}.md)", first_sentence(it.help)) for name, it in root.commands.items()),
+        ),
+        "weight-map.md": weight_map_reference,
+        "architecture.md": rooms,
+        "ci.md": action_tables,
+        "README.md": page_list,
+    }
+    return made | {DOCS / name: _filled(DOCS / name, make()) for name, make in parts.items()}
+
+
+def _filled(path: Path, part: str) -> str:
+    """A page with its part made anew."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"<!-- (.+): made by make docs -->\n", text)
+    assert found, f"{path} has no part that is made"
+    end = f"<!-- end of {found[1]} -->\n"
+    assert text.count(end) == 1, f"{path} lacks {end}"
+    return f"{text[: found.end()]}\n{part.strip()}\n\n{text[text.index(end) :]}"
+
+
+def rooms() -> str:
+    """The folders of the package, and what each says it is."""
+    found = sorted(path for path in (ROOT / "t5g2convert").iterdir() if (path / "__init__.py").is_file())
+    rows = []
+    for path in found:
+        text = (path / "__init__.py").read_text(encoding="utf-8")
+        modules = [f"`{it.name}`" for it in sorted(path.glob("*.py")) if it.stem != "__init__"]
+        said = re.match(r'"""(.*?)(?:"""|\n\n)', text, re.DOTALL)
+        assert said, f"{path} does not say what it is"
+        rows.append((f"`{path.name}/`", " ".join(said[1].split()), " ".join(modules)))
+    return table(("room", "what it is", "modules"), iter(rows))
+
+
+def action_tables() -> str:
+    """What goes into the parity action, and what comes out."""
+    action = yaml.safe_load((ROOT / ".github/actions/parity/action.yml").read_text(encoding="utf-8"))
+    inputs = []
+    for name, it in action["inputs"].items():
+        without = "required" if it.get("required") else it["default"] and f"`{it['default']}`"
+        inputs.append((f"`{name}`", it["description"], without))
+    outputs = ((f"`{name}`", it["description"]) for name, it in action["outputs"].items())
+    return table(("input", "", "without it"), inputs) + "\n" + table(("output", ""), outputs)
+
+
+def page_list() -> str:
+    """The pages of this folder, by their titles and first sentences."""
+    rows = []
+    for path in sorted([*DOCS.glob("*.md"), DOCS / "commands/README.md"]):
+        if path == DOCS / "README.md":
+            continue
+        title, _, rest = path.read_text(encoding="utf-8").partition("\n")
+        told = first_sentence(rest.strip().partition("\n\n")[0])
+        rows.append((f"[{title.removeprefix('# ')}]({path.relative_to(DOCS)})", told))
+    return table(("page", "what it tells"), iter(rows))

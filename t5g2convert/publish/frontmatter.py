@@ -1,0 +1,203 @@
+"""The metadata of a card: YAML between two lines of dashes, read key by key, and changed without touching other keys.
+
+What others wrote is kept as it stands, to the byte: reading YAML into values and writing these again would make `false`
+of the language `no`, and lose comments.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+
+from t5g2convert.checkpoint.strictjson import is_text
+from t5g2convert.errors import T5g2Error
+
+MAX_CHARACTERS: Final = 1 << 20
+MAX_DEPTH: Final = 32
+
+Value = str | tuple[str, ...] | None
+"""A text, a list of texts, or nothing."""
+
+# Where the Hub finds it: dashes, YAML, dashes. A byte order mark may come first.
+_BLOCK: Final = re.compile(r"[\s\ufeff]*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)", re.DOTALL)
+_LINE: Final = re.compile(r"[^\r\n\x85\u2028\u2029]*(?:\r\n|[\r\n\x85\u2028\u2029]|$)")
+_NOTHING: Final = {"", "~", "null", "Null", "NULL"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key of the metadata.
+
+    Attributes:
+        value: What it says.
+        legible: Whether that is all: a value may also be a mapping, a number of lists, a tag or an alias.
+        start: Its first line.
+        end: The line after its last.
+    """
+
+    value: Value
+    legible: bool
+    start: int
+    end: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether the key stands there with nothing behind it."""
+        return self.legible and self.value is None
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card taken apart.
+
+    Attributes:
+        lines: The lines of the YAML, each with its end.
+        entries: The keys of the YAML.
+        indent: The spaces in front of its keys.
+        body: What comes behind.
+        newline: How its lines end.
+    """
+
+    lines: tuple[str, ...]
+    entries: Mapping[str, Entry]
+    indent: str
+    body: str
+    newline: str
+
+    def joined(self, changes: Mapping[str, str | None], body: str) -> str:
+        """The card with another body, and with other metadata: YAML by key, or None for a key that goes."""
+        replaced = {self.entries[key].start: key for key in changes if key in self.entries}
+        kept: list[str] = []
+        at = 0
+        while at < len(self.lines):
+            key = replaced.get(at)
+            if key is None:
+                kept.append(self._ended(self.lines[at]))
+                at += 1
+            else:
+                kept += self._indented(changes[key])
+                at = self.entries[key].end
+        for key, text in changes.items():
+            if key not in self.entries:
+                kept += self._indented(text)
+        dashes = f"---{self.newline}"
+        return f"{dashes}{''.join(kept)}{dashes}{body}" if kept else body
+
+    def _indented(self, text: str | None) -> list[str]:
+        return [f"{self.indent}{line}{self.newline}" for line in (text or "").splitlines()]
+
+    def _ended(self, line: str) -> str:
+        return line if line[-1:] in ("\r", "\n", "\x85", "\u2028", "\u2029") else line + self.newline
+
+
+def parse_card(text: str, *, error: type[T5g2Error], where: str, hint: str | None = None) -> Card:
+    """Take a card apart.
+
+    Args:
+        text: The card; it may have no metadata.
+        error: What is raised.
+        where: The card, for errors.
+        hint: What to do about one.
+
+    Raises:
+        T5g2Error: `error`: the metadata are not YAML as the Hub reads it, or written in braces.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise error(f"has {len(text):,} characters, expected {MAX_CHARACTERS:,} at most", where=where, hint=hint)
+    if not is_text(text):
+        raise error("holds half of a surrogate pair", where=where, hint=hint)
+    newline = "\r\n" if "\r\n" in text else "\n"
+    block = _BLOCK.match(text)
+    if block is None:
+        return Card((), {}, "", text.removeprefix("\ufeff"), newline)
+    lines = tuple(found[0] for found in _LINE.finditer(block[1]) if found[0])
+    try:
+        entries, indent = _Reader(lines).read()
+    except yaml.MarkedYAMLError as found:
+        mark = found.problem_mark or found.context_mark
+        line = "" if mark is None else f", line {mark.line + 2}"
+        raise error(f"has metadata that are no YAML: {found.problem}{line}", where=where, hint=hint) from None
+    except yaml.YAMLError:
+        raise error("has metadata with a character that YAML does not allow", where=where, hint=hint) from None
+    except _RefusedError as found:
+        raise error(f"has metadata {found}", where=where, hint=hint) from None
+    return Card(lines, entries, indent, text[block.end() :], newline)
+
+
+class _RefusedError(Exception):
+    """What is wrong with YAML that is YAML."""
+
+
+class _Reader:
+    """Reads the keys at the top from PyYAML's events, which resolve no tags, aliases or types."""
+
+    def __init__(self, lines: tuple[str, ...]) -> None:
+        self.lines, self.indent = lines, 0
+        self.events: Iterator[Any] = yaml.parse("".join(lines), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+    def read(self) -> tuple[dict[str, Entry], str]:
+        """The entries, and the spaces in front of their keys."""
+        next(self.events)
+        if isinstance(next(self.events), yaml.StreamEndEvent):
+            return {}, ""
+        top = next(self.events)
+        if isinstance(top, yaml.ScalarEvent) and top.value in _NOTHING:
+            return {}, ""
+        if not isinstance(top, yaml.MappingStartEvent):
+            raise _RefusedError("that are no keys with values")
+        if top.flow_style:
+            raise _RefusedError("in braces, expected a key a line")
+        found: dict[str, tuple[Value, bool]] = {}
+        starts: list[int] = []
+        self.indent = _start(top).column
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            if not isinstance(event, yaml.ScalarEvent):
+                raise _RefusedError("with a key that is no text")
+            if event.value in found:
+                raise _RefusedError(f"that name {event.value!r} twice")
+            starts.append(_start(event).line)
+            found[event.value] = self._value(next(self.events))
+        next(self.events)
+        if not isinstance(next(self.events), yaml.StreamEndEvent):
+            raise _RefusedError("of several documents")
+        ends = [self._end(start, end) for start, end in zip(starts, [*starts[1:], len(self.lines)], strict=True)]
+        entries = {key: Entry(*found[key], *place) for key, *place in zip(found, starts, ends, strict=True)}
+        return entries, " " * self.indent
+
+    def _value(self, event: Any) -> tuple[Value, bool]:
+        """The value that starts at an event, and whether it is a text or a list of texts."""
+        if isinstance(event, yaml.ScalarEvent):
+            nothing = event.tag is not None or (event.implicit[0] and event.value in _NOTHING)
+            return (None if nothing else str(event.value)), event.tag is None
+        if isinstance(event, yaml.AliasEvent):
+            return None, False
+        texts, legible, depth = [], isinstance(event, yaml.SequenceStartEvent) and event.tag is None, 1
+        while depth:
+            event = next(self.events)
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth, legible = depth + 1, False
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            elif isinstance(event, yaml.ScalarEvent) and event.tag is None:
+                texts.append(str(event.value))
+            else:
+                legible = False
+            if depth > MAX_DEPTH:
+                raise _RefusedError(f"nested more than {MAX_DEPTH} deep")
+        return (tuple(texts) if legible else None), legible
+
+    def _end(self, start: int, end: int) -> int:
+        """Without the empty lines and comments that stand before the next key; those inside a value are further in."""
+        while end > start + 1:
+            line = self.lines[end - 1]
+            if line.strip() and not line[: self.indent + 1].lstrip().startswith("#"):
+                break
+            end -= 1
+        return end
+
+
+def _start(event: Any) -> Any:
+    """Where an event starts; what is parsed from text has a place."""
+    return event.start_mark

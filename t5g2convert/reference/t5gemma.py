@@ -1,0 +1,63 @@
+"""T5Gemma, the first generation (arXiv 2504.06225): an encoder that sees both ways, a decoder with cross-attention."""
+
+from typing import Unpack
+
+from torch import Tensor
+
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.gemma3 import LayerType
+from t5g2convert.checkpoint.t5gemma import T5Gemma, read_t5gemma
+from t5g2convert.reference.crossattention import CrossDecoderLayer
+from t5g2convert.reference.encoderdecoder import EncoderDecoder
+from t5g2convert.reference.layers import EncoderLayer
+from t5g2convert.reference.masks import around
+from t5g2convert.reference.settings import Kernel, t5gemma_text
+from t5g2convert.reference.stack import Stack
+from t5g2convert.reference.weights import ReadOptions, Weights
+
+
+class T5GemmaReference(EncoderDecoder):
+    """What a T5Gemma folder computes.
+
+    Args:
+        checkpoint: The folder.
+        kernel: How attention is computed.
+        model: Settings to use in place of those of the folder's config.json.
+        reading: The dtype to compute in, the device, and whether parameters stay in memory.
+
+    Raises:
+        CheckpointError: The config is not T5Gemma's.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        kernel: Kernel = "eager",
+        model: T5Gemma | None = None,
+        **reading: Unpack[ReadOptions],
+    ) -> None:
+        self.model: T5Gemma = model or read_t5gemma(checkpoint.config, checkpoint.path / "config.json")
+        self.weights = Weights(checkpoint, **reading)
+        self.encoder = Stack(
+            self.weights,
+            t5gemma_text(self.model, self.model.encoder),
+            EncoderLayer,
+            prefix="model.encoder.",
+            table="model.encoder.embed_tokens.weight",
+            kernel=kernel,
+        )
+        self.decoder = Stack(
+            self.weights,
+            t5gemma_text(self.model, self.model.decoder),
+            CrossDecoderLayer,
+            prefix="model.decoder.",
+            table="model.decoder.embed_tokens.weight",
+            head=None if self.model.tied else "lm_head.out_proj.weight",
+            kernel=kernel,
+        )
+
+    def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
+        """Both ways, in sliding layers the window to either side."""
+        settings = self.encoder.settings
+        return {kind: around(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}

@@ -1,0 +1,60 @@
+"""docs/adding-a-family.md counts the lines that Gemma 2 took, and shows what is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from t5g2convert.checkpoint.targets import TARGETS
+from t5g2convert.mapping.families import FAMILIES
+from t5g2convert.mapping.library import find_map
+from t5g2convert.parity.t5gemma import ToT5Gemma
+from t5g2convert.parity.verify import KINDS
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/adding-a-family.md").read_text()
+ROWS = dict(re.findall(r"^\| \[([^]]+)\]\([^)]+\) \| .* \| (\d+) \|$", PAGE, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_file_has_as_many_lines_as_the_page_says(name: str) -> None:
+    assert len((ROOT / name).read_text().splitlines()) == int(ROWS[name])
+
+
+def test_the_sum_is_right() -> None:
+    (total,) = re.findall(r"^\| together \| \| (\d+) \|$", PAGE, re.MULTILINE)
+    assert int(total) == sum(map(int, ROWS.values()))
+
+
+def test_no_file_of_the_family_is_left_out() -> None:
+    own = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*(ROOT / "mappings").iterdir(), *(ROOT / "t5g2convert").rglob("*.py")]
+        if path.stem in {"gemma2", "t5gemma"} or path.stem.startswith("cross")
+    }
+    assert own == ROWS.keys()
+    assert len(own) == 8
+
+
+def test_the_entries_are_there() -> None:
+    assert "gemma2" in FAMILIES
+    assert "t5gemma" in TARGETS
+    assert any(isinstance(kind, ToT5Gemma) for kind in KINDS)
+
+
+def test_the_row_is_in_the_map() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (row,) = yaml.safe_load(block)
+    assert row in yaml.safe_load(find_map("gemma2").path.read_text())["weights"]
+
+
+def test_the_checks_are_those_of_the_kind() -> None:
+    assert re.findall(r"^\| (\w+_parity) \|", PAGE, re.MULTILINE) == list(ToT5Gemma.parities)
+
+
+def test_every_file_that_the_page_links_exists() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", PAGE)
+    assert len(links) > len(ROWS)
+    for target in links:
+        assert (ROOT / "docs" / target).exists(), target
