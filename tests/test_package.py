@@ -26,8 +26,8 @@ BELOW = {
     "conversion": LEAVES | {"checkpoint", "mapping"},
     "reference": LEAVES | {"checkpoint"},
     "parity": LEAVES | {"checkpoint", "reference"},
-    "__init__": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity"},
     "publish": LEAVES | {"checkpoint", "mapping", "conversion"},
+    "__init__": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity"},
     "__main__": {"cli"},
     "cli": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity", "publish"},
 }

@@ -87,7 +87,7 @@ def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> 
     match error:
         case errors.GatedRepoError():
             told = "is gated, and the token's user has no access" if known else "is gated, and no token was given"
-            hint = f"accept the terms at {_endpoint()}/{repo}, then: {LOGIN_HINT}"
+            hint = f"accept the terms at {endpoint()}/{repo}, then: {LOGIN_HINT}"
         case errors.RevisionNotFoundError():
             told, hint = f"has no revision {revision or 'main'!r}", "give a branch, a tag or a commit after the @"
         case errors.RepositoryNotFoundError() if known:
@@ -129,7 +129,8 @@ def _host() -> str:
     return urlsplit(constants.ENDPOINT).hostname or "the Hub"
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The Hub's address, without a password that HF_ENDPOINT may hold."""
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)

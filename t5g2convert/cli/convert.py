@@ -25,6 +25,7 @@ from t5g2convert.cli.options import (
     WindowOption,
     parse_size,
 )
+from t5g2convert.cli.upload import PushOption, print_upload, push
 from t5g2convert.cli.verify import print_report, require_passed, shown_progress
 from t5g2convert.printable import printable
 
@@ -71,6 +72,7 @@ def convert(
         bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")
     ] = False,
     verify: VerifyOption = False,
+    push_to: PushOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -84,6 +86,7 @@ def convert(
         resume=resume,
         allow_nonfinite=allow_nonfinite,
         verify=verify,
+        push_to=push_to,
         as_json=as_json,
         mapping=mapping,
         decoder_from=decoder_from,
@@ -108,15 +111,20 @@ def write_folder(
     overwrite: bool,
     verify: bool,
     as_json: bool,
+    push_to: str | None = None,
     hashing: bool = True,
     flush: bool = True,
     resume: bool = False,
     allow_nonfinite: bool = False,
     **options: "Unpack[PlanOptions]",
 ) -> None:
-    """Plan, download, write, judge if asked to, and print what was done; see `conversion.convert`."""
+    """Plan, download, write, judge and upload if asked to, and print what was done; see `conversion.convert`."""
     from t5g2convert.conversion.convert import execute, prepare
 
+    if push_to is not None:
+        from t5g2convert.publish.repository import check_access
+
+        check_access(push_to)
     with ExitStack() as shown:
         plan, sources = prepare(
             source,
@@ -154,10 +162,13 @@ def write_folder(
             progress=bar.advance,
             judge=judge if verify else None,
         )
+    uploaded = None if push_to is None else push(output, push_to, source)
     if as_json:
         document = done.to_json()
         if reports:
             document["verification"] = replace(reports[0], output=output).to_json()
+        if uploaded is not None:
+            document["upload"] = uploaded.to_json()
         emit_json(document)
         return
     out = console()
@@ -170,6 +181,8 @@ def write_folder(
         soft_wrap=True,
     )
     print_notes(done.notes)
+    if uploaded is not None:
+        print_upload(uploaded, out)
 
 
 class ProgressBar:

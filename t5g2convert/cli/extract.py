@@ -8,6 +8,7 @@ import typer
 from t5g2convert.cli.console import DebugOption, JsonOption
 from t5g2convert.cli.convert import OverwriteOption, VerifyOption, write_folder
 from t5g2convert.cli.options import DtypeOption, ShardOption, parse_size
+from t5g2convert.cli.upload import PushOption
 
 
 def extract(
@@ -18,6 +19,7 @@ def extract(
     max_shard_size: ShardOption = "5GB",
     overwrite: OverwriteOption = False,
     verify: VerifyOption = False,
+    push_to: PushOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -27,6 +29,7 @@ def extract(
         dest,
         overwrite=overwrite,
         verify=verify,
+        push_to=push_to,
         as_json=as_json,
         part=part,
         dtype=dtype,

@@ -12,7 +12,20 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from t5g2convert.cli import card, compare, convert, demo, doctor, extract, generate, inspect, mappings, plan, verify
+from t5g2convert.cli import (
+    card,
+    compare,
+    convert,
+    demo,
+    doctor,
+    extract,
+    generate,
+    inspect,
+    mappings,
+    plan,
+    upload,
+    verify,
+)
 from t5g2convert.cli.console import emit_json
 from t5g2convert.errors import Interrupted, MappingError, OutputError, T5g2Error, UsageError
 from t5g2convert.printable import printable
@@ -60,6 +73,7 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("card")(card.card)
 app.command("doctor")(doctor.doctor)
+app.command("upload")(upload.upload)
 app.add_typer(mappings.app, name="mappings")
 
 

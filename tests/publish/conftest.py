@@ -1,9 +1,15 @@
+import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from t5g2convert import convert
+from t5g2convert.cli.demo import build_demo_source
+from tests.hub_server import running
 from tests.publish.folders import write_kinds
+from tests.publish.scene import Scene
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +24,23 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(kinds: Path, tmp_path: Path) -> Path:
     """A conversion with images, free to be changed."""
     return Path(shutil.copytree(kinds / "images", tmp_path / "converted"))
+
+
+@pytest.fixture(scope="session")
+def demo_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`src`, a tiny Gemma 3 with images, and `out`, its conversion; not to be changed."""
+    folder = tmp_path_factory.mktemp("demo")
+    build_demo_source(folder / "src")
+    convert(folder / "src", folder / "out", flush=False)
+    return folder
+
+
+@pytest.fixture
+def scene(tmp_path: Path, demo_folders: Path) -> Iterator[Scene]:
+    with running() as hub:
+        shutil.copytree(demo_folders, tmp_path / "work")
+        token = f"hf_{secrets.token_hex(17)}"
+        hub.users[token] = "ann"
+        scene = Scene(hub, tmp_path / "work", token)
+        yield scene
+        scene.end()
