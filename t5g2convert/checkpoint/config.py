@@ -112,6 +112,22 @@ def _field_path(location: tuple[int | str, ...]) -> str:
     return ".".join([str(location[0]), *(str(step) for step in location[1:] if isinstance(step, int))])
 
 
+def refuse_bidirectional(fields: Mapping[str, Any], where: Path, section: str = "") -> None:
+    """Refuse a decoder whose masks are open both ways, by whichever switch; `section` is its name in config.json.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    place = f"{section}." if section else ""
+    if fields.get("use_bidirectional_attention"):
+        raise CheckpointError(
+            f"{place}use_bidirectional_attention is true: this is an encoder with other masks, as EmbeddingGemma is",
+            where=where,
+        )
+    if fields.get("is_causal") is not None and not fields["is_causal"]:
+        raise CheckpointError(f"{place}is_causal is false: this is an encoder with other masks", where=where)
+
+
 def subsection(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
     """The object under `key`, which must be there.
 

@@ -23,6 +23,7 @@ from t5g2convert.checkpoint.config import (
     Token,
     describe_model_type,
     parse_section,
+    refuse_bidirectional,
 )
 from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.checkpoint.rope import read_rope
@@ -122,10 +123,7 @@ def read_gemma2(config: Mapping[str, Any], where: Path) -> Gemma2:
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is not Gemma 2", where=where)
-    if config.get("use_bidirectional_attention"):
-        raise CheckpointError(
-            "use_bidirectional_attention is true: this is an encoder with other masks, not Gemma 2", where=where
-        )
+    refuse_bidirectional(config, where)
     return Gemma2(read_stack(config, where))
 
 

@@ -24,6 +24,7 @@ from t5g2convert.checkpoint.config import (
     Token,
     describe_model_type,
     parse_section,
+    refuse_bidirectional,
     subsection,
 )
 from t5g2convert.checkpoint.rope import agreed, object_of, stated_factor
@@ -202,10 +203,13 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
         fields, vision, tokens = dict(config), None, Gemma3Tokens()
     else:
         raise CheckpointError(f"{describe_model_type(config)} is not Gemma 3", where=where)
-    if fields.get("use_bidirectional_attention"):
+    refuse_bidirectional(fields, where)
+    if family == MULTIMODAL and fields.get("final_logit_softcapping") is not None:
         raise CheckpointError(
-            "use_bidirectional_attention is true: this is EmbeddingGemma, an encoder with other masks, not Gemma 3",
+            f"final_logit_softcapping is {fields['final_logit_softcapping']!r}: Gemma 3 with images leaves it out, "
+            "T5Gemma 2 does not",
             where=where,
+            hint="make it null",
         )
     settled = {"layer_types": _layer_types(fields, where), **_rope(fields, where)}
     text = parse_section(Gemma3Text, {**fields, **settled}, where)
@@ -236,7 +240,13 @@ def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
     """The listed kinds, or five sliding and one full repeating where only a pattern is given."""
     if fields.get("layer_types") is not None:
         return fields["layer_types"]
-    pattern = fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+    pattern = fields.get("sliding_window_pattern", 6)
+    if fields.get("_sliding_window_pattern", pattern) != pattern:
+        raise CheckpointError(
+            f"_sliding_window_pattern is {fields['_sliding_window_pattern']!r}, which readers take for {pattern!r}",
+            where=where,
+            hint="list the kinds in layer_types",
+        )
     depth = fields.get("num_hidden_layers", 26)
     if type(depth) is not int or depth > MAX_DEPTH:
         return []  # num_hidden_layers is refused by its own name
@@ -255,9 +265,10 @@ def _rope(fields: Mapping[str, Any], where: Path) -> dict[str, float]:
         f"{name}.factor": stated_factor(name, section, where)
         for name, section in (("rope_scaling", object_of(fields, "rope_scaling", where)), (parameters, full))
     }
-    if sliding.get("rope_type", "default") != "default":
+    kind = sliding.get("rope_type", sliding.get("type", "default"))
+    if kind != "default":
         raise CheckpointError(
-            f"rope_parameters.sliding_attention has rope_type {sliding['rope_type']!r}",
+            f"rope_parameters.sliding_attention has rope_type {kind!r}",
             where=where,
             hint="Gemma 3 scales full layers only",
         )

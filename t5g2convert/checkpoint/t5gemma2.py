@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from t5g2convert.checkpoint.config import (
     ConfigSection,
@@ -17,6 +17,7 @@ from t5g2convert.checkpoint.config import (
     Token,
     describe_model_type,
     parse_section,
+    refuse_bidirectional,
     subsection,
 )
 from t5g2convert.checkpoint.gemma3 import LayerType
@@ -25,7 +26,7 @@ from t5g2convert.errors import CheckpointError, MappingError
 MODEL_TYPE: Final = "t5gemma2"
 ENCODER_TYPE: Final = "t5gemma2_encoder"
 
-DEFAULT_THETA: Final = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
+DEFAULT_THETA: Final[Mapping[LayerType, float]] = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 """What transformers' T5Gemma2TextConfig has for a kind of layer that a config says nothing of."""
 
 
@@ -35,6 +36,14 @@ class Rope(ConfigSection):
     rope_type: Literal["default", "linear"] = "default"
     rope_theta: Positive
     factor: Positive = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_spelling(cls, fields: Any) -> Any:
+        """`type` is what transformers 4 called it, and what newer ones still read where there is nothing else."""
+        if isinstance(fields, dict) and fields.get("rope_type") is None and fields.get("type") is not None:
+            return {**fields, "rope_type": fields["type"]}
+        return fields
 
     @property
     def linear_factor(self) -> float:
@@ -174,9 +183,9 @@ class T5Gemma2(T5Gemma2Encoder):
         values: dict[str, Scalar] = self.tokens.model_dump()
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             fields = stack.model_dump(exclude={"rope_parameters"})
-            for kind, rope in (("full", "full_attention"), ("sliding", "sliding_attention")):
-                settings = stack.rope_parameters.get(rope)  # type: ignore[call-overload]
-                fields[f"rope_{kind}_theta"] = settings.rope_theta if settings else DEFAULT_THETA[rope]
+            for rope, theta in DEFAULT_THETA.items():
+                settings, kind = stack.rope_parameters.get(rope), rope.removesuffix("_attention")
+                fields[f"rope_{kind}_theta"] = settings.rope_theta if settings else theta
                 fields[f"rope_{kind}_factor"] = settings.linear_factor if settings else 1.0
             values |= {f"{name}.{field}": value for field, value in fields.items()}
         return values | {f"vision_{field}": value for field, value in self.vision.model_dump().items()}
@@ -225,6 +234,8 @@ def _top_image_token(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
+    if section == "decoder":
+        refuse_bidirectional(fields, where, section)
     stack = parse_section(Stack, fields, where, section)
     if len(stack.layer_types) != stack.num_hidden_layers:
         raise CheckpointError(

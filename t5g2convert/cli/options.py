@@ -59,6 +59,12 @@ DecoderFromOption = Annotated[
         show_default="SOURCE",
     ),
 ]
+DecoderParentOption = Annotated[
+    str | None, typer.Option("--decoder-from", help="The checkpoint that its decoder was made of, if it was another.")
+]
+TowerDonorOption = Annotated[
+    str | None, typer.Option("--vision-from", help="The checkpoint that its vision tower was taken from, if it was.")
+]
 EmbeddingFromOption = Annotated[
     Literal["source", "decoder-from"],
     typer.Option("--embedding-from", help="Whose embedding table both stacks get."),

@@ -9,12 +9,12 @@ import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
 from t5g2convert.cli.options import (
-    DecoderFromOption,
+    DecoderParentOption,
     DeviceOption,
     ImageOption,
     PassDtypeOption,
     TextOption,
-    VisionFromOption,
+    TowerDonorOption,
 )
 from t5g2convert.errors import OutputError, VerificationError
 from t5g2convert.printable import printable
@@ -36,8 +36,8 @@ def verify(
         str | None,
         typer.Option("--source", help="The folder or model it was made of; without it little can be checked."),
     ] = None,
-    decoder_from: DecoderFromOption = None,
-    vision_from: VisionFromOption = None,
+    decoder_from: DecoderParentOption = None,
+    vision_from: TowerDonorOption = None,
     mapping: Annotated[
         str | None,
         typer.Option(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint import t5gemma
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.changes import setting
@@ -41,6 +42,8 @@ def plan_notes(
     yield from _layers(resolution, config)
     yield from _decoder(resolution)
     yield from _images(resolution, drafts)
+    if config["model_type"] == t5gemma.MODEL_TYPE and resolution.values.get("attn_logit_softcapping"):
+        yield "load it with attn_implementation='eager': what transformers 5.0 takes otherwise computes something else"
     dtypes = sorted({draft.dtype for draft in drafts})
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
@@ -72,6 +75,8 @@ def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]
     """Settings that are not the source's: one note for all stacks where they agree."""
     by_setting: dict[str, list[Change]] = {}
     for change in changes:
+        if change.field in ("dtype", "vocab_size"):
+            continue  # they are the whole model's, and told by themselves
         stack = next((stack for stack in stacks if change.field.startswith(stack)), None)
         if stack is not None:
             setting = change.field.removeprefix(stack)
@@ -81,7 +86,7 @@ def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]
         field, source, target = alike[0].field, alike[0].source, alike[0].target
         stack = next(stack for stack in stacks if field.startswith(stack))
         name = field.removeprefix(stack) if len(alike) == len(stacks) else field
-        yield f"{name} is {target}, the source's is {source}: {_effect(field.removeprefix(stack), source, target)}"
+        yield f"{name} is {target}, its parent's is {source}: {_effect(field.removeprefix(stack), source, target)}"
 
 
 def _effect(setting: str, source: Any, target: Any) -> str:
@@ -117,6 +122,8 @@ def _decoder(resolution: Resolution) -> Iterator[str]:
         yield "the one embedding table is the source's: the decoder's parent computes with its own"
     else:
         yield "the one embedding table is the decoder's parent's: the source computes with its own"
+    if not has_names(resolution, DECODER_FROM):
+        yield "that both parents have the same tokens was not looked at: a tokenizer.json is missing"
     yield "the tokenizer is the source's, the tokens that start and end what is written are the decoder's parent's"
 
 
@@ -139,5 +146,5 @@ def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
         if alignment is not None:
             rows = f"{alignment.rows} rows of both embedding tables"
             yield f"the projector is the donor's, carried over by least squares between {rows}"
-            if not has_names(resolution):
+            if not has_names(resolution, VISION_FROM):
                 yield f"that the {rows} are the same tokens was not looked at: a tokenizer.json is missing"

@@ -10,7 +10,7 @@ from t5g2convert.checkpoint.config import ConfigSection, ImpliedTensor, Token, p
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.folder import StoredTensor
 from t5g2convert.checkpoint.hub import Origin, read_held
-from t5g2convert.checkpoint.roles import SOURCE, STACKS, VISION_FROM, Role, named
+from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.conversion.changes import declared_changes
@@ -31,7 +31,7 @@ from t5g2convert.conversion.plan import (
     SourceFile,
     SourceRange,
 )
-from t5g2convert.conversion.vocabulary import shared_rows
+from t5g2convert.conversion.vocabulary import check_names, shared_rows
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
 from t5g2convert.mapping.names import expand
@@ -73,9 +73,14 @@ def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
 def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
     """Plan the conversion of checkpoints that are open already; see `build_plan`."""
     weight_map = loaded.map
+    if options.part is not None and options.part != weight_map.extracts:
+        takes = f"takes out the {weight_map.extracts}" if weight_map.extracts else "converts a model whole"
+        raise MappingError(f"mapping {weight_map.name!r} {takes}, and not the {options.part}")
     pairing = Pairing(sources.others, options.projector, TABLES[options.embedding_from], options.layers)
     resolution = resolve(loaded, sources.source, pairing)
     _check_requirements(loaded, resolution, options)
+    if DECODER_FROM in resolution.checkpoints:
+        check_names(resolution, DECODER_FROM, "the decoder's parent")
     cast_to = None if options.dtype == KEEP else BY_CONFIG_NAME[options.dtype]
     model_dtype = cast_to or _dominant_dtype(resolution.targets)
     values = _values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])

@@ -1,4 +1,4 @@
-"""Whether donor and source embed the same tokens, without which the rows of their tables say nothing of each other."""
+"""Whether two checkpoints embed the same tokens, without which the rows of their tables say nothing of each other."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Final
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub import fetch
-from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM
+from t5g2convert.checkpoint.roles import SOURCE, VISION_FROM, Role
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.schema import TOKENIZER_FILE, WeightMap
@@ -44,22 +44,34 @@ def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> 
     rows, kept = resolution.symbols["vocab"], weight_map.vocabulary.cut.get(donated, donated)
     if kept != rows:
         raise MappingError(f"the donor embeds {kept} tokens, the source {rows}: no common vocabulary", hint=HINT)
-    checkpoints = [resolution.checkpoints[role] for role in (VISION_FROM, SOURCE)]
-    if has_names(resolution):
-        theirs, ours = (_names(checkpoint, rows) for checkpoint in checkpoints)
-        differing = [number for number in range(rows) if theirs[number] != ours[number]]
-        if len(differing) > MOST_RENAMED * rows:
-            raise MappingError(
-                f"{len(differing)} of {rows} tokens have another name in the donor's {TOKENIZER_FILE} than in the "
-                f"source's, the first is {differing[0]}: no common vocabulary",
-                hint=HINT,
-            )
+    check_names(resolution, VISION_FROM, "the donor", hint=HINT)
     return rows
 
 
-def has_names(resolution: Resolution) -> bool:
-    """Whether both checkpoints tell the names of their tokens."""
-    return all(resolution.checkpoints[role].holds(TOKENIZER_FILE) for role in (VISION_FROM, SOURCE))
+def check_names(resolution: Resolution, role: Role, whose: str, *, hint: str | None = None) -> None:
+    """Refuse a checkpoint whose tokens have other names than the source's, where both have a tokenizer.json.
+
+    Raises:
+        CheckpointError: A tokenizer.json cannot be read, or has no vocabulary.
+        HubError: The Hub does not give one out, or cannot be reached.
+        MappingError: More than a hundredth of the tokens have other names.
+    """
+    if not has_names(resolution, role):
+        return
+    rows = resolution.symbols["vocab"]
+    theirs, ours = (_names(resolution.checkpoints[each], rows) for each in (role, SOURCE))
+    differing = [number for number in range(rows) if theirs[number] != ours[number]]
+    if len(differing) > MOST_RENAMED * rows:
+        raise MappingError(
+            f"{len(differing)} of {rows} tokens have another name in {whose}'s {TOKENIZER_FILE} than in the "
+            f"source's, the first is {differing[0]}: no common vocabulary",
+            hint=hint,
+        )
+
+
+def has_names(resolution: Resolution, role: Role) -> bool:
+    """Whether the source and another checkpoint tell the names of their tokens."""
+    return all(resolution.checkpoints[each].holds(TOKENIZER_FILE) for each in (role, SOURCE))
 
 
 def _names(checkpoint: Checkpoint, rows: int) -> "array[int]":

@@ -54,8 +54,7 @@ def check_map(weight_map: WeightMap, pairing: Pairing) -> None:
     for option, part in asked.items():
         if not has_value(weight_map.config, f"{part}.num_hidden_layers"):
             raise MappingError(
-                f"{option} is not for mapping {weight_map.name!r}, which gives the {part} the settings of the source",
-                hint=f"a map that can asks for ${part}.num_hidden_layers in its config",
+                f"{option} is not for mapping {weight_map.name!r}: its target has no {part} of settings of its own",
             )
 
 

@@ -3,6 +3,7 @@
 What is expected stands here in code, written down from the two classes' configs, apart from the map that made it.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ def judge_config(
     generation: Mapping[str, Any],
     changes: Mapping[str, Any],
     *,
+    donated: bool = False,
     stacks: Stacks | None = None,
     ends: int | list[int] | None = None,
 ) -> Check:
@@ -47,6 +49,7 @@ def judge_config(
         target: The converted folder.
         generation: Its generation_config.json.
         changes: New values from the manifest, by the source's name of a setting, or by its path in the target's config.
+        donated: Whether the vision tower is another checkpoint's.
         stacks: The settings of both text stacks, if they are not the source's.
         ends: End tokens of the generation_config.json of the decoder's parent, which may be more than those of its
             config.json.
@@ -57,6 +60,7 @@ def judge_config(
     written = {name: getattr(stacks.decoder, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if ends is not None:
         written["eos_token_id"] = ends
+    expected["dtype"] = CONFIG_NAMES.get(main_dtype(target, donated=donated))
     return judge_settings(expected, target, differences(written, generation), changes)
 
 
@@ -66,12 +70,12 @@ def judge_settings(
     """Compare config.json with what is expected of it, and the tensors with what it implies.
 
     Args:
-        expected: Settings by their paths, without `dtype`.
+        expected: Settings by their paths; `dtype` is that of most bytes where it is left out.
         target: The folder.
         generation: What was found to be wrong in its generation_config.json.
         declared: The changes among the expected settings.
     """
-    wanted = {**expected, "dtype": CONFIG_NAMES.get(target.dtype)}
+    wanted = {"dtype": CONFIG_NAMES.get(target.dtype), **expected}
     faults = list(differences(wanted, dict(flatten(target.config))))
     faults += [f"generation_config.json: {fault}" for fault in generation]
     try:
@@ -82,6 +86,16 @@ def judge_settings(
         return refused("config", "setting(s) that are not the source's", faults)
     told = f" but for {', '.join(declared)}, as declared" if declared else ""
     return Check("config", True, f"{len(wanted)} settings are the source's{told}")
+
+
+def main_dtype(target: Checkpoint, *, donated: bool) -> str:
+    """The safetensors dtype that most bytes of a folder have, a donor's tower not counted; config.json names one."""
+    counted: Counter[str] = Counter()
+    parts = {item.name: item.part for item in implied_tensors(target.config, target.path)} if donated else {}
+    for name, stored in target.tensors.items():
+        if parts.get(name) not in ("vision", "projector"):
+            counted[stored.entry.dtype] += stored.entry.nbytes
+    return max(counted, key=lambda dtype: (counted[dtype], dtype), default="F32")
 
 
 def both_of(source: Gemma3) -> Stacks:

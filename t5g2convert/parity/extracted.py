@@ -11,6 +11,7 @@ from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.gemma3 import MULTIMODAL, TEXT_ONLY, Gemma3, read_gemma3
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma2 import (
+    DEFAULT_THETA,
     ENCODER_TYPE,
     MODEL_TYPE,
     Stack,
@@ -233,7 +234,16 @@ def encoder_config(model: T5Gemma2) -> dict[str, Any]:
 
 def gemma3_config(model: T5Gemma2) -> dict[str, Any]:
     """config.json of the decoder as Gemma 3, without `dtype`."""
-    text = {"model_type": TEXT_ONLY, **_stack(model.decoder)}
+    stack = _stack(model.decoder)
+    full, sliding = (stack["rope_parameters"][kind] for kind in DEFAULT_THETA)
+    text = {
+        "model_type": TEXT_ONLY,
+        **stack,
+        # The same again for transformers 4.
+        "rope_theta": full["rope_theta"],
+        "rope_scaling": {"rope_type": "linear", "factor": full["factor"]},
+        "rope_local_base_freq": sliding["rope_theta"],
+    }
     if model.vision.num_hidden_layers == 0:
         return {"architectures": ["Gemma3ForCausalLM"], **text}
     tokens = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")}
@@ -249,21 +259,18 @@ def gemma3_config(model: T5Gemma2) -> dict[str, Any]:
 
 
 def _stack(stack: Stack) -> dict[str, Any]:
-    full, sliding = (stack.rope_parameters.get(kind) for kind in ("full_attention", "sliding_attention"))
+    thetas = {kind: rope.rope_theta for kind, rope in stack.rope_parameters.items()}
+    thetas = {kind: thetas.get(kind, theta) for kind, theta in DEFAULT_THETA.items()}
+    full = stack.rope_parameters.get("full_attention")
+    factor = 1.0 if full is None else full.linear_factor
     return {
         **{name: getattr(stack, name) for name in SHARED},
         "rope_parameters": {
-            "full_attention": {
-                "rope_type": "linear",
-                "rope_theta": 1e6 if full is None else full.rope_theta,
-                "factor": 1.0 if full is None else full.linear_factor,
-            },
-            "sliding_attention": {
-                "rope_type": "default", "rope_theta": 1e4 if sliding is None else sliding.rope_theta,
-            },
+            "full_attention": {"rope_type": "linear", "rope_theta": thetas["full_attention"], "factor": factor},
+            "sliding_attention": {"rope_type": "default", "rope_theta": thetas["sliding_attention"]},
         },
         "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
 
 
 def _tower(model: T5Gemma2) -> Mapping[str, Any]:

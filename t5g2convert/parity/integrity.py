@@ -11,7 +11,10 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.report import Check, refused
 
-READ_BY_LOADERS: Final = {".safetensors", ".json", ".bin", ".pt", ".pth", ".model", ".jinja", ".py", ".gguf"}
+READ_BY_LOADERS: Final = {
+    ".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf",
+    ".model", ".jinja", ".txt", ".yaml", ".py", ".pyc", ".so",
+}  # fmt: skip
 """Kinds of files that a loader takes up when it finds them; such a stranger can change what the folder means."""
 
 THREADS: Final = 2
@@ -25,8 +28,11 @@ def judge_integrity(folder: Path, manifest: Mapping[str, Any]) -> Check:
     with ThreadPoolExecutor(THREADS) as pool:
         faults = [fault for fault in pool.map(lambda item: _fault(folder, *item), files.items()) if fault]
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name != MANIFEST_FILE and path.suffix in READ_BY_LOADERS:
-            faults.append(f"{path.name} is not in {MANIFEST_FILE}")
+        if path.name in files or path.name == MANIFEST_FILE:
+            continue
+        # Loaders look into folders of chat templates, of code, of other engines' weights; into hidden ones none does.
+        if path.suffix.lower() in READ_BY_LOADERS or (path.is_dir() and not path.name.startswith(".")):
+            faults.append(f"{path.name}{'/' if path.is_dir() else ''} is not in {MANIFEST_FILE}")
     if faults:
         return refused("integrity", f"file(s) that are not {MANIFEST_FILE}'s", faults)
     unhashed = sum(facts["sha256"] is None for facts in files.values())

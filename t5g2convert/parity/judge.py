@@ -10,7 +10,7 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, UsageError
-from t5g2convert.parity.config import tensor_faults
+from t5g2convert.parity.config import main_dtype, tensor_faults
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.integrity import judge_integrity, unreadable_manifest
 from t5g2convert.parity.parent import Parent
@@ -138,11 +138,12 @@ class Judge:
         try:
             target = open_checkpoint(self.output)
             read(target)
+            main = main_dtype(target, donated="vision_from" in self.manifest)
         except CheckpointError as error:
             self.checks.append(Check("config", False, self._told(error)))
             self.skip(unmade, "the output cannot be read")
             return None
-        self.dtype = dtype or CONFIG_NAMES.get(target.dtype, "float32")
+        self.dtype = dtype or CONFIG_NAMES.get(main, "float32")
         return target
 
     def unfit(self, names: Sequence[str], target: Checkpoint) -> bool:

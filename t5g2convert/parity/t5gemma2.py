@@ -114,7 +114,9 @@ def _pairing_remarks(options: Mapping[str, Any], parents: Ancestors) -> Iterator
 def _config(judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> Check:
     model, generation = parent.model(judge.options.get("projector")), read_json_object(target.path / GENERATION)
     stacks = parent.stacks(judge.options)
-    return judge_config(model, target, generation, judge.new_values, stacks=stacks, ends=parent.ends)
+    return judge_config(
+        model, target, generation, judge.new_values, donated=parent.donor is not None, stacks=stacks, ends=parent.ends
+    )
 
 
 def _look(judge: Judge, tower: VisionTower, t5gemma: T5Gemma2Reference) -> Tensor | None:

@@ -82,7 +82,12 @@ def verify(
     if sources is not None and judge.manifest:
         _check_roles(sources, judge.manifest)
         for role, checkpoint in sources.by_role.items():
-            _check_commit(given[role], checkpoint, judge.manifest[role])
+            told = judge.manifest[role]
+            _check_commit(given[role], checkpoint, told)
+            if told.get("hub") is not None and checkpoint.hub is None:
+                judge.remarks.append(
+                    f"that the {role} is {told['hub']['repo']} of the Hub was not looked at: a folder was given"
+                )
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
     plan = lie = None
     if parent is not None:

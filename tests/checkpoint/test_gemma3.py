@@ -466,3 +466,27 @@ def test_rope_parameters_that_are_no_object_are_refused(value: Any) -> None:
     assert "rope_parameters.full_attention is not an object" in (
         refusal(text_only(**SIZES, rope_parameters=value)).message
     )
+
+
+def test_a_decoder_that_looks_ahead_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="is_causal is false"):
+        read_gemma3({"model_type": "gemma3_text", "is_causal": False}, WHERE)
+    assert read_gemma3({"model_type": "gemma3_text", "is_causal": True}, WHERE).family == "gemma3_text"
+
+
+def test_the_older_spelling_of_a_scaled_sliding_layer_is_refused_too() -> None:
+    scaled = {"sliding_attention": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+    with pytest.raises(CheckpointError, match="sliding_attention has rope_type 'linear'"):
+        read_gemma3({"model_type": "gemma3_text", "rope_parameters": scaled}, WHERE)
+
+
+def test_a_cap_that_a_model_with_images_leaves_out_is_refused() -> None:
+    text = {"final_logit_softcapping": 30.0}
+    with pytest.raises(CheckpointError, match=r"final_logit_softcapping is 30\.0: Gemma 3 with images leaves it out"):
+        read_gemma3({"model_type": "gemma3", "text_config": text, "vision_config": {}}, WHERE)
+    assert read_gemma3({"model_type": "gemma3_text", **text}, WHERE).text.final_logit_softcapping == 30.0
+
+
+def test_a_pattern_that_readers_do_not_read_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="_sliding_window_pattern is 3, which readers take for 6"):
+        read_gemma3({"model_type": "gemma3_text", "_sliding_window_pattern": 3}, WHERE)

@@ -235,3 +235,17 @@ def test_a_rope_factor_counts_only_where_the_embedding_is_linear() -> None:
     rope = {"rope_theta": 1e6, "factor": 8.0}
     assert Rope.model_validate({**rope, "rope_type": "linear"}).linear_factor == 8.0
     assert Rope.model_validate({**rope, "rope_type": "default"}).linear_factor == 1.0
+
+
+def test_the_older_spelling_of_a_rope_is_read() -> None:
+    rope = Rope.model_validate({"type": "linear", "factor": 4.0, "rope_theta": 1e4})
+    assert (rope.rope_type, rope.linear_factor) == ("linear", 4.0)
+    both = Rope.model_validate({"type": "linear", "rope_type": "default", "factor": 4.0, "rope_theta": 1e4})
+    assert both.linear_factor == 1.0
+
+
+def test_a_decoder_that_looks_ahead_is_refused() -> None:
+    document = config()
+    document["decoder"]["is_causal"] = False
+    with pytest.raises(CheckpointError, match=r"decoder\.is_causal is false"):
+        read_t5gemma2(document, WHERE)

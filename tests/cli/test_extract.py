@@ -132,3 +132,11 @@ def test_sliding_layers_that_are_scaled_have_no_gemma_3(t5g2: CommandLine, whole
     assert (result.code, result.err.count("\n")) == (3, 1)
     assert "decoder.rope_sliding_factor is 2.0" in result.err
     assert t5g2("extract", scaled, tmp_path / "encoder", "--part", "encoder").code == 0
+
+
+def test_a_part_and_a_map_of_another_are_refused(t5g2: CommandLine, whole: Path, twin_folder: TwinFolder) -> None:
+    result = t5g2("plan", whole, "--part", "encoder", "--mapping", "t5gemma2-decoder")
+    assert (result.code, result.err.count("\n")) == (4, 1)
+    assert "mapping 't5gemma2-decoder' takes out the decoder, and not the encoder" in result.err
+    result = t5g2("plan", twin_folder("text-8"), "--part", "encoder", "--mapping", "gemma3")
+    assert "mapping 'gemma3' converts a model whole, and not the encoder" in result.err

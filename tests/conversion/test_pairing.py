@@ -434,3 +434,18 @@ def test_a_run_with_other_layers_or_parents_does_not_resume(
     run("fresh", **changed)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("other", "fresh"))
     assert one == two
+
+
+def test_parents_whose_tokens_have_other_names_are_refused(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    source, other = tmp_path / "source", tmp_path / "other"
+    for folder in (source, other):
+        shutil.copytree(twin_folder("text-8"), folder)
+    for folder, prefix in ((source, "a"), (other, "b")):
+        vocabulary = {f"{prefix}{number}": number for number in range(300)}
+        (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {"vocab": vocabulary}}))
+    with pytest.raises(MappingError, match="300 of 300 tokens have another name in the decoder's parent's tokenizer"):
+        plan(source, decoder_from=other)
+    (other / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    assert not any("was not looked at" in note for note in plan(source, decoder_from=other).notes)
+    (other / "tokenizer.json").unlink()
+    assert any("was not looked at" in note for note in plan(source, decoder_from=other).notes)

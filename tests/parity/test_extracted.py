@@ -154,6 +154,10 @@ def test_every_tensor_of_a_part_that_is_damaged_is_caught_where_it_is_computed_w
     # What is doubled before a norm is the same behind it.
     operators = [operator for operator in OPERATORS if operator is not double]
     for tensor, operator in zip(names, cycle(operators), strict=False):
+        if tensor.endswith("k_proj.bias"):
+            continue  # it adds the same to all scores of a query
+        if tensor.endswith("embed_tokens.weight"):
+            operator = shift_rows  # one row of many may not be read
         before = {path.name: path.read_bytes() for path in bench.folder.iterdir()}
         with bench.tensors() as tensors:
             if not tensors[tensor].any():
@@ -252,8 +256,8 @@ def test_a_part_is_compared_with_the_model_it_was_taken_out_of(
 
 def test_a_gemma_3_source_is_none_of_a_part(extract: MakeExtract, twin_folder: TwinFolder) -> None:
     """The decoder equals it, and yet was not made of it."""
-    report = verify(extract("text-8", "decoder").folder, twin_folder("text-8"), record=False)
-    assert not report.passed
+    with pytest.raises(CheckpointError, match="is not T5Gemma 2"):
+        verify(extract("text-8", "decoder").folder, twin_folder("text-8"), record=False)
 
 
 def test_without_a_source_a_part_is_intact_and_runs(extract: MakeExtract) -> None:

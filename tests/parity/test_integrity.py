@@ -65,10 +65,29 @@ def test_a_folder_in_place_of_a_file_is_a_missing_file(folder: Path) -> None:
     assert judge_integrity(folder, manifest_of(folder)).offenders == ("config.json is missing",)
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "added_tokens.json", "modeling.py", "x.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.safetensors",
+        "added_tokens.json",
+        "modeling.py",
+        "x.bin",
+        "ADAPTER_CONFIG.JSON",
+        "vocab.txt",
+    ],
+)
 def test_a_stranger_that_a_loader_would_read_is_named(folder: Path, name: str) -> None:
     (folder / name).write_text("{}")
     assert judge_integrity(folder, manifest_of(folder)).offenders == (f"{name} is not in t5g2.json",)
+
+
+@pytest.mark.parametrize("name", ["custom_generate", "additional_chat_templates", "onnx"])
+def test_a_folder_that_a_loader_would_look_into_is_named(folder: Path, name: str) -> None:
+    """Code that generates, templates of chats: no key of a config is needed for them."""
+    (folder / name).mkdir()
+    assert judge_integrity(folder, manifest_of(folder)).offenders == (f"{name}/ is not in t5g2.json",)
+    (folder / name).rename(folder / f".{name}")
+    assert judge_integrity(folder, manifest_of(folder)).passed
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes", "report.html", "report.xml"])

@@ -437,3 +437,15 @@ def test_the_rows_are_those_of_the_table_that_is_taken(twin_folder: TwinFolder) 
         config = expected_config(source, changes, replace(Stacks(source.text, source.text, 300), rows=rows))
         stacks = config["encoder"]["text_config"], config["decoder"]
         assert [stack["vocab_size"] for stack in (config, *stacks)] == [expected] * 3
+
+
+def test_parents_of_two_dtypes_are_judged_in_that_of_most_bytes(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    convert(twin_folder("text-8"), tmp_path / "pair", decoder_from=twin_folder("text-float32"))
+    report = verify(tmp_path / "pair", twin_folder("text-8"), decoder_from=twin_folder("text-float32"), record=False)
+    assert report.passed, report.failed
+    assert report.dtype == "float32"
+    options = {"encoder_layers": "first:1", "decoder_layers": "first:1", "vision_from": twin_folder("images-float32")}
+    convert(twin_folder("text-8"), tmp_path / "tower", **options)
+    report = verify(tmp_path / "tower", twin_folder("text-8"), vision_from=options["vision_from"], record=False)
+    assert report.passed, report.failed
+    assert report.dtype == "bfloat16"
