@@ -15,6 +15,8 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "verify": ("t5g2 verify t5gemma-2-4b-4b --source gemma-3-4b-pt --html report.html --junit report.xml",),
     "compare": ("t5g2 compare gemma-3-4b-pt t5gemma-2-4b-4b --text novel.txt --max-kl 0.1 --min-agreement 0.9",),
     "generate": ("t5g2 generate t5gemma-2-4b-4b --prompt 'an encoder-decoder' --max-new-tokens 8",),
+    "card": ("t5g2 card t5gemma-2-4b-4b --repo your-name/t5gemma-2-4b-4b --write",),
+    "doctor": ("t5g2 doctor",),
     "mappings list": ("t5g2 mappings list",),
     "mappings show": ("t5g2 mappings show gemma3",),
     "mappings check": ("t5g2 mappings check gemma3 --against gemma-3-4b-pt",),
@@ -76,4 +78,4 @@ def _default(option: Any) -> str:
         return "required"
     if option.secondary_opts:
         return f"`{(option.opts if option.default else option.secondary_opts)[0]}`"
-    return "" if option.default is None or option.default is False else f"`{option.default}`"
+    return "" if option.default is None or option.default is False or option.default == "" else f"`{option.default}`"

@@ -38,7 +38,8 @@ from t5g2convert.cli.options import (
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
-    from t5g2convert.conversion.plan import Plan, PlannedFile, PlannedTensor
+    from t5g2convert.conversion.beside import PlannedFile
+    from t5g2convert.conversion.plan import Plan, PlannedTensor
 
 _GIVES: Final[Mapping[Role, str]] = {
     SOURCE: "",

@@ -12,7 +12,8 @@ from t5g2convert.checkpoint.folder import INDEX_FILE
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, seal
 from t5g2convert.checkpoint.roles import Folders, plain_name
-from t5g2convert.conversion.plan import Plan, PlannedFile, PlannedSource
+from t5g2convert.conversion.beside import PlannedFile
+from t5g2convert.conversion.plan import Plan, PlannedSource
 from t5g2convert.conversion.writer import Written
 from t5g2convert.errors import CheckpointError, OutputError
 from t5g2convert.version import __version__

@@ -10,7 +10,7 @@ from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.hub import fetch, read_held
 from t5g2convert.checkpoint.manifest import encode_json
 from t5g2convert.checkpoint.roles import SOURCE, named, role_of
-from t5g2convert.conversion.plan import PlannedFile, TokenChange
+from t5g2convert.conversion.beside import PlannedFile, TokenChange
 from t5g2convert.conversion.settings import processor_config, refuse_use, tokenizer_config
 from t5g2convert.conversion.tokenizer import PatchedTokenizer, TokenMove, patch_tokenizer
 from t5g2convert.errors import CheckpointError

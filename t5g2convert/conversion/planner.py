@@ -256,10 +256,10 @@ def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
 
 
 def _dominant_dtype(targets: Iterable[Resolved]) -> str:
-    """The dtype that most of the source's bytes have; config.json can name only one, and a donor does not decide it."""
+    """The dtype that most of the parents' bytes have; config.json can name only one, and a tower does not decide it."""
     counted: Counter[str] = Counter()
     for item in targets:
-        if item.source is not None and item.role == SOURCE:
+        if item.source is not None and item.role != VISION_FROM:
             counted[item.source.entry.dtype] += tensor_bits(item.source.entry.dtype, item.shape) // 8
     return max(counted, key=lambda dtype: (counted[dtype], dtype))
 

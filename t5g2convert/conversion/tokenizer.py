@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.conversion.plan import Splice, TokenChange
+from t5g2convert.conversion.beside import Splice, TokenChange
 from t5g2convert.errors import CheckpointError
 
 PIECE_BYTES: Final = 1 << 18

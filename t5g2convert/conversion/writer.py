@@ -13,7 +13,7 @@ from typing import Final
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.roles import SOURCE, Folders, role_in
+from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.computed import read_range, write_computed
 from t5g2convert.conversion.contents import caster
 from t5g2convert.conversion.copying import (
@@ -168,7 +168,7 @@ def _nonfinite(copier: Copier, plan: Plan) -> Iterator[str]:
             continue
         element, what = copier.nonfinite[file, name]
         place = ", ".join(str(index) for index in np.unravel_index(element, shape))
-        yield f"{name}[{place}]{'' if role_in(file) == SOURCE else ' of the donor'} is {what}"
+        yield f"{name}[{place}] is {what}"
 
 
 def _check_unchanged(plan: Plan, sources: dict[str, int], folders: Folders) -> None:

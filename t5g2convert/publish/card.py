@@ -204,6 +204,8 @@ def _differences(facts: _Facts) -> Iterator[str]:
     options, roles = facts.manifest["options"], [source.role for source in facts.sources]
     if "decoder_layers" in options:
         yield "But its decoder has only some of its parent's layers: they compute what no model computed before."
+    if "encoder_layers" in options:
+        yield "Its encoder has only some of the source's layers."
     if "decoder_from" in roles:
         table_of = ROLES["decoder_from" if options.get("embedding_from") == "decoder-from" else "source"]
         yield (

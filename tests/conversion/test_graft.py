@@ -211,7 +211,7 @@ def test_nan_is_told_of_the_folder_that_holds_it(holders: set[str], twin_folder:
     with pytest.raises(CheckpointError, match="hold NaN or infinity") as caught:
         run()
     assert caught.value.where == " and ".join(str(tmp_path / name) for name in sorted(holders))
-    lines = {"source": f"{names['source']}[3] is NaN", "donor": f"{names['donor']}[3] of the donor is NaN"}
+    lines = {"source": f"{names['source']}[3] is NaN", "donor": f"vision_from/{names['donor']}[3] is NaN"}
     assert set(caught.value.details) == {lines[name] for name in holders}
     assert any(lines["donor"] in note for note in run(allow_nonfinite=True).notes)
 

@@ -1,6 +1,7 @@
 """A decoder of another parent, some of the layers, the other table: what is planned and what is written."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -366,9 +367,8 @@ def test_a_preset_is_for_both_stacks_as_they_are(demo_source: Path, tmp_path: Pa
     from t5g2convert.mapping.library import find_map
 
     text = find_map("gemma3").path.read_text()
-    (tmp_path / "mine.yaml").write_text(
-        text.replace("requires: {hidden_size: 640, num_hidden_layers: 18}", "requires: {num_hidden_layers: 8}")
-    )
+    asked = re.compile(r"requires:\n      hidden_size: 640\n.*?    settings", re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(asked.sub("requires: {num_hidden_layers: 8}\n    settings", text))
     options: dict[str, Any] = {"mapping": str(tmp_path / "mine.yaml"), "preset": "t5gemma-2-270m-270m"}
     assert plan(demo_source, **options).config["decoder"]["rope_parameters"]["full_attention"]["factor"] == 8.0
     with pytest.raises(MappingError, match="is for num_hidden_layers 8, the decoder has 4"):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.assets import _contents
-from t5g2convert.conversion.plan import PlannedFile, TokenChange
+from t5g2convert.conversion.beside import PlannedFile, TokenChange
 from t5g2convert.conversion.tokenizer import PatchedTokenizer, TokenMove, patch_tokenizer
 from t5g2convert.errors import CheckpointError
 from tests.gemma_tokenizer import LOOKALIKES, VOCABULARY, moved, tokenizer_text

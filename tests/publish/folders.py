@@ -1,7 +1,5 @@
 """Folders that a card can be made of, one of each kind, with a recorded verification."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +7,7 @@ from typing import Any, Final
 from t5g2convert import convert
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
+from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 
@@ -26,7 +25,7 @@ RECORD: Final[Document] = {
     "remarks": ["computed on the settings of the source"],
 }
 
-KINDS: Final = ("images", "text", "grafted", "encoder", "encoder-text", "decoder", "decoder-text", "t5gemma")
+KINDS: Final = ("images", "text", "grafted", "encoder", "encoder-text", "decoder", "decoder-text", "paired", "t5gemma")
 
 
 def write_kinds(folder: Path) -> None:
@@ -42,11 +41,15 @@ def write_kinds(folder: Path) -> None:
     for part in ("encoder", "decoder"):
         convert(folder / "images", folder / part, flush=False, part=part)
         convert(folder / "text", folder / f"{part}-text", flush=False, part=part)
-    for kind in KINDS[:-1]:
+    (folder / "gemma2").mkdir()
+    softcaps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    text = {**DEMO_CONFIG["text_config"], "model_type": "gemma2", **softcaps}
+    write_synthetic_source(folder / "gemma2", find_map("gemma2").map, text, seed=0)
+    convert(folder / "gemma2", folder / "t5gemma", flush=False)
+    layers: PlanOptions = {"encoder_layers": "first:7", "decoder_layers": "0:8:2"}
+    convert(folder / "gemma-text", folder / "paired", flush=False, decoder_from=folder / "gemma-text", **layers)
+    for kind in KINDS:
         change_manifest(folder / kind, lambda manifest: manifest.update(verification=RECORD))
-    shutil.copytree(folder / "text", folder / "t5gemma")
-    (folder / "t5gemma/config.json").write_text(json.dumps({"model_type": "t5gemma"}))
-    change_manifest(folder / "t5gemma", _first_generation)
 
 
 def change_manifest(folder: Path, change: Callable[[Document], object]) -> None:
@@ -59,9 +62,3 @@ def change_manifest(folder: Path, change: Callable[[Document], object]) -> None:
 def from_hub(repo: str = "org/gemma-3", revision: str = COMMIT) -> Callable[[Document], object]:
     """The change that makes the source a model of the Hub."""
     return lambda manifest: manifest["source"].update(hub={"repo": repo, "revision": revision})
-
-
-def _first_generation(manifest: Document) -> None:
-    manifest["source"].update(family="gemma2")
-    manifest["mapping"].update(name="gemma2")
-    del manifest["verification"]

@@ -39,6 +39,7 @@ PIPELINES = {
     "encoder-text": "feature-extraction",
     "decoder": "image-text-to-text",
     "decoder-text": "text-generation",
+    "paired": "text-generation",
     "t5gemma": "text-generation",
 }
 
@@ -114,7 +115,9 @@ def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
         assert "**It is converted and not further trained.**" in card
         assert "it needs adaptation before it is useful" in card
         assert "$ t5g2 convert SOURCE OUTPUT" in card
-    assert ("text alone" in card) == (kind == "text")
+    assert ("text alone" in card) == (kind in ("text", "paired"))
+    assert ("some of its parent's layers" in card) == (kind == "paired")
+    assert ("read the embedding table of the source" in card) == (kind == "paired")
     assert ("zeros" in card) == (kind == "grafted")
     assert ("A Gemma 2 in" in card) == (kind == "t5gemma")
 
@@ -133,7 +136,6 @@ def test_the_code_of_the_cards_runs(kinds: Path) -> None:
     blocks = {
         str(kinds / kind): [text for language, text in render(made(kinds / kind, repo="")).code if language == "python"]
         for kind in KINDS
-        if kind != "t5gemma"
     }
     run = subprocess.run(
         [sys.executable, "-c", script, json.dumps(blocks)], capture_output=True, text=True, check=False, timeout=300
@@ -148,6 +150,8 @@ def test_the_code_of_the_cards_runs(kinds: Path) -> None:
         ["encoder-text", "T5Gemma2Encoder", "False", "False", "False"],
         ["decoder", "Gemma3ForConditionalGeneration", "True", "False", "False"],
         ["decoder-text", "Gemma3ForCausalLM", "False", "False", "False"],
+        ["paired", "T5Gemma2ForConditionalGeneration", "False", "False", "False"],
+        ["t5gemma", "T5GemmaForConditionalGeneration", "False", "False", "False"],
     ]
 
 
@@ -179,6 +183,18 @@ def test_a_donor_of_the_hub_is_a_base_model_too(kinds: Path, tmp_path: Path) -> 
     assert f"OUTPUT --vision-from org/donor@{COMMIT} --projector zeros" in card
     change_manifest(folder, from_hub("org/donor"))
     assert render(made(folder)).metadata["base_model"] == "org/donor"
+
+
+def test_a_decoder_of_another_parent_is_told(kinds: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(kinds / "paired", tmp_path / "paired")
+    hub = {"repo": "org/other", "revision": COMMIT}
+    change_manifest(folder, lambda manifest: manifest["decoder_from"].update(hub=hub))
+    change_manifest(folder, lambda manifest: manifest["options"].update(embedding_from="decoder-from"))
+    card = made(folder)
+    assert (render(card).metadata["base_model"], render(card).metadata["base_model_relation"]) == ("org/other", "merge")
+    assert f"--decoder-from org/other@{COMMIT} --encoder-layers 0,1,2,3,4,5,6 --decoder-layers 0,2,4,6" in card
+    assert "--embedding-from decoder-from" in card
+    assert "read the embedding table of the decoder's parent" in card
 
 
 @pytest.mark.parametrize(
@@ -238,8 +254,9 @@ def test_files_that_were_not_hashed_are_told(converted: Path) -> None:
     assert ["the source", "`model.safetensors`", "not taken"] in render(made(converted)).tables[1]
 
 
-def test_what_was_not_verified_says_so(kinds: Path) -> None:
-    card = made(kinds / "t5gemma")
+def test_what_was_not_verified_says_so(converted: Path) -> None:
+    change_manifest(converted, lambda manifest: manifest.pop("verification"))
+    card = made(converted)
     assert "**Not verified.**" in card
     assert "Verified against" not in card
 
