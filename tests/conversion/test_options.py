@@ -114,7 +114,7 @@ def test_what_a_release_has_of_its_parent_is_asked_of_the_source(
     fields: dict[str, Any], says: str, gemma3_map: WeightMap
 ) -> None:
     with pytest.raises(MappingError, match=says):
-        Options(preset="t5gemma-2-270m-270m").settings(model(**fields), gemma3_map)
+        Options(preset="t5gemma-2-270m-270m").settings(model(**fields).values, gemma3_map)
 
 
 def test_a_preset_of_another_size_is_refused(gemma3_map: WeightMap) -> None:
