@@ -1,5 +1,7 @@
 """The commit of an upload: its large files first, then one request, and what became of it if no answer comes."""
 
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from t5g2convert.checkpoint.hubfiles import hub_api
@@ -22,10 +24,32 @@ def send_files(plan: Plan, *, create_pr: bool) -> "list[CommitOperationAdd | Com
     with upload_errors(repo, plan.branch):
         additions = [CommitOperationAdd(file.name, file.content) for file in plan.files if file.name in plan.send]
         # Without rules of its own here, a .gitignore on the Hub would have files left out in silence.
-        hub_api().preupload_lfs_files(
-            repo, additions, revision=plan.branch, create_pr=create_pr, free_memory=False, gitignore_content=""
+        _hearing_signals(
+            lambda: hub_api().preupload_lfs_files(
+                repo, additions, revision=plan.branch, create_pr=create_pr, free_memory=False, gitignore_content=""
+            )
         )
     return [*additions, *(CommitOperationDelete(name, is_folder=False) for name in plan.remove)]
+
+
+def _hearing_signals(call: Callable[[], None]) -> None:
+    """Make a call in another thread: hf_xet lets Python hear no signal while it waits for the network.
+
+    After a signal the thread is left behind; it ends with the process, and makes no commit.
+    """
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - raised again below
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
 
 
 def make_commit(

@@ -90,6 +90,11 @@ class Scene:
             env=self._env(**env),
         )
 
+    def started(self, line: str) -> "subprocess.Popen[str]":
+        """A command that runs."""
+        command = [sys.executable, "-c", RUN, *line.split()]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=self.folder, env=self._env())
+
     def good(self, line: str, script: str = RUN, **env: str) -> str:
         """What a command prints that ends well."""
         done = self.run(line, script, **env)

@@ -1,5 +1,7 @@
 """Faults of the Hub while it is written to, rows H1 to H4, and H6: the real client against a Hub that has them."""
 
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,15 @@ def test_H1_who_may_not_write_is_told_before_anything_is_sent(scene: Scene, case
         assert told in scene.refused(line, **env.get(case, {}))
         assert not (scene.folder / "new").exists()
     assert {request.method for request in scene.hub.log} <= {"GET"}
+
+
+def test_H1_a_gated_model_is_not_taken_for_one_that_is_missing(scene: Scene) -> None:
+    scene.hub.repos["ann/gated"] = Repo()
+    scene.hub.repos["ann/gated"].commit({})
+    gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model ann/gated is restricted"}
+    scene.hub.faults.append(Fault("/auth-check/write", 1, status=403, headers=gated))
+    assert "is gated, and the token's user has no access" in scene.refused("upload out ann/gated")
+    assert scene.hub.asked("") == []
 
 
 def test_H1_another_server_or_none_is_told(scene: Scene) -> None:
@@ -208,6 +219,25 @@ def test_a_file_that_changes_while_it_is_sent_is_noticed(scene: Scene) -> None:
     other = changed.read_bytes().replace(b"1", b"2", 1)
     scene.hub.faults.append(Fault("/preupload/", 1, method="POST", before=lambda: changed.write_bytes(other)))
     assert "has other bytes than the folder: config.json" in scene.refused(UPLOAD)
+
+
+@pytest.mark.parametrize("transport", ["lfs", "xet"])
+def test_a_signal_ends_an_upload(scene: Scene, transport: str) -> None:
+    scene.settings["HF_HUB_DISABLE_XET"] = "0" if transport == "xet" else "1"
+    scene.hub.xet_store = scene.folder.parent / "store"
+    scene.hub.xet_store.mkdir()
+    begun, over = threading.Event(), threading.Event()
+    method, data = ("GET", "/xet-write-token/") if transport == "xet" else ("PUT", "/lfs-put/")
+    scene.hub.faults.append(Fault(data, 1, method=method, before=lambda: (begun.set(), over.wait(60))))
+    with scene.started(UPLOAD) as process:
+        assert begun.wait(60)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(30)
+        over.set()
+        assert process.stderr is not None
+        assert (code, process.stderr.read()) == (130, "t5g2: stopped by signal 2\n")
+    scene.good(UPLOAD)
+    assert scene.there() == scene.expected()
 
 
 @pytest.mark.parametrize("option", ["", " --debug", " --json"], ids=["plain", "debug", "json"])
