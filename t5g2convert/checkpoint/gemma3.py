@@ -204,13 +204,6 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
     else:
         raise CheckpointError(f"{describe_model_type(config)} is not Gemma 3", where=where)
     refuse_bidirectional(fields, where)
-    if family == MULTIMODAL and fields.get("final_logit_softcapping") is not None:
-        raise CheckpointError(
-            f"final_logit_softcapping is {fields['final_logit_softcapping']!r}: Gemma 3 with images leaves it out, "
-            "T5Gemma 2 does not",
-            where=where,
-            hint="make it null",
-        )
     settled = {"layer_types": _layer_types(fields, where), **_rope(fields, where)}
     text = parse_section(Gemma3Text, {**fields, **settled}, where)
     if len(text.layer_types) != text.num_hidden_layers:

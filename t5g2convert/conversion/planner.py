@@ -125,8 +125,9 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
 def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Options) -> None:
     """What the target cannot be otherwise, and what cannot be asked of a part that is taken out."""
     parents = {SOURCE: resolution.values, resolution.role_of("decoder"): resolution.stacks["decoder"]}
-    for name, needed in loaded.map.requires.items():
+    for name, template in loaded.map.requires.items():
         for role, values in parents.items():
+            needed = fill(template, values, resolution.models[role].conditions)
             if (found := values[name]) != needed:
                 raise CheckpointError(
                     f"{name} is {found!r}; mapping {loaded.map.name!r} can convert {needed!r} only",

@@ -264,9 +264,9 @@ class WeightMap(Declaration):
     )
     source: Source
     target: Target
-    requires: dict[str, bool | int | float | str] = Field(
+    requires: dict[str, Any] = Field(
         default_factory=dict,
-        description="Config values that the source must have, since the target cannot have others.",
+        description="Config values that the source must have, the target having no others, in the form of config.",
     )
     roots: dict[str, Annotated[list[Spelling], Field(min_length=1)]] = Field(
         description="Name of a family of tensors to the spellings of its prefix; one of them is in a checkpoint."

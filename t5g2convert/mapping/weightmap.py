@@ -135,9 +135,11 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
             elif pattern is not None and index_of(pattern) not in (None, index_of(drop.from_)):
                 yield f"{{{index_of(pattern)}}} stands on one side only", ("drop", position, key), None
     yield from _repeated(weight_map, worlds)
-    for name in weight_map.requires:
+    for name, template in weight_map.requires.items():
         if name not in values:
             yield f"unknown value {name!r}", ("requires", name, "<key>"), did_you_mean(name, values)
+        for reason, at, unknown in template_faults(template, values, worlds, ("requires", name)):
+            yield reason, at, did_you_mean(unknown, values) if unknown else None
     yield from _preset_faults(weight_map, values)
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
         for reason, at, unknown in template_faults(template, value_names(values), worlds, (key,)):

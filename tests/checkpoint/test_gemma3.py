@@ -480,13 +480,6 @@ def test_the_older_spelling_of_a_scaled_sliding_layer_is_refused_too() -> None:
         read_gemma3({"model_type": "gemma3_text", "rope_parameters": scaled}, WHERE)
 
 
-def test_a_cap_that_a_model_with_images_leaves_out_is_refused() -> None:
-    text = {"final_logit_softcapping": 30.0}
-    with pytest.raises(CheckpointError, match=r"final_logit_softcapping is 30\.0: Gemma 3 with images leaves it out"):
-        read_gemma3({"model_type": "gemma3", "text_config": text, "vision_config": {}}, WHERE)
-    assert read_gemma3({"model_type": "gemma3_text", **text}, WHERE).text.final_logit_softcapping == 30.0
-
-
 def test_a_pattern_that_readers_do_not_read_is_refused() -> None:
     with pytest.raises(CheckpointError, match="_sliding_window_pattern is 3, which readers take for 6"):
         read_gemma3({"model_type": "gemma3_text", "_sliding_window_pattern": 3}, WHERE)

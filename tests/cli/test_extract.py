@@ -134,6 +134,24 @@ def test_sliding_layers_that_are_scaled_have_no_gemma_3(t5g2: CommandLine, whole
     assert t5g2("extract", scaled, tmp_path / "encoder", "--part", "encoder").code == 0
 
 
+def test_a_cap_that_a_gemma_3_with_images_leaves_out_is_refused(
+    t5g2: CommandLine, whole: Path, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    for source, section, arguments in (
+        (twin_folder("images-8"), "text_config", ("plan",)),
+        (whole, "decoder", ("plan", "--part", "decoder")),
+    ):
+        capped = tmp_path / section
+        capped.mkdir()
+        (capped / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+        config = json.loads((source / "config.json").read_text())
+        config[section]["final_logit_softcapping"] = 30.0
+        (capped / "config.json").write_text(json.dumps(config))
+        result = t5g2(arguments[0], capped, *arguments[1:])
+        assert (result.code, result.err.count("\n")) == (3, 1)
+        assert "final_logit_softcapping is 30.0; mapping" in result.err
+
+
 def test_a_part_and_a_map_of_another_are_refused(t5g2: CommandLine, whole: Path, twin_folder: TwinFolder) -> None:
     result = t5g2("plan", whole, "--part", "encoder", "--mapping", "t5gemma2-decoder")
     assert (result.code, result.err.count("\n")) == (4, 1)
