@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import PresetSettings, WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
+from tests.conftest import TwinFolder
 from tests.memory import run_and_measure
 
 GEMMA3_27B: dict[str, Any] = {
@@ -117,7 +119,6 @@ def test_the_config_carries_what_the_source_says(demo_source: Path) -> None:
         "rope_scaling": {"rope_type": "linear", "factor": 4.0},
         "sliding_window": 11,
         "rms_norm_eps": 1e-4,
-        "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
         "attention_dropout": 0.1,
         "layer_types": ["full_attention", "sliding_attention"] * 4,
@@ -127,7 +128,7 @@ def test_the_config_carries_what_the_source_says(demo_source: Path) -> None:
     path.write_text(json.dumps(source))
     made = plan(demo_source)
     for stack in (made.config["encoder"]["text_config"], made.config["decoder"]):
-        for key in ("sliding_window", "rms_norm_eps", "final_logit_softcapping", "attn_logit_softcapping"):
+        for key in ("sliding_window", "rms_norm_eps", "attn_logit_softcapping"):
             assert stack[key] == source["text_config"][key]
         assert stack["layer_types"] == source["text_config"]["layer_types"]
         assert stack["hidden_activation"] == "gelu"
@@ -258,4 +259,14 @@ def test_a_setting_that_a_map_writes_out_is_declared_for_each_stack(
     assert sum(note.endswith(f": {effect}") for note in made.notes) == 1
     assert made.changes == tuple(
         Change(f"{stack}.{path}", before, after) for stack in ("encoder.text_config", "decoder")
+    )
+
+
+def test_a_text_only_source_keeps_the_cap_of_its_logits(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    shutil.copytree(twin_folder("text-8"), tmp_path / "source")
+    config = json.loads((tmp_path / "source/config.json").read_text()) | {"final_logit_softcapping": 30.0}
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    made = plan(tmp_path / "source").config
+    assert (
+        made["encoder"]["text_config"]["final_logit_softcapping"] == made["decoder"]["final_logit_softcapping"] == 30.0
     )
