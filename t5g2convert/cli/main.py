@@ -39,6 +39,9 @@ CommandLineError: Final[type[Exception]] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 
+_signals: Final[list[int]] = []
+"""The signal that stopped the work, if one did."""
+
 app = typer.Typer(
     name="t5g2",
     help="Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly.",
@@ -80,6 +83,7 @@ app.add_typer(mappings.app, name="mappings")
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _signals.clear()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     # What the Hub's client meets and overcomes is not worth a line; it reads this when it is imported.
@@ -125,6 +129,9 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     elif isinstance(error, OSError):
         # What reads and writes checkpoints tells of its own failures; left are the streams and the system itself.
         known = OutputError(f"the system says: {error.strerror or error}", where=error.filename)
+    elif _signals:
+        # A class that is being built when a signal comes makes another error of it: RuntimeError, or pydantic's own.
+        known = Interrupted(_signals[0])
     else:
         known = T5g2Error(
             f"a bug in t5g2: {type(error).__name__}: {error}", hint="run again with --debug and report what it prints"
@@ -159,4 +166,5 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Python complains of a signal that came with this one and has lost its handler.
     sys.unraisablehook = lambda _: None
+    _signals.append(number)
     raise Interrupted(number)

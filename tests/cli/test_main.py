@@ -13,6 +13,7 @@ import yaml
 
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.conversion.staging import JOURNAL_FILE, STAGING_SUFFIX
+from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
 from tests.cli.commandline import CommandLine, Result
@@ -654,6 +655,24 @@ def test_O3_a_signal_leaves_the_old_folder_as_it_was(
     assert err.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"demo-source", "out"}
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_O3_a_signal_of_which_another_error_was_made_is_still_one(
+    t5g2: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    """A class that is being built turns whatever is raised in it into an error of its own."""
+
+    def built(*_: object, **__: object) -> None:
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), number)
+        raise RuntimeError("Error calling __set_name__")
+
+    monkeypatch.setattr("t5g2convert.mapping.inspection.inspect", built)
+    result = t5g2("inspect", tmp_path)
+    assert (result.code, result.err) == (code, f"t5g2: stopped by signal {int(number)}\n")
+    monkeypatch.setattr("t5g2convert.mapping.inspection.inspect", lambda *_, **__: 1 // 0)
+    assert "a bug in t5g2: ZeroDivisionError" in t5g2("inspect", tmp_path).err
 
 
 def test_O3_a_second_signal_ends_the_process_at_once(demo_source: Path, tmp_path: Path) -> None:
