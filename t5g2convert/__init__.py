@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from t5g2convert.conversion.planner import build_plan as plan
     from t5g2convert.errors import (
         CheckpointError,
+        DataError,
         HubError,
         MappingError,
         OutputError,
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "Comparison",
     "Conversion",
+    "DataError",
     "HubError",
     "Inspection",
     "MappingError",
@@ -61,6 +63,7 @@ _HOME = {
     "CheckpointError": "errors",
     "Comparison": "parity.compare",
     "Conversion": "conversion.convert",
+    "DataError": "errors",
     "HubError": "errors",
     "Inspection": "mapping.inspection",
     "MappingError": "errors",

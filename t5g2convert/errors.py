@@ -7,6 +7,7 @@
     ├── CheckpointError       3   the input checkpoint is damaged, incomplete or of another kind
     ├── MappingError          4   the weight map is wrong, or it does not describe this model
     ├── OutputError           5   the output folder or the disk
+    ├── DataError             3   the training data is missing, damaged, or does not fit the model
     ├── VerificationError     6   a conversion does not compute what its source computes
     ├── HubError              7   the Hub: not found, not allowed, not reached
     └── Interrupted      130/143  SIGINT or SIGTERM
@@ -76,6 +77,12 @@ class OutputError(T5g2Error):
     """The output folder cannot be written."""
 
     exit_code = 5
+
+
+class DataError(T5g2Error):
+    """The training data is missing, damaged, or does not fit the model or the objective."""
+
+    exit_code = 3
 
 
 class VerificationError(T5g2Error):

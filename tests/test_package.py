@@ -27,9 +27,10 @@ BELOW = {
     "reference": LEAVES | {"checkpoint"},
     "parity": LEAVES | {"checkpoint", "reference"},
     "publish": LEAVES | {"checkpoint", "mapping", "conversion"},
+    "adaptation": LEAVES | {"checkpoint", "mapping", "conversion", "reference"},
     "__init__": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity"},
     "__main__": {"cli"},
-    "cli": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity", "publish"},
+    "cli": LEAVES | {"checkpoint", "mapping", "conversion", "reference", "parity", "publish", "adaptation"},
 }
 
 HEAVY = {"torch", "transformers", "numpy", "huggingface_hub"}
@@ -116,6 +117,7 @@ def test_every_error_has_the_exit_code_of_the_table() -> None:
         "UsageError": 2,
         "CheckpointError": 3,
         "MappingError": 4,
+        "DataError": 3,
         "OutputError": 5,
         "VerificationError": 6,
         "HubError": 7,
