@@ -1,6 +1,6 @@
 """A whole run: checks, engine, weights, the loop, and what is made of its last checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -13,7 +13,15 @@ from torch import nn
 from t5g2convert.adaptation import checkpoints, models
 from t5g2convert.adaptation.checkpoints import State, read_record
 from t5g2convert.adaptation.denoiser import Denoiser
-from t5g2convert.adaptation.engine import Machines, Quiet, build_engine, early_rank, end_children, together
+from t5g2convert.adaptation.engine import (
+    Machines,
+    Quiet,
+    build_engine,
+    early_rank,
+    end_children,
+    require_extra,
+    together,
+)
 from t5g2convert.adaptation.logs import Metrics, read_metrics
 from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
@@ -82,6 +90,7 @@ class Outcome:
         trained: Number of parameters that are trained.
         checkpoint: The last checkpoint.
         steps: The whole log, on the first process.
+        plot: The picture of the losses.
     """
 
     first: bool
@@ -89,20 +98,35 @@ class Outcome:
     trained: int
     checkpoint: Path
     steps: tuple[Metrics, ...]
+    plot: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 adapt --json` prints."""
+        last = self.steps[-1]
+        return {
+            "steps": last.step,
+            "resumed_from": self.start,
+            "trained_parameters": self.trained,
+            "checkpoint": str(self.checkpoint),
+            "plot": str(self.plot),
+            "loss": last.loss,
+            "tasks": dict(last.tasks),
+        }
 
 
-def adapt(request: Request, *, begun: Callable[[Prepared, int], None], report: Callable[[Metrics], None]) -> Outcome:
+def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: Callable[[Metrics], None]) -> Outcome:
     """Train a model, or go on training it.
 
     Args:
         request: What is asked for.
-        begun: Told once, on the first process, of what was found and of the steps that were done before.
+        begun: Told once, on the first process, of what was found.
         report: Told of every step, on the first process.
 
     Raises:
         T5g2Error: As `prepare`, `train` and `checkpoints`; on all processes but the first `Quiet`, with its exit code.
     """
     try:
+        require_extra()
         prepared = _prepare(request)
         engine = build_engine(request.machines, request.settings.precision)
     except T5g2Error as error:
@@ -131,7 +155,7 @@ def _run(
     engine: "Fabric",
     request: Request,
     prepared: Prepared,
-    begun: Callable[[Prepared, int], None],
+    begun: Callable[[Sequence[str]], None],
     report: Callable[[Metrics], None],
 ) -> Outcome:
     first = engine.global_rank == 0
@@ -146,7 +170,7 @@ def _run(
     if folder is not None:
         together(engine, lambda: checkpoints.load(folder, state))
     if first:
-        begun(prepared, start)
+        begun([*prepared.notes, *([f"{start:,} steps were done before"] if start else [])])
     if start < settings.steps:
         train(engine, module, state, prepared.samples, run=request.run, start=start, pace=request.pace, report=report)
     engine.barrier()
@@ -159,6 +183,7 @@ def _run(
         trained=sum(parameter.numel() for parameter in state.parameters.values()),
         checkpoint=checkpoints.complete(request.run)[settings.steps],
         steps=tuple(steps),
+        plot=request.run / PLOT_FILE,
     )
 
 

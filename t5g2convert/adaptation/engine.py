@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from t5g2convert.errors import T5g2Error, UsageError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from torch.distributed.device_mesh import DeviceMesh
+
+EXTRA: Final = ("lightning_fabric", "matplotlib", "tensorboard", "transformers")
 
 Precision = Literal["bfloat16", "float32"]
 
@@ -50,6 +53,17 @@ class Quiet(T5g2Error):  # noqa: N818 - the error is that of another process
         self.exit_code = exit_code
 
 
+def require_extra() -> None:
+    """Refuse to start without the libraries of the extra.
+
+    Raises:
+        UsageError: One is not installed.
+    """
+    absent = [name for name in EXTRA if find_spec(name) is None]
+    if absent:
+        raise UsageError(f"training needs {', '.join(absent)}: pip install 't5g2convert[adapt]'")
+
+
 def early_rank() -> int:
     """The number of this process as its launcher says, before there is a process group."""
     found = next((os.environ[name] for name in _RANK_VARIABLES if os.environ.get(name, "").isdigit()), "0")
@@ -77,13 +91,11 @@ def build_engine(machines: Machines, precision: Precision) -> "Fabric":
     """Fabric, not yet launched.
 
     Raises:
-        UsageError: The extra is not installed, or the devices are not there.
+        UsageError: The devices are not there.
     """
-    try:
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-    except ImportError:
-        raise UsageError("training needs the extra: pip install 't5g2convert[adapt]'") from None
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     accelerator, devices, nodes = resolve(machines)
     strategy = ModelParallelStrategy(

@@ -36,7 +36,6 @@ def load_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         CheckpointError: Another kind of model, or its files are not all that the class has.
-        UsageError: transformers is not installed.
     """
     kind = config.get("model_type")
     if kind == RESEARCH_TYPE:
@@ -55,15 +54,8 @@ def load_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
 
 def quiet_transformers() -> Any:
-    """The transformers library, without progress bars of its own.
-
-    Raises:
-        UsageError: It is not installed.
-    """
-    try:
-        transformers: Any = import_module("transformers")
-    except ImportError:
-        raise UsageError("training needs the extra: pip install 't5g2convert[adapt]'") from None
+    """The transformers library, without progress bars of its own."""
+    transformers: Any = import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     return transformers
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from t5g2convert.adaptation.logs import Metrics
-from t5g2convert.errors import OutputError, UsageError
+from t5g2convert.errors import OutputError
 
 SMOOTHED: Final = 50
 """The line of a task has about so many points: each the mean, weighted by labels, of the steps around it."""
@@ -16,13 +16,10 @@ def plot_losses(steps: Sequence[Metrics], path: Path) -> None:
 
     Raises:
         OutputError: It cannot be written.
-        UsageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("a plot needs the extra: pip install 't5g2convert[adapt]'") from None
+    import matplotlib
+    from matplotlib.figure import Figure
+
     # Without a salt the names of its elements are random, and without a date it has today's.
     with matplotlib.rc_context({"svg.hashsalt": "t5g2", "svg.fonttype": "none", "font.family": ["sans-serif"]}):
         figure = Figure(figsize=(8, 4.5), layout="constrained")

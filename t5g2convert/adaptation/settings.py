@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t5g2convert.adaptation.mixture import Mixture
+from t5g2convert.errors import UsageError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -103,6 +104,20 @@ class Settings(BaseModel):
         """The first sample of a step, counted among the samples of its own kind."""
         images = 0 if self.image_every is None else step // self.image_every
         return (images if self.is_image_step(step) else step - images) * self.samples
+
+
+def make_settings(**values: Any) -> Settings:
+    """Settings of these values.
+
+    Raises:
+        UsageError: One is out of its range; told by the name of its option.
+    """
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"--{option}: {first['msg']}, found {first['input']!r}") from None
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -82,7 +82,6 @@ def load_teacher(folder: Path, *, vocabulary: int, dtype: torch.dtype) -> Teache
 
     Raises:
         CheckpointError: Its files are not all that the class has.
-        UsageError: transformers is not installed.
     """
     transformers: Any = quiet_transformers()
     config = open_checkpoint(folder).config
