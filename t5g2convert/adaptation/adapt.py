@@ -135,10 +135,12 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         raise Quiet(error.exit_code) from None
     try:
         engine.launch()
-        return _run(engine, request, prepared, begun, report)
+        outcome = _run(engine, request, prepared, begun, report)
     except BaseException:
         end_children(engine)
         raise
+    torch.distributed.destroy_process_group()
+    return outcome
 
 
 def _prepare(request: Request) -> Prepared:
