@@ -15,7 +15,6 @@ from pydantic import Field
 
 from t5g2convert.checkpoint.config import (
     MAX_DEPTH,
-    ConfigSection,
     Depth,
     Positive,
     Scalar,
@@ -29,6 +28,7 @@ from t5g2convert.checkpoint.config import (
 from t5g2convert.checkpoint.rope import agreed, object_of, stated_factor
 from t5g2convert.checkpoint.text import (
     GemmaText,
+    ImageTokens,
     SiglipTower,
     check_multiple,
     check_stack,
@@ -61,12 +61,9 @@ class SiglipVision(SiglipTower):
     patch_size: Size = 16
 
 
-class Gemma3Tokens(ConfigSection):
+class Gemma3Tokens(ImageTokens):
     """The multimodal fields at the top of config.json; defaults are those of transformers' Gemma3Config."""
 
-    mm_tokens_per_image: Size = 256
-    boi_token_index: Token = 255_999
-    eoi_token_index: Token = 256_000
     image_token_index: Token = 262_144
 
 

@@ -12,14 +12,21 @@ from t5g2convert.checkpoint.config import (
     Number,
     Positive,
     Scalar,
-    Size,
     Token,
     describe_model_type,
     parse_section,
     refuse_bidirectional,
     subsection,
 )
-from t5g2convert.checkpoint.text import LayerType, SiglipTower, TextStack, check_stack, stack_fields, tower_fields
+from t5g2convert.checkpoint.text import (
+    ImageTokens,
+    LayerType,
+    SiglipTower,
+    TextStack,
+    check_stack,
+    stack_fields,
+    tower_fields,
+)
 from t5g2convert.errors import CheckpointError, MappingError
 
 MODEL_TYPE: Final = "t5gemma2"
@@ -57,12 +64,9 @@ class Stack(TextStack):
     dropout_rate: Number = 0.0
 
 
-class Tokens(ConfigSection):
+class Tokens(ImageTokens):
     """How images stand among the tokens; the defaults are those of transformers' T5Gemma2Config."""
 
-    mm_tokens_per_image: Size = 256
-    boi_token_index: Token = 255_999
-    eoi_token_index: Token = 256_000
     image_token_index: Token = 256_001
 
 

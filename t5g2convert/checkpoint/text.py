@@ -90,6 +90,14 @@ class SiglipTower(ConfigSection):
         }
 
 
+class ImageTokens(ConfigSection):
+    """How images stand among the tokens; a default stands where the classes of transformers have one and the same."""
+
+    mm_tokens_per_image: Size = 256
+    boi_token_index: Token = 255_999
+    eoi_token_index: Token = 256_000
+
+
 def stack_fields(path: str) -> Mapping[str, str]:
     """Where the sizes of a stack's layers stand in config.json; `path` is its section, with a dot behind."""
     return {
