@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.adaptation.runs import RUN_OPTIONS, adapt, write_text
+from tests.adaptation.trainings import RUN_OPTIONS, adapt, write_text
 
 
 @pytest.fixture(scope="session")

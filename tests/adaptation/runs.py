@@ -1,59 +1,93 @@
-"""Runs of `t5g2 adapt`, and what they leave."""
+"""Folders of training runs as `t5g2 adapt` leaves them, made without training: checkpoints of plain dicts."""
 
-import argparse
-import inspect
 import json
-import os
-import subprocess
-import sys
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+from safetensors.torch import load_file
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from t5g2convert.adaptation.trained import Trained
+Tensors = Mapping[str, torch.Tensor]
 
-OPTIONS = (
-    "--lr", "1e-2", "--steps", "60", "--encoder-length", "64", "--decoder-length", "64", "--batch-tokens", "512",
-    "--warmup", "5", "--image-every", "4", "--precision", "float32",
-)  # fmt: skip
-"""What decides the result of the run that tests share: 8 samples a step."""
+SETTINGS, OBJECTIVE, DATA = "a" * 64, "b" * 64, "c" * 64
 
-RUN_OPTIONS = (*OPTIONS, "--save-every", "20", "--keep", "3")
+TASKS: list[dict[str, Any]] = [
+    {
+        "name": "r", "kind": "spans", "rate": 0.15, "mean_span": 3.0, "weight": 1, "mode_token": None, "sentinel": True,
+    },
+    {
+        "name": "s", "kind": "prefix", "rate": 0.75, "mean_span": None, "weight": 1, "mode_token": None,
+        "sentinel": False,
+    },
+]  # fmt: skip
 
-TASKS = {"spans-3-15", "spans-12-50", "spans-32-15", "spans-32-50", "prefix"}
-
-
-def command(small: Path, run: Path, *options: str, module: str = "t5g2convert") -> list[str]:
-    """A command line that trains the small model."""
-    return [sys.executable, "-m", module, "adapt", str(small / "model"), str(small / "data"), str(run), *options]
-
-
-def adapt(small: Path, run: Path, *options: str, code: int = 0, module: str = "t5g2convert") -> Any:
-    """Train the small model in a process of its own; the completed process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(small, run, *options, module=module), env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def write_text(folder: Path) -> None:
-    """Real text that every machine has: the source of two modules of the standard library."""
-    for module in (argparse, inspect):
-        (folder / f"{module.__name__}.txt").write_text(inspect.getsource(module))
+FACTS: dict[str, Any] = {
+    "steps": 100,
+    "checkpoints": [100],
+    "tokens": 51_200,
+    "objective": TASKS,
+    "settings_sha256": SETTINGS,
+    "data_sha256": DATA,
+    "kd_parent": None,
+}
 
 
-def steps_of(run: Path) -> list[dict[str, Any]]:
-    """The log of a run, without what depends on the clock."""
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for step in steps:
-        del step["tokens_per_second"]
-    return steps
+def write_checkpoint(folder: Path, tensors: Tensors, step: int, **told: Any) -> Path:
+    """A checkpoint that one process wrote."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(_state(tensors), checkpoint_id=folder, no_dist=True)
+    return _tell(folder, step, **told)
 
 
-def tensors_of(run: Path, step: int) -> dict[str, Tensor]:
-    """The trained tensors of a checkpoint."""
-    checkpoint = Trained(run / "checkpoints" / f"step-{step:08d}")
-    return {name: checkpoint.read(name) for name in checkpoint.names}
+def _state(tensors: Tensors) -> dict[str, Any]:
+    moments = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in tensors.items()}
+    return {"model": dict(tensors), "optimizer": {"state": moments, "lr": [1e-3]}}
+
+
+def _tell(folder: Path, step: int, **told: Any) -> Path:
+    document = {"format": 1, "step": step, "settings_sha256": SETTINGS, "objective_sha256": OBJECTIVE, **told}
+    (folder / "checkpoint.json").write_text(json.dumps(document))
+    return folder
+
+
+def write_by_two(folder: Path, tensors: Tensors, step: int) -> Path:
+    """A checkpoint that two processes wrote, each the rows that it holds, as FSDP2 does."""
+    folder.mkdir(parents=True)
+    torch.multiprocessing.spawn(_save, (folder, dict(tensors)), nprocs=2)  # type: ignore[no-untyped-call]
+    return _tell(folder, step)
+
+
+def _save(rank: int, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    meeting = folder.with_name(f".{folder.name}.meeting")
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        spread = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
+        dcp.save({"model": spread, "optimizer": {"lr": [1e-3]}}, checkpoint_id=folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def trained_from(model: Path, which: Callable[[str], bool], *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Float32 values for some tensors of a model, all of them other than the model's."""
+    generator = torch.Generator().manual_seed(seed)
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(model.glob("*.safetensors")):
+        stored |= load_file(file)
+    return {
+        name: tensor.float() + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in sorted(stored.items())
+        if which(name)
+    }
+
+
+def text_only(name: str) -> bool:
+    """What a training without images trains."""
+    return "vision_tower" not in name and "multi_modal_projector" not in name
