@@ -1,7 +1,7 @@
 """A whole run: checks, engine, weights, the loop, and what is made of its last checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +22,12 @@ from t5g2convert.adaptation.engine import (
     require_extra,
     together,
 )
+from t5g2convert.adaptation.finish import Finished, finish
 from t5g2convert.adaptation.logs import Metrics, read_metrics
 from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
 from t5g2convert.adaptation.run import (
+    EXPORT_FOLDER,
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
@@ -40,6 +42,7 @@ from t5g2convert.adaptation.samples import task_names
 from t5g2convert.adaptation.settings import Settings
 from t5g2convert.adaptation.teacher import Teacher, check_teacher, load_teacher
 from t5g2convert.adaptation.training import Pace, make_optimizer, train
+from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ class Request:
         pace: How it is cut into pieces.
         chunk: Labels whose logits exist at once.
         recompute: Whether activations are computed twice, to save memory.
+        export: Whether a model is made of the last checkpoint.
     """
 
     model: Path
@@ -78,6 +82,7 @@ class Request:
     pace: Pace = field(default_factory=Pace)
     chunk: int = 1024
     recompute: bool = False
+    export: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,8 @@ class Outcome:
         checkpoint: The last checkpoint.
         steps: The whole log, on the first process.
         plot: The picture of the losses.
+        settings: The run's, with the teacher's identity.
+        finished: The model that came of it, on the first process, if it was asked for.
     """
 
     first: bool
@@ -99,6 +106,8 @@ class Outcome:
     checkpoint: Path
     steps: tuple[Metrics, ...]
     plot: Path
+    settings: Settings
+    finished: Finished | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 adapt --json` prints."""
@@ -109,6 +118,7 @@ class Outcome:
             "trained_parameters": self.trained,
             "checkpoint": str(self.checkpoint),
             "plot": str(self.plot),
+            "model": None if self.finished is None else self.finished.to_json(),
             "loss": last.loss,
             "tasks": dict(last.tasks),
         }
@@ -139,12 +149,26 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
     except BaseException:
         end_children(engine)
         raise
+    # The others may go; what follows takes one process.
     torch.distributed.destroy_process_group()
-    return outcome
+    if not outcome.first or not request.export:
+        return outcome
+    finished = finish(
+        outcome.checkpoint,
+        request.model,
+        request.run / EXPORT_FOLDER,
+        settings=outcome.settings,
+        data_sha256=prepared.samples.packed.sha256,
+        steps=outcome.steps,
+        teacher=request.teacher,
+    )
+    return replace(outcome, finished=finished)
 
 
 def _prepare(request: Request) -> Prepared:
     prepared = prepare(request.model, request.data, request.settings, rope_scaling=request.rope_scaling)
+    if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
+        raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
     if request.teacher is not None:
         longest = max(prepared.samples.schedule.raw_lengths) + 1
         check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
@@ -186,6 +210,7 @@ def _run(
         checkpoint=checkpoints.complete(request.run)[settings.steps],
         steps=tuple(steps),
         plot=request.run / PLOT_FILE,
+        settings=settings,
     )
 
 

@@ -45,6 +45,7 @@ from t5g2convert.cli.adapt_options import (
     WorkersOption,
 )
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes
+from t5g2convert.cli.inspect import show_inspection
 from t5g2convert.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def adapt(
         pace=Pace(micro=micro_batch, workers=workers, save_every=save_every, keep=keep),
         chunk=loss_chunk,
         recompute=gradient_checkpointing,
+        export=export,
     )
     _run(request, every=log_every, as_json=as_json)
 
@@ -172,7 +174,10 @@ def _print(outcome: "Outcome") -> None:
     out = console()
     out.print(f"{outcome.steps[-1].step:,} steps of {outcome.trained:,} trained parameters")
     out.print(f"checkpoint  {outcome.checkpoint}", soft_wrap=True)
-    out.print(f"loss        {outcome.plot}", soft_wrap=True)
+    out.print(f"losses      {outcome.plot}", soft_wrap=True)
+    if outcome.finished is not None:
+        out.print(f"model       {outcome.finished.output}", soft_wrap=True)
+        show_inspection(outcome.finished.inspection)
 
 
 @contextmanager

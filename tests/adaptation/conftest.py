@@ -63,9 +63,9 @@ def _write_small(folder: Path) -> None:
     write_text(texts)
     noise = np.random.default_rng(0)
     rows = []
-    for number in range(6):
+    for number in range(12):
         Image.fromarray(noise.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(texts / f"{number}.png")
-        text = f"<start_of_image> Number {number} of six pictures of noise."
+        text = f"<start_of_image> Number {number} of twelve pictures of noise."
         rows.append({"text": text, "images": [f"{number}.png"]})
     (texts / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pack(folder / "model", folder / "data", read_files([texts], "text", lambda _: None))

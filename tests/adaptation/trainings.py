@@ -14,7 +14,7 @@ from torch import Tensor
 from t5g2convert.adaptation.trained import Trained
 
 OPTIONS = (
-    "--lr", "1e-2", "--steps", "60", "--encoder-length", "64", "--decoder-length", "64", "--batch-tokens", "512",
+    "--lr", "4e-3", "--steps", "60", "--encoder-length", "64", "--decoder-length", "64", "--batch-tokens", "512",
     "--warmup", "5", "--image-every", "4", "--precision", "float32",
 )  # fmt: skip
 """What decides the result of the run that tests share: 8 samples a step."""
