@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from t5g2convert.adaptation import checkpoints
 from t5g2convert.adaptation.checkpoints import State
+from t5g2convert.adaptation.engine import Quiet
 from t5g2convert.adaptation.logs import Log, Metrics, opened
 from t5g2convert.adaptation.run import METRICS_FILE, TENSORBOARD_FOLDER
 from t5g2convert.adaptation.samples import Batch, Samples, loader, places, task_names
@@ -154,9 +155,11 @@ def _update(engine: "Fabric", state: State, settings: Settings, step: int, sums:
     total = sum(labels)
     norm = _scale_and_clip(engine, state, settings, step, labels=total)
     if norm is None:
-        raise DataError(
+        error = DataError(
             f"the gradient of step {step + 1} is not finite", hint="lower --lr, or look for the cause in the data"
         )
+        # All processes have found the same.
+        raise error if engine.global_rank == 0 else Quiet(error.exit_code)
     for group in state.optimizer.param_groups:
         group["lr"] = settings.rate(step)
     state.optimizer.step()
