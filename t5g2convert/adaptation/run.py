@@ -11,6 +11,7 @@ from t5g2convert.adaptation.settings import Settings, differences
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, read_manifest
+from t5g2convert.checkpoint.replacing import replace_file
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
 from t5g2convert.version import __version__
 
@@ -128,6 +129,6 @@ def write_description(run: Path, description: Mapping[str, Any]) -> None:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / RUN_FILE).write_bytes(encode_json(description))
+        replace_file(run / RUN_FILE, encode_json(description))
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", where=run / RUN_FILE) from error

@@ -130,21 +130,20 @@ class _Sums:
         self.names = task_names(settings)
         self.started = time.perf_counter()
         # Losses, labels, and in the last place the tokens of the encoder; float64 holds all counts exactly.
-        self.values = torch.zeros(2 * len(self.names) + 1, dtype=torch.float64)
+        self.values = torch.zeros(2 * len(self.names) + 1, dtype=torch.float64, device=engine.device)
         self._engine = engine
 
     def add(self, losses_T: Tensor, labels_T: Tensor, batch: Batch) -> None:
         """Add a micro-batch."""
         counted = (batch["labels"] >= 0).any(dim=1)
         read = batch["attention_mask"][counted].sum()
-        self.values += torch.cat([losses_T.double().cpu(), labels_T.double().cpu(), read.double().cpu()[None]])
+        self.values += torch.cat([losses_T.double(), labels_T.double(), read[None].to(losses_T.device).double()])
 
     def of_all(self) -> list[float]:
         """The sums over all processes."""
-        values = self.values.to(self._engine.device)
         if self._engine.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return [float(value) for value in values.tolist()]
+            torch.distributed.all_reduce(self.values)
+        return [float(value) for value in self.values.tolist()]
 
 
 def _update(engine: "Fabric", state: State, settings: Settings, step: int, sums: _Sums) -> Metrics:
