@@ -52,7 +52,7 @@ class Schedule:
         self.chunks = tokens // self.chunk
         if not self.chunks:
             raise DataError(
-                f"the corpus has {tokens} tokens; a block of {mixture.block} samples takes {self.chunk}",
+                f"the corpus has {tokens} tokens; a block of {len(self._cycle)} samples takes {self.chunk}",
                 hint="pack more text, or train with shorter inputs",
             )
         self._last: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None
@@ -93,7 +93,7 @@ class Schedule:
         """The block of a sample, and its place therein."""
         if not 0 <= i <= _WORD:
             raise UsageError(f"expected the number of a sample, 0 to {_WORD}, found {i}")
-        return divmod(int(i), self.mixture.block)
+        return divmod(int(i), len(self._cycle))
 
     def _block(self, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tasks of a block's samples, and where their texts start."""
