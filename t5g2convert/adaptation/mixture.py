@@ -1,6 +1,5 @@
 """The tasks of UL2 and how often each comes, from a table in YAML."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -67,7 +66,7 @@ class Mixture(Declaration):
                 raise ValueError(f"two tasks are named {name!r}")
         return tasks
 
-    @cached_property
+    @property
     def block(self) -> int:
         """Samples of a block: the sum of the weights."""
         return sum(task.weight for task in self.tasks)
