@@ -17,6 +17,7 @@ from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.cli.demo import build_demo_source
 from tests.cli.commandline import CommandLine
 from tests.memory import run_and_measure
+from tests.test_package import HEAVY, modules_after
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,13 @@ def test_json_tells_what_was_packed(t5g2: CommandLine, model: Path, inputs: Path
         "highest": 255,
         "special": {"1": 5, "3": 2, "253": 1, "254": 1, "255": 4},
     }
+
+
+def test_no_torch_is_loaded(model: Path, inputs: Path, tmp_path: Path) -> None:
+    loaded = modules_after(["pack", str(model), str(tmp_path / "out"), str(inputs)], tmp_path)
+    assert loaded & HEAVY == {"numpy"}
+    assert {"tokenizers", "pyarrow", "PIL"} <= loaded
+    assert not loaded & {"datasets", "pandas", "matplotlib", "lightning_fabric"}
 
 
 def test_without_json_a_line_tells_it(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
