@@ -161,7 +161,6 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         settings=outcome.settings,
         data_sha256=prepared.samples.packed.sha256,
         steps=outcome.steps,
-        teacher=request.teacher,
     )
     return replace(outcome, finished=finished)
 

@@ -17,7 +17,7 @@ from t5g2convert.adaptation.engine import Machines, resolve
 from t5g2convert.adaptation.logs import Metrics
 from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
 from t5g2convert.adaptation.preparation import check_rope, prepare, read_facts
-from t5g2convert.adaptation.run import check_same, check_vacant, newest
+from t5g2convert.adaptation.run import check_same, check_vacant, identity, newest
 from t5g2convert.adaptation.settings import Settings, make_settings
 from t5g2convert.adaptation.teacher import check_teacher
 from t5g2convert.adaptation.training import Pace
@@ -92,8 +92,8 @@ def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: 
     assert teacher is not None
     assert len(teacher) == 64
     manifest = json.loads((tmp_path / "run/model/t5g2.json").read_text())
-    assert manifest["adaptation"]["kd_parent"] == "parent"
-    with pytest.raises(UsageError, match='teacher "'):
+    assert manifest["adaptation"]["kd_parent"] == teacher
+    with pytest.raises(UsageError, match=r"teacher sha256 .*, now null"):
         run(replace(request, teacher=None, resume=True))
 
 
@@ -183,6 +183,19 @@ def test_a_flipped_byte_or_a_lost_file_of_a_checkpoint_is_found(copied: Path) ->
         with pytest.raises(CheckpointError, match="cannot be read"):
             check_files(folder, record)
         (folder / name).write_bytes(data)
+
+
+def test_a_recorded_verification_makes_no_other_model(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "model", tmp_path / "model")
+    before, path = identity(tmp_path / "model"), tmp_path / "model/t5g2.json"
+    assert before == json.loads(path.read_text())["sha256"]
+    from t5g2convert import verify
+
+    assert verify(tmp_path / "model", small / "parent").passed
+    assert json.loads(path.read_text())["sha256"] != before
+    assert identity(tmp_path / "model") == before
+    path.unlink()
+    assert identity(tmp_path / "model") != before
 
 
 @pytest.mark.parametrize(
