@@ -1,6 +1,7 @@
 """What training costs at the three sizes that were released, for docs/adaptation.md: estimates from shapes alone."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -29,11 +30,12 @@ SHARE: Final = 0.3
 """Of the peak, that training is taken to reach: an assumption."""
 
 
+@cache
 def cost_table() -> str:
     """One row for each size and budget."""
     head = (
-        "size", "budgets", "weights, gradients, AdamW", f"a device of {DEVICES}", "one device",
-        "operations of 1B encoder tokens", "device hours for them",
+        "size", "tokens in and out", "weights, gradients, moments", "held by one device", f"by each of {DEVICES}",
+        "operations for 1B tokens", "device hours",
     )  # fmt: skip
     return table(head, _rows())
 
@@ -52,7 +54,7 @@ def _rows() -> Iterator[tuple[str, ...]]:
             work = sum(weight * _training(model, *sample) for sample, weight in samples) / read
             shared, alone = (_memory(made, model, devices, budget) for devices in (DEVICES, 1))
             yield (
-                f"{size}-{size}", f"{budget:,}", _gigabytes(alone[0]), _gigabytes(shared[1]), _gigabytes(alone[1]),
+                f"{size}-{size}", f"{budget:,}", _gigabytes(alone[0]), _gigabytes(alone[1]), _gigabytes(shared[1]),
                 f"{work * 1e9:.1e}", f"{work * 1e9 / (PEAK * SHARE) / 3600:,.0f}",
             )  # fmt: skip
 

@@ -13,11 +13,14 @@ from t5g2convert.errors import DataError, T5g2Error, UsageError
 SUFFIXES: Final = (".txt", ".jsonl", ".parquet")
 
 LONGEST: Final = 16 << 20
-"""Bytes of a document, or of a line of JSON, at most: the tokenizer takes a document as a whole, in many times its size
-of memory."""
+"""Bytes of a document, or of a line of JSON, at most: the tokenizer takes a document as a whole, and about 120 bytes of
+memory a character, so 2 GB here (measured, tokenizers 0.23)."""
 
 ROWS: Final = 64
 """Rows of a Parquet file that are decoded at once."""
+
+COLUMN_BYTES: Final = 1 << 20
+"""Bytes of a column that are read from a Parquet file at once."""
 
 Progress = Callable[[int], None]
 """Called with the bytes of input just read."""
@@ -65,7 +68,7 @@ def files_of(inputs: Iterable[Path]) -> Iterator[Path]:
                 raise DataError(f"holds no file that ends in {', '.join(SUFFIXES)}", where=given)
         elif not given.exists():
             raise DataError("no such file or folder", where=given)
-        elif given.suffix not in SUFFIXES:
+        elif given.suffix.lower() not in SUFFIXES:
             raise UsageError(f"{given} ends in {given.suffix or 'nothing'}, expected {', '.join(SUFFIXES)}")
         else:
             yield _regular(given)
@@ -81,7 +84,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if item.is_dir(follow_symlinks=False):
             yield from _walk(Path(item.path))
-        elif Path(item.name).suffix in SUFFIXES and not item.is_dir():
+        elif Path(item.name).suffix.lower() in SUFFIXES and not item.is_dir():
             yield _regular(Path(item.path))
 
 
@@ -104,9 +107,10 @@ def read_files(inputs: Iterable[Path], column: str, progress: Progress) -> Itera
     """
     for path in files_of(inputs):
         try:
-            if path.suffix == ".txt":
+            kind = path.suffix.lower()
+            if kind == ".txt":
                 yield _read_text(path, progress)
-            elif path.suffix == ".jsonl":
+            elif kind == ".jsonl":
                 yield from _read_lines(path, column, progress)
             else:
                 yield from _read_parquet(path, column, progress)
@@ -130,6 +134,7 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
     datasets = _imported("datasets")
     where = f"{name}[{split}]"
     try:
+        datasets.disable_progress_bars()
         rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
         for number, row in enumerate(rows, 1):
             if column not in row:
@@ -175,18 +180,20 @@ def _read_lines(path: Path, column: str, progress: Progress) -> Iterator[Documen
 
 def _row(line: bytes, where: str, folder: Path, column: str) -> Document | Fault:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         return Fault(where, f"is not UTF-8: {error.reason} at byte {error.start} of the line")
     except RecursionError:
         return Fault(where, "is nested too deeply")
+    except json.JSONDecodeError as error:
+        return Fault(where, f"is not valid JSON: {error.msg} at column {error.colno}")
     except ValueError as error:
         return Fault(where, f"is not valid JSON: {error}")
     if not isinstance(row, dict):
         return Fault(where, f"is a JSON {type(row).__name__}, expected an object")
     if column not in row:
         return Fault(where, f"has no {column!r}, but {_named(row)}")
-    images = row.get("images", [])
+    images = [] if row.get("images") is None else row["images"]
     if not isinstance(images, list) or not all(isinstance(name, str) and is_text(name) for name in images):
         return Fault(where, "'images' is no list of file names")
     for name in images:
@@ -200,7 +207,7 @@ def _read_parquet(path: Path, column: str, progress: Progress) -> Iterator[Docum
     pyarrow, parquet = _imported("pyarrow"), _imported("pyarrow.parquet")
     size, told = path.stat().st_size, 0
     try:
-        with parquet.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+        with parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=COLUMN_BYTES) as file:
             names = file.schema_arrow.names
             if column not in names:
                 raise DataError(f"has no column {column!r}, but {_named(names)}", where=path)

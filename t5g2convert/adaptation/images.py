@@ -68,8 +68,8 @@ def check_picture(path: Path) -> str:
 def pixel_values(paths: Sequence[Path], model: Path) -> NDArray[np.float32]:
     """The pixels of pictures as transformers' image processor of the model's folder gives them, bit for bit.
 
-    This is its processor for pillow: with torchvision, transformers resizes by other arithmetic, and pixels differ in
-    the last place of eight bits.
+    This is its processor for pillow, given the paths. With torchvision installed, transformers resizes by other
+    arithmetic, and is not followed.
 
     Args:
         paths: Picture files.
@@ -115,10 +115,14 @@ def _opened(path: Path) -> Iterator["Image"]:
 
 
 def _upright(image: "Image") -> "Image":
-    """Turned as its EXIF says, in RGB."""
-    from PIL import ImageOps
+    """Turned as its EXIF says, in RGB; a colour that is declared transparent becomes white, as in transformers 5.23."""
+    from PIL import Image, ImageOps
 
-    return ImageOps.exif_transpose(image).convert("RGB")
+    turned = ImageOps.exif_transpose(image).convert("RGB")
+    if turned.info.get("transparency") is None:
+        return turned
+    white = Image.new("RGBA", turned.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, turned.convert("RGBA")).convert("RGB")
 
 
 class _Size(ConfigSection):

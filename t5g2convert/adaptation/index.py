@@ -71,7 +71,7 @@ class Index(_Section):
     pictures: PicturesEntry
     counts: Sha256
     highest: int
-    special: dict[str, Count]
+    special: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Count]
     empty: Count
 
 

@@ -87,40 +87,36 @@ def check_reserved(
     Raises:
         DataError: They do; names the ids.
     """
-    for name, token in special.items():
-        if token in sentinels:
-            raise DataError(f"{name}, id {token}, is among the sentinels, {_range(sentinels)}")
-    for token in sorted(mode_tokens):
-        used = (
-            "a sentinel"
-            if token in sentinels
-            else next((key for key, value in special.items() if value == token), None)
-        )
-        if used is not None:
-            raise DataError(f"the mode token {token} is also {used}", hint="choose an id that nothing else uses")
-    found = {token: count for token, count in occurrences.items() if count and token in sentinels}
-    if highest in sentinels:
-        found.setdefault(highest, 1)
-    _refuse(
-        found,
-        f"is a sentinel ({_range(sentinels)})",
-        "pack the text with a tokenizer that leaves the end of the vocabulary unused",
-    )
-    found = {token: occurrences[token] for token in mode_tokens if occurrences.get(token)}
-    _refuse(found, "is a mode token", "choose mode tokens that the text has not")
-    for name in absent:
-        token = special[name]
-        found = {token: occurrences[token]} if occurrences.get(token) else {}
-        _refuse(found, f"is {name}, which must not stand in text", "pack the text without special tokens")
-
-
-def _refuse(found: Mapping[int, int], what: str, hint: str) -> None:
-    """Tell the ids of the data that must not be there, if there are any."""
+    _check_apart(sentinels, special, mode_tokens)
+    among = {token for token in (highest, *occurrences) if token in sentinels}
+    taken = dict.fromkeys(among, f"a sentinel, {_range(sentinels)}")
+    taken |= dict.fromkeys(mode_tokens, "a mode token")
+    taken |= {special[name]: f"{name}, which must not stand in this data" for name in absent}
+    found = sorted((token for token in taken if occurrences.get(token) or token == highest), reverse=True)
     if found:
-        token = max(found)
-        others = f", and {len(found) - 1} more such id(s)" if len(found) > 1 else ""
-        details = [f"id {item} occurs {found[item]} time(s)" for item in sorted(found, reverse=True)[:SHOWN_IDS]]
-        raise DataError(f"token {token} of the data {what}{others}", hint=hint, details=details)
+        others = f", and {_counted(len(found) - 1, 'more such id')}" if len(found) > 1 else ""
+        known = [token for token in found if token in occurrences]
+        raise DataError(
+            f"token {found[0]} of the data is {taken[found[0]]}{others}",
+            hint="pack the text without special tokens, or choose ids for sentinels and modes that it does not use",
+            details=[f"id {token} occurs {_counted(occurrences[token], 'time')}" for token in known[:SHOWN_IDS]],
+        )
+
+
+def _check_apart(sentinels: Sentinels, special: Mapping[str, int], mode_tokens: Collection[int]) -> None:
+    """No id may have two meanings."""
+    names = {token: name for name, token in special.items()}
+    for token in names:
+        if token in sentinels:
+            raise DataError(f"{names[token]}, id {token}, is among the sentinels, {_range(sentinels)}")
+    for token in mode_tokens:
+        if token in sentinels or token in names:
+            other = names.get(token, "a sentinel")
+            raise DataError(f"the mode token {token} is also {other}", hint="choose an id that nothing else uses")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _range(sentinels: Sentinels) -> str:

@@ -137,10 +137,10 @@ class PictureFiles:
     def __init__(self, folder: Path, *, flush: bool) -> None:
         self._folder, self._flush = folder / PICTURES_FOLDER, flush
         self._partial = self._folder / "partial"
-        self._places = HashedFile(folder / PICTURES_FILE)
         self._count = self._files = self._nbytes = 0
         with output_errors(self._folder):
             self._folder.mkdir()
+        self._places = HashedFile(folder / PICTURES_FILE)
 
     def add(self, path: Path) -> None:
         """Copy a picture, unless it is there already, and note it for the next place.

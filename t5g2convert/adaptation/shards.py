@@ -21,6 +21,7 @@ from typing import Any, Final, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from t5g2convert.adaptation.images import ENDINGS
 from t5g2convert.adaptation.index import (
     INDEX_FILE,
     Index,
@@ -192,6 +193,10 @@ class Packed:
         images = ImageDocuments(image, image_ends, places, folder / PICTURES_FOLDER, index.tokens.eoi)
         return cls(folder, index, found, text, images, counts, ends)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the folder again, where a pickled array would be a copy of all of the data."""
+        return _reopen, (self.folder, self.sha256)
+
     @property
     def tokens(self) -> int:
         """Tokens of the documents without pictures."""
@@ -231,6 +236,10 @@ class Packed:
         return int(self.counts[first:stop].sum())
 
 
+def _reopen(folder: Path, sha256: str) -> Packed:
+    return Packed.open(folder, sha256=sha256)
+
+
 def check_tokenizer(packed: Packed, model: Path) -> None:
     """Refuse data that was packed with another tokenizer than a model's, or for other special tokens.
 
@@ -260,8 +269,15 @@ def shard_name(stream: str, number: int) -> str:
 
 
 def picture_name(place: Any) -> str:
-    """The name of a picture's file, from its record."""
-    return f"{bytes(place['sha256']).hex()}.{place['ending'].decode()}"
+    """The name of a picture's file, from its record.
+
+    Raises:
+        DataError: The record has an ending that no picture has.
+    """
+    ending = place["ending"].decode("latin-1")
+    if ending not in ENDINGS.values():
+        raise DataError(f"names a picture that ends in {ending!r}", where=PICTURES_FILE, hint="pack the data again")
+    return f"{bytes(place['sha256']).hex()}.{ending}"
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -282,10 +298,10 @@ def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray
 def _check_ascending(ends: NDArray[Any], total: int, where: Path) -> None:
     last = 0
     for start in range(0, len(ends), CHECKED_AT_ONCE):
-        piece = ends[start : start + CHECKED_AT_ONCE].astype(np.int64)
-        steps = np.diff(piece, prepend=last)
-        if (steps <= 0).any():
-            number = start + int(np.argmax(steps <= 0))
+        piece = ends[start : start + CHECKED_AT_ONCE].astype(np.uint64)
+        wrong = piece <= np.concatenate([np.array([last], np.uint64), piece[:-1]])
+        if wrong.any():
+            number = start + int(np.argmax(wrong))
             raise DataError(f"document {number} ends before it begins", where=where, hint="pack the data again")
         last = int(piece[-1])
     if last != total:

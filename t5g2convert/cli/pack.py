@@ -20,7 +20,7 @@ def pack(
         typer.Argument(
             metavar="INPUT...",
             help="Files that end in .txt (one document each), .jsonl or .parquet, or folders of them. Pictures are "
-            'files below the folder of a JSONL: {"text": "<start_of_image> a cat", "images": ["cat.png"]}.',
+            'files below the folder of a JSONL: `{"text": "<start_of_image> a cat", "images": ["cat.png"]}`.',
         ),
     ] = None,
     dataset: Annotated[
@@ -36,8 +36,8 @@ def pack(
         bool,
         typer.Option(
             "--bos/--no-bos",
-            help="Begin each document with <bos>. Whether the releases did is not established; our default is not to. "
-            "Each document ends with <eos>.",
+            help="Begin each document with `<bos>`. Whether the releases did is not established; our default is not "
+            "to. Each document ends with `<eos>`.",
         ),
     ] = False,
     shard_tokens: Annotated[int, typer.Option("--shard-tokens", help="Tokens of a file, 4 bytes each.")] = 1 << 28,
@@ -50,7 +50,7 @@ def pack(
 ) -> None:
     """Make text and pictures into the token files that `t5g2 adapt` trains on.
 
-    A special token's name in a text, like <eos> or <unused99>, is read as the characters that it is.
+    A special token's name in a text, like `<eos>` or `<unused99>`, is read as the characters that it is.
     """
     if bool(inputs) == bool(dataset):
         raise UsageError("give files or folders to pack, or --dataset" + (", not both" if inputs else ""))
