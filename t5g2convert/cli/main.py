@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from t5g2convert.cli import (
+    average,
     card,
     compare,
     convert,
@@ -23,6 +24,7 @@ from t5g2convert.cli import (
     inspect,
     mappings,
     plan,
+    probe,
     upload,
     verify,
 )
@@ -75,6 +77,8 @@ app.command("verify")(verify.verify)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("card")(card.card)
+app.command("average")(average.average)
+app.command("probe-sentinels")(probe.probe_sentinels)
 app.command("doctor")(doctor.doctor)
 app.command("upload")(upload.upload)
 app.add_typer(mappings.app, name="mappings")

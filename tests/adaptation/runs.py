@@ -1,5 +1,6 @@
 """Folders of training runs as `t5g2 adapt` leaves them, made without training: checkpoints of plain dicts."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -47,7 +48,7 @@ def write_checkpoint(folder: Path, tensors: Tensors, step: int, **told: Any) -> 
 
 
 def _state(tensors: Tensors) -> dict[str, Any]:
-    moments = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in tensors.items()}
+    moments = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in [*tensors.items()][:2]}
     return {"model": dict(tensors), "optimizer": {"state": moments, "lr": [1e-3]}}
 
 
@@ -91,3 +92,24 @@ def trained_from(model: Path, which: Callable[[str], bool], *, seed: int = 0) ->
 def text_only(name: str) -> bool:
     """What a training without images trains."""
     return "vision_tower" not in name and "multi_modal_projector" not in name
+
+
+def write_run(folder: Path, model: Path) -> None:
+    """What a run tells of itself, beside its checkpoints."""
+    files = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (*model.glob("*.safetensors"), model / "config.json")
+    }
+    document = {
+        "format": 1,
+        "model": {"path": str(model), "files": files},
+        "tokens_per_step": 512,
+        "objective": TASKS,
+        "settings_sha256": SETTINGS,
+        "objective_sha256": OBJECTIVE,
+        "data_sha256": DATA,
+        "kd_parent": None,
+        "settings": {"lr": 1e-3},
+    }
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(document))

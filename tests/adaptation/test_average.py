@@ -1,0 +1,247 @@
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5g2convert import CheckpointError, UsageError, verify
+from t5g2convert.adaptation import dcp as reader
+from t5g2convert.adaptation.average import average
+from t5g2convert.adaptation.export import export
+from t5g2convert.adaptation.trained import Trained
+from t5g2convert.checkpoint.manifest import read_manifest
+from tests.adaptation.runs import (
+    FACTS,
+    Tensors,
+    text_only,
+    trained_from,
+    write_by_two,
+    write_checkpoint,
+    write_run,
+)
+from tests.cli.commandline import CommandLine
+from tests.conftest import TwinFolder
+
+Runs = Callable[..., Path]
+
+
+def few(name: str) -> bool:
+    """The first layers, and what stands in none."""
+    return text_only(name) and (".layers." not in name or ".layers.0." in name)
+
+
+@pytest.fixture
+def run_of(converted_twin: TwinFolder, tmp_path: Path) -> Runs:
+    """A run with some checkpoints of a converted twin; without values, all of other ones."""
+
+    def make(name: str, count: int = 5, values: Tensors | None = None) -> Path:
+        model = converted_twin(name)
+        write_run(tmp_path / "run", model)
+        for number in range(1, count + 1):
+            tensors = trained_from(model, few, seed=number) if values is None else values
+            write_checkpoint(tmp_path / f"run/checkpoints/step-{number * 20:08d}", tensors, number * 20)
+        return tmp_path / "run"
+
+    return make
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+@pytest.mark.parametrize("name", ["text-8", "text-float16", "text-float32"])
+def test_the_mean_is_numpys_rounded_once(
+    name: str, run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(name, count=6)
+    monkeypatch.setattr(reader, "BLOCK_ELEMENTS", 100)
+    average(run, 5, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    read = [Trained(checkpoint(run, step)) for step in (40, 60, 80, 100, 120)]
+    assert len(read[0].names) > 20
+    for tensor in read[0].names:
+        mean = np.stack([each.read(tensor).numpy().astype(np.float64) for each in read]).mean(axis=0)
+        stored = found[tensor]
+        if stored.dtype == torch.bfloat16:
+            # Exactly: the neighbour that is nearer, by float64 arithmetic on both.
+            near = mean.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.int32)
+            around = (near[..., None] + [-1, 0, 1]).astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+            chosen = np.abs(around - mean[..., None]).argmin(axis=-1)
+            expected = np.take_along_axis(around, chosen[..., None], axis=-1)[..., 0]
+            assert np.array_equal(stored.double().numpy(), expected), tensor
+        else:
+            assert np.array_equal(stored.numpy(), mean.astype(stored.numpy().dtype)), tensor
+
+
+def test_a_mean_just_beyond_the_middle_is_not_rounded_twice(run_of: Runs, tmp_path: Path) -> None:
+    """Two float32 neighbours around a middle of bfloat16 have their mean where float32 has none."""
+    name = "model.decoder.norm.weight"
+    run = run_of("text-8", count=2)
+    for step, bits in ((20, 0x3F80_8000), (40, 0x3F80_8001)):
+        shutil.rmtree(checkpoint(run, step))
+        write_checkpoint(
+            checkpoint(run, step), {name: torch.from_numpy(np.full(24, bits, np.uint32).view(np.float32))}, step
+        )
+    average(run, 2, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")[name].view(torch.uint16)
+    assert stored.tolist() == [0x3F81] * 24, "the middle itself would go to 0x3F80"
+
+
+def test_the_mean_of_one_checkpoint_five_times_is_that_checkpoint(
+    run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    model = converted_twin("images-8")
+    values = trained_from(model, few)
+    run = run_of("images-8", values=values)
+    for dtype in ("keep", "float32"):
+        average(run, 5, tmp_path / dtype, dtype=dtype)
+        export(model, Trained(checkpoint(run, 100)), tmp_path / f"{dtype}-one", facts=FACTS, dtype=dtype)
+        files = [tmp_path / folder / "model.safetensors" for folder in (dtype, f"{dtype}-one")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    found = load_file(tmp_path / "float32" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in values.items())
+
+
+def test_the_same_run_gives_the_same_bytes_by_one_process_or_two(
+    run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    run = run_of("text-8", count=2)
+    average(run, 2, tmp_path / "one")
+    average(run, 2, tmp_path / "again")
+    shutil.rmtree(checkpoint(run, 40))
+    write_by_two(checkpoint(run, 40), trained_from(converted_twin("text-8"), few, seed=2), 40)
+    average(run, 2, tmp_path / "two")
+    for path in (tmp_path / "one").iterdir():
+        for other in ("again", "two"):
+            assert (tmp_path / other / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_manifest_tells_what_was_averaged_and_verify_passes(
+    run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    done = average(run_of("images-8"), 3, tmp_path / "out")
+    told = read_manifest(tmp_path / "out")["adaptation"]
+    assert (told["steps"], told["checkpoints"], told["tokens"]) == (100, [60, 80, 100], 100 * 512)
+    assert told["kd_parent"] is None
+    assert done.output == tmp_path / "out"
+    report = verify(tmp_path / "out", converted_twin("images-8"), record=False)
+    assert report.passed
+    assert any("the mean of 3 checkpoints" in remark for remark in report.remarks)
+
+
+def _told(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "checkpoint.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def _saved(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        trained = Trained(folder)
+        tensors = {name: trained.read(name) for name in trained.names}
+        change(tensors)
+        shutil.rmtree(folder)
+        write_checkpoint(folder, tensors, trained.step)
+
+    return save
+
+
+NORM = "model.decoder.norm.weight"
+
+STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "other settings": (_told(settings_sha256="d" * 64), "has settings_sha256 dddd"),
+    "another objective": (_told(objective_sha256="d" * 64), "has objective_sha256 dddd"),
+    "another step": (_told(step=41), "is of step 41, not what its name says"),
+    "a tensor less": (_saved(lambda tensors: tensors.pop(NORM)), f"has not the tensors and shapes of .*: {NORM}"),
+    "a tensor more": (_saved(lambda tensors: tensors.update(more=torch.ones(2))), "has not the tensors .*: more"),
+    "another shape": (_saved(lambda tensors: tensors.update({NORM: torch.ones(23)})), f"has not .*: {NORM}"),
+    "no checkpoint": (lambda folder: (folder / ".metadata").unlink(), "metadata: is missing"),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_checkpoints_that_are_not_alike_are_refused(stranger: str, run_of: Runs, tmp_path: Path) -> None:
+    change, told = STRANGERS[stranger]
+    run = run_of("text-8", count=3)
+    change(checkpoint(run, 40))
+    with pytest.raises(CheckpointError, match=told):
+        average(run, 3, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    average(run, 1, tmp_path / "out")
+
+
+def test_too_few_checkpoints_are_refused(run_of: Runs, tmp_path: Path) -> None:
+    run = run_of("text-8", count=2)
+    (run / "checkpoints" / ".step-00000060.t5g2-staging").mkdir()
+    with pytest.raises(CheckpointError, match="has 2 checkpoints, 3 were asked for"):
+        average(run, 3, tmp_path / "out")
+    with pytest.raises(UsageError, match="the mean of 0 checkpoints"):
+        average(run, 0, tmp_path / "out")
+
+
+def test_another_model_than_the_one_that_was_trained_is_refused(
+    run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    run, model = run_of("text-8", count=1), tmp_path / "model"
+    shutil.copytree(converted_twin("text-8"), model)
+    average(run, 1, tmp_path / "moved", model=model)
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"not the one that was trained, by the sha256 of model\.safetensors"):
+        average(run, 1, tmp_path / "out", model=model)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"format": 2}'])
+def test_a_folder_that_is_no_run_is_refused(damage: str, run_of: Runs, tmp_path: Path) -> None:
+    run = run_of("text-8", count=1)
+    (run / "run.json").write_text(damage)
+    with pytest.raises(CheckpointError, match=r"run\.json: "):
+        average(run, 1, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        average(tmp_path / "nowhere", 1, tmp_path / "out")
+
+
+def test_the_command_line_averages(run_of: Runs, t5g2: CommandLine, tmp_path: Path) -> None:
+    run = run_of("text-8", count=2)
+    shown = t5g2("average", run, tmp_path / "out", "--last", "2")
+    assert shown.code == 0
+    assert "wrote the mean of 2 checkpoint(s)" in shown.out
+    refused = t5g2("average", run, tmp_path / "out", "--last", "2", "--json")
+    assert (refused.code, refused.error["message"]) == (5, "exists and is not empty")
+    done = t5g2("average", run, tmp_path / "out", "--last", "2", "--json", "--overwrite", "--dtype", "float32")
+    document = json.loads(done.out)
+    assert (document["checkpoints"], document["tensors"]) == (2, len(load_file(tmp_path / "out/model.safetensors")))
+    assert t5g2("average", run, tmp_path / "too-many").code == 3
+
+
+def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:
+    """Five checkpoints with a tensor of 16 MB each, in a process of its own."""
+    folders = [
+        write_checkpoint(tmp_path / f"step-{step:08d}", {"t": torch.full((4096, 1024), float(step))}, step)
+        for step in range(1, 6)
+    ]
+    script = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from t5g2convert.adaptation.average import Mean\nfrom t5g2convert.adaptation.trained import Trained\n"
+        "mean = Mean([Trained(Path(each)) for each in sys.argv[1:]])\n"
+        "first = next(mean.pieces('t'))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert all((piece == 3).all() for piece in mean.pieces('t'))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) * 1024 < 16 << 20, "a second pass takes no more than the first block"
