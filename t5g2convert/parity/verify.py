@@ -10,6 +10,7 @@ from t5g2convert.checkpoint.hub import Origin, parse_id
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM
 from t5g2convert.checkpoint.sources import Sources, percent
+from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.adapted import Adapted
 from t5g2convert.parity.extracted import ToEncoder, ToGemma3
@@ -150,9 +151,12 @@ def kind_of(output: Path, source: Checkpoint | None) -> Kind[Any]:
     """
     found, family = _told(output / "config.json", "model_type"), _told(output / MANIFEST_FILE, "source", "family")
     leading = [kind for kind in KINDS if found in kind.targets]
+    adapted = _told(output / MANIFEST_FILE, "adaptation") is not None
     if source is None:
-        adapted = _told(output / MANIFEST_FILE, "adaptation") is not None
         return next((kind for kind in leading if isinstance(kind, Adapted) == adapted), (leading or KINDS)[0])
+    if not adapted and family not in (None, MODEL_TYPE):
+        # It was converted: a T5Gemma 2 is no source of it.
+        leading = [kind for kind in leading if not isinstance(kind, Adapted)]
     model_type = source.config.get("model_type")
     possible = [kind for kind in KINDS if model_type in kind.sources]
     both = [kind for kind in leading if kind in possible]
