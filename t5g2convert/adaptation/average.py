@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from t5g2convert.adaptation.export import export
-from t5g2convert.adaptation.run import CHECKPOINTS, Run, checkpoints_of, read_run
+from t5g2convert.adaptation.history import (
+    CHECKPOINTS,
+    History,
+    check_bytes,
+    check_model,
+    checkpoints_of,
+    read_history,
+    tokens_until,
+)
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.conversion.convert import Conversion
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.options import KEEP
@@ -33,7 +40,7 @@ def average(
     last: int,
     output: Path,
     *,
-    model: Path | None = None,
+    model: Path,
     dtype: str = KEEP,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -46,7 +53,7 @@ def average(
         run: The folder of the run.
         last: How many checkpoints, counted from the last; all must be of the run's settings and objective.
         output: The folder to write; it must be absent or empty unless `overwrite`.
-        model: The model that was trained, if it lies elsewhere now than `run.json` tells.
+        model: The model that was trained.
         dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
         overwrite: Replace a folder that has something in it, at the end.
         progress: Called with the bytes just written.
@@ -59,29 +66,26 @@ def average(
     """
     if last < 1:
         raise UsageError(f"the mean of {last} checkpoints has no meaning", hint="1 or more")
-    told, folders = read_run(run), checkpoints_of(run)
+    history, folders = read_history(run), checkpoints_of(run)
     if len(folders) < last:
         raise CheckpointError(
             f"has {len(folders)} checkpoints, {last} were asked for", where=run / CHECKPOINTS, hint="see --last"
         )
+    check_model(history, model)
     from t5g2convert.adaptation.trained import Trained
 
     checkpoints = [Trained(folder) for folder in folders[-last:]]
-    _check_alike(told, checkpoints)
+    _check_alike(history, checkpoints)
     steps = [checkpoint.step for checkpoint in checkpoints]
-
-    def judge(folder: Path) -> None:
-        _check_model(told, folder)
-
     return export(
-        Path(told.model.path) if model is None else model,
+        model,
         Mean(checkpoints),
         output,
-        facts=told.facts(steps),
+        facts=history.facts(steps, tokens_until(run, steps[-1])),
         dtype=dtype,
         overwrite=overwrite,
         progress=progress,
-        judge=judge,
+        judge=lambda folder: check_bytes(model, folder),
     )
 
 
@@ -104,14 +108,14 @@ class Mean:
             yield total
 
 
-def _check_alike(run: Run, checkpoints: "Sequence[Trained]") -> None:
+def _check_alike(history: History, checkpoints: "Sequence[Trained]") -> None:
     """All are of one training, of one set of tensors, and no two of one step."""
     first = checkpoints[0]
     for checkpoint in checkpoints:
         for what in ("settings_sha256", "objective_sha256"):
-            if getattr(checkpoint, what) != getattr(run, what):
+            if getattr(checkpoint, what) != getattr(history, what):
                 raise CheckpointError(
-                    f"has {what} {getattr(checkpoint, what)}, the run has {getattr(run, what)}",
+                    f"has {what} {getattr(checkpoint, what)}, the run has {getattr(history, what)}",
                     where=checkpoint.folder,
                     hint="only checkpoints of one training can be averaged",
                 )
@@ -123,14 +127,3 @@ def _check_alike(run: Run, checkpoints: "Sequence[Trained]") -> None:
             raise CheckpointError(
                 f"has not the tensors and shapes of {first.folder.name}: {some(names)}", where=checkpoint.folder
             )
-
-
-def _check_model(run: Run, folder: Path) -> None:
-    """What the export has read is the model that was trained, by the sha256 that it took on the way."""
-    files = {name: facts["sha256"] for name, facts in read_manifest(folder)["source"]["files"].items()}
-    if files != run.model.files:
-        differing = [name for name in {**files, **run.model.files} if files.get(name) != run.model.files.get(name)]
-        raise CheckpointError(
-            f"the model is not the one that was trained, by the sha256 of {some(differing)}",
-            hint="give that one with --model",
-        )

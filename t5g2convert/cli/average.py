@@ -14,11 +14,8 @@ from t5g2convert.printable import printable
 def average(
     run: Annotated[Path, typer.Argument(help="The folder of a training run, as t5g2 adapt writes it.")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[Path, typer.Option("--model", help="The model that was trained; its frozen tensors are taken.")],
     last: Annotated[int, typer.Option("--last", help="How many, from the last checkpoint; 5 in the paper.", min=1)] = 5,
-    model: Annotated[
-        Path | None,
-        typer.Option("--model", help="The model that was trained, if it was moved.", show_default="as run.json tells"),
-    ] = None,
     dtype: DtypeOption = "keep",
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,

@@ -21,7 +21,7 @@ def training(told: Mapping[str, Any], options: Mapping[str, Any], *, source: str
         source: What a command calls the model that was trained.
     """
     averaged: Sequence[int] = told["checkpoints"]
-    average = [f"$ t5g2 average RUN OUTPUT --last {len(averaged)}"] if len(averaged) > 1 else []
+    average = [f"$ t5g2 average RUN OUTPUT --model {source} --last {len(averaged)}"] if len(averaged) > 1 else []
     yield fenced("console", [f"$ t5g2 adapt {source} DATA RUN", *average])
     values = f"those of step {told['steps']:,}"
     if len(averaged) > 1:

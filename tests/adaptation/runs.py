@@ -1,6 +1,5 @@
 """Folders of training runs as `t5g2 adapt` leaves them, made without training: checkpoints of plain dicts."""
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+from t5g2convert.checkpoint.manifest import read_manifest
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -94,22 +95,18 @@ def text_only(name: str) -> bool:
     return "vision_tower" not in name and "multi_modal_projector" not in name
 
 
-def write_run(folder: Path, model: Path) -> None:
-    """What a run tells of itself, beside its checkpoints."""
-    files = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (*model.glob("*.safetensors"), model / "config.json")
-    }
+def write_run(folder: Path, model: Path, steps: int) -> None:
+    """What a run tells of itself, beside its checkpoints: 512 tokens a step."""
     document = {
         "format": 1,
-        "model": {"path": str(model), "files": files},
-        "tokens_per_step": 512,
-        "objective": TASKS,
+        "settings": {"mixture": {"format": 1, "tasks": TASKS}, "teacher": None, "lr": 1e-3},
         "settings_sha256": SETTINGS,
         "objective_sha256": OBJECTIVE,
-        "data_sha256": DATA,
-        "kd_parent": None,
-        "settings": {"lr": 1e-3},
+        "model": read_manifest(model)["sha256"],
+        "data": DATA,
+        "versions": {},
     }
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(document))
+    lines = (json.dumps({"step": step, "tokens": 512, "loss": 1.5}) for step in range(1, steps + 1))
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))

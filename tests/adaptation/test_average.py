@@ -1,8 +1,10 @@
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5g2convert import CheckpointError, UsageError, verify
+from t5g2convert import CheckpointError, Conversion, UsageError, verify
 from t5g2convert.adaptation import dcp as reader
 from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.export import export
@@ -30,7 +32,22 @@ from tests.adaptation.runs import (
 from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
 
-Runs = Callable[..., Path]
+
+@dataclass(frozen=True)
+class Run:
+    """A run, and the model that it trains."""
+
+    folder: Path
+    model: Path
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:08d}"
+
+    def average(self, last: int, output: Path, **options: Any) -> Conversion:
+        return average(self.folder, last, output, **{"model": self.model, **options})
+
+
+Runs = Callable[..., Run]
 
 
 def few(name: str) -> bool:
@@ -42,19 +59,15 @@ def few(name: str) -> bool:
 def run_of(converted_twin: TwinFolder, tmp_path: Path) -> Runs:
     """A run with some checkpoints of a converted twin; without values, all of other ones."""
 
-    def make(name: str, count: int = 5, values: Tensors | None = None) -> Path:
+    def make(name: str, count: int = 5, values: Tensors | None = None) -> Run:
         model = converted_twin(name)
-        write_run(tmp_path / "run", model)
+        write_run(tmp_path / "run", model, 20 * count)
         for number in range(1, count + 1):
             tensors = trained_from(model, few, seed=number) if values is None else values
             write_checkpoint(tmp_path / f"run/checkpoints/step-{number * 20:08d}", tensors, number * 20)
-        return tmp_path / "run"
+        return Run(tmp_path / "run", model)
 
     return make
-
-
-def checkpoint(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
 
 
 @pytest.mark.parametrize("name", ["text-8", "text-float16", "text-float32"])
@@ -63,9 +76,9 @@ def test_the_mean_is_numpys_rounded_once(
 ) -> None:
     run = run_of(name, count=6)
     monkeypatch.setattr(reader, "BLOCK_ELEMENTS", 100)
-    average(run, 5, tmp_path / "out")
+    run.average(5, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
-    read = [Trained(checkpoint(run, step)) for step in (40, 60, 80, 100, 120)]
+    read = [Trained(run.checkpoint(step)) for step in (40, 60, 80, 100, 120)]
     assert len(read[0].names) > 20
     for tensor in read[0].names:
         mean = np.stack([each.read(tensor).numpy().astype(np.float64) for each in read]).mean(axis=0)
@@ -86,11 +99,11 @@ def test_a_mean_just_beyond_the_middle_is_not_rounded_twice(run_of: Runs, tmp_pa
     name = "model.decoder.norm.weight"
     run = run_of("text-8", count=2)
     for step, bits in ((20, 0x3F80_8000), (40, 0x3F80_8001)):
-        shutil.rmtree(checkpoint(run, step))
+        shutil.rmtree(run.checkpoint(step))
         write_checkpoint(
-            checkpoint(run, step), {name: torch.from_numpy(np.full(24, bits, np.uint32).view(np.float32))}, step
+            run.checkpoint(step), {name: torch.from_numpy(np.full(24, bits, np.uint32).view(np.float32))}, step
         )
-    average(run, 2, tmp_path / "out")
+    run.average(2, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")[name].view(torch.uint16)
     assert stored.tolist() == [0x3F81] * 24, "the middle itself would go to 0x3F80"
 
@@ -102,8 +115,8 @@ def test_the_mean_of_one_checkpoint_five_times_is_that_checkpoint(
     values = trained_from(model, few)
     run = run_of("images-8", values=values)
     for dtype in ("keep", "float32"):
-        average(run, 5, tmp_path / dtype, dtype=dtype)
-        export(model, Trained(checkpoint(run, 100)), tmp_path / f"{dtype}-one", facts=FACTS, dtype=dtype)
+        run.average(5, tmp_path / dtype, dtype=dtype)
+        export(model, Trained(run.checkpoint(100)), tmp_path / f"{dtype}-one", facts=FACTS, dtype=dtype)
         files = [tmp_path / folder / "model.safetensors" for folder in (dtype, f"{dtype}-one")]
         assert files[0].read_bytes() == files[1].read_bytes()
     found = load_file(tmp_path / "float32" / "model.safetensors")
@@ -114,11 +127,11 @@ def test_the_same_run_gives_the_same_bytes_by_one_process_or_two(
     run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     run = run_of("text-8", count=2)
-    average(run, 2, tmp_path / "one")
-    average(run, 2, tmp_path / "again")
-    shutil.rmtree(checkpoint(run, 40))
-    write_by_two(checkpoint(run, 40), trained_from(converted_twin("text-8"), few, seed=2), 40)
-    average(run, 2, tmp_path / "two")
+    run.average(2, tmp_path / "one")
+    run.average(2, tmp_path / "again")
+    shutil.rmtree(run.checkpoint(40))
+    write_by_two(run.checkpoint(40), trained_from(converted_twin("text-8"), few, seed=2), 40)
+    run.average(2, tmp_path / "two")
     for path in (tmp_path / "one").iterdir():
         for other in ("again", "two"):
             assert (tmp_path / other / path.name).read_bytes() == path.read_bytes()
@@ -127,7 +140,7 @@ def test_the_same_run_gives_the_same_bytes_by_one_process_or_two(
 def test_the_manifest_tells_what_was_averaged_and_verify_passes(
     run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
-    done = average(run_of("images-8"), 3, tmp_path / "out")
+    done = run_of("images-8").average(3, tmp_path / "out")
     told = read_manifest(tmp_path / "out")["adaptation"]
     assert (told["steps"], told["checkpoints"], told["tokens"]) == (100, [60, 80, 100], 100 * 512)
     assert told["kd_parent"] is None
@@ -173,57 +186,111 @@ STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_checkpoints_that_are_not_alike_are_refused(stranger: str, run_of: Runs, tmp_path: Path) -> None:
     change, told = STRANGERS[stranger]
     run = run_of("text-8", count=3)
-    change(checkpoint(run, 40))
+    change(run.checkpoint(40))
     with pytest.raises(CheckpointError, match=told):
-        average(run, 3, tmp_path / "out")
+        run.average(3, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    average(run, 1, tmp_path / "out")
+    run.average(1, tmp_path / "out")
 
 
 def test_too_few_checkpoints_are_refused(run_of: Runs, tmp_path: Path) -> None:
     run = run_of("text-8", count=2)
-    (run / "checkpoints" / ".step-00000060.t5g2-staging").mkdir()
+    (run.folder / "checkpoints" / ".step-00000060.partial").mkdir()
     with pytest.raises(CheckpointError, match="has 2 checkpoints, 3 were asked for"):
-        average(run, 3, tmp_path / "out")
+        run.average(3, tmp_path / "out")
     with pytest.raises(UsageError, match="the mean of 0 checkpoints"):
-        average(run, 0, tmp_path / "out")
+        run.average(0, tmp_path / "out")
 
 
-def test_another_model_than_the_one_that_was_trained_is_refused(
-    run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
-) -> None:
+def test_another_model_than_the_one_that_was_trained_is_refused(run_of: Runs, tmp_path: Path) -> None:
     run, model = run_of("text-8", count=1), tmp_path / "model"
-    shutil.copytree(converted_twin("text-8"), model)
-    average(run, 1, tmp_path / "moved", model=model)
+    shutil.copytree(run.model, model)
+    run.average(1, tmp_path / "moved", model=model)
+    with pytest.raises(CheckpointError, match="is not the model that was trained"):
+        run.average(1, tmp_path / "out", model=tmp_path / "moved")
     data = bytearray((model / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (model / "model.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"not the one that was trained, by the sha256 of model\.safetensors"):
-        average(run, 1, tmp_path / "out", model=model)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what t5g2\.json beside it tells of"):
+        run.average(1, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_verification_makes_no_other_model(run_of: Runs, twin_folder: TwinFolder, tmp_path: Path) -> None:
+    run, model = run_of("text-8", count=1), tmp_path / "model"
+    shutil.copytree(run.model, model)
+    before = read_manifest(model)["sha256"]
+    assert verify(model, twin_folder("text-8")).passed
+    assert read_manifest(model)["sha256"] != before
+    run.average(1, tmp_path / "out", model=model)
+
+
+def test_a_model_without_a_manifest_is_known_by_its_files(run_of: Runs, tmp_path: Path) -> None:
+    run, model = run_of("text-8", count=1), tmp_path / "model"
+    shutil.copytree(run.model, model)
+    (model / "t5g2.json").unlink()
+    files = {
+        name: hashlib.sha256((model / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")
+    }
+    told = json.loads((run.folder / "run.json").read_text())
+    told["model"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (run.folder / "run.json").write_text(json.dumps(told))
+    run.average(1, tmp_path / "out", model=model)
+    with pytest.raises(CheckpointError, match="is not the model that was trained"):
+        run.average(1, tmp_path / "again", model=run.model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda text: text.replace('"step": 7,', '"step": 8,'), "does not tell of step 7"),
+        (lambda text: text[:-10], "has a line that is none of a log"),
+        (lambda text: text.replace("tokens", "words", 1), "has a line that is none of a log"),
+    ],
+)
+def test_a_log_that_does_not_tell_of_every_step_is_refused(
+    damage: Callable[[str], str], told: str, run_of: Runs, tmp_path: Path
+) -> None:
+    run = run_of("text-8", count=1)
+    path = run.folder / "metrics.jsonl"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(CheckpointError, match=told):
+        run.average(1, tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["{}", "[]", '{"format": 2}'])
 def test_a_folder_that_is_no_run_is_refused(damage: str, run_of: Runs, tmp_path: Path) -> None:
     run = run_of("text-8", count=1)
-    (run / "run.json").write_text(damage)
+    (run.folder / "run.json").write_text(damage)
     with pytest.raises(CheckpointError, match=r"run\.json: "):
-        average(run, 1, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="no such folder"):
-        average(tmp_path / "nowhere", 1, tmp_path / "out")
+        run.average(1, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"has no run\.json, expected the folder of a training run"):
+        average(tmp_path / "nowhere", 1, tmp_path / "out", model=run.model)
 
 
 def test_the_command_line_averages(run_of: Runs, t5g2: CommandLine, tmp_path: Path) -> None:
     run = run_of("text-8", count=2)
-    shown = t5g2("average", run, tmp_path / "out", "--last", "2")
+    shown = t5g2("average", run.folder, tmp_path / "out", "--model", run.model, "--last", "2")
     assert shown.code == 0
     assert "wrote the mean of 2 checkpoint(s)" in shown.out
-    refused = t5g2("average", run, tmp_path / "out", "--last", "2", "--json")
+    refused = t5g2("average", run.folder, tmp_path / "out", "--model", run.model, "--last", "2", "--json")
     assert (refused.code, refused.error["message"]) == (5, "exists and is not empty")
-    done = t5g2("average", run, tmp_path / "out", "--last", "2", "--json", "--overwrite", "--dtype", "float32")
+    done = t5g2(
+        "average",
+        run.folder,
+        tmp_path / "out",
+        "--model",
+        run.model,
+        "--last",
+        "2",
+        "--json",
+        "--overwrite",
+        "--dtype",
+        "float32",
+    )
     document = json.loads(done.out)
     assert (document["checkpoints"], document["tensors"]) == (2, len(load_file(tmp_path / "out/model.safetensors")))
-    assert t5g2("average", run, tmp_path / "too-many").code == 3
+    assert t5g2("average", run.folder, tmp_path / "too-many", "--model", run.model).code == 3
 
 
 def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t5g2convert import CheckpointError, UsageError
+from t5g2convert import CheckpointError, UsageError, convert
 from t5g2convert.adaptation.probe import MovedRange, Probe, probe
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.conversion import tables
 from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
@@ -141,6 +142,23 @@ def test_models_without_a_common_space_are_refused(
     save_file({"model.norm.weight": torch.ones(3)}, bad / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="has no embedding table"):
         probe(twin_folder("text-8"), bad)
+
+
+def test_of_a_model_of_the_hub_the_file_with_the_table_is_fetched(
+    converted_twin: TwinFolder, twin_folder: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def fetched(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+        asked.append([*names])
+        return checkpoint
+
+    model = tmp_path / "model"
+    convert(twin_folder("images-8"), model, max_shard_bytes=50_000)
+    monkeypatch.setattr("t5g2convert.adaptation.probe.fetch", fetched)
+    probe(converted_twin("images-8"), open_checkpoint(model))
+    table = open_checkpoint(model).tensors[TABLE].file
+    assert asked == [["model.safetensors"], [table]]
 
 
 def test_the_command_line_shows_the_ranges(

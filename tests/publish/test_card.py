@@ -115,7 +115,7 @@ def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
     elif kind == "adapted":
         assert "and **trained further**" in card
         assert "needs adaptation" not in card
-        assert "$ t5g2 adapt SOURCE DATA RUN\n$ t5g2 average RUN OUTPUT --last 3" in card
+        assert "$ t5g2 adapt SOURCE DATA RUN\n$ t5g2 average RUN OUTPUT --model SOURCE --last 3" in card
     else:
         assert "**It is converted and not further trained.**" in card
         assert "it needs adaptation before it is useful" in card
