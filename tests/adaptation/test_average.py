@@ -29,7 +29,6 @@ from tests.adaptation.runs import (
     write_checkpoint,
     write_run,
 )
-from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
 
 
@@ -266,31 +265,6 @@ def test_a_folder_that_is_no_run_is_refused(damage: str, run_of: Runs, tmp_path:
         run.average(1, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"has no run\.json, expected the folder of a training run"):
         average(tmp_path / "nowhere", 1, tmp_path / "out", model=run.model)
-
-
-def test_the_command_line_averages(run_of: Runs, t5g2: CommandLine, tmp_path: Path) -> None:
-    run = run_of("text-8", count=2)
-    shown = t5g2("average", run.folder, tmp_path / "out", "--model", run.model, "--last", "2")
-    assert shown.code == 0
-    assert "wrote the mean of 2 checkpoint(s)" in shown.out
-    refused = t5g2("average", run.folder, tmp_path / "out", "--model", run.model, "--last", "2", "--json")
-    assert (refused.code, refused.error["message"]) == (5, "exists and is not empty")
-    done = t5g2(
-        "average",
-        run.folder,
-        tmp_path / "out",
-        "--model",
-        run.model,
-        "--last",
-        "2",
-        "--json",
-        "--overwrite",
-        "--dtype",
-        "float32",
-    )
-    document = json.loads(done.out)
-    assert (document["checkpoints"], document["tensors"]) == (2, len(load_file(tmp_path / "out/model.safetensors")))
-    assert t5g2("average", run.folder, tmp_path / "too-many", "--model", run.model).code == 3
 
 
 def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from t5g2convert import CheckpointError, UsageError, convert
 from t5g2convert.adaptation.probe import MovedRange, Probe, probe
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.conversion import tables
-from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
 
 TABLE = "model.encoder.embed_tokens.weight"
@@ -159,17 +158,3 @@ def test_of_a_model_of_the_hub_the_file_with_the_table_is_fetched(
     probe(converted_twin("images-8"), open_checkpoint(model))
     table = open_checkpoint(model).tensors[TABLE].file
     assert asked == [["model.safetensors"], [table]]
-
-
-def test_the_command_line_shows_the_ranges(
-    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path, t5g2: CommandLine
-) -> None:
-    output = trained(converted_twin("text-8"), tmp_path / "out", [280, 298, 299])
-    shown = t5g2("probe-sentinels", twin_folder("text-8"), output)
-    assert shown.code == 0
-    assert "300 of 300 rows were compared; 297 of them are exactly equal, 3 moved" in shown.out
-    assert "299 down to 298" in shown.out
-    assert "neither has a tokenizer.json" in shown.err
-    document = json.loads(t5g2("probe-sentinels", twin_folder("text-8"), output, "--json").out)
-    assert [item["last"] for item in document["ranges"]] == [299, 280]
-    assert document["moved"] == 3
