@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from t5g2convert.adaptation import checkpoints, models
-from t5g2convert.adaptation.checkpoints import State, read_record
+from t5g2convert.adaptation.checkpoints import State
 from t5g2convert.adaptation.denoiser import Denoiser
 from t5g2convert.adaptation.engine import (
     Machines,
@@ -28,8 +28,8 @@ from t5g2convert.adaptation.forecast import Forecast, forecast
 from t5g2convert.adaptation.logs import Metrics, read_metrics
 from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
+from t5g2convert.adaptation.record import check_files, complete, read_record
 from t5g2convert.adaptation.run import (
-    EXPORT_FOLDER,
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
@@ -155,14 +155,7 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
     torch.distributed.destroy_process_group()
     if not outcome.first or not request.export:
         return outcome
-    finished = finish(
-        outcome.checkpoint,
-        request.model,
-        request.run / EXPORT_FOLDER,
-        settings=outcome.settings,
-        data_sha256=prepared.samples.packed.sha256,
-        steps=outcome.steps,
-    )
+    finished = finish(request.run, outcome.checkpoint, request.model)
     return replace(outcome, finished=finished)
 
 
@@ -203,7 +196,11 @@ def _run(
     settings = request.settings.model_copy(update={"teacher": known["teacher"]})
     prepared.samples.settings = settings
     description = describe(
-        settings, model=known["model"], data=prepared.samples.packed.sha256, versions=known["versions"]
+        settings,
+        model=known["model"],
+        model_folder=request.model,
+        data=prepared.samples.packed.sha256,
+        versions=known["versions"],
     )
     # As the first process sees it, before it writes anything.
     goes_on = engine.broadcast(_goes_on(request))
@@ -223,7 +220,7 @@ def _run(
         first=first,
         start=start,
         trained=sum(parameter.numel() for parameter in state.parameters.values()),
-        checkpoint=checkpoints.complete(request.run)[settings.steps],
+        checkpoint=complete(request.run)[settings.steps],
         steps=tuple(steps),
         plot=request.run / PLOT_FILE,
         settings=settings,
@@ -255,7 +252,7 @@ def _start(
     check_same(request.run, description)
     start, folder = newest(request.run, settings)
     if folder is not None:
-        checkpoints.check_files(folder, read_record(folder), part=engine.global_rank, parts=engine.world_size)
+        check_files(folder, read_record(folder), part=engine.global_rank, parts=engine.world_size)
     return start, folder
 
 

@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from t5g2convert.adaptation.export import export
-from t5g2convert.adaptation.history import (
-    CHECKPOINTS,
-    History,
-    check_bytes,
-    check_model,
-    checkpoints_of,
-    read_history,
-    tokens_until,
-)
+from t5g2convert.adaptation.logs import read_metrics, tokens_until
+from t5g2convert.adaptation.record import FOLDER, check_files, complete, place_of
+from t5g2convert.adaptation.run import METRICS_FILE, History, identity, read_history
 from t5g2convert.checkpoint.folder import some
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.conversion.convert import Conversion
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.options import KEEP
@@ -40,7 +35,7 @@ def average(
     last: int,
     output: Path,
     *,
-    model: Path,
+    model: Path | None = None,
     dtype: str = KEEP,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -53,7 +48,7 @@ def average(
         run: The folder of the run.
         last: How many checkpoints, counted from the last; all must be of the run's settings and objective.
         output: The folder to write; it must be absent or empty unless `overwrite`.
-        model: The model that was trained.
+        model: The model that was trained, where it is no longer where it was.
         dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
         overwrite: Replace a folder that has something in it, at the end.
         progress: Called with the bytes just written.
@@ -66,26 +61,28 @@ def average(
     """
     if last < 1:
         raise UsageError(f"the mean of {last} checkpoints has no meaning", hint="1 or more")
-    history, folders = read_history(run), checkpoints_of(run)
-    if len(folders) < last:
+    history, found = read_history(run), complete(run)
+    if len(found) < last:
         raise CheckpointError(
-            f"has {len(folders)} checkpoints, {last} were asked for", where=run / CHECKPOINTS, hint="see --last"
+            f"has {len(found)} checkpoints, {last} were asked for", where=run / FOLDER, hint="see --last"
         )
-    check_model(history, model)
+    model = Path(history.model_folder) if model is None else model
+    _check_model(history, model)
     from t5g2convert.adaptation.trained import Trained
 
-    checkpoints = [Trained(folder) for folder in folders[-last:]]
-    _check_alike(history, checkpoints)
-    steps = [checkpoint.step for checkpoint in checkpoints]
+    checkpoints = [Trained(folder) for folder in list(found.values())[-last:]]
+    _check_alike(run, history, checkpoints)
+    steps = [checkpoint.record.step for checkpoint in checkpoints]
+    log = run / METRICS_FILE
     return export(
         model,
         Mean(checkpoints),
         output,
-        facts=history.facts(steps, tokens_until(run, steps[-1])),
+        facts=history.facts(steps, tokens_until(read_metrics(log), steps[-1], log)),
         dtype=dtype,
         overwrite=overwrite,
         progress=progress,
-        judge=lambda folder: check_bytes(model, folder),
+        judge=lambda folder: _check_bytes(model, folder),
     )
 
 
@@ -108,22 +105,46 @@ class Mean:
             yield total
 
 
-def _check_alike(history: History, checkpoints: "Sequence[Trained]") -> None:
-    """All are of one training, of one set of tensors, and no two of one step."""
+def _check_model(history: History, model: Path) -> None:
+    """Refuse another model than the one that was trained, by what it tells of itself."""
+    if not model.is_dir():
+        raise UsageError(f"{model} is not there any more", hint="--model says where the model is that was trained")
+    if history.model != identity(model):
+        raise CheckpointError("is not the model that was trained", where=model, hint="--model says where that is")
+
+
+def _check_alike(run: Path, history: History, checkpoints: "Sequence[Trained]") -> None:
+    """All are of one training, of one set of tensors, of the steps that their names tell, and undamaged."""
     first = checkpoints[0]
     for checkpoint in checkpoints:
+        record = checkpoint.record
         for what in ("settings_sha256", "objective_sha256"):
-            if getattr(checkpoint, what) != getattr(history, what):
+            if getattr(record, what) != getattr(history, what):
                 raise CheckpointError(
-                    f"has {what} {getattr(checkpoint, what)}, the run has {getattr(history, what)}",
+                    f"has {what} {getattr(record, what)}, the run has {getattr(history, what)}",
                     where=checkpoint.folder,
                     hint="only checkpoints of one training can be averaged",
                 )
-        if checkpoint.folder.name != f"step-{checkpoint.step:08d}":
-            raise CheckpointError(f"is of step {checkpoint.step}, not what its name says", where=checkpoint.folder)
+        if checkpoint.folder != place_of(run, record.step):
+            raise CheckpointError(f"is of step {record.step}, not what its name says", where=checkpoint.folder)
         names = checkpoint.names.keys() ^ first.names.keys()
         names |= {name for name in checkpoint.names if checkpoint.names[name] != first.names.get(name)}
         if names:
             raise CheckpointError(
                 f"has not the tensors and shapes of {first.folder.name}: {some(names)}", where=checkpoint.folder
+            )
+    for checkpoint in checkpoints:
+        check_files(checkpoint.folder, checkpoint.record)
+
+
+def _check_bytes(model: Path, exported: Path) -> None:
+    """Refuse an export for which other bytes were read than the model's own manifest tells of, if it has one."""
+    if not (model / MANIFEST_FILE).is_file():
+        return
+    told = read_manifest(model)["files"]
+    for name, facts in read_manifest(exported)["source"]["files"].items():
+        expected = told.get(name, {"sha256": ""})["sha256"]
+        if expected is not None and facts["sha256"] != expected:
+            raise CheckpointError(
+                f"{name} is not what {MANIFEST_FILE} beside it tells of", where=model, hint="it was changed or damaged"
             )

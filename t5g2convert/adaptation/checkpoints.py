@@ -15,10 +15,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from t5g2convert.adaptation.record import FOLDER, RECORD_FILE, Record, complete, place_of
 from t5g2convert.adaptation.settings import Settings
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.manifest import encode_json
@@ -34,26 +34,10 @@ from t5g2convert.errors import CheckpointError, Interrupted, OutputError, T5g2Er
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-FOLDER: Final = "checkpoints"
-RECORD_FILE: Final = "checkpoint.json"
-FORMAT: Final = 1
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of a tensor, of its shape; and beside them how often it was trained, `step`."""
 
-_COMPLETE: Final = re.compile(r"step-(\d{8})")
 _PARTIAL: Final = re.compile(r"\.step-\d{8}\.partial")
-
-
-class Record(BaseModel):
-    """checkpoint.json."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-    format: Literal[1] = FORMAT
-    step: int
-    settings_sha256: str
-    objective_sha256: str
-    files: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,71 +53,13 @@ class State:
     optimizer: torch.optim.Optimizer
 
 
-def complete(run: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run by their steps, the oldest first.
-
-    Raises:
-        OutputError: The folder cannot be read.
-    """
-    folder = run / FOLDER
-    try:
-        names = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
-    except OSError as error:
-        raise OutputError(f"cannot be read: {error.strerror}", where=folder) from None
-    found = {int(match[1]): folder / name for name in names if (match := _COMPLETE.fullmatch(name))}
-    return dict(sorted(found.items()))
-
-
-def read_record(folder: Path) -> Record:
-    """What a checkpoint says of itself.
-
-    Raises:
-        CheckpointError: It has no record, or one that cannot be read.
-    """
-    path = folder / RECORD_FILE
-    try:
-        record = Record.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"is no record of a checkpoint: {place}: {first['msg']}", where=path) from None
-    return record
-
-
-def check_files(folder: Path, record: Record, *, part: int = 0, parts: int = 1) -> None:
-    """Compare the files of a checkpoint with their sha256; `part` of `parts` looks at its share of them.
-
-    The distributed format has no checksums of its own, and its table of contents is a pickle, which must not be opened
-    before it is known to be ours.
-
-    Raises:
-        CheckpointError: Files are missing, or are not what was written.
-    """
-    wrong = []
-    for name in sorted(record.files)[part::parts]:
-        try:
-            if sha256_of(folder / name) != record.files[name]:
-                wrong.append(f"{name} is not what was written: its sha256 differs")
-        except OSError as error:
-            wrong.append(f"{name} cannot be read: {error.strerror}")
-    if wrong:
-        raise CheckpointError(
-            f"is damaged: {wrong[0]}",
-            where=folder,
-            details=wrong,
-            hint="remove it, and --resume takes the one before",
-        )
-
-
 def save(engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int) -> Path:
     """Write a checkpoint beside its place, flush it, put it there by one rename, and remove the oldest beyond `keep`.
 
     Raises:
         OutputError: It cannot be written.
     """
-    target = run / FOLDER / f"step-{step:08d}"
+    target = place_of(run, step)
     staged = target.with_name(f".{target.name}.partial")
     first = engine.global_rank == 0
     try:

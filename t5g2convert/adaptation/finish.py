@@ -1,14 +1,14 @@
 """What is made of a run's last checkpoint: a model in the published layout that transformers loads whole."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from t5g2convert.adaptation.export import export
-from t5g2convert.adaptation.logs import Metrics
+from t5g2convert.adaptation.logs import read_metrics, tokens_until
 from t5g2convert.adaptation.models import quiet_transformers, refuse_incomplete
-from t5g2convert.adaptation.settings import Settings
+from t5g2convert.adaptation.record import check_files
+from t5g2convert.adaptation.run import EXPORT_FOLDER, METRICS_FILE, read_history
 from t5g2convert.adaptation.trained import Trained
 from t5g2convert.errors import VerificationError
 from t5g2convert.mapping.inspection import Inspection, inspect
@@ -31,40 +31,23 @@ class Finished:
         return {"output": str(self.output), "parameters": dict(self.inspection.parameters)}
 
 
-def finish(
-    checkpoint: Path,
-    model: Path,
-    output: Path,
-    *,
-    settings: Settings,
-    data_sha256: str,
-    steps: Sequence[Metrics],
-) -> Finished:
-    """Export a checkpoint, and see whether it loads in transformers before it appears.
+def finish(run: Path, checkpoint: Path, model: Path) -> Finished:
+    """Export a checkpoint of a run, and see whether it loads in transformers before it appears.
 
     Args:
+        run: The run's folder, in which the export replaces an earlier one.
         checkpoint: The folder of the checkpoint.
         model: The model that was trained.
-        output: The folder to write; an earlier one is replaced.
-        settings: The run's.
-        data_sha256: The identity of its data.
-        steps: The log.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or does not load.
         OutputError: The output cannot be written.
         VerificationError: Tensors are missing in it, or left over.
     """
-    trained = Trained(checkpoint)
-    facts = {
-        "steps": trained.step,
-        "checkpoints": [trained.step],
-        "tokens": sum(step.tokens for step in steps),
-        "objective": settings.to_json()["mixture"]["tasks"],
-        "settings_sha256": settings.sha256,
-        "data_sha256": data_sha256,
-        "kd_parent": settings.teacher,
-    }
+    trained, output, log = Trained(checkpoint), run / EXPORT_FOLDER, run / METRICS_FILE
+    check_files(checkpoint, trained.record)
+    step = trained.record.step
+    facts = read_history(run).facts([step], tokens_until(read_metrics(log), step, log))
     export(model, trained, output, facts=facts, overwrite=True, judge=check_loads)
     inspection = inspect(output)
     if inspection.missing or inspection.unexpected:

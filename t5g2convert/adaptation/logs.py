@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,6 +118,24 @@ def read_metrics(path: Path) -> list[Metrics]:
         except (ValueError, TypeError):
             raise CheckpointError("is no line of a log", where=f"{path}:{number}") from None
     return result
+
+
+def tokens_until(steps: Sequence[Metrics], last: int, where: Path) -> int:
+    """Tokens that were read up to and with a step.
+
+    Args:
+        steps: A log.
+        last: The step.
+        where: The log's file, for errors.
+
+    Raises:
+        CheckpointError: The log does not tell of every step.
+    """
+    counts = {step.step: step.tokens for step in steps}
+    missing = next((step for step in range(1, last + 1) if step not in counts), None)
+    if missing is not None:
+        raise CheckpointError(f"does not tell of step {missing}", where=where)
+    return sum(count for step, count in counts.items() if step <= last)
 
 
 def truncate(path: Path, step: int) -> None:

@@ -1,16 +1,17 @@
-"""A run's folder: what it is of, run.json, and whether another start may go on with it."""
+"""A run's folder: what it is of, run.json, whether another start may go on with it, and what comes after may know."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from t5g2convert.adaptation.checkpoints import complete, read_record
+from t5g2convert.adaptation.record import complete, read_record
 from t5g2convert.adaptation.settings import Settings, differences
+from t5g2convert.checkpoint.config import ConfigSection, parse_section
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, SEAL, encode_json, read_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, SEAL, Digest, encode_json, read_manifest
 from t5g2convert.checkpoint.replacing import replace_file
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
 from t5g2convert.version import __version__
@@ -42,12 +43,15 @@ def identity(folder: Path) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def describe(settings: Settings, *, model: str, data: str, versions: Mapping[str, str]) -> dict[str, Any]:
+def describe(
+    settings: Settings, *, model: str, model_folder: Path, data: str, versions: Mapping[str, str]
+) -> dict[str, Any]:
     """run.json.
 
     Args:
         settings: The run's.
         model: The identity of the model that it starts from.
+        model_folder: Where it is.
         data: The identity of the packed data.
         versions: Of the libraries that it was started with.
     """
@@ -58,9 +62,64 @@ def describe(settings: Settings, *, model: str, data: str, versions: Mapping[str
         "settings_sha256": settings.sha256,
         "objective_sha256": settings.objective_sha256,
         "model": model,
+        "model_folder": str(model_folder.resolve()),
         "data": data,
         "versions": dict(versions),
     }
+
+
+class _Mixture(ConfigSection):
+    tasks: list[dict[str, Any]]
+
+
+class _Settings(ConfigSection):
+    mixture: _Mixture
+    teacher: str | None = None
+
+
+class History(ConfigSection):
+    """What run.json tells; settings that only the training reads are left alone.
+
+    Attributes:
+        settings: The tasks, and the identity of a teacher.
+        settings_sha256: Of all settings.
+        objective_sha256: Of those that say what is learnt.
+        model: The identity of the model that is trained.
+        model_folder: Where it was.
+        data: The identity of the data.
+    """
+
+    format: Literal[1] = FORMAT
+    settings: _Settings
+    settings_sha256: Digest
+    objective_sha256: Digest
+    model: Digest
+    model_folder: str
+    data: Digest
+
+    def facts(self, steps: Sequence[int], tokens: int) -> Mapping[str, Any]:
+        """What a manifest tells of the training up to the last of these steps; see `export`."""
+        return {
+            "steps": steps[-1],
+            "checkpoints": list(steps),
+            "tokens": tokens,
+            "objective": self.settings.mixture.tasks,
+            "settings_sha256": self.settings_sha256,
+            "data_sha256": self.data,
+            "kd_parent": self.settings.teacher,
+        }
+
+
+def read_history(run: Path) -> History:
+    """What run.json of a run tells.
+
+    Raises:
+        CheckpointError: There is none, or it tells something else.
+    """
+    if not (run / RUN_FILE).exists():
+        raise CheckpointError(f"has no {RUN_FILE}, expected the folder of a training run", where=run)
+    path = run / RUN_FILE
+    return parse_section(History, read_json_object(path), path)
 
 
 def check_vacant(run: Path) -> None:

@@ -7,27 +7,15 @@ float32 tensors by their names in the published layout. It makes no difference h
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import PositiveInt
 
 from t5g2convert.adaptation.dcp import read_metadata
-from t5g2convert.checkpoint.config import ConfigSection, parse_section
-from t5g2convert.checkpoint.folder import check_folder, read_json_object
-from t5g2convert.checkpoint.manifest import Digest
+from t5g2convert.adaptation.record import RECORD_FILE, read_record
+from t5g2convert.checkpoint.folder import check_folder
 from t5g2convert.errors import CheckpointError
-
-CHECKPOINT_FILE: Final = "checkpoint.json"
-
-
-class _Document(ConfigSection):
-    format: Literal[1]
-    step: PositiveInt
-    settings_sha256: Digest
-    objective_sha256: Digest
 
 
 class Trained:
@@ -35,9 +23,7 @@ class Trained:
 
     Attributes:
         folder: The checkpoint.
-        step: The step that it was saved behind.
-        settings_sha256: Of the settings of the run.
-        objective_sha256: Of what it was trained for.
+        record: What it says of itself.
         names: The tensors by their names in the published layout, with their shapes.
 
     Args:
@@ -49,11 +35,8 @@ class Trained:
 
     def __init__(self, folder: Path) -> None:
         check_folder(folder)
-        path = folder / CHECKPOINT_FILE
-        told = parse_section(_Document, read_json_object(path), path)
-        self.folder, self.step = folder, told.step
-        self.settings_sha256, self.objective_sha256 = told.settings_sha256, told.objective_sha256
-        self._tensors = read_metadata(folder, "model", beside=frozenset({CHECKPOINT_FILE}))
+        self.folder, self.record = folder, read_record(folder)
+        self._tensors = read_metadata(folder, "model", beside=frozenset({RECORD_FILE}))
         for name, saved in self._tensors.items():
             if saved.dtype != torch.float32:
                 raise CheckpointError(f"{name} is {saved.dtype}, expected torch.float32", where=folder)

@@ -13,8 +13,15 @@ from t5g2convert.printable import printable
 
 def average(
     run: Annotated[Path, typer.Argument(help="The folder of a training run, as t5g2 adapt writes it.")],
-    output: Annotated[Path, typer.Argument(help="The folder to write.")],
-    model: Annotated[Path, typer.Option("--model", help="The model that was trained; its frozen tensors are taken.")],
+    output: Annotated[
+        Path | None, typer.Argument(help="The folder to write.", show_default="average in the run's folder")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", help="The model that was trained; its frozen tensors are taken.", show_default="where it was"
+        ),
+    ] = None,
     last: Annotated[int, typer.Option("--last", help="How many, from the last checkpoint; 5 in the paper.", min=1)] = 5,
     dtype: DtypeOption = "keep",
     overwrite: OverwriteOption = False,
@@ -24,7 +31,7 @@ def average(
     """Write the mean of the last checkpoints of a training run as a model, as the paper of T5Gemma 2 ends its own."""
     from t5g2convert.adaptation.average import average as write_mean
 
-    done = write_mean(run, last, output, model=model, dtype=dtype, overwrite=overwrite)
+    done = write_mean(run, last, output or run / "average", model=model, dtype=dtype, overwrite=overwrite)
     if as_json:
         document = done.to_json()
         # Of those only a conversion has a word.

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.adaptation.logs import Metrics
+from t5g2convert.adaptation.run import identity
+from t5g2convert.checkpoint.digest import sha256_of
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -54,7 +57,9 @@ def _state(tensors: Tensors) -> dict[str, Any]:
 
 
 def _tell(folder: Path, step: int, **told: Any) -> Path:
-    document = {"format": 1, "step": step, "settings_sha256": SETTINGS, "objective_sha256": OBJECTIVE, **told}
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != "checkpoint.json"}
+    document = {"format": 1, "step": step, "settings_sha256": SETTINGS, "objective_sha256": OBJECTIVE, "files": files}
+    document |= told
     (folder / "checkpoint.json").write_text(json.dumps(document))
     return folder
 
@@ -102,11 +107,15 @@ def write_run(folder: Path, model: Path, steps: int) -> None:
         "settings": {"mixture": {"format": 1, "tasks": TASKS}, "teacher": None, "lr": 1e-3},
         "settings_sha256": SETTINGS,
         "objective_sha256": OBJECTIVE,
-        "model": read_manifest(model)["sha256"],
+        "model": identity(model),
+        "model_folder": str(model),
         "data": DATA,
         "versions": {},
     }
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(document))
-    lines = (json.dumps({"step": step, "tokens": 512, "loss": 1.5}) for step in range(1, steps + 1))
+    lines = (
+        json.dumps(asdict(Metrics(step, "text", 1.5, {"r": 1.5}, {"r": 100}, 1.0, 1e-3, 512, 1e4)))
+        for step in range(1, steps + 1)
+    )
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))

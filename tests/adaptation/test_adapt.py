@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt
-from t5g2convert.adaptation.checkpoints import check_files, complete, read_record
 from t5g2convert.adaptation.engine import Machines, resolve
 from t5g2convert.adaptation.logs import Metrics
 from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
 from t5g2convert.adaptation.preparation import check_rope, prepare, read_facts
+from t5g2convert.adaptation.record import check_files, complete, read_record
 from t5g2convert.adaptation.run import check_same, check_vacant, identity, newest
 from t5g2convert.adaptation.settings import Settings, make_settings
 from t5g2convert.adaptation.teacher import check_teacher
@@ -150,8 +150,8 @@ def description(trained: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (_not_json, "is no record"),
-        (_no_record, "cannot be read"),
+        (_not_json, "is not valid JSON"),
+        (_no_record, "is missing"),
         (_edited("settings_sha256", "0" * 64), "settings_sha256 is 0000"),
         (_edited("objective_sha256", "0" * 64), "objective_sha256 is 0000"),
         (_edited("step", 40), "says that it is of step 40"),

@@ -163,9 +163,16 @@ def _saved(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pat
         tensors = {name: trained.read(name) for name in trained.names}
         change(tensors)
         shutil.rmtree(folder)
-        write_checkpoint(folder, tensors, trained.step)
+        write_checkpoint(folder, tensors, trained.record.step)
 
     return save
+
+
+def _flipped(folder: Path) -> None:
+    path = folder / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 NORM = "model.decoder.norm.weight"
@@ -177,6 +184,7 @@ STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tensor less": (_saved(lambda tensors: tensors.pop(NORM)), f"has not the tensors and shapes of .*: {NORM}"),
     "a tensor more": (_saved(lambda tensors: tensors.update(more=torch.ones(2))), "has not the tensors .*: more"),
     "another shape": (_saved(lambda tensors: tensors.update({NORM: torch.ones(23)})), f"has not .*: {NORM}"),
+    "one bit": (_flipped, "is damaged: __0_0.distcp is not what was written: its sha256 differs"),
     "no checkpoint": (lambda folder: (folder / ".metadata").unlink(), "metadata: is missing"),
 }
 
@@ -243,8 +251,8 @@ def test_a_model_without_a_manifest_is_known_by_its_files(run_of: Runs, tmp_path
     ("damage", "told"),
     [
         (lambda text: text.replace('"step": 7,', '"step": 8,'), "does not tell of step 7"),
-        (lambda text: text[:-10], "has a line that is none of a log"),
-        (lambda text: text.replace("tokens", "words", 1), "has a line that is none of a log"),
+        (lambda text: text[:-10], "is no line of a log"),
+        (lambda text: text.replace("tokens", "words", 1), "is no line of a log"),
     ],
 )
 def test_a_log_that_does_not_tell_of_every_step_is_refused(

@@ -48,7 +48,8 @@ def by_torch(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_checkpoint_is_what_was_saved(folder: Path) -> None:
     trained = Trained(folder)
-    assert (trained.step, trained.settings_sha256, trained.objective_sha256) == (100, "a" * 64, "b" * 64)
+    record = trained.record
+    assert (record.step, record.settings_sha256, record.objective_sha256) == (100, "a" * 64, "b" * 64)
     assert trained.names == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
     for name, tensor in TENSORS.items():
         assert torch.equal(trained.read(name), tensor), name

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from t5g2convert.adaptation.checkpoints import complete
+from t5g2convert.adaptation.record import complete
 from tests.adaptation.trainings import OPTIONS, RUN_OPTIONS, TASKS, adapt, steps_of, tensors_of
 
 TOLERANCE = 1e-4

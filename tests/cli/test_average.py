@@ -42,9 +42,15 @@ def test_the_mean_is_written_and_told(model: Path, t5g2: CommandLine, tmp_path: 
     assert t5g2("verify", tmp_path / "out", "--source", model).code == 0, "and again, with its record"
 
 
-def test_what_was_trained_must_be_told(model: Path, t5g2: CommandLine, tmp_path: Path) -> None:
-    missing = t5g2("average", tmp_path / "run", tmp_path / "out")
-    assert (missing.code, "--model" in missing.err) == (2, True)
-    few = t5g2("average", tmp_path / "run", tmp_path / "out", "--model", model)
+def test_the_model_is_where_the_run_says_and_the_mean_in_the_run(
+    model: Path, t5g2: CommandLine, tmp_path: Path
+) -> None:
+    few = t5g2("average", tmp_path / "run")
     assert few.code == 3
     assert "has 2 checkpoints, 5 were asked for" in few.err
+    assert t5g2("average", tmp_path / "run", "--last", "2").code == 0
+    assert (tmp_path / "run/average/t5g2.json").is_file()
+    moved = model.rename(tmp_path / "moved")
+    gone = t5g2("average", tmp_path / "run", tmp_path / "out", "--last", "2")
+    assert (gone.code, "model is not there any more (--model says" in gone.err) == (2, True)
+    assert t5g2("average", tmp_path / "run", tmp_path / "out", "--last", "2", "--model", moved).code == 0
