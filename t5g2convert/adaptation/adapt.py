@@ -168,7 +168,7 @@ def foresee(request: Request) -> Forecast:
     require_extra()
     machines = request.machines
     devices = (machines.devices or 1) * (machines.nodes or 1)
-    return forecast(_prepare(request), devices=devices, micro=request.pace.micro)
+    return forecast(_prepare(request), devices=devices, micro=request.pace.micro, chunk=request.chunk)
 
 
 def _prepare(request: Request) -> Prepared:

@@ -57,13 +57,14 @@ class Forecast:
         return {**asdict(self), "memory": held}
 
 
-def forecast(prepared: Prepared, *, devices: int, micro: int) -> Forecast:
+def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> Forecast:
     """Say what a run would do.
 
     Args:
         prepared: The run.
         devices: All of them.
         micro: Samples that a device takes at once.
+        chunk: Labels whose logits exist at once.
     """
     samples = prepared.samples
     settings, schedule = samples.settings, samples.schedule
@@ -90,7 +91,7 @@ def forecast(prepared: Prepared, *, devices: int, micro: int) -> Forecast:
         corpus=schedule.tokens,
         epochs=blocks / schedule.chunks,
         operations=None if model is None else _operations(model, tasks, settings.samples),
-        memory=None if model is None else _memory(prepared, model, devices=devices, micro=micro),
+        memory=None if model is None else _memory(prepared, model, devices=devices, micro=micro, chunk=chunk),
         notes=prepared.notes,
     )
 
@@ -105,7 +106,7 @@ def _operations(model: T5Gemma2, tasks: tuple[TaskForecast, ...], samples: int) 
     return samples * sum(each) / sum(task.weight for task in tasks)
 
 
-def _memory(prepared: Prepared, model: T5Gemma2, *, devices: int, micro: int) -> Memory:
+def _memory(prepared: Prepared, model: T5Gemma2, *, devices: int, micro: int, chunk: int) -> Memory:
     settings = prepared.samples.settings
     return memory(
         model,
@@ -114,4 +115,5 @@ def _memory(prepared: Prepared, model: T5Gemma2, *, devices: int, micro: int) ->
         samples=micro,
         encoder=settings.encoder_length,
         decoder=settings.decoder_length,
+        chunk=chunk,
     )

@@ -4,7 +4,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
+
+from pydantic import model_validator
 
 from t5g2convert.adaptation.record import complete, read_record
 from t5g2convert.adaptation.settings import Settings, differences
@@ -68,21 +70,12 @@ def describe(
     }
 
 
-class _Mixture(ConfigSection):
-    tasks: list[dict[str, Any]]
-
-
-class _Settings(ConfigSection):
-    mixture: _Mixture
-    teacher: str | None = None
-
-
 class History(ConfigSection):
-    """What run.json tells; settings that only the training reads are left alone.
+    """What run.json tells.
 
     Attributes:
-        settings: The tasks, and the identity of a teacher.
-        settings_sha256: Of all settings.
+        settings: The run's.
+        settings_sha256: Of all of them.
         objective_sha256: Of those that say what is learnt.
         model: The identity of the model that is trained.
         model_folder: Where it was.
@@ -90,12 +83,18 @@ class History(ConfigSection):
     """
 
     format: Literal[1] = FORMAT
-    settings: _Settings
+    settings: Settings
     settings_sha256: Digest
     objective_sha256: Digest
     model: Digest
     model_folder: str
     data: Digest
+
+    @model_validator(mode="after")
+    def _settings_are_those_of_the_digest(self) -> Self:
+        if self.settings.sha256 != self.settings_sha256:
+            raise ValueError("settings_sha256 does not fit the settings")
+        return self
 
     def facts(self, steps: Sequence[int], tokens: int) -> Mapping[str, Any]:
         """What a manifest tells of the training up to the last of these steps; see `export`."""
@@ -103,10 +102,9 @@ class History(ConfigSection):
             "steps": steps[-1],
             "checkpoints": list(steps),
             "tokens": tokens,
-            "objective": self.settings.mixture.tasks,
+            "settings": self.settings.to_json(),
             "settings_sha256": self.settings_sha256,
             "data_sha256": self.data,
-            "kd_parent": self.settings.teacher,
         }
 
 

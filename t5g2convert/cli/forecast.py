@@ -26,9 +26,15 @@ def print_forecast(forecast: "Forecast") -> None:
         lines["a step"] = f"{forecast.operations:.2e} operations of matrix products (estimate)"
     if forecast.memory is not None:
         held = forecast.memory
+        parts = {
+            "weights, gradients and moments": held.states,
+            "gathered": held.gathered,
+            "inputs of layers": held.inputs,
+            "softmax": held.softmax,
+        }
+        told = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
         lines["a device"] = (
-            f"{size_text(held.total)} and the work of one layer (estimate): weights, gradients and moments "
-            f"{size_text(held.states)}, gathered {size_text(held.gathered)}, inputs of layers {size_text(held.inputs)}"
+            f"{size_text(held.total)} and the work of one layer (estimate, bfloat16, no teacher): {told}"
         )
     for name, line in lines.items():
         out.print(f"{name:<10} {line}", soft_wrap=True)

@@ -92,7 +92,7 @@ def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: 
     assert teacher is not None
     assert len(teacher) == 64
     manifest = json.loads((tmp_path / "run/model/t5g2.json").read_text())
-    assert manifest["adaptation"]["kd_parent"] == teacher
+    assert manifest["adaptation"]["settings"]["teacher"] == teacher
     with pytest.raises(UsageError, match=r"teacher sha256 .*, now null"):
         run(replace(request, teacher=None, resume=True))
 
