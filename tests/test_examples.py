@@ -1,13 +1,17 @@
 """Every example runs."""
 
+import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
-from t5g2convert import convert, inspect
+from t5g2convert import convert, inspect, verify
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
@@ -188,3 +192,60 @@ def test_the_decoder_example_gives_the_source_back(tmp_path: Path) -> None:
     assert any("passed decoder_parity - logits with hidden memory" in line for line in lines)
     weights = (tmp_path / "source/model.safetensors").read_bytes()
     assert (tmp_path / "back/model.safetensors").read_bytes() == weights
+
+
+TINY_PARENT = EXAMPLES / "tiny_parent"
+
+
+@pytest.fixture(scope="module")
+def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small Gemma 3 after two steps, with what the training said beside it."""
+    folder = tmp_path_factory.mktemp("tiny-parent") / "parent"
+    said = run("tiny_parent/train.py", folder, "--steps", "2", "--documents", "12")
+    (folder.parent / "said").write_text(said)
+    return folder
+
+
+def test_a_parent_is_trained_and_its_loss_falls(tiny_parent: Path) -> None:
+    said = (tiny_parent.parent / "said").read_text()
+    losses = [float(line.rpartition(" ")[2]) for line in said.splitlines() if "held-out loss" in line]
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(math.log(4096), abs=0.1)
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_the_trained_parent_is_taken_by_the_converter(tiny_parent: Path, tmp_path: Path) -> None:
+    facts = inspect(tiny_parent).facts
+    assert facts["sliding_window"] % 2 == 1
+    assert {"full_attention", "sliding_attention"} == set(
+        json.loads((tiny_parent / "config.json").read_text())["layer_types"]
+    )
+    convert(tiny_parent, tmp_path / "out")
+    report = verify(tmp_path / "out", tiny_parent)
+    assert report.passed
+    assert [check.name for check in report.checks if not check.passed] == []
+
+
+def test_no_text_gives_the_tokens_that_are_left_for_sentinels(tiny_parent: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_parent / "tokenizer.json"))
+    text = "def f():\n    return '<unused4000>' + \"ÅΩ\""
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.token_to_id("<unused4095>") == 4095
+    assert [tokenizer.id_to_token(number) for number in range(4)] == ["<pad>", "<eos>", "<bos>", "<unk>"]
+    assert ids[0] == 2
+    assert max(ids) < 4096 - 256
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_corpus_is_the_same_each_time_and_holds_nothing_out_twice(tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert run("tiny_parent/corpus.py", first) == run("tiny_parent/corpus.py", again) == ""
+    names: dict[str, list[str]] = {}
+    for part in ("training", "held-out"):
+        text = (first / f"{part}.jsonl").read_bytes()
+        assert text == (again / f"{part}.jsonl").read_bytes()
+        names[part] = [json.loads(line)["name"] for line in text.splitlines()]
+    assert not set(names["training"]) & set(names["held-out"])
+    every = names["training"] + names["held-out"]
+    assert {"abc.py", "help/while"} <= set(every)
+    assert 19 * len(names["held-out"]) <= len(names["training"]) < 20 * (len(names["held-out"]) + 1)
