@@ -68,11 +68,12 @@ fmt: $(INSTALLED)  ## format the code
 docs: $(INSTALLED)  ## make the pages that tell what the code says itself
 	$(BIN)/python -m docs.generate
 
-bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each against its yardstick
+bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each against its yardstick, and UL2
 	$(BIN)/python examples/benchmark_convert.py
 	$(BIN)/python examples/benchmark_forward.py
 	$(BIN)/python examples/benchmark_verify.py
 	$(BIN)/python examples/benchmark_graft.py
+	$(BIN)/python examples/benchmark_ul2.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) $(OLDEST) $(KERAS) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

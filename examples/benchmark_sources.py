@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 TEXT = {
     "270m": {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
@@ -18,7 +19,7 @@ TEXT["27b"] = {**TEXT["4b"], "hidden_size": 5376, "intermediate_size": 21_504, "
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
           "image_size": 896, "patch_size": 14, "vision_use_head": False}  # fmt: skip
 TINY = {**TEXT["270m"], "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 512}
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {"model_type": "gemma3_text", **TINY},
     "270m": {"model_type": "gemma3_text", **TEXT["270m"]},
     "1b": {"model_type": "gemma3_text", **TEXT["1b"]},

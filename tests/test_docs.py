@@ -183,7 +183,7 @@ def test_the_architecture_has_every_check_of_a_conversion(
 
 def blocks(path: Path) -> list[tuple[str | None, str]]:
     """Every block of commands: why it is not run, and its text."""
-    found = re.findall(r"(?:<!-- not run: (.+) -->\n)?```console\n(.*?)```", path.read_text(), re.DOTALL)
+    found = re.findall(r"(?:<!-- not run: (\w+) -->\n)?```console\n(.*?)```", path.read_text(), re.DOTALL)
     return [(why or None, text) for why, text in found]
 
 

@@ -36,6 +36,7 @@ def test_every_example_is_run_here() -> None:
         "benchmark_forward.py",
         "benchmark_graft.py",
         "benchmark_sources.py",
+        "benchmark_ul2.py",
         "benchmark_verify.py",
         "convert_gemma2.py",
         "convert_text.py",
@@ -76,6 +77,15 @@ def test_the_forward_benchmark_measures_everyone_with_every_dtype(tmp_path: Path
     for name in ("t5g2 reference", "transformers, sdpa", "transformers, eager"):
         assert sum(line.startswith(f"{name}  ") for line in run.stdout.splitlines()) == 4, run.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ul2_benchmark_makes_a_million_tokens_a_second() -> None:
+    script = str(EXAMPLES / "benchmark_ul2.py")
+    command = [sys.executable, script, "512", "16384", "--rounds", "3", "--tokens", "300000"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [line.split() for line in run.stdout.splitlines()[2:]]
+    assert [(row[0], row[1]) for row in rows] == [("512", "39"), ("16384", "1260")]
+    assert all(float(row[-2]) > 1 for row in rows), run.stdout
 
 
 def test_the_verify_benchmark_verifies(tmp_path: Path) -> None:

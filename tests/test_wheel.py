@@ -73,7 +73,8 @@ def test_the_wheel_holds_the_package_its_maps_and_nothing_else(wheel: Path) -> N
     sources = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "t5g2convert").rglob("*.py")}
     maps = {f"t5g2convert/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "mappings").rglob("*.yaml")}
     assert {f"t5g2convert/mappings/{name}.yaml" for name in ("gemma3", "ablation/merged")} <= maps
-    assert {name for name in names if name.startswith("t5g2convert/")} == sources | maps | {"t5g2convert/py.typed"}
+    data = {"t5g2convert/py.typed", "t5g2convert/adaptation/ul2.yaml"}
+    assert {name for name in names if name.startswith("t5g2convert/")} == sources | maps | data
 
 
 def test_the_wheel_carries_each_map_byte_for_byte(wheel: Path) -> None:
@@ -127,6 +128,11 @@ def test_the_installed_wheel_is_the_one_that_runs(installed: Path, tmp_path: Pat
     assert Path(maps) == (installed / "t5g2convert/mappings").resolve()
     printed = run_installed(installed, tmp_path, str(installed / "bin/t5g2"), "--version")
     assert printed == f"{version}\n"
+
+
+def test_the_installed_wheel_reads_the_papers_mixture(installed: Path, tmp_path: Path) -> None:
+    script = "from t5g2convert.adaptation.mixture import read_mixture; print(read_mixture().block)"
+    assert run_installed(installed, tmp_path, "-c", script) == "8\n"
 
 
 def test_the_installed_wheel_makes_the_demo_and_a_model_that_loads(installed: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
     docs/README.md              the list of all pages, from their titles and first sentences
     docs/weight-map.md          the reference, from the schema of maps and the families
     docs/architecture.md        the rooms, from their docstrings
+    docs/adaptation.md          what training costs, from the shapes of the released sizes
     docs/ci.md                  inputs and outputs of the parity action, from action.yml
 
 A part stands between `<!-- NAME: made by make docs -->` and `<!-- end of NAME -->`; all else is written by hand.
@@ -19,6 +20,7 @@ import yaml
 from typer.main import get_command
 
 from docs.generate.commands import command_page
+from docs.generate.cost import cost_table
 from docs.generate.tables import first_sentence, table
 from docs.generate.weight_map import weight_map_reference
 from t5g2convert.cli.main import app
@@ -39,6 +41,7 @@ def pages() -> dict[Path, str]:
         "weight-map.md": weight_map_reference,
         "architecture.md": rooms,
         "ci.md": action_tables,
+        "adaptation.md": cost_table,
         "README.md": page_list,
     }
     return made | {DOCS / name: _filled(DOCS / name, make()) for name, make in parts.items()}

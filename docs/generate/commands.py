@@ -15,6 +15,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "verify": ("t5g2 verify t5gemma-2-4b-4b --source gemma-3-4b-pt --html report.html --junit report.xml",),
     "compare": ("t5g2 compare gemma-3-4b-pt t5gemma-2-4b-4b --text novel.txt --max-kl 0.1 --min-agreement 0.9",),
     "generate": ("t5g2 generate t5gemma-2-4b-4b --prompt 'an encoder-decoder' --max-new-tokens 8",),
+    "pack": ("t5g2 pack t5gemma-2-4b-4b packed novel.txt",),
     "card": ("t5g2 card t5gemma-2-4b-4b --repo your-name/t5gemma-2-4b-4b --write",),
     "doctor": ("t5g2 doctor",),
     "mappings list": ("t5g2 mappings list",),

@@ -8,57 +8,33 @@ Dialects, by the transformers version that writes them: 4.42 to 4.5x `rope_theta
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
-
-from pydantic import Field
+from typing import Any, Final
 
 from t5g2convert.checkpoint.config import (
     MAX_DEPTH,
-    ConfigSection,
-    Depth,
-    Number,
     Positive,
     Scalar,
     Size,
-    Token,
     describe_model_type,
     parse_section,
     refuse_bidirectional,
 )
-from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.checkpoint.rope import read_rope
+from t5g2convert.checkpoint.text import GemmaText, check_multiple, check_stack, stack_fields
 from t5g2convert.errors import CheckpointError, MappingError
 
 MODEL_TYPE: Final = "gemma2"
 
 
-class Gemma2Text(ConfigSection):
+class Gemma2Text(GemmaText):
     """The model; field names and defaults are those of transformers' Gemma2Config and T5GemmaModuleConfig."""
 
     vocab_size: Size = 256_000
-    hidden_size: Size = 2304
-    intermediate_size: Size = 9216
-    num_hidden_layers: Annotated[Depth, Field(gt=0)] = 26
-    num_attention_heads: Size = 8
-    num_key_value_heads: Size = 4
-    head_dim: Size = 256
-    hidden_activation: str = "gelu_pytorch_tanh"
     max_position_embeddings: Size = 8192
-    initializer_range: Number = 0.02
-    rms_norm_eps: Positive = 1e-6
-    use_cache: bool = True
-    bos_token_id: Token | None = 2
-    eos_token_id: Token | list[Token] | None = 1
-    pad_token_id: Token | None = 0
-    attention_bias: bool = False
-    attention_dropout: Number = 0.0
-    query_pre_attn_scalar: Size | Positive = 256
-    sliding_window: Size = 4096
     final_logit_softcapping: Positive | None = 30.0
     attn_logit_softcapping: Positive | None = 50.0
     tie_word_embeddings: bool = True
     # Settled from the dialects before validation; never absent afterwards.
-    layer_types: list[LayerType]
     rope_theta: Positive
     rope_factor: Positive
 
@@ -88,25 +64,12 @@ class Gemma2:
     def symbols(self) -> Mapping[str, int]:
         """Sizes in elements and counts, by the names that maps use."""
         text = self.text
-        return {
-            "rows": text.vocab_size,
-            "hidden": text.hidden_size,
-            "intermediate": text.intermediate_size,
-            "query": text.num_attention_heads * text.head_dim,
-            "key_value": text.num_key_value_heads * text.head_dim,
-            "layers": text.num_hidden_layers,
-        }
+        return {"rows": text.vocab_size, "hidden": text.hidden_size, **text.symbols}
 
     @property
     def fields(self) -> Mapping[str, str]:
         """Where the symbols stand in config.json."""
-        return {
-            "rows": "vocab_size",
-            "hidden": "hidden_size",
-            "intermediate": "intermediate_size",
-            "query": "num_attention_heads * head_dim",
-            "key_value": "num_key_value_heads * head_dim",
-        }
+        return {"rows": "vocab_size", "hidden": "hidden_size", **stack_fields("")}
 
     @property
     def values(self) -> Mapping[str, Scalar]:
@@ -144,18 +107,9 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gem
     stack = parse_section(Gemma2Text, {**fields, **settled}, where, section)
     if stack.attention_bias:
         raise CheckpointError(f"{dot}attention_bias is true; biases are not converted", where=where)
-    if len(stack.layer_types) != stack.num_hidden_layers:
-        raise CheckpointError(
-            f"{dot}layer_types lists {len(stack.layer_types)} layers, num_hidden_layers is {stack.num_hidden_layers}",
-            where=where,
-        )
-    # transformers 5.23 refuses the first of both models, and nobody can compute the second.
-    for multiple, divisor in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
-        if getattr(stack, multiple) % getattr(stack, divisor):
-            raise CheckpointError(
-                f"{dot}{multiple} {getattr(stack, multiple)} is no multiple of {divisor} {getattr(stack, divisor)}",
-                where=where,
-            )
+    # transformers 5.23 refuses it.
+    check_multiple(stack, "hidden_size", "num_attention_heads", where, dot)
+    check_stack(stack, where, section)
     return stack
 
 

@@ -9,15 +9,13 @@ larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 from pydantic import Field
 
 from t5g2convert.checkpoint.config import (
     MAX_DEPTH,
-    ConfigSection,
     Depth,
-    Number,
     Positive,
     Scalar,
     Size,
@@ -28,66 +26,44 @@ from t5g2convert.checkpoint.config import (
     subsection,
 )
 from t5g2convert.checkpoint.rope import agreed, object_of, stated_factor
+from t5g2convert.checkpoint.text import (
+    GemmaText,
+    ImageTokens,
+    SiglipTower,
+    check_multiple,
+    check_stack,
+    stack_fields,
+    tower_fields,
+)
 from t5g2convert.errors import CheckpointError, MappingError
 
 MULTIMODAL: Final = "gemma3"
 TEXT_ONLY: Final = "gemma3_text"
 
-LayerType = Literal["sliding_attention", "full_attention"]
 
-
-class Gemma3Text(ConfigSection):
+class Gemma3Text(GemmaText):
     """The text model; field names and defaults are those of transformers' Gemma3TextConfig."""
 
     vocab_size: Size = 262_208
-    hidden_size: Size = 2304
-    intermediate_size: Size = 9216
-    num_hidden_layers: Annotated[Depth, Field(gt=0)] = 26
-    num_attention_heads: Size = 8
-    num_key_value_heads: Size = 4
-    head_dim: Size = 256
-    hidden_activation: str = "gelu_pytorch_tanh"
-    max_position_embeddings: Size = 131_072
-    initializer_range: Number = 0.02
-    rms_norm_eps: Positive = 1e-6
-    use_cache: bool = True
-    bos_token_id: Token | None = 2
-    eos_token_id: Token | list[Token] | None = 1
-    pad_token_id: Token | None = 0
-    attention_bias: bool = False
-    attention_dropout: Number = 0.0
-    query_pre_attn_scalar: Size | Positive = 256
-    sliding_window: Size = 4096
-    final_logit_softcapping: Positive | None = None
-    attn_logit_softcapping: Positive | None = None
     # Settled from the dialects before validation; never absent afterwards.
-    layer_types: list[LayerType]
     rope_full_theta: Positive
     rope_full_factor: Positive
     rope_sliding_theta: Positive
 
 
-class SiglipVision(ConfigSection):
+class SiglipVision(SiglipTower):
     """The vision tower; field names and defaults are those of transformers' SiglipVisionConfig."""
 
     hidden_size: Size = 768
     intermediate_size: Size = 3072
     num_hidden_layers: Annotated[Depth, Field(gt=0)] = 12
-    num_attention_heads: Size = 12
-    num_channels: Size = 3
     image_size: Size = 224
     patch_size: Size = 16
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: Positive = 1e-6
-    attention_dropout: Number = 0.0
 
 
-class Gemma3Tokens(ConfigSection):
+class Gemma3Tokens(ImageTokens):
     """The multimodal fields at the top of config.json; defaults are those of transformers' Gemma3Config."""
 
-    mm_tokens_per_image: Size = 256
-    boi_token_index: Token = 255_999
-    eoi_token_index: Token = 256_000
     image_token_index: Token = 262_144
 
 
@@ -138,38 +114,18 @@ class Gemma3:
         return {
             "rows": text.vocab_size,
             "hidden": text.hidden_size,
-            "intermediate": text.intermediate_size,
-            "query": text.num_attention_heads * text.head_dim,
-            "key_value": text.num_key_value_heads * text.head_dim,
-            "head": text.head_dim,
-            "layers": text.num_hidden_layers,
+            **text.symbols,
             "projected": self.projected_width or text.hidden_size,
             "eoi_token": self.tokens.eoi_token_index,
-            "vision_hidden": vision.hidden_size,
-            "vision_intermediate": vision.intermediate_size,
-            "vision_channels": vision.num_channels,
-            "vision_patch": vision.patch_size,
-            "vision_positions": (vision.image_size // vision.patch_size) ** 2,
-            "vision_layers": vision.num_hidden_layers,
+            **vision.symbols,
         }
 
     @property
     def fields(self) -> Mapping[str, str]:
         """Where the symbols stand in config.json."""
         text = "text_config." if self.family == MULTIMODAL else ""
-        return {
-            "rows": f"{text}vocab_size",
-            "hidden": f"{text}hidden_size",
-            "intermediate": f"{text}intermediate_size",
-            "query": f"{text}num_attention_heads * {text}head_dim",
-            "key_value": f"{text}num_key_value_heads * {text}head_dim",
-            "head": f"{text}head_dim",
-            "vision_hidden": "vision_config.hidden_size",
-            "vision_intermediate": "vision_config.intermediate_size",
-            "vision_channels": "vision_config.num_channels",
-            "vision_patch": "vision_config.patch_size",
-            "vision_positions": "(vision_config.image_size // vision_config.patch_size) squared",
-        }
+        sizes = {"rows": f"{text}vocab_size", "hidden": f"{text}hidden_size"}
+        return {**sizes, **stack_fields(text), **tower_fields("vision_config.")}
 
     @property
     def values(self) -> Mapping[str, Scalar]:
@@ -206,23 +162,9 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
     refuse_bidirectional(fields, where)
     settled = {"layer_types": _layer_types(fields, where), **_rope(fields, where)}
     text = parse_section(Gemma3Text, {**fields, **settled}, where)
-    if len(text.layer_types) != text.num_hidden_layers:
-        raise CheckpointError(
-            f"layer_types lists {len(text.layer_types)} layers, num_hidden_layers is {text.num_hidden_layers}",
-            where=where,
-        )
-    if text.num_attention_heads % text.num_key_value_heads:
-        raise CheckpointError(
-            f"num_attention_heads {text.num_attention_heads} is no multiple of "
-            f"num_key_value_heads {text.num_key_value_heads}",
-            where=where,
-        )
-    if vision and vision.hidden_size % vision.num_attention_heads:
-        raise CheckpointError(
-            f"vision hidden_size {vision.hidden_size} is no multiple of vision num_attention_heads "
-            f"{vision.num_attention_heads}",
-            where=where,
-        )
+    check_stack(text, where)
+    if vision is not None:
+        check_multiple(vision, "hidden_size", "num_attention_heads", where, "vision ")
     return Gemma3(family, text, vision, tokens)
 
 

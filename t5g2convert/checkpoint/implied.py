@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from t5g2convert.checkpoint.config import ImpliedTensor
-from t5g2convert.checkpoint.gemma3 import Gemma3Text, SiglipVision, read_gemma3
+from t5g2convert.checkpoint.gemma3 import Gemma3Text, read_gemma3
 from t5g2convert.checkpoint.t5gemma2 import (
     Stack,
     T5Gemma2Encoder,
-    Tower,
     read_t5gemma2,
     read_t5gemma2_encoder,
 )
+from t5g2convert.checkpoint.text import SiglipTower
 
 
 def t5gemma2_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
@@ -64,7 +64,7 @@ def _encoder_tensors(model: T5Gemma2Encoder, root: str) -> Iterator[ImpliedTenso
     yield from _vision_tensors(model.vision, hidden, root)
 
 
-def _vision_tensors(tower: Tower | SiglipVision, hidden: int, root: str) -> Iterator[ImpliedTensor]:
+def _vision_tensors(tower: SiglipTower, hidden: int, root: str) -> Iterator[ImpliedTensor]:
     """The tower, and the projector to the text stack's width."""
     for name, shape in _tower_tensors(tower):
         yield ImpliedTensor(f"{root}vision_tower.vision_model.{name}", "vision", shape)
@@ -105,7 +105,7 @@ def attention_tensors(stack: Stack | Gemma3Text, name: str, norms: tuple[str, st
     }
 
 
-def _tower_tensors(tower: Tower | SiglipVision) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _tower_tensors(tower: SiglipTower) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, ffn, patch = tower.hidden_size, tower.intermediate_size, tower.patch_size
     yield "embeddings.patch_embedding.weight", (hidden, tower.num_channels, patch, patch)
     yield "embeddings.patch_embedding.bias", (hidden,)

@@ -3,24 +3,30 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from t5g2convert.checkpoint.config import (
     ConfigSection,
-    Depth,
     Number,
     Positive,
     Scalar,
-    Size,
     Token,
     describe_model_type,
     parse_section,
     refuse_bidirectional,
     subsection,
 )
-from t5g2convert.checkpoint.gemma3 import LayerType
+from t5g2convert.checkpoint.text import (
+    ImageTokens,
+    LayerType,
+    SiglipTower,
+    TextStack,
+    check_stack,
+    stack_fields,
+    tower_fields,
+)
 from t5g2convert.errors import CheckpointError, MappingError
 
 MODEL_TYPE: Final = "t5gemma2"
@@ -51,67 +57,16 @@ class Rope(ConfigSection):
         return self.factor if self.rope_type == "linear" else 1.0
 
 
-class Stack(ConfigSection):
+class Stack(TextStack):
     """One text stack, encoder or decoder; where a default stands, it is that of transformers' T5Gemma2TextConfig."""
 
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Annotated[Depth, Field(gt=0)]
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    head_dim: Size
-    hidden_activation: str = "gelu_pytorch_tanh"
-    rms_norm_eps: Positive = 1e-6
-    attention_bias: bool = False
-    query_pre_attn_scalar: Size | Positive = 256
-    sliding_window: Size
-    layer_types: list[LayerType]
     rope_parameters: dict[LayerType, Rope]
-    attn_logit_softcapping: Positive | None = None
-    final_logit_softcapping: Positive | None = None
-    bos_token_id: Token | None = 2
-    eos_token_id: Token | list[Token] | None = 1
-    pad_token_id: Token | None = 0
-    max_position_embeddings: Size = 131_072
-    initializer_range: Number = 0.02
-    attention_dropout: Number = 0.0
     dropout_rate: Number = 0.0
-    use_cache: bool = True
-
-    @property
-    def symbols(self) -> Mapping[str, int]:
-        """Sizes in elements, and the depth, by the names that maps use behind the name of the stack."""
-        return {
-            "intermediate": self.intermediate_size,
-            "query": self.num_attention_heads * self.head_dim,
-            "key_value": self.num_key_value_heads * self.head_dim,
-            "head": self.head_dim,
-            "layers": self.num_hidden_layers,
-        }
 
 
-class Tower(ConfigSection):
-    """The vision tower; 0 layers for the stub of a text-only model."""
-
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Depth
-    num_attention_heads: Size = 12
-    num_channels: Size = 3
-    image_size: Size
-    patch_size: Size
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: Positive = 1e-6
-    attention_dropout: Number = 0.0
-
-
-class Tokens(ConfigSection):
+class Tokens(ImageTokens):
     """How images stand among the tokens; the defaults are those of transformers' T5Gemma2Config."""
 
-    mm_tokens_per_image: Size = 256
-    boi_token_index: Token = 255_999
-    eoi_token_index: Token = 256_000
     image_token_index: Token = 256_001
 
 
@@ -120,7 +75,7 @@ class T5Gemma2Encoder:
     """The encoder of a T5Gemma 2 as its config describes it."""
 
     encoder: Stack
-    vision: Tower
+    vision: SiglipTower
     tokens: Tokens
 
 
@@ -143,18 +98,12 @@ class T5Gemma2(T5Gemma2Encoder):
     @property
     def symbols(self) -> Mapping[str, int]:
         """Sizes in elements and counts, by the names that maps use."""
-        vision = self.vision
         return {
             "rows": self.encoder.vocab_size,
             "hidden": self.encoder.hidden_size,
             **{f"encoder_{name}": size for name, size in self.encoder.symbols.items()},
             **{f"decoder_{name}": size for name, size in self.decoder.symbols.items()},
-            "vision_hidden": vision.hidden_size,
-            "vision_intermediate": vision.intermediate_size,
-            "vision_channels": vision.num_channels,
-            "vision_patch": vision.patch_size,
-            "vision_positions": (vision.image_size // vision.patch_size) ** 2,
-            "vision_layers": vision.num_hidden_layers,
+            **self.vision.symbols,
         }
 
     @property
@@ -162,20 +111,8 @@ class T5Gemma2(T5Gemma2Encoder):
         """Where the symbols stand in config.json."""
         fields = {"rows": "encoder.text_config.vocab_size", "hidden": "encoder.text_config.hidden_size"}
         for stack, path in (("encoder", "encoder.text_config"), ("decoder", "decoder")):
-            fields |= {
-                f"{stack}_intermediate": f"{path}.intermediate_size",
-                f"{stack}_query": f"{path}.num_attention_heads * {path}.head_dim",
-                f"{stack}_key_value": f"{path}.num_key_value_heads * {path}.head_dim",
-                f"{stack}_head": f"{path}.head_dim",
-            }
-        tower = "encoder.vision_config"
-        return fields | {
-            "vision_hidden": f"{tower}.hidden_size",
-            "vision_intermediate": f"{tower}.intermediate_size",
-            "vision_channels": f"{tower}.num_channels",
-            "vision_patch": f"{tower}.patch_size",
-            "vision_positions": f"({tower}.image_size // {tower}.patch_size) squared",
-        }
+            fields |= {f"{stack}_{symbol}": field for symbol, field in stack_fields(f"{path}.").items()}
+        return {**fields, **tower_fields("encoder.vision_config.")}
 
     @property
     def values(self) -> Mapping[str, Scalar]:
@@ -206,7 +143,7 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
     encoder = subsection(config, "encoder", where)
     return T5Gemma2(
         read_stack(subsection(encoder, "text_config", where), where, "encoder.text_config"),
-        parse_section(Tower, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
+        parse_section(SiglipTower, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
         # Both places name them; transformers takes the image token from the top, the others from the encoder.
         parse_section(Tokens, {**encoder, **_top_image_token(config)}, where, "encoder"),
         read_stack(subsection(config, "decoder", where), where, "decoder"),
@@ -223,7 +160,7 @@ def read_t5gemma2_encoder(config: Mapping[str, Any], where: Path) -> T5Gemma2Enc
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2's encoder", where=where)
     return T5Gemma2Encoder(
         read_stack(subsection(config, "text_config", where), where, "text_config"),
-        parse_section(Tower, subsection(config, "vision_config", where), where, "vision_config"),
+        parse_section(SiglipTower, subsection(config, "vision_config", where), where, "vision_config"),
         # An encoder alone has another default than the whole model, which is never meant.
         parse_section(Tokens, config, where),
     )
@@ -242,18 +179,7 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
     if section == "decoder":
         refuse_bidirectional(fields, where, section)
     stack = parse_section(Stack, fields, where, section)
-    if len(stack.layer_types) != stack.num_hidden_layers:
-        raise CheckpointError(
-            f"{section}.layer_types lists {len(stack.layer_types)} layers, num_hidden_layers is "
-            f"{stack.num_hidden_layers}",
-            where=where,
-        )
-    if stack.num_attention_heads % stack.num_key_value_heads:
-        raise CheckpointError(
-            f"{section}.num_attention_heads {stack.num_attention_heads} is no multiple of "
-            f"num_key_value_heads {stack.num_key_value_heads}",
-            where=where,
-        )
+    check_stack(stack, where, section)
     if unsettled := set(stack.layer_types) - stack.rope_parameters.keys():
         raise CheckpointError(f"{section}.rope_parameters lacks {', '.join(sorted(unsettled))}", where=where)
     return stack

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from t5g2convert.checkpoint.place import regular_file
+from t5g2convert.checkpoint.replacing import replace_file
 from t5g2convert.cli.console import DebugOption
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error
 from t5g2convert.printable import printable
@@ -73,16 +74,7 @@ def _write(path: Path, text: str) -> None:
     """
     if path.is_symlink():
         raise OutputError("is a link, expected a file or nothing", where=path, hint="remove it, and start again")
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            with os.fdopen(fd, "wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
+        replace_file(path, text.encode())
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", where=path) from None

@@ -22,6 +22,7 @@ from t5g2convert.cli import (
     generate,
     inspect,
     mappings,
+    pack,
     plan,
     upload,
     verify,
@@ -73,6 +74,7 @@ app.command("convert")(convert.convert)
 app.command("extract")(extract.extract)
 app.command("verify")(verify.verify)
 app.command("compare")(compare.compare)
+app.command("pack")(pack.pack)
 app.command("generate")(generate.generate)
 app.command("card")(card.card)
 app.command("doctor")(doctor.doctor)

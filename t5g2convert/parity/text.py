@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from t5g2convert.checkpoint.gemma3 import LayerType
+from t5g2convert.checkpoint.text import LayerType
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.ancestors import Ancestors
 from t5g2convert.parity.departure import first_departure

@@ -6,9 +6,10 @@ from typing import Final, Literal
 
 from t5g2convert.checkpoint.config import MAX_INTEGER
 from t5g2convert.checkpoint.gemma2 import Gemma2, Gemma2Text
-from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text, LayerType, SiglipVision
+from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text
 from t5g2convert.checkpoint.t5gemma import T5Gemma
-from t5g2convert.checkpoint.t5gemma2 import Stack, T5Gemma2Encoder, Tower
+from t5g2convert.checkpoint.t5gemma2 import Stack, T5Gemma2Encoder
+from t5g2convert.checkpoint.text import LayerType, SiglipTower
 
 Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""
@@ -154,7 +155,7 @@ def _text(
     )
 
 
-def _vision(source: Tower | SiglipVision, mm_tokens_per_image: int, image_token_index: int) -> VisionSettings:
+def _vision(source: SiglipTower, mm_tokens_per_image: int, image_token_index: int) -> VisionSettings:
     return VisionSettings(
         hidden_size=source.hidden_size,
         intermediate_size=source.intermediate_size,

@@ -5,8 +5,8 @@ from typing import Unpack
 from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.gemma3 import LayerType
 from t5g2convert.checkpoint.t5gemma import T5Gemma, read_t5gemma
+from t5g2convert.checkpoint.text import LayerType
 from t5g2convert.reference.crossattention import CrossDecoderLayer
 from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.layers import EncoderLayer

@@ -124,7 +124,7 @@ def test_the_softmax_is_tied_as_the_config_says(tied: bool | None, condition: st
 def test_symbols_are_sizes_and_every_one_has_its_field() -> None:
     model = read(config(**SIZES, head_dim=10))
     assert model.symbols == {
-        "rows": 256_000, "hidden": 24, "intermediate": 9216, "query": 40, "key_value": 20, "layers": 5,
+        "rows": 256_000, "hidden": 24, "intermediate": 9216, "query": 40, "key_value": 20, "head": 10, "layers": 5,
     }  # fmt: skip
     assert model.fields.keys() == model.symbols.keys() - {"layers"}
     assert {name: model.values[name] for name in SIZES} == SIZES

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from t5g2convert.checkpoint.config import KNOWN_MODELS
-from t5g2convert.checkpoint.t5gemma2 import Rope, Stack, Tower, read_t5gemma2
+from t5g2convert.checkpoint.t5gemma2 import Rope, Stack, read_t5gemma2
 from t5g2convert.checkpoint.targets import implied_tensors
+from t5g2convert.checkpoint.text import SiglipTower
 from t5g2convert.errors import CheckpointError
 from tests.sizes import FIELDS, SIZES, TOTALS
 
@@ -164,7 +165,7 @@ def test_stacks_of_different_depth_and_width_keep_their_own_shapes() -> None:
 
 REQUIRED = [
     (place, field)
-    for place, model in (("encoder.text_config", Stack), ("decoder", Stack), ("encoder.vision_config", Tower))
+    for place, model in (("encoder.text_config", Stack), ("decoder", Stack), ("encoder.vision_config", SiglipTower))
     for field, info in model.model_fields.items()
     if info.is_required()
 ]

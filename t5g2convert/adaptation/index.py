@@ -1,0 +1,108 @@
+"""index.json of packed data: what there is, for which model, with the sha256 of every file."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from t5g2convert.adaptation.tokens import ModelTokens
+from t5g2convert.checkpoint.folder import scheme_of
+from t5g2convert.errors import DataError
+
+INDEX_FILE: Final = "index.json"
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class ShardEntry(_Section):
+    """A file of tokens."""
+
+    tokens: Annotated[int, Field(gt=0)]
+    sha256: Sha256
+
+
+class StreamEntry(_Section):
+    """Documents, one behind the other in shards."""
+
+    documents: Count
+    tokens: Count
+    shards: tuple[ShardEntry, ...]
+    ends: Sha256
+
+
+class PicturesEntry(_Section):
+    """The pictures: places in documents, files, and bytes of all files."""
+
+    places: Count
+    files: Count
+    nbytes: Count
+    sha256: Sha256
+
+
+class TokensEntry(_Section):
+    """The ids of the model that the data was packed for."""
+
+    vocabulary: Annotated[int, Field(gt=0)]
+    bos: int | None
+    eos: int
+    pad: int | None
+    boi: int
+    eoi: int
+    image: int
+    per_image: int
+    pictures: bool
+
+
+class Index(_Section):
+    """index.json."""
+
+    format: Literal[1]
+    tokenizer_sha256: Sha256
+    tokens: TokensEntry
+    bos: bool
+    text: StreamEntry
+    image: StreamEntry
+    pictures: PicturesEntry
+    counts: Sha256
+    highest: int
+    special: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Count]
+    empty: Count
+
+
+def read_index(folder: Path) -> tuple[Index, str]:
+    """Read index.json; it and its sha256, hexadecimal.
+
+    Raises:
+        DataError: It is missing, or is none.
+    """
+    if scheme := scheme_of(folder):
+        raise DataError(f"an address ({scheme}//...) was given, expected a folder that t5g2 pack wrote")
+    path = folder / INDEX_FILE
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError("is missing: no folder of packed data", where=path, hint="t5g2 pack writes one") from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+    try:
+        index = Index.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"is no index of packed data: {f'{place}: ' if place else ''}{first['msg']}",
+            where=path,
+            hint="pack the data again",
+        ) from None
+    return index, hashlib.sha256(text).hexdigest()
+
+
+def tokens_entry(tokens: ModelTokens) -> TokensEntry:
+    """A model's ids, as the index has them."""
+    return TokensEntry(**{name: getattr(tokens, name) for name in TokensEntry.model_fields})

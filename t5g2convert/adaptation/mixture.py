@@ -1,0 +1,106 @@
+"""The tasks of UL2 and how often each comes, from a table in YAML."""
+
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
+
+from t5g2convert.errors import MappingError
+from t5g2convert.mapping.loader import Document, load_yaml
+from t5g2convert.mapping.schema import Declaration
+from t5g2convert.mapping.weightmap import did_you_mean
+
+DEFAULT_MIXTURE: Final = Path(__file__).with_name("ul2.yaml")
+"""The paper's table, which ships with the tool."""
+
+MAX_WEIGHT: Final = 1000
+"""A block of samples is permuted in memory; no table needs a finer share."""
+
+
+class Task(Declaration):
+    """One way to take a text apart.
+
+    `spans` replaces `rate` of the tokens, in spans of `mean_span` tokens on average, by a sentinel each. `prefix` gives
+    the end of the text, `rate` of it, to the decoder: one span, whose sentinel may be left out.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="What logs call it.")
+    kind: Literal["spans", "prefix"]
+    rate: float = Field(gt=0, lt=1, description="Share of the raw tokens that the decoder is to write.")
+    mean_span: float | None = Field(default=None, ge=1, allow_inf_nan=False, description="Tokens; of spans alone.")
+    weight: int = Field(ge=1, le=MAX_WEIGHT, description="Samples of this task in a block of the mixture.")
+    mode_token: NonNegativeInt | None = Field(
+        default=None, description="Token id that the encoder's input starts with, after its bos."
+    )
+    sentinel: bool = Field(default=True, description="Whether a sentinel marks where a span was.")
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.kind == "prefix":
+            if self.mean_span is not None:
+                raise ValueError("a prefix task has one span; mean_span is for spans")
+            return self
+        if self.mean_span is None:
+            raise ValueError("spans need a mean_span")
+        if not self.sentinel:
+            raise ValueError("spans cannot be told apart without sentinels; expected sentinel: true")
+        if self.rate / self.mean_span > 1 - self.rate:
+            raise ValueError(
+                f"spans of {self.mean_span:g} tokens that are {self.rate:g} of a text leave too few tokens between them"
+            )
+        return self
+
+
+class Mixture(Declaration):
+    """All tasks. In every block of `block` consecutive samples each task comes `weight` times."""
+
+    format: Literal[1] = 1
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
+
+    @field_validator("tasks")
+    @classmethod
+    def _named_apart(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        names = [task.name for task in tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two tasks are named {name!r}")
+        return tasks
+
+    @property
+    def block(self) -> int:
+        """Samples of a block: the sum of the weights."""
+        return sum(task.weight for task in self.tasks)
+
+    @property
+    def cycle(self) -> tuple[int, ...]:
+        """The tasks of a block by their number, each as often as its weight, not yet permuted."""
+        return tuple(number for number, task in enumerate(self.tasks) for _ in range(task.weight))
+
+    @property
+    def mode_tokens(self) -> frozenset[int]:
+        """The mode tokens of all tasks."""
+        return frozenset(task.mode_token for task in self.tasks if task.mode_token is not None)
+
+
+def read_mixture(path: Path | None = None) -> Mixture:
+    """A mixture from its file; the paper's, 1:1:1:1:4, without one.
+
+    Raises:
+        MappingError: With `file:line:column` and a caret at the first fault.
+    """
+    document = load_yaml(DEFAULT_MIXTURE if path is None else path)
+    try:
+        return Mixture.model_validate(document.data)
+    except ValidationError as error:
+        raise _fault(document, error) from None
+
+
+def _fault(document: Document, error: ValidationError) -> MappingError:
+    # A misspelt key is also a missing one; the spelling is what helps.
+    errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    at, message = errors[0]["loc"], str(errors[0]["msg"])
+    if errors[0]["type"] == "extra_forbidden":
+        known = Mixture.model_fields if len(at) == 1 else Task.model_fields
+        return document.error(f"unknown key {at[-1]!r}", (*at, "<key>"), hint=did_you_mean(str(at[-1]), known))
+    field = f"{at[-1]}: " if at and isinstance(at[-1], str) else ""
+    return document.error(field + message.removeprefix("Value error, "), at)

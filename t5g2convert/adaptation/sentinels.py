@@ -1,0 +1,125 @@
+"""Which token ids stand for the spans that were taken out: a run of unused ids at the end of the vocabulary.
+
+The k-th span of a sample, counted from 0, gets `first - k`. A run that is too short for all spans is an error: nothing
+is clamped or wrapped, which would lose text.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from t5g2convert.errors import DataError
+
+SHOWN_IDS = 5
+"""Offending ids that an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sentinels:
+    """The ids `first`, `first - 1`, ..., `count` of them."""
+
+    first: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= self.first + 1:
+            raise DataError(f"expected 0 to {self.first + 1} sentinels from id {self.first} down, found {self.count}")
+
+    def __contains__(self, token: int) -> bool:
+        return self.first - self.count < token <= self.first
+
+    @property
+    def last(self) -> int:
+        """The lowest id of the run."""
+        return self.first - self.count + 1
+
+    @classmethod
+    def available(cls, *, vocabulary: int, reserved: Collection[int]) -> Self:
+        """The highest run of ids below `vocabulary` without a reserved one: 262143 to 256002 for Gemma 3, 6,142 ids."""
+        first = vocabulary - 1
+        while first in reserved:
+            first -= 1
+        below = max((token for token in reserved if token < first), default=-1)
+        return cls(first, first - below)
+
+    @classmethod
+    def of(cls, *, vocabulary: int, reserved: Collection[int], needed: int) -> Self:
+        """The `needed` highest ids of the highest run that has no reserved id.
+
+        Args:
+            vocabulary: Rows of the embedding table.
+            reserved: Ids that are no sentinels: bos, eos, pad, the image tokens, mode tokens.
+            needed: The most spans that a sample may have, `needed_sentinels`.
+
+        Raises:
+            DataError: The run is too short.
+        """
+        run = cls.available(vocabulary=vocabulary, reserved=reserved)
+        if run.count < needed:
+            raise DataError(
+                f"{needed} sentinels are needed for a sample of these lengths, {run.count} are available: "
+                f"{_range(run)} of a vocabulary of {vocabulary}",
+                hint="train with shorter inputs, or with a mixture of longer spans",
+            )
+        return cls(run.first, needed)
+
+
+def check_reserved(
+    sentinels: Sentinels,
+    *,
+    special: Mapping[str, int],
+    mode_tokens: Collection[int] = (),
+    highest: int,
+    occurrences: Mapping[int, int],
+    absent: Collection[str] = (),
+) -> None:
+    """Say before training whether sentinels, special tokens, mode tokens and the data get in each other's way.
+
+    Args:
+        sentinels: Those that samples will use.
+        special: Name to id of the model's special tokens: bos, eos, pad, boi, eoi, image.
+        mode_tokens: Those of the mixture.
+        highest: The highest token id of the data.
+        occurrences: How often an id occurs in the data; it must tell of every id from the last sentinel on, and of the
+            special and mode tokens. What it does not name does not occur.
+        absent: Names of special tokens that must not occur in this data; the image tokens and pad, for text.
+
+    Raises:
+        DataError: They do; names the ids.
+    """
+    _check_apart(sentinels, special, mode_tokens)
+    among = {token for token in (highest, *occurrences) if token in sentinels}
+    taken = dict.fromkeys(among, f"a sentinel, {_range(sentinels)}")
+    taken |= dict.fromkeys(mode_tokens, "a mode token")
+    taken |= {special[name]: f"{name}, which must not stand in this data" for name in absent}
+    found = sorted((token for token in taken if occurrences.get(token) or token == highest), reverse=True)
+    if found:
+        others = f", and {_counted(len(found) - 1, 'more such id')}" if len(found) > 1 else ""
+        known = [token for token in found if token in occurrences]
+        raise DataError(
+            f"token {found[0]} of the data is {taken[found[0]]}{others}",
+            hint="pack the text without special tokens, or choose ids for sentinels and modes that it does not use",
+            details=[f"id {token} occurs {_counted(occurrences[token], 'time')}" for token in known[:SHOWN_IDS]],
+        )
+
+
+def _check_apart(sentinels: Sentinels, special: Mapping[str, int], mode_tokens: Collection[int]) -> None:
+    """No id may have two meanings."""
+    names = {token: name for name, token in special.items()}
+    for token in names:
+        if token in sentinels:
+            raise DataError(f"{names[token]}, id {token}, is among the sentinels, {_range(sentinels)}")
+    for token in mode_tokens:
+        if token in sentinels or token in names:
+            other = names.get(token, "a sentinel")
+            raise DataError(f"the mode token {token} is also {other}", hint="choose an id that nothing else uses")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _range(sentinels: Sentinels) -> str:
+    if not sentinels.count:
+        return "no id"
+    return f"ids {sentinels.last} to {sentinels.first}"

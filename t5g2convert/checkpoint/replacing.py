@@ -1,0 +1,26 @@
+"""A file beside the weights, put in place whole."""
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file under another name, wait until the disk has it, and rename it once.
+
+    Args:
+        path: The file; what stands there is replaced at the end, and is untouched if anything fails.
+        data: All of it.
+
+    Raises:
+        OSError: It cannot be written; nothing is left behind.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

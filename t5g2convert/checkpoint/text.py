@@ -1,0 +1,145 @@
+"""What the configs of all families say of a text stack and of a vision tower, under the same names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from t5g2convert.checkpoint.config import ConfigSection, Depth, Number, Positive, Size, Token
+from t5g2convert.errors import CheckpointError
+
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+class TextStack(ConfigSection):
+    """One text stack; a default stands where the classes of transformers have one and the same."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[Depth, Field(gt=0)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    hidden_activation: str = "gelu_pytorch_tanh"
+    max_position_embeddings: Size = 131_072
+    initializer_range: Number = 0.02
+    rms_norm_eps: Positive = 1e-6
+    use_cache: bool = True
+    bos_token_id: Token | None = 2
+    eos_token_id: Token | list[Token] | None = 1
+    pad_token_id: Token | None = 0
+    attention_bias: bool = False
+    attention_dropout: Number = 0.0
+    query_pre_attn_scalar: Size | Positive = 256
+    sliding_window: Size
+    final_logit_softcapping: Positive | None = None
+    attn_logit_softcapping: Positive | None = None
+    # Where a dialect lists none, its reader settles them before validation.
+    layer_types: list[LayerType]
+
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """The sizes of a layer in elements, and the depth, by the names that maps use."""
+        return {
+            "intermediate": self.intermediate_size,
+            "query": self.num_attention_heads * self.head_dim,
+            "key_value": self.num_key_value_heads * self.head_dim,
+            "head": self.head_dim,
+            "layers": self.num_hidden_layers,
+        }
+
+
+class GemmaText(TextStack):
+    """A decoder-only Gemma; where a default stands, Gemma2Config and Gemma3TextConfig of transformers have the same."""
+
+    hidden_size: Size = 2304
+    intermediate_size: Size = 9216
+    num_hidden_layers: Annotated[Depth, Field(gt=0)] = 26
+    num_attention_heads: Size = 8
+    num_key_value_heads: Size = 4
+    head_dim: Size = 256
+    sliding_window: Size = 4096
+
+
+class SiglipTower(ConfigSection):
+    """A SigLIP tower; a default stands where the classes of transformers have one and the same."""
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size = 12
+    num_channels: Size = 3
+    image_size: Size
+    patch_size: Size
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: Positive = 1e-6
+    attention_dropout: Number = 0.0
+
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """Sizes in elements, and the depth, by the names that maps use."""
+        return {
+            "vision_hidden": self.hidden_size,
+            "vision_intermediate": self.intermediate_size,
+            "vision_channels": self.num_channels,
+            "vision_patch": self.patch_size,
+            "vision_positions": (self.image_size // self.patch_size) ** 2,
+            "vision_layers": self.num_hidden_layers,
+        }
+
+
+class ImageTokens(ConfigSection):
+    """How images stand among the tokens; a default stands where the classes of transformers have one and the same."""
+
+    mm_tokens_per_image: Size = 256
+    boi_token_index: Token = 255_999
+    eoi_token_index: Token = 256_000
+
+
+def stack_fields(path: str) -> Mapping[str, str]:
+    """Where the sizes of a stack's layers stand in config.json; `path` is its section, with a dot behind."""
+    return {
+        "intermediate": f"{path}intermediate_size",
+        "query": f"{path}num_attention_heads * {path}head_dim",
+        "key_value": f"{path}num_key_value_heads * {path}head_dim",
+        "head": f"{path}head_dim",
+    }
+
+
+def tower_fields(path: str) -> Mapping[str, str]:
+    """Where the sizes of a tower stand in config.json; `path` is its section, with a dot behind."""
+    return {
+        "vision_hidden": f"{path}hidden_size",
+        "vision_intermediate": f"{path}intermediate_size",
+        "vision_channels": f"{path}num_channels",
+        "vision_patch": f"{path}patch_size",
+        "vision_positions": f"({path}image_size // {path}patch_size) squared",
+    }
+
+
+def check_stack(stack: TextStack, where: Path, section: str = "") -> None:
+    """Refuse a stack that contradicts itself; `section` is its name in config.json.
+
+    Raises:
+        CheckpointError: It lists more or fewer layers than it has, or its heads share no whole number of queries.
+    """
+    dot = f"{section}." if section else ""
+    if len(stack.layer_types) != stack.num_hidden_layers:
+        raise CheckpointError(
+            f"{dot}layer_types lists {len(stack.layer_types)} layers, num_hidden_layers is {stack.num_hidden_layers}",
+            where=where,
+        )
+    check_multiple(stack, "num_attention_heads", "num_key_value_heads", where, dot)
+
+
+def check_multiple(section: ConfigSection, multiple: str, divisor: str, where: Path, prefix: str = "") -> None:
+    """Refuse two sizes of which the first is no multiple of the second; `prefix` stands before the first.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    one, other = getattr(section, multiple), getattr(section, divisor)
+    if one % other:
+        raise CheckpointError(f"{prefix}{multiple} {one} is no multiple of {divisor} {other}", where=where)

@@ -1,0 +1,75 @@
+"""The operations are those that torch counts of transformers' own class; the memory is what a sharded model holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import T5Gemma2ForConditionalGeneration
+
+from t5g2convert import inspect
+from t5g2convert.adaptation.cost import Memory, memory, operations
+from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
+from tests.conftest import TwinFolder
+
+ENCODER, DECODER, SAMPLES = 23, 11, 2
+
+
+def shapes(folder: Path) -> T5Gemma2:
+    path = folder / "config.json"
+    return read_t5gemma2(json.loads(path.read_text()), path)
+
+
+def counted(folder: Path, images: int, *, training: bool) -> int:
+    """What torch counts of a pass over two samples, the softmax included."""
+    model: Any = T5Gemma2ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    model.model.encoder.vision_tower.requires_grad_(False)
+    model.train(training)
+    if training:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # It has the inputs want gradients, which would take them through the frozen tower.
+        model.disable_input_require_grads()
+    tokens, image = model.config.encoder.mm_tokens_per_image, model.config.image_token_index
+    ids = torch.arange(3, 3 + ENCODER).repeat(SAMPLES, 1)
+    ids[:, : images * tokens] = image
+    size = model.config.encoder.vision_config.image_size
+    pixels = {"pixel_values": torch.zeros(SAMPLES * images, 3, size, size)} if images else {}
+    labels = torch.full((SAMPLES, DECODER), 5)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, use_cache=False, **pixels).loss
+        if training:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("twin", "images"), [("text-13", 0), ("images-8", 0), ("images-8", 1), ("images-8", 2)])
+def test_operations_of_a_pass_are_those_that_torch_counts(converted_twin: TwinFolder, twin: str, images: int) -> None:
+    folder = converted_twin(twin)
+    ours = operations(shapes(folder), encoder=ENCODER, decoder=DECODER, images=images)
+    forward = ours.encoder + ours.decoder + ours.softmax + ours.vision + ours.projector
+    # torch counts the rotation's angles too, of a few elements each.
+    assert counted(folder, images, training=False) == pytest.approx(SAMPLES * forward, rel=2e-3)
+
+
+def test_operations_of_training_are_those_that_torch_counts(converted_twin: TwinFolder) -> None:
+    folder = converted_twin("images-8")
+    ours = operations(shapes(folder), encoder=ENCODER, decoder=DECODER, images=1)
+    # The class computes the softmax once; in chunks that keep nothing it is computed again for the gradients.
+    expected = SAMPLES * (ours.training - ours.softmax)
+    assert counted(folder, 1, training=True) == pytest.approx(expected, rel=2e-3)
+
+
+def test_memory_is_shared_out_among_the_devices(converted_twin: TwinFolder) -> None:
+    folder = converted_twin("images-8")
+    parameters, model = inspect(folder).parameters, shapes(folder)
+    one, four = (memory(model, parameters, devices=n, samples=2, encoder=7, decoder=5) for n in (1, 4))
+    trained = parameters["total"] - parameters["vision"]
+    assert one.states == 16 * trained + 4 * parameters["vision"]
+    assert four == Memory(one.states // 4, one.gathered, one.inputs)
+    assert one.inputs == 2 * 2 * 24 * 8 * (7 + 5)
+    assert one.gathered == 4 * (parameters["embedding"] + 2 * (parameters["encoder"] // 8))
+    assert one.total == one.states + one.gathered + one.inputs
