@@ -7,11 +7,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from t5g2convert.checkpoint.config import ConfigSection, Depth, Positive, Size, parse_section
+from t5g2convert.checkpoint.config import ConfigSection, Depth, Number, Positive, Size, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.folder import read_json_file
 from t5g2convert.checkpoint.strictjson import parse_object
@@ -21,6 +21,10 @@ MANIFEST_FILE: Final = "t5g2.json"
 FORMAT: Final = 1
 SEAL: Final = "sha256"
 """The manifest's last key."""
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""A sha256, hexadecimal."""
 
 
 def encode_json(document: Mapping[str, Any]) -> bytes:
@@ -53,6 +57,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError("was changed after it was written: its sha256 does not fit its contents", where=path)
     parse_section(_Manifest, document, path)
     return document
+
+
+def check_adaptation(document: Mapping[str, Any]) -> None:
+    """Refuse what a manifest cannot tell of a training.
+
+    Raises:
+        CheckpointError: A part is missing, of another kind, or one too many; all of them are named.
+    """
+    parse_section(_Adaptation, document, Path(MANIFEST_FILE), "adaptation")
 
 
 class _File(ConfigSection, extra="forbid"):
@@ -121,12 +134,44 @@ class _TokenChange(ConfigSection, extra="forbid"):
     replaces: str | None
 
 
+class _Task(ConfigSection, extra="forbid"):
+    """A task of the objective, as the table of the mixture has it."""
+
+    name: str
+    kind: Literal["spans", "prefix"]
+    rate: Number
+    mean_span: Number | None
+    weight: PositiveInt
+    mode_token: NonNegativeInt | None
+    sentinel: bool
+
+
+class _Adaptation(ConfigSection, extra="forbid"):
+    """What made the values that are not the source's.
+
+    `steps` is how long the training had run, `checkpoints` the steps whose values were averaged, or the one that was
+    taken. `tokens` is how many were read until then. `trained` names the tensors, `{layer}` in place of the numbers of
+    all layers; `frozen` the parts of which none was trained. `kd_parent` is the name of the model that was learnt from.
+    """
+
+    steps: PositiveInt
+    checkpoints: Annotated[list[PositiveInt], Field(min_length=1)]
+    tokens: NonNegativeInt
+    objective: Annotated[list[_Task], Field(min_length=1)]
+    settings_sha256: Digest
+    data_sha256: Digest
+    trained: Annotated[list[str], Field(min_length=1)]
+    frozen: list[str]
+    kd_parent: str | None
+
+
 class _Manifest(ConfigSection, extra="forbid"):
     """What a manifest must be, so that its readers need not ask."""
 
     format: Literal[1]
     tool: _Tool
-    mapping: _Mapping
+    mapping: _Mapping | None = None
+    adaptation: _Adaptation | None = None
     options: _Options
     source: _Source
     decoder_from: _Source | None = None
@@ -140,3 +185,9 @@ class _Manifest(ConfigSection, extra="forbid"):
     files: dict[str, _File]
     verification: dict[str, Any] | None = None
     sha256: str
+
+    @model_validator(mode="after")
+    def _is_made_one_way(self) -> Self:
+        if (self.mapping is None) == (self.adaptation is None):
+            raise ValueError("expected either a mapping, of a conversion, or an adaptation, of a training")
+        return self

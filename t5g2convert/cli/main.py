@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from t5g2convert.cli import (
+    adapt,
     card,
     compare,
     convert,
@@ -27,6 +28,7 @@ from t5g2convert.cli import (
     upload,
     verify,
 )
+from t5g2convert.cli.adapt_options import LAUNCHING, GroupedCommand
 from t5g2convert.cli.console import emit_json
 from t5g2convert.errors import Interrupted, MappingError, OutputError, T5g2Error, UsageError
 from t5g2convert.printable import printable
@@ -72,6 +74,7 @@ app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("extract")(extract.extract)
+app.command("adapt", cls=GroupedCommand, epilog=LAUNCHING)(adapt.adapt)
 app.command("verify")(verify.verify)
 app.command("compare")(compare.compare)
 app.command("pack")(pack.pack)

@@ -50,7 +50,8 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any
     return {
         "format": FORMAT,
         "tool": {"name": "t5g2convert", "version": __version__},
-        "mapping": {"name": plan.mapping, "sha256": plan.mapping_sha256},
+        **({} if plan.mapping is None else {"mapping": {"name": plan.mapping, "sha256": plan.mapping_sha256}}),
+        **({} if plan.adaptation is None else {"adaptation": dict(plan.adaptation)}),
         "options": dict(plan.options),
         **{role: _read_from(source, written) for role, source in plan.sources.items()},
         "dtype": plan.dtype,

@@ -1,31 +1,37 @@
-"""The tensors of a plan that are not copied from a range of a source: zeros, a scaled row, an aligned projector."""
+"""The tensors of a plan that are not copied from a range of a source: zeros, a scaled row, an aligned projector, and
+values that are given."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from t5g2convert.conversion.contents import scaled_row
 from t5g2convert.conversion.copying import Progress, output_errors, read_exactly, write_exactly
+from t5g2convert.conversion.given import Given, write_given
 from t5g2convert.conversion.plan import Plan, PlannedAlignment, PlannedTensor, SourceRange
 from t5g2convert.conversion.shards import OpenShards
 
 
-def write_computed(plan: Plan, sources: Mapping[str, int], shards: OpenShards, progress: Progress) -> float | None:
+def write_computed(
+    plan: Plan, sources: Mapping[str, int], shards: OpenShards, given: Given | None, progress: Progress
+) -> float | None:
     """Write them to the shards that are not kept; the residual of an alignment, if one was computed.
 
     Args:
         plan: The plan.
         sources: The files that are read, open, by name.
         shards: The shards, open.
+        given: The values that the plan says are given.
         progress: Told of every tensor's work.
 
     Raises:
-        CheckpointError: A source cannot be read, or its numbers cannot be computed with.
+        CheckpointError: A source cannot be read, its numbers cannot be computed with, or given values are no numbers.
         OutputError: The disk is full or fails.
     """
     residual = None
+    write_given(plan, given, shards, progress)
     for tensor in plan.tensors:
         content = tensor.content
-        if content.kind in ("copy", "cast") or tensor.shard not in shards.files:
+        if content.kind in ("copy", "cast", "given") or tensor.shard not in shards.files:
             continue
         data = bytes(tensor.nbytes)
         if content.kind == "scaled_row" and content.source is not None:

@@ -66,7 +66,7 @@ def scaled_row(row: bytes, source: str, target: str) -> bytes:
         raise CheckpointError(f"holds a number too large for {target}", where="the end-of-image embedding") from None
 
 
-def rounded(name: str, values: "NDArray[np.float64]", target: str) -> bytes:
+def rounded(name: str, values: "NDArray[np.float32] | NDArray[np.float64]", target: str) -> bytes:
     """Computed values in a stored dtype, each rounded once: to nearest, ties to even.
 
     Args:
@@ -90,7 +90,7 @@ def rounded(name: str, values: "NDArray[np.float64]", target: str) -> bytes:
     return result.tobytes()
 
 
-def _rounded_to_odd(values: "NDArray[np.float64]") -> "NDArray[np.float32]":
+def _rounded_to_odd(values: "NDArray[np.float32] | NDArray[np.float64]") -> "NDArray[np.float32]":
     """float32, cut towards zero and given an odd last bit where anything was cut off.
 
     ml_dtypes takes a double to bfloat16 by way of the nearest float32. That rounds twice: what lies just beyond the

@@ -11,6 +11,7 @@ from t5g2convert.checkpoint.roles import Folders, named, plain_name
 from t5g2convert.checkpoint.sources import OtherOrigins, Sources
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
+from t5g2convert.conversion.given import Given
 from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.options import Options, PlanOptions
 from t5g2convert.conversion.plan import Plan
@@ -32,7 +33,7 @@ class Conversion:
 
     Attributes:
         output: The folder written.
-        mapping: Name of the map used.
+        mapping: Name of the map used; None where trained values were put into a model.
         tensors: Number of tensors written.
         nbytes: Bytes of all shards.
         shards: sha256 by shard name, hexadecimal; None where hashing was switched off.
@@ -44,7 +45,7 @@ class Conversion:
     """
 
     output: Path
-    mapping: str
+    mapping: str | None
     tensors: int
     nbytes: int
     shards: Mapping[str, str | None]
@@ -199,9 +200,15 @@ def execute(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
     judge: Judge | None = None,
+    given: Given | None = None,
 ) -> Conversion:
-    """Execute a plan that `build_plan` made of the checkpoints in these folders; see `convert`."""
+    """Execute a plan that `build_plan` made of the checkpoints in these folders; see `convert`.
+
+    `given` are the values of a plan that puts trained ones into a model (`plan_adapted`).
+    """
     _check_resumable(hashing=hashing, resume=resume)
+    if given is not None and resume:
+        raise UsageError("what is given to tensors cannot be resumed: a finished shard may hold other values")
     with Staging(output, overwrite=overwrite, flush=flush, resume=resume) as staging:
         journal = Journal(staging.folder, plan, allow_nonfinite=allow_nonfinite, flush=flush) if hashing else None
         begun = journal is not None and journal.path.exists()
@@ -218,6 +225,7 @@ def execute(
                 allow_nonfinite=allow_nonfinite,
                 flush=flush,
                 progress=progress or _silent,
+                given=given,
             )
             _check_downloads(plan, folders, written)
             write_assets(plan, folders, staging.folder, written, flush=flush)

@@ -43,7 +43,7 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
     """
     source = resolution.checkpoints[SOURCE]
     folder = source.path
-    carried = [_copied(source, name) for name in weight_map.files.carry if source.holds(name)]
+    carried = [copied(source, name) for name in weight_map.files.carry if source.holds(name)]
     made: list[PlannedFile] = []
     tokens: tuple[TokenChange, ...] = ()
     notes: list[str] = []
@@ -67,7 +67,7 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
     return FilesBeside(files, tokens, tuple(notes))
 
 
-def _copied(source: Checkpoint, name: str) -> PlannedFile:
+def copied(source: Checkpoint, name: str) -> PlannedFile:
     """A file of the source, as it is now; of one that is on the Hub only the size is known."""
     path = source.path / name
     if source.hub is not None and not path.exists():
@@ -113,7 +113,7 @@ def _tokenizer_files(
     if source.holds(TOKENIZER_FILE) and patched is not None:
         yield PlannedFile(TOKENIZER_FILE, (TOKENIZER_FILE,), None, patched.splices, patched.identity)
     elif source.holds(TOKENIZER_FILE):
-        yield _copied(source, TOKENIZER_FILE)
+        yield copied(source, TOKENIZER_FILE)
     if moves and (special := read_held(source, SPECIAL_TOKENS_FILE)) is not None:
         refuse_use(special, moves, source.path / SPECIAL_TOKENS_FILE)
     given = read_held(source, TOKENIZER_CONFIG_FILE)
@@ -124,7 +124,7 @@ def _tokenizer_files(
         reads = () if given is None else (TOKENIZER_CONFIG_FILE,)
         yield PlannedFile(TOKENIZER_CONFIG_FILE, reads, encode_json(config))
     elif given is not None:
-        yield _copied(source, TOKENIZER_CONFIG_FILE)
+        yield copied(source, TOKENIZER_CONFIG_FILE)
 
 
 def _notes(

@@ -17,7 +17,7 @@ from t5g2convert.conversion.beside import PlannedFile, TokenChange
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
 
-Kind = Literal["copy", "cast", "scaled_row", "zeros", "aligned"]
+Kind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,9 @@ class Content:
 
     Attributes:
         kind: copy (the range as it is), cast (the range, element by element), scaled_row (the range is one row), zeros,
-            aligned (the range is a projector, carried into another space).
-        source: The bytes to read; None for zeros.
+            aligned (the range is a projector, carried into another space), given (values of training, which are handed
+            to the writer; see `conversion.given`).
+        source: The bytes to read; None for zeros and for what is given.
         dtype: The safetensors dtype of those bytes.
         alignment: What an aligned projector is made with.
     """
@@ -202,10 +203,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All of a conversion before its first byte is written."""
+    """All of a conversion before its first byte is written.
 
-    mapping: str
-    mapping_sha256: str
+    `mapping` is the map that it follows; None where trained values are put into a model, with what `adaptation` tells
+    of the training.
+    """
+
+    mapping: str | None
+    mapping_sha256: str | None
     options: Mapping[str, Any]
     sources: Mapping[Role, PlannedSource]
     dtype: str
@@ -220,6 +225,7 @@ class Plan:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None
     notes: tuple[str, ...]
+    adaptation: Mapping[str, Any] | None = None
 
     @property
     def source(self) -> PlannedSource:
@@ -271,6 +277,7 @@ class Plan:
             "tokens": [asdict(token) for token in self.tokens],
             "config": dict(self.config),
             "notes": list(self.notes),
+            **({} if self.adaptation is None else {"adaptation": dict(self.adaptation)}),
         }
 
 

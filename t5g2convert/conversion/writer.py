@@ -24,6 +24,7 @@ from t5g2convert.conversion.copying import (
     Progress,
     output_errors,
 )
+from t5g2convert.conversion.given import Given
 from t5g2convert.conversion.hashing import FileHasher, Hashers
 from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.plan import Plan, PlannedTensor, SourceRange
@@ -82,6 +83,7 @@ def write_shards(
     allow_nonfinite: bool,
     flush: bool,
     progress: Progress,
+    given: Given | None = None,
 ) -> Written:
     """Write all shards of a plan.
 
@@ -95,16 +97,18 @@ def write_shards(
         allow_nonfinite: Copy NaN and infinity as they are.
         flush: Wait until the disk has every byte.
         progress: Told of every piece that is done: written, kept, or read in vain.
+        given: The values that the plan says are given, if it does.
 
     Raises:
-        CheckpointError: The source changed since it was planned, or holds NaN, infinity, or values that cannot be cast.
+        CheckpointError: The source changed since it was planned, or holds NaN, infinity, or values that cannot be cast;
+            or what is given does.
         OutputError: The disk is full or fails.
     """
     with ExitStack() as stack:
         sources = _open_sources(plan, folders, stack)
         _check_repeated(plan, sources)
         shards = stack.enter_context(OpenShards(plan, folder, kept, journal, flush=flush))
-        residual = write_computed(plan, sources, shards, progress)
+        residual = write_computed(plan, sources, shards, given, progress)
         hashers = _start_hashers(plan, sources, shards) if journal is not None else None
         if hashers is not None:
             stack.callback(hashers.abandon)

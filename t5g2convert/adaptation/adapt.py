@@ -1,0 +1,273 @@
+"""A whole run: checks, engine, weights, the loop, and what is made of its last checkpoint."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from t5g2convert.adaptation import checkpoints, models
+from t5g2convert.adaptation.checkpoints import State, read_record
+from t5g2convert.adaptation.denoiser import Denoiser
+from t5g2convert.adaptation.engine import (
+    Machines,
+    Quiet,
+    build_engine,
+    early_rank,
+    end_children,
+    require_extra,
+    together,
+)
+from t5g2convert.adaptation.finish import Finished, finish
+from t5g2convert.adaptation.logs import Metrics, read_metrics
+from t5g2convert.adaptation.plot import plot_losses
+from t5g2convert.adaptation.preparation import Prepared, prepare
+from t5g2convert.adaptation.run import (
+    EXPORT_FOLDER,
+    METRICS_FILE,
+    PLOT_FILE,
+    RUN_FILE,
+    check_same,
+    check_vacant,
+    describe,
+    identity,
+    newest,
+    write_description,
+)
+from t5g2convert.adaptation.samples import task_names
+from t5g2convert.adaptation.settings import Settings
+from t5g2convert.adaptation.teacher import Teacher, check_teacher, load_teacher
+from t5g2convert.adaptation.training import Pace, make_optimizer, train
+from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
+from t5g2convert.errors import T5g2Error, UsageError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+LIBRARIES = ("torch", "transformers", "lightning_fabric", "numpy")
+"""Whose versions run.json has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        model: The folder of a converted model.
+        data: The folder of packed data.
+        run: The folder of the run, absent or empty unless it is resumed.
+        settings: What decides the result; `teacher` is filled in.
+        teacher: The folder of a Gemma 3 to be distilled, if there is one.
+        rope_scaling: What the config must say of RoPE; None for whatever it says.
+        resume: Whether to go on from the newest checkpoint of the folder.
+        machines: What it runs on.
+        pace: How it is cut into pieces.
+        chunk: Labels whose logits exist at once.
+        recompute: Whether activations are computed twice, to save memory.
+        export: Whether a model is made of the last checkpoint.
+    """
+
+    model: Path
+    data: Path
+    run: Path
+    settings: Settings
+    teacher: Path | None = None
+    rope_scaling: str | None = None
+    resume: bool = False
+    machines: Machines = field(default_factory=Machines)
+    pace: Pace = field(default_factory=Pace)
+    chunk: int = 1024
+    recompute: bool = False
+    export: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A run that was done.
+
+    Attributes:
+        first: Whether this is the first process, which alone tells of it.
+        start: Steps that were done before.
+        trained: Number of parameters that are trained.
+        checkpoint: The last checkpoint.
+        steps: The whole log, on the first process.
+        plot: The picture of the losses.
+        settings: The run's, with the teacher's identity.
+        finished: The model that came of it, on the first process, if it was asked for.
+    """
+
+    first: bool
+    start: int
+    trained: int
+    checkpoint: Path
+    steps: tuple[Metrics, ...]
+    plot: Path
+    settings: Settings
+    finished: Finished | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 adapt --json` prints."""
+        last = self.steps[-1]
+        return {
+            "steps": last.step,
+            "resumed_from": self.start,
+            "trained_parameters": self.trained,
+            "checkpoint": str(self.checkpoint),
+            "plot": str(self.plot),
+            "model": None if self.finished is None else self.finished.to_json(),
+            "loss": last.loss,
+            "tasks": dict(last.tasks),
+        }
+
+
+def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: Callable[[Metrics], None]) -> Outcome:
+    """Train a model, or go on training it.
+
+    Args:
+        request: What is asked for.
+        begun: Told once, on the first process, of what was found.
+        report: Told of every step, on the first process.
+
+    Raises:
+        T5g2Error: As `prepare`, `train` and `checkpoints`; on all processes but the first `Quiet`, with its exit code.
+    """
+    try:
+        require_extra()
+        prepared = _prepare(request)
+        engine = build_engine(request.machines, request.settings.precision)
+    except T5g2Error as error:
+        if early_rank() == 0:
+            raise
+        raise Quiet(error.exit_code) from None
+    try:
+        engine.launch()
+        outcome = _run(engine, request, prepared, begun, report)
+    except BaseException:
+        end_children(engine)
+        raise
+    # The others may go; what follows takes one process.
+    torch.distributed.destroy_process_group()
+    if not outcome.first or not request.export:
+        return outcome
+    finished = finish(
+        outcome.checkpoint,
+        request.model,
+        request.run / EXPORT_FOLDER,
+        settings=outcome.settings,
+        data_sha256=prepared.samples.packed.sha256,
+        steps=outcome.steps,
+        teacher=request.teacher,
+    )
+    return replace(outcome, finished=finished)
+
+
+def _prepare(request: Request) -> Prepared:
+    prepared = prepare(request.model, request.data, request.settings, rope_scaling=request.rope_scaling)
+    if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
+        raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
+    if request.teacher is not None:
+        longest = max(prepared.samples.schedule.raw_lengths) + 1
+        check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
+    if not request.resume and early_rank() == 0:
+        check_vacant(request.run)
+    return prepared
+
+
+def _run(
+    engine: "Fabric",
+    request: Request,
+    prepared: Prepared,
+    begun: Callable[[Sequence[str]], None],
+    report: Callable[[Metrics], None],
+) -> Outcome:
+    first = engine.global_rank == 0
+    known: dict[str, Any] = engine.broadcast(together(engine, lambda: _identities(request, prepared) if first else {}))
+    settings = request.settings.model_copy(update={"teacher": known["teacher"]})
+    prepared.samples.settings = settings
+    description = describe(
+        settings, model=known["model"], data=prepared.samples.packed.sha256, versions=known["versions"]
+    )
+    start, folder = together(engine, lambda: _start(engine, request, settings, description))
+    module, state = together(engine, lambda: _build(engine, request, prepared, settings))
+    if folder is not None:
+        together(engine, lambda: checkpoints.load(folder, state))
+    if first:
+        begun([*prepared.notes, *([f"{start:,} steps were done before"] if start else [])])
+    if start < settings.steps:
+        train(engine, module, state, prepared.samples, run=request.run, start=start, pace=request.pace, report=report)
+    engine.barrier()
+    steps = read_metrics(request.run / METRICS_FILE) if first else []
+    if first:
+        plot_losses(steps, request.run / PLOT_FILE)
+    return Outcome(
+        first=first,
+        start=start,
+        trained=sum(parameter.numel() for parameter in state.parameters.values()),
+        checkpoint=checkpoints.complete(request.run)[settings.steps],
+        steps=tuple(steps),
+        plot=request.run / PLOT_FILE,
+        settings=settings,
+    )
+
+
+def _identities(request: Request, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "model": identity(request.model),
+        "teacher": None if request.teacher is None else identity(request.teacher),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _start(
+    engine: "Fabric", request: Request, settings: Settings, description: Mapping[str, Any]
+) -> tuple[int, Path | None]:
+    """The steps that were done before, and the checkpoint to go on from."""
+    if not request.resume or not (request.run / RUN_FILE).exists():
+        if engine.global_rank == 0:
+            write_description(request.run, description)
+        return 0, None
+    check_same(request.run, description)
+    start, folder = newest(request.run, settings)
+    if folder is not None:
+        checkpoints.check_files(folder, read_record(folder), part=engine.global_rank, parts=engine.world_size)
+    return start, folder
+
+
+def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Settings) -> tuple[nn.Module, State]:
+    """The sharded module, and what of it is trained."""
+    checkpoint = prepared.checkpoint
+    model = models.load_model(request.model, checkpoint.config)
+    shapes = {name: tensor.entry.shape for name, tensor in checkpoint.tensors.items()}
+    names = models.published_names(model, shapes, request.model)
+    if engine.global_rank == 0:
+        models.compare_values(model, names, checkpoint)
+    models.freeze(model, names, images=prepared.images)
+    if request.recompute:
+        models.recompute_activations(model)
+    denoiser = Denoiser(
+        model,
+        tasks=len(task_names(settings)),
+        softcap=prepared.facts.softcap,
+        chunk=request.chunk,
+        teacher=_teacher(request, prepared),
+    )
+    module = engine.setup_module(denoiser)
+    parameters = {
+        names[name]: parameter for name, parameter in denoiser.model.named_parameters() if parameter.requires_grad
+    }
+    if settings.trainable and not any(fnmatchcase(name, each) for name in parameters for each in settings.trainable):
+        raise UsageError(f"--trainable {' '.join(settings.trainable)} names none of the {len(parameters)} tensors")
+    # Saved under published names, in their order, whatever the class calls them and in whichever order.
+    parameters = dict(sorted(parameters.items()))
+    return module, State(parameters, make_optimizer(parameters, settings))
+
+
+def _teacher(request: Request, prepared: Prepared) -> Teacher | None:
+    if request.teacher is None:
+        return None
+    dtype = torch.bfloat16 if request.settings.precision == "bfloat16" else torch.float32
+    return load_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, dtype=dtype)

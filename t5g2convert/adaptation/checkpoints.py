@@ -1,0 +1,266 @@
+"""Checkpoints of a run: folders of distributed tensors under the published names, complete or absent.
+
+::
+
+    RUN/checkpoints/step-00000100/     torch.distributed.checkpoint: model.NAME, optimizer.NAME.exp_avg, ...
+                    checkpoint.json    the step, what it belongs to, and the sha256 of every other file
+    RUN/checkpoints/.step-00000200.partial/    one that is being written, or was when the run died
+
+Any number of processes reads what another number wrote. Tensors are float32, each name once, trained ones only.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from t5g2convert.adaptation.settings import Settings
+from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.manifest import encode_json
+from t5g2convert.errors import CheckpointError, Interrupted, OutputError, T5g2Error
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+FOLDER: Final = "checkpoints"
+RECORD_FILE: Final = "checkpoint.json"
+FORMAT: Final = 1
+MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a tensor, of its shape; and beside them how often it was trained, `step`."""
+
+_COMPLETE: Final = re.compile(r"step-(\d{8})")
+_PARTIAL: Final = re.compile(r"\.step-\d{8}\.partial")
+
+
+class Record(BaseModel):
+    """checkpoint.json."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    format: Literal[1] = FORMAT
+    step: int
+    settings_sha256: str
+    objective_sha256: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a run holds in memory.
+
+    Attributes:
+        parameters: Trained parameters by their published names.
+        optimizer: That they are trained by.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+
+def complete(run: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run by their steps, the oldest first.
+
+    Raises:
+        OutputError: The folder cannot be read.
+    """
+    folder = run / FOLDER
+    try:
+        names = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
+    except OSError as error:
+        raise OutputError(f"cannot be read: {error.strerror}", where=folder) from None
+    found = {int(match[1]): folder / name for name in names if (match := _COMPLETE.fullmatch(name))}
+    return dict(sorted(found.items()))
+
+
+def read_record(folder: Path) -> Record:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: It has no record, or one that cannot be read.
+    """
+    path = folder / RECORD_FILE
+    try:
+        record = Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"is no record of a checkpoint: {place}: {first['msg']}", where=path) from None
+    return record
+
+
+def check_files(folder: Path, record: Record, *, part: int = 0, parts: int = 1) -> None:
+    """Compare the files of a checkpoint with their sha256; `part` of `parts` looks at its share of them.
+
+    The distributed format has no checksums of its own, and its table of contents is a pickle, which must not be opened
+    before it is known to be ours.
+
+    Raises:
+        CheckpointError: Files are missing, or are not what was written.
+    """
+    wrong = []
+    for name in sorted(record.files)[part::parts]:
+        try:
+            if sha256_of(folder / name) != record.files[name]:
+                wrong.append(f"{name} is not what was written: its sha256 differs")
+        except OSError as error:
+            wrong.append(f"{name} cannot be read: {error.strerror}")
+    if wrong:
+        raise CheckpointError(
+            f"is damaged: {wrong[0]}",
+            where=folder,
+            details=wrong,
+            hint="remove it, and --resume takes the one before",
+        )
+
+
+def save(engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int) -> Path:
+    """Write a checkpoint beside its place, flush it, put it there by one rename, and remove the oldest beyond `keep`.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    target = run / FOLDER / f"step-{step:08d}"
+    staged = target.with_name(f".{target.name}.partial")
+    first = engine.global_rank == 0
+    try:
+        if first:
+            clear_partial(run)
+            staged.mkdir(parents=True)
+        engine.barrier()
+        save_distributed(_tree(state), checkpoint_id=staged)
+        digests = _digests(staged, engine)
+        if first:
+            record = Record(
+                step=step,
+                settings_sha256=settings.sha256,
+                objective_sha256=settings.objective_sha256,
+                files=digests,
+            )
+            _write(staged / RECORD_FILE, encode_json(record.model_dump()))
+            _flush(staged)
+            staged.rename(target)
+            _flush(target.parent)
+            for old in list(complete(run).values())[:-keep]:
+                shutil.rmtree(old)
+        engine.barrier()
+    except CheckpointException as error:
+        raise _cause(error, target) from error
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=target) from error
+    return target
+
+
+def clear_partial(run: Path) -> None:
+    """Remove what a run that died was writing."""
+    for item in (run / FOLDER).glob(".step-*"):
+        if _PARTIAL.fullmatch(item.name):
+            shutil.rmtree(item)
+
+
+def load(folder: Path, state: State) -> None:
+    """Read a checkpoint into parameters and optimizer, each process its own part.
+
+    Raises:
+        CheckpointError: It holds other tensors, or tensors of other shapes.
+    """
+    reader = FileSystemReader(folder)
+    stored = {
+        name: tuple(entry.size)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    _refuse_other_tensors(folder, stored, state)
+    tree: dict[str, Any] = {"model": {}, "optimizer": {}}
+    for name, parameter in state.parameters.items():
+        tree["model"][name] = parameter.detach()
+        if f"optimizer.{name}.step" in stored:
+            moments: dict[str, Tensor] = {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
+            tree["optimizer"][name] = {"step": torch.zeros(()), **moments}
+    load_distributed(tree, storage_reader=reader)
+    for name, moments in tree["optimizer"].items():
+        state.optimizer.state[state.parameters[name]] = moments
+
+
+def _refuse_other_tensors(folder: Path, stored: Mapping[str, tuple[int, ...]], state: State) -> None:
+    shapes = {f"model.{name}": tuple(parameter.shape) for name, parameter in state.parameters.items()}
+    found = {name: shape for name, shape in stored.items() if name.startswith("model.")}
+    if found == shapes:
+        return
+    wrong = [f"{name} is missing" for name in shapes.keys() - found.keys()]
+    wrong += [f"{name} is not trained" for name in found.keys() - shapes.keys()]
+    wrong += [
+        f"{name} is {found[name]}, expected {shapes[name]}"
+        for name in shapes.keys() & found.keys()
+        if shapes[name] != found[name]
+    ]
+    raise CheckpointError(f"is of another model: {sorted(wrong)[0]}", where=folder, details=sorted(wrong))
+
+
+def _tree(state: State) -> dict[str, Any]:
+    """What is saved; a tensor that was not trained yet has no moments."""
+    optimizer = {
+        name: dict(state.optimizer.state[parameter])
+        for name, parameter in state.parameters.items()
+        if parameter in state.optimizer.state
+    }
+    return {
+        "model": {name: parameter.detach() for name, parameter in state.parameters.items()},
+        "optimizer": optimizer,
+    }
+
+
+def _digests(folder: Path, engine: "Fabric") -> dict[str, str]:
+    """sha256 of every file, each reckoned by the process that wrote it; the first wrote the table of contents too."""
+    rank = engine.global_rank
+    ours = [path for path in sorted(folder.iterdir()) if _writer(path.name) == rank]
+    digests = {path.name: sha256_of(path) for path in ours}
+    if engine.world_size == 1:
+        return digests
+    everybodys: list[Any] = [None] * engine.world_size
+    torch.distributed.all_gather_object(everybodys, digests)
+    return {name: digest for each in everybodys for name, digest in sorted(each.items())}
+
+
+def _writer(name: str) -> int:
+    """The process that wrote a file: torch calls them `__RANK_NUMBER.distcp`, and the table `.metadata`."""
+    match = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
+    return 0 if match is None else int(match[1])
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _cause(error: CheckpointException, target: Path) -> T5g2Error:
+    """What torch wrapped up: a disk that failed, or a signal that came meanwhile."""
+    causes = [wrapped[0] for wrapped in error.failures.values()]
+    stopped = next((cause for cause in causes if isinstance(cause, Interrupted)), None)
+    if stopped is not None:
+        return stopped
+    reason = str(causes[0] if causes else error).splitlines()[0]
+    return OutputError(f"cannot be written: {reason}", where=target)

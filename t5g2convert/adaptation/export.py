@@ -1,0 +1,79 @@
+"""Export: a model with the trained values of a run in it, in the published layout, through the conversion's writer.
+
+Everything but values is the model's: names, dtypes, shards and the order in them, settings, tokenizer. Tensors that
+were not trained are its bytes; trained ones are rounded once. The manifest tells of the training under `adaptation`.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.conversion.adapted import plan_adapted
+from t5g2convert.conversion.convert import Conversion, Judge, execute
+from t5g2convert.conversion.copying import Progress
+from t5g2convert.conversion.options import KEEP
+from t5g2convert.conversion.staging import check_target
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Values(Protocol):
+    """Trained values: which tensors, and their values in pieces. `Trained` and `Mean` are such."""
+
+    @property
+    def names(self) -> Mapping[str, tuple[int, ...]]:
+        """The trained tensors by their names in the published layout, with their shapes."""
+
+    def pieces(self, name: str) -> Iterator["NDArray[np.float32] | NDArray[np.float64]"]:
+        """The values of a tensor, in order, a piece at a time."""
+
+
+def export(
+    model: Path,
+    values: Values,
+    output: Path,
+    *,
+    facts: Mapping[str, Any],
+    dtype: str = KEEP,
+    overwrite: bool = False,
+    flush: bool = True,
+    progress: Progress | None = None,
+    judge: Judge | None = None,
+) -> Conversion:
+    """Write a model with trained values in it; the output appears complete, by one rename, or not at all.
+
+    Args:
+        model: The folder of the T5Gemma 2 that was trained, in the published layout.
+        values: The trained values.
+        output: The folder to write; it must be absent or empty unless `overwrite`.
+        facts: What the manifest shall tell of the training: `steps`, `checkpoints` (the steps averaged, or the one
+            taken), `tokens`, `objective` (the tasks of the mixture), `settings_sha256`, `data_sha256` and `kd_parent`
+            (a name, or None). No paths, no times: the same values give the same bytes.
+        dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
+        overwrite: Replace a folder that has something in it, at the end.
+        flush: Wait until the disk has every byte before the output appears.
+        progress: Called with the bytes just written.
+        judge: Called with the finished folder before it appears under its name; what it raises leaves no output.
+
+    Raises:
+        CheckpointError: The model is not sound or in another layout; a trained tensor is not one of it, of another
+            shape, of the frozen vision tower, or holds NaN or infinity.
+        OutputError: The output exists or cannot be written.
+        UsageError: The dtype is none.
+    """
+    check_target(output, model, overwrite=overwrite)
+    plan = plan_adapted(open_checkpoint(model), values.names, facts, dtype=dtype)
+    return execute(
+        plan,
+        Folders(model),
+        output,
+        overwrite=overwrite,
+        flush=flush,
+        progress=progress,
+        judge=judge,
+        given=values,
+    )

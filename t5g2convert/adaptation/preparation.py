@@ -1,0 +1,235 @@
+"""What is asked of a run, and all that can be checked before any process is started and any weight is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.adaptation.samples import Samples, frame_of
+from t5g2convert.adaptation.schedule import Schedule
+from t5g2convert.adaptation.sentinels import Sentinels, check_reserved
+from t5g2convert.adaptation.settings import Settings
+from t5g2convert.adaptation.shards import ImageDocument, Packed, check_tokenizer
+from t5g2convert.adaptation.tokens import RESEARCH_TYPE, ModelTokens, read_tokens
+from t5g2convert.adaptation.ul2 import longest, needed_sentinels
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2
+from t5g2convert.errors import CheckpointError, DataError, UsageError
+
+SHOWN: Final = 5
+"""Documents that an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the config of a model says that training asks for.
+
+    Attributes:
+        softcap: The decoder's `final_logit_softcapping`.
+        encoder_positions: Tokens that the encoder reads at most.
+        decoder_positions: Tokens that the decoder reads at most.
+        rope_factor: By which positions in the encoder's and decoder's full layers are divided; None where they differ.
+    """
+
+    softcap: float | None
+    encoder_positions: int
+    decoder_positions: int
+    rope_factor: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that can be started."""
+
+    checkpoint: Checkpoint
+    facts: ModelFacts
+    tokens: ModelTokens
+    samples: Samples
+    notes: tuple[str, ...]
+
+    @property
+    def images(self) -> bool:
+        """Whether there are image steps."""
+        return self.samples.settings.image_every is not None
+
+
+def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | None = None) -> Prepared:
+    """Open model and data, and see whether they, the settings and each other fit.
+
+    Args:
+        model: A converted model, or a research model.
+        data: A folder that `t5g2 pack` wrote.
+        settings: The run's.
+        rope_scaling: `linear:F`, what the config must say; None for whatever it says.
+
+    Raises:
+        CheckpointError: The model is damaged, or of another kind.
+        DataError: The data is missing, damaged, of another tokenizer, or does not fit the objective.
+        UsageError: The settings do not fit the model or each other.
+    """
+    checkpoint = open_checkpoint(model)
+    tokens = read_tokens(model)
+    facts = read_facts(checkpoint.config, model / "config.json")
+    check_rope(facts, rope_scaling)
+    check_lengths(settings, facts)
+    check_freezing(settings)
+    packed = Packed.open(data)
+    check_tokenizer(packed, model)
+    samples = make_samples(packed, settings, tokens, model)
+    check_images(samples)
+    factor = "factors that differ" if facts.rope_factor is None else f"linear factor {facts.rope_factor:g}"
+    notes = [f"RoPE in full layers: {factor}, from config.json"]
+    if settings.batch_tokens % settings.encoder_length:
+        used = settings.samples * settings.encoder_length
+        notes.append(f"a step has {settings.samples} samples, {used:,} encoder tokens of the {settings.batch_tokens:,}")
+    return Prepared(checkpoint, facts, tokens, samples, tuple(notes))
+
+
+def read_facts(config: Mapping[str, Any], where: Path) -> ModelFacts:
+    """What training asks of a config.
+
+    Raises:
+        CheckpointError: It is of another kind of model.
+    """
+    if config.get("model_type") == RESEARCH_TYPE:
+        limit = config.get("max_position_embeddings")
+        cap = config.get("final_logit_softcapping")
+        if not isinstance(limit, int):
+            raise CheckpointError("max_position_embeddings is missing", where=where)
+        return ModelFacts(cap, limit, limit, 1.0)
+    model = read_t5gemma2(config, where)
+    factors = {
+        stack.rope_parameters["full_attention"].linear_factor
+        for stack in (model.encoder, model.decoder)
+        if "full_attention" in stack.rope_parameters
+    }
+    return ModelFacts(
+        softcap=model.decoder.final_logit_softcapping,
+        encoder_positions=model.encoder.max_position_embeddings,
+        decoder_positions=model.decoder.max_position_embeddings,
+        rope_factor=factors.pop() if len(factors) == 1 else None if factors else 1.0,
+    )
+
+
+def check_rope(facts: ModelFacts, asked: str | None) -> None:
+    """Refuse another RoPE than the config has: it decides what the weights compute, and is set by `t5g2 convert`.
+
+    Raises:
+        UsageError: It is another, or is none.
+    """
+    if asked is None:
+        return
+    kind, _, number = asked.partition(":")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = 0.0
+    if kind != "linear" or factor <= 0:
+        raise UsageError(f"unknown RoPE scaling {asked!r}", hint="expected linear:F as linear:8")
+    if factor != facts.rope_factor:
+        found = "factors that differ" if facts.rope_factor is None else f"linear:{facts.rope_factor:g}"
+        raise UsageError(
+            f"--rope-scaling {asked} was asked for, config.json has {found}",
+            hint=f"t5g2 convert --rope-scaling {asked} makes such a model",
+        )
+
+
+def check_lengths(settings: Settings, facts: ModelFacts) -> None:
+    """Refuse lengths that the model does not read, and a batch that holds no sample.
+
+    Raises:
+        UsageError: They do not fit.
+    """
+    for name, length, limit in (
+        ("encoder", settings.encoder_length, facts.encoder_positions),
+        ("decoder", settings.decoder_length, facts.decoder_positions),
+    ):
+        if length > limit:
+            raise UsageError(
+                f"--{name}-length {length} is more than the {limit} positions of the {name}",
+                hint="config.json's max_position_embeddings says how far it reads",
+            )
+    if not settings.samples:
+        raise UsageError(
+            f"--batch-tokens {settings.batch_tokens} holds no sample of {settings.encoder_length} encoder tokens"
+        )
+
+
+def check_freezing(settings: Settings) -> None:
+    """Refuse a freeze that freezes nothing, or that never ends.
+
+    Raises:
+        UsageError: It does.
+    """
+    if bool(settings.freeze_until) != bool(settings.trainable):
+        raise UsageError(
+            "--freeze-until and --trainable belong together: until which step, and what is trained till then"
+        )
+
+
+def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Path) -> Samples:
+    """The samples of packed data, if there is enough of it and it leaves the sentinels alone.
+
+    Raises:
+        DataError: It does not.
+        UsageError: A task does not fit the lengths.
+    """
+    mixture, frame = settings.mixture, frame_of(settings, tokens)
+    if settings.encoder_bos and tokens.bos is None:
+        raise UsageError("the model has no bos", hint="--no-encoder-bos leaves it out")
+    raw = tuple(
+        longest(task, frame, encoder=settings.encoder_length, decoder=settings.decoder_length) for task in mixture.tasks
+    )
+    sentinels = Sentinels.of(
+        vocabulary=tokens.vocabulary,
+        reserved=tokens.reserved | mixture.mode_tokens,
+        needed=needed_sentinels(mixture, raw),
+    )
+    check_reserved(
+        sentinels,
+        special=_special(tokens),
+        mode_tokens=mixture.mode_tokens,
+        highest=packed.highest,
+        occurrences={token: int(count) for token, count in enumerate(packed.counts) if count},
+        absent=("pad",) if tokens.pad is not None else (),
+    )
+    return Samples(packed, settings, tokens, sentinels, Schedule(mixture, raw, packed.tokens, settings.seed), model)
+
+
+def _special(tokens: ModelTokens) -> dict[str, int]:
+    named = {name: getattr(tokens, name) for name in ("bos", "eos", "pad", "boi", "eoi", "image")}
+    return {name: token for name, token in named.items() if token is not None and 0 <= token < tokens.vocabulary}
+
+
+def check_images(samples: Samples) -> None:
+    """Refuse image steps without images, and documents that are too long: none is cut.
+
+    Raises:
+        DataError: There are no documents with images, or some do not fit the lengths.
+        UsageError: The model has no vision tower.
+    """
+    settings, documents = samples.settings, samples.packed.images
+    if settings.image_every is None:
+        return
+    if not samples.tokens.pictures:
+        raise UsageError("--image-every was given, but the model has no vision tower")
+    if not len(documents):
+        raise DataError("has no documents with images", where=samples.packed.folder, hint="leave out --image-every")
+    wrong = []
+    for number, document in enumerate(documents):
+        encoder, labels = image_lengths(document, samples)
+        if encoder > settings.encoder_length or labels > settings.decoder_length:
+            wrong.append(f"document {number}: {encoder} encoder tokens and {labels} labels")
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} document(s) with images are longer than {settings.encoder_length} encoder tokens or "
+            f"{settings.decoder_length} labels, first {wrong[0]}",
+            where=samples.packed.folder,
+            details=wrong[:SHOWN],
+        )
+
+
+def image_lengths(document: ImageDocument, samples: Samples) -> tuple[int, int]:
+    """Encoder tokens and labels of a document with images."""
+    example = samples.image(document)
+    return len(example.encoder), len(example.labels)

@@ -1,0 +1,133 @@
+"""A run's folder: what it is of, run.json, and whether another start may go on with it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.adaptation.checkpoints import complete, read_record
+from t5g2convert.adaptation.settings import Settings, differences
+from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, read_manifest
+from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
+from t5g2convert.version import __version__
+
+RUN_FILE: Final = "run.json"
+METRICS_FILE: Final = "metrics.jsonl"
+TENSORBOARD_FOLDER: Final = "tensorboard"
+PLOT_FILE: Final = "loss.svg"
+EXPORT_FOLDER: Final = "model"
+FORMAT: Final = 1
+
+
+def identity(folder: Path) -> str:
+    """What tells a model from all others: its manifest's sha256, or one of the sha256 of its config and weights.
+
+    Raises:
+        CheckpointError: Its files cannot be read.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        return str(read_manifest(folder)["sha256"])
+    checkpoint = open_checkpoint(folder)
+    try:
+        digests = {name: sha256_of(folder / name) for name in ["config.json", *sorted(checkpoint.files)]}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=folder) from None
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def describe(settings: Settings, *, model: str, data: str, versions: Mapping[str, str]) -> dict[str, Any]:
+    """run.json.
+
+    Args:
+        settings: The run's.
+        model: The identity of the model that it starts from.
+        data: The identity of the packed data.
+        versions: Of the libraries that it was started with.
+    """
+    return {
+        "format": FORMAT,
+        "tool": {"name": "t5g2convert", "version": __version__},
+        "settings": settings.to_json(),
+        "settings_sha256": settings.sha256,
+        "objective_sha256": settings.objective_sha256,
+        "model": model,
+        "data": data,
+        "versions": dict(versions),
+    }
+
+
+def check_vacant(run: Path) -> None:
+    """Refuse a folder that has something in it.
+
+    Raises:
+        OutputError: It has, or is no folder.
+    """
+    try:
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise OutputError(
+                "exists and is not an empty folder", where=run, hint="--resume goes on with a run that stopped"
+            )
+    except OSError as error:
+        raise OutputError(f"cannot be read: {error.strerror}", where=run) from None
+
+
+def check_same(run: Path, description: Mapping[str, Any]) -> None:
+    """Refuse to go on with another run: one of other settings, another model or other data.
+
+    Raises:
+        UsageError: The run is another; names what differs.
+        CheckpointError: It has no run.json, or one that cannot be read.
+    """
+    path = run / RUN_FILE
+    try:
+        found = read_json_object(path)
+    except T5g2Error as error:
+        raise CheckpointError(f"{error.message}: no run to go on with", where=path) from None
+    if found.get("format") != FORMAT or not isinstance(found.get("settings"), dict):
+        raise CheckpointError(f"has format {found.get('format')!r}, expected {FORMAT}", where=path)
+    wrong = differences(found["settings"], description["settings"])
+    for name, what in (("model", "MODEL"), ("data", "DATA")):
+        if found.get(name) != description[name]:
+            wrong.append(f"{what} {str(found.get(name))[:16]}, now {description[name][:16]}")
+    if wrong:
+        raise UsageError(
+            f"{run}: was started otherwise, so it cannot be resumed: {wrong[0]}",
+            hint="give the same settings, or another folder",
+        )
+    if found.get("settings_sha256") != description["settings_sha256"]:
+        raise CheckpointError("its settings_sha256 does not fit its settings", where=path)
+
+
+def newest(run: Path, settings: Settings) -> tuple[int, Path | None]:
+    """The step and the folder of the newest complete checkpoint; 0 and None where there is none yet.
+
+    Raises:
+        CheckpointError: It was written with other settings.
+    """
+    found = complete(run)
+    if not found:
+        return 0, None
+    step, folder = max(found.items())
+    record = read_record(folder)
+    for name, expected in (("settings_sha256", settings.sha256), ("objective_sha256", settings.objective_sha256)):
+        if getattr(record, name) != expected:
+            raise CheckpointError(f"{name} is {getattr(record, name)[:16]}, the run's is {expected[:16]}", where=folder)
+    if record.step != step:
+        raise CheckpointError(f"says that it is of step {record.step}", where=folder)
+    return step, folder
+
+
+def write_description(run: Path, description: Mapping[str, Any]) -> None:
+    """Write run.json.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / RUN_FILE).write_bytes(encode_json(description))
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=run / RUN_FILE) from error

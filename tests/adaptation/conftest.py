@@ -1,0 +1,97 @@
+"""A tiny model with images, packed real text, and one run of 60 steps that many tests look at."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.adaptation.trainings import RUN_OPTIONS, adapt, write_text
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A folder that is made once, by whichever process of the tests asks first."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "adaptation"
+    root.mkdir(exist_ok=True)
+
+    def folder(name: str, build: Callable[[Path], None]) -> Path:
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / f"{name}.done").exists():
+                shutil.rmtree(root / name, ignore_errors=True)
+                (root / name).mkdir()
+                build(root / name)
+                (root / f"{name}.done").touch()
+        return root / name
+
+    return folder
+
+
+Shared = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def small(shared: Shared) -> Path:
+    """`parent`, a Gemma 3 of two layers with images; `model`, its conversion; `data`, packed for it."""
+    return shared("small", _write_small)
+
+
+def _write_small(folder: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from t5g2convert import convert
+    from t5g2convert.adaptation.documents import read_files
+    from t5g2convert.adaptation.pack import pack
+    from t5g2convert.cli import demo
+
+    config: dict[str, Any] = deepcopy(demo.DEMO_CONFIG)
+    config["text_config"] |= {"num_hidden_layers": 2, "sliding_window_pattern": 2}
+    config["vision_config"]["num_hidden_layers"] = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "DEMO_CONFIG", config)
+        demo.build_demo_source(folder / "parent")
+    convert(folder / "parent", folder / "model")
+    texts = folder / "texts"
+    texts.mkdir()
+    write_text(texts)
+    noise = np.random.default_rng(0)
+    rows = []
+    for number in range(12):
+        Image.fromarray(noise.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(texts / f"{number}.png")
+        text = f"<start_of_image> Number {number} of twelve pictures of noise."
+        rows.append({"text": text, "images": [f"{number}.png"]})
+    (texts / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack(folder / "model", folder / "data", read_files([texts], "text", lambda _: None))
+
+
+@pytest.fixture(scope="session")
+def trained(shared: Shared, small: Path) -> Path:
+    """`run`, 60 steps in one process, every fourth of images; `output.json`, what it printed."""
+
+    def build(folder: Path) -> None:
+        done = adapt(small, folder / "run", *RUN_OPTIONS, "--micro-batch", "8", "--json")
+        (folder / "output.json").write_text(done.stdout)
+
+    return shared("trained", build)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in this process leave neither variables nor a process group behind."""
+    import os
+
+    import torch
+
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,0 +1,93 @@
+"""Folders of training runs as `t5g2 adapt` leaves them, made without training: checkpoints of plain dicts."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+from safetensors.torch import load_file
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+Tensors = Mapping[str, torch.Tensor]
+
+SETTINGS, OBJECTIVE, DATA = "a" * 64, "b" * 64, "c" * 64
+
+TASKS: list[dict[str, Any]] = [
+    {
+        "name": "r", "kind": "spans", "rate": 0.15, "mean_span": 3.0, "weight": 1, "mode_token": None, "sentinel": True,
+    },
+    {
+        "name": "s", "kind": "prefix", "rate": 0.75, "mean_span": None, "weight": 1, "mode_token": None,
+        "sentinel": False,
+    },
+]  # fmt: skip
+
+FACTS: dict[str, Any] = {
+    "steps": 100,
+    "checkpoints": [100],
+    "tokens": 51_200,
+    "objective": TASKS,
+    "settings_sha256": SETTINGS,
+    "data_sha256": DATA,
+    "kd_parent": None,
+}
+
+
+def write_checkpoint(folder: Path, tensors: Tensors, step: int, **told: Any) -> Path:
+    """A checkpoint that one process wrote."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(_state(tensors), checkpoint_id=folder, no_dist=True)
+    return _tell(folder, step, **told)
+
+
+def _state(tensors: Tensors) -> dict[str, Any]:
+    moments = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in tensors.items()}
+    return {"model": dict(tensors), "optimizer": {"state": moments, "lr": [1e-3]}}
+
+
+def _tell(folder: Path, step: int, **told: Any) -> Path:
+    document = {"format": 1, "step": step, "settings_sha256": SETTINGS, "objective_sha256": OBJECTIVE, **told}
+    (folder / "checkpoint.json").write_text(json.dumps(document))
+    return folder
+
+
+def write_by_two(folder: Path, tensors: Tensors, step: int) -> Path:
+    """A checkpoint that two processes wrote, each the rows that it holds, as FSDP2 does."""
+    folder.mkdir(parents=True)
+    torch.multiprocessing.spawn(_save, (folder, dict(tensors)), nprocs=2)  # type: ignore[no-untyped-call]
+    return _tell(folder, step)
+
+
+def _save(rank: int, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    meeting = folder.with_name(f".{folder.name}.meeting")
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        spread = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
+        dcp.save({"model": spread, "optimizer": {"lr": [1e-3]}}, checkpoint_id=folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def trained_from(model: Path, which: Callable[[str], bool], *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Float32 values for some tensors of a model, all of them other than the model's."""
+    generator = torch.Generator().manual_seed(seed)
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(model.glob("*.safetensors")):
+        stored |= load_file(file)
+    return {
+        name: tensor.float() + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in sorted(stored.items())
+        if which(name)
+    }
+
+
+def text_only(name: str) -> bool:
+    """What a training without images trains."""
+    return "vision_tower" not in name and "multi_modal_projector" not in name
