@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from t5g2convert import convert, inspect, verify
@@ -259,3 +261,33 @@ def test_the_corpus_is_the_same_each_time_and_holds_nothing_out_twice(tmp_path: 
     every = names["training"] + names["held-out"]
     assert {"abc.py", "help/while"} <= set(every)
     assert 19 * len(names["held-out"]) <= len(names["training"]) < 20 * (len(names["held-out"]) + 1)
+
+
+def test_the_ablations_are_trained_judged_and_drawn(tiny_parent: Path, tmp_path: Path) -> None:
+    options = ["--models", "untied", "random", "--steps", "2", "--checkpoints", "2", "--batch", "2", "--length", "32"]
+    out = tmp_path / "out"
+    said = run("ablation/run.py", tiny_parent, out, *options, "--samples", "8", "--documents", "4")
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["untied", "random"]
+    assert results["untied"]["difference_from_parent"] == 0
+    assert results["untied"]["parameters"]["embedding"] == 2 * results["random"]["parameters"]["embedding"]
+    for result in results.values():
+        assert len(result["training"]) == 2
+        assert [*result["held_out"]] == ["0", "1", "2"]
+        for found in result["held_out"].values():
+            assert len(found["tasks"]) == len(found["hidden_tasks"]) == 5
+            assert found["gain"] == pytest.approx(found["hidden_loss"] - found["loss"])
+        assert result["held_out"]["2"]["loss"] < result["held_out"]["0"]["loss"]
+    encoder, decoder = (
+        load_file(out / "random/model.safetensors")[f"model.{part}.layers.0.mlp.up_proj.weight"]
+        for part in ("encoder", "decoder")
+    )
+    assert not torch.equal(encoder, decoder)
+    picture, table = (out / "ablation.svg").read_bytes(), (out / "table.md").read_text()
+    assert said.endswith(f"{table}\n")
+    assert b"untied" in picture
+    assert f"| random | {results['random']['parameters']['embedding']:,} |" in table
+    for name in ("ablation.svg", "table.md"):
+        (out / name).unlink()
+    run("ablation/report.py", out / "results.json", out)
+    assert ((out / "ablation.svg").read_bytes(), (out / "table.md").read_text()) == (picture, table)
