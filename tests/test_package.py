@@ -175,6 +175,7 @@ def test_the_package_itself_is_cheap_to_import() -> None:
         ["--help"],
         ["--version"],
         ["convert", "--help"],
+        ["adapt", "--help"],
         ["inspect", "SOURCE"],
         ["inspect", "SOURCE", "--json", "--tensors"],
         ["plan", "SOURCE"],

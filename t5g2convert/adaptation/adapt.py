@@ -17,6 +17,7 @@ from t5g2convert.adaptation.engine import (
     Machines,
     Quiet,
     build_engine,
+    early_launcher,
     early_rank,
     end_children,
     require_extra,
@@ -160,7 +161,6 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         settings=outcome.settings,
         data_sha256=prepared.samples.packed.sha256,
         steps=outcome.steps,
-        teacher=request.teacher,
     )
     return replace(outcome, finished=finished)
 
@@ -172,7 +172,8 @@ def _prepare(request: Request) -> Prepared:
     if request.teacher is not None:
         longest = max(prepared.samples.schedule.raw_lengths) + 1
         check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
-    if not request.resume and early_rank() == 0:
+    if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
+        # Before other processes are started; those that torchrun or SLURM started wait to be told together.
         check_vacant(request.run)
     return prepared
 
@@ -191,7 +192,9 @@ def _run(
     description = describe(
         settings, model=known["model"], data=prepared.samples.packed.sha256, versions=known["versions"]
     )
-    start, folder = together(engine, lambda: _start(engine, request, settings, description))
+    # As the first process sees it, before it writes anything.
+    goes_on = engine.broadcast(_goes_on(request))
+    start, folder = together(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
     module, state = together(engine, lambda: _build(engine, request, prepared, settings))
     if folder is not None:
         together(engine, lambda: checkpoints.load(folder, state))
@@ -214,6 +217,11 @@ def _run(
     )
 
 
+def _goes_on(request: Request) -> bool:
+    """Whether there is a run to go on with; --resume on an absent or empty folder begins one."""
+    return request.resume and (request.run / RUN_FILE).exists()
+
+
 def _identities(request: Request, prepared: Prepared) -> dict[str, Any]:
     return {
         "model": identity(request.model),
@@ -223,11 +231,12 @@ def _identities(request: Request, prepared: Prepared) -> dict[str, Any]:
 
 
 def _start(
-    engine: "Fabric", request: Request, settings: Settings, description: Mapping[str, Any]
+    engine: "Fabric", request: Request, settings: Settings, description: Mapping[str, Any], *, goes_on: bool
 ) -> tuple[int, Path | None]:
     """The steps that were done before, and the checkpoint to go on from."""
-    if not request.resume or not (request.run / RUN_FILE).exists():
+    if not goes_on:
         if engine.global_rank == 0:
+            check_vacant(request.run)
             write_description(request.run, description)
         return 0, None
     check_same(request.run, description)

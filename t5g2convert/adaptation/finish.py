@@ -39,7 +39,6 @@ def finish(
     settings: Settings,
     data_sha256: str,
     steps: Sequence[Metrics],
-    teacher: Path | None,
 ) -> Finished:
     """Export a checkpoint, and see whether it loads in transformers before it appears.
 
@@ -50,7 +49,6 @@ def finish(
         settings: The run's.
         data_sha256: The identity of its data.
         steps: The log.
-        teacher: The folder that was distilled, if there was one.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or does not load.
@@ -65,7 +63,7 @@ def finish(
         "objective": settings.to_json()["mixture"]["tasks"],
         "settings_sha256": settings.sha256,
         "data_sha256": data_sha256,
-        "kd_parent": None if teacher is None else teacher.resolve().name,
+        "kd_parent": settings.teacher,
     }
     export(model, trained, output, facts=facts, overwrite=True, judge=check_loads)
     inspection = inspect(output)

@@ -27,7 +27,7 @@ class Task(Declaration):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="What logs call it.")
     kind: Literal["spans", "prefix"]
     rate: float = Field(gt=0, lt=1, description="Share of the raw tokens that the decoder is to write.")
-    mean_span: float | None = Field(default=None, ge=1, allow_inf_nan=False, description="Tokens; of spans alone.")
+    mean_span: float | None = Field(default=None, ge=1, description="Tokens; of spans alone.")
     weight: int = Field(ge=1, le=MAX_WEIGHT, description="Samples of this task in a block of the mixture.")
     mode_token: NonNegativeInt | None = Field(
         default=None, description="Token id that the encoder's input starts with, after its bos."

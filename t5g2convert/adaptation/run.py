@@ -10,7 +10,8 @@ from t5g2convert.adaptation.checkpoints import complete, read_record
 from t5g2convert.adaptation.settings import Settings, differences
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, read_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, SEAL, encode_json, read_manifest
+from t5g2convert.checkpoint.replacing import replace_file
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
 from t5g2convert.version import __version__
 
@@ -25,11 +26,14 @@ FORMAT: Final = 1
 def identity(folder: Path) -> str:
     """What tells a model from all others: its manifest's sha256, or one of the sha256 of its config and weights.
 
+    A verification that was recorded in the manifest makes no other model of it.
+
     Raises:
         CheckpointError: Its files cannot be read.
     """
     if (folder / MANIFEST_FILE).is_file():
-        return str(read_manifest(folder)["sha256"])
+        told = {key: value for key, value in read_manifest(folder).items() if key not in ("verification", SEAL)}
+        return hashlib.sha256(encode_json(told)).hexdigest()
     checkpoint = open_checkpoint(folder)
     try:
         digests = {name: sha256_of(folder / name) for name in ["config.json", *sorted(checkpoint.files)]}
@@ -128,6 +132,6 @@ def write_description(run: Path, description: Mapping[str, Any]) -> None:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / RUN_FILE).write_bytes(encode_json(description))
+        replace_file(run / RUN_FILE, encode_json(description))
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", where=run / RUN_FILE) from error

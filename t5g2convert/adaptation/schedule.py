@@ -27,8 +27,8 @@ class Schedule:
 
     Samples come in blocks in which each task comes as often as its weight says, in an order of the block's own. The
     samples of a block lie side by side in one chunk of the corpus, `chunk` tokens, so that they share nothing and leave
-    nothing out. An epoch visits each of the `chunks` chunks once, in an order of its own; the rest of the corpus, less
-    than a chunk, is not used.
+    nothing out. An epoch visits each of the `chunks` chunks once, in an order of its own. The rest of the corpus, less
+    than a chunk, is left out, partly before the first chunk and partly behind the last, in each epoch otherwise.
 
     Args:
         mixture: The tasks.
@@ -103,11 +103,16 @@ class Schedule:
             keys = _words(_philox(self.seed, block, _BLOCK), len(self._cycle))
             tasks = tuple(self._cycle[slot] for slot in np.argsort(keys, kind="stable").tolist())
             epoch, place = divmod(block, self.chunks)
-            starts = [permuted(place, self.chunks, _philox(self.seed, epoch, _CHUNKS)) * self.chunk]
+            source = _philox(self.seed, epoch, _CHUNKS)
+            starts = [permuted(place, self.chunks, source) * self.chunk + self._offset(source)]
             for task in tasks[:-1]:
                 starts.append(starts[-1] + self.raw_lengths[task])
             last = self._last = (block, tasks, tuple(starts))
         return last[1:]
+
+    def _offset(self, source: np.random.Philox) -> int:
+        """Where the first chunk of an epoch starts."""
+        return int(_words(source, 1)[0]) % (self.tokens - self.chunks * self.chunk + 1)
 
 
 def permuted(place: int, count: int, source: np.random.Philox) -> int:

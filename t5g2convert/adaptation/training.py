@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from t5g2convert.adaptation import checkpoints
 from t5g2convert.adaptation.checkpoints import State
+from t5g2convert.adaptation.engine import Quiet
 from t5g2convert.adaptation.logs import Log, Metrics, opened
 from t5g2convert.adaptation.run import METRICS_FILE, TENSORBOARD_FOLDER
 from t5g2convert.adaptation.samples import Batch, Samples, loader, places, task_names
@@ -129,21 +130,20 @@ class _Sums:
         self.names = task_names(settings)
         self.started = time.perf_counter()
         # Losses, labels, and in the last place the tokens of the encoder; float64 holds all counts exactly.
-        self.values = torch.zeros(2 * len(self.names) + 1, dtype=torch.float64)
+        self.values = torch.zeros(2 * len(self.names) + 1, dtype=torch.float64, device=engine.device)
         self._engine = engine
 
     def add(self, losses_T: Tensor, labels_T: Tensor, batch: Batch) -> None:
         """Add a micro-batch."""
         counted = (batch["labels"] >= 0).any(dim=1)
         read = batch["attention_mask"][counted].sum()
-        self.values += torch.cat([losses_T.double().cpu(), labels_T.double().cpu(), read.double().cpu()[None]])
+        self.values += torch.cat([losses_T.double(), labels_T.double(), read[None].to(losses_T.device).double()])
 
     def of_all(self) -> list[float]:
         """The sums over all processes."""
-        values = self.values.to(self._engine.device)
         if self._engine.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return [float(value) for value in values.tolist()]
+            torch.distributed.all_reduce(self.values)
+        return [float(value) for value in self.values.tolist()]
 
 
 def _update(engine: "Fabric", state: State, settings: Settings, step: int, sums: _Sums) -> Metrics:
@@ -154,9 +154,11 @@ def _update(engine: "Fabric", state: State, settings: Settings, step: int, sums:
     total = sum(labels)
     norm = _scale_and_clip(engine, state, settings, step, labels=total)
     if norm is None:
-        raise DataError(
+        error = DataError(
             f"the gradient of step {step + 1} is not finite", hint="lower --lr, or look for the cause in the data"
         )
+        # All processes have found the same.
+        raise error if engine.global_rank == 0 else Quiet(error.exit_code)
     for group in state.optimizer.param_groups:
         group["lr"] = settings.rate(step)
     state.optimizer.step()

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -129,6 +130,29 @@ def test_empty_documents_are_left_out_and_counted(model: Path, tmp_path: Path) -
         with pytest.raises(DataError, match=rf"there is no document with text in it \({len(texts)} empty\)"):
             pack_texts(model, tmp_path / "other", texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def with_tokenizer(model: Path, folder: Path, section: str, value: dict[str, object]) -> Path:
+    """The model with another section in its tokenizer.json."""
+    shutil.copytree(model, folder)
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document[section] = {**(document[section] or {}), **value}
+    path.write_text(json.dumps(document))
+    return folder
+
+
+def test_a_text_that_gives_a_special_token_all_the_same_is_named(model: Path, tmp_path: Path) -> None:
+    other = with_tokenizer(model, tmp_path / "model", "model", {"ignore_merges": True})
+    with pytest.raises(DataError, match=r"texts:2: gives the special token 1 \(<eos>\)"):
+        pack_texts(other, tmp_path / "out", ["a", "<eos>", "b"])
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_empty(model: Path, tmp_path: Path) -> None:
+    nothing = {"type": "Replace", "pattern": {"Regex": "x+"}, "content": ""}
+    other = with_tokenizer(model, tmp_path / "model", "normalizer", nothing)
+    index = pack_texts(other, tmp_path / "out", ["a", "xxx"]).index
+    assert (index.empty, index.text.documents) == (1, 1)
 
 
 def test_all_documents_that_cannot_be_packed_are_named(model: Path, tmp_path: Path, mixed: list[Document]) -> None:

@@ -58,11 +58,21 @@ def tiles(schedule: Schedule, epoch: int) -> None:
     numbers = range(epoch * samples, (epoch + 1) * samples)
     assert {schedule.epoch(i) for i in numbers} == {epoch}
     stretches = sorted(schedule.stretch(i) for i in numbers)
-    assert [start for start, _ in stretches] == [0, *(stop for _, stop in stretches[:-1])]
-    assert stretches[-1][1] == schedule.tokens // schedule.chunk * schedule.chunk
+    first, last = stretches[0][0], stretches[-1][1]
+    assert [start for start, _ in stretches] == [first, *(stop for _, stop in stretches[:-1])]
+    assert 0 <= first < schedule.chunk
+    assert last - first == schedule.tokens // schedule.chunk * schedule.chunk
+    assert last <= schedule.tokens
     for i in numbers:
         start, stop = schedule.stretch(i)
         assert stop - start == schedule.raw_lengths[schedule.task(i)]
+
+
+def test_what_no_chunk_holds_in_one_epoch_is_read_in_another() -> None:
+    schedule = Schedule(MIXTURE, RAW_LENGTHS, 42 * 2 + 5, seed=3)
+    block = schedule.mixture.block
+    firsts = [min(schedule.stretch(2 * epoch * block + i)[0] for i in range(2 * block)) for epoch in range(600)]
+    assert excess(Counter((first,) for first in firsts), [(first,) for first in range(6)]) < 1
 
 
 @pytest.mark.parametrize("tokens", [42, 83, 84, 42 * 3, 42 * 5 + 41, 42 * 16, 42 * 17, 42 * 97, 42 * 100 + 1])

@@ -54,6 +54,8 @@ def test_documents_with_pictures_stand_apart(made: Path) -> None:
     assert [document.tokens[document.split :].tolist()[-4:-1] for document in (red, both)] == [
         [86, 73, 72], [83, 88, 76]
     ]  # fmt: skip
+    assert all(document.tokens[document.split - 1] == 254 for document in (red, both))
+    assert 254 not in both.tokens[both.split :]
     with pytest.raises(IndexError):
         packed.images[2]
     for start, stop in ((-1, 2), (3, 2), (0, 16)):

@@ -101,6 +101,18 @@ def test_a_tokenizer_that_asks_for_cutting_and_filling_does_neither(model: Path)
     assert list(map(len, after)) == [8, 1]
 
 
+def test_what_the_config_names_is_special_whatever_the_tokenizer_says(model: Path) -> None:
+    def act(document: dict[str, Any]) -> None:
+        for entry in document["added_tokens"]:
+            entry["special"] = False
+
+    change(model / "tokenizer.json", act)
+    encoder = TextEncoder(model, read_tokens(model))
+    assert encoder.special.keys() == {0, 1, 2, 253, 254, 255}
+    (tokens,) = encoder.encode(["<eos><image_soft_token>"])
+    assert not set(tokens.tolist()) & encoder.special.keys()
+
+
 def test_a_special_token_that_a_tokenizer_gives_all_the_same_is_a_fault(model: Path) -> None:
     change(model / "tokenizer.json", lambda document: document["model"].update(ignore_merges=True))
     encoder = TextEncoder(model, read_tokens(model))

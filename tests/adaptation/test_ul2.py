@@ -185,6 +185,11 @@ def test_spans_that_would_touch_are_refused() -> None:
     assert spans(6, dense) == (3, 3)
     with pytest.raises(DataError, match="takes 4 spans out of 7 tokens, and keeps 3"):
         spans(7, dense)
+    # The longest that fits 7 and 9 is such a text; it is told rather than used.
+    frame = Frame(None, None, EOS)
+    assert longest(dense, frame, encoder=6, decoder=9) == 6
+    with pytest.raises(DataError, match="takes 4 spans out of 7 tokens"):
+        longest(dense, frame, encoder=7, decoder=9)
 
 
 def test_the_prefix_task_takes_the_end() -> None:

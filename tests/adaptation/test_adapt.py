@@ -1,0 +1,325 @@
+"""Short runs in this process, and what is refused before and between runs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5g2convert.adaptation.adapt import Outcome, Request, adapt
+from t5g2convert.adaptation.checkpoints import check_files, complete, read_record
+from t5g2convert.adaptation.engine import Machines, resolve
+from t5g2convert.adaptation.logs import Metrics
+from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
+from t5g2convert.adaptation.preparation import check_rope, prepare, read_facts
+from t5g2convert.adaptation.run import check_same, check_vacant, identity, newest
+from t5g2convert.adaptation.settings import Settings, make_settings
+from t5g2convert.adaptation.teacher import check_teacher
+from t5g2convert.adaptation.training import Pace
+from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.errors import CheckpointError, DataError, OutputError, T5g2Error, UsageError
+from tests.adaptation.trainings import tensors_of
+from tests.conftest import TwinFolder
+
+ENCODER = "model.encoder.layers.*"
+
+
+MANY_SPANS = Mixture(tasks=(Task(name="many", kind="spans", rate=0.45, mean_span=1.0, weight=1),))
+"""Nearly half of all tokens are spans of one token, with more sentinels than the vocabulary has free."""
+
+
+def settings_of(**changes: Any) -> Settings:
+    values = {
+        "mixture": read_mixture(),
+        "encoder_length": 64,
+        "decoder_length": 64,
+        "batch_tokens": 256,
+        "steps": 4,
+        "lr": 1e-3,
+        "warmup": 2,
+    }
+    return make_settings(**{**values, **changes})
+
+
+def request_of(small: Path, run: Path, settings: Settings, **changes: Any) -> Request:
+    pace = Pace(micro=4, save_every=2, keep=2)
+    machines = Machines("cpu", 1, 1)
+    return Request(small / "model", small / "data", run, settings, machines=machines, pace=pace, **changes)
+
+
+def run(request: Request) -> tuple[Outcome, list[Metrics]]:
+    told: list[Metrics] = []
+    return adapt(request, begun=lambda notes: None, report=told.append), told
+
+
+@pytest.mark.usefixtures("one_process")
+def test_until_a_step_only_the_named_tensors_are_trained(small: Path, tmp_path: Path) -> None:
+    settings = settings_of(freeze_until=2, trainable=(ENCODER,), precision="float32")
+    outcome, _ = run(request_of(small, tmp_path / "run", settings))
+    before = {name: tensor.float() for name, tensor in load_file(small / "model/model.safetensors").items()}
+    frozen, all_trained = tensors_of(tmp_path / "run", 2), tensors_of(tmp_path / "run", 4)
+    moved = {name for name, tensor in frozen.items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in frozen if name.startswith("model.encoder.layers.")}
+    moved = {name for name, tensor in all_trained.items() if not torch.equal(tensor, before[name])}
+    # No text has an end-of-image token, and without images there is no projector to be trained.
+    assert moved == all_trained.keys() - {"model.encoder.embed_tokens.eoi_embedding"}
+    assert not any("projector" in name for name in all_trained)
+    assert outcome.trained == sum(tensor.numel() for tensor in all_trained.values())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_patterns_that_name_nothing_are_refused(small: Path, tmp_path: Path) -> None:
+    settings = settings_of(freeze_until=2, trainable=("encoder.*",))
+    with pytest.raises(UsageError, match=r"names none of the 5\d tensors"):
+        run(request_of(small, tmp_path / "run", settings))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: Path, tmp_path: Path) -> None:
+    settings = settings_of(image_every=3, lr=2e-3, steps=9, batch_tokens=512)
+    request = request_of(small, tmp_path / "run", settings, teacher=small / "parent", recompute=True, export=True)
+    outcome, told = run(request)
+    text = [step for step in told if step.kind == "text"]
+    # Cross-entropy alone would start at log 256, 5.5; the parent is nearly as random as its child.
+    assert text[-1].loss < text[0].loss < 1.0
+    assert all(tensor.dtype == torch.float32 for tensor in tensors_of(tmp_path / "run", 9).values())
+    teacher = outcome.settings.teacher
+    assert teacher is not None
+    assert len(teacher) == 64
+    manifest = json.loads((tmp_path / "run/model/t5g2.json").read_text())
+    assert manifest["adaptation"]["kd_parent"] == teacher
+    with pytest.raises(UsageError, match=r"teacher sha256 .*, now null"):
+        run(replace(request, teacher=None, resume=True))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_recomputed_activations_change_nothing(small: Path, tmp_path: Path) -> None:
+    settings = settings_of(precision="float32", steps=2)
+    for name, recompute in (("plain", False), ("again", True)):
+        run(request_of(small, tmp_path / name, settings, recompute=recompute))
+    plain, again = (tensors_of(tmp_path / name, 2) for name in ("plain", "again"))
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_gradient_that_is_not_finite_stops_the_run(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "model", tmp_path / "model")
+    from safetensors.torch import save_file
+
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors["model.decoder.norm.weight"][0] = float("inf")
+    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
+    request = replace(request_of(small, tmp_path / "run", settings_of()), model=tmp_path / "model")
+    with pytest.raises(DataError, match="the gradient of step 1 is not finite"):
+        run(request)
+    assert not complete(tmp_path / "run")
+
+
+def _not_json(folder: Path) -> None:
+    (folder / "checkpoint.json").write_text("{")
+
+
+def _no_record(folder: Path) -> None:
+    (folder / "checkpoint.json").unlink()
+
+
+def _edited(key: str, value: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        document = json.loads((folder / "checkpoint.json").read_text())
+        (folder / "checkpoint.json").write_text(json.dumps({**document, key: value}))
+
+    return edit
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("model")))
+
+
+@pytest.fixture
+def description(trained: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((trained / "run/run.json").read_text())
+    return document
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (_not_json, "is no record"),
+        (_no_record, "cannot be read"),
+        (_edited("settings_sha256", "0" * 64), "settings_sha256 is 0000"),
+        (_edited("objective_sha256", "0" * 64), "objective_sha256 is 0000"),
+        (_edited("step", 40), "says that it is of step 40"),
+        (_edited("format", 2), "format"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    damage: Callable[[Path], None], told: str, copied: Path, description: dict[str, Any]
+) -> None:
+    settings = Settings.model_validate_json(json.dumps(description["settings"]))
+    assert newest(copied, settings)[0] == 60
+    damage(copied / "checkpoints/step-00000060")
+    with pytest.raises(CheckpointError, match=told):
+        newest(copied, settings)
+
+
+def test_a_flipped_byte_or_a_lost_file_of_a_checkpoint_is_found(copied: Path) -> None:
+    folder = copied / "checkpoints/step-00000060"
+    record = read_record(folder)
+    assert ".metadata" in record.files
+    check_files(folder, record)
+    for name in record.files:
+        data = (folder / name).read_bytes()
+        middle = len(data) // 2
+        (folder / name).write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+        with pytest.raises(CheckpointError, match="its sha256 differs"):
+            check_files(folder, record)
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            check_files(folder, record)
+        (folder / name).write_bytes(data)
+
+
+def test_a_recorded_verification_makes_no_other_model(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "model", tmp_path / "model")
+    before, path = identity(tmp_path / "model"), tmp_path / "model/t5g2.json"
+    assert before == json.loads(path.read_text())["sha256"]
+    from t5g2convert import verify
+
+    assert verify(tmp_path / "model", small / "parent").passed
+    assert json.loads(path.read_text())["sha256"] != before
+    assert identity(tmp_path / "model") == before
+    path.unlink()
+    assert identity(tmp_path / "model") != before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"settings": {"lr": 5e-3}}, "lr 0.004, now 0.005"),
+        ({"settings": {"clip": 2.0}}, "clip 1.0, now 2.0"),
+        ({"model": "0" * 64}, "MODEL .*, now 0000"),
+        ({"data": "0" * 64}, "DATA .*, now 0000"),
+    ],
+)
+def test_another_run_is_not_gone_on_with_and_the_difference_is_named(
+    change: dict[str, Any], told: str, trained: Path, description: dict[str, Any]
+) -> None:
+    check_same(trained / "run", description)
+    settings = {**description["settings"], **change.get("settings", {})}
+    with pytest.raises(UsageError, match=told):
+        check_same(trained / "run", {**description, **change, "settings": settings})
+
+
+def test_a_changed_run_json_is_refused(copied: Path, description: dict[str, Any]) -> None:
+    (copied / "run.json").write_text(json.dumps({**description, "settings_sha256": "0" * 64}))
+    with pytest.raises(CheckpointError, match="does not fit its settings"):
+        check_same(copied, description)
+    (copied / "run.json").unlink()
+    with pytest.raises(CheckpointError, match="no run to go on with"):
+        check_same(copied, description)
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+    check_vacant(tmp_path / "absent")
+    check_vacant(tmp_path)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(OutputError, match="--resume"):
+            check_vacant(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        (
+            {"encoder_length": 513, "batch_tokens": 513},
+            UsageError,
+            "--encoder-length 513 is more than the 512 positions",
+        ),
+        ({"decoder_length": 513}, UsageError, "--decoder-length 513"),
+        ({"batch_tokens": 63}, UsageError, "holds no sample of 64"),
+        ({"freeze_until": 3}, UsageError, "--freeze-until and --trainable belong together"),
+        ({"trainable": ("*",)}, UsageError, "--freeze-until and --trainable belong together"),
+        ({"image_every": 2, "decoder_length": 40}, DataError, r"2 document\(s\) with images are longer"),
+        (
+            {"mixture": MANY_SPANS, "encoder_length": 400, "decoder_length": 512, "batch_tokens": 400},
+            DataError,
+            "is a sentinel",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_model_or_data_are_refused(
+    changes: dict[str, Any], error: type[T5g2Error], told: str, small: Path
+) -> None:
+    prepare(small / "model", small / "data", settings_of())
+    with pytest.raises(error, match=told):
+        prepare(small / "model", small / "data", settings_of(**changes))
+
+
+def test_images_for_a_model_or_data_without_are_refused(small: Path, tmp_path: Path) -> None:
+    from t5g2convert.adaptation.documents import read_files
+    from t5g2convert.adaptation.pack import pack
+
+    text = small / "texts/argparse.txt"
+    pack(small / "model", tmp_path / "data", read_files([text], "text", lambda _: None))
+    prepare(small / "model", tmp_path / "data", settings_of())
+    with pytest.raises(DataError, match="has no documents with images"):
+        prepare(small / "model", tmp_path / "data", settings_of(image_every=2))
+
+
+def test_data_of_another_tokenizer_is_refused(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "model", tmp_path / "model")
+    path = tmp_path / "model/tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(DataError, match="was packed with the tokenizer"):
+        prepare(tmp_path / "model", small / "data", settings_of())
+
+
+def test_rope_is_the_configs_or_refused(small: Path) -> None:
+    checkpoint = open_checkpoint(small / "model")
+    facts = read_facts(checkpoint.config, checkpoint.path)
+    check_rope(facts, None)
+    check_rope(facts, "linear:1")
+    with pytest.raises(UsageError, match=r"config.json has linear:1 .*t5g2 convert --rope-scaling linear:8"):
+        check_rope(facts, "linear:8")
+    for unknown in ("yarn:8", "linear", "linear:x", "linear:0"):
+        with pytest.raises(UsageError, match="unknown RoPE scaling"):
+            check_rope(facts, unknown)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(small: Path, twin_folder: TwinFolder) -> None:
+    check_teacher(small / "parent", vocabulary=256, longest=512)
+    check_teacher(twin_folder("images-with-fill"), vocabulary=262_144, longest=100)
+    with pytest.raises(CheckpointError, match="a vocabulary of 256"):
+        check_teacher(small / "parent", vocabulary=300, longest=10)
+    with pytest.raises(CheckpointError, match="reads 512 tokens at most"):
+        check_teacher(small / "parent", vocabulary=256, longest=513)
+    with pytest.raises(CheckpointError, match="is no teacher"):
+        check_teacher(small / "model", vocabulary=256, longest=10)
+
+
+def test_devices_that_are_not_there_or_were_not_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve(Machines()) == ("cpu", 1, 1)
+    with pytest.raises(UsageError, match="this machine has 0 CUDA"):
+        resolve(Machines("cuda", 2))
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5"}.items():
+        monkeypatch.setenv(name, value)
+    assert resolve(Machines()) == ("cpu", 4, 2)
+    assert resolve(Machines("cpu", 4, 2)) == ("cpu", 4, 2)
+    with pytest.raises(UsageError, match="torchrun started 8 processes, expected 6"):
+        resolve(Machines("cpu", 3, 2))
+
+
+def test_slurm_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert resolve(Machines("cpu")) == ("cpu", 2, 3)
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    assert resolve(Machines("cpu")) == ("cpu", 1, 1)

@@ -1,0 +1,78 @@
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from t5g2convert.adaptation.logs import Metrics, opened, read_metrics, truncate
+from t5g2convert.adaptation.plot import plot_losses
+from t5g2convert.errors import CheckpointError, OutputError
+
+STEP = Metrics(
+    step=1, kind="text", loss=2.5, tasks={"a": 2.0, "b": 3.0}, labels={"a": 10, "b": 10}, grad_norm=1.0, lr=1e-3,
+    tokens=40, tokens_per_second=100.0,
+)  # fmt: skip
+
+
+def steps(count: int) -> list[Metrics]:
+    return [replace(STEP, step=number + 1, tasks={"a": 2.0 / (number + 1), "b": 3.0}) for number in range(count)]
+
+
+def write(path: Path, count: int) -> None:
+    path.write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps(count)))
+
+
+def test_a_log_is_read_as_it_was_written_and_goes_on_where_it_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for start, stop in ((0, 5), (3, 7)):
+        with opened(path, tmp_path / "board", start=start) as log:
+            for step in steps(stop)[start:]:
+                log.add(step)
+    assert read_metrics(path) == steps(7)
+    assert len(list((tmp_path / "board").iterdir())) >= 1
+
+
+def test_a_line_that_was_being_written_is_cut_too(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 3)
+    with path.open("a") as file:
+        file.write('{"step": 4, "ki')
+    truncate(path, 10)
+    assert read_metrics(path) == steps(3)
+
+
+def test_a_damaged_log_is_told_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 2)
+    path.write_text(path.read_text() + "[]\n")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:3: is no line"):
+        read_metrics(path)
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError), opened(tmp_path / "file/metrics.jsonl", tmp_path / "board", start=0):
+        pass
+
+
+def test_a_line_for_people_has_all_of_a_step() -> None:
+    assert STEP.line == "step 1  loss 2.5000  (a 2.000, b 3.000)  grad norm 1.000  lr 1.00e-03  100 tokens/s"
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 260])
+def test_a_plot_is_the_same_bytes_for_the_same_steps(count: int, tmp_path: Path) -> None:
+    for name in ("one.svg", "other.svg"):
+        plot_losses(steps(count), tmp_path / name)
+    one = (tmp_path / "one.svg").read_bytes()
+    assert one == (tmp_path / "other.svg").read_bytes()
+    assert b"<dc:date>" not in one
+    plot_losses(steps(count + 1), tmp_path / "more.svg")
+    assert (tmp_path / "more.svg").read_bytes() != one
+
+
+def test_a_plot_names_its_tasks_and_says_when_it_cannot_be_written(tmp_path: Path) -> None:
+    plot_losses(steps(3), tmp_path / "loss.svg")
+    text = (tmp_path / "loss.svg").read_text()
+    assert all(f">{word}<" in text for word in ("a", "b", "step"))
+    with pytest.raises(OutputError):
+        plot_losses(steps(3), tmp_path / "absent/loss.svg")
