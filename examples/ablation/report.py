@@ -1,4 +1,4 @@
-"""The results of the ablations as a table in Markdown and as curves; see run.py.
+"""The results of the ablations as tables in Markdown and as curves; see run.py.
 
     python examples/ablation/report.py OUT/results.json OUT
 
@@ -7,7 +7,7 @@ draws and writes them again.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,24 @@ Results = Mapping[str, Mapping[str, Any]]
 """By model: `parameters` by part, and `held_out`, what was found after so many steps."""
 
 
-def last(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was found after the last step."""
-    found: Mapping[str, Any] = result["held_out"][max(result["held_out"], key=int)]
-    return found
-
-
 def table(results: Results) -> str:
-    """Parameters, and held-out losses after the last step, in nats for each label."""
-    tasks = list(last(next(iter(results.values())))["tasks"])
+    """Two tables: parameters by part; held-out losses at the start and after the last step, in nats for each label."""
     parts = ("embedding", "encoder", "decoder", "total")
-    rows = [["model", *parts, "loss", *tasks, "encoder hidden", "encoder's worth"]]
+    sizes = [[name, *(f"{result['parameters'][part]:,}" for part in parts)] for name, result in results.items()]
+    tasks, losses = [], []
     for name, result in results.items():
-        found, parameters = last(result), result["parameters"]
-        losses = [found["loss"], *(found["tasks"][task] for task in tasks), found["hidden_loss"]]
-        rows.append([name, *(f"{parameters[part]:,}" for part in parts), *(f"{loss:.3f}" for loss in losses),
-                     f"{found['gain']:+.3f}"])  # fmt: skip
-    rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        first, last = (result["held_out"][choose(result["held_out"], key=int)] for choose in (min, max))
+        tasks = list(last["tasks"])
+        found = [first["loss"], first["hidden_loss"], last["loss"], last["hidden_loss"], last["gain"]]
+        losses.append([name, *(f"{loss:.3f}" for loss in (*found, *(last["tasks"][task] for task in tasks)))])
+    columns = ["model", "start", "start, hidden", "end", "end, hidden", "worth of the encoder", *tasks]
+    return f"{rows(['model', *parts], sizes)}\n{rows(columns, losses)}"
+
+
+def rows(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose columns but the first are numbers."""
+    marks = ["---"] + ["---:"] * (len(columns) - 1)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, marks, *lines))
 
 
 def draw(results: Results, path: Path) -> None:
