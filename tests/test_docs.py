@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import pytest
+import torch
 import typer
 from typer.main import get_command
 
@@ -16,6 +17,7 @@ from docs.generate import pages
 from t5g2convert import convert
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.cli.main import app
+from tests.adaptation.runs import write_checkpoint, write_run
 from tests.conftest import TwinFolder
 
 ROOT: Final = Path(__file__).parent.parent
@@ -196,6 +198,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     build_demo_source(folder / "gemma-3-4b-pt")
     convert(folder / "gemma-3-4b-pt", folder / "t5gemma-2-4b-4b")
+    write_run(folder / "run-4b", folder / "t5gemma-2-4b-4b", 5)
+    for step in range(1, 6):
+        values = {"model.decoder.norm.weight": torch.full((48,), float(step))}
+        write_checkpoint(folder / f"run-4b/checkpoints/step-{step:08d}", values, step)
     (folder / "novel.txt").write_text("an encoder-decoder reads, and writes what it has read; " * 4)
     for name in ("examples", "mappings"):
         (folder / name).symlink_to(ROOT / name)

@@ -24,6 +24,7 @@ from t5g2convert.adaptation.engine import (
     together,
 )
 from t5g2convert.adaptation.finish import Finished, finish
+from t5g2convert.adaptation.forecast import Forecast, forecast
 from t5g2convert.adaptation.logs import Metrics, read_metrics
 from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
@@ -163,6 +164,18 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         steps=outcome.steps,
     )
     return replace(outcome, finished=finished)
+
+
+def foresee(request: Request) -> Forecast:
+    """Say what a run would do; everything that can be checked before it is started is.
+
+    Raises:
+        T5g2Error: As `prepare`.
+    """
+    require_extra()
+    machines = request.machines
+    devices = (machines.devices or 1) * (machines.nodes or 1)
+    return forecast(_prepare(request), devices=devices, micro=request.pace.micro)
 
 
 def _prepare(request: Request) -> Prepared:

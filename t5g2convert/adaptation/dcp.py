@@ -30,6 +30,7 @@ BLOCK_ELEMENTS: Final = 1 << 20
 """Numbers that are read at once; a row at least."""
 
 _DATA_FILE: Final = re.compile(r"__\d+_\d+\.distcp")
+_BROKEN: Final = (zipfile.BadZipFile, pickle.PickleError)
 _METADATA, _PATHS = "torch.distributed.checkpoint.metadata", ("PosixPath", "PurePosixPath")
 _ALLOWED: Final = frozenset(
     {
@@ -83,11 +84,11 @@ class SavedTensor:
         """
         rows, width = (self.shape[0], self.shape[1:]) if self.shape else (1, ())
         step = max(1, BLOCK_ELEMENTS // max(1, int(np.prod(width))))
-        views = [(piece, _saved(piece, self.name)) for piece in self.pieces]
+        places = [(piece, _located(piece, self.name)) for piece in self.pieces]
         for start in range(0, rows, step):
             block = np.full((min(step, rows - start), *width), np.nan, np.float32)
-            for piece, view in views:
-                _fill(block, start, piece, view)
+            for piece, numbers in places:
+                _fill(block, start, piece, numbers)
             yield block
 
 
@@ -182,10 +183,34 @@ class _Slice(io.RawIOBase):
         super().close()
 
 
-def _saved(piece: _Piece, name: str) -> NDArray[np.float32]:
-    """The numbers of a piece where they lie, mapped into memory: nothing is read before it is looked at."""
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """Where the numbers of a piece lie: a file, the bytes in it, and the first number's place and the strides there."""
+
+    file: Path
+    start: int
+    size: int
+    offset: int
+    strides: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def mapped(self) -> NDArray[np.float32]:
+        """They, where they are: nothing is read before it is looked at, or kept when the array is dropped."""
+        if not self.size:
+            return np.empty(self.shape, np.float32)
+        flat = np.memmap(self.file, np.dtype("<f4"), "r", self.start, (self.size // 4,))
+        strides = [4 * stride for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides, writeable=False)
+
+
+def _located(piece: _Piece, name: str) -> _Numbers:
+    """Where the numbers of a piece lie.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is damaged there.
+    """
     if not np.prod(piece.shape):
-        return np.empty(piece.shape, np.float32)
+        return _Numbers(piece.file, 0, 0, 0, (), piece.shape)
     try:
         with _Slice(regular_file(piece.file), piece.start, piece.size) as file:
             told = torch.load(cast(IO[bytes], file), map_location="meta", weights_only=True)
@@ -196,34 +221,24 @@ def _saved(piece: _Piece, name: str) -> NDArray[np.float32]:
             start = record.header_offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         if told.dtype != torch.float32 or tuple(told.shape) != piece.shape or record.compress_type:
             raise ValueError("its shape or dtype is another")
-        reach = told.storage_offset() + sum(
-            (extent - 1) * stride for extent, stride in zip(told.shape, told.stride(), strict=True)
-        )
-        if 4 * (reach + 1) > record.file_size or start + record.file_size > piece.size:
+        reach = sum((extent - 1) * stride for extent, stride in zip(told.shape, told.stride(), strict=True))
+        if 4 * (told.storage_offset() + reach + 1) > record.file_size or start + record.file_size > piece.size:
             raise ValueError("it is too short")
-        flat = np.memmap(piece.file, np.dtype("<f4"), "r", piece.start + start, record.file_size // 4)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-        pickle.PickleError,
-    ) as e:
-        raise CheckpointError(f"a piece of {name} cannot be read: {e}", where=piece.file) from None
-    return np.lib.stride_tricks.as_strided(
-        flat[told.storage_offset() :], piece.shape, [4 * stride for stride in told.stride()], writeable=False
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, *_BROKEN) as error:
+        raise CheckpointError(f"a piece of {name} cannot be read: {error}", where=piece.file) from None
+    return _Numbers(
+        piece.file, piece.start + start, record.file_size, told.storage_offset(), tuple(told.stride()), piece.shape
     )
 
 
-def _fill(block: NDArray[np.float32], start: int, piece: _Piece, view: NDArray[np.float32]) -> None:
+def _fill(block: NDArray[np.float32], start: int, piece: _Piece, numbers: _Numbers) -> None:
     """Copy what a piece has of the rows from `start` on."""
     if not piece.shape:
-        block[:] = view
+        block[:] = numbers.mapped()
         return
     begin, end = max(start, piece.first[0]), min(start + len(block), piece.first[0] + piece.shape[0])
     if begin < end:
         columns = tuple(slice(at, at + size) for at, size in zip(piece.first[1:], piece.shape[1:], strict=True))
-        block[(slice(begin - start, end - start), *columns)] = view[begin - piece.first[0] : end - piece.first[0]]
+        block[(slice(begin - start, end - start), *columns)] = numbers.mapped()[
+            begin - piece.first[0] : end - piece.first[0]
+        ]

@@ -15,6 +15,7 @@ from t5g2convert.conversion.convert import Conversion, Judge, execute
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.options import KEEP
 from t5g2convert.conversion.staging import check_target
+from t5g2convert.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +67,8 @@ def export(
         UsageError: The dtype is none.
     """
     check_target(output, model, overwrite=overwrite)
+    if not values.names:
+        raise CheckpointError("nothing was trained: there are no values to export", where=model)
     plan = plan_adapted(open_checkpoint(model), values.names, facts, dtype=dtype)
     return execute(
         plan,

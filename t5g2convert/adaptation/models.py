@@ -155,5 +155,9 @@ def recompute_activations(model: nn.Module) -> None:
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if (enable := getattr(model, f"{name}_enable", None)) is not None:
             enable(**{f"{name}_kwargs": {"use_reentrant": False}})
+            # transformers then has the inputs of both stacks and of the tower want gradients, which only the older way
+            # of recomputing needs: the frozen tower would be computed twice, and backwards.
+            if (disable := getattr(model, "disable_input_require_grads", None)) is not None:
+                disable()
             return
     raise UsageError("this model cannot compute its activations twice", hint="leave out --gradient-checkpointing")

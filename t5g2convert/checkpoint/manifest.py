@@ -56,6 +56,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if sealed != text:
         raise CheckpointError("was changed after it was written: its sha256 does not fit its contents", where=path)
     parse_section(_Manifest, document, path)
+    ways = [document[key] for key in ("mapping", "adaptation") if key in document]
+    if len(ways) != 1 or ways[0] is None:
+        raise CheckpointError("expected a mapping, of a conversion, or an adaptation, of a training", where=path)
     return document
 
 
@@ -185,9 +188,3 @@ class _Manifest(ConfigSection, extra="forbid"):
     files: dict[str, _File]
     verification: dict[str, Any] | None = None
     sha256: str
-
-    @model_validator(mode="after")
-    def _is_made_one_way(self) -> Self:
-        if (self.mapping is None) == (self.adaptation is None):
-            raise ValueError("expected either a mapping, of a conversion, or an adaptation, of a training")
-        return self

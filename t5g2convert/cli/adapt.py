@@ -18,6 +18,7 @@ from t5g2convert.cli.adapt_options import (
     DecayOption,
     DecoderLengthOption,
     DevicesOption,
+    DryRunOption,
     EncoderBosOption,
     EncoderEosOption,
     EncoderLengthOption,
@@ -82,6 +83,7 @@ def adapt(
     save_every: SaveOption = 10_000,
     keep: KeepOption = 5,
     log_every: LogOption = 1,
+    dry_run: DryRunOption = False,
     export: ExportOption = True,
     accelerator: AcceleratorOption = "auto",
     devices: DevicesOption = None,
@@ -140,7 +142,22 @@ def adapt(
         recompute=gradient_checkpointing,
         export=export,
     )
-    _run(request, every=log_every, as_json=as_json)
+    if dry_run:
+        _foresee(request, as_json=as_json)
+    else:
+        _run(request, every=log_every, as_json=as_json)
+
+
+def _foresee(request: "Request", *, as_json: bool) -> None:
+    """Say what would be done."""
+    from t5g2convert.adaptation.adapt import foresee
+    from t5g2convert.cli.forecast import print_forecast
+
+    found = foresee(request)
+    if as_json:
+        emit_json(found.to_json())
+    else:
+        print_forecast(found)
 
 
 def _run(request: "Request", *, every: int, as_json: bool) -> None:

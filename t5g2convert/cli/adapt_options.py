@@ -110,6 +110,9 @@ ResumeOption = Annotated[
 SaveOption = Annotated[int, _run("--save-every", min=1, help="Steps between two checkpoints; 10000 in the paper.")]
 KeepOption = Annotated[int, _run("--keep", min=1, help="Checkpoints that are kept; 5 are averaged in the paper.")]
 LogOption = Annotated[int, _run("--log-every", min=1, help="Steps between two lines; OUT/metrics.jsonl has all.")]
+DryRunOption = Annotated[
+    bool, _run("--dry-run", help="Say what the run would do, and what it is estimated to take; nothing is written.")
+]
 ExportOption = Annotated[
     bool, _run("--export/--no-export", help="At the end write the model as OUT/model, and see whether it loads.")
 ]

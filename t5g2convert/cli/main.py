@@ -14,6 +14,7 @@ import typer
 
 from t5g2convert.cli import (
     adapt,
+    average,
     card,
     compare,
     convert,
@@ -25,6 +26,7 @@ from t5g2convert.cli import (
     mappings,
     pack,
     plan,
+    probe,
     upload,
     verify,
 )
@@ -74,14 +76,16 @@ app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("extract")(extract.extract)
-app.command("adapt", cls=GroupedCommand, epilog=LAUNCHING)(adapt.adapt)
 app.command("verify")(verify.verify)
 app.command("compare")(compare.compare)
-app.command("pack")(pack.pack)
 app.command("generate")(generate.generate)
+app.command("pack")(pack.pack)
+app.command("adapt", cls=GroupedCommand, epilog=LAUNCHING)(adapt.adapt)
+app.command("average")(average.average)
+app.command("probe-sentinels")(probe.probe_sentinels)
 app.command("card")(card.card)
-app.command("doctor")(doctor.doctor)
 app.command("upload")(upload.upload)
+app.command("doctor")(doctor.doctor)
 app.add_typer(mappings.app, name="mappings")
 
 

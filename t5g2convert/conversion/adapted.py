@@ -52,14 +52,15 @@ _LAYER: Final = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
 def plan_adapted(
-    model: Checkpoint, trained: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any], *, dtype: str = KEEP
+    model: Checkpoint, trained: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | None, *, dtype: str = KEEP
 ) -> Plan:
     """Plan a folder that is a model with trained values in some of its tensors.
 
     Args:
         model: A T5Gemma 2 in the published layout, open.
         trained: The tensors whose values are given, by name, with their shapes.
-        facts: What the manifest shall tell of the training, without which tensors were trained and which parts frozen.
+        facts: What the manifest shall tell of the training, without which tensors were trained and which parts frozen;
+            None where there was none.
         dtype: `keep`, or `bfloat16`, `float16` or `float32` for all tensors.
 
     Raises:
@@ -70,8 +71,8 @@ def plan_adapted(
     options = Options(dtype=dtype)
     parts = {item.name: item for item in _published(model)}
     faults = [fault for name, shape in trained.items() for fault in _trained_faults(name, shape, parts)]
-    if faults or not trained:
-        message = f"{len(faults)} trained tensor(s) are not of this model" if faults else "nothing was trained"
+    if faults:
+        message = f"{len(faults)} trained tensor(s) are not of this model"
         raise CheckpointError(message, where=model.path, details=faults)
     cast_to = None if dtype == KEEP else BY_CONFIG_NAME[dtype]
     tensors, shards = _laid_out(model, trained.keys(), parts, cast_to)
@@ -96,7 +97,7 @@ def plan_adapted(
         config=_with_dtype(model.config, CONFIG_NAMES[main], top=True) if cast_to is not None else model.config,
         generation_config=None,
         notes=model.notes,
-        adaptation=_told(facts, trained, parts),
+        adaptation=None if facts is None else _told(facts, trained, parts),
     )
 
 

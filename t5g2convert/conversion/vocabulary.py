@@ -80,7 +80,7 @@ def _names(checkpoint: Checkpoint, rows: int) -> "array[int]":
     path, names = checkpoint.path / TOKENIZER_FILE, array("Q", bytes(8 * rows))
     try:
         with path.open("rb") as file:
-            for name, number in _vocabulary(file):
+            for name, number in vocabulary_of(file):
                 if number < rows:
                     names[number] = zlib.crc32(name) + 1
     except OSError as error:
@@ -92,7 +92,7 @@ def _names(checkpoint: Checkpoint, rows: int) -> "array[int]":
     return names
 
 
-def _vocabulary(file: BufferedReader) -> Iterator[tuple[bytes, int]]:
+def vocabulary_of(file: BufferedReader) -> Iterator[tuple[bytes, int]]:
     """The tokens of `model.vocab` with their ids; the file is read in pieces, since its objects would fill memory."""
     text, at = b"", None
     while piece := file.read(PIECE_BYTES):

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.folder import Checkpoint, some
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, role_in
 from t5g2convert.conversion.plan import Kind, Plan
 
@@ -20,7 +20,7 @@ _NAMES: Final[dict[Role, tuple[str, str]]] = {
 
 
 def accounts_of(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
-    """The source's tensors by what became of them: whole, rounded, cut, dropped, or lost without a word."""
+    """The source's tensors by what became of them: whole, rounded, cut, trained, dropped, or lost without a word."""
     exact: dict[str, list[tuple[int, int]]] = defaultdict(list)
     rounded: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for tensor in plan.tensors:
@@ -29,15 +29,18 @@ def accounts_of(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
             whole = content.kind == "copy" or (content.dtype, tensor.dtype) in WIDENED
             (exact if whole else rounded)[content.source.file].append((content.source.start, content.source.end))
     declared = {drop.name for drop in plan.dropped}
+    trained = {tensor.origin for tensor in plan.tensors if tensor.content.kind == "given"}
     cut = any(change.field == "vocab_size" for change in plan.changes)
-    accounts: dict[str, list[str]] = {kind: [] for kind in ("whole", "rounded", "cut", "dropped", "lost")}
+    accounts: dict[str, list[str]] = {kind: [] for kind in ("whole", "rounded", "cut", "trained", "dropped", "lost")}
     for name, stored in source.tensors.items():
         start, end = stored.entry.start, stored.entry.end
         held = [
             max((stop for first, stop in ranges[stored.file] if first == start), default=start)
             for ranges in (exact, rounded)
         ]
-        if held[0] == end:
+        if name in trained:
+            kind = "trained"
+        elif held[0] == end:
             kind = "whole"
         elif held[1] == end:
             kind = "rounded"
@@ -49,13 +52,19 @@ def accounts_of(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
     return accounts
 
 
-def account(plan: Plan, accounts: Mapping[str, list[str]], residuals: Sequence[tuple[float, float]] = ()) -> str:
+def account(
+    plan: Plan,
+    accounts: Mapping[str, list[str]],
+    residuals: Sequence[tuple[float, float]] = (),
+    unmoved: Sequence[str] = (),
+) -> str:
     """The same in a sentence, with what the target is made of.
 
     Args:
         plan: The plan.
         accounts: The source's tensors by what became of them.
         residuals: For each aligned projector between which bounds the residual of its tables lies.
+        unmoved: Trained tensors that are the source's still.
     """
     kinds: Counter[tuple[Kind, Role]] = Counter()
     for tensor in plan.tensors:
@@ -67,6 +76,7 @@ def account(plan: Plan, accounts: Mapping[str, list[str]], residuals: Sequence[t
         "scaled_row": "is a row of {it}, scaled",
         "zeros": "is zeros" if kinds["zeros", SOURCE] == 1 else "are zeros",
         "aligned": f"is {{whose}}, aligned ({', '.join(map(_residual, residuals))})",
+        "given": "tensors were trained, and hold numbers that nothing here judges",
     }
     parts = [
         f"{kinds[kind, role]} {what.format(whose=whose, it=it)}"
@@ -74,7 +84,9 @@ def account(plan: Plan, accounts: Mapping[str, list[str]], residuals: Sequence[t
         for role, (it, whose) in _NAMES.items()
         if kinds[kind, role]
     ]
-    told = ", ".join([*parts[:1], *(part.replace(" tensors are", " are") for part in parts[1:])])
+    told = ", ".join([*parts[:1], *(part.replace(" tensors ", " ", 1) for part in parts[1:])])
+    if unmoved:
+        told += f"; {len(unmoved)} of those are the source's still: {some(unmoved)}"
     if accounts["whole"]:
         told += f"; {len(accounts['whole'])} of the source can be rebuilt"
     if accounts["rounded"]:

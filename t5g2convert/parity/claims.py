@@ -46,9 +46,11 @@ def manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     if not manifest:
         return
     document = plan.to_json()
-    made_with = manifest["mapping"]["name"]
+    made_with = manifest.get("mapping", {}).get("name")
     if made_with != plan.mapping:
         yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
+    if manifest.get("adaptation") != document.get("adaptation"):
+        yield "t5g2.json tells of the training otherwise than a training of this source would: its names or its parts"
     for key in ("dtype", "parameters", "options", "changes", "tokens"):
         if manifest[key] != document[key]:
             yield f"t5g2.json says {key} {manifest[key]!r}, expected {document[key]!r}"

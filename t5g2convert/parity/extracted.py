@@ -117,7 +117,7 @@ class ToEncoder(_Extracted):
     def passes(self, judge: Judge, whole: T5Gemma2Reference, target: Checkpoint) -> Check:
         """encoder_parity: both encoders read the same under the masks that encoders have."""
         alone = EncoderReference(target, **judge.reading())
-        features = _look(judge, whole.vision, alone.vision)
+        features = look_alike(judge, whole.vision, alone.vision)
         batch = judge.inputs.batch(alone)
         images = None if features is None else judge.inputs.image_batch(alone, features)
         pairs = [_pair(whole, alone, batch.ids_BT, batch.kept_BT)]
@@ -158,7 +158,7 @@ class ToGemma3(_Extracted):
     def passes(self, judge: Judge, whole: T5Gemma2Reference, target: Checkpoint) -> Check:
         """decoder_parity: Gemma 3 reads what the decoder reads with its memory hidden."""
         gemma = Gemma3Reference(target, **judge.reading())
-        _look(judge, whole.vision, gemma.vision)
+        look_alike(judge, whole.vision, gemma.vision)
         batch = judge.inputs.batch(gemma)
         ending = gemma.text.settings.eoi_token_index
         if ending < gemma.text.settings.vocab_size:
@@ -198,8 +198,15 @@ def _image_pair(whole: EncoderReference, alone: EncoderReference, images: ImageB
     return Pair(runs[0], runs[1], kept_BT)
 
 
-def _look(judge: Judge, source: VisionTower | None, target: VisionTower | None) -> Tensor | None:
-    """vision_parity; the image features of the source's tower, if both have one."""
+def look_alike(
+    judge: Judge,
+    source: VisionTower | None,
+    target: VisionTower | None,
+    *,
+    projected: bool = True,
+    normed: bool = True,
+) -> Tensor | None:
+    """vision_parity; the image features of the source's tower, if both have one. See `judge_vision`."""
     if source is None:
         return None
     features: list[Tensor] = []
@@ -208,7 +215,15 @@ def _look(judge: Judge, source: VisionTower | None, target: VisionTower | None) 
         if target is None:
             return [Check("vision_parity", False, "the source has a vision tower, the target has none")]
         seen = judge.inputs.pixels(source).to(judge.device)
-        check, found = judge_vision(source, target, seen, tolerance=judge.tolerance, progress=judge.progress)
+        check, found = judge_vision(
+            source,
+            target,
+            seen,
+            projected=projected,
+            normed=normed,
+            tolerance=judge.tolerance,
+            progress=judge.progress,
+        )
         features.append(found)
         return [check]
 

@@ -14,11 +14,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.conversion.options import Options, recorded_options
+from t5g2convert.conversion.adapted import named_by, plan_adapted
+from t5g2convert.conversion.options import KEEP, Options, recorded_options
 from t5g2convert.conversion.plan import (
     Content,
     Plan,
@@ -31,6 +33,7 @@ from t5g2convert.errors import CheckpointError, MappingError, UsageError
 from t5g2convert.parity.accounts import account, accounts_of
 from t5g2convert.parity.alignment import aligned_projector, projector_faults
 from t5g2convert.parity.claims import file_faults, header_faults, manifest_faults
+from t5g2convert.parity.given import given_faults
 from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.reference.weights import DTYPES
@@ -77,6 +80,27 @@ def planned(
         return plan, f"t5g2.json tells of options that this source was not converted with: {error.message}"
 
 
+def planned_adapted(sources: Sources, manifest: Mapping[str, Any]) -> tuple[Plan, str | None]:
+    """The plan that puts trained values into a model, as the manifest tells of them, with what is wrong with that.
+
+    Raises:
+        CheckpointError: The source is not what its config implies.
+    """
+    source, told = sources.source, manifest.get("adaptation")
+    if told is None:
+        return plan_adapted(source, {}, None), "t5g2.json tells of no adaptation"
+    facts = {key: value for key, value in told.items() if key not in ("trained", "frozen")}
+    names = named_by(told["trained"], source.tensors)
+    shapes = {name: source.tensors[name].entry.shape if name in source.tensors else () for name in names}
+    try:
+        return plan_adapted(source, shapes, facts, dtype=manifest["options"].get("dtype", KEEP)), None
+    except CheckpointError as error:
+        # What cannot be done without training either is no fault of the manifest.
+        plan = plan_adapted(source, {}, None)
+        reason = error.details[0] if error.details else error.message
+        return plan, f"t5g2.json tells of a training that this source cannot have had: {reason}"
+
+
 def check_options(manifest: Mapping[str, Any]) -> None:
     """Refuse a manifest that tells of options which no conversion can have had.
 
@@ -106,18 +130,21 @@ def judge_provenance(
     """
     folders = parent.folders
     residuals: list[tuple[float, float]] = []
+    unmoved: list[str] = []
     faults = [*header_faults(plan, target), *file_faults(plan, target, manifest), *manifest_faults(plan, manifest)]
     if not faults:
         with ExitStack() as files:
             reader = _Reader(files)
             faults += _byte_faults(plan, folders, target, reader, residuals, progress)
             faults += _repeated_faults(plan, folders, reader)
+            faults += _given_faults(plan, parent.checkpoint, target, reader, unmoved)
+        faults += _trained_from_faults(plan, folders, manifest)
         faults += _carried_faults(plan, folders, target.path)
     accounts = accounts_of(plan, parent.checkpoint)
     faults += [f"{name} of the source cannot be rebuilt, and that is not declared" for name in accounts["lost"]]
     if faults:
         return refused("provenance", "fault(s)", faults)
-    return Check("provenance", True, account(plan, accounts, residuals))
+    return Check("provenance", True, account(plan, accounts, residuals, unmoved))
 
 
 class _Reader:
@@ -151,7 +178,7 @@ def _byte_faults(
     The bounds of the residual of every alignment are added to `residuals`.
     """
     fills: dict[object, list[PlannedTensor]] = defaultdict(list)
-    for tensor in plan.tensors:
+    for tensor in (tensor for tensor in plan.tensors if tensor.content.kind != "given"):
         fills[tensor.content, tensor.dtype, tensor.name if tensor.content.source is None else None].append(tensor)
     for number, tensors in enumerate(fills.values()):
         if number % 100 == 0:
@@ -176,6 +203,35 @@ def _byte_faults(
                 if found != expected:
                     faulty.add(tensor.name)
                     yield _byte_fault(tensor, expected, found, start)
+
+
+def _trained_from_faults(plan: Plan, folders: Folders, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What was trained is the very source: of trained tensors no byte tells."""
+    if plan.adaptation is None:
+        return
+    for file in plan.source_files:
+        told = manifest["source"]["files"][file.name]["sha256"]
+        if told is not None and sha256_of(folders.path(file.name)) != told:
+            yield f"{file.name} of the source has another sha256 than what was trained, by t5g2.json"
+
+
+def _given_faults(
+    plan: Plan, source: Checkpoint, target: Checkpoint, read: _Reader, unmoved: list[str]
+) -> Iterator[str]:
+    """Trained tensors hold numbers; those that training has left as they were are added to `unmoved`."""
+
+    def values(checkpoint: Checkpoint, name: str, at: int, count: int) -> Tensor:
+        stored, size = checkpoint.tensors[name], element_bytes(checkpoint.tensors[name].entry.dtype)
+        data = read(checkpoint.path / stored.file, stored.entry.start + at * size, count * size)
+        return _values(data[: len(data) // size * size], stored.entry.dtype)
+
+    step = PIECE_BYTES // 4
+    for name, count in ((each.name, each.elements) for each in plan.tensors if each.content.kind == "given"):
+        pairs = (
+            (values(source, name, at, min(step, count - at)), values(target, name, at, min(step, count - at)))
+            for at in range(0, count, step)
+        )
+        yield from given_faults(name, pairs, unmoved)
 
 
 def _alignment_faults(

@@ -11,19 +11,21 @@ from t5g2convert.checkpoint.hub import Origin, parse_id
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM
 from t5g2convert.checkpoint.sources import Sources, percent
+from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.parity.adapted import Adapted
 from t5g2convert.parity.extracted import ToEncoder, ToGemma3
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.judge import Judge, Progress
 from t5g2convert.parity.kinds import Kind
-from t5g2convert.parity.provenance import judge_provenance, planned
+from t5g2convert.parity.provenance import judge_provenance, planned, planned_adapted
 from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Check, Report
 from t5g2convert.parity.t5gemma import ToT5Gemma
 from t5g2convert.parity.t5gemma2 import ToT5Gemma2
 from t5g2convert.reference.weights import check_place
 
-KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3())
+KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3(), Adapted())
 """The kinds of conversion that are known; the first is what a folder is taken for that is none of them."""
 
 
@@ -85,6 +87,11 @@ def verify(
     inputs.check(output, parent)
     judge = Judge(output, parent, inputs, device, tolerance, progress or _silent)
     judge.read_manifest()
+    if sources is not None and "adaptation" in judge.manifest and not isinstance(kind, Adapted):
+        raise UsageError(
+            f"it was trained further, from another model than {sources.source.name}",
+            hint="give the T5Gemma 2 that was trained; t5g2 compare measures how far it is from a Gemma 3",
+        )
     given = {SOURCE: source, DECODER_FROM: decoder_from, VISION_FROM: vision_from}
     if sources is not None and judge.manifest:
         _check_roles(sources, judge.manifest)
@@ -98,7 +105,10 @@ def verify(
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
     plan = lie = None
     if parent is not None:
-        plan, lie = planned(parent.sources, judge.manifest, mapping, kind.part)
+        if isinstance(kind, Adapted):
+            plan, lie = planned_adapted(parent.sources, judge.manifest)
+        else:
+            plan, lie = planned(parent.sources, judge.manifest, mapping, kind.part)
         size = parent.sources.size(parent.sources.missing(plan.reads))
         parent.sources.fetch(plan.reads, percent("download", size, judge.progress))
     judge.integrity()
@@ -148,8 +158,12 @@ def kind_of(output: Path, source: Checkpoint | None) -> Kind[Any]:
     """
     found, family = _told(output / "config.json", "model_type"), _told(output / MANIFEST_FILE, "source", "family")
     leading = [kind for kind in KINDS if found in kind.targets]
+    adapted = _told(output / MANIFEST_FILE, "adaptation") is not None
     if source is None:
-        return (leading or KINDS)[0]
+        return next((kind for kind in leading if isinstance(kind, Adapted) == adapted), (leading or KINDS)[0])
+    if not adapted and family not in (None, MODEL_TYPE):
+        # It was converted: a T5Gemma 2 is no source of it.
+        leading = [kind for kind in leading if not isinstance(kind, Adapted)]
     model_type = source.config.get("model_type")
     possible = [kind for kind in KINDS if model_type in kind.sources]
     both = [kind for kind in leading if kind in possible]

@@ -18,6 +18,7 @@ def judge_vision(
     pixels_BNYX: Tensor,
     *,
     projected: bool = True,
+    normed: bool = True,
     tolerance: float,
     progress: Callable[[str], None],
 ) -> tuple[Check, Tensor]:
@@ -30,6 +31,7 @@ def judge_vision(
         target: The target's.
         pixels_BNYX: What they look at.
         projected: Whether both have one projector; otherwise they are compared before it, at the normed patch states.
+        normed: Whether both have one such norm; without a common projector alone.
         tolerance: Largest relative difference that passes.
         progress: Told what is being done.
     """
@@ -41,8 +43,8 @@ def judge_vision(
     drifts: list[Drift] = []
     departs: str | None = None
     difference = Difference()
-    others = target.stages(projected=projected)
-    for name, ours in source.stages(projected=projected):
+    others = target.stages(projected=projected, normed=normed)
+    for name, ours in source.stages(projected=projected, normed=normed):
         theirs = next(others)[1]
         progress(f"vision tower, {name}")
         before = expected, found

@@ -20,6 +20,7 @@ from t5g2convert.publish.license import KEYS as LICENSE
 from t5g2convert.publish.license import SourceLicense, license_text, read_license
 from t5g2convert.publish.markdown import code, fenced, table
 from t5g2convert.publish.origin import ROLES, Ancestor, ancestors, command, digest, is_hub_id
+from t5g2convert.publish.training import training
 from t5g2convert.publish.verification import Verification, read_verification, shown
 
 CARD_FILE: Final = "README.md"
@@ -74,7 +75,9 @@ def model_card(folder: Path, *, repo: str, source_card: str | None, existing: st
     manifest = read_manifest(folder)
     sources = ancestors(manifest, folder)
     facts = _Facts(
-        kind=kind_of(read_json_object(folder / "config.json"), folder / "config.json"),
+        kind=kind_of(
+            read_json_object(folder / "config.json"), folder / "config.json", adapted="adaptation" in manifest
+        ),
         manifest=manifest,
         sources=sources,
         verification=read_verification(manifest, folder),
@@ -224,10 +227,15 @@ def _differences(facts: _Facts) -> Iterator[str]:
 def _provenance(facts: _Facts) -> Iterator[str]:
     """The command, the map, the tool, and every file that was read."""
     manifest = facts.manifest
-    yield fenced("console", [f"$ {command(manifest, facts.sources, facts.kind.part)}"])
+    mapped: list[list[str]] = []
+    if "adaptation" in manifest:
+        yield from training(manifest["adaptation"], manifest["options"], source=facts.sources[0].argument)
+    else:
+        yield fenced("console", [f"$ {command(manifest, facts.sources, facts.kind.part)}"])
+        mapped = [["map", f"{code(manifest['mapping']['name'])}, sha256 {digest(manifest['mapping']['sha256'])}"]]
     facts_of = [
         ["tool", f"{code(manifest['tool']['name'])} {code(manifest['tool']['version'])}"],
-        ["map", f"{code(manifest['mapping']['name'])}, sha256 {digest(manifest['mapping']['sha256'])}"],
+        *mapped,
         *[[ROLES[source.role], source.told] for source in facts.sources],
         ["dtype", code(manifest["dtype"])],
     ]

@@ -43,15 +43,16 @@ class Kind:
     images: bool = False
 
 
-def kind_of(config: Mapping[str, Any], where: Path) -> Kind:
-    """The kind of a folder by its config.json.
+def kind_of(config: Mapping[str, Any], where: Path, *, adapted: bool = False) -> Kind:
+    """The kind of a folder by its config.json, and by whether it was trained further.
 
     Raises:
         CheckpointError: It is none that this tool writes.
     """
     match config.get("model_type"):
         case "t5gemma2":
-            return _t5gemma2(images=_looks(config.get("encoder")))
+            make = _adapted if adapted else _t5gemma2
+            return make(images=_looks(config.get("encoder")))
         case "t5gemma":
             return _T5GEMMA
         case "t5gemma2_encoder":
@@ -91,6 +92,28 @@ def _t5gemma2(*, images: bool) -> Kind:
             "encoder reads and whose rest the decoder writes, in the other half spans of the text are masked for the "
             "encoder and written by the decoder; the vision tower stays frozen. transformers trains this class as it "
             "is; the encoder's `attention_mask` must be given, as a tokenizer does."
+        ),
+        images=images,
+    )
+
+
+def _adapted(*, images: bool) -> Kind:
+    seen = " It reads images with the encoder." if images else " It reads text alone."
+    return Kind(
+        title="T5Gemma 2, trained further",
+        pipeline=IMAGES if images else TEXT,
+        tags=("t5gemma2", "encoder-decoder", "ul2"),
+        loader="AutoModelForSeq2SeqLM",
+        what=(
+            "A T5Gemma 2 encoder-decoder that was made of a Gemma 3 and **trained further**, so that its decoder "
+            f"learns to use its encoder, as the paper of T5Gemma 2 ({T5GEMMA2_PAPER}) has it. How far that went is "
+            "told by the tokens below, beside the paper's two trillion; what the model can do was not measured by the "
+            f"tool that wrote this card.{seen}"
+        ),
+        adapt=(
+            "It was adapted already, and can be adapted further by the same command, or trained for a task. "
+            "transformers trains this class as it is; the encoder's `attention_mask` must be given, as a tokenizer "
+            "does."
         ),
         images=images,
     )

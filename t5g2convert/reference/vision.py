@@ -32,12 +32,13 @@ class VisionTower:
         self.tower = tower
         self.projector = projector
 
-    def stages(self, *, projected: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    def stages(self, *, projected: bool = True, normed: bool = True) -> Iterator[tuple[str, nn.Module]]:
         """The modules in the order in which an image passes them, each read when it is its turn, with their names.
 
         Args:
             projected: Whether the last is the projector; otherwise it is its norm, and the matrix is not read:
                 it may lie in a file of its own.
+            normed: Whether that norm is passed, where the projector is not.
         """
         settings = self.settings
         yield "embeddings", self.weights.module(lambda: VisionEmbeddings(settings), f"{self.tower}embeddings.")
@@ -55,7 +56,7 @@ class VisionTower:
                 "multi_modal_projector",
                 self.weights.module(lambda: Projector(settings, self.text_width), self.projector),
             )
-        else:
+        elif normed:
             yield (
                 "multi_modal_projector.mm_soft_emb_norm",
                 self.weights.module(

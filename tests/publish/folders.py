@@ -1,15 +1,24 @@
 """Folders that a card can be made of, one of each kind, with a recorded verification."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from t5g2convert import convert
+from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
+from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
+from t5g2convert.conversion.adapted import plan_adapted
+from t5g2convert.conversion.convert import execute
 from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
+from tests.adaptation.runs import FACTS
 
 Document = dict[str, Any]
 
@@ -25,7 +34,18 @@ RECORD: Final[Document] = {
     "remarks": ["computed on the settings of the source"],
 }
 
-KINDS: Final = ("images", "text", "grafted", "encoder", "encoder-text", "decoder", "decoder-text", "paired", "t5gemma")
+KINDS: Final = (
+    "images",
+    "text",
+    "grafted",
+    "encoder",
+    "encoder-text",
+    "decoder",
+    "decoder-text",
+    "paired",
+    "t5gemma",
+    "adapted",
+)
 
 
 def write_kinds(folder: Path) -> None:
@@ -48,8 +68,29 @@ def write_kinds(folder: Path) -> None:
     convert(folder / "gemma2", folder / "t5gemma", flush=False)
     layers: PlanOptions = {"encoder_layers": "first:7", "decoder_layers": "0:8:2"}
     convert(folder / "gemma-text", folder / "paired", flush=False, decoder_from=folder / "gemma-text", **layers)
+    write_adapted(folder / "images", folder / "adapted")
     for kind in KINDS:
         change_manifest(folder / kind, lambda manifest: manifest.update(verification=RECORD))
+
+
+def write_adapted(model: Path, output: Path) -> None:
+    """A model whose text stacks were trained, in three steps of which the mean was taken."""
+    names = {name: stored for name, stored in open_checkpoint(model).tensors.items() if ".layers.0.mlp." in name}
+    names = {name: stored for name, stored in names.items() if "vision_tower" not in name}
+    shapes = {name: stored.entry.shape for name, stored in names.items()}
+    plan = plan_adapted(open_checkpoint(model), shapes, {**FACTS, "checkpoints": [60, 80, 100]})
+    execute(plan, Folders(model), output, given=Zeros(shapes), flush=False)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Values that are all zero."""
+
+    names: Mapping[str, tuple[int, ...]]
+
+    def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """One piece."""
+        yield np.zeros(self.names[name], np.float32)
 
 
 def change_manifest(folder: Path, change: Callable[[Document], object]) -> None:

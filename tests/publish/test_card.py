@@ -41,6 +41,7 @@ PIPELINES = {
     "decoder-text": "text-generation",
     "paired": "text-generation",
     "t5gemma": "text-generation",
+    "adapted": "image-text-to-text",
 }
 
 
@@ -111,6 +112,10 @@ def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
         assert "Taking it out trained nothing" in card
         assert "further trained.**" not in card
         assert f"$ t5g2 extract SOURCE OUTPUT --part {kind.partition('-')[0]}" in card
+    elif kind == "adapted":
+        assert "and **trained further**" in card
+        assert "needs adaptation" not in card
+        assert "$ t5g2 adapt SOURCE DATA RUN\n$ t5g2 average RUN OUTPUT --model SOURCE --last 3" in card
     else:
         assert "**It is converted and not further trained.**" in card
         assert "it needs adaptation before it is useful" in card
@@ -152,6 +157,7 @@ def test_the_code_of_the_cards_runs(kinds: Path) -> None:
         ["decoder-text", "Gemma3ForCausalLM", "False", "False", "False"],
         ["paired", "T5Gemma2ForConditionalGeneration", "False", "False", "False"],
         ["t5gemma", "T5GemmaForConditionalGeneration", "False", "False", "False"],
+        ["adapted", "T5Gemma2ForConditionalGeneration", "True", "False", "True"],
     ]
 
 
@@ -169,6 +175,29 @@ def test_a_source_of_the_hub_is_the_base_model(converted: Path) -> None:
     assert begin(card)[:2] == ["base_model", "base_model_relation"]
     assert f"$ t5g2 convert org/gemma-3@{COMMIT} OUTPUT" in card
     assert f"https://huggingface.co/org/gemma-3/tree/{COMMIT}" in found.links
+
+
+def test_how_a_model_was_trained_is_told(kinds: Path, tmp_path: Path) -> None:
+    card = made(kinds / "adapted", source_card=GEMMA)
+    told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "which"] for row in rows}
+    assert told["values"] == "the mean of 3 checkpoints, of steps 60, 80, 100"
+    assert told["tokens read"] == "51,200"
+    assert told["learnt from"] == "the data alone"
+    assert told["left as they were"] == "`embedding`, `projector`, `vision`"
+    assert told["data"] == f"sha256 `{'c' * 64}`"
+    (tasks,) = (rows[1:] for rows in render(card).tables if rows[0][0] == "task")
+    assert tasks == [["`r`", "spans", "0.15", "3", "1", "sentinels"], ["`s`", "prefix", "0.75", "one", "1", "none"]]
+    assert "Not established of Google's own training" in card
+    assert "learning rate, weight decay, optimizer" in card
+    folder = shutil.copytree(kinds / "adapted", tmp_path / "adapted")
+    change_manifest(folder, lambda manifest: manifest["adaptation"].update(checkpoints=[100], kd_parent="org/`<b>"))
+    change_manifest(folder, lambda manifest: manifest["options"].update(dtype="float32"))
+    card = made(folder)
+    told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "which"] for row in rows}
+    assert told["values"] == "those of step 100, in `float32`"
+    assert told["learnt from"].startswith("the data, and")
+    assert "<b>" not in card
+    assert "t5g2 average" not in card
 
 
 def test_a_donor_of_the_hub_is_a_base_model_too(kinds: Path, tmp_path: Path) -> None:

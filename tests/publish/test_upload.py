@@ -285,3 +285,16 @@ def test_the_card_knows_the_models_of_the_hub_that_a_folder_was_made_of(scene: S
     done = scene.run("upload new bo/new", HF_TOKEN="hf_bo", HF_HOME=str(scene.folder / "other"))
     assert done.returncode == 0, done.stderr
     assert "note: google/gemma-demo shows no card" in done.stderr
+
+
+def test_a_model_that_was_trained_further_is_sent_with_its_card(scene: Scene, kinds: Path) -> None:
+    shutil.rmtree(scene.out)
+    shutil.copytree(kinds / "adapted", scene.out)
+    expected = scene.expected()
+    told = document(scene, "upload out ann/model")
+    assert scene.there() == expected
+    assert sent(told) == {*expected, "README.md"}
+    assert (
+        b"T5Gemma 2 encoder-decoder that was made of a Gemma 3 and **trained further**"
+        in (scene.hub.repos["ann/model"].files("main")["README.md"])
+    )

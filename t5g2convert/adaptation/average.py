@@ -1,0 +1,129 @@
+"""The mean of the last checkpoints of a run, as the paper of T5Gemma 2 ends its training, written as a model.
+
+Every value is summed in float64 over the checkpoints, divided by their count, and rounded once, to the dtype that it is
+stored in. A sum of float32 numbers of about one size is exact in float64, so that the mean of checkpoints which are all
+the same is that checkpoint, and the order in which they are read plays no part but in the last bit.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from t5g2convert.adaptation.export import export
+from t5g2convert.adaptation.history import (
+    CHECKPOINTS,
+    History,
+    check_bytes,
+    check_model,
+    checkpoints_of,
+    read_history,
+    tokens_until,
+)
+from t5g2convert.checkpoint.folder import some
+from t5g2convert.conversion.convert import Conversion
+from t5g2convert.conversion.copying import Progress
+from t5g2convert.conversion.options import KEEP
+from t5g2convert.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from t5g2convert.adaptation.trained import Trained
+
+LAST: Final = 5
+"""Checkpoints that the paper averages."""
+
+
+def average(
+    run: Path,
+    last: int,
+    output: Path,
+    *,
+    model: Path,
+    dtype: str = KEEP,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the mean of the last checkpoints of a run as a model in the published layout.
+
+    Memory holds a few rows of one tensor, in float64, however large the model and however many the checkpoints.
+
+    Args:
+        run: The folder of the run.
+        last: How many checkpoints, counted from the last; all must be of the run's settings and objective.
+        output: The folder to write; it must be absent or empty unless `overwrite`.
+        model: The model that was trained.
+        dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
+        overwrite: Replace a folder that has something in it, at the end.
+        progress: Called with the bytes just written.
+
+    Raises:
+        CheckpointError: There are fewer checkpoints; one is damaged, of other settings, another objective, or has
+            other tensors; or the model is not the one that was trained.
+        OutputError: The output exists or cannot be written.
+        UsageError: The number of checkpoints has no meaning.
+    """
+    if last < 1:
+        raise UsageError(f"the mean of {last} checkpoints has no meaning", hint="1 or more")
+    history, folders = read_history(run), checkpoints_of(run)
+    if len(folders) < last:
+        raise CheckpointError(
+            f"has {len(folders)} checkpoints, {last} were asked for", where=run / CHECKPOINTS, hint="see --last"
+        )
+    check_model(history, model)
+    from t5g2convert.adaptation.trained import Trained
+
+    checkpoints = [Trained(folder) for folder in folders[-last:]]
+    _check_alike(history, checkpoints)
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    return export(
+        model,
+        Mean(checkpoints),
+        output,
+        facts=history.facts(steps, tokens_until(run, steps[-1])),
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+        judge=lambda folder: check_bytes(model, folder),
+    )
+
+
+class Mean:
+    """The mean of checkpoints that have the same tensors."""
+
+    def __init__(self, checkpoints: "Sequence[Trained]") -> None:
+        self._checkpoints = checkpoints
+        self.names: Mapping[str, tuple[int, ...]] = checkpoints[0].names
+
+    def pieces(self, name: str) -> "Iterator[NDArray[np.float64]]":
+        """The mean of a tensor, a few rows at a time."""
+        import numpy as np
+
+        for blocks in zip(*(checkpoint.pieces(name) for checkpoint in self._checkpoints), strict=True):
+            total = np.zeros(blocks[0].shape, np.float64)
+            for block in blocks:
+                total += block
+            total /= len(blocks)
+            yield total
+
+
+def _check_alike(history: History, checkpoints: "Sequence[Trained]") -> None:
+    """All are of one training, of one set of tensors, and no two of one step."""
+    first = checkpoints[0]
+    for checkpoint in checkpoints:
+        for what in ("settings_sha256", "objective_sha256"):
+            if getattr(checkpoint, what) != getattr(history, what):
+                raise CheckpointError(
+                    f"has {what} {getattr(checkpoint, what)}, the run has {getattr(history, what)}",
+                    where=checkpoint.folder,
+                    hint="only checkpoints of one training can be averaged",
+                )
+        if checkpoint.folder.name != f"step-{checkpoint.step:08d}":
+            raise CheckpointError(f"is of step {checkpoint.step}, not what its name says", where=checkpoint.folder)
+        names = checkpoint.names.keys() ^ first.names.keys()
+        names |= {name for name in checkpoint.names if checkpoint.names[name] != first.names.get(name)}
+        if names:
+            raise CheckpointError(
+                f"has not the tensors and shapes of {first.folder.name}: {some(names)}", where=checkpoint.folder
+            )

@@ -1,0 +1,61 @@
+"""`t5g2 probe-sentinels`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
+
+if TYPE_CHECKING:
+    from t5g2convert.adaptation.probe import Probe
+
+SHOWN_RANGES = 40
+"""Ranges that are printed; `--json` has all."""
+
+
+def probe_sentinels(
+    gemma3: Annotated[str, typer.Argument(help="A Gemma 3 folder, or a model of the Hub: org/name[@revision].")],
+    t5gemma2: Annotated[str, typer.Argument(help="A T5Gemma 2 that was made of it and trained; a folder or model.")],
+    factor: Annotated[
+        float,
+        typer.Option(
+            "--factor",
+            help="A row moved if its distance is more than so many times that of the stillest tenth. Not established; "
+            "our default.",
+            min=0,
+        ),
+    ] = 10.0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Which unused rows of the embedding moved between two checkpoints: what tokens a release was trained with."""
+    from t5g2convert.adaptation.probe import probe
+
+    found = probe(gemma3, t5gemma2, factor=factor)
+    if as_json:
+        emit_json(found.to_json())
+        return
+    _print(found)
+
+
+def _print(found: "Probe") -> None:
+    out = console()
+    out.print(
+        f"{found.compared:,} of {found.rows:,} rows were compared; {found.equal:,} of them are exactly equal, "
+        f"{found.moved:,} moved",
+        soft_wrap=True,
+    )
+    out.print(
+        f"distance of a row: {found.still:.3g} for the stillest tenth, median {found.median:.3g}, largest "
+        f"{found.largest:.3g}; moved is more than {found.threshold:.3g}",
+        soft_wrap=True,
+    )
+    if found.ranges:
+        shown = table("ids that moved", "count", "median distance", "largest", "known as", right=(1, 2, 3))
+        for item in found.ranges[:SHOWN_RANGES]:
+            ids = str(item.last) if item.count == 1 else f"{item.last} down to {item.first}"
+            shown.add_row(ids, f"{item.count:,}", f"{item.median:.3g}", f"{item.largest:.3g}", item.known or "")
+        out.print(shown)
+    if len(found.ranges) > SHOWN_RANGES:
+        out.print(f"and {len(found.ranges) - SHOWN_RANGES:,} ranges more; --json lists all")
+    print_notes(found.notes)

@@ -1,0 +1,60 @@
+"""How a model was trained further, as its card tells it from the manifest's `adaptation`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from t5g2convert.publish.markdown import code, fenced, table
+
+NOT_ESTABLISHED: Final = (
+    "learning rate", "weight decay", "optimizer", "sentinel and mode tokens", "packing",
+    "begin and end tokens of what the encoder reads",
+)  # fmt: skip
+"""What is not known of Google's training of T5Gemma 2: a run has its user's choice or this tool's default."""
+
+
+def training(told: Mapping[str, Any], options: Mapping[str, Any], *, source: str) -> Iterator[str]:
+    """The training, in Markdown, a paragraph or block at a time.
+
+    Args:
+        told: The manifest's `adaptation`.
+        options: The manifest's `options`.
+        source: What a command calls the model that was trained.
+    """
+    averaged: Sequence[int] = told["checkpoints"]
+    average = [f"$ t5g2 average RUN OUTPUT --model {source} --last {len(averaged)}"] if len(averaged) > 1 else []
+    yield fenced("console", [f"$ t5g2 adapt {source} DATA RUN", *average])
+    values = f"those of step {told['steps']:,}"
+    if len(averaged) > 1:
+        values = f"the mean of {len(averaged)} checkpoints, of steps {', '.join(f'{step:,}' for step in averaged)}"
+    teacher = told["kd_parent"]
+    rows = [
+        ["values", values + (f", in {code(options['dtype'])}" if "dtype" in options else "")],
+        ["tokens read", f"{told['tokens']:,}"],
+        ["learnt from", "the data alone" if teacher is None else f"the data, and {code(teacher)} as a teacher"],
+        ["trained", f"{len(told['trained'])} names of tensors in `t5g2.json`"],
+        ["left as they were", ", ".join(map(code, told["frozen"])) or "no part"],
+        ["settings", f"sha256 {code(told['settings_sha256'])}"],
+        ["data", f"sha256 {code(told['data_sha256'])}"],
+    ]
+    yield table(["training", "which"], rows)
+    yield "The tasks, and how often each comes:"
+    tasks = [
+        [code(task["name"]), task["kind"], f"{task['rate']:g}", _span(task), str(task["weight"]), _marks(task)]
+        for task in told["objective"]
+    ]
+    header = ["task", "kind", "rate", "mean span", "weight", "marks"]
+    yield table(header, tasks, right=(2, 3, 4))
+    yield (
+        f"Not established of Google's own training, and so the choice of this run or a default of t5g2: "
+        f"{', '.join(NOT_ESTABLISHED)}."
+    )
+
+
+def _span(task: Mapping[str, Any]) -> str:
+    return "one" if task["mean_span"] is None else f"{task['mean_span']:g}"
+
+
+def _marks(task: Mapping[str, Any]) -> str:
+    """The tokens that tell the model of a task."""
+    mode = [] if task["mode_token"] is None else [f"mode token {task['mode_token']}"]
+    return ", ".join([*mode, *(["sentinels"] if task["sentinel"] else [])]) or "none"

@@ -1,0 +1,288 @@
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5g2convert import CheckpointError, Conversion, UsageError, verify
+from t5g2convert.adaptation import dcp as reader
+from t5g2convert.adaptation.average import average
+from t5g2convert.adaptation.export import export
+from t5g2convert.adaptation.trained import Trained
+from t5g2convert.checkpoint.manifest import read_manifest
+from tests.adaptation.runs import (
+    FACTS,
+    Tensors,
+    text_only,
+    trained_from,
+    write_by_two,
+    write_checkpoint,
+    write_run,
+)
+from tests.conftest import TwinFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, and the model that it trains."""
+
+    folder: Path
+    model: Path
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:08d}"
+
+    def average(self, last: int, output: Path, **options: Any) -> Conversion:
+        return average(self.folder, last, output, **{"model": self.model, **options})
+
+
+Runs = Callable[..., Run]
+
+
+def few(name: str) -> bool:
+    """The first layers, and what stands in none."""
+    return text_only(name) and (".layers." not in name or ".layers.0." in name)
+
+
+@pytest.fixture
+def run_of(converted_twin: TwinFolder, tmp_path: Path) -> Runs:
+    """A run with some checkpoints of a converted twin; without values, all of other ones."""
+
+    def make(name: str, count: int = 5, values: Tensors | None = None) -> Run:
+        model = converted_twin(name)
+        write_run(tmp_path / "run", model, 20 * count)
+        for number in range(1, count + 1):
+            tensors = trained_from(model, few, seed=number) if values is None else values
+            write_checkpoint(tmp_path / f"run/checkpoints/step-{number * 20:08d}", tensors, number * 20)
+        return Run(tmp_path / "run", model)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["text-8", "text-float16", "text-float32"])
+def test_the_mean_is_numpys_rounded_once(
+    name: str, run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(name, count=6)
+    monkeypatch.setattr(reader, "BLOCK_ELEMENTS", 100)
+    run.average(5, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    read = [Trained(run.checkpoint(step)) for step in (40, 60, 80, 100, 120)]
+    assert len(read[0].names) > 20
+    for tensor in read[0].names:
+        mean = np.stack([each.read(tensor).numpy().astype(np.float64) for each in read]).mean(axis=0)
+        stored = found[tensor]
+        if stored.dtype == torch.bfloat16:
+            # Exactly: the neighbour that is nearer, by float64 arithmetic on both.
+            near = mean.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.int32)
+            around = (near[..., None] + [-1, 0, 1]).astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+            chosen = np.abs(around - mean[..., None]).argmin(axis=-1)
+            expected = np.take_along_axis(around, chosen[..., None], axis=-1)[..., 0]
+            assert np.array_equal(stored.double().numpy(), expected), tensor
+        else:
+            assert np.array_equal(stored.numpy(), mean.astype(stored.numpy().dtype)), tensor
+
+
+def test_a_mean_just_beyond_the_middle_is_not_rounded_twice(run_of: Runs, tmp_path: Path) -> None:
+    """Two float32 neighbours around a middle of bfloat16 have their mean where float32 has none."""
+    name = "model.decoder.norm.weight"
+    run = run_of("text-8", count=2)
+    for step, bits in ((20, 0x3F80_8000), (40, 0x3F80_8001)):
+        shutil.rmtree(run.checkpoint(step))
+        write_checkpoint(
+            run.checkpoint(step), {name: torch.from_numpy(np.full(24, bits, np.uint32).view(np.float32))}, step
+        )
+    run.average(2, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")[name].view(torch.uint16)
+    assert stored.tolist() == [0x3F81] * 24, "the middle itself would go to 0x3F80"
+
+
+def test_the_mean_of_one_checkpoint_five_times_is_that_checkpoint(
+    run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    model = converted_twin("images-8")
+    values = trained_from(model, few)
+    run = run_of("images-8", values=values)
+    for dtype in ("keep", "float32"):
+        run.average(5, tmp_path / dtype, dtype=dtype)
+        export(model, Trained(run.checkpoint(100)), tmp_path / f"{dtype}-one", facts=FACTS, dtype=dtype)
+        files = [tmp_path / folder / "model.safetensors" for folder in (dtype, f"{dtype}-one")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    found = load_file(tmp_path / "float32" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in values.items())
+
+
+def test_the_same_run_gives_the_same_bytes_by_one_process_or_two(
+    run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    run = run_of("text-8", count=2)
+    run.average(2, tmp_path / "one")
+    run.average(2, tmp_path / "again")
+    shutil.rmtree(run.checkpoint(40))
+    write_by_two(run.checkpoint(40), trained_from(converted_twin("text-8"), few, seed=2), 40)
+    run.average(2, tmp_path / "two")
+    for path in (tmp_path / "one").iterdir():
+        for other in ("again", "two"):
+            assert (tmp_path / other / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_manifest_tells_what_was_averaged_and_verify_passes(
+    run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    done = run_of("images-8").average(3, tmp_path / "out")
+    told = read_manifest(tmp_path / "out")["adaptation"]
+    assert (told["steps"], told["checkpoints"], told["tokens"]) == (100, [60, 80, 100], 100 * 512)
+    assert told["kd_parent"] is None
+    assert done.output == tmp_path / "out"
+    report = verify(tmp_path / "out", converted_twin("images-8"), record=False)
+    assert report.passed
+    assert any("the mean of 3 checkpoints" in remark for remark in report.remarks)
+
+
+def _told(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "checkpoint.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def _saved(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        trained = Trained(folder)
+        tensors = {name: trained.read(name) for name in trained.names}
+        change(tensors)
+        shutil.rmtree(folder)
+        write_checkpoint(folder, tensors, trained.step)
+
+    return save
+
+
+NORM = "model.decoder.norm.weight"
+
+STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "other settings": (_told(settings_sha256="d" * 64), "has settings_sha256 dddd"),
+    "another objective": (_told(objective_sha256="d" * 64), "has objective_sha256 dddd"),
+    "another step": (_told(step=41), "is of step 41, not what its name says"),
+    "a tensor less": (_saved(lambda tensors: tensors.pop(NORM)), f"has not the tensors and shapes of .*: {NORM}"),
+    "a tensor more": (_saved(lambda tensors: tensors.update(more=torch.ones(2))), "has not the tensors .*: more"),
+    "another shape": (_saved(lambda tensors: tensors.update({NORM: torch.ones(23)})), f"has not .*: {NORM}"),
+    "no checkpoint": (lambda folder: (folder / ".metadata").unlink(), "metadata: is missing"),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_checkpoints_that_are_not_alike_are_refused(stranger: str, run_of: Runs, tmp_path: Path) -> None:
+    change, told = STRANGERS[stranger]
+    run = run_of("text-8", count=3)
+    change(run.checkpoint(40))
+    with pytest.raises(CheckpointError, match=told):
+        run.average(3, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run.average(1, tmp_path / "out")
+
+
+def test_too_few_checkpoints_are_refused(run_of: Runs, tmp_path: Path) -> None:
+    run = run_of("text-8", count=2)
+    (run.folder / "checkpoints" / ".step-00000060.partial").mkdir()
+    with pytest.raises(CheckpointError, match="has 2 checkpoints, 3 were asked for"):
+        run.average(3, tmp_path / "out")
+    with pytest.raises(UsageError, match="the mean of 0 checkpoints"):
+        run.average(0, tmp_path / "out")
+
+
+def test_another_model_than_the_one_that_was_trained_is_refused(run_of: Runs, tmp_path: Path) -> None:
+    run, model = run_of("text-8", count=1), tmp_path / "model"
+    shutil.copytree(run.model, model)
+    run.average(1, tmp_path / "moved", model=model)
+    with pytest.raises(CheckpointError, match="is not the model that was trained"):
+        run.average(1, tmp_path / "out", model=tmp_path / "moved")
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what t5g2\.json beside it tells of"):
+        run.average(1, tmp_path / "out", model=model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_verification_makes_no_other_model(run_of: Runs, twin_folder: TwinFolder, tmp_path: Path) -> None:
+    run, model = run_of("text-8", count=1), tmp_path / "model"
+    shutil.copytree(run.model, model)
+    before = read_manifest(model)["sha256"]
+    assert verify(model, twin_folder("text-8")).passed
+    assert read_manifest(model)["sha256"] != before
+    run.average(1, tmp_path / "out", model=model)
+
+
+def test_a_model_without_a_manifest_is_known_by_its_files(run_of: Runs, tmp_path: Path) -> None:
+    run, model = run_of("text-8", count=1), tmp_path / "model"
+    shutil.copytree(run.model, model)
+    (model / "t5g2.json").unlink()
+    files = {
+        name: hashlib.sha256((model / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")
+    }
+    told = json.loads((run.folder / "run.json").read_text())
+    told["model"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (run.folder / "run.json").write_text(json.dumps(told))
+    run.average(1, tmp_path / "out", model=model)
+    with pytest.raises(CheckpointError, match="is not the model that was trained"):
+        run.average(1, tmp_path / "again", model=run.model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda text: text.replace('"step": 7,', '"step": 8,'), "does not tell of step 7"),
+        (lambda text: text[:-10], "has a line that is none of a log"),
+        (lambda text: text.replace("tokens", "words", 1), "has a line that is none of a log"),
+    ],
+)
+def test_a_log_that_does_not_tell_of_every_step_is_refused(
+    damage: Callable[[str], str], told: str, run_of: Runs, tmp_path: Path
+) -> None:
+    run = run_of("text-8", count=1)
+    path = run.folder / "metrics.jsonl"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(CheckpointError, match=told):
+        run.average(1, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"format": 2}'])
+def test_a_folder_that_is_no_run_is_refused(damage: str, run_of: Runs, tmp_path: Path) -> None:
+    run = run_of("text-8", count=1)
+    (run.folder / "run.json").write_text(damage)
+    with pytest.raises(CheckpointError, match=r"run\.json: "):
+        run.average(1, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"has no run\.json, expected the folder of a training run"):
+        average(tmp_path / "nowhere", 1, tmp_path / "out", model=run.model)
+
+
+def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:
+    """Five checkpoints with a tensor of 16 MB each, in a process of its own."""
+    folders = [
+        write_checkpoint(tmp_path / f"step-{step:08d}", {"t": torch.full((4096, 1024), float(step))}, step)
+        for step in range(1, 6)
+    ]
+    script = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from t5g2convert.adaptation.average import Mean\nfrom t5g2convert.adaptation.trained import Trained\n"
+        "mean = Mean([Trained(Path(each)) for each in sys.argv[1:]])\n"
+        "first = next(mean.pieces('t'))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert all((piece == 3).all() for piece in mean.pieces('t'))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) * 1024 < 16 << 20, "a second pass takes no more than the first block"

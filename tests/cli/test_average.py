@@ -1,0 +1,50 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t5g2convert import convert
+from tests.adaptation.runs import write_checkpoint, write_run
+from tests.cli.commandline import CommandLine
+
+
+@pytest.fixture
+def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capsys)
+
+
+@pytest.fixture
+def model(demo_source: Path, tmp_path: Path) -> Path:
+    """A conversion, and beside it `run`, with two checkpoints of one tensor."""
+    model = tmp_path / "model"
+    convert(demo_source, model, flush=False)
+    write_run(tmp_path / "run", model, 2)
+    for step in (1, 2):
+        values = {"model.decoder.norm.weight": torch.full((48,), float(step))}
+        write_checkpoint(tmp_path / f"run/checkpoints/step-{step:08d}", values, step)
+    return model
+
+
+def test_the_mean_is_written_and_told(model: Path, t5g2: CommandLine, tmp_path: Path) -> None:
+    arguments = ("average", tmp_path / "run", tmp_path / "out", "--model", model, "--last", "2")
+    shown = t5g2(*arguments)
+    assert shown.code == 0
+    assert "wrote the mean of 2 checkpoint(s)" in shown.out
+    refused = t5g2(*arguments, "--json")
+    assert (refused.code, refused.error["message"]) == (5, "exists and is not empty")
+    done = json.loads(t5g2(*arguments, "--json", "--overwrite", "--dtype", "float32").out)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert (done["checkpoints"], done["tensors"]) == (2, len(stored))
+    assert stored["model.decoder.norm.weight"].tolist() == [1.5] * 48
+    assert t5g2("verify", tmp_path / "out", "--source", model).code == 0
+    assert t5g2("verify", tmp_path / "out", "--source", model).code == 0, "and again, with its record"
+
+
+def test_what_was_trained_must_be_told(model: Path, t5g2: CommandLine, tmp_path: Path) -> None:
+    missing = t5g2("average", tmp_path / "run", tmp_path / "out")
+    assert (missing.code, "--model" in missing.err) == (2, True)
+    few = t5g2("average", tmp_path / "run", tmp_path / "out", "--model", model)
+    assert few.code == 3
+    assert "has 2 checkpoints, 5 were asked for" in few.err

@@ -1,0 +1,36 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.adaptation.test_probe import trained
+from tests.cli.commandline import CommandLine
+from tests.conftest import TwinFolder
+
+
+@pytest.fixture
+def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capsys)
+
+
+def test_the_ranges_are_shown(
+    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path, t5g2: CommandLine
+) -> None:
+    output = trained(converted_twin("text-8"), tmp_path / "out", [280, 298, 299])
+    shown = t5g2("probe-sentinels", twin_folder("text-8"), output)
+    assert shown.code == 0
+    assert "300 of 300 rows were compared; 297 of them are exactly equal, 3 moved" in shown.out
+    assert "299 down to 298" in shown.out
+    assert "neither has a tokenizer.json" in shown.err
+    document = json.loads(t5g2("probe-sentinels", twin_folder("text-8"), output, "--json").out)
+    assert [item["last"] for item in document["ranges"]] == [299, 280]
+    assert document["moved"] == 3
+    assert t5g2("probe-sentinels", twin_folder("donor-wide"), output).code == 3
+
+
+def test_nothing_is_shown_where_nothing_moved(
+    twin_folder: TwinFolder, converted_twin: TwinFolder, t5g2: CommandLine
+) -> None:
+    shown = t5g2("probe-sentinels", twin_folder("text-8"), converted_twin("text-8"))
+    assert "300 of them are exactly equal, 0 moved" in shown.out
+    assert "ids that moved" not in shown.out
