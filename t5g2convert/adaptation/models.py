@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from t5g2convert.adaptation.tokens import RESEARCH_TYPE
+from t5g2convert.adaptation import research
 from t5g2convert.checkpoint.config import describe_model_type
 from t5g2convert.checkpoint.folder import Checkpoint, some
+from t5g2convert.checkpoint.research import MODEL_TYPE as RESEARCH_TYPE
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
 from t5g2convert.errors import CheckpointError, UsageError
 
@@ -39,7 +40,7 @@ def load_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """
     kind = config.get("model_type")
     if kind == RESEARCH_TYPE:
-        return import_module("t5g2convert.adaptation.research").load(folder)
+        return research.load(folder)
     if kind != MODEL_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is no model that is adapted: T5Gemma 2", where=folder)
     transformers = quiet_transformers()
