@@ -6,7 +6,7 @@
 PARENT, a small Gemma 3, is converted by the four maps of mappings/ablation: `untied`, `tied`, `merged`, `full`. A fifth
 model, `random`, has the form of `merged` and nobody's weights. All are trained by `t5g2 adapt` on the same samples
 of the standard library's text, and judged on documents that none has seen. OUT becomes a folder with the runs,
-results.json, a table and curves. With the defaults, it takes a quarter of an hour on two idle cores.
+results.json, a table and curves. Stopped and started again, it goes on.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=None, help="read the first so many documents (default: all)")
     arguments = parser.parse_args()
     output: Path = arguments.output
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     make_models(arguments.parent, output)
     pack_corpus(output, arguments.documents)
     results = {name: train_and_judge(output, name, arguments) for name in arguments.models}
@@ -70,9 +70,11 @@ def main() -> None:
 
 
 def make_models(parent: Path, output: Path) -> None:
-    """The four forms of the parent, and the one of random weights, whose stacks are not alike."""
+    """The four forms of the parent, and the one of random weights, whose stacks are not alike; the last to be made."""
+    if (output / RANDOM).exists():
+        return
     for name in FORMS:
-        convert(parent, output / name, mapping=f"ablation-{name}")
+        convert(parent, output / name, mapping=f"ablation-{name}", overwrite=True)
     for seed in (FIRST, SECOND):
         torch.manual_seed(seed)
         made = output / f"random-parent-{seed}"
@@ -80,13 +82,16 @@ def make_models(parent: Path, output: Path) -> None:
         for path in parent.glob("tokenizer*"):
             shutil.copy(path, made)
     others = {"decoder_from": output / f"random-parent-{SECOND}", "mapping": "ablation-merged"}
-    convert(output / f"random-parent-{FIRST}", output / RANDOM, **others)
+    convert(output / f"random-parent-{FIRST}", output / RANDOM, overwrite=True, **others)
 
 
 def pack_corpus(output: Path, documents: int | None) -> None:
     """The corpus as tokens, of which all models have the same."""
-    write_corpus(output / "corpus", documents)
+    if not (output / "corpus").exists():
+        write_corpus(output / "corpus", documents)
     for part in (TRAINING, HELD_OUT):
+        if (output / part).exists():
+            continue
         source = output / f"corpus/{part}.jsonl"
         pack(output / "merged", output / part, read_files([source], "text", lambda _: None), sources=[source])
 
@@ -108,9 +113,8 @@ def train_and_judge(output: Path, name: str, arguments: argparse.Namespace) -> d
     pace = Pace(micro=arguments.batch, save_every=every, keep=arguments.checkpoints + 1)
     run = output / f"run-{name}"
     # What `t5g2 adapt` does.
-    done = adapt(
-        Request(output / name, output / TRAINING, run, settings, pace=pace), begun=lambda _: None, report=lambda _: None
-    )
+    request = Request(output / name, output / TRAINING, run, settings, pace=pace, resume=True)
+    done = adapt(request, begun=lambda _: None, report=lambda _: None)
     held_out: dict[int, Evaluation] = {}
     for step, checkpoint in {0: None, **complete(run)}.items():
         found = evaluate(output / name, output / HELD_OUT, settings, samples=arguments.samples, checkpoint=checkpoint)
