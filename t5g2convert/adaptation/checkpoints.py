@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from t5g2convert.adaptation.dcp import Reader
 from t5g2convert.adaptation.record import FOLDER, RECORD_FILE, Record, complete, place_of
 from t5g2convert.adaptation.settings import Settings
 from t5g2convert.checkpoint.digest import sha256_of
@@ -101,9 +101,9 @@ def load(folder: Path, state: State) -> None:
     """Read a checkpoint into parameters and optimizer, each process its own part.
 
     Raises:
-        CheckpointError: It holds other tensors, or tensors of other shapes.
+        CheckpointError: It holds other tensors, or tensors of other shapes; or its table of contents is no such table.
     """
-    reader = FileSystemReader(folder)
+    reader = Reader(folder, beside=frozenset({RECORD_FILE}))
     stored = {
         name: tuple(entry.size)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
