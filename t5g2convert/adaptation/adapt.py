@@ -176,7 +176,7 @@ def _prepare(request: Request) -> Prepared:
     if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
         raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
     if request.teacher is not None:
-        longest = max(prepared.samples.schedule.raw_lengths) + 1
+        longest = prepared.samples.longest + 1
         check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
     if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
         # Before other processes are started; those that torchrun or SLURM started wait to be told together.
