@@ -53,7 +53,7 @@ def export(
         output: The folder to write; it must be absent or empty unless `overwrite`.
         facts: What the manifest shall tell of the training: `steps`, `checkpoints` (the steps averaged, or the one
             taken), `tokens`, `objective` (the tasks of the mixture), `settings_sha256`, `data_sha256` and `kd_parent`
-            (a name, or None). No paths, no times: the same values give the same bytes.
+            (the identity of a teacher, or None). No paths, no times: the same values give the same bytes.
         dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
         overwrite: Replace a folder that has something in it, at the end.
         flush: Wait until the disk has every byte before the output appears.

@@ -27,13 +27,15 @@ FORMAT: Final = 1
 def identity(folder: Path) -> str:
     """What tells a model from all others: its manifest's sha256, or one of the sha256 of its config and weights.
 
-    A verification that was recorded in the manifest makes no other model of it.
+    A verification that was recorded in the manifest makes no other model of it. A manifest that has no sha256 of its
+    files (`t5g2 convert --no-hash`) would be that of every model of this config.
 
     Raises:
         CheckpointError: Its files cannot be read.
     """
-    if (folder / MANIFEST_FILE).is_file():
-        told = {key: value for key, value in read_manifest(folder).items() if key not in ("verification", SEAL)}
+    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
+    if manifest is not None and all(file["sha256"] is not None for file in manifest["files"].values()):
+        told = {key: value for key, value in manifest.items() if key not in ("verification", SEAL)}
         return hashlib.sha256(encode_json(told)).hexdigest()
     checkpoint = open_checkpoint(folder)
     try:

@@ -198,6 +198,17 @@ def test_a_recorded_verification_makes_no_other_model(small: Path, tmp_path: Pat
     assert identity(tmp_path / "model") != before
 
 
+def test_models_of_one_config_are_told_apart_where_no_sha256_was_recorded(small: Path, tmp_path: Path) -> None:
+    from t5g2convert import convert
+
+    convert(small / "parent", tmp_path / "model", hashing=False, flush=False)
+    before, path = identity(tmp_path / "model"), tmp_path / "model/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert identity(tmp_path / "model") != before
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
