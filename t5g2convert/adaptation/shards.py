@@ -13,7 +13,7 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, overload
@@ -58,7 +58,7 @@ class TokenStream:
     """
 
     def __init__(self, folder: Path, name: str, entry: StreamEntry) -> None:
-        self.tokens, self.documents = entry.tokens, entry.documents
+        self.tokens = entry.tokens
         self.paths = tuple(folder / shard_name(name, number) for number in range(len(entry.shards)))
         self._shards = [
             _mapped(path, TOKEN, (shard.tokens,)) for path, shard in zip(self.paths, entry.shards, strict=True)
@@ -149,7 +149,6 @@ class Packed:
         text: The documents without pictures.
         images: The documents with pictures.
         counts: How often each token stands in all of the documents, uint64 [vocabulary].
-        ends: Where the documents without pictures end, uint64 [documents].
     """
 
     folder: Path
@@ -158,7 +157,6 @@ class Packed:
     text: TokenStream
     images: ImageDocuments
     counts: NDArray[np.uint64]
-    ends: NDArray[np.uint64]
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False, sha256: str | None = None) -> Self:
@@ -191,7 +189,7 @@ class Packed:
         if verify:
             _verify(folder, index)
         images = ImageDocuments(image, image_ends, places, folder / PICTURES_FOLDER, index.tokens.eoi)
-        return cls(folder, index, found, text, images, counts, ends)
+        return cls(folder, index, found, text, images, counts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the folder again, where a pickled array would be a copy of all of the data."""
@@ -203,19 +201,9 @@ class Packed:
         return self.text.tokens
 
     @property
-    def documents(self) -> int:
-        """Documents without pictures."""
-        return self.text.documents
-
-    @property
     def highest(self) -> int:
         """The highest token id in any document; -1 where there is none."""
         return self.index.highest
-
-    @property
-    def special(self) -> Mapping[int, int]:
-        """How often each special or spare token stands in the documents, by id, if it does."""
-        return {int(token): count for token, count in self.index.special.items()}
 
     @property
     def vocabulary(self) -> int:
@@ -230,10 +218,6 @@ class Packed:
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Tokens of the documents without pictures, from `start` to `stop`: a copy, [stop - start]."""
         return self.text.read(start, stop)
-
-    def occurrences(self, first: int, stop: int) -> int:
-        """How often tokens with ids from `first` to below `stop` stand in all of the documents."""
-        return int(self.counts[first:stop].sum())
 
 
 def _reopen(folder: Path, sha256: str) -> Packed:

@@ -46,7 +46,7 @@ def data(made: Path, tmp_path: Path) -> Path:
 
 def test_documents_with_pictures_stand_apart(made: Path) -> None:
     packed = Packed.open(made / "data", verify=True)
-    assert (packed.documents, packed.tokens, len(packed.images)) == (3, 15, 2)
+    assert (packed.index.text.documents, packed.tokens, len(packed.images)) == (3, 15, 2)
     red, both = packed.images
     assert red.images == both.images[1:]
     assert [path.suffix for path in both.images] == [".png", ".png"]
