@@ -264,7 +264,7 @@ def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Set
     names = models.published_names(model, shapes, request.model)
     if engine.global_rank == 0:
         models.compare_values(model, names, checkpoint)
-    models.freeze(model, names, images=prepared.images)
+    models.freeze(model, names, models.parts_of(checkpoint), images=prepared.images)
     if request.recompute:
         models.recompute_activations(model)
     denoiser = Denoiser(

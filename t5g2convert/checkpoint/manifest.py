@@ -154,8 +154,7 @@ class _Adaptation(ConfigSection, extra="forbid"):
 
     `steps` is how long the training had run, `checkpoints` the steps whose values were averaged, or the one that was
     taken. `tokens` is how many were read until then. `trained` names the tensors, `{layer}` in place of the numbers of
-    all layers; `frozen` the parts of which none was trained. `kd_parent` is the identity of the model that was
-    learnt from: the sha256 of its manifest, or of the sha256 of its files.
+    all layers; `frozen` the parts of which none was trained. `kd_parent` is the name of the model that was learnt from.
     """
 
     steps: PositiveInt
