@@ -15,8 +15,8 @@ from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2
 from t5g2convert.errors import CheckpointError, T5g2Error
+from t5g2convert.mapping.schema import TOKENIZER_FILE
 
-TOKENIZER_FILE: Final = "tokenizer.json"
 RESEARCH_TYPE: Final = "t5g2_research"
 """`model_type` of the small model of the ablations, whose config has all at its top level."""
 
