@@ -124,6 +124,35 @@ def read_history(run: Path) -> History:
     return parse_section(History, read_json_object(path), path)
 
 
+def check_model(history: History, model: Path) -> None:
+    """Refuse another model than the one that was trained, by what it tells of itself.
+
+    Raises:
+        CheckpointError: It is another, or was changed since.
+    """
+    if history.model != identity(model):
+        raise CheckpointError(
+            "is not the model that was trained", where=model, hint="an export needs that model, as the run found it"
+        )
+
+
+def check_bytes(model: Path, exported: Path) -> None:
+    """Refuse an export for which other bytes were read than the model's own manifest tells of, if it has one.
+
+    Raises:
+        CheckpointError: They were others.
+    """
+    if not (model / MANIFEST_FILE).is_file():
+        return
+    told = read_manifest(model)["files"]
+    for name, facts in read_manifest(exported)["source"]["files"].items():
+        expected = told.get(name, {"sha256": ""})["sha256"]
+        if expected is not None and facts["sha256"] != expected:
+            raise CheckpointError(
+                f"{name} is not what {MANIFEST_FILE} beside it tells of", where=model, hint="it was changed or damaged"
+            )
+
+
 def check_vacant(run: Path) -> None:
     """Refuse a folder that has something in it.
 
