@@ -135,6 +135,7 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         report: Told of every step, on the first process.
 
     Raises:
+        DataError: The files of the data are not those that were packed; read when a run begins, not when it goes on.
         T5g2Error: As `prepare`, `train` and `checkpoints`; on all processes but the first `Quiet`, with its exit code.
     """
     try:
@@ -204,6 +205,9 @@ def _run(
     )
     # As the first process sees it, before it writes anything.
     goes_on = engine.broadcast(_goes_on(request))
+    if not goes_on:
+        packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
+        together(engine, lambda: packed.check_bytes(part=rank, parts=world))
     start, folder = together(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
     module, state = together(engine, lambda: _build(engine, request, prepared, settings))
     if folder is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5g2convert.adaptation.adapt import Outcome, Request, adapt
+from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
 from t5g2convert.adaptation.engine import Machines, resolve
 from t5g2convert.adaptation.logs import Metrics
 from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
@@ -118,6 +118,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small: Path, tmp_path: Path
     with pytest.raises(DataError, match="the gradient of step 1 is not finite"):
         run(request)
     assert not complete(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_data_that_was_damaged_is_found_when_a_run_begins(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "data", tmp_path / "data")
+    path = tmp_path / "data/text-00000.bin"
+    tokens = bytearray(path.read_bytes())
+    tokens[400] ^= 1
+    path.write_bytes(tokens)
+    request = replace(request_of(small, tmp_path / "run", settings_of()), data=tmp_path / "data")
+    foresee(request)
+    with pytest.raises(DataError, match="their sha256 differs") as raised:
+        run(request)
+    assert raised.value.details == ("text-00000.bin",)
+    assert not (tmp_path / "run").exists()
 
 
 def _not_json(folder: Path) -> None:
