@@ -135,6 +135,7 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         report: Told of every step, on the first process.
 
     Raises:
+        DataError: The files of the data are not those that were packed; read when a run begins, not when it goes on.
         T5g2Error: As `prepare`, `train` and `checkpoints`; on all processes but the first `Quiet`, with its exit code.
     """
     try:
@@ -176,7 +177,7 @@ def _prepare(request: Request) -> Prepared:
     if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
         raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
     if request.teacher is not None:
-        longest = max(prepared.samples.schedule.raw_lengths) + 1
+        longest = prepared.samples.longest + 1
         check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
     if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
         # Before other processes are started; those that torchrun or SLURM started wait to be told together.
@@ -204,6 +205,9 @@ def _run(
     )
     # As the first process sees it, before it writes anything.
     goes_on = engine.broadcast(_goes_on(request))
+    if not goes_on:
+        packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
+        together(engine, lambda: packed.check_bytes(part=rank, parts=world))
     start, folder = together(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
     module, state = together(engine, lambda: _build(engine, request, prepared, settings))
     if folder is not None:
@@ -264,7 +268,7 @@ def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Set
     names = models.published_names(model, shapes, request.model)
     if engine.global_rank == 0:
         models.compare_values(model, names, checkpoint)
-    models.freeze(model, names, images=prepared.images)
+    models.freeze(model, names, models.parts_of(checkpoint), images=prepared.images)
     if request.recompute:
         models.recompute_activations(model)
     denoiser = Denoiser(

@@ -73,6 +73,8 @@ def evaluate(
     """
     prepared = prepare(model, data, settings)
     block, schedule = settings.mixture.block, prepared.samples.schedule
+    if schedule is None:
+        raise UsageError("--image-every 1 has no samples of text, which are what is judged")
     if samples < 1 or samples % block or samples > schedule.chunks * block:
         raise UsageError(
             f"expected a multiple of {block} up to {schedule.chunks * block} held-out samples, found {samples}"

@@ -4,33 +4,27 @@ Everything but values is the model's: names, dtypes, shards and the order in the
 were not trained are its bytes; trained ones are rounded once. The manifest tells of the training under `adaptation`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.adapted import plan_adapted
 from t5g2convert.conversion.convert import Conversion, Judge, execute
 from t5g2convert.conversion.copying import Progress
+from t5g2convert.conversion.given import Given
 from t5g2convert.conversion.options import KEEP
 from t5g2convert.conversion.staging import check_target
 from t5g2convert.errors import CheckpointError
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
-
-class Values(Protocol):
+class Values(Given, Protocol):
     """Trained values: which tensors, and their values in pieces. `Trained` and `Mean` are such."""
 
     @property
     def names(self) -> Mapping[str, tuple[int, ...]]:
         """The trained tensors by their names in the published layout, with their shapes."""
-
-    def pieces(self, name: str) -> Iterator["NDArray[np.float32] | NDArray[np.float64]"]:
-        """The values of a tensor, in order, a piece at a time."""
 
 
 def export(

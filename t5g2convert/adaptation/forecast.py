@@ -31,11 +31,11 @@ class Forecast:
         steps: Of the run.
         image_steps: Steps of them that are of documents with images.
         samples: Of a step.
-        tasks: The tasks.
+        tasks: The tasks of text; none where all steps are of images.
         sentinels: The first and the last sentinel id that a sample may have; None where no task has any.
         corpus: Tokens of the text.
         epochs: How often the run reads it.
-        operations: Of a step of text, all devices together; None for a research model.
+        operations: Of a step of text, all devices together; None for a research model, or where there is no such step.
         memory: What a device is estimated to hold; None for a research model.
         notes: What a user should know.
     """
@@ -68,6 +68,7 @@ def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> For
     """
     samples = prepared.samples
     settings, schedule = samples.settings, samples.schedule
+    raw_lengths = () if schedule is None else schedule.raw_lengths
     tasks = tuple(
         TaskForecast(
             task.name,
@@ -76,7 +77,7 @@ def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> For
             *lengths(raw, task, samples.frame),
             spans(raw, task)[1] if task.sentinel else 0,
         )
-        for task, raw in zip(settings.mixture.tasks, schedule.raw_lengths, strict=True)
+        for task, raw in zip(settings.mixture.tasks if raw_lengths else (), raw_lengths, strict=True)
     )
     image_steps = 0 if settings.image_every is None else settings.steps // settings.image_every
     blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
@@ -88,9 +89,9 @@ def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> For
         samples=settings.samples,
         tasks=tasks,
         sentinels=(ids.first, ids.last) if ids.count else None,
-        corpus=schedule.tokens,
-        epochs=blocks / schedule.chunks,
-        operations=None if model is None else _operations(model, tasks, settings.samples),
+        corpus=samples.packed.tokens,
+        epochs=0.0 if schedule is None else blocks / schedule.chunks,
+        operations=None if model is None or not tasks else _operations(model, tasks, settings.samples),
         memory=None if model is None else _memory(prepared, model, devices=devices, micro=micro, chunk=chunk),
         notes=prepared.notes,
     )

@@ -190,7 +190,9 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
         occurrences={token: int(count) for token, count in enumerate(packed.counts) if count},
         absent=("pad",) if tokens.pad is not None else (),
     )
-    return Samples(packed, settings, tokens, sentinels, Schedule(mixture, raw, packed.tokens, settings.seed), model)
+    # Data of images alone has no text to be cut into samples, and needs none.
+    schedule = None if settings.image_every == 1 else Schedule(mixture, raw, packed.tokens, settings.seed)
+    return Samples(packed, settings, tokens, sentinels, schedule, model)
 
 
 def _special(tokens: ModelTokens) -> dict[str, int]:

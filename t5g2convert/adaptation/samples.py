@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from t5g2convert.adaptation.denoiser import IGNORED
 from t5g2convert.adaptation.images import pixel_values
 from t5g2convert.adaptation.mixture import Task
-from t5g2convert.adaptation.schedule import Schedule
+from t5g2convert.adaptation.schedule import Schedule, document_of
 from t5g2convert.adaptation.sentinels import Sentinels
 from t5g2convert.adaptation.settings import Settings
 from t5g2convert.adaptation.shards import ImageDocument, Packed
@@ -85,7 +85,7 @@ class Samples(Dataset[Batch]):
         settings: Settings,
         tokens: ModelTokens,
         sentinels: Sentinels,
-        schedule: Schedule,
+        schedule: Schedule | None,
         model: Path,
     ) -> None:
         self.packed, self.settings, self.tokens, self.sentinels = packed, settings, tokens, sentinels
@@ -103,14 +103,15 @@ class Samples(Dataset[Batch]):
             batch["pixel_values"] = torch.from_numpy(pixel_values(paths, self.model))
             return batch
         examples = [self.text(i) for i in place.samples]
-        teacher_bos = self.frame.encoder_bos if self.settings.teacher is not None else None
         batch = collate(examples, place.counted, self.tokens)
         if self.settings.teacher is not None:
-            batch |= teaching(examples, teacher_bos, width=batch["labels"].shape[1])
+            # Gemma 3 has never read a text without bos, whatever the encoder is given.
+            batch |= teaching(examples, self.tokens.bos, width=batch["labels"].shape[1])
         return batch
 
     def text(self, i: int) -> Example:
         """Text sample i."""
+        assert self.schedule is not None, "there are steps of text"
         number = self.schedule.task(i)
         raw = self.packed.read(*self.schedule.stretch(i))
         task = self.settings.mixture.tasks[number]
@@ -118,7 +119,12 @@ class Samples(Dataset[Batch]):
 
     def document(self, i: int) -> ImageDocument:
         """The document of image sample i."""
-        return self.packed.images[self.schedule.document(i, len(self.packed.images))]
+        return self.packed.images[document_of(self.settings.seed, i, len(self.packed.images))]
+
+    @property
+    def longest(self) -> int:
+        """Raw tokens of the longest sample of text; 0 where there is none."""
+        return 0 if self.schedule is None else max(self.schedule.raw_lengths)
 
     def image(self, document: ImageDocument) -> Example:
         """A document with images: all through the last image for the encoder, the rest for the decoder.

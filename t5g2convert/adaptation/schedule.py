@@ -73,27 +73,9 @@ class Schedule:
         self._place(i)
         return np.random.Generator(_philox(self.seed, i, _SAMPLE))
 
-    def epoch(self, i: int) -> int:
-        """How often the corpus has been read before sample i."""
-        return self._place(i)[0] // self.chunks
-
-    def document(self, i: int, count: int) -> int:
-        """The document of the i-th sample of `count` documents with images: each once in an epoch of them.
-
-        Raises:
-            DataError: There are none.
-        """
-        if count < 1:
-            raise DataError("expected documents with images, found none")
-        self._place(i)
-        epoch, place = divmod(int(i), count)
-        return permuted(place, count, _philox(self.seed, epoch, _DOCUMENTS))
-
     def _place(self, i: int) -> tuple[int, int]:
         """The block of a sample, and its place therein."""
-        if not 0 <= i <= _WORD:
-            raise UsageError(f"expected the number of a sample, 0 to {_WORD}, found {i}")
-        return divmod(int(i), len(self._cycle))
+        return divmod(_number(i), len(self._cycle))
 
     def _block(self, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tasks of a block's samples, and where their texts start."""
@@ -113,6 +95,19 @@ class Schedule:
     def _offset(self, source: np.random.Philox) -> int:
         """Where the first chunk of an epoch starts."""
         return int(_words(source, 1)[0]) % (self.tokens - self.chunks * self.chunk + 1)
+
+
+def document_of(seed: int, i: int, count: int) -> int:
+    """The document of the i-th sample of `count` documents with images: each once in an epoch of them.
+
+    Raises:
+        DataError: There are none.
+        UsageError: There is no such sample.
+    """
+    if count < 1:
+        raise DataError("expected documents with images, found none")
+    epoch, place = divmod(_number(i), count)
+    return permuted(place, count, _philox(seed, epoch, _DOCUMENTS))
 
 
 def permuted(place: int, count: int, source: np.random.Philox) -> int:
@@ -143,6 +138,13 @@ def _mixed(key: int, value: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
     return word ^ (word >> 31)
+
+
+def _number(i: int) -> int:
+    """The number of a sample, in range; numpy's have no divmod that keeps them whole."""
+    if not 0 <= i <= _WORD:
+        raise UsageError(f"expected the number of a sample, 0 to {_WORD}, found {i}")
+    return int(i)
 
 
 def _philox(seed: int, number: int, use: int) -> np.random.Philox:

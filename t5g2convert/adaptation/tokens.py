@@ -16,8 +16,8 @@ from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2
 from t5g2convert.errors import CheckpointError, T5g2Error
+from t5g2convert.mapping.schema import TOKENIZER_FILE
 
-TOKENIZER_FILE: Final = "tokenizer.json"
 UNUSED: Final = re.compile(r"<unused\d+>")
 """Names of Gemma's spare tokens: sentinels are taken from them."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5g2convert.adaptation.adapt import Outcome, Request, adapt
+from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
 from t5g2convert.adaptation.engine import Machines, resolve
 from t5g2convert.adaptation.logs import Metrics
 from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
@@ -120,6 +120,21 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small: Path, tmp_path: Path
     assert not complete(tmp_path / "run")
 
 
+@pytest.mark.usefixtures("one_process")
+def test_data_that_was_damaged_is_found_when_a_run_begins(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "data", tmp_path / "data")
+    path = tmp_path / "data/text-00000.bin"
+    tokens = bytearray(path.read_bytes())
+    tokens[400] ^= 1
+    path.write_bytes(tokens)
+    request = replace(request_of(small, tmp_path / "run", settings_of()), data=tmp_path / "data")
+    foresee(request)
+    with pytest.raises(DataError, match="their sha256 differs") as raised:
+        run(request)
+    assert raised.value.details == ("text-00000.bin",)
+    assert not (tmp_path / "run").exists()
+
+
 def _not_json(folder: Path) -> None:
     (folder / "checkpoint.json").write_text("{")
 
@@ -195,6 +210,17 @@ def test_a_recorded_verification_makes_no_other_model(small: Path, tmp_path: Pat
     assert json.loads(path.read_text())["sha256"] != before
     assert identity(tmp_path / "model") == before
     path.unlink()
+    assert identity(tmp_path / "model") != before
+
+
+def test_models_of_one_config_are_told_apart_where_no_sha256_was_recorded(small: Path, tmp_path: Path) -> None:
+    from t5g2convert import convert
+
+    convert(small / "parent", tmp_path / "model", hashing=False, flush=False)
+    before, path = identity(tmp_path / "model"), tmp_path / "model/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
     assert identity(tmp_path / "model") != before
 
 
