@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TEXT = {
+TEXT: dict[str, dict[str, Any]] = {
     "270m": {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
              "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "vocab_size": 262_144},
     "1b": {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
@@ -16,9 +16,9 @@ TEXT = {
 }  # fmt: skip
 TEXT["27b"] = {**TEXT["4b"], "hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62,
                "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}  # fmt: skip
-VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+VISION: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
           "image_size": 896, "patch_size": 14, "vision_use_head": False}  # fmt: skip
-TINY = {**TEXT["270m"], "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 512}
+TINY: dict[str, Any] = {**TEXT["270m"], "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 512}
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {"model_type": "gemma3_text", **TINY},
     "270m": {"model_type": "gemma3_text", **TEXT["270m"]},

@@ -96,6 +96,11 @@ def test_hiding_leaves_the_samples_as_they_are(small: Path, settings: Settings) 
     assert all(torch.equal(hidden[name], batch[name]) for name in batch if name != "attention_mask")
 
 
+def test_settings_without_text_are_refused(small: Path, settings: Settings) -> None:
+    with pytest.raises(UsageError, match="has no samples of text"):
+        evaluate(small / "model", small / "data", settings.model_copy(update={"image_every": 1}), samples=8)
+
+
 @pytest.mark.parametrize("samples", [0, 4, -8, 8_000_000])
 def test_samples_are_whole_blocks_and_never_repeated(samples: int, small: Path, settings: Settings) -> None:
     with pytest.raises(UsageError, match=rf"expected a multiple of 8 up to \d+ held-out samples, found {samples}"):
