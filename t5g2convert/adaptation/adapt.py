@@ -28,8 +28,9 @@ from t5g2convert.adaptation.forecast import Forecast, forecast
 from t5g2convert.adaptation.logs import Metrics, read_metrics
 from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
-from t5g2convert.adaptation.record import check_files, complete, read_record
+from t5g2convert.adaptation.record import check_files, place_of, read_record
 from t5g2convert.adaptation.run import (
+    EXPORT_FOLDER,
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
@@ -45,6 +46,7 @@ from t5g2convert.adaptation.settings import Settings
 from t5g2convert.adaptation.teacher import Teacher, check_teacher, load_teacher
 from t5g2convert.adaptation.training import Pace, make_optimizer, train
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
+from t5g2convert.conversion.staging import check_target
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -175,6 +177,8 @@ def _prepare(request: Request) -> Prepared:
     prepared = prepare(request.model, request.data, request.settings, rope_scaling=request.rope_scaling)
     if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
         raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
+    if request.export:
+        check_target(request.run / EXPORT_FOLDER, request.model, overwrite=True)
     if request.teacher is not None:
         longest = max(prepared.samples.schedule.raw_lengths) + 1
         check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
@@ -206,6 +210,9 @@ def _run(
     goes_on = engine.broadcast(_goes_on(request))
     start, folder = together(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
     module, state = together(engine, lambda: _build(engine, request, prepared, settings))
+    if not goes_on:
+        # Not before everything was looked at: a start that was refused leaves the folder to the next.
+        together(engine, lambda: write_description(request.run, description) if first else None)
     if folder is not None:
         together(engine, lambda: checkpoints.load(folder, state))
     if first:
@@ -220,7 +227,7 @@ def _run(
         first=first,
         start=start,
         trained=sum(parameter.numel() for parameter in state.parameters.values()),
-        checkpoint=complete(request.run)[settings.steps],
+        checkpoint=place_of(request.run, settings.steps),
         steps=tuple(steps),
         plot=request.run / PLOT_FILE,
         settings=settings,
@@ -247,9 +254,10 @@ def _start(
     if not goes_on:
         if engine.global_rank == 0:
             check_vacant(request.run)
-            write_description(request.run, description)
         return 0, None
     check_same(request.run, description)
+    if engine.global_rank == 0:
+        checkpoints.clear_partial(request.run)
     start, folder = newest(request.run, settings)
     if folder is not None:
         check_files(folder, read_record(folder), part=engine.global_rank, parts=engine.world_size)
@@ -278,8 +286,9 @@ def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Set
     parameters = {
         names[name]: parameter for name, parameter in denoiser.model.named_parameters() if parameter.requires_grad
     }
-    if settings.trainable and not any(fnmatchcase(name, each) for name in parameters for each in settings.trainable):
-        raise UsageError(f"--trainable {' '.join(settings.trainable)} names none of the {len(parameters)} tensors")
+    for pattern in settings.trainable:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise UsageError(f"--trainable {pattern} names none of the {len(parameters)} tensors that are trained")
     # Saved under published names, in their order, whatever the class calls them and in whichever order.
     parameters = dict(sorted(parameters.items()))
     return module, State(parameters, make_optimizer(parameters, settings))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of a tensor, of its shape; and beside them how often it was trained, `step`."""
 
-_PARTIAL: Final = re.compile(r"\.step-\d{8}\.partial")
+_PARTIAL: Final = re.compile(r"\.step-\d{8,}\.partial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def save(engine: "Fabric", run: Path, step: int, state: State, settings: Setting
             staged.rename(target)
             _flush(target.parent)
             for old in list(complete(run).values())[:-keep]:
-                shutil.rmtree(old)
+                _remove(old)
         engine.barrier()
     except CheckpointException as error:
         raise _cause(error, target) from error
@@ -91,10 +91,24 @@ def save(engine: "Fabric", run: Path, step: int, state: State, settings: Setting
 
 
 def clear_partial(run: Path) -> None:
-    """Remove what a run that died was writing."""
-    for item in (run / FOLDER).glob(".step-*"):
-        if _PARTIAL.fullmatch(item.name):
-            shutil.rmtree(item)
+    """Remove what a run that died was writing or removing.
+
+    Raises:
+        OutputError: It cannot be removed.
+    """
+    try:
+        for item in (run / FOLDER).glob(".step-*"):
+            if _PARTIAL.fullmatch(item.name):
+                shutil.rmtree(item)
+    except OSError as error:
+        raise OutputError(f"cannot be removed: {error.strerror}", where=error.filename) from error
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, which is complete or away at every moment of it."""
+    away = folder.with_name(f".{folder.name}.partial")
+    folder.rename(away)
+    shutil.rmtree(away)
 
 
 def load(folder: Path, state: State) -> None:

@@ -1,7 +1,8 @@
 """What is asked of a run, and all that can be checked before any process is started and any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +73,8 @@ def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | 
     facts = read_facts(checkpoint.config, model / "config.json")
     check_rope(facts, rope_scaling)
     check_lengths(settings, facts)
-    check_freezing(settings)
+    check_freezing(settings, checkpoint.tensors)
+    check_dropout(checkpoint.config, model / "config.json")
     packed = Packed.open(data)
     check_tokenizer(packed, model)
     samples = make_samples(packed, settings, tokens, model)
@@ -155,16 +157,50 @@ def check_lengths(settings: Settings, facts: ModelFacts) -> None:
         )
 
 
-def check_freezing(settings: Settings) -> None:
-    """Refuse a freeze that freezes nothing, or that never ends.
+def check_freezing(settings: Settings, names: Collection[str]) -> None:
+    """Refuse a freeze that freezes nothing, or that never ends, and patterns that name no tensor.
+
+    Args:
+        settings: The run's.
+        names: Of the model's tensors.
 
     Raises:
-        UsageError: It does.
+        UsageError: It does, or one does.
     """
     if bool(settings.freeze_until) != bool(settings.trainable):
         raise UsageError(
             "--freeze-until and --trainable belong together: until which step, and what is trained till then"
         )
+    if settings.freeze_until >= settings.steps:
+        raise UsageError(
+            f"--freeze-until {settings.freeze_until} is not before the end, --steps {settings.steps}: "
+            "the rest would never be trained"
+        )
+    for pattern in settings.trainable:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"--trainable {pattern} names none of the model's {len(names)} tensors",
+                hint="names are those in MODEL's safetensors, as model.encoder.layers.0.mlp.up_proj.weight",
+            )
+
+
+def check_dropout(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse a model that drops out: the noise of it is seeded nowhere, so that no run could be had again.
+
+    Raises:
+        CheckpointError: A part of the config has a rate that is not 0.
+    """
+    for name, value in _rates(config):
+        if value:
+            raise CheckpointError(f"{name} is {value}, expected 0: dropout is not trained with", where=where)
+
+
+def _rates(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _rates(value, f"{path}{key}.")
+        elif key in ("dropout_rate", "attention_dropout"):
+            yield f"{path}{key}", value
 
 
 def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Path) -> Samples:
@@ -174,7 +210,7 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
         DataError: It does not.
         UsageError: A task does not fit the lengths.
     """
-    mixture, frame = settings.mixture, frame_of(settings, tokens)
+    mixture, frame, special = settings.mixture, frame_of(settings, tokens), _special(tokens)
     if settings.encoder_bos and tokens.bos is None:
         raise UsageError("the model has no bos", hint="--no-encoder-bos leaves it out")
     raw = tuple(
@@ -187,11 +223,11 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
     )
     check_reserved(
         sentinels,
-        special=_special(tokens),
+        special=special,
         mode_tokens=mixture.mode_tokens,
         highest=packed.highest,
         occurrences={token: int(count) for token, count in enumerate(packed.counts) if count},
-        absent=("pad",) if tokens.pad is not None else (),
+        absent=special.keys() & {"pad"},
     )
     return Samples(packed, settings, tokens, sentinels, Schedule(mixture, raw, packed.tokens, settings.seed), model)
 

@@ -76,7 +76,6 @@ class Samples(Dataset[Batch]):
         sentinels: The ids that stand for spans.
         schedule: Which sample is made of what; None where only images are trained on.
         model: The folder whose image processor makes pixels.
-        every: The micro-batches by their place; a data loader asks for them by number.
     """
 
     def __init__(

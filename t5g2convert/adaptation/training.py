@@ -99,11 +99,14 @@ def train(
             if not is_last:
                 continue
             metrics = _update(engine, state, settings, step, sums)
-            sums = _Sums(engine, settings)
             _tell(log, metrics, report)
             done = step + 1
             if done % pace.save_every == 0 or done == settings.steps:
+                if log is not None:
+                    log.flush()
                 checkpoints.save(engine, run, done, state, settings, keep=pace.keep)
+            # Here, so that the time of a step has no checkpoint in it.
+            sums = _Sums(engine, settings)
 
 
 def _tell(log: Log | None, metrics: Metrics, report: Report) -> None:
@@ -189,6 +192,9 @@ def _scale_and_clip(engine: "Fabric", state: State, settings: Settings, step: in
             if not any(fnmatchcase(name, pattern) for pattern in settings.trainable):
                 parameter.grad = None
     gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
+    if not gradients:
+        # Only what images train was to be trained, and this step is of text.
+        return 0.0
     for gradient in gradients:
         # FSDP2 takes the mean over processes of what each has summed.
         gradient.mul_(engine.world_size / labels)
