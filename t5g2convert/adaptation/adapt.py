@@ -1,6 +1,7 @@
 """A whole run: checks, engine, weights, the loop, and what is made of its last checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from t5g2convert.adaptation.engine import (
 )
 from t5g2convert.adaptation.finish import Finished, finish
 from t5g2convert.adaptation.forecast import Forecast, forecast
+from t5g2convert.adaptation.lock import locked
 from t5g2convert.adaptation.logs import Metrics, read_metrics
 from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
@@ -147,17 +149,19 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         if early_rank() == 0:
             raise
         raise Quiet(error.exit_code) from None
-    try:
-        engine.launch()
-        outcome = _run(engine, request, prepared, begun, report)
-    except BaseException:
-        end_children(engine)
-        raise
-    # The others may go; what follows takes one process.
-    torch.distributed.destroy_process_group()
-    if not outcome.first or not request.export:
-        return outcome
-    finished = finish(request.run, outcome.checkpoint, request.model)
+    with ExitStack() as held:
+        try:
+            engine.launch()
+            together(engine, lambda: held.enter_context(locked(request.run)) if engine.global_rank == 0 else None)
+            outcome = _run(engine, request, prepared, begun, report)
+        except BaseException:
+            end_children(engine)
+            raise
+        # The others may go; what follows takes one process.
+        torch.distributed.destroy_process_group()
+        if not outcome.first or not request.export:
+            return outcome
+        finished = finish(request.run, outcome.checkpoint, request.model)
     return replace(outcome, finished=finished)
 
 
@@ -180,7 +184,10 @@ def _prepare(request: Request) -> Prepared:
     if request.export:
         check_target(request.run / EXPORT_FOLDER, request.model, overwrite=True)
     if request.teacher is not None:
-        longest = max(prepared.samples.schedule.raw_lengths) + 1
+        schedule = prepared.samples.schedule
+        if schedule is None:
+            raise UsageError("--kd teaches text alone, and with --image-every 1 there is none")
+        longest = max(schedule.raw_lengths) + 1
         check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
     if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
         # Before other processes are started; those that torchrun or SLURM started wait to be told together.

@@ -171,16 +171,30 @@ def together(engine: "Fabric", work: Callable[[], Result]) -> Result:
         result = work()
     except T5g2Error as raised:
         error = raised
+    agree(engine, error)
+    return result
+
+
+def agree(engine: "Fabric", error: T5g2Error | None) -> None:
+    """Tell the other processes of an error, or that there is none, and hear of theirs.
+
+    Raises:
+        T5g2Error: As `together`.
+    """
     first = first_error(engine, error)
-    if first is None:
-        return result
-    raise first if engine.global_rank == 0 else Quiet(first.exit_code)
+    if first is not None:
+        raise first if engine.global_rank == 0 else Quiet(first.exit_code)
 
 
 def first_error(engine: "Fabric", error: T5g2Error | None) -> T5g2Error | None:
     """The error of the first process that has one, on all processes."""
     if engine.world_size == 1:
         return error
+    # One number, and only where it says so all that there is to tell.
+    any_error = torch.tensor(float(error is not None), device=engine.device)
+    torch.distributed.all_reduce(any_error, torch.distributed.ReduceOp.MAX)
+    if not any_error.item():
+        return None
     errors: list[Any] = [None] * engine.world_size
     told = None if error is None else (error.message, error.where, error.hint, error.details, error.exit_code)
     torch.distributed.all_gather_object(errors, told)

@@ -6,6 +6,8 @@ from typing import Any
 
 from t5g2convert.adaptation.cost import Memory, memory, operations
 from t5g2convert.adaptation.preparation import Prepared
+from t5g2convert.adaptation.samples import Samples
+from t5g2convert.adaptation.schedule import Schedule
 from t5g2convert.adaptation.ul2 import lengths, spans
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
 from t5g2convert.mapping.inspection import inspect
@@ -31,11 +33,11 @@ class Forecast:
         steps: Of the run.
         image_steps: Steps of them that are of documents with images.
         samples: Of a step.
-        tasks: The tasks.
+        tasks: The tasks; none where every step is of images.
         sentinels: The first and the last sentinel id that a sample may have; None where no task has any.
         corpus: Tokens of the text.
         epochs: How often the run reads it.
-        operations: Of a step of text, all devices together; None for a research model.
+        operations: Of a step of text, all devices together; None for a research model, or without text.
         memory: What a device is estimated to hold; None for a research model.
         notes: What a user should know.
     """
@@ -67,16 +69,7 @@ def forecast(prepared: Prepared, *, devices: int, micro: int) -> Forecast:
     """
     samples = prepared.samples
     settings, schedule = samples.settings, samples.schedule
-    tasks = tuple(
-        TaskForecast(
-            task.name,
-            task.weight,
-            raw,
-            *lengths(raw, task, samples.frame),
-            spans(raw, task)[1] if task.sentinel else 0,
-        )
-        for task, raw in zip(settings.mixture.tasks, schedule.raw_lengths, strict=True)
-    )
+    tasks = () if schedule is None else _tasks(samples, schedule)
     image_steps = 0 if settings.image_every is None else settings.steps // settings.image_every
     blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
     ids = samples.sentinels
@@ -87,11 +80,24 @@ def forecast(prepared: Prepared, *, devices: int, micro: int) -> Forecast:
         samples=settings.samples,
         tasks=tasks,
         sentinels=(ids.first, ids.last) if ids.count else None,
-        corpus=schedule.tokens,
-        epochs=blocks / schedule.chunks,
-        operations=None if model is None else _operations(model, tasks, settings.samples),
+        corpus=samples.packed.tokens,
+        epochs=0.0 if schedule is None else blocks / schedule.chunks,
+        operations=None if model is None or not tasks else _operations(model, tasks, settings.samples),
         memory=None if model is None else _memory(prepared, model, devices=devices, micro=micro),
         notes=prepared.notes,
+    )
+
+
+def _tasks(samples: Samples, schedule: Schedule) -> tuple[TaskForecast, ...]:
+    return tuple(
+        TaskForecast(
+            task.name,
+            task.weight,
+            raw,
+            *lengths(raw, task, samples.frame),
+            spans(raw, task)[1] if task.sentinel else 0,
+        )
+        for task, raw in zip(samples.settings.mixture.tasks, schedule.raw_lengths, strict=True)
     )
 
 

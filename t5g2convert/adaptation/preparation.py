@@ -229,7 +229,9 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
         occurrences={token: int(count) for token, count in enumerate(packed.counts) if count},
         absent=special.keys() & {"pad"},
     )
-    return Samples(packed, settings, tokens, sentinels, Schedule(mixture, raw, packed.tokens, settings.seed), model)
+    # With images in every step no text is asked for, and there may be none.
+    schedule = None if settings.image_every == 1 else Schedule(mixture, raw, packed.tokens, settings.seed)
+    return Samples(packed, settings, tokens, sentinels, schedule, model)
 
 
 def _special(tokens: ModelTokens) -> dict[str, int]:

@@ -5,7 +5,7 @@ the last micro-batch, the step's first sample fills it, with labels that do not 
 make the same number of passes over the same kind of data.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from t5g2convert.adaptation.denoiser import IGNORED
 from t5g2convert.adaptation.images import pixel_values
 from t5g2convert.adaptation.mixture import Task
-from t5g2convert.adaptation.schedule import Schedule
+from t5g2convert.adaptation.schedule import Schedule, document
 from t5g2convert.adaptation.sentinels import Sentinels
 from t5g2convert.adaptation.settings import Settings
 from t5g2convert.adaptation.shards import ImageDocument, Packed
 from t5g2convert.adaptation.tokens import ModelTokens
 from t5g2convert.adaptation.ul2 import Example, Frame, corrupt, split_prefix
+from t5g2convert.errors import DataError
 
 IMAGES: Final = "images"
 """What logs call the task of documents with images."""
@@ -84,7 +85,7 @@ class Samples(Dataset[Batch]):
         settings: Settings,
         tokens: ModelTokens,
         sentinels: Sentinels,
-        schedule: Schedule,
+        schedule: Schedule | None,
         model: Path,
     ) -> None:
         self.packed, self.settings, self.tokens, self.sentinels = packed, settings, tokens, sentinels
@@ -109,7 +110,13 @@ class Samples(Dataset[Batch]):
         return batch
 
     def text(self, i: int) -> Example:
-        """Text sample i."""
+        """Text sample i.
+
+        Raises:
+            DataError: There is no text.
+        """
+        if self.schedule is None:
+            raise DataError("has no text that is trained on", where=self.packed.folder)
         number = self.schedule.task(i)
         raw = self.packed.read(*self.schedule.stretch(i))
         task = self.settings.mixture.tasks[number]
@@ -117,7 +124,7 @@ class Samples(Dataset[Batch]):
 
     def document(self, i: int) -> ImageDocument:
         """The document of image sample i."""
-        return self.packed.images[self.schedule.document(i, len(self.packed.images))]
+        return self.packed.images[document(self.settings.seed, i, len(self.packed.images))]
 
     def image(self, document: ImageDocument) -> Example:
         """A document with images: all through the last image for the encoder, the rest for the decoder.
@@ -203,30 +210,3 @@ def _stacked(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
     for target, row in zip(result, rows, strict=True):
         target[: len(row)] = row
     return torch.from_numpy(result)
-
-
-def loader(samples: Samples, at: Callable[[], Iterator[Place]], *, workers: int) -> Iterator[tuple[int, Batch]]:
-    """Micro-batches in order, each with its step.
-
-    Args:
-        samples: What makes them.
-        at: Gives all places, from the first on.
-        workers: Processes that make them ahead of time; 0 for this one, when they are needed.
-    """
-    if not workers:
-        for place in at():
-            yield place.step, samples[place]
-        return
-    made = DataLoader(samples, batch_size=None, sampler=_Order(at), num_workers=workers)
-    for place, batch in zip(at(), made, strict=True):
-        yield place.step, batch
-
-
-class _Order:
-    """What a data loader takes for a sampler."""
-
-    def __init__(self, at: Callable[[], Iterator[Place]]) -> None:
-        self._at = at
-
-    def __iter__(self) -> Iterator[Place]:
-        return self._at()

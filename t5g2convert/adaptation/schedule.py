@@ -77,23 +77,9 @@ class Schedule:
         """How often the corpus has been read before sample i."""
         return self._place(i)[0] // self.chunks
 
-    def document(self, i: int, count: int) -> int:
-        """The document of the i-th sample of `count` documents with images: each once in an epoch of them.
-
-        Raises:
-            DataError: There are none.
-        """
-        if count < 1:
-            raise DataError("expected documents with images, found none")
-        self._place(i)
-        epoch, place = divmod(int(i), count)
-        return permuted(place, count, _philox(self.seed, epoch, _DOCUMENTS))
-
     def _place(self, i: int) -> tuple[int, int]:
         """The block of a sample, and its place therein."""
-        if not 0 <= i <= _WORD:
-            raise UsageError(f"expected the number of a sample, 0 to {_WORD}, found {i}")
-        return divmod(int(i), len(self._cycle))
+        return divmod(_checked(i), len(self._cycle))
 
     def _block(self, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tasks of a block's samples, and where their texts start."""
@@ -113,6 +99,25 @@ class Schedule:
     def _offset(self, source: np.random.Philox) -> int:
         """Where the first chunk of an epoch starts."""
         return int(_words(source, 1)[0]) % (self.tokens - self.chunks * self.chunk + 1)
+
+
+def document(seed: int, i: int, count: int) -> int:
+    """The document of the i-th sample of `count` documents with images: each once in an epoch of them.
+
+    Raises:
+        DataError: There are none.
+        UsageError: There is no such sample.
+    """
+    if count < 1:
+        raise DataError("expected documents with images, found none")
+    epoch, place = divmod(_checked(i), count)
+    return permuted(place, count, _philox(seed, epoch, _DOCUMENTS))
+
+
+def _checked(i: int) -> int:
+    if not 0 <= i <= _WORD:
+        raise UsageError(f"expected the number of a sample, 0 to {_WORD}, found {i}")
+    return int(i)
 
 
 def permuted(place: int, count: int, source: np.random.Philox) -> int:

@@ -6,18 +6,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
-from t5g2convert.adaptation import checkpoints
+from t5g2convert.adaptation import checkpoints, samples
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
-from t5g2convert.adaptation.engine import Machines, early_rank, resolve
+from t5g2convert.adaptation.engine import Machines, Quiet, early_rank, resolve
+from t5g2convert.adaptation.lock import locked
 from t5g2convert.adaptation.logs import Metrics
 from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
 from t5g2convert.adaptation.preparation import check_rope, prepare, read_facts
@@ -193,6 +196,74 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small: Path, tmp_path: Path
     with pytest.raises(DataError, match="the gradient of step 1 is not finite"):
         run(request)
     assert not complete(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = samples.pixel_values
+    calls: list[Path] = []
+
+    def second_is_lost(paths: Sequence[Path], model: Path) -> Any:
+        calls.extend(paths)
+        if len(calls) == 2:
+            raise DataError("no such file", where=paths[0])
+        return made(paths, model)
+
+    monkeypatch.setattr(samples, "pixel_values", second_is_lost)
+    request = request_of(small, tmp_path / "run", settings_of(image_every=2))
+    told: list[Metrics] = []
+    with pytest.raises(DataError, match="no such file"):
+        adapt(replace(request, pace=Pace(micro=1)), begun=lambda notes: None, report=told.append)
+    assert [step.step for step in told] == [1]
+    assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("one_process")
+def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Path, tmp_path: Path) -> None:
+    from t5g2convert.adaptation.documents import read_files
+    from t5g2convert.adaptation.pack import pack
+    from t5g2convert.cli.forecast import print_forecast
+
+    pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
+    request = replace(request_of(small, tmp_path / "run", settings_of(image_every=1)), data=tmp_path / "data")
+    told = foresee(request)
+    print_forecast(told)
+    assert (told.steps, told.image_steps, told.tasks, told.corpus, told.epochs) == (4, 4, (), 0, 0.0)
+    _, steps = run(request)
+    assert [step.kind for step in steps] == ["images"] * 4
+    with pytest.raises(UsageError, match="--kd teaches text alone"):
+        foresee(replace(request, teacher=small / "parent"))
+    with pytest.raises(DataError, match="the corpus has 0 tokens"):
+        foresee(replace(request, settings=settings_of(image_every=2)))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_folder_that_another_process_trains_into_is_refused(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(steps=2))
+    with locked(tmp_path / "run"), pytest.raises(OutputError, match="another process is training into this folder"):
+        run(replace(request, resume=True))
+    run(request)
+    check_same(tmp_path / "run", json.loads((tmp_path / "run/run.json").read_text()))
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, OutputError), (1, Quiet)])
+def test_a_full_disk_is_told_by_the_first_process_alone(
+    rank: int, expected: type[T5g2Error], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        # As torch tells all processes of the failure of one.
+        raise CheckpointException("", {1: _wrap_exception(OSError(errno.ENOSPC, "No space left on device"))})
+
+    monkeypatch.setattr(checkpoints, "save_distributed", full)
+    engine: Any = SimpleNamespace(global_rank=rank, world_size=1, barrier=lambda: None)
+    state = checkpoints.State({}, torch.optim.AdamW([torch.zeros(1)]))
+    with pytest.raises(T5g2Error) as caught:
+        checkpoints.save(engine, tmp_path, 1, state, settings_of(), keep=1)
+    assert type(caught.value) is expected
+    assert caught.value.exit_code == OutputError.exit_code
+    assert ("No space left" in str(caught.value)) == (rank == 0)
 
 
 def _not_json(folder: Path) -> None:
