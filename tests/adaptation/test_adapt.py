@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 from t5g2convert.adaptation import checkpoints, samples
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
 from t5g2convert.adaptation.engine import Machines, Quiet, early_rank, resolve
+from t5g2convert.adaptation.facts import check_rope, read_facts
 from t5g2convert.adaptation.lock import locked
 from t5g2convert.adaptation.logs import Metrics
 from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
-from t5g2convert.adaptation.preparation import check_rope, prepare, read_facts
+from t5g2convert.adaptation.preparation import prepare
 from t5g2convert.adaptation.record import check_files, complete, read_record
 from t5g2convert.adaptation.run import check_same, check_vacant, identity, newest
 from t5g2convert.adaptation.settings import Settings, make_settings
