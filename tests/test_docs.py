@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,16 @@ def test_commands_that_are_not_run_are_marked_with_a_reason_that_is_known() -> N
                 assert all(re.search(r"\b[\w-]+/[\w.-]+\d", line) for line in lines), "names no model of the Hub"
             if why == "make":
                 assert all(line.startswith("$ make ") for line in lines)
+
+
+def test_commands_that_are_not_run_are_called_rightly_all_the_same(tmp_path: Path) -> None:
+    root: Any = get_command(app)
+    lines = [line for path in PAGES for why, text in blocks(path) if why for line in text.splitlines()]
+    found = [found[1] for line in lines if (found := re.search(r"\bt5g2(?:convert)? ([a-z].*?)(?: #.*)?$", line))]
+    assert found
+    for command in found:
+        name, *arguments = shlex.split(command)
+        root.commands[name].make_context(name, arguments, parent=root.make_context("t5g2", [name]))
 
 
 def test_the_completion_of_the_page_was_installed(workplace: Path) -> None:

@@ -1,13 +1,19 @@
 """Every example runs."""
 
+import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
-from t5g2convert import convert, inspect
+from t5g2convert import convert, inspect, verify
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
@@ -198,3 +204,90 @@ def test_the_decoder_example_gives_the_source_back(tmp_path: Path) -> None:
     assert any("passed decoder_parity - logits with hidden memory" in line for line in lines)
     weights = (tmp_path / "source/model.safetensors").read_bytes()
     assert (tmp_path / "back/model.safetensors").read_bytes() == weights
+
+
+TINY_PARENT = EXAMPLES / "tiny_parent"
+
+
+@pytest.fixture(scope="module")
+def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small Gemma 3 after two steps, with what the training said beside it."""
+    folder = tmp_path_factory.mktemp("tiny-parent") / "parent"
+    said = run("tiny_parent/train.py", folder, "--steps", "2", "--documents", "12")
+    (folder.parent / "said").write_text(said)
+    return folder
+
+
+def test_a_parent_is_trained_and_its_loss_falls(tiny_parent: Path) -> None:
+    said = (tiny_parent.parent / "said").read_text()
+    losses = [float(line.rpartition(" ")[2]) for line in said.splitlines() if "held-out loss" in line]
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(math.log(4096), abs=0.1)
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_the_trained_parent_is_taken_by_the_converter(tiny_parent: Path, tmp_path: Path) -> None:
+    facts = inspect(tiny_parent).facts
+    assert facts["sliding_window"] % 2 == 1
+    assert {"full_attention", "sliding_attention"} == set(
+        json.loads((tiny_parent / "config.json").read_text())["layer_types"]
+    )
+    convert(tiny_parent, tmp_path / "out")
+    report = verify(tmp_path / "out", tiny_parent)
+    assert report.passed
+    assert [check.name for check in report.checks if not check.passed] == []
+
+
+def test_no_text_gives_the_tokens_that_are_left_for_sentinels(tiny_parent: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_parent / "tokenizer.json"))
+    text = "def f():\n    return '<unused4000>' + \"ÅΩ\""
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.token_to_id("<unused4095>") == 4095
+    assert [tokenizer.id_to_token(number) for number in range(4)] == ["<pad>", "<eos>", "<bos>", "<unk>"]
+    assert ids[0] == 2
+    assert max(ids) < 4096 - 256
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_corpus_is_the_same_each_time_and_holds_nothing_out_twice(tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert run("tiny_parent/corpus.py", first) == run("tiny_parent/corpus.py", again) == ""
+    names: dict[str, list[str]] = {}
+    for part in ("training", "held-out"):
+        text = (first / f"{part}.jsonl").read_bytes()
+        assert text == (again / f"{part}.jsonl").read_bytes()
+        names[part] = [json.loads(line)["name"] for line in text.splitlines()]
+    assert not set(names["training"]) & set(names["held-out"])
+    every = names["training"] + names["held-out"]
+    assert {"abc.py", "help/while"} <= set(every)
+    assert 19 * len(names["held-out"]) <= len(names["training"]) < 20 * (len(names["held-out"]) + 1)
+
+
+def test_the_ablations_are_trained_judged_and_drawn(tiny_parent: Path, tmp_path: Path) -> None:
+    options = ["--models", "untied", "random", "--steps", "2", "--checkpoints", "2", "--batch", "2", "--length", "32"]
+    out = tmp_path / "out"
+    said = run("ablation/run.py", tiny_parent, out, *options, "--samples", "8", "--documents", "4")
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["untied", "random"]
+    assert results["untied"]["difference_from_parent"] == 0
+    assert results["untied"]["parameters"]["embedding"] == 2 * results["random"]["parameters"]["embedding"]
+    for result in results.values():
+        assert len(result["training"]) == 2
+        assert [*result["held_out"]] == ["0", "1", "2"]
+        for found in result["held_out"].values():
+            assert len(found["tasks"]) == len(found["hidden_tasks"]) == 5
+            assert found["gain"] == pytest.approx(found["hidden_loss"] - found["loss"])
+        assert result["held_out"]["2"]["loss"] < result["held_out"]["0"]["loss"]
+    encoder, decoder = (
+        load_file(out / "random/model.safetensors")[f"model.{part}.layers.0.mlp.up_proj.weight"]
+        for part in ("encoder", "decoder")
+    )
+    assert not torch.equal(encoder, decoder)
+    picture, table = (out / "ablation.svg").read_bytes(), (out / "table.md").read_text()
+    assert said.endswith(f"{table}\n")
+    assert b"untied" in picture
+    assert f"| random | {results['random']['parameters']['embedding']:,} |" in table
+    for name in ("ablation.svg", "table.md"):
+        (out / name).unlink()
+    run("ablation/report.py", out / "results.json", out)
+    assert ((out / "ablation.svg").read_bytes(), (out / "table.md").read_text()) == (picture, table)

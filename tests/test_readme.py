@@ -35,6 +35,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     build_demo_source(folder / "gemma-3-4b-pt")
     text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18, "sliding_window": 512}
+    (folder / "books").mkdir()
+    (folder / "books/novel.txt").write_text(README)
     (folder / "gemma-3-270m").mkdir()
     write_synthetic_source(folder / "gemma-3-270m", find_map("gemma3").map, text, seed=0)
     return folder
@@ -52,9 +54,12 @@ def run(command: list[str], folder: Path, *, code: int = 0) -> str:
 def test_the_commands_run_in_their_order(workplace: Path) -> None:
     ours = [command for command in commands() if command.startswith("t5g2 ")]
     shown = [command.split()[1] for command in ours]
-    assert shown == ["inspect", "plan", "convert", "convert", "verify", "extract", "extract"]
+    assert shown == [
+        "inspect", "plan", "convert", "convert", "verify", "pack", "adapt", "average", "extract", "extract",
+    ]  # fmt: skip
     for command in ours:
-        run(command.split(), workplace)
+        run([*command.split(), *(SMALL if command.startswith("t5g2 adapt") else [])], workplace)
+    assert (workplace / "run/average/t5g2.json").is_file()
     assert (workplace / "t5gemma-2-4b-4b/t5g2.json").is_file()
 
 
@@ -63,6 +68,25 @@ def test_the_python_blocks_run(workplace: Path, tmp_path: Path) -> None:
     build_demo_source(tmp_path / "gemma-3-4b-pt")
     assert "'encoder': 186160" in run([sys.executable, "-c", converting], tmp_path)
     run([sys.executable, "-c", loading], tmp_path)
+
+
+SMALL = [
+    "--devices",
+    "1",
+    "--steps",
+    "5",
+    "--save-every",
+    "1",
+    "--encoder-length",
+    "32",
+    "--decoder-length",
+    "32",
+    "--batch-tokens",
+    "32",
+    "--accelerator",
+    "cpu",
+]
+"""What makes of the README's training one that ends here; of an option that comes twice the last counts."""
 
 
 def shown(beginning: str) -> list[str]:

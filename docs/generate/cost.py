@@ -22,6 +22,9 @@ BUDGETS: Final = (4096, 16_384)
 """Tokens that the encoder reads at most, and labels at most."""
 
 DEVICES: Final = 8
+CHUNK: Final = 1024
+"""Labels whose logits exist at once: the default of `--loss-chunk`."""
+
 GIGABYTE: Final = 1e9
 PEAK: Final = 989e12
 """bfloat16 operations a second of an H100 SXM without sparsity, by its data sheet."""
@@ -64,7 +67,7 @@ def _training(model: T5Gemma2, encoder: int, decoder: int) -> int:
 
 
 def _memory(made: Plan, model: T5Gemma2, devices: int, budget: int) -> tuple[int, int]:
-    held = memory(model, made.parameters, devices=devices, samples=1, encoder=budget, decoder=budget)
+    held = memory(model, made.parameters, devices=devices, samples=1, encoder=budget, decoder=budget, chunk=CHUNK)
     return held.states, held.total
 
 

@@ -139,6 +139,7 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         report: Told of every step, on the first process.
 
     Raises:
+        DataError: The files of the data are not those that were packed; read when a run begins, not when it goes on.
         T5g2Error: As `prepare`, `train` and `checkpoints`; on all processes but the first `Quiet`, with its exit code.
     """
     try:
@@ -174,7 +175,7 @@ def foresee(request: Request) -> Forecast:
     require_extra()
     machines = request.machines
     devices = (machines.devices or 1) * (machines.nodes or 1)
-    return forecast(_prepare(request), devices=devices, micro=request.pace.micro)
+    return forecast(_prepare(request), devices=devices, micro=request.pace.micro, chunk=request.chunk)
 
 
 def _prepare(request: Request) -> Prepared:
@@ -184,10 +185,9 @@ def _prepare(request: Request) -> Prepared:
     if request.export:
         check_target(request.run / EXPORT_FOLDER, request.model, overwrite=True)
     if request.teacher is not None:
-        schedule = prepared.samples.schedule
-        if schedule is None:
+        if request.settings.image_every == 1:
             raise UsageError("--kd teaches text alone, and with --image-every 1 there is none")
-        longest = max(schedule.raw_lengths) + 1
+        longest = prepared.samples.longest + 1
         check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
     if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
         # Before other processes are started; those that torchrun or SLURM started wait to be told together.
@@ -215,6 +215,9 @@ def _run(
     )
     # As the first process sees it, before it writes anything.
     goes_on = engine.broadcast(_goes_on(request))
+    if not goes_on:
+        packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
+        together(engine, lambda: packed.check_bytes(part=rank, parts=world))
     start, folder = together(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
     module, state = together(engine, lambda: _build(engine, request, prepared, settings))
     if not goes_on:
@@ -279,7 +282,7 @@ def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Set
     names = models.published_names(model, shapes, request.model)
     if engine.global_rank == 0:
         models.compare_values(model, names, checkpoint)
-    models.freeze(model, names, images=prepared.images)
+    models.freeze(model, names, models.parts_of(checkpoint), images=prepared.images)
     if request.recompute:
         models.recompute_activations(model)
     denoiser = Denoiser(

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Final
 from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.logs import read_metrics, tokens_until
 from t5g2convert.adaptation.record import FOLDER, check_files, complete, place_of
-from t5g2convert.adaptation.run import METRICS_FILE, History, identity, read_history
+from t5g2convert.adaptation.run import METRICS_FILE, History, check_bytes, check_model, read_history
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.conversion.convert import Conversion
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.options import KEEP
@@ -67,7 +66,9 @@ def average(
             f"has {len(found)} checkpoints, {last} were asked for", where=run / FOLDER, hint="see --last"
         )
     model = Path(history.model_folder) if model is None else model
-    _check_model(history, model)
+    if not model.is_dir():
+        raise UsageError(f"{model} is not there any more", hint="--model says where the model is that was trained")
+    check_model(history, model)
     from t5g2convert.adaptation.trained import Trained
 
     checkpoints = [Trained(folder) for folder in list(found.values())[-last:]]
@@ -82,7 +83,7 @@ def average(
         dtype=dtype,
         overwrite=overwrite,
         progress=progress,
-        judge=lambda folder: _check_bytes(model, folder),
+        judge=lambda folder: check_bytes(model, folder),
     )
 
 
@@ -103,14 +104,6 @@ class Mean:
                 total += block
             total /= len(blocks)
             yield total
-
-
-def _check_model(history: History, model: Path) -> None:
-    """Refuse another model than the one that was trained, by what it tells of itself."""
-    if not model.is_dir():
-        raise UsageError(f"{model} is not there any more", hint="--model says where the model is that was trained")
-    if history.model != identity(model):
-        raise CheckpointError("is not the model that was trained", where=model, hint="--model says where that is")
 
 
 def _check_alike(run: Path, history: History, checkpoints: "Sequence[Trained]") -> None:
@@ -135,16 +128,3 @@ def _check_alike(run: Path, history: History, checkpoints: "Sequence[Trained]") 
             )
     for checkpoint in checkpoints:
         check_files(checkpoint.folder, checkpoint.record)
-
-
-def _check_bytes(model: Path, exported: Path) -> None:
-    """Refuse an export for which other bytes were read than the model's own manifest tells of, if it has one."""
-    if not (model / MANIFEST_FILE).is_file():
-        return
-    told = read_manifest(model)["files"]
-    for name, facts in read_manifest(exported)["source"]["files"].items():
-        expected = told.get(name, {"sha256": ""})["sha256"]
-        if expected is not None and facts["sha256"] != expected:
-            raise CheckpointError(
-                f"{name} is not what {MANIFEST_FILE} beside it tells of", where=model, hint="it was changed or damaged"
-            )

@@ -9,7 +9,6 @@
 Any number of processes reads what another number wrote. Tensors are float32, each name once, trained ones only.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,16 +19,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from t5g2convert.adaptation.dcp import Reader
 from t5g2convert.adaptation.engine import together
 from t5g2convert.adaptation.record import FOLDER, RECORD_FILE, Record, complete, place_of
 from t5g2convert.adaptation.settings import Settings
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.manifest import encode_json
+from t5g2convert.checkpoint.replacing import flush_folder, replace_file
 from t5g2convert.errors import CheckpointError, Interrupted, OutputError, T5g2Error
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ def save(engine: "Fabric", run: Path, step: int, state: State, settings: Setting
         record = Record(
             step=step, settings_sha256=settings.sha256, objective_sha256=settings.objective_sha256, files=digests
         )
-        _write(staged / RECORD_FILE, encode_json(record.model_dump()))
-        _flush(staged)
+        replace_file(staged / RECORD_FILE, encode_json(record.model_dump()))
+        flush_folder(staged)
         staged.rename(target)
-        _flush(target.parent)
+        flush_folder(target.parent)
         for old in list(complete(run).values())[:-keep]:
             _remove(old)
 
@@ -130,9 +130,9 @@ def load(folder: Path, state: State) -> None:
     """Read a checkpoint into parameters and optimizer, each process its own part.
 
     Raises:
-        CheckpointError: It holds other tensors, or tensors of other shapes.
+        CheckpointError: It holds other tensors, or tensors of other shapes; or its table of contents is no such table.
     """
-    reader = FileSystemReader(folder)
+    reader = Reader(folder, beside=frozenset({RECORD_FILE}))
     stored = {
         name: tuple(entry.size)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -197,21 +197,6 @@ def _writer(name: str) -> int:
     """The process that wrote a file: torch calls them `__RANK_NUMBER.distcp`, and the table `.metadata`."""
     match = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
     return 0 if match is None else int(match[1])
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _cause(error: CheckpointException, target: Path) -> T5g2Error:

@@ -17,11 +17,15 @@ TRAINED_BYTES: Final = 16
 FROZEN_BYTES: Final = 4
 """For each frozen parameter: a float32 weight."""
 
-GATHERED_BYTES: Final = 4
-"""For each parameter of a group that is gathered: a bfloat16 weight and gradient."""
+GATHERED_BYTES: Final = 8
+"""For each parameter of a group that is gathered: a bfloat16 weight and gradient, and the gradient that all devices add
+up in float32."""
 
 STATE_BYTES: Final = 2
 """For each element of a layer's input, which is kept for the backward pass: bfloat16."""
+
+LOGIT_BYTES: Final = 12
+"""For each logit of a chunk of labels: it and its gradient, in bfloat16 and in float32."""
 
 PASSES: Final = 4
 """Forward; forward again in the backward pass (gradient checkpointing); twice as much for the gradients."""
@@ -105,22 +109,31 @@ class Memory:
         states: Its share of weights, gradients and moments, float32.
         gathered: The embedding matrix, and two layers, in bfloat16 with their gradients.
         inputs: The inputs of all layers of a micro-batch.
+        softmax: The logits of the labels that are computed at once.
     """
 
     states: int
     gathered: int
     inputs: int
+    softmax: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.states + self.gathered + self.inputs
+        return self.states + self.gathered + self.inputs + self.softmax
 
 
 def memory(
-    model: T5Gemma2, parameters: Mapping[str, int], *, devices: int, samples: int, encoder: int, decoder: int
+    model: T5Gemma2,
+    parameters: Mapping[str, int],
+    *,
+    devices: int,
+    samples: int,
+    encoder: int,
+    decoder: int,
+    chunk: int,
 ) -> Memory:
-    """What a device holds where all of the model but the tower is trained.
+    """What a device holds where all of the model but the tower is trained, with gradient checkpointing, in bfloat16.
 
     Args:
         model: The model's shapes.
@@ -129,6 +142,7 @@ def memory(
         samples: Samples of a micro-batch.
         encoder: Tokens that the encoder reads of a sample.
         decoder: Labels of a sample.
+        chunk: Labels whose logits exist at once.
     """
     frozen = parameters["vision"]
     states = TRAINED_BYTES * (parameters["total"] - frozen) + FROZEN_BYTES * frozen
@@ -139,4 +153,5 @@ def memory(
         states=states // devices,
         gathered=GATHERED_BYTES * (parameters["embedding"] + 2 * layer),
         inputs=STATE_BYTES * samples * inputs,
+        softmax=LOGIT_BYTES * min(chunk, samples * decoder) * model.decoder.vocab_size,
     )

@@ -5,7 +5,8 @@ lies in the `.distcp` files, of which every process wrote its own. A piece is wh
 
 What is trusted: the numbers, which are the user's own training. Nothing is executed: `.metadata` is a pickle, of which
 only the classes are made that describe tensors; of a piece only its shape and strides are unpickled, by torch's own
-restricted reader, and its numbers are read as bytes. Links and files that no checkpoint has are refused.
+restricted reader, and its numbers are read as bytes. Links and files that no checkpoint has are refused. `Reader` gives
+torch's own loading, into tensors that are spread over processes, the same table of contents.
 """
 
 import io
@@ -13,6 +14,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, cast
@@ -20,6 +22,8 @@ from typing import IO, Any, Final, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from t5g2convert.checkpoint.place import regular_file
 from t5g2convert.errors import CheckpointError
@@ -103,21 +107,60 @@ def read_metadata(folder: Path, root: str, *, beside: frozenset[str] = frozenset
     Raises:
         CheckpointError: It is no checkpoint, is damaged, has links or strange files in it, or nothing under that key.
     """
-    path = folder / METADATA_FILE
     _check_files(folder, beside)
-    try:
-        with regular_file(path).open("rb") as file:
-            metadata = _Unpickler(file).load()
+    with _opened(folder) as metadata:
         saved = metadata.state_dict_metadata
         keys = [(key, at[1]) for key, at in metadata.planner_data.items() if len(at) == 2 and at[0] == root]
         tensors = {name: _tensor(folder, key, name, saved[key], metadata.storage_data) for key, name in keys}
+    if not tensors:
+        raise CheckpointError(f"has no tensors under {root!r}", where=folder / METADATA_FILE)
+    return tensors
+
+
+class Reader(FileSystemReader):
+    """Torch's reader of a checkpoint folder, for `torch.distributed.checkpoint.load`, that executes nothing.
+
+    Torch unpickles `.metadata` whole, and whatever this calls an object in place of a tensor.
+
+    Args:
+        folder: The checkpoint.
+        beside: Names of other files that may be there.
+    """
+
+    def __init__(self, folder: Path, *, beside: frozenset[str] = frozenset()) -> None:
+        super().__init__(folder)
+        self._folder, self._beside = folder, beside
+
+    def read_metadata(self) -> Metadata:
+        """The table of contents.
+
+        Raises:
+            CheckpointError: It is none, or damaged; the folder has links or strange files in it; or not all that was
+                saved is tensors.
+        """
+        _check_files(self._folder, self._beside)
+        with _opened(self._folder) as metadata:
+            for name, entry in metadata.state_dict_metadata.items():
+                if not isinstance(entry, TensorStorageMetadata):
+                    raise ValueError(f"{name} is no tensor")
+            for index, info in metadata.storage_data.items():
+                _check_place(index.fqn, info)
+            metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    """The table of contents; what goes wrong with it, here or in the block, is told as the file's."""
+    path = folder / METADATA_FILE
+    try:
+        with regular_file(path).open("rb") as file:
+            metadata = _Unpickler(file).load()
+        yield metadata
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
     except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"is no metadata of a distributed checkpoint: {error}", where=path) from None
-    if not tensors:
-        raise CheckpointError(f"has no tensors under {root!r}", where=path)
-    return tensors
 
 
 def _check_files(folder: Path, beside: frozenset[str]) -> None:
@@ -140,16 +183,23 @@ def _tensor(folder: Path, key: str, name: str, saved: Any, storage: Mapping[Any,
     for chunk in saved.chunks:
         first, extent = tuple(chunk.offsets), tuple(chunk.sizes)
         info = places[first] if places else None
-        if info is None or info.transform_descriptors:
-            raise ValueError(f"{name} lies nowhere, or was packed in a way of its own")
-        if _DATA_FILE.fullmatch(info.relative_path) is None:
-            raise ValueError(f"{name} lies in {info.relative_path!r}, expected a file of the checkpoint")
+        if info is None:
+            raise ValueError(f"{name} lies nowhere")
+        _check_place(name, info)
         if any(not 0 <= at <= at + size <= whole for at, size, whole in zip(first, extent, shape, strict=True)):
             raise ValueError(f"a piece of {name} lies outside of it")
         pieces.append(_Piece(first, extent, folder / info.relative_path, info.offset, info.length))
     if sum(int(np.prod(piece.shape)) for piece in pieces) != int(np.prod(shape)):
         raise ValueError(f"the pieces of {name} do not make it up")
     return SavedTensor(name, shape, saved.properties.dtype, tuple(pieces))
+
+
+def _check_place(name: str, info: Any) -> None:
+    """Refuse a piece that does not lie in a file of the checkpoint as torch.save writes it."""
+    if info.transform_descriptors:
+        raise ValueError(f"{name} was packed in a way of its own")
+    if _DATA_FILE.fullmatch(info.relative_path) is None:
+        raise ValueError(f"{name} lies in {info.relative_path!r}, expected a file of the checkpoint")
 
 
 class _Slice(io.RawIOBase):

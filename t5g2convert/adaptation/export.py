@@ -4,33 +4,27 @@ Everything but values is the model's: names, dtypes, shards and the order in the
 were not trained are its bytes; trained ones are rounded once. The manifest tells of the training under `adaptation`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.conversion.adapted import plan_adapted
 from t5g2convert.conversion.convert import Conversion, Judge, execute
 from t5g2convert.conversion.copying import Progress
+from t5g2convert.conversion.given import Given
 from t5g2convert.conversion.options import KEEP
 from t5g2convert.conversion.staging import check_target
 from t5g2convert.errors import CheckpointError
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
-
-class Values(Protocol):
+class Values(Given, Protocol):
     """Trained values: which tensors, and their values in pieces. `Trained` and `Mean` are such."""
 
     @property
     def names(self) -> Mapping[str, tuple[int, ...]]:
         """The trained tensors by their names in the published layout, with their shapes."""
-
-    def pieces(self, name: str) -> Iterator["NDArray[np.float32] | NDArray[np.float64]"]:
-        """The values of a tensor, in order, a piece at a time."""
 
 
 def export(
@@ -52,8 +46,8 @@ def export(
         values: The trained values.
         output: The folder to write; it must be absent or empty unless `overwrite`.
         facts: What the manifest shall tell of the training: `steps`, `checkpoints` (the steps averaged, or the one
-            taken), `tokens`, `objective` (the tasks of the mixture), `settings_sha256`, `data_sha256` and `kd_parent`
-            (a name, or None). No paths, no times: the same values give the same bytes.
+            taken), `tokens`, `settings` (as run.json has them), `settings_sha256` and
+            `data_sha256`. No paths, no times: the same values give the same bytes.
         dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
         overwrite: Replace a folder that has something in it, at the end.
         flush: Wait until the disk has every byte before the output appears.

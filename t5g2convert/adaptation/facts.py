@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t5g2convert.adaptation.tokens import RESEARCH_TYPE
-from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2
+from t5g2convert.checkpoint import research
+from t5g2convert.checkpoint.research import Research, read_research
+from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.errors import CheckpointError, UsageError
 
 
@@ -33,13 +34,8 @@ def read_facts(config: Mapping[str, Any], where: Path) -> ModelFacts:
     Raises:
         CheckpointError: It is of another kind of model.
     """
-    if config.get("model_type") == RESEARCH_TYPE:
-        limit = config.get("max_position_embeddings")
-        cap = config.get("final_logit_softcapping")
-        if not isinstance(limit, int):
-            raise CheckpointError("max_position_embeddings is missing", where=where)
-        return ModelFacts(cap, limit, limit, 1.0)
-    model = read_t5gemma2(config, where)
+    read = read_research if config.get("model_type") == research.MODEL_TYPE else read_t5gemma2
+    model: Research | T5Gemma2 = read(config, where)
     factors = {
         stack.rope_parameters["full_attention"].linear_factor
         for stack in (model.encoder, model.decoder)

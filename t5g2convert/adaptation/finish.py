@@ -8,7 +8,7 @@ from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.logs import read_metrics, tokens_until
 from t5g2convert.adaptation.models import quiet_transformers, refuse_incomplete
 from t5g2convert.adaptation.record import check_files
-from t5g2convert.adaptation.run import EXPORT_FOLDER, METRICS_FILE, read_history
+from t5g2convert.adaptation.run import EXPORT_FOLDER, METRICS_FILE, check_bytes, check_model, read_history
 from t5g2convert.adaptation.trained import Trained
 from t5g2convert.errors import VerificationError
 from t5g2convert.mapping.inspection import Inspection, inspect
@@ -40,23 +40,44 @@ def finish(run: Path, checkpoint: Path, model: Path) -> Finished:
         model: The model that was trained.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or does not load.
+        CheckpointError: The checkpoint or the model is damaged, the model is not the one that was trained, or what
+            came of both does not load.
         OutputError: The output cannot be written.
         VerificationError: Tensors are missing in it, or left over.
     """
     trained, output, log = Trained(checkpoint), run / EXPORT_FOLDER, run / METRICS_FILE
     check_files(checkpoint, trained.record)
     step = trained.record.step
-    facts = read_history(run).facts([step], tokens_until(read_metrics(log), step, log))
-    export(model, trained, output, facts=facts, overwrite=True, judge=check_loads)
-    inspection = inspect(output)
+    history = read_history(run)
+    check_model(history, model)
+    facts = history.facts([step], tokens_until(read_metrics(log), step, log))
+
+    def judge(folder: Path) -> None:
+        check_bytes(model, folder)
+        check_whole(folder, output)
+        check_loads(folder)
+
+    export(model, trained, output, facts=facts, overwrite=True, judge=judge)
+    return Finished(output, inspect(output))
+
+
+def check_whole(folder: Path, output: Path) -> None:
+    """See whether a folder has the tensors that its config implies, and no others.
+
+    Args:
+        folder: The folder.
+        output: What it will be called.
+
+    Raises:
+        VerificationError: It has not.
+    """
+    inspection = inspect(folder)
     if inspection.missing or inspection.unexpected:
         raise VerificationError(
-            "was exported with tensors missing or left over",
+            "would be exported with tensors missing or left over",
             where=output,
             details=[*inspection.missing, *inspection.unexpected],
         )
-    return Finished(output, inspection)
 
 
 def check_loads(folder: Path) -> None:

@@ -6,8 +6,6 @@ from typing import Any
 
 from t5g2convert.adaptation.cost import Memory, memory, operations
 from t5g2convert.adaptation.preparation import Prepared
-from t5g2convert.adaptation.samples import Samples
-from t5g2convert.adaptation.schedule import Schedule
 from t5g2convert.adaptation.ul2 import lengths, spans
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
 from t5g2convert.mapping.inspection import inspect
@@ -33,11 +31,11 @@ class Forecast:
         steps: Of the run.
         image_steps: Steps of them that are of documents with images.
         samples: Of a step.
-        tasks: The tasks; none where every step is of images.
+        tasks: The tasks of text; none where all steps are of images.
         sentinels: The first and the last sentinel id that a sample may have; None where no task has any.
         corpus: Tokens of the text.
         epochs: How often the run reads it.
-        operations: Of a step of text, all devices together; None for a research model, or without text.
+        operations: Of a step of text, all devices together; None for a research model, or where there is no such step.
         memory: What a device is estimated to hold; None for a research model.
         notes: What a user should know.
     """
@@ -59,17 +57,28 @@ class Forecast:
         return {**asdict(self), "memory": held}
 
 
-def forecast(prepared: Prepared, *, devices: int, micro: int) -> Forecast:
+def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> Forecast:
     """Say what a run would do.
 
     Args:
         prepared: The run.
         devices: All of them.
         micro: Samples that a device takes at once.
+        chunk: Labels whose logits exist at once.
     """
     samples = prepared.samples
     settings, schedule = samples.settings, samples.schedule
-    tasks = () if schedule is None else _tasks(samples, schedule)
+    raw_lengths = () if schedule is None else schedule.raw_lengths
+    tasks = tuple(
+        TaskForecast(
+            task.name,
+            task.weight,
+            raw,
+            *lengths(raw, task, samples.frame),
+            spans(raw, task)[1] if task.sentinel else 0,
+        )
+        for task, raw in zip(settings.mixture.tasks if raw_lengths else (), raw_lengths, strict=True)
+    )
     image_steps = 0 if settings.image_every is None else settings.steps // settings.image_every
     blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
     ids = samples.sentinels
@@ -83,21 +92,8 @@ def forecast(prepared: Prepared, *, devices: int, micro: int) -> Forecast:
         corpus=samples.packed.tokens,
         epochs=0.0 if schedule is None else blocks / schedule.chunks,
         operations=None if model is None or not tasks else _operations(model, tasks, settings.samples),
-        memory=None if model is None else _memory(prepared, model, devices=devices, micro=micro),
+        memory=None if model is None else _memory(prepared, model, devices=devices, micro=micro, chunk=chunk),
         notes=prepared.notes,
-    )
-
-
-def _tasks(samples: Samples, schedule: Schedule) -> tuple[TaskForecast, ...]:
-    return tuple(
-        TaskForecast(
-            task.name,
-            task.weight,
-            raw,
-            *lengths(raw, task, samples.frame),
-            spans(raw, task)[1] if task.sentinel else 0,
-        )
-        for task, raw in zip(samples.settings.mixture.tasks, schedule.raw_lengths, strict=True)
     )
 
 
@@ -111,7 +107,7 @@ def _operations(model: T5Gemma2, tasks: tuple[TaskForecast, ...], samples: int) 
     return samples * sum(each) / sum(task.weight for task in tasks)
 
 
-def _memory(prepared: Prepared, model: T5Gemma2, *, devices: int, micro: int) -> Memory:
+def _memory(prepared: Prepared, model: T5Gemma2, *, devices: int, micro: int, chunk: int) -> Memory:
     settings = prepared.samples.settings
     return memory(
         model,
@@ -120,4 +116,5 @@ def _memory(prepared: Prepared, model: T5Gemma2, *, devices: int, micro: int) ->
         samples=micro,
         encoder=settings.encoder_length,
         decoder=settings.decoder_length,
+        chunk=chunk,
     )

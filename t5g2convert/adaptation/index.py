@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t5g2convert.adaptation.tokens import ModelTokens
 from t5g2convert.checkpoint.folder import scheme_of
+from t5g2convert.checkpoint.manifest import Digest
 from t5g2convert.errors import DataError
 
 INDEX_FILE: Final = "index.json"
 
 Count = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Section(BaseModel):
@@ -24,7 +24,7 @@ class ShardEntry(_Section):
     """A file of tokens."""
 
     tokens: Annotated[int, Field(gt=0)]
-    sha256: Sha256
+    sha256: Digest
 
 
 class StreamEntry(_Section):
@@ -33,7 +33,7 @@ class StreamEntry(_Section):
     documents: Count
     tokens: Count
     shards: tuple[ShardEntry, ...]
-    ends: Sha256
+    ends: Digest
 
 
 class PicturesEntry(_Section):
@@ -42,7 +42,7 @@ class PicturesEntry(_Section):
     places: Count
     files: Count
     nbytes: Count
-    sha256: Sha256
+    sha256: Digest
 
 
 class TokensEntry(_Section):
@@ -63,13 +63,13 @@ class Index(_Section):
     """index.json."""
 
     format: Literal[1]
-    tokenizer_sha256: Sha256
+    tokenizer_sha256: Digest
     tokens: TokensEntry
     bos: bool
     text: StreamEntry
     image: StreamEntry
     pictures: PicturesEntry
-    counts: Sha256
+    counts: Digest
     highest: int
     special: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Count]
     empty: Count

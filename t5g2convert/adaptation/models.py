@@ -14,17 +14,20 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from t5g2convert.adaptation.tokens import RESEARCH_TYPE
+from t5g2convert.adaptation import research
 from t5g2convert.checkpoint.config import describe_model_type
 from t5g2convert.checkpoint.folder import Checkpoint, some
+from t5g2convert.checkpoint.research import MODEL_TYPE as RESEARCH_TYPE
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
+from t5g2convert.checkpoint.targets import implied_tensors
+from t5g2convert.conversion.adapted import FROZEN
 from t5g2convert.errors import CheckpointError, UsageError
 
 OPTIONAL_PARTS: Final = ("text_model.", "vision_model.")
 """Levels of modules that some versions have in their names, and some have not."""
 
-VISION: Final = "model.encoder.vision_tower."
-PROJECTOR: Final = "model.encoder.multi_modal_projector."
+PROJECTOR: Final = "projector"
+"""The part that only documents with images train."""
 
 
 def load_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
@@ -39,7 +42,7 @@ def load_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """
     kind = config.get("model_type")
     if kind == RESEARCH_TYPE:
-        return import_module("t5g2convert.adaptation.research").load(folder)
+        return research.load(folder)
     if kind != MODEL_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is no model that is adapted: T5Gemma 2", where=folder)
     transformers = quiet_transformers()
@@ -136,12 +139,25 @@ def compare_values(model: nn.Module, names: Mapping[str, str], checkpoint: Check
         raise CheckpointError(f"{wrong[0]}: other values were loaded", where=checkpoint.path, details=wrong)
 
 
-def freeze(model: nn.Module, names: Mapping[str, str], *, images: bool) -> None:
-    """Let no gradient be computed for what is never trained: the tower, and without images the projector."""
+def parts_of(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The part that each tensor of a model is of, by its name on disk; a research model has one stack and no parts."""
+    if checkpoint.config.get("model_type") != MODEL_TYPE:
+        return dict.fromkeys(checkpoint.tensors, "")
+    return {item.name: item.part for item in implied_tensors(checkpoint.config, checkpoint.path / "config.json")}
+
+
+def freeze(model: nn.Module, names: Mapping[str, str], parts: Mapping[str, str], *, images: bool) -> None:
+    """Let no gradient be computed for what is never trained: the tower, and without images the projector.
+
+    Args:
+        model: The model.
+        names: Its parameters' names to their names on disk.
+        parts: The part of each tensor; see `parts_of`.
+        images: Whether there are steps of images.
+    """
+    frozen = {FROZEN} if images else {FROZEN, PROJECTOR}
     for name, parameter in model.named_parameters():
-        tensor = names[name]
-        frozen = tensor.startswith(VISION) or (tensor.startswith(PROJECTOR) and not images)
-        parameter.requires_grad_(not frozen)
+        parameter.requires_grad_(parts[names[name]] not in frozen)
 
 
 def recompute_activations(model: nn.Module) -> None:

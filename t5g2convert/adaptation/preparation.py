@@ -144,7 +144,7 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
         occurrences={token: int(count) for token, count in enumerate(packed.counts) if count},
         absent=special.keys() & {"pad"},
     )
-    # With images in every step no text is asked for, and there may be none.
+    # Data of images alone has no text to be cut into samples, and needs none.
     schedule = None if settings.image_every == 1 else Schedule(mixture, raw, packed.tokens, settings.seed)
     return Samples(packed, settings, tokens, sentinels, schedule, model)
 

@@ -23,12 +23,12 @@ from t5g2convert.checkpoint.hub import Origin, fetch, open_source
 from t5g2convert.conversion.tables import Table, paired_blocks
 from t5g2convert.conversion.vocabulary import vocabulary_of
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.mapping.schema import TOKENIZER_FILE
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-TOKENIZER_FILE: Final = "tokenizer.json"
 FIRST_RESERVED: Final = 256_000
 """From here on Gemma 3's table has rows that no text uses."""
 

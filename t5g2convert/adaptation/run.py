@@ -4,7 +4,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
+
+from pydantic import model_validator
 
 from t5g2convert.adaptation.record import complete, read_record
 from t5g2convert.adaptation.settings import Settings, differences
@@ -27,13 +29,15 @@ FORMAT: Final = 1
 def identity(folder: Path) -> str:
     """What tells a model from all others: its manifest's sha256, or one of the sha256 of its config and weights.
 
-    A verification that was recorded in the manifest makes no other model of it.
+    A verification that was recorded in the manifest makes no other model of it. A manifest that has no sha256 of its
+    files (`t5g2 convert --no-hash`) would be that of every model of this config.
 
     Raises:
         CheckpointError: Its files cannot be read.
     """
-    if (folder / MANIFEST_FILE).is_file():
-        told = {key: value for key, value in read_manifest(folder).items() if key not in ("verification", SEAL)}
+    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
+    if manifest is not None and all(file["sha256"] is not None for file in manifest["files"].values()):
+        told = {key: value for key, value in manifest.items() if key not in ("verification", SEAL)}
         return hashlib.sha256(encode_json(told)).hexdigest()
     checkpoint = open_checkpoint(folder)
     try:
@@ -68,21 +72,12 @@ def describe(
     }
 
 
-class _Mixture(ConfigSection):
-    tasks: list[dict[str, Any]]
-
-
-class _Settings(ConfigSection):
-    mixture: _Mixture
-    teacher: str | None = None
-
-
 class History(ConfigSection):
-    """What run.json tells; settings that only the training reads are left alone.
+    """What run.json tells.
 
     Attributes:
-        settings: The tasks, and the identity of a teacher.
-        settings_sha256: Of all settings.
+        settings: The run's.
+        settings_sha256: Of all of them.
         objective_sha256: Of those that say what is learnt.
         model: The identity of the model that is trained.
         model_folder: Where it was.
@@ -90,12 +85,18 @@ class History(ConfigSection):
     """
 
     format: Literal[1] = FORMAT
-    settings: _Settings
+    settings: Settings
     settings_sha256: Digest
     objective_sha256: Digest
     model: Digest
     model_folder: str
     data: Digest
+
+    @model_validator(mode="after")
+    def _settings_are_those_of_the_digest(self) -> Self:
+        if self.settings.sha256 != self.settings_sha256:
+            raise ValueError("settings_sha256 does not fit the settings")
+        return self
 
     def facts(self, steps: Sequence[int], tokens: int) -> Mapping[str, Any]:
         """What a manifest tells of the training up to the last of these steps; see `export`."""
@@ -103,10 +104,9 @@ class History(ConfigSection):
             "steps": steps[-1],
             "checkpoints": list(steps),
             "tokens": tokens,
-            "objective": self.settings.mixture.tasks,
+            "settings": self.settings.to_json(),
             "settings_sha256": self.settings_sha256,
             "data_sha256": self.data,
-            "kd_parent": self.settings.teacher,
         }
 
 
@@ -120,6 +120,35 @@ def read_history(run: Path) -> History:
         raise CheckpointError(f"has no {RUN_FILE}, expected the folder of a training run", where=run)
     path = run / RUN_FILE
     return parse_section(History, read_json_object(path), path)
+
+
+def check_model(history: History, model: Path) -> None:
+    """Refuse another model than the one that was trained, by what it tells of itself.
+
+    Raises:
+        CheckpointError: It is another, or was changed since.
+    """
+    if history.model != identity(model):
+        raise CheckpointError(
+            "is not the model that was trained", where=model, hint="an export needs that model, as the run found it"
+        )
+
+
+def check_bytes(model: Path, exported: Path) -> None:
+    """Refuse an export for which other bytes were read than the model's own manifest tells of, if it has one.
+
+    Raises:
+        CheckpointError: They were others.
+    """
+    if not (model / MANIFEST_FILE).is_file():
+        return
+    told = read_manifest(model)["files"]
+    for name, facts in read_manifest(exported)["source"]["files"].items():
+        expected = told.get(name, {"sha256": ""})["sha256"]
+        if expected is not None and facts["sha256"] != expected:
+            raise CheckpointError(
+                f"{name} is not what {MANIFEST_FILE} beside it tells of", where=model, hint="it was changed or damaged"
+            )
 
 
 def check_vacant(run: Path) -> None:

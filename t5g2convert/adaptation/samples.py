@@ -19,13 +19,12 @@ from torch.utils.data import Dataset
 from t5g2convert.adaptation.denoiser import IGNORED
 from t5g2convert.adaptation.images import pixel_values
 from t5g2convert.adaptation.mixture import Task
-from t5g2convert.adaptation.schedule import Schedule, document
+from t5g2convert.adaptation.schedule import Schedule, document_of
 from t5g2convert.adaptation.sentinels import Sentinels
 from t5g2convert.adaptation.settings import Settings
 from t5g2convert.adaptation.shards import ImageDocument, Packed
 from t5g2convert.adaptation.tokens import ModelTokens
 from t5g2convert.adaptation.ul2 import Example, Frame, corrupt, split_prefix
-from t5g2convert.errors import DataError
 
 IMAGES: Final = "images"
 """What logs call the task of documents with images."""
@@ -103,20 +102,15 @@ class Samples(Dataset[Batch]):
             batch["pixel_values"] = torch.from_numpy(pixel_values(paths, self.model))
             return batch
         examples = [self.text(i) for i in place.samples]
-        teacher_bos = self.frame.encoder_bos if self.settings.teacher is not None else None
         batch = collate(examples, place.counted, self.tokens)
         if self.settings.teacher is not None:
-            batch |= teaching(examples, teacher_bos, width=batch["labels"].shape[1])
+            # Gemma 3 has never read a text without bos, whatever the encoder is given.
+            batch |= teaching(examples, self.tokens.bos, width=batch["labels"].shape[1])
         return batch
 
     def text(self, i: int) -> Example:
-        """Text sample i.
-
-        Raises:
-            DataError: There is no text.
-        """
-        if self.schedule is None:
-            raise DataError("has no text that is trained on", where=self.packed.folder)
+        """Text sample i."""
+        assert self.schedule is not None, "there are steps of text"
         number = self.schedule.task(i)
         raw = self.packed.read(*self.schedule.stretch(i))
         task = self.settings.mixture.tasks[number]
@@ -124,7 +118,12 @@ class Samples(Dataset[Batch]):
 
     def document(self, i: int) -> ImageDocument:
         """The document of image sample i."""
-        return self.packed.images[document(self.settings.seed, i, len(self.packed.images))]
+        return self.packed.images[document_of(self.settings.seed, i, len(self.packed.images))]
+
+    @property
+    def longest(self) -> int:
+        """Raw tokens of the longest sample of text; 0 where there is none."""
+        return 0 if self.schedule is None else max(self.schedule.raw_lengths)
 
     def image(self, document: ImageDocument) -> Example:
         """A document with images: all through the last image for the encoder, the rest for the decoder.

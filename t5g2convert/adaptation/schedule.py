@@ -73,13 +73,9 @@ class Schedule:
         self._place(i)
         return np.random.Generator(_philox(self.seed, i, _SAMPLE))
 
-    def epoch(self, i: int) -> int:
-        """How often the corpus has been read before sample i."""
-        return self._place(i)[0] // self.chunks
-
     def _place(self, i: int) -> tuple[int, int]:
         """The block of a sample, and its place therein."""
-        return divmod(_checked(i), len(self._cycle))
+        return divmod(_number(i), len(self._cycle))
 
     def _block(self, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tasks of a block's samples, and where their texts start."""
@@ -101,7 +97,7 @@ class Schedule:
         return int(_words(source, 1)[0]) % (self.tokens - self.chunks * self.chunk + 1)
 
 
-def document(seed: int, i: int, count: int) -> int:
+def document_of(seed: int, i: int, count: int) -> int:
     """The document of the i-th sample of `count` documents with images: each once in an epoch of them.
 
     Raises:
@@ -110,14 +106,8 @@ def document(seed: int, i: int, count: int) -> int:
     """
     if count < 1:
         raise DataError("expected documents with images, found none")
-    epoch, place = divmod(_checked(i), count)
+    epoch, place = divmod(_number(i), count)
     return permuted(place, count, _philox(seed, epoch, _DOCUMENTS))
-
-
-def _checked(i: int) -> int:
-    if not 0 <= i <= _WORD:
-        raise UsageError(f"expected the number of a sample, 0 to {_WORD}, found {i}")
-    return int(i)
 
 
 def permuted(place: int, count: int, source: np.random.Philox) -> int:
@@ -148,6 +138,13 @@ def _mixed(key: int, value: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
     return word ^ (word >> 31)
+
+
+def _number(i: int) -> int:
+    """The number of a sample, in range; numpy's have no divmod that keeps them whole."""
+    if not 0 <= i <= _WORD:
+        raise UsageError(f"expected the number of a sample, 0 to {_WORD}, found {i}")
+    return int(i)
 
 
 def _philox(seed: int, number: int, use: int) -> np.random.Philox:

@@ -3,7 +3,6 @@
 What only decides how fast it comes, the devices, the size of a micro-batch, recomputed activations, is not among them.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t5g2convert.adaptation.mixture import Mixture
+from t5g2convert.checkpoint.manifest import digest_of
 from t5g2convert.errors import UsageError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -78,12 +78,12 @@ class Settings(BaseModel):
     @property
     def sha256(self) -> str:
         """Of all settings, hexadecimal."""
-        return _digest(self.to_json())
+        return digest_of(self.to_json())
 
     @property
     def objective_sha256(self) -> str:
         """Of those that say what is learnt, hexadecimal."""
-        return _digest({name: value for name, value in self.to_json().items() if name in _OBJECTIVE})
+        return digest_of({name: value for name, value in self.to_json().items() if name in _OBJECTIVE})
 
     def to_json(self) -> dict[str, Any]:
         """As run.json has them."""
@@ -132,8 +132,4 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"sha256 {_digest(value)[:16]}"
-
-
-def _digest(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return text if len(text) <= 60 else f"sha256 {digest_of(value)[:16]}"

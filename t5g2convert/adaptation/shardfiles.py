@@ -22,6 +22,7 @@ from t5g2convert.adaptation.shards import (
     picture_name,
     shard_name,
 )
+from t5g2convert.checkpoint.replacing import flush_folder
 from t5g2convert.conversion.copying import output_errors
 
 BUFFER_BYTES: Final = 1 << 20
@@ -190,7 +191,7 @@ class PictureFiles:
             if not self._files:
                 self._folder.rmdir()
             elif self._flush:
-                _flush_folder(self._folder)
+                flush_folder(self._folder)
         sha256 = self._places.finish(flush=self._flush)
         return PicturesEntry(places=self._count, files=self._files, nbytes=self._nbytes, sha256=sha256)
 
@@ -208,11 +209,3 @@ def _read(source: FileIO) -> bytes:
         return source.read(BUFFER_BYTES)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-
-
-def _flush_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -13,7 +13,7 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, overload
@@ -58,7 +58,7 @@ class TokenStream:
     """
 
     def __init__(self, folder: Path, name: str, entry: StreamEntry) -> None:
-        self.tokens, self.documents = entry.tokens, entry.documents
+        self.tokens = entry.tokens
         self.paths = tuple(folder / shard_name(name, number) for number in range(len(entry.shards)))
         self._shards = [
             _mapped(path, TOKEN, (shard.tokens,)) for path, shard in zip(self.paths, entry.shards, strict=True)
@@ -149,7 +149,6 @@ class Packed:
         text: The documents without pictures.
         images: The documents with pictures.
         counts: How often each token stands in all of the documents, uint64 [vocabulary].
-        ends: Where the documents without pictures end, uint64 [documents].
     """
 
     folder: Path
@@ -158,7 +157,6 @@ class Packed:
     text: TokenStream
     images: ImageDocuments
     counts: NDArray[np.uint64]
-    ends: NDArray[np.uint64]
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False, sha256: str | None = None) -> Self:
@@ -188,10 +186,19 @@ class Packed:
         _check_ascending(image_ends[:, 0], index.image.tokens, folder / "image.doc")
         _check_ascending(image_ends[:, 1], index.pictures.places, folder / "image.doc")
         _check_pictures(folder / PICTURES_FOLDER, index.pictures)
-        if verify:
-            _verify(folder, index)
         images = ImageDocuments(image, image_ends, places, folder / PICTURES_FOLDER, index.tokens.eoi)
-        return cls(folder, index, found, text, images, counts, ends)
+        packed = cls(folder, index, found, text, images, counts)
+        if verify:
+            packed.check_bytes()
+        return packed
+
+    def check_bytes(self, *, part: int = 0, parts: int = 1) -> None:
+        """Read files and compare their sha256; `part` of `parts` looks at its share of them.
+
+        Raises:
+            DataError: A file cannot be read, or is not what was packed; all such files are named.
+        """
+        _verify(self.folder, self.index, part, parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the folder again, where a pickled array would be a copy of all of the data."""
@@ -203,19 +210,9 @@ class Packed:
         return self.text.tokens
 
     @property
-    def documents(self) -> int:
-        """Documents without pictures."""
-        return self.text.documents
-
-    @property
     def highest(self) -> int:
         """The highest token id in any document; -1 where there is none."""
         return self.index.highest
-
-    @property
-    def special(self) -> Mapping[int, int]:
-        """How often each special or spare token stands in the documents, by id, if it does."""
-        return {int(token): count for token, count in self.index.special.items()}
 
     @property
     def vocabulary(self) -> int:
@@ -230,10 +227,6 @@ class Packed:
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Tokens of the documents without pictures, from `start` to `stop`: a copy, [stop - start]."""
         return self.text.read(start, stop)
-
-    def occurrences(self, first: int, stop: int) -> int:
-        """How often tokens with ids from `first` to below `stop` stand in all of the documents."""
-        return int(self.counts[first:stop].sum())
 
 
 def _reopen(folder: Path, sha256: str) -> Packed:
@@ -323,7 +316,7 @@ def _check_pictures(folder: Path, entry: PicturesEntry) -> None:
         )
 
 
-def _verify(folder: Path, index: Index) -> None:
+def _verify(folder: Path, index: Index, part: int, parts: int) -> None:
     expected = {
         "text.doc": index.text.ends, "image.doc": index.image.ends,
         PICTURES_FILE: index.pictures.sha256, COUNTS_FILE: index.counts,
@@ -333,7 +326,8 @@ def _verify(folder: Path, index: Index) -> None:
     try:
         names = [f"{PICTURES_FOLDER}/{path.name}" for path in sorted((folder / PICTURES_FOLDER).glob("*"))]
         expected |= {name: name.partition("/")[2].partition(".")[0] for name in names}
-        wrong = [name for name, digest in expected.items() if sha256_of(folder / name) != digest]
+        share = sorted(expected)[part::parts]
+        wrong = [name for name in share if sha256_of(folder / name) != expected[name]]
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=error.filename) from None
     if wrong:

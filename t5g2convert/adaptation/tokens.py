@@ -10,15 +10,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from t5g2convert.checkpoint import research
 from t5g2convert.checkpoint.config import ConfigSection, Size, Token, parse_section
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2
 from t5g2convert.errors import CheckpointError, T5g2Error
-
-TOKENIZER_FILE: Final = "tokenizer.json"
-RESEARCH_TYPE: Final = "t5g2_research"
-"""`model_type` of the small model of the ablations, whose config has all at its top level."""
+from t5g2convert.mapping.schema import TOKENIZER_FILE
 
 UNUSED: Final = re.compile(r"<unused\d+>")
 """Names of Gemma's spare tokens: sentinels are taken from them."""
@@ -73,7 +71,7 @@ def read_tokens(model: Path) -> ModelTokens:
     check_folder(model)
     where = model / "config.json"
     config = read_json_object(where)
-    if config.get("model_type") == RESEARCH_TYPE:
+    if config.get("model_type") == research.MODEL_TYPE:
         fields = parse_section(_ResearchTokens, config, where)
         absent = fields.vocab_size
         found = ModelTokens(

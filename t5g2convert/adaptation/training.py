@@ -42,7 +42,7 @@ class Pace:
 
     micro: int = 1
     workers: int = 0
-    save_every: int = 1000
+    save_every: int = 10_000
     keep: int = 5
 
 

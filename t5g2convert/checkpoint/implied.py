@@ -26,7 +26,7 @@ def t5gemma2_tensors(config: Mapping[str, Any], where: Path) -> Iterator[Implied
     """
     model = read_t5gemma2(config, where)
     yield from _encoder_tensors(model, "model.encoder.")
-    for name, shape in _stack_tensors(model.decoder, ("pre_self_attn_layernorm", "post_self_attn_layernorm")):
+    for name, shape in stack_tensors(model.decoder, ("pre_self_attn_layernorm", "post_self_attn_layernorm")):
         yield ImpliedTensor(f"model.decoder.{name}", "decoder", shape)
 
 
@@ -49,7 +49,7 @@ def gemma3_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTe
     root = "model." if model.vision is None else "language_model.model."
     text = model.text
     yield ImpliedTensor(f"{root}embed_tokens.weight", "embedding", (text.vocab_size, text.hidden_size))
-    for name, shape in _stack_tensors(text, ("input_layernorm", "post_attention_layernorm")):
+    for name, shape in stack_tensors(text, ("input_layernorm", "post_attention_layernorm")):
         yield ImpliedTensor(root + name, "decoder", shape)
     if model.vision is not None:
         yield from _vision_tensors(model.vision, text.hidden_size, "")
@@ -59,7 +59,7 @@ def _encoder_tensors(model: T5Gemma2Encoder, root: str) -> Iterator[ImpliedTenso
     vocab, hidden = model.encoder.vocab_size, model.encoder.hidden_size
     yield ImpliedTensor(f"{root}embed_tokens.weight", "embedding", (vocab, hidden))
     yield ImpliedTensor(f"{root}embed_tokens.eoi_embedding", "embedding", (hidden,))
-    for name, shape in _stack_tensors(model.encoder, ("pre_self_attn_layernorm", "post_self_attn_layernorm")):
+    for name, shape in stack_tensors(model.encoder, ("pre_self_attn_layernorm", "post_self_attn_layernorm")):
         yield ImpliedTensor(root + name, "encoder", shape)
     yield from _vision_tensors(model.vision, hidden, root)
 
@@ -73,21 +73,14 @@ def _vision_tensors(tower: SiglipTower, hidden: int, root: str) -> Iterator[Impl
     yield ImpliedTensor(projector + "mm_soft_emb_norm.weight", "projector", (tower.hidden_size,))
 
 
-def _stack_tensors(stack: Stack | Gemma3Text, norms: tuple[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def stack_tensors(stack: Stack | Gemma3Text, norms: tuple[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names behind the stack's root; `norms` stand before and behind attention."""
-    hidden, ffn, head = stack.hidden_size, stack.intermediate_size, stack.head_dim
-    query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
+    hidden, ffn = stack.hidden_size, stack.intermediate_size
     layer_tensors = {
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key_value, hidden),
-        "self_attn.v_proj.weight": (key_value, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-        "self_attn.q_norm.weight": (head,),
-        "self_attn.k_norm.weight": (head,),
+        **attention_tensors(stack, "self_attn", norms),
         "mlp.gate_proj.weight": (ffn, hidden),
         "mlp.up_proj.weight": (ffn, hidden),
         "mlp.down_proj.weight": (hidden, ffn),
-        **{f"{norm}.weight": (hidden,) for norm in norms},
         "pre_feedforward_layernorm.weight": (hidden,),
         "post_feedforward_layernorm.weight": (hidden,),
     }
@@ -95,6 +88,21 @@ def _stack_tensors(stack: Stack | Gemma3Text, norms: tuple[str, str]) -> Iterato
         for name, shape in layer_tensors.items():
             yield f"layers.{layer}.{name}", shape
     yield "norm.weight", (hidden,)
+
+
+def attention_tensors(stack: Stack | Gemma3Text, name: str, norms: tuple[str, str]) -> dict[str, tuple[int, ...]]:
+    """One attention of a layer that is called `name`, and the norms before and behind it."""
+    hidden, head = stack.hidden_size, stack.head_dim
+    query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
+    return {
+        f"{name}.q_proj.weight": (query, hidden),
+        f"{name}.k_proj.weight": (key_value, hidden),
+        f"{name}.v_proj.weight": (key_value, hidden),
+        f"{name}.o_proj.weight": (hidden, query),
+        f"{name}.q_norm.weight": (head,),
+        f"{name}.k_norm.weight": (head,),
+        **{f"{norm}.weight": (hidden,) for norm in norms},
+    }
 
 
 def _tower_tensors(tower: SiglipTower) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -62,6 +62,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return document
 
 
+def digest_of(document: Any) -> str:
+    """sha256 of a JSON document, hexadecimal, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def check_adaptation(document: Mapping[str, Any]) -> None:
     """Refuse what a manifest cannot tell of a training.
 
@@ -149,23 +154,54 @@ class _Task(ConfigSection, extra="forbid"):
     sentinel: bool
 
 
+class _Mixture(ConfigSection):
+    tasks: Annotated[list[_Task], Field(min_length=1)]
+
+
+class _TrainingSettings(ConfigSection):
+    """Those settings of a training that are read again; the others are left alone."""
+
+    mixture: _Mixture
+    encoder_length: PositiveInt
+    decoder_length: PositiveInt
+    image_every: PositiveInt | None
+    teacher: Digest | None
+    steps: PositiveInt
+    batch_tokens: PositiveInt
+    lr: Positive
+    lr_floor: Number
+    warmup: NonNegativeInt
+    betas: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    weight_decay: Number
+    clip: Positive
+    freeze_until: NonNegativeInt
+    trainable: list[str]
+
+
 class _Adaptation(ConfigSection, extra="forbid"):
     """What made the values that are not the source's.
 
     `steps` is how long the training had run, `checkpoints` the steps whose values were averaged, or the one that was
-    taken. `tokens` is how many were read until then. `trained` names the tensors, `{layer}` in place of the numbers of
-    all layers; `frozen` the parts of which none was trained. `kd_parent` is the name of the model that was learnt from.
+    taken. `tokens` is how many were read until then. `settings` are all that decide the result, the identity of a
+    teacher among them. `trained` names the tensors, `{layer}` in place of the numbers of all layers; `frozen` the parts
+    of which none was trained.
     """
 
     steps: PositiveInt
     checkpoints: Annotated[list[PositiveInt], Field(min_length=1)]
     tokens: NonNegativeInt
-    objective: Annotated[list[_Task], Field(min_length=1)]
+    settings: _TrainingSettings
     settings_sha256: Digest
     data_sha256: Digest
     trained: Annotated[list[str], Field(min_length=1)]
     frozen: list[str]
-    kd_parent: str | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_are_those_of_the_digest(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and digest_of(fields.get("settings")) != fields.get("settings_sha256"):
+            raise ValueError("settings_sha256 does not fit the settings")
+        return fields
 
 
 class _Manifest(ConfigSection, extra="forbid"):

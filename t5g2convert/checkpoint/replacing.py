@@ -1,4 +1,4 @@
-"""A file beside the weights, put in place whole."""
+"""A file beside the weights, put in place whole; and a folder's entries, flushed."""
 
 import os
 from pathlib import Path
@@ -24,3 +24,16 @@ def replace_file(path: Path, data: bytes) -> None:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the disk has what a folder's entries are called, which renames change.
+
+    Raises:
+        OSError: It cannot be.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -142,11 +142,11 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2", where=where)
     encoder = subsection(config, "encoder", where)
     return T5Gemma2(
-        _stack(subsection(encoder, "text_config", where), where, "encoder.text_config"),
+        read_stack(subsection(encoder, "text_config", where), where, "encoder.text_config"),
         parse_section(SiglipTower, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
         # Both places name them; transformers takes the image token from the top, the others from the encoder.
         parse_section(Tokens, {**encoder, **_top_image_token(config)}, where, "encoder"),
-        _stack(subsection(config, "decoder", where), where, "decoder"),
+        read_stack(subsection(config, "decoder", where), where, "decoder"),
     )
 
 
@@ -159,7 +159,7 @@ def read_t5gemma2_encoder(config: Mapping[str, Any], where: Path) -> T5Gemma2Enc
     if config.get("model_type") != ENCODER_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2's encoder", where=where)
     return T5Gemma2Encoder(
-        _stack(subsection(config, "text_config", where), where, "text_config"),
+        read_stack(subsection(config, "text_config", where), where, "text_config"),
         parse_section(SiglipTower, subsection(config, "vision_config", where), where, "vision_config"),
         # An encoder alone has another default than the whole model, which is never meant.
         parse_section(Tokens, config, where),
@@ -170,7 +170,12 @@ def _top_image_token(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"image_token_index": config.get("image_token_index", 256_001)}
 
 
-def _stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
+def read_stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
+    """Read one text stack; `section` is its name in config.json, for errors. That of a decoder is `decoder`.
+
+    Raises:
+        CheckpointError: A field is missing, of the wrong type, or does not fit another.
+    """
     if section == "decoder":
         refuse_bidirectional(fields, where, section)
     stack = parse_section(Stack, fields, where, section)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import gemma3, t5gemma, t5gemma2
+from t5g2convert.checkpoint import gemma3, research, t5gemma, t5gemma2
 from t5g2convert.checkpoint.config import ImpliedTensor, describe_model_type
 from t5g2convert.checkpoint.implied import gemma3_tensors, t5gemma2_encoder_tensors, t5gemma2_tensors
+from t5g2convert.checkpoint.research import research_tensors
 from t5g2convert.errors import CheckpointError
 
 
@@ -33,6 +34,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     t5gemma2.ENCODER_TYPE: Target(t5gemma2_encoder_tensors, {"encoder": "text_config."}),
     gemma3.MULTIMODAL: Target(gemma3_tensors, {"decoder": "text_config."}),
     gemma3.TEXT_ONLY: Target(gemma3_tensors, {"decoder": ""}),
+    research.MODEL_TYPE: Target(research_tensors, {"encoder": "encoder.", "decoder": "decoder."}),
 }
 """`model_type` to family."""
 

@@ -15,20 +15,25 @@ def print_forecast(forecast: "Forecast") -> None:
     for task in forecast.tasks:
         counts = (task.weight, task.raw, task.encoder, task.labels, task.sentinels)
         tasks.add_row(task.name, *(f"{count:,}" for count in counts))
-    out.print(tasks)
     images = f", {forecast.image_steps:,} of them of documents with images" if forecast.image_steps else ""
-    lines = {
-        "steps": f"{forecast.steps:,} of {forecast.samples:,} samples{images}",
-        "text": f"{forecast.corpus:,} tokens, read {forecast.epochs:.3g} times",
-        "sentinels": "none" if forecast.sentinels is None else "ids {:,} down to {:,}".format(*forecast.sentinels),
-    }
+    lines = {"steps": f"{forecast.steps:,} of {forecast.samples:,} samples{images}"}
+    if forecast.tasks:
+        out.print(tasks)
+        lines["text"] = f"{forecast.corpus:,} tokens, read {forecast.epochs:.3g} times"
+    lines["sentinels"] = "none" if forecast.sentinels is None else "ids {:,} down to {:,}".format(*forecast.sentinels)
     if forecast.operations is not None:
         lines["a step"] = f"{forecast.operations:.2e} operations of matrix products (estimate)"
     if forecast.memory is not None:
         held = forecast.memory
+        parts = {
+            "weights, gradients and moments": held.states,
+            "gathered": held.gathered,
+            "inputs of layers": held.inputs,
+            "softmax": held.softmax,
+        }
+        told = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
         lines["a device"] = (
-            f"{size_text(held.total)} and the work of one layer (estimate): weights, gradients and moments "
-            f"{size_text(held.states)}, gathered {size_text(held.gathered)}, inputs of layers {size_text(held.inputs)}"
+            f"{size_text(held.total)} and the work of one layer (estimate, bfloat16, no teacher): {told}"
         )
     for name, line in lines.items():
         out.print(f"{name:<10} {line}", soft_wrap=True)

@@ -47,9 +47,11 @@ CommandLineError: Final[type[Exception]] = next(
 _signals: Final[list[int]] = []
 """The signal that stopped the work, if one did."""
 
+ABOUT: Final = "Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly, and train it further."
+
 app = typer.Typer(
     name="t5g2",
-    help="Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly.",
+    help=ABOUT,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -68,7 +70,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly."""
+    """Convert, verify, train and publish."""
 
 
 app.command("demo")(demo.demo)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from t5g2convert.checkpoint.folder import scheme_of
+from t5g2convert.checkpoint.replacing import flush_folder
 from t5g2convert.errors import Interrupted, OutputError, T5g2Error
 
 STAGING_SUFFIX: Final = ".t5g2-staging"
@@ -109,14 +110,6 @@ def usual_mode(mode: int) -> int:
 def _real(path: Path) -> Path:
     """The path without links; a link that leads nowhere, or to itself, stays as it is."""
     return Path(os.path.realpath(path))
-
-
-def _flush_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextmanager
@@ -226,7 +219,7 @@ class Staging:
         self._committed = True
         try:
             if self._flush:
-                _flush_folder(self.target.parent)
+                flush_folder(self.target.parent)
         finally:
             if replaced:
                 shutil.rmtree(self.old, ignore_errors=True)

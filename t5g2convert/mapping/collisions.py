@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from t5g2convert.mapping.library import mappings_folder
+from t5g2convert.mapping.library import is_shipped
 from t5g2convert.mapping.loader import NodePath
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
@@ -30,7 +30,7 @@ def check_rows(
         MappingError: A tensor is carried twice, or carried and dropped; a target is filled twice; a row of a map of
             one's own matches nothing. What a shipped map does not find is the checkpoint's fault.
     """
-    own = loaded.path.parent != mappings_folder()
+    own = not is_shipped(loaded.path)
     carried: set[str] = set()
     filled: set[str] = set()
     for position, row in enumerate(loaded.map.weights):

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import t5gemma, t5gemma2
+from t5g2convert.checkpoint import research, t5gemma, t5gemma2
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub import open_source
 from t5g2convert.checkpoint.place import HubOrigin
+from t5g2convert.checkpoint.research import read_research
 from t5g2convert.checkpoint.t5gemma import read_t5gemma
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2, read_t5gemma2_encoder
 from t5g2convert.checkpoint.targets import implied_tensors
@@ -222,10 +223,17 @@ def _t5gemma2_encoder_facts(config: Mapping[str, Any], where: Path) -> dict[str,
     return {"encoder": model.encoder.model_dump(), "vision": model.vision.model_dump()}
 
 
+def _research_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    model = read_research(config, where)
+    form = model.form.model_dump(include={"tied", "attention", "cross_layers"})
+    return {**form, "encoder": model.encoder.model_dump(), "decoder": model.decoder.model_dump()}
+
+
 _TARGET_FACTS: Final[Mapping[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]]] = {
     t5gemma.MODEL_TYPE: _t5gemma_facts,
     t5gemma2.MODEL_TYPE: _t5gemma2_facts,
     t5gemma2.ENCODER_TYPE: _t5gemma2_encoder_facts,
+    research.MODEL_TYPE: _research_facts,
 }
 """The settings of an encoder-decoder, or of its encoder alone, by its `model_type`."""
 

@@ -25,8 +25,13 @@ def mappings_folder() -> Path:
 
 
 def shipped_maps() -> list[LoadedMap]:
-    """All shipped maps, by name."""
+    """The shipped maps that a source is converted with when none is named, by name."""
     return [load_map(path) for path in sorted(mappings_folder().glob("*.yaml"))]
+
+
+def named_maps() -> list[LoadedMap]:
+    """The shipped maps that are used only when they are named, by name: those of the ablations."""
+    return [load_map(path) for path in sorted(mappings_folder().glob("*/*.yaml"))]
 
 
 def find_map(name: str) -> LoadedMap:
@@ -37,12 +42,22 @@ def find_map(name: str) -> LoadedMap:
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return load_map(Path(name))
-    path = mappings_folder() / f"{name}.yaml"
-    if not path.is_file():
-        known = [item.stem for item in sorted(mappings_folder().glob("*.yaml"))]
-        hint = did_you_mean(name, known) or f"shipped: {', '.join(known)}; a file of yours needs its .yaml ending"
+    paths = _by_name(mappings_folder())
+    if name not in paths:
+        hint = did_you_mean(name, paths) or f"shipped: {', '.join(paths)}; a file of yours needs its .yaml ending"
         raise MappingError(f"there is no mapping {name!r}", hint=hint)
-    return load_map(path)
+    return load_map(paths[name])
+
+
+def is_shipped(path: Path) -> bool:
+    """Whether a map is one that ships."""
+    return mappings_folder() in path.parents
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """Every shipped map; one in a folder of its own has that folder's name before its own."""
+    paths = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return paths | {f"{path.parent.name}-{path.stem}": path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def map_for(config: Mapping[str, Any], where: Path, *, extracts: str | None = None) -> LoadedMap:

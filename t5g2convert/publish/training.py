@@ -1,5 +1,6 @@
 """How a model was trained further, as its card tells it from the manifest's `adaptation`."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -21,26 +22,41 @@ def training(told: Mapping[str, Any], options: Mapping[str, Any], *, source: str
         source: What a command calls the model that was trained.
     """
     averaged: Sequence[int] = told["checkpoints"]
-    average = [f"$ t5g2 average RUN OUTPUT --model {source} --last {len(averaged)}"] if len(averaged) > 1 else []
-    yield fenced("console", [f"$ t5g2 adapt {source} DATA RUN", *average])
+    settings = told["settings"]
+    average = [f"$ t5g2 average RUN --last {len(averaged)}"] if len(averaged) > 1 else []
+    yield fenced("console", [f"$ t5g2 adapt {source} DATA RUN {' '.join(_options(settings))}", *average])
     values = f"those of step {told['steps']:,}"
     if len(averaged) > 1:
         values = f"the mean of {len(averaged)} checkpoints, of steps {', '.join(f'{step:,}' for step in averaged)}"
-    teacher = told["kd_parent"]
+    teacher = settings["teacher"]
+    low, high = settings["betas"]
     rows = [
         ["values", values + (f", in {code(options['dtype'])}" if "dtype" in options else "")],
         ["tokens read", f"{told['tokens']:,}"],
-        ["learnt from", "the data alone" if teacher is None else f"the data, and {code(teacher)} as a teacher"],
+        [
+            "learnt from",
+            "the data alone" if teacher is None else f"the data, and the teacher {code(teacher)}",
+        ],
         ["trained", f"{len(told['trained'])} names of tensors in `t5g2.json`"],
         ["left as they were", ", ".join(map(code, told["frozen"])) or "no part"],
-        ["settings", f"sha256 {code(told['settings_sha256'])}"],
+        [
+            "learning rate",
+            f"{settings['lr']:g} after {settings['warmup']:,} steps, along a cosine to {settings['lr_floor']:g} of "
+            f"that at step {settings['steps']:,}",
+        ],
+        [
+            "optimizer",
+            f"AdamW, betas {low:g} and {high:g}, weight decay {settings['weight_decay']:g}, gradients clipped at "
+            f"{settings['clip']:g}",
+        ],
+        ["settings", f"in `t5g2.json`, sha256 {code(told['settings_sha256'])}"],
         ["data", f"sha256 {code(told['data_sha256'])}"],
     ]
     yield table(["training", "which"], rows)
     yield "The tasks, and how often each comes:"
     tasks = [
         [code(task["name"]), task["kind"], f"{task['rate']:g}", _span(task), str(task["weight"]), _marks(task)]
-        for task in told["objective"]
+        for task in settings["mixture"]["tasks"]
     ]
     header = ["task", "kind", "rate", "mean span", "weight", "marks"]
     yield table(header, tasks, right=(2, 3, 4))
@@ -48,6 +64,18 @@ def training(told: Mapping[str, Any], options: Mapping[str, Any], *, source: str
         f"Not established of Google's own training, and so the choice of this run or a default of t5g2: "
         f"{', '.join(NOT_ESTABLISHED)}."
     )
+
+
+def _options(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The options of the command that say most of the result."""
+    for name in ("lr", "steps", "batch_tokens", "encoder_length", "decoder_length", "image_every"):
+        if settings[name] is not None:
+            yield f"--{name.replace('_', '-')} {settings[name]}"
+    if settings["teacher"] is not None:
+        yield "--kd PARENT"
+    if settings["freeze_until"]:
+        yield f"--freeze-until {settings['freeze_until']}"
+        yield from (f"--trainable {shlex.quote(pattern)}" for pattern in settings["trainable"])
 
 
 def _span(task: Mapping[str, Any]) -> str:

@@ -8,15 +8,15 @@ from pathlib import Path
 from t5g2convert.adaptation import checkpoints
 from t5g2convert.cli.main import main
 
-_flush = checkpoints._flush
+flush_folder = checkpoints.flush_folder
 
 
 def _flush_or_die(folder: Path) -> None:
-    _flush(folder)
+    flush_folder(folder)
     if folder.name == os.environ["KILLED_AT"]:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    checkpoints._flush = _flush_or_die
+    checkpoints.flush_folder = _flush_or_die
     main(sys.argv[1:])

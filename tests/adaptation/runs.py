@@ -15,31 +15,25 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from t5g2convert.adaptation.logs import Metrics
+from t5g2convert.adaptation.mixture import read_mixture
 from t5g2convert.adaptation.run import identity
+from t5g2convert.adaptation.settings import make_settings
 from t5g2convert.checkpoint.digest import sha256_of
 
 Tensors = Mapping[str, torch.Tensor]
 
-SETTINGS, OBJECTIVE, DATA = "a" * 64, "b" * 64, "c" * 64
-
-TASKS: list[dict[str, Any]] = [
-    {
-        "name": "r", "kind": "spans", "rate": 0.15, "mean_span": 3.0, "weight": 1, "mode_token": None, "sentinel": True,
-    },
-    {
-        "name": "s", "kind": "prefix", "rate": 0.75, "mean_span": None, "weight": 1, "mode_token": None,
-        "sentinel": False,
-    },
-]  # fmt: skip
+SETTINGS = make_settings(
+    mixture=read_mixture(), encoder_length=64, decoder_length=64, steps=200, batch_tokens=512, lr=1e-3
+)
+DATA = "c" * 64
 
 FACTS: dict[str, Any] = {
     "steps": 100,
     "checkpoints": [100],
     "tokens": 51_200,
-    "objective": TASKS,
-    "settings_sha256": SETTINGS,
+    "settings": SETTINGS.to_json(),
+    "settings_sha256": SETTINGS.sha256,
     "data_sha256": DATA,
-    "kd_parent": None,
 }
 
 
@@ -58,7 +52,8 @@ def _state(tensors: Tensors) -> dict[str, Any]:
 
 def _tell(folder: Path, step: int, **told: Any) -> Path:
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != "checkpoint.json"}
-    document = {"format": 1, "step": step, "settings_sha256": SETTINGS, "objective_sha256": OBJECTIVE, "files": files}
+    document = {"format": 1, "step": step, "files": files}
+    document |= {"settings_sha256": SETTINGS.sha256, "objective_sha256": SETTINGS.objective_sha256}
     document |= told
     (folder / "checkpoint.json").write_text(json.dumps(document))
     return folder
@@ -104,9 +99,9 @@ def write_run(folder: Path, model: Path, steps: int) -> None:
     """What a run tells of itself, beside its checkpoints: 512 tokens a step."""
     document = {
         "format": 1,
-        "settings": {"mixture": {"format": 1, "tasks": TASKS}, "teacher": None, "lr": 1e-3},
-        "settings_sha256": SETTINGS,
-        "objective_sha256": OBJECTIVE,
+        "settings": SETTINGS.to_json(),
+        "settings_sha256": SETTINGS.sha256,
+        "objective_sha256": SETTINGS.objective_sha256,
         "model": identity(model),
         "model_folder": str(model),
         "data": DATA,

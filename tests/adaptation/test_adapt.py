@@ -171,7 +171,7 @@ def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: 
     assert teacher is not None
     assert len(teacher) == 64
     manifest = json.loads((tmp_path / "run/model/t5g2.json").read_text())
-    assert manifest["adaptation"]["kd_parent"] == teacher
+    assert manifest["adaptation"]["settings"]["teacher"] == teacher
     with pytest.raises(UsageError, match=r"teacher sha256 .*, now null"):
         run(replace(request, teacher=None, resume=True))
 
@@ -267,6 +267,21 @@ def test_a_full_disk_is_told_by_the_first_process_alone(
     assert ("No space left" in str(caught.value)) == (rank == 0)
 
 
+@pytest.mark.usefixtures("one_process")
+def test_data_that_was_damaged_is_found_when_a_run_begins(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "data", tmp_path / "data")
+    path = tmp_path / "data/text-00000.bin"
+    tokens = bytearray(path.read_bytes())
+    tokens[400] ^= 1
+    path.write_bytes(tokens)
+    request = replace(request_of(small, tmp_path / "run", settings_of()), data=tmp_path / "data")
+    foresee(request)
+    with pytest.raises(DataError, match="their sha256 differs") as raised:
+        run(request)
+    assert raised.value.details == ("text-00000.bin",)
+    assert not (tmp_path / "run").exists()
+
+
 def _not_json(folder: Path) -> None:
     (folder / "checkpoint.json").write_text("{")
 
@@ -342,6 +357,17 @@ def test_a_recorded_verification_makes_no_other_model(small: Path, tmp_path: Pat
     assert json.loads(path.read_text())["sha256"] != before
     assert identity(tmp_path / "model") == before
     path.unlink()
+    assert identity(tmp_path / "model") != before
+
+
+def test_models_of_one_config_are_told_apart_where_no_sha256_was_recorded(small: Path, tmp_path: Path) -> None:
+    from t5g2convert import convert
+
+    convert(small / "parent", tmp_path / "model", hashing=False, flush=False)
+    before, path = identity(tmp_path / "model"), tmp_path / "model/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
     assert identity(tmp_path / "model") != before
 
 

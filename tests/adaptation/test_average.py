@@ -22,6 +22,7 @@ from t5g2convert.adaptation.trained import Trained
 from t5g2convert.checkpoint.manifest import read_manifest
 from tests.adaptation.runs import (
     FACTS,
+    SETTINGS,
     Tensors,
     text_only,
     trained_from,
@@ -142,7 +143,7 @@ def test_the_manifest_tells_what_was_averaged_and_verify_passes(
     done = run_of("images-8").average(3, tmp_path / "out")
     told = read_manifest(tmp_path / "out")["adaptation"]
     assert (told["steps"], told["checkpoints"], told["tokens"]) == (100, [60, 80, 100], 100 * 512)
-    assert told["kd_parent"] is None
+    assert told["settings"] == SETTINGS.to_json()
     assert done.output == tmp_path / "out"
     report = verify(tmp_path / "out", converted_twin("images-8"), record=False)
     assert report.passed

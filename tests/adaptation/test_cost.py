@@ -71,10 +71,11 @@ def test_operations_of_training_are_those_that_torch_counts(converted_twin: Twin
 def test_memory_is_shared_out_among_the_devices(converted_twin: TwinFolder) -> None:
     folder = converted_twin("images-8")
     parameters, model = inspect(folder).parameters, shapes(folder)
-    one, four = (memory(model, parameters, devices=n, samples=2, encoder=7, decoder=5) for n in (1, 4))
+    one, four = (memory(model, parameters, devices=n, samples=2, encoder=7, decoder=5, chunk=8) for n in (1, 4))
     trained = parameters["total"] - parameters["vision"]
     assert one.states == 16 * trained + 4 * parameters["vision"]
-    assert four == Memory(one.states // 4, one.gathered, one.inputs)
+    assert four == Memory(one.states // 4, one.gathered, one.inputs, one.softmax)
     assert one.inputs == 2 * 2 * 24 * 8 * (7 + 5)
-    assert one.gathered == 4 * (parameters["embedding"] + 2 * (parameters["encoder"] // 8))
-    assert one.total == one.states + one.gathered + one.inputs
+    assert one.softmax == 12 * 8 * model.decoder.vocab_size
+    assert one.gathered == 8 * (parameters["embedding"] + 2 * (parameters["encoder"] // 8))
+    assert one.total == one.states + one.gathered + one.inputs + one.softmax

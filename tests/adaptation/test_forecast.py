@@ -31,7 +31,7 @@ def test_a_dry_run_tells_what_the_run_then_does(small: Path, trained: Path, tmp_
     assert told["epochs"] * told["corpus"] >= taken > told["epochs"] * told["corpus"] / 2
     most = max(task["sentinels"] for task in told["tasks"])
     assert told["sentinels"][0] - told["sentinels"][1] + 1 == most
-    assert told["memory"]["total"] == sum(told["memory"][part] for part in ("states", "gathered", "inputs"))
+    assert told["memory"]["total"] == sum(told["memory"][part] for part in ("states", "gathered", "inputs", "softmax"))
     assert told["operations"] > 0
 
 

@@ -135,10 +135,10 @@ def test_tokens_are_those_of_transformers(model: Path, pictures: Path, tmp_path:
         assert np.array_equal(pixel_values(document.images, model), made["pixel_values"])
         assert document.tokens[document.split - 1] == 256_000
         assert 256_000 not in document.tokens[document.split :]
-    assert (packed.tokens, packed.documents, len(packed.images)) == (0, 0, 3)
+    assert (packed.tokens, packed.index.text.documents, len(packed.images)) == (0, 0, 3)
     assert packed.index.pictures.files == len(list((tmp_path / "out/images").iterdir())) == 3
-    assert packed.special == {1: 3, 2: 3, 255_999: 5, 256_000: 5, 256_001: 20}
-    assert packed.occurrences(256_001, 262_144) == 20
+    assert packed.index.special == {"1": 3, "2": 3, "255999": 5, "256000": 5, "256001": 20}
+    assert packed.counts[256_001:].sum() == 20
 
 
 def test_a_text_without_places_has_its_pictures_first() -> None:

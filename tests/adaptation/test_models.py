@@ -6,11 +6,10 @@ import torch
 from torch import nn
 
 from t5g2convert.adaptation.models import (
-    PROJECTOR,
-    VISION,
     compare_values,
     freeze,
     load_model,
+    parts_of,
     published_names,
     recompute_activations,
 )
@@ -100,9 +99,9 @@ def test_swapped_names_of_equal_shapes_are_found_by_their_values(checkpoint: Che
 def test_the_tower_is_frozen_and_the_projector_without_images(images: bool, checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint.path, checkpoint.config)
     names = published_names(model, shapes_of(checkpoint), checkpoint.path)
-    freeze(model, names, images=images)
+    freeze(model, names, parts_of(checkpoint), images=images)
     frozen = {names[name] for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    fixed = (VISION,) if images else (VISION, PROJECTOR)
+    fixed = "model.encoder.vision_tower.", *(() if images else ("model.encoder.multi_modal_projector.",))
     assert frozen == {name for name in checkpoint.tensors if name.startswith(fixed)}
     assert len(frozen) > 2
 

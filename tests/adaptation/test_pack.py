@@ -44,7 +44,7 @@ def pack_texts(model: Path, output: Path, texts: Sequence[str], **options: int) 
 
 def decoded(packed: Packed, model: Path) -> list[str]:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    starts = [0, *map(int, packed.ends)]
+    starts = [0, *np.fromfile(packed.folder / "text.doc", "<u8").tolist()]
     pieces = [packed.read(start, stop) for start, stop in pairwise(starts)]
     assert all(piece[-1] == EOS for piece in pieces)
     return [tokenizer.decode(piece[:-1].tolist(), skip_special_tokens=False) for piece in pieces]
@@ -63,7 +63,7 @@ def test_what_is_packed_is_read_again_wherever_shards_end(model: Path, tmp_path:
         for stop in range(start, 96, 3):
             assert np.array_equal(packed.read(start, stop), whole[start:stop])
     assert packed.highest == int(whole.max())
-    assert packed.special == {EOS: len(LENGTHS)}
+    assert packed.index.special == {str(EOS): len(LENGTHS)}
     assert np.array_equal(packed.counts, np.bincount(whole, minlength=256))
 
 
@@ -114,13 +114,13 @@ def test_names_of_special_tokens_in_texts_stay_text(model: Path, tmp_path: Path)
     pack_texts(model, tmp_path / "out", HOSTILE)
     packed = Packed.open(tmp_path / "out")
     assert decoded(packed, model) == HOSTILE
-    assert packed.special == {EOS: len(HOSTILE)}, "the eos that ends each, and nothing else"
-    assert packed.occurrences(253, 256) == 0
+    assert packed.index.special == {str(EOS): len(HOSTILE)}, "the eos that ends each, and nothing else"
+    assert not packed.counts[253:].any()
 
 
 def test_what_the_tokenizer_does_not_know_is_counted(model: Path, tmp_path: Path) -> None:
     pack_texts(model, tmp_path / "out", ["aäöb", "ß"])
-    assert Packed.open(tmp_path / "out").special == {EOS: 2, 3: 2}
+    assert Packed.open(tmp_path / "out").index.special == {str(EOS): 2, "3": 2}
 
 
 def test_empty_documents_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_an_output_that_is_there_stays_unless_it_is_to_be_replaced(
         pack(model, tmp_path / "out", [Fault("a", "b")], overwrite=True, flush=False)
     assert contents(tmp_path / "out") == before
     pack(model, tmp_path / "out", mixed, overwrite=True, flush=False)
-    assert Packed.open(tmp_path / "out", verify=True).documents == 29
+    assert Packed.open(tmp_path / "out", verify=True).index.text.documents == 29
     for target in (model, model / "inside", tmp_path / "in"):
         with pytest.raises(OutputError, match=r"(is|contains|lies inside) the source folder"):
             pack(model, target, mixed, sources=[tmp_path / "in"], overwrite=True, flush=False)

@@ -1,14 +1,18 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from t5g2convert.adaptation.denoiser import IGNORED
+from t5g2convert.adaptation.forecast import forecast
 from t5g2convert.adaptation.mixture import read_mixture
+from t5g2convert.adaptation.preparation import prepare
 from t5g2convert.adaptation.samples import Place, collate, image_task, places, task_names, teaching
 from t5g2convert.adaptation.settings import Settings, differences, make_settings
 from t5g2convert.adaptation.tokens import ModelTokens
 from t5g2convert.adaptation.ul2 import Example
-from t5g2convert.errors import UsageError
+from t5g2convert.errors import DataError, UsageError
 
 TOKENS = ModelTokens(300, bos=2, eos=1, pad=0, boi=290, eoi=291, image=292, per_image=4, pictures=True)
 
@@ -47,6 +51,38 @@ def test_a_label_is_taught_from_the_place_before_it(bos: int | None, expected: l
     # The label at raw position 1 is raw[1]; the teacher, having read all before it, stands on raw[0].
     assert int(raw[expected[2]]) == 100
     assert torch.equal(taught["raw_mask"], torch.ones_like(taught["raw_ids"]))
+
+
+@pytest.mark.parametrize("encoder_bos", [False, True])
+def test_a_teacher_reads_bos_first_whatever_the_encoder_reads(encoder_bos: bool, small: Path) -> None:
+    settings = make(encoder_bos=encoder_bos, teacher="0" * 64, steps=1)
+    samples = prepare(small / "model", small / "data", settings).samples
+    batch = samples[Place(0, (0, 1), (True, True))]
+    assert batch["raw_ids"][:, 0].tolist() == [2, 2]
+    assert (batch["input_ids"][:, 0] == 2).all() == encoder_bos
+    taught = batch["teacher_positions"] >= 0
+    assert taught.any()
+    at, expected = batch["teacher_positions"][taught], batch["labels"][taught]
+    rows = taught.nonzero()[:, 0]
+    assert torch.equal(batch["raw_ids"][rows, at + 1], expected)
+
+
+def test_data_of_images_alone_is_enough_for_steps_of_images(small: Path, tmp_path: Path) -> None:
+    from t5g2convert.adaptation.documents import read_files
+    from t5g2convert.adaptation.pack import pack
+
+    pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
+    with pytest.raises(DataError, match="the corpus has 0 tokens"):
+        prepare(small / "model", tmp_path / "data", make(image_every=2))
+    prepared = prepare(small / "model", tmp_path / "data", make(image_every=1))
+    found = forecast(prepared, devices=1, micro=1, chunk=8)
+    assert (found.tasks, found.corpus, found.epochs, found.operations) == ((), 0, 0.0, None)
+    assert (prepared.samples.longest, found.image_steps) == (0, 100)
+    both = prepare(small / "model", small / "data", make(image_every=1)).samples
+    for place in places(prepared.samples.settings, rank=0, world=1, micro=5, start=98):
+        batch, expected = prepared.samples[place], both[place]
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        assert len(batch["pixel_values"]) == 5
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

@@ -46,7 +46,7 @@ def data(made: Path, tmp_path: Path) -> Path:
 
 def test_documents_with_pictures_stand_apart(made: Path) -> None:
     packed = Packed.open(made / "data", verify=True)
-    assert (packed.documents, packed.tokens, len(packed.images)) == (3, 15, 2)
+    assert (packed.index.text.documents, packed.tokens, len(packed.images)) == (3, 15, 2)
     red, both = packed.images
     assert red.images == both.images[1:]
     assert [path.suffix for path in both.images] == [".png", ".png"]
@@ -102,6 +102,20 @@ def test_bytes_that_changed_are_found_if_asked_for(data: Path, name: str) -> Non
     with pytest.raises(DataError) as failed:
         Packed.open(data, verify=True)
     assert failed.value.details in ((path.relative_to(data).as_posix(),), ())
+
+
+def test_several_processes_look_at_all_files_together(data: Path) -> None:
+    packed = Packed.open(data)
+    found: list[str] = []
+    for path in (item for item in data.rglob("*") if item.is_file() and item.name != "index.json"):
+        content = path.read_bytes()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    for part in range(3):
+        with pytest.raises(DataError) as failed:
+            packed.check_bytes(part=part, parts=3)
+        found += failed.value.details
+    files = [item.relative_to(data).as_posix() for item in data.rglob("*") if item.is_file()]
+    assert sorted([*found, "index.json"]) == sorted(files)
 
 
 @pytest.mark.parametrize(

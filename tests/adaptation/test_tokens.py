@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from t5g2convert import convert
-from t5g2convert.adaptation.tokens import RESEARCH_TYPE, TextEncoder, read_tokens, tokenizer_sha256
+from t5g2convert.adaptation.tokens import TextEncoder, read_tokens, tokenizer_sha256
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import CheckpointError
@@ -51,7 +51,7 @@ def test_the_ids_of_a_converted_model(gemma: Path) -> None:
 
 
 def test_the_ids_of_a_research_model(tmp_path: Path) -> None:
-    config = {"model_type": RESEARCH_TYPE, "vocab_size": 300, "eos_token_id": 7, "pad_token_id": 0}
+    config = {"model_type": "t5g2_research", "vocab_size": 300, "eos_token_id": 7, "pad_token_id": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     tokens = read_tokens(tmp_path)
     assert (tokens.vocabulary, tokens.bos, tokens.eos, tokens.pad, tokens.pictures) == (300, None, 7, 0, False)

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from t5g2convert.adaptation import dcp as reader
 from t5g2convert.adaptation.trained import Trained
 from t5g2convert.errors import CheckpointError
-from tests.adaptation.runs import write_by_two, write_checkpoint
+from tests.adaptation.runs import SETTINGS, write_by_two, write_checkpoint
 
 TENSORS = {
     "model.encoder.embed_tokens.weight": torch.arange(70.0).view(7, 10),
@@ -49,7 +49,11 @@ def by_torch(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_is_what_was_saved(folder: Path) -> None:
     trained = Trained(folder)
     record = trained.record
-    assert (record.step, record.settings_sha256, record.objective_sha256) == (100, "a" * 64, "b" * 64)
+    assert (record.step, record.settings_sha256, record.objective_sha256) == (
+        100,
+        SETTINGS.sha256,
+        SETTINGS.objective_sha256,
+    )
     assert trained.names == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
     for name, tensor in TENSORS.items():
         assert torch.equal(trained.read(name), tensor), name

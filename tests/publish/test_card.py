@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, digest_of
 from t5g2convert.errors import CheckpointError, OutputError, UsageError
 from t5g2convert.publish.card import CARD_FILE, model_card
 from t5g2convert.publish.license import GEMMA_TERMS
+from tests.adaptation.runs import SETTINGS
 from tests.cli.test_hostile_text import PAYLOADS
 from tests.publish.folders import COMMIT, KINDS, RECORD, change_manifest, from_hub
 from tests.publish.rendered import render, table_lines
@@ -115,7 +116,8 @@ def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
     elif kind == "adapted":
         assert "and **trained further**" in card
         assert "needs adaptation" not in card
-        assert "$ t5g2 adapt SOURCE DATA RUN\n$ t5g2 average RUN OUTPUT --model SOURCE --last 3" in card
+        options = "--lr 0.001 --steps 200 --batch-tokens 512 --encoder-length 64 --decoder-length 64"
+        assert f"$ t5g2 adapt SOURCE DATA RUN {options}\n$ t5g2 average RUN --last 3" in card
     else:
         assert "**It is converted and not further trained.**" in card
         assert "it needs adaptation before it is useful" in card
@@ -186,17 +188,25 @@ def test_how_a_model_was_trained_is_told(kinds: Path, tmp_path: Path) -> None:
     assert told["left as they were"] == "`embedding`, `projector`, `vision`"
     assert told["data"] == f"sha256 `{'c' * 64}`"
     (tasks,) = (rows[1:] for rows in render(card).tables if rows[0][0] == "task")
-    assert tasks == [["`r`", "spans", "0.15", "3", "1", "sentinels"], ["`s`", "prefix", "0.75", "one", "1", "none"]]
+    assert len(tasks) == 5
+    assert tasks[0] == ["`spans-3-15`", "spans", "0.15", "3", "1", "sentinels"]
+    assert tasks[-1] == ["`prefix`", "prefix", "0.75", "one", "4", "none"]
+    assert told["learning rate"] == "0.001 after 100 steps, along a cosine to 0.1 of that at step 200"
+    assert told["optimizer"] == "AdamW, betas 0.9 and 0.95, weight decay 0, gradients clipped at 1"
     assert "Not established of Google's own training" in card
     assert "learning rate, weight decay, optimizer" in card
     folder = shutil.copytree(kinds / "adapted", tmp_path / "adapted")
-    change_manifest(folder, lambda manifest: manifest["adaptation"].update(checkpoints=[100], kd_parent="org/`<b>"))
+    taught = {"teacher": "d" * 64, "image_every": 4, "freeze_until": 50, "trainable": ["*.projector.`<b>*"]}
+    settings = {**SETTINGS.to_json(), **taught}
+    told = {"checkpoints": [100], "settings": settings, "settings_sha256": digest_of(settings)}
+    change_manifest(folder, lambda manifest: manifest["adaptation"].update(told))
     change_manifest(folder, lambda manifest: manifest["options"].update(dtype="float32"))
     card = made(folder)
     told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "which"] for row in rows}
     assert told["values"] == "those of step 100, in `float32`"
-    assert told["learnt from"].startswith("the data, and")
-    assert "<b>" not in card
+    assert told["learnt from"] == f"the data, and the teacher `{'d' * 64}`"
+    assert "--image-every 4 --kd PARENT --freeze-until 50 --trainable '*.projector.`<b>*'" in card
+    assert "<b>" not in render(card).html
     assert "t5g2 average" not in card
 
 
