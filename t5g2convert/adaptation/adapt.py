@@ -1,6 +1,7 @@
 """A whole run: checks, engine, weights, the loop, and what is made of its last checkpoint."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -25,11 +26,13 @@ from t5g2convert.adaptation.engine import (
 )
 from t5g2convert.adaptation.finish import Finished, finish
 from t5g2convert.adaptation.forecast import Forecast, forecast
+from t5g2convert.adaptation.lock import locked
 from t5g2convert.adaptation.logs import Metrics, read_metrics
 from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
-from t5g2convert.adaptation.record import check_files, complete, read_record
+from t5g2convert.adaptation.record import check_files, place_of, read_record
 from t5g2convert.adaptation.run import (
+    EXPORT_FOLDER,
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
@@ -45,6 +48,7 @@ from t5g2convert.adaptation.settings import Settings
 from t5g2convert.adaptation.teacher import Teacher, check_teacher, load_teacher
 from t5g2convert.adaptation.training import Pace, make_optimizer, train
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
+from t5g2convert.conversion.staging import check_target
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -146,17 +150,19 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         if early_rank() == 0:
             raise
         raise Quiet(error.exit_code) from None
-    try:
-        engine.launch()
-        outcome = _run(engine, request, prepared, begun, report)
-    except BaseException:
-        end_children(engine)
-        raise
-    # The others may go; what follows takes one process.
-    torch.distributed.destroy_process_group()
-    if not outcome.first or not request.export:
-        return outcome
-    finished = finish(request.run, outcome.checkpoint, request.model)
+    with ExitStack() as held:
+        try:
+            engine.launch()
+            together(engine, lambda: held.enter_context(locked(request.run)) if engine.global_rank == 0 else None)
+            outcome = _run(engine, request, prepared, begun, report)
+        except BaseException:
+            end_children(engine)
+            raise
+        # The others may go; what follows takes one process.
+        torch.distributed.destroy_process_group()
+        if not outcome.first or not request.export:
+            return outcome
+        finished = finish(request.run, outcome.checkpoint, request.model)
     return replace(outcome, finished=finished)
 
 
@@ -176,7 +182,11 @@ def _prepare(request: Request) -> Prepared:
     prepared = prepare(request.model, request.data, request.settings, rope_scaling=request.rope_scaling)
     if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
         raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
+    if request.export:
+        check_target(request.run / EXPORT_FOLDER, request.model, overwrite=True)
     if request.teacher is not None:
+        if request.settings.image_every == 1:
+            raise UsageError("--kd teaches text alone, and with --image-every 1 there is none")
         longest = prepared.samples.longest + 1
         check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
     if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
@@ -210,6 +220,9 @@ def _run(
         together(engine, lambda: packed.check_bytes(part=rank, parts=world))
     start, folder = together(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
     module, state = together(engine, lambda: _build(engine, request, prepared, settings))
+    if not goes_on:
+        # Not before everything was looked at: a start that was refused leaves the folder to the next.
+        together(engine, lambda: write_description(request.run, description) if first else None)
     if folder is not None:
         together(engine, lambda: checkpoints.load(folder, state))
     if first:
@@ -224,7 +237,7 @@ def _run(
         first=first,
         start=start,
         trained=sum(parameter.numel() for parameter in state.parameters.values()),
-        checkpoint=complete(request.run)[settings.steps],
+        checkpoint=place_of(request.run, settings.steps),
         steps=tuple(steps),
         plot=request.run / PLOT_FILE,
         settings=settings,
@@ -251,9 +264,10 @@ def _start(
     if not goes_on:
         if engine.global_rank == 0:
             check_vacant(request.run)
-            write_description(request.run, description)
         return 0, None
     check_same(request.run, description)
+    if engine.global_rank == 0:
+        checkpoints.clear_partial(request.run)
     start, folder = newest(request.run, settings)
     if folder is not None:
         check_files(folder, read_record(folder), part=engine.global_rank, parts=engine.world_size)
@@ -282,8 +296,9 @@ def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Set
     parameters = {
         names[name]: parameter for name, parameter in denoiser.model.named_parameters() if parameter.requires_grad
     }
-    if settings.trainable and not any(fnmatchcase(name, each) for name in parameters for each in settings.trainable):
-        raise UsageError(f"--trainable {' '.join(settings.trainable)} names none of the {len(parameters)} tensors")
+    for pattern in settings.trainable:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise UsageError(f"--trainable {pattern} names none of the {len(parameters)} tensors that are trained")
     # Saved under published names, in their order, whatever the class calls them and in whichever order.
     parameters = dict(sorted(parameters.items()))
     return module, State(parameters, make_optimizer(parameters, settings))

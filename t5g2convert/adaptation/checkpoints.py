@@ -11,10 +11,10 @@ Any number of processes reads what another number wrote. Tensors are float32, ea
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from t5g2convert.adaptation.dcp import Reader
+from t5g2convert.adaptation.engine import together
 from t5g2convert.adaptation.record import FOLDER, RECORD_FILE, Record, complete, place_of
 from t5g2convert.adaptation.settings import Settings
 from t5g2convert.checkpoint.digest import sha256_of
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of a tensor, of its shape; and beside them how often it was trained, `step`."""
 
-_PARTIAL: Final = re.compile(r"\.step-\d{8}\.partial")
+Result = TypeVar("Result")
+
+_PARTIAL: Final = re.compile(r"\.step-\d{8,}\.partial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,44 +60,70 @@ def save(engine: "Fabric", run: Path, step: int, state: State, settings: Setting
     """Write a checkpoint beside its place, flush it, put it there by one rename, and remove the oldest beyond `keep`.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: It cannot be written; on all processes but the first `Quiet`.
     """
     target = place_of(run, step)
     staged = target.with_name(f".{target.name}.partial")
     first = engine.global_rank == 0
-    try:
-        if first:
-            clear_partial(run)
-            staged.mkdir(parents=True)
-        engine.barrier()
-        save_distributed(_tree(state), checkpoint_id=staged)
-        digests = _digests(staged, engine)
-        if first:
-            record = Record(
-                step=step,
-                settings_sha256=settings.sha256,
-                objective_sha256=settings.objective_sha256,
-                files=digests,
-            )
-            replace_file(staged / RECORD_FILE, encode_json(record.model_dump()))
-            flush_folder(staged)
-            staged.rename(target)
-            flush_folder(target.parent)
-            for old in list(complete(run).values())[:-keep]:
-                shutil.rmtree(old)
-        engine.barrier()
-    except CheckpointException as error:
-        raise _cause(error, target) from error
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", where=target) from error
+
+    def begin() -> None:
+        clear_partial(run)
+        staged.mkdir(parents=True)
+
+    def put_in_place() -> None:
+        record = Record(
+            step=step, settings_sha256=settings.sha256, objective_sha256=settings.objective_sha256, files=digests
+        )
+        replace_file(staged / RECORD_FILE, encode_json(record.model_dump()))
+        flush_folder(staged)
+        staged.rename(target)
+        flush_folder(target.parent)
+        for old in list(complete(run).values())[:-keep]:
+            _remove(old)
+
+    def nothing() -> None:
+        """The others wait for the first."""
+
+    together(engine, _writing(target, begin if first else nothing))
+    together(engine, _writing(target, lambda: save_distributed(_tree(state), checkpoint_id=staged)))
+    digests = _gathered(engine, together(engine, _writing(target, lambda: _digests(staged, engine.global_rank))))
+    together(engine, _writing(target, put_in_place if first else nothing))
     return target
 
 
+def _writing(target: Path, work: Callable[[], Result]) -> Callable[[], Result]:
+    """The work, with an error of this tool's where it had one of the disk or of torch."""
+
+    def told() -> Result:
+        try:
+            return work()
+        except CheckpointException as error:
+            raise _cause(error, target) from error
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}", where=target) from error
+
+    return told
+
+
 def clear_partial(run: Path) -> None:
-    """Remove what a run that died was writing."""
-    for item in (run / FOLDER).glob(".step-*"):
-        if _PARTIAL.fullmatch(item.name):
-            shutil.rmtree(item)
+    """Remove what a run that died was writing or removing.
+
+    Raises:
+        OutputError: It cannot be removed.
+    """
+    try:
+        for item in (run / FOLDER).glob(".step-*"):
+            if _PARTIAL.fullmatch(item.name):
+                shutil.rmtree(item)
+    except OSError as error:
+        raise OutputError(f"cannot be removed: {error.strerror}", where=error.filename) from error
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, which is complete or away at every moment of it."""
+    away = folder.with_name(f".{folder.name}.partial")
+    folder.rename(away)
+    shutil.rmtree(away)
 
 
 def load(folder: Path, state: State) -> None:
@@ -149,11 +178,14 @@ def _tree(state: State) -> dict[str, Any]:
     }
 
 
-def _digests(folder: Path, engine: "Fabric") -> dict[str, str]:
-    """sha256 of every file, each reckoned by the process that wrote it; the first wrote the table of contents too."""
-    rank = engine.global_rank
+def _digests(folder: Path, rank: int) -> dict[str, str]:
+    """sha256 of the files that a process wrote; the first wrote the table of contents too."""
     ours = [path for path in sorted(folder.iterdir()) if _writer(path.name) == rank]
-    digests = {path.name: sha256_of(path) for path in ours}
+    return {path.name: sha256_of(path) for path in ours}
+
+
+def _gathered(engine: "Fabric", digests: dict[str, str]) -> dict[str, str]:
+    """The sha256 of all files, from all processes."""
     if engine.world_size == 1:
         return digests
     everybodys: list[Any] = [None] * engine.world_size

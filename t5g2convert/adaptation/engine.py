@@ -22,8 +22,8 @@ EXTRA: Final = ("lightning_fabric", "matplotlib", "tensorboard", "transformers")
 
 Precision = Literal["bfloat16", "float32"]
 
-_RANK_VARIABLES: Final = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-"""Where torchrun, SLURM and Fabric say which process this is, before there is a process group."""
+_RANK_VARIABLES: Final = {"torchrun": "RANK", "slurm": "SLURM_PROCID", None: "LOCAL_RANK"}
+"""Where torchrun, SLURM and, with neither, Fabric say which process this is, before there is a process group."""
 
 Result = TypeVar("Result")
 
@@ -66,8 +66,9 @@ def require_extra() -> None:
 
 def early_rank() -> int:
     """The number of this process as its launcher says, before there is a process group."""
-    found = next((os.environ[name] for name in _RANK_VARIABLES if os.environ.get(name, "").isdigit()), "0")
-    return int(found)
+    # Only the launcher's own: a shell of SLURM has SLURM_PROCID too, for whatever is started in it by hand.
+    told = os.environ.get(_RANK_VARIABLES[early_launcher()], "")
+    return int(told) if told.isdigit() else 0
 
 
 def launched_processes() -> int | None:
@@ -78,7 +79,7 @@ def launched_processes() -> int | None:
     return None
 
 
-def early_launcher() -> str | None:
+def early_launcher() -> Literal["torchrun", "slurm"] | None:
     """`torchrun` or `slurm` where one of them started this process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
@@ -170,16 +171,30 @@ def together(engine: "Fabric", work: Callable[[], Result]) -> Result:
         result = work()
     except T5g2Error as raised:
         error = raised
+    agree(engine, error)
+    return result
+
+
+def agree(engine: "Fabric", error: T5g2Error | None) -> None:
+    """Tell the other processes of an error, or that there is none, and hear of theirs.
+
+    Raises:
+        T5g2Error: As `together`.
+    """
     first = first_error(engine, error)
-    if first is None:
-        return result
-    raise first if engine.global_rank == 0 else Quiet(first.exit_code)
+    if first is not None:
+        raise first if engine.global_rank == 0 else Quiet(first.exit_code)
 
 
 def first_error(engine: "Fabric", error: T5g2Error | None) -> T5g2Error | None:
     """The error of the first process that has one, on all processes."""
     if engine.world_size == 1:
         return error
+    # One number, and only where it says so all that there is to tell.
+    any_error = torch.tensor(float(error is not None), device=engine.device)
+    torch.distributed.all_reduce(any_error, torch.distributed.ReduceOp.MAX)
+    if not any_error.item():
+        return None
     errors: list[Any] = [None] * engine.world_size
     told = None if error is None else (error.message, error.where, error.hint, error.details, error.exit_code)
     torch.distributed.all_gather_object(errors, told)

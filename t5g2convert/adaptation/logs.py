@@ -63,7 +63,7 @@ class Log:
         try:
             truncate(metrics, start)
             self._fd = os.open(metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            self._board: Any = SummaryWriter(str(tensorboard), purge_step=start + 1 if start else None)
+            self._board: Any = SummaryWriter(str(tensorboard), purge_step=start + 1)
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", where=metrics) from error
 
@@ -84,6 +84,17 @@ class Log:
         scalars |= {f"task/{name}": loss for name, loss in step.tasks.items()}
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step.step)
+
+    def flush(self) -> None:
+        """Wait until the disk has every line: a checkpoint must not outlive the log of its steps.
+
+        Raises:
+            OutputError: It fails.
+        """
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}", where=self._path) from error
 
     def close(self) -> None:
         """Write what is left."""

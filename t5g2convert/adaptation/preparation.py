@@ -1,10 +1,12 @@
 """What is asked of a run, and all that can be checked before any process is started and any weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from t5g2convert.adaptation.facts import ModelFacts, check_dropout, check_rope, read_facts
 from t5g2convert.adaptation.samples import Samples, frame_of
 from t5g2convert.adaptation.schedule import Schedule
 from t5g2convert.adaptation.sentinels import Sentinels, check_reserved
@@ -12,31 +14,11 @@ from t5g2convert.adaptation.settings import Settings
 from t5g2convert.adaptation.shards import ImageDocument, Packed, check_tokenizer
 from t5g2convert.adaptation.tokens import ModelTokens, read_tokens
 from t5g2convert.adaptation.ul2 import longest, needed_sentinels
-from t5g2convert.checkpoint import research
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
-from t5g2convert.checkpoint.research import Research, read_research
-from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.errors import DataError, UsageError
 
 SHOWN: Final = 5
 """Documents that an error names."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What the config of a model says that training asks for.
-
-    Attributes:
-        softcap: The decoder's `final_logit_softcapping`.
-        encoder_positions: Tokens that the encoder reads at most.
-        decoder_positions: Tokens that the decoder reads at most.
-        rope_factor: By which positions in the encoder's and decoder's full layers are divided; None where they differ.
-    """
-
-    softcap: float | None
-    encoder_positions: int
-    decoder_positions: int
-    rope_factor: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +56,8 @@ def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | 
     facts = read_facts(checkpoint.config, model / "config.json")
     check_rope(facts, rope_scaling)
     check_lengths(settings, facts)
-    check_freezing(settings)
+    check_freezing(settings, checkpoint.tensors)
+    check_dropout(checkpoint.config, model / "config.json")
     packed = Packed.open(data)
     check_tokenizer(packed, model)
     samples = make_samples(packed, settings, tokens, model)
@@ -85,50 +68,6 @@ def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | 
         used = settings.samples * settings.encoder_length
         notes.append(f"a step has {settings.samples} samples, {used:,} encoder tokens of the {settings.batch_tokens:,}")
     return Prepared(checkpoint, facts, tokens, samples, tuple(notes))
-
-
-def read_facts(config: Mapping[str, Any], where: Path) -> ModelFacts:
-    """What training asks of a config.
-
-    Raises:
-        CheckpointError: It is of another kind of model.
-    """
-    read = read_research if config.get("model_type") == research.MODEL_TYPE else read_t5gemma2
-    model: Research | T5Gemma2 = read(config, where)
-    factors = {
-        stack.rope_parameters["full_attention"].linear_factor
-        for stack in (model.encoder, model.decoder)
-        if "full_attention" in stack.rope_parameters
-    }
-    return ModelFacts(
-        softcap=model.decoder.final_logit_softcapping,
-        encoder_positions=model.encoder.max_position_embeddings,
-        decoder_positions=model.decoder.max_position_embeddings,
-        rope_factor=factors.pop() if len(factors) == 1 else None if factors else 1.0,
-    )
-
-
-def check_rope(facts: ModelFacts, asked: str | None) -> None:
-    """Refuse another RoPE than the config has: it decides what the weights compute, and is set by `t5g2 convert`.
-
-    Raises:
-        UsageError: It is another, or is none.
-    """
-    if asked is None:
-        return
-    kind, _, number = asked.partition(":")
-    try:
-        factor = float(number)
-    except ValueError:
-        factor = 0.0
-    if kind != "linear" or factor <= 0:
-        raise UsageError(f"unknown RoPE scaling {asked!r}", hint="expected linear:F as linear:8")
-    if factor != facts.rope_factor:
-        found = "factors that differ" if facts.rope_factor is None else f"linear:{facts.rope_factor:g}"
-        raise UsageError(
-            f"--rope-scaling {asked} was asked for, config.json has {found}",
-            hint=f"t5g2 convert --rope-scaling {asked} makes such a model",
-        )
 
 
 def check_lengths(settings: Settings, facts: ModelFacts) -> None:
@@ -152,16 +91,31 @@ def check_lengths(settings: Settings, facts: ModelFacts) -> None:
         )
 
 
-def check_freezing(settings: Settings) -> None:
-    """Refuse a freeze that freezes nothing, or that never ends.
+def check_freezing(settings: Settings, names: Collection[str]) -> None:
+    """Refuse a freeze that freezes nothing, or that never ends, and patterns that name no tensor.
+
+    Args:
+        settings: The run's.
+        names: Of the model's tensors.
 
     Raises:
-        UsageError: It does.
+        UsageError: It does, or one does.
     """
     if bool(settings.freeze_until) != bool(settings.trainable):
         raise UsageError(
             "--freeze-until and --trainable belong together: until which step, and what is trained till then"
         )
+    if settings.freeze_until >= settings.steps:
+        raise UsageError(
+            f"--freeze-until {settings.freeze_until} is not before the end, --steps {settings.steps}: "
+            "the rest would never be trained"
+        )
+    for pattern in settings.trainable:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"--trainable {pattern} names none of the model's {len(names)} tensors",
+                hint="names are those in MODEL's safetensors, as model.encoder.layers.0.mlp.up_proj.weight",
+            )
 
 
 def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Path) -> Samples:
@@ -171,7 +125,7 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
         DataError: It does not.
         UsageError: A task does not fit the lengths.
     """
-    mixture, frame = settings.mixture, frame_of(settings, tokens)
+    mixture, frame, special = settings.mixture, frame_of(settings, tokens), _special(tokens)
     if settings.encoder_bos and tokens.bos is None:
         raise UsageError("the model has no bos", hint="--no-encoder-bos leaves it out")
     raw = tuple(
@@ -184,11 +138,11 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
     )
     check_reserved(
         sentinels,
-        special=_special(tokens),
+        special=special,
         mode_tokens=mixture.mode_tokens,
         highest=packed.highest,
         occurrences={token: int(count) for token, count in enumerate(packed.counts) if count},
-        absent=("pad",) if tokens.pad is not None else (),
+        absent=special.keys() & {"pad"},
     )
     # Data of images alone has no text to be cut into samples, and needs none.
     schedule = None if settings.image_every == 1 else Schedule(mixture, raw, packed.tokens, settings.seed)

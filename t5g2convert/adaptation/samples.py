@@ -5,7 +5,7 @@ the last micro-batch, the step's first sample fills it, with labels that do not 
 make the same number of passes over the same kind of data.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from t5g2convert.adaptation.denoiser import IGNORED
 from t5g2convert.adaptation.images import pixel_values
@@ -76,7 +76,6 @@ class Samples(Dataset[Batch]):
         sentinels: The ids that stand for spans.
         schedule: Which sample is made of what; None where only images are trained on.
         model: The folder whose image processor makes pixels.
-        every: The micro-batches by their place; a data loader asks for them by number.
     """
 
     def __init__(
@@ -210,30 +209,3 @@ def _stacked(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
     for target, row in zip(result, rows, strict=True):
         target[: len(row)] = row
     return torch.from_numpy(result)
-
-
-def loader(samples: Samples, at: Callable[[], Iterator[Place]], *, workers: int) -> Iterator[tuple[int, Batch]]:
-    """Micro-batches in order, each with its step.
-
-    Args:
-        samples: What makes them.
-        at: Gives all places, from the first on.
-        workers: Processes that make them ahead of time; 0 for this one, when they are needed.
-    """
-    if not workers:
-        for place in at():
-            yield place.step, samples[place]
-        return
-    made = DataLoader(samples, batch_size=None, sampler=_Order(at), num_workers=workers)
-    for place, batch in zip(at(), made, strict=True):
-        yield place.step, batch
-
-
-class _Order:
-    """What a data loader takes for a sampler."""
-
-    def __init__(self, at: Callable[[], Iterator[Place]]) -> None:
-        self._at = at
-
-    def __iter__(self) -> Iterator[Place]:
-        return self._at()

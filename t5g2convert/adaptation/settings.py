@@ -36,7 +36,7 @@ class Settings(BaseModel):
         steps: Of the whole run; the learning rate ends with them.
         batch_tokens: Encoder tokens of a step, padding included.
         lr: The highest learning rate.
-        lr_floor: The last learning rate, as a part of the highest.
+        lr_floor: Where the cosine ends, as a part of the highest rate.
         warmup: Steps in which it rises.
         betas: AdamW's.
         eps: AdamW's.

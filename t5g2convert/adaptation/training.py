@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,12 +15,13 @@ from torch.nn.utils import get_total_norm
 
 from t5g2convert.adaptation import checkpoints
 from t5g2convert.adaptation.checkpoints import State
-from t5g2convert.adaptation.engine import Quiet
+from t5g2convert.adaptation.engine import Quiet, agree
+from t5g2convert.adaptation.loading import loader
 from t5g2convert.adaptation.logs import Log, Metrics, opened
 from t5g2convert.adaptation.run import METRICS_FILE, TENSORBOARD_FOLDER
-from t5g2convert.adaptation.samples import Batch, Samples, loader, places, task_names
+from t5g2convert.adaptation.samples import Batch, Samples, passes_of, places, task_names
 from t5g2convert.adaptation.settings import Settings
-from t5g2convert.errors import DataError
+from t5g2convert.errors import DataError, T5g2Error
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -78,10 +79,11 @@ def train(
         report: Told of every step, on the first process.
 
     Raises:
-        DataError: A gradient is not finite.
+        DataError: A gradient is not finite, or a sample cannot be made; `Quiet` on the others.
         OutputError: A checkpoint or a log cannot be written.
     """
     settings = samples.settings
+    passes = passes_of(settings, world=engine.world_size, micro=pace.micro)
     batches = loader(
         samples,
         lambda: places(settings, rank=engine.global_rank, world=engine.world_size, micro=pace.micro, start=start),
@@ -92,18 +94,21 @@ def train(
     module.train()
     with log_context as log:
         sums = _Sums(engine, settings)
-        for step, batch, is_last in _with_last(batches):
+        for step, batch, is_last in _agreed(engine, batches, passes):
             loss, losses_T, labels_T = module(engine.to_device(batch))
             engine.backward(loss)
             sums.add(losses_T, labels_T, batch)
             if not is_last:
                 continue
             metrics = _update(engine, state, settings, step, sums)
-            sums = _Sums(engine, settings)
             _tell(log, metrics, report)
             done = step + 1
             if done % pace.save_every == 0 or done == settings.steps:
+                if log is not None:
+                    log.flush()
                 checkpoints.save(engine, run, done, state, settings, keep=pace.keep)
+            # Here, so that the time of a step has no checkpoint in it.
+            sums = _Sums(engine, settings)
 
 
 def _tell(log: Log | None, metrics: Metrics, report: Report) -> None:
@@ -112,15 +117,29 @@ def _tell(log: Log | None, metrics: Metrics, report: Report) -> None:
         report(metrics)
 
 
-def _with_last(batches: Any) -> Any:
-    """Micro-batches with their step, and whether they are the last of it."""
-    before: tuple[int, Batch] | None = None
-    for step, batch in batches:
-        if before is not None:
-            yield *before, before[0] != step
-        before = (step, batch)
-    if before is not None:
-        yield *before, True
+def _agreed(
+    engine: "Fabric", batches: Iterator[tuple[int, Batch | T5g2Error]], passes: int
+) -> Iterator[tuple[int, Batch, bool]]:
+    """Micro-batches with their step, and whether they are the last of it, all of them sound.
+
+    Whether one could not be made is agreed on before the first pass of a step and before the last, since at each
+    agreement every process waits for its device. Between them the last that was made stands in for one that was not,
+    so that all make the same passes; the step is never finished.
+
+    Raises:
+        T5g2Error: As `engine.agree`.
+    """
+    error: T5g2Error | None = None
+    sound: Batch = {}
+    for number, (step, made) in enumerate(batches):
+        place = number % passes
+        if isinstance(made, T5g2Error):
+            error = error or made
+        else:
+            sound = made
+        if place in (0, passes - 1):
+            agree(engine, error)
+        yield step, sound, place == passes - 1
 
 
 class _Sums:
@@ -189,6 +208,9 @@ def _scale_and_clip(engine: "Fabric", state: State, settings: Settings, step: in
             if not any(fnmatchcase(name, pattern) for pattern in settings.trainable):
                 parameter.grad = None
     gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
+    if not gradients:
+        # Only what images train was to be trained, and this step is of text.
+        return 0.0
     for gradient in gradients:
         # FSDP2 takes the mean over processes of what each has summed.
         gradient.mul_(engine.world_size / labels)

@@ -1,21 +1,30 @@
 """Short runs in this process, and what is refused before and between runs."""
 
+import errno
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
+from t5g2convert.adaptation import checkpoints, samples
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
-from t5g2convert.adaptation.engine import Machines, resolve
+from t5g2convert.adaptation.engine import Machines, Quiet, early_rank, resolve
+from t5g2convert.adaptation.facts import check_rope, read_facts
+from t5g2convert.adaptation.lock import locked
 from t5g2convert.adaptation.logs import Metrics
 from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
-from t5g2convert.adaptation.preparation import check_rope, prepare, read_facts
+from t5g2convert.adaptation.preparation import prepare
 from t5g2convert.adaptation.record import check_files, complete, read_record
 from t5g2convert.adaptation.run import check_same, check_vacant, identity, newest
 from t5g2convert.adaptation.settings import Settings, make_settings
@@ -26,7 +35,8 @@ from t5g2convert.errors import CheckpointError, DataError, OutputError, T5g2Erro
 from tests.adaptation.trainings import tensors_of
 from tests.conftest import TwinFolder
 
-ENCODER = "model.encoder.layers.*"
+ENCODER, TOWER = "model.encoder.layers.*", "model.encoder.vision_tower.*"
+PROJECTOR = "model.encoder.multi_modal_projector."
 
 
 MANY_SPANS = Mixture(tasks=(Task(name="many", kind="spans", rate=0.45, mean_span=1.0, weight=1),))
@@ -73,10 +83,79 @@ def test_until_a_step_only_the_named_tensors_are_trained(small: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("one_process")
-def test_patterns_that_name_nothing_are_refused(small: Path, tmp_path: Path) -> None:
-    settings = settings_of(freeze_until=2, trainable=("encoder.*",))
-    with pytest.raises(UsageError, match=r"names none of the 5\d tensors"):
-        run(request_of(small, tmp_path / "run", settings))
+def test_patterns_that_name_nothing_are_refused_and_leave_the_folder_free(small: Path, tmp_path: Path) -> None:
+    # Beside one that names something; the second is known when it is clear what is trained, in the launched processes.
+    for pattern, told in (("encoder.*", r"the model's \d+ tensors"), (TOWER, r"the 5\d tensors that are trained")):
+        request = request_of(small, tmp_path / "run", settings_of(freeze_until=2, trainable=(ENCODER, pattern)))
+        with pytest.raises(UsageError, match=rf"--trainable {re.escape(pattern)} names none of {told}"):
+            run(request)
+        check_vacant(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_step_in_which_nothing_is_trained_is_made_all_the_same(small: Path, tmp_path: Path) -> None:
+    settings = settings_of(image_every=2, freeze_until=2, steps=3, trainable=(f"{PROJECTOR}*",), precision="float32")
+    _, told = run(request_of(small, tmp_path / "run", settings))
+    assert [step.kind for step in told] == ["text", "images", "text"]
+    assert told[0].grad_norm == 0.0
+    assert min(step.grad_norm for step in told[1:]) > 0.0
+    before, after = load_file(small / "model/model.safetensors"), tensors_of(tmp_path / "run", 2)
+    assert {name for name in after if not torch.equal(after[name], before[name].float())} == {
+        name for name in after if name.startswith(PROJECTOR)
+    }
+
+
+def test_where_the_export_must_not_be_is_told_before_the_first_step(small: Path) -> None:
+    request = request_of(small, small / "model/run", settings_of(), export=True)
+    with pytest.raises(OutputError, match="model/run/model: lies inside the source folder"):
+        foresee(request)
+    foresee(replace(request, export=False))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_time_of_a_step_has_no_checkpoint_in_it_and_the_log_is_on_disk_before(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, fsync, flushed = checkpoints.save, os.fsync, []
+
+    def slow_save(*args: Any, **options: Any) -> Path:
+        assert (tmp_path / "run/metrics.jsonl").stat().st_ino in flushed
+        flushed.clear()
+        time.sleep(2 if args[2] == 1 else 0)
+        return save(*args, **options)
+
+    def noted(fd: int) -> None:
+        flushed.append(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    monkeypatch.setattr(checkpoints, "save", slow_save)
+    monkeypatch.setattr(os, "fsync", noted)
+    request = request_of(small, tmp_path / "run", settings_of(steps=2, precision="float32"))
+    _, told = run(replace(request, pace=replace(request.pace, save_every=1)))
+    assert told[1].tokens / told[1].tokens_per_second < 2
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_checkpoint_that_is_removed_is_complete_or_away(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def die(folder: Path, *args: Any, **options: Any) -> None:
+        if "step-00000002" in str(folder):
+            (Path(folder) / "checkpoint.json").unlink()
+            raise OSError(errno.EIO, "Input/output error", str(folder))
+        remove(folder, *args, **options)
+
+    request = request_of(small, tmp_path / "run", settings_of(steps=4, precision="float32"))
+    request = replace(request, pace=replace(request.pace, keep=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(OutputError, match="Input/output error"):
+            run(request)
+    assert list(complete(tmp_path / "run")) == [4]
+    run(replace(request, resume=True))
+    assert [item.name for item in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
 
 
 @pytest.mark.usefixtures("one_process")
@@ -118,6 +197,74 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small: Path, tmp_path: Path
     with pytest.raises(DataError, match="the gradient of step 1 is not finite"):
         run(request)
     assert not complete(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = samples.pixel_values
+    calls: list[Path] = []
+
+    def second_is_lost(paths: Sequence[Path], model: Path) -> Any:
+        calls.extend(paths)
+        if len(calls) == 2:
+            raise DataError("no such file", where=paths[0])
+        return made(paths, model)
+
+    monkeypatch.setattr(samples, "pixel_values", second_is_lost)
+    request = request_of(small, tmp_path / "run", settings_of(image_every=2))
+    told: list[Metrics] = []
+    with pytest.raises(DataError, match="no such file"):
+        adapt(replace(request, pace=Pace(micro=1)), begun=lambda notes: None, report=told.append)
+    assert [step.step for step in told] == [1]
+    assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("one_process")
+def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Path, tmp_path: Path) -> None:
+    from t5g2convert.adaptation.documents import read_files
+    from t5g2convert.adaptation.pack import pack
+    from t5g2convert.cli.forecast import print_forecast
+
+    pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
+    request = replace(request_of(small, tmp_path / "run", settings_of(image_every=1)), data=tmp_path / "data")
+    told = foresee(request)
+    print_forecast(told)
+    assert (told.steps, told.image_steps, told.tasks, told.corpus, told.epochs) == (4, 4, (), 0, 0.0)
+    _, steps = run(request)
+    assert [step.kind for step in steps] == ["images"] * 4
+    with pytest.raises(UsageError, match="--kd teaches text alone"):
+        foresee(replace(request, teacher=small / "parent"))
+    with pytest.raises(DataError, match="the corpus has 0 tokens"):
+        foresee(replace(request, settings=settings_of(image_every=2)))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_folder_that_another_process_trains_into_is_refused(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(steps=2))
+    with locked(tmp_path / "run"), pytest.raises(OutputError, match="another process is training into this folder"):
+        run(replace(request, resume=True))
+    run(request)
+    check_same(tmp_path / "run", json.loads((tmp_path / "run/run.json").read_text()))
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, OutputError), (1, Quiet)])
+def test_a_full_disk_is_told_by_the_first_process_alone(
+    rank: int, expected: type[T5g2Error], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        # As torch tells all processes of the failure of one.
+        raise CheckpointException("", {1: _wrap_exception(OSError(errno.ENOSPC, "No space left on device"))})
+
+    monkeypatch.setattr(checkpoints, "save_distributed", full)
+    engine: Any = SimpleNamespace(global_rank=rank, world_size=1, barrier=lambda: None)
+    state = checkpoints.State({}, torch.optim.AdamW([torch.zeros(1)]))
+    with pytest.raises(T5g2Error) as caught:
+        checkpoints.save(engine, tmp_path, 1, state, settings_of(), keep=1)
+    assert type(caught.value) is expected
+    assert caught.value.exit_code == OutputError.exit_code
+    assert ("No space left" in str(caught.value)) == (rank == 0)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -272,6 +419,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
         ({"batch_tokens": 63}, UsageError, "holds no sample of 64"),
         ({"freeze_until": 3}, UsageError, "--freeze-until and --trainable belong together"),
         ({"trainable": ("*",)}, UsageError, "--freeze-until and --trainable belong together"),
+        ({"freeze_until": 4, "trainable": ("*",)}, UsageError, "--freeze-until 4 is not before the end, --steps 4"),
         ({"image_every": 2, "decoder_length": 40}, DataError, r"2 document\(s\) with images are longer"),
         (
             {"mixture": MANY_SPANS, "encoder_length": 400, "decoder_length": 512, "batch_tokens": 400},
@@ -297,6 +445,36 @@ def test_images_for_a_model_or_data_without_are_refused(small: Path, tmp_path: P
     prepare(small / "model", tmp_path / "data", settings_of())
     with pytest.raises(DataError, match="has no documents with images"):
         prepare(small / "model", tmp_path / "data", settings_of(image_every=2))
+
+
+@pytest.mark.parametrize(
+    ("part", "rate"),
+    [((), "attention_dropout"), (("encoder", "text_config"), "dropout_rate"), (("decoder",), "dropout_rate")],
+)
+def test_a_model_that_drops_out_is_refused(part: tuple[str, ...], rate: str, small: Path, tmp_path: Path) -> None:
+    with_config(small, tmp_path, part, rate, 0.1)
+    with pytest.raises(CheckpointError, match=rf"{'.'.join((*part, rate))} is 0.1, expected 0"):
+        prepare(tmp_path / "model", small / "data", settings_of())
+
+
+def test_a_pad_without_a_row_is_no_special_token(small: Path, tmp_path: Path) -> None:
+    with_config(small, tmp_path, ("decoder",), "pad_token_id", 256)
+    shutil.copytree(small / "data", tmp_path / "data")
+    index = json.loads((tmp_path / "data/index.json").read_text())
+    index["tokens"]["pad"] = 256
+    (tmp_path / "data/index.json").write_text(json.dumps(index))
+    assert prepare(tmp_path / "model", tmp_path / "data", settings_of()).tokens.pad == 256
+
+
+def with_config(small: Path, folder: Path, part: tuple[str, ...], name: str, value: object) -> None:
+    """A copy of the small model in `folder`, with another value in its config."""
+    shutil.copytree(small / "model", folder / "model")
+    path = folder / "model/config.json"
+    config = section = json.loads(path.read_text())
+    for key in part:
+        section = section[key]
+    section[name] = value
+    path.write_text(json.dumps(config))
 
 
 def test_data_of_another_tokenizer_is_refused(small: Path, tmp_path: Path) -> None:
@@ -349,3 +527,16 @@ def test_slurm_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(Machines("cpu")) == ("cpu", 2, 3)
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
     assert resolve(Machines("cpu")) == ("cpu", 1, 1)
+
+
+def test_which_process_this_is_says_the_launcher_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert early_rank() == 0
+    for name, value in {"SLURM_NTASKS": "6", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "x", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert early_rank() == 3
+    # In a shell of SLURM, Fabric's children inherit what the shell has.
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    assert early_rank() == 1
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "5"}.items():
+        monkeypatch.setenv(name, value)
+    assert early_rank() == 5

@@ -32,6 +32,18 @@ def test_a_log_is_read_as_it_was_written_and_goes_on_where_it_is_cut(tmp_path: P
     assert len(list((tmp_path / "board").iterdir())) >= 1
 
 
+def test_a_run_that_begins_again_leaves_nothing_of_the_first_on_the_board(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for stop in (5, 2):
+        with opened(tmp_path / "metrics.jsonl", tmp_path / "board", start=0) as log:
+            for step in steps(stop):
+                log.add(step)
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert [scalar.step for scalar in board.Scalars("loss")] == [1, 2]
+
+
 def test_a_line_that_was_being_written_is_cut_too(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 3)

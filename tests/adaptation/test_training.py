@@ -170,6 +170,14 @@ def test_an_error_is_told_once_and_all_processes_end_with_its_code(small: Path, 
     assert "Traceback" not in done.stderr
 
 
+def test_an_error_of_the_second_process_is_told_once_with_its_code(small: Path, tmp_path: Path) -> None:
+    options = (*OPTIONS, "--devices", "2", "--micro-batch", "1", "--no-export")
+    done = adapt(small, tmp_path / "run", *options, code=3, module="tests.adaptation.faulty")
+    assert done.stderr.count("no such file") == 1
+    assert "Traceback" not in done.stderr
+    assert [step["step"] for step in steps_of(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_safetensors_of_the_export_has_the_models_dtype(small: Path, trained: Path) -> None:
     for folder in (small / "model", trained / "run/model"):
         with safe_open(folder / "model.safetensors", "pt") as file:

@@ -1,0 +1,21 @@
+"""`t5g2`, whose second process finds a picture no more."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from t5g2convert.adaptation import samples
+from t5g2convert.cli.main import main
+from t5g2convert.errors import DataError
+
+
+def _lost(paths: Sequence[Path], model: Path) -> Any:
+    raise DataError("no such file", where=paths[0].name)
+
+
+if __name__ == "__main__":
+    if os.environ.get("LOCAL_RANK") == "1":
+        samples.pixel_values = _lost
+    main(sys.argv[1:])
