@@ -16,8 +16,10 @@ TEXT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TEXT["27b"] = {**TEXT["4b"], "hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62,
                "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}  # fmt: skip
-VISION: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-          "image_size": 896, "patch_size": 14, "vision_use_head": False}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "image_size": 896, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
 TINY: dict[str, Any] = {**TEXT["270m"], "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 512}
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {"model_type": "gemma3_text", **TINY},
