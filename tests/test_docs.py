@@ -34,6 +34,7 @@ PAGES: Final = sorted([*DOCS.rglob("*.md"), ROOT / ".github/CONTRIBUTING.md"])
 NOT_RUN: Final = {
     "network": "reads a model of the real Hub",
     "gpu": "needs a GPU",
+    "hours": "trains a model",
     "make": "a target of the Makefile, which must exist",
 }
 """Why a block of commands may be marked `<!-- not run: WHY -->`."""

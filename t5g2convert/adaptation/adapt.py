@@ -32,7 +32,6 @@ from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
 from t5g2convert.adaptation.record import check_files, place_of, read_record
 from t5g2convert.adaptation.run import (
-    EXPORT_FOLDER,
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
@@ -182,8 +181,7 @@ def _prepare(request: Request) -> Prepared:
     prepared = prepare(request.model, request.data, request.settings, rope_scaling=request.rope_scaling)
     if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
         raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
-    if request.export:
-        check_target(request.run / EXPORT_FOLDER, request.model, overwrite=True)
+    check_target(request.run, request.model, request.data, overwrite=True)
     if request.teacher is not None:
         if request.settings.image_every == 1:
             raise UsageError("--kd teaches text alone, and with --image-every 1 there is none")

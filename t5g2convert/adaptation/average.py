@@ -63,7 +63,9 @@ def average(
     history, found = read_history(run), complete(run)
     if len(found) < last:
         raise CheckpointError(
-            f"has {len(found)} checkpoints, {last} were asked for", where=run / FOLDER, hint="see --last"
+            f"has {len(found)} checkpoints, {last} were asked for",
+            where=run / FOLDER,
+            hint=f"--last {len(found)} takes all" if found else None,
         )
     model = Path(history.model_folder) if model is None else model
     if not model.is_dir():

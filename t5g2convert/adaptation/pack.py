@@ -18,7 +18,7 @@ from t5g2convert.adaptation.shardfiles import HashedFile, PictureFiles, StreamFi
 from t5g2convert.adaptation.shards import COUNTS_FILE, END
 from t5g2convert.adaptation.tokens import ModelTokens, TextEncoder, read_tokens
 from t5g2convert.conversion.staging import Staging, check_target
-from t5g2convert.errors import DataError, UsageError
+from t5g2convert.errors import DataError, OutputError, UsageError
 
 SHARD_TOKENS: Final = 1 << 28
 """Tokens of a shard, which is 1 GiB then."""
@@ -91,13 +91,15 @@ def pack(
     Raises:
         CheckpointError: The model has no tokenizer, or its config is none.
         DataError: Documents cannot be packed (`details` names them), or there is none.
-        OutputError: The output is there already, or the disk is full or fails.
+        OutputError: The output is there already, or is replaced and no packed data; or the disk is full or fails.
         UsageError: A shard has no tokens.
     """
     if shard_tokens < 1:
         raise UsageError(f"--shard-tokens is {shard_tokens}, expected 1 or more")
-    check_target(output, model, *sources, overwrite=overwrite)
     tokens = read_tokens(model)
+    check_target(output, model, *sources, overwrite=True)
+    _check_replaceable(output)
+    check_target(output, overwrite=overwrite)
     if bos and tokens.bos is None:
         raise UsageError("the model has no bos token: --bos has nothing to put in front")
     encoder = TextEncoder(model, tokens)
@@ -112,6 +114,16 @@ def pack(
             file.finish(flush=flush)
         staging.commit()
     return Packing(output, index, hashlib.sha256(text).hexdigest())
+
+
+def _check_replaceable(output: Path) -> None:
+    """Refuse to replace what no packing wrote: a forgotten argument makes an output of a folder of texts."""
+    if output.is_dir() and any(output.iterdir()) and not (output / INDEX_FILE).is_file():
+        raise OutputError(
+            "has something in it that is no packed data, and is not replaced",
+            where=output,
+            hint="the arguments are MODEL OUTPUT INPUT...",
+        )
 
 
 class _Files:

@@ -63,7 +63,7 @@ def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | 
     samples = make_samples(packed, settings, tokens, model)
     check_images(samples)
     factor = "factors that differ" if facts.rope_factor is None else f"linear factor {facts.rope_factor:g}"
-    notes = [f"RoPE in full layers: {factor}, from config.json"]
+    notes = [] if facts.rope_factor == 1 else [f"RoPE in full layers: {factor}, from config.json"]
     if settings.batch_tokens % settings.encoder_length:
         used = settings.samples * settings.encoder_length
         notes.append(f"a step has {settings.samples} samples, {used:,} encoder tokens of the {settings.batch_tokens:,}")

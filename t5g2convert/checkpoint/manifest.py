@@ -171,6 +171,7 @@ class _TrainingSettings(ConfigSection):
     lr: Positive
     lr_floor: Number
     warmup: NonNegativeInt
+    seed: NonNegativeInt
     betas: Annotated[list[Number], Field(min_length=2, max_length=2)]
     weight_decay: Number
     clip: Positive

@@ -45,8 +45,7 @@ from t5g2convert.cli.adapt_options import (
     WarmupOption,
     WorkersOption,
 )
-from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes
-from t5g2convert.cli.inspect import show_inspection
+from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes
 from t5g2convert.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -178,6 +177,7 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
     except (Quiet, Interrupted) as error:
         if isinstance(error, Quiet) or early_rank():
             raise typer.Exit(error.exit_code) from None
+        error.hint = "the same command with --resume goes on from the last checkpoint, if there is one"
         raise
     if not outcome.first:
         return
@@ -193,8 +193,8 @@ def _print(outcome: "Outcome") -> None:
     out.print(f"checkpoint  {outcome.checkpoint}", soft_wrap=True)
     out.print(f"losses      {outcome.plot}", soft_wrap=True)
     if outcome.finished is not None:
-        out.print(f"model       {outcome.finished.output}", soft_wrap=True)
-        show_inspection(outcome.finished.inspection)
+        out.print(f"model       {outcome.finished.output}, which transformers loads whole", soft_wrap=True)
+        out.print(parameter_table(outcome.finished.inspection.parameters))
 
 
 @contextmanager

@@ -29,7 +29,9 @@ All processes must see MODEL, DATA and OUT under the same paths. With --resume t
 """The end of the help."""
 
 LrOption = Annotated[float, _optimizer("--lr", help="The highest learning rate; the paper's is not established.")]
-StepsOption = Annotated[int, _optimizer("--steps", help="Steps of the whole run, its resumed parts included.")]
+StepsOption = Annotated[
+    int, _optimizer("--steps", help="Steps of the whole run; the learning rate ends with them, so they stay.")
+]
 
 MixtureOption = Annotated[
     Path | None,
@@ -81,7 +83,8 @@ RopeCheckOption = Annotated[
 BatchOption = Annotated[
     int,
     _optimizer(
-        "--batch-tokens", help="Encoder tokens of a step of all processes, as many samples as fit; 4.2M in the paper."
+        "--batch-tokens",
+        help="Room for encoder tokens in a step, in all: samples of --encoder-length; 4.2M in the paper.",
     ),
 ]
 WarmupOption = Annotated[int, _optimizer("--warmup", help="Steps in which the rate rises; 100 in the paper.")]

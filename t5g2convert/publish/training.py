@@ -24,7 +24,8 @@ def training(told: Mapping[str, Any], options: Mapping[str, Any], *, source: str
     averaged: Sequence[int] = told["checkpoints"]
     settings = told["settings"]
     average = [f"$ t5g2 average RUN --last {len(averaged)}"] if len(averaged) > 1 else []
-    yield fenced("console", [f"$ t5g2 adapt {source} DATA RUN {' '.join(_options(settings))}", *average])
+    options_given = [*_options(settings), *([f"--save-every {averaged[-1] - averaged[-2]}"] if average else [])]
+    yield fenced("console", [f"$ t5g2 adapt {source} DATA RUN {' '.join(options_given)}", *average])
     values = f"those of step {told['steps']:,}"
     if len(averaged) > 1:
         values = f"the mean of {len(averaged)} checkpoints, of steps {', '.join(f'{step:,}' for step in averaged)}"
@@ -68,7 +69,7 @@ def training(told: Mapping[str, Any], options: Mapping[str, Any], *, source: str
 
 def _options(settings: Mapping[str, Any]) -> Iterator[str]:
     """The options of the command that say most of the result."""
-    for name in ("lr", "steps", "batch_tokens", "encoder_length", "decoder_length", "image_every"):
+    for name in ("lr", "steps", "batch_tokens", "encoder_length", "decoder_length", "image_every", "warmup", "seed"):
         if settings[name] is not None:
             yield f"--{name.replace('_', '-')} {settings[name]}"
     if settings["teacher"] is not None:

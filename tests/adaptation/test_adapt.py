@@ -105,11 +105,17 @@ def test_a_step_in_which_nothing_is_trained_is_made_all_the_same(small: Path, tm
     }
 
 
-def test_where_the_export_must_not_be_is_told_before_the_first_step(small: Path) -> None:
-    request = request_of(small, small / "model/run", settings_of(), export=True)
-    with pytest.raises(OutputError, match="model/run/model: lies inside the source folder"):
-        foresee(request)
-    foresee(replace(request, export=False))
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("model/run", "model/run: lies inside the source folder"),
+        ("data/run", "data/run: lies inside the source folder"),
+        ("", "contains the source folder"),
+    ],
+)
+def test_where_a_run_must_not_be_is_told_before_the_first_step(place: str, told: str, small: Path) -> None:
+    with pytest.raises(OutputError, match=told):
+        foresee(request_of(small, small / place, settings_of()))
 
 
 @pytest.mark.usefixtures("one_process")

@@ -222,6 +222,16 @@ def test_an_output_that_is_there_stays_unless_it_is_to_be_replaced(
             pack(model, target, mixed, sources=[tmp_path / "in"], overwrite=True, flush=False)
 
 
+def test_a_folder_that_no_packing_wrote_is_never_replaced(model: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "novel.txt").write_text("Call me Ishmael.")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="is no packed data, and is not replaced"):
+            pack(model, texts, [Document("a", "b")], overwrite=overwrite, flush=False)
+    assert (texts / "novel.txt").read_text() == "Call me Ishmael."
+
+
 def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
     for number in (0, 3, len(mixed)):
 

@@ -117,6 +117,7 @@ def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
         assert "and **trained further**" in card
         assert "needs adaptation" not in card
         options = "--lr 0.001 --steps 200 --batch-tokens 512 --encoder-length 64 --decoder-length 64"
+        options += " --warmup 100 --seed 0 --save-every 20"
         assert f"$ t5g2 adapt SOURCE DATA RUN {options}\n$ t5g2 average RUN --last 3" in card
     else:
         assert "**It is converted and not further trained.**" in card
@@ -205,7 +206,7 @@ def test_how_a_model_was_trained_is_told(kinds: Path, tmp_path: Path) -> None:
     told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "which"] for row in rows}
     assert told["values"] == "those of step 100, in `float32`"
     assert told["learnt from"] == f"the data, and the teacher `{'d' * 64}`"
-    assert "--image-every 4 --kd PARENT --freeze-until 50 --trainable '*.projector.`<b>*'" in card
+    assert "--image-every 4 --warmup 100 --seed 0 --kd PARENT --freeze-until 50 --trainable '*.projector.`<b>*'" in card
     assert "<b>" not in render(card).html
     assert "t5g2 average" not in card
 
