@@ -289,5 +289,11 @@ def test_the_ablations_are_trained_judged_and_drawn(tiny_parent: Path, tmp_path:
     assert f"| random | {results['random']['parameters']['embedding']:,} |" in table
     for name in ("ablation.svg", "table.md"):
         (out / name).unlink()
+    shutil.rmtree(out / "run-random")
+    (out / "results.json").unlink()
+    run("ablation/run.py", tiny_parent, out, *options, "--samples", "8", "--documents", "4")
+    again = json.loads((out / "results.json").read_text())
+    assert [result["training"] for result in again.values()] == [result["training"] for result in results.values()]
+    assert [result["held_out"] for result in again.values()] == [result["held_out"] for result in results.values()]
     run("ablation/report.py", out / "results.json", out)
     assert ((out / "ablation.svg").read_bytes(), (out / "table.md").read_text()) == (picture, table)
