@@ -26,13 +26,13 @@ class WaitedError(BaseException):
 
 @pytest.fixture
 def soon() -> Iterator[None]:
-    """Whoever waits for a pipe is interrupted after ten seconds, and again: `main` makes an error of the first time."""
+    """Whoever waits for a pipe is interrupted after a minute, and again: `main` makes an error of the first time."""
 
     def give_up(number: int, frame: FrameType | None) -> None:
         raise WaitedError
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, 10, 10)
+    signal.setitimer(signal.ITIMER_REAL, 60, 10)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)

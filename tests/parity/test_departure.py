@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.gemma3 import LayerType
+from t5g2convert.checkpoint.text import LayerType
 from t5g2convert.parity.departure import ATTENTION, first_departure
 from t5g2convert.parity.inputs import token_batch
 from t5g2convert.parity.text import causal_encoder_run, hidden_memory_run
