@@ -13,7 +13,7 @@ from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.kinds import Kind
 from t5g2convert.parity.report import Check
 from t5g2convert.parity.runs import judge_runs
-from t5g2convert.parity.tokenizer import is_judged, judge_carried
+from t5g2convert.parity.tokenizer import judge_carried, make_tokenizer_check
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 
 PROJECTOR: Final = "model.encoder.multi_modal_projector.mm_input_projection_weight"
@@ -39,14 +39,7 @@ class Adapted(Kind[T5Gemma2Parent]):
     def against(self, judge: Judge, parent: T5Gemma2Parent, target: Checkpoint) -> None:
         """config, tokenizer and vision_parity."""
         judge.make(["config"], lambda: [_config(judge, parent.checkpoint, target)])
-
-        def tokens() -> list[Check]:
-            if not is_judged(target.path, judge.manifest):
-                judge.skip(["tokenizer"], "the output has no tokenizer")
-                return []
-            return [judge_carried(parent.folders, target, judge.manifest)]
-
-        judge.make(["tokenizer"], tokens)
+        make_tokenizer_check(judge, target, lambda: judge_carried(parent.folders, target, judge.manifest))
         judge.remarks += change_remarks(target, judge.changes)
         judge.remarks += _remarks(judge)
         tower = T5Gemma2Reference(parent.checkpoint, **judge.reading(rounded=True)).vision

@@ -35,7 +35,7 @@ from t5g2convert.parity.text import (
     judge_decoder,
     judge_encoder,
 )
-from t5g2convert.parity.tokenizer import is_judged, judge_carried
+from t5g2convert.parity.tokenizer import judge_carried, make_tokenizer_check
 from t5g2convert.parity.vision import judge_vision
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.stack import Stack as TextStack
@@ -75,14 +75,7 @@ class _Extracted(Kind[T5Gemma2Parent]):
     def against(self, judge: Judge, parent: T5Gemma2Parent, target: Checkpoint) -> None:
         """config, tokenizer and the parities."""
         judge.make(["config"], lambda: [self.config(parent, target)])
-
-        def tokens() -> list[Check]:
-            if not is_judged(target.path, judge.manifest):
-                judge.skip(["tokenizer"], "the output has no tokenizer")
-                return []
-            return [judge_carried(parent.folders, target, judge.manifest)]
-
-        judge.make(["tokenizer"], tokens)
+        make_tokenizer_check(judge, target, lambda: judge_carried(parent.folders, target, judge.manifest))
         judge.remarks += change_remarks(target, judge.changes)
         whole = T5Gemma2Reference(parent.checkpoint, **judge.reading(rounded=True))
         if whole.vision is None:

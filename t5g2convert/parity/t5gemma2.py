@@ -18,7 +18,7 @@ from t5g2convert.parity.parent import GENERATION, Gemma3Parent, taken_layers
 from t5g2convert.parity.report import Check
 from t5g2convert.parity.runs import judge_runs
 from t5g2convert.parity.text import judge_text
-from t5g2convert.parity.tokenizer import is_judged, judge_tokenizer
+from t5g2convert.parity.tokenizer import judge_tokenizer, make_tokenizer_check
 from t5g2convert.parity.vision import judge_vision
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
@@ -46,14 +46,9 @@ class ToT5Gemma2(Kind[Gemma3Parent]):
         """config, tokenizer and the parities."""
         changes, projector = judge.changes, judge.options.get("projector")
         judge.make(["config"], lambda: [_config(judge, parent, target)])
-
-        def tokens() -> list[Check]:
-            if not is_judged(target.path, judge.manifest):
-                judge.skip(["tokenizer"], "the output has no tokenizer")
-                return []
-            return [judge_tokenizer(parent.folders, parent.model(projector), target, judge.manifest)]
-
-        judge.make(["tokenizer"], tokens)
+        make_tokenizer_check(
+            judge, target, lambda: judge_tokenizer(parent.folders, parent.model(projector), target, judge.manifest)
+        )
         judge.remarks += change_remarks(target, changes)
         reading = judge.reading(rounded=True)
         tower = parent.tower(**reading)

@@ -5,7 +5,7 @@ worked out anew from the source's. What is expected of the small files stands he
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +14,7 @@ from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_
 from t5g2convert.checkpoint.gemma3 import Gemma3
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.roles import VISION_FROM, Folders
+from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.report import Check, refused
 
 TOKENIZER: Final = "tokenizer.json"
@@ -41,6 +42,18 @@ MOST_FAULTS: Final = 50
 def is_judged(target: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether a folder has, or should have, any of the files that `tokenizer` judges."""
     return bool(_names(target, manifest))
+
+
+def make_tokenizer_check(judge: Judge, target: Checkpoint, check: Callable[[], Check]) -> None:
+    """Make the check `tokenizer`, unless the output has nothing that it would judge."""
+
+    def checks() -> list[Check]:
+        if not is_judged(target.path, judge.manifest):
+            judge.skip(["tokenizer"], "the output has no tokenizer")
+            return []
+        return [check()]
+
+    judge.make(["tokenizer"], checks)
 
 
 def _names(target: Path, manifest: Mapping[str, Any]) -> list[str]:
