@@ -5,17 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from t5g2convert.errors import CheckpointError
 
 MAX_INTEGER: Final = 2**31 - 1
 """Largest size and largest token id that makes sense."""
 
-Size = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+
+def _whole(value: object) -> object:
+    """256 for 256.0: JSON knows one kind of number, strict readers of the output ask for an int."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Size = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=MAX_INTEGER)]
 MAX_DEPTH: Final = 10_000
-Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
-Token = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+Depth = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_DEPTH)]
+Token = Annotated[int, BeforeValidator(_whole), Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -78,6 +84,10 @@ class SourceModel(Protocol):
     @property
     def values(self) -> Mapping[str, Scalar]:
         """Config values, for `$name` in the target's config."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of its config: the settings that are left behind."""
 
     def with_vision_of(self, donor: Self, projector: str | None) -> Self:
         """This model with the vision tower of another of its family.

@@ -19,8 +19,10 @@ from t5g2convert.checkpoint.config import (
     parse_section,
     refuse_bidirectional,
 )
+from t5g2convert.checkpoint.known_settings import GEMMA2
 from t5g2convert.checkpoint.rope import read_rope
-from t5g2convert.checkpoint.text import GemmaText, check_multiple, check_stack, stack_fields
+from t5g2convert.checkpoint.settings import account, left_note, present
+from t5g2convert.checkpoint.text import GemmaText, activation_note, check_multiple, check_stack, stack_fields
 from t5g2convert.errors import CheckpointError, MappingError
 
 MODEL_TYPE: Final = "gemma2"
@@ -46,10 +48,12 @@ class Gemma2:
     Attributes:
         text: Its settings.
         family: The `model_type` of its config.
+        notes: What a user should know of the config.
     """
 
     text: Gemma2Text
     family: str = MODEL_TYPE
+    notes: tuple[str, ...] = ()
 
     @property
     def conditions(self) -> frozenset[str]:
@@ -86,8 +90,12 @@ def read_gemma2(config: Mapping[str, Any], where: Path) -> Gemma2:
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is not Gemma 2", where=where)
+    config = present(config)
     refuse_bidirectional(config, where)
-    return Gemma2(read_stack(config, where))
+    ropes = read_rope(config, 10_000.0, where)
+    left = (*account(GEMMA2, config, where), *ropes.left)
+    text = read_stack(config, where)
+    return Gemma2(text, notes=(*left_note(left), *activation_note(config, text.hidden_activation)))
 
 
 def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gemma2Text:
@@ -102,6 +110,7 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gem
         CheckpointError: A field of the wrong type, two that contradict each other, or biases.
     """
     dot = f"{section}." if section else ""
+    fields = present(fields)
     rope = read_rope(fields, 10_000.0, where, dot)
     settled = {"layer_types": _layer_types(fields), "rope_theta": rope.theta, "rope_factor": rope.factor}
     stack = parse_section(Gemma2Text, {**fields, **settled}, where, section)

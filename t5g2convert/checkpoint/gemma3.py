@@ -6,7 +6,7 @@ Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta
 larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -25,11 +25,14 @@ from t5g2convert.checkpoint.config import (
     refuse_bidirectional,
     subsection,
 )
-from t5g2convert.checkpoint.rope import agreed, object_of, stated_factor
+from t5g2convert.checkpoint.known_settings import GEMMA3, GEMMA3_TEXT, SIGLIP
+from t5g2convert.checkpoint.rope import read_layer_ropes
+from t5g2convert.checkpoint.settings import Left, account, left_note, present
 from t5g2convert.checkpoint.text import (
     GemmaText,
     ImageTokens,
     SiglipTower,
+    activation_note,
     check_multiple,
     check_stack,
     stack_fields,
@@ -45,6 +48,7 @@ class Gemma3Text(GemmaText):
     """The text model; field names and defaults are those of transformers' Gemma3TextConfig."""
 
     vocab_size: Size = 262_208
+    tie_word_embeddings: bool = True
     # Settled from the dialects before validation; never absent afterwards.
     rope_full_theta: Positive
     rope_full_factor: Positive
@@ -78,6 +82,7 @@ class Gemma3:
         tokens: How images stand among its tokens.
         projector: Where the projector comes from: `copy`, or for the tower of a donor `zeros` or `aligned`.
         projected_width: Hidden width that the projector leads to as it is stored, in elements.
+        notes: What a user should know of the config.
     """
 
     family: str
@@ -86,6 +91,7 @@ class Gemma3:
     tokens: Gemma3Tokens
     projector: str = "copy"
     projected_width: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def conditions(self) -> frozenset[str]:
@@ -142,30 +148,45 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
     """Settle the dialect of a Gemma 3 config and fill its defaults.
 
     Raises:
-        CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a switch
-            that T5Gemma 2 does not have.
+        CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a setting
+            that changes what is computed and that T5Gemma 2 does not have.
     """
-    family = config.get("model_type")
+    config = present(config)
+    family, left = config.get("model_type"), list[Left]()
     if family == MULTIMODAL:
-        fields = subsection(config, "text_config", where)
-        vision = parse_section(SiglipVision, subsection(config, "vision_config", where), where)
-        tokens = parse_section(Gemma3Tokens, config, where)
-        # The published files carry these at the top and leave them out of the sparse text_config.
-        fields = {
-            **fields,
-            **{key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id") if key in config},
-        }
+        section, fields = "text_config", subsection(config, "text_config", where)
+        tower = subsection(config, "vision_config", where)
+        refuse_bidirectional(config, where)
+        left += account(GEMMA3, config, where)
+        left += account(SIGLIP, tower, where, "vision_config.")
+        _refuse_model_type(tower, ("siglip_vision_model",), where, "vision_config")
+        _refuse_model_type(fields, (TEXT_ONLY, MULTIMODAL), where, section)
+        vision = parse_section(SiglipVision, tower, where, "vision_config")
+        tokens = parse_section(Gemma3Tokens, {**config, **_renamed(config, where)}, where)
+        # The published files carry the ids at the top and leave them out of the sparse text_config.
+        own = ("eos_token_id", "bos_token_id", "pad_token_id")
+        settled = {key: config[key] for key in own if key in config}
+        settled["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
     elif family == TEXT_ONLY:
-        fields, vision, tokens = dict(config), None, Gemma3Tokens()
+        section, fields, vision, tokens, settled = "", config, None, Gemma3Tokens(), {}
     else:
         raise CheckpointError(f"{describe_model_type(config)} is not Gemma 3", where=where)
-    refuse_bidirectional(fields, where)
-    settled = {"layer_types": _layer_types(fields, where), **_rope(fields, where)}
-    text = parse_section(Gemma3Text, {**fields, **settled}, where)
-    check_stack(text, where)
+    dot = f"{section}." if section else ""
+    refuse_bidirectional(fields, where, section)
+    ropes = read_layer_ropes(fields, where, dot)
+    left += [*account(GEMMA3_TEXT, fields, where, dot), *ropes.left]
+    settled |= {
+        "layer_types": _layer_types(fields, where),
+        "rope_full_theta": ropes.full_theta,
+        "rope_full_factor": ropes.full_factor,
+        "rope_sliding_theta": ropes.sliding_theta,
+    }
+    text = parse_section(Gemma3Text, {**fields, **settled}, where, section)
+    check_stack(text, where, section)
     if vision is not None:
         check_multiple(vision, "hidden_size", "num_attention_heads", where, "vision ")
-    return Gemma3(family, text, vision, tokens)
+    notes = (*left_note(left), *_notes(config, fields, text, section))
+    return Gemma3(family, text, vision, tokens, notes=notes)
 
 
 _NO_VISION: Final = SiglipVision()
@@ -187,42 +208,56 @@ def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
         return []  # num_hidden_layers is refused by its own name
     if type(pattern) is not int or pattern < 1:
         raise CheckpointError(f"sliding_window_pattern {pattern!r} is not a positive number of layers", where=where)
+    return _kinds(pattern, depth)
+
+
+def _notes(config: Mapping[str, Any], fields: Mapping[str, Any], text: Gemma3Text, section: str) -> Iterator[str]:
+    """Settings that say other than the ones that win over them."""
+    dot = f"{section}." if section else ""
+    for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+        pattern = fields.get(name)
+        if (
+            "layer_types" in fields
+            and pattern is not None
+            and _kinds(pattern, len(text.layer_types)) != text.layer_types
+        ):
+            yield f"{dot}{name} is {pattern!r}, but {dot}layer_types lists other kinds of layers, which are taken"
+    yield from activation_note(fields, text.hidden_activation, dot)
+    if not section:
+        return
+    for name in ("initializer_range", "tie_word_embeddings"):
+        winner, other = (dot, "") if name == "initializer_range" else ("", dot)
+        value, taken = (config if other == "" else fields).get(name), getattr(text, name)
+        if value is not None and value != taken:
+            yield f"{other}{name} is {value!r}, but {winner}{name} is {taken!r}, which is taken"
+
+
+def _kinds(pattern: object, depth: int) -> list[str]:
+    """The kinds of layers that a pattern stands for; nothing where it is not one."""
+    if type(pattern) is not int or pattern < 1:
+        return []
     return ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(depth)]
 
 
-def _rope(fields: Mapping[str, Any], where: Path) -> dict[str, float]:
-    """Theta and linear factor, from whichever dialect the file carries; both must agree where both are there."""
-    nested = fields.get("rope_parameters") or {}
-    full = _rope_section(nested, "full_attention", where)
-    sliding = _rope_section(nested, "sliding_attention", where)
-    parameters = "rope_parameters.full_attention"
-    factors = {
-        f"{name}.factor": stated_factor(name, section, where)
-        for name, section in (("rope_scaling", object_of(fields, "rope_scaling", where)), (parameters, full))
-    }
-    kind = sliding.get("rope_type", sliding.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(
-            f"rope_parameters.sliding_attention has rope_type {kind!r}",
-            where=where,
-            hint="Gemma 3 scales full layers only",
-        )
-    full_thetas = {"rope_theta": fields.get("rope_theta"), f"{parameters}.rope_theta": full.get("rope_theta")}
-    sliding_thetas = {
-        "rope_local_base_freq": fields.get("rope_local_base_freq"),
-        "rope_parameters.sliding_attention.rope_theta": sliding.get("rope_theta"),
-    }
-    return {
-        "rope_full_theta": agreed(full_thetas, 1_000_000.0, where),
-        "rope_full_factor": agreed(factors, 1.0, where),
-        "rope_sliding_theta": agreed(sliding_thetas, 10_000.0, where),
-    }
+def _renamed(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The ids of images under the names that transformers' own config class also has for them."""
+    found: dict[str, Any] = {}
+    for name in ("boi_token", "eoi_token", "image_token"):
+        index, other = f"{name}_index", f"{name}_id"
+        if other not in config:
+            continue
+        if index in config and config[index] != config[other]:
+            raise CheckpointError(
+                f"{index} is {config[index]!r} but {other} is {config[other]!r}",
+                where=where,
+                hint="remove the wrong one",
+            )
+        found[index] = config[other]
+    return found
 
 
-def _rope_section(nested: object, kind: str, where: Path) -> Mapping[str, Any]:
-    section = nested.get(kind) if isinstance(nested, dict) else nested
-    if section is None:
-        return {}
-    if not isinstance(section, dict):
-        raise CheckpointError(f"rope_parameters.{kind} is not an object", where=where)
-    return section
+def _refuse_model_type(fields: Mapping[str, Any], known: tuple[str, ...], where: Path, section: str) -> None:
+    """Refuse a section of another model."""
+    model_type = fields.get("model_type", known[0])
+    if model_type not in known:
+        raise CheckpointError(f"{section}.model_type is {model_type!r}, expected {known[0]!r}", where=where)

@@ -84,6 +84,7 @@ class T5Gemma2(T5Gemma2Encoder):
     """A T5Gemma 2 model as its config describes it."""
 
     decoder: Stack
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:

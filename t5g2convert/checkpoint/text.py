@@ -1,8 +1,8 @@
 """What the configs of all families say of a text stack and of a vision tower, under the same names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,7 +32,7 @@ class TextStack(ConfigSection):
     pad_token_id: Token | None = 0
     attention_bias: bool = False
     attention_dropout: Number = 0.0
-    query_pre_attn_scalar: Size | Positive = 256
+    query_pre_attn_scalar: Size = 256
     sliding_window: Size
     final_logit_softcapping: Positive | None = None
     attn_logit_softcapping: Positive | None = None
@@ -132,6 +132,16 @@ def check_stack(stack: TextStack, where: Path, section: str = "") -> None:
             where=where,
         )
     check_multiple(stack, "num_attention_heads", "num_key_value_heads", where, dot)
+
+
+def activation_note(fields: Mapping[str, Any], activation: str, dot: str = "") -> Iterator[str]:
+    """A note of an older `hidden_act` that is another than the activation that is read; `dot` is the section's name."""
+    other = fields.get("hidden_act")
+    if other is not None and other != activation:
+        yield (
+            f"{dot}hidden_act is {other!r}, which these models do not read: "
+            f"{dot}hidden_activation is {activation!r}, and taken"
+        )
 
 
 def check_multiple(section: ConfigSection, multiple: str, divisor: str, where: Path, prefix: str = "") -> None:

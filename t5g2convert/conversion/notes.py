@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import t5gemma
+from t5g2convert.checkpoint import t5gemma, t5gemma2
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.changes import setting
@@ -12,7 +13,7 @@ from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.options import KEEP, Options
 from t5g2convert.conversion.plan import Change
 from t5g2convert.conversion.vocabulary import has_names
-from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.resolve import SUBJECTS, Resolution
 from t5g2convert.mapping.schema import WeightMap
 
 LENGTH: Final = "max_position_embeddings"
@@ -34,6 +35,7 @@ def plan_notes(
     """All notes of a plan, in the order in which they are shown; `config` is the target's."""
     for checkpoint in resolution.checkpoints.values():
         yield from checkpoint.notes
+    yield from _configs(resolution, config)
     yield from _vocabulary(resolution, drafts, changes)
     yield from _settings(changes, tuple(target_of(config, Path("config.json")).stacks.values()))
     if options.preset is not None:
@@ -48,6 +50,55 @@ def plan_notes(
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
     yield from _drops(resolution)
+
+
+def tied(resolution: Resolution, role: Role) -> bool:
+    """Whether a checkpoint's config says that its softmax reads the embedding, or has a head that is converted."""
+    model = resolution.models[role]
+    return model.values.get("tie_word_embeddings", True) is True or "untied" in model.conditions
+
+
+def has_head(resolution: Resolution, role: Role) -> bool:
+    """Whether a checkpoint has a head that must repeat the embedding."""
+    return any(drop.role == role and drop.equals is not None for drop in resolution.drops)
+
+
+def _configs(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
+    """What the sources' configs say that the target's does not."""
+    for role, model in resolution.models.items():
+        checkpoint = resolution.checkpoints[role]
+        owner = "" if role == SOURCE else f"{SUBJECTS[role]}: "
+        yield from (f"{owner}{note}" for note in model.notes)
+        stored = CONFIG_NAMES.get(checkpoint.dtype)
+        for place, said in _dtypes(checkpoint.config):
+            if said != stored:
+                yield f"{owner}{place} is {said}, but most tensors are {stored}: what is stored counts"
+        if role != VISION_FROM and not tied(resolution, role):
+            yield f"{owner}tie_word_embeddings is false: convert refuses a head that is not the embedding"
+    yield from _dropouts(config)
+
+
+def _dtypes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The dtypes that a config names, with their places."""
+    for section in ("", "text_config", "vision_config", "encoder", "decoder"):
+        fields = config if not section else config.get(section)
+        if isinstance(fields, dict):
+            for name in ("dtype", "torch_dtype"):
+                if isinstance(said := fields.get(name), str) and said != "auto":
+                    yield f"{section}.{name}".removeprefix("."), said.removeprefix("torch.")
+
+
+def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
+    """T5Gemma 2's class takes one dropout of attention for all of its parts."""
+    if config["model_type"] != t5gemma2.MODEL_TYPE:
+        return
+    for path in ("encoder.text_config", "encoder.vision_config", "decoder"):
+        own = setting(config, f"{path}.attention_dropout")
+        if own != config["attention_dropout"]:
+            yield (
+                f"{path}.attention_dropout is {own}, but transformers trains all parts with that at the top, "
+                f"{config['attention_dropout']}"
+            )
 
 
 def _drops(resolution: Resolution) -> Iterator[str]:

@@ -4,19 +4,20 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Unpack
+from typing import Any, Unpack
 
-from t5g2convert.checkpoint.config import ConfigSection, ImpliedTensor, Token, parse_section
+from t5g2convert.checkpoint.config import ImpliedTensor
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.folder import StoredTensor
-from t5g2convert.checkpoint.hub import Origin, read_held
+from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.conversion.changes import declared_changes
 from t5g2convert.conversion.files import plan_files
+from t5g2convert.conversion.generation import GENERATION_FILE, generation_config, given_generation
 from t5g2convert.conversion.layout import Draft, lay_out
-from t5g2convert.conversion.notes import plan_notes
+from t5g2convert.conversion.notes import has_head, plan_notes, tied
 from t5g2convert.conversion.options import KEEP, TABLES, Options, PlanOptions
 from t5g2convert.conversion.plan import (
     Content,
@@ -42,8 +43,6 @@ from t5g2convert.mapping.schema import WeightMap, count_parameters
 from t5g2convert.mapping.taking import Resolved
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
-
-GENERATION_FILE: Final = "generation_config.json"
 
 
 def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
@@ -79,13 +78,13 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
     pairing = Pairing(sources.others, options.projector, TABLES[options.embedding_from], options.layers)
     resolution = resolve(loaded, sources.source, pairing)
     _check_requirements(loaded, resolution, options)
+    _check_heads(resolution)
     if DECODER_FROM in resolution.checkpoints:
         check_names(resolution, DECODER_FROM, "the decoder's parent")
     cast_to = None if options.dtype == KEEP else BY_CONFIG_NAME[options.dtype]
     model_dtype = cast_to or _dominant_dtype(resolution.targets)
     values = _values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])
     config = fill(weight_map.config, values, resolution.model.conditions)
-    generation = values | _end_tokens(resolution)
     drafts = [_draft(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     _check_target(drafts, config, loaded)
@@ -110,11 +109,7 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
         files=beside.files,
         tokens=beside.tokens,
         config=config,
-        generation_config=(
-            None
-            if weight_map.generation_config is None
-            else fill(weight_map.generation_config, generation, resolution.model.conditions)
-        ),
+        generation_config=_generation(resolution, weight_map, values),
         notes=(
             *plan_notes(resolution, drafts, changes, options, weight_map, config),
             *beside.notes,
@@ -136,6 +131,17 @@ def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Opti
     asked = options.record().keys() - {"dtype", "max_shard_bytes"}
     if loaded.map.extracts is not None and asked:
         raise MappingError(f"{', '.join(sorted(asked))}: what is taken out of a model keeps its settings")
+
+
+def _check_heads(resolution: Resolution) -> None:
+    """Refuse a model with a head of its own, by its config, that is not there: it is not the embedding."""
+    for role, checkpoint in resolution.checkpoints.items():
+        if role != VISION_FROM and not tied(resolution, role) and not has_head(resolution, role):
+            raise CheckpointError(
+                "tie_word_embeddings is false, but there is no lm_head.weight: transformers makes a random head",
+                where=checkpoint.path / "config.json",
+                hint="remove tie_word_embeddings if the head is the embedding, or add the head's weights",
+            )
 
 
 def _values(resolution: Resolution, options: Options, weight_map: WeightMap, dtype: str) -> dict[str, Any]:
@@ -270,21 +276,20 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
     return max(counted, key=lambda dtype: (counted[dtype], dtype))
 
 
-def _end_tokens(resolution: Resolution) -> dict[str, Any]:
-    """The end tokens of a generation_config.json win over those of the config.json beside it: -it models have more."""
-    ends: dict[str, Any] = {}
-    roles = {"": SOURCE, **{f"{part}.": resolution.role_of(part) for part in STACKS}}
-    for prefix, role in roles.items():
-        checkpoint = resolution.checkpoints[role]
-        generation = read_held(checkpoint, GENERATION_FILE)
-        if generation is not None:
-            tokens = parse_section(_Generation, generation, checkpoint.path / GENERATION_FILE).eos_token_id
-            ends |= {} if tokens is None else {f"{prefix}eos_token_id": tokens}
-    return ends
-
-
-class _Generation(ConfigSection):
-    eos_token_id: Token | list[Token] | None = None
+def _generation(resolution: Resolution, weight_map: WeightMap, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """generation_config.json: that of the decoder's parent, which is the one that writes."""
+    if weight_map.generation_config is None:
+        return None
+    checkpoint = resolution.checkpoints[resolution.role_of("decoder")]
+    before = resolution.model.values
+    moves = {
+        int(before[name]): int(resolution.values[name])  # type: ignore[arg-type]
+        for name in weight_map.vocabulary.moved
+        if before[name] != resolution.values[name]
+    }
+    gaps = fill(weight_map.generation_config, values, resolution.model.conditions)
+    where = checkpoint.path / GENERATION_FILE
+    return generation_config(given_generation(checkpoint), gaps, moves, resolution.symbols["vocab"], where)
 
 
 def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap) -> None:

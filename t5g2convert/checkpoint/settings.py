@@ -1,0 +1,191 @@
+"""What becomes of every setting of a source: a list of the known ones, and the account of those in a config.
+
+The lists themselves are data, in `known_settings`; docs/settings.md is made from them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.errors import CheckpointError
+
+MOST_NAMED: Final = 50
+"""Settings that one note names."""
+
+
+class Outcome(StrEnum):
+    """What becomes of a setting."""
+
+    USED = "used"
+    """Read; it decides the output, or is compared with what decides it."""
+    CARRIED = "carried"
+    """Written to the output as it is."""
+    REFUSED = "refused"
+    """Would change what is computed, and cannot be converted."""
+    NOTED = "noted"
+    """Left behind, and named in one note."""
+    ABOUT = "left behind"
+    """Says who wrote the file, and nothing of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting that is known.
+
+    Attributes:
+        name: Its key.
+        outcome: What becomes of it.
+        because: Why, in a few words.
+        neutral: Values beside null that change nothing: they are neither refused nor noted.
+    """
+
+    name: str
+    outcome: Outcome
+    because: str
+    neutral: tuple[Any, ...] = ()
+
+    def is_neutral(self, value: object) -> bool:
+        """Whether a value changes nothing. Numbers are compared as numbers, but True is not 1."""
+        numbers = (int, float)
+        return any(
+            value == other and (type(value) is type(other) or (type(value) in numbers and type(other) in numbers))
+            for other in self.neutral
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """An object of a file, and the settings that it may have.
+
+    Attributes:
+        title: What the page calls it.
+        settings: Those that are known.
+        whose: The model that has these settings, for errors.
+        closed: Every unknown key is refused, whatever its name says.
+    """
+
+    title: str
+    settings: tuple[Setting, ...]
+    whose: str
+    closed: bool = False
+
+    def get(self, name: str) -> Setting | None:
+        """The setting of a name, None if it is unknown."""
+        return next((setting for setting in self.settings if setting.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A setting that is left behind: where it is, and whether it is known."""
+
+    place: str
+    known: bool
+
+
+NULL_IS_A_VALUE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
+"""Settings that null switches off, in all readers; Gemma 2 has them on where they are absent."""
+
+
+def present(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without its nulls: null is absent, in every section, except where it switches something off."""
+    return {
+        key: present(value) if isinstance(value, dict) else value
+        for key, value in node.items()
+        if value is not None or key in NULL_IS_A_VALUE
+    }
+
+
+def account(section: Section, fields: Mapping[str, Any], where: Path, place: str = "") -> tuple[Left, ...]:
+    """Account for every setting of a section; see `known_settings` for what is known.
+
+    Args:
+        section: What is known.
+        fields: The section as it was read, without nulls.
+        where: The file, for errors.
+        place: The section's name in the file, with a dot behind it.
+
+    Returns:
+        What is left behind.
+
+    Raises:
+        CheckpointError: A setting changes what is computed and cannot be converted, or may change it and is unknown;
+            all such settings are named.
+    """
+    refused: list[str] = []
+    left: list[Left] = []
+    for name, value in fields.items():
+        if value is None:
+            continue
+        setting, at = section.get(name), f"{place}{name}"
+        if setting is None:
+            if section.closed or (decides(name) and not _is_off(value)):
+                refused.append(f"{at} is {_short(value)}, which is not a setting of {section.whose}")
+            else:
+                left.append(Left(at, known=False))
+        elif setting.outcome is Outcome.REFUSED and not setting.is_neutral(value):
+            refused.append(f"{at} is {_short(value)}: {setting.because}")
+        elif setting.outcome is Outcome.NOTED and not setting.is_neutral(value):
+            left.append(Left(at, known=True))
+    if refused:
+        first, *others = refused
+        more = f" (and {len(others)} more setting(s) that are refused)" if others else ""
+        raise CheckpointError(
+            first + more, where=where, hint="remove it if it changes nothing", details=refused if others else ()
+        )
+    return tuple(left)
+
+
+def left_note(left: Iterable[Left]) -> Iterator[str]:
+    """One note of all settings that are left behind, if there are any."""
+    items = tuple(left)
+    known, unknown = (_some([item.place for item in items if item.known is which]) for which in (True, False))
+    told = [known] if known else []
+    told += [f"{unknown} (unknown)"] if unknown else []
+    if told:
+        yield f"config.json: settings left behind: {'; '.join(told)}"
+
+
+def decides(name: str) -> bool:
+    """Whether the name of an unknown setting speaks of what is computed."""
+    words = set(re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
+    return bool(words & COMPUTING) and not words & TRAINING
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+COMPUTING: Final = _words(
+    "act activation alibi altup attend attention attn bias bidirectional cap causal chunk chunked conv depth dim dims "
+    "dropout embed embedding embeddings eps epsilon expert experts factor ffn freq frequency gate gated gating "
+    "head heads hidden intermediate interleaved key keys kv laurel layer layernorm layers logit "
+    "logits lora mask masks mlp mixture moe mrope multiplier mup norm norms parallel position positional positions qk "
+    "qkv quant quantization quantized query recurrent residual residuals rms rmsnorm rope rotary router routing scalar "
+    "scale scaled scaling sink sinks size skip sliding softcap softcapping softmax sparse sparsity ssm temperature "
+    "theta tie tied value values vocab vocabulary width window windows yarn"
+)
+"""Words in names of settings that decide what a model computes."""
+
+TRAINING: Final = _words(
+    "batch checkpoint checkpointing dataset epoch epochs finetuning learning loss lr optim optimizer peft pretraining "
+    "rank steps train trainer training unsloth wandb warmup"
+)
+"""Words in names of notes on how a model was trained."""
+
+
+def _is_off(value: object) -> bool:
+    """A switch that is off, an empty list: nothing was asked for."""
+    return value is False or value in ("", [], {})
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:MOST_NAMED])
+    return shown if len(names) <= MOST_NAMED else f"{shown} and {len(names) - MOST_NAMED} more"

@@ -1,0 +1,97 @@
+"""generation_config.json of the output: the source's, whole, with the ids of tokens that move moved."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.hub import read_held
+from t5g2convert.errors import CheckpointError
+
+GENERATION_FILE: Final = "generation_config.json"
+
+TOKEN_KEYS: Final = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
+"""Keys with lists of ids; every key that ends in _token_id has one, or a list of them."""
+
+
+class _Ends(ConfigSection):
+    eos_token_id: Token | list[Token] | None = None
+
+
+def given_generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The generation_config.json of a source, without nulls; empty where it has none.
+
+    Raises:
+        CheckpointError: It is not a JSON object, or its end tokens are not ids.
+    """
+    given = read_held(checkpoint, GENERATION_FILE) or {}
+    parse_section(_Ends, given, checkpoint.path / GENERATION_FILE)
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def generation_config(
+    given: Mapping[str, Any], gaps: Mapping[str, Any], moves: Mapping[int, int], rows: int, where: Path
+) -> dict[str, Any]:
+    """Make generation_config.json of the output.
+
+    Args:
+        given: The source's, without nulls: every key is carried, known or not.
+        gaps: What the map adds where the source's lacks it.
+        moves: New id by old id, of the tokens that move.
+        rows: Rows of the output's table.
+        where: The source's file, for errors.
+
+    Raises:
+        CheckpointError: An id lies past the table, or is one that another token moves to.
+    """
+    check_tokens(given, moves, rows, where)
+    return {**gaps, **{key: _moved(value, moves) if has_tokens(key) else value for key, value in given.items()}}
+
+
+def has_tokens(key: str) -> bool:
+    """Whether the value of a key is made of token ids."""
+    return key.endswith("_token_id") or key in TOKEN_KEYS
+
+
+def check_tokens(document: Mapping[str, Any], moves: Mapping[int, int], rows: int, where: Path) -> None:
+    """Refuse ids that no row is kept of, and those that another token moves to; all are named in one error.
+
+    Args:
+        document: Settings, of which those with ids are looked at.
+        moves: New id by old id, of the tokens that move.
+        rows: Rows of the output's table.
+        where: The file, for errors.
+
+    Raises:
+        CheckpointError: There are such ids, or what should be an id is not a whole number.
+    """
+    faults: list[str] = []
+    for key in filter(has_tokens, document):
+        for token in _ids(document[key]):
+            if type(token) is not int:
+                faults.append(f"{key} has {token!r}, expected a token id")
+            elif token in moves.values() and token not in moves:
+                faults.append(f"{key} has token {token}, which gives way to the one that moves there")
+            elif not 0 <= moves.get(token, token) < rows:
+                faults.append(f"{key} has token {token}, but the embedding table keeps {rows} rows")
+    if faults:
+        hint = "correct the id, or remove the key"
+        raise CheckpointError(faults[0], where=where, hint=hint, details=faults if len(faults) > 1 else ())
+
+
+def _ids(node: Any) -> Iterator[Any]:
+    """All ids in a value. Of a bias for a sequence, [[1, 2], 0.5], the number behind the list is none."""
+    if not isinstance(node, list):
+        yield node
+    elif len(node) == 2 and isinstance(node[0], list) and isinstance(node[1], float):
+        yield from _ids(node[0])
+    else:
+        for item in node:
+            yield from _ids(item)
+
+
+def _moved(node: Any, moves: Mapping[int, int]) -> Any:
+    if isinstance(node, list):
+        return [_moved(item, moves) for item in node]
+    return moves.get(node, node) if type(node) is int else node
