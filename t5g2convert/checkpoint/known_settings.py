@@ -49,7 +49,8 @@ EVERY_CONFIG: Final = (
     ),
     *_switch(
         NOTED, "decides what transformers returns, not what it computes", output_hidden_states=False,
-        output_attentions=False, return_dict=True, use_return_dict=True, tie_last_hidden_states=False, output_router_logits=False,
+        output_attentions=False, return_dict=True, use_return_dict=True, tie_last_hidden_states=False,
+        output_router_logits=False,
     ),
     *_switch(
         NOTED, "a switch of older transformers that these models do not read", chunk_size_feed_forward=0,

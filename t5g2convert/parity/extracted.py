@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import MULTIMODAL, TEXT_ONLY, Gemma3, read_gemma3
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma2 import (
@@ -20,7 +20,8 @@ from t5g2convert.checkpoint.t5gemma2 import (
     read_t5gemma2_encoder,
 )
 from t5g2convert.parity.changes import change_remarks
-from t5g2convert.parity.config import SHARED, differences, flatten, judge_settings
+from t5g2convert.parity.config import SHARED, flatten, judge_settings
+from t5g2convert.parity.generation import generation_faults
 from t5g2convert.parity.inputs import ImageBatch
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.kinds import Kind
@@ -140,12 +141,8 @@ class ToGemma3(_Extracted):
 
     def config(self, parent: T5Gemma2Parent, target: Checkpoint) -> Check:
         """config: the settings are those of the decoder, and of the tower."""
-        model, name = parent.whole.model, "generation_config.json"
-        given = parent.folders.source / name
-        written = {field: getattr(model.decoder, field) for field in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        ends = read_json_object(given).get("eos_token_id") if given.exists() else None
-        written |= {} if ends is None else {"eos_token_id": ends}
-        faults = differences(written, read_json_object(target.path / name))
+        model = parent.whole.model
+        faults = generation_faults(parent.writing, target.path, model.decoder)
         return judge_settings(dict(flatten(gemma3_config(model))), target, faults, ())
 
     def passes(self, judge: Judge, whole: T5Gemma2Reference, target: Checkpoint) -> Check:

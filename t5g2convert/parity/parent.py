@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Unpack
+from typing import Any, Unpack
 
-from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text
 from t5g2convert.checkpoint.roles import DECODER_FROM, VISION_FROM
 from t5g2convert.checkpoint.sources import Sources
@@ -14,8 +13,6 @@ from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.vision import VisionTower
 from t5g2convert.reference.weights import ReadOptions
-
-GENERATION: Final = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +48,9 @@ class Parent:
         return None
 
     @property
-    def ends(self) -> int | list[int] | None:
-        """The end tokens of generation_config.json, if it is there and names some."""
-        path = self.folders.by_role.get(DECODER_FROM, self.folders.source) / GENERATION
-        ends: int | list[int] | None = read_json_object(path).get("eos_token_id") if path.exists() else None
-        return ends
+    def writing(self) -> Path:
+        """The folder whose generation_config.json counts: that of the decoder's parent."""
+        return self.folders.by_role.get(DECODER_FROM, self.folders.source)
 
     def holds(self, path: Path) -> bool:
         """Whether a path is in one of the folders read, and so its faults are not the output's."""

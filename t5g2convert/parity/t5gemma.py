@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from t5g2convert.checkpoint import gemma2, t5gemma
-from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_file
 from t5g2convert.checkpoint.gemma2 import Gemma2
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma import T5Gemma, read_t5gemma
 from t5g2convert.parity.changes import change_remarks, on_source_settings
-from t5g2convert.parity.config import SHARED, differences, flatten, judge_settings
+from t5g2convert.parity.config import SHARED, flatten, judge_settings
 from t5g2convert.parity.cross import judge_first_generation
+from t5g2convert.parity.generation import generation_faults
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.kinds import Kind
-from t5g2convert.parity.parent import GENERATION, Gemma2Parent
+from t5g2convert.parity.parent import Gemma2Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.parity.runs import judge_runs
 from t5g2convert.reference.gemma2 import Gemma2Reference
@@ -91,9 +92,7 @@ def _config(judge: Judge, parent: Gemma2Parent, target: Checkpoint) -> Check:
     changes, text = judge.new_values, parent.gemma.model.text
     expected = dict(flatten(expected_config(parent.gemma.model, changes)))
     expected |= {path: value for path, value in changes.items() if path in expected and "." in path}
-    written = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    written |= {} if parent.ends is None else {"eos_token_id": parent.ends}
-    faults = differences(written, read_json_object(target.path / GENERATION))
+    faults = generation_faults(parent.writing, target.path, text)
     return judge_settings(expected, target, faults, changes)
 
 

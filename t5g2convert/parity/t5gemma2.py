@@ -5,16 +5,17 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import MULTIMODAL, TEXT_ONLY
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
 from t5g2convert.parity.ancestors import Ancestor, Ancestors
 from t5g2convert.parity.changes import change_remarks, on_source_settings
 from t5g2convert.parity.config import judge_config
+from t5g2convert.parity.generation import generation_faults
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.kinds import Kind
-from t5g2convert.parity.parent import GENERATION, Gemma3Parent, taken_layers
+from t5g2convert.parity.parent import Gemma3Parent, taken_layers
 from t5g2convert.parity.report import Check
 from t5g2convert.parity.runs import judge_runs
 from t5g2convert.parity.text import judge_text
@@ -107,10 +108,12 @@ def _pairing_remarks(options: Mapping[str, Any], parents: Ancestors) -> Iterator
 
 
 def _config(judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> Check:
-    model, generation = parent.model(judge.options.get("projector")), read_json_object(target.path / GENERATION)
-    stacks = parent.stacks(judge.options)
+    model, stacks = parent.model(judge.options.get("projector")), parent.stacks(judge.options)
+    old, new = model.tokens.image_token_index, judge.new_values.get("image_token_index")
+    move = None if new is None else (old, new)
+    faults = generation_faults(parent.writing, target.path, stacks.decoder, move)
     return judge_config(
-        model, target, generation, judge.new_values, donated=parent.donor is not None, stacks=stacks, ends=parent.ends
+        model, target, judge.new_values, generation=faults, donated=parent.donor is not None, stacks=stacks
     )
 
 

@@ -1,0 +1,50 @@
+"""generation_config.json: what it should say, worked out from the source's file apart from the converter."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.folder import read_json_object
+from t5g2convert.checkpoint.place import is_there
+from t5g2convert.checkpoint.text import TextStack
+from t5g2convert.parity.config import differences
+
+GENERATION: Final = "generation_config.json"
+
+TOKENS: Final = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id", "forced_bos_token_id",
+    "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids",
+    "sequence_bias",
+}  # fmt: skip
+"""Settings that are made of ids."""
+
+
+def generation_faults(
+    folder: Path, target: Path, writes: TextStack, move: tuple[int, int] | None = None
+) -> Iterator[str]:
+    """Everything in which a generation_config.json is not the source's.
+
+    Args:
+        folder: The source's folder, or that of the decoder's parent.
+        target: The converted folder.
+        writes: The settings of the stack that writes, as its parent has them.
+        move: Old and new id of a token that has moved.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    expected = {name: getattr(writes, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if is_there(folder / GENERATION):
+        given = read_json_object(folder / GENERATION)
+        expected |= {name: value for name, value in given.items() if value is not None}
+    if move is not None:
+        for name in TOKENS & expected.keys():
+            expected[name] = _with_new_id(expected[name], *move)
+    yield from differences(expected, read_json_object(target / GENERATION))
+
+
+def _with_new_id(value: Any, old: int, new: int) -> Any:
+    """A value in which one id is exchanged, however deep it is."""
+    if isinstance(value, list):
+        return [_with_new_id(item, old, new) for item in value]
+    return new if type(value) is int and value == old else value
