@@ -16,6 +16,7 @@ from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
 from t5g2convert.checkpoint.place import HubFile, HubOrigin, regular_file
+from t5g2convert.checkpoint.ranges import read_remote_range
 from t5g2convert.errors import CheckpointError, HubError, OutputError
 
 Origin = str | Path | Checkpoint
@@ -137,6 +138,26 @@ def read_held(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
         return None
     fetch(checkpoint, [name])
     return read_json_object(checkpoint.path / name)
+
+
+def read_range(checkpoint: Checkpoint, name: str, start: int, end: int) -> bytes:
+    """Read some bytes of a checkpoint's file, from `start` to `end`; one that is on the Hub is not fetched for them.
+
+    Raises:
+        CheckpointError: The file cannot be read, or ends too early.
+        HubError: The Hub does not give it out, or cannot be reached.
+    """
+    path, hub = checkpoint.path / name, checkpoint.hub
+    if hub is not None and not path.exists():
+        return read_remote_range(hub.repo, hub.revision, name, hub.files[name].size, start, end)
+    try:
+        with regular_file(path).open("rb") as file:
+            data = os.pread(file.fileno(), end - start, start)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+    if len(data) != end - start:
+        raise CheckpointError("has changed while it was read: it is shorter", where=path)
+    return data
 
 
 def _check_room(checkpoint: Checkpoint, need: int) -> None:

@@ -37,12 +37,23 @@ def read_remote_header(repo: str, revision: str, name: str, size: int, path: Pat
     return read_header_elsewhere(remote, size, path)
 
 
+def read_remote_range(repo: str, revision: str, name: str, size: int, start: int, end: int) -> bytes:
+    """Read the bytes of a file on the Hub from `start` to `end`; see `read_remote_header`.
+
+    Raises:
+        HubError: The Hub does not give it out, cannot be reached, or gives other bytes than it lists.
+    """
+    from huggingface_hub import hf_hub_url
+
+    return _RemoteFile(repo, hf_hub_url(repo, name, revision=revision), size, first=0)(end - start, start)
+
+
 class _RemoteFile:
     """A file on the Hub, to be called as `os.pread`: bytes wanted, position."""
 
-    def __init__(self, repo: str, url: str, size: int) -> None:
+    def __init__(self, repo: str, url: str, size: int, *, first: int = FIRST_BYTES) -> None:
         self._repo, self._url, self._size = repo, url, size
-        self._start = self._get(0, min(FIRST_BYTES, size))
+        self._start = self._get(0, min(first, size))
 
     def __call__(self, length: int, position: int) -> bytes:
         end = min(position + length, self._size)
@@ -112,7 +123,9 @@ class _CutError(HubError):
     """An answer that ended before it was complete; worth another request."""
 
     def __init__(self, repo: str, told: str) -> None:
-        super().__init__(f"the connection was cut while a header was read ({told})", where=repo, hint="try again")
+        super().__init__(
+            f"the connection was cut while a part of a file was read ({told})", where=repo, hint="try again"
+        )
 
 
 def _first(pieces: Iterator[bytes], count: int) -> bytes:

@@ -14,6 +14,7 @@ from t5g2convert.cli.options import (
     DtypeOption,
     EmbeddingFromOption,
     EncoderLayersOption,
+    KeepRowsOption,
     MappingOption,
     PresetOption,
     ProjectorOption,
@@ -56,6 +57,7 @@ def convert(
     rope_scaling: RopeOption = "keep",
     sliding_window: WindowOption = None,
     preset: PresetOption = None,
+    keep_rows: KeepRowsOption = False,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     hashing: Annotated[
@@ -99,6 +101,7 @@ def convert(
         rope_scaling=rope_scaling,
         sliding_window=sliding_window,
         preset=preset,
+        keep_rows=keep_rows,
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
     )

@@ -120,6 +120,14 @@ PresetOption = Annotated[
     str | None,
     typer.Option("--preset", help="The settings of a release, as t5gemma-2-270m-270m.", metavar="NAME"),
 ]
+KeepRowsOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-rows",
+        help="Keep all rows of the embedding table; the image token then keeps its id. By itself convert cuts a table "
+        "of 262208 rows to 262144 where no id in use has one of the last 64.",
+    ),
+]
 ShardOption = Annotated[
     str,
     typer.Option("--max-shard-size", help="Largest sum of tensors in one file, as 5GB, 500MB or 4GiB.", metavar="SIZE"),

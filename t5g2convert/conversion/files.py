@@ -48,11 +48,11 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
     tokens: tuple[TokenChange, ...] = ()
     notes: list[str] = []
     if (declared := weight_map.files.tokenizer) is not None:
-        moves = _moves(declared, resolution) if source.holds(TOKENIZER_FILE) else []
-        patched = _patch(declared, moves, resolution, folder)
+        moves, has_file = _moves(declared, resolution), source.holds(TOKENIZER_FILE)
+        patched = _patch(declared, moves, resolution, folder) if has_file else None
         if patched is not None:
             tokens = patched.changes
-        elif moves:
+        elif moves and has_file:
             notes.append(f"tokenizer.json is copied as it is: it knows no {moves[0].token} to be moved")
             moves = []
         made += _tokenizer_files(declared, moves, resolution, patched)
@@ -117,6 +117,8 @@ def _tokenizer_files(
     if moves and (special := read_held(source, SPECIAL_TOKENS_FILE)) is not None:
         refuse_use(special, moves, source.path / SPECIAL_TOKENS_FILE)
     given = read_held(source, TOKENIZER_CONFIG_FILE)
+    if given is None and not source.holds(TOKENIZER_FILE):
+        return
     additions: Mapping[str, Any] = fill(declared.config, resolution.values, resolution.model.conditions)
     path = source.path / TOKENIZER_CONFIG_FILE
     config = tokenizer_config(given or {}, additions, moves, declared.special, path)

@@ -49,6 +49,7 @@ class PlanOptions(OtherOrigins, total=False):
     rope_scaling: str
     sliding_window: int | None
     preset: str | None
+    keep_rows: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class Options:
             divided by F, and as many more are allowed.
         sliding_window: Tokens that a sliding layer sees; None for the source's.
         preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options win over it.
+        keep_rows: Keep all rows of the embedding table, also where no id in use has the last ones; the image token then
+            keeps its id.
 
     Raises:
         UsageError: An option has no meaning.
@@ -94,6 +97,7 @@ class Options:
     rope_scaling: str = KEEP
     sliding_window: int | None = None
     preset: str | None = None
+    keep_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.part is not None and self.part not in PARTS:

@@ -32,6 +32,7 @@ from t5g2convert.conversion.plan import (
     SourceFile,
     SourceRange,
 )
+from t5g2convert.conversion.rows import kept_rows
 from t5g2convert.conversion.vocabulary import check_names, shared_rows
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
@@ -75,7 +76,9 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
     if options.part is not None and options.part != weight_map.extracts:
         takes = f"takes out the {weight_map.extracts}" if weight_map.extracts else "converts a model whole"
         raise MappingError(f"mapping {weight_map.name!r} {takes}, and not the {options.part}")
-    pairing = Pairing(sources.others, options.projector, TABLES[options.embedding_from], options.layers)
+    table = TABLES[options.embedding_from]
+    kept = kept_rows(weight_map, sources.by_role, table, keep=options.keep_rows)
+    pairing = Pairing(sources.others, options.projector, table, options.layers, kept.rows)
     resolution = resolve(loaded, sources.source, pairing)
     _check_requirements(loaded, resolution, options)
     _check_heads(resolution)
@@ -112,6 +115,7 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
         generation_config=_generation(resolution, weight_map, values),
         notes=(
             *plan_notes(resolution, drafts, changes, options, weight_map, config),
+            *kept.notes,
             *beside.notes,
         ),
     )

@@ -90,7 +90,7 @@ def _decoder(
     """`added_tokens_decoder`, id to token, with the tokens moved."""
     decoder = dict(given)
     for move in moves:
-        for number, allowed in ((move.source, {move.token}), (move.target, {move.token, move.replaces})):
+        for number, allowed in ((move.source, [move.token]), (move.target, [move.token, move.replaces])):
             if str(number) in decoder and _content(decoder[str(number)]) not in allowed:
                 raise CheckpointError(
                     f"added_tokens_decoder has {_content(decoder[str(number)])!r} as {number}, "

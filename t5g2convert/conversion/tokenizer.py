@@ -51,7 +51,7 @@ def patch_tokenizer(
         path: The source's tokenizer.json.
         moves: The tokens that move.
         special: Added tokens that become special as well.
-        rows: Rows of the target's embedding table; an added token beyond them is refused.
+        rows: Rows of the target's embedding table.
         required: Whether the model reads images. One that does not can do without the tokens: what has none of them
             beyond the table stays as it is.
 
@@ -67,7 +67,7 @@ def patch_tokenizer(
         try:
             identity = FileIdentity.of(fd)
             places = {name: _Places() for name in (*names, *special)}
-            ids = list(_scan(fd, places))
+            _scan(fd, places)
         finally:
             os.close(fd)
     except OSError as error:
@@ -83,21 +83,9 @@ def patch_tokenizer(
                 if not entry.special:
                     splices.append(entry.made_special())
                     changes.append(TokenChange(name, entry.id, entry.id, None))
-    _check_rows(ids, {entry.id for move in moves for entry in places[move.token].entries}, rows, path)
     if foreign:
         return None
     return PatchedTokenizer(tuple(sorted(splices, key=lambda splice: splice.start)), tuple(changes), identity)
-
-
-def _check_rows(ids: Sequence[int], moved: set[int], rows: int, path: Path) -> None:
-    """Refuse a tokenizer with an added token, other than those that move, that the output's table has no row for."""
-    beyond = sorted({number for number in ids if number >= rows} - moved)
-    if beyond:
-        raise CheckpointError(
-            f"has an added token with id {beyond[0]}, the embedding table of the output has {rows} rows",
-            where=path,
-            hint="a map of your own that cuts no rows keeps it (--mapping)",
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +161,14 @@ def _move(
     )
 
 
-def _scan(fd: int, places: dict[str, _Places]) -> Iterator[int]:
-    """Sort the places of tokens, and yield the ids of all added tokens."""
+def _scan(fd: int, places: dict[str, _Places]) -> None:
+    """Sort the places of tokens."""
     needles = {json.dumps(name, ensure_ascii=False).encode(): place for name, place in places.items()}
-    for needle, at in _occurrences(fd, [*needles, b'"id"']):
+    for needle, at in _occurrences(fd, [*needles]):
         first = max(at - REACH, 0)
-        window = os.pread(fd, 2 * REACH, first) if needle in needles else os.pread(fd, 64, first := at)
+        window = os.pread(fd, 2 * REACH, first)
         start = at - first
-        if needle not in needles:
-            if found := _NUMBER.match(window, start + len(needle)):
-                yield int(found[1])
-        elif not _is_escaped(window, start):
+        if not _is_escaped(window, start):
             _sort(window, first, start, needle, needles[needle])
 
 

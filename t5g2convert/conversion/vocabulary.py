@@ -27,7 +27,7 @@ _TOKEN: Final = re.compile(rb'\s*,?\s*"((?:[^"\\]|\\.)*+)"\s*:\s*(\d++)(?=.)', r
 
 
 def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> int:
-    """How many rows of both embedding tables are the same tokens: all that the target keeps.
+    """How many rows of both embedding tables are the same tokens: all that the map keeps of tables of their size.
 
     The names of the tokens are compared where both checkpoints have a tokenizer.json.
 
@@ -41,7 +41,9 @@ def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> 
         HubError: The Hub does not give one out, or cannot be reached.
         MappingError: The tables have other counts of rows, or their tokens other names.
     """
-    rows, kept = resolution.symbols["vocab"], weight_map.vocabulary.cut.get(donated, donated)
+    cut, vocab = weight_map.vocabulary.cut, resolution.symbols["vocab"]
+    # Rows behind the cut are each model's own, also where they are kept.
+    rows, kept = cut.get(vocab, vocab), cut.get(donated, donated)
     if kept != rows:
         raise MappingError(f"the donor embeds {kept} tokens, the source {rows}: no common vocabulary", hint=HINT)
     check_names(resolution, VISION_FROM, "the donor", hint=HINT)

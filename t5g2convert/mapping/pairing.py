@@ -24,12 +24,14 @@ class Pairing:
         projector: How a donor's projector comes to the source's width; see `SourceModel.with_vision_of`.
         table: The role of the checkpoint that gives the embedding table.
         layers: What each stack takes.
+        rows: Rows of the target's embedding table; None for what the map keeps of that many.
     """
 
     others: Mapping[Role, Checkpoint] = field(default_factory=dict)
     projector: str | None = None
     table: Role = SOURCE
     layers: Layers = field(default_factory=dict)
+    rows: int | None = None
 
 
 ALONE: Final = Pairing()

@@ -105,10 +105,13 @@ def resolve(
     model = read_model(weight_map, checkpoint, subject=subject)
     check_map(weight_map, pairing)
     # Worlds of their own: whatever would refuse another checkpoint as a source refuses it here.
-    worlds = {role: resolve(loaded, other, subject=SUBJECTS[role]) for role, other in pairing.others.items()}
+    worlds = {
+        role: resolve(loaded, other, Pairing(rows=pairing.rows), subject=SUBJECTS[role])
+        for role, other in pairing.others.items()
+    }
     if VISION_FROM in worlds:
         model = model.with_vision_of(worlds[VISION_FROM].model, pairing.projector)
-    symbols = {**model.symbols, "vocab": weight_map.vocabulary.cut.get(model.symbols["rows"], model.symbols["rows"])}
+    symbols = {**model.symbols, "vocab": _rows_of(weight_map, model.symbols["rows"], pairing.rows)}
     values = _moved_values(weight_map, model, symbols["vocab"], checkpoint)
     models: dict[Role, SourceModel] = {SOURCE: model}
     parents: dict[str, Mapping[str, Any]] = dict.fromkeys(STACKS, values)
@@ -145,6 +148,12 @@ def resolve(
         drops=(*dropped, *_repeats(worlds)),
         left=tuple(left_behind(_own(rows, checkpoints), sides[SOURCE], targets)),
     )
+
+
+def _rows_of(weight_map: WeightMap, rows: int, wanted: int | None) -> int:
+    """The rows that are left of a table: those that are wanted where it can have so many, else what the map keeps."""
+    kept = weight_map.vocabulary.cut.get(rows, rows)
+    return rows if wanted == rows else kept
 
 
 def _own(rows: Iterable[Row], roles: Iterable[Role]) -> list[Row]:

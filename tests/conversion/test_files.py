@@ -239,17 +239,17 @@ FAULTS: dict[str, tuple[str, Damage, str]] = {
     "decoder-old": (
         "tokenizer_config.json",
         lambda path: edit(path, added_tokens_decoder={"262144": {"content": "<mine>"}}),
-        "added_tokens_decoder has '<mine>' as 262144, expected <image_soft_token>",
+        "has the token '<mine>' as 262144, which is <image_soft_token> in another file",
     ),
     "decoder-new": (
         "tokenizer_config.json",
-        lambda path: edit(path, added_tokens_decoder={"256001": {"content": "<mine>"}}),
-        "added_tokens_decoder has '<mine>' as 256001, expected <image_soft_token> or <unused99>",
+        lambda path: edit(path, added_tokens_decoder={"256001": {"content": "<unused100>"}}),
+        "added_tokens_decoder has '<unused100>' as 256001, expected <image_soft_token> or <unused99>",
     ),
     "another-image-token": (
         "tokenizer_config.json",
         lambda path: edit(path, image_token="<img>"),
-        "image_token is '<img>', expected '<image_soft_token>'",
+        "image_token is '<img>', the token that config.json means is '<image_soft_token>', 262144",
     ),
     "in-use": (
         "tokenizer_config.json",

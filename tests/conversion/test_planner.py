@@ -158,10 +158,10 @@ def test_an_image_token_past_the_table_is_refused(demo_source: Path) -> None:
         plan(demo_source)
 
 
-def test_a_vocabulary_without_the_end_of_image_token_gets_zeros_and_a_note(demo_source: Path) -> None:
-    path = demo_source / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eoi_token_index": 300}))
-    made = plan(demo_source)
+def test_a_text_vocabulary_without_the_end_of_image_token_gets_zeros_and_a_note(
+    demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path
+) -> None:
+    made = planned({**demo_config["text_config"], "model_type": "gemma3_text"}, gemma3_map, tmp_path)
     (eoi,) = [tensor for tensor in made.tensors if tensor.name.endswith("eoi_embedding")]
     assert eoi.content.kind == "zeros"
     assert any("eoi_embedding is zeros" in note for note in made.notes)

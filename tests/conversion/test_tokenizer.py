@@ -184,7 +184,6 @@ REFUSED = [
     pytest.param(small({"id": 256_001, "content": "<unused99>"}, OLD), "1 other place(s)", id="an-entry-without-flags"),
     pytest.param(small({**FREE, "special": 1}, OLD), "1 other place(s)", id="a-flag-that-is-none"),
     pytest.param(small({**FREE, "id": "256001"}, OLD), "1 other place(s)", id="an-id-that-is-a-text"),
-    pytest.param(small(FREE, OLD, entry(262_150, "<mine>")), "an added token with id 262150", id="behind-the-table"),
     pytest.param("{}", "<image_soft_token>: nowhere; <unused99>: nowhere", id="empty"),
     pytest.param(small(FREE, OLD).replace("<", "\\u003c"), "nowhere", id="spelled-otherwise"),
 ]

@@ -1,0 +1,72 @@
+"""The token ids that config.json and generation_config.json name."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+SECTIONS: Final = ((), ("text_config",), ("encoder",), ("encoder", "text_config"), ("decoder",))
+"""Where a config.json of Gemma or T5Gemma names tokens."""
+
+IMAGE_IDS: Final = frozenset(
+    {
+        "boi_token_index", "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id", "image_token_id",
+    }
+)  # fmt: skip
+"""Tokens that a model needs only if it reads images; configs without images may name ids that no table has."""
+
+GENERATED_IDS: Final = frozenset(
+    {
+        "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids",
+        "sequence_bias",
+    }
+)  # fmt: skip
+"""Settings of generation_config.json that hold token ids under other names than `..._token_id`."""
+
+
+def config_ids(config: Mapping[str, Any], *, images: bool) -> Iterator[tuple[str, int]]:
+    """Yield the fields of a config.json that name tokens, by their path, each with its ids.
+
+    Null and negative numbers name no token.
+
+    Args:
+        config: config.json.
+        images: Whether the model reads images; if not, the tokens of images are left out.
+
+    Example:
+        >>> list(config_ids({"eos_token_id": [1, 106], "text_config": {"pad_token_id": 0}}, images=False))
+        [('eos_token_id', 1), ('eos_token_id', 106), ('text_config.pad_token_id', 0)]
+    """
+    for path in SECTIONS:
+        section: Any = config
+        for key in path:
+            section = section.get(key) if isinstance(section, Mapping) else None
+        if not isinstance(section, Mapping):
+            continue
+        for name, value in section.items():
+            if name in IMAGE_IDS and not images:
+                continue
+            if name.endswith("_token_id") or name in IMAGE_IDS:
+                yield from ((".".join((*path, name)), number) for number in _whole_numbers(value))
+
+
+def generation_ids(generation: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the fields of a generation_config.json that name tokens, each with its ids."""
+    for name, value in generation.items():
+        if name == "forced_decoder_ids":
+            # Pairs of a position and a token.
+            pairs = (pair for pair in value if isinstance(pair, list)) if isinstance(value, list) else ()
+            yield from ((name, number) for pair in pairs for number in _whole_numbers(pair[1:]))
+        elif name == "sequence_bias":
+            # Pairs of a sequence of tokens and a bias, which may be a whole number too.
+            pairs = (pair for pair in value if isinstance(pair, list)) if isinstance(value, list) else ()
+            yield from ((name, number) for pair in pairs for number in _whole_numbers(pair[:1]))
+        elif name.endswith("_token_id") or name in GENERATED_IDS:
+            yield from ((name, number) for number in _whole_numbers(value))
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """Yield the whole numbers from 0 on of a value, which may be a list of lists."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _whole_numbers(item)
+    elif type(value) is int and value >= 0:
+        yield value
