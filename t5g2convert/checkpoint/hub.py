@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, found_in, open_checkpoint, read_checkpoint, read_json_object
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
-from t5g2convert.checkpoint.place import HubFile, HubOrigin, regular_file
+from t5g2convert.checkpoint.place import HubFile, HubOrigin, folders_of, regular_file
+from t5g2convert.checkpoint.recognition import ADAPTER_CONFIG, Found
 from t5g2convert.errors import CheckpointError, HubError, OutputError
 
 Origin = str | Path | Checkpoint
@@ -173,14 +174,26 @@ def _pinned(hub_id: HubId) -> Repository | None:
             files_metadata=True,
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         )
-        files = _listed(info.siblings)
+        files, paths = _listed(info.siblings), folders_of(item.rfilename for item in info.siblings or ())
     if config not in files:
-        raise CheckpointError(f"has no {config}", where=str(hub_id), hint="is it a model in safetensors?")
+        raise _no_model(HubOrigin(hub_id.repo, info.sha or "main", files, paths), str(hub_id))
     with hub_errors(hub_id.repo, hub_id.revision):
         # By the revision's name, which so gets into the cache for a later run offline.
         path = api.hf_hub_download(hub_id.repo, config, revision=hub_id.revision, tqdm_class=silent_bar())
         snapshot = Path(path).parent
-    return Repository(snapshot, HubOrigin(hub_id.repo, snapshot.name, files)) if snapshot.name == info.sha else None
+    return (
+        Repository(snapshot, HubOrigin(hub_id.repo, snapshot.name, files, paths)) if snapshot.name == info.sha else None
+    )
+
+
+def _no_model(hub: HubOrigin, where: str) -> CheckpointError:
+    """What a model of the Hub is that has no config.json."""
+    folder = None
+    if ADAPTER_CONFIG in hub.files:
+        with hub_errors(hub.repo, hub.revision):
+            folder = Path(download(hub, ADAPTER_CONFIG)).parent
+    found = found_in(hub.paths, folder, hub) or Found("has no config.json", "is it a model in safetensors?")
+    return CheckpointError(found.what, where=where, hint=found.step)
 
 
 def _listed(siblings: Iterable[Any] | None) -> dict[str, HubFile]:
