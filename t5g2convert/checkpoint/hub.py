@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, is_template
 from t5g2convert.checkpoint.folder import Checkpoint, found_in, open_checkpoint, read_checkpoint, read_json_object
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
-from t5g2convert.checkpoint.place import HubFile, HubOrigin, folders_of, regular_file
+from t5g2convert.checkpoint.place import HubFile, HubOrigin, folders_of, listed, regular_file
 from t5g2convert.checkpoint.recognition import ADAPTER_CONFIG, Found
 from t5g2convert.errors import CheckpointError, HubError, OutputError
 
@@ -197,11 +198,11 @@ def _no_model(hub: HubOrigin, where: str) -> CheckpointError:
 
 
 def _listed(siblings: Iterable[Any] | None) -> dict[str, HubFile]:
-    """The files at the top level of a model, of the answer to `model_info`."""
+    """The files at the top level of a model, and its further chat templates, of the answer to `model_info`."""
     return {
         item.rfilename: HubFile(int(item.size), None if item.lfs is None else item.lfs.sha256)
         for item in siblings or ()
-        if "/" not in item.rfilename
+        if "/" not in item.rfilename or is_template(item.rfilename)
     }
 
 
@@ -218,7 +219,9 @@ def _open_cached(hub_id: HubId) -> Checkpoint:
             hint=OFFLINE_HINT,
         )
     snapshot = Path(config).parent
-    items = (item for item in snapshot.iterdir() if not item.is_dir())
-    files = {item.name: HubFile(regular_file(item).stat().st_size, None) for item in items}
+    names = [name for name in listed(snapshot) if not name.endswith("/")]
+    if (snapshot / TEMPLATES_FOLDER).is_dir():
+        names += filter(is_template, (f"{TEMPLATES_FOLDER}{name}" for name in listed(snapshot / TEMPLATES_FOLDER)))
+    files = {name: HubFile(regular_file(snapshot / name).stat().st_size, None) for name in names}
     origin = HubOrigin(hub_id.repo, snapshot.name, files)
     return read_checkpoint(Snapshot(snapshot, origin), origin)
