@@ -123,7 +123,8 @@ class _Handler(Writes, BaseHTTPRequestHandler):
     def _tree(self, name: str, revision: str) -> None:
         repo = self.repo(name)
         files = repo.commits[self.revision(repo, revision)]
-        self.send_json([_listed(file, data) for file, data in files.items()])
+        whole = self.query.get("recursive", [""])[0].lower() == "true"
+        self.send_json([_listed(file, data) for file, data in files.items() if whole or "/" not in file])
 
     def _paths(self, name: str, revision: str) -> None:
         repo = self.repo(name)

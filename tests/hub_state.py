@@ -115,7 +115,13 @@ class Hub:
     def add(self, name: str, folder: Path, **access: set[str] | None) -> str:
         """Add a model with the files of a folder; the sha of its only commit."""
         self.repos[name] = Repo(**access)
-        return self.repos[name].commit({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+        return self.repos[name].commit(
+            {
+                path.relative_to(folder).as_posix(): path.read_bytes()
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+        )
 
     def env(self, home: Path, **more: str) -> dict[str, str]:
         """The environment of a process that talks to this Hub, without a token of its own, with its cache in `home`."""

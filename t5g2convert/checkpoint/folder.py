@@ -3,13 +3,21 @@
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.header import Header, TensorEntry
 from t5g2convert.checkpoint.place import Folder, HubOrigin, Place, is_there, regular_file
+from t5g2convert.checkpoint.recognition import (
+    ADAPTER_CONFIG,
+    Found,
+    adapter_beside,
+    recognise,
+    recognise_file,
+    spelling_hint,
+)
 from t5g2convert.checkpoint.strictjson import is_text, parse_object
 from t5g2convert.errors import CheckpointError, T5g2Error
 
@@ -88,9 +96,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_checkpoint(place: Place, hub: HubOrigin | None = None) -> Checkpoint:
     """Read the config and all headers of a checkpoint, wherever it is; see `open_checkpoint`."""
     path = place.path
+    if not place.has(SINGLE_FILE) and not place.has(INDEX_FILE):
+        raise _no_weights(place, hub)
     config_text = read_json_file(path / "config.json")
     config = parse_object(config_text, path / "config.json")
     names, index, notes = _weight_files(place)
+    _check_preferred(place, config)
     files = place.headers(names)
     tensors: dict[str, StoredTensor] = {}
     for name, header in files.items():
@@ -117,19 +128,19 @@ def check_folder(path: Path) -> None:
     Raises:
         CheckpointError: It is missing, a file, cannot be read, or is an address.
     """
-    hint = "give the folder that holds config.json"
     if scheme := scheme_of(path):
         told = f"an address ({scheme}//...) was given, expected a folder"
         raise CheckpointError(told, hint="a model of the Hub is given by its name, as org/name")
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise CheckpointError("no such folder", where=path, hint=hint) from None
+        raise CheckpointError("no such folder", where=path, hint=spelling_hint(str(path))) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(f"cannot be read: {reason}", where=path, hint=hint) from None
+        raise CheckpointError(f"cannot be read: {reason}", where=path, hint=spelling_hint("")) from None
     if not stat.S_ISDIR(mode):
-        raise CheckpointError("is a file, expected a checkpoint folder", where=path, hint=hint)
+        found = recognise_file(path)
+        raise CheckpointError(found.what, where=path, hint=found.step)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -166,11 +177,15 @@ def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple
     """The safetensors files to read, the index if it counts, and notes."""
     has_single = place.has(SINGLE_FILE)
     if not place.has(INDEX_FILE):
-        if has_single:
-            return [SINGLE_FILE], None, ()
-        raise _no_weights(place)
+        return [SINGLE_FILE], None, ()
     index = _read_index(place.path / INDEX_FILE)
     shards = sorted(set(index.values()))
+    if SINGLE_FILE in shards and len(shards) > 1:
+        raise CheckpointError(
+            f"{INDEX_FILE} names {SINGLE_FILE} and {len(shards) - 1} more: transformers reads {SINGLE_FILE} alone",
+            where=place.path,
+            hint="give the shards other names, there and in the index",
+        )
     if not has_single or SINGLE_FILE in shards:
         absent = [name for name in shards if not place.has(name)]
         if len(absent) > 1:
@@ -186,21 +201,83 @@ def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple
     return [SINGLE_FILE], None, (f"{INDEX_FILE} was ignored: none of the files it names are here",)
 
 
-def _no_weights(place: Place) -> T5g2Error:
+def _no_weights(place: Place, hub: HubOrigin | None) -> T5g2Error:
+    """What the place is that has no safetensors checkpoint."""
+    if found := found_in(place.paths(), place.path, hub):
+        return place.incomplete(found.what, found.step)
     names = list(place.names())
-    others = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".gguf"}]
     shards = [name for name in names if Path(name).suffix == ".safetensors"]
+    if len(shards) == 1 and re.search(r"-\d+-of-\d+", shards[0]) is None:
+        return place.incomplete(
+            f"found {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}",
+            f"if it is the whole model, rename it to {SINGLE_FILE}",
+        )
     if shards:
         return place.incomplete(
             f"found {some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}",
-            "copy the index as well, or rename a single file",
+            f"copy {INDEX_FILE} as well",
         )
+    others = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".pkl"}]
     if others:
         return place.incomplete(
             f"has no safetensors weights, only {some(others)}, which are never unpickled",
             "load it in transformers and call save_pretrained",
         )
-    return place.incomplete(f"has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    told = "" if "config.json" in names else "no config.json, and "
+    return place.incomplete(f"has {told}neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder of a whole model")
+
+
+def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = None) -> Found | None:
+    """What a folder, or a model of the Hub, is that has no safetensors checkpoint; None where it is not known.
+
+    Args:
+        paths: What is in it; see `Place.paths`.
+        path: Where its JSON files lie; None where none of them is here.
+        hub: The model of the Hub that it is, if it is one.
+    """
+
+    def read(name: str) -> Mapping[str, Any] | None:
+        return None if path is None else _read_beside(path / name)
+
+    if hub is None:
+        return recognise(paths, str(path), read)
+    found = recognise(paths, "FOLDER", read)
+    if found is None or "FOLDER" not in found.step:
+        return found
+    return Found(found.what, f"hf download {hub.repo} --local-dir FOLDER, then {found.step}")
+
+
+def _read_beside(path: Path) -> Mapping[str, Any] | None:
+    try:
+        return read_json_object(path)
+    except CheckpointError:
+        return None
+
+
+def _check_preferred(place: Place, config: Mapping[str, Any]) -> None:
+    """Refuse what a loader would read in place of the weights and the config, or on top of them.
+
+    Raises:
+        CheckpointError: transformers would load another model.
+    """
+    if place.has(ADAPTER_CONFIG):
+        found = adapter_beside(lambda name: _read_beside(place.path / name))
+        raise CheckpointError(found.what, where=place.path, hint=found.step)
+    where = place.path / "config.json"
+    named = config.get("transformers_weights")
+    if named not in (None, SINGLE_FILE, INDEX_FILE):
+        raise CheckpointError(
+            f"transformers_weights names {named!r}: transformers reads that file and no other",
+            where=where,
+            hint=f"rename it to {SINGLE_FILE}, and remove the key",
+        )
+    versions = config.get("configuration_files")
+    if isinstance(versions, list) and (others := [name for name in versions if name != "config.json"]):
+        raise CheckpointError(
+            f"configuration_files names {some(map(str, others))}: transformers reads the one of its own version",
+            where=where,
+            hint="rename the right one to config.json, and remove the key",
+        )
 
 
 def _read_index(path: Path) -> dict[str, str]:

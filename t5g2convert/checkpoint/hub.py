@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_checkpoint, read_json_object
+from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, is_template
+from t5g2convert.checkpoint.folder import Checkpoint, found_in, open_checkpoint, read_checkpoint, read_json_object
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
-from t5g2convert.checkpoint.place import HubFile, HubOrigin, regular_file
+from t5g2convert.checkpoint.place import HubFile, HubOrigin, folders_of, listed, regular_file
 from t5g2convert.checkpoint.ranges import read_remote_range
+from t5g2convert.checkpoint.recognition import ADAPTER_CONFIG, Found
 from t5g2convert.errors import CheckpointError, HubError, OutputError
 
 Origin = str | Path | Checkpoint
@@ -194,22 +196,34 @@ def _pinned(hub_id: HubId) -> Repository | None:
             files_metadata=True,
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         )
-        files = _listed(info.siblings)
+        files, paths = _listed(info.siblings), folders_of(item.rfilename for item in info.siblings or ())
     if config not in files:
-        raise CheckpointError(f"has no {config}", where=str(hub_id), hint="is it a model in safetensors?")
+        raise _no_model(HubOrigin(hub_id.repo, info.sha or "main", files, paths), str(hub_id))
     with hub_errors(hub_id.repo, hub_id.revision):
         # By the revision's name, which so gets into the cache for a later run offline.
         path = api.hf_hub_download(hub_id.repo, config, revision=hub_id.revision, tqdm_class=silent_bar())
         snapshot = Path(path).parent
-    return Repository(snapshot, HubOrigin(hub_id.repo, snapshot.name, files)) if snapshot.name == info.sha else None
+    return (
+        Repository(snapshot, HubOrigin(hub_id.repo, snapshot.name, files, paths)) if snapshot.name == info.sha else None
+    )
+
+
+def _no_model(hub: HubOrigin, where: str) -> CheckpointError:
+    """What a model of the Hub is that has no config.json."""
+    folder = None
+    if ADAPTER_CONFIG in hub.files:
+        with hub_errors(hub.repo, hub.revision):
+            folder = Path(download(hub, ADAPTER_CONFIG)).parent
+    found = found_in(hub.paths, folder, hub) or Found("has no config.json", "is it a model in safetensors?")
+    return CheckpointError(found.what, where=where, hint=found.step)
 
 
 def _listed(siblings: Iterable[Any] | None) -> dict[str, HubFile]:
-    """The files at the top level of a model, of the answer to `model_info`."""
+    """The files at the top level of a model, and its further chat templates, of the answer to `model_info`."""
     return {
         item.rfilename: HubFile(int(item.size), None if item.lfs is None else item.lfs.sha256)
         for item in siblings or ()
-        if "/" not in item.rfilename
+        if "/" not in item.rfilename or is_template(item.rfilename)
     }
 
 
@@ -226,7 +240,9 @@ def _open_cached(hub_id: HubId) -> Checkpoint:
             hint=OFFLINE_HINT,
         )
     snapshot = Path(config).parent
-    items = (item for item in snapshot.iterdir() if not item.is_dir())
-    files = {item.name: HubFile(regular_file(item).stat().st_size, None) for item in items}
+    names = [name for name in listed(snapshot) if not name.endswith("/")]
+    if (snapshot / TEMPLATES_FOLDER).is_dir():
+        names += filter(is_template, (f"{TEMPLATES_FOLDER}{name}" for name in listed(snapshot / TEMPLATES_FOLDER)))
+    files = {name: HubFile(regular_file(snapshot / name).stat().st_size, None) for name in names}
     origin = HubOrigin(hub_id.repo, snapshot.name, files)
     return read_checkpoint(Snapshot(snapshot, origin), origin)

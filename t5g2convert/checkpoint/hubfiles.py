@@ -42,6 +42,10 @@ class Repository:
         """All files at the top level of the commit."""
         return self.hub.files
 
+    def paths(self) -> frozenset[str]:
+        """All files and folders of the commit."""
+        return self.hub.paths
+
     def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
         """The headers of safetensors files."""
         ordered = list(names)
@@ -104,15 +108,15 @@ class Snapshot(Folder):
         )
 
 
-def download(hub: HubOrigin, name: str, progress: Progress | None = None) -> None:
-    """Fetch a file into the cache, unless it is there.
+def download(hub: HubOrigin, name: str, progress: Progress | None = None) -> str:
+    """Fetch a file into the cache, unless it is there, and return its path.
 
     Raises:
         HubError: The Hub does not give it out, or cannot be reached.
         OutputError: The cache cannot be written.
     """
     with hub_errors(hub.repo, hub.revision):
-        hub_api().hf_hub_download(hub.repo, name, revision=hub.revision, tqdm_class=silent_bar(progress))
+        return str(hub_api().hf_hub_download(hub.repo, name, revision=hub.revision, tqdm_class=silent_bar(progress)))
 
 
 def hub_api() -> "HfApi":

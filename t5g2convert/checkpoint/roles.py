@@ -56,7 +56,7 @@ def role_in(file: str) -> Role:
 
 def plain_name(file: str) -> str:
     """The name in its checkpoint of a file as plans name it."""
-    return file.rpartition("/")[2]
+    return file.removeprefix(named(role_in(file), ""))
 
 
 class Folders:

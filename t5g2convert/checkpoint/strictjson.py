@@ -1,10 +1,24 @@
 """JSON as checkpoints hold it, read without mercy: one object, every key once."""
 
+import codecs
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from t5g2convert.errors import CheckpointError
+
+OTHER_ENCODINGS: Final = {
+    codecs.BOM_UTF8: ("utf-8", "starts with a byte order mark"),
+    codecs.BOM_UTF32_LE: ("utf-32", "is UTF-32 text"),
+    codecs.BOM_UTF32_BE: ("utf-32", "is UTF-32 text"),
+    codecs.BOM_UTF16_LE: ("utf-16", "is UTF-16 text"),
+    codecs.BOM_UTF16_BE: ("utf-16", "is UTF-16 text"),
+    b"{\0\0\0": ("utf-32-le", "is UTF-32 text"),
+    b"\0\0\0{": ("utf-32-be", "is UTF-32 text"),
+    b"{\0": ("utf-16-le", "is UTF-16 text"),
+    b"\0{": ("utf-16-be", "is UTF-16 text"),
+}
+"""First bytes of JSON that Windows' editors and shells save: its encoding, and what it is called. The first counts."""
 
 
 def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
@@ -16,8 +30,11 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
         subject: What the text is, if not the whole file, as the start of a sentence ("the header ").
 
     Raises:
-        CheckpointError: It is not JSON, not an object, nested too deeply, or has a key twice.
+        CheckpointError: It is not JSON, not UTF-8, not an object, nested too deeply, or has a key twice.
     """
+    if found := _other_encoding(text):
+        hint = None if subject else "save it as UTF-8 without a byte order mark"
+        raise CheckpointError(f"{subject}{found}, expected plain UTF-8", where=where, hint=hint)
     try:
         document = json.loads(text.decode(), object_pairs_hook=_checked, parse_int=_integer)
     except _DuplicateKeyError as error:
@@ -29,6 +46,18 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CheckpointError(f"{subject}is a JSON {type(document).__name__}, expected an object", where=where)
     return document
+
+
+def _other_encoding(text: bytes) -> str | None:
+    """What text is called that is not plain UTF-8 and can be read otherwise."""
+    for start, (encoding, found) in OTHER_ENCODINGS.items():
+        if text.startswith(start):
+            try:
+                text.decode(encoding)
+            except UnicodeDecodeError:
+                return None
+            return found
+    return None
 
 
 def is_text(text: str) -> bool:

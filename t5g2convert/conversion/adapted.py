@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, held
 from t5g2convert.checkpoint.config import ImpliedTensor, describe_model_type
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
 from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, StoredTensor
@@ -41,7 +42,7 @@ TIED: Final = ("model.decoder.embed_tokens.weight", "lm_head.out_proj.weight")
 CARRIED: Final = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
-    "preprocessor_config.json",
+    "preprocessor_config.json", TEMPLATES_FOLDER,
 )  # fmt: skip
 """Files that go along as they are, where the model has them."""
 
@@ -92,7 +93,7 @@ def plan_adapted(
         dropped=(),
         changes=tuple(_changes(model, main)) if cast_to is not None else (),
         tied=dict.fromkeys(TIED, TABLE),
-        files=tuple(copied(model, name) for name in CARRIED if model.holds(name)),
+        files=tuple(copied(model, name) for name in held(model, CARRIED)),
         tokens=(),
         config=_with_dtype(model.config, CONFIG_NAMES[main], top=True) if cast_to is not None else model.config,
         generation_config=None,

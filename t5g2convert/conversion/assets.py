@@ -8,9 +8,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, is_template
 from t5g2convert.checkpoint.folder import INDEX_FILE
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, seal
+from t5g2convert.checkpoint.replacing import flush_folder
 from t5g2convert.checkpoint.roles import Folders, plain_name
 from t5g2convert.conversion.beside import PlannedFile
 from t5g2convert.conversion.plan import Plan, PlannedSource
@@ -39,9 +41,13 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
     contents |= {file.name: _contents(file, folders) for file in plan.files}
     if len(plan.shards) > 1:
         contents[INDEX_FILE] = [encode_json(_index(plan))]
+    if any(is_template(name) for name in contents):
+        _make_folder(folder / TEMPLATES_FOLDER)
     for name, pieces in contents.items():
         size, digest = _write(folder / name, pieces, flush=flush)
         files[name] = {"bytes": size, "sha256": digest if hashing else None}
+    if flush and (folder / TEMPLATES_FOLDER).is_dir():
+        _flush(folder / TEMPLATES_FOLDER)
     _write(folder / MANIFEST_FILE, [seal(_manifest(plan, written, files))], flush=flush)
 
 
@@ -119,6 +125,20 @@ def _pieces(file: BufferedReader, count: int | None) -> Iterator[bytes]:
 def _check_unchanged(planned: PlannedFile, file: BufferedReader, path: Path) -> None:
     if planned.identity is not None and FileIdentity.of(file.fileno()) != planned.identity:
         raise CheckpointError("changed while it was being read", where=path, hint="start again")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot be made: {error.strerror}", where=path) from error
+
+
+def _flush(folder: Path) -> None:
+    try:
+        flush_folder(folder)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=folder) from error
 
 
 def _write(path: Path, pieces: Iterable[bytes], *, flush: bool) -> tuple[int, str]:

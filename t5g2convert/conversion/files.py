@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.chat_templates import held, is_template
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.hub import fetch, read_held
@@ -43,7 +44,7 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
     """
     source = resolution.checkpoints[SOURCE]
     folder = source.path
-    carried = [copied(source, name) for name in weight_map.files.carry if source.holds(name)]
+    carried = [copied(source, name) for name in held(source, weight_map.files.carry)]
     made: list[PlannedFile] = []
     tokens: tuple[TokenChange, ...] = ()
     notes: list[str] = []
@@ -140,5 +141,7 @@ def _notes(
             yield f"tokenizer.json: {change.token} takes the place of {change.replaces}, id {change.target}"
     if not converted:
         return
-    if names & set(TEMPLATE_FILES) or "chat_template" in (read_held(source, TOKENIZER_CONFIG_FILE) or {}):
+    if any(name in TEMPLATE_FILES or is_template(name) for name in names) or "chat_template" in (
+        read_held(source, TOKENIZER_CONFIG_FILE) or {}
+    ):
         yield "the chat template is the source's: it was written for a decoder without an encoder"

@@ -136,9 +136,11 @@ class Journal:
 
 def _fingerprint(plan: Plan, *, allow_nonfinite: bool) -> str:
     """sha256 of everything that decides a shard's bytes."""
+    # A note, or a file that stays behind, changes no shard.
+    document = {key: value for key, value in plan.to_json().items() if key not in ("notes", "source_files")}
     decides = {
         "version": __version__,
-        "plan": plan.to_json(),
+        "plan": document,
         # Not the device, whose number may be another after a restart.
         "source": [(file.name, *astuple(file.identity)[1:]) for file in plan.source_files],
         "allow_nonfinite": allow_nonfinite,

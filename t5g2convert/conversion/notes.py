@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint import t5gemma, t5gemma2
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.foreign import remarks
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.changes import setting
@@ -35,6 +36,7 @@ def plan_notes(
     """All notes of a plan, in the order in which they are shown; `config` is the target's."""
     for checkpoint in resolution.checkpoints.values():
         yield from checkpoint.notes
+        yield from remarks(checkpoint)
     yield from _configs(resolution, config)
     yield from _vocabulary(resolution, drafts, changes)
     yield from _settings(changes, tuple(target_of(config, Path("config.json")).stacks.values()))

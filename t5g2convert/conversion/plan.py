@@ -13,6 +13,7 @@ from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.roles import SOURCE, Role, plain_name, role_in
 from t5g2convert.conversion.beside import PlannedFile, TokenChange
+from t5g2convert.conversion.source_files import SourceItem
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 """`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
@@ -206,7 +207,7 @@ class Plan:
     """All of a conversion before its first byte is written.
 
     `mapping` is the map that it follows; None where trained values are put into a model, with what `adaptation` tells
-    of the training.
+    of the training. `source_items` is everything in the folder of the source, with what becomes of it.
     """
 
     mapping: str | None
@@ -226,6 +227,7 @@ class Plan:
     generation_config: Mapping[str, Any] | None
     notes: tuple[str, ...]
     adaptation: Mapping[str, Any] | None = None
+    source_items: tuple[SourceItem, ...] = ()
 
     @property
     def source(self) -> PlannedSource:
@@ -277,6 +279,7 @@ class Plan:
             "tokens": [asdict(token) for token in self.tokens],
             "config": dict(self.config),
             "notes": list(self.notes),
+            "source_files": [asdict(item) for item in self.source_items],
             **({} if self.adaptation is None else {"adaptation": dict(self.adaptation)}),
         }
 

@@ -33,6 +33,7 @@ from t5g2convert.conversion.plan import (
     SourceRange,
 )
 from t5g2convert.conversion.rows import kept_rows
+from t5g2convert.conversion.source_files import account_for, left_notes
 from t5g2convert.conversion.vocabulary import check_names, shared_rows
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
@@ -93,6 +94,7 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
     _check_target(drafts, config, loaded)
     changes = tuple(declared_changes(resolution, drafts, config, loaded, model_dtype))
     beside = plan_files(weight_map, resolution)
+    items = account_for(sources.source, beside.files)
     tensors, shards = lay_out(drafts, options.max_shard_bytes)
     counted: Counter[str] = Counter()
     for tensor in tensors:
@@ -117,7 +119,9 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
             *plan_notes(resolution, drafts, changes, options, weight_map, config),
             *kept.notes,
             *beside.notes,
+            *left_notes(items),
         ),
+        source_items=items,
     )
 
 

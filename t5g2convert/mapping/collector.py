@@ -1,25 +1,14 @@
 """What is wrong with the tensors of a checkpoint, gathered while a map is applied to it and told in one error."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from t5g2convert.checkpoint.config import SourceModel
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
+from t5g2convert.checkpoint.foreign import describe
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.weightmap import did_you_mean
-
-FOREIGN_NAMES: Final = {
-    "lora_": "a LoRA adapter: merge it into its base model first (peft: merge_and_unload)",
-    "_orig_mod.": "saved from a torch.compile wrapper: save the unwrapped model (model._orig_mod)",
-    "_fsdp_wrapped_module.": "saved from an FSDP wrapper: save a full state dict",
-    "qweight": "quantised (GPTQ or AWQ): dequantise it first",
-    "SCB": "quantised (bitsandbytes int8): dequantise it first",
-    "absmax": "quantised (bitsandbytes 4-bit): dequantise it first",
-    "_scale": "quantised (FP8 with scales): dequantise it first",
-}
-"""Parts of tensor names that tell what was done to a checkpoint, and what must be done before it can be converted."""
 
 
 @dataclass(slots=True)
@@ -58,7 +47,7 @@ class Collector:
         raise CheckpointError(
             f"its tensors are not those of mapping {weight_map.name!r} and its config: {summary}",
             where=self.checkpoint.path,
-            hint=foreign(unused),
+            hint=describe(self.checkpoint, unused),
             details=details,
         )
 
@@ -70,12 +59,3 @@ MAX_NEAREST: Final = 50
 def _nearest(name: str, others: list[str]) -> str:
     hint = did_you_mean(name, others[:2000]) if others else None
     return f" ({hint})" if hint else ""
-
-
-def foreign(names: Iterable[str]) -> str | None:
-    """What was done to a checkpoint that has such names, and what must be done before it can be converted."""
-    for name in names:
-        for marker, advice in FOREIGN_NAMES.items():
-            if marker in name:
-                return f"{name} says that this is {advice}"
-    return None

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint import research, t5gemma, t5gemma2
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.foreign import remarks
 from t5g2convert.checkpoint.hub import open_source
 from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.research import read_research
@@ -266,6 +267,6 @@ def _inspection(
         missing=tuple(missing),
         unexpected=tuple(item.name for item in tensors if item.part == UNEXPECTED),
         tensors=tensors,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *remarks(checkpoint)),
         hub=checkpoint.hub,
     )

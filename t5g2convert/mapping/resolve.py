@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.config import SourceModel, describe_model_type
 from t5g2convert.checkpoint.folder import Checkpoint, some
+from t5g2convert.checkpoint.foreign import check_plain, describe
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
-from t5g2convert.mapping.collector import Collector, foreign
+from t5g2convert.mapping.collector import Collector
 from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
@@ -103,6 +104,7 @@ def resolve(
     """
     weight_map = loaded.map
     model = read_model(weight_map, checkpoint, subject=subject)
+    check_plain(checkpoint)
     check_map(weight_map, pairing)
     # Worlds of their own: whatever would refuse another checkpoint as a source refuses it here.
     worlds = {
@@ -268,7 +270,7 @@ def _find_layout(
             raise CheckpointError(
                 f"holds no {root} tensors under any known spelling; it holds {some(checkpoint.tensors)}",
                 where=checkpoint.path,
-                hint=foreign(checkpoint.tensors) or f"known prefixes: {', '.join(map(repr, spellings))}",
+                hint=describe(checkpoint, checkpoint.tensors) or f"known prefixes: {', '.join(map(repr, spellings))}",
             )
         if len(found) > 1:
             counts = ", ".join(f"{hits[spelling]} as {spelling!r}" for spelling in found)

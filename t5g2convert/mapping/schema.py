@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER
 from t5g2convert.checkpoint.config import MAX_INTEGER, Positive
 from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
 from t5g2convert.checkpoint.targets import TARGETS
@@ -57,6 +58,8 @@ def _names(value: object) -> object:
 
 
 def _file_name(name: str) -> str:
+    if name == TEMPLATES_FOLDER:
+        return name
     if not is_plain_name(name):
         raise ValueError("expected the name of a file in the source folder")
     if name in RESERVED_FILES or name.endswith(".safetensors"):
@@ -238,7 +241,10 @@ class TokenizerFiles(Declaration):
 class Files(Declaration):
     """What stands beside the weights."""
 
-    carry: list[FileName] = Field(default_factory=list, description="File names, copied where the source has them.")
+    carry: list[FileName] = Field(
+        default_factory=list,
+        description=f"File names, copied where the source has them; {TEMPLATES_FOLDER} stands for its *.jinja.",
+    )
     tokenizer: TokenizerFiles | None = Field(default=None, description="Makes the tokenizer's files.")
     processor: dict[str, Any] | None = Field(
         default=None,

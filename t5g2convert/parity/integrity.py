@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template
 from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.checkpoint.folder import is_plain_name
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.report import Check, refused
@@ -27,8 +27,15 @@ def judge_integrity(folder: Path, manifest: Mapping[str, Any]) -> Check:
         return Check("integrity", False, f"{MANIFEST_FILE} lists no files")
     with ThreadPoolExecutor(THREADS) as pool:
         faults = [fault for fault in pool.map(lambda item: _fault(folder, *item), files.items()) if fault]
+    holds_templates = any(is_template(name) for name in files)
+    if holds_templates:
+        faults += _strangers(folder / TEMPLATES_FOLDER, files)
     for path in sorted(folder.iterdir()):
-        if path.name in files or path.name == MANIFEST_FILE:
+        if (
+            path.name in files
+            or path.name == MANIFEST_FILE
+            or (holds_templates and f"{path.name}/" == TEMPLATES_FOLDER)
+        ):
             continue
         # Loaders look into folders of chat templates, of code, of other engines' weights; into hidden ones none does.
         if path.suffix.lower() in READ_BY_LOADERS or (path.is_dir() and not path.name.startswith(".")):
@@ -45,10 +52,17 @@ def judge_integrity(folder: Path, manifest: Mapping[str, Any]) -> Check:
     return Check("integrity", True, f"sha256 of {len(files)} files is {MANIFEST_FILE}'s, and its own fits")
 
 
+def _strangers(folder: Path, files: Mapping[str, Any]) -> list[str]:
+    """What is in the folder of chat templates and not in the manifest."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    listed = (f"{folder.name}/{name}" for name in names)
+    return [f"{name} is not in {MANIFEST_FILE}" for name in listed if name not in files]
+
+
 def _fault(folder: Path, name: str, facts: Any) -> str | None:
     if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or "sha256" not in facts:
         return f"{name} has no size and sha256 in {MANIFEST_FILE}"
-    if not is_plain_name(name):
+    if not is_output_name(name):
         return f"{name!r} is no name of a file in this folder"
     path = folder / name
     try:

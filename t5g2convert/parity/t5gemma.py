@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from t5g2convert.checkpoint import gemma2, t5gemma
-from t5g2convert.checkpoint.folder import Checkpoint, read_json_file
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma2 import Gemma2
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.sources import Sources
@@ -18,6 +18,7 @@ from t5g2convert.parity.kinds import Kind
 from t5g2convert.parity.parent import Gemma2Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.parity.runs import judge_runs
+from t5g2convert.parity.tokenizer import same_bytes, template_names
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.t5gemma import T5GemmaReference
 
@@ -65,9 +66,9 @@ class ToT5Gemma(Kind[Gemma2Parent]):
         return judge_runs(T5GemmaReference(target, **judge.reading()), progress=judge.progress)
 
     def _tokens(self, judge: Judge, parent: Gemma2Parent, target: Checkpoint) -> None:
-        names = [
-            name for name in TOKENIZER_FILES if name in judge.manifest.get("files", {}) or is_there(target.path / name)
-        ]
+        files = judge.manifest.get("files", {})
+        names = [name for name in TOKENIZER_FILES if name in files or is_there(target.path / name)]
+        names += template_names(files, parent.folders.source, target.path)
         if names:
             judge.make(["tokenizer"], lambda: [_files(names, parent, target)])
         else:
@@ -77,12 +78,7 @@ class ToT5Gemma(Kind[Gemma2Parent]):
 def _files(names: list[str], parent: Gemma2Parent, target: Checkpoint) -> Check:
     """tokenizer: the files are the source's, byte for byte."""
     source = parent.folders.source
-    faults = [
-        f"{name} is not the source's"
-        for name in names
-        if not (is_there(source / name) and is_there(target.path / name))
-        or read_json_file(source / name) != read_json_file(target.path / name)
-    ]
+    faults = [f"{name} is not the source's" for name in names if not same_bytes(name, source, target)]
     if faults:
         return refused("tokenizer", "file(s) that are not the source's", faults)
     return Check("tokenizer", True, f"{', '.join(names)}: the source's")

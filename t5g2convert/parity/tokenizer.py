@@ -5,7 +5,8 @@ worked out anew from the source's. What is expected of the small files stands he
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,9 @@ TOKENIZER: Final = "tokenizer.json"
 SETTINGS: Final = "tokenizer_config.json"
 PROCESSOR: Final = "processor_config.json"
 UNCHANGED: Final = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+
+TEMPLATES: Final = "additional_chat_templates"
+"""The folder of further chat templates, from which transformers loads every *.jinja."""
 
 IMAGE_TOKENS: Final = {
     "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
@@ -58,7 +62,16 @@ def make_tokenizer_check(judge: Judge, target: Checkpoint, check: Callable[[], C
 
 def _names(target: Path, manifest: Mapping[str, Any]) -> list[str]:
     files = manifest.get("files", {})
-    return [name for name in (TOKENIZER, SETTINGS, PROCESSOR, *UNCHANGED) if name in files or is_there(target / name)]
+    known = [name for name in (TOKENIZER, SETTINGS, PROCESSOR, *UNCHANGED) if name in files or is_there(target / name)]
+    return [*known, *template_names(files, target)]
+
+
+def template_names(files: Iterable[str], *folders: Path) -> list[str]:
+    """The further chat templates that a manifest lists or that are in one of the folders."""
+    found = {name for name in files if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name)}
+    for folder in folders:
+        found |= {f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")}
+    return sorted(found)
 
 
 def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:
@@ -76,7 +89,11 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     source, seeing = folders.source, folders.by_role.get(VISION_FROM, folders.source)
     names = _names(target.path, manifest)
     changes = manifest.get("tokens", ())
-    faults = [f"{name} is not the source's" for name in UNCHANGED if name in names and not _same(name, source, target)]
+    unchanged = (
+        *(name for name in UNCHANGED if name in names),
+        *template_names(manifest.get("files", ()), source, target.path),
+    )
+    faults = [f"{name} is not the source's" for name in unchanged if not same_bytes(name, source, target)]
     images, index = model.vision is not None, target.config.get("image_token_index")
     found = _Tokenizer({})
     if TOKENIZER in names:
@@ -113,14 +130,21 @@ def judge_carried(folders: Folders, target: Checkpoint, manifest: Mapping[str, A
         CheckpointError: A file of either cannot be read.
     """
     names = _names(target.path, manifest)
-    faults = [f"{name} is not the source's" for name in names if not _same(name, folders.source, target)]
+    faults = [f"{name} is not the source's" for name in names if not same_bytes(name, folders.source, target)]
     if faults:
         return refused("tokenizer", "file(s) that are not the source's", faults)
     return Check("tokenizer", True, f"{', '.join(names)}: as the source has them")
 
 
-def _same(name: str, source: Path, target: Checkpoint) -> bool:
-    return is_there(source / name) and read_json_file(source / name) == read_json_file(target.path / name)
+def same_bytes(name: str, source: Path, target: Checkpoint) -> bool:
+    """Whether both have a file of that name, with the same bytes.
+
+    Raises:
+        CheckpointError: One is not a file, or cannot be read.
+    """
+    if not (is_there(source / name) and is_there(target.path / name)):
+        return False
+    return read_json_file(source / name) == read_json_file(target.path / name)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

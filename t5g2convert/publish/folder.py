@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template
 from t5g2convert.checkpoint.digest import PIECE_BYTES, sha256_of
-from t5g2convert.checkpoint.folder import check_folder, is_plain_name
+from t5g2convert.checkpoint.folder import check_folder
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.checkpoint.place import regular_file
 from t5g2convert.errors import CheckpointError
@@ -106,7 +107,7 @@ def local_card(folder: Path) -> str | None:
 
 def _checked(folder: Path, name: str, facts: Mapping[str, Any] | None) -> LocalFile:
     """A file that has what the manifest tells of it; `facts` is None for the manifest itself."""
-    if not is_plain_name(name) or name.startswith(".") or (facts is not None and name in (MANIFEST_FILE, CARD_FILE)):
+    if not is_sent_name(name) or (facts is not None and name in (MANIFEST_FILE, CARD_FILE)):
         raise CheckpointError("is no name of a file that a conversion writes")
     path = _place(folder, name)
     try:
@@ -120,9 +121,16 @@ def _checked(folder: Path, name: str, facts: Mapping[str, Any] | None) -> LocalF
     return LocalFile(name, path, size, sha256)
 
 
+def is_sent_name(name: str) -> bool:
+    """Whether a file of that name is sent: one that a conversion writes, and not a hidden one."""
+    return is_output_name(name) and not name.removeprefix(TEMPLATES_FOLDER).startswith(".")
+
+
 def _place(folder: Path, name: str) -> Path:
     """Where a file lies. A link would send what is elsewhere; those of the Hub's cache lead to its own files."""
     path = folder / name
+    if is_template(name) and (folder / TEMPLATES_FOLDER).is_symlink():
+        raise CheckpointError("is in a linked folder: only files of the folder itself are sent", where=path)
     if not path.is_symlink():
         return regular_file(path)
     target = regular_file(path).resolve()

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import is_plain_name, some
+from t5g2convert.checkpoint.chat_templates import is_template
+from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.huberrors import LOGIN_HINT
 from t5g2convert.checkpoint.hubfiles import hub_api, silent_bar
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import HubError, UsageError
 from t5g2convert.publish.asking import ask, upload_errors
 from t5g2convert.publish.card import CARD_FILE
-from t5g2convert.publish.folder import LocalFile
+from t5g2convert.publish.folder import LocalFile, is_sent_name
 
 MAIN: Final = "main"
 _NAME: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -147,7 +148,7 @@ def head_of(repo: str, revision: str) -> str | None:
 
 
 def read_remote(repo: str, revision: str | None) -> Remote:
-    """The files at the top level of a commit.
+    """The files at the top level of a commit, and its further chat templates.
 
     Raises:
         HubError: The Hub does not tell.
@@ -158,12 +159,17 @@ def read_remote(repo: str, revision: str | None) -> Remote:
 
     # The client itself asks again.
     with upload_errors(repo, revision):
-        items = [item for item in hub_api().list_repo_tree(repo, revision=revision) if isinstance(item, RepoFile)]
+        tree = hub_api().list_repo_tree(repo, recursive=True, revision=revision)
+        items = [item for item in tree if isinstance(item, RepoFile) and _is_looked_at(item.path)]
         files = {
             item.path: RemoteFile(item.size, item.blob_id, None if item.lfs is None else item.lfs.sha256)
             for item in items
         }
     return Remote(revision, files)
+
+
+def _is_looked_at(path: str) -> bool:
+    return "/" not in path or is_template(path)
 
 
 def remote_text(repo: str, revision: str, name: str) -> str:
@@ -214,4 +220,4 @@ def _listed(manifest: str) -> set[str]:
     except (ValueError, AttributeError, RecursionError):
         return set()
     names = files if isinstance(files, dict) else {}
-    return {name for name in names if is_plain_name(name) and not name.startswith(".")}
+    return {name for name in names if is_sent_name(name)}

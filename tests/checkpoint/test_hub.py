@@ -614,3 +614,57 @@ def test_a_listing_of_json_is_read(hub: Hub, single: Path) -> None:
     (single / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     hub.add(REPO, single)
     assert json.loads((open_source(REPO).path / "generation_config.json").read_text()) == {"eos_token_id": 1}
+
+
+NO_MODELS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
+    "gguf": ({"gemma-Q4_0.gguf": "", "README.md": ""}, "holds weights of llama.cpp (GGUF)", "hf download"),
+    "adapter": (
+        {"adapter_config.json": '{"base_model_name_or_path": "google/gemma-3-1b"}', "adapter_model.safetensors": ""},
+        "is a LoRA adapter of google/gemma-3-1b",
+        f"hf download {REPO} --local-dir FOLDER, then merge it first",
+    ),
+    "onnx": ({"config.json": "{}", "onnx/model.onnx": ""}, "is a model in ONNX: onnx/model.onnx", "original"),
+    "a folder inside": ({"4b/config.json": "{}"}, "holds no model itself", "FOLDER/4b"),
+    "orbax": ({"_METADATA": "", "d/0/1": ""}, "is a JAX checkpoint (Orbax)", "safetensors"),
+    "nothing known": ({"README.md": ""}, "has no config.json", "safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODELS)
+def test_what_is_no_checkpoint_says_what_it_is(case: str, hub: Hub, tmp_path: Path) -> None:
+    files, what, step = NO_MODELS[case]
+    for name, text in files.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(text)
+    hub.add(REPO, tmp_path / "model")
+    with pytest.raises(CheckpointError) as refused:
+        open_source(REPO)
+    assert what in refused.value.message
+    assert step in (refused.value.hint or "")
+    assert REPO in (refused.value.where or "")
+
+
+def test_an_adapter_beside_the_weights_of_a_model_is_refused(hub: Hub, demo_source: Path) -> None:
+    (demo_source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    hub.add(REPO, demo_source)
+    with pytest.raises(CheckpointError, match="transformers loads both"):
+        open_source(REPO)
+
+
+def test_further_chat_templates_are_listed_and_fetched(
+    hub: Hub, demo_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    templates = demo_source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ documents }}")
+    (demo_source / "onnx").mkdir()
+    (demo_source / "onnx/model.onnx").write_text("x")
+    hub.add(REPO, demo_source)
+    source = open_source(REPO)
+    planned = build_plan(source)
+    name = "additional_chat_templates/rag.jinja"
+    assert name in [file.name for file in planned.files]
+    assert missing(source, [name]) == [name]
+    assert (fetch(source, planned.reads["source"]).path / name).read_text() == "{{ documents }}"
+    offline(monkeypatch)
+    assert name in [file.name for file in build_plan(REPO).files]

@@ -298,3 +298,26 @@ def test_a_model_that_was_trained_further_is_sent_with_its_card(scene: Scene, ki
         b"T5Gemma 2 encoder-decoder that was made of a Gemma 3 and **trained further**"
         in (scene.hub.repos["ann/model"].files("main")["README.md"])
     )
+
+
+def test_further_chat_templates_are_sent_and_removed_with_the_folder_that_they_are_in(scene: Scene) -> None:
+    source = shutil.copytree(scene.folder / "src", scene.folder / "with-templates")
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ documents }}")
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    convert(source, scene.folder / "first", flush=False)
+    told = document(scene, "upload first ann/model")
+    assert {"additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"} <= sent(told)
+    assert scene.there()["additional_chat_templates/rag.jinja"] == b"{{ documents }}"
+    assert sent(document(scene, "upload first ann/model")) == set()
+    # And it is read by its name: extracted with its templates, which are fetched.
+    scene.good("extract ann/model decoder --part decoder")
+    assert (scene.folder / "decoder/additional_chat_templates/rag.jinja").read_text() == "{{ documents }}"
+    # One that is gone from the source goes; a stranger beside it stays, as any stranger does.
+    (templates / "rag.jinja").unlink()
+    convert(source, scene.folder / "second", flush=False)
+    scene.good("upload second ann/model")
+    there = scene.there()
+    assert "additional_chat_templates/rag.jinja" not in there
+    assert there["additional_chat_templates/tool_use.jinja"] == b"{{ tools }}"

@@ -1,0 +1,248 @@
+"""What was done to weights that are not a plain model's: quantised, wrapped, renamed; and the way to plain ones.
+
+config.json says it first, the metadata of the headers next, dtypes and shapes after them, names of tensors last.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
+from t5g2convert.errors import CheckpointError
+
+ORIGINAL: Final = "give the model that it was quantised from"
+DEQUANTISE: Final = f"dequantise it first, or {ORIGINAL}"
+MLX: Final = f"dequantise it first: mlx_lm.convert -d --hf-path FOLDER --mlx-path OUT; or {ORIGINAL}"
+BNB: Final = f"dequantise it first: model.dequantize().save_pretrained(OUT) in transformers; or {ORIGINAL}"
+LOADED: Final = (
+    "dequantise it first: from_pretrained(FOLDER, quantization_config={config}(dequantize=True)).save_pretrained(OUT) "
+    f"in transformers; or {ORIGINAL}"
+)
+
+METHODS: Final[Mapping[str, str]] = {
+    "bitsandbytes": BNB,
+    "compressed-tensors": LOADED.format(config="CompressedTensorsConfig"),
+    "fp8": LOADED.format(config="FineGrainedFP8Config"),
+    "mlx": MLX,
+}
+"""The way out by `quant_method`, where there is one; the original is always better."""
+
+CONFIG_KEYS: Final = ("quantization_config", "quantization", "compression_config")
+"""Where a config says that weights are quantised; `quantization` is MLX's."""
+
+DETAILS: Final = ("quant_algo", "format", "quant_type", "fmt", "bnb_4bit_quant_type")
+SWITCHES: Final = {"load_in_4bit": "4 bits", "load_in_8bit": "8 bits"}
+
+STRIP: Final = "take that part out of the names: safetensors.torch.load_file, rename, save_file"
+MERGE: Final = "merge the adapter into its base model first (peft: merge_and_unload), and save_pretrained"
+
+NAMES: Final[Mapping[str, str]] = {
+    r"lora_": "a LoRA adapter: merge it into its base model first (peft: merge_and_unload)",
+    r"\.(base_layer|modules_to_save|original_module)\.": f"saved from a model of peft: {MERGE}",
+    r"^base_model\.model\.": f"saved from a model of peft: {MERGE}; without an adapter, {STRIP}",
+    r"_orig_mod\.": f"saved from a torch.compile wrapper: save the unwrapped model (model._orig_mod), or {STRIP}",
+    r"_fsdp_wrapped_module\.|_flat_param": "saved from an FSDP wrapper: save a full state dict",
+    r"_checkpoint_wrapped_module\.": f"saved from a wrapper of activation checkpointing: {STRIP}",
+    r"^_forward_module\.": f"saved from a wrapper of Lightning: {STRIP}",
+    r"^module\.": f"saved from a DDP or DeepSpeed wrapper: save model.module, or {STRIP}",
+    r"\.(q_weight|trellis)$": f"quantised (ExLlama): {ORIGINAL}",
+    r"qweight|\.qzeros$": f"quantised (GPTQ or AWQ): {DEQUANTISE}",
+    r"SCB": f"quantised (bitsandbytes int8): {BNB}",
+    r"absmax|quant_map$|quant_state": f"quantised (bitsandbytes 4-bit): {BNB}",
+    r"\.weight_packed$|\.weight_zero_point$": f"quantised (compressed-tensors): {METHODS['compressed-tensors']}",
+    r"\.weight_scale_2$|\.weight_global_scale$": f"quantised (NVFP4): {DEQUANTISE}",
+    r"\.W_q$": f"quantised (HQQ): {DEQUANTISE}",
+    r"[._]qdata$|\.weight\._data$|:_data$": f"quantised (torchao or quanto): {DEQUANTISE}",
+    r"\.(codes|codebooks)$": f"quantised (AQLM): {ORIGINAL}",
+    r"(weight|input|output|activation|[qkv])_scale(_inv)?$|\.scale_(weight|input)$|(^|\.)scaled_fp8$": (
+        f"quantised (FP8 with scales): {DEQUANTISE}"
+    ),
+    r"\.(scales|biases)$": f"quantised (MLX): {MLX}",
+    r"^(blk\.\d|token_embd\.)": "named as llama.cpp names tensors: give the model in the layout of transformers",
+    r"^spiece_model$|^vision_model\.|^text_encoders\.": (
+        "a single file of ComfyUI, with the names of its own: give the model that it was made from, "
+        "such as google/gemma-3-12b-it of the Hub"
+    ),
+    r"(qkv|gate_up)_proj\.": "fused by an engine or by gemma_pytorch: give the model in the layout of transformers",
+    r"linear_(qkv|fc1)\.": "named as Megatron names tensors: export it to Hugging Face's format",
+    r"^(params/|transformer/|embedder\.)": (
+        "named as Google's own code names tensors: give the model in the layout of transformers"
+    ),
+}
+"""Patterns of tensor names that say what was done to a checkpoint, with what to do first. The first that fits any name
+is told."""
+
+METADATA: Final = {"tensor_names": "torchao", "_quantization_metadata": "ComfyUI"}
+"""Keys of a header's metadata that only who quantises writes."""
+
+PLAIN: Final = frozenset(CONFIG_NAMES) | {"F64"}
+"""Dtypes of weights that are not quantised."""
+
+UNWEIGHED: Final = frozenset({"BOOL", "I64"})
+"""Dtypes of buffers, which say nothing of the weights."""
+
+_PATCHES: Final = re.compile(r"patch_embedding\.weight$")
+_SCALES: Final = re.compile("|".join(pattern for pattern, what in NAMES.items() if what.startswith("quantised")))
+_BUFFERS: Final = re.compile(r"(position_ids|spiece_model)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """What says so, in words that end with what the weights are, and the way to plain ones."""
+
+    evidence: str
+    step: str
+
+    def __str__(self) -> str:
+        return f"{self.evidence}: {self.step}"
+
+
+def quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """How a config says that its model is quantised: the key, and the method with its details; None if it does not."""
+    for prefix, section in (("", config), ("text_config.", config.get("text_config"))):
+        if not isinstance(section, Mapping):
+            continue
+        for key in CONFIG_KEYS:
+            if isinstance(found := section.get(key), Mapping) and found:
+                return f"{prefix}{key}", ", ".join(_described(key, found))
+    return None
+
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are quantised or empty, by what config.json, headers and dtypes say.
+
+    A `quantization_config` that was left behind on weights of full precision says nothing.
+
+    Raises:
+        CheckpointError: They are; with what says so, and the way out.
+    """
+    found = _empty(checkpoint) or _quantised(checkpoint)
+    if found is not None:
+        raise CheckpointError(found.evidence, where=checkpoint.path, hint=found.step)
+
+
+def describe(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
+    """What was done to a checkpoint that does not fit, with the way out.
+
+    Args:
+        checkpoint: The checkpoint.
+        names: The tensors that are at odds with its config.
+
+    Returns:
+        A sentence; None where nothing says it.
+    """
+    found = _empty(checkpoint) or _quantised(checkpoint) or _channels_last(checkpoint) or _cast(checkpoint)
+    return str(found) if found is not None else _named(names)
+
+
+def remarks(checkpoint: Checkpoint) -> Iterator[str]:
+    """Notes: that config.json still says quantised of weights that are not; or what makes the weights foreign."""
+    said = quantisation(checkpoint.config)
+    if said is not None and _first_odd(checkpoint) is None:
+        yield f"config.json has a {said[0]} ({said[1]}), but the weights are not quantised: it is ignored"
+    elif (found := _empty(checkpoint) or _quantised(checkpoint)) is not None:
+        yield str(found)
+
+
+def _described(key: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    """The method, then what else says how."""
+    yield _method(key, fields)
+    for name in DETAILS:
+        if isinstance(value := fields.get(name), str):
+            yield value[:100]
+    yield from (told for name, told in SWITCHES.items() if fields.get(name) is True)
+    if type(bits := fields.get("bits")) is int:
+        yield f"{bits} bits"
+
+
+def _method(key: str, fields: Mapping[str, Any]) -> str:
+    method = fields.get("quant_method")
+    if isinstance(method, str):
+        return method[:100]
+    if key == "quantization":
+        return "mlx"
+    return "bitsandbytes" if fields.keys() & SWITCHES.keys() else "method not named"
+
+
+def _quantised(checkpoint: Checkpoint) -> Foreign | None:
+    """What config.json and the headers' metadata say; nothing where all weights are plain.
+
+    A config may be left from before the weights were dequantised, and MLX's metadata are there in full precision too.
+    """
+    said = quantisation(checkpoint.config)
+    metadata = next(_said_by_metadata(checkpoint), None)
+    if (said is None and metadata is None) or _first_odd(checkpoint) is None:
+        return None
+    if said is not None:
+        step = METHODS.get(said[1].partition(", ")[0], DEQUANTISE)
+        return Foreign(f"config.json says that this is quantised ({said[1]})", step)
+    return metadata
+
+
+def _said_by_metadata(checkpoint: Checkpoint) -> Iterator[Foreign]:
+    for name, header in checkpoint.files.items():
+        evidence = f"the metadata of {name} say that this is quantised"
+        if header.metadata.get("format") == "mlx":
+            yield Foreign(f"{evidence} (mlx)", MLX)
+        for key, what in METADATA.items():
+            if key in header.metadata:
+                yield Foreign(f"{evidence} ({what})", DEQUANTISE)
+
+
+def _first_odd(checkpoint: Checkpoint) -> str | None:
+    """The first tensor that is not a plain weight: of a packed dtype, or a scale of another; None where all are."""
+    odd = (name for name, stored in checkpoint.tensors.items() if _is_packed(stored) or _SCALES.search(name))
+    return next(odd, None)
+
+
+def _is_packed(stored: StoredTensor) -> bool:
+    entry = stored.entry
+    return entry.dtype not in PLAIN | UNWEIGHED and _BUFFERS.search(entry.name) is None
+
+
+def _empty(checkpoint: Checkpoint) -> Foreign | None:
+    """ZeRO-3 leaves tensors of no elements where a wrapper's state dict is saved without being gathered."""
+    empty = [name for name, stored in checkpoint.tensors.items() if stored.entry.shape == (0,)]
+    if not empty:
+        return None
+    return Foreign(
+        f"{len(empty)} tensor(s) have shape [0], such as {empty[0]}: saved under DeepSpeed's ZeRO-3 without gathering",
+        "run: python CHECKPOINT/zero_to_fp32.py CHECKPOINT OUT --safe_serialization, or train with "
+        "stage3_gather_16bit_weights_on_model_save",
+    )
+
+
+def _channels_last(checkpoint: Checkpoint) -> Foreign | None:
+    """MLX stores the patch embedding as [out, height, width, in], PyTorch as [out, in, height, width]."""
+    for name, stored in checkpoint.tensors.items():
+        shape = stored.entry.shape
+        if _PATCHES.search(name) and len(shape) == 4 and shape[1] == shape[2] != shape[3]:
+            return Foreign(
+                f"{name} has shape {list(shape)}, with the channels last: this is a model in the layout of MLX",
+                "give the model that it was made from, or store that tensor again as weight.permute(0, 3, 1, 2)",
+            )
+    return None
+
+
+def _cast(checkpoint: Checkpoint) -> Foreign | None:
+    """Weights of a packed dtype of which nothing else tells."""
+    packed = [name for name, stored in checkpoint.tensors.items() if _is_packed(stored)]
+    if not packed or _named(checkpoint.tensors) is not None:
+        return None
+    dtype = checkpoint.tensors[packed[0]].entry.dtype
+    if dtype.startswith("F8_"):
+        step = "store it again as bfloat16: safetensors.torch.load_file, .to(torch.bfloat16), save_file"
+        return Foreign(f"{packed[0]} is {dtype}: this is quantised (FP8 without scales)", f"{step}; or {ORIGINAL}")
+    return Foreign(f"{packed[0]} is {dtype}: this is quantised", DEQUANTISE)
+
+
+def _named(names: Iterable[str]) -> str | None:
+    """What names of tensors say."""
+    every = list(names)
+    for pattern, what in NAMES.items():
+        search = re.compile(pattern).search
+        if (name := next(filter(search, every), None)) is not None:
+            return f"{name} says that this is {what}"
+    return None

@@ -1,0 +1,317 @@
+"""What a folder is that holds no safetensors checkpoint: by the names in it, which format, and the way to one we read.
+
+The table below is the knowledge; a kind is recognised when each of its patterns matches a path. Nothing is unpickled,
+and no file is opened but small JSON files that name another model.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.printable import printable
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""transformers loads the adapter that this file describes, whatever else is in the folder."""
+
+ReadJson = Callable[[str], Mapping[str, Any] | None]
+"""Reads a small JSON file of the folder; None where it is not there or not JSON."""
+
+ORIGINAL: Final = "give the original model in safetensors"
+RELEASED: Final = "give the same model in safetensors, such as google/gemma-3-270m of the Hub"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a folder is, as the end of a sentence about it, and the step that leads to a folder we read."""
+
+    what: str
+    step: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of folder.
+
+    Attributes:
+        files: Patterns of paths in it, all of which must match; folders end with a slash.
+        what: The end of a sentence about the folder; `{file}` is the first path that matches the first pattern.
+        step: What to do; `{folder}` is the folder.
+    """
+
+    files: tuple[str, ...]
+    what: str
+    step: str
+
+
+THEN: Final = "then put config.json and the tokenizer into OUT"
+TORCH_SAVE: Final = "load it in PyTorch and save its tensors with safetensors.torch.save_file"
+VERL: Final = "run: python -m verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir OUT"
+DEEPSPEED: Final = f"run: python {{folder}}/zero_to_fp32.py {{folder}} OUT --safe_serialization; {THEN}"
+MERGE: Final = f"run: accelerate merge-weights {{folder}} OUT; {THEN}"
+MERGE_INNER: Final = MERGE.replace("{folder}", "{folder}/{inner}")
+MEGATRON: Final = "export it to Hugging Face's format (Megatron-Bridge: AutoBridge's export_ckpt)"
+GGUF_STEP: Final = (
+    "give the model that it was quantised from, or dequantise its text model with transformers: "
+    "AutoModelForCausalLM.from_pretrained({folder_text!r}, gguf_file={file!r}).save_pretrained(OUT)"
+)
+
+KINDS: Final = (
+    Kind(("adapters.safetensors",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
+    Kind(("adapters.npz",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
+    Kind(("run.json", "checkpoints/"), "is a run of t5g2 adapt", "give the model that it exported: {folder}/model"),
+    Kind((ADAPTER_CONFIG,), "is {adapter}{base}, not a model", "{merge}"),
+    Kind(("adapter_model.*",), "is {adapter}{base}, not a model", "{merge}"),
+    Kind(
+        ("model_index.json",), "is a diffusers pipeline", "give the folder of its text encoder: {folder}/text_encoder"
+    ),
+    Kind(("snapshots/", "refs/"), "is a model in the Hub's cache", "give {snapshot}"),
+    Kind(("snapshots/", "blobs/"), "is a model in the Hub's cache", "give {snapshot}"),
+    Kind(("models--*/",), "is the Hub's cache", "give a model of it by its name, as {cached}"),
+    Kind(("zero_to_fp32.py",), "is a DeepSpeed checkpoint", DEEPSPEED),
+    Kind(
+        ("global_step*/",),
+        "is a DeepSpeed checkpoint without its zero_to_fp32.py",
+        f"copy that file from DeepSpeed (deepspeed/utils); {DEEPSPEED}",
+    ),
+    Kind(("*_model_states.pt",), "is one step of a DeepSpeed checkpoint: {file}", "give the folder above it"),
+    Kind(("pytorch_model_fsdp*/",), "is an FSDP checkpoint: {file}", MERGE_INNER),
+    Kind((".metadata",), "is a distributed checkpoint of PyTorch (DCP)", MERGE),
+    Kind(
+        ("*.distcp",), "is a part of a distributed checkpoint of PyTorch (DCP), without its .metadata", "copy it whole"
+    ),
+    Kind(("*/.metadata",), "is a distributed checkpoint of PyTorch (DCP): {file}", MERGE_INNER),
+    Kind(("model_world_size_*_rank_*.pt",), "is an FSDP checkpoint of verl", VERL),
+    Kind(("latest_checkpointed_iteration.txt",), "is a Megatron checkpoint", MEGATRON),
+    Kind(("mp_rank_*/",), "is a Megatron checkpoint", MEGATRON),
+    Kind(("*.nemo",), "is a NeMo checkpoint: {file}", MEGATRON),
+    Kind(("model_config.yaml", "model_weights*"), "is a NeMo checkpoint", MEGATRON),
+    Kind(("weights/", "context/"), "is a NeMo checkpoint", MEGATRON),
+    Kind(("*.gguf",), "holds weights of llama.cpp (GGUF): {file}", GGUF_STEP),
+    Kind(("_CHECKPOINT_METADATA",), "is a JAX checkpoint (Orbax)", RELEASED),
+    Kind(("manifest.ocdbt",), "is a JAX checkpoint (Orbax)", RELEASED),
+    Kind(("_METADATA",), "is a JAX checkpoint (Orbax)", RELEASED),
+    Kind(
+        ("flax_model*.msgpack*",),
+        "holds Flax weights: {file}",
+        "save it with transformers 4: from_pretrained(..., from_flax=True)",
+    ),
+    Kind(
+        ("tf_model*.h5",),
+        "holds TensorFlow weights: {file}",
+        "save it with transformers 4: from_pretrained(..., from_tf=True)",
+    ),
+    Kind(("saved_model.pb",), "is a TensorFlow SavedModel", RELEASED),
+    Kind(
+        ("model*.weights.h5",),
+        "is a Keras model: {file}",
+        "keras_hub.models.Gemma3CausalLM.from_preset({folder_text!r}).export_to_transformers(OUT)",
+    ),
+    Kind(("*.keras",), "is a Keras model: {file}", "load it in Keras and call export_to_transformers(OUT)"),
+    Kind(
+        ("*.ckpt",),
+        "holds {file}, a checkpoint of gemma_pytorch or Lightning, a pickle, which is never unpickled",
+        f"{RELEASED}, or {TORCH_SAVE}",
+    ),
+    Kind(("openvino*.xml",), "is a model for OpenVINO: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("model.bin", "*vocabulary.*"), "is a model for CTranslate2", f"that is an export: {ORIGINAL}"),
+    Kind(("*.onnx",), "is a model in ONNX: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("onnx/*.onnx",), "is a model in ONNX: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("*.engine",), "is an engine of TensorRT: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("rank[0-9]*.safetensors",), "is a checkpoint of TensorRT-LLM: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("*.tflite",), "is a model for LiteRT: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("*.task",), "is a model for MediaPipe: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("*.litertlm",), "is a model for LiteRT-LM: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("*.pte",), "is a model for ExecuTorch: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("*.mlpackage/",), "is a model for Core ML: {file}", f"that is an export: {ORIGINAL}"),
+    Kind(("mlc-chat-config.json",), "is a model for MLC", f"that is an export: {ORIGINAL}"),
+    Kind(
+        ("weights*.npz",),
+        "holds MLX weights in NumPy's format: {file}",
+        "convert it anew: newer mlx-lm writes safetensors; better, give the model that it was made from",
+    ),
+    Kind(("*.npz",), "holds arrays in NumPy's format: {file}", ORIGINAL),
+    Kind(
+        ("consolidated*.safetensors",),
+        "holds weights with the names of their maker's own code: {file}",
+        "give the same model in the layout of transformers: config.json and model.safetensors",
+    ),
+    Kind(("*.incomplete",), "holds a download that has not finished: {file}", "download it again"),
+    Kind(("*.crdownload",), "holds a download that has not finished: {file}", "download it again"),
+    Kind(("*.aria2",), "holds a download that has not finished: {file}", "download it again"),
+    Kind(("checkpoint-*/",), "holds the checkpoints of a training", "give the newest: {folder}/{newest}"),
+    Kind(("*/config.json",), "holds no model itself", "give the folder of one: {models}"),
+    Kind(
+        ("*/adapter_config.json",),
+        "holds an adapter and no model: {file}",
+        "merge it into its base model first (peft: merge_and_unload)",
+    ),
+    Kind(("*/*.gguf",), "holds weights of llama.cpp (GGUF): {file}", GGUF_STEP),
+    Kind(("*/_METADATA",), "is a JAX checkpoint (Orbax): {file}", RELEASED),
+    Kind(("*.zip",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+    Kind(("*.tar",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+    Kind(("*.tar.*",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+    Kind(("*.tgz",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+)
+"""The first that fits is told. What is sure by one name comes before what only hints."""
+
+NOT_MERGED: Final = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"})
+"""Kinds of peft's adapters that are tokens of their own, and become no part of the weights."""
+
+FILES: Final[Mapping[str, tuple[str, str]]] = {
+    ".safetensors": ("is a single file of weights", "give the folder that holds it and config.json"),
+    ".gguf": ("is a file of llama.cpp (GGUF)", "give the folder of the model that it was quantised from"),
+    ".ckpt": ("is a pickle, which is never unpickled", "give a folder with safetensors and config.json"),
+    ".bin": ("is a pickle, which is never unpickled", "give a folder with safetensors and config.json"),
+    ".pt": ("is a pickle, which is never unpickled", "give a folder with safetensors and config.json"),
+    ".pth": ("is a pickle, which is never unpickled", "give a folder with safetensors and config.json"),
+    ".npz": ("is a file of NumPy arrays", "give a folder with safetensors and config.json"),
+    ".zip": ("is an archive", "unpack it, and give the folder that holds config.json"),
+    ".tar": ("is an archive", "unpack it, and give the folder that holds config.json"),
+    ".gz": ("is an archive", "unpack it, and give the folder that holds config.json"),
+    ".tgz": ("is an archive", "unpack it, and give the folder that holds config.json"),
+    ".nemo": ("is a NeMo checkpoint", MEGATRON + ", and give its folder with config.json"),
+    ".keras": ("is a Keras model", "export_to_transformers(OUT) writes a folder with config.json"),
+    ".onnx": ("is a model in ONNX, an export", "give the folder of the original, with config.json"),
+    ".json": ("is a JSON file", "give the folder that holds config.json"),
+    ".yaml": ("is a YAML file", "give the folder that holds config.json"),
+}
+"""A single file that is given for a folder, by its suffix."""
+
+
+def recognise(paths: Collection[str], folder: str, read: ReadJson) -> Found | None:
+    """What a folder is that has neither model.safetensors nor its index.
+
+    Args:
+        paths: What is in it, and one level down; folders end with a slash.
+        folder: What it is called, for commands.
+        read: Reads a JSON file of it.
+
+    Returns:
+        The kind; None where it is none of the table.
+    """
+    ordered = sorted(paths)
+    if not any(not path.startswith(".") for path in ordered) and ".metadata" not in paths:
+        return Found("is empty", "give the folder that holds config.json")
+    for kind in KINDS:
+        matched = [_matching(pattern, ordered) for pattern in kind.files]
+        if all(matched):
+            file = matched[0][0]
+            words = {"file": file, "inner": file.partition("/")[0], "folder_text": folder}
+            words |= _words(ordered, shlex.quote(folder), folder, read)
+            return Found(_filled(kind.what, words), _filled(kind.step, words))
+    return None
+
+
+def adapter_beside(read: ReadJson) -> Found:
+    """What a folder is that has an adapter beside the weights: transformers loads both."""
+    config = read(ADAPTER_CONFIG) or {}
+    return Found(
+        f"holds {_adapter(config)} beside the weights ({ADAPTER_CONFIG}): transformers loads both",
+        f"move {ADAPTER_CONFIG} and adapter_model.* into a folder A; then convert the model without them, or merge it "
+        "first with peft: PeftModel.from_pretrained(model, A).merge_and_unload().save_pretrained(OUT)",
+    )
+
+
+def recognise_file(path: Path) -> Found:
+    """What a single file is that was given in place of a folder."""
+    what, step = FILES.get(path.suffix.lower(), ("", "give the folder that holds config.json"))
+    if path.suffix.lower() in (".safetensors", ".json") and (path.parent / "config.json").is_file():
+        step = f"give its folder, which holds config.json: {path.parent}"
+    return Found(f"{what or 'is a file'}, expected a checkpoint folder", step)
+
+
+def spelling_hint(text: str) -> str:
+    """What an argument may have been meant as that names no folder: a model of the Hub, in another spelling."""
+    hint = "give the folder that holds config.json"
+    if found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*):([\w./-]+)", text, re.ASCII):
+        return f"{hint}; a model of the Hub and its revision are given as {found[1]}@{found[2]}"
+    if found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(?:tree|resolve|blob)/([\w.-]+)/?", text, re.ASCII):
+        return f"{hint}; a model of the Hub and its revision are given as {found[1]}@{found[2]}"
+    if found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(\w[\w./-]*?)/?", text, re.ASCII):
+        return (
+            f"{hint}; a folder inside a model of the Hub is downloaded first: "
+            f"hf download {found[1]} --include '{found[2]}/*' --local-dir DIR, then give DIR/{found[2]}"
+        )
+    if re.fullmatch(r"\w[\w.-]*", text, re.ASCII):
+        return f"{hint}; a model of the Hub is given with its owner, as org/{text}"
+    return hint
+
+
+def _matching(pattern: str, ordered: list[str]) -> list[str]:
+    """The paths that a pattern matches; a star stays within its folder."""
+    depth = pattern.rstrip("/").count("/")
+    return [
+        path
+        for path in ordered
+        if path.rstrip("/").count("/") == depth
+        and path.endswith("/") == pattern.endswith("/")
+        and fnmatchcase(path, pattern)
+    ]
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)(!r)?\}", lambda found: repr(words[found[1]]) if found[2] else words[found[1]], template)
+
+
+def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[str, str]:
+    """What a sentence may say beside the file: another model that the folder names, or a folder in it.
+
+    `folder` is quoted for a shell, `plain` is not.
+    """
+    config = read(ADAPTER_CONFIG) or {}
+    base = _text(config.get("base_model_name_or_path")) or _text(config.get("model"))
+    where = base or "BASE"
+    merge = (
+        f"merge it first with peft: PeftModel.from_pretrained(base, {plain!r}).merge_and_unload().save_pretrained(OUT)"
+    )
+    merge += f", where base is {where} loaded in transformers; save the tokenizer there too"
+    if config.get("peft_type") in NOT_MERGED:
+        merge = f"it cannot be merged into weights: give its base model{f', {base}' if base else ''}"
+    models = [path.removesuffix("/config.json") for path in _matching("*/config.json", ordered)]
+    return {
+        "base": f" of {base}" if base else "",
+        "adapter": _adapter(config),
+        "merge": merge,
+        "fuse": f"merge it first: mlx_lm.fuse --model {where} --adapter-path {folder} --save-path OUT",
+        "models": ", ".join(f"{folder}/{printable(name)}" for name in models[:3]) + (", ..." if models[3:] else ""),
+        "newest": _newest(ordered, models),
+        "folder": folder,
+        "snapshot": _snapshot(ordered, plain),
+        "cached": next((_repo(path.rstrip("/")) for path in ordered if path.startswith("models--")), "org/name"),
+    }
+
+
+def _adapter(config: Mapping[str, Any]) -> str:
+    """What an adapter is called; most are LoRA, and some files do not say."""
+    kind = _text(config.get("peft_type")) or "LORA"
+    return {"LORA": "a LoRA adapter", "IA3": "an IA3 adapter"}.get(kind, f"an adapter of peft ({kind})")
+
+
+def _text(value: object) -> str | None:
+    return printable(value[:200]) if isinstance(value, str) and value else None
+
+
+def _newest(ordered: list[str], models: list[str]) -> str:
+    """The folder of the last step, of those with a config.json if any has one."""
+    names = [path.rstrip("/") for path in _matching("checkpoint-*/", ordered)]
+    whole = [name for name in names if name in models] or names or ["checkpoint-N"]
+    numbered = {name: re.fullmatch(r"checkpoint-(\d{1,18})", name) for name in whole}
+    return max(whole, key=lambda name: (int(found[1]) if (found := numbered[name]) else -1, name))
+
+
+def _snapshot(ordered: list[str], folder: str) -> str:
+    """How a model of the Hub's cache is given: by its name, or by the folder of a commit."""
+    names = [path.rstrip("/") for path in _matching("snapshots/*/", ordered)]
+    repo = _repo(Path(folder).name)
+    commits = ", ".join(f"{folder}/{name}" for name in names[:2])
+    return f"{commits or 'a folder in snapshots/'}{f', or the name of the model, {repo}' if repo != 'org/name' else ''}"
+
+
+def _repo(name: str) -> str:
+    """The model that a folder of the cache is named after."""
+    kind, *parts = name.split("--")
+    return printable("/".join(parts)) if kind == "models" and len(parts) == 2 else "org/name"
