@@ -6,7 +6,7 @@ Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta
 larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -19,6 +19,7 @@ from t5g2convert.checkpoint.config import (
     Positive,
     Scalar,
     Size,
+    SourceModel,
     Token,
     describe_model_type,
     parse_section,
@@ -39,6 +40,13 @@ from t5g2convert.errors import CheckpointError, MappingError
 
 MULTIMODAL: Final = "gemma3"
 TEXT_ONLY: Final = "gemma3_text"
+TOWERLESS: Final = (
+    f"model_type is {MULTIMODAL}, but no tensor of a vision tower is there (mlx-lm saves such models): it is read as a "
+    "text-only model, and --vision-from gives it a tower"
+)
+"""What a reader should know of a multimodal model without its tower."""
+TOWER_MODULES: Final = frozenset({"vision_tower", "multi_modal_projector"})
+"""Modules of a multimodal Gemma 3 that only images need, as they appear in tensor names of every spelling."""
 
 
 class Gemma3Text(GemmaText):
@@ -138,8 +146,15 @@ class Gemma3:
         }
 
 
-def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
+def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str] | None = None) -> Gemma3:
     """Settle the dialect of a Gemma 3 config and fill its defaults.
+
+    Args:
+        config: config.json.
+        where: Its path, for errors.
+        tensors: The names of the checkpoint's tensors. A multimodal model with no tensor of a tower is read as a
+            text-only model: mlx-lm saves 4b and larger without the tower, and keeps their model_type. Without names the
+            config alone decides.
 
     Raises:
         CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a switch
@@ -148,7 +163,9 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
     family = config.get("model_type")
     if family == MULTIMODAL:
         fields = subsection(config, "text_config", where)
-        vision = parse_section(SiglipVision, subsection(config, "vision_config", where), where)
+        vision = None
+        if tensors is None or has_tower(tensors):
+            vision = parse_section(SiglipVision, subsection(config, "vision_config", where), where)
         tokens = parse_section(Gemma3Tokens, config, where)
         # The published files carry these at the top and leave them out of the sparse text_config.
         fields = {
@@ -163,9 +180,30 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
     settled = {"layer_types": _layer_types(fields, where), **_rope(fields, where)}
     text = parse_section(Gemma3Text, {**fields, **settled}, where)
     check_stack(text, where)
+    if family == MULTIMODAL and vision is None and text.final_logit_softcapping is not None:
+        raise CheckpointError(
+            f"text_config.final_logit_softcapping is {text.final_logit_softcapping}: the class with images ignores it, "
+            "the text-only class does not",
+            where=where,
+            hint="set it to null in a copy of config.json to convert what the class with images computes",
+        )
     if vision is not None:
         check_multiple(vision, "hidden_size", "num_attention_heads", where, "vision ")
     return Gemma3(family, text, vision, tokens)
+
+
+def is_towerless(model: SourceModel) -> bool:
+    """Whether a model has the model_type of one with images, and no tower."""
+    return model.family == MULTIMODAL and "text_only" in model.conditions
+
+
+def has_tower(tensors: Collection[str]) -> bool:
+    """Whether any tensor belongs to a vision tower or its projector.
+
+    >>> has_tower(["language_model.model.norm.weight"]), has_tower(["model.vision_tower.post_layernorm.bias"])
+    (False, True)
+    """
+    return any(not TOWER_MODULES.isdisjoint(name.split(".")) for name in tensors)
 
 
 _NO_VISION: Final = SiglipVision()

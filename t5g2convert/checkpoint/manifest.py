@@ -116,6 +116,7 @@ class _Options(ConfigSection, extra="forbid"):
     rope_scaling: str | None = None
     sliding_window: Size | None = None
     preset: str | None = None
+    drop_heads: Literal[True] | None = None
 
 
 class _Dropped(ConfigSection, extra="forbid"):

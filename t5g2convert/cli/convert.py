@@ -11,6 +11,7 @@ from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json,
 from t5g2convert.cli.options import (
     DecoderFromOption,
     DecoderLayersOption,
+    DropHeadsOption,
     DtypeOption,
     EmbeddingFromOption,
     EncoderLayersOption,
@@ -56,6 +57,7 @@ def convert(
     rope_scaling: RopeOption = "keep",
     sliding_window: WindowOption = None,
     preset: PresetOption = None,
+    drop_heads: DropHeadsOption = False,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     hashing: Annotated[
@@ -99,6 +101,7 @@ def convert(
         rope_scaling=rope_scaling,
         sliding_window=sliding_window,
         preset=preset,
+        drop_heads=drop_heads,
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
     )

@@ -66,7 +66,7 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
     out.print(rows)
     drops = table("dropped", "because", "must equal")
     for drop in weight_map.drop:
-        drops.add_row(*map(printable, (drop.from_, drop.because, drop.must_equal or "")))
+        drops.add_row(*map(printable, (", ".join(drop.patterns), drop.because, drop.must_equal or "")))
     out.print(drops)
     roots = table("root", "spellings")
     for root, spellings in weight_map.roots.items():

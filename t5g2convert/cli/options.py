@@ -120,6 +120,10 @@ PresetOption = Annotated[
     str | None,
     typer.Option("--preset", help="The settings of a release, as t5gemma-2-270m-270m.", metavar="NAME"),
 ]
+DropHeadsOption = Annotated[
+    bool,
+    typer.Option("--drop-heads", help="Leave out a head for classes, rewards or values; it is refused otherwise."),
+]
 ShardOption = Annotated[
     str,
     typer.Option("--max-shard-size", help="Largest sum of tensors in one file, as 5GB, 500MB or 4GiB.", metavar="SIZE"),

@@ -21,6 +21,7 @@ from t5g2convert.cli.console import (
 from t5g2convert.cli.options import (
     DecoderFromOption,
     DecoderLayersOption,
+    DropHeadsOption,
     DtypeOption,
     EmbeddingFromOption,
     EncoderLayersOption,
@@ -66,6 +67,7 @@ def plan(
     rope_scaling: RopeOption = "keep",
     sliding_window: WindowOption = None,
     preset: PresetOption = None,
+    drop_heads: DropHeadsOption = False,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     tensors: Annotated[bool, typer.Option("--tensors", help="List every target tensor.")] = False,
@@ -92,6 +94,7 @@ def plan(
         rope_scaling=rope_scaling,
         sliding_window=sliding_window,
         preset=preset,
+        drop_heads=drop_heads,
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
     )

@@ -49,6 +49,7 @@ class PlanOptions(OtherOrigins, total=False):
     rope_scaling: str
     sliding_window: int | None
     preset: str | None
+    drop_heads: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class Options:
             divided by F, and as many more are allowed.
         sliding_window: Tokens that a sliding layer sees; None for the source's.
         preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options win over it.
+        drop_heads: Leave out heads for classes, rewards or values, as the map names them; such a source is refused
+            otherwise.
 
     Raises:
         UsageError: An option has no meaning.
@@ -94,6 +97,7 @@ class Options:
     rope_scaling: str = KEEP
     sliding_window: int | None = None
     preset: str | None = None
+    drop_heads: bool = False
 
     def __post_init__(self) -> None:
         if self.part is not None and self.part not in PARTS:
@@ -145,6 +149,11 @@ class Options:
     def _asked_layers(self) -> list[tuple[str, LayerSpec]]:
         asked = {"encoder": self.encoder_layers, "decoder": self.decoder_layers}
         return [(part, spec) for part, spec in asked.items() if spec is not None]
+
+    @property
+    def drops(self) -> frozenset[str]:
+        """The options that drops of a map wait for."""
+        return frozenset({"drop_heads"} if self.drop_heads else ())
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
