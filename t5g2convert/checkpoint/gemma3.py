@@ -106,6 +106,8 @@ class Gemma3:
             raise MappingError("--vision-from is for sources without images; this one has a vision tower of its own")
         if donor.vision is None:
             raise MappingError("the checkpoint given by --vision-from has no vision tower")
+        if self.family == MULTIMODAL:
+            self._check_tokens(donor)
         width, same = donor.text.hidden_size, donor.text.hidden_size == self.text.hidden_size
         projector = projector or ("copy" if same else "zeros")
         if projector == "copy" and not same:
@@ -114,6 +116,16 @@ class Gemma3:
                 hint="--projector zeros or aligned",
             )
         return replace(self, vision=donor.vision, tokens=donor.tokens, projector=projector, projected_width=width)
+
+    def _check_tokens(self, donor: "Gemma3") -> None:
+        """Refuse a donor that marks images with other tokens than this model, whose config says which it knows."""
+        differing = [
+            f"{name} is {getattr(donor.tokens, name)}, the source's {getattr(self.tokens, name)}"
+            for name in ("boi_token_index", "eoi_token_index", "image_token_index")
+            if getattr(donor.tokens, name) != getattr(self.tokens, name)
+        ]
+        if differing:
+            raise MappingError(f"the donor of --vision-from marks images with other tokens: {'; '.join(differing)}")
 
     @property
     def symbols(self) -> Mapping[str, int]:

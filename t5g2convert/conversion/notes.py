@@ -53,6 +53,8 @@ def plan_notes(
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
     yield from _drops(resolution)
+    for option in sorted(options.drops - {drop.drop.option for drop in resolution.drops}):
+        yield f"{flag(option)} changes nothing: no such tensor is there"
 
 
 def _towerless(resolution: Resolution) -> Iterator[str]:

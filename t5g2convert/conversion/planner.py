@@ -259,7 +259,14 @@ def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap
         stored = resolution.checkpoints[role].tensors[name]
         tables.append(PlannedTable(name, _whole(stored, role), stored.entry.dtype, *stored.entry.shape))
     donor, target = tables
-    return PlannedAlignment(donor, target, shared_rows(resolution, weight_map, donor.rows), ridge)
+    rows = shared_rows(resolution, weight_map, donor.rows)
+    if rows < donor.width and not ridge:
+        raise CheckpointError(
+            f"{rows} rows of width {donor.width} determine no map",
+            where=resolution.checkpoints[VISION_FROM].path,
+            hint="give a --ridge, 1e-6 for instance",
+        )
+    return PlannedAlignment(donor, target, rows, ridge)
 
 
 def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
