@@ -70,7 +70,7 @@ def assert_sound(source: Path, output: Path, **others: Any) -> None:
 
 @pytest.mark.parametrize("vision_config", [True, False], ids=["vision-config-left", "no-vision-config"])
 @pytest.mark.parametrize("name", ["images-8", "images-float32", "images-with-fill"])
-def test_a_text_stack_saved_as_gemma3_is_converted(
+def test_I23_a_text_stack_saved_as_gemma3_is_converted(
     name: str, vision_config: bool, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source = changed(twin_folder(name), tmp_path / "source", without_tower)
@@ -123,7 +123,7 @@ def test_a_towerless_model_is_no_donor(twin_folder: TwinFolder, tmp_path: Path) 
     "kept", ["vision_tower.post_layernorm.bias", "multi_modal_projector.mm_soft_emb_norm.weight", "vision_tower."]
 )
 @pytest.mark.parametrize("spelling", ["transformers-5.6", "raw-state-dict", "hub"])
-def test_a_part_of_a_tower_is_not_taken_for_none(
+def test_I23_a_part_of_a_tower_is_not_taken_for_none(
     kept: str, spelling: str, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     respell(twin_folder("images-8"), tmp_path / "spelled", IMAGE_SPELLINGS[spelling])
@@ -186,7 +186,7 @@ BUFFERS = [
 
 
 @pytest.mark.parametrize("pattern", BUFFERS)
-def test_a_buffer_is_dropped_whatever_it_holds(pattern: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_I21_a_buffer_is_dropped_whatever_it_holds(pattern: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
     names = [pattern.replace("{text}", "model.").replace("{layer}", layer) for layer in ("0", "7")]
     source = changed(twin_folder("text-8"), tmp_path / "source", with_zeros(*names))
     made = plan(source)
@@ -235,12 +235,30 @@ def test_buffers_of_gemma_2_are_dropped(twin_folder: TwinFolder, tmp_path: Path)
     assert_sound(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_buffers_of_t5gemma2_are_dropped_where_a_part_is_taken_out(
+    part: str, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    names = [
+        "model.encoder.rotary_emb.full_attention_inv_freq",
+        "model.encoder.embed_tokens.embed_scale",
+        "model.encoder.vision_tower.vision_model.embeddings.position_ids",
+        "model.decoder.rotary_emb.sliding_attention_original_inv_freq",
+        "model.decoder.embed_tokens.embed_scale",
+    ]
+    source = changed(converted_twin("images-8"), tmp_path / "source", with_zeros(*names))
+    made = plan(source, part=part)
+    assert {drop.name for drop in made.dropped} >= {*names}
+    convert(source, tmp_path / "out", part=part)
+    assert_sound(source, tmp_path / "out")
+
+
 # Heads for other tasks
 
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("twin", ["text-8", "gemma2-5"])
-def test_a_head_is_refused_with_the_option_that_drops_it(
+def test_I22_a_head_is_refused_with_the_option_that_drops_it(
     name: str, twin: str, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source = changed(twin_folder(twin), tmp_path / "source", with_zeros(name))
@@ -322,7 +340,7 @@ def indexed(source: Path, target: Path, *unheld: str) -> Path:
 @pytest.mark.parametrize(
     "name", ["lm_head.weight", "model.rotary_emb.inv_freq", "model.embed_tokens.embed_scale", "score.weight"]
 )
-def test_an_index_may_name_what_would_be_dropped(name: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_I3_an_index_may_name_what_would_be_dropped(name: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
     source = indexed(twin_folder("text-8"), tmp_path / "source", name)
     done = convert(source, tmp_path / "out")
     (note,) = (note for note in done.notes if "no shard holds" in note)
@@ -334,7 +352,7 @@ def test_an_index_may_name_what_would_be_dropped(name: str, twin_folder: TwinFol
 @pytest.mark.parametrize(
     "names", [("model.layers.8.mlp.up_proj.weight",), ("lm_head.weight", "other.weight"), ("vision_tower.a.weight",)]
 )
-def test_an_index_may_name_nothing_else(names: tuple[str, ...], twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_I3_an_index_may_name_nothing_else(names: tuple[str, ...], twin_folder: TwinFolder, tmp_path: Path) -> None:
     source = indexed(twin_folder("text-8"), tmp_path / "source", *names)
     with pytest.raises(CheckpointError) as caught:
         plan(source)

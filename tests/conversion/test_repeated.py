@@ -42,7 +42,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("head", "table"), PAIRS, ids=str)
-def test_an_equal_head_of_any_dtype_is_dropped(
+def test_I6_an_equal_head_of_any_dtype_is_dropped(
     head: torch.dtype, table: torch.dtype, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source = headed(twin_folder("text-8"), tmp_path / "source", head, table)
@@ -56,7 +56,7 @@ def test_an_equal_head_of_any_dtype_is_dropped(
 @pytest.mark.parametrize("piece", [64, 1000, repeated.CHUNK_BYTES])
 @pytest.mark.parametrize("at", [(0, 0), (151, 13), (299, 23)], ids=str)
 @pytest.mark.parametrize(("head", "table"), PAIRS, ids=str)
-def test_a_head_that_differs_is_told_with_the_place_and_both_values(
+def test_I6_a_head_that_differs_is_told_with_the_place_and_both_values(
     head: torch.dtype,
     table: torch.dtype,
     at: tuple[int, int],
@@ -77,7 +77,7 @@ def test_a_head_that_differs_is_told_with_the_place_and_both_values(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_of_another_shape_is_refused_by_the_plan(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_I6_a_head_of_another_shape_is_refused_by_the_plan(twin_folder: TwinFolder, tmp_path: Path) -> None:
     respell(twin_folder("text-8"), tmp_path / "source", lambda held: {**held, HEAD: held[TABLE][:-1].clone()})
     with pytest.raises(CheckpointError) as caught:
         plan(tmp_path / "source")
@@ -86,7 +86,7 @@ def test_a_head_of_another_shape_is_refused_by_the_plan(twin_folder: TwinFolder,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8], ids=str)
-def test_a_head_that_cannot_be_compared_is_refused_by_the_plan(
+def test_I6_a_head_that_cannot_be_compared_is_refused_by_the_plan(
     dtype: torch.dtype, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     respell(twin_folder("text-8"), tmp_path / "source", lambda held: {**held, HEAD: held[TABLE].to(dtype)})
