@@ -46,6 +46,7 @@ class Checkpoint:
         tensors: All tensors by name.
         notes: What was found odd.
         hub: Where it is from, if it is a model of the Hub.
+        unheld: Names in the index that no shard holds; see `refuse_unheld`.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     notes: tuple[str, ...]
     hub: HubOrigin | None = None
+    unheld: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -83,18 +85,43 @@ class Checkpoint:
         return sum(tensor.entry.nbytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, allow_unheld: bool = False) -> Checkpoint:
     """Read the config and all headers of a checkpoint folder; no tensor's bytes are read.
+
+    Args:
+        path: The folder.
+        allow_unheld: Accept an index that names tensors which no shard holds; the caller judges `unheld`.
 
     Raises:
         CheckpointError: Not a folder, no config, no safetensors weights, or headers and index disagree.
     """
     check_folder(path)
-    return read_checkpoint(Folder(path))
+    checkpoint = read_checkpoint(Folder(path))
+    if not allow_unheld:
+        refuse_unheld(checkpoint)
+    return checkpoint
+
+
+def refuse_unheld(checkpoint: Checkpoint, droppable: Collection[str] = ()) -> None:
+    """Refuse an index that names tensors which no shard holds.
+
+    Args:
+        checkpoint: The checkpoint.
+        droppable: Names that may be absent: a conversion would leave such tensors behind anyway.
+
+    Raises:
+        CheckpointError: Other names are absent.
+    """
+    if names := [name for name in checkpoint.unheld if name not in droppable]:
+        raise CheckpointError(_no_shard_holds(names), where=checkpoint.path / INDEX_FILE)
 
 
 def read_checkpoint(place: Place, hub: HubOrigin | None = None) -> Checkpoint:
-    """Read the config and all headers of a checkpoint, wherever it is; see `open_checkpoint`."""
+    """Read the config and all headers of a checkpoint, wherever it is; the caller judges what is `unheld`.
+
+    Raises:
+        CheckpointError: As `open_checkpoint`, but for tensors of the index that no shard holds.
+    """
     path = place.path
     if not place.has(SINGLE_FILE) and not place.has(INDEX_FILE):
         raise _no_weights(place, hub)
@@ -111,9 +138,8 @@ def read_checkpoint(place: Place, hub: HubOrigin | None = None) -> Checkpoint:
                     f"tensor {entry.name!r} is in {tensors[entry.name].file} and in {name}", where=path
                 )
             tensors[entry.name] = StoredTensor(name, entry)
-    if index is not None:
-        _check_index(index, tensors, path / INDEX_FILE)
-    return Checkpoint(path, config, config_text, files, tensors, notes, hub)
+    unheld = () if index is None else _check_index(index, tensors, path / INDEX_FILE)
+    return Checkpoint(path, config, config_text, files, tensors, notes, hub, unheld)
 
 
 def scheme_of(path: Path) -> str | None:
@@ -297,9 +323,10 @@ def is_plain_name(name: str) -> bool:
     return name not in {"", ".", ".."} and not any(character in name for character in "/\\\0")
 
 
-def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], path: Path) -> None:
+def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], path: Path) -> tuple[str, ...]:
+    """Compare index and headers; the names that no shard holds are returned if nothing else is wrong."""
+    unheld = sorted(index.keys() - tensors.keys())
     differences = {
-        "no shard holds": index.keys() - tensors.keys(),
         "the shards hold, but the index lacks,": tensors.keys() - index.keys(),
         "another shard than the index says holds": {
             name for name, shard in index.items() if name in tensors and tensors[name].file != shard
@@ -307,4 +334,9 @@ def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], 
     }
     told = [f"{what} {len(names)} tensor(s): {some(names)}" for what, names in differences.items() if names]
     if told:
-        raise CheckpointError("; ".join(told), where=path)
+        raise CheckpointError("; ".join([_no_shard_holds(unheld), *told] if unheld else told), where=path)
+    return tuple(unheld)
+
+
+def _no_shard_holds(names: Collection[str]) -> str:
+    return f"no shard holds {len(names)} tensor(s): {some(names)}"

@@ -6,7 +6,7 @@ Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta
 larger is sparse: what is absent has the default of `Gemma3TextConfig`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -19,6 +19,7 @@ from t5g2convert.checkpoint.config import (
     Positive,
     Scalar,
     Size,
+    SourceModel,
     Token,
     describe_model_type,
     parse_section,
@@ -42,6 +43,13 @@ from t5g2convert.errors import CheckpointError, MappingError
 
 MULTIMODAL: Final = "gemma3"
 TEXT_ONLY: Final = "gemma3_text"
+TOWERLESS: Final = (
+    f"model_type is {MULTIMODAL}, but no tensor of a vision tower is there (mlx-lm saves such models): it is read as a "
+    "text-only model, and --vision-from gives it a tower"
+)
+"""What a reader should know of a multimodal model without its tower."""
+TOWER_MODULES: Final = frozenset({"vision_tower", "multi_modal_projector"})
+"""Modules of a multimodal Gemma 3 that only images need, as they appear in tensor names of every spelling."""
 
 
 class Gemma3Text(GemmaText):
@@ -104,6 +112,8 @@ class Gemma3:
             raise MappingError("--vision-from is for sources without images; this one has a vision tower of its own")
         if donor.vision is None:
             raise MappingError("the checkpoint given by --vision-from has no vision tower")
+        if self.family == MULTIMODAL:
+            self._check_tokens(donor)
         width, same = donor.text.hidden_size, donor.text.hidden_size == self.text.hidden_size
         projector = projector or ("copy" if same else "zeros")
         if projector == "copy" and not same:
@@ -112,6 +122,16 @@ class Gemma3:
                 hint="--projector zeros or aligned",
             )
         return replace(self, vision=donor.vision, tokens=donor.tokens, projector=projector, projected_width=width)
+
+    def _check_tokens(self, donor: "Gemma3") -> None:
+        """Refuse a donor that marks images with other tokens than this model, whose config says which it knows."""
+        differing = [
+            f"{name} is {getattr(donor.tokens, name)}, the source's {getattr(self.tokens, name)}"
+            for name in ("boi_token_index", "eoi_token_index", "image_token_index")
+            if getattr(donor.tokens, name) != getattr(self.tokens, name)
+        ]
+        if differing:
+            raise MappingError(f"the donor of --vision-from marks images with other tokens: {'; '.join(differing)}")
 
     @property
     def symbols(self) -> Mapping[str, int]:
@@ -144,8 +164,15 @@ class Gemma3:
         }
 
 
-def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
+def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str] | None = None) -> Gemma3:
     """Settle the dialect of a Gemma 3 config and fill its defaults.
+
+    Args:
+        config: config.json.
+        where: Its path, for errors.
+        tensors: The names of the checkpoint's tensors. A multimodal model with no tensor of a tower is read as a
+            text-only model: mlx-lm saves 4b and larger without the tower, and keeps their model_type. Without names the
+            config alone decides.
 
     Raises:
         CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a setting
@@ -155,13 +182,15 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
     family, left = config.get("model_type"), list[Left]()
     if family == MULTIMODAL:
         section, fields = "text_config", subsection(config, "text_config", where)
-        tower = subsection(config, "vision_config", where)
         refuse_bidirectional(config, where)
         left += account(GEMMA3, config, where)
-        left += account(SIGLIP, tower, where, "vision_config.")
-        _refuse_model_type(tower, ("siglip_vision_model",), where, "vision_config")
         _refuse_model_type(fields, (TEXT_ONLY, MULTIMODAL), where, section)
-        vision = parse_section(SiglipVision, tower, where, "vision_config")
+        vision = None
+        if tensors is None or has_tower(tensors):
+            tower = subsection(config, "vision_config", where)
+            left += account(SIGLIP, tower, where, "vision_config.")
+            _refuse_model_type(tower, ("siglip_vision_model",), where, "vision_config")
+            vision = parse_section(SiglipVision, tower, where, "vision_config")
         tokens = parse_section(Gemma3Tokens, {**config, **_renamed(config, where)}, where)
         # The published files carry the ids at the top and leave them out of the sparse text_config.
         own = ("eos_token_id", "bos_token_id", "pad_token_id")
@@ -183,10 +212,31 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
     }
     text = parse_section(Gemma3Text, {**fields, **settled}, where, section)
     check_stack(text, where, section)
+    if family == MULTIMODAL and vision is None and text.final_logit_softcapping is not None:
+        raise CheckpointError(
+            f"text_config.final_logit_softcapping is {text.final_logit_softcapping}: the class with images ignores it, "
+            "the text-only class does not",
+            where=where,
+            hint="set it to null in a copy of config.json to convert what the class with images computes",
+        )
     if vision is not None:
         check_multiple(vision, "hidden_size", "num_attention_heads", where, "vision ")
     notes = (*left_note(left), *_notes(config, fields, text, section))
     return Gemma3(family, text, vision, tokens, notes=notes)
+
+
+def is_towerless(model: SourceModel) -> bool:
+    """Whether a model has the model_type of one with images, and no tower."""
+    return model.family == MULTIMODAL and "text_only" in model.conditions
+
+
+def has_tower(tensors: Collection[str]) -> bool:
+    """Whether any tensor belongs to a vision tower or its projector.
+
+    >>> has_tower(["language_model.model.norm.weight"]), has_tower(["model.vision_tower.post_layernorm.bias"])
+    (False, True)
+    """
+    return any(not TOWER_MODULES.isdisjoint(name.split(".")) for name in tensors)
 
 
 _NO_VISION: Final = SiglipVision()

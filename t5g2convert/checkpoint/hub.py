@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, is_template
-from t5g2convert.checkpoint.folder import Checkpoint, found_in, open_checkpoint, read_checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import (
+    Checkpoint,
+    found_in,
+    open_checkpoint,
+    read_checkpoint,
+    read_json_object,
+    refuse_unheld,
+)
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
@@ -52,22 +59,30 @@ def given_folders(*sources: Origin | None) -> list[Path]:
     return [Path(path) for path in paths if isinstance(path, Path) or parse_id(path) is None]
 
 
-def open_source(source: Origin) -> Checkpoint:
+def open_source(source: Origin, *, allow_unheld: bool = False) -> Checkpoint:
     """Open a checkpoint by its headers alone.
 
     Args:
         source: A folder; a str may also be a model of the Hub, org/name[@revision]; what is open is returned as it is.
+        allow_unheld: Accept an index that names tensors which no shard holds; the caller judges `Checkpoint.unheld`.
 
     Raises:
         CheckpointError: It is not sound; see `open_checkpoint`.
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
         OutputError: The Hub's cache cannot be written.
     """
+    checkpoint = _opened(source)
+    if not allow_unheld:
+        refuse_unheld(checkpoint)
+    return checkpoint
+
+
+def _opened(source: Origin) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     hub_id = parse_id(source) if isinstance(source, str) else None
     if hub_id is None:
-        return open_checkpoint(Path(source))
+        return open_checkpoint(Path(source), allow_unheld=True)
     from huggingface_hub import constants
 
     return _open_cached(hub_id) if constants.HF_HUB_OFFLINE else _open_online(hub_id)

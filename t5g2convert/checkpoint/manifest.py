@@ -117,6 +117,7 @@ class _Options(ConfigSection, extra="forbid"):
     sliding_window: Size | None = None
     preset: str | None = None
     keep_rows: Literal[True] | None = None
+    drop_heads: Literal[True] | None = None
 
 
 class _Dropped(ConfigSection, extra="forbid"):

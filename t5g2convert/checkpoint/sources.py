@@ -29,7 +29,7 @@ class Sources:
 
     @classmethod
     def open(cls, source: Origin, **others: Unpack[OtherOrigins]) -> "Sources":
-        """Open all of them by their headers.
+        """Open all of them by their headers; what of their indices no shard holds is left to who applies a map.
 
         Raises:
             CheckpointError: One is not sound.
@@ -40,8 +40,8 @@ class Sources:
             VISION_FROM: others.get("vision_from"),
         }
         return cls(
-            open_source(source),
-            {role: open_source(origin) for role, origin in given.items() if origin is not None},
+            open_source(source, allow_unheld=True),
+            {role: open_source(origin, allow_unheld=True) for role, origin in given.items() if origin is not None},
         )
 
     @property

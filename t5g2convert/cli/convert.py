@@ -11,6 +11,7 @@ from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json,
 from t5g2convert.cli.options import (
     DecoderFromOption,
     DecoderLayersOption,
+    DropHeadsOption,
     DtypeOption,
     EmbeddingFromOption,
     EncoderLayersOption,
@@ -58,6 +59,7 @@ def convert(
     sliding_window: WindowOption = None,
     preset: PresetOption = None,
     keep_rows: KeepRowsOption = False,
+    drop_heads: DropHeadsOption = False,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     hashing: Annotated[
@@ -102,6 +104,7 @@ def convert(
         sliding_window=sliding_window,
         preset=preset,
         keep_rows=keep_rows,
+        drop_heads=drop_heads,
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
     )

@@ -44,6 +44,7 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
     """A mapping as a table."""
     from rich.text import Text
 
+    from t5g2convert.mapping.collector import flag
     from t5g2convert.mapping.library import find_map
     from t5g2convert.mapping.operations import Copy
 
@@ -66,7 +67,8 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
     out.print(rows)
     drops = table("dropped", "because", "must equal")
     for drop in weight_map.drop:
-        drops.add_row(*map(printable, (drop.from_, drop.because, drop.must_equal or "")))
+        because = drop.because if drop.option is None else f"{drop.because}, with {flag(drop.option)} only"
+        drops.add_row("\n".join(map(printable, drop.patterns)), printable(because), printable(drop.must_equal or ""))
     out.print(drops)
     roots = table("root", "spellings")
     for root, spellings in weight_map.roots.items():

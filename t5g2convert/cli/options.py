@@ -128,6 +128,10 @@ KeepRowsOption = Annotated[
         "of 262208 rows to 262144 where no id in use has one of the last 64.",
     ),
 ]
+DropHeadsOption = Annotated[
+    bool,
+    typer.Option("--drop-heads", help="Leave out a head for classes, rewards or values; it is refused otherwise."),
+]
 ShardOption = Annotated[
     str,
     typer.Option("--max-shard-size", help="Largest sum of tensors in one file, as 5GB, 500MB or 4GiB.", metavar="SIZE"),

@@ -21,6 +21,7 @@ from t5g2convert.cli.console import (
 from t5g2convert.cli.options import (
     DecoderFromOption,
     DecoderLayersOption,
+    DropHeadsOption,
     DtypeOption,
     EmbeddingFromOption,
     EncoderLayersOption,
@@ -68,6 +69,7 @@ def plan(
     sliding_window: WindowOption = None,
     preset: PresetOption = None,
     keep_rows: KeepRowsOption = False,
+    drop_heads: DropHeadsOption = False,
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     tensors: Annotated[bool, typer.Option("--tensors", help="List every target tensor.")] = False,
@@ -95,6 +97,7 @@ def plan(
         sliding_window=sliding_window,
         preset=preset,
         keep_rows=keep_rows,
+        drop_heads=drop_heads,
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
     )

@@ -13,7 +13,7 @@ from typing import Any, Final
 from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, held
 from t5g2convert.checkpoint.config import ImpliedTensor, describe_model_type
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
-from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, StoredTensor
+from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, StoredTensor, refuse_unheld
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.manifest import check_adaptation
 from t5g2convert.checkpoint.roles import SOURCE
@@ -70,6 +70,7 @@ def plan_adapted(
         UsageError: The dtype is none.
     """
     options = Options(dtype=dtype)
+    refuse_unheld(model)
     parts = {item.name: item for item in _published(model)}
     faults = [fault for name, shape in trained.items() for fault in _trained_faults(name, shape, parts)]
     if faults:

@@ -59,8 +59,8 @@ def scaled_row(row: bytes, source: str, target: str) -> bytes:
         CheckpointError: A value is too large for the target dtype.
     """
     try:
-        values = _decode(_encode(_decode(row, source), target), target)
-        (scale,) = _decode(_encode(_decode(_encode([len(values) ** 0.5], "F32"), "F32"), target), target)
+        values = decode(_encode(decode(row, source), target), target)
+        (scale,) = decode(_encode(decode(_encode([len(values) ** 0.5], "F32"), "F32"), target), target)
         return _encode([value * scale for value in values], target)
     except OverflowError:
         raise CheckpointError(f"holds a number too large for {target}", where="the end-of-image embedding") from None
@@ -106,7 +106,8 @@ def _rounded_to_odd(values: "NDArray[np.float32] | NDArray[np.float64]") -> "NDA
     return near
 
 
-def _decode(data: bytes, dtype: str) -> list[float]:
+def decode(data: bytes, dtype: str) -> list[float]:
+    """The numbers of stored bytes of BF16, F16 or F32."""
     if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
         halves = struct.unpack(f"<{len(data) // 2}H", data)

@@ -6,7 +6,9 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint import t5gemma, t5gemma2
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.folder import INDEX_FILE, some
 from t5g2convert.checkpoint.foreign import remarks
+from t5g2convert.checkpoint.gemma3 import TOWERLESS, is_towerless
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.changes import setting
@@ -14,8 +16,10 @@ from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.options import KEEP, Options
 from t5g2convert.conversion.plan import Change
 from t5g2convert.conversion.vocabulary import has_names
+from t5g2convert.mapping.collector import flag
 from t5g2convert.mapping.resolve import SUBJECTS, Resolution
 from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.taking import ResolvedDrop
 
 LENGTH: Final = "max_position_embeddings"
 FACTORS: Final[Mapping[str, str]] = {
@@ -37,6 +41,7 @@ def plan_notes(
     for checkpoint in resolution.checkpoints.values():
         yield from checkpoint.notes
         yield from remarks(checkpoint)
+    yield from _towerless(resolution)
     yield from _configs(resolution, config)
     yield from _vocabulary(resolution, drafts, changes)
     yield from _settings(changes, tuple(target_of(config, Path("config.json")).stacks.values()))
@@ -52,6 +57,15 @@ def plan_notes(
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
     yield from _drops(resolution)
+    for option in sorted(options.drops - {drop.drop.option for drop in resolution.drops}):
+        yield f"{flag(option)} changes nothing: no such tensor is there"
+
+
+def _towerless(resolution: Resolution) -> Iterator[str]:
+    """Text stacks that were found where their config speaks of images."""
+    for role, model in resolution.models.items():
+        if is_towerless(model):
+            yield f"{named(role, 'config.json')}: {TOWERLESS}"
 
 
 def tied(resolution: Resolution, role: Role) -> bool:
@@ -104,13 +118,31 @@ def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _drops(resolution: Resolution) -> Iterator[str]:
-    """What is left behind, a note for each reason."""
-    by_reason: dict[str, list[str]] = {}
+    """What is left behind, a note for each reason; and what an index names that would be."""
+    by_reason: dict[str, list[ResolvedDrop]] = {}
     for drop in resolution.drops:
-        by_reason.setdefault(drop.drop.because, []).append(named(drop.role, drop.tensor.entry.name))
-    for because, names in by_reason.items():
-        told = f"{names[0]} is" if len(names) == 1 else f"{len(names)} tensors, the first of them {names[0]}, are"
-        yield f"{told} dropped: {because}"
+        by_reason.setdefault(drop.drop.because, []).append(drop)
+    for because, drops in by_reason.items():
+        first = drops[0]
+        name = named(first.role, first.tensor.entry.name)
+        told = f"{name} is" if len(drops) == 1 else f"{len(drops)} tensors, the first of them {name}, are"
+        asked = "" if first.drop.option is None else f", as {flag(first.drop.option)} asks"
+        yield f"{told} dropped: {because}{asked}{_comparison(first)}"
+    for role, checkpoint in resolution.checkpoints.items():
+        if checkpoint.unheld:
+            yield (
+                f"{named(role, INDEX_FILE)} names {some(checkpoint.unheld)}, which no shard holds: the map would drop "
+                "what is there under such a name"
+            )
+
+
+def _comparison(drop: ResolvedDrop) -> str:
+    """What headers cannot tell of a tensor that must repeat another, and who finds it out."""
+    if drop.equals is None:
+        return ""
+    one, other = drop.tensor.entry, drop.equals.entry
+    dtypes = "" if one.dtype == other.dtype else f" ({one.dtype} against {other.dtype}, by value)"
+    return f"; it must repeat {named(drop.role, other.name)}{dtypes}, which convert looks at before it writes"
 
 
 def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequence[Change]) -> Iterator[str]:

@@ -50,6 +50,7 @@ class PlanOptions(OtherOrigins, total=False):
     sliding_window: int | None
     preset: str | None
     keep_rows: bool
+    drop_heads: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class Options:
         preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options win over it.
         keep_rows: Keep all rows of the embedding table, also where no id in use has the last ones; the image token then
             keeps its id.
+        drop_heads: Leave out heads for classes, rewards or values, as the map names them; such a source is refused
+            otherwise.
 
     Raises:
         UsageError: An option has no meaning.
@@ -98,6 +101,7 @@ class Options:
     sliding_window: int | None = None
     preset: str | None = None
     keep_rows: bool = False
+    drop_heads: bool = False
 
     def __post_init__(self) -> None:
         if self.part is not None and self.part not in PARTS:
@@ -149,6 +153,11 @@ class Options:
     def _asked_layers(self) -> list[tuple[str, LayerSpec]]:
         asked = {"encoder": self.encoder_layers, "decoder": self.decoder_layers}
         return [(part, spec) for part, spec in asked.items() if spec is not None]
+
+    @property
+    def drops(self) -> frozenset[str]:
+        """The options that drops of a map wait for."""
+        return frozenset({"drop_heads"} if self.drop_heads else ())
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:

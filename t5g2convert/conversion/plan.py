@@ -181,16 +181,27 @@ class PlannedSource:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """A source tensor that is left behind, and the bytes that it must repeat for that to be allowed.
+class Repeated:
+    """A tensor that a dropped one must repeat, value by value: its name, its bytes and their safetensors dtype."""
 
-    One of the decoder's parent is named behind its role, and only where it must repeat another.
+    name: str
+    source: SourceRange
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A source tensor that is left behind, and the tensor that it must repeat for that to be allowed.
+
+    One of another checkpoint is named behind its role, and only where it must repeat another or an option drops it.
     """
 
     name: str
     because: str
     content: SourceRange
-    must_equal: SourceRange | None
+    dtype: str
+    shape: tuple[int, ...]
+    must_equal: Repeated | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from t5g2convert.conversion.plan import (
     PlannedSource,
     PlannedTable,
     PlannedTensor,
+    Repeated,
     SourceConfig,
     SourceFile,
     SourceRange,
@@ -80,7 +81,7 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
     table = TABLES[options.embedding_from]
     kept = kept_rows(weight_map, sources.by_role, table, keep=options.keep_rows)
     pairing = Pairing(sources.others, options.projector, table, options.layers, kept.rows)
-    resolution = resolve(loaded, sources.source, pairing)
+    resolution = resolve(loaded, sources.source, pairing, given=options.drops)
     _check_requirements(loaded, resolution, options)
     _check_heads(resolution)
     if DECODER_FROM in resolution.checkpoints:
@@ -170,21 +171,25 @@ def _values(resolution: Resolution, options: Options, weight_map: WeightMap, dty
 def _dropped(resolution: Resolution) -> Iterator[Dropped]:
     """What is left behind, by the map and by options."""
     for drop in resolution.drops:
+        entry, other = drop.tensor.entry, drop.equals
+        repeated = None
+        if other is not None:
+            repeated = Repeated(named(drop.role, other.entry.name), _whole(other, drop.role), other.entry.dtype)
+        content = _whole(drop.tensor, drop.role)
         yield Dropped(
-            named(drop.role, drop.tensor.entry.name),
-            drop.drop.because,
-            _whole(drop.tensor, drop.role),
-            None if drop.equals is None else _whole(drop.equals, drop.role),
+            named(drop.role, entry.name), drop.drop.because, content, entry.dtype, entry.shape, must_equal=repeated
         )
     for left in resolution.left:
-        yield Dropped(left.tensor.entry.name, left.because, _whole(left.tensor), None)
+        entry = left.tensor.entry
+        yield Dropped(entry.name, left.because, _whole(left.tensor), entry.dtype, entry.shape)
 
 
 def _effective(options: Options, resolution: Resolution) -> dict[str, Any]:
-    """The options that the manifest keeps: with the choices that were left to the tool, without layers that are all."""
+    """The options that the manifest keeps: with the choices that were left to the tool, without idle ones."""
     made = (name.removeprefix("projector_") for name in resolution.model.conditions if name.startswith("projector_"))
-    every = {f"{part}_layers" for part in STACKS if part not in resolution.layers}
-    recorded = {name: value for name, value in options.record().items() if name not in every}
+    idle = {f"{part}_layers" for part in STACKS if part not in resolution.layers}
+    idle |= options.drops - {drop.drop.option for drop in resolution.drops}
+    recorded = {name: value for name, value in options.record().items() if name not in idle}
     return {**recorded, **({"projector": next(made)} if VISION_FROM in resolution.checkpoints else {})}
 
 
@@ -268,7 +273,14 @@ def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap
         stored = resolution.checkpoints[role].tensors[name]
         tables.append(PlannedTable(name, _whole(stored, role), stored.entry.dtype, *stored.entry.shape))
     donor, target = tables
-    return PlannedAlignment(donor, target, shared_rows(resolution, weight_map, donor.rows), ridge)
+    rows = shared_rows(resolution, weight_map, donor.rows)
+    if rows < donor.width and not ridge:
+        raise CheckpointError(
+            f"{rows} rows of width {donor.width} determine no map",
+            where=resolution.checkpoints[VISION_FROM].path,
+            hint="give a --ridge, 1e-6 for instance",
+        )
+    return PlannedAlignment(donor, target, rows, ridge)
 
 
 def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:

@@ -14,7 +14,7 @@ from typing import Final
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.roles import Folders
-from t5g2convert.conversion.computed import read_range, write_computed
+from t5g2convert.conversion.computed import write_computed
 from t5g2convert.conversion.contents import caster
 from t5g2convert.conversion.copying import (
     BUFFERS,
@@ -28,6 +28,7 @@ from t5g2convert.conversion.given import Given
 from t5g2convert.conversion.hashing import FileHasher, Hashers
 from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.plan import Plan, PlannedTensor, SourceRange
+from t5g2convert.conversion.repeated import check_repeated
 from t5g2convert.conversion.shards import OpenShards
 from t5g2convert.errors import CheckpointError
 
@@ -106,7 +107,7 @@ def write_shards(
     """
     with ExitStack() as stack:
         sources = _open_sources(plan, folders, stack)
-        _check_repeated(plan, sources)
+        check_repeated(plan, sources)
         shards = stack.enter_context(OpenShards(plan, folder, kept, journal, flush=flush))
         residual = write_computed(plan, sources, shards, given, progress)
         hashers = _start_hashers(plan, sources, shards) if journal is not None else None
@@ -183,27 +184,6 @@ def _check_unchanged(plan: Plan, sources: dict[str, int], folders: Folders) -> N
             raise CheckpointError(f"cannot be read: {error.strerror}", where=folders.path(file.name)) from error
         if found != file.identity:
             raise CheckpointError("changed while it was being read", where=folders.path(file.name), hint="start again")
-
-
-def _check_repeated(plan: Plan, sources: dict[str, int]) -> None:
-    """Compare the dropped tensors that must repeat another, a chunk at a time."""
-    for drop in plan.dropped:
-        other = drop.must_equal
-        if other is None:
-            continue
-        one = drop.content
-        equal = one.end - one.start == other.end - other.start
-        for position in range(0, one.end - one.start, CHUNK_BYTES):
-            if not equal:
-                break
-            length = min(CHUNK_BYTES, one.end - one.start - position)
-            equal = read_range(sources, one, position, length) == read_range(sources, other, position, length)
-        if not equal:
-            raise CheckpointError(
-                f"differs from the embedding, although {drop.because}",
-                where=f"tensor {drop.name}",
-                hint="the target has one matrix for both; an untied model cannot be converted exactly",
-            )
 
 
 def _start_hashers(plan: Plan, sources: dict[str, int], shards: OpenShards) -> Hashers:

@@ -52,9 +52,10 @@ def check_rows(
     for position, drop in enumerate(loaded.map.drop):
         if not drop.applies(conditions):
             continue
-        root = root_of(drop.from_)
-        names = _names(drop.from_, layout, symbols) if root is None or root in layout else []
-        _refuse(loaded, "a row carries {}", names, carried, ("drop", position, "from"))
+        for number, pattern in enumerate(drop.patterns):
+            root = root_of(pattern)
+            names = _names(pattern, layout, symbols) if root is None or root in layout else []
+            _refuse(loaded, "a row carries {}", names, carried, ("drop", position, "from", number))
 
 
 def _names(pattern: str | None, layout: Mapping[str, str], symbols: Mapping[str, int]) -> list[str]:

@@ -3,7 +3,7 @@
 A new family is a reader in `t5g2convert.checkpoint` that returns a `SourceModel`, and an entry here.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,14 @@ class Family:
         read: From the config and its path to the model.
         example: The smallest config that `read` accepts; the terms that maps may use are taken from it.
         worlds: The sets of conditions that hold together; `when:` and `case:` may ask for any of them.
+        read_held: The same as `read`, with the names of the checkpoint's tensors, for a family whose config alone does
+            not say what a checkpoint is.
     """
 
     read: Callable[[Mapping[str, Any], Path], SourceModel]
     example: Mapping[str, Any]
     worlds: tuple[frozenset[str], ...]
+    read_held: Callable[[Mapping[str, Any], Path, Collection[str]], SourceModel] | None = None
 
     @cached_property
     def terms(self) -> SourceModel:
@@ -49,7 +52,10 @@ _T5GEMMA2_TOWER: Final = {
 
 FAMILIES: Final[Mapping[str, Family]] = {
     gemma3.MULTIMODAL: Family(
-        gemma3.read_gemma3, {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}}, _GEMMA3_WORLDS
+        gemma3.read_gemma3,
+        {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}},
+        _GEMMA3_WORLDS,
+        read_held=gemma3.read_gemma3,
     ),
     gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}, _GEMMA3_WORLDS),
     gemma2.MODEL_TYPE: Family(

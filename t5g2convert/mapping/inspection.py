@@ -5,14 +5,16 @@ implies. Unlike a plan, an inspection describes what is wrong instead of refusin
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint import research, t5gemma, t5gemma2
-from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.config import SourceModel
+from t5g2convert.checkpoint.folder import INDEX_FILE, Checkpoint, refuse_unheld, some
 from t5g2convert.checkpoint.foreign import remarks
+from t5g2convert.checkpoint.gemma3 import TOWERLESS, is_towerless
 from t5g2convert.checkpoint.hub import open_source
 from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.research import read_research
@@ -20,9 +22,10 @@ from t5g2convert.checkpoint.t5gemma import read_t5gemma
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2, read_t5gemma2_encoder
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.mapping.library import map_for
-from t5g2convert.mapping.names import expand, root_of
+from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.resolve import find_layout, read_model
 from t5g2convert.mapping.schema import Row, WeightMap, count_parameters
+from t5g2convert.mapping.taking import dropped_names
 
 DROPPED: Final = "dropped"
 """Part of a tensor that the map leaves behind, and that is no parameter of its own."""
@@ -139,8 +142,9 @@ def inspect(source: Path | str) -> Inspection:
         CheckpointError: It is not a sound checkpoint, or of a family that is not known.
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
     """
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, allow_unheld=True)
     if str(checkpoint.config.get("model_type")) in _TARGET_FACTS:
+        refuse_unheld(checkpoint)
         return _inspect_target(checkpoint)
     return _inspect_source(checkpoint)
 
@@ -154,11 +158,15 @@ def _inspect_source(checkpoint: Checkpoint) -> Inspection:
         if row.from_ is not None and row.op.carries and row.applies(model.conditions):
             parts |= {name: _source_part(row) for _, name in expand(row.from_, layout, model.symbols)}
     missing = [name for name in parts if name not in checkpoint.tensors]
-    parts |= _dropped_names(weight_map, layout, checkpoint)
+    dropped = _dropped_names(weight_map, model, layout)
+    parts |= {name: DROPPED for name in dropped if name in checkpoint.tensors}
     values = model.values
     facts = {name: values[name] for name in _SOURCE_FACTS} | {"rope_parameters": _rope_facts(values)}
     facts |= {name: values[name] for name in _SOFTCAPS if values[name] is not None}
-    return _inspection(checkpoint, layout, parts, missing, facts)
+    notes = [TOWERLESS] if is_towerless(model) else []
+    if unheld := [name for name in checkpoint.unheld if name not in dropped]:
+        notes.append(f"{INDEX_FILE} names {len(unheld)} tensor(s) that no shard holds: {some(unheld)}")
+    return _inspection(checkpoint, layout, parts, missing, facts, notes)
 
 
 _SOURCE_FACTS: Final = (
@@ -184,14 +192,10 @@ def _source_part(row: Row) -> str:
     return "decoder" if "decoder" in row.to else next(iter(row.to))
 
 
-def _dropped_names(weight_map: WeightMap, layout: Mapping[str, str], checkpoint: Checkpoint) -> dict[str, str]:
-    names = (
-        name
-        for drop in weight_map.drop
-        if root_of(drop.from_) is None or root_of(drop.from_) in layout
-        for _, name in expand(drop.from_, layout, {})
-    )
-    return {name: DROPPED for name in names if name in checkpoint.tensors}
+def _dropped_names(weight_map: WeightMap, model: SourceModel, layout: Mapping[str, str]) -> set[str]:
+    """The names of what the map leaves behind, by itself or as an option asks."""
+    drops = (drop for drop in weight_map.drop if drop.applies(model.conditions))
+    return {name for drop in drops for _, name in dropped_names(drop, layout, model.symbols)}
 
 
 def _inspect_target(checkpoint: Checkpoint) -> Inspection:
@@ -245,6 +249,7 @@ def _inspection(
     parts: Mapping[str, str],
     missing: list[str],
     facts: Mapping[str, Any],
+    notes: Sequence[str] = (),
 ) -> Inspection:
     tensors = tuple(
         InspectedTensor(name, parts.get(name, UNEXPECTED), stored.entry.dtype, stored.entry.shape, stored.file)
@@ -267,6 +272,6 @@ def _inspection(
         missing=tuple(missing),
         unexpected=tuple(item.name for item in tensors if item.part == UNEXPECTED),
         tensors=tensors,
-        notes=(*checkpoint.notes, *remarks(checkpoint)),
+        notes=(*checkpoint.notes, *remarks(checkpoint), *notes),
         hub=checkpoint.hub,
     )

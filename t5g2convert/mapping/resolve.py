@@ -4,16 +4,16 @@ This is the closed world. Whatever does not fit is collected, all of it, and tol
 row uses, tensors that a row wants and that are missing, shapes and dtypes that are not what the config implies.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from t5g2convert.checkpoint.config import SourceModel, describe_model_type
-from t5g2convert.checkpoint.folder import Checkpoint, some
+from t5g2convert.checkpoint.folder import Checkpoint, refuse_unheld, some
 from t5g2convert.checkpoint.foreign import check_plain, describe
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
-from t5g2convert.mapping.collector import Collector
+from t5g2convert.mapping.collector import Collector, flag
 from t5g2convert.mapping.collisions import check_rows
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand, root_of
@@ -33,6 +33,7 @@ from t5g2convert.mapping.taking import (
     Resolved,
     ResolvedDrop,
     Side,
+    dropped_names,
     left_behind,
     look,
     resolve_drop,
@@ -57,8 +58,8 @@ class Resolution:
         table: The role of the checkpoint that gives the embedding table, and its rows before the cut.
         layers: What each stack takes of its parent.
         targets: Every target tensor.
-        drops: The source's tensors that are left behind by the map, and those of the decoder's parent that must repeat
-            another.
+        drops: The source's tensors that are left behind by the map; of other checkpoints those that an option drops,
+            and of the decoder's parent those that must repeat another.
         left: The source's tensors that are left behind by an option.
     """
 
@@ -88,7 +89,12 @@ SUBJECTS: Final[Mapping[Role, str]] = {
 
 
 def resolve(
-    loaded: LoadedMap, checkpoint: Checkpoint, pairing: Pairing = ALONE, *, subject: str = "the source"
+    loaded: LoadedMap,
+    checkpoint: Checkpoint,
+    pairing: Pairing = ALONE,
+    *,
+    subject: str = "the source",
+    given: Collection[str] = (),
 ) -> Resolution:
     """Apply a map to a checkpoint.
 
@@ -97,18 +103,23 @@ def resolve(
         checkpoint: The source.
         pairing: What the target is made of beside it.
         subject: What the checkpoint is called where it does not fit the map.
+        given: Options that drops wait for, by their names in the map.
 
     Raises:
         CheckpointError: A checkpoint is not what its config implies; `details` lists every tensor concerned.
-        MappingError: The map does not convert this family, or the checkpoints do not fit each other.
+        MappingError: The map does not convert this family, has no drop for an option, or the checkpoints do not fit
+            each other.
     """
     weight_map = loaded.map
+    for option in given:
+        if all(drop.option != option for drop in weight_map.drop):
+            raise MappingError(f"{flag(option)} is not for mapping {weight_map.name!r}: it has no such drop")
     model = read_model(weight_map, checkpoint, subject=subject)
     check_plain(checkpoint)
     check_map(weight_map, pairing)
     # Worlds of their own: whatever would refuse another checkpoint as a source refuses it here.
     worlds = {
-        role: resolve(loaded, other, Pairing(rows=pairing.rows), subject=SUBJECTS[role])
+        role: resolve(loaded, other, Pairing(rows=pairing.rows), subject=SUBJECTS[role], given=given)
         for role, other in pairing.others.items()
     }
     if VISION_FROM in worlds:
@@ -133,7 +144,7 @@ def resolve(
     tensors = {name: tensor for each in checkpoints.values() for name, tensor in each.tensors.items()}
     check_rows(loaded, model.conditions, layout, prefixes, symbols, tensors)
     targets = tuple(_targets(rows, sides, prefixes, pairing.table, layers))
-    dropped = [item for drop in drops for item in resolve_drop(drop, sides[SOURCE])]
+    dropped = list(_dropped(drops, sides[SOURCE], given))
     for role, side in sides.items():
         side.collector.finish(weight_map, whole=role == SOURCE)
     return Resolution(
@@ -147,7 +158,7 @@ def resolve(
         table=(pairing.table, models[pairing.table].symbols["rows"]),
         layers=layers,
         targets=targets,
-        drops=(*dropped, *_repeats(worlds)),
+        drops=(*dropped, *_drops_of_others(worlds)),
         left=tuple(left_behind(_own(rows, checkpoints), sides[SOURCE], targets)),
     )
 
@@ -156,6 +167,19 @@ def _rows_of(weight_map: WeightMap, rows: int, wanted: int | None) -> int:
     """The rows that are left of a table: those that are wanted where it can have so many, else what the map keeps."""
     kept = weight_map.vocabulary.cut.get(rows, rows)
     return rows if wanted == rows else kept
+
+
+def _dropped(drops: Iterable[Drop], source: Side, given: Collection[str]) -> Iterator[ResolvedDrop]:
+    """What is left behind by the map; and a look at what the source's index names and no shard holds."""
+    collector, droppable = source.collector, set[str]()
+    for drop in drops:
+        names = {name: drop for _, name in dropped_names(drop, source.layout, source.symbols)}
+        droppable.update(names)
+        if drop.option is None or drop.option in given:
+            yield from resolve_drop(drop, source)
+        else:
+            collector.optional |= names
+    refuse_unheld(collector.checkpoint, droppable)
 
 
 def _own(rows: Iterable[Row], roles: Iterable[Role]) -> list[Row]:
@@ -201,12 +225,13 @@ def _targets(
             yield from resolve_target(row, part, pattern, sides[role], prefixes, layers.get(part))
 
 
-def _repeats(worlds: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
-    """What the decoder's parent drops because it repeats another tensor, which is yet to be seen."""
-    if DECODER_FROM in worlds:
-        for drop in worlds[DECODER_FROM].drops:
-            if drop.equals is not None:
-                yield replace(drop, role=DECODER_FROM)
+def _drops_of_others(worlds: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
+    """What is dropped by an option; and what the decoder's parent drops because it repeats another tensor, which is
+    yet to be compared."""
+    for role, world in worlds.items():
+        for drop in world.drops:
+            if drop.drop.option is not None or (role == DECODER_FROM and drop.equals is not None):
+                yield replace(drop, role=role)
 
 
 def read_model(weight_map: WeightMap, checkpoint: Checkpoint, *, subject: str = "the source") -> SourceModel:
@@ -223,7 +248,10 @@ def read_model(weight_map: WeightMap, checkpoint: Checkpoint, *, subject: str = 
             f"{subject} is {describe_model_type(checkpoint.config)}",
             where=checkpoint.path,
         )
-    return FAMILIES[str(model_type)].read(checkpoint.config, checkpoint.path / "config.json")
+    family, where = FAMILIES[str(model_type)], checkpoint.path / "config.json"
+    if family.read_held is not None:
+        return family.read_held(checkpoint.config, where, checkpoint.tensors)
+    return family.read(checkpoint.config, where)
 
 
 def find_layout(weight_map: WeightMap, model: SourceModel, checkpoint: Checkpoint) -> dict[str, str]:
@@ -251,8 +279,9 @@ def _find_layout(
             patterns.setdefault(root, []).append(row.from_)
     needed = set(patterns)
     for drop in drops:
-        if (root := root_of(drop.from_)) is not None and root not in needed:
-            patterns.setdefault(root, []).append(drop.from_)
+        for pattern in drop.patterns:
+            if (root := root_of(pattern)) is not None and root not in needed:
+                patterns.setdefault(root, []).append(pattern)
     for root, wanted in patterns.items():
         spellings = weight_map.roots[root]
         hits = {

@@ -86,6 +86,9 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 TokenText = Annotated[str, AfterValidator(_token_text)]
 Spelling = Annotated[str, AfterValidator(_spelling)]
 
+DropOption = Literal["drop_heads"]
+"""Options that a drop may wait for."""
+
 RESERVED_FILES = frozenset({"config.json", "generation_config.json", "t5g2.json", INDEX_FILE})
 """What a conversion writes, and so carries over from no source."""
 
@@ -169,17 +172,26 @@ class Row(Declaration):
 
 
 class Drop(Declaration):
-    """A source tensor that is left behind on purpose."""
+    """Source tensors that are left behind on purpose, for one reason."""
 
-    from_: str = Field(alias="from", description="Pattern of the source tensor's name.")
+    from_: Names = Field(alias="from", description="Pattern of the source tensor's name, or several patterns.")
     because: str = Field(description="The reason, shown in every plan.")
     must_equal: str | None = Field(
-        default=None, description="Pattern of a tensor whose bytes it must repeat; the conversion is refused otherwise."
+        default=None,
+        description="Pattern of a tensor that it must repeat value by value; the conversion is refused otherwise.",
+    )
+    option: DropOption | None = Field(
+        default=None, description="The drop holds only where this option is given; such a tensor is refused otherwise."
     )
     when: Condition | None = Field(default=None, description="The drop holds only for such sources.")
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All patterns."""
+        return (self.from_,) if isinstance(self.from_, str) else tuple(self.from_)
+
     def applies(self, conditions: frozenset[str]) -> bool:
-        """Whether the drop holds for a source."""
+        """Whether the drop holds for a source, if its option is given."""
         return self.when is None or self.when in conditions
 
 

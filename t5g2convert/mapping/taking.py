@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from t5g2convert.checkpoint.config import SourceModel
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import StoredTensor
+from t5g2convert.checkpoint.header import TensorEntry
 from t5g2convert.checkpoint.roles import EMBEDDING, SOURCE, Role
 from t5g2convert.errors import MappingError
 from t5g2convert.mapping.collector import Collector
@@ -131,15 +132,22 @@ def _implied_by(row: Row, model: SourceModel) -> str:
     return "; ".join([", ".join(map(str, row.shape)), ", ".join(fields)]) if fields else ", ".join(map(str, row.shape))
 
 
+def dropped_names(
+    drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int]
+) -> Iterator[tuple[int | None, str]]:
+    """All names that a drop stands for, each with its layer; none of a root that the checkpoint does not have."""
+    for pattern in drop.patterns:
+        root = root_of(pattern)
+        if root is None or root in layout:
+            yield from expand(pattern, layout, symbols)
+
+
 def resolve_drop(drop: Drop, side: Side) -> Iterator[ResolvedDrop]:
     """The tensors of a checkpoint that a drop leaves behind."""
     layout, symbols, collector = side.layout, side.symbols, side.collector
-    root = root_of(drop.from_)
-    if root is not None and root not in layout:
-        return
     tensors = collector.checkpoint.tensors
     others = _names_to_equal(drop, layout, symbols)
-    for index, name in expand(drop.from_, layout, symbols):
+    for index, name in dropped_names(drop, layout, symbols):
         if name not in tensors:
             continue
         collector.used.add(name)
@@ -154,7 +162,22 @@ def resolve_drop(drop: Drop, side: Side) -> Iterator[ResolvedDrop]:
                     f"{name} can be dropped only if it equals {other}, which is not there",
                     where=collector.checkpoint.path,
                 )
+            collector.misshapen += _unlike(tensors[name].entry, equals.entry)
         yield ResolvedDrop(drop, tensors[name], equals)
+
+
+def _unlike(one: TensorEntry, other: TensorEntry) -> Iterator[str]:
+    """Why a dropped tensor cannot repeat the other one, as far as headers tell; what is left is for the bytes."""
+    if one.shape != other.shape:
+        yield (
+            f"misshapen: {one.name} has shape {list(one.shape)}, but it must repeat {other.name} of shape "
+            f"{list(other.shape)}"
+        )
+    elif one.dtype != other.dtype and one.dtype not in CONFIG_NAMES:
+        yield (
+            f"misshapen: {one.name} has dtype {one.dtype}, but it must repeat {other.name} of dtype {other.dtype}; "
+            f"only {', '.join(CONFIG_NAMES)} can be compared with it"
+        )
 
 
 def _names_to_equal(drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int]) -> dict[int | None, str]:

@@ -129,11 +129,7 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
     for position, row in enumerate(weight_map.weights):
         yield from _row_faults(row, weight_map, symbols, ("weights", position))
     for position, drop in enumerate(weight_map.drop):
-        for key, pattern in (("from", drop.from_), ("must_equal", drop.must_equal)):
-            if pattern is not None and (fault := pattern_fault(pattern, weight_map.roots, symbols)):
-                yield fault, ("drop", position, key), _placeholder_hint(pattern, weight_map.roots)
-            elif pattern is not None and index_of(pattern) not in (None, index_of(drop.from_)):
-                yield f"{{{index_of(pattern)}}} stands on one side only", ("drop", position, key), None
+        yield from _drop_faults(drop, weight_map.roots, symbols, ("drop", position))
     yield from _repeated(weight_map, worlds)
     for name, template in weight_map.requires.items():
         if name not in values:
@@ -285,6 +281,19 @@ def _row_faults(row: Row, weight_map: WeightMap, symbols: set[str], at: NodePath
         yield "merged_attention is for tensors of both stacks", (*at, "merged_attention"), None
 
 
+def _drop_faults(drop: Drop, roots: Mapping[str, list[str]], symbols: set[str], at: NodePath) -> Iterator[Fault]:
+    """What is wrong with the names of a drop."""
+    places = [((*at, "from", number), pattern) for number, pattern in enumerate(drop.patterns)]
+    if drop.must_equal is not None:
+        places.append(((*at, "must_equal"), drop.must_equal))
+    indices = {index_of(pattern) for pattern in drop.patterns}
+    for place, pattern in places:
+        if fault := pattern_fault(pattern, roots, symbols):
+            yield fault, place, _placeholder_hint(pattern, roots)
+        elif pattern == drop.must_equal and index_of(pattern) not in (None, *(indices if len(indices) == 1 else ())):
+            yield f"{{{index_of(pattern)}}} stands on one side only", place, None
+
+
 def _name_faults(row: Row, pattern: str, weight_map: WeightMap, symbols: set[str], at: NodePath) -> Iterator[Fault]:
     """What is wrong with the name of a target."""
     prefixes, index = weight_map.target.roots, index_of(row.from_ or "")
@@ -313,5 +322,6 @@ def _repeated(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
                     yield f"another row carries {row.from_} already", ("weights", position, "from"), None
                 carried.add(row.from_)
         for position, drop in enumerate(weight_map.drop):
-            if drop.applies(conditions) and drop.from_ in carried:
-                yield f"a row carries {drop.from_}", ("drop", position, "from"), None
+            for number, pattern in enumerate(drop.patterns):
+                if drop.applies(conditions) and pattern in carried:
+                    yield f"a row carries {pattern}", ("drop", position, "from", number), None

@@ -35,6 +35,7 @@ from t5g2convert.parity.alignment import aligned_projector, projector_faults
 from t5g2convert.parity.claims import file_faults, header_faults, manifest_faults
 from t5g2convert.parity.given import given_faults
 from t5g2convert.parity.parent import Parent
+from t5g2convert.parity.repeated import Stored, repeats
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.reference.weights import DTYPES
 
@@ -73,11 +74,26 @@ def planned(
     try:
         return replay(sources, manifest, mapping, part), None
     except (CheckpointError, MappingError, UsageError) as error:
+        if (with_heads := _replayed_with_heads_dropped(sources, manifest, mapping, part)) is not None:
+            return with_heads, "t5g2.json does not tell of drop_heads, and without that option this source is refused"
         if not manifest.get("options"):
             raise
         # What cannot be done without options either is no fault of the manifest.
         plan = replay(sources, {}, mapping, part)
         return plan, f"t5g2.json tells of options that this source was not converted with: {error.message}"
+
+
+def _replayed_with_heads_dropped(
+    sources: Sources, manifest: Mapping[str, Any], mapping: str | None, part: str | None
+) -> Plan | None:
+    """The plan with one more option than the manifest tells of; None where that is not possible either."""
+    options = manifest.get("options", {})
+    if not manifest or options.get("drop_heads"):
+        return None
+    try:
+        return replay(sources, {"options": {**options, "drop_heads": True}}, mapping, part)
+    except (CheckpointError, MappingError, UsageError):
+        return None
 
 
 def planned_adapted(sources: Sources, manifest: Mapping[str, Any]) -> tuple[Plan, str | None]:
@@ -311,15 +327,13 @@ def _byte_fault(tensor: PlannedTensor, expected: bytes, found: bytes, start: int
 def _repeated_faults(plan: Plan, folders: Folders, read: _Reader) -> Iterator[str]:
     """A dropped copy, like lm_head, must be one."""
     for drop in plan.dropped:
-        if drop.must_equal is None:
-            continue
-        size = drop.content.end - drop.content.start
-        for at in range(0, size, PIECE_BYTES):
-            count = min(PIECE_BYTES, size - at)
-            pieces = [read(folders.path(part.file), part.start + at, count) for part in (drop.content, drop.must_equal)]
-            if pieces[0] != pieces[1]:
-                yield f"{drop.name} of the source was dropped as a copy and is none"
-                break
+        if drop.must_equal is not None:
+            one, other = (
+                Stored(folders.path(span.file), span.start, span.end, dtype)
+                for span, dtype in ((drop.content, drop.dtype), (drop.must_equal.source, drop.must_equal.dtype))
+            )
+            if not repeats(one, other, read, PIECE_BYTES):
+                yield f"{drop.name} of the source was dropped as a copy and is not one"
 
 
 def _carried_faults(plan: Plan, folders: Folders, target: Path) -> Iterator[str]:

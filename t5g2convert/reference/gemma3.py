@@ -40,7 +40,7 @@ class Gemma3Reference:
         kernel: Kernel = "eager",
         **reading: Unpack[ReadOptions],
     ) -> None:
-        model = read_gemma3(checkpoint.config, checkpoint.path / "config.json")
+        model = read_gemma3(checkpoint.config, checkpoint.path / "config.json", checkpoint.tensors)
         self.model = model
         activation(model.text.hidden_activation)
         self.weights = Weights(checkpoint, **reading)

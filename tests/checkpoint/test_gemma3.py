@@ -7,7 +7,15 @@ import pytest
 from transformers import Gemma3Config, Gemma3TextConfig
 
 from t5g2convert.checkpoint.config import KNOWN_MODELS
-from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text, Gemma3Tokens, SiglipVision, read_gemma3
+from t5g2convert.checkpoint.gemma3 import (
+    Gemma3,
+    Gemma3Text,
+    Gemma3Tokens,
+    SiglipVision,
+    has_tower,
+    is_towerless,
+    read_gemma3,
+)
 from t5g2convert.errors import CheckpointError
 
 Config = dict[str, Any]
@@ -484,3 +492,36 @@ def test_the_older_spelling_of_a_scaled_sliding_layer_is_refused_too() -> None:
 def test_a_pattern_that_readers_do_not_read_is_refused() -> None:
     with pytest.raises(CheckpointError, match="_sliding_window_pattern is 3, which readers take for 6"):
         read_gemma3({"model_type": "gemma3_text", "_sliding_window_pattern": 3}, WHERE)
+
+
+TEXT_NAMES = ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"]
+TOWER_NAMES = [
+    "vision_tower.vision_model.post_layernorm.bias",
+    "model.vision_tower.embeddings.position_ids",
+    "multi_modal_projector.mm_soft_emb_norm.weight",
+    "model.model.multi_modal_projector.mm_input_projection_weight",
+]
+
+
+@pytest.mark.parametrize("name", TOWER_NAMES)
+def test_a_tower_is_known_by_its_modules_in_any_spelling(name: str) -> None:
+    assert has_tower([*TEXT_NAMES, name])
+    assert not has_tower([*TEXT_NAMES, name.replace("vision_tower", "vision_towers").replace("projector", "project")])
+
+
+def test_a_config_alone_is_read_as_it_stands_and_names_decide_beside_it() -> None:
+    config = multimodal()
+    assert read_gemma3(config, WHERE) == read_gemma3(config, WHERE, [*TEXT_NAMES, TOWER_NAMES[0]])
+    towerless = read_gemma3(config, WHERE, TEXT_NAMES)
+    assert towerless.vision is None
+    assert towerless.family == "gemma3"
+    assert towerless.conditions == {"text_only"}
+    assert towerless.tokens == read_gemma3(config, WHERE).tokens
+    assert is_towerless(towerless)
+    assert not is_towerless(read_gemma3(config, WHERE))
+    assert not is_towerless(read_gemma3(text_only(), WHERE, TEXT_NAMES))
+    del config["vision_config"]
+    assert read_gemma3(config, WHERE, TEXT_NAMES) == towerless
+    for names in (None, TOWER_NAMES):
+        with pytest.raises(CheckpointError, match="vision_config is missing"):
+            read_gemma3(config, WHERE, names)

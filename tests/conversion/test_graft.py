@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
 from tests.memory import run_and_measure
-from tests.twins import write_aligned_source
+from tests.twins import BY_NAME, write_aligned_source, write_twin
 
 TOWER = "model.encoder.vision_tower.vision_model."
 PROJECTOR = "model.encoder.multi_modal_projector.mm_input_projection_weight"
@@ -93,6 +94,20 @@ def test_an_aligned_projector_is_cast_and_sharded_like_all_else(
     assert found.keys() == plain.keys()
     assert torch.equal(found[PROJECTOR].to(torch.bfloat16), plain[PROJECTOR])
     assert found[PROJECTOR].dtype == (torch.float32 if "dtype" in options else torch.bfloat16)
+
+
+def test_tables_with_fewer_rows_than_columns_are_refused_by_the_plan(tmp_path: Path) -> None:
+    narrow, wide = BY_NAME["text-8"], BY_NAME["donor-wide"]
+    tokens = {"boi_token_index": 20, "eoi_token_index": 21, "image_token_index": 22, "mm_tokens_per_image": 4}
+    write_twin(replace(narrow, text={**narrow.text, "vocab_size": 31}), tmp_path / "source")
+    write_twin(replace(wide, text={**wide.text, "vocab_size": 31}, tokens=tokens), tmp_path / "donor")
+    with pytest.raises(CheckpointError, match="31 rows of width 32 determine no map") as caught:
+        plan(tmp_path / "source", vision_from=tmp_path / "donor", projector="aligned")
+    assert caught.value.hint == "give a --ridge, 1e-6 for instance"
+    done = convert(
+        tmp_path / "source", tmp_path / "out", vision_from=tmp_path / "donor", projector="aligned", ridge=1e-6
+    )
+    assert done.residual is not None
 
 
 def test_without_an_alignment_there_is_no_residual(twin_folder: TwinFolder, tmp_path: Path) -> None:

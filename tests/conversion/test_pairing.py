@@ -346,9 +346,15 @@ def test_an_untied_parent_of_the_decoder_is_refused(table: str, twin_folder: Twi
     untied = edited(tmp_path / "tied", tmp_path / "untied", lambda held: held["lm_head.weight"][0].add_(1))
     source = twin_folder("text-8")
     done = convert(source, tmp_path / "out", decoder_from=tmp_path / "tied", embedding_from=table)
-    assert "decoder_from/lm_head.weight is dropped: the softmax is tied to embed_tokens" in done.notes
+    told = (
+        "decoder_from/lm_head.weight is dropped: the softmax is tied to embed_tokens; it must repeat "
+        "decoder_from/model.embed_tokens.weight, which convert looks at before it writes"
+    )
+    assert told in done.notes
     assert "decoder_from/lm_head.weight" in {drop["name"] for drop in manifest(tmp_path / "out")["dropped"]}
-    with pytest.raises(CheckpointError, match="differs from the embedding") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"differs from decoder_from/model\.embed_tokens\.weight at \[0, 0\]"
+    ) as caught:
         convert(source, tmp_path / "none", decoder_from=untied, embedding_from=table)
     assert caught.value.where == "tensor decoder_from/lm_head.weight"
     assert not (tmp_path / "none").exists()

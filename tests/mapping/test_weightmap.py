@@ -69,6 +69,7 @@ UNKNOWN_KEYS = [
     ('  - from: "{text}norm.weight"', '  - from_: "{text}norm.weight"', "from_", "from"),
     ("    because: ", "    becuse: ", "becuse", "because"),
     ("    must_equal: ", "    must_eqal: ", "must_eqal", "must_equal"),
+    ("    option: ", "    options: ", "options", "option"),
 ]
 
 
@@ -228,6 +229,38 @@ FAULTS = [
         "unknown root or index {visoin}",
         "did you mean vision?",
         id="drop-root",
+    ),
+    pytest.param(
+        '"{text}rotary_emb_local.inv_freq"',
+        '"{txt}rotary_emb_local.inv_freq"',
+        '"{txt}rotary',
+        "unknown root or index {txt}",
+        "did you mean text?",
+        id="drop-root-in-a-list",
+    ),
+    pytest.param(
+        '"qa_outputs.bias"]',
+        '"{text}norm.weight"]',
+        '"{text}norm.weight"]',
+        "a row carries {text}norm.weight",
+        None,
+        id="drop-in-a-list-carried",
+    ),
+    pytest.param(
+        "option: drop_heads",
+        "option: drop_head",
+        "drop_head",
+        "option: Input should be 'drop_heads'",
+        None,
+        id="drop-option",
+    ),
+    pytest.param(
+        'from: ["qa_outputs.weight", "qa_outputs.bias"]',
+        "from: []",
+        "[]",
+        "expected the pattern of a name, or a list of such patterns",
+        None,
+        id="drop-of-nothing",
     ),
     pytest.param(
         'must_equal: "{text}embed_tokens.weight"',
@@ -755,7 +788,8 @@ def test_the_spellings_seen_in_the_wild_are_known(gemma3_map: WeightMap) -> None
         "model.vision_tower.vision_model.",
         "model.vision_tower.",
     }
-    assert {drop.from_ for drop in gemma3_map.drop} >= {"lm_head.weight", "language_model.lm_head.weight"}
+    dropped = {pattern for drop in gemma3_map.drop for pattern in drop.patterns}
+    assert dropped >= {"lm_head.weight", "language_model.lm_head.weight"}
 
 
 def test_the_vocabulary_is_cut_as_the_releases_are(gemma3_map: WeightMap) -> None:

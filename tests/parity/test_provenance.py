@@ -19,7 +19,7 @@ from t5g2convert.parity.parent import Gemma3Parent
 from t5g2convert.parity.provenance import judge_provenance, replay
 from t5g2convert.parity.report import Check
 from tests.conftest import TwinFolder
-from tests.twins import IMAGE_SPELLINGS, TWINS, respell
+from tests.twins import IMAGE_SPELLINGS, TWINS, Tensors, respell
 
 TABLE = "model.encoder.embed_tokens.weight"
 EOI = "model.encoder.embed_tokens.eoi_embedding"
@@ -230,6 +230,24 @@ def test_a_head_that_was_dropped_as_a_copy_must_be_one(made: Make, tmp_path: Pat
     headed.flip("language_model.lm_head.weight", 1234, folder=headed.source)
     (fault,) = headed.judge().offenders
     assert fault.startswith("language_model.lm_head.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_head_of_another_dtype_must_be_a_copy_too(dtype: torch.dtype, made: Make, tmp_path: Path) -> None:
+    sound = made("text-8")
+    name, table = "lm_head.weight", "model.embed_tokens.weight"
+
+    def rounded(tensors: Tensors) -> Tensors:
+        values = tensors[table].to(torch.float16).to(torch.bfloat16)  # what both dtypes hold
+        return {**tensors, table: values, name: values.to(dtype)}
+
+    respell(sound.source, tmp_path / "respelled", rounded)
+    convert(tmp_path / "respelled", tmp_path / "with-head")
+    headed = Conversion(tmp_path / "respelled", tmp_path / "with-head")
+    assert headed.judge().passed
+    size = torch.finfo(dtype).bits // 8
+    headed.flip(name, (150 * 24 + 12) * size + size - 1, folder=headed.source)
+    assert headed.judge().offenders == (f"{name} of the source was dropped as a copy and is not one",)
 
 
 @pytest.mark.parametrize("key", ["dtype", "parameters", "changes"])
