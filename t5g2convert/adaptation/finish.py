@@ -36,8 +36,8 @@ class Finished:
 
     def to_json(self) -> dict[str, Any]:
         """As `t5g2 adapt --json` tells of it."""
-        parameters = dict(self.inspection.parameters)
-        return {"output": str(self.output), "parameters": parameters, "exported_before": self.before}
+        before = {"exported_before": True} if self.before else {}
+        return {"output": str(self.output), "parameters": dict(self.inspection.parameters), **before}
 
 
 def finish(run: Path, checkpoint: Path, model: Path) -> Finished:

@@ -65,7 +65,7 @@ class Packing:
             "sha256": self.sha256,
             "highest": index.highest,
             "special": dict(index.special),
-            "notes": list(self.notes),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
 
