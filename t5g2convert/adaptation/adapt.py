@@ -24,13 +24,13 @@ from t5g2convert.adaptation.engine import (
     require_extra,
     together,
 )
-from t5g2convert.adaptation.finish import Finished, finish
+from t5g2convert.adaptation.finish import Finished, check_export_place, finish
 from t5g2convert.adaptation.forecast import Forecast, forecast
 from t5g2convert.adaptation.lock import locked
 from t5g2convert.adaptation.logs import Metrics, read_metrics
 from t5g2convert.adaptation.plot import plot_losses
 from t5g2convert.adaptation.preparation import Prepared, prepare
-from t5g2convert.adaptation.record import check_files, place_of, read_record
+from t5g2convert.adaptation.record import check_files, complete, place_of, read_record
 from t5g2convert.adaptation.run import (
     METRICS_FILE,
     PLOT_FILE,
@@ -47,7 +47,7 @@ from t5g2convert.adaptation.settings import Settings
 from t5g2convert.adaptation.teacher import Teacher, check_teacher, load_teacher
 from t5g2convert.adaptation.training import Pace, make_optimizer, train
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
-from t5g2convert.conversion.staging import check_target
+from t5g2convert.conversion.target import check_apart
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class Request:
     chunk: int = 1024
     recompute: bool = False
     export: bool = False
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """All that is read, none of which may lie in the run's folder."""
+        return (self.model, self.data, *([] if self.teacher is None else [self.teacher]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +186,7 @@ def _prepare(request: Request) -> Prepared:
     prepared = prepare(request.model, request.data, request.settings, rope_scaling=request.rope_scaling)
     if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
         raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
-    check_target(request.run, request.model, request.data, overwrite=True)
+    check_apart(request.run, *request.inputs)
     if request.teacher is not None:
         if request.settings.image_every == 1:
             raise UsageError("--kd teaches text alone, and with --image-every 1 there is none")
@@ -190,6 +195,9 @@ def _prepare(request: Request) -> Prepared:
     if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
         # Before other processes are started; those that torchrun or SLURM started wait to be told together.
         check_vacant(request.run)
+    if request.export and _goes_on(request) and request.settings.steps not in complete(request.run):
+        # Not after days of training; a run that is finished may have been exported, and is looked at then.
+        check_export_place(request.run)
     return prepared
 
 

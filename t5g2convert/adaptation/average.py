@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Final
 from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.logs import read_metrics, tokens_until
 from t5g2convert.adaptation.record import FOLDER, check_files, complete, place_of
-from t5g2convert.adaptation.run import METRICS_FILE, History, check_bytes, check_model, read_history
+from t5g2convert.adaptation.run import (
+    METRICS_FILE,
+    History,
+    check_bytes,
+    check_model,
+    parts_of_run,
+    read_history,
+)
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.conversion.convert import Conversion
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.options import KEEP
+from t5g2convert.conversion.target import check_target
 from t5g2convert.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -46,10 +54,10 @@ def average(
     Args:
         run: The folder of the run.
         last: How many checkpoints, counted from the last; all must be of the run's settings and objective.
-        output: The folder to write; it must be absent or empty unless `overwrite`.
+        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
         model: The model that was trained, where it is no longer where it was.
         dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
-        overwrite: Replace a folder that has something in it, at the end.
+        overwrite: Replace an output of this tool that is there, at the end; nothing else is ever replaced.
         progress: Called with the bytes just written.
 
     Raises:
@@ -70,6 +78,7 @@ def average(
     model = Path(history.model_folder) if model is None else model
     if not model.is_dir():
         raise UsageError(f"{model} is not there any more", hint="--model says where the model is that was trained")
+    check_target(output, model, *parts_of_run(run), overwrite=overwrite)
     check_model(history, model)
     from t5g2convert.adaptation.trained import Trained
 

@@ -15,7 +15,7 @@ from t5g2convert.conversion.convert import Conversion, Judge, execute
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.given import Given
 from t5g2convert.conversion.options import KEEP
-from t5g2convert.conversion.staging import check_target
+from t5g2convert.conversion.target import check_target
 from t5g2convert.errors import CheckpointError
 
 
@@ -44,12 +44,12 @@ def export(
     Args:
         model: The folder of the T5Gemma 2 that was trained, in the published layout.
         values: The trained values.
-        output: The folder to write; it must be absent or empty unless `overwrite`.
+        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
         facts: What the manifest shall tell of the training: `steps`, `checkpoints` (the steps averaged, or the one
             taken), `tokens`, `settings` (as run.json has them), `settings_sha256` and
             `data_sha256`. No paths, no times: the same values give the same bytes.
         dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
-        overwrite: Replace a folder that has something in it, at the end.
+        overwrite: Replace an output of this tool that is there, at the end; nothing else is ever replaced.
         flush: Wait until the disk has every byte before the output appears.
         progress: Called with the bytes just written.
         judge: Called with the finished folder before it appears under its name; what it raises leaves no output.

@@ -15,9 +15,10 @@ from t5g2convert.adaptation.documents import Document, Fault
 from t5g2convert.adaptation.images import text_pieces, with_images
 from t5g2convert.adaptation.index import INDEX_FILE, Index, tokens_entry
 from t5g2convert.adaptation.shardfiles import HashedFile, PictureFiles, StreamFiles
-from t5g2convert.adaptation.shards import COUNTS_FILE, END
+from t5g2convert.adaptation.shards import COUNTS_FILE, END, packed_listing
 from t5g2convert.adaptation.tokens import ModelTokens, TextEncoder, read_tokens
-from t5g2convert.conversion.staging import Staging, check_target
+from t5g2convert.conversion.staging import Staging
+from t5g2convert.conversion.target import check_apart, check_target, leftovers
 from t5g2convert.errors import DataError, OutputError, UsageError
 
 SHARD_TOKENS: Final = 1 << 28
@@ -40,11 +41,13 @@ class Packing:
         output: The folder.
         index: Its index.
         sha256: Of index.json: the identity of the data.
+        notes: What a user should know of this packing.
     """
 
     output: Path
     index: Index
     sha256: str
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The document of `t5g2 pack --json`."""
@@ -62,6 +65,7 @@ class Packing:
             "sha256": self.sha256,
             "highest": index.highest,
             "special": dict(index.special),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
 
@@ -80,12 +84,12 @@ def pack(
 
     Args:
         model: The folder of the model that is to be trained: its tokenizer, and the ids of its config.
-        output: The folder to write.
+        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
         documents: What to pack, in this order.
         sources: Files and folders that the documents come from; the output must not be among them.
         bos: Whether each document begins with the model's bos. Each ends with its eos.
         shard_tokens: Tokens of a shard, at most.
-        overwrite: Replace the output, at the very end.
+        overwrite: Replace packed data that is there, at the very end; nothing else is ever replaced.
         flush: Wait until the disk has everything.
 
     Raises:
@@ -97,13 +101,16 @@ def pack(
     if shard_tokens < 1:
         raise UsageError(f"--shard-tokens is {shard_tokens}, expected 1 or more")
     tokens = read_tokens(model)
-    check_target(output, model, *sources, overwrite=True)
-    _check_replaceable(output)
-    check_target(output, overwrite=overwrite)
+    check_apart(output, model, *sources)
+    _check_packed(output)
+    check_target(output, model, *sources, overwrite=overwrite, listing=packed_listing)
     if bos and tokens.bos is None:
         raise UsageError("the model has no bos token: --bos has nothing to put in front")
     encoder = TextEncoder(model, tokens)
-    with Staging(output, overwrite=overwrite, flush=flush) as staging, ExitStack() as stack:
+    with (
+        Staging(output, overwrite=overwrite, flush=flush, listing=packed_listing, last=[INDEX_FILE]) as staging,
+        ExitStack() as stack,
+    ):
         files = _Files(staging.folder, shard_tokens, stack, flush=flush)
         packer = _Packer(files, encoder, tokens, bos=bos)
         packer.run(documents)
@@ -113,12 +120,14 @@ def pack(
             file.write(text)
             file.finish(flush=flush)
         staging.commit()
-    return Packing(output, index, hashlib.sha256(text).hexdigest())
+    return Packing(output, index, hashlib.sha256(text).hexdigest(), tuple(staging.notes))
 
 
-def _check_replaceable(output: Path) -> None:
-    """Refuse to replace what no packing wrote: a forgotten argument makes an output of a folder of texts."""
-    if output.is_dir() and any(output.iterdir()) and not (output / INDEX_FILE).is_file():
+def _check_packed(output: Path) -> None:
+    """Refuse what no packing wrote: a forgotten argument makes an output of a folder of texts."""
+    if not output.is_dir() or (output / INDEX_FILE).is_file():
+        return
+    if {item.name for item in output.iterdir()} - leftovers(output):
         raise OutputError(
             "has something in it that is no packed data, and is not replaced",
             where=output,

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import model_validator
 
-from t5g2convert.adaptation.record import complete, read_record
+from t5g2convert.adaptation.record import FOLDER, complete, read_record
 from t5g2convert.adaptation.settings import Settings, differences
 from t5g2convert.checkpoint.config import ConfigSection, parse_section
 from t5g2convert.checkpoint.digest import sha256_of
@@ -149,6 +149,11 @@ def check_bytes(model: Path, exported: Path) -> None:
             raise CheckpointError(
                 f"{name} is not what {MANIFEST_FILE} beside it tells of", where=model, hint="it was changed or damaged"
             )
+
+
+def parts_of_run(run: Path) -> tuple[Path, ...]:
+    """What no output may take the place of, in a run's folder; an export or a mean may stand beside them."""
+    return tuple(run / name for name in (FOLDER, TENSORBOARD_FOLDER, RUN_FILE, METRICS_FILE))
 
 
 def check_vacant(run: Path) -> None:

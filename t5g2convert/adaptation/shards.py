@@ -32,6 +32,7 @@ from t5g2convert.adaptation.index import (
 )
 from t5g2convert.adaptation.tokens import read_tokens, tokenizer_sha256
 from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.conversion.ownership import Written
 from t5g2convert.errors import DataError
 
 COUNTS_FILE: Final = "counts.bin"
@@ -254,6 +255,25 @@ def check_tokenizer(packed: Packed, model: Path) -> None:
             where=packed.folder,
             hint="pack the data again, with this model",
         )
+
+
+def packed_listing(folder: Path) -> dict[str, Written]:
+    """The files of packed data, as its index and its list of pictures have them; see `conversion.ownership`.
+
+    Raises:
+        DataError: It has no index, or names a picture that cannot be one.
+    """
+    index, _ = read_index(folder)
+    listed = {INDEX_FILE: Written()}
+    for name, stream in (("text", index.text), ("image", index.image)):
+        listed[f"{name}.doc"] = Written(sha256=stream.ends)
+        for number, shard in enumerate(stream.shards):
+            listed[shard_name(name, number)] = Written(shard.tokens * TOKEN.itemsize, shard.sha256)
+    listed[COUNTS_FILE] = Written(index.tokens.vocabulary * END.itemsize, index.counts)
+    listed[PICTURES_FILE] = Written(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
+    for place in _mapped(folder / PICTURES_FILE, PICTURE, (index.pictures.places,)):
+        listed[f"{PICTURES_FOLDER}/{picture_name(place)}"] = Written(sha256=bytes(place["sha256"]).hex())
+    return listed
 
 
 def shard_name(stream: str, number: int) -> str:

@@ -26,7 +26,7 @@ from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, down
 from t5g2convert.checkpoint.place import HubFile, HubOrigin, folders_of, listed, regular_file
 from t5g2convert.checkpoint.ranges import read_remote_range
 from t5g2convert.checkpoint.recognition import ADAPTER_CONFIG, Found
-from t5g2convert.errors import CheckpointError, HubError, OutputError
+from t5g2convert.errors import CheckpointError, HubError, OutputError, UsageError
 
 Origin = str | Path | Checkpoint
 """What a checkpoint is opened from: a folder; a str may also name a model of the Hub; or it is open already."""
@@ -55,8 +55,20 @@ def parse_id(text: str) -> HubId | None:
 
 def given_folders(*sources: Origin | None) -> list[Path]:
     """The folders among what was given; nothing is opened."""
+    for source in sources:
+        _check_given(source)
     paths = (source.path if isinstance(source, Checkpoint) else source for source in sources if source is not None)
     return [Path(path) for path in paths if isinstance(path, Path) or parse_id(path) is None]
+
+
+def _check_given(source: Origin | None) -> None:
+    """Refuse a source without a name: it would be the current folder.
+
+    Raises:
+        UsageError: It has none.
+    """
+    if isinstance(source, str) and not source.strip():
+        raise UsageError("the source is empty, expected a folder or a model of the Hub")
 
 
 def open_source(source: Origin, *, allow_unheld: bool = False) -> Checkpoint:
@@ -80,6 +92,7 @@ def open_source(source: Origin, *, allow_unheld: bool = False) -> Checkpoint:
 def _opened(source: Origin) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
+    _check_given(source)
     hub_id = parse_id(source) if isinstance(source, str) else None
     if hub_id is None:
         return open_checkpoint(Path(source), allow_unheld=True)

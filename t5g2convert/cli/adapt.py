@@ -193,7 +193,8 @@ def _print(outcome: "Outcome") -> None:
     out.print(f"checkpoint  {outcome.checkpoint}", soft_wrap=True)
     out.print(f"losses      {outcome.plot}", soft_wrap=True)
     if outcome.finished is not None:
-        out.print(f"model       {outcome.finished.output}, which transformers loads whole", soft_wrap=True)
+        how = "exported before, and left as it is" if outcome.finished.before else "which transformers loads whole"
+        out.print(f"model       {outcome.finished.output}, {how}", soft_wrap=True)
         out.print(parameter_table(outcome.finished.inspection.parameters))
 
 

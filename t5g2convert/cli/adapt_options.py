@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
-from typer.core import TyperCommand
+
+from t5g2convert.cli.command import Command
 
 OURS: Final = "not established; our default"
 
@@ -144,7 +145,7 @@ ChunkOption = Annotated[int, _machines("--loss-chunk", min=1, help="Labels whose
 WorkersOption = Annotated[int, _machines("--workers", min=0, help="Processes beside each, that make its samples.")]
 
 
-class GroupedCommand(TyperCommand):
+class GroupedCommand(Command):
     """A command whose help lists its options in groups."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -61,7 +61,7 @@ def demo(
     from t5g2convert.cli.drawing import draw_plan
     from t5g2convert.conversion.convert import execute
     from t5g2convert.conversion.planner import build_plan
-    from t5g2convert.conversion.staging import check_target
+    from t5g2convert.conversion.target import check_target
     from t5g2convert.mapping.inspection import inspect
     from t5g2convert.parity.verify import verify
     from t5g2convert.reference.generation import write
@@ -70,6 +70,8 @@ def demo(
     with ExitStack() as stack:
         folder = out if out is not None else Path(stack.enter_context(TemporaryDirectory(prefix="t5g2-demo-")))
         source, output = folder / "gemma3-tiny", folder / "t5gemma2-tiny"
+        for kept in (source, output):
+            _check_absent(kept)
         check_target(output, source, overwrite=False)
         build_demo_source(source)
 
@@ -102,6 +104,16 @@ def demo(
         if out is not None:
             screen.print(f"kept in {printable(str(out))}", soft_wrap=True)
         screen.print("Your own:  t5g2 convert PATH/TO/gemma-3 OUTPUT", style="bold")
+
+
+def _check_absent(folder: Path) -> None:
+    """Refuse to write into a folder that has something in it.
+
+    Raises:
+        OutputError: It has, or it is a link or no folder.
+    """
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise OutputError("exists and is not an empty folder", where=folder, hint="give --out another folder")
 
 
 def build_demo_source(folder: Path) -> None:

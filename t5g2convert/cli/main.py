@@ -31,6 +31,7 @@ from t5g2convert.cli import (
     verify,
 )
 from t5g2convert.cli.adapt_options import LAUNCHING, GroupedCommand
+from t5g2convert.cli.command import Command
 from t5g2convert.cli.console import emit_json
 from t5g2convert.errors import Interrupted, MappingError, OutputError, T5g2Error, UsageError
 from t5g2convert.printable import printable
@@ -89,6 +90,9 @@ app.command("card")(card.card)
 app.command("upload")(upload.upload)
 app.command("doctor")(doctor.doctor)
 app.add_typer(mappings.app, name="mappings")
+for registered in (*app.registered_commands, *mappings.app.registered_commands):
+    if not issubclass(registered.cls or Command, Command):
+        registered.cls = Command
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

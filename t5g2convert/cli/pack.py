@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json
+from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes
 from t5g2convert.cli.convert import OverwriteOption, ProgressBar
 from t5g2convert.errors import UsageError
 from t5g2convert.printable import printable
@@ -67,7 +67,7 @@ def pack(
             model,
             output,
             documents,
-            sources=sources,
+            sources=sources or [folder for folder in (Path(dataset or ""),) if folder.exists()],
             bos=bos,
             shard_tokens=shard_tokens,
             overwrite=overwrite,
@@ -84,3 +84,4 @@ def pack(
     )
     if index.empty:
         console().print(f"{index.empty:,} empty documents were left out")
+    print_notes(done.notes)

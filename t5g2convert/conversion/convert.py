@@ -16,7 +16,8 @@ from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.options import Options, PlanOptions
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.conversion.planner import build_plan
-from t5g2convert.conversion.staging import ASSET_BYTES, Staging, check_space, check_target, same_disk
+from t5g2convert.conversion.staging import ASSET_BYTES, Staging, check_space, same_disk
+from t5g2convert.conversion.target import check_not_linked, check_target
 from t5g2convert.conversion.writer import Written, write_shards
 from t5g2convert.errors import CheckpointError, UsageError
 
@@ -87,10 +88,10 @@ def convert(
     Args:
         source: The checkpoint folder to read; a str may also be a model of the Hub, org/name[@revision], of which the
             files that are needed are downloaded into the Hub's cache.
-        output: The folder to write; it must be absent or empty unless `overwrite`.
+        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
         hashing: Compute sha256 of all files while they are copied and record it in the manifest.
         flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
-        overwrite: Replace a folder that has something in it, at the end.
+        overwrite: Replace an output of this tool that is there, at the end; nothing else is ever replaced.
         resume: Keep the shards that an earlier run into the same output had finished, after a look at their sha256; and
             leave finished ones for a later run if this one is stopped or the disk fails.
         allow_nonfinite: Copy NaN and infinity as they are; without, tensors that hold them are refused.
@@ -143,8 +144,13 @@ def prepare(
     """
     wanted = Options(**options)
     _check_resumable(hashing=hashing, resume=resume)
-    check_target(output, *given_folders(source, wanted.decoder_from, wanted.vision_from), overwrite=overwrite)
+    given = given_folders(source, wanted.decoder_from, wanted.vision_from)
+    mapping = Path(wanted.mapping or "")
+    check_target(output, *given, *([mapping] if mapping.is_file() else []), overwrite=overwrite)
     plan, sources = open_and_plan(source, **options)
+    if overwrite:
+        # The Hub's cache is known by now, and its links.
+        check_not_linked(output, sources.folders.all)
     needed = room(plan, sources, output)
     if needed.download:
         check_space(output, needed.output)
@@ -231,6 +237,7 @@ def execute(
             write_assets(plan, folders, staging.folder, written, flush=flush)
             if judge is not None:
                 judge(staging.folder)
+            staging.check_unchanged()  # before the journal goes, so that --resume finds what is finished
         except BaseException:
             if journal is not None and resume:
                 journal.prune()
@@ -245,7 +252,7 @@ def execute(
         nbytes=plan.nbytes,
         shards={shard.name: written.shards.get(shard.name) for shard in plan.shards},
         parameters=plan.parameters,
-        notes=(*plan.notes, *_notes(plan, kept, written, begun=begun)),
+        notes=(*plan.notes, *_notes(plan, kept, written, begun=begun), *staging.notes),
         kept=tuple(kept),
         residual=written.residual,
     )

@@ -1,22 +1,65 @@
-"""The staging folder: everything is written beside the target and appears there by one rename, or not at all."""
+"""The staging folder: everything is written there, and the target is complete by one rename, or not at all.
+
+::
+
+    new        .OUT.t5g2-staging becomes OUT
+    replaced   OUT becomes .OUT.t5g2-old, .OUT.t5g2-staging becomes OUT,
+               .OUT.t5g2-old becomes .OUT.t5g2-removed, which is removed and never put back
+    filled     the files of OUT/.t5g2-staging are moved into OUT, the one that makes a checkpoint of it last
+"""
 
 import fcntl
 import os
 import shutil
 import signal
+import stat
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from t5g2convert.checkpoint.folder import scheme_of
+from t5g2convert.checkpoint.folder import some
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.replacing import flush_folder
+from t5g2convert.conversion.ownership import (
+    Listing,
+    Snapshot,
+    check_ours,
+    check_own_folder,
+    manifest_listing,
+    take_snapshot,
+)
+from t5g2convert.conversion.target import (
+    INSIDE,
+    MOVES_FILE,
+    OLD_SUFFIX,
+    STAGING_SUFFIX,
+    Names,
+    check_target,
+    check_vacant,
+    leftovers,
+    moved_files,
+    moves_of,
+    real_path,
+)
 from t5g2convert.errors import Interrupted, OutputError, T5g2Error
 
-STAGING_SUFFIX: Final = ".t5g2-staging"
-OLD_SUFFIX: Final = ".t5g2-old"
+__all__ = [
+    "ASSET_BYTES",
+    "JOURNAL_FILE",
+    "OLD_SUFFIX",
+    "STAGING_SUFFIX",
+    "Staging",
+    "check_space",
+    "check_target",
+    "clear",
+    "free_bytes",
+    "same_disk",
+    "usual_mode",
+]
+
 LOCK_ATTEMPTS: Final = 100
 ASSET_BYTES: Final = 64 << 20
 """Room kept for what stands beside the shards; the largest tokenizer files in use take 40 MB."""
@@ -24,34 +67,8 @@ ASSET_BYTES: Final = 64 << 20
 JOURNAL_FILE: Final = ".t5g2-finished"
 """In the staging folder; the shards that it names are worth keeping for a run that takes up where another stopped."""
 
-
-def check_target(target: Path, *sources: Path, overwrite: bool) -> None:
-    """Refuse a target that must not be written, before any work.
-
-    Raises:
-        OutputError: It is an address, a file or a folder with something in it, or it and a source contain each other.
-    """
-    if scheme := scheme_of(target):
-        raise OutputError(f"an address ({scheme}//...) was given, expected a folder")
-    real = _real(target)
-    for real_source in map(_real, sources):
-        if real == real_source or real in real_source.parents or real_source in real.parents:
-            relation = "is" if real == real_source else "contains" if real in real_source.parents else "lies inside"
-            raise OutputError(f"{relation} the source folder", where=target, hint="choose another folder")
-    _check_vacant(target, overwrite=overwrite)
-
-
-def _check_vacant(target: Path, *, overwrite: bool) -> None:
-    if not os.path.lexists(target):
-        return
-    if not os.path.isdir(target):  # noqa: PTH112 - False, and no error, for a name that no folder can have
-        raise OutputError("exists and is not a folder", where=target)
-    try:
-        vacant = overwrite or not any(target.iterdir())
-    except OSError as error:
-        raise OutputError(f"cannot be read: {error.strerror}", where=target) from error
-    if not vacant:
-        raise OutputError("exists and is not empty", where=target, hint="--overwrite replaces it")
+LAST_FILES: Final = (MANIFEST_FILE, "config.json")
+"""Moved last into a folder that is filled: without them it is not a checkpoint, for this tool or any other."""
 
 
 def check_space(target: Path, need: int) -> None:
@@ -107,11 +124,6 @@ def usual_mode(mode: int) -> int:
     return mode & ~umask
 
 
-def _real(path: Path) -> Path:
-    """The path without links; a link that leads nowhere, or to itself, stays as it is."""
-    return Path(os.path.realpath(path))
-
-
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Put off SIGINT and SIGTERM: what the block does to the disk and what it notes of it belong together.
@@ -137,24 +149,44 @@ def _uninterrupted() -> Iterator[None]:
 
 
 class Staging:
-    """A locked folder beside the target, as a context: removed on the way out unless it was put in place or is kept.
+    """A locked folder, as a context: removed on the way out unless it was put in place or is kept.
 
-    The lock is on the folder itself, so that it goes with the process that held it; whoever finds the folder without a
-    lock may clear it away.
+    It lies beside the target, or inside one that exists and is empty. The lock is on the folder itself, so that it goes
+    with the process that held it; whoever finds the folder without a lock may clear it away, if it is the same user's.
+
+    Attributes:
+        target: The folder to be written, without links.
+        folder: The staging folder.
+        notes: After the commit: folders that were replaced and could not be removed.
 
     Args:
         target: The folder to be written.
-        overwrite: Whether a target that has something in it is replaced.
+        overwrite: Whether an output of ours that is there is replaced.
         flush: Whether the folder and its parent are flushed to the disk around the rename.
         resume: Whether what an earlier run left in the folder stays there, and what this one finished stays when it is
             stopped or the disk fails.
+        listing: Reads the list of its files from an output that is there.
+        last: Files that are moved last into a target that is filled.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False, flush: bool = True, resume: bool = False) -> None:
-        self.target = _real(target)
-        self.folder = self.target.with_name(f".{self.target.name}{STAGING_SUFFIX}")
-        self.old = self.target.with_name(f".{self.target.name}{OLD_SUFFIX}")
+    def __init__(
+        self,
+        target: Path,
+        *,
+        overwrite: bool = False,
+        flush: bool = True,
+        resume: bool = False,
+        listing: Listing = manifest_listing,
+        last: Sequence[str] = LAST_FILES,
+    ) -> None:
+        self._given, self.target = target, real_path(target)
+        self._names = Names.beside(self.target)
+        self.folder = self._names.staging
+        self.notes: list[str] = []
         self._overwrite, self._flush, self._resume = overwrite, flush, resume
+        self._listing, self._last = listing, last
+        self._fills = False
+        self._replaced: tuple[int, Snapshot] | None = None
         self._fd = -1
         self._made: list[Path] = []
         self._committed = False
@@ -162,14 +194,11 @@ class Staging:
     def __enter__(self) -> Self:
         try:
             with _uninterrupted():
-                self._lock()
-                if not self._resume:
-                    clear(self.folder)
-                os.fchmod(self._fd, usual_mode(0o777))
-                if self.old.exists() and not self.target.exists():
-                    self.old.rename(self.target)
+                self._take()
             # Looked at again, now that nobody else can write: it may have been filled since.
-            _check_vacant(self.target, overwrite=self._overwrite)
+            check_vacant(self._given, overwrite=self._overwrite, listing=self._listing)
+            if not self._fills and os.path.lexists(self.target):
+                self._note_replaced()
         except BaseException as error:
             with _uninterrupted():
                 self._leave(keep=self._is_worth_keeping())
@@ -178,17 +207,51 @@ class Staging:
             raise
         return self
 
+    def check_unchanged(self) -> None:
+        """Refuse to go on if somebody else wrote into the target since the start.
+
+        Raises:
+            OutputError: Somebody did; what is there is named, and stays.
+        """
+        try:
+            there = os.path.lexists(self.target)
+            found = take_snapshot(self.target, frozenset({INSIDE})) if there else {}
+            inode = self.target.stat().st_ino if there else None
+        except OSError as error:
+            raise OutputError(f"cannot be read: {error.strerror}", where=self.target) from error
+        if there and not self._fills and self._replaced is None:
+            raise OutputError("was made meanwhile by somebody else", where=self.target, hint="choose another folder")
+        expected: Snapshot = {}
+        if self._replaced is not None:
+            expected = self._replaced[1]
+            found = found if inode == self._replaced[0] else {}
+        if changed := [name for name in {*found, *expected} if found.get(name) != expected.get(name)]:
+            raise OutputError(
+                f"was written to meanwhile: {some(changed)}",
+                where=self.target,
+                hint="move that away, and run again",
+                details=sorted(changed) if len(changed) > 1 else (),
+            )
+
     def commit(self) -> None:
         """Flush the folder, put it in the target's place, flush the parent.
 
         Raises:
-            OutputError: The rename failed, and the target is as it was; or the parent could not be flushed.
+            OutputError: Somebody else wrote there, or the rename failed, and the target is as it was; or the parent
+                could not be flushed.
         """
         with _uninterrupted():
+            self.check_unchanged()
             try:
-                self._put_in_place()
+                if self._fills:
+                    self._fill()
+                else:
+                    self._put_in_place()
             except OSError as error:
                 raise OutputError(f"cannot be put in place: {error.strerror}", where=self.target) from error
+            finally:
+                if self._committed:
+                    self._clear_removed()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -204,17 +267,19 @@ class Staging:
             self._leave(keep=keep)
 
     def _put_in_place(self) -> None:
+        """Rename the folder to the target, and what it replaces out of the way."""
+        names, replaced = self._names, self._replaced is not None
+        if replaced:
+            os.fchmod(self._fd, stat.S_IMODE(self.target.stat().st_mode))
         if self._flush:
             os.fsync(self._fd)
-        replaced = self.target.exists() and any(self.target.iterdir())
         if replaced:
-            shutil.rmtree(self.old, ignore_errors=True)
-            self.target.rename(self.old)
+            self.target.rename(names.old)
         try:
             self.folder.rename(self.target)
         except OSError:
             if replaced:
-                self.old.rename(self.target)
+                names.old.rename(self.target)
             raise
         self._committed = True
         try:
@@ -222,18 +287,144 @@ class Staging:
                 flush_folder(self.target.parent)
         finally:
             if replaced:
-                shutil.rmtree(self.old, ignore_errors=True)
+                # What is being removed must never be taken for what a swap that was cut short left.
+                with suppress(FileNotFoundError):
+                    names.old.rename(names.free_removed())
+
+    def _fill(self) -> None:
+        """Move everything into the target, the last files last."""
+        passed = (JOURNAL_FILE, MOVES_FILE)
+        rank = {name: number for number, name in enumerate(self._last, start=1)}
+        entries = sorted(item.name for item in self.folder.iterdir() if item.name not in passed)
+        order = sorted(entries, key=lambda name: rank.get(name, 0))
+        moves = self.folder / MOVES_FILE
+        with open(moves, "wb") as file:  # noqa: PTH123 - as os.open elsewhere
+            file.write(moves_of(self.folder, order))
+            if self._flush:
+                file.flush()
+                os.fsync(file.fileno())
+        if self._flush:
+            os.fsync(self._fd)
+        moved: list[str] = []
+        try:
+            for name in order:
+                if name == order[-1] and self._flush:
+                    flush_folder(self.target)
+                if os.path.lexists(self.target / name):
+                    raise OutputError(f"was written to meanwhile: {name}", where=self.target, hint="run again")
+                (self.folder / name).rename(self.target / name)
+                moved.append(name)
+        except BaseException:
+            for name in moved:
+                (self.target / name).rename(self.folder / name)
+            raise
+        self._committed = True
+        try:
+            if self._flush:
+                flush_folder(self.target)
+        finally:
+            with suppress(OSError):
+                for name in passed:
+                    (self.folder / name).unlink(missing_ok=True)
+                self.folder.rmdir()
+
+    def _take_back(self) -> None:
+        """Remove what was moved into a target that did not become complete."""
+        moved = moved_files(self.target)
+        for name in moved:
+            (self.target / name).unlink()
+        for name in {name.partition("/")[0] for name in moved if "/" in name}:
+            for folder, _, _ in os.walk(self.target / name, topdown=False):
+                with suppress(OSError):
+                    Path(folder).rmdir()
+
+    def _clear_removed(self) -> None:
+        """Remove the folders that were replaced, those of earlier runs too, and note what cannot be removed."""
+        for path in self._names.all_removed():
+            try:
+                check_own_folder(path)
+                shutil.rmtree(path, ignore_errors=True)
+                if os.path.lexists(path):
+                    shutil.rmtree(path)
+            except OutputError:
+                continue  # not ours
+            except OSError as error:
+                self.notes.append(
+                    f"a folder that was replaced is still there, as {path}: cannot be removed: {error.strerror}"
+                )
 
     def _make_parents(self) -> None:
-        parents = [folder for folder in self.target.parents if not os.path.exists(folder)]  # noqa: PTH110 - as above
+        parents = [folder for folder in self.folder.parents if not os.path.exists(folder)]  # noqa: PTH110 - as above
         for folder in reversed(parents):
             folder.mkdir(exist_ok=True)
             self._made.insert(0, folder)
+
+    def _take(self) -> None:
+        """Take the staging folder, inside the target where that is empty and beside it elsewhere."""
+        attempts = LOCK_ATTEMPTS
+        while True:
+            self._fills = self._is_empty()
+            self.folder = self.target / INSIDE if self._fills else self._names.staging
+            self._lock()
+            if self._fills == self._is_empty() or not attempts:
+                break
+            # Another run has filled the target, or taken it away.
+            attempts -= 1
+            self._leave(keep=not self._made)
+            self._made.clear()
+        if self._fills:
+            self._take_back()
+        if not self._resume:
+            clear(self.folder)
+        if not self._fills:
+            os.fchmod(self._fd, usual_mode(0o777))
+            self._settle_old()
+
+    def _is_empty(self) -> bool:
+        """Whether the target is a folder that has nothing in it but what a killed run left."""
+        try:
+            return self.target.is_dir() and set(os.listdir(self.target)) <= leftovers(self.target)  # noqa: PTH208
+        except OSError:
+            return False
+
+    def _settle_old(self) -> None:
+        """Put back a folder that was to be replaced when a run was killed; or see to it that it never comes back.
+
+        The staging folder lies beside it until the very rename that puts that into the target's place.
+        """
+        old = self._names.old
+        if not os.path.lexists(old):
+            return
+        check_own_folder(old)
+        if not os.path.lexists(self.target) and self.folder not in self._made:
+            old.rename(self.target)
+            return
+        check_ours(old, self._listing)
+        with suppress(FileNotFoundError):  # the run that replaced it is just about to
+            old.rename(self._names.free_removed())
+
+    def _note_replaced(self) -> None:
+        """Note what is in the target that is replaced; the new folder gets its mode, group and attributes."""
+        status = self.target.stat()
+        self._replaced = status.st_ino, take_snapshot(self.target, frozenset({INSIDE}))
+        if not self._replaced[1]:
+            raise OutputError("was made meanwhile by somebody else", where=self.target, hint="run again")
+        check_ours(self.target, self._listing, ignored=frozenset(leftovers(self.target)), thoroughly=True)
+        if os.fstat(self._fd).st_gid != status.st_gid:
+            with suppress(PermissionError):
+                os.fchown(self._fd, -1, status.st_gid)
+        if hasattr(os, "listxattr"):
+            with suppress(OSError):  # a disk without them
+                for name in os.listxattr(self.target):
+                    os.setxattr(self._fd, name, os.getxattr(self.target, name))
+        # The owner must be able to write until the commit.
+        os.fchmod(self._fd, stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
 
     def _lock(self) -> None:
         """Take the folder; another process may rename or remove it between any two calls, so look again afterwards."""
         attempts = LOCK_ATTEMPTS
         while True:
+            check_own_folder(self.folder)
             try:
                 self._make_parents()
                 if not self.folder.exists():
@@ -255,7 +446,10 @@ class Staging:
                 self._made = [folder for folder in self._made if folder != self.folder]
                 raise OutputError("another conversion is writing there", where=self.target) from None
             try:
-                if os.path.samestat(self.folder.stat(), os.fstat(self._fd)):
+                status = os.fstat(self._fd)
+                if os.path.samestat(self.folder.stat(), status):
+                    if status.st_uid != os.geteuid() and self.folder not in self._made:
+                        check_own_folder(self.folder)
                     return
             except FileNotFoundError:
                 pass
@@ -268,7 +462,8 @@ class Staging:
     def _leave(self, *, keep: bool) -> None:
         """Remove what was made, unless it was put in place or is kept, and let go of the lock."""
         if not self._committed and not keep:
-            if self._fd >= 0:
+            # Where what was moved into the target could not be moved back, the next run needs the file of moves.
+            if self._fd >= 0 and not (self._fills and moved_files(self.target)):
                 shutil.rmtree(self.folder, ignore_errors=True)
             for folder in self._made:
                 with suppress(OSError):

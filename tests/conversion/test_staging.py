@@ -16,7 +16,9 @@ import pytest
 
 from t5g2convert import CheckpointError, OutputError, T5g2Error, convert, plan
 from t5g2convert.conversion.staging import JOURNAL_FILE, OLD_SUFFIX, STAGING_SUFFIX, Staging, check_target, free_bytes
+from t5g2convert.conversion.target import REMOVED_SUFFIX
 from t5g2convert.errors import Interrupted
+from tests.outputs import OLD, write_old
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -60,15 +62,6 @@ def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return contents(folder)
 
 
-OLD: Final = {"mine.txt": b"keep", "below/too.txt": b"keep too"}
-
-
-def write_old(folder: Path) -> None:
-    for name, data in OLD.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-
-
 class Calls:
     """Counts system calls on files below a folder, and does something at the N-th."""
 
@@ -105,12 +98,12 @@ class Calls:
     def _counts(self, name: str, arguments: tuple[Any, ...]) -> bool:
         if name == "pwrite" and self.seen.count("pwrite") >= 4:
             return False  # the other 250 are no different
-        if not self.cleaning and (name in self.CLEANING or str(arguments[0]).endswith(OLD_SUFFIX)):
+        if not self.cleaning and (name in self.CLEANING or str(arguments[0]).endswith((OLD_SUFFIX, REMOVED_SUFFIX))):
             return False
         return isinstance(arguments[0], int) or str(arguments[0]).startswith(self.folder)
 
 
-def sweep(calls: Calls, source: Path, folder: Path, finished: dict[str, bytes], *, overwrite: bool, ends: str) -> str:
+def sweep(calls: Calls, source: Path, folder: Path, finished: dict[str, bytes], *, way: str, ends: str) -> str:
     """Convert again and again, hit at each call in turn, until a run has no such call; what was wrong, a line each.
 
     A run that is hit must end in the exception named, with the target as it was or whole, and nothing beside it.
@@ -120,12 +113,14 @@ def sweep(calls: Calls, source: Path, folder: Path, finished: dict[str, bytes], 
     while reached:
         parent = folder / str(number)
         target = parent / "new/out"
-        if overwrite:
+        if way == "overwrite":
             write_old(target)
+        elif way == "fill":
+            target.mkdir(parents=True)
         ended = "well"
         calls.arm(number)
         try:
-            convert(source, target, overwrite=overwrite)
+            convert(source, target, overwrite=way == "overwrite")
         except Exception as error:  # noqa: BLE001 - named in the answer
             ended = type(error).__name__
         calls.at = None
@@ -134,7 +129,7 @@ def sweep(calls: Calls, source: Path, folder: Path, finished: dict[str, bytes], 
         # A signal that comes when everything is in place may find nothing left to stop.
         too_late = ends == "Interrupted" and ended == "well" and found == finished
         wrong = [f"ended {ended}, expected {ends}"] * (ended != (ends if reached else "well") and not too_late)
-        if found not in (OLD if overwrite else None, finished):
+        if found not in ({"new": None, "fill": {}, "overwrite": OLD}[way], finished):
             wrong.append(f"the target holds {found and sorted(found)}")
         if hidden := names(target.parent) - {"out"} if target.parent.exists() else set():
             wrong.append(f"{sorted(hidden)} left behind")
@@ -203,18 +198,20 @@ def test_O1_a_link_to_an_empty_folder_stays_a_link(source: Path, tmp_path: Path,
     assert names(tmp_path / "disk") == {"real"}
 
 
-def test_O1_overwrite_through_a_link_replaces_the_folder_behind_it(
+def test_O9_overwrite_never_goes_through_a_link_but_in_the_path_to_it(
     source: Path, tmp_path: Path, finished: dict[str, bytes]
 ) -> None:
     write_old(tmp_path / "real")
     (tmp_path / "out").symlink_to("real")
     with pytest.raises(OutputError, match="not empty"):
         convert(source, tmp_path / "out")
+    with pytest.raises(OutputError, match="is a link, and what it leads to is not replaced"):
+        convert(source, tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "real") == OLD
-    convert(source, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out").is_symlink()
+    (tmp_path / "parent").symlink_to(".")
+    convert(source, tmp_path / "parent/real", overwrite=True)
     assert contents(tmp_path / "real") == finished
-    assert names(tmp_path) == {"real", "out"}
+    assert names(tmp_path) == {"real", "out", "parent"}
 
 
 def test_O1_overwrite_keeps_the_old_folder_until_the_new_one_is_whole(
@@ -304,16 +301,16 @@ def test_O2_a_short_write_is_continued(
     assert contents(tmp_path / "out") == finished
 
 
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("way", ["new", "fill", "overwrite"])
 def test_O2_any_call_that_fails_leaves_the_target_whole_and_nothing_beside_it(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, finished: dict[str, bytes]
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, finished: dict[str, bytes]
 ) -> None:
     def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     calls = Calls(monkeypatch, tmp_path, cleaning=False)
     calls.before = fail
-    assert sweep(calls, source, tmp_path, finished, overwrite=overwrite, ends="OutputError") == ""
+    assert sweep(calls, source, tmp_path, finished, way=way, ends="OutputError") == ""
 
 
 def test_O2_a_folder_that_may_not_be_written_is_said(source: Path, tmp_path: Path) -> None:
@@ -392,9 +389,9 @@ def test_a_parent_that_another_uses_by_now_stays(source: Path, tmp_path: Path, m
 # Signals and crashes
 
 
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+@pytest.mark.parametrize("way", ["new", "fill", "overwrite"])
 def test_O3_a_signal_after_any_call_leaves_the_target_whole_and_nothing_beside_it(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, finished: dict[str, bytes]
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, finished: dict[str, bytes]
 ) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
@@ -403,7 +400,7 @@ def test_O3_a_signal_after_any_call_leaves_the_target_whole_and_nothing_beside_i
     calls.after = lambda: signal.raise_signal(signal.SIGTERM)
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        faults = sweep(calls, source, tmp_path, finished, overwrite=overwrite, ends="Interrupted")
+        faults = sweep(calls, source, tmp_path, finished, way=way, ends="Interrupted")
     finally:
         signal.signal(signal.SIGTERM, before)
     assert faults == ""
@@ -444,6 +441,7 @@ def test_O4_an_old_folder_whose_replacement_never_came_is_put_back(
 ) -> None:
     target = tmp_path / "out"
     write_old(old_of(target))
+    staging_of(target).mkdir()
     with Staging(target, overwrite=True):
         assert contents(target) == OLD
         assert not old_of(target).exists()
@@ -456,6 +454,7 @@ def test_O4_an_old_folder_is_put_back_even_if_the_next_run_fails(
 ) -> None:
     target = tmp_path / "out"
     write_old(old_of(target))
+    staging_of(target).mkdir()
 
     def fail(*arguments: object, **options: object) -> None:
         raise CheckpointError("broken")

@@ -1,5 +1,6 @@
 """One conversion to be disturbed: how it lies before, and what must hold after."""
 
+import os
 import shutil
 import signal
 from collections import Counter
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert import OutputError, convert
+from t5g2convert.conversion.target import INSIDE
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.faults.strace import INJECTED, Call, Run, Tracer
+from tests.outputs import OLD, write_old
 
 CONFIG: Final[dict[str, Any]] = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -33,8 +36,6 @@ CONFIG: Final[dict[str, Any]] = {
 SHARD_BYTES: Final = 20_000
 """Gives three shards and an index."""
 
-OLD: Final = {"mine.txt": b"keep", "below/too.txt": b"keep too"}
-
 CLEANING: Final = {"unlink", "unlinkat", "rmdir"}
 
 RENAMES: Final = "?rename,?renameat,?renameat2"
@@ -46,27 +47,23 @@ def write_source(folder: Path, **config: Any) -> None:
     (folder / "tokenizer.json").write_text('{"version": "1.0"}\n')
 
 
-def write_old(folder: Path) -> None:
-    for name, data in OLD.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-
-
 def contents(folder: Path) -> dict[str, bytes] | None:
-    """The files of a folder; None if it is not there."""
+    """The files of a folder, without those that a run keeps in it until it is complete; None if it is not there."""
     if not folder.exists():
         return None
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {name.as_posix(): (folder / name).read_bytes() for name in names if name.parts[0] != INSIDE}
 
 
 EMPTY: Final = "a folder with nothing in it"
 
 
 def beside(target: Path) -> set[str]:
-    """What lies beside a target, or that the folder made for it holds nothing."""
+    """What lies beside a target, or in it and is none of it, or that the folder made for it holds nothing."""
     if not target.parent.exists():
         return set()
     others = {path.name for path in target.parent.iterdir()} - {target.name}
+    others |= {INSIDE} if (target / INSIDE).exists() else set()
     return others if others or target.exists() else {EMPTY}
 
 
@@ -86,12 +83,14 @@ class Mode:
 
     Attributes:
         overwrite: Whether an old target is replaced.
+        fill: Whether the target is an empty folder, which stays the one that it is.
         resume: Whether the run takes up what the killed one had finished, of which a shard has gone since.
         killed: Where a run before this one was killed.
         failing: A fault that the run has in any case, so that it must clean up.
     """
 
     overwrite: bool = False
+    fill: bool = False
     resume: bool = False
     killed: str | None = None
     failing: str | None = None
@@ -100,11 +99,14 @@ class Mode:
 MODES: Final = {
     "new": Mode(),
     "overwrite": Mode(overwrite=True),
+    "fill": Mode(fill=True),
     "failing": Mode(failing="fsync:error=EIO:when=1"),
     "after-kill": Mode(killed="rename,renameat2:signal=KILL:when=1"),
     # Killed when the journal was about to go: all shards are finished.
     "resumed": Mode(resume=True, killed="?unlink,?unlinkat:signal=KILL:when=1"),
     "after-torn-swap": Mode(overwrite=True, killed="rename,renameat2:signal=KILL:when=2"),
+    # Killed when some of the files had been moved.
+    "after-torn-fill": Mode(fill=True, killed="rename,renameat2:signal=KILL:when=5"),
 }
 
 
@@ -135,23 +137,28 @@ class Scene:
         work = self.folder / "work"
         killed = MODES[mode].killed
         # Traced first, as that lays the target itself.
-        paths = self.paths("overwrite" if MODES[mode].overwrite else "new") if killed is not None else []
+        way = "overwrite" if MODES[mode].overwrite else "fill" if MODES[mode].fill else "new"
+        paths = self.paths(way) if killed is not None else []
         shutil.rmtree(work, ignore_errors=True)
         if mode in self.templates:
-            shutil.copytree(self.templates[mode], work)
+            # A folder that is filled knows its files by their inodes.
+            shutil.copytree(self.templates[mode], work, copy_function=os.link if MODES[mode].fill else shutil.copy2)
             return
         work.mkdir()
         if MODES[mode].overwrite:
             write_old(self.target)
+        if MODES[mode].fill:
+            self.target.mkdir(parents=True, mode=0o700)
         if killed is not None:
             run = self.tracer.run(self.arguments(mode), paths=paths, inject=[killed])
             assert run.code == -9
-            assert contents(self.target) is None
+            assert (contents(self.target) is None) != MODES[mode].fill
             assert any(contents(path) == OLD for path in self.target.parent.iterdir()) == MODES[mode].overwrite
             if MODES[mode].resume:
                 next(self.target.parent.rglob("model-00002-*")).unlink()
             self.templates[mode] = self.folder / mode
-            shutil.copytree(work, self.templates[mode])
+            work.rename(self.templates[mode])
+            self.lay(mode)
 
     def trace(self, mode: str) -> Run:
         """A run without a fault but those of the mode; the calls on files of ours."""
@@ -187,6 +194,7 @@ class Scene:
             number += 1
             self.lay(mode)
             before = beside(self.target)
+            place = self._place(mode)
             inject = [f"{calls}:{INJECTED[fault]}:when={number}", *([failing] if failing else [])]
             traced = f"{calls},{RENAMES},fsync"
             run = self.tracer.run(self.arguments(mode), calls=traced, paths=paths, inject=inject)
@@ -197,10 +205,17 @@ class Scene:
             counts[fault] += 1
             stopped = signal.Signals[fault] if fault in ("SIGINT", "SIGTERM") else 0
             faults = self.judge(mode, run, hit, before, stopped=stopped)
+            if self._place(mode) != place:
+                faults.append("the target is another folder than it was, or has another mode")
             counts["lost"] += any(fault.startswith("the target") for fault in faults)
             where = run.calls[hit].text.replace(str(self.folder), "")[:150]
             wrong += [f"{fault} at {calls} {number}: {where}: {text}" for text in faults]
         return "\n".join(wrong), dict(counts)
+
+    def _place(self, mode: str) -> tuple[int, int] | None:
+        """Inode and mode of a target that is filled."""
+        status = self.target.stat() if MODES[mode].fill else None
+        return None if status is None else (status.st_ino, status.st_mode)
 
     def _before(self, mode: str, calls: str, sign: str) -> int:
         """How many such calls the main thread makes before the first call that has the sign."""
@@ -248,7 +263,10 @@ class Scene:
             wrong.append("the target is not complete, although the exit code is 0")
         if found is None and overwrite and not killed and MODES[mode].killed is None:
             wrong.append("the target was taken away")
-        if found not in (None, OLD if overwrite else None, self.clean):
+        fill = MODES[mode].fill
+        # Not complete, and no checkpoint: what is there is taken over by the next run.
+        partial = fill and found is not None and "config.json" not in found and found.items() <= self.clean.items()
+        if found not in ({} if fill else None, OLD if overwrite else None, self.clean) and not (killed and partial):
             wrong.append(f"the target holds {sorted(found or ())}")
         recoverable = overwrite and found is None
         # A run that gets nowhere leaves what another left.
@@ -264,10 +282,11 @@ class Scene:
         # After every other kill the next run takes up what was finished.
         self.kills += killed
         resume = killed and self.kills % 2 == 0
-        return wrong + self.next_run(overwrite=overwrite or found is not None, resume=resume)
+        return wrong + self.next_run(overwrite=overwrite or found == self.clean, resume=resume)
 
     def _commits(self, call: Call) -> bool:
-        return call.name.startswith("rename") and call.text.endswith("= 0") and call.paths[-1] == str(self.target)
+        places = (str(self.target), str(self.target / "config.json"))
+        return call.name.startswith("rename") and call.text.endswith("= 0") and call.paths[-1] in places
 
     def next_run(self, *, overwrite: bool, resume: bool) -> list[str]:
         wrong = []

@@ -13,7 +13,8 @@ import pytest
 
 from t5g2convert import OutputError
 from t5g2convert.conversion.staging import Staging
-from tests.faults.scene import OLD, SHARD_BYTES, beside, contents, write_old
+from tests.faults.scene import SHARD_BYTES, beside, contents
+from tests.outputs import OLD, write_old
 
 HELD: Final = "another conversion is writing there"
 FILLED: Final = "exists and is not empty"
@@ -98,6 +99,7 @@ def test_O6_eight_find_an_old_target_that_was_moved_aside(
 ) -> None:
     target = tmp_path / "out"
     write_old(tmp_path / ".out.t5g2-old")
+    (tmp_path / ".out.t5g2-staging").mkdir()
     arguments = [source, target, "--max-shard-size", str(SHARD_BYTES)]
     ended = run_together(8, arguments)
     assert {code for code, _ in ended} == {5}

@@ -44,6 +44,7 @@ def points() -> list[tuple[str, str, str]]:
     by_mode = {
         "new": (*WRITING, *LOOKING),
         "overwrite": swapping,
+        "fill": (*swapping, "write"),
         "failing": clearing,
         "after-kill": clearing,
         "resumed": (
@@ -59,6 +60,7 @@ def points() -> list[tuple[str, str, str]]:
             "list",
             *CLEANING,
         ),
+        "after-torn-fill": (*clearing, "read"),
         "after-torn-swap": ("openat", "rename", "close", *CLEANING),
     }
     return [
@@ -68,7 +70,7 @@ def points() -> list[tuple[str, str, str]]:
         for fault in ("SIGKILL", "ENOSPC", "EIO")
         # What looks or clears away finds no full disk, and a kill at a look is one at the next call.
         if name not in LOOKING or fault == "EIO"
-        if mode in ("new", "overwrite") or fault != "ENOSPC"
+        if mode in ("new", "overwrite", "fill") or fault != "ENOSPC"
     ]
 
 

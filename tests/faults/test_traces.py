@@ -52,7 +52,9 @@ def _flushes(call: Call) -> bool:
     return call.text.endswith("= 0")
 
 
-@pytest.mark.parametrize("mode", ["new", "overwrite", "failing", "after-kill", "resumed", "after-torn-swap"])
+@pytest.mark.parametrize(
+    "mode", ["new", "overwrite", "fill", "failing", "after-kill", "resumed", "after-torn-swap", "after-torn-fill"]
+)
 def test_every_call_on_our_files_is_swept(scene: Scene, mode: str) -> None:
     swept = {name for names in ALL.values() for name in names.replace("?", "").split(",")}
     assert {call.name for call in scene.trace(mode).calls} - swept - HARMLESS == set()

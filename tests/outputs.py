@@ -1,0 +1,40 @@
+"""An old output, as `--overwrite` finds it: files of this tool's, with the manifest that lists them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.manifest import seal
+
+_FILES: Final = {"config.json": b"{}\n", "model.safetensors": b"keep", "below/too.jinja": b"keep too"}
+
+
+def manifest_of(files: dict[str, bytes]) -> bytes:
+    """A manifest that lists these files."""
+    document: dict[str, Any] = {
+        "format": 1,
+        "tool": {"name": "t5g2convert", "version": "0"},
+        "mapping": {"name": "gemma3", "sha256": "0" * 64},
+        "options": {},
+        "source": {"family": "gemma3_text", "layout": {}, "files": {}},
+        "dtype": "bfloat16",
+        "parameters": {},
+        "dropped": [],
+        "changes": [],
+        "tokens": [],
+        "notes": [],
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        },
+    }
+    return seal(document)
+
+
+OLD: Final = {**_FILES, "t5g2.json": manifest_of(_FILES)}
+
+
+def write_old(folder: Path) -> None:
+    """Write it."""
+    for name, data in OLD.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
