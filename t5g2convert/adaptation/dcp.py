@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from t5g2convert.checkpoint.place import regular_file
 from t5g2convert.errors import CheckpointError
+from t5g2convert.interrupts import raise_interruption
 
 METADATA_FILE: Final = ".metadata"
 
@@ -275,6 +276,7 @@ def _located(piece: _Piece, name: str) -> _Numbers:
         if 4 * (told.storage_offset() + reach + 1) > record.file_size or start + record.file_size > piece.size:
             raise ValueError("it is too short")
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, *_BROKEN) as error:
+        raise_interruption()
         raise CheckpointError(f"a piece of {name} cannot be read: {error}", where=piece.file) from None
     return _Numbers(
         piece.file, piece.start + start, record.file_size, told.storage_offset(), tuple(told.stride()), piece.shape

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from t5g2convert.errors import HubError, OutputError, T5g2Error
+from t5g2convert.interrupts import raise_interruption
 
 OFFLINE_HINT = "unset it to ask the Hub"
 LOGIN_HINT = "hf auth login, or set HF_TOKEN"
@@ -32,6 +33,7 @@ def hub_errors(repo: str, revision: str | None = None, *, absent: str = "no such
     except T5g2Error:
         raise
     except (transport_error(), OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise_interruption()
         raise _explained(_cause(error), repo, revision, absent) from None
 
 
