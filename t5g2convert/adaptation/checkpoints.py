@@ -164,7 +164,13 @@ def load(folder: Path, state: State) -> None:
         if f"optimizer.{name}.step" in stored:
             moments: dict[str, Tensor] = {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
             tree["optimizer"][name] = {"step": torch.zeros(()), **moments}
-    load_distributed(tree, storage_reader=reader)
+    try:
+        load_distributed(tree, storage_reader=reader)
+    except CheckpointException as error:
+        causes = [wrapped[0] for wrapped in error.failures.values()]
+        ours = next((cause for cause in causes if isinstance(cause, T5g2Error)), None)
+        first = (str(causes[0]).splitlines() or [""])[0] if causes else ""
+        raise ours or CheckpointError(f"cannot be loaded: {first}", where=folder) from None
     for name, moments in tree["optimizer"].items():
         state.optimizer.state[state.parameters[name]] = moments
 

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -12,7 +12,8 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a file under another name, wait until the disk has it, and rename it once.
 
     Args:
-        path: The file; what is there is replaced at the end, and is untouched if anything fails. Its mode stays.
+        path: The file; what is there is replaced at the end, and is untouched if anything fails. Its mode stays, and
+            its owner where that is permitted.
         data: All of it.
 
     Raises:
@@ -41,12 +42,15 @@ def check_replaceable(path: Path) -> None:
 
 @contextmanager
 def _staged(path: Path) -> Iterator[tuple[Path, int]]:
-    """An empty file beside another, with that one's mode if it is there; removed at the end, unless it was renamed."""
+    """An empty file beside another, with that one's owner and mode if it is there; removed at the end, or renamed."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         if path.is_file() and not path.is_symlink():
-            os.fchmod(fd, stat.S_IMODE(path.stat().st_mode))
+            status = path.stat()
+            with suppress(PermissionError):
+                os.fchown(fd, status.st_uid, status.st_gid)
+            os.fchmod(fd, stat.S_IMODE(status.st_mode))
         yield staged, fd
     finally:
         os.close(fd)
