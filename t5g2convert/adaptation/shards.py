@@ -13,7 +13,6 @@
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,9 +307,9 @@ def _check_ascending(ends: NDArray[Any], total: int, where: Path) -> None:
 def _check_pictures(folder: Path, entry: PicturesEntry) -> None:
     try:
         files = nbytes = 0
-        for item in os.scandir(folder) if entry.files or folder.exists() else ():
-            if not item.is_file(follow_symlinks=False):
-                raise DataError("is a link or no file", where=item.path, hint="copy it again, or pack the data again")
+        for item in sorted(folder.iterdir()) if entry.files or folder.exists() else ():
+            if item.is_symlink() or not item.is_file():
+                raise DataError("is a link or no file", where=item, hint="copy it again, or pack the data again")
             files, nbytes = files + 1, nbytes + item.stat().st_size
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=folder) from None
