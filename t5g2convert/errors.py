@@ -17,6 +17,7 @@ Library code raises these and nothing else on purpose; only `t5g2convert.cli` tu
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from t5g2convert.printable import printable
 
@@ -46,6 +47,10 @@ class T5g2Error(Exception):
         self.where = None if where is None else str(where)
         self.hint = hint
         self.details = tuple(details)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Other processes get it as it is: exceptions are pickled by their arguments, of which ours have more.
+        return _restored, (type(self), self.args, self.__dict__)
 
     def __str__(self) -> str:
         # A traceback shows it too: the only line ends are those of a map's error, in front of its line and its caret.
@@ -103,3 +108,10 @@ class Interrupted(T5g2Error):  # noqa: N818 - a signal is no error
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.exit_code = 128 + signal_number
+
+
+def _restored(kind: type[T5g2Error], arguments: tuple[object, ...], fields: dict[str, object]) -> T5g2Error:
+    """An error that was pickled."""
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(fields)
+    return error

@@ -35,6 +35,7 @@ from t5g2convert.adaptation.run import (
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
+    check_own_files,
     check_same,
     check_vacant,
     describe,
@@ -271,6 +272,7 @@ def _start(
         if engine.global_rank == 0:
             check_vacant(request.run)
         return 0, None
+    check_own_files(request.run)
     check_same(request.run, description)
     if engine.global_rank == 0:
         checkpoints.clear_partial(request.run)

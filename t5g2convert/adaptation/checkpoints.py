@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
@@ -85,7 +86,7 @@ def save(engine: "Fabric", run: Path, step: int, state: State, settings: Setting
         """The others wait for the first."""
 
     together(engine, _writing(target, begin if first else nothing))
-    together(engine, _writing(target, lambda: save_distributed(_tree(state), checkpoint_id=staged)))
+    together(engine, _writing(target, lambda: save_distributed(_tree(state), storage_writer=_Writer(staged))))
     digests = _gathered(engine, together(engine, _writing(target, lambda: _digests(staged, engine.global_rank))))
     together(engine, _writing(target, put_in_place if first else nothing))
     return target
@@ -103,6 +104,24 @@ def _writing(target: Path, work: Callable[[], Result]) -> Callable[[], Result]:
             raise OutputError(f"cannot be written: {error.strerror}", where=target) from error
 
     return told
+
+
+class _Writer(FileSystemWriter):
+    """Torch's writer of a checkpoint folder, whose errors say what the disk said.
+
+    Torch's own stream raises "unexpected pos 704 vs 598" over the error of the disk, and drops that one when it sends
+    its error to the other processes.
+    """
+
+    def write_data(self, *arguments: Any, **options: Any) -> Any:
+        """Write as torch does."""
+        try:
+            return super().write_data(*arguments, **options)
+        except (OSError, RuntimeError) as error:
+            behind: BaseException | None = error
+            while behind is not None and not (isinstance(behind, OSError) and behind.strerror):
+                behind = behind.__cause__ or behind.__context__
+            raise behind or error from None
 
 
 def clear_partial(run: Path) -> None:
@@ -145,7 +164,13 @@ def load(folder: Path, state: State) -> None:
         if f"optimizer.{name}.step" in stored:
             moments: dict[str, Tensor] = {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
             tree["optimizer"][name] = {"step": torch.zeros(()), **moments}
-    load_distributed(tree, storage_reader=reader)
+    try:
+        load_distributed(tree, storage_reader=reader)
+    except CheckpointException as error:
+        causes = [wrapped[0] for wrapped in error.failures.values()]
+        ours = next((cause for cause in causes if isinstance(cause, T5g2Error)), None)
+        first = (str(causes[0]).splitlines() or [""])[0] if causes else ""
+        raise ours or CheckpointError(f"cannot be loaded: {first}", where=folder) from None
     for name, moments in tree["optimizer"].items():
         state.optimizer.state[state.parameters[name]] = moments
 
@@ -205,5 +230,6 @@ def _cause(error: CheckpointException, target: Path) -> T5g2Error:
     stopped = next((cause for cause in causes if isinstance(cause, Interrupted)), None)
     if stopped is not None:
         return stopped
-    reason = str(causes[0] if causes else error).splitlines()[0]
+    first = causes[0] if causes else error
+    reason = first.strerror if isinstance(first, OSError) and first.strerror else (str(first).splitlines() or [""])[0]
     return OutputError(f"cannot be written: {reason}", where=target)

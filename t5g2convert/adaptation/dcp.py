@@ -1,99 +1,74 @@
-"""Tensors of a distributed checkpoint (torch.distributed.checkpoint), read by one process, a few rows at a time.
+"""Distributed checkpoints (torch.distributed.checkpoint): their table of contents, and torch's own loading, made safe.
 
 A checkpoint is a folder: `.metadata` says which tensors there are, in which pieces they were saved and where each piece
-lies in the `.distcp` files, of which every process wrote its own. A piece is what `torch.save` writes of one tensor.
+lies in the `.distcp` files, of which every process wrote its own.
 
-What is trusted: the numbers, which are the user's own training. Nothing is executed: `.metadata` is a pickle, of which
-only the classes are made that describe tensors; of a piece only its shape and strides are unpickled, by torch's own
-restricted reader, and its numbers are read as bytes. Links and files that no checkpoint has are refused. `Reader` gives
-torch's own loading, into tensors that are spread over processes, the same table of contents.
+What is trusted: the numbers, which are the user's own training. Nothing is executed, or made by name: pickles are read
+as data (`adaptation.pickles`), and numbers as bytes (`adaptation.pieces`). Links and files that no checkpoint has are
+refused. `Reader` gives torch's own loading, into tensors that are spread over processes, the same table and numbers.
 """
 
-import io
-import pickle
+import math
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
+from t5g2convert.adaptation.pickles import Made, Name, Pairs, read_pickle
+from t5g2convert.adaptation.pieces import MAX_DIMENSIONS, SIZE, Piece, SavedTensor, extents, located, place
+from t5g2convert.adaptation.record import TABLE_FILE
 from t5g2convert.checkpoint.place import regular_file
 from t5g2convert.errors import CheckpointError
 
-METADATA_FILE: Final = ".metadata"
+MAX_METADATA_BYTES: Final = 100_000_000
+"""Largest table of contents: about a million pieces."""
 
-BLOCK_ELEMENTS: Final = 1 << 20
-"""Numbers that are read at once; a row at least."""
-
-_DATA_FILE: Final = re.compile(r"__\d+_\d+\.distcp")
-_BROKEN: Final = (zipfile.BadZipFile, pickle.PickleError)
-_METADATA, _PATHS = "torch.distributed.checkpoint.metadata", ("PosixPath", "PurePosixPath")
-_ALLOWED: Final = frozenset(
+_DATA_FILE: Final = re.compile(r"__[0-9]+_[0-9]+\.distcp")
+_METADATA: Final = "torch.distributed.checkpoint.metadata"
+_TABLE, _TENSOR = Name(_METADATA, "Metadata"), Name(_METADATA, "TensorStorageMetadata")
+_CHUNK, _INDEX = Name(_METADATA, "ChunkStorageMetadata"), Name(_METADATA, "MetadataIndex")
+_PROPERTIES: Final = Name(_METADATA, "TensorProperties")
+_INFO: Final = Name("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+_NAMED: Final = frozenset(
     {
-        *((_METADATA, name) for name in (
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        )),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-        *((module, name) for module in ("pathlib", "pathlib._local") for name in _PATHS),
+        _TABLE, _TENSOR, _CHUNK, _INDEX, _PROPERTIES, _INFO, SIZE,
+        *(Name(_METADATA, name) for name in ("BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+        Name("torch.serialization", "_get_layout"),
+        *(Name(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
     }
 )  # fmt: skip
-"""What `.metadata` is made of, beside plain values and the names of dtypes; none of it does anything."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
-        return super().find_class(module, name)
+"""What a table of contents names, beside dtypes."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A part of a tensor: its first index and extent in every dimension, and where it was saved."""
+class _Contents:
+    """A table of contents.
 
-    first: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    size: int
+    Attributes:
+        tensors: By their whole names.
+        others: Names of what else was saved.
+        paths: For each name the keys that it is made of.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class SavedTensor:
-    """A tensor of a checkpoint: its shape, its dtype, and the pieces that it was saved in."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pieces: tuple[_Piece, ...]
-
-    def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Its numbers, in order: whole rows, as many as make about `BLOCK_ELEMENTS`; float32 alone.
-
-        Raises:
-            CheckpointError: A file cannot be read, or is damaged.
-        """
-        rows, width = (self.shape[0], self.shape[1:]) if self.shape else (1, ())
-        step = max(1, BLOCK_ELEMENTS // max(1, int(np.prod(width))))
-        places = [(piece, _located(piece, self.name)) for piece in self.pieces]
-        for start in range(0, rows, step):
-            block = np.full((min(step, rows - start), *width), np.nan, np.float32)
-            for piece, numbers in places:
-                _fill(block, start, piece, numbers)
-            yield block
+    tensors: Mapping[str, SavedTensor]
+    others: tuple[str, ...]
+    paths: Mapping[str, tuple[str | int, ...]]
 
 
 def read_metadata(folder: Path, root: str, *, beside: frozenset[str] = frozenset()) -> Mapping[str, SavedTensor]:
@@ -107,13 +82,17 @@ def read_metadata(folder: Path, root: str, *, beside: frozenset[str] = frozenset
     Raises:
         CheckpointError: It is no checkpoint, is damaged, has links or strange files in it, or nothing under that key.
     """
-    _check_files(folder, beside)
-    with _opened(folder) as metadata:
-        saved = metadata.state_dict_metadata
-        keys = [(key, at[1]) for key, at in metadata.planner_data.items() if len(at) == 2 and at[0] == root]
-        tensors = {name: _tensor(folder, key, name, saved[key], metadata.storage_data) for key, name in keys}
+    check_entries(folder, beside)
+    contents = _read_contents(folder)
+    tensors = {}
+    for key, path in contents.paths.items():
+        if len(path) == 2 and path[0] == root:
+            name, found = str(path[1]), contents.tensors.get(key)
+            if found is None:
+                raise CheckpointError(f"{key!r} is not a tensor", where=folder / TABLE_FILE)
+            tensors[name] = SavedTensor(name, found.shape, found.dtype, found.pieces)
     if not tensors:
-        raise CheckpointError(f"has no tensors under {root!r}", where=folder / METADATA_FILE)
+        raise CheckpointError(f"has no tensors under {root!r}", where=folder / TABLE_FILE)
     return tensors
 
 
@@ -130,40 +109,64 @@ class Reader(FileSystemReader):
     def __init__(self, folder: Path, *, beside: frozenset[str] = frozenset()) -> None:
         super().__init__(folder)
         self._folder, self._beside = folder, beside
+        self._pieces: dict[tuple[str, tuple[int, ...]], Piece] = {}
 
-    def read_metadata(self) -> Metadata:
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """The table of contents.
 
         Raises:
             CheckpointError: It is none, or damaged; the folder has links or strange files in it; or not all that was
                 saved is tensors.
         """
-        _check_files(self._folder, self._beside)
-        with _opened(self._folder) as metadata:
-            for name, entry in metadata.state_dict_metadata.items():
-                if not isinstance(entry, TensorStorageMetadata):
-                    raise ValueError(f"{name} is no tensor")
-            for index, info in metadata.storage_data.items():
-                _check_place(index.fqn, info)
-            metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
+        check_entries(self._folder, self._beside)
+        contents = _read_contents(self._folder)
+        if contents.others:
+            raise CheckpointError(f"{contents.others[0]} is no tensor", where=self._folder / TABLE_FILE)
+        entries, places = {}, {}
+        for name, tensor in contents.tensors.items():
+            chunks = [ChunkStorageMetadata(torch.Size(each.first), torch.Size(each.shape)) for each in tensor.pieces]
+            properties = TensorProperties(dtype=tensor.dtype)
+            entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+            for piece in tensor.pieces:
+                self._pieces[name, piece.first] = piece
+                index = MetadataIndex(name, torch.Size(piece.first))
+                places[index] = _StorageInfo(piece.file.name, piece.start, piece.size)
+        return Metadata(
+            state_dict_metadata={**entries},
+            planner_data={**contents.paths},
+            storage_data=places,
+            storage_meta=StorageMeta(load_id=self.load_id),
+        )
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
+        """Fill the tensors of a plan.
+
+        Raises:
+            CheckpointError: A file cannot be read, or is damaged.
+        """
+        for item in plan.items:
+            name, offset = item.storage_index.fqn, tuple(item.storage_index.offset or ())
+            numbers = located(self._pieces[name, offset], name).mapped()
+            ranges = zip(item.storage_offsets, item.lengths, strict=True)
+            part = np.array(numbers[tuple(slice(at, at + length) for at, length in ranges)])
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(torch.from_numpy(part))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    """The table of contents; what goes wrong with it, here or in the block, is told as the file's."""
-    path = folder / METADATA_FILE
-    try:
-        with regular_file(path).open("rb") as file:
-            metadata = _Unpickler(file).load()
-        yield metadata
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"is no metadata of a distributed checkpoint: {error}", where=path) from None
+def check_entries(folder: Path, beside: frozenset[str]) -> list[str]:
+    """Refuse a folder with anything in it that a checkpoint does not have; the names of the checkpoint's own files.
 
+    Args:
+        folder: The checkpoint.
+        beside: Names of files that may be there beside the checkpoint's own.
 
-def _check_files(folder: Path, beside: frozenset[str]) -> None:
+    Raises:
+        CheckpointError: It has links, folders or other files in it, or cannot be read.
+    """
     try:
         items = sorted(folder.iterdir())
     except OSError as error:
@@ -171,124 +174,111 @@ def _check_files(folder: Path, beside: frozenset[str]) -> None:
     for item in items:
         if item.is_symlink() or not item.is_file():
             raise CheckpointError("is a link or no file, which a checkpoint has none of", where=item)
-        if item.name not in {METADATA_FILE, *beside} and _DATA_FILE.fullmatch(item.name) is None:
+        if item.name not in {TABLE_FILE, *beside} and not _DATA_FILE.fullmatch(item.name):
             raise CheckpointError("is no file of a checkpoint", where=item, hint="move it elsewhere")
+    return [item.name for item in items if item.name not in beside]
 
 
-def _tensor(folder: Path, key: str, name: str, saved: Any, storage: Mapping[Any, Any]) -> SavedTensor:
-    """One tensor of the metadata; raises what `read_metadata` turns into its own error."""
-    places = {tuple(index.offset): info for index, info in storage.items() if index.fqn == key}
-    shape = tuple(saved.size)
+def _read_contents(folder: Path) -> _Contents:
+    with _told(folder):
+        path = regular_file(folder / TABLE_FILE)
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise ValueError(f"it is larger than {MAX_METADATA_BYTES} bytes")
+        table = _made(read_pickle(path.read_bytes(), _may_be_named)).fields(_TABLE)
+        places: dict[str, dict[tuple[int, ...], Mapping[str, Any]]] = {}
+        for index, info in _pairs(table["storage_data"]):
+            at = _made(index).fields(_INDEX)
+            if at.get("offset") is not None:
+                places.setdefault(_text(at["fqn"]), {})[extents(at["offset"])] = _made(info).fields(_INFO)
+        tensors, others = {}, []
+        for key, saved in _pairs(table["state_dict_metadata"]):
+            name = _text(key)
+            if _made(saved).of == _TENSOR:
+                tensors[name] = _tensor(folder, name, _made(saved).fields(_TENSOR), places.get(name, {}))
+            else:
+                others.append(name)
+        paths = {_text(key): _path(steps) for key, steps in _pairs(table["planner_data"])}
+        return _Contents(tensors, tuple(others), paths)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What goes wrong with the table of contents is an error of that file."""
+    path = folder / TABLE_FILE
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+    except KeyError as error:
+        raise CheckpointError(f"is no metadata of a distributed checkpoint: {error} is missing", where=path) from None
+    except ValueError as error:
+        raise CheckpointError(f"is no metadata of a distributed checkpoint: {error}", where=path) from None
+
+
+def _may_be_named(name: Name) -> bool:
+    return name in _NAMED or _dtype(name) is not None
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    """The dtype that a name is of, if it is one's."""
+    found = getattr(torch, name.name, None) if isinstance(name, Name) and name.module == "torch" else None
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _made(value: Any) -> Made:
+    if not isinstance(value, Made):
+        raise ValueError(f"found a {type(value).__name__}, expected an object")
+    return value
+
+
+def _pairs(value: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(value, Pairs):
+        raise ValueError(f"found a {type(value).__name__}, expected a dict")
+    return value.items
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"found a {type(value).__name__}, expected a name")
+    return value
+
+
+def _path(steps: Any) -> tuple[str | int, ...]:
+    if not isinstance(steps, tuple) or len(steps) > MAX_DIMENSIONS or not all(isinstance(s, str | int) for s in steps):
+        raise ValueError("the keys of a tensor are neither names nor numbers")
+    return steps
+
+
+def _tensor(
+    folder: Path, name: str, saved: Mapping[str, Any], places: Mapping[tuple[int, ...], Mapping[str, Any]]
+) -> SavedTensor:
+    """One tensor of the table; raises what `_told` turns into an error of ours."""
+    shape, properties = extents(saved["size"]), _made(saved["properties"])
+    if properties.of != _PROPERTIES or not isinstance(properties.state, tuple) or not properties.state:
+        raise ValueError(f"{name} has no properties")
+    dtype = _dtype(properties.state[0])
+    if dtype is None or not isinstance(saved["chunks"], list):
+        raise ValueError(f"{name} has no dtype or no pieces")
     pieces = []
-    for chunk in saved.chunks:
-        first, extent = tuple(chunk.offsets), tuple(chunk.sizes)
-        info = places[first] if places else None
+    for chunk in saved["chunks"]:
+        fields = _made(chunk).fields(_CHUNK)
+        first, extent = extents(fields["offsets"]), extents(fields["sizes"])
+        info = places.get(first)
         if info is None:
             raise ValueError(f"{name} lies nowhere")
-        _check_place(name, info)
-        if any(not 0 <= at <= at + size <= whole for at, size, whole in zip(first, extent, shape, strict=True)):
+        if any(at + size > whole for at, size, whole in zip(first, extent, shape, strict=True)):
             raise ValueError(f"a piece of {name} lies outside of it")
-        pieces.append(_Piece(first, extent, folder / info.relative_path, info.offset, info.length))
-    if sum(int(np.prod(piece.shape)) for piece in pieces) != int(np.prod(shape)):
+        pieces.append(Piece(first, extent, folder / _file_of(name, info), place(info["offset"]), place(info["length"])))
+    if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
         raise ValueError(f"the pieces of {name} do not make it up")
-    return SavedTensor(name, shape, saved.properties.dtype, tuple(pieces))
+    return SavedTensor(name, shape, dtype, tuple(pieces))
 
 
-def _check_place(name: str, info: Any) -> None:
-    """Refuse a piece that does not lie in a file of the checkpoint as torch.save writes it."""
-    if info.transform_descriptors:
+def _file_of(name: str, info: Mapping[str, Any]) -> str:
+    """The file of a piece, which must be one of the checkpoint, as torch.save writes it."""
+    if info.get("transform_descriptors"):
         raise ValueError(f"{name} was packed in a way of its own")
-    if _DATA_FILE.fullmatch(info.relative_path) is None:
-        raise ValueError(f"{name} lies in {info.relative_path!r}, expected a file of the checkpoint")
-
-
-class _Slice(io.RawIOBase):
-    """A range of a file, as a file."""
-
-    def __init__(self, path: Path, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = path.open("rb"), start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer)[: max(0, self._size - self._at)]
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(room)
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Numbers:
-    """Where the numbers of a piece lie: a file, the bytes in it, and the first number's place and the strides there."""
-
-    file: Path
-    start: int
-    size: int
-    offset: int
-    strides: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def mapped(self) -> NDArray[np.float32]:
-        """They, where they are: nothing is read before it is looked at, or kept when the array is dropped."""
-        if not self.size:
-            return np.empty(self.shape, np.float32)
-        flat = np.memmap(self.file, np.dtype("<f4"), "r", self.start, (self.size // 4,))
-        strides = [4 * stride for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides, writeable=False)
-
-
-def _located(piece: _Piece, name: str) -> _Numbers:
-    """Where the numbers of a piece lie.
-
-    Raises:
-        CheckpointError: The file cannot be read, or is damaged there.
-    """
-    if not np.prod(piece.shape):
-        return _Numbers(piece.file, 0, 0, 0, (), piece.shape)
-    try:
-        with _Slice(regular_file(piece.file), piece.start, piece.size) as file:
-            told = torch.load(cast(IO[bytes], file), map_location="meta", weights_only=True)
-            (record,) = (item for item in zipfile.ZipFile(file).infolist() if item.filename.endswith("/data/0"))
-            # Behind the fixed part of the record's own header stand its name and a padding.
-            file.seek(record.header_offset)
-            header = file.read(30) or b""
-            start = record.header_offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        if told.dtype != torch.float32 or tuple(told.shape) != piece.shape or record.compress_type:
-            raise ValueError("its shape or dtype is another")
-        reach = sum((extent - 1) * stride for extent, stride in zip(told.shape, told.stride(), strict=True))
-        if 4 * (told.storage_offset() + reach + 1) > record.file_size or start + record.file_size > piece.size:
-            raise ValueError("it is too short")
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, *_BROKEN) as error:
-        raise CheckpointError(f"a piece of {name} cannot be read: {error}", where=piece.file) from None
-    return _Numbers(
-        piece.file, piece.start + start, record.file_size, told.storage_offset(), tuple(told.stride()), piece.shape
-    )
-
-
-def _fill(block: NDArray[np.float32], start: int, piece: _Piece, numbers: _Numbers) -> None:
-    """Copy what a piece has of the rows from `start` on."""
-    if not piece.shape:
-        block[:] = numbers.mapped()
-        return
-    begin, end = max(start, piece.first[0]), min(start + len(block), piece.first[0] + piece.shape[0])
-    if begin < end:
-        columns = tuple(slice(at, at + size) for at, size in zip(piece.first[1:], piece.shape[1:], strict=True))
-        block[(slice(begin - start, end - start), *columns)] = numbers.mapped()[
-            begin - piece.first[0] : end - piece.first[0]
-        ]
+    file = _text(info["relative_path"])
+    if not _DATA_FILE.fullmatch(file):
+        raise ValueError(f"{name} lies in {file!r}, expected a file of the checkpoint")
+    return file

@@ -1,14 +1,18 @@
 """Documents of text files, JSONL, Parquet and data sets, one at a time, in the order of their files."""
 
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.huberrors import network_error, without_token
 from t5g2convert.checkpoint.strictjson import is_text
 from t5g2convert.errors import DataError, T5g2Error, UsageError
+from t5g2convert.interrupts import raise_interruption
 
 SUFFIXES: Final = (".txt", ".jsonl", ".parquet")
 
@@ -129,12 +133,15 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
 
     Raises:
         DataError: The library cannot read it, or it lacks the column.
+        HubError: The Hub does not have it or give it out, or cannot be reached.
         UsageError: The library is not installed.
     """
     datasets = _imported("datasets")
     where = f"{name}[{split}]"
     try:
         datasets.disable_progress_bars()
+        # What it says while it tries again holds addresses.
+        datasets.logging.set_verbosity(logging.CRITICAL)
         rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
         for number, row in enumerate(rows, 1):
             if column not in row:
@@ -143,9 +150,33 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
             yield _checked(f"{where}:{number}", row[column])
     except T5g2Error:
         raise
-    except Exception as error:  # noqa: BLE001 - the library and the scripts below it raise anything
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot be read as a data set: {told}", where=where) from None
+    except Exception as error:  # noqa: BLE001 - the library and the readers below it raise anything
+        raise_interruption()
+        raise _dataset_error(error, name, where, datasets) from None
+
+
+def _dataset_error(error: Exception, name: str, where: str, datasets: Any) -> T5g2Error:
+    """The error for what the datasets library raised; of a data set of the Hub none of its text is repeated.
+
+    Servers are quoted in it, and these may quote the token.
+    """
+    local = Path(name).exists()
+    absent = "no such folder, and no such data set on the Hub"
+    if (known := network_error(error, name if local else f"datasets/{name}", absent=absent)) is not None:
+        return known
+    told = " ".join(without_token(str(error)).split())
+    if local:
+        return DataError(f"cannot be read as a data set: {told or type(error).__name__}", where=where)
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return DataError(absent, where=where)
+    # Names of splits and configurations are no text of a server.
+    names = ", ".join(re.findall(r"'([\w.-]{1,60})'", told.partition("[")[2])) or "those that its page on the Hub lists"
+    if "Unknown split" in told:
+        return DataError("has no such split", where=where, hint=f"--split takes one of {names}")
+    if "Config name is missing" in told or "BuilderConfig" in told:
+        reason = "has several configurations, or none of that name"
+        return DataError(reason, where=where, hint=f"--subset takes one of {names}")
+    return DataError(f"cannot be read as a data set ({type(error).__name__})", where=where)
 
 
 def _read_text(path: Path, progress: Progress) -> Document | Fault:

@@ -15,6 +15,7 @@ from t5g2convert.checkpoint.config import ConfigSection, Size, parse_section
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2
 from t5g2convert.errors import CheckpointError, DataError, T5g2Error
+from t5g2convert.interrupts import raise_interruption
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,10 +108,12 @@ def _opened(path: Path) -> Iterator["Image"]:
             with Image.open(path, formats=list(ENDINGS)) as image:
                 yield image
         except UnidentifiedImageError:
+            raise_interruption()
             raise ValueError(f"is no picture that is read here: {', '.join(ENDINGS)}") from None
         except (ValueError, T5g2Error):
             raise
         except Exception as error:  # noqa: BLE001 - pillow's readers raise whatever a damaged file makes them raise
+            raise_interruption()
             raise ValueError(f"cannot be read as a picture: {error}") from None
 
 

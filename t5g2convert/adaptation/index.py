@@ -1,19 +1,26 @@
 """index.json of packed data: what there is, for which model, with the sha256 of every file."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t5g2convert.adaptation.tokens import ModelTokens
+from t5g2convert.checkpoint.config import MAX_INTEGER, Size
 from t5g2convert.checkpoint.folder import scheme_of
 from t5g2convert.checkpoint.manifest import Digest
-from t5g2convert.errors import DataError
+from t5g2convert.checkpoint.place import regular_file
+from t5g2convert.errors import CheckpointError, DataError
 
 INDEX_FILE: Final = "index.json"
 
-Count = Annotated[int, Field(ge=0)]
+MAX_BYTES: Final = 1 << 24
+"""Largest index: about a hundred thousand shards."""
+
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Id = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 
 
 class _Section(BaseModel):
@@ -23,7 +30,7 @@ class _Section(BaseModel):
 class ShardEntry(_Section):
     """A file of tokens."""
 
-    tokens: Annotated[int, Field(gt=0)]
+    tokens: Annotated[int, Field(gt=0, lt=2**48)]
     sha256: Digest
 
 
@@ -48,14 +55,14 @@ class PicturesEntry(_Section):
 class TokensEntry(_Section):
     """The ids of the model that the data was packed for."""
 
-    vocabulary: Annotated[int, Field(gt=0)]
-    bos: int | None
-    eos: int
-    pad: int | None
-    boi: int
-    eoi: int
-    image: int
-    per_image: int
+    vocabulary: Size
+    bos: Id | None
+    eos: Id
+    pad: Id | None
+    boi: Id
+    eoi: Id
+    image: Id
+    per_image: Id
     pictures: bool
 
 
@@ -70,7 +77,7 @@ class Index(_Section):
     image: StreamEntry
     pictures: PicturesEntry
     counts: Digest
-    highest: int
+    highest: Id
     special: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Count]
     empty: Count
 
@@ -84,12 +91,16 @@ def read_index(folder: Path) -> tuple[Index, str]:
     if scheme := scheme_of(folder):
         raise DataError(f"an address ({scheme}//...) was given, expected a folder that t5g2 pack wrote")
     path = folder / INDEX_FILE
+    if not os.path.lexists(path):
+        raise DataError("is missing: no folder of packed data", where=path, hint="t5g2 pack writes one")
+    check_regular(path)
     try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError("is missing: no folder of packed data", where=path, hint="t5g2 pack writes one") from None
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+    if len(text) > MAX_BYTES:
+        raise DataError(f"is larger than {MAX_BYTES} bytes", where=path, hint="pack the data again")
     try:
         index = Index.model_validate_json(text)
     except ValidationError as error:
@@ -101,6 +112,18 @@ def read_index(folder: Path) -> tuple[Index, str]:
             hint="pack the data again",
         ) from None
     return index, hashlib.sha256(text).hexdigest()
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is not a file: a pipe or a device would be waited for.
+
+    Raises:
+        DataError: It is none, or cannot be read.
+    """
+    try:
+        regular_file(path)
+    except CheckpointError as error:
+        raise DataError(error.message, where=path, hint="copy it again, or pack the data again") from None
 
 
 def tokens_entry(tokens: ModelTokens) -> TokensEntry:

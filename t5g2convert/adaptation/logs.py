@@ -6,9 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from t5g2convert.checkpoint.place import regular_file
+from t5g2convert.checkpoint.replacing import replace_file
 from t5g2convert.errors import CheckpointError, OutputError
+
+LONGEST_LINE: Final = 1 << 16
+MAX_BYTES: Final = 1 << 30
+"""Largest log: millions of steps."""
+
+HINT: Final = "restore the file, or begin a new run"
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+TaskName = Annotated[str, Field(max_length=200)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +40,16 @@ class Metrics:
         tokens_per_second: The same for each second, of all processes together.
     """
 
-    step: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    step: Count
     kind: Literal["text", "images"]
     loss: float
-    tasks: Mapping[str, float]
-    labels: Mapping[str, int]
+    tasks: Mapping[TaskName, float]
+    labels: Mapping[TaskName, Count]
     grad_norm: float
     lr: float
-    tokens: int
+    tokens: Count
     tokens_per_second: float
 
     @property
@@ -45,6 +60,9 @@ class Metrics:
             f"step {self.step}  loss {self.loss:.4f}  ({tasks})  grad norm {self.grad_norm:.3f}  "
             f"lr {self.lr:.2e}  {self.tokens_per_second:,.0f} tokens/s"
         )
+
+
+_METRICS: Final = TypeAdapter(Metrics)
 
 
 class Log:
@@ -62,7 +80,7 @@ class Log:
         self._path = metrics
         try:
             truncate(metrics, start)
-            self._fd = os.open(metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             self._board: Any = SummaryWriter(str(tensorboard), purge_step=start + 1)
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", where=metrics) from error
@@ -116,19 +134,37 @@ def read_metrics(path: Path) -> list[Metrics]:
     """All steps of a log.
 
     Raises:
-        CheckpointError: It is missing, or a line is none of a log.
+        CheckpointError: It is missing or too large, or a line is not valid.
     """
+    return [_parsed(line, number, path) for number, line in enumerate(_lines(path), 1)]
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a log with their ends, none of them longer than `LONGEST_LINE`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with regular_file(path).open("rb") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE or file.tell() > MAX_BYTES:
+                    raise CheckpointError("is too long to be a log", where=f"{path}:{number}")
+                yield line
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
-    result = []
-    for number, line in enumerate(lines, 1):
-        try:
-            result.append(Metrics(**json.loads(line)))
-        except (ValueError, TypeError):
-            raise CheckpointError("is no line of a log", where=f"{path}:{number}") from None
-    return result
+
+
+def _parsed(line: bytes, number: int, path: Path) -> Metrics:
+    try:
+        line.decode()
+        step = _METRICS.validate_json(line)
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8: {error.reason} at byte {error.start} of the line"
+        raise CheckpointError(reason, where=f"{path}:{number}", hint=HINT) from None
+    except ValidationError:
+        raise CheckpointError("is not a valid log line", where=f"{path}:{number}", hint=HINT) from None
+    if step.tasks.keys() != step.labels.keys():
+        raise CheckpointError("is not a valid log line", where=f"{path}:{number}", hint=HINT)
+    return step
 
 
 def tokens_until(steps: Sequence[Metrics], last: int, where: Path) -> int:
@@ -150,17 +186,24 @@ def tokens_until(steps: Sequence[Metrics], last: int, where: Path) -> int:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Cut a log behind the line of a step: a run that goes on from there tells of the next ones again."""
-    if not path.exists():
+    """Cut a log behind the line of a step: a run that goes on from there tells of the next ones again.
+
+    The file is written anew: neither a link nor another name of the same file is written through.
+
+    Raises:
+        CheckpointError: A line before that step is not valid.
+        OSError: It cannot be written.
+    """
+    if not os.path.lexists(path):
         return
-    kept = 0
-    with path.open("r+b") as file:
-        for line in file:
-            try:
-                done = int(json.loads(line)["step"])
-            except (ValueError, TypeError, KeyError):
-                break  # the line that was being written when the run died
-            if done > step or not line.endswith(b"\n"):
-                break
-            kept += len(line)
-        file.truncate(kept)
+    kept: list[bytes] = []
+    for number, line in enumerate(_lines(path) if step else (), 1):
+        if not line.endswith(b"\n"):
+            break  # the line that was being written when the run died
+        found = _parsed(line, number, path)
+        if found.step > step:
+            break
+        kept.append(line)
+        if found.step == step:
+            break  # whatever is behind it is told of again
+    replace_file(path, b"".join(kept))

@@ -1,10 +1,12 @@
 """The losses of a run as a picture: the same bytes for the same numbers."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Final
 
 from t5g2convert.adaptation.logs import Metrics
+from t5g2convert.checkpoint.replacing import replace_file
 from t5g2convert.errors import OutputError
 
 SMOOTHED: Final = 50
@@ -21,7 +23,9 @@ def plot_losses(steps: Sequence[Metrics], path: Path) -> None:
     from matplotlib.figure import Figure
 
     # Without a salt the names of its elements are random, and without a date it has today's.
-    with matplotlib.rc_context({"svg.hashsalt": "t5g2", "svg.fonttype": "none", "font.family": ["sans-serif"]}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "t5g2", "svg.fonttype": "none", "font.family": ["sans-serif"], "text.parse_math": False}
+    ):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         for name in dict.fromkeys(name for step in steps for name in step.tasks):
@@ -31,7 +35,9 @@ def plot_losses(steps: Sequence[Metrics], path: Path) -> None:
         if steps:
             axes.legend(frameon=False, ncols=2)
         try:
-            figure.savefig(path, format="svg", metadata={"Date": None})
+            drawn = BytesIO()
+            figure.savefig(drawn, format="svg", metadata={"Date": None})
+            replace_file(path, drawn.getvalue())
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", where=path) from error
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -95,7 +97,8 @@ class History(ConfigSection):
     @model_validator(mode="after")
     def _settings_are_those_of_the_digest(self) -> Self:
         if self.settings.sha256 != self.settings_sha256:
-            raise ValueError("settings_sha256 does not fit the settings")
+            part = "" if self.settings.objective_sha256 == self.objective_sha256 else " of the objective"
+            raise ValueError(f"settings: one{part} was changed after the run wrote them: settings_sha256 does not fit")
         return self
 
     def facts(self, steps: Sequence[int], tokens: int) -> Mapping[str, Any]:
@@ -120,6 +123,30 @@ def read_history(run: Path) -> History:
         raise CheckpointError(f"has no {RUN_FILE}, expected the folder of a training run", where=run)
     path = run / RUN_FILE
     return parse_section(History, read_json_object(path), path)
+
+
+def check_own_files(run: Path) -> None:
+    """Refuse a run's folder in which something else has the place of what a run writes: nothing is written through it.
+
+    Raises:
+        OutputError: It is a link, a pipe, a folder in place of a file, or a file in place of a folder.
+    """
+    expected = {
+        RUN_FILE: stat.S_ISREG, METRICS_FILE: stat.S_ISREG, PLOT_FILE: stat.S_ISREG,
+        FOLDER: stat.S_ISDIR, TENSORBOARD_FOLDER: stat.S_ISDIR,
+    }  # fmt: skip
+    try:
+        for name, is_right in expected.items():
+            path = run / name
+            if os.path.lexists(path) and not is_right(path.lstat().st_mode):
+                kind = "folder" if is_right is stat.S_ISDIR else "file"
+                raise OutputError(f"is not a {kind} of the run's own", where=path, hint="move it away, and start again")
+        for name in (FOLDER, TENSORBOARD_FOLDER):
+            linked = [item for item in (run / name).glob("*") if item.is_symlink()]
+            if linked:
+                raise OutputError("is a link, which a run has none of", where=linked[0], hint="move it away")
+    except OSError as error:
+        raise OutputError(f"cannot be read: {error.strerror}", where=run) from None
 
 
 def check_model(history: History, model: Path) -> None:

@@ -12,7 +12,7 @@
     counts.bin          uint64 [vocabulary]: how often each token stands in all of the documents
 """
 
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from t5g2convert.adaptation.index import (
     Index,
     PicturesEntry,
     StreamEntry,
+    check_regular,
     read_index,
     tokens_entry,
 )
@@ -60,16 +61,17 @@ class TokenStream:
 
     def __init__(self, folder: Path, name: str, entry: StreamEntry) -> None:
         self.tokens = entry.tokens
+        total = sum(shard.tokens for shard in entry.shards)
+        if total != entry.tokens:
+            raise DataError(
+                f"the shards of {name} hold {total} tokens together, the index says {entry.tokens}",
+                where=folder / INDEX_FILE,
+            )
         self.paths = tuple(folder / shard_name(name, number) for number in range(len(entry.shards)))
         self._shards = [
             _mapped(path, TOKEN, (shard.tokens,)) for path, shard in zip(self.paths, entry.shards, strict=True)
         ]
         self._starts = np.cumsum([0, *(shard.tokens for shard in entry.shards)])
-        if self._starts[-1] != entry.tokens:
-            raise DataError(
-                f"the shards of {name} hold {self._starts[-1]} tokens together, the index says {entry.tokens}",
-                where=folder / INDEX_FILE,
-            )
 
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """The tokens from `start` to `stop`, [stop - start]: a copy.
@@ -295,7 +297,8 @@ def picture_name(place: Any) -> str:
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """A file as an array that is read where it is looked at."""
-    expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
+    check_regular(path)
     try:
         size = path.stat().st_size
         if size != expected:
@@ -324,7 +327,9 @@ def _check_ascending(ends: NDArray[Any], total: int, where: Path) -> None:
 def _check_pictures(folder: Path, entry: PicturesEntry) -> None:
     try:
         files = nbytes = 0
-        for item in os.scandir(folder) if entry.files or folder.exists() else ():
+        for item in sorted(folder.iterdir()) if entry.files or folder.exists() else ():
+            if item.is_symlink() or not item.is_file():
+                raise DataError("is a link or no file", where=item, hint="copy it again, or pack the data again")
             files, nbytes = files + 1, nbytes + item.stat().st_size
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=folder) from None

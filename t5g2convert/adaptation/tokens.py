@@ -15,7 +15,8 @@ from t5g2convert.checkpoint.config import ConfigSection, Size, Token, parse_sect
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2
-from t5g2convert.errors import CheckpointError, T5g2Error
+from t5g2convert.errors import CheckpointError
+from t5g2convert.interrupts import raise_interruption
 from t5g2convert.mapping.schema import TOKENIZER_FILE
 
 UNUSED: Final = re.compile(r"<unused\d+>")
@@ -145,9 +146,8 @@ class TextEncoder:
 
         try:
             self._tokenizer = Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
-        except T5g2Error:
-            raise
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise_interruption()
             raise CheckpointError(
                 f"is no tokenizer that the tokenizers library reads: {error}", where=self.path
             ) from None

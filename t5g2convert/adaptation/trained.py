@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from t5g2convert.adaptation.dcp import read_metadata
-from t5g2convert.adaptation.record import RECORD_FILE, read_record
+from t5g2convert.adaptation.record import RECORD_FILE, check_table, read_record
 from t5g2convert.checkpoint.folder import check_folder
 from t5g2convert.errors import CheckpointError
 
@@ -36,6 +36,7 @@ class Trained:
     def __init__(self, folder: Path) -> None:
         check_folder(folder)
         self.folder, self.record = folder, read_record(folder)
+        check_table(folder, self.record)
         self._tensors = read_metadata(folder, "model", beside=frozenset({RECORD_FILE}))
         for name, saved in self._tensors.items():
             if saved.dtype != torch.float32:

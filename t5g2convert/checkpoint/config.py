@@ -114,13 +114,21 @@ def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path, 
     except ValidationError as error:
         prefix = f"{section}." if section else ""
         # A field that may have several types gets one reason for each; the field is named once.
-        reasons = {_field_path(item["loc"]): item["msg"] for item in reversed(error.errors())}
-        text = "; ".join(f"{prefix}{field}: {reason}" for field, reason in reversed(reasons.items()))
+        reasons = {
+            _field_path(item["loc"]): item["msg"].removeprefix("Value error, ") for item in reversed(error.errors())
+        }
+        told = {f"{prefix}{field}".rstrip("."): reason for field, reason in reversed(reasons.items())}
+        text = "; ".join(f"{field}: {reason}" if field else reason for field, reason in told.items())
         raise CheckpointError(text, where=where) from None
 
 
 def _field_path(location: tuple[int | str, ...]) -> str:
-    """The field and the list positions in it, without pydantic's names of the types that it tried."""
+    """The field and the list positions in it, without pydantic's names of the types that it tried.
+
+    A fault of several fields together has no field.
+    """
+    if not location:
+        return ""
     return ".".join([str(location[0]), *(str(step) for step in location[1:] if isinstance(step, int))])
 
 

@@ -3,15 +3,21 @@
 Nothing of the client's own messages is repeated: they hold addresses, which may be signed.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 
 from t5g2convert.errors import HubError, OutputError, T5g2Error
+from t5g2convert.interrupts import raise_interruption
 
 OFFLINE_HINT = "unset it to ask the Hub"
 LOGIN_HINT = "hf auth login, or set HF_TOKEN"
+
+_CLIENTS: Final = frozenset({"aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3"})
+"""Libraries that talk over the network; their errors hold addresses and what a server said."""
 
 
 @contextmanager
@@ -32,7 +38,46 @@ def hub_errors(repo: str, revision: str | None = None, *, absent: str = "no such
     except T5g2Error:
         raise
     except (transport_error(), OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise_interruption()
         raise _explained(_cause(error), repo, revision, absent) from None
+
+
+def network_error(error: BaseException, repo: str, *, absent: str) -> T5g2Error | None:
+    """Return our error for what a library raised that reads from the Hub, if the Hub or the network is behind it.
+
+    Args:
+        error: What it raised.
+        repo: The data set or model that was asked for.
+        absent: What is said of one that is not there.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    for cause in _causes(error):
+        if isinstance(cause, transport_error() | LocalEntryNotFoundError | OfflineModeIsEnabled):
+            found = _explained(_cause(cause), repo, None, absent)
+            if found.hint is not None and found.hint.startswith("try again"):
+                found.hint = "try again"  # what is read in passing is not kept
+            return found
+        if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.partition(".")[0] in _CLIENTS:
+            told = f"could not be read from {_host()} or from where it keeps its files ({type(cause).__name__})"
+            return _bad_token(repo) or HubError(told, where=repo, hint="try again")
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and all that are behind it; of those that are errors of the client the first is the most exact."""
+    seen: list[BaseException] = []
+    behind: BaseException | None = error
+    while behind is not None and behind not in seen:
+        seen.append(behind)
+        yield behind
+        behind = behind.__cause__ or behind.__context__
+
+
+def without_token(text: str) -> str:
+    """A text of a library, with the token taken out that it may repeat."""
+    token = _token()
+    return text.replace(token, "***") if token else text
 
 
 def transport_error() -> type[Exception]:
@@ -43,18 +88,20 @@ def transport_error() -> type[Exception]:
     return base
 
 
-def _cause(error: Exception) -> Exception:
+def _cause(error: BaseException) -> BaseException:
     """What was behind an error of the client's cache, which says only that a file is not in it."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
-    return cause if isinstance(cause, Exception) else error
+    return error if cause is None else cause
 
 
-def _explained(error: Exception, repo: str, revision: str | None, absent: str) -> T5g2Error:
+def _explained(error: BaseException, repo: str, revision: str | None, absent: str) -> T5g2Error:
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    if (wrong := _bad_token(repo)) is not None:
+        return wrong
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
         return HubError("HF_HUB_OFFLINE is set, and the Hub's cache lacks it", where=repo, hint=OFFLINE_HINT)
     if isinstance(error, HfHubHTTPError):
@@ -113,13 +160,26 @@ def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> 
 
 
 def _has_token() -> bool:
+    return bool(_token())
+
+
+def _token() -> str | None:
+    """The token that the client sends, if there is one."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import OIDCError
 
     try:
-        return bool(get_token())
-    except (OIDCError, OSError):
-        return False
+        return get_token()
+    except (OIDCError, OSError, ValueError):
+        return None
+
+
+def _bad_token(repo: str) -> HubError | None:
+    """The error that a token cannot be sent, if there is one that cannot: the client has no word for that."""
+    token = _token()
+    if not token or re.fullmatch(r"[!-~]+", token):
+        return None
+    return HubError("the token holds characters that no token has", where=repo, hint=f"copy it again: {LOGIN_HINT}")
 
 
 def _host() -> str:

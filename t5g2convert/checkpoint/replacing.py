@@ -1,46 +1,60 @@
-"""A file beside the weights, put in place whole; and a folder's entries, flushed."""
+"""A file that is put in place whole; and a folder's entries, flushed."""
 
+import errno
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file under another name, wait until the disk has it, and rename it once.
 
-    A file that is there already keeps its mode and, where that is permitted, its owner.
-
     Args:
-        path: The file; what stands there is replaced at the end, and is untouched if anything fails.
+        path: The file; what is there is replaced at the end, and is untouched if anything fails. Its mode stays, and
+            its owner where that is permitted.
         data: All of it.
 
     Raises:
         OSError: It cannot be written; nothing is left behind.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with os.fdopen(fd, "wb") as file:
-            _keep_mode(path, fd)
+    with _staged(path) as (staged, fd):
+        with os.fdopen(fd, "wb", closefd=False) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        os.fsync(fd)
         staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
-def _keep_mode(path: Path, fd: int) -> None:
-    """Give a new file the owner and the mode of the one that it will replace, if there is one."""
+def check_replaceable(path: Path) -> None:
+    """Refuse a file that `replace_file` could not put in place, before the work that fills it.
+
+    Raises:
+        OSError: There is a folder of that name, its folder cannot be written to, or it is protected itself.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    with _staged(path):
+        pass
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[tuple[Path, int]]:
+    """An empty file beside another, with that one's owner and mode if it is there; removed at the end, or renamed."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return
-    if stat.S_ISREG(status.st_mode):
-        with suppress(PermissionError):
-            os.fchown(fd, status.st_uid, status.st_gid)
-        os.fchmod(fd, stat.S_IMODE(status.st_mode))
+        if path.is_file() and not path.is_symlink():
+            status = path.stat()
+            with suppress(PermissionError):
+                os.fchown(fd, status.st_uid, status.st_gid)
+            os.fchmod(fd, stat.S_IMODE(status.st_mode))
+        yield staged, fd
+    finally:
+        os.close(fd)
+        staged.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

@@ -47,6 +47,7 @@ from t5g2convert.cli.adapt_options import (
 )
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes
 from t5g2convert.errors import Interrupted
+from t5g2convert.interrupts import interruption, raise_interruption
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.adapt import Outcome, Request
@@ -172,13 +173,21 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
                 if not as_json and (step.step % every == 0 or step.step == steps):
                     typer.echo(step.line)
                 advance(step.step)
+                # A signal whose error was lost, in a destructor for example, stops the run here.
+                raise_interruption()
 
             outcome = run(request, begun=print_notes, report=report)
-    except (Quiet, Interrupted) as error:
-        if isinstance(error, Quiet) or early_rank():
-            raise typer.Exit(error.exit_code) from None
-        error.hint = "the same command with --resume goes on from the last checkpoint, if there is one"
-        raise
+    except Quiet as error:
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:
+        # Torch and the libraries around it make other errors of what a signal's handler raises.
+        stopped = error if isinstance(error, Interrupted) else interruption()
+        if stopped is None:
+            raise
+        if early_rank():
+            raise typer.Exit(stopped.exit_code) from None
+        stopped.hint = "the same command with --resume goes on from the last checkpoint, if there is one"
+        raise stopped from None
     if not outcome.first:
         return
     if as_json:

@@ -1,6 +1,5 @@
 """`t5g2`: the application, its exit codes, and the one place where errors become text."""
 
-import io
 import os
 import signal
 import sys
@@ -33,7 +32,9 @@ from t5g2convert.cli import (
 from t5g2convert.cli.adapt_options import LAUNCHING, GroupedCommand
 from t5g2convert.cli.command import Command
 from t5g2convert.cli.console import emit_json
-from t5g2convert.errors import Interrupted, MappingError, OutputError, T5g2Error, UsageError
+from t5g2convert.cli.streams import finish_streams, keep_working, prepare_streams, reader_left
+from t5g2convert.errors import HubError, Interrupted, MappingError, OutputError, T5g2Error, UsageError
+from t5g2convert.interrupts import forget, interruption, note
 from t5g2convert.printable import printable
 from t5g2convert.version import __version__
 
@@ -45,8 +46,8 @@ CommandLineError: Final[type[Exception]] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 
-_signals: Final[list[int]] = []
-"""The signal that stopped the work, if one did."""
+PRINTING: Final = frozenset({"card", "generate", "inspect", "mappings", "plan", "probe-sentinels"})
+"""Commands whose result is what they print: they end where stdout cannot be written. The others go on."""
 
 ABOUT: Final = "Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly, and train it further."
 
@@ -67,11 +68,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Convert, verify, train and publish."""
+    if context.invoked_subcommand not in PRINTING:
+        keep_working()
 
 
 app.command("demo")(demo.demo)
@@ -98,32 +102,33 @@ for registered in (*app.registered_commands, *mappings.app.registered_commands):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _signals.clear()
+    prepare_streams()
+    forget()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     # What the Hub's client meets and overcomes is not worth a line; it reads this when it is imported.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     try:
         code = app(arguments, prog_name="t5g2", standalone_mode=False)
     except BaseException as error:  # noqa: BLE001 - the one place where every error ends
         code = report(error, as_json="--json" in arguments, debug="--debug" in arguments)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError as error:
-            # The reader of our output has gone, or its disk is full; Python must not complain when it flushes on exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            code = code or report(error, as_json=False, debug="--debug" in arguments)
+    lost = finish_streams()
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if lost is not None and command is not None and command not in PRINTING:
+        # The exit code tells of the work; only what it would have told of that is lost.
+        report(OutputError(f"the result cannot be printed: {lost.strerror}"), as_json=False, debug=False)
+        finish_streams()
+    elif lost is not None and not code:
+        code = report(lost, as_json=False, debug="--debug" in arguments)
+        finish_streams()
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Print an error, on one line where it has no list of offenders, and return its exit code."""
-    # Typer and rich make an exit of a pipe whose reader has gone; that is no error.
-    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+    # Typer and rich make an exit of a pipe whose reader has left; that is not an error.
+    left = isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
+    if left and reader_left() and not isinstance(error, T5g2Error):
         return 0
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
@@ -139,14 +144,16 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
             sys.stderr.write(f"{error}\n")
             return UsageError.exit_code
         known: T5g2Error = _usage_error(error)
+    elif (stopped := interruption()) is not None and not isinstance(error, Interrupted):
+        # A class that is being built when a signal comes makes another error of it, as libraries do: RuntimeError, say.
+        if isinstance(error, OutputError | HubError):
+            stopped.hint = str(error)
+        known = stopped
     elif isinstance(error, T5g2Error):
         known = error
     elif isinstance(error, OSError):
         # What reads and writes checkpoints tells of its own failures; left are the streams and the system itself.
         known = OutputError(f"the system says: {error.strerror or error}", where=error.filename)
-    elif _signals:
-        # A class that is being built when a signal comes makes another error of it: RuntimeError, or pydantic's own.
-        known = Interrupted(_signals[0])
     else:
         known = T5g2Error(
             f"a bug in t5g2: {type(error).__name__}: {error}", hint="run again with --debug and report what it prints"
@@ -181,5 +188,5 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Python complains of a signal that came with this one and has lost its handler.
     sys.unraisablehook = lambda _: None
-    _signals.append(number)
+    note(number)
     raise Interrupted(number)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from t5g2convert.checkpoint.replacing import check_replaceable, replace_file
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
 from t5g2convert.cli.options import (
     DecoderParentOption,
@@ -16,7 +17,7 @@ from t5g2convert.cli.options import (
     TextOption,
     TowerDonorOption,
 )
-from t5g2convert.errors import OutputError, VerificationError
+from t5g2convert.errors import OutputError, UsageError, VerificationError
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
@@ -60,10 +61,8 @@ def verify(
     """Judge a conversion: files, bytes, settings, and what both models compute. Exits 6 if anything is wrong."""
     from t5g2convert.parity.verify import verify as judge
 
-    for path in (junit, html):
-        # A verification takes minutes; a place that cannot be written is told before.
-        if path is not None:
-            write_text(path, "")
+    # A verification takes minutes; a report that cannot be written is refused before.
+    check_reports(junit, html)
     with shown_progress() as progress:
         report = judge(
             output,
@@ -102,14 +101,52 @@ def write_reports(report: "Report", junit: Path | None, html: Path | None) -> No
             write_text(path, render(report))
 
 
+def check_reports(junit: Path | None, html: Path | None) -> None:
+    """Refuse files that no report can be written to; those that are there stay as they are.
+
+    Raises:
+        OutputError: A file cannot be written.
+        UsageError: Both are the same file, or one would be a part of a model.
+    """
+    from t5g2convert.parity.integrity import READ_BY_LOADERS
+
+    if junit is not None and html is not None and junit.resolve() == html.resolve():
+        raise UsageError(f"--junit and --html are the same file, {junit}", hint="give each a name of its own")
+    for path in (path for path in (junit, html) if path is not None):
+        target = path.resolve()
+        if target.suffix.lower() in READ_BY_LOADERS and (target.parent / "config.json").exists():
+            raise UsageError(f"{path} would be read as a part of the model in that folder", hint="name it otherwise")
+        if not _is_written_directly(path):
+            with _told(path):
+                check_replaceable(target)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file.
+    """Write a file whole, or leave it as it was; a device or a pipe is written as it is.
 
     Raises:
         OutputError: It cannot be written.
     """
+    data = text.encode()
+    with _told(path):
+        if _is_written_directly(path):
+            path.write_bytes(data)
+        else:
+            replace_file(path.resolve(), data)
+
+
+def _is_written_directly(path: Path) -> bool:
+    """Whether a path is a device or a pipe, or another name of an open file, as /dev/stdout is."""
+    named = path.absolute()
+    if any(named.is_relative_to(folder) for folder in ("/dev", "/proc")):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextmanager
+def _told(path: Path) -> "Iterator[None]":
     try:
-        path.write_text(text, encoding="utf-8")
+        yield
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", where=path) from None
 

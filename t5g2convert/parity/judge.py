@@ -10,6 +10,7 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.interrupts import raise_interruption
 from t5g2convert.parity.config import main_dtype, tensor_faults
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.integrity import judge_integrity, unreadable_manifest
@@ -104,6 +105,7 @@ class Judge:
                 raise
             self.checks += [Check(name, False, self._told(error)) for name in names]
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+            raise_interruption()
             # The CPU's allocator has no error of its own.
             if "can't allocate memory" in str(error):
                 raise _too_little_memory(error) from None

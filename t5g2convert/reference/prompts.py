@@ -10,6 +10,7 @@ from torch import Tensor
 from t5g2convert.checkpoint.config import ConfigSection, parse_section
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.interrupts import raise_interruption
 from t5g2convert.reference.vision import VisionTower
 
 
@@ -34,6 +35,7 @@ class TextCodec:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise_interruption()
             raise CheckpointError(f"is no tokenizer that the tokenizers library reads: {error}", where=path) from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -94,6 +96,7 @@ def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) ->
         with Image.open(path) as image:
             resized = image.convert("RGB").resize((side, side), Image.Resampling(settings.resample))
     except Exception as error:  # noqa: BLE001 - pillow's readers raise whatever a damaged file makes them raise
+        raise_interruption()
         raise UsageError(f"{path} cannot be read as a picture: {error}") from None
     values = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(side, side, 3).float() / 255.0
     normalised = (values - torch.tensor(settings.image_mean)) / torch.tensor(settings.image_std)

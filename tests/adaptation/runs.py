@@ -42,7 +42,7 @@ def write_checkpoint(folder: Path, tensors: Tensors, step: int, **told: Any) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(_state(tensors), checkpoint_id=folder, no_dist=True)
-    return _tell(folder, step, **told)
+    return tell(folder, step, **told)
 
 
 def _state(tensors: Tensors) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _state(tensors: Tensors) -> dict[str, Any]:
     return {"model": dict(tensors), "optimizer": {"state": moments, "lr": [1e-3]}}
 
 
-def _tell(folder: Path, step: int, **told: Any) -> Path:
+def tell(folder: Path, step: int, **told: Any) -> Path:
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != "checkpoint.json"}
     document = {"format": 1, "step": step, "files": files}
     document |= {"settings_sha256": SETTINGS.sha256, "objective_sha256": SETTINGS.objective_sha256}
@@ -63,7 +63,7 @@ def write_by_two(folder: Path, tensors: Tensors, step: int) -> Path:
     """A checkpoint that two processes wrote, each the rows that it holds, as FSDP2 does."""
     folder.mkdir(parents=True)
     torch.multiprocessing.spawn(_save, (folder, dict(tensors)), nprocs=2)  # type: ignore[no-untyped-call]
-    return _tell(folder, step)
+    return tell(folder, step)
 
 
 def _save(rank: int, folder: Path, tensors: dict[str, torch.Tensor]) -> None:

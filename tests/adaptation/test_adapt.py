@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 from t5g2convert.adaptation import checkpoints, samples
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
@@ -31,7 +34,7 @@ from t5g2convert.adaptation.settings import Settings, make_settings
 from t5g2convert.adaptation.teacher import check_teacher
 from t5g2convert.adaptation.training import Pace
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.errors import CheckpointError, DataError, OutputError, T5g2Error, UsageError
+from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, T5g2Error, UsageError
 from tests.adaptation.trainings import tensors_of
 from tests.conftest import TwinFolder
 
@@ -546,3 +549,49 @@ def test_which_process_this_is_says_the_launcher_that_started_it(monkeypatch: py
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "5"}.items():
         monkeypatch.setenv(name, value)
     assert early_rank() == 5
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("place", ["prepare_local_plan", "prepare_global_plan", "write_data", "finish"])
+def test_a_signal_while_torch_writes_a_checkpoint_is_still_one(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Torch sends the errors of all processes through pickles, and raises one of its own."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(FileSystemWriter, place, stopped)
+    with pytest.raises(Interrupted) as found:
+        run(request_of(small, tmp_path / "run", settings_of(steps=1, precision="float32")))
+    assert (found.value.exit_code, found.value.message) == (143, "stopped by signal 15")
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("limit", [100, 20_000], ids=["at the first tensor", "at a later one"])
+def test_a_full_disk_is_named_in_the_words_of_the_disk(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Torch's stream would say `[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598`."""
+    opened = FileSystem.create_stream
+
+    class Full:
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def write(self, data: Any) -> int:
+            if self.stream.tell() > limit:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return int(self.stream.write(data))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stream, name)
+
+    @contextmanager
+    def full(self: FileSystem, path: Any, mode: str) -> Iterator[Any]:
+        with opened(self, path, mode) as stream:
+            yield Full(stream)
+
+    monkeypatch.setattr(FileSystem, "create_stream", full)
+    with pytest.raises(OutputError, match=r"step-00000001: cannot be written: No space left on device$"):
+        run(request_of(small, tmp_path / "run", settings_of(steps=1, precision="float32")))

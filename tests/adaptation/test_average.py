@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from t5g2convert import CheckpointError, Conversion, UsageError, verify
-from t5g2convert.adaptation import dcp as reader
+from t5g2convert.adaptation import pieces as reader
 from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.trained import Trained
@@ -186,7 +186,10 @@ STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tensor more": (_saved(lambda tensors: tensors.update(more=torch.ones(2))), "has not the tensors .*: more"),
     "another shape": (_saved(lambda tensors: tensors.update({NORM: torch.ones(23)})), f"has not .*: {NORM}"),
     "one bit": (_flipped, "is damaged: __0_0.distcp is not what was written: its sha256 differs"),
-    "no checkpoint": (lambda folder: (folder / ".metadata").unlink(), "metadata: is missing"),
+    "no checkpoint": (
+        lambda folder: (folder / ".metadata").unlink(),
+        r"is damaged: \.metadata cannot be read: No such file",
+    ),
 }
 
 
@@ -252,8 +255,8 @@ def test_a_model_without_a_manifest_is_known_by_its_files(run_of: Runs, tmp_path
     ("damage", "told"),
     [
         (lambda text: text.replace('"step": 7,', '"step": 8,'), "does not tell of step 7"),
-        (lambda text: text[:-10], "is no line of a log"),
-        (lambda text: text.replace("tokens", "words", 1), "is no line of a log"),
+        (lambda text: text[:-10], "is not a valid log line"),
+        (lambda text: text.replace("tokens", "words", 1), "is not a valid log line"),
     ],
 )
 def test_a_log_that_does_not_tell_of_every_step_is_refused(

@@ -1,6 +1,7 @@
 import json
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ from pyarrow import parquet
 
 from t5g2convert.adaptation import documents
 from t5g2convert.adaptation.documents import Document, Fault, files_of, read_dataset, read_files
-from t5g2convert.errors import DataError, UsageError
+from t5g2convert.errors import DataError, HubError, T5g2Error, UsageError
 
 
 def read(*paths: Path, column: str = "text") -> list[Document | Fault]:
@@ -203,3 +204,38 @@ def test_without_the_extra_one_line_tells_what_to_install(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"datasets needs the extra: pip install 't5g2convert\[adapt\]'"):
         list(read_dataset(str(tmp_path), "train", "text"))
+
+
+def raised(*errors: Exception) -> Exception:
+    """The last of these, with those before it behind it."""
+    for behind, error in pairwise(errors):
+        error.__cause__ = behind
+    return errors[-1]
+
+
+SPLITS = ValueError("Unknown split \"test\". Should be one of ['train', 'hf_secretsecret'].")
+CONFIGS = ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (RuntimeError("you sent Bearer hf_secretsecret"), DataError, r"cannot be read as a data set \(RuntimeError\)$"),
+        (SPLITS, DataError, r"has no such split \(--split takes one of train\)$"),
+        (CONFIGS, DataError, r"several configurations, or none of that name \(--subset takes one of en, de\)$"),
+        (raised(ConnectionError("hf_secretsecret"), ValueError("no data")), HubError, r"\(ConnectionError\)"),
+    ],
+)
+def test_H6_of_a_data_set_of_the_hub_no_text_of_the_library_is_repeated(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[T5g2Error], told: str
+) -> None:
+    import datasets
+
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(kind, match=told) as found:
+        list(read_dataset("org/name", "train", "text"))
+    assert "secret" not in str(found.value)

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_a_damaged_log_is_told_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 2)
     path.write_text(path.read_text() + "[]\n")
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl:3: is no line"):
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:3: is not a valid log line"):
         read_metrics(path)
 
 
@@ -88,3 +89,54 @@ def test_a_plot_names_its_tasks_and_says_when_it_cannot_be_written(tmp_path: Pat
     assert all(f">{word}<" in text for word in ("a", "b", "step"))
     with pytest.raises(OutputError):
         plot_losses(steps(3), tmp_path / "absent/loss.svg")
+
+
+def test_T5_what_is_not_utf8_is_refused_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 3)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] = 0xFF
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: is not UTF-8: invalid start byte at byte"):
+        read_metrics(path)
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: is not UTF-8"):
+        truncate(path, 3)
+    assert path.read_bytes() == data
+
+
+def test_T5_what_is_behind_the_step_is_cut_whatever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 3)
+    path.write_bytes(path.read_bytes() + bytes(1000))
+    truncate(path, 3)
+    assert read_metrics(path) == steps(3)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_T5_nothing_is_written_through_a_link(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    mine, path = tmp_path / "mine", tmp_path / "metrics.jsonl"
+    write(mine, 2)
+    before = mine.read_bytes()
+    link(path, mine)
+    with opened(path, tmp_path / "board", start=1) as log:
+        log.add(STEP)
+    plot = tmp_path / "loss.svg"
+    link(plot, mine)
+    plot_losses(steps(3), plot)
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"tasks": {"a": 1.0}}, {"step": -1}, {"tokens": 2**70}, {"more": 1}, {"kind": "x"}])
+def test_T5_numbers_that_no_step_has_are_no_line_of_a_log(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({**asdict(STEP), **change}) + "\n")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:1: is not a valid log line"):
+        read_metrics(path)
+
+
+def test_T5_a_line_without_end_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:1: is too long to be a log"):
+        read_metrics(path)

@@ -86,7 +86,7 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(data: Path, name: st
         with pytest.raises(DataError, match=told):
             Packed.open(data)
     (data / name).unlink()
-    with pytest.raises(DataError, match=f"{name}: cannot be read: No such file"):
+    with pytest.raises(DataError, match=f"{name}: is missing"):
         Packed.open(data)
 
 

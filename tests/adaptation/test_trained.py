@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from t5g2convert.adaptation import dcp as reader
+from t5g2convert.adaptation import pieces as reader
 from t5g2convert.adaptation.trained import Trained
 from t5g2convert.errors import CheckpointError
-from tests.adaptation.runs import SETTINGS, write_by_two, write_checkpoint
+from tests.adaptation.runs import SETTINGS, tell, write_by_two, write_checkpoint
 
 TENSORS = {
     "model.encoder.embed_tokens.weight": torch.arange(70.0).view(7, 10),
@@ -89,6 +89,7 @@ class Harm:
 
 def test_nothing_of_the_metadata_is_executed(folder: Path, tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(Harm(tmp_path / "harm")))
+    tell(folder, 100)
     with pytest.raises(CheckpointError, match=r"names \w+\.mkdir, which describes no tensor"):
         Trained(folder)
     assert not (tmp_path / "harm").exists()
@@ -106,6 +107,7 @@ def test_nothing_of_a_piece_is_executed(folder: Path, tmp_path: Path) -> None:
     metadata.storage_data[index].relative_path = "__0_9.distcp"
     metadata.storage_data[index].offset, metadata.storage_data[index].length = 0, size
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    tell(folder, 100)
     with pytest.raises(CheckpointError, match=r"a piece of a\.one cannot be read"):
         Trained(folder).read("a.one")
     assert not (tmp_path / "harm").exists()
@@ -123,11 +125,31 @@ def _strange(folder: Path) -> None:
 def _outside(folder: Path) -> None:
     text = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(text.replace(b"__0_0.distcp", b"../secret.pt"))
+    tell(folder, 100)
 
 
 def _cut_metadata(folder: Path) -> None:
     text = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(text[: len(text) // 2])
+    tell(folder, 100)
+
+
+def _changed_metadata(folder: Path) -> None:
+    (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes() + b".")
+
+
+def _unlisted(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    document = json.loads(path.read_text())
+    del document["files"][".metadata"]
+    path.write_text(json.dumps(document))
+
+
+def _listed_elsewhere(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    document = json.loads(path.read_text())
+    document["files"]["../../../secret"] = "0" * 64
+    path.write_text(json.dumps(document))
 
 
 def _no_metadata(folder: Path) -> None:
@@ -150,7 +172,10 @@ def _another_format(folder: Path) -> None:
         (_strange, "weights.pt: is no file of a checkpoint"),
         (_outside, r"lies in '\.\./secret\.pt', expected a file of the checkpoint"),
         (_cut_metadata, "is no metadata of a distributed checkpoint"),
-        (_no_metadata, r"\.metadata: is missing"),
+        (_changed_metadata, r"is damaged: \.metadata is not what was written: its sha256 differs"),
+        (_unlisted, r"files: \.metadata is missing"),
+        (_listed_elsewhere, r"checkpoint\.json: files: String should match pattern"),
+        (_no_metadata, r"is damaged: \.metadata cannot be read: No such file"),
         (_no_word, "checkpoint.json: is missing"),
         (_another_format, "format: Input should be 1"),
     ],
@@ -177,7 +202,8 @@ def test_a_piece_that_is_missing_is_refused(by_two: Path, tmp_path: Path) -> Non
         metadata = pickle.load(file)
     metadata.state_dict_metadata["model.a.cube"].chunks.pop()
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"the pieces of a\.cube do not make it up"):
+    tell(folder, 100)
+    with pytest.raises(CheckpointError, match=r"the pieces of model\.a\.cube do not make it up"):
         Trained(folder)
 
 

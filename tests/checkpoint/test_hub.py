@@ -354,6 +354,17 @@ def test_a_token_opens_what_its_user_may_read(
     assert fetch(checkpoint, checkpoint.files).files == open_checkpoint(checkpoint.path).files
 
 
+@pytest.mark.parametrize("token", ["hf_sch\u00f6n", "hf_one two", "hf_\u2026"])
+def test_H1_a_token_that_cannot_be_sent_is_said_and_not_shown(
+    token: str, hub: Hub, single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, single)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubError, match=r"the token holds characters that no token has \(copy it again: ") as found:
+        open_source(REPO)
+    assert token not in str(found.value)
+
+
 def test_H1_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running() as gone:
         pass

@@ -675,6 +675,29 @@ def test_O3_a_signal_of_which_another_error_was_made_is_still_one(
     assert "a bug in t5g2: ZeroDivisionError" in t5g2("inspect", tmp_path).err
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["its own", "wrapped"])
+@pytest.mark.parametrize(
+    ("loads", "option"), [("tokenizers.Tokenizer.from_file", "--text"), ("PIL.Image.open", "--image")]
+)
+def test_O3_a_signal_while_a_library_loads_a_file_is_no_fault_of_the_file(
+    t5g2: CommandLine, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    loads: str, option: str, wrapped: bool,
+) -> None:  # fmt: skip
+    def load(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except Interrupted as error:
+            if wrapped:
+                raise RuntimeError("the library says that it was stopped") from error
+            raise
+
+    assert t5g2("convert", demo_source, tmp_path / "out").code == 0
+    (tmp_path / "given").write_text("a text")
+    monkeypatch.setattr(loads, load)
+    result = t5g2("verify", tmp_path / "out", "--source", demo_source, option, tmp_path / "given")
+    assert (result.code, result.err) == (130, "t5g2: stopped by signal 2\n")
+
+
 def test_O3_a_second_signal_ends_the_process_at_once(demo_source: Path, tmp_path: Path) -> None:
     marker = tmp_path / "cleaning"
     with start(STUCK_CLEANING + SLOW_WRITES, marker, "convert", demo_source, tmp_path / "out") as process:

@@ -4,9 +4,11 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import pytest
 
@@ -83,6 +85,12 @@ BAD: Final = {
     "doctor --online": 7,
 }
 
+ECHOES: Final = {
+    401: "datasets/org/name: the Hub does not accept the token",
+    403: "datasets/org/name: the token may not read it",
+    307: "cannot be reached, or cut the connection (TooManyRedirects)",
+}
+
 
 def run(work: Path, token: str, line: str, script: str = RUN) -> subprocess.CompletedProcess[str]:
     places = {
@@ -96,7 +104,7 @@ def run(work: Path, token: str, line: str, script: str = RUN) -> subprocess.Comp
         [sys.executable, "-c", script, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         cwd=work,
         env={**os.environ, **tokens, "OMP_NUM_THREADS": "1"},
@@ -157,3 +165,39 @@ def test_H6_a_token_in_an_address_given_for_a_folder_is_not_repeated(
     assert "an address (https://...) was given" in done.stderr
     assert token not in done.stdout + done.stderr
     assert holders(work, token) == []
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers with what it was sent, in a header and in an address."""
+
+    status: ClassVar[int]
+
+    def do_GET(self) -> None:
+        sent = self.headers.get("Authorization", "")
+        self.send_response(self.status)
+        self.send_header("X-Error-Message", f"you sent {sent}")
+        if self.status == 307:
+            self.send_header("Location", f"http://{self.headers['Host']}/x?token={sent.replace(' ', '_')}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_POST = do_GET  # noqa: N815 - the names that the server calls
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("status", ECHOES)
+def test_H6_what_a_server_repeats_of_the_token_is_not_shown_of_a_data_set(
+    status: int, work: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = type("Answering", (Echo,), {"status": status})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        done = run(work, token, "pack OUT DEMO-packed --dataset org/name --debug")
+        server.shutdown()
+    assert done.returncode == 7, done.stderr
+    assert ECHOES[status] in done.stderr
+    assert token not in done.stdout + done.stderr

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -254,6 +255,62 @@ def test_a_report_that_cannot_be_written_is_exit_5(
         assert_one_line_error(t5g2("verify", output, "--source", source, option, path), 5)
         as_json = t5g2("verify", output, "--source", source, option, path, "--json")
         assert (as_json.code, as_json.error["code"], as_json.error["where"]) == (5, 5, str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--source", "nowhere"], 3), (["--dtype", "int3"], 2), (["--tolerance", "2"], 2)]
+)
+def test_O13_reports_stay_as_they_were_when_there_is_nothing_to_report(
+    t5g2: CommandLine, output: Path, tmp_path: Path, arguments: list[str], code: int
+) -> None:
+    (tmp_path / "x.xml").write_text("the last report")
+    options = ["--junit", tmp_path / "x.xml", "--html", tmp_path / "x.html"]
+    assert t5g2("verify", output, *arguments, *options).code == code
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {
+        "x.xml": "the last report"
+    }
+
+
+def test_O13_a_report_that_fails_halfway_leaves_the_last_one(
+    t5g2: CommandLine, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.xml"
+    path.write_text("the last report")
+    fsync = os.fsync
+
+    def full(fd: int) -> None:
+        if os.fstat(fd).st_size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = t5g2("verify", output, "--no-record", "--junit", path)
+    assert (result.code, result.err) == (5, f"t5g2: {path}: cannot be written: No space left on device\n")
+    assert {item.name: item.read_text() for item in tmp_path.iterdir() if item.is_file()} == {
+        "x.xml": "the last report"
+    }
+
+
+def test_a_report_keeps_its_mode_and_its_link_and_may_be_a_device(
+    t5g2: CommandLine, output: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "real.html").touch(0o600)
+    (tmp_path / "x.html").symlink_to("real.html")
+    assert t5g2("verify", output, "--html", tmp_path / "x.html", "--junit", "/dev/null").code == 0
+    assert (tmp_path / "x.html").is_symlink()
+    assert (tmp_path / "real.html").stat().st_mode & 0o777 == 0o600
+    assert "</html>" in (tmp_path / "real.html").read_text()
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_report_takes_the_place_of_no_file_of_a_model_and_of_no_other_report(
+    t5g2: CommandLine, output: Path, tmp_path: Path
+) -> None:
+    before = (output / "config.json").read_bytes()
+    assert_one_line_error(t5g2("verify", output, "--junit", output / "config.json"), 2)
+    assert_one_line_error(t5g2("verify", output, "--html", output / "more.txt"), 2)
+    assert_one_line_error(t5g2("verify", output, "--html", tmp_path / "x", "--junit", tmp_path / "x"), 2)
+    assert (output / "config.json").read_bytes() == before
 
 
 # Text from outside

@@ -1,0 +1,129 @@
+"""stdout and stderr, which may be closed, full, or without a reader while the work goes on.
+
+Descriptors 0 to 2 that are closed are opened on the null device, so that no file of ours can get their numbers. stderr
+never raises. stdout raises until `keep_working` says that the work counts for more than what is printed of it.
+"""
+
+import errno
+import io
+import os
+import sys
+from typing import Any, BinaryIO, Final, TextIO, cast
+
+_NAMES: Final = ("stdin", "stdout", "stderr")
+
+
+class _Stream(io.FileIO):
+    """A descriptor that remembers the first write that failed.
+
+    Attributes:
+        survives: Whether what cannot be written is dropped, in place of an error.
+        lost: The first error; None if there was none.
+    """
+
+    survives: bool
+    lost: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write as `FileIO` does."""
+        size = memoryview(data).nbytes
+        if self.lost is not None and self.survives:
+            return size
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost = self.lost or error
+            if self.survives:
+                return size
+            raise
+
+
+_raw: Final[dict[str, _Stream]] = {}
+"""The streams that were prepared, by their names in `sys`."""
+
+
+def prepare_streams() -> None:
+    """Open closed standard descriptors, and put streams in `sys` that behave as this module says.
+
+    To be called before any other file is opened. Streams that somebody else has put in `sys` are left alone.
+    """
+    _raw.clear()
+    for number, name in enumerate(_NAMES):
+        descriptor = _opened(number, taken=getattr(sys, name) is None)
+        if number:
+            _prepare(name, descriptor)
+        elif sys.stdin is None:
+            sys.stdin = open(descriptor, encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
+
+
+def _opened(number: int, *, taken: bool) -> int:
+    """The descriptor to be used for a standard stream: its own, opened on the null device if it was closed.
+
+    Args:
+        number: Its own.
+        taken: Whether a descriptor that is open belongs to a file which got a number that was free.
+    """
+    try:
+        os.fstat(number)
+    except OSError:
+        null = os.open(os.devnull, os.O_RDWR)
+        if null == number:
+            os.set_inheritable(null, True)
+        else:
+            os.dup2(null, number)
+            os.close(null)
+        return number
+    return os.open(os.devnull, os.O_RDWR) if taken else number
+
+
+def _prepare(name: str, descriptor: int) -> None:
+    found: TextIO | None = getattr(sys, name)
+    if found is not None and (found is not getattr(sys, f"__{name}__") or not isinstance(found, io.TextIOWrapper)):
+        if isinstance(found, io.TextIOWrapper):
+            found.reconfigure(errors="replace")
+        return
+    if found is not None:
+        found.flush()
+    raw = _Stream(descriptor, "wb", closefd=False)
+    raw.name = f"<{name}>"
+    raw.survives = name == "stderr"
+    unbuffered = found is not None and found.write_through
+    stream = io.TextIOWrapper(
+        # As Python itself does under -u.
+        cast(BinaryIO, raw) if unbuffered else io.BufferedWriter(raw),
+        encoding="utf-8" if found is None else found.encoding,
+        errors="replace",
+        line_buffering=found is not None and found.line_buffering,
+        write_through=unbuffered,
+    )
+    _raw[name] = raw
+    setattr(sys, name, stream)
+
+
+def keep_working() -> None:
+    """Let no failure of stdout end the work, whose exit code tells how it went."""
+    if "stdout" in _raw:
+        _raw["stdout"].survives = True
+
+
+def reader_left() -> bool:
+    """Whether nobody reads stdout any more."""
+    lost = _raw["stdout"].lost if "stdout" in _raw else None
+    return lost is not None and lost.errno == errno.EPIPE
+
+
+def finish_streams() -> OSError | None:
+    """Flush both streams, so that nothing fails when Python flushes them on exit; what was lost of stdout, if anything.
+
+    A reader that left has lost nothing that it wanted.
+    """
+    failed: OSError | None = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            failed = failed or (error if stream is sys.stdout else None)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if "stdout" in _raw:
+        failed = _raw["stdout"].lost or failed
+    return None if isinstance(failed, BrokenPipeError) else failed
