@@ -223,14 +223,15 @@ def _settings_faults(start: Path, target: Path, added: Mapping[str, Mapping[str,
         # GemmaTokenizer has no switches: its post-processor, compared above, is what counts.
         if switch in found and bool(found[switch]) != bool(given.get(switch)):
             yield f"{SETTINGS}: {switch} is {found[switch]!r}, expected {given.get(switch)!r}"
-    one, other = (CLASSES.get(str(kind), kind) for kind in (each.get("tokenizer_class") for each in (given, found)))
+    kinds = [str(each["tokenizer_class"]) if each.get("tokenizer_class") else None for each in (given, found)]
+    one, other = (None if kind is None else CLASSES.get(kind, kind) for kind in kinds)
     if found and given and one != other and one is not None:
         yield f"{SETTINGS}: tokenizer_class is {other!r}, expected {one!r}"
     listed = found.get("added_tokens_decoder")
     for number, entry in listed.items() if isinstance(listed, dict) else ():
-        content = entry.get("content") if isinstance(entry, dict) else None
-        if str(added.get(str(content), {}).get("id")) != number:
-            yield f"{SETTINGS}: added_tokens_decoder has {content!r} as {number}, {TOKENIZER} has not"
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if str(added.get(str(token), {}).get("id")) != number:
+            yield f"{SETTINGS}: added_tokens_decoder has {token!r} as {number}, {TOKENIZER} has not"
 
 
 def _named(document: Mapping[str, Any]) -> dict[str, str]:
