@@ -23,6 +23,7 @@ from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.config import tensor_faults
 from t5g2convert.parity.inputs import Inputs
+from t5g2convert.parity.integrity import judge_integrity
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.movement import Movement, by_layer, differing, movements, together
 from t5g2convert.parity.parent import Parent
@@ -60,7 +61,7 @@ _LAYER: Final = re.compile(
 def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
     """Whether a folder claims to be what came of training `source`, with no word of this tool about it.
 
-    It is of the source's own model type, and has no t5g2.json; or has the source's own, which was copied along.
+    It is of the source's own model type, and has no t5g2.json; or the source's own, copied along, which does not fit it.
     """
     if not is_t5gemma2(source):
         return False
@@ -72,7 +73,8 @@ def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
         theirs, ours = (_unsealed(folder / MANIFEST_FILE) for folder in (source.path, output))
     except CheckpointError:
         return False
-    return theirs == ours
+    # What fits its manifest is a conversion, and was not trained.
+    return theirs == ours and not judge_integrity(output, ours).passed
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
