@@ -52,6 +52,15 @@ def verify(
     ] = 0.0,
     text: TextOption = None,
     image: ImageOption = None,
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--frozen",
+            help="Of a folder trained elsewhere: a part or layer that was frozen on purpose (encoder, decoder, "
+            "embedding, projector, encoder.layers.0), or none where the vision tower was trained too. May be repeated.",
+            show_default="vision",
+        ),
+    ] = None,
     record: Annotated[bool, typer.Option("--record/--no-record", help="Write the result into t5g2.json.")] = True,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write the checks as JUnit XML.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page.")] = None,
@@ -75,6 +84,7 @@ def verify(
             tolerance=tolerance,
             text=text,
             image=image,
+            frozen=tuple(frozen or ()),
             record=record,
             progress=progress,
         )

@@ -18,6 +18,7 @@ from t5g2convert.checkpoint.gemma3 import TOWERLESS, is_towerless
 from t5g2convert.checkpoint.hub import open_source
 from t5g2convert.checkpoint.place import HubOrigin
 from t5g2convert.checkpoint.research import read_research
+from t5g2convert.checkpoint.spellings import as_published, is_t5gemma2
 from t5g2convert.checkpoint.t5gemma import read_t5gemma
 from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2, read_t5gemma2_encoder
 from t5g2convert.checkpoint.targets import implied_tensors
@@ -36,21 +37,17 @@ TIED: Final = "tied copy"
 UNEXPECTED: Final = "unexpected"
 """Part of a tensor that neither map nor config knows."""
 
+HEAD: Final = "head"
+"""Part of a tensor that another class puts on top, as a classifier's head."""
+
 _TARGET_PREFIXES: Final = {
     "lm_head.": TIED,
     "model.decoder.embed_tokens.": TIED,
     "model.decoder.": "decoder",
-    "model.encoder.vision_tower.": "vision",
-    "model.encoder.multi_modal_projector.": "projector",
     "model.encoder.embed_tokens.": "embedding",
-    "model.encoder.text_model.embed_tokens.": "embedding",
     "model.encoder.": "encoder",
-    # What an encoder alone is called when newer versions of transformers save it.
-    "text_model.embed_tokens.": "embedding",
-    "text_model.": "encoder",
-    "vision_tower.": "vision",
 }
-"""The part of an encoder-decoder's tensor by the start of its name, in any layout; the first that fits."""
+"""The part of a tensor of T5Gemma or of a research model by the start of its name; the first that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,8 @@ class Inspection:
     Attributes:
         path: The folder; of a model of the Hub, that in the Hub's cache.
         family: The `model_type` of its config.
-        layout: Root to the spelling found; for an encoder-decoder `{"names": "published"}`, or what was found instead.
+        layout: Root to the spelling found; for an encoder-decoder `{"names": "published"}`, the spelling of each root
+            where loaders take other names too, or `another than the published one` where tensors are missing.
         parameters: Number of parameters by part, with `total`; tied copies are not counted.
         dtypes: Number of parameters by safetensors dtype.
         files: Bytes by safetensors file.
@@ -201,9 +199,17 @@ def _dropped_names(weight_map: WeightMap, model: SourceModel, layout: Mapping[st
 def _inspect_target(checkpoint: Checkpoint) -> Inspection:
     facts = _TARGET_FACTS[checkpoint.config["model_type"]](checkpoint.config, checkpoint.path / "config.json")
     implied = {item.name: item.part for item in implied_tensors(checkpoint.config, checkpoint.path / "config.json")}
-    parts = {name: _target_part(name) for name in checkpoint.tensors} | implied
-    missing = [name for name in implied if name not in checkpoint.tensors]
-    layout = "published" if implied.keys() <= checkpoint.tensors.keys() else "another than the published one"
+    if is_t5gemma2(checkpoint):
+        published = as_published(checkpoint)
+        parts = {stored: implied[name] for name, stored in published.spelled.items()}
+        parts |= dict.fromkeys(published.copies, TIED) | dict.fromkeys(published.heads, HEAD)
+        missing = [name for name in implied if name not in published.spelled]
+        if published.respelled and not missing:
+            return _inspection(checkpoint, published.layout, parts, missing, facts)
+    else:
+        parts = {name: _target_part(name) for name in checkpoint.tensors} | implied
+        missing = [name for name in implied if name not in checkpoint.tensors]
+    layout = "another than the published one" if missing else "published"
     return _inspection(checkpoint, {"names": layout}, parts, missing, facts)
 
 

@@ -38,6 +38,7 @@ def page(report: Report) -> str:
         _checks(report),
         *(f"<p>{_escaped(remark)}.</p>" for remark in report.remarks),
         *(_plot(check) for check in report.checks if check.figures is not None and check.figures.drifts),
+        *(_movements(check) for check in report.checks if check.movements),
         _parameters(report.parameters),
         f"<p><small>t5g2convert {_escaped(__version__)}</small></p>",
     ]
@@ -116,6 +117,19 @@ def _bars(drifts: Sequence[Drift], step: float) -> Iterator[str]:
             f'<rect x="{number * step + 1:.1f}" y="{HEIGHT - height:.1f}" width="{max(step - 2, 1):.1f}" '
             f'height="{height:.1f}" fill="var(--bar)"/></g>'
         )
+
+
+def _movements(check: Check) -> str:
+    """How far each layer of a part is from the start of its training."""
+    rows = "".join(
+        f'<tr><td>{_escaped(each.name)}</td><td class="number">{each.tensors - each.unmoved} of {each.tensors}</td>'
+        f'<td class="number">{each.distance:.3%}</td></tr>'
+        for each in check.movements
+    )
+    return (
+        f"<h2>{_escaped(check.name)}, how far from its start</h2><table><thead><tr><th></th><th>tensors moved</th>"
+        f"<th>distance, as a part of the start's length</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
 
 
 def _parameters(parameters: Mapping[str, int]) -> str:

@@ -4,7 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t5g2convert.parity.movement import Movement
 
 
 def writable(node: Any) -> Any:
@@ -58,13 +61,14 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: what it found in words, and in figures where it compared two passes."""
+    """One check: what it found in words, and in figures where it compared two passes, or a training with its start."""
 
     name: str
     passed: bool
     detail: str
     offenders: tuple[str, ...] = ()
     figures: Figures | None = None
+    movements: "tuple[Movement, ...]" = ()
 
     def to_json(self) -> dict[str, Any]:
         """A member of `checks` in the JSON of a report."""
@@ -73,6 +77,8 @@ class Check:
             document["offenders"] = list(self.offenders)
         if self.figures is not None:
             document["figures"] = asdict(self.figures)
+        if self.movements:
+            document["movements"] = [each.to_json() for each in self.movements]
         return writable(document)
 
 

@@ -1,6 +1,6 @@
 """`verify`: all checks of one folder, in order, and the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Check, Report
 from t5g2convert.parity.t5gemma import ToT5Gemma
 from t5g2convert.parity.t5gemma2 import ToT5Gemma2
+from t5g2convert.parity.trained_elsewhere import is_trained_elsewhere, judge_trained_elsewhere
 from t5g2convert.reference.weights import check_place
 
 KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3(), Adapted())
@@ -41,6 +42,7 @@ def verify(
     tolerance: float = 0.0,
     text: Path | None = None,
     image: Path | None = None,
+    frozen: Sequence[str] = (),
     record: bool = True,
     progress: Progress | None = None,
 ) -> Report:
@@ -58,6 +60,8 @@ def verify(
         tolerance: Largest difference that passes, as a part of the largest value; 0 is exact.
         text: A text file to read in place of seeded tokens, with the output's tokenizer.
         image: A picture file to look at in place of seeded pixels.
+        frozen: Of a folder that was trained elsewhere: parts or layers that were frozen on purpose; see
+            `judge_trained_elsewhere`.
         record: Write the result into the output's t5g2.json.
         progress: Told what is being done.
 
@@ -81,6 +85,30 @@ def verify(
     if source is None and (decoder_from, vision_from) != (None, None):
         raise UsageError("another checkpoint was given, and no source")
     sources = None if source is None else Sources.open(source, decoder_from=decoder_from, vision_from=vision_from)
+    if sources is not None and is_trained_elsewhere(output, sources.source):
+        given = {
+            "--decoder-from": decoder_from, "--vision-from": vision_from, "--mapping": mapping, "--text": text,
+            "--image": image, "--tolerance": tolerance or None,
+        }  # fmt: skip
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise UsageError(
+                f"{', '.join(unused)} cannot be used for a folder that was trained elsewhere",
+                hint="--source is the T5Gemma 2 that was trained, and --frozen says what was not",
+            )
+        return judge_trained_elsewhere(
+            output,
+            sources,
+            frozen=frozen,
+            dtype=dtype,
+            device=device,
+            inputs=Inputs(None, None),
+            progress=progress or _silent,
+        )
+    if frozen:
+        raise UsageError(
+            "--frozen is for a folder that was trained elsewhere",
+            hint="give that folder, which has no t5g2.json, and the T5Gemma 2 that was trained as --source",
+        )
     kind = kind_of(output, None if sources is None else sources.source)
     parent = None if sources is None else kind.parent(sources)
     inputs = Inputs(text, image)
@@ -92,12 +120,12 @@ def verify(
             f"it was trained further, from another model than {sources.source.name}",
             hint="give the T5Gemma 2 that was trained; t5g2 compare measures how far it is from a Gemma 3",
         )
-    given = {SOURCE: source, DECODER_FROM: decoder_from, VISION_FROM: vision_from}
+    origins = {SOURCE: source, DECODER_FROM: decoder_from, VISION_FROM: vision_from}
     if sources is not None and judge.manifest:
         _check_roles(sources, judge.manifest)
         for role, checkpoint in sources.by_role.items():
             told = judge.manifest[role]
-            _check_commit(given[role], checkpoint, told)
+            _check_commit(origins[role], checkpoint, told)
             if told.get("hub") is not None and checkpoint.hub is None:
                 judge.remarks.append(
                     f"that the {role} is {told['hub']['repo']} of the Hub was not looked at: a folder was given"

@@ -1,11 +1,11 @@
 """T5Gemma 2 (arXiv 2512.14856): an encoder that sees both ways, and a decoder with merged attention."""
 
-from collections.abc import Sequence
 from typing import Unpack
 
 from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.spellings import as_published
 from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, T5Gemma2Encoder, read_t5gemma2, read_t5gemma2_encoder
 from t5g2convert.checkpoint.text import LayerType
 from t5g2convert.reference.encoderdecoder import EncoderDecoder, Encoding
@@ -14,13 +14,7 @@ from t5g2convert.reference.masks import bidirectional
 from t5g2convert.reference.settings import Kernel, t5gemma2_text, t5gemma2_vision
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
-from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
-
-TEXT_ROOTS = ("model.encoder.text_model.", "model.encoder.")
-"""Spellings of the encoder's text stack: as module names (models trained and saved elsewhere), as published."""
-
-ALONE_ROOTS = ("text_model.", "")
-"""The same in a folder that holds the encoder alone."""
+from t5g2convert.reference.weights import ReadOptions, Weights
 
 
 class EncoderReference(Encoding):
@@ -36,11 +30,11 @@ class EncoderReference(Encoding):
         checkpoint: The folder.
         kernel: How attention is computed.
         model: Settings to use in place of those of the folder's config.json.
-        roots: What may stand before the names of the text stack.
+        root: What stands before the published names of the encoder.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is not of such an encoder, or the names fit no spelling.
+        CheckpointError: The config is not of such an encoder, or a tensor is there in two spellings.
     """
 
     def __init__(
@@ -49,13 +43,12 @@ class EncoderReference(Encoding):
         *,
         kernel: Kernel = "eager",
         model: T5Gemma2Encoder | None = None,
-        roots: Sequence[str] = ALONE_ROOTS,
+        root: str = "",
         **reading: Unpack[ReadOptions],
     ) -> None:
         model = model or read_t5gemma2_encoder(checkpoint.config, checkpoint.path / "config.json")
         self.model = model
-        self.weights = Weights(checkpoint, **reading)
-        root = next((root for root in roots if f"{root}norm.weight" in checkpoint.tensors), roots[-1])
+        self.weights = Weights(as_published(checkpoint).checkpoint, **reading)
         self.encoder = Stack(
             self.weights,
             t5gemma2_text(model, model.encoder),
@@ -66,7 +59,6 @@ class EncoderReference(Encoding):
             kernel=kernel,
         )
         settings = t5gemma2_vision(model)
-        names = list(checkpoint.tensors)
         self.vision = (
             None
             if settings is None
@@ -74,8 +66,8 @@ class EncoderReference(Encoding):
                 self.weights,
                 settings,
                 model.encoder.hidden_size,
-                tower=only_prefix(names, "embeddings.patch_embedding.weight", checkpoint),
-                projector=only_prefix(names, "mm_input_projection_weight", checkpoint),
+                tower=f"{root}vision_tower.vision_model.",
+                projector=f"{root}multi_modal_projector.",
             )
         )
 
@@ -114,7 +106,7 @@ class T5Gemma2Reference(EncoderReference, EncoderDecoder):
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is not T5Gemma 2's, or the names fit no spelling.
+        CheckpointError: The config is not T5Gemma 2's, or a tensor is there in two spellings.
     """
 
     model: T5Gemma2
@@ -128,7 +120,7 @@ class T5Gemma2Reference(EncoderReference, EncoderDecoder):
         **reading: Unpack[ReadOptions],
     ) -> None:
         model = model or read_t5gemma2(checkpoint.config, checkpoint.path / "config.json")
-        super().__init__(checkpoint, kernel=kernel, model=model, roots=TEXT_ROOTS, **reading)
+        super().__init__(checkpoint, kernel=kernel, model=model, root="model.encoder.", **reading)
         self.decoder = Stack(
             self.weights,
             t5gemma2_text(model, model.decoder),
