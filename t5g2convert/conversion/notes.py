@@ -44,10 +44,22 @@ def plan_notes(
     yield from _images(resolution, drafts)
     if config["model_type"] == t5gemma.MODEL_TYPE and resolution.values.get("attn_logit_softcapping"):
         yield "load it with attn_implementation='eager': what transformers 5.0 takes otherwise computes something else"
+    if config["dtype"] == "float16":
+        yield _half(config)
     dtypes = sorted({draft.dtype for draft in drafts})
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
     yield from _drops(resolution)
+
+
+def _half(config: Mapping[str, Any]) -> str:
+    """What float16 means for a model that is loaded in it, as it is by default."""
+    first = config["model_type"] == t5gemma.MODEL_TYPE
+    told = "activations may exceed" if first else "the activations of a real Gemma 3 exceed"
+    return (
+        f"the tensors are float16: {told} its largest value, 65504, and then all logits are NaN; load the output with "
+        "dtype=torch.float32 or dtype=torch.bfloat16"
+    )
 
 
 def _drops(resolution: Resolution) -> Iterator[str]:

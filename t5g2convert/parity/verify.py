@@ -114,6 +114,10 @@ def verify(
     judge.integrity()
     target = judge.opened(kind.read, dtype, ("provenance", "tokenizer", *kind.parities, "runs"))
     if target is not None:
+        if judge.dtype == "float16":
+            judge.remarks.append(
+                "the passes computed in float16: other inputs may overflow it in a real Gemma 3; --dtype float32 does not"
+            )
         if parent is None or plan is None:
             judge.skip(("provenance", "config", "tokenizer", *kind.parities), "no source was given")
         else:
