@@ -116,7 +116,7 @@ def verify(
     if target is not None:
         if judge.dtype == "float16":
             judge.remarks.append(
-                "the passes computed in float16: other inputs may overflow it in a real Gemma 3; --dtype float32 does not"
+                "computed in float16, which a real Gemma 3 may overflow with other inputs; --dtype float32 does not"
             )
         if parent is None or plan is None:
             judge.skip(("provenance", "config", "tokenizer", *kind.parities), "no source was given")
