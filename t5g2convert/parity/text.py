@@ -63,8 +63,7 @@ class Track:
     drifts: list[Drift] = field(default_factory=list)
     departs: str | None = None
     probe: Probe | None = None
-    parent_lost: str | None = None
-    """The first place behind which the parent's own states are not finite."""
+    parent_lost: str | None = None  # the first place behind which the parent's own states are not finite
 
     def compare(self, layer: str) -> Difference:
         """Note how far the states are apart now."""
@@ -77,12 +76,7 @@ class Track:
         return difference
 
     def require_finite_parent(self, weights: Weights) -> None:
-        """Refuse to compare with a parent that gives NaN or infinity; `weights` are the parent's.
-
-        Raises:
-            CheckpointError: The parent's weights are the reason.
-            UsageError: The dtype of the passes is.
-        """
+        """Refuse to compare with a parent that gives NaN or infinity; `weights` are the parent's."""
         if self.parent_lost is not None:
             raise not_finite(f"the source's own states behind {self.parent_lost}", weights)
 
