@@ -2,7 +2,7 @@
 
     python examples/convert_unbalanced.py SOURCE OUTPUT DECODER_LAYERS [OTHER]
 
-DECODER_LAYERS are those that the decoder takes of its parent: `first:4`, `0:34:2`, or `0,3,5:12`. OTHER is a Gemma 3 of
+DECODER_LAYERS are those that the decoder takes of its parent: `first:6`, `1:34:2`, or `0,3,5:12`. OTHER is a Gemma 3 of
 the same width and vocabulary, as an instruction-tuned one beside a pretrained SOURCE; without it both stacks are of
 SOURCE. Each layer keeps its kind and its weights, so that each stack still computes what those layers of its parent do.
 """

@@ -8,6 +8,7 @@ import typer
 
 from t5g2convert.cli.console import DebugOption
 from t5g2convert.cli.options import DeviceOption, PassDtypeOption
+from t5g2convert.errors import T5g2Error
 from t5g2convert.printable import printable
 
 
@@ -23,7 +24,14 @@ def generate(
     """Write greedily with the reference encoder-decoder. A fresh conversion has yet to learn to use its encoder."""
     from t5g2convert.reference.generation import write
 
-    for piece in write(output, prompt, image=image, max_new_tokens=max_new_tokens, dtype=dtype, device=device):
-        sys.stdout.write(printable(piece, keep="\n"))
-        sys.stdout.flush()
+    began = False
+    try:
+        for piece in write(output, prompt, image=image, max_new_tokens=max_new_tokens, dtype=dtype, device=device):
+            began = True
+            sys.stdout.write(printable(piece, keep="\n"))
+            sys.stdout.flush()
+    except T5g2Error:
+        # The reason starts on a line of its own; where nothing was written, no empty line is.
+        sys.stdout.write("\n" * began)
+        raise
     sys.stdout.write("\n")

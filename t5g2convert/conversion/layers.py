@@ -73,3 +73,41 @@ def _number(text: str, option: str) -> int:
 
 def _shown(spec: LayerSpec) -> str:
     return repr(spec if isinstance(spec, str) else list(spec))
+
+
+def written(layers: Sequence[int], depth: int) -> str:
+    """Return the SPEC of some of a parent's `depth` layers, a range where they are evenly spaced.
+
+    >>> written([1, 3, 5], 6)
+    '1:6:2'
+    """
+    steps = {after - before for before, after in pairwise(layers)}
+    if len(steps) != 1:
+        return ",".join(map(str, layers)) if steps else f"{layers[0]}:{layers[0] + 1}"
+    (step,) = steps
+    return f"{layers[0]}:{min(layers[-1] + step, depth)}" + (f":{step}" if step > 1 else "")
+
+
+def with_full_attention(layers: Sequence[int], kinds: Sequence[str]) -> tuple[int, ...] | None:
+    """Return as many layers, chosen as nearly alike as can be, that keep layers of full attention.
+
+    The selection is moved as a whole, by the least that keeps most of them; where it cannot be moved, one layer gives
+    place to the nearest of full attention.
+
+    Args:
+        layers: A selection without such a layer.
+        kinds: The kind of each of the parent's layers.
+
+    Returns:
+        None where the parent has no such layer.
+    """
+    full = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    if not full:
+        return None
+    moves = range(-layers[0], len(kinds) - layers[-1])
+    moved = [tuple(layer + move for layer in layers) for move in sorted(moves, key=lambda move: (abs(move), -move))]
+    best = max(moved, key=lambda chosen: len(set(full).intersection(chosen)))
+    if set(full).intersection(best):
+        return best
+    leaving, coming = min(((old, new) for old in layers for new in full), key=lambda pair: abs(pair[0] - pair[1]))
+    return tuple(sorted({*layers, coming} - {leaving}))

@@ -19,6 +19,7 @@ from t5g2convert.parity.inputs import Batch, read_text
 from t5g2convert.parity.report import Drift, writable
 from t5g2convert.parity.text import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
 from t5g2convert.reference.gemma3 import Gemma3Reference
+from t5g2convert.reference.overflow import overflow
 from t5g2convert.reference.prompts import TextCodec
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
@@ -89,7 +90,7 @@ def compare(
     Raises:
         CheckpointError: A folder is not sound.
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
-        UsageError: The text cannot be read or is too short, or the two are of other widths.
+        UsageError: The text cannot be read or is too short, the two are of other widths, or float16 overflows.
     """
     check_place(dtype, device)
     progress = progress or (lambda _: None)
@@ -167,5 +168,9 @@ def _reading(
 ) -> Reading:
     tokens = Distributions(len(labels_N), labels_N)
     for start, expected_NV, found_NV in both_logits(source.text, target.decoder, expected_NC, found_NC):
+        for model, logits_NV in ((source, expected_NV), (target, found_NV)):
+            # A model that diverged in training is compared all the same; a dtype that overflows says nothing of it.
+            if not bool(torch.isfinite(logits_NV).all()) and (error := overflow("the logits", model.weights)):
+                raise error
         tokens.add(start, expected_NV, found_NV)
     return Reading(len(labels_N), tokens.kl, tokens.agreement, *tokens.perplexities)

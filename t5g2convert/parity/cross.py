@@ -20,6 +20,7 @@ from t5g2convert.reference.crossattention import CrossDecoderLayer
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.layers import GemmaLayer
 from t5g2convert.reference.masks import memory
+from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.rope import Rotation
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.t5gemma import T5GemmaReference
@@ -108,7 +109,8 @@ def judge_first_generation(
         progress: Told what is being done.
 
     Raises:
-        CheckpointError: Gemma 2 itself does not stay finite in this dtype.
+        CheckpointError: Gemma 2 itself does not give finite states.
+        UsageError: float16 overflows.
     """
     expected, probe = source.start(batch.ids_BT, batch.kept_BT), CrossProbe(batch.kept_BT)
     alone = target.start_decoder(batch.ids_BT, batch.kept_BT, None, None)
@@ -120,6 +122,8 @@ def judge_first_generation(
         return [Check(f"{name}_parity", False, unequal) for name in ("decoder", "encoder", "cross")]
     decoder = judge_decoder(source.text, tracks[0], batch, tolerance, compared="logits without cross-attention")
     encoder = judge_encoder(source.text, tracks[1], batch, None, tolerance, besides=" and all rows of its table")
+    if not probe.difference.expected_finite:
+        raise not_finite("what the source's attention adds to its own states", source.weights)
     # A tied softmax has read every row already.
     if target.decoder.head != target.decoder.table:
         decoder = with_table(decoder, source.text, tracks[0], tolerance)

@@ -12,10 +12,14 @@ BLOCK_TOKENS = 256
 
 
 class Difference:
-    """Largest difference of all pieces so far; a value that is not finite makes it infinite."""
+    """Largest difference of all pieces so far; a value that is not finite makes it infinite.
+
+    `expected_finite` says whether all expected values were finite: where they were not, nothing is said of the others.
+    """
 
     def __init__(self) -> None:
         self.max_abs = 0.0
+        self.expected_finite = True
         self.peak = 0.0
         self.compared = 0
 
@@ -28,7 +32,8 @@ class Difference:
         self.compared += expected.numel()
         self.peak = max(self.peak, float(expected.abs().max()))
         distance = 0.0 if torch.equal(expected, found) else float((expected.float() - found.float()).abs().max())
-        finite = bool(torch.isfinite(expected).all()) and bool(torch.isfinite(found).all())
+        self.expected_finite &= (given := bool(torch.isfinite(expected).all()))
+        finite = given and bool(torch.isfinite(found).all())
         self.max_abs = max(self.max_abs, distance if finite else math.inf)
 
     def __str__(self) -> str:

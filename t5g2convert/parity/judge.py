@@ -95,7 +95,12 @@ class Judge:
         self._skipped |= dict.fromkeys(names, because)
 
     def make(self, names: Sequence[str], check: Callable[[], list[Check]]) -> None:
-        """Make checks; what cannot be read or computed of the output fails them."""
+        """Make checks; what cannot be read or computed of the output fails them.
+
+        Raises:
+            CheckpointError: The source is at fault.
+            UsageError: Memory is, or the dtype of the passes, and no check has failed yet.
+        """
         try:
             self.checks += check()
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -104,6 +109,11 @@ class Judge:
             if self.parent is not None and error.where is not None and self.parent.holds(Path(error.where)):
                 raise
             self.checks += [Check(name, False, self._told(error)) for name in names]
+        except UsageError as error:
+            # What failed already is reported all the same.
+            if all(check.passed for check in self.checks):
+                raise
+            self.checks += [Check(name, False, str(error)) for name in names]
         except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
             raise_interruption()
             # The CPU's allocator has no error of its own.

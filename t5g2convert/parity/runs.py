@@ -9,6 +9,7 @@ from t5g2convert.parity.inputs import image_ids, pixels, token_batch
 from t5g2convert.parity.report import Check
 from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.gemma3 import Gemma3Reference
+from t5g2convert.reference.overflow import overflow
 from t5g2convert.reference.t5gemma2 import EncoderReference
 
 ENCODER_TOKENS = 24
@@ -26,6 +27,9 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
         target: The model.
         blind: Whether its projector is declared to be zeros, so that all images are one to it.
         progress: Told what is being done.
+
+    Raises:
+        UsageError: float16 overflows.
     """
     progress("encoder and decoder together")
     never = target.reserved
@@ -56,7 +60,10 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
     finite = all(bool(torch.isfinite(x).all()) for x in (memory_BMC, states, logits))
     deaf = [what for what, row in differing.items() if torch.equal(logits[0], logits[row])]
     if not finite:
-        return Check("runs", False, "the logits of the encoder-decoder are not finite")
+        what = "the logits of the encoder-decoder"
+        if (error := overflow(what, target.weights)) is not None:
+            raise error
+        return Check("runs", False, f"{what} are not finite")
     if deaf:
         return Check("runs", False, f"the logits do not depend on the encoder's {' and '.join(deaf)}")
     return Check("runs", True, f"finite logits that depend on the encoder's {' and '.join(differing)}")
@@ -72,6 +79,9 @@ def judge_dependence(
         target: The model.
         what: What it gives, in words.
         compute: From token ids and those that are no padding, [B, T] both, and image features, to [B, T, C].
+
+    Raises:
+        UsageError: float16 overflows.
     """
     vocab, device = target.stacks[0].settings.vocab_size, target.weights.device
     texts_BT = token_batch(vocab, ENCODER_TOKENS, never=target.reserved).ids_BT
@@ -97,6 +107,8 @@ def judge_dependence(
         seen.append("image")
         deaf += ["image"] if torch.equal(found[0], found[1]) else []
     if not finite:
+        if (error := overflow(f"the {what}", target.weights)) is not None:
+            raise error
         return Check("runs", False, f"the {what} are not finite")
     if deaf:
         return Check("runs", False, f"the {what} do not depend on the {' and '.join(deaf)}")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from t5g2convert.checkpoint.text import LayerType
-from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.ancestors import Ancestors
 from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference, Distributions
@@ -18,6 +17,7 @@ from t5g2convert.parity.report import Check, Drift
 from t5g2convert.reference.encoderdecoder import EncoderDecoder
 from t5g2convert.reference.gemma3 import Gemma3Reference, image_blocks
 from t5g2convert.reference.masks import causal
+from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.weights import Weights
@@ -63,6 +63,7 @@ class Track:
     drifts: list[Drift] = field(default_factory=list)
     departs: str | None = None
     probe: Probe | None = None
+    parent_lost: str | None = None  # the first place behind which the parent's own states are not finite
 
     def compare(self, layer: str) -> Difference:
         """Note how far the states are apart now."""
@@ -70,7 +71,14 @@ class Track:
         for pair in self.pairs:
             difference.add(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
         self.drifts.append(difference.drift(layer))
+        if not difference.expected_finite and self.parent_lost is None:
+            self.parent_lost = layer
         return difference
+
+    def require_finite_parent(self, weights: Weights) -> None:
+        """Refuse to compare with a parent that gives NaN or infinity; `weights` are the parent's."""
+        if self.parent_lost is not None:
+            raise not_finite(f"the source's own states behind {self.parent_lost}", weights)
 
     def compare_embeddings(self) -> None:
         """The same before the first layer, and the first token that differs."""
@@ -106,7 +114,8 @@ def judge_text(
         progress: Told what is being done.
 
     Raises:
-        CheckpointError: A Gemma 3 itself does not stay finite in this dtype.
+        CheckpointError: A Gemma 3 itself does not give finite states.
+        UsageError: float16 overflows.
     """
     encoder_from, decoder_from = parents.encoder, parents.decoder
     first = decoder_from.gemma.start(batch.ids_BT, batch.kept_BT)
@@ -147,7 +156,8 @@ def walk(
         layers: The numbers of the parent's layers that the tracks' stacks have, if not all.
 
     Raises:
-        CheckpointError: The parent itself does not stay finite in this dtype.
+        CheckpointError: The parent itself does not give finite states.
+        UsageError: float16 overflows.
     """
     depth = len(source.text) if layers is None else len(layers)
     unequal = [
@@ -160,13 +170,8 @@ def walk(
     for track in tracks:
         track.compare_embeddings()
     advance_side_by_side(source.text, tracks, progress, layers=layers)
-    pair = tracks[0].pairs[0]
-    if not bool(torch.isfinite(pair.expected.hidden_BTC[pair.kept_BT]).all()):
-        raise CheckpointError(
-            f"its own states are not finite in {str(pair.expected.hidden_BTC.dtype).removeprefix('torch.')}",
-            where=source.weights.checkpoint.path,
-            hint="nothing can be compared with them; perhaps in another --dtype",
-        )
+    for track in tracks:
+        track.require_finite_parent(source.weights)
     progress("softmax")
     return None
 
@@ -257,6 +262,7 @@ def advance_side_by_side(
 
 def _normed(source: Stack, track: Track) -> list[tuple[Tensor, Tensor]]:
     """States behind the last norm of both models, tokens that are no padding only; the difference is noted."""
+    track.require_finite_parent(source.weights)
     difference = Difference()
     states = []
     for pair in track.pairs:
@@ -265,6 +271,8 @@ def _normed(source: Stack, track: Track) -> list[tuple[Tensor, Tensor]]:
         difference.add(expected_NC, found_NC)
         states.append((expected_NC, found_NC))
     track.drifts.append(difference.drift("norm"))
+    if not difference.expected_finite:
+        raise not_finite("the source's own normed states", source.weights)
     if difference.max_abs and track.departs is None:
         track.departs = f"{track.name} norm"
     return states
@@ -288,6 +296,8 @@ def judge_decoder(
     difference = Difference()
     for _, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
         difference.add(expected_NV, found_NV)
+    if not difference.expected_finite:
+        raise not_finite("the source's own logits", source.weights)
     kl, agreement = 0.0, 1.0
     if difference.max_abs:
         # Equal logits are equal distributions; only others are worth a second look at the whole vocabulary.

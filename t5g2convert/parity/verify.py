@@ -142,6 +142,10 @@ def verify(
     judge.integrity()
     target = judge.opened(kind.read, dtype, ("provenance", "tokenizer", *kind.parities, "runs"))
     if target is not None:
+        if judge.dtype == "float16":
+            judge.remarks.append(
+                "computed in float16, which a real Gemma 3 may overflow with other inputs; --dtype float32 does not"
+            )
         if parent is None or plan is None:
             judge.skip(("provenance", "config", "tokenizer", *kind.parities), "no source was given")
         else:

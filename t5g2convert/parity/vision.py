@@ -8,6 +8,7 @@ from torch import Tensor
 from t5g2convert.parity.departure import first_departure
 from t5g2convert.parity.difference import Difference
 from t5g2convert.parity.report import Check, Drift
+from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.vision import VisionTower
 
 
@@ -34,6 +35,10 @@ def judge_vision(
         normed: Whether both have one such norm; without a common projector alone.
         tolerance: Largest relative difference that passes.
         progress: Told what is being done.
+
+    Raises:
+        CheckpointError: The source's own tower does not give finite states.
+        UsageError: float16 overflows.
     """
     depths = source.settings.num_hidden_layers, target.settings.num_hidden_layers
     if depths[0] != depths[1]:
@@ -51,6 +56,8 @@ def judge_vision(
         expected, found = ours(expected), theirs(found)
         difference = Difference()
         difference.add(expected, found)
+        if not difference.expected_finite:
+            raise not_finite(f"the source's own image states behind {name}", source.weights)
         drifts.append(difference.drift(name))
         if difference.max_abs and departs is None:
             inside = first_departure(ours, [before[0]], theirs, [before[1]], None)

@@ -12,6 +12,7 @@ from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
 from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.encoderdecoder import EncoderDecoder
+from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma import T5GemmaReference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
@@ -39,8 +40,8 @@ def write(
         device: Device to compute on.
 
     Raises:
-        CheckpointError: The folder is not sound, or has no tokenizer.
-        UsageError: The model has no images, or nothing to start with.
+        CheckpointError: The folder is not sound, has no tokenizer, or computes logits that are not finite.
+        UsageError: The model has no images, or nothing to start with, or float16 overflows.
     """
     check_place(dtype, device)
     checkpoint = open_checkpoint(folder)
@@ -126,6 +127,10 @@ def generate(
         max_new_tokens: Steps at most.
         features_ITC: Soft tokens of the images in the encoder's input.
         cached: Keep keys and values between steps; without, every step computes all tokens again.
+
+    Raises:
+        CheckpointError: The logits are not finite: the most probable token of NaN would be the first of the table.
+        UsageError: They are not, because float16 overflows.
     """
     memory_BMC = model.encode(ids_BT, kept_BT, features_ITC)
     caches = [LayerCache() for _ in range(len(model.decoder))] if cached else None
@@ -133,7 +138,10 @@ def generate(
     for _ in range(max_new_tokens):
         fresh_BT = written_BT[:, -1:] if cached else written_BT
         states = model.decode(fresh_BT, torch.ones_like(written_BT, dtype=torch.bool), memory_BMC, kept_BT, caches)
-        token_B = model.decoder.logits(states[:, -1]).argmax(-1)
+        logits_BV = model.decoder.logits(states[:, -1])
+        if not bool(torch.isfinite(logits_BV).all()):
+            raise not_finite("the logits", model.weights)
+        token_B = logits_BV.argmax(-1)
         written_BT = torch.cat((written_BT, token_B[:, None]), dim=1)
         yield token_B
 

@@ -5,7 +5,7 @@ file that shrinks would kill the process. Every tensor starts on memory that tor
 choose another order of additions for one model than for the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypedDict, TypeVar, Unpack, cast
 
 import torch
@@ -98,6 +98,13 @@ class Weights:
             )
         width = stored.entry.nbytes // stored.entry.shape[0]
         return self._read(stored, start * width, stop * width).view(stop - start, *stored.entry.shape[1:])
+
+    def pieces(self, name: str, elements: int) -> Iterator[Tensor]:
+        """A tensor in flat pieces of at most `elements` elements, so that memory stays bounded."""
+        stored = self._stored(name)
+        step = elements * DTYPES[stored.entry.dtype].itemsize
+        for start in range(0, stored.entry.nbytes, step):
+            yield self._read(stored, start, min(start + step, stored.entry.nbytes))
 
     def gather(self, name: str, ids: Tensor) -> Tensor:
         """The rows of a table with these numbers, [*ids.shape, width]; each distinct row is read once.

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.cli.commandline import CommandLine, Result
 from tests.conftest import TwinFolder
+from tests.overflowing import make_overflow
 from tests.reference.models import loaded
 
 PROMPT = "Tell me a story"
@@ -285,3 +287,49 @@ def test_a_missing_tensor_is_the_folders_fault(t5g2: CommandLine, output: Path) 
     assert "model.decoder.layers.3.mlp.up_proj.weight" in result.err
     with pytest.raises(CheckpointError):
         list(write(output, PROMPT))
+
+
+# Numbers that are not finite
+
+
+def test_V4_float16_that_overflows_is_the_reason_and_no_empty_line(
+    t5g2: CommandLine, demo_source: Path, tmp_path: Path
+) -> None:
+    source = make_overflow(demo_source, tmp_path / "overflowing")
+    convert(source, tmp_path / "out", dtype="float16")
+    result = t5g2("generate", tmp_path / "out", "--prompt", PROMPT)
+    assert_one_line_error(result, 2)
+    assert "float16 overflows" in result.err
+    assert "--dtype float32" in result.err
+    assert t5g2("generate", tmp_path / "out", "--prompt", PROMPT, "--dtype", "float32").code == 0
+    assert t5g2("generate", tmp_path / "out", "--prompt", PROMPT, "--dtype", "bfloat16").code == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_weights_that_are_not_finite_are_the_reason(dtype: str, t5g2: CommandLine, output: Path) -> None:
+    tensors = load_file(output / "model.safetensors")
+    tensors["model.decoder.norm.weight"][0] = torch.nan
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    result = t5g2("generate", output, "--prompt", PROMPT, "--dtype", dtype)
+    assert_one_line_error(result, 3)
+    assert f"{output}: the logits are not finite in {dtype}" in result.err
+
+
+def test_what_was_written_before_an_overflow_ends_its_line(
+    t5g2: CommandLine, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pieces(*_: object, **__: object) -> Iterator[str]:
+        yield "so far"
+        raise UsageError("float16 overflows")
+
+    monkeypatch.setattr("t5g2convert.reference.generation.write", pieces)
+    result = t5g2("generate", output, "--prompt", PROMPT)
+    assert (result.code, result.out) == (2, "so far\n")
+
+
+def test_convert_verifies_float16_in_float32(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+    source = make_overflow(demo_source, tmp_path / "overflowing")
+    result = t5g2("convert", source, tmp_path / "out", "--dtype", "float16", "--verify")
+    assert result.code == 0, result.err
+    assert "verified in float32" in result.out
+    assert "load the output with dtype=torch.float32 or dtype=torch.bfloat16" in result.err

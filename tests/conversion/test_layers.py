@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t5g2convert import UsageError
-from t5g2convert.conversion.layers import parse_layers
+from t5g2convert.conversion.layers import parse_layers, with_full_attention, written
 
 
 @pytest.mark.parametrize(
@@ -94,3 +94,41 @@ def test_any_text_is_refused_or_goes_up(text: str) -> None:
         return
     assert layers
     assert list(layers) == sorted(set(layers))
+
+
+def kinds(depth: int, pattern: int = 6) -> list[str]:
+    return ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(depth)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "depth", "keeping"),
+    [
+        ("0:34:2", 34, ("1:34:2", 5)),
+        ("0:18:2", 18, ("1:18:2", 3)),
+        ("0:4", 34, ("2:6", 1)),
+        ("0:1", 8, ("5:6", 1)),
+        ("0,3,6", 8, ("0,3,5", 1)),
+        ("6:11", 13, ("7:12", 1)),
+    ],
+)
+def test_the_nearest_selection_with_full_attention(spec: str, depth: int, keeping: tuple[str, int]) -> None:
+    chosen = with_full_attention(parse_layers(spec, "--decoder-layers"), kinds(depth))
+    assert chosen is not None
+    kept = [kinds(depth)[layer] for layer in chosen].count("full_attention")
+    assert (written(chosen, depth), kept) == keeping
+
+
+def test_a_parent_without_full_attention_has_no_such_selection() -> None:
+    assert with_full_attention([0, 2], ["sliding_attention"] * 4) is None
+
+
+@given(data=st.data(), depth=st.integers(6, 40))
+def test_any_selection_is_written_as_it_is_read_and_its_remedy_is_one(data: st.DataObject, depth: int) -> None:
+    sliding = [layer for layer, kind in enumerate(kinds(depth)) if kind == "sliding_attention"]
+    layers = tuple(sorted(data.draw(st.sets(st.sampled_from(sliding), min_size=1))))
+    assert parse_layers(written(layers, depth), "--decoder-layers") == layers
+    chosen = with_full_attention(layers, kinds(depth))
+    assert chosen is not None
+    assert len(chosen) == len(layers)
+    assert any(kinds(depth)[layer] == "full_attention" for layer in chosen)
+    assert parse_layers(written(chosen, depth), "--decoder-layers") == chosen

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t5g2convert import CheckpointError, MappingError, OutputError, UsageError, convert, plan
+from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.conversion.planner import build_plan
 from tests.conftest import TwinFolder
 from tests.twins import IMAGE_SPELLINGS, TEXT_SPELLINGS, respell
@@ -103,8 +104,27 @@ def test_what_no_stack_takes_is_dropped_by_name_and_counted(twin_folder: TwinFol
     assert "the encoder takes 6 of its parent's 8 layers: 0, 1, 2, 3, 4, 5" in made.notes
     assert "the decoder takes 3 of its parent's 8 layers: 0, 3, 6" in made.notes
     # One layer of full attention is in the encoder, none in the decoder.
-    told = [note for note in made.notes if "full attention" in note]
-    assert told == ["the decoder has no layer of full attention: each of its layers sees 7 tokens only"]
+    told = [note for note in made.notes if "full-attention" in note]
+    assert told == [
+        "--decoder-layers 0:8:3 keeps no full-attention layer: each layer of the decoder sees 7 tokens only; "
+        "0,3,5 keeps 1"
+    ]
+
+
+def test_the_selection_that_a_note_names_keeps_full_attention(twin_folder: TwinFolder) -> None:
+    made = plan(twin_folder("text-13"), decoder_layers="0:13:2")
+    (told,) = [note for note in made.notes if "full-attention" in note]
+    assert told.startswith("--decoder-layers 0:13:2 keeps no full-attention layer")
+    selection = told.rpartition("; ")[2].partition(" keeps ")[0]
+    after = plan(twin_folder("text-13"), decoder_layers=selection)
+    assert after.config["decoder"]["layer_types"].count("full_attention") == int(told.rpartition(" ")[2])
+    assert not any("full-attention" in note for note in after.notes)
+
+
+@pytest.mark.parametrize("options", [{"decoder_layers": "1:8:2"}, {"encoder_layers": "first:6"}])
+def test_a_stack_that_lacks_layers_must_be_trained(options: PlanOptions, twin_folder: TwinFolder) -> None:
+    assert sum("must be trained before use" in note for note in plan(twin_folder("text-8"), **options).notes) == 1
+    assert not any("must be trained before use" in note for note in plan(twin_folder("text-8")).notes)
 
 
 def test_a_source_is_whole_whatever_is_taken_of_it(twin_folder: TwinFolder, tmp_path: Path) -> None:

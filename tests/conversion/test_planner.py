@@ -269,3 +269,31 @@ def test_a_text_only_source_keeps_the_cap_of_its_logits(twin_folder: TwinFolder,
     assert (
         made["encoder"]["text_config"]["final_logit_softcapping"] == made["decoder"]["final_logit_softcapping"] == 30.0
     )
+
+
+HALF = "load the output with dtype=torch.float32 or dtype=torch.bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "noted"),
+    [
+        ("text-8", {"dtype": "float16"}, True),
+        ("images-8", {"dtype": "float16"}, True),
+        ("gemma2-5", {"dtype": "float16"}, True),
+        ("text-float16", {}, True),
+        ("text-float16", {"dtype": "float32"}, False),
+        ("text-float16", {"dtype": "bfloat16"}, False),
+        ("text-8", {}, False),
+    ],
+)
+def test_a_float16_output_is_noted_with_what_to_load_it_in(
+    name: str, options: dict[str, Any], noted: bool, twin_folder: TwinFolder
+) -> None:
+    notes = [note for note in plan(twin_folder(name), **options).notes if HALF in note]
+    assert len(notes) == noted
+    assert all("float16" in note and "65504" in note for note in notes)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_part_in_float16_is_noted_too(part: str, converted_twin: TwinFolder) -> None:
+    assert any(HALF in note for note in plan(converted_twin("images-8"), part=part, dtype="float16").notes)

@@ -84,7 +84,7 @@ def test_every_twin_is_verified_exactly(
     assert (report.device, report.tolerance) == ("cpu", 0.0)
     left_out = [remark for remark in report.remarks if "end-of-image token was left out" in remark]
     assert len(left_out) == (twin.has_eoi and report.dtype != stored)
-    assert len(report.remarks) == len(left_out)
+    assert len(report.remarks) == len(left_out) + (report.dtype == "float16")
 
 
 @pytest.mark.parametrize("passes", [None, "float32", "bfloat16"])
