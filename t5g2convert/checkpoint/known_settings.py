@@ -44,9 +44,10 @@ EVERY_CONFIG: Final = (
         "layer_idx_mapping", REFUSED, "layers in another order than the tensors' names say are not converted", ({}, []),
     ),
     *_all(
-        REFUSED, "quantization_config quantization compression_config sparsity_config",
-        "quantised weights are not converted",
+        USED, "quantization_config quantization compression_config",
+        "quantised weights are refused; noted where the weights are plain",
     ),
+    Setting("sparsity_config", REFUSED, "quantised weights are not converted"),
     *_switch(
         NOTED, "decides what transformers returns, not what it computes", output_hidden_states=False,
         output_attentions=False, return_dict=True, use_return_dict=True, tie_last_hidden_states=False,

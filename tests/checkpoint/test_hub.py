@@ -304,13 +304,13 @@ REFUSALS: Final = {
         fault=Fault("/lfs/", 9, 206, headers={"Content-Range": "bytes 0-9/10"}),
     ),
     "less than was asked for": Refusal(
-        "was cut while a header was read .10 of 100000 bytes",
+        "was cut while a part of a file was read .10 of 100000 bytes",
         "try again",
         fault=Fault("/lfs/", 9, 206, headers={"Content-Range": "bytes 0-9/*"}, body=bytes(10)),
     ),
     "another size": Refusal("answers with '3'", "try again later", fault=Fault("/lfs/", 9, 200, body=b"abc")),
     "cut again and again": Refusal(
-        "was cut while a header was read", "try again", fault=Fault("/lfs/", 9, cut_after=9)
+        "was cut while a part of a file was read", "try again", fault=Fault("/lfs/", 9, cut_after=9)
     ),
     "cut at once": Refusal("cannot be reached, or cut the", "try again", fault=Fault(INFO, 9, cut_after=3)),
 }
