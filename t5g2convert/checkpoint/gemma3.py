@@ -44,6 +44,10 @@ MULTIMODAL: Final = "gemma3"
 TEXT_ONLY: Final = "gemma3_text"
 
 
+OWN_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Ids that the published files have at the top, and leave out of text_config."""
+
+
 class Gemma3Text(GemmaText):
     """The text model; field names and defaults are those of transformers' Gemma3TextConfig."""
 
@@ -163,9 +167,7 @@ def read_gemma3(config: Mapping[str, Any], where: Path) -> Gemma3:
         _refuse_model_type(fields, (TEXT_ONLY, MULTIMODAL), where, section)
         vision = parse_section(SiglipVision, tower, where, "vision_config")
         tokens = parse_section(Gemma3Tokens, {**config, **_renamed(config, where)}, where)
-        # The published files carry the ids at the top and leave them out of the sparse text_config.
-        own = ("eos_token_id", "bos_token_id", "pad_token_id")
-        settled = {key: config[key] for key in own if key in config}
+        settled = {key: config[key] for key in OWN_TOKENS if key in config}
         settled["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
     elif family == TEXT_ONLY:
         section, fields, vision, tokens, settled = "", config, None, Gemma3Tokens(), {}
@@ -225,7 +227,7 @@ def _notes(config: Mapping[str, Any], fields: Mapping[str, Any], text: Gemma3Tex
     yield from activation_note(fields, text.hidden_activation, dot)
     if not section:
         return
-    for name in ("initializer_range", "tie_word_embeddings"):
+    for name in ("initializer_range", "tie_word_embeddings", *OWN_TOKENS):
         winner, other = (dot, "") if name == "initializer_range" else ("", dot)
         value, taken = (config if other == "" else fields).get(name), getattr(text, name)
         if value is not None and value != taken:
