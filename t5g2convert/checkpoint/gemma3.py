@@ -44,7 +44,7 @@ MULTIMODAL: Final = "gemma3"
 TEXT_ONLY: Final = "gemma3_text"
 
 
-OWN_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+OWN_TOKENS: Final[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Ids that the published files have at the top, and leave out of text_config."""
 
 
