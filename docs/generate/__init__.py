@@ -6,6 +6,7 @@
     docs/weight-map.md          the reference, from the schema of maps and the families
     docs/architecture.md        the rooms, from their docstrings
     docs/adaptation.md          what training costs, from the shapes of the released sizes
+    docs/settings.md            what becomes of every setting, from the list of the known ones
     docs/ci.md                  inputs and outputs of the parity action, from action.yml
 
 A part stands between `<!-- NAME: made by make docs -->` and `<!-- end of NAME -->`; all else is written by hand.
@@ -21,6 +22,7 @@ from typer.main import get_command
 
 from docs.generate.commands import command_page
 from docs.generate.cost import cost_table
+from docs.generate.settings import settings_tables
 from docs.generate.tables import first_sentence, table
 from docs.generate.weight_map import weight_map_reference
 from t5g2convert.cli.main import app
@@ -42,6 +44,7 @@ def pages() -> dict[Path, str]:
         "architecture.md": rooms,
         "ci.md": action_tables,
         "adaptation.md": cost_table,
+        "settings.md": settings_tables,
         "README.md": page_list,
     }
     return made | {DOCS / name: _filled(DOCS / name, make()) for name, make in parts.items()}

@@ -52,6 +52,10 @@ TOWER_MODULES: Final = frozenset({"vision_tower", "multi_modal_projector"})
 """Modules of a multimodal Gemma 3 that only images need, as they appear in tensor names of every spelling."""
 
 
+OWN_TOKENS: Final[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Ids that the published files have at the top, and leave out of text_config."""
+
+
 class Gemma3Text(GemmaText):
     """The text model; field names and defaults are those of transformers' Gemma3TextConfig."""
 
@@ -192,9 +196,7 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
             _refuse_model_type(tower, ("siglip_vision_model",), where, "vision_config")
             vision = parse_section(SiglipVision, tower, where, "vision_config")
         tokens = parse_section(Gemma3Tokens, {**config, **_renamed(config, where)}, where)
-        # The published files carry the ids at the top and leave them out of the sparse text_config.
-        own = ("eos_token_id", "bos_token_id", "pad_token_id")
-        settled = {key: config[key] for key in own if key in config}
+        settled = {key: config[key] for key in OWN_TOKENS if key in config}
         settled["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
     elif family == TEXT_ONLY:
         section, fields, vision, tokens, settled = "", config, None, Gemma3Tokens(), {}
@@ -275,7 +277,7 @@ def _notes(config: Mapping[str, Any], fields: Mapping[str, Any], text: Gemma3Tex
     yield from activation_note(fields, text.hidden_activation, dot)
     if not section:
         return
-    for name in ("initializer_range", "tie_word_embeddings"):
+    for name in ("initializer_range", "tie_word_embeddings", *OWN_TOKENS):
         winner, other = (dot, "") if name == "initializer_range" else ("", dot)
         value, taken = (config if other == "" else fields).get(name), getattr(text, name)
         if value is not None and value != taken:

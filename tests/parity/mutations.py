@@ -343,6 +343,7 @@ MINIMA = {
     "settings that are computed with": 35,
     "settings missing": 100,
     "settings of a text-only target": 90,
+    "a setting beside the weights": 400,
     "encoder taken out, text-float32": 80,
     "encoder taken out, images-8": 100,
     "decoder taken out, text-float32": 80,
