@@ -17,6 +17,7 @@ from t5g2convert.parity.kinds import Kind
 from t5g2convert.parity.parent import GENERATION, Gemma2Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.parity.runs import judge_runs
+from t5g2convert.parity.token_ids import token_faults
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.t5gemma import T5GemmaReference
 
@@ -76,14 +77,15 @@ class ToT5Gemma(Kind[Gemma2Parent]):
 def _files(names: list[str], parent: Gemma2Parent, target: Checkpoint) -> Check:
     """tokenizer: the files are the source's, byte for byte."""
     source = parent.folders.source
-    faults = [
+    faults = [*token_faults(target)]
+    faults += [
         f"{name} is not the source's"
         for name in names
         if not (is_there(source / name) and is_there(target.path / name))
         or read_json_file(source / name) != read_json_file(target.path / name)
     ]
     if faults:
-        return refused("tokenizer", "file(s) that are not the source's", faults)
+        return refused("tokenizer", "file(s) or token(s) that are not the source's or have no row", faults)
     return Check("tokenizer", True, f"{', '.join(names)}: the source's")
 
 
