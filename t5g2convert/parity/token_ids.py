@@ -38,7 +38,9 @@ def token_faults(target: Checkpoint) -> Iterator[str]:
     """
     rows, seen = table_rows(target), set[str]()
     for number, token, name in _tokens(target.path):
-        if number >= rows and name not in seen:
+        if type(number) is not int:
+            yield f"{name}: the token {token!r} has id {number!r}, which is not a whole number"
+        elif number >= rows and name not in seen:
             seen.add(name)
             yield f"{name}: the token {token!r} has id {number}, the embedding table has {rows} rows"
 
@@ -67,8 +69,8 @@ def _reads_images(config: Mapping[str, Any]) -> bool:
     return isinstance(vision, Mapping) and bool(vision.get("num_hidden_layers"))
 
 
-def _tokens(folder: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield every id of a folder's tokenizer, its token, and the file that it is from."""
+def _tokens(folder: Path) -> Iterator[tuple[Any, str, str]]:
+    """Yield every id of a folder's tokenizer, its token, and the file that it is from; an id may be anything."""
     document, settings, listed, special = (
         read_json_object(folder / name) if is_there(folder / name) else {}
         for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
@@ -80,22 +82,23 @@ def _tokens(folder: Path) -> Iterator[tuple[int, str, str]]:
         yield from ((number, piece, "tokenizer.model") for piece, number in vocabulary.items())
     else:
         yield from ((number, token, "tokenizer.json") for token, number in vocabulary.items())
-    added: list[tuple[int, str, str]] = []
+    added: list[tuple[Any, str, str]] = []
     entries = document.get("added_tokens")
     for entry in entries if isinstance(entries, list) else ():
-        added.append((entry["id"], entry["content"], "tokenizer.json"))
+        if isinstance(entry, dict):
+            added.append((entry.get("id"), str(entry.get("content")), "tokenizer.json"))
     decoder = settings.get("added_tokens_decoder")
     for key, value in decoder.items() if isinstance(decoder, dict) else ():
         content = value.get("content") if isinstance(value, dict) else value
-        added.append((int(key), str(content), "tokenizer_config.json"))
+        added.append((int(key) if key.isdecimal() else key, str(content), "tokenizer_config.json"))
     added += [(number, token, "added_tokens.json") for token, number in listed.items()]
     yield from added
     if vocabulary:
         # A loader gives the next ids to what has none.
         named = [(name, "tokenizer_config.json") for name in _names(settings)]
         named += [(name, "special_tokens_map.json") for name in _names(special)]
-        ids = dict(vocabulary)
         top = len(vocabulary) - 1
+        ids = {token: number for token, number in vocabulary.items() if type(number) is int}
         for token, name in [*((token, name) for _, token, name in added), *named]:
             if token not in ids:
                 ids[token] = top + 1
