@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_an_id_is_refused_with_the_file_and_the_token(case: str, tmp_path: Path) -> None:
+def test_I16_what_is_not_an_id_is_refused_with_the_file_and_the_token(case: str, tmp_path: Path) -> None:
     name, document, told = REFUSED[case]
     write(tmp_path, **{name: document})
     with pytest.raises(CheckpointError) as caught:

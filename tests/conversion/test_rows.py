@@ -232,7 +232,7 @@ BEYOND: dict[str, tuple[Change, str, str]] = {
 
 @pytest.mark.parametrize("case", BEYOND)
 @pytest.mark.parametrize("keep", [True, False], ids=["keep-rows", "by-itself"])
-def test_an_id_without_any_row_is_refused_with_the_file_and_the_token(case: str, keep: bool, make: Make) -> None:
+def test_I16_an_id_without_any_row_is_refused_with_the_file_and_the_token(case: str, keep: bool, make: Make) -> None:
     change, name, told = BEYOND[case]
     source = make(rows=CUT)
     write_tokenizer(source)
