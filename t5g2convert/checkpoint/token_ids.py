@@ -37,14 +37,23 @@ class UsedId:
         number: The id.
         what: What has it: a token, or a field of a config.
         where: The file that says so.
+        given: Whether the file has no such id for it, and a loader gives it this one.
     """
 
     number: int
     what: str
     where: Path
+    given: bool = False
 
     def __str__(self) -> str:
-        return f"{self.where.name} has {self.what} as {self.number}"
+        return f"{self.where.name} {self.told}"
+
+    @property
+    def told(self) -> str:
+        """What the file has, without its name."""
+        if self.given:
+            return f"has {self.what}, to which a loader gives the id {self.number}"
+        return f"has {self.what} as {self.number}"
 
 
 @dataclass(slots=True)
@@ -57,8 +66,8 @@ class IdsInUse:
         start: Ids below are not looked at.
         rows: Rows of the table.
         moved: Tokens that move elsewhere, with their ids: those do not count.
-        spare: The lowest id from `start` on that the table has a row for.
-        beyond: The lowest id that the table has no row for.
+        spare: The lowest id in a file, or else given by a loader, from `start` on that the table has a row for.
+        beyond: The same of those that the table has no row for.
         at_moved: The tokens that files have at the ids that move, and those files.
         tells: Whether a tokenizer with a vocabulary was found.
         remarks: What could not be read.
@@ -73,15 +82,12 @@ class IdsInUse:
     tells: bool = False
     remarks: list[str] = field(default_factory=list)
 
-    def add(self, number: int, what: str, where: Path) -> None:
+    def add(self, used: UsedId) -> None:
         """Take note of an id."""
-        if number < self.start:
-            return
-        used = UsedId(number, what, where)
-        if number >= self.rows:
-            self.beyond = used if self.beyond is None or number < self.beyond.number else self.beyond
-        else:
-            self.spare = used if self.spare is None or number < self.spare.number else self.spare
+        if used.number >= self.rows:
+            self.beyond = min(used, self.beyond or used, key=_rank)
+        elif used.number >= self.start:
+            self.spare = min(used, self.spare or used, key=_rank)
 
     def add_tokenizer(self, checkpoint: Checkpoint) -> None:
         """Take note of all ids that the tokenizer files of a checkpoint make.
@@ -118,13 +124,14 @@ class IdsInUse:
         self.tells = vocabulary.size > 0
         if self.tells:
             for token, number, path in vocabulary.continued(order):
-                self._add_token(token, number, path)
+                self._add_token(token, number, path, given=True)
 
-    def _add_token(self, token: str, number: int, where: Path) -> None:
-        if number in self.moved.values():
-            self.at_moved.setdefault(token, UsedId(number, f"the token {_quoted(token)}", where))
+    def _add_token(self, token: str, number: int, where: Path, *, given: bool = False) -> None:
+        used = UsedId(number, f"the token {_quoted(token)}", where, given)
+        if number in self.moved.values() and not given:
+            self.at_moved.setdefault(token, used)
         if self.moved.get(token) != number:
-            self.add(number, f"the token {_quoted(token)}", where)
+            self.add(used)
 
     def _pieces(self, path: Path, wanted: set[str]) -> "_Vocabulary":
         vocabulary = _Vocabulary(wanted)
@@ -137,6 +144,11 @@ class IdsInUse:
             if number >= self.start:
                 self._add_token(name, number, path)
         return vocabulary
+
+
+def _rank(used: UsedId) -> tuple[bool, int]:
+    """What is named first: the lowest id that stands in a file."""
+    return used.given, used.number
 
 
 TokenSeen = Callable[[str, int, Path], None]
@@ -234,6 +246,7 @@ class _Vocabulary:
                 if number >= start:
                     seen(piece[0], number, path)
         else:
+            stream.skip()
             raise CheckpointError("model.vocab is not an object or a list", where=path)
 
 

@@ -122,7 +122,9 @@ def _tokenizer_files(
         return
     additions: Mapping[str, Any] = fill(declared.config, resolution.values, resolution.model.conditions)
     path = source.path / TOKENIZER_CONFIG_FILE
-    config = tokenizer_config(given or {}, additions, moves, declared.special, path)
+    # What becomes special does so in both files.
+    special_too = declared.special if patched is not None else ()
+    config = tokenizer_config(given or {}, additions, moves, special_too, path)
     if config != (given or {}):
         reads = () if given is None else (TOKENIZER_CONFIG_FILE,)
         yield PlannedFile(TOKENIZER_CONFIG_FILE, reads, encode_json(config))

@@ -57,7 +57,7 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
     moved = {item.token: _number(tokens, item.id) for item in (() if files is None else files.moved)}
     ids = IdsInUse(cut, rows, moved)
     for used in _special_ids(weight_map, checkpoints, tokens, seeing):
-        ids.add(used.number, used.what, used.where)
+        ids.add(used)
     ids.add_tokenizer(source)
     if ids.beyond is not None:
         raise _no_row(ids.beyond, rows)
@@ -106,9 +106,7 @@ def _no_row(used: UsedId, rows: int) -> CheckpointError:
     )
     if "token " not in used.what:
         hint = f"give {used.what} the id of a token that has a row"
-    return CheckpointError(
-        f"has {used.what} as {used.number}, the embedding table has {rows} rows", where=used.where, hint=hint
-    )
+    return CheckpointError(f"{used.told}, the embedding table has {rows} rows", where=used.where, hint=hint)
 
 
 def _image_token(tokens: SourceModel, cut: int, rows: int) -> str:
@@ -127,7 +125,7 @@ def _check_image_token(ids: IdsInUse, source: Checkpoint, *, donated: bool) -> N
     if others and (donated or len(ids.at_moved) > len(others)):
         elsewhere = "is the donor's image token" if donated else f"is {', '.join(ids.moved)} in another file"
         raise CheckpointError(
-            f"has {others[0].what} as {others[0].number}, which {elsewhere}",
+            f"{others[0].told}, which {elsewhere}",
             where=others[0].where,
             hint="give the token an id of its own",
         )

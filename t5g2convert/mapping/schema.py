@@ -127,7 +127,9 @@ class Vocabulary(Declaration):
     """Which rows of the embedding table are real."""
 
     cut: dict[PositiveInt, PositiveInt] = Field(
-        default_factory=dict, description="Rows in the source to rows in the target; tables of other lengths are kept."
+        default_factory=dict,
+        description="Rows in the source to rows in the target where no id in use lies in those that go; tables of other "
+        "lengths are kept.",
     )
     moved: dict[str, NonNegativeInt] = Field(
         default_factory=dict,

@@ -14,6 +14,7 @@ from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.parent import Stacks
 from t5g2convert.parity.report import Check, refused
+from t5g2convert.parity.token_ids import special_faults
 
 SHARED = (
     "attention_bias", "attention_dropout", "attn_logit_softcapping", "bos_token_id", "eos_token_id",
@@ -74,6 +75,7 @@ def judge_settings(
     faults += [f"generation_config.json: {fault}" for fault in generation]
     try:
         faults += [f"tensors: {fault}" for fault in (*tensor_faults(target), *_strangers(target))]
+        faults += special_faults(target)
     except CheckpointError as error:
         faults.append(error.message)
     if faults:

@@ -18,6 +18,7 @@ from t5g2convert.parity.kinds import Kind
 from t5g2convert.parity.parent import Gemma2Parent
 from t5g2convert.parity.report import Check, refused
 from t5g2convert.parity.runs import judge_runs
+from t5g2convert.parity.token_ids import token_faults
 from t5g2convert.parity.tokenizer import same_bytes, template_names
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.t5gemma import T5GemmaReference
@@ -78,9 +79,10 @@ class ToT5Gemma(Kind[Gemma2Parent]):
 def _files(names: list[str], parent: Gemma2Parent, target: Checkpoint) -> Check:
     """tokenizer: the files are the source's, byte for byte."""
     source = parent.folders.source
-    faults = [f"{name} is not the source's" for name in names if not same_bytes(name, source, target)]
+    faults = [*token_faults(target)]
+    faults += [f"{name} is not the source's" for name in names if not same_bytes(name, source, target)]
     if faults:
-        return refused("tokenizer", "file(s) that are not the source's", faults)
+        return refused("tokenizer", "file(s) or token(s) that are not the source's or have no row", faults)
     return Check("tokenizer", True, f"{', '.join(names)}: the source's")
 
 

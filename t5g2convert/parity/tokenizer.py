@@ -17,6 +17,7 @@ from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.roles import VISION_FROM, Folders
 from t5g2convert.parity.judge import Judge
 from t5g2convert.parity.report import Check, refused
+from t5g2convert.parity.token_ids import token_faults
 
 TOKENIZER: Final = "tokenizer.json"
 SETTINGS: Final = "tokenizer_config.json"
@@ -93,7 +94,8 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
         *(name for name in UNCHANGED if name in names),
         *template_names(manifest.get("files", ()), source, target.path),
     )
-    faults = [f"{name} is not the source's" for name in unchanged if not same_bytes(name, source, target)]
+    faults = [*token_faults(target)]
+    faults += [f"{name} is not the source's" for name in unchanged if not same_bytes(name, source, target)]
     images, index = model.vision is not None, target.config.get("image_token_index")
     found = _Tokenizer({})
     if TOKENIZER in names:
@@ -104,7 +106,9 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
         faults += _tokenizer_faults(given, found, changes)
         faults += _image_token_faults(known, model.tokens.image_token_index, found.added, index) if images else ()
     move = (model.tokens.image_token_index, index)
-    moved = move[0] != move[1] and found.added.get(IMAGE_TOKENS["image_token"], {}).get("id") == index
+    # Without a tokenizer.json its settings alone follow the image token.
+    known_there = found.added.get(IMAGE_TOKENS["image_token"], {}).get("id") == index
+    moved = move[0] != move[1] and (TOKENIZER not in names or known_there)
     if SETTINGS in names:
         expected = _expected_settings(_read(source, SETTINGS), move if moved else None, found.added, images=images)
         faults += _told(SETTINGS, expected, read_json_object(target.path / SETTINGS))
@@ -112,7 +116,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
         faults += _told(PROCESSOR, _expected_processor(seeing, model), read_json_object(target.path / PROCESSOR))
     if faults:
         whose = "the source's" if VISION_FROM not in folders.by_role else "the source's or the donor's"
-        return refused("tokenizer", f"setting(s) or token(s) that are not {whose}", faults)
+        return refused("tokenizer", f"setting(s) or token(s) that are not {whose} or have no row", faults)
     moves = [f"{change['token']}, now {change['target']}" for change in changes if change["replaces"] is not None]
     declared = f" but for {'; '.join(moves)}, as declared" if moves else ""
     if PROCESSOR in names and VISION_FROM not in folders.by_role:
@@ -130,9 +134,10 @@ def judge_carried(folders: Folders, target: Checkpoint, manifest: Mapping[str, A
         CheckpointError: A file of either cannot be read.
     """
     names = _names(target.path, manifest)
-    faults = [f"{name} is not the source's" for name in names if not same_bytes(name, folders.source, target)]
+    faults = [*token_faults(target)]
+    faults += [f"{name} is not the source's" for name in names if not same_bytes(name, folders.source, target)]
     if faults:
-        return refused("tokenizer", "file(s) that are not the source's", faults)
+        return refused("tokenizer", "file(s) or token(s) that are not the source's or have no row", faults)
     return Check("tokenizer", True, f"{', '.join(names)}: as the source has them")
 
 
