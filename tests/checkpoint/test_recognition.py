@@ -142,7 +142,7 @@ def make(folder: Path, files: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
+def test_I16_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
     files, what, step = FOLDERS[case]
     folder = make(tmp_path / "folder", files)
     for read in (open_checkpoint, plan):
@@ -189,7 +189,7 @@ def test_a_name_from_an_adapter_is_shown_and_obeyed_by_no_terminal(tmp_path: Pat
 
 
 @pytest.mark.parametrize("config", [PEFT, "{}", "not JSON", '{"base_model_name_or_path": 3, "peft_type": null}'])
-def test_an_adapter_beside_weights_is_refused(config: str, demo_source: Path) -> None:
+def test_I17_an_adapter_beside_weights_is_refused(config: str, demo_source: Path) -> None:
     (demo_source / "adapter_config.json").write_text(config)
     for read in (open_checkpoint, plan):
         with pytest.raises(CheckpointError, match="transformers loads both") as refused:
@@ -208,7 +208,7 @@ def test_an_adapter_beside_weights_is_refused(config: str, demo_source: Path) ->
         ({"configuration_files": ["config.json", "config.5.0.0.json"]}, "configuration_files names config.5.0.0.json"),
     ],
 )
-def test_what_transformers_prefers_is_refused(changes: dict[str, object], says: str, demo_source: Path) -> None:
+def test_I17_what_transformers_prefers_is_refused(changes: dict[str, object], says: str, demo_source: Path) -> None:
     path = demo_source / "config.json"
     config = json.loads(path.read_text())
     for harmless in ({"transformers_weights": None}, {"configuration_files": ["config.json"]}):
