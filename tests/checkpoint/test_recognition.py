@@ -10,7 +10,7 @@ import pytest
 
 from t5g2convert import plan
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.recognition import KINDS, spelling_hint
+from t5g2convert.checkpoint.recognition import FORMATS, spelling_hint
 from t5g2convert.errors import CheckpointError
 
 CONFIG: Final = '{"model_type": "gemma3_text"}'
@@ -159,7 +159,7 @@ def test_I16_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
 
 def test_every_kind_of_the_table_has_a_sentence_of_its_own(tmp_path: Path) -> None:
     """A folder of the files that a row names is never taken for nothing, and its sentence is filled in."""
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(FORMATS):
         files = {
             f"{pattern.replace('*', '7').replace('[0-9]', '0')}{'x' * pattern.endswith('/')}" for pattern in kind.files
         }
