@@ -1,6 +1,6 @@
 """What a folder is that holds no safetensors checkpoint: by the names in it, which format, and the way to one we read.
 
-The table below is the knowledge; a kind is recognised when each of its patterns matches a path. Nothing is unpickled,
+The table below is the knowledge; a format is recognised when each of its patterns matches a path. Nothing is unpickled,
 and no file is opened but small JSON files that name another model.
 """
 
@@ -33,8 +33,8 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of folder.
+class Format:
+    """A format that is not read, or a folder around it.
 
     Attributes:
         files: Patterns of paths in it, all of which must match; folders end with a slash.
@@ -59,102 +59,102 @@ GGUF_STEP: Final = (
     "AutoModelForCausalLM.from_pretrained({folder_text!r}, gguf_file={file!r}).save_pretrained(OUT)"
 )
 
-KINDS: Final = (
-    Kind(("adapters.safetensors",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
-    Kind(("adapters.npz",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
-    Kind(("run.json", "checkpoints/"), "is a run of t5g2 adapt", "give the model that it exported: {folder}/model"),
-    Kind((ADAPTER_CONFIG,), "is {adapter}{base}, not a model", "{merge}"),
-    Kind(("adapter_model.*",), "is {adapter}{base}, not a model", "{merge}"),
-    Kind(
+FORMATS: Final = (
+    Format(("adapters.safetensors",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
+    Format(("adapters.npz",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
+    Format(("run.json", "checkpoints/"), "is a run of t5g2 adapt", "give the model that it exported: {folder}/model"),
+    Format((ADAPTER_CONFIG,), "is {adapter}{base}, not a model", "{merge}"),
+    Format(("adapter_model.*",), "is {adapter}{base}, not a model", "{merge}"),
+    Format(
         ("model_index.json",), "is a diffusers pipeline", "give the folder of its text encoder: {folder}/text_encoder"
     ),
-    Kind(("snapshots/", "refs/"), "is a model in the Hub's cache", "give {snapshot}"),
-    Kind(("snapshots/", "blobs/"), "is a model in the Hub's cache", "give {snapshot}"),
-    Kind(("models--*/",), "is the Hub's cache", "give a model of it by its name, as {cached}"),
-    Kind(("zero_to_fp32.py",), "is a DeepSpeed checkpoint", DEEPSPEED),
-    Kind(
+    Format(("snapshots/", "refs/"), "is a model in the Hub's cache", "give {snapshot}"),
+    Format(("snapshots/", "blobs/"), "is a model in the Hub's cache", "give {snapshot}"),
+    Format(("models--*/",), "is the Hub's cache", "give a model of it by its name, as {cached}"),
+    Format(("zero_to_fp32.py",), "is a DeepSpeed checkpoint", DEEPSPEED),
+    Format(
         ("global_step*/",),
         "is a DeepSpeed checkpoint without its zero_to_fp32.py",
         f"copy that file from DeepSpeed (deepspeed/utils); {DEEPSPEED}",
     ),
-    Kind(("*_model_states.pt",), "is one step of a DeepSpeed checkpoint: {file}", "give the folder above it"),
-    Kind(("pytorch_model_fsdp*/",), "is an FSDP checkpoint: {file}", MERGE_INNER),
-    Kind((".metadata",), "is a distributed checkpoint of PyTorch (DCP)", MERGE),
-    Kind(
+    Format(("*_model_states.pt",), "is one step of a DeepSpeed checkpoint: {file}", "give the folder above it"),
+    Format(("pytorch_model_fsdp*/",), "is an FSDP checkpoint: {file}", MERGE_INNER),
+    Format((".metadata",), "is a distributed checkpoint of PyTorch (DCP)", MERGE),
+    Format(
         ("*.distcp",), "is a part of a distributed checkpoint of PyTorch (DCP), without its .metadata", "copy it whole"
     ),
-    Kind(("*/.metadata",), "is a distributed checkpoint of PyTorch (DCP): {file}", MERGE_INNER),
-    Kind(("model_world_size_*_rank_*.pt",), "is an FSDP checkpoint of verl", VERL),
-    Kind(("latest_checkpointed_iteration.txt",), "is a Megatron checkpoint", MEGATRON),
-    Kind(("mp_rank_*/",), "is a Megatron checkpoint", MEGATRON),
-    Kind(("*.nemo",), "is a NeMo checkpoint: {file}", MEGATRON),
-    Kind(("model_config.yaml", "model_weights*"), "is a NeMo checkpoint", MEGATRON),
-    Kind(("weights/", "context/"), "is a NeMo checkpoint", MEGATRON),
-    Kind(("*.gguf",), "holds weights of llama.cpp (GGUF): {file}", GGUF_STEP),
-    Kind(("_CHECKPOINT_METADATA",), "is a JAX checkpoint (Orbax)", RELEASED),
-    Kind(("manifest.ocdbt",), "is a JAX checkpoint (Orbax)", RELEASED),
-    Kind(("_METADATA",), "is a JAX checkpoint (Orbax)", RELEASED),
-    Kind(
+    Format(("*/.metadata",), "is a distributed checkpoint of PyTorch (DCP): {file}", MERGE_INNER),
+    Format(("model_world_size_*_rank_*.pt",), "is an FSDP checkpoint of verl", VERL),
+    Format(("latest_checkpointed_iteration.txt",), "is a Megatron checkpoint", MEGATRON),
+    Format(("mp_rank_*/",), "is a Megatron checkpoint", MEGATRON),
+    Format(("*.nemo",), "is a NeMo checkpoint: {file}", MEGATRON),
+    Format(("model_config.yaml", "model_weights*"), "is a NeMo checkpoint", MEGATRON),
+    Format(("weights/", "context/"), "is a NeMo checkpoint", MEGATRON),
+    Format(("*.gguf",), "holds weights of llama.cpp (GGUF): {file}", GGUF_STEP),
+    Format(("_CHECKPOINT_METADATA",), "is a JAX checkpoint (Orbax)", RELEASED),
+    Format(("manifest.ocdbt",), "is a JAX checkpoint (Orbax)", RELEASED),
+    Format(("_METADATA",), "is a JAX checkpoint (Orbax)", RELEASED),
+    Format(
         ("flax_model*.msgpack*",),
         "holds Flax weights: {file}",
         "save it with transformers 4: from_pretrained(..., from_flax=True)",
     ),
-    Kind(
+    Format(
         ("tf_model*.h5",),
         "holds TensorFlow weights: {file}",
         "save it with transformers 4: from_pretrained(..., from_tf=True)",
     ),
-    Kind(("saved_model.pb",), "is a TensorFlow SavedModel", RELEASED),
-    Kind(
+    Format(("saved_model.pb",), "is a TensorFlow SavedModel", RELEASED),
+    Format(
         ("model*.weights.h5",),
         "is a Keras model: {file}",
         "keras_hub.models.Gemma3CausalLM.from_preset({folder_text!r}).export_to_transformers(OUT)",
     ),
-    Kind(("*.keras",), "is a Keras model: {file}", "load it in Keras and call export_to_transformers(OUT)"),
-    Kind(
+    Format(("*.keras",), "is a Keras model: {file}", "load it in Keras and call export_to_transformers(OUT)"),
+    Format(
         ("*.ckpt",),
         "holds {file}, a checkpoint of gemma_pytorch or Lightning, a pickle, which is never unpickled",
         f"{RELEASED}, or {TORCH_SAVE}",
     ),
-    Kind(("openvino*.xml",), "is a model for OpenVINO: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("model.bin", "*vocabulary.*"), "is a model for CTranslate2", f"that is an export: {ORIGINAL}"),
-    Kind(("*.onnx",), "is a model in ONNX: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("onnx/*.onnx",), "is a model in ONNX: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("*.engine",), "is an engine of TensorRT: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("rank[0-9]*.safetensors",), "is a checkpoint of TensorRT-LLM: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("*.tflite",), "is a model for LiteRT: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("*.task",), "is a model for MediaPipe: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("*.litertlm",), "is a model for LiteRT-LM: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("*.pte",), "is a model for ExecuTorch: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("*.mlpackage/",), "is a model for Core ML: {file}", f"that is an export: {ORIGINAL}"),
-    Kind(("mlc-chat-config.json",), "is a model for MLC", f"that is an export: {ORIGINAL}"),
-    Kind(
+    Format(("openvino*.xml",), "is a model for OpenVINO: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("model.bin", "*vocabulary.*"), "is a model for CTranslate2", f"that is an export: {ORIGINAL}"),
+    Format(("*.onnx",), "is a model in ONNX: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("onnx/*.onnx",), "is a model in ONNX: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("*.engine",), "is an engine of TensorRT: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("rank[0-9]*.safetensors",), "is a checkpoint of TensorRT-LLM: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("*.tflite",), "is a model for LiteRT: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("*.task",), "is a model for MediaPipe: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("*.litertlm",), "is a model for LiteRT-LM: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("*.pte",), "is a model for ExecuTorch: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("*.mlpackage/",), "is a model for Core ML: {file}", f"that is an export: {ORIGINAL}"),
+    Format(("mlc-chat-config.json",), "is a model for MLC", f"that is an export: {ORIGINAL}"),
+    Format(
         ("weights*.npz",),
         "holds MLX weights in NumPy's format: {file}",
         "convert it anew: newer mlx-lm writes safetensors; better, give the model that it was made from",
     ),
-    Kind(("*.npz",), "holds arrays in NumPy's format: {file}", ORIGINAL),
-    Kind(
+    Format(("*.npz",), "holds arrays in NumPy's format: {file}", ORIGINAL),
+    Format(
         ("consolidated*.safetensors",),
         "holds weights with the names of their maker's own code: {file}",
         "give the same model in the layout of transformers: config.json and model.safetensors",
     ),
-    Kind(("*.incomplete",), "holds a download that has not finished: {file}", "download it again"),
-    Kind(("*.crdownload",), "holds a download that has not finished: {file}", "download it again"),
-    Kind(("*.aria2",), "holds a download that has not finished: {file}", "download it again"),
-    Kind(("checkpoint-*/",), "holds the checkpoints of a training", "give the newest: {folder}/{newest}"),
-    Kind(("*/config.json",), "holds no model itself", "give the folder of one: {models}"),
-    Kind(
+    Format(("*.incomplete",), "holds a download that has not finished: {file}", "download it again"),
+    Format(("*.crdownload",), "holds a download that has not finished: {file}", "download it again"),
+    Format(("*.aria2",), "holds a download that has not finished: {file}", "download it again"),
+    Format(("checkpoint-*/",), "holds the checkpoints of a training", "give the newest: {folder}/{newest}"),
+    Format(("*/config.json",), "holds no model itself", "give the folder of one: {models}"),
+    Format(
         ("*/adapter_config.json",),
         "holds an adapter and no model: {file}",
         "merge it into its base model first (peft: merge_and_unload)",
     ),
-    Kind(("*/*.gguf",), "holds weights of llama.cpp (GGUF): {file}", GGUF_STEP),
-    Kind(("*/_METADATA",), "is a JAX checkpoint (Orbax): {file}", RELEASED),
-    Kind(("*.zip",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
-    Kind(("*.tar",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
-    Kind(("*.tar.*",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
-    Kind(("*.tgz",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+    Format(("*/*.gguf",), "holds weights of llama.cpp (GGUF): {file}", GGUF_STEP),
+    Format(("*/_METADATA",), "is a JAX checkpoint (Orbax): {file}", RELEASED),
+    Format(("*.zip",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+    Format(("*.tar",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+    Format(("*.tar.*",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+    Format(("*.tgz",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
 )
 """The first that fits is told. What is sure by one name comes before what only hints."""
 
@@ -191,18 +191,18 @@ def recognise(paths: Collection[str], folder: str, read: ReadJson) -> Found | No
         read: Reads a JSON file of it.
 
     Returns:
-        The kind; None where it is none of the table.
+        The format; None where it is none of the table.
     """
     ordered = sorted(paths)
     if not any(not path.startswith(".") for path in ordered) and ".metadata" not in paths:
         return Found("is empty", "give the folder that holds config.json")
-    for kind in KINDS:
-        matched = [_matching(pattern, ordered) for pattern in kind.files]
+    for form in FORMATS:
+        matched = [_matching(pattern, ordered) for pattern in form.files]
         if all(matched):
             file = matched[0][0]
             words = {"file": file, "inner": file.partition("/")[0], "folder_text": folder}
             words |= _words(ordered, shlex.quote(folder), folder, read)
-            return Found(_filled(kind.what, words), _filled(kind.step, words))
+            return Found(_filled(form.what, words), _filled(form.step, words))
     return None
 
 

@@ -129,7 +129,7 @@ QUANTISED: Final[dict[str, tuple[Change, dict[str, Any], str, str]]] = {
 
 
 @pytest.mark.parametrize("case", QUANTISED)
-def test_what_config_says_is_quantised_is_refused_in_one_line(case: str, demo_source: Path, tmp_path: Path) -> None:
+def test_I7_what_config_says_is_quantised_is_refused_in_one_line(case: str, demo_source: Path, tmp_path: Path) -> None:
     change, config, method, step = QUANTISED[case]
     rewrite(demo_source, change)
     set_config(demo_source, **config)

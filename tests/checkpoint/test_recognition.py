@@ -10,7 +10,7 @@ import pytest
 
 from t5g2convert import plan
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.recognition import KINDS, spelling_hint
+from t5g2convert.checkpoint.recognition import FORMATS, spelling_hint
 from t5g2convert.errors import CheckpointError
 
 CONFIG: Final = '{"model_type": "gemma3_text"}'
@@ -142,7 +142,7 @@ def make(folder: Path, files: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
+def test_I16_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
     files, what, step = FOLDERS[case]
     folder = make(tmp_path / "folder", files)
     for read in (open_checkpoint, plan):
@@ -159,7 +159,7 @@ def test_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
 
 def test_every_kind_of_the_table_has_a_sentence_of_its_own(tmp_path: Path) -> None:
     """A folder of the files that a row names is never taken for nothing, and its sentence is filled in."""
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(FORMATS):
         files = {
             f"{pattern.replace('*', '7').replace('[0-9]', '0')}{'x' * pattern.endswith('/')}" for pattern in kind.files
         }
@@ -189,7 +189,7 @@ def test_a_name_from_an_adapter_is_shown_and_obeyed_by_no_terminal(tmp_path: Pat
 
 
 @pytest.mark.parametrize("config", [PEFT, "{}", "not JSON", '{"base_model_name_or_path": 3, "peft_type": null}'])
-def test_an_adapter_beside_weights_is_refused(config: str, demo_source: Path) -> None:
+def test_I17_an_adapter_beside_weights_is_refused(config: str, demo_source: Path) -> None:
     (demo_source / "adapter_config.json").write_text(config)
     for read in (open_checkpoint, plan):
         with pytest.raises(CheckpointError, match="transformers loads both") as refused:
@@ -208,7 +208,7 @@ def test_an_adapter_beside_weights_is_refused(config: str, demo_source: Path) ->
         ({"configuration_files": ["config.json", "config.5.0.0.json"]}, "configuration_files names config.5.0.0.json"),
     ],
 )
-def test_what_transformers_prefers_is_refused(changes: dict[str, object], says: str, demo_source: Path) -> None:
+def test_I17_what_transformers_prefers_is_refused(changes: dict[str, object], says: str, demo_source: Path) -> None:
     path = demo_source / "config.json"
     config = json.loads(path.read_text())
     for harmless in ({"transformers_weights": None}, {"configuration_files": ["config.json"]}):

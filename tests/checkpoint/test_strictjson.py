@@ -24,7 +24,7 @@ TEXT = '{"model_type": "gemma3"}'
         (TEXT.encode("utf-32-be"), "is UTF-32 text"),
     ],
 )
-def test_another_encoding_is_named(data: bytes, found: str) -> None:
+def test_I19_another_encoding_is_named(data: bytes, found: str) -> None:
     with pytest.raises(CheckpointError) as refused:
         parse_object(data, Path("config.json"))
     assert refused.value.message == f"{found}, expected plain UTF-8"

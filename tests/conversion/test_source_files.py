@@ -60,7 +60,7 @@ def test_files_that_are_known_are_not_worth_a_note(demo_source: Path) -> None:
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_a_file_that_nobody_knows_is_named(name: str, demo_source: Path) -> None:
+def test_I18_a_file_that_nobody_knows_is_named(name: str, demo_source: Path) -> None:
     give(demo_source, name)
     assert not_carried(demo_source) == [f"not carried: {name.partition('/')[0]}{'/' * ('/' in name)}"]
 
