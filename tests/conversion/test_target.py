@@ -22,7 +22,7 @@ NOBODY: Final = 65534
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder, and where its links lead."""
     return {
-        path.relative_to(folder).as_posix(): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        path.relative_to(folder).as_posix(): bytes(path.readlink()) if path.is_symlink() else path.read_bytes()
         for path in folder.rglob("*")
         if path.is_symlink() or path.is_file()
     }
@@ -30,6 +30,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def write(target: Path, *, overwrite: bool = True, meanwhile: Callable[[], object] = lambda: None) -> Staging:
+    """Put a folder with one file in place, and do something else before."""
+    with Staging(target, overwrite=overwrite) as staging:
+        (staging.folder / "config.json").write_text("new")
+        meanwhile()
+        staging.commit()
+    return staging
 
 
 def needs_root() -> None:
@@ -94,8 +103,8 @@ def test_O9_a_folder_with_anything_else_in_it_is_not_replaced(old: Path, strange
     STRANGERS[stranger](old)
     before = contents(old)
     inode = old.stat().st_ino
-    with pytest.raises(OutputError, match="and is not replaced"), Staging(old, overwrite=True) as staging:
-        staging.commit()
+    with pytest.raises(OutputError, match="and is not replaced"):
+        write(old)
     assert contents(old) == before
     assert old.stat().st_ino == inode
     assert not list(old.parent.glob(".out*"))
@@ -112,10 +121,8 @@ def test_O9_all_strangers_are_named(old: Path) -> None:
 
 def test_O9_a_file_that_is_missing_is_no_reason_to_keep_the_rest(old: Path) -> None:
     (old / "model.safetensors").unlink()
-    with Staging(old, overwrite=True) as staging:
-        (staging.folder / "new").touch()
-        staging.commit()
-    assert names(old) == {"new"}
+    write(old)
+    assert names(old) == {"config.json"}
 
 
 def test_O9_the_current_folder_its_parents_and_the_home_folder_are_not_replaced(
@@ -172,8 +179,7 @@ def test_O9_a_folder_being_removed_that_is_another_users_is_left_alone(old: Path
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("precious")
     os.chown(theirs, NOBODY, NOBODY)
-    with Staging(old, overwrite=True) as staging:
-        staging.commit()
+    write(old)
     assert contents(theirs) == {"thesis.tex": b"precious"}
     assert names(old.parent) == {"out", theirs.name}
 
@@ -315,20 +321,20 @@ def test_D9_what_others_write_meanwhile_stays(tmp_path: Path, way: str) -> None:
         write_old(target)
     elif way == "fill":
         target.mkdir()
-    with pytest.raises(OutputError, match="meanwhile"), Staging(target, overwrite=True) as staging:
-        (staging.folder / "config.json").write_text("new")
+
+    def meanwhile() -> None:
         target.mkdir(exist_ok=True)
         (target / "eval.txt").write_text("results")
-        staging.commit()
+
+    with pytest.raises(OutputError, match="meanwhile"):
+        write(target, meanwhile=meanwhile)
     assert contents(target) == {"eval.txt": b"results", **(OLD if way == "overwrite" else {})}
     assert names(tmp_path) == {"out"}
 
 
 def test_D9_a_file_that_is_written_again_meanwhile_stays(old: Path) -> None:
     with pytest.raises(OutputError, match=r"was written to meanwhile: model\.safetensors"):
-        with Staging(old, overwrite=True) as staging:
-            (old / "model.safetensors").write_text("mine")
-            staging.commit()
+        write(old, meanwhile=lambda: (old / "model.safetensors").write_text("mine"))
     assert (old / "model.safetensors").read_text() == "mine"
 
 
@@ -359,9 +365,8 @@ def test_D6_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "_clear_removed", die)
-        with pytest.raises(KeyboardInterrupt), Staging(old, overwrite=True) as staging:
-            (staging.folder / "config.json").write_text("new")
-            staging.commit()
+        with pytest.raises(KeyboardInterrupt):
+            write(old)
     assert names(old) == {"config.json"}
     assert names(old.parent) == {"out", ".out.t5g2-removed"}
     shutil.rmtree(old)
@@ -407,8 +412,7 @@ def test_D7_what_cannot_be_removed_is_said_and_not_in_the_way(old: Path, monkeyp
         assert all(note.endswith("cannot be removed: Permission denied") for note in staging.notes)
     assert names(old.parent) == {"out", ".out.t5g2-removed", ".out.t5g2-removed-2"}
     monkeypatch.undo()
-    with Staging(old, overwrite=True) as staging:
-        staging.commit()
+    write(old)
     assert names(old.parent) == {"out"}
 
 
