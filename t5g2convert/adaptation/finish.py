@@ -16,7 +16,7 @@ from t5g2convert.adaptation.trained import Trained
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.conversion.ownership import is_intact, manifest_listing
 from t5g2convert.conversion.target import check_vacant
-from t5g2convert.errors import OutputError, T5g2Error, VerificationError
+from t5g2convert.errors import CheckpointError, OutputError, VerificationError
 from t5g2convert.mapping.inspection import Inspection, inspect
 
 
@@ -100,7 +100,7 @@ def _is_exported(output: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a folder is the export of this training at this step, with every file as it was written."""
     try:
         told = read_manifest(output).get("adaptation") or {}
-    except T5g2Error:
+    except CheckpointError:
         return False
     same = json.dumps({key: told.get(key) for key in facts}, sort_keys=True) == json.dumps(facts, sort_keys=True)
     return same and is_intact(output, manifest_listing)

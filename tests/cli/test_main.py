@@ -17,6 +17,7 @@ from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
 from tests.cli.commandline import CommandLine, Result
+from tests.outputs import OLD, write_old
 
 HOSTILE: Final = {
     "ansi": "\x1b[31mred",
@@ -645,8 +646,7 @@ def test_O3_a_signal_leaves_the_old_folder_as_it_was(
     demo_source: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "mine.txt").write_text("keep")
+    write_old(output)
     with start(SLOW_WRITES, "convert", demo_source, output, "--overwrite") as process:
         wait_for(tmp_path / f".out{STAGING_SUFFIX}" / "model.safetensors", process)
         process.send_signal(number)
@@ -654,7 +654,7 @@ def test_O3_a_signal_leaves_the_old_folder_as_it_was(
     assert process.returncode == code
     assert err.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"demo-source", "out"}
-    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+    assert {path.name for path in output.rglob("*") if path.is_file()} == {Path(name).name for name in OLD}
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)

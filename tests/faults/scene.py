@@ -204,9 +204,9 @@ class Scene:
                 break
             counts[fault] += 1
             stopped = signal.Signals[fault] if fault in ("SIGINT", "SIGTERM") else 0
+            moved = self._place(mode) != place
             faults = self.judge(mode, run, hit, before, stopped=stopped)
-            if self._place(mode) != place:
-                faults.append("the target is another folder than it was, or has another mode")
+            faults += ["the target is another folder than it was, or has another mode"] * moved
             counts["lost"] += any(fault.startswith("the target") for fault in faults)
             where = run.calls[hit].text.replace(str(self.folder), "")[:150]
             wrong += [f"{fault} at {calls} {number}: {where}: {text}" for text in faults]
