@@ -173,7 +173,7 @@ def located(piece: Piece, name: str) -> Numbers:
         if shape != piece.shape or len(strides) != len(shape):
             raise ValueError("its shape is another")
         reach = sum((extent - 1) * stride for extent, stride in zip(shape, strides, strict=True))
-        inside = 0 <= record.header_offset and start + record.file_size <= piece.size
+        inside = record.header_offset >= 0 and start + record.file_size <= piece.size
         if not inside or 4 * (offset + reach + 1) > record.file_size:
             raise ValueError("it is too short")
     except (OSError, ValueError, LookupError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
