@@ -76,10 +76,8 @@ def check_adaptation(document: Mapping[str, Any]) -> None:
     parse_section(_Adaptation, document, Path(MANIFEST_FILE), "adaptation")
 
 
-Version = Annotated[
-    str,
-    Field(max_length=60, pattern=r"^[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?(\+[a-z0-9.]+)?$"),
-]
+_RELEASE: Final = r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?(\+[a-z0-9.]+)?"
+Version = Annotated[str, Field(max_length=60, pattern=f"^{_RELEASE}$")]
 """The version of a Python package."""
 
 

@@ -117,7 +117,7 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
         lambda it: it["source"]["files"]["model.safetensors"].update(sha256=None),
         "names no sha256",
     ),
-    "source weights odd": (lambda it: it["source"]["files"]["model.safetensors"].update(sha256="c0ffee"), "sha256"),
+    "source weights odd": (lambda it: it["source"]["files"]["model.safetensors"].update(sha256="c0ffee"), "source"),
     "the map's sha256": (lambda it: it["mapping"].update(sha256="d" * 64), "mapping gemma3 has sha256 dddd"),
     "the map's sha256 odd": (lambda it: it["mapping"].update(sha256="bad"), "mapping"),
     "another tool": (lambda it: it["tool"].update(name="mergekit"), "tool"),
