@@ -210,8 +210,8 @@ def pixels(tower: VisionTower, images: int, dtype: torch.dtype) -> Tensor:
 def first_tokens(codec: TextCodec, path: Path, count: int) -> list[int]:
     """The first tokens of a text file, all of them where it has fewer.
 
-    As much of the file is read as it takes: a part of it and another twice as long must have the same first tokens. Then
-    they are those of the whole file: no token reaches so far.
+    As much of the file is read as it takes: a part of it, and another part twice as long, must have the same first
+    tokens. Then these are those of the whole file, because no token depends on text so far away.
 
     Raises:
         CheckpointError: A token has no row.
