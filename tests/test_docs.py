@@ -217,7 +217,7 @@ def bash(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PATH": path, "HOME": str(folder / "home")}
     script = f"{line}\nexit $?\n"
     return subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120
+        ["bash", "-c", script], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300
     )
 
 

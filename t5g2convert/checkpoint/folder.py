@@ -23,7 +23,11 @@ from t5g2convert.errors import CheckpointError, T5g2Error
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-MAX_JSON_BYTES: Final = 100_000_000
+MAX_JSON_BYTES: Final = 8_000_000
+"""Largest JSON file; that of Gemma's tokenizer_config.json is 1.2 MB. Parsed, a file may take 50 times its size."""
+
+LARGE_JSON: Final = {"tokenizer.json": 100_000_000, INDEX_FILE: 64_000_000, "t5g2.json": 64_000_000}
+"""Files that grow with the vocabulary or the number of tensors, with their limits in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +188,10 @@ def read_json_file(path: Path) -> bytes:
     Raises:
         CheckpointError: The file is missing, too large, or cannot be read.
     """
+    limit = LARGE_JSON.get(path.name, MAX_JSON_BYTES)
     try:
-        if regular_file(path).stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)
+        if regular_file(path).stat().st_size > limit:
+            raise CheckpointError(f"is larger than {limit} bytes", where=path)
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None

@@ -76,19 +76,24 @@ def check_adaptation(document: Mapping[str, Any]) -> None:
     parse_section(_Adaptation, document, Path(MANIFEST_FILE), "adaptation")
 
 
+_RELEASE: Final = r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?(\+[a-z0-9.]+)?"
+Version = Annotated[str, Field(max_length=60, pattern=f"^{_RELEASE}$")]
+"""The version of a Python package."""
+
+
 class _File(ConfigSection, extra="forbid"):
     bytes: NonNegativeInt
-    sha256: str | None
+    sha256: Digest | None
 
 
 class _Tool(ConfigSection, extra="forbid"):
-    name: str
-    version: str
+    name: Literal["t5g2convert"]
+    version: Version
 
 
 class _Mapping(ConfigSection, extra="forbid"):
     name: str
-    sha256: str
+    sha256: Digest
 
 
 class _Hub(ConfigSection, extra="forbid"):

@@ -1,10 +1,17 @@
 """What a converted folder says of itself, for provenance: its headers, the names of its files, and its manifest."""
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
+from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
+from t5g2convert.checkpoint.roles import Folders, plain_name
 from t5g2convert.conversion.plan import Plan, PlannedSource
+from t5g2convert.version import __version__
+
+THREADS: Final = 2
 
 
 def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
@@ -60,6 +67,61 @@ def manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
     for role, source in plan.sources.items():
         yield from _source_faults(role, source, manifest.get(role))
+
+
+def mapping_faults(plan: Plan, manifest: Mapping[str, Any], *, shipped: bool) -> Iterator[str]:
+    """The map that the manifest names is the one that was followed now; a shipped one may change with the version."""
+    told = manifest.get("mapping", {}).get("sha256")
+    if told not in (None, plan.mapping_sha256) and not (shipped and manifest["tool"]["version"] != __version__):
+        yield f"t5g2.json says that mapping {plan.mapping} has sha256 {told}, it has {plan.mapping_sha256}"
+
+
+def maker_remarks(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of the version that made a folder."""
+    made_by = manifest["tool"]["version"]
+    if made_by == __version__:
+        return []
+    remarks = []
+    if _release(made_by) > _release(__version__):
+        remarks.append(f"t5g2.json was written by t5g2convert {made_by}, which is newer than this, {__version__}")
+    told = manifest.get("mapping", {}).get("sha256")
+    if told not in (None, plan.mapping_sha256):
+        remarks.append(
+            f"that it was made with mapping {plan.mapping} of sha256 {told[:16]} was not looked at: t5g2convert "
+            f"{made_by} had another than this, {__version__}, which makes the same bytes"
+        )
+    return remarks
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, in the order of versions."""
+    found = re.match(r"[0-9]+(\.[0-9]+)*", version)
+    numbers = [int(number) for number in found[0].split(".")] if found else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def weights_faults(plan: Plan, folders: Folders, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The weights of all checkpoints that were read are those whose sha256 the manifest names, where it names any."""
+    unhashed = all(facts["sha256"] is None for facts in manifest.get("files", {}).values())
+    named = []
+    for role, source in plan.sources.items():
+        told = manifest.get(role, {}).get("files", {})
+        for file in source.files:
+            digest = told.get(plain_name(file.name), {}).get("sha256")
+            if digest is not None:
+                named.append((role, file.name, digest))
+            elif not unhashed:
+                yield f"t5g2.json names no sha256 for {plain_name(file.name)} of the {role}, but for other files"
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda item: sha256_of(folders.path(item[1])), named)
+        for (role, name, digest), actual in zip(named, found, strict=True):
+            if actual != digest:
+                yield (
+                    f"t5g2.json names another sha256 for {plain_name(name)} of the {role} than the one given has: "
+                    f"{digest}, not {actual}"
+                )
 
 
 def _source_faults(role: str, planned: PlannedSource, told: Mapping[str, Any] | None) -> Iterator[str]:

@@ -15,7 +15,7 @@ from t5g2convert.checkpoint.roles import SOURCE, Role
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.difference import Distributions
-from t5g2convert.parity.inputs import Batch, read_text
+from t5g2convert.parity.inputs import Batch, first_tokens
 from t5g2convert.parity.report import Drift, writable
 from t5g2convert.parity.text import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
 from t5g2convert.reference.gemma3 import Gemma3Reference
@@ -104,7 +104,7 @@ def compare(
     }
     source, target = Gemma3Reference(parent, **options), T5Gemma2Reference(child, **options)
     _check_pair(source, target)
-    tokens = TextCodec(t5gemma2, target.decoder.settings.vocab_size).encode(read_text(text))[:max_tokens]
+    tokens = first_tokens(TextCodec(t5gemma2, target.decoder.settings.vocab_size), text, max_tokens)
     if len(tokens) < 8:
         raise UsageError(f"{text} has {len(tokens)} tokens, expected 8 at least")
     ids_BT = torch.tensor([tokens], device=device)

@@ -23,6 +23,9 @@ MAX_TOKENS: Final = 4096 + 24
 BEYOND_WINDOW: Final = 24
 """Tokens that a sequence is longer than the sliding window."""
 
+CHARACTERS: Final = 16
+"""Characters of a text that are read for each token at first; Gemma's tokens have about four."""
+
 SHORTEST: Final = 8
 """Tokens of a text at least."""
 
@@ -94,7 +97,7 @@ class Inputs:
             raise UsageError("a text or a picture is read by both models, and no source was given")
         try:
             if self.text is not None:
-                self._tokens = TextCodec(folder).encode(read_text(self.text))
+                self._tokens = first_tokens(TextCodec(folder), self.text, MAX_TOKENS)
                 if len(self._tokens) < SHORTEST:
                     raise UsageError(f"{self.text} has {len(self._tokens)} tokens, expected {SHORTEST} at least")
             if self.image is not None and parent is not None:
@@ -204,8 +207,27 @@ def pixels(tower: VisionTower, images: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(tower.pixel_shape(images), generator=generator()).to(dtype)
 
 
-def read_text(path: Path) -> str:
-    """A text file.
+def first_tokens(codec: TextCodec, path: Path, count: int) -> list[int]:
+    """The first tokens of a text file, all of them where it has fewer.
+
+    As much of the file is read as it takes: a part of it, and another part twice as long, must have the same first
+    tokens. Then these are those of the whole file, because no token depends on text so far away.
+
+    Raises:
+        CheckpointError: A token has no row.
+        UsageError: The file cannot be read, or is not UTF-8.
+    """
+    size, before = CHARACTERS * count, None
+    while True:
+        text = read_text(path, size)
+        tokens = codec.encode(text)[:count]
+        if len(text) < size or (tokens == before and len(tokens) == count):
+            return tokens
+        size, before = 2 * size, tokens
+
+
+def read_text(path: Path, size: int) -> str:
+    """The first characters of a text file.
 
     Raises:
         UsageError: It cannot be read, or is not UTF-8.
@@ -213,6 +235,7 @@ def read_text(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} cannot be read: it is no file")
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(size)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None

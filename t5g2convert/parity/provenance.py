@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.roles import Folders
@@ -32,7 +31,13 @@ from t5g2convert.conversion.planner import build_plan
 from t5g2convert.errors import CheckpointError, MappingError, UsageError
 from t5g2convert.parity.accounts import account, accounts_of
 from t5g2convert.parity.alignment import aligned_projector, projector_faults
-from t5g2convert.parity.claims import file_faults, header_faults, manifest_faults
+from t5g2convert.parity.claims import (
+    file_faults,
+    header_faults,
+    manifest_faults,
+    mapping_faults,
+    weights_faults,
+)
 from t5g2convert.parity.given import given_faults
 from t5g2convert.parity.parent import Parent
 from t5g2convert.parity.repeated import Stored, repeats
@@ -133,7 +138,13 @@ def check_options(manifest: Mapping[str, Any]) -> None:
 
 
 def judge_provenance(
-    plan: Plan, parent: Parent, target: Checkpoint, manifest: Mapping[str, Any], progress: Callable[[str], None]
+    plan: Plan,
+    parent: Parent,
+    target: Checkpoint,
+    manifest: Mapping[str, Any],
+    progress: Callable[[str], None],
+    *,
+    shipped: bool = True,
 ) -> Check:
     """Compare the target's bytes with the source's, and account for every byte of the source.
 
@@ -143,18 +154,21 @@ def judge_provenance(
         target: The target, open.
         manifest: The target's manifest, or nothing if it has none.
         progress: Told what is being done.
+        shipped: Whether the map is one that ships, and may change from version to version.
     """
     folders = parent.folders
     residuals: list[tuple[float, float]] = []
     unmoved: list[str] = []
     faults = [*header_faults(plan, target), *file_faults(plan, target, manifest), *manifest_faults(plan, manifest)]
+    faults += mapping_faults(plan, manifest, shipped=shipped)
     if not faults:
         with ExitStack() as files:
             reader = _Reader(files)
             faults += _byte_faults(plan, folders, target, reader, residuals, progress)
             faults += _repeated_faults(plan, folders, reader)
             faults += _given_faults(plan, parent.checkpoint, target, reader, unmoved)
-        faults += _trained_from_faults(plan, folders, manifest)
+        progress("sha256 of the source's weights")
+        faults += weights_faults(plan, folders, manifest)
         faults += _carried_faults(plan, folders, target.path)
     accounts = accounts_of(plan, parent.checkpoint)
     faults += [f"{name} of the source cannot be rebuilt, and that is not declared" for name in accounts["lost"]]
@@ -219,16 +233,6 @@ def _byte_faults(
                 if found != expected:
                     faulty.add(tensor.name)
                     yield _byte_fault(tensor, expected, found, start)
-
-
-def _trained_from_faults(plan: Plan, folders: Folders, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What was trained is the very source: of trained tensors no byte tells."""
-    if plan.adaptation is None:
-        return
-    for file in plan.source_files:
-        told = manifest["source"]["files"][file.name]["sha256"]
-        if told is not None and sha256_of(folders.path(file.name)) != told:
-            yield f"{file.name} of the source has another sha256 than what was trained, by t5g2.json"
 
 
 def _given_faults(

@@ -14,6 +14,7 @@ from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.adapted import Adapted
+from t5g2convert.parity.claims import maker_remarks
 from t5g2convert.parity.extracted import ToEncoder, ToGemma3
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.judge import Judge, Progress
@@ -149,7 +150,10 @@ def verify(
         if parent is None or plan is None:
             judge.skip(("provenance", "config", "tokenizer", *kind.parities), "no source was given")
         else:
-            prove = partial(judge_provenance, plan, parent, target, judge.manifest, judge.progress)
+            # A map of one's own is given by its file.
+            shipped = mapping is None or not (mapping.endswith((".yaml", ".yml")) or "/" in mapping)
+            prove = partial(judge_provenance, plan, parent, target, judge.manifest, judge.progress, shipped=shipped)
+            judge.remarks += maker_remarks(plan, judge.manifest) if judge.manifest else []
             judge.make(["provenance"], lambda: [prove() if lie is None else Check("provenance", False, lie)])
             kind.against(judge, parent, target)
         if not judge.unfit(["runs"], target):

@@ -155,7 +155,7 @@ def test_a_signal_ends_it_with_its_own_code(small: Path, tmp_path: Path) -> None
         if line.startswith("step 3 "):
             process.send_signal(signal.SIGTERM)
             break
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "stopped by signal 15 (the same command with --resume goes on from the last checkpoint" in told
     last = max(complete(run))

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from t5g2convert.checkpoint import place
-from t5g2convert.checkpoint.folder import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, open_checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import (
+    INDEX_FILE,
+    LARGE_JSON,
+    MAX_JSON_BYTES,
+    SINGLE_FILE,
+    open_checkpoint,
+    read_json_object,
+)
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.errors import CheckpointError
 
@@ -331,11 +338,22 @@ def test_I10_a_missing_config_is_named(single: Path) -> None:
     assert error.where == str(single / "config.json")
 
 
-def test_a_json_file_past_the_limit_is_not_read(tmp_path: Path) -> None:
-    with (tmp_path / "config.json").open("wb") as file:
-        file.truncate(MAX_JSON_BYTES + 1)
-    with pytest.raises(CheckpointError, match="larger than"):
-        read_json_object(tmp_path / "config.json")
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("config.json", MAX_JSON_BYTES), ("generation_config.json", MAX_JSON_BYTES),
+        ("tokenizer_config.json", MAX_JSON_BYTES), *LARGE_JSON.items(),
+    ],
+)  # fmt: skip
+def test_a_json_file_past_its_limit_is_not_read(tmp_path: Path, name: str, limit: int) -> None:
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.truncate(limit + 1)
+    with pytest.raises(CheckpointError, match=f"is larger than {limit} bytes"):
+        read_json_object(path)
+    with path.open("wb") as file:
+        file.write(b"{}".ljust(limit))
+    assert read_json_object(path) == {}
 
 
 class Canary:

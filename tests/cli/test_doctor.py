@@ -23,7 +23,7 @@ def hub() -> Iterator[Hub]:
 
 def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "t5g2convert", "doctor", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert TOKEN not in done.stdout + done.stderr
     assert TOKEN[3:12] not in done.stdout + done.stderr
     return done

@@ -37,7 +37,7 @@ class Scene:
             [sys.executable, "-m", "t5g2convert", *line.split()],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
             cwd=self.folder,
             env={**self.hub.env(self.folder / "home"), "PYTHONPATH": str(Path(__file__).parents[2]), **env},

@@ -95,7 +95,7 @@ main(sys.argv[1:])
 
 def limited(kind: str, limit: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", _LIMITED, kind, str(limit), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_I14_100000_strangers_are_refused_with_their_first_names_and_their_count(tmp_path: Path, many: Path) -> None:

@@ -538,7 +538,7 @@ def test_O3_a_signal_to_any_thread_in_the_middle_of_the_swap_waits(
     target = tmp_path / "out"
     write_old(target)
     command = [sys.executable, "-c", SIGNALLED, str(after), str(int(number)), "convert", source, target, "--overwrite"]
-    run = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=300)
     assert run.returncode == 128 + number
     assert run.stderr == f"t5g2: stopped by signal {int(number)}\n"
     assert contents(target) == finished
@@ -594,7 +594,7 @@ def test_O6_another_process_holds_the_target_until_it_is_killed(
             convert(source, target)
         assert (staging_of(target) / "half").exists()
         holder.kill()
-        holder.communicate(timeout=20)
+        holder.communicate(timeout=300)
     assert (staging_of(target) / "half").exists(), "the killed one cleaned nothing"
     convert(source, target)
     assert contents(target) == finished

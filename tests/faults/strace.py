@@ -98,7 +98,7 @@ class Tracer:
         os.close(gate)
 
     def close(self) -> None:
-        self.server.communicate(timeout=20)
+        self.server.communicate(timeout=300)
         os.close(self.gate)
 
     def refused(self) -> str | None:
@@ -133,7 +133,7 @@ class Tracer:
             attached = line_of(strace.stderr)
             os.write(self.gate, b"!")
             code = int(self._answer())
-            strace.communicate(timeout=60)
+            strace.communicate(timeout=300)
         if not attached.endswith("attached\n"):
             raise NotTraced(attached)
         return Run(code, self.stderr.read_text(), parse(self.log.read_text()))
@@ -154,7 +154,7 @@ def start_and_trace(
     assert STRACE is not None
     tool = [sys.executable, "-m", "t5g2convert", *arguments]
     command = [STRACE, *_options(folder / "log", calls, paths, inject), *tool]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     return Run(done.returncode, done.stderr, parse((folder / "log").read_text()))
 
 

@@ -42,7 +42,7 @@ def outcomes(source: Path, tmp_path: Path, *disks: str) -> list[dict[str, Any]]:
         pytest.skip(f"nothing may be mounted here: {probe.stderr.decode().strip()}")
     arguments = [str(source), str(tmp_path / "disk"), str(SHARD_BYTES), *disks]
     command = [*UNSHARE, sys.executable, "-m", "tests.faults.disks", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
     assert not (tmp_path / "disk").is_mount()
     return list(json.loads(done.stdout))
 
@@ -147,7 +147,7 @@ def test_O2_a_folder_that_may_not_be_written(public: Path, overwrite: bool) -> N
     target.parent.chmod(0o555)
     try:
         command = [sys.executable, "-c", AS_NOBODY, "convert", public / "source", target, *["--overwrite"] * overwrite]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     finally:
         target.parent.chmod(0o755)
     assert done.returncode == 5

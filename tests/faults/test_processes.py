@@ -53,7 +53,7 @@ def run_together(count: int, arguments: Sequence[str | Path]) -> list[tuple[int,
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     os.close(start)
-    ended = [process.communicate(timeout=120)[1] for process in running]
+    ended = [process.communicate(timeout=300)[1] for process in running]
     return [(process.returncode, stderr) for process, stderr in zip(running, ended, strict=True)]
 
 
@@ -88,7 +88,7 @@ def test_O6_processes_started_at_once(
 
 def test_O6_eight_find_what_a_killed_one_left(source: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     target = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", DIES, str(target)], check=False, timeout=60)
+    killed = subprocess.run([sys.executable, "-c", DIES, str(target)], check=False, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert beside(target) != set(), "something was left to be recovered"
     check(run_together(8, [source, target, "--max-shard-size", str(SHARD_BYTES)]), target, clean, overwrite=False)

@@ -20,6 +20,7 @@ from t5g2convert.mapping.library import find_map
 from t5g2convert.parity.integrity import judge_integrity
 from t5g2convert.parity.t5gemma2 import PARITIES
 from t5g2convert.parity.verify import verify
+from t5g2convert.version import __version__
 from tests.conftest import TwinFolder
 from tests.parity.mutations import (
     MINIMA,
@@ -111,6 +112,16 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
     "no parameters": (lambda it: it.pop("parameters"), "parameters"),
     "dropped more": (lambda it: it["dropped"].append({"name": "lm_head.weight", "because": "tied"}), "dropped"),
     "dropped none": (lambda it: it.pop("dropped"), "dropped"),
+    "source weights": (lambda it: it["source"]["files"]["model.safetensors"].update(sha256="c" * 64), "another sha256"),
+    "source weights unhashed": (
+        lambda it: it["source"]["files"]["model.safetensors"].update(sha256=None),
+        "names no sha256",
+    ),
+    "source weights odd": (lambda it: it["source"]["files"]["model.safetensors"].update(sha256="c0ffee"), "source"),
+    "the map's sha256": (lambda it: it["mapping"].update(sha256="d" * 64), "mapping gemma3 has sha256 dddd"),
+    "the map's sha256 odd": (lambda it: it["mapping"].update(sha256="bad"), "mapping"),
+    "another tool": (lambda it: it["tool"].update(name="mergekit"), "tool"),
+    "no version": (lambda it: it["tool"].update(version="yesterday"), "tool"),
     "another map": (lambda it: it["mapping"].update(name="mine"), "mine"),
     "no map": (lambda it: it["mapping"].pop("name"), "mapping"),
     "no notes": (lambda it: it.pop("notes"), "notes"),
@@ -180,8 +191,9 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 JUDGED = (("mapping",), ("options",), ("source",), ("source", "files"), ("dtype",), ("parameters",), ("dropped",),
-          ("changes",), ("tokens",), ("files",), ("format",))  # fmt: skip
-"""What the manifest says that can be judged. Names and hashes of tool, map and weights cannot: no reader needs them."""
+          ("changes",), ("tokens",), ("files",), ("format",), ("tool",), ("tool", "name"), ("tool", "version"),
+          ("mapping", "sha256"), ("source", "files", "model.safetensors", "sha256"))  # fmt: skip
+"""What the manifest says that can be judged."""
 
 
 @pytest.mark.parametrize("path", JUDGED, ids=".".join)
@@ -201,7 +213,7 @@ def test_odd_types_in_the_manifest_fail_a_check(path: tuple[str, ...], bench: Ma
     assert survivors == []
 
 
-@pytest.mark.parametrize("path", [("tool",), ("verification",), ("source", "layout"), ("mapping", "sha256")], ids=str)
+@pytest.mark.parametrize("path", [("verification",), ("source", "layout")], ids=str)
 def test_odd_types_where_nobody_looks_harm_nobody(
     path: tuple[str, ...], bench: MakeBench, without_passes: None
 ) -> None:
@@ -209,6 +221,48 @@ def test_odd_types_where_nobody_looks_harm_nobody(
     for odd in ODD:
         made.reseal(partial(put, path=path, value=odd))
         made.judged()
+
+
+def test_another_version_of_the_tool_may_have_had_another_map(bench: MakeBench, without_use: None) -> None:
+    """A folder of an older version is judged by its bytes; that the map has changed since is no fault of it."""
+    made = bench("images-8")
+
+    def by(version: str) -> Callable[[Document], object]:
+        return lambda it: (it["tool"].update(version=version), it["mapping"].update(sha256="d" * 64))
+
+    for version, newer in (("0.0.9", False), ("0.1.0.dev3", False), ("99.0", True)):
+        if version == __version__:
+            continue
+        made.reseal(by(version))
+        report = made.judged()
+        assert report.passed, version
+        assert any("mapping gemma3 of sha256 dddddddddddddddd was not looked at" in it for it in report.remarks)
+        assert any("which is newer than this" in it for it in report.remarks) == newer
+        made.reseal(by(version))
+        # A map of one's own is a file, which has no versions.
+        own = made.folder.parent / "gemma3.yaml"
+        own.write_bytes(find_map("gemma3").path.read_bytes())
+        assert "has sha256 dddd" in told(check_of(made.judged(mapping=str(own)), "provenance"))
+
+
+def test_a_conversion_without_hashes_names_none(twin_folder: TwinFolder, tmp_path: Path, without_use: None) -> None:
+    convert(twin_folder("text-8"), tmp_path / "out", hashing=False)
+    assert verify(tmp_path / "out", twin_folder("text-8"), record=False).passed
+
+
+def test_a_source_of_the_same_numbers_in_another_file_is_told(bench: MakeBench, tmp_path: Path) -> None:
+    """Every tensor's bytes are the same, and so is every size; only the file is another one."""
+    made, copy = bench("images-8"), tmp_path / "copy"
+    shutil.copytree(made.source, copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    data[8 : 8 + length] = data[8 : 8 + length].replace(b'"format":"pt"', b'"format":"np"')
+    (copy / "model.safetensors").write_bytes(data)
+    report = verify(made.folder, copy, record=False)
+    assert {check.name for check in report.failed} == {"provenance"}
+    assert "another sha256 for model.safetensors of the source than the one given has" in told(
+        check_of(report, "provenance")
+    )
 
 
 def another(source: Path, folder: Path, tensor: str | None = None, **settings: Any) -> Path:

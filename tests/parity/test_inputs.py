@@ -14,6 +14,7 @@ from t5g2convert.parity.inputs import (
     BEYOND_WINDOW,
     ImageBatch,
     Inputs,
+    first_tokens,
     image_ids,
     pixels,
     read_text,
@@ -113,9 +114,10 @@ def test_a_text_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes("Zürich".encode("latin-1"))
     for name in ("latin", "missing", "."):
         with pytest.raises(UsageError, match="cannot be read"):
-            read_text(tmp_path / name)
+            read_text(tmp_path / name, 100)
     (tmp_path / "utf-8").write_text("Zürich", encoding="utf-8")
-    assert read_text(tmp_path / "utf-8") == "Zürich"
+    assert read_text(tmp_path / "utf-8", 100) == "Zürich"
+    assert read_text(tmp_path / "utf-8", 2) == "Zü"
 
 
 # Images
@@ -206,3 +208,39 @@ def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
     found = given.pixels(target.vision)
     assert torch.equal(found, picture(tmp_path / "picture.png", target.vision, folder, torch.bfloat16))
     assert torch.equal(Inputs().pixels(target.vision), pixels(target.vision, 1, torch.bfloat16))
+
+
+@pytest.mark.parametrize("count", [1, 8, 100, 4000, 10**6])
+@pytest.mark.parametrize("kind", ["words", "spaces", "nothing"])
+def test_as_much_of_a_text_is_read_as_gives_the_tokens(
+    demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, kind: str
+) -> None:
+    text = {"words": "the quick brown fox\n" * 20_000, "spaces": " " * 300_000 + "end", "nothing": ""}[kind]
+    (tmp_path / "text").write_text(text)
+    codec = TextCodec(demo_source)
+    whole, encode, longest = codec.encode(text), TextCodec.encode, 0
+
+    def noted(self: TextCodec, text: str, **options: bool) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(TextCodec, "encode", noted)
+    assert first_tokens(codec, tmp_path / "text", count) == whole[:count]
+    assert longest <= 2 * 16 * count
+    assert longest <= len(text)
+
+
+class Greedy(TextCodec):
+    """A tokenizer whose first token hangs on the whole text, as no real one's does."""
+
+    def __init__(self) -> None:
+        """There is no folder."""
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return [min(len(text), 50_000), *map(ord, text)]
+
+
+def test_a_text_is_read_on_until_its_tokens_change_no_more(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a" * 200_000)
+    assert first_tokens(Greedy(), tmp_path / "text", 100) == [50_000, *[97] * 99]

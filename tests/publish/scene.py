@@ -84,7 +84,7 @@ class Scene:
             [sys.executable, *arguments],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=300,
             check=False,
             cwd=self.folder,
             env=self._env(**env),

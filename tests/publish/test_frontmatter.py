@@ -137,10 +137,10 @@ def test_tags_and_anchors_build_nothing(value: str) -> None:
     ids=["lists", "mappings", "aliases", "long", "many"],
 )
 def test_metadata_cannot_make_it_slow(inside: str) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     with suppress(OutputError):
         parse(f"---\n{inside}\n---\n")
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_a_card_that_is_too_large_or_no_text_is_refused() -> None:
