@@ -15,14 +15,18 @@ from t5g2convert.adaptation.logs import read_metrics, tokens_until
 from t5g2convert.adaptation.record import FOLDER, check_files, complete, place_of
 from t5g2convert.adaptation.run import (
     METRICS_FILE,
+    RUN_FILE,
     History,
     check_bytes,
     check_model,
     parts_of_run,
     read_history,
 )
-from t5g2convert.checkpoint.folder import some
-from t5g2convert.conversion.convert import Conversion
+from t5g2convert.checkpoint.folder import open_checkpoint, some
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.conversion.adapted import plan_adapted
+from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.options import KEEP
 from t5g2convert.conversion.target import check_target
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from t5g2convert.adaptation.saved_elsewhere import Saved
     from t5g2convert.adaptation.trained import Trained
 
 LAST: Final = 5
@@ -53,10 +58,11 @@ def average(
     Memory holds a few rows of one tensor, in float64, however large the model and however many the checkpoints.
 
     Args:
-        run: The folder of the run.
+        run: The folder of the run; or one with checkpoints of transformers' Trainer (`checkpoint-100`, ...), of which
+            the mean is a model without a manifest, trained elsewhere.
         last: How many checkpoints, counted from the last; all must be of the run's settings and objective.
         output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
-        model: The model that was trained, where it is no longer where it was.
+        model: The model that was trained, where it is no longer where it was, or Trainer saved the checkpoints.
         dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
         overwrite: Replace an output of this tool that is there, at the end; nothing else is ever replaced.
         progress: Called with the bytes just written.
@@ -69,6 +75,10 @@ def average(
     """
     if last < 1:
         raise UsageError(f"the mean of {last} checkpoints has no meaning", hint="1 or more")
+    if not (run / RUN_FILE).exists() and (saved := _saved(run)):
+        return _average_saved(
+            run, saved, last, output, model=model, dtype=dtype, overwrite=overwrite, progress=progress
+        )
     history, found = read_history(run), complete(run)
     if len(found) < last:
         raise CheckpointError(
@@ -99,10 +109,62 @@ def average(
     )
 
 
+def _saved(run: Path) -> dict[int, Path]:
+    """What transformers' Trainer saved in a folder."""
+    from t5g2convert.adaptation.saved_elsewhere import saved_checkpoints
+
+    return saved_checkpoints(run)
+
+
+def _average_saved(
+    run: Path,
+    found: Mapping[int, Path],
+    last: int,
+    output: Path,
+    *,
+    model: Path | None,
+    dtype: str,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Conversion:
+    """Write the mean of checkpoints that transformers' Trainer saved.
+
+    Nothing tells how they were trained, so the mean has no t5g2.json either: it is a model that was trained elsewhere.
+
+    Raises:
+        CheckpointError: There are fewer checkpoints, or one is not of the model.
+        OutputError: The output exists or cannot be written.
+        UsageError: The model is not given.
+    """
+    from t5g2convert.adaptation.saved_elsewhere import Saved
+
+    if len(found) < last:
+        raise CheckpointError(
+            f"has {len(found)} checkpoints, {last} were asked for", where=run, hint=f"--last {len(found)} takes all"
+        )
+    if model is None:
+        raise UsageError(
+            f"{run} has checkpoints of transformers' Trainer, which do not tell what was trained",
+            hint="give the T5Gemma 2 that was trained with --model",
+        )
+    start = open_checkpoint(model)
+    check_target(output, model, *found.values(), overwrite=overwrite)
+    mean = Mean([Saved(folder, start) for folder in list(found.values())[-last:]])
+    return execute(
+        plan_adapted(start, mean.names, None, dtype=dtype),
+        Folders(model),
+        output,
+        overwrite=overwrite,
+        progress=progress,
+        judge=lambda folder: (folder / MANIFEST_FILE).unlink(),
+        given=mean,
+    )
+
+
 class Mean:
     """The mean of checkpoints that have the same tensors."""
 
-    def __init__(self, checkpoints: "Sequence[Trained]") -> None:
+    def __init__(self, checkpoints: "Sequence[Trained | Saved]") -> None:
         self._checkpoints = checkpoints
         self.names: Mapping[str, tuple[int, ...]] = checkpoints[0].names
 

@@ -62,6 +62,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return document
 
 
+def unverified(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest without what a verification writes into it: two copies of one are the same."""
+    return {key: value for key, value in document.items() if key not in (SEAL, "verification")}
+
+
 def digest_of(document: Any) -> str:
     """sha256 of a JSON document, hexadecimal, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -12,7 +12,10 @@ from t5g2convert.printable import printable
 
 
 def average(
-    run: Annotated[Path, typer.Argument(help="The folder of a training run, as t5g2 adapt writes it.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="The folder of a run of t5g2 adapt, or of transformers' Trainer."),
+    ],
     output: Annotated[
         Path | None, typer.Argument(help="The folder to write.", show_default="average in the run's folder")
     ] = None,

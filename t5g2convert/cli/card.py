@@ -15,10 +15,16 @@ from t5g2convert.printable import printable
 
 
 def card(
-    output: Annotated[Path, typer.Argument(help="The folder that convert or extract wrote.")],
+    output: Annotated[Path, typer.Argument(help="A folder that convert or extract wrote, or trained elsewhere.")],
     source_card: Annotated[
         Path | None,
         typer.Option("--source-card", help="The README.md of the source, of which the license is taken."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--source", help="Of a folder trained elsewhere, which has no t5g2.json: the T5Gemma 2 that was trained."
+        ),
     ] = None,
     repo: Annotated[str, typer.Option("--repo", help="What the folder is called on the Hub, org/name.")] = "",
     replace: Annotated[
@@ -35,7 +41,8 @@ def card(
     path = output / CARD_FILE
     theirs = None if source_card is None else _read(source_card, CheckpointError)
     existing = _read(path, OutputError) if os.path.lexists(path) else None
-    made = model_card(output, repo=repo, source_card=theirs, existing=existing, mode="replace" if replace else "update")
+    mode = "replace" if replace else "update"
+    made = model_card(output, repo=repo, source_card=theirs, existing=existing, mode=mode, start=source)
     assert made is not None, "only keeping a card makes none"
     if write:
         _write(path, made)

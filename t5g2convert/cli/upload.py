@@ -22,7 +22,7 @@ PushOption = Annotated[
 
 
 def upload(
-    output: Annotated[Path, typer.Argument(help="A folder that convert or extract wrote.")],
+    output: Annotated[Path, typer.Argument(help="A folder that convert or extract wrote, or trained elsewhere.")],
     repo: Annotated[str, typer.Argument(help="The model of the Hub, as org/name; it is created if it is not there.")],
     public: Annotated[bool, typer.Option("--public", help="Create it public.", show_default="private")] = False,
     revision: Annotated[
@@ -38,6 +38,12 @@ def upload(
     source_card: Annotated[
         Path | None,
         typer.Option("--source-card", help="README.md of the source, which has the license, if it was a folder."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--source", help="Of a folder trained elsewhere, which has no t5g2.json: the T5Gemma 2 that was trained."
+        ),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -55,6 +61,7 @@ def upload(
             create_pr=create_pr,
             card=card,
             source_card=theirs,
+            start=source,
             dry_run=dry_run,
             bars=told is not None,
             told=told,

@@ -10,10 +10,10 @@ or a random one.
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, SEAL
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, unverified
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.roles import SOURCE
 from t5g2convert.checkpoint.sources import Sources, percent
@@ -61,7 +61,7 @@ _LAYER: Final = re.compile(
 def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
     """Whether a folder claims to be what came of training `source`, with no word of this tool about it.
 
-    It is of the source's own model type, and has no t5g2.json; or the source's own, copied along, which does not fit it.
+    It is of the source's model type, and has no t5g2.json; or the source's, copied along, which does not fit it.
     """
     if not is_t5gemma2(source):
         return False
@@ -70,16 +70,11 @@ def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
             return False
         if not is_there(output / MANIFEST_FILE):
             return True
-        theirs, ours = (_unsealed(folder / MANIFEST_FILE) for folder in (source.path, output))
+        theirs, ours = (unverified(read_json_object(folder / MANIFEST_FILE)) for folder in (source.path, output))
     except CheckpointError:
         return False
     # What fits its manifest is a conversion, and was not trained.
     return theirs == ours and not judge_integrity(output, ours).passed
-
-
-def _unsealed(path: Path) -> dict[str, Any]:
-    """A manifest without what a verification writes into it."""
-    return {key: value for key, value in read_json_object(path).items() if key not in (SEAL, "verification")}
 
 
 def judge_trained_elsewhere(

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.checkpoint.manifest import read_manifest
-from t5g2convert.errors import OutputError, UsageError
+from t5g2convert.errors import CheckpointError, OutputError, UsageError
+from t5g2convert.publish.elsewhere import missing_manifest, read_elsewhere
 from t5g2convert.publish.frontmatter import Card, Value, parse_card
-from t5g2convert.publish.kinds import Kind, adapting, kind_of, loading
+from t5g2convert.publish.kinds import Kind, adapting, kind_elsewhere, kind_of, loading
 from t5g2convert.publish.license import KEYS as LICENSE
 from t5g2convert.publish.license import SourceLicense, license_text, read_license
 from t5g2convert.publish.markdown import code, fenced, table
 from t5g2convert.publish.origin import ROLES, Ancestor, ancestors, command, digest, is_hub_id
 from t5g2convert.publish.training import training
-from t5g2convert.publish.verification import Verification, read_verification, shown
+from t5g2convert.publish.verification import Verification, read_verification, shown, unrecorded
 
 CARD_FILE: Final = "README.md"
 MODES: Final = ("update", "replace", "keep")
@@ -44,10 +46,13 @@ class _Facts:
     verification: Verification | None
     license: SourceLicense
     repo: str
+    elsewhere: bool = False
 
 
-def model_card(folder: Path, *, repo: str, source_card: str | None, existing: str | None, mode: str) -> str | None:
-    """The card of a folder that this tool wrote.
+def model_card(
+    folder: Path, *, repo: str, source_card: str | None, existing: str | None, mode: str, start: Path | None = None
+) -> str | None:
+    """The card of a folder that this tool wrote, or that was trained elsewhere.
 
     Args:
         folder: The folder; its manifest and config.json are read, its weights are not.
@@ -56,6 +61,7 @@ def model_card(folder: Path, *, repo: str, source_card: str | None, existing: st
         existing: The card that is there; None if there is none.
         mode: `update` keeps an existing card's own words and metadata, and writes anew what an earlier card of this
             tool stated; `replace` writes all anew; `keep` leaves the card as it is.
+        start: The T5Gemma 2 that was trained, for a folder that was trained elsewhere and has no manifest.
 
     Returns:
         The card; None to leave the one that is there.
@@ -72,9 +78,21 @@ def model_card(folder: Path, *, repo: str, source_card: str | None, existing: st
     if mode == "keep":
         return None
     check_folder(folder)
-    manifest = read_manifest(folder)
+    facts = _facts(folder, repo, source_card) if start is None else _facts_elsewhere(folder, start, repo, source_card)
+    fresh = mode == "replace" or existing is None or not existing.strip()
+    return _merged(
+        facts, f"\n# {code(repo.rpartition('/')[2]) if repo else facts.kind.title}\n" if fresh else existing or ""
+    )
+
+
+def _facts(folder: Path, repo: str, source_card: str | None) -> _Facts:
+    """Those of a folder that this tool wrote."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        raise missing_manifest(error, folder) from None
     sources = ancestors(manifest, folder)
-    facts = _Facts(
+    return _Facts(
         kind=kind_of(
             read_json_object(folder / "config.json"), folder / "config.json", adapted="adaptation" in manifest
         ),
@@ -84,9 +102,22 @@ def model_card(folder: Path, *, repo: str, source_card: str | None, existing: st
         license=read_license(source_card, sources[0].address),
         repo=repo,
     )
-    fresh = mode == "replace" or existing is None or not existing.strip()
-    return _merged(
-        facts, f"\n# {code(repo.rpartition('/')[2]) if repo else facts.kind.title}\n" if fresh else existing or ""
+
+
+def _facts_elsewhere(folder: Path, start: Path, repo: str, source_card: str | None) -> _Facts:
+    """Those of a folder that was trained elsewhere: its own, and where its start is from."""
+    check_folder(start)
+    found = read_elsewhere(folder, start)
+    told = found.start or {"options": {}, "changes": []}
+    own = {"files": dict.fromkeys(found.files), "parameters": found.parameters, "trained_dtype": found.dtype}
+    return _Facts(
+        kind=kind_elsewhere(read_json_object(folder / "config.json"), folder / "config.json"),
+        manifest={**told, **own},
+        sources=found.sources,
+        verification=None,
+        license=read_license(source_card, found.sources[0].address),
+        repo=repo,
+        elsewhere=True,
     )
 
 
@@ -192,7 +223,7 @@ def _body(facts: _Facts, named: Value, *, owns_license: bool) -> Iterator[str]:
     yield from _provenance(facts)
     yield from ("## Parameters", _parameters(facts.manifest["parameters"]))
     yield "## Verification"
-    yield from shown(facts.verification)
+    yield from [unrecorded()] if facts.elsewhere else shown(facts.verification)
     yield "## How to load it"
     yield from loading(kind, files, facts.repo or ".")
     if not facts.repo:
@@ -227,6 +258,15 @@ def _differences(facts: _Facts) -> Iterator[str]:
 def _provenance(facts: _Facts) -> Iterator[str]:
     """The command, the map, the tool, and every file that was read."""
     manifest = facts.manifest
+    if facts.elsewhere:
+        yield (
+            f"It was trained elsewhere; its weights are {code(CONFIG_NAMES.get(manifest['trained_dtype'], 'mixed'))} "
+            "now. That is all that is known of its training."
+        )
+        if "tool" not in manifest:
+            yield "Of what was trained nothing tells how it was made."
+            return
+        yield "What was trained was made so:"
     mapped: list[list[str]] = []
     if "adaptation" in manifest:
         yield from training(manifest["adaptation"], manifest["options"], source=facts.sources[0].argument)

@@ -1,4 +1,7 @@
-"""What is sent of a folder: the files that its manifest lists, each with the sha256 that it tells, and nothing else."""
+"""What is sent of a folder: the files that its manifest lists, each with the sha256 that it tells, and nothing else.
+
+Of a folder that was trained elsewhere, which has no manifest, it is the files that loaders read by their names.
+"""
 
 import hashlib
 import io
@@ -10,11 +13,12 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template
 from t5g2convert.checkpoint.digest import PIECE_BYTES, sha256_of
-from t5g2convert.checkpoint.folder import check_folder
+from t5g2convert.checkpoint.folder import check_folder, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.checkpoint.place import regular_file
 from t5g2convert.errors import CheckpointError
 from t5g2convert.publish.card import CARD_FILE
+from t5g2convert.publish.elsewhere import files_of, missing_manifest
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
@@ -69,8 +73,11 @@ def finished_files(folder: Path, told: Callable[[str], None] | None = None) -> t
             details are all of them.
     """
     check_folder(folder)
-    _place(folder, MANIFEST_FILE)
-    manifest = read_manifest(folder)
+    try:
+        _place(folder, MANIFEST_FILE)
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        raise missing_manifest(error, folder) from None
     listed: Mapping[str, Mapping[str, Any]] = manifest["files"]
     if not listed:
         raise CheckpointError("lists no files", where=folder / MANIFEST_FILE)
@@ -87,6 +94,31 @@ def finished_files(folder: Path, told: Callable[[str], None] | None = None) -> t
         hint = "nothing was sent; convert again"
         raise CheckpointError(f"{len(faults)} file(s) cannot be sent", where=folder, details=faults, hint=hint)
     return tuple(sorted(files, key=lambda file: file.name))
+
+
+def elsewhere_files(folder: Path, told: Callable[[str], None] | None = None) -> tuple[LocalFile, ...]:
+    """The files of a folder that was trained elsewhere: those that loaders read, each as it is now, and no others.
+
+    Args:
+        folder: The folder.
+        told: Told of each file before it is read.
+
+    Raises:
+        CheckpointError: The folder is not sound, or files are links or no regular files; the details are all of them.
+    """
+    faults: list[str] = []
+    files: list[LocalFile] = []
+    for name in files_of(open_checkpoint(folder)):
+        if told is not None:
+            told(name)
+        try:
+            files.append(_checked(folder, name, None))
+        except CheckpointError as error:
+            faults.append(f"{name} {error.message}")
+    if faults:
+        hint = "nothing was sent; put the files themselves in place of links"
+        raise CheckpointError(f"{len(faults)} file(s) cannot be sent", where=folder, details=faults, hint=hint)
+    return tuple(files)
 
 
 def local_card(folder: Path) -> str | None:

@@ -1,7 +1,7 @@
 """The kinds of folders that have a card: what each is and is not, what loads it, and what is still to be done."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -36,11 +36,39 @@ class Kind:
     title: str
     pipeline: str
     tags: tuple[str, ...]
-    loader: Literal["AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModel"]
+    loader: Literal[
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForCausalLM",
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    ]
     what: str
     adapt: str
     part: Literal["encoder", "decoder"] | None = None
     images: bool = False
+
+
+def kind_elsewhere(config: Mapping[str, Any], where: Path) -> Kind:
+    """The kind of a folder that was trained elsewhere.
+
+    Raises:
+        CheckpointError: It is not T5Gemma 2, nor its encoder.
+    """
+    match config.get("model_type"):
+        case "t5gemma2":
+            return _elsewhere(config, images=_looks(config.get("encoder")))
+        case "t5gemma2_encoder":
+            kind = _encoder(images=_looks(config))
+            return replace(
+                kind,
+                title="The encoder of a T5Gemma 2, trained elsewhere",
+                what=(
+                    "The encoder of a T5Gemma 2, taken out and then **trained outside the tool that wrote this card**. "
+                    "What it was trained on and what it can do is not known here."
+                ),
+            )
+    raise CheckpointError(f"{describe_model_type(config)} has no card of this tool", where=where)
 
 
 def kind_of(config: Mapping[str, Any], where: Path, *, adapted: bool = False) -> Kind:
@@ -114,6 +142,38 @@ def _adapted(*, images: bool) -> Kind:
             "It was adapted already, and can be adapted further by the same command, or trained for a task. "
             "transformers trains this class as it is; the encoder's `attention_mask` must be given, as a tokenizer "
             "does."
+        ),
+        images=images,
+    )
+
+
+_CLASSIFIERS: Final[Mapping[str, tuple[str, Any]]] = {
+    "T5Gemma2ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "T5Gemma2ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+}
+"""The Hub's task and the loader of a class with a head of its own."""
+
+
+def _elsewhere(config: Mapping[str, Any], *, images: bool) -> Kind:
+    seen = " It reads images with the encoder." if images else " It reads text alone."
+    named = config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    pipeline, loader = _CLASSIFIERS.get(first, (IMAGES if images else TEXT, "AutoModelForSeq2SeqLM"))
+    return Kind(
+        title="T5Gemma 2, trained elsewhere",
+        pipeline=pipeline,
+        tags=("t5gemma2", "encoder-decoder"),
+        loader=loader,
+        what=(
+            "A T5Gemma 2 encoder-decoder that was **trained outside the tool that wrote this card**, with transformers "
+            "or another library. What it was trained on, for how long, and what it can do is not known here; who "
+            f"trained it can tell.{seen}"
+        ),
+        adapt=(
+            "transformers trains this class as it is; the encoder's `attention_mask` must be given, as a tokenizer "
+            "does. Its Trainer loses the encoder on resume "
+            "([transformers#48805](https://github.com/huggingface/transformers/issues/48805)): "
+            "`t5g2 verify FOLDER --source START` finds that out."
         ),
         images=images,
     )
@@ -198,6 +258,8 @@ def loading(kind: Kind, files: Collection[str], name: str) -> Iterator[str]:
         lines += ["", 'inputs = tokenizer("Once upon a time", return_tensors="pt")']
         if kind.loader == "AutoModel":
             lines.append("states = model(**inputs).last_hidden_state  # [texts, tokens, width]")
+        elif kind.loader.endswith("Classification"):
+            lines.append("scores = model(**inputs).logits")
         else:
             lines.append("written = model.generate(**inputs, max_new_tokens=20, do_sample=False)")
             lines.append("print(tokenizer.decode(written[0], skip_special_tokens=True))")

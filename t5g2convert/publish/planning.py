@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5g2convert.checkpoint.hubfiles import hub_api, silent_bar
-from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.checkpoint.place import is_there
 from t5g2convert.errors import HubError
 from t5g2convert.publish.asking import upload_errors
 from t5g2convert.publish.card import CARD_FILE, model_card
-from t5g2convert.publish.folder import LocalFile, finished_files, local_card
+from t5g2convert.publish.elsewhere import read_elsewhere
+from t5g2convert.publish.folder import LocalFile, elsewhere_files, finished_files, local_card
 from t5g2convert.publish.repository import MAIN, Access, Remote, head_of, left_over, read_remote, remote_text
 
 
@@ -56,6 +58,7 @@ def plan_upload(
     card: str,
     source_card: str | None,
     public: bool,
+    start: Path | None,
     tell: Callable[[str], None],
 ) -> Plan:
     """Compare what is here with what is there; every file is read, and nothing is changed.
@@ -67,6 +70,7 @@ def plan_upload(
         card: What becomes of README.md; see `model_card`.
         source_card: README.md of what the folder was made of, if it was no model of the Hub.
         public: A new model is to be public.
+        start: The T5Gemma 2 that was trained, for a folder that was trained elsewhere.
         tell: Told what is being done.
 
     Raises:
@@ -81,12 +85,15 @@ def plan_upload(
             raise HubError(f"has no revision {branch!r}", where=repo, hint="give a branch, or an open pull request")
         if head is None and branch != MAIN:
             head, new_branch = head_of(repo, MAIN), True
-    files = finished_files(folder, lambda name: tell(f"read {name}"))
+    if start is not None:
+        read_elsewhere(folder, start)
+    reading = finished_files if start is None else elsewhere_files
+    files = reading(folder, lambda name: tell(f"read {name}"))
     remote = read_remote(repo, head)
     notes = list(_notes(access, public))
     if source_card is None and card != "keep":
-        source_card = _source_card(folder, notes)
-    files = (*files, *_card(folder, remote, repo, card, source_card, notes))
+        source_card = _source_card(folder if start is None else start, notes)
+    files = (*files, *_card(folder, remote, repo, card, source_card, start, notes))
     remove = left_over(repo, remote, files)
     send = frozenset(file.name for file in remote.differing(files))
     new_branch = new_branch or (not access.exists and branch != MAIN)
@@ -101,14 +108,14 @@ def _notes(access: Access, public: bool) -> Iterator[str]:
 
 
 def _card(
-    folder: Path, remote: Remote, repo: str, mode: str, source_card: str | None, notes: list[str]
+    folder: Path, remote: Remote, repo: str, mode: str, source_card: str | None, start: Path | None, notes: list[str]
 ) -> Iterator[LocalFile]:
     """README.md, if it is to be sent: that of the Hub or, where there is none, of the folder, and what we add."""
     here, there = local_card(folder), None
     if CARD_FILE in remote.files and remote.revision is not None and mode == "update":
         there = remote_text(repo, remote.revision, CARD_FILE)
     existing = here if CARD_FILE not in remote.files else there
-    text = model_card(folder, repo=repo, source_card=source_card, existing=existing, mode=mode)
+    text = model_card(folder, repo=repo, source_card=source_card, existing=existing, mode=mode, start=start)
     if text is None and CARD_FILE not in remote.files:
         text = here
     if text is not None:
@@ -121,6 +128,8 @@ def _source_card(folder: Path, notes: list[str]) -> str | None:
     """README.md of the model of the Hub that the folder was made of; None, with a note, if it is not to be had."""
     from huggingface_hub import errors
 
+    if not is_there(folder / MANIFEST_FILE):
+        return None
     source = read_manifest(folder)["source"].get("hub")
     if source is None:
         return None

@@ -203,6 +203,8 @@ def left_over(repo: str, remote: Remote, files: Sequence[LocalFile]) -> list[str
     if remote.revision is not None and MANIFEST_FILE in remote.files and strangers:
         listed = _listed(remote_text(repo, remote.revision, MANIFEST_FILE))
     left = [name for name in strangers if name in listed and name not in {CARD_FILE, MANIFEST_FILE}]
+    # A manifest there tells of other files, where what is sent has none.
+    left += [name for name in strangers if name == MANIFEST_FILE]
     weights = [name for name in strangers if name not in left and name.endswith(WEIGHTS)]
     if weights:
         raise HubError(

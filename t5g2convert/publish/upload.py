@@ -75,6 +75,7 @@ def upload(
     create_pr: bool = False,
     card: str = "update",
     source_card: str | None = None,
+    start: Path | None = None,
     dry_run: bool = False,
     bars: bool = False,
     told: Told | None = None,
@@ -91,6 +92,8 @@ def upload(
         create_pr: Make a pull request to main.
         card: What becomes of README.md: `update`, `replace` or `keep`; see `model_card`.
         source_card: README.md of what the folder was made of, if it was no model of the Hub.
+        start: The T5Gemma 2 that was trained, for a folder that was trained elsewhere and has no manifest: of that the
+            files are sent which loaders read.
         dry_run: Change nothing, and tell what would be done.
         bars: Let the Hub's client show its progress on stderr.
         told: Told what is being done.
@@ -113,6 +116,7 @@ def upload(
             card=card,
             source_card=source_card,
             public=public,
+            start=start,
             tell=tell,
         )
         if dry_run:

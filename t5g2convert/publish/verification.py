@@ -42,6 +42,14 @@ def read_verification(manifest: Mapping[str, Any], folder: Path) -> Verification
     return None if found is None else parse_section(Verification, found, folder / MANIFEST_FILE, "verification")
 
 
+def unrecorded() -> str:
+    """What a card says of a folder that has no manifest to record a verification in, in Markdown."""
+    return (
+        "**Not recorded.** `t5g2 verify FOLDER --source START` tells what of it has moved, how far, and whether "
+        "settings, tokens and the vision tower are still those of what was trained."
+    )
+
+
 def shown(verification: Verification | None) -> Iterator[str]:
     """The verification in Markdown, a paragraph or block at a time."""
     if verification is None:

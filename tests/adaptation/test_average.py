@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5g2convert import CheckpointError, Conversion, UsageError, verify
+from t5g2convert import CheckpointError, Conversion, OutputError, UsageError, verify
 from t5g2convert.adaptation import pieces as reader
 from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.export import export
@@ -31,6 +32,7 @@ from tests.adaptation.runs import (
     write_run,
 )
 from tests.conftest import TwinFolder
+from tests.parity.elsewhere import change, copied, train, write_start
 
 
 @dataclass(frozen=True)
@@ -298,3 +300,52 @@ def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:
         [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) * 1024 < 16 << 20, "a second pass takes no more than the first block"
+
+
+def fill(number: int, tensors: Tensors) -> None:
+    tensors["model.decoder.norm.weight"].fill_(number)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`start`, a conversion, and `run` as transformers' Trainer leaves it after three saves."""
+    root = tmp_path_factory.mktemp("trainer")
+    start = write_start(root)
+    for number, dtype in ((9, torch.float32), (10, torch.float32), (100, torch.bfloat16)):
+        folder = train(start, root / f"run/checkpoint-{number}", dtype=dtype)
+        change(folder, partial(fill, number))
+        (folder / "optimizer.pt").write_bytes(b"never opened")
+    return root
+
+
+def test_the_mean_of_checkpoints_of_transformers_is_trained_elsewhere(trainer: Path, tmp_path: Path) -> None:
+    average(trainer / "run", 2, tmp_path / "out", model=trainer / "start", dtype="float32")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found["model.decoder.norm.weight"].tolist() == [55.0] * 48, "steps 10 and 100, by number"
+    name = "model.encoder.layers.3.mlp.up_proj.weight"
+    two = [load_file(trainer / f"run/checkpoint-{n}/model.safetensors")[name].double() for n in (10, 100)]
+    assert torch.equal(found[name], ((two[0] + two[1]) / 2).float())
+    assert not (tmp_path / "out/t5g2.json").exists()
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    report = verify(tmp_path / "out", trainer / "start")
+    assert report.passed, report.failed
+    assert report.remarks[0].startswith("trained elsewhere")
+
+
+def test_checkpoints_of_transformers_that_cannot_be_averaged_are_refused(trainer: Path, tmp_path: Path) -> None:
+    run = copied(trainer / "run", tmp_path / "run")
+    with pytest.raises(UsageError, match="do not tell what was trained"):
+        average(run, 2, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="has 3 checkpoints, 4 were asked for"):
+        average(run, 4, tmp_path / "out", model=trainer / "start")
+    tower = "model.encoder.vision_tower.vision_model.post_layernorm.weight"
+    change(run / "checkpoint-10", lambda tensors: tensors.update({tower: tensors[tower] + 1}))
+    with pytest.raises(CheckpointError, match="vision tower was trained too"):
+        average(run, 2, tmp_path / "out", model=trainer / "start")
+    change(run / "checkpoint-100", lambda tensors: tensors.update({"score.out_proj.weight": tensors.pop(tower)}))
+    with pytest.raises(CheckpointError, match="2 tensor") as error:
+        average(run, 1, tmp_path / "out", model=trainer / "start")
+    assert set(error.value.details) == {f"{tower} is missing", "score.out_proj.weight is not one of the model"}
+    with pytest.raises(OutputError, match="lies inside"):
+        average(run, 1, run / "checkpoint-9/out", model=trainer / "start")
+    assert not (tmp_path / "out").exists()
