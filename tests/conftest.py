@@ -14,6 +14,7 @@ from t5g2convert import convert
 from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import WeightMap
+from tests import small_shards as small_shards
 
 # Generated cases are the same in every run; a failure can be had again.
 settings.register_profile("t5g2", derandomize=True, deadline=None)

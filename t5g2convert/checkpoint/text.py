@@ -11,6 +11,12 @@ from t5g2convert.errors import CheckpointError
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
+Activation = Literal[
+    "gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "hardswish", "leaky_relu", "linear", "mish",
+    "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh",
+]  # fmt: skip
+"""The activation functions of transformers that the reference passes compute; what they cannot judge is refused."""
+
 
 class TextStack(ConfigSection):
     """One text stack; a default stands where the classes of transformers have one and the same."""
@@ -22,7 +28,7 @@ class TextStack(ConfigSection):
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
-    hidden_activation: str = "gelu_pytorch_tanh"
+    hidden_activation: Activation = "gelu_pytorch_tanh"
     max_position_embeddings: Size = 131_072
     initializer_range: Number = 0.02
     rms_norm_eps: Positive = 1e-6
@@ -73,7 +79,7 @@ class SiglipTower(ConfigSection):
     num_channels: Size = 3
     image_size: Size
     patch_size: Size
-    hidden_act: str = "gelu_pytorch_tanh"
+    hidden_act: Activation = "gelu_pytorch_tanh"
     layer_norm_eps: Positive = 1e-6
     attention_dropout: Number = 0.0
 

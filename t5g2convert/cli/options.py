@@ -8,19 +8,26 @@ from typing import Annotated, Final, Literal
 import typer
 
 _UNITS: Final = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    "": 1, "B": 1,
+    "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+"""Decimal and binary as in transformers: GB is 10^9 bytes, GiB is 2^30; the B may be left out."""
+
+SMALLEST_SHARD = 10**6
+"""Bytes below which a size is a slip of the pen, as 5 for 5G: a model would become thousands of files."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `5GB`, `500MB`, `4GiB` or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    """Return the bytes of `5G`, `5GB`, `500MB`, `4GiB` or a plain number, in any case of letters."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
-        raise typer.BadParameter(f"{text!r} is not a size; write 5GB, 500MB or 4GiB")
+        raise typer.BadParameter(f"{text!r} is not a size; write 5G, 500MB or 4GiB")
     size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
-    if not 1 <= size < 2**63:
-        raise typer.BadParameter(f"{text!r} is no size that a file can have")
+    if size < SMALLEST_SHARD:
+        raise typer.BadParameter(f"{text!r} is below 1 MB, the smallest size of a file; write 5G, 500MB or 4GiB")
+    if size >= 2**63:
+        raise typer.BadParameter(f"{text!r} is more than a file can have; write 5G, 500MB or 4GiB")
     return size
 
 
@@ -134,5 +141,9 @@ DropHeadsOption = Annotated[
 ]
 ShardOption = Annotated[
     str,
-    typer.Option("--max-shard-size", help="Largest sum of tensors in one file, as 5GB, 500MB or 4GiB.", metavar="SIZE"),
+    typer.Option(
+        "--max-shard-size",
+        help="Largest sum of tensors in one file, as 5G, 500MB or 4GiB; 1MB at least.",
+        metavar="SIZE",
+    ),
 ]

@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.changes import setting
 from t5g2convert.conversion.layers import with_full_attention, written
 from t5g2convert.conversion.layout import Draft
-from t5g2convert.conversion.options import KEEP, Options
+from t5g2convert.conversion.options import KEEP, SMALLEST_WINDOW, Options
 from t5g2convert.conversion.plan import Change
 from t5g2convert.conversion.vocabulary import has_names
 from t5g2convert.mapping.collector import flag
@@ -54,6 +54,7 @@ def plan_notes(
     yield from _images(resolution, drafts)
     if config["model_type"] == t5gemma.MODEL_TYPE and resolution.values.get("attn_logit_softcapping"):
         yield "load it with attn_implementation='eager': what transformers 5.0 takes otherwise computes something else"
+    yield from _windows(config)
     if config["dtype"] == "float16":
         yield _half(config)
     dtypes = sorted({draft.dtype for draft in drafts})
@@ -117,6 +118,17 @@ def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 f"{path}.attention_dropout is {own}, but transformers trains all parts with that at the top, "
                 f"{config['attention_dropout']}"
+            )
+
+
+def _windows(config: Mapping[str, Any]) -> Iterator[str]:
+    """Windows that transformers cannot generate with."""
+    for part, stack in target_of(config, Path("config.json")).stacks.items():
+        kinds, window = (setting(config, f"{stack}{name}") for name in ("layer_types", "sliding_window"))
+        if part == "decoder" and kinds and "sliding_attention" in kinds and window < SMALLEST_WINDOW:
+            yield (
+                f"sliding_window is {window}: generate fails in transformers with a cache; give it use_cache=False, or "
+                f"convert with --sliding-window {SMALLEST_WINDOW}"
             )
 
 

@@ -27,6 +27,9 @@ PROJECTORS: Final = ("copy", "zeros", "aligned")
 TABLES: Final[Mapping[str, Role]] = {"source": SOURCE, "decoder-from": DECODER_FROM}
 """`--embedding-from`, and the role that it names."""
 
+SMALLEST_WINDOW: Final = 2
+"""With a window of 1, T5Gemma 2's generate with a cache fails in transformers 5.24: keys and mask differ by one."""
+
 PARTS: Final = ("encoder", "decoder")
 """What `part` may take out of an encoder-decoder."""
 
@@ -125,8 +128,11 @@ class Options:
             raise UsageError(f"a ridge of {self.ridge} has no meaning", hint="0 or more; 1e-6 is little")
         if self.ridge and self.projector != "aligned":
             raise UsageError("--ridge is for --projector aligned")
-        if self.sliding_window is not None and not 0 < self.sliding_window <= MAX_INTEGER:
-            raise UsageError(f"a sliding window of {self.sliding_window} tokens has no meaning")
+        if self.sliding_window is not None and not SMALLEST_WINDOW <= self.sliding_window <= MAX_INTEGER:
+            raise UsageError(
+                f"a sliding window of {self.sliding_window} tokens is out of range",
+                hint=f"expected {SMALLEST_WINDOW} to {MAX_INTEGER}",
+            )
         if (factor := self._rope_factor()) is not None:
             # One spelling of a number, so that one conversion has one manifest.
             text = str(int(factor)) if factor.is_integer() else str(factor)

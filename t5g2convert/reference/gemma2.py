@@ -7,7 +7,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma2 import read_gemma2
-from t5g2convert.reference.layers import GemmaLayer, activation
+from t5g2convert.reference.layers import GemmaLayer
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.settings import Kernel, gemma2_text
 from t5g2convert.reference.stack import Run, Stack
@@ -32,7 +32,6 @@ class Gemma2Reference:
 
     def __init__(self, checkpoint: Checkpoint, *, kernel: Kernel = "eager", **reading: Unpack[ReadOptions]) -> None:
         self.model = read_gemma2(checkpoint.config, checkpoint.path / "config.json")
-        activation(self.model.text.hidden_activation)
         self.weights = Weights(checkpoint, **reading)
         root = only_prefix(list(checkpoint.tensors), "embed_tokens.weight", checkpoint)
         self.text = Stack(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.gemma3 import read_gemma3
-from t5g2convert.reference.layers import GemmaLayer, activation
+from t5g2convert.reference.layers import GemmaLayer
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.settings import Kernel, gemma3_text, gemma3_vision
 from t5g2convert.reference.stack import Run, Stack
@@ -42,7 +42,6 @@ class Gemma3Reference:
     ) -> None:
         model = read_gemma3(checkpoint.config, checkpoint.path / "config.json", checkpoint.tensors)
         self.model = model
-        activation(model.text.hidden_activation)
         self.weights = Weights(checkpoint, **reading)
         names = list(checkpoint.tensors)
         root = only_prefix(names, "embed_tokens.weight", checkpoint)

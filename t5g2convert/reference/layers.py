@@ -3,6 +3,7 @@
 Sources: transformers 5.23, models/gemma2, gemma3 and t5gemma2; arXiv 2512.14856, section 2, for merged attention.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
@@ -11,29 +12,57 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t5g2convert.errors import CheckpointError
+from t5g2convert.checkpoint.text import Activation
 from t5g2convert.reference.attention import Keys, attend, attend_fused
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.rope import Rotation, rotate
 from t5g2convert.reference.settings import Kernel, TextSettings
 
-ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
-    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+
+def _gelu_new(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def _gelu_fast(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+def _gelu_python(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return torch.square(functional.relu(x))
+
+
+def _linear(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS: Final[Mapping[Activation, Callable[[Tensor], Tensor]]] = {
     "gelu": functional.gelu,
-    "silu": functional.silu,
+    "gelu_fast": _gelu_fast,
+    "gelu_new": _gelu_new,
+    "gelu_python": _gelu_python,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "hardswish": functional.hardswish,
+    "leaky_relu": functional.leaky_relu,
+    "linear": _linear,
+    "mish": functional.mish,
+    "quick_gelu": _quick_gelu,
     "relu": functional.relu,
+    "relu2": _relu2,
+    "relu6": functional.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "tanh": torch.tanh,
 }
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation function that a config names.
-
-    Raises:
-        CheckpointError: It is none that the passes know.
-    """
-    if name not in ACTIVATIONS:
-        raise CheckpointError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+"""By their names in config.json; orders of operations are those of `transformers.activations`."""
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +89,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
-        self.activation = activation(settings.hidden_activation)
+        self.activation = ACTIVATIONS[settings.hidden_activation]
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""

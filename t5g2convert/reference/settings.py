@@ -9,7 +9,7 @@ from t5g2convert.checkpoint.gemma2 import Gemma2, Gemma2Text
 from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text
 from t5g2convert.checkpoint.t5gemma import T5Gemma
 from t5g2convert.checkpoint.t5gemma2 import Stack, T5Gemma2Encoder
-from t5g2convert.checkpoint.text import LayerType, SiglipTower
+from t5g2convert.checkpoint.text import Activation, LayerType, SiglipTower
 
 Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""
@@ -40,7 +40,7 @@ class TextSettings:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    hidden_activation: str
+    hidden_activation: Activation
     rms_norm_eps: float
     attention_bias: bool
     query_pre_attn_scalar: float
@@ -65,7 +65,7 @@ class VisionSettings:
     num_channels: int
     image_size: int
     patch_size: int
-    hidden_act: str
+    hidden_act: Activation
     layer_norm_eps: float
     mm_tokens_per_image: int
     image_token_index: int

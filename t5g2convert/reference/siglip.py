@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from t5g2convert.errors import CheckpointError
 from t5g2convert.reference.attention import attend_fused
-from t5g2convert.reference.layers import RMSNorm, activation
+from t5g2convert.reference.layers import ACTIVATIONS, RMSNorm
 from t5g2convert.reference.settings import VisionSettings
 
 
@@ -62,7 +62,7 @@ class VisionMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(settings.hidden_size, settings.intermediate_size)
         self.fc2 = nn.Linear(settings.intermediate_size, settings.hidden_size)
-        self.activation = activation(settings.hidden_act)
+        self.activation = ACTIVATIONS[settings.hidden_act]
 
     def forward(self, x_BPC: Tensor) -> Tensor:
         """[B, P, C] to [B, P, C]."""

@@ -579,6 +579,7 @@ def test_head_gets_its_line(demo_source: Path) -> None:
 
 SLOW_WRITES: Final = """
 import os, sys, time
+import tests.small_shards
 from t5g2convert.cli.main import main
 from t5g2convert.conversion import writer
 

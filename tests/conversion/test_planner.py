@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from t5g2convert import CheckpointError, Plan, UsageError, plan
+from t5g2convert import CheckpointError, Plan, UsageError, convert, plan, verify
 from t5g2convert.conversion.plan import Change
 from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.library import find_map
@@ -297,3 +297,55 @@ def test_a_float16_output_is_noted_with_what_to_load_it_in(
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_a_part_in_float16_is_noted_too(part: str, converted_twin: TwinFolder) -> None:
     assert any(HALF in note for note in plan(converted_twin("images-8"), part=part, dtype="float16").notes)
+
+
+ACTIVATED = [
+    ("text-8", "hidden_activation"),
+    ("images-8", "vision_config.hidden_act"),
+    ("gemma2-5", "hidden_activation"),
+]
+
+
+def with_activation(source: Path, target: Path, path: str, name: str) -> Path:
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    section, _, key = path.rpartition(".")
+    (config[section] if section else config)[key] = name
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(("twin", "path"), ACTIVATED)
+def test_an_activation_that_verify_cannot_judge_is_refused(
+    twin: str, path: str, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    source = with_activation(twin_folder(twin), tmp_path / "source", path, "laplace")
+    with pytest.raises(CheckpointError, match=f"{path.rpartition('.')[2]}: Input should be"):
+        plan(source)
+
+
+@pytest.mark.parametrize("name", ["quick_gelu", "gelu_new", "relu2"])
+@pytest.mark.parametrize(("twin", "path"), ACTIVATED)
+def test_other_activations_of_transformers_are_converted_and_judged(
+    twin: str, path: str, name: str, twin_folder: TwinFolder, tmp_path: Path
+) -> None:
+    source = with_activation(twin_folder(twin), tmp_path / "source", path, name)
+    convert(source, tmp_path / "out")
+    assert verify(tmp_path / "out", source).passed
+
+
+@pytest.mark.parametrize("window", [-1, 0, 1, 2**31])
+def test_a_window_that_nothing_can_generate_with_is_refused(window: int, twin_folder: TwinFolder) -> None:
+    with pytest.raises(UsageError, match=r"a sliding window of .* is out of range \(expected 2 to"):
+        plan(twin_folder("text-8"), sliding_window=window)
+    assert plan(twin_folder("text-8"), sliding_window=2).config["decoder"]["sliding_window"] == 2
+
+
+def test_a_source_with_a_window_of_1_is_noted(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    shutil.copytree(twin_folder("text-8"), tmp_path / "source")
+    config = json.loads((tmp_path / "source/config.json").read_text()) | {"sliding_window": 1}
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    (told,) = [note for note in plan(tmp_path / "source").notes if "generate fails" in note]
+    assert told.endswith("give it use_cache=False, or convert with --sliding-window 2")
+    assert not any("generate fails" in note for note in plan(tmp_path / "source", sliding_window=2).notes)
+    assert not any("generate fails" in note for note in plan(twin_folder("text-8")).notes)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from t5g2convert.cli.main import main
+from tests import small_shards as small_shards
 from tests.faults.scene import contents
 from tests.faults.server import warm_up
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Final
 
 from t5g2convert.cli.main import main
+from tests import small_shards as small_shards
 
 PR_SET_PTRACER: Final = 0x59616D61
 

@@ -150,9 +150,9 @@ def line_of(stream: IO[str] | None) -> str:
 def start_and_trace(
     arguments: Sequence[str | Path], folder: Path, calls: str, paths: Iterable[str] = (), *inject: str
 ) -> Run:
-    """Run `python -m t5g2convert` under strace from its first instruction; a second or more."""
+    """Run `t5g2` under strace from its first instruction; a second or more."""
     assert STRACE is not None
-    tool = [sys.executable, "-m", "t5g2convert", *arguments]
+    tool = [sys.executable, "-m", "tests.small_shards", *arguments]
     command = [STRACE, *_options(folder / "log", calls, paths, inject), *tool]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     return Run(done.returncode, done.stderr, parse((folder / "log").read_text()))

@@ -110,7 +110,16 @@ def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_O2_a_file_larger_than_the_limit_on_files(wordy: Path, tmp_path: Path, limit: int, where: str) -> None:
     target = tmp_path / "new/out"
-    command = [sys.executable, "-m", "t5g2convert", "convert", wordy, target, "--max-shard-size", str(SHARD_BYTES)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.small_shards",
+        "convert",
+        wordy,
+        target,
+        "--max-shard-size",
+        str(SHARD_BYTES),
+    ]
     done = subprocess.run(
         command,
         check=False,

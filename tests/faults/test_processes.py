@@ -23,6 +23,7 @@ STARTED_TOGETHER: Final = """
 import sys
 from t5g2convert.cli.main import main
 import t5g2convert.conversion.convert
+import tests.small_shards
 print("ready", flush=True)
 sys.stdin.readline()
 main(sys.argv[1:])

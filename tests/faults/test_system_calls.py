@@ -113,7 +113,7 @@ def test_O2_a_shard_cannot_be_read_back_to_be_hashed(scene: Scene, fault: str, r
 def test_O4_a_process_with_its_own_start_up_is_no_different(
     scene: Scene, calls: str, fault: str, record_property: Record
 ) -> None:
-    """`python -m t5g2convert` under strace from its first instruction, against the forks of the other tests."""
+    """`t5g2` under strace from its first instruction, against the forks of the other tests."""
     paths = scene.paths("new")
     scene.lay("new")
     run = start_and_trace(scene.arguments("new"), scene.folder, calls, paths, f"{calls}:{INJECTED[fault]}:when=1")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from t5g2convert import convert
 from tests.hub_server import Fault, Repo
 from tests.publish.scene import HASTY, RUN, Scene
 
@@ -103,7 +104,7 @@ def test_H2_xet_is_asked_again(scene: Scene) -> None:
 
 
 def test_H2_what_was_sent_before_a_failure_is_not_sent_again(scene: Scene) -> None:
-    scene.good("convert src sharded --max-shard-size 300KB --no-flush")
+    convert(scene.folder / "src", scene.folder / "sharded", max_shard_bytes=300_000, flush=False)
     line = "upload sharded ann/model --card keep"
     # All but the first file: the client tries six times.
     scene.hub.faults = [Fault("/lfs-put/", 1, method="PUT")]

@@ -1,0 +1,15 @@
+"""The command line, cutting files as small as the tiny models of tests need: `python -m tests.small_shards convert ...`
+
+A user's are 1 MB at least. To import it is enough.
+"""
+
+from t5g2convert.cli import options
+
+SMALLEST_FOR_USERS = options.SMALLEST_SHARD
+
+options.SMALLEST_SHARD = 1
+
+if __name__ == "__main__":
+    from t5g2convert.__main__ import main
+
+    main()
