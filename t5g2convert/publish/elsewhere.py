@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, held
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, unverified
 from t5g2convert.checkpoint.place import is_there
@@ -80,7 +81,7 @@ def _beside(folder: Checkpoint) -> Iterator[str]:
 
     # An index beside a single file is one that no loader reads.
     index = () if tuple(folder.files) == (SINGLE_FILE,) else (INDEX_FILE,)
-    yield from (name for name in (*KNOWN, *index) if is_there(folder.path / name))
+    yield from held(folder, (*KNOWN, TEMPLATES_FOLDER, *index))
 
 
 def _check_elsewhere(trained: Checkpoint, start: Checkpoint, told: Mapping[str, Any] | None) -> None:
