@@ -281,7 +281,7 @@ class WeightMap(Declaration):
     )
     generation_config: dict[str, Any] | None = Field(
         default=None,
-        description="What generation_config.json of the target gets where that of the source lacks it, in the same form; "
+        description="What generation_config.json of the target gets where the source has none, in the same form; "
         "all else in it is carried. None for what writes no text.",
     )
     files: Files = Field(default=Files())
