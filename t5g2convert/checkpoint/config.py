@@ -13,15 +13,15 @@ MAX_INTEGER: Final = 2**31 - 1
 """Largest size and largest token id that makes sense."""
 
 
-def _whole(value: object) -> object:
+def whole(value: object) -> object:
     """256 for 256.0: JSON knows one kind of number, strict readers of the output ask for an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Size = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=MAX_INTEGER)]
+Size = Annotated[int, BeforeValidator(whole), Field(gt=0, le=MAX_INTEGER)]
 MAX_DEPTH: Final = 10_000
-Depth = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_DEPTH)]
-Token = Annotated[int, BeforeValidator(_whole), Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+Depth = Annotated[int, BeforeValidator(whole), Field(ge=0, le=MAX_DEPTH)]
+Token = Annotated[int, BeforeValidator(whole), Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

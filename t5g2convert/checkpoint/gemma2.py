@@ -18,6 +18,7 @@ from t5g2convert.checkpoint.config import (
     describe_model_type,
     parse_section,
     refuse_bidirectional,
+    whole,
 )
 from t5g2convert.checkpoint.known_settings import GEMMA2
 from t5g2convert.checkpoint.rope import read_rope
@@ -126,7 +127,7 @@ def _layer_types(fields: Mapping[str, Any]) -> object:
     """The listed kinds, or sliding and full by turns where none are listed."""
     if fields.get("layer_types") is not None:
         return fields["layer_types"]
-    depth = fields.get("num_hidden_layers", 26)
+    depth = whole(fields.get("num_hidden_layers", 26))
     if type(depth) is not int or depth > MAX_DEPTH:
         return []  # num_hidden_layers is refused by its own name
     return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(depth)]

@@ -25,6 +25,7 @@ from t5g2convert.checkpoint.config import (
     parse_section,
     refuse_bidirectional,
     subsection,
+    whole,
 )
 from t5g2convert.checkpoint.known_settings import GEMMA3, GEMMA3_TEXT, SIGLIP
 from t5g2convert.checkpoint.rope import read_layer_ropes
@@ -248,14 +249,14 @@ def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
     """The listed kinds, or five sliding and one full repeating where only a pattern is given."""
     if fields.get("layer_types") is not None:
         return fields["layer_types"]
-    pattern = fields.get("sliding_window_pattern", 6)
+    pattern = whole(fields.get("sliding_window_pattern", 6))
     if fields.get("_sliding_window_pattern", pattern) != pattern:
         raise CheckpointError(
             f"_sliding_window_pattern is {fields['_sliding_window_pattern']!r}, which readers take for {pattern!r}",
             where=where,
             hint="list the kinds in layer_types",
         )
-    depth = fields.get("num_hidden_layers", 26)
+    depth = whole(fields.get("num_hidden_layers", 26))
     if type(depth) is not int or depth > MAX_DEPTH:
         return []  # num_hidden_layers is refused by its own name
     if type(pattern) is not int or pattern < 1:
@@ -267,7 +268,7 @@ def _notes(config: Mapping[str, Any], fields: Mapping[str, Any], text: Gemma3Tex
     """Settings that say other than the ones that win over them."""
     dot = f"{section}." if section else ""
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
-        pattern = fields.get(name)
+        pattern = whole(fields.get(name))
         if (
             "layer_types" in fields
             and pattern is not None

@@ -301,7 +301,8 @@ class WeightMap(Declaration):
     )
     generation_config: dict[str, Any] | None = Field(
         default=None,
-        description="generation_config.json of the target, in the same form; none for what writes no text.",
+        description="What generation_config.json of the target gets where the source has none, in the same form; "
+        "all else in it is carried. None for what writes no text.",
     )
     files: Files = Field(default=Files())
 

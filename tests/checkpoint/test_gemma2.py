@@ -145,7 +145,7 @@ WRONG: Mapping[str, list[Any]] = {
     "vocab_size": [0, -1, 2.5, "300", True, 2**40],
     "hidden_size": ["x", 0],
     "intermediate_size": ["9216"],
-    "num_hidden_layers": [0, 20_000, "5", 5.0, True],
+    "num_hidden_layers": [0, 20_000, "5", 5.5, True],
     "num_attention_heads": [0],
     "num_key_value_heads": [0, "1"],
     "head_dim": [0, "256"],

@@ -380,7 +380,7 @@ WRONG: Mapping[str, list[Any]] = {
     "rope_theta": ["1e6", True, 0, -1e6, [1]],
     "rope_local_base_freq": ["1e4", 0.0],
     "rope_scaling": ["linear", 8.0, ["linear"]],
-    "sliding_window_pattern": ["6", 0, -6, 6.0, True],
+    "sliding_window_pattern": ["6", 0, -6, 6.5, True],
 }
 
 

@@ -20,6 +20,7 @@ def spelled_otherwise(text: dict[str, Any]) -> None:
         "hidden_size": 24.0, "num_hidden_layers": 8.0, "head_dim": 10.0, "max_position_embeddings": 128.0,
         "bos_token_id": 2.0, "eos_token_id": [1.0],
     }  # fmt: skip
+    del text["layer_types"]
     text["rope_parameters"] = {
         "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000, "factor": 8},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000},
