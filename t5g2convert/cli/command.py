@@ -1,12 +1,13 @@
-"""What all commands have in common: an argument that is empty, of a variable that was not set, is refused."""
+"""What all commands have in common: a path that is empty, as of a variable that is not set, is refused."""
 
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
-TEXTS: Final = {"prompt", "repo", "split", "subset", "column"}
-"""Options whose value is text that may be empty."""
+ORIGINS: Final = {"source", "decoder_from", "vision_from", "mapping", "dataset", "against"}
+"""Options that take a folder, a file, or something else by its name."""
 
 
 class Command(TyperCommand):
@@ -16,15 +17,22 @@ class Command(TyperCommand):
         """Parse the command line.
 
         Raises:
-            typer.BadParameter: The value of an argument, or of an option that is not plain text, is empty or blank.
+            typer.BadParameter: The value of an argument, or of an option that takes a path, is empty or blank.
         """
         if not ctx.resilient_parsing:
+            hints = get_type_hints(self.callback) if self.callback is not None else {}
             given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
             for parameter in self.get_params(ctx):
-                value = given.get(str(parameter.name))
+                name, is_option = str(parameter.name), parameter.param_type_name == "option"
+                value = given.get(name)
                 values = value if isinstance(value, list | tuple) else [value]
-                is_text = parameter.param_type_name == "option" and parameter.name in TEXTS
-                if not is_text and any(isinstance(each, str) and not each.strip() for each in values):
-                    named = parameter.opts[0] if parameter.param_type_name == "option" else parameter.opts[0].upper()
-                    raise typer.BadParameter(f"{named} is empty (is a variable not set?)", ctx=ctx)
+                if is_option and name not in ORIGINS and not _holds_path(hints.get(name)):
+                    continue
+                if any(isinstance(each, str) and not each.strip() for each in values):
+                    shown = parameter.opts[0] if is_option else parameter.opts[0].upper()
+                    raise typer.BadParameter(f"{shown} is empty (is a variable not set?)", ctx=ctx)
         return super().parse_args(ctx, args)
+
+
+def _holds_path(hint: Any) -> bool:
+    return hint is Path or any(_holds_path(part) for part in get_args(hint))

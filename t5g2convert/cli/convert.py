@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     from t5g2convert.parity.report import Report
 
 
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an output of t5g2 that is there, at the very end; a folder with anything else in it is refused.",
+    ),
+]
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
 ]

@@ -1,5 +1,6 @@
 """`t5g2 verify`, and the verification at the end of `t5g2 convert --verify`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from t5g2convert.errors import OutputError, UsageError, VerificationError
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
@@ -70,6 +71,7 @@ def verify(
     """Judge a conversion: files, bytes, settings, and what both models compute. Exits 6 if anything is wrong."""
     from t5g2convert.parity.verify import verify as judge
 
+    _check_reports([junit, html], [output, source, decoder_from, vision_from, mapping, text, image])
     # A verification takes minutes; a report that cannot be written is refused before.
     check_reports(junit, html)
     with shown_progress() as progress:
@@ -95,6 +97,21 @@ def verify(
         print_report(report, console())
     if not report.passed:
         raise typer.Exit(VerificationError.exit_code)
+
+
+def _check_reports(reports: "Sequence[Path | None]", inputs: "Sequence[Path | str | None]") -> None:
+    """Refuse reports that would be written over what is read.
+
+    Raises:
+        OutputError: One would.
+    """
+    from t5g2convert.checkpoint.hub import parse_id
+    from t5g2convert.conversion.target import check_report
+
+    read = [Path(given) for given in inputs if given is not None and parse_id(str(given)) is None]
+    for path in reports:
+        if path is not None:
+            check_report(path, *(given for given in read if os.path.exists(given)))  # noqa: PTH110
 
 
 def write_reports(report: "Report", junit: Path | None, html: Path | None) -> None:

@@ -1,5 +1,6 @@
 """`convert`: plan, write, put in place."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,9 @@ def prepare(
     _check_resumable(hashing=hashing, resume=resume)
     given = given_folders(source, wanted.decoder_from, wanted.vision_from)
     mapping = Path(wanted.mapping or "")
-    check_target(output, *given, *([mapping] if mapping.is_file() else []), overwrite=overwrite)
+    # `os.path` here and in `target`: Path's methods raise for a name that is too long, of which later steps tell.
+    read = [*given, *([mapping] if os.path.isfile(mapping) else [])]  # noqa: PTH113
+    check_target(output, *read, overwrite=overwrite)
     plan, sources = open_and_plan(source, **options)
     if overwrite:
         # The Hub's cache is known by now, and its links.

@@ -88,7 +88,7 @@ def check_ours(
     foreign = [_shown(name, status) for name, status in found.items() if not _is_listed(name, status, listed)]
     if foreign:
         raise OutputError(
-            f"holds what t5g2 did not write, and is not replaced: {some(foreign)}",
+            f"holds more than the output that t5g2 wrote, and is not replaced: {some(foreign)}",
             where=folder,
             hint="move that away, or choose another folder",
             details=sorted(foreign) if len(foreign) > 1 else (),

@@ -104,7 +104,7 @@ def check_apart(target: Path, *inputs: Path) -> None:
         )
     cleared = (*_working(real), real / INSIDE)
     for given in inputs:
-        what = "the source folder" if not given.is_file() else f"{given}, which is read"
+        what = "the source folder" if not os.path.isfile(given) else f"{given}, which is read"  # noqa: PTH113
         read = real_path(given)
         if real == read or read.is_relative_to(real) or real.is_relative_to(read):
             relation = "is" if real == read else "contains" if read.is_relative_to(real) else "lies inside"
@@ -152,7 +152,7 @@ def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_l
 def _check_replaceable(target: Path, listing: Listing) -> None:
     """Refuse to replace a folder that is not an output of ours and nothing else, or that cannot be renamed."""
     real = real_path(target)
-    if target.is_symlink():
+    if os.path.islink(target):  # noqa: PTH114
         raise OutputError(
             "is a link, and what it leads to is not replaced", where=target, hint=f"give that folder itself: {real}"
         )
@@ -196,6 +196,22 @@ def check_not_linked(target: Path, inputs: Iterable[Path]) -> None:
                     )
 
 
+def check_report(path: Path, *inputs: Path) -> None:
+    """Refuse to write a report over a file that is read.
+
+    Raises:
+        OutputError: It is one, or lies in a folder that is read and does not look like an older report.
+    """
+    real = real_path(path)
+    for given in inputs:
+        read = real_path(given)
+        is_report = real.suffix.lower() in (".xml", ".html")
+        if real == read or (real.exists() and not is_report and real.is_relative_to(read)):
+            raise OutputError("is read, and is not written over", where=path, hint="give another file")
+        if any(step == real for link in _links(given) for step in _steps(link)):
+            raise OutputError("is read behind a link, and is not written over", where=path, hint="give another file")
+
+
 def leftovers(target: Path) -> set[str]:
     """Names in a target that a run which was killed left there, while it filled it.
 
@@ -220,7 +236,8 @@ def moved_files(target: Path) -> list[str]:
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return []
         moves = json.loads(path.read_bytes())
-        moved = [name for name, *identity in moves if _identity(target / name) == identity]
+        inside = [move for move in moves if real_path(target / move[0]) == target / move[0]]
+        moved = [name for name, *identity in inside if _identity(target / name) == identity]
     except (OSError, ValueError, TypeError):
         return []  # cut off while it was written: nothing was moved yet
     return [] if moves and moved[-1:] == [moves[-1][0]] else moved
@@ -278,9 +295,9 @@ def _identity(path: Path) -> list[int] | None:
 
 def _links(given: Path) -> Iterator[Path]:
     """The links that may be followed where this is read: itself, and those below it."""
-    if given.is_symlink():
+    if os.path.islink(given):  # noqa: PTH114
         yield given
-    if given.is_dir():
+    if os.path.isdir(given):  # noqa: PTH112
         for folder, folders, files in os.walk(given):
             yield from (path for path in (Path(folder, name) for name in (*folders, *files)) if path.is_symlink())
 

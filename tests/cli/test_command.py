@@ -102,3 +102,17 @@ def test_the_record_of_a_verification_keeps_the_manifests_mode(
     assert manifest.read_bytes() != before
     assert manifest.stat().st_mode & 0o777 == 0o640
     assert t5g2("convert", demo_source, tmp_path / "out", "--overwrite").code == 0, "and it is still ours"
+
+
+def test_a_report_is_not_written_over_what_is_read(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+    t5g2("convert", demo_source, tmp_path / "out")
+    (tmp_path / "link.xml").symlink_to(demo_source / "config.json")
+    (tmp_path / "text.txt").write_text("a text")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for report in ("out/t5g2.json", "demo-source/model.safetensors", "link.xml", "text.txt"):
+        for option in ("--junit", "--html"):
+            arguments = ("--source", demo_source, "--text", tmp_path / "text.txt", option, tmp_path / report)
+            result = t5g2("verify", tmp_path / "out", *arguments)
+            assert (result.code, result.err.count("\n")) == (5, 1)
+            assert "is not written over" in result.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
