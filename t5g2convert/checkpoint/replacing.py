@@ -44,17 +44,28 @@ def check_replaceable(path: Path) -> None:
 def _staged(path: Path) -> Iterator[tuple[Path, int]]:
     """An empty file beside another, with that one's owner and mode if it is there; removed at the end, or renamed."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        if path.is_file() and not path.is_symlink():
-            status = path.stat()
-            with suppress(PermissionError):
-                os.fchown(fd, status.st_uid, status.st_gid)
-            os.fchmod(fd, stat.S_IMODE(status.st_mode))
-        yield staged, fd
+        fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            _keep_mode(path, fd)
+            yield staged, fd
+        finally:
+            os.close(fd)
     finally:
-        os.close(fd)
+        # Also one that a killed process of the same number has left.
         staged.unlink(missing_ok=True)
+
+
+def _keep_mode(path: Path, fd: int) -> None:
+    """Give a new file the owner and the mode of the one that it will replace, if there is one."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(status.st_mode):
+        with suppress(PermissionError):
+            os.fchown(fd, status.st_uid, status.st_gid)
+        os.fchmod(fd, stat.S_IMODE(status.st_mode))
 
 
 def flush_folder(folder: Path) -> None:

@@ -303,4 +303,7 @@ def test_it_may_be_adapted_again(scene: tuple[Path, Path, Path], tmp_path: Path)
     adapt(adapted, trained_from(adapted, trains, seed=1), tmp_path / "out", tmp_path / "step")
     assert verify(tmp_path / "out", adapted, record=False).passed
     other = verify(tmp_path / "out", scene[1], record=False)
-    assert "model.safetensors of the source has another sha256" in check_of(other, "provenance").detail
+    assert (
+        "another sha256 for model.safetensors of the source than the one given has"
+        in check_of(other, "provenance").detail
+    )

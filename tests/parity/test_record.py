@@ -47,8 +47,9 @@ def test_a_second_result_replaces_the_first(folder: Path) -> None:
     assert (folder / "t5g2.json").read_bytes() == first
 
 
-def test_the_file_has_the_usual_permissions(folder: Path) -> None:
-    umask = os.umask(0o027)
+def test_the_file_keeps_its_permissions(folder: Path) -> None:
+    (folder / "t5g2.json").chmod(0o640)
+    umask = os.umask(0o077)
     try:
         record_report(report(folder), read_manifest(folder))
     finally:
