@@ -59,6 +59,7 @@ def verify(
             "--frozen",
             help="Of a folder trained elsewhere: a part or layer that was frozen on purpose (encoder, decoder, "
             "embedding, projector, encoder.layers.0), or none where the vision tower was trained too. May be repeated.",
+            metavar="PART",
             show_default="vision",
         ),
     ] = None,

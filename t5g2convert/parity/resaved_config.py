@@ -77,6 +77,10 @@ def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> tuple[Check, 
     found = [_compared(name, expected.get(name), given.get(name)) for name in sorted(expected.keys() | given.keys())]
     others = _others(start, target, frozenset(expected))
     generation = _generation(start, target)
+    sizes = [given[name] for name in ("encoder.text_config.vocab_size", "decoder.vocab_size") if name in given]
+    if len(set(sizes)) > 1:
+        told = f"encoder and decoder have vocab_size {sizes}, and one table"
+        others = Found((*others.faults, told), others.remarks)
     faults = [fault for each in (*found, others, generation) for fault in each.faults]
     remarks = [remark for each in (*found, others, generation) for remark in each.remarks]
     if faults:

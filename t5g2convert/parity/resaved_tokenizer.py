@@ -32,7 +32,11 @@ NAMED: Final = (
     "bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "boi_token", "eoi_token", "image_token",
 )  # fmt: skip
 NESTED: Final = ("extra_special_tokens", "model_specific_special_tokens")
-SWITCHES: Final = ("add_bos_token", "add_eos_token")
+SWITCHES: Final = (
+    "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "do_lower_case",
+    "split_special_tokens", "spaces_between_special_tokens",
+)  # fmt: skip
+"""What decides ids or texts where a class reads it."""
 
 CLASSES: Final[Mapping[str, str]] = {
     "PreTrainedTokenizerFast": "TokenizersBackend", "GemmaTokenizerFast": "GemmaTokenizer",

@@ -140,7 +140,7 @@ def resume(start: Path, saved: Path) -> Any:
     return model
 
 
-def test_an_encoder_that_a_resume_has_lost_is_found(start: Path, trained: Path, tmp_path: Path) -> None:
+def test_V6_an_encoder_that_a_resume_has_lost_is_found(start: Path, trained: Path, tmp_path: Path) -> None:
     resume(start, trained).save_pretrained(tmp_path / "resumed")
     report = verify(tmp_path / "resumed", start)
     assert failed(report).keys() == {"encoder"}
@@ -244,7 +244,7 @@ MUTANTS: dict[str, tuple[Callable[[Tensors, Tensors], Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_what_is_wrong_with_tensors_is_named_by_its_check(mutant: str, start: Path, trained: Path) -> None:
+def test_V6_what_is_wrong_with_tensors_is_named_by_its_check(mutant: str, start: Path, trained: Path) -> None:
     edit, expected = MUTANTS[mutant]
     old = load_file(start / "model.safetensors")
     change(trained, lambda tensors: edit(tensors, old))
@@ -252,6 +252,13 @@ def test_what_is_wrong_with_tensors_is_named_by_its_check(mutant: str, start: Pa
     assert failed(report).keys() == expected.keys()
     for name, words in expected.items():
         assert words in told(report, name)
+
+
+def test_an_adapter_beside_the_weights_is_named(start: Path, trained: Path) -> None:
+    (trained / "adapter_config.json").write_text("{}")
+    report = verify(trained, start)
+    assert failed(report).keys() == {"tensors"}
+    assert "transformers loads that adapter" in told(report, "tensors")
 
 
 def test_single_tensors_may_rest_as_with_merged_adapters(start: Path, trained: Path) -> None:
@@ -339,6 +346,11 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "end at the top": (at("eos_token_id", 7), "eos_token_id is 7"),
     "untied": (at("tie_word_embeddings", False), "tie_word_embeddings is False"),
     "untied decoder": (at("decoder.tie_word_embeddings", False), "decoder.tie_word_embeddings is False"),
+    "two sizes of a table": (at("decoder.vocab_size", 264), "encoder and decoder have vocab_size [256, 264]"),
+    "quantised": (
+        lambda document: document.update(quantization_config={"bits": 4}), "quantization_config.bits is 4, and what",
+    ),
+    "code of its own": (lambda document: document.update(auto_map={"AutoModel": "x.Y"}), "auto_map"),
     "an unknown key": (at("decoder.use_something_new", True), "use_something_new is True, and what it computes"),
     "an unknown rope key": (
         at("decoder.rope_parameters.full_attention.attention_factor", 2.0), "attention_factor is 2.0",
@@ -348,7 +360,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_setting_that_means_something_else_fails(setting: str, start: Path, trained: Path) -> None:
+def test_V6_a_setting_that_means_something_else_fails(setting: str, start: Path, trained: Path) -> None:
     edit, words = SETTINGS[setting]
     rewrite(trained / "config.json", edit)
     report = verify(trained, start)
@@ -442,13 +454,18 @@ TOKENS: dict[str, tuple[str, Edit, str]] = {
     "another's id": ("tokenizer.json", more(9), "'<new>' was added with id 9, which is that of"),
     "end": ("tokenizer_config.json", lambda it: it.update(eos_token="<bos>"), "eos_token is '<bos>'"),
     "switch": ("tokenizer_config.json", lambda it: it.update(add_eos_token=True), "add_eos_token is True"),
+    "cleaning": (
+        "tokenizer_config.json",
+        lambda it: it.update(clean_up_tokenization_spaces=True),
+        "clean_up_tokenization_spaces",
+    ),
     "class": ("tokenizer_config.json", lambda it: it.update(tokenizer_class="T5Tokenizer"), "tokenizer_class is"),
     "template": ("tokenizer_config.json", lambda it: it.update(chat_template="{{ 1 }}"), "the chat template is new"),
 }
 
 
 @pytest.mark.parametrize("change_of", TOKENS)
-def test_a_tokenizer_that_means_something_else_fails(change_of: str, start: Path, trained: Path) -> None:
+def test_V6_a_tokenizer_that_means_something_else_fails(change_of: str, start: Path, trained: Path) -> None:
     name, edit, words = TOKENS[change_of]
     rewrite(trained / name, edit)
     report = verify(trained, start)
