@@ -86,5 +86,5 @@ def check_files(folder: Path, record: Record, *, part: int = 0, parts: int = 1) 
             f"is damaged: {wrong[0]}",
             where=folder,
             details=wrong,
-            hint="remove it, and --resume takes the one before",
+            hint="remove it: t5g2 adapt --resume then goes on from the one before",
         )

@@ -14,7 +14,15 @@ from typing import Any, Final
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_checkpoint, read_json_object
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
-from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
+from t5g2convert.checkpoint.hubfiles import (
+    Progress,
+    Repository,
+    Snapshot,
+    download,
+    download_again,
+    hub_api,
+    silent_bar,
+)
 from t5g2convert.checkpoint.place import HubFile, HubOrigin, regular_file
 from t5g2convert.errors import CheckpointError, HubError, OutputError
 
@@ -121,7 +129,9 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
             planned.metadata,
         ):
             raise CheckpointError(
-                "has another header than the Hub has", where=checkpoint.path / name, hint="remove it, and start again"
+                "has another header than the Hub has",
+                where=checkpoint.path / name,
+                hint=download_again(checkpoint.path / name),
             )
     return replace(checkpoint, files={**checkpoint.files, **headers})
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")]
+AllowNonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")]
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
 ]
@@ -68,9 +69,7 @@ def convert(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the shards that an earlier run finished; leave them if stopped.")
     ] = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")
-    ] = False,
+    allow_nonfinite: AllowNonfiniteOption = False,
     verify: VerifyOption = False,
     push_to: PushOption = None,
     as_json: JsonOption = False,
