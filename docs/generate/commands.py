@@ -67,6 +67,8 @@ def _flags(option: Any, kind: Any) -> str:
     choices = get_args(kind)
     if type(None) in choices:
         (kind,) = (each for each in choices if each is not type(None))
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)  # given several times
     if kind is bool:
         return f"`{flags}`"
     if get_origin(kind) is Literal:

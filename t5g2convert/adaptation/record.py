@@ -130,5 +130,5 @@ def _refuse(folder: Path, wrong: Sequence[str]) -> None:
             f"is damaged: {wrong[0]}",
             where=folder,
             details=wrong,
-            hint="remove it, and --resume takes the one before",
+            hint="remove it: t5g2 adapt --resume then goes on from the one before",
         )

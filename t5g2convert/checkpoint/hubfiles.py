@@ -77,7 +77,7 @@ class Repository:
             raise CheckpointError(
                 f"has {header.identity.size} bytes, the Hub's has {file.size}",
                 where=path,
-                hint="remove it",
+                hint=download_again(path),
             )
         return header
 
@@ -146,3 +146,8 @@ def silent_bar(progress: Progress | None = None) -> type[Any]:
             """The rate of the network, which goes with `update_transfer`."""
 
     return Counter
+
+
+def download_again(path: Path) -> str:
+    """Return what to do with a damaged file of the Hub's cache: the name there is a link, its bytes lie elsewhere."""
+    return f"remove {path.resolve()} and run again: it is downloaded anew"

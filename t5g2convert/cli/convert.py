@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from t5g2convert.parity.report import Report
 
 
+<<<<<<< HEAD
 OverwriteOption = Annotated[
     bool,
     typer.Option(
@@ -45,6 +46,10 @@ OverwriteOption = Annotated[
         help="Replace an output of t5g2 that is there, at the very end; a folder with anything else in it is refused.",
     ),
 ]
+=======
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")]
+AllowNonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")]
+>>>>>>> numbers
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
 ]
@@ -78,9 +83,7 @@ def convert(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the shards that an earlier run finished; leave them if stopped.")
     ] = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")
-    ] = False,
+    allow_nonfinite: AllowNonfiniteOption = False,
     verify: VerifyOption = False,
     push_to: PushOption = None,
     as_json: JsonOption = False,

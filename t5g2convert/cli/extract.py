@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption
-from t5g2convert.cli.convert import OverwriteOption, VerifyOption, write_folder
+from t5g2convert.cli.convert import AllowNonfiniteOption, OverwriteOption, VerifyOption, write_folder
 from t5g2convert.cli.options import DtypeOption, ShardOption, parse_size
 from t5g2convert.cli.upload import PushOption
 
@@ -18,6 +18,7 @@ def extract(
     dtype: DtypeOption = "keep",
     max_shard_size: ShardOption = "5GB",
     overwrite: OverwriteOption = False,
+    allow_nonfinite: AllowNonfiniteOption = False,
     verify: VerifyOption = False,
     push_to: PushOption = None,
     as_json: JsonOption = False,
@@ -28,6 +29,7 @@ def extract(
         source,
         dest,
         overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
         verify=verify,
         push_to=push_to,
         as_json=as_json,

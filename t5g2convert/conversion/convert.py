@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub import Origin, given_folders
+from t5g2convert.checkpoint.hubfiles import download_again
 from t5g2convert.checkpoint.roles import Folders, named, plain_name
 from t5g2convert.checkpoint.sources import OtherOrigins, Sources
 from t5g2convert.conversion.assets import write_assets
@@ -275,7 +276,7 @@ def _check_downloads(plan: Plan, folders: Folders, written: Written) -> None:
             raise CheckpointError(
                 f"has sha256 {written.sources[file.name]}, the Hub tells {expected}",
                 where=folders.path(file.name),
-                hint="remove it, and start again",
+                hint=download_again(folders.path(file.name)),
             )
 
 

@@ -61,7 +61,7 @@ def check_names(resolution: Resolution, role: Role, whose: str, *, hint: str | N
     if not has_names(resolution, role):
         return
     rows = resolution.symbols["vocab"]
-    theirs, ours = (_names(resolution.checkpoints[each], rows) for each in (role, SOURCE))
+    theirs, ours = (_names(resolution.checkpoints[each], rows, hint) for each in (role, SOURCE))
     differing = [number for number in range(rows) if theirs[number] != ours[number]]
     if len(differing) > MOST_RENAMED * rows:
         raise MappingError(
@@ -76,7 +76,7 @@ def has_names(resolution: Resolution, role: Role) -> bool:
     return all(resolution.checkpoints[each].holds(TOKENIZER_FILE) for each in (role, SOURCE))
 
 
-def _names(checkpoint: Checkpoint, rows: int) -> "array[int]":
+def _names(checkpoint: Checkpoint, rows: int, hint: str | None) -> "array[int]":
     """A checksum of the name of every token, by its id, 0 where there is none: the names take twenty times as much."""
     fetch(checkpoint, [TOKENIZER_FILE])
     path, names = checkpoint.path / TOKENIZER_FILE, array("Q", bytes(8 * rows))
@@ -90,7 +90,7 @@ def _names(checkpoint: Checkpoint, rows: int) -> "array[int]":
     except ValueError as error:
         raise CheckpointError(f"is not valid JSON: {error}", where=path) from None
     if not any(names):
-        raise CheckpointError("has no vocabulary of tokens by name", where=path, hint=HINT)
+        raise CheckpointError("has no vocabulary of tokens by name", where=path, hint=hint)
     return names
 
 

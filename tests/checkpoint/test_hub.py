@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -550,8 +551,14 @@ def test_a_file_of_the_cache_that_is_not_the_hubs_is_refused(hub: Hub, single: P
     hub.add(REPO, single)
     checkpoint = fetch(open_source(REPO), [SINGLE_FILE])
     (checkpoint.path / SINGLE_FILE).resolve().write_bytes(weights(["a"]))
-    with pytest.raises(CheckpointError, match=r"model.safetensors: has \d+ bytes, the Hub's has"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: has \d+ bytes, the Hub's has") as caught:
         open_source(REPO)
+    # What the hint names is the file itself and not the link to it: removing the link alone would change nothing.
+    found = re.fullmatch(r"remove (.+) and run again: it is downloaded anew", caught.value.hint or "")
+    assert found is not None
+    Path(found[1]).unlink()
+    again = fetch(open_source(REPO), [SINGLE_FILE])
+    assert (again.path / SINGLE_FILE).read_bytes() == (single / SINGLE_FILE).read_bytes()
 
 
 def test_a_disk_too_small_for_the_download_is_told_before(

@@ -1,0 +1,256 @@
+"""Every hint that names a command or an option is listed here, names what exists, and is followed where that is quick.
+
+A new hint of that kind fails `test_every_hint_is_listed` until it has a line in `HINTS`; one that can be followed in
+this process gets a test below.
+"""
+
+import ast
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import click
+import pytest
+import typer
+from safetensors.torch import load_file, save_file
+
+import t5g2convert
+from t5g2convert.cli.main import app
+from tests.cli.commandline import CommandLine, Result
+from tests.conftest import TwinFolder
+from tests.overflowing import make_overflow
+
+PACKAGE: Final = Path(t5g2convert.__file__).parent
+PLANNED: Final = ("plan", "convert")
+WRITTEN: Final = ("convert", "extract")
+
+HINTS: Final[dict[str, tuple[str, ...]]] = {
+    "--no-export leaves the checkpoints alone": ("adapt",),
+    "--last {} takes all": ("average",),
+    "--model says where the model is that was trained": ("average",),
+    "leave out --devices and --nodes, or let them say the same": ("adapt",),
+    "t5g2 convert --rope-scaling {} makes such a model": ("convert",),
+    "t5g2 pack writes one": ("pack",),
+    "leave out --gradient-checkpointing": ("adapt",),
+    "--no-encoder-bos leaves it out": ("adapt",),
+    "leave out --image-every": ("adapt",),
+    "remove it: t5g2 adapt --resume then goes on from the one before": ("adapt",),
+    "--resume goes on with a run that stopped": ("adapt",),
+    "lower --lr, or look for the cause in the data": ("adapt",),
+    "the same command with --resume goes on from the last checkpoint, if there is one": ("adapt",),
+    "--projector zeros or aligned": PLANNED,
+    "--projector zeros asks for no common vocabulary": PLANNED,
+    "run again with --debug and report what it prints": ("*",),
+    "see {} --help": ("*",),
+    "t5g2 convert makes one of Gemma 3": ("convert",),
+    "give one with --decoder-from": PLANNED,
+    "give one with --vision-from": PLANNED,
+    "give --rope-scaling and --sliding-window themselves": PLANNED,
+    "give a larger --ridge, {} for instance": PLANNED,
+    "give a --ridge, 1e-6 for instance": PLANNED,
+    "move the token elsewhere with a map of your own (--mapping)": PLANNED,
+    "a map of your own that cuts no rows keeps it (--mapping)": PLANNED,
+    "save it with the tokenizers library, or move the token elsewhere with a map of your own (--mapping)": PLANNED,
+    "--overwrite replaces it": (*WRITTEN, "average"),
+    "the finished shards are kept, and --resume goes on with them": ("convert",),
+    "--allow-nonfinite converts them as they are": WRITTEN,
+    "give the T5Gemma 2 that was trained; t5g2 compare measures how far it is from a Gemma 3": ("compare",),
+    "t5g2 upload {} {}": ("upload",),
+    " --source-card {}": ("upload",),
+    # huggingface_hub's own command.
+    "HF_HUB_OFFLINE=0 hf download {} {} --revision {}": (),
+    "mend it, or --card replace": ("upload",),
+    "--card replace makes a new one, --card keep leaves it": ("upload",),
+    "remove them there, or choose another name or --revision": ("upload",),
+    "compute with --dtype float32": ("verify", "generate", "compare"),
+}
+"""By its text, {} for what is filled in, the commands that end with it, or that it names; * is every command."""
+
+OPTION: Final = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+COMMAND: Final = re.compile(r"\bt5g2 ([a-z]+)")
+
+
+def texts(node: ast.expr) -> Iterator[str]:
+    """The texts that an expression may be."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    elif isinstance(node, ast.IfExp):
+        yield from (text for branch in (node.body, node.orelse) for text in texts(branch))
+    elif isinstance(node, ast.BoolOp):
+        yield from (text for value in node.values for text in texts(value))
+    elif isinstance(node, ast.BinOp):
+        yield from (text for side in (node.left, node.right) for text in texts(side))
+    elif isinstance(node, ast.Tuple):
+        yield from (text for value in node.elts for text in texts(value))
+
+
+def is_hint(name: str) -> bool:
+    return name in ("hint", "advice", "again") or name.endswith("HINT")
+
+
+def hints() -> dict[str, str]:
+    """Every hint of the code that names a command or an option, with the module that it is in."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            given: list[ast.expr] = []
+            if isinstance(node, ast.Call):
+                given = [keyword.value for keyword in node.keywords if keyword.arg == "hint"]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [getattr(target, "id", getattr(target, "attr", "")) for target in targets]
+                given = [node.value] * any(map(is_hint, names)) if node.value is not None else []
+            for text in (text for value in given for text in texts(value)):
+                if OPTION.search(text) or COMMAND.search(text):
+                    found[text] = str(path.relative_to(PACKAGE))
+    return found
+
+
+def commands() -> dict[str, click.Command]:
+    group = typer.main.get_command(app)
+    return dict(getattr(group, "commands"))  # noqa: B009 - typer has click's classes under other names
+
+
+def options(command: click.Command) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+
+
+def test_every_hint_is_listed() -> None:
+    assert {text: module for text, module in hints().items() if text not in HINTS} == {}
+
+
+def test_no_listed_hint_has_gone() -> None:
+    assert set(HINTS) - set(hints()) == set()
+
+
+@pytest.mark.parametrize("text", HINTS)
+def test_what_a_hint_names_is_there(text: str) -> None:
+    known = commands()
+    assert set(COMMAND.findall(text)) <= set(known)
+    which = [name for name in known if name != "mappings"] if HINTS[text] == ("*",) else HINTS[text]
+    for name in which:
+        assert set(OPTION.findall(text)) <= options(known[name]), name
+
+
+# Followed: a command ends with a hint, and with what the hint says it succeeds.
+
+
+@pytest.fixture
+def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capsys)
+
+
+def hinted(result: Result, hint: str) -> None:
+    assert result.code not in (0, 1), result
+    assert hint in result.err
+    assert any(re.fullmatch(re.escape(text).replace(r"\{\}", ".+"), hint) for text in HINTS)
+
+
+def followed(result: Result) -> None:
+    assert result.code == 0, result.err
+
+
+def with_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_overwrite(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+    command = ("convert", demo_source, tmp_path / "out")
+    followed(t5g2(*command))
+    hinted(t5g2(*command), "--overwrite replaces it")
+    followed(t5g2(*command, "--overwrite"))
+
+
+@pytest.mark.parametrize("command", WRITTEN)
+def test_allow_nonfinite(command: str, t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+    source, part = demo_source, ()
+    if command == "extract":
+        followed(t5g2("convert", demo_source, tmp_path / "whole"))
+        source, part = tmp_path / "whole", ("--part", "encoder")  # type: ignore[assignment]
+    with_nan(source)
+    hinted(t5g2(command, source, tmp_path / "out", *part), "--allow-nonfinite converts them as they are")
+    followed(t5g2(command, source, tmp_path / "out", *part, "--allow-nonfinite"))
+
+
+def test_projector(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
+    command = ("plan", twin_folder("text-8"), "--vision-from", twin_folder("donor-wide"))
+    hinted(t5g2(*command, "--projector", "copy"), "--projector zeros or aligned")
+    for projector in ("zeros", "aligned"):
+        followed(t5g2(*command, "--projector", projector))
+
+
+def test_ridge(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:
+    """A donor with two equal columns in its embeddings determines no map."""
+    shutil.copytree(twin_folder("donor-wide"), tmp_path / "donor")
+    tensors = load_file(tmp_path / "donor/model.safetensors")
+    table = tensors["language_model.model.embed_tokens.weight"]
+    table[:, 1] = table[:, 0]
+    save_file(tensors, tmp_path / "donor/model.safetensors", {"format": "pt"})
+    command = ("convert", twin_folder("text-8"), tmp_path / "out", "--vision-from", tmp_path / "donor")
+    command += ("--projector", "aligned")  # type: ignore[assignment]
+    hinted(t5g2(*command), "give a --ridge, 1e-6 for instance")
+    followed(t5g2(*command, "--ridge", "1e-6"))
+
+
+def test_another_parent_and_a_donor(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
+    command = ("plan", twin_folder("text-8"))
+    hinted(t5g2(*command, "--embedding-from", "decoder-from"), "give one with --decoder-from")
+    other = ("--decoder-from", twin_folder("text-unlike-7"))
+    followed(t5g2(*command, "--embedding-from", "decoder-from", *other))
+    hinted(t5g2(*command, "--projector", "zeros"), "give one with --vision-from")
+    followed(t5g2(*command, "--projector", "zeros", "--vision-from", twin_folder("donor-wide")))
+
+
+def test_preset(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
+    command = ("plan", twin_folder("text-8"))
+    hinted(t5g2(*command, "--preset", "t5gemma-2-270m-270m"), "give --rope-scaling and --sliding-window themselves")
+    followed(t5g2(*command, "--rope-scaling", "linear:8", "--sliding-window", "9"))
+
+
+@pytest.mark.parametrize("command", ["verify", "generate", "compare"])
+def test_dtype(command: str, t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+    source = make_overflow(demo_source, tmp_path / "source")
+    followed(t5g2("convert", source, tmp_path / "out", "--dtype", "float16"))
+    (tmp_path / "text").write_text("one two three four five six seven eight nine ten")
+    arguments = {
+        "verify": (tmp_path / "out", "--source", source),
+        "generate": (tmp_path / "out", "--prompt", "Tell me"),
+        "compare": (source, tmp_path / "out", "--text", tmp_path / "text"),
+    }[command]
+    hinted(t5g2(command, *arguments), "compute with --dtype float32")
+    followed(t5g2(command, *arguments, "--dtype", "float32"))
+
+
+def test_verify_is_given_the_other_parent_or_not(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:
+    """Both hints fill in the option: what they name is found out by following them alone."""
+    source, other = twin_folder("text-8"), ("--decoder-from", twin_folder("text-unlike-7"))
+    followed(t5g2("convert", source, tmp_path / "pair", *other))
+    followed(t5g2("convert", source, tmp_path / "single"))
+    refused = t5g2("verify", tmp_path / "pair", "--source", source)
+    assert (refused.code, "give that one with --decoder-from" in refused.err) == (2, True)
+    followed(t5g2("verify", tmp_path / "pair", "--source", source, *other))
+    refused = t5g2("verify", tmp_path / "single", "--source", source, *other)
+    assert (refused.code, "leave --decoder-from out" in refused.err) == (2, True)
+    followed(t5g2("verify", tmp_path / "single", "--source", source))
+
+
+def test_one_number_of_layers(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
+    command = ("plan", twin_folder("text-8"), "--decoder-layers")
+    refused = t5g2(*command, "3")
+    assert "first:3 for the first 3 layers, 3:4 for this one alone" in refused.err
+    for selection in ("first:3", "3:4"):
+        followed(t5g2(*command, selection))
+
+
+def test_help(t5g2: CommandLine) -> None:
+    for command in commands():
+        refused = t5g2(command, "--no-such-option")
+        assert f"see t5g2 {command} --help" in refused.err
+        followed(t5g2(command, "--help"))
