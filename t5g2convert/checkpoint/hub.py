@@ -22,13 +22,6 @@ from t5g2convert.checkpoint.folder import (
 )
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.huberrors import OFFLINE_HINT, hub_errors
-<<<<<<< HEAD
-from t5g2convert.checkpoint.hubfiles import Progress, Repository, Snapshot, download, hub_api, silent_bar
-from t5g2convert.checkpoint.place import HubFile, HubOrigin, folders_of, listed, regular_file
-from t5g2convert.checkpoint.ranges import read_remote_range
-from t5g2convert.checkpoint.recognition import ADAPTER_CONFIG, Found
-from t5g2convert.errors import CheckpointError, HubError, OutputError, UsageError
-=======
 from t5g2convert.checkpoint.hubfiles import (
     Progress,
     Repository,
@@ -38,9 +31,10 @@ from t5g2convert.checkpoint.hubfiles import (
     hub_api,
     silent_bar,
 )
-from t5g2convert.checkpoint.place import HubFile, HubOrigin, regular_file
-from t5g2convert.errors import CheckpointError, HubError, OutputError
->>>>>>> numbers
+from t5g2convert.checkpoint.place import HubFile, HubOrigin, folders_of, listed, regular_file
+from t5g2convert.checkpoint.ranges import read_remote_range
+from t5g2convert.checkpoint.recognition import ADAPTER_CONFIG, Found
+from t5g2convert.errors import CheckpointError, HubError, OutputError, UsageError
 
 Origin = str | Path | Checkpoint
 """What a checkpoint is opened from: a folder; a str may also name a model of the Hub; or it is open already."""

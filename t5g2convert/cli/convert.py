@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from t5g2convert.parity.report import Report
 
 
-<<<<<<< HEAD
 OverwriteOption = Annotated[
     bool,
     typer.Option(
@@ -46,10 +45,7 @@ OverwriteOption = Annotated[
         help="Replace an output of t5g2 that is there, at the very end; a folder with anything else in it is refused.",
     ),
 ]
-=======
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output, at the very end.")]
 AllowNonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")]
->>>>>>> numbers
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
 ]
