@@ -128,8 +128,8 @@ class Vocabulary(Declaration):
 
     cut: dict[PositiveInt, PositiveInt] = Field(
         default_factory=dict,
-        description="Rows in the source to rows in the target where no id in use lies in those that go; tables of "
-        "other lengths are kept.",
+        description="Rows in the source to rows in the target, where no id in use lies in those that go; "
+        "tables of other lengths are kept.",
     )
     moved: dict[str, NonNegativeInt] = Field(
         default_factory=dict,
