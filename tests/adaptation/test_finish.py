@@ -59,7 +59,7 @@ def test_an_export_replaces_an_earlier_one(run: Path, model: Path) -> None:
     assert step_of(run / "model") == 20
 
 
-def test_D4_what_was_exported_before_is_not_exported_again(run: Path, model: Path) -> None:
+def test_O9_what_was_exported_before_is_not_exported_again(run: Path, model: Path) -> None:
     assert not finished(run, model).before
     (run / "model/README.md").write_text("my card")
     (run / "model/eval").mkdir()
@@ -76,7 +76,7 @@ def test_D4_what_was_exported_before_is_not_exported_again(run: Path, model: Pat
     assert contents(moved) == before
 
 
-def test_D4_files_of_people_are_not_replaced_by_another_export(run: Path, model: Path) -> None:
+def test_O9_files_of_people_are_not_replaced_by_another_export(run: Path, model: Path) -> None:
     (run / "model/eval").mkdir()
     (run / "model/eval/results.csv").write_text("0.73")
     before = contents(run / "model")
@@ -85,7 +85,7 @@ def test_D4_files_of_people_are_not_replaced_by_another_export(run: Path, model:
     assert contents(run / "model") == before
 
 
-def test_D4_a_link_in_the_place_of_the_export_is_not_followed(run: Path, model: Path, tmp_path: Path) -> None:
+def test_O9_a_link_in_the_place_of_the_export_is_not_followed(run: Path, model: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "model")
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk/backup.tar").write_text("all")
@@ -95,7 +95,7 @@ def test_D4_a_link_in_the_place_of_the_export_is_not_followed(run: Path, model: 
     assert contents(tmp_path / "disk") == {"backup.tar": b"all"}
 
 
-def test_D4_the_mean_of_checkpoints_is_not_replaced_by_an_export(run: Path, model: Path) -> None:
+def test_O9_the_mean_of_checkpoints_is_not_replaced_by_an_export(run: Path, model: Path) -> None:
     shutil.rmtree(run / "model")
     values = Trained(run / "checkpoints/step-00000020")
     export(model, values, run / "model", facts={**FACTS, "checkpoints": [50, 100]}, flush=False)
@@ -105,7 +105,7 @@ def test_D4_the_mean_of_checkpoints_is_not_replaced_by_an_export(run: Path, mode
     assert contents(run / "model") == before
 
 
-def test_D4_an_export_that_was_damaged_is_not_taken_for_one(run: Path, model: Path) -> None:
+def test_O9_an_export_that_was_damaged_is_not_taken_for_one(run: Path, model: Path) -> None:
     finished(run, model)
     (run / "model/generation_config.json").unlink()
     assert not finished(run, model).before

@@ -317,7 +317,7 @@ def test_O10_a_part_of_the_same_disk_is_a_mount_point_too(old: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("way", ["new", "fill", "overwrite"])
-def test_D9_what_others_write_meanwhile_stays(tmp_path: Path, way: str) -> None:
+def test_O12_what_others_write_meanwhile_stays(tmp_path: Path, way: str) -> None:
     target = tmp_path / "out"
     if way == "overwrite":
         write_old(target)
@@ -334,13 +334,13 @@ def test_D9_what_others_write_meanwhile_stays(tmp_path: Path, way: str) -> None:
     assert names(tmp_path) == {"out"}
 
 
-def test_D9_a_file_that_is_written_again_meanwhile_stays(old: Path) -> None:
+def test_O12_a_file_that_is_written_again_meanwhile_stays(old: Path) -> None:
     with pytest.raises(OutputError, match=r"was written to meanwhile: model\.safetensors"):
         write(old, meanwhile=lambda: (old / "model.safetensors").write_text("mine"))
     assert (old / "model.safetensors").read_text() == "mine"
 
 
-def test_D9_a_resumable_run_keeps_its_shards(
+def test_O12_a_resumable_run_keeps_its_shards(
     demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(demo_source, tmp_path / "out", flush=False)
@@ -359,7 +359,7 @@ def test_D9_a_resumable_run_keeps_its_shards(
 # What is being removed
 
 
-def test_D6_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_O11_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run dies before it removes the old folder, or in the middle of that, and the output is removed by hand."""
 
     def die(*arguments: object, **options: object) -> None:
@@ -379,7 +379,7 @@ def test_D6_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.Mo
     assert contents(old.parent) == {"out/config.json": b"newer"}
 
 
-def test_D6_the_same_between_the_renames(old: Path) -> None:
+def test_O11_the_same_between_the_renames(old: Path) -> None:
     old.rename(Names.beside(old).old)
     with Staging(old) as staging:
         assert not old.exists(), "without its staging folder the swap was complete, and the output went later"
@@ -388,7 +388,7 @@ def test_D6_the_same_between_the_renames(old: Path) -> None:
     assert contents(old.parent) == {"out/config.json": b"new"}
 
 
-def test_D6_an_old_folder_with_strangers_in_it_is_not_removed(old: Path) -> None:
+def test_O11_an_old_folder_with_strangers_in_it_is_not_removed(old: Path) -> None:
     (old / "thesis.tex").write_text("precious")
     left = old.rename(Names.beside(old).old)
     with pytest.raises(OutputError, match=r"thesis\.tex"), Staging(old):
@@ -396,7 +396,7 @@ def test_D6_an_old_folder_with_strangers_in_it_is_not_removed(old: Path) -> None
     assert contents(left) == {**OLD, "thesis.tex": b"precious"}
 
 
-def test_D7_what_cannot_be_removed_is_said_and_not_in_the_way(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_O11_what_cannot_be_removed_is_said_and_not_in_the_way(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rmtree = shutil.rmtree
 
     def refuse(path: Path, ignore_errors: bool = False) -> None:
