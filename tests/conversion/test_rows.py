@@ -217,7 +217,7 @@ def test_without_a_tokenizer_rows_that_stand_out_are_kept_and_named(make: Make) 
 BEYOND: dict[str, tuple[Change, str, str]] = {
     "added": (
         added_token,
-        "tokenizer_config.json",
+        "tokenizer.json",
         "has the token '[PAD]' as 262145, the embedding table has 262144 rows",
     ),
     "vocabulary": (vocab_entry, "tokenizer.json", "has the token '▁qzx' as 262150, the embedding table"),
