@@ -142,7 +142,7 @@ def make(folder: Path, files: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_I16_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
+def test_I20_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
     files, what, step = FOLDERS[case]
     folder = make(tmp_path / "folder", files)
     for read in (open_checkpoint, plan):

@@ -140,7 +140,7 @@ def resume(start: Path, saved: Path) -> Any:
     return model
 
 
-def test_V6_an_encoder_that_a_resume_has_lost_is_found(start: Path, trained: Path, tmp_path: Path) -> None:
+def test_V5_an_encoder_that_a_resume_has_lost_is_found(start: Path, trained: Path, tmp_path: Path) -> None:
     resume(start, trained).save_pretrained(tmp_path / "resumed")
     report = verify(tmp_path / "resumed", start)
     assert failed(report).keys() == {"encoder"}
@@ -244,7 +244,7 @@ MUTANTS: dict[str, tuple[Callable[[Tensors, Tensors], Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_V6_what_is_wrong_with_tensors_is_named_by_its_check(mutant: str, start: Path, trained: Path) -> None:
+def test_V5_what_is_wrong_with_tensors_is_named_by_its_check(mutant: str, start: Path, trained: Path) -> None:
     edit, expected = MUTANTS[mutant]
     old = load_file(start / "model.safetensors")
     change(trained, lambda tensors: edit(tensors, old))
@@ -360,7 +360,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_V6_a_setting_that_means_something_else_fails(setting: str, start: Path, trained: Path) -> None:
+def test_V5_a_setting_that_means_something_else_fails(setting: str, start: Path, trained: Path) -> None:
     edit, words = SETTINGS[setting]
     rewrite(trained / "config.json", edit)
     report = verify(trained, start)
@@ -465,7 +465,7 @@ TOKENS: dict[str, tuple[str, Edit, str]] = {
 
 
 @pytest.mark.parametrize("change_of", TOKENS)
-def test_V6_a_tokenizer_that_means_something_else_fails(change_of: str, start: Path, trained: Path) -> None:
+def test_V5_a_tokenizer_that_means_something_else_fails(change_of: str, start: Path, trained: Path) -> None:
     name, edit, words = TOKENS[change_of]
     rewrite(trained / name, edit)
     report = verify(trained, start)
