@@ -374,11 +374,11 @@ class Staging:
             self._made.clear()
         if self._fills:
             self._take_back()
+        else:
+            self._settle_old()
+            os.fchmod(self._fd, usual_mode(0o777))
         if not self._resume:
             clear(self.folder)
-        if not self._fills:
-            os.fchmod(self._fd, usual_mode(0o777))
-            self._settle_old()
 
     def _is_empty(self) -> bool:
         """Whether the target is a folder that has nothing in it but what a killed run left."""
@@ -396,7 +396,7 @@ class Staging:
         if not os.path.lexists(old):
             return
         check_own_folder(old)
-        if not os.path.lexists(self.target) and self.folder not in self._made:
+        if not os.path.lexists(self.target) and not self._made_folder:
             old.rename(self.target)
             return
         check_ours(old, self._listing)
@@ -448,7 +448,7 @@ class Staging:
             try:
                 status = os.fstat(self._fd)
                 if os.path.samestat(self.folder.stat(), status):
-                    if status.st_uid != os.geteuid() and self.folder not in self._made:
+                    if status.st_uid != os.geteuid() and not self._made_folder:
                         check_own_folder(self.folder)
                     return
             except FileNotFoundError:
@@ -459,11 +459,23 @@ class Staging:
     def _is_worth_keeping(self) -> bool:
         return self._resume and self._fd >= 0 and (self.folder / JOURNAL_FILE).exists()
 
+    def _is_needed(self) -> bool:
+        """Whether the next run needs the folder to set right what a killed one left and this one could not."""
+        try:
+            if self._fills:
+                return bool(moved_files(self.target))
+            return os.path.lexists(self._names.old) and not os.path.lexists(self.target) and not self._made_folder
+        except OSError:
+            return True
+
+    @property
+    def _made_folder(self) -> bool:
+        return self.folder in self._made
+
     def _leave(self, *, keep: bool) -> None:
         """Remove what was made, unless it was put in place or is kept, and let go of the lock."""
         if not self._committed and not keep:
-            # Where what was moved into the target could not be moved back, the next run needs the file of moves.
-            if self._fd >= 0 and not (self._fills and moved_files(self.target)):
+            if self._fd >= 0 and not self._is_needed():
                 shutil.rmtree(self.folder, ignore_errors=True)
             for folder in self._made:
                 with suppress(OSError):

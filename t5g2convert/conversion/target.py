@@ -128,9 +128,8 @@ def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_l
         return
     if not os.path.isdir(target):  # noqa: PTH112 - False, and no error, for a name that no folder can have
         raise OutputError("exists and is not a folder", where=target)
-    left = leftovers(real)
     try:
-        found = set(os.listdir(real)) - left  # noqa: PTH208 - names are what is wanted
+        found = set(os.listdir(real)) - leftovers(real)  # noqa: PTH208 - names are what is wanted
     except OSError as error:
         raise OutputError(f"cannot be read: {error.strerror}", where=target) from error
     if not found:
@@ -218,6 +217,7 @@ def leftovers(target: Path) -> set[str]:
     These are its staging folder, and files that it had moved out of it; none of those if it had moved all.
 
     Raises:
+        OSError: It cannot be read which files those are.
         OutputError: The name of the staging folder is taken by something else.
     """
     inside = target / INSIDE
@@ -229,7 +229,11 @@ def leftovers(target: Path) -> set[str]:
 
 
 def moved_files(target: Path) -> list[str]:
-    """The files that a run which was killed had moved into a target, which is not complete without the last of them."""
+    """The files that a run which was killed had moved into a target, which is not complete without the last of them.
+
+    Raises:
+        OSError: The file of moves cannot be read.
+    """
     path = target / INSIDE / MOVES_FILE
     try:
         status = path.lstat()
@@ -238,8 +242,8 @@ def moved_files(target: Path) -> list[str]:
         moves = json.loads(path.read_bytes())
         inside = [move for move in moves if real_path(target / move[0]) == target / move[0]]
         moved = [name for name, *identity in inside if _identity(target / name) == identity]
-    except (OSError, ValueError, TypeError):
-        return []  # cut off while it was written: nothing was moved yet
+    except (FileNotFoundError, ValueError, TypeError):
+        return []  # absent, or cut off while it was written: nothing was moved yet
     return [] if moves and moved[-1:] == [moves[-1][0]] else moved
 
 

@@ -263,10 +263,11 @@ class Scene:
             wrong.append("the target is not complete, although the exit code is 0")
         if found is None and overwrite and not killed and MODES[mode].killed is None:
             wrong.append("the target was taken away")
-        fill = MODES[mode].fill
+        fill, before_killed = MODES[mode].fill, killed or MODES[mode].killed is not None
         # Not complete, and no checkpoint: what is there is taken over by the next run.
         partial = fill and found is not None and "config.json" not in found and found.items() <= self.clean.items()
-        if found not in ({} if fill else None, OLD if overwrite else None, self.clean) and not (killed and partial):
+        whole = found in ({} if fill else None, OLD if overwrite else None, self.clean)
+        if not whole and not (before_killed and partial):
             wrong.append(f"the target holds {sorted(found or ())}")
         recoverable = overwrite and found is None
         # A run that gets nowhere leaves what another left.

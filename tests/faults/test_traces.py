@@ -15,7 +15,7 @@ WRITES: Final = {"write", "pwrite64", "writev", "pwritev", "pwritev2", "fallocat
                  "sendfile"}  # fmt: skip
 
 HARMLESS: Final = {"ioctl", "lseek", "access", "faccessat", "faccessat2", "readlink", "readlinkat", "fcntl",
-                   "fadvise64", "mmap", "statx", "lstat", "stat"}  # fmt: skip
+                   "fadvise64", "mmap", "statx", "lstat", "stat", "listxattr", "getxattr"}  # fmt: skip
 """Calls that change nothing on the disk and are not swept."""
 
 
