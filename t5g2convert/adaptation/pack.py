@@ -13,10 +13,21 @@ from numpy.typing import NDArray
 
 from t5g2convert.adaptation.documents import Document, Fault
 from t5g2convert.adaptation.images import text_pieces, with_images
-from t5g2convert.adaptation.index import INDEX_FILE, Index, tokens_entry
+from t5g2convert.adaptation.index import INDEX_FILE, Index, read_index, tokens_entry
 from t5g2convert.adaptation.shardfiles import HashedFile, PictureFiles, StreamFiles
-from t5g2convert.adaptation.shards import COUNTS_FILE, END, packed_listing
+from t5g2convert.adaptation.shards import (
+    COUNTS_FILE,
+    END,
+    PICTURE,
+    PICTURES_FILE,
+    PICTURES_FOLDER,
+    TOKEN,
+    mapped_array,
+    picture_name,
+    shard_name,
+)
 from t5g2convert.adaptation.tokens import ModelTokens, TextEncoder, read_tokens
+from t5g2convert.conversion.ownership import Written
 from t5g2convert.conversion.staging import Staging
 from t5g2convert.conversion.target import check_apart, check_target, leftovers
 from t5g2convert.errors import DataError, OutputError, UsageError
@@ -262,3 +273,22 @@ def _refusal(faults: Sequence[Fault]) -> DataError:
     return DataError(
         f"{count} cannot be packed", where=faults[0].where, details=[f"{it.where}: {it.reason}" for it in faults]
     )
+
+
+def packed_listing(folder: Path) -> dict[str, Written]:
+    """The files of packed data, as its index and its list of pictures have them; see `conversion.ownership`.
+
+    Raises:
+        DataError: It has no index, or names a picture that cannot be one.
+    """
+    index, _ = read_index(folder)
+    listed = {INDEX_FILE: Written()}
+    for name, stream in (("text", index.text), ("image", index.image)):
+        listed[f"{name}.doc"] = Written(sha256=stream.ends)
+        for number, shard in enumerate(stream.shards):
+            listed[shard_name(name, number)] = Written(shard.tokens * TOKEN.itemsize, shard.sha256)
+    listed[COUNTS_FILE] = Written(index.tokens.vocabulary * END.itemsize, index.counts)
+    listed[PICTURES_FILE] = Written(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
+    for place in mapped_array(folder / PICTURES_FILE, PICTURE, (index.pictures.places,)):
+        listed[f"{PICTURES_FOLDER}/{picture_name(place)}"] = Written(sha256=bytes(place["sha256"]).hex())
+    return listed

@@ -33,7 +33,6 @@ from t5g2convert.adaptation.index import (
 )
 from t5g2convert.adaptation.tokens import read_tokens, tokenizer_sha256
 from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.conversion.ownership import Written
 from t5g2convert.errors import DataError
 
 COUNTS_FILE: Final = "counts.bin"
@@ -69,7 +68,7 @@ class TokenStream:
             )
         self.paths = tuple(folder / shard_name(name, number) for number in range(len(entry.shards)))
         self._shards = [
-            _mapped(path, TOKEN, (shard.tokens,)) for path, shard in zip(self.paths, entry.shards, strict=True)
+            mapped_array(path, TOKEN, (shard.tokens,)) for path, shard in zip(self.paths, entry.shards, strict=True)
         ]
         self._starts = np.cumsum([0, *(shard.tokens for shard in entry.shards)])
 
@@ -181,10 +180,10 @@ class Packed:
                 hint="give the data that the run began with",
             )
         text, image = TokenStream(folder, "text", index.text), TokenStream(folder, "image", index.image)
-        ends = _mapped(folder / "text.doc", END, (index.text.documents,))
-        image_ends = _mapped(folder / "image.doc", END, (index.image.documents, 2))
-        places = _mapped(folder / PICTURES_FILE, PICTURE, (index.pictures.places,))
-        counts = _mapped(folder / COUNTS_FILE, END, (index.tokens.vocabulary,))
+        ends = mapped_array(folder / "text.doc", END, (index.text.documents,))
+        image_ends = mapped_array(folder / "image.doc", END, (index.image.documents, 2))
+        places = mapped_array(folder / PICTURES_FILE, PICTURE, (index.pictures.places,))
+        counts = mapped_array(folder / COUNTS_FILE, END, (index.tokens.vocabulary,))
         _check_ascending(ends, index.text.tokens, folder / "text.doc")
         _check_ascending(image_ends[:, 0], index.image.tokens, folder / "image.doc")
         _check_ascending(image_ends[:, 1], index.pictures.places, folder / "image.doc")
@@ -259,25 +258,6 @@ def check_tokenizer(packed: Packed, model: Path) -> None:
         )
 
 
-def packed_listing(folder: Path) -> dict[str, Written]:
-    """The files of packed data, as its index and its list of pictures have them; see `conversion.ownership`.
-
-    Raises:
-        DataError: It has no index, or names a picture that cannot be one.
-    """
-    index, _ = read_index(folder)
-    listed = {INDEX_FILE: Written()}
-    for name, stream in (("text", index.text), ("image", index.image)):
-        listed[f"{name}.doc"] = Written(sha256=stream.ends)
-        for number, shard in enumerate(stream.shards):
-            listed[shard_name(name, number)] = Written(shard.tokens * TOKEN.itemsize, shard.sha256)
-    listed[COUNTS_FILE] = Written(index.tokens.vocabulary * END.itemsize, index.counts)
-    listed[PICTURES_FILE] = Written(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
-    for place in _mapped(folder / PICTURES_FILE, PICTURE, (index.pictures.places,)):
-        listed[f"{PICTURES_FOLDER}/{picture_name(place)}"] = Written(sha256=bytes(place["sha256"]).hex())
-    return listed
-
-
 def shard_name(stream: str, number: int) -> str:
     """The name of a file of tokens."""
     return f"{stream}-{number:05d}.bin"
@@ -295,7 +275,7 @@ def picture_name(place: Any) -> str:
     return f"{bytes(place['sha256']).hex()}.{ending}"
 
 
-def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+def mapped_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """A file as an array that is read where it is looked at."""
     expected = math.prod(shape) * dtype.itemsize
     check_regular(path)

@@ -1,9 +1,10 @@
-"""A file that is put in place whole; and a folder's entries, flushed."""
+"""Files that are put in place whole; folders that are flushed or emptied; the permissions of what is new."""
 
 import errno
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -79,3 +80,25 @@ def flush_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def clear(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove everything in a folder but the names to be kept.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    for item in folder.iterdir():
+        if item.name in keep:
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
+
+
+def usual_mode(mode: int) -> int:
+    """The permissions less the umask, as a new file or folder has them."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return mode & ~umask

@@ -79,7 +79,7 @@ def plan(
     """What convert would do, from headers and small files; of the Hub a tokenizer.json is downloaded too if needed."""
     from t5g2convert.cli.drawing import draw_plan
     from t5g2convert.conversion.convert import open_and_plan, room
-    from t5g2convert.conversion.staging import free_bytes
+    from t5g2convert.conversion.disk_space import free_bytes
     from t5g2convert.conversion.writer import peak_memory
 
     made, checkpoints = open_and_plan(

@@ -13,12 +13,13 @@ from t5g2convert.checkpoint.roles import Folders, named, plain_name
 from t5g2convert.checkpoint.sources import OtherOrigins, Sources
 from t5g2convert.conversion.assets import write_assets
 from t5g2convert.conversion.copying import Progress
+from t5g2convert.conversion.disk_space import ASSET_BYTES, check_space, same_disk
 from t5g2convert.conversion.given import Given
 from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.options import Options, PlanOptions
 from t5g2convert.conversion.plan import Plan
 from t5g2convert.conversion.planner import build_plan
-from t5g2convert.conversion.staging import ASSET_BYTES, Staging, check_space, same_disk
+from t5g2convert.conversion.staging import Staging
 from t5g2convert.conversion.target import check_not_linked, check_target
 from t5g2convert.conversion.writer import Written, write_shards
 from t5g2convert.errors import CheckpointError, UsageError

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Final
 
 from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.replacing import clear, usual_mode
 from t5g2convert.conversion.plan import Plan, Shard
-from t5g2convert.conversion.staging import JOURNAL_FILE, clear, usual_mode
+from t5g2convert.conversion.staging import JOURNAL_FILE
 from t5g2convert.errors import OutputError
 from t5g2convert.version import __version__
 

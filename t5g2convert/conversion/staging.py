@@ -11,18 +11,17 @@
 import fcntl
 import os
 import shutil
-import signal
 import stat
-import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.checkpoint.replacing import flush_folder
+from t5g2convert.checkpoint.replacing import clear, flush_folder, usual_mode
+from t5g2convert.conversion.filling import fill, take_back
 from t5g2convert.conversion.ownership import (
     Listing,
     Snapshot,
@@ -31,121 +30,16 @@ from t5g2convert.conversion.ownership import (
     manifest_listing,
     take_snapshot,
 )
-from t5g2convert.conversion.target import (
-    INSIDE,
-    MOVES_FILE,
-    OLD_SUFFIX,
-    STAGING_SUFFIX,
-    Names,
-    check_target,
-    check_vacant,
-    leftovers,
-    moved_files,
-    moves_of,
-    real_path,
-)
+from t5g2convert.conversion.target import INSIDE, MOVES_FILE, Names, check_vacant, leftovers, moved_files, real_path
 from t5g2convert.errors import Interrupted, OutputError, T5g2Error
-
-__all__ = [
-    "ASSET_BYTES",
-    "JOURNAL_FILE",
-    "OLD_SUFFIX",
-    "STAGING_SUFFIX",
-    "Staging",
-    "check_space",
-    "check_target",
-    "clear",
-    "free_bytes",
-    "same_disk",
-    "usual_mode",
-]
+from t5g2convert.interrupts import uninterrupted
 
 LOCK_ATTEMPTS: Final = 100
-ASSET_BYTES: Final = 64 << 20
-"""Room kept for what stands beside the shards; the largest tokenizer files in use take 40 MB."""
-
 JOURNAL_FILE: Final = ".t5g2-finished"
 """In the staging folder; the shards that it names are worth keeping for a run that takes up where another stopped."""
 
 LAST_FILES: Final = (MANIFEST_FILE, "config.json")
 """Moved last into a folder that is filled: without them it is not a checkpoint, for this tool or any other."""
-
-
-def check_space(target: Path, need: int) -> None:
-    """Refuse a target whose disk cannot hold it.
-
-    Raises:
-        OutputError: With the bytes needed and the bytes free.
-    """
-    have = free_bytes(target)
-    if have < need:
-        raise OutputError(f"the disk has {have:,} bytes free, the output needs {need:,}", where=target)
-
-
-def free_bytes(target: Path) -> int:
-    """Bytes free for this user where `target` is or would be."""
-    existing = _existing(target)
-    try:
-        return shutil.disk_usage(existing).free
-    except OSError as error:
-        raise OutputError(f"cannot be looked at: {error.strerror}", where=existing) from error
-
-
-def same_disk(one: Path, other: Path) -> bool:
-    """Whether what is written to one path takes the room of the other."""
-    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the folder nearest to it that there is."""
-    folders = (path.absolute(), *path.absolute().parents)
-    return next(folder for folder in folders if os.path.exists(folder))  # noqa: PTH110 - as above
-
-
-def clear(folder: Path, keep: Collection[str] = ()) -> None:
-    """Remove everything in a folder but the names to be kept.
-
-    Raises:
-        OSError: Something cannot be removed.
-    """
-    for item in folder.iterdir():
-        if item.name in keep:
-            continue
-        if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item)
-        else:
-            item.unlink()
-
-
-def usual_mode(mode: int) -> int:
-    """The permissions less the umask, as a new file or folder has them."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return mode & ~umask
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Put off SIGINT and SIGTERM: what the block does to the disk and what it notes of it belong together.
-
-    A mask would not do: other threads, of numpy or of a progress bar, take the signal then, and Python's handler still
-    runs in the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread only
-        return
-    came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if came:
-            signal.raise_signal(came[0])
 
 
 class Staging:
@@ -193,14 +87,14 @@ class Staging:
 
     def __enter__(self) -> Self:
         try:
-            with _uninterrupted():
+            with uninterrupted():
                 self._take()
             # Looked at again, now that nobody else can write: it may have been filled since.
             check_vacant(self._given, overwrite=self._overwrite, listing=self._listing)
             if not self._fills and os.path.lexists(self.target):
                 self._note_replaced()
         except BaseException as error:
-            with _uninterrupted():
+            with uninterrupted():
                 self._leave(keep=self._is_worth_keeping())
             if isinstance(error, OSError):
                 raise OutputError(f"cannot be written: {error.strerror}", where=self.target) from error
@@ -240,7 +134,7 @@ class Staging:
             OutputError: Somebody else wrote there, or the rename failed, and the target is as it was; or the parent
                 could not be flushed.
         """
-        with _uninterrupted():
+        with uninterrupted():
             self.check_unchanged()
             try:
                 if self._fills:
@@ -263,7 +157,7 @@ class Staging:
         keep = (stopped or failed) and self._is_worth_keeping()
         if keep and isinstance(error, T5g2Error):
             error.hint = "the finished shards are kept, and --resume goes on with them"
-        with nullcontext() if stopped else _uninterrupted():
+        with nullcontext() if stopped else uninterrupted():
             self._leave(keep=keep)
 
     def _put_in_place(self) -> None:
@@ -293,50 +187,16 @@ class Staging:
 
     def _fill(self) -> None:
         """Move everything into the target, the last files last."""
-        passed = (JOURNAL_FILE, MOVES_FILE)
-        rank = {name: number for number, name in enumerate(self._last, start=1)}
-        entries = sorted(item.name for item in self.folder.iterdir() if item.name not in passed)
-        order = sorted(entries, key=lambda name: rank.get(name, 0))
-        moves = self.folder / MOVES_FILE
-        with open(moves, "wb") as file:  # noqa: PTH123 - as os.open elsewhere
-            file.write(moves_of(self.folder, order))
-            if self._flush:
-                file.flush()
-                os.fsync(file.fileno())
-        if self._flush:
-            os.fsync(self._fd)
-        moved: list[str] = []
-        try:
-            for name in order:
-                if name == order[-1] and self._flush:
-                    flush_folder(self.target)
-                if os.path.lexists(self.target / name):
-                    raise OutputError(f"was written to meanwhile: {name}", where=self.target, hint="run again")
-                (self.folder / name).rename(self.target / name)
-                moved.append(name)
-        except BaseException:
-            for name in moved:
-                (self.target / name).rename(self.folder / name)
-            raise
+        fill(self.folder, self.target, last=self._last, left=(JOURNAL_FILE,), flush=self._flush)
         self._committed = True
         try:
             if self._flush:
                 flush_folder(self.target)
         finally:
             with suppress(OSError):
-                for name in passed:
+                for name in (JOURNAL_FILE, MOVES_FILE):
                     (self.folder / name).unlink(missing_ok=True)
                 self.folder.rmdir()
-
-    def _take_back(self) -> None:
-        """Remove what was moved into a target that did not become complete."""
-        moved = moved_files(self.target)
-        for name in moved:
-            (self.target / name).unlink()
-        for name in {name.partition("/")[0] for name in moved if "/" in name}:
-            for folder, _, _ in os.walk(self.target / name, topdown=False):
-                with suppress(OSError):
-                    Path(folder).rmdir()
 
     def _clear_removed(self) -> None:
         """Remove the folders that were replaced, those of earlier runs too, and note what cannot be removed."""
@@ -373,7 +233,7 @@ class Staging:
             self._leave(keep=not self._made)
             self._made.clear()
         if self._fills:
-            self._take_back()
+            take_back(self.target)
         else:
             self._settle_old()
             os.fchmod(self._fd, usual_mode(0o777))

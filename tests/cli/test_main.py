@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from t5g2convert.checkpoint.header import read_header
-from t5g2convert.conversion.staging import JOURNAL_FILE, STAGING_SUFFIX
+from t5g2convert.conversion.staging import JOURNAL_FILE
+from t5g2convert.conversion.target import STAGING_SUFFIX
 from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__

@@ -13,8 +13,8 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.checkpoint.place import HubFile, HubOrigin
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.convert import execute, open_and_plan, prepare, room
+from t5g2convert.conversion.disk_space import ASSET_BYTES
 from t5g2convert.conversion.planner import build_plan
-from t5g2convert.conversion.staging import ASSET_BYTES
 from t5g2convert.errors import CheckpointError, OutputError
 from tests.conftest import TwinFolder
 

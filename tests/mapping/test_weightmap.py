@@ -53,7 +53,7 @@ def assert_points_at(error: MappingError, path: Path, text: str, node: str) -> N
 UNKNOWN_KEYS = [
     ("vocabulary:\n", "vocabulry:\n", "vocabulry", "vocabulary"),
     ("drop:\n", "drops:\n", "drops", "drop"),
-    ("generation_config:\n", "generation_confg:\n", "generation_confg", "generation_config"),
+    ("\ngeneration_config:", "\ngeneration_confg:", "generation_confg", "generation_config"),
     ("  cut: {", "  cuts: {", "cuts", "cut"),
     ("{model_type: t5gemma2, architecture:", "{model_type: t5gemma2, architectur:", "architectur", "architecture"),
     ("source: {model_type:", "source: {model_typ:", "model_typ", "model_type"),
