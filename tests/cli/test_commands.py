@@ -233,9 +233,9 @@ def test_convert_for_people_names_parts_and_the_folder(t5g2: Successful, demo_so
 
 def test_notes_go_to_stderr_and_into_the_json(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     config = json.loads((demo_source / "config.json").read_text())
-    config["eoi_token_index"] = 300
+    config["written_by"] = "hand"
     (demo_source / "config.json").write_text(json.dumps(config))
-    note = "model.encoder.embed_tokens.eoi_embedding is zeros: the vocabulary has no such token"
+    note = "config.json: settings left behind: written_by (unknown)"
     plain = t5g2("convert", demo_source, tmp_path / "one")
     assert plain.err == f"note: {note}\n"
     assert note not in plain.out

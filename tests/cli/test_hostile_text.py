@@ -232,7 +232,7 @@ def judge(t5g2: Terminals, work: Path) -> None:
     html, junit = work / "x.html", work / "x.xml"
     call: list[str | Path] = ["verify", work / "out", "--source", work / "source"]
     t5g2.harmless(*call, "--junit", junit, "--html", html)
-    if html.stat().st_size:
+    if html.exists():
         assert_sound_reports(html, junit)
     # The result was recorded, or the manifest is the one that was there.
     json.loads((work / "out" / MANIFEST_FILE).read_text())

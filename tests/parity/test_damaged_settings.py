@@ -36,6 +36,10 @@ UNSEEN = {
     ),
     **dict.fromkeys(("attention_dropout", "dropout_rate", "classifier_dropout_rate"), "only in training"),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "where writing starts and ends"),
+    **dict.fromkeys(
+        ("transformers_version", "_from_model_config", "output_attentions", "output_hidden_states"),
+        "generation_config.json: who wrote it, and what transformers returns",
+    ),
     "boi_token_index": "a token like any other",
     "image_token_index": "the inputs are made with the target's own; nothing reads the encoder's",
     "encoder.text_config.final_logit_softcapping": "an encoder has no logits",
