@@ -142,7 +142,7 @@ def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_l
         _check_replaceable(target, listing)
         hint = "--overwrite replaces it"
     except OutputError:
-        hint = "choose another folder; --overwrite replaces only a folder that t5g2 wrote"
+        hint = "choose another folder; --overwrite replaces only an output of this tool"
         if is_mount_point(real):
             hint = "it is a mount point: choose a folder inside it"
     raise OutputError("exists and is not empty", where=target, hint=hint)

@@ -65,7 +65,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "--keep-rows keeps them": PLANNED,
     "save it with the tokenizers library, or move the token elsewhere with a map of your own (--mapping)": PLANNED,
     "--overwrite replaces it": (*WRITTEN, "average"),
-    "choose another folder; --overwrite replaces only a folder that t5g2 wrote": (*WRITTEN, "average", "pack"),
+    "choose another folder; --overwrite replaces only an output of this tool": (*WRITTEN, "average", "pack"),
     "the finished shards are kept, and --resume goes on with them": ("convert",),
     "--allow-nonfinite converts them as they are": WRITTEN,
     "give the T5Gemma 2 that was trained; t5g2 compare measures how far it is from a Gemma 3": ("compare",),
