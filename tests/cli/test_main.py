@@ -375,7 +375,7 @@ def test_debug_adds_the_traceback_before_the_line(t5g2: CommandLine, tmp_path: P
 def test_an_exception_that_nobody_thought_of_is_a_bug_and_exit_1(
     t5g2: CommandLine, demo_source: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
-    def fail(path: Path) -> None:
+    def fail(path: Path, **_: object) -> None:
         raise ZeroDivisionError("by \x1b[31mzero")
 
     monkeypatch.setattr("t5g2convert.mapping.inspection.open_source", fail)
