@@ -6,23 +6,20 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from t5g2convert.checkpoint.header import Header, TensorEntry
 from t5g2convert.checkpoint.place import Folder, HubOrigin, Place, is_there, regular_file
-from t5g2convert.checkpoint.recognition import (
-    ADAPTER_CONFIG,
-    Found,
-    adapter_beside,
-    recognise,
-    recognise_file,
-    spelling_hint,
-)
 from t5g2convert.checkpoint.strictjson import is_text, parse_object
 from t5g2convert.errors import CheckpointError, T5g2Error
 
+if TYPE_CHECKING:
+    # Imported where something is wrong: a conversion has no memory for it.
+    from t5g2convert.checkpoint.recognition import Found
+
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+ADAPTER_FILE: Final = "adapter_config.json"
 MAX_JSON_BYTES: Final = 8_000_000
 """Largest JSON file; that of Gemma's tokenizer_config.json is 1.2 MB. Parsed, a file may take 50 times its size."""
 
@@ -163,12 +160,16 @@ def check_folder(path: Path) -> None:
         raise CheckpointError(told, hint="a model of the Hub is given by its name, as org/name")
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise CheckpointError("no such folder", where=path, hint=spelling_hint(str(path))) from None
     except (OSError, ValueError) as error:
+        from t5g2convert.checkpoint.recognition import spelling_hint
+
+        if isinstance(error, FileNotFoundError):
+            raise CheckpointError("no such folder", where=path, hint=spelling_hint(str(path))) from None
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"cannot be read: {reason}", where=path, hint=spelling_hint("")) from None
     if not stat.S_ISDIR(mode):
+        from t5g2convert.checkpoint.recognition import recognise_file
+
         found = recognise_file(path)
         raise CheckpointError(found.what, where=path, hint=found.step)
 
@@ -258,7 +259,7 @@ def _no_weights(place: Place, hub: HubOrigin | None) -> T5g2Error:
     return place.incomplete(f"has {told}neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder of a whole model")
 
 
-def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = None) -> Found | None:
+def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = None) -> "Found | None":
     """What a folder, or a model of the Hub, is that has no safetensors checkpoint; None where it is not known.
 
     Args:
@@ -269,6 +270,8 @@ def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = 
 
     def read(name: str) -> Mapping[str, Any] | None:
         return None if path is None else _read_beside(path / name)
+
+    from t5g2convert.checkpoint.recognition import Found, recognise
 
     if hub is None:
         return recognise(paths, str(path), read)
@@ -291,7 +294,9 @@ def _check_preferred(place: Place, config: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: transformers would load another model.
     """
-    if place.has(ADAPTER_CONFIG):
+    if place.has(ADAPTER_FILE):
+        from t5g2convert.checkpoint.recognition import adapter_beside
+
         found = adapter_beside(lambda name: _read_beside(place.path / name))
         raise CheckpointError(found.what, where=place.path, hint=found.step)
     where = place.path / "config.json"

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, is_template
 from t5g2convert.checkpoint.folder import (
+    ADAPTER_FILE,
     Checkpoint,
     found_in,
     open_checkpoint,
@@ -33,7 +34,6 @@ from t5g2convert.checkpoint.hubfiles import (
 )
 from t5g2convert.checkpoint.place import HubFile, HubOrigin, folders_of, listed, regular_file
 from t5g2convert.checkpoint.ranges import read_remote_range
-from t5g2convert.checkpoint.recognition import ADAPTER_CONFIG, Found
 from t5g2convert.errors import CheckpointError, HubError, OutputError, UsageError
 
 Origin = str | Path | Checkpoint
@@ -249,10 +249,12 @@ def _pinned(hub_id: HubId) -> Repository | None:
 def _no_model(hub: HubOrigin, where: str) -> CheckpointError:
     """What a model of the Hub is that has no config.json."""
     folder = None
-    if ADAPTER_CONFIG in hub.files:
+    if ADAPTER_FILE in hub.files:
         with hub_errors(hub.repo, hub.revision):
-            folder = Path(download(hub, ADAPTER_CONFIG)).parent
-    found = found_in(hub.paths, folder, hub) or Found("has no config.json", "is it a model in safetensors?")
+            folder = Path(download(hub, ADAPTER_FILE)).parent
+    found = found_in(hub.paths, folder, hub)
+    if found is None:
+        return CheckpointError("has no config.json", where=where, hint="is it a model in safetensors?")
     return CheckpointError(found.what, where=where, hint=found.step)
 
 

@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.folder import ADAPTER_FILE
 from t5g2convert.printable import printable
 
-ADAPTER_CONFIG: Final = "adapter_config.json"
 """transformers loads the adapter that this file describes, whatever else is in the folder."""
 
 ReadJson = Callable[[str], Mapping[str, Any] | None]
@@ -63,7 +63,7 @@ FORMATS: Final = (
     Format(("adapters.safetensors",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
     Format(("adapters.npz",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
     Format(("run.json", "checkpoints/"), "is a run of t5g2 adapt", "give the model that it exported: {folder}/model"),
-    Format((ADAPTER_CONFIG,), "is {adapter}{base}, not a model", "{merge}"),
+    Format((ADAPTER_FILE,), "is {adapter}{base}, not a model", "{merge}"),
     Format(("adapter_model.*",), "is {adapter}{base}, not a model", "{merge}"),
     Format(
         ("model_index.json",), "is a diffusers pipeline", "give the folder of its text encoder: {folder}/text_encoder"
@@ -208,10 +208,10 @@ def recognise(paths: Collection[str], folder: str, read: ReadJson) -> Found | No
 
 def adapter_beside(read: ReadJson) -> Found:
     """What a folder is that has an adapter beside the weights: transformers loads both."""
-    config = read(ADAPTER_CONFIG) or {}
+    config = read(ADAPTER_FILE) or {}
     return Found(
-        f"holds {_adapter(config)} beside the weights ({ADAPTER_CONFIG}): transformers loads both",
-        f"move {ADAPTER_CONFIG} and adapter_model.* into a folder A; then convert the model without them, or merge it "
+        f"holds {_adapter(config)} beside the weights ({ADAPTER_FILE}): transformers loads both",
+        f"move {ADAPTER_FILE} and adapter_model.* into a folder A; then convert the model without them, or merge it "
         "first with peft: PeftModel.from_pretrained(model, A).merge_and_unload().save_pretrained(OUT)",
     )
 
@@ -262,7 +262,7 @@ def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[
 
     `folder` is quoted for a shell, `plain` is not.
     """
-    config = read(ADAPTER_CONFIG) or {}
+    config = read(ADAPTER_FILE) or {}
     base = _text(config.get("base_model_name_or_path")) or _text(config.get("model"))
     where = base or "BASE"
     merge = (

@@ -16,7 +16,6 @@ from t5g2convert.checkpoint.config import MAX_INTEGER
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub import fetch, read_held
 from t5g2convert.checkpoint.jsonstream import JsonStream
-from t5g2convert.checkpoint.sentencepiece import read_pieces
 from t5g2convert.errors import CheckpointError
 
 TOKENIZER_FILE: Final = "tokenizer.json"
@@ -134,6 +133,8 @@ class IdsInUse:
             self.add(used)
 
     def _pieces(self, path: Path, wanted: set[str]) -> "_Vocabulary":
+        from t5g2convert.checkpoint.sentencepiece import read_pieces
+
         vocabulary = _Vocabulary(wanted)
         pieces = read_pieces(path)
         if pieces is None:

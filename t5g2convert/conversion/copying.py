@@ -15,7 +15,7 @@ from t5g2convert.conversion.finite import first_nonfinite
 from t5g2convert.conversion.hashing import Hashers
 from t5g2convert.errors import CheckpointError, OutputError
 
-CHUNK_BYTES: Final = 1 << 19
+CHUNK_BYTES: Final = 1 << 18
 """Bytes read at once; a multiple of every element size."""
 
 BUFFERS: Final = 12

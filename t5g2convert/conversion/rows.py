@@ -11,7 +11,6 @@ from t5g2convert.checkpoint.hub import read_held, read_range
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role
 from t5g2convert.checkpoint.special_ids import config_ids, generation_ids
 from t5g2convert.checkpoint.token_ids import SETTINGS_FILE, IdsInUse, UsedId
-from t5g2convert.conversion.spare_rows import rows_that_stand_out
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.operations import TakeRows
@@ -147,6 +146,8 @@ def _look_at_spare_rows(weight_map: WeightMap, checkpoint: Checkpoint, cut: int,
     width = stored.entry.shape[1]
     size = width * element_bytes(stored.entry.dtype)
     start = stored.entry.start + cut * size
+    from t5g2convert.conversion.spare_rows import rows_that_stand_out
+
     data = read_range(checkpoint, stored.file, start, start + (rows - cut) * size)
     found = [cut + number for number in rows_that_stand_out(data, stored.entry.dtype, width)]
     if not found:

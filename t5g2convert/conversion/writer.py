@@ -28,7 +28,6 @@ from t5g2convert.conversion.given import Given
 from t5g2convert.conversion.hashing import FileHasher, Hashers
 from t5g2convert.conversion.journal import Journal
 from t5g2convert.conversion.plan import Plan, PlannedTensor, SourceRange
-from t5g2convert.conversion.repeated import check_repeated
 from t5g2convert.conversion.shards import OpenShards
 from t5g2convert.errors import CheckpointError
 
@@ -107,7 +106,10 @@ def write_shards(
     """
     with ExitStack() as stack:
         sources = _open_sources(plan, folders, stack)
-        check_repeated(plan, sources)
+        if any(drop.must_equal is not None for drop in plan.dropped):
+            from t5g2convert.conversion.repeated import check_repeated
+
+            check_repeated(plan, sources)
         shards = stack.enter_context(OpenShards(plan, folder, kept, journal, flush=flush))
         residual = write_computed(plan, sources, shards, given, progress)
         hashers = _start_hashers(plan, sources, shards) if journal is not None else None
