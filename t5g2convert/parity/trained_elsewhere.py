@@ -46,8 +46,6 @@ FROZEN: Final = ("vision",)
 NONE: Final = "none"
 """In place of a part: not even the vision tower was frozen."""
 
-ADAPTER: Final = "adapter_config.json"
-
 PROJECTOR: Final = "mm_input_projection_weight"
 
 LOST: Final = (
@@ -194,8 +192,6 @@ def _tensors(raw: Checkpoint, found: list[Published]) -> Check:
         for name, stored in raw.tensors.items()
         if stored.entry.dtype not in DTYPES
     ]
-    if is_there(raw.path / ADAPTER):
-        faults.append(f"{ADAPTER} is beside the weights: transformers loads that adapter on top of them; merge it")
     for name, repeated in published.copies.items():
         if repeated in target.tensors and differing(raw, name, target, repeated):
             faults.append(f"{name} is a tied copy of {repeated}, and has other values")

@@ -19,7 +19,7 @@ BUG: Final = """
 import sys
 import t5g2convert.mapping.inspection as inspection
 
-def fail(path):
+def fail(path, **_):
     import os
     token = os.environ["HF_TOKEN"]  # in a local variable, as a client of the Hub has it
     return 1 // 0 if token else None

@@ -270,7 +270,7 @@ def test_a_setting_written_out_as_the_source_has_it_is_no_change(twin_folder: Tw
     mapping = own_map(tmp_path / "mine.yaml", literally(PATH, 8.0))
     convert(twin_folder("images-13"), tmp_path / "out", mapping=mapping, flush=False)
     assert read_manifest(tmp_path / "out")["changes"] == []
-    assert verify(tmp_path / "out", twin_folder("images-13"), record=False).passed
+    assert verify(tmp_path / "out", twin_folder("images-13"), mapping=mapping, record=False).passed
 
 
 @pytest.mark.parametrize(

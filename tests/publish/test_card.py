@@ -492,16 +492,15 @@ ATTACKS = {
 
 
 def attack_manifest(manifest: dict[str, Any], text: str) -> None:
-    """Put a text wherever a manifest may hold one."""
-    manifest["tool"] = {"name": text, "version": text}
-    manifest["mapping"] = {"name": text, "sha256": text}
+    """Put a text wherever a manifest may hold one; digests and the tool's own name and version are typed."""
+    manifest["mapping"] = {"name": text, "sha256": "0" * 64}
     manifest["options"] = {"dtype": text, "preset": text, "rope_scaling": text}
     manifest["dtype"] = text
     manifest["parameters"] = {text: 1, "total": 1}
     manifest["changes"] = [{"field": text, "source": text, "target": [text]}]
     manifest["notes"] = [text]
-    manifest["source"].update(family=text, layout={text: text}, files={text: {"bytes": 1, "sha256": text}})
-    manifest["files"] = {text: {"bytes": 1, "sha256": text}, **manifest["files"]}
+    manifest["source"].update(family=text, layout={text: text}, files={text: {"bytes": 1, "sha256": "0" * 64}})
+    manifest["files"] = {text: {"bytes": 1, "sha256": "0" * 64}, **manifest["files"]}
     record = {
         "passed": True,
         "dtype": text,
