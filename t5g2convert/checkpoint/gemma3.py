@@ -35,6 +35,7 @@ from t5g2convert.checkpoint.text import (
     ImageTokens,
     SiglipTower,
     activation_note,
+    check_images,
     check_multiple,
     check_stack,
     stack_fields,
@@ -224,6 +225,8 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
         )
     if vision is not None:
         check_multiple(vision, "hidden_size", "num_attention_heads", where, "vision ")
+        if tensors is not None:
+            check_images(tokens, vision, where)
     notes = (*left_note(left), *_notes(config, fields, text, section))
     return Gemma3(family, text, vision, tokens, notes=notes)
 

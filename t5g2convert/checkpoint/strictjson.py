@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +37,13 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
         hint = None if subject else "save it as UTF-8 without a byte order mark"
         raise CheckpointError(f"{subject}{found}, expected plain UTF-8", where=where, hint=hint)
     try:
-        document = json.loads(text.decode(), object_pairs_hook=_checked, parse_int=_integer)
+        document = json.loads(
+            text.decode(),
+            object_pairs_hook=_checked,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except _DuplicateKeyError as error:
         raise CheckpointError(f"{subject}names {error.key!r} twice", where=where) from None
     except RecursionError:
@@ -74,6 +81,13 @@ def is_text(text: str) -> bool:
 def _integer(text: str) -> int | float:
     """A whole number; `-0` is a float to other readers of JSON."""
     return -0.0 if text == "-0" else int(text)
+
+
+def _finite(text: str) -> float:
+    """A number; NaN and Infinity are none in JSON, and readers of the output would refuse them."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:60]} is not a finite number")
+    return number
 
 
 class _DuplicateKeyError(ValueError):

@@ -1,5 +1,6 @@
 """What the configs of all families say of a text stack and of a vision tower, under the same names."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -148,6 +149,24 @@ def activation_note(fields: Mapping[str, Any], activation: str, dot: str = "") -
             f"{dot}hidden_act is {other!r}, which these models do not read: "
             f"{dot}hidden_activation is {activation!r}, and taken"
         )
+
+
+def check_images(tokens: ImageTokens, tower: SiglipTower, where: Path) -> None:
+    """Refuse images that the projector cannot make the stated tokens of, and tokens of images without an id.
+
+    Raises:
+        CheckpointError: The patches do not pool to mm_tokens_per_image, or an id is negative.
+    """
+    across, wanted = tower.image_size // tower.patch_size, tokens.mm_tokens_per_image
+    side = math.isqrt(wanted)
+    if side > across or across // (across // side) != side or side * side != wanted:
+        raise CheckpointError(
+            f"mm_tokens_per_image is {wanted}, which {across} x {across} patches of an image cannot be pooled to",
+            where=where,
+        )
+    for name in ("boi_token_index", "eoi_token_index", "image_token_index"):
+        if (number := getattr(tokens, name, 0)) < 0:
+            raise CheckpointError(f"{name} is {number}, expected a token id", where=where)
 
 
 def check_multiple(section: ConfigSection, multiple: str, divisor: str, where: Path, prefix: str = "") -> None:

@@ -220,6 +220,13 @@ class _Vocabulary:
                                 self._read_vocabulary(stream, seen, start, path)
                             else:
                                 stream.skip()
+                    elif key in ("added_tokens", "model"):
+                        kind = "a list" if key == "added_tokens" else "an object"
+                        raise CheckpointError(f"{key} is not {kind}", where=path)
+                    elif key in ("post_processor", "padding"):
+                        for token, number in written_ids(stream.value()):
+                            if number >= start:
+                                seen(token, number, path)
                     else:
                         stream.skip()
                 stream.finish()
@@ -288,6 +295,20 @@ def _added(entry: Any, where: Path) -> tuple[str, int]:
         told = f"with id {fields['id']!r}"[:60] if "id" in fields else f"{_kind(entry)}"
         raise CheckpointError(f"added_tokens has an entry without content ({told})", where=where)
     return token, _id(fields.get("id"), f"the added token {_quoted(token)}", where)
+
+
+def written_ids(node: Any) -> Iterator[tuple[str, int]]:
+    """Yield tokens and ids that the post-processor or the padding of a tokenizer.json writes into every text."""
+    if isinstance(node, list):
+        for item in node:
+            yield from written_ids(item)
+    for key, value in node.items() if isinstance(node, dict) else ():
+        token = node.get("pad_token" if key == "pad_id" else "id")
+        numbers = value if key == "ids" and isinstance(value, list) else [value] if key == "pad_id" else []
+        if key in ("sep", "cls") and isinstance(value, list):
+            token, numbers = value[0] if value else None, value[1:]
+        yield from ((str(token), number) for number in numbers if type(number) is int)
+        yield from written_ids(value)
 
 
 def _id(value: Any, whose: str, where: Path) -> int:

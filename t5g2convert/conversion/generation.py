@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from t5g2convert.checkpoint.config import ConfigSection, Token, parse_section
+from pydantic import Field, field_validator
+
+from t5g2convert.checkpoint.config import ConfigSection, Number, Token, parse_section
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub import read_held
 from t5g2convert.errors import CheckpointError
@@ -15,18 +17,56 @@ TOKEN_KEYS: Final = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"
 """Keys with lists of ids; every key that ends in _token_id has one, or a list of them."""
 
 
-class _Ends(ConfigSection):
-    eos_token_id: Token | list[Token] | None = None
+Count = Annotated[int, Field(ge=0)]
+Ids = list[Token]
+
+CACHES: Final = (
+    "static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid",
+    "offloaded_hybrid_chunked", "dynamic", "offloaded", "quantized", "paged",
+)  # fmt: skip
+"""What cache_implementation may be: transformers loads no model with another."""
+
+
+class _Known(ConfigSection):
+    """The keys that keep transformers from loading a model where their type is another."""
+
+    eos_token_id: Token | Ids | None = None
+    bos_token_id: Token | None = None
+    pad_token_id: Token | None = None
+    suppress_tokens: Ids | None = None
+    begin_suppress_tokens: Ids | None = None
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    max_length: Count | None = None
+    min_length: Count | None = None
+    min_new_tokens: Count | None = None
+    num_beams: Count | None = None
+    top_k: Count | None = None
+    num_return_sequences: Count | None = None
+    no_repeat_ngram_size: Count | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    do_sample: bool | None = None
+    use_cache: bool | None = None
+    cache_implementation: str | None = None
+
+    @field_validator("cache_implementation")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in CACHES:
+            raise ValueError(f"{value!r} is not one of {', '.join(CACHES)}")
+        return value
 
 
 def given_generation(checkpoint: Checkpoint) -> dict[str, Any]:
     """The generation_config.json of a source, without nulls; empty where it has none.
 
     Raises:
-        CheckpointError: It is not a JSON object, or its end tokens are not ids.
+        CheckpointError: It is not a JSON object, or a known key has a value that transformers does not load.
     """
     given = read_held(checkpoint, GENERATION_FILE) or {}
-    parse_section(_Ends, given, checkpoint.path / GENERATION_FILE)
+    parse_section(_Known, given, checkpoint.path / GENERATION_FILE)
     return {key: value for key, value in given.items() if value is not None}
 
 

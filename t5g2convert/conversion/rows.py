@@ -9,7 +9,7 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES, element_bytes
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub import read_held, read_range
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role
-from t5g2convert.checkpoint.special_ids import config_ids, generation_ids
+from t5g2convert.checkpoint.special_ids import IMAGE_IDS, config_ids, generation_ids
 from t5g2convert.checkpoint.token_ids import SETTINGS_FILE, IdsInUse, UsedId
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.names import expand, root_of
@@ -86,9 +86,11 @@ def _special_ids(
         checkpoint = checkpoints[role]
         for field, number in config_ids(checkpoint.config, images=False):
             yield UsedId(number, field, checkpoint.path / "config.json")
-        generation = read_held(checkpoint, GENERATION_FILE) or {}
-        for field, number in generation_ids(generation):
-            yield UsedId(number, field, checkpoint.path / GENERATION_FILE)
+        for file in (GENERATION_FILE, SETTINGS_FILE):
+            for field, number in generation_ids(read_held(checkpoint, file) or {}):
+                # The tokenizer's own image token moves with the model's.
+                if file == GENERATION_FILE or field not in IMAGE_IDS:
+                    yield UsedId(number, field, checkpoint.path / file)
     for name in (name for name in IMAGE_VALUES if images and name not in weight_map.vocabulary.moved):
         yield UsedId(_number(tokens, name), name, checkpoints[seeing].path / "config.json")
 

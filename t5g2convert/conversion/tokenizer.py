@@ -118,12 +118,18 @@ class _Places:
 
 
 def _is_foreign(move: TokenMove, places: dict[str, _Places], rows: int) -> bool:
-    """Whether a tokenizer does without the token, or has it at an id of its own that the table has a row for."""
-    token, other = places[move.token], places[move.replaces]
-    ids = [entry.id for entry in token.entries] + [number for number, _, _ in token.keys]
+    """Whether a tokenizer does without the token, or has it at an id of its own that the table has a row for.
+
+    One without the token may have the token that would give way at another id, as trimmed vocabularies do.
+    """
+    ids, others = _ids(places[move.token]), _ids(places[move.replaces])
     if ids:
         return move.target not in ids and all(number < rows for number in ids)
-    return not (other.entries or other.keys)
+    return move.target not in others
+
+
+def _ids(place: _Places) -> list[int]:
+    return [entry.id for entry in place.entries] + [number for number, _, _ in place.keys]
 
 
 def _move(

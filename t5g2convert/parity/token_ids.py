@@ -10,7 +10,7 @@ from typing import Any, Final
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.sentencepiece import read_pieces
-from t5g2convert.checkpoint.special_ids import SECTIONS, config_ids, generation_ids
+from t5g2convert.checkpoint.special_ids import IMAGE_IDS, SECTIONS, config_ids, generation_ids
 
 TABLE: Final = "embed_tokens.weight"
 GENERATION: Final = "generation_config.json"
@@ -53,8 +53,10 @@ def special_faults(target: Checkpoint) -> Iterator[str]:
     """
     rows = table_rows(target)
     named = [("", *item) for item in config_ids(target.config, images=_reads_images(target.config))]
-    if is_there(target.path / GENERATION):
-        named += [(f"{GENERATION}: ", *item) for item in generation_ids(read_json_object(target.path / GENERATION))]
+    for name in (GENERATION, "tokenizer_config.json"):
+        if is_there(target.path / name):
+            found = generation_ids(read_json_object(target.path / name))
+            named += [(f"{name}: ", *item) for item in found if name == GENERATION or item[0] not in IMAGE_IDS]
     for file, field, number in named:
         if number >= rows:
             yield f"{file}{field} is {number}, the embedding table has {rows} rows"
@@ -87,6 +89,8 @@ def _tokens(folder: Path) -> Iterator[tuple[Any, str, str]]:
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict):
             added.append((entry.get("id"), str(entry.get("content")), "tokenizer.json"))
+    yield from _written(document.get("post_processor"))
+    yield from _written(document.get("padding"))
     decoder = settings.get("added_tokens_decoder")
     for key, value in decoder.items() if isinstance(decoder, dict) else ():
         content = value.get("content") if isinstance(value, dict) else value
@@ -104,6 +108,23 @@ def _tokens(folder: Path) -> Iterator[tuple[Any, str, str]]:
                 ids[token] = top + 1
                 yield ids[token], token, name
             top = max(top, ids[token])
+
+
+def _written(node: Any) -> Iterator[tuple[Any, str, str]]:
+    """Yield the ids that a post-processor or a padding writes into texts."""
+    if not isinstance(node, dict):
+        return
+    if "pad_id" in node:
+        yield node["pad_id"], str(node.get("pad_token")), "tokenizer.json"
+    for name in ("sep", "cls"):
+        if isinstance(pair := node.get(name), list) and len(pair) == 2:
+            yield pair[1], str(pair[0]), "tokenizer.json"
+    templates = node.get("special_tokens")
+    for token, template in templates.items() if isinstance(templates, dict) else ():
+        yield from ((number, token, "tokenizer.json") for number in template.get("ids", ()))
+    steps = node.get("processors")
+    for step in steps if isinstance(steps, list) else ():
+        yield from _written(step)
 
 
 def _vocabulary(document: Mapping[str, Any]) -> dict[str, int]:

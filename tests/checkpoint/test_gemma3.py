@@ -510,7 +510,7 @@ def test_a_tower_is_known_by_its_modules_in_any_spelling(name: str) -> None:
 
 
 def test_a_config_alone_is_read_as_it_stands_and_names_decide_beside_it() -> None:
-    config = multimodal()
+    config = {**multimodal(), "mm_tokens_per_image": 49}
     assert read_gemma3(config, WHERE) == read_gemma3(config, WHERE, [*TEXT_NAMES, TOWER_NAMES[0]])
     towerless = read_gemma3(config, WHERE, TEXT_NAMES)
     assert towerless.vision is None
@@ -525,3 +525,22 @@ def test_a_config_alone_is_read_as_it_stands_and_names_decide_beside_it() -> Non
     for names in (None, TOWER_NAMES):
         with pytest.raises(CheckpointError, match="vision_config is missing"):
             read_gemma3(config, WHERE, names)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"mm_tokens_per_image": 5}, "mm_tokens_per_image is 5, which 4 x 4 patches of an image cannot be pooled to"),
+        ({"mm_tokens_per_image": 9}, "mm_tokens_per_image is 9, which"),
+        ({"mm_tokens_per_image": 25}, "mm_tokens_per_image is 25, which"),
+        ({"eoi_token_index": -1}, "eoi_token_index is -1, expected a token id"),
+    ],
+)
+def test_images_that_cannot_be_placed_among_the_tokens_are_refused(change: dict[str, int], told: str) -> None:
+    tower = {"image_size": 56, "patch_size": 14}
+    config = {"model_type": "gemma3", "text_config": {}, "vision_config": tower, "mm_tokens_per_image": 4}
+    tensors = ["vision_tower.post_layernorm.bias"]
+    assert read_gemma3(config, Path("config.json"), tensors).vision is not None
+    with pytest.raises(CheckpointError) as caught:
+        read_gemma3({**config, **change}, Path("config.json"), tensors)
+    assert told in caught.value.message

@@ -257,3 +257,26 @@ def test_a_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a" * 1000: 1}}}))
     with pytest.raises(CheckpointError, match="a single value of more than 64 bytes"):
         found(tmp_path)
+
+
+SPECIAL = {"[A]": {"id": "[A]", "ids": [2, 7], "tokens": ["[A]", "[B]"]}}
+TEMPLATE = {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "special_tokens": SPECIAL}]}
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"post_processor": TEMPLATE}, "tokenizer.json has the token '[A]' as 7"),
+        ({"post_processor": {"type": "BertProcessing", "sep": ["[S]", 8], "cls": ["[C]", 1]}}, "the token '[S]' as 8"),
+        ({"padding": {"strategy": "BatchLongest", "pad_id": 6, "pad_token": "[P]"}}, "the token '[P]' as 6"),
+    ],
+)
+def test_ids_that_are_written_into_every_text_count(part: dict[str, Any], told: str, tmp_path: Path) -> None:
+    ids = found(write(tmp_path, tokenizer={**tokenizer(words(6)), **part}))
+    assert told in str(ids.spare)
+
+
+@pytest.mark.parametrize("part", [{"added_tokens": None}, {"added_tokens": {}}, {"model": None}, {"model": []}])
+def test_a_tokenizer_that_no_library_loads_is_refused(part: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: (added_tokens|model) is not"):
+        found(write(tmp_path, tokenizer={**tokenizer(words(6)), **part}))

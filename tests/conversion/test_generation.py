@@ -70,5 +70,26 @@ def test_a_plan_has_the_sources_settings(demo_source: Path) -> None:
 
 def test_a_plan_refuses_an_id_past_its_table(demo_source: Path) -> None:
     (demo_source / "generation_config.json").write_text('{"suppress_tokens": [1, 99999999]}')
-    with pytest.raises(CheckpointError, match="suppress_tokens has token 99999999"):
+    with pytest.raises(CheckpointError, match="suppress_tokens as 99999999"):
+        plan(demo_source)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pad_token_id", [0]), ("bos_token_id", [2]), ("suppress_tokens", 5), ("max_new_tokens", "64"),
+        ("max_new_tokens", 0), ("top_k", 2.5), ("do_sample", "yes"), ("cache_implementation", "nonsense"),
+        ("temperature", "0.7"),
+    ],
+)  # fmt: skip
+def test_a_value_that_transformers_does_not_load_is_refused(key: str, value: Any, demo_source: Path) -> None:
+    (demo_source / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {key}"):
+        plan(demo_source)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_number_that_is_not_finite_is_refused(number: str, demo_source: Path) -> None:
+    (demo_source / "generation_config.json").write_text(f'{{"temperature": {number}}}')
+    with pytest.raises(CheckpointError, match="is not a finite number"):
         plan(demo_source)

@@ -264,3 +264,10 @@ def test_the_published_file_becomes_the_released_one() -> None:
     assert len(text) == RELEASED_BYTES
     assert hashlib.sha256(text).hexdigest() == RELEASED_SHA256
     assert patched.changes == (MOVED, MASKED)
+
+
+def test_a_trimmed_vocabulary_may_have_the_other_token_at_another_id(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(small(entry(198, "<unused99>"), vocabulary={"<unused99>": 198}))
+    assert patch(tmp_path / "tokenizer.json", required=False) is None
+    with pytest.raises(CheckpointError):
+        patch(tmp_path / "tokenizer.json")

@@ -143,6 +143,21 @@ FILES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"tokenizer.json": model_of(WORDS), "tokenizer_config.json": {"additional_special_tokens": ["w1", "<x>"]}},
         ["tokenizer_config.json: the token '<x>' has id 256"],
     ),
+    "written-into-every-text": (
+        {
+            "tokenizer.json": {
+                **model_of(WORDS),
+                "post_processor": {
+                    "processors": [{"special_tokens": {"w2": {"id": "w2", "ids": [300]}}}, {"sep": ["w1", 300]}]
+                },
+            }
+        },
+        ["tokenizer.json: the token 'w2' has id 300"],
+    ),
+    "padding": (
+        {"tokenizer.json": {**model_of(WORDS), "padding": {"pad_id": 256, "pad_token": "w0"}}},
+        ["tokenizer.json: the token 'w0' has id 256"],
+    ),
     "an-id-that-a-loader-does-not-give": (
         {"tokenizer.json": {**model_of(WORDS), "added_tokens": [{"id": 3, "content": "<x>"}]}},
         ["tokenizer.json: the token '<x>' has id 256"],
