@@ -31,6 +31,9 @@ hundredths.
 JUDGED: Final = 64
 """Elements of the smallest matrix of which the cosine says anything."""
 
+ROW: Final = "eoi_embedding"
+"""The one vector that the cosine tells something of: those of norms and biases may turn as they like."""
+
 
 @dataclass(frozen=True, slots=True)
 class Movement:
@@ -143,7 +146,8 @@ def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
         product += float((old * new).sum())
     if broken is not None:
         return Movement(name, broken=(f"{name} holds no number at element {broken}",))
-    matrix = len(one.entry.shape) > 1 and elements >= JUDGED
+    # The vector of the end of an image stands for a row of the table.
+    matrix = (len(one.entry.shape) > 1 or name.endswith(ROW)) and elements >= JUDGED
     related = not (length and measured and matrix) or product / (sqrt(length) * sqrt(measured)) >= RELATED
     return Movement(
         name,

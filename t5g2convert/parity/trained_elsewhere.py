@@ -57,6 +57,8 @@ _LAYER: Final = re.compile(
     r"(?:model\.)?(?:(encoder|decoder)\.)?(vision_tower\.vision_model\.encoder\.)?layers\.(\d+)\."
 )
 
+_ADAPTED: Final = re.compile(r"vision_tower\..*(?:_proj|fc1|fc2)\.")
+
 
 def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
     """Whether a folder claims to be what came of training `source`, with no word of this tool about it.
@@ -232,6 +234,11 @@ def _parts(judge: Judge, start: Checkpoint, target: Checkpoint, still: frozenset
             checks.append(Check(part, False, "none of its tensors can be compared with the start's"))
             continue
         checks.append(_part(part, measured[part], still, moved))
+    judged = [[*measured[part].values()] for part in ("embedding", *TRAINED) if measured[part]]
+    if all(any(each.unrelated for each in found) for found in judged):
+        judge.remarks.append(
+            f"no part of it is near {start.name}: if it was trained from another model, give that as --source"
+        )
     return checks
 
 
@@ -257,10 +264,11 @@ def _part(part: str, found: Mapping[str, Movement], still: Collection[str], move
 def _moved_though_frozen(found: Mapping[str, Movement], still: Collection[str]) -> Iterator[str]:
     for name, each in found.items():
         if name in still and not each.still and not each.broken:
-            why = ""
-            if "vision_tower" in name:
-                why = ': LoRA on "q_proj" and "v_proj" adapts SigLIP too; if it was meant, say --frozen none'
-            yield f"{name} was frozen, and is {each.distance:.2%} away from the start's{why}"
+            why = f"; if it was meant, say --frozen {NONE}" if "vision_tower" in name else ""
+            if _ADAPTED.search(name) and each.distance < 0.5:
+                why = f': LoRA on "q_proj" and "v_proj" adapts SigLIP too{why}'
+            away = f"is {each.distance:.2%} away from the start's" if each.start else "the start's is zeros"
+            yield f"{name} was frozen, and {away}{why}"
 
 
 def _never_moved(part: str, moved: Mapping[str, bool]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from t5g2convert.parity.extracted import ToEncoder, ToGemma3
 from t5g2convert.parity.inputs import Inputs
 from t5g2convert.parity.judge import Judge, Progress
 from t5g2convert.parity.kinds import Kind
+from t5g2convert.parity.mistaken import check_manifest_fits, remark_on_source
 from t5g2convert.parity.provenance import judge_provenance, planned, planned_adapted
 from t5g2convert.parity.record import record_report
 from t5g2convert.parity.report import Check, Report
@@ -110,12 +111,16 @@ def verify(
             "--frozen is for a folder that was trained elsewhere",
             hint="give that folder, which has no t5g2.json, and the T5Gemma 2 that was trained as --source",
         )
+    if sources is not None:
+        check_manifest_fits(output, sources.source)
     kind = kind_of(output, None if sources is None else sources.source)
     parent = None if sources is None else kind.parent(sources)
     inputs = Inputs(text, image)
     inputs.check(output, parent)
     judge = Judge(output, parent, inputs, device, tolerance, progress or _silent)
     judge.read_manifest()
+    if sources is not None and (remark := remark_on_source(output, sources.source)):
+        judge.remarks.append(remark)
     if sources is not None and "adaptation" in judge.manifest and not isinstance(kind, Adapted):
         raise UsageError(
             f"it was trained further, from another model than {sources.source.name}",

@@ -9,7 +9,8 @@ from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, held
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, unverified
 from t5g2convert.checkpoint.place import is_there
-from t5g2convert.checkpoint.spellings import is_t5gemma2
+from t5g2convert.checkpoint.spellings import as_published, is_t5gemma2
+from t5g2convert.checkpoint.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.mapping.inspection import inspect
 from t5g2convert.publish.origin import Ancestor, ancestors
@@ -85,6 +86,11 @@ def _beside(folder: Checkpoint) -> Iterator[str]:
 
 
 def _check_elsewhere(trained: Checkpoint, start: Checkpoint, told: Mapping[str, Any] | None) -> None:
+    if (trained.config.get("model_type"), start.config.get("model_type")) == (ENCODER_TYPE, MODEL_TYPE):
+        raise UsageError(
+            f"{trained.name} is an encoder alone, {start.name} a whole T5Gemma 2",
+            hint="take that one's encoder out with t5g2 extract START ENCODER --part encoder, and give ENCODER",
+        )
     if not is_t5gemma2(start) or trained.config.get("model_type") != start.config.get("model_type"):
         found = trained.config.get("model_type")
         raise UsageError(
@@ -92,7 +98,18 @@ def _check_elsewhere(trained: Checkpoint, start: Checkpoint, told: Mapping[str, 
             hint="--source is the T5Gemma 2 that was trained elsewhere",
         )
     if trained.path.samefile(start.path):
-        raise UsageError(f"{start.name} was given as what it was trained from", hint="leave --source out")
+        raise UsageError(
+            f"{start.name} was given as what it was trained from",
+            hint="leave --source out"
+            if is_there(trained.path / MANIFEST_FILE)
+            else "give the T5Gemma 2 that it was before: convert makes it anew from the same Gemma 3",
+        )
+    names = ({*as_published(each).checkpoint.tensors} for each in (trained, start))
+    if next(names) != next(names):
+        raise UsageError(
+            f"{trained.name} and {start.name} have other tensors: one did not come of the other",
+            hint="--source is the T5Gemma 2 that was trained elsewhere",
+        )
     if is_there(trained.path / MANIFEST_FILE) and (
         told is None or unverified(read_manifest(trained.path)) != unverified(told)
     ):

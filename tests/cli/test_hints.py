@@ -40,6 +40,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "--source is the T5Gemma 2 that was trained, and --frozen says what was not": ("verify",),
     "if it was trained elsewhere, give the T5Gemma 2 that was trained with --source": ("card", "upload"),
     "--source is the T5Gemma 2 that was trained elsewhere": ("card", "upload"),
+    "take that one's encoder out with t5g2 extract START ENCODER --part encoder, and give ENCODER": ("extract",),
     "leave --source out": ("card", "upload"),
     "leave out --devices and --nodes, or let them say the same": ("adapt",),
     "t5g2 convert --rope-scaling {} makes such a model": ("convert",),

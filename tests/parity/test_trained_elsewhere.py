@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t5g2convert import UsageError, convert, verify
+from t5g2convert import CheckpointError, UsageError, convert, verify
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.junit import junit
 from t5g2convert.parity.page import page
@@ -531,3 +531,41 @@ def test_an_encoder_alone_is_judged_by_the_one_that_was_taken_out(start: Path, t
     assert [check.name for check in report.checks] == ["tensors", "config", "vision", "projector", "embedding",
                                                        "encoder", "runs"]  # fmt: skip
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "t5gemma2_encoder"
+
+
+def test_what_is_probably_meant_is_said_where_folder_and_source_do_not_belong_together(
+    start: Path, trained: Path, tmp_path: Path
+) -> None:
+    other = copied(start, tmp_path / "other")
+    change(other, lambda tensors: tensors.update({name: torch.randn_like(each) for name, each in tensors.items()}))
+    report = verify(trained, other)
+    assert any("no part of it is near other" in remark for remark in report.remarks)
+    assert "LoRA" not in told(report, "vision")
+    # The model that the start came from, in place of the start.
+    report = verify(trained, start.parent / "parent")
+    assert any("give the T5Gemma 2 that was trained" in remark for remark in report.remarks)
+    # The encoder alone, in place of the whole; the remark's command helps.
+    from transformers import T5Gemma2ForConditionalGeneration
+
+    model = T5Gemma2ForConditionalGeneration.from_pretrained(trained, dtype=torch.float32)
+    model.get_encoder().save_pretrained(tmp_path / "alone")
+    report = verify(tmp_path / "alone", start)
+    assert any("--part encoder" in remark for remark in report.remarks)
+    convert(start, tmp_path / "encoder", part="encoder")
+    assert verify(tmp_path / "alone", tmp_path / "encoder").passed
+
+
+def test_a_manifest_of_other_files_is_named_and_not_the_source(start: Path, trained: Path, tmp_path: Path) -> None:
+    manifest = json.loads((start / "t5g2.json").read_text())
+    manifest["files"]["config.json"]["bytes"] += 1
+    (trained / "t5g2.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="not of the files beside it") as error:
+        verify(trained, start)
+    assert "move this file away" in str(error.value)
+    for damaged in ("{}", "no JSON"):
+        (trained / "t5g2.json").write_text(damaged)
+        report = verify(trained, start)
+        assert "integrity" in failed(report)
+        assert any("move that away" in remark for remark in report.remarks)
+    (trained / "t5g2.json").unlink()
+    assert verify(trained, start).passed

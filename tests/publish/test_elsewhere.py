@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, UsageError
@@ -133,3 +134,20 @@ def test_H5_an_upload_of_it_takes_the_manifest_of_its_start_away(scene: Scene) -
     assert there.keys() == scene.expected().keys() - {"t5g2.json"}
     assert there["config.json"] == (scene.folder / "trained/config.json").read_bytes()
     assert json.loads(scene.good("upload trained ann/model --source out --json"))["bytes"] == 0
+
+
+def test_a_start_that_it_did_not_come_of_is_refused(converted: Path, tmp_path: Path) -> None:
+    folder = trained(converted, tmp_path / "trained")
+    with pytest.raises(UsageError, match="give the T5Gemma 2 that it was before"):
+        made(folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5gemma2_encoder"}))
+    with pytest.raises(UsageError, match="--part encoder"):
+        made(folder, converted)
+    # Another model, of fewer layers.
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.0." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="have other tensors"):
+        made(folder, converted)
