@@ -1,6 +1,6 @@
 """How many rows of an embedding table are kept: the ids in use decide, not the count of rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,7 +9,7 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES, element_bytes
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub import read_held, read_range
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role
-from t5g2convert.checkpoint.special_ids import config_ids, generation_ids
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE, config_ids, generation_ids
 from t5g2convert.checkpoint.token_ids import SETTINGS_FILE, IdsInUse, UsedId
 from t5g2convert.conversion.spare_rows import rows_that_stand_out
 from t5g2convert.errors import CheckpointError
@@ -18,7 +18,6 @@ from t5g2convert.mapping.operations import TakeRows
 from t5g2convert.mapping.resolve import SUBJECTS, read_model
 from t5g2convert.mapping.schema import WeightMap
 
-GENERATION_FILE: Final = "generation_config.json"
 IMAGE_VALUES: Final = ("boi_token_index", "eoi_token_index", "image_token_index")
 KEEP_HINT: Final = "--keep-rows keeps them"
 MOST_NAMED: Final = 5
@@ -56,7 +55,8 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
     files = weight_map.files.tokenizer
     moved = {item.token: _number(tokens, item.id) for item in (() if files is None else files.moved)}
     ids = IdsInUse(cut, rows, moved)
-    for used in _special_ids(weight_map, checkpoints, tokens, seeing):
+    moving = {_number(tokens, name) for name in weight_map.vocabulary.moved}
+    for used in _special_ids(weight_map, checkpoints, tokens, seeing, moving):
         ids.add(used)
     ids.add_tokenizer(source)
     if ids.beyond is not None:
@@ -79,9 +79,13 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
 
 
 def _special_ids(
-    weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tokens: SourceModel, seeing: Role
+    weight_map: WeightMap,
+    checkpoints: Mapping[Role, Checkpoint],
+    tokens: SourceModel,
+    seeing: Role,
+    moved: Collection[int],
 ) -> Iterator[UsedId]:
-    """Yield the ids that configs name. The image token is left out where the map moves it."""
+    """Yield the ids that configs name. The image token is left out where the map moves it: its id moves there too."""
     images = "vision" in tokens.conditions
     for role in (role for role in (SOURCE, DECODER_FROM) if role in checkpoints):
         checkpoint = checkpoints[role]
@@ -89,7 +93,8 @@ def _special_ids(
             yield UsedId(number, field, checkpoint.path / "config.json")
         generation = read_held(checkpoint, GENERATION_FILE) or {}
         for field, number in generation_ids(generation):
-            yield UsedId(number, field, checkpoint.path / GENERATION_FILE)
+            if number not in moved:
+                yield UsedId(number, field, checkpoint.path / GENERATION_FILE)
     for name in (name for name in IMAGE_VALUES if images and name not in weight_map.vocabulary.moved):
         yield UsedId(_number(tokens, name), name, checkpoints[seeing].path / "config.json")
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.place import is_there
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE
 from t5g2convert.checkpoint.spellings import HEADED
 from t5g2convert.checkpoint.t5gemma2 import (
     DEFAULT_THETA,
@@ -24,8 +25,6 @@ from t5g2convert.checkpoint.t5gemma2 import (
 )
 from t5g2convert.parity.config import flatten
 from t5g2convert.parity.report import Check, refused
-
-GENERATION: Final = "generation_config.json"
 
 CLASSES: Final = ("T5Gemma2ForConditionalGeneration", "T5Gemma2Model", *HEADED)
 """Classes that save all of a T5Gemma 2; other ones leave parts out."""
@@ -174,20 +173,24 @@ def _class_faults(target: Checkpoint) -> Iterator[str]:
 
 def _generation(start: Checkpoint, target: Checkpoint) -> Found:
     """Ids decide where texts end; how tokens are chosen is the user's."""
-    if not is_there(target.path / GENERATION):
-        return Found((), (f"it has no {GENERATION}: copy the start's",) if is_there(start.path / GENERATION) else ())
-    found = read_json_object(target.path / GENERATION)
-    expected = read_json_object(start.path / GENERATION) if is_there(start.path / GENERATION) else {}
+    if not is_there(target.path / GENERATION_FILE):
+        return Found(
+            (), (f"it has no {GENERATION_FILE}: copy the start's",) if is_there(start.path / GENERATION_FILE) else ()
+        )
+    found = read_json_object(target.path / GENERATION_FILE)
+    expected = read_json_object(start.path / GENERATION_FILE) if is_there(start.path / GENERATION_FILE) else {}
     faults, changed = [], []
     for name in sorted({*found, *expected} - LABELS - {"_from_model_config"}):
         if found.get(name) == expected.get(name):
             continue
         if name in (*IDS, "decoder_start_token_id"):
             if _ends(found.get(name)) != _ends(expected.get(name)) and not (name not in expected and name in IDLE):
-                faults.append(f"{GENERATION}: {name} is {found.get(name)!r}, expected {expected.get(name)!r}")
+                faults.append(f"{GENERATION_FILE}: {name} is {found.get(name)!r}, expected {expected.get(name)!r}")
         elif found.get(name) != IDLE.get(name):
             changed.append(f"{name} {found.get(name)!r}, not {expected.get(name)!r}")
-    remarks = (f"{GENERATION} chooses tokens in another way than the start's: {'; '.join(changed)}",) if changed else ()
+    remarks = (
+        (f"{GENERATION_FILE} chooses tokens in another way than the start's: {'; '.join(changed)}",) if changed else ()
+    )
     return Found(tuple(faults), remarks)
 
 

@@ -10,10 +10,9 @@ from typing import Any, Final
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.sentencepiece import read_pieces
-from t5g2convert.checkpoint.special_ids import SECTIONS, config_ids, generation_ids
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE, SECTIONS, config_ids, generation_ids
 
 TABLE: Final = "embed_tokens.weight"
-GENERATION: Final = "generation_config.json"
 
 
 def table_rows(target: Checkpoint) -> int:
@@ -53,8 +52,10 @@ def special_faults(target: Checkpoint) -> Iterator[str]:
     """
     rows = table_rows(target)
     named = [("", *item) for item in config_ids(target.config, images=_reads_images(target.config))]
-    if is_there(target.path / GENERATION):
-        named += [(f"{GENERATION}: ", *item) for item in generation_ids(read_json_object(target.path / GENERATION))]
+    if is_there(target.path / GENERATION_FILE):
+        named += [
+            (f"{GENERATION_FILE}: ", *item) for item in generation_ids(read_json_object(target.path / GENERATION_FILE))
+        ]
     for file, field, number in named:
         if number >= rows:
             yield f"{file}{field} is {number}, the embedding table has {rows} rows"

@@ -257,8 +257,8 @@ def test_V5_what_is_wrong_with_tensors_is_named_by_its_check(mutant: str, start:
 def test_an_adapter_beside_the_weights_is_named(start: Path, trained: Path) -> None:
     (trained / "adapter_config.json").write_text("{}")
     report = verify(trained, start)
-    assert failed(report).keys() == {"tensors"}
-    assert "transformers loads that adapter" in told(report, "tensors")
+    assert failed(report).keys() == {"config"}
+    assert "adapter beside the weights (adapter_config.json): transformers loads both" in told(report, "config")
 
 
 def test_single_tensors_may_rest_as_with_merged_adapters(start: Path, trained: Path) -> None:
