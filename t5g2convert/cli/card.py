@@ -15,10 +15,10 @@ from t5g2convert.printable import printable
 
 
 def card(
-    output: Annotated[Path, typer.Argument(help="A folder that convert or extract wrote, or trained elsewhere.")],
+    output: Annotated[Path, typer.Argument(help="A folder that t5g2 wrote, or that was trained elsewhere.")],
     source_card: Annotated[
         Path | None,
-        typer.Option("--source-card", help="The README.md of the source, of which the license is taken."),
+        typer.Option("--source-card", help="The README.md of the source, from which the license is taken."),
     ] = None,
     source: Annotated[
         Path | None,

@@ -371,6 +371,8 @@ def test_V5_a_setting_that_means_something_else_fails(setting: str, start: Path,
 HARMLESS: dict[str, tuple[Edit, str | None]] = {
     "labels": (lambda document: document.update(id2label={"0": "no", "1": "yes", "2": "maybe"}), None),
     "dtype": (at("decoder.dtype", "bfloat16"), None),
+    "who wrote it": (lambda document: document.update(unsloth_version="2026.11.1"), None),
+    "how an older version would write": (lambda document: document["decoder"].update(temperature=0.7), None),
     "no default rope factor": (at("decoder.rope_parameters.full_attention.factor", None), None),
     "a default rope": (
         lambda document: document["decoder"]["rope_parameters"].update(
