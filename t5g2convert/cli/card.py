@@ -55,7 +55,7 @@ def _read(path: Path, error: type[T5g2Error]) -> str:
     """A card that is there.
 
     Raises:
-        T5g2Error: `error`: it is no file, is too large, cannot be read or is no text.
+        T5g2Error: `error`: it is not a file, is too large, cannot be read or is not text.
     """
     from t5g2convert.publish.frontmatter import MAX_CHARACTERS
 
