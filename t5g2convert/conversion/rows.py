@@ -111,7 +111,7 @@ def _no_row(used: UsedId, rows: int) -> CheckpointError:
     )
     if "token " not in used.what:
         hint = f"give {used.what} the id of a token that has a row"
-    return CheckpointError(f"{used.told}, the embedding table has {rows} rows", where=used.where, hint=hint)
+    return CheckpointError(f"{used.finding}, the embedding table has {rows} rows", where=used.where, hint=hint)
 
 
 def _image_token(tokens: SourceModel, cut: int, rows: int) -> str:
@@ -130,7 +130,7 @@ def _check_image_token(ids: IdsInUse, source: Checkpoint, *, donated: bool) -> N
     if others and (donated or len(ids.at_moved) > len(others)):
         elsewhere = "is the donor's image token" if donated else f"is {', '.join(ids.moved)} in another file"
         raise CheckpointError(
-            f"{others[0].told}, which {elsewhere}",
+            f"{others[0].finding}, which {elsewhere}",
             where=others[0].where,
             hint="give the token an id of its own",
         )
