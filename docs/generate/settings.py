@@ -9,7 +9,7 @@ def settings_tables() -> str:
     """One table for each section of each file; what every section of config.json may have is listed once."""
     shared = Section("Every section of config.json", EVERY_CONFIG, "transformers")
     own = [
-        Section(section.title, tuple(it for it in section.settings if it not in EVERY_CONFIG), section.whose)
+        Section(section.title, tuple(it for it in section.settings if it not in EVERY_CONFIG), section.owner)
         for section in CONFIG_SECTIONS
     ]
     words = table(("outcome", "what it means"), PAGE.items())

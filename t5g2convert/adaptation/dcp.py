@@ -121,7 +121,7 @@ class Reader(FileSystemReader):
         check_entries(self._folder, self._beside)
         contents = _read_contents(self._folder)
         if contents.others:
-            raise CheckpointError(f"{contents.others[0]} is no tensor", where=self._folder / TABLE_FILE)
+            raise CheckpointError(f"{contents.others[0]} is not a tensor", where=self._folder / TABLE_FILE)
         entries, places = {}, {}
         for name, tensor in contents.tensors.items():
             chunks = [ChunkStorageMetadata(torch.Size(each.first), torch.Size(each.shape)) for each in tensor.pieces]
@@ -175,7 +175,7 @@ def check_entries(folder: Path, beside: frozenset[str]) -> list[str]:
         if item.is_symlink() or not item.is_file():
             raise CheckpointError("is a link or no file, which a checkpoint has none of", where=item)
         if item.name not in {TABLE_FILE, *beside} and not _DATA_FILE.fullmatch(item.name):
-            raise CheckpointError("is no file of a checkpoint", where=item, hint="move it elsewhere")
+            raise CheckpointError("is not a file of a checkpoint", where=item, hint="move it elsewhere")
     return [item.name for item in items if item.name not in beside]
 
 
@@ -210,9 +210,11 @@ def _told(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
     except KeyError as error:
-        raise CheckpointError(f"is no metadata of a distributed checkpoint: {error} is missing", where=path) from None
+        raise CheckpointError(
+            f"is not the metadata of a distributed checkpoint: {error} is missing", where=path
+        ) from None
     except ValueError as error:
-        raise CheckpointError(f"is no metadata of a distributed checkpoint: {error}", where=path) from None
+        raise CheckpointError(f"is not the metadata of a distributed checkpoint: {error}", where=path) from None
 
 
 def _may_be_named(name: Name) -> bool:

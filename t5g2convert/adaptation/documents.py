@@ -94,7 +94,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _regular(path: Path) -> Path:
     if not path.is_file():
-        raise DataError("is no file that can be read" if path.exists() else "leads to no file", where=path)
+        raise DataError("is not a readable file" if path.exists() else "is a broken link", where=path)
     return path
 
 
@@ -226,11 +226,11 @@ def _row(line: bytes, where: str, folder: Path, column: str) -> Document | Fault
         return Fault(where, f"has no {column!r}, but {_named(row)}")
     images = [] if row.get("images") is None else row["images"]
     if not isinstance(images, list) or not all(isinstance(name, str) and is_text(name) for name in images):
-        return Fault(where, "'images' is no list of file names")
+        return Fault(where, "'images' is not a list of file names")
     for name in images:
         path = Path(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-            return Fault(where, f"the picture {name!r} is no file below the folder of the JSONL")
+            return Fault(where, f"the picture {name!r} is not a file below the folder of the JSONL")
     return _checked(where, row[column], tuple(folder / name for name in images))
 
 
@@ -266,7 +266,7 @@ def _checked(where: str, text: object, images: tuple[Path, ...] = ()) -> Documen
     if not isinstance(text, str):
         return Fault(where, f"the text is {'null' if text is None else f'of type {type(text).__name__}'}")
     if "\0" in text:
-        return Fault(where, f"holds NUL at character {text.index(chr(0))}: this is no text")
+        return Fault(where, f"holds NUL at character {text.index(chr(0))}: this is not text")
     if not is_text(text):
         return Fault(where, "holds half of a surrogate pair")
     if len(text) > LONGEST:

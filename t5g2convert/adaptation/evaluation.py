@@ -94,7 +94,7 @@ def _take_values(module: nn.Module, prepared: Prepared, trained: Trained) -> Non
     for name, shape in trained.names.items():
         if shapes.get(name) != shape:
             raise CheckpointError(
-                f"has {name!r} of shape {list(shape)}, which is no tensor of {where}", where=trained.folder
+                f"has {name!r} of shape {list(shape)}, which is not a tensor of {where}", where=trained.folder
             )
         with torch.no_grad():
             parameters[named[name]].copy_(trained.read(name))

@@ -99,7 +99,7 @@ def _opened(path: Path) -> Iterator["Image"]:
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():
-        raise ValueError("is no file" if path.exists() else "no such file")
+        raise ValueError("is not a file" if path.exists() else "no such file")
     with warnings.catch_warnings():
         # Pillow warns of a picture that is suspiciously large, and refuses one that is twice so.
         warnings.simplefilter("ignore")

@@ -107,7 +107,7 @@ def read_index(folder: Path) -> tuple[Index, str]:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"is no index of packed data: {f'{place}: ' if place else ''}{first['msg']}",
+            f"is not an index of packed data: {f'{place}: ' if place else ''}{first['msg']}",
             where=path,
             hint="pack the data again",
         ) from None

@@ -196,7 +196,7 @@ class _Machine:
 
     def _name(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("it names what is no text")
+            raise ValueError("it names something that is not text")
         found = Name(module, name)
         if not self._allowed(found):
             raise ValueError(f"it names {_shown(found)}, which describes no tensor")
@@ -205,7 +205,7 @@ class _Machine:
     def call(self) -> None:
         arguments, function = self._pop(), self._pop()
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise ValueError("it calls what is no function")
+            raise ValueError("it calls something that is not a function")
         self.push(Made(function, arguments))
 
     def build(self) -> None:

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from t5g2convert.checkpoint.dtypes import element_bytes
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint, some
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, some
 from t5g2convert.checkpoint.spellings import as_published
 from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.conversion.adapted import FROZEN
 from t5g2convert.errors import CheckpointError
-from t5g2convert.reference.weights import DTYPES, read_exactly
+from t5g2convert.reference.weights import DTYPES, Weights
 
 PIECE: Final = 1 << 20
 """Elements that are read at once."""
@@ -58,11 +57,11 @@ class Saved:
         if raw.config.get("model_type") != MODEL_TYPE:
             raise CheckpointError(f"is a {raw.config.get('model_type')}, expected {MODEL_TYPE}", where=folder)
         published = as_published(raw)
-        self._found = published.checkpoint
+        self._found = Weights(published.checkpoint)
         items = list(implied_tensors(model.config, model.path / "config.json"))
         faults = [f"{name} is not one of the model" for name in (*published.unexpected, *published.heads)]
         for item in items:
-            stored = self._found.tensors.get(item.name)
+            stored = published.checkpoint.tensors.get(item.name)
             if stored is None:
                 faults.append(f"{item.name} is missing")
             elif stored.entry.shape != item.shape:
@@ -87,17 +86,9 @@ class Saved:
         Raises:
             CheckpointError: A file cannot be read.
         """
-        for piece in _pieces(self._found, self._found.tensors[name]):
+        for piece in self._found.pieces(name, PIECE):
             yield piece.float().numpy()
 
     def _has_moved(self, name: str, model: Checkpoint) -> bool:
-        pairs = zip(_pieces(model, model.tensors[name]), _pieces(self._found, self._found.tensors[name]), strict=True)
+        pairs = zip(Weights(model).pieces(name, PIECE), self._found.pieces(name, PIECE), strict=True)
         return any(not torch.equal(start.to(found.dtype), found) for start, found in pairs)
-
-
-def _pieces(checkpoint: Checkpoint, stored: StoredTensor) -> Iterator[torch.Tensor]:
-    size = element_bytes(stored.entry.dtype)
-    for at in range(0, stored.entry.elements, PIECE):
-        buffer = torch.empty(min(PIECE, stored.entry.elements - at) * size, dtype=torch.uint8)
-        read_exactly(checkpoint, stored, at * size, buffer)
-        yield buffer.view(DTYPES[stored.entry.dtype])

@@ -167,7 +167,7 @@ class PictureFiles:
 
     def _copy(self, path: Path) -> tuple[bytes, int]:
         if not path.is_file():
-            raise ValueError("is no file" if path.exists() else "is missing")
+            raise ValueError("is not a file" if path.exists() else "is missing")
         sha256 = hashlib.sha256()
         nbytes = 0
         try:

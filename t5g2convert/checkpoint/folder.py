@@ -156,8 +156,8 @@ def check_folder(path: Path) -> None:
         CheckpointError: It is missing, a file, cannot be read, or is an address.
     """
     if scheme := scheme_of(path):
-        told = f"an address ({scheme}//...) was given, expected a folder"
-        raise CheckpointError(told, hint="a model of the Hub is given by its name, as org/name")
+        message = f"an address ({scheme}//...) was given, expected a folder"
+        raise CheckpointError(message, hint="a model of the Hub is given by its name, as org/name")
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:

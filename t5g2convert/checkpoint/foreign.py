@@ -72,7 +72,7 @@ NAMES: Final[Mapping[str, str]] = {
     ),
 }
 """Patterns of tensor names that say what was done to a checkpoint, with what to do first. The first that fits any name
-is told."""
+counts."""
 
 METADATA: Final = {"tensor_names": "torchao", "_quantization_metadata": "ComfyUI"}
 """Keys of a header's metadata that only who quantises writes."""

@@ -240,7 +240,7 @@ CONFIG_SECTIONS: Final = (GEMMA3, GEMMA3_TEXT, SIGLIP, ROPE, GEMMA2)
 
 _GENERATION_IDS: Final = (
     "bos_token_id eos_token_id pad_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id "
-    "suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids sequence_bias"
+    "suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids forced_decoder_ids sequence_bias"
 )
 
 GENERATION: Final = Section(

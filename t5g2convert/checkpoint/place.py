@@ -152,7 +152,7 @@ def is_there(path: Path) -> bool:
     """Whether a file is there.
 
     Raises:
-        CheckpointError: It is there and is no file, like a link that leads nowhere; or the disk cannot tell.
+        CheckpointError: It is there and is not a file, like a link that leads nowhere; or the disk cannot tell.
     """
     try:
         path.lstat()

@@ -156,7 +156,7 @@ FORMATS: Final = (
     Format(("*.tar.*",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
     Format(("*.tgz",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
 )
-"""The first that fits is told. What is sure by one name comes before what only hints."""
+"""The first that fits counts: names that leave no doubt come before names that only hint."""
 
 NOT_MERGED: Final = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"})
 """Kinds of peft's adapters that are tokens of their own, and become no part of the weights."""

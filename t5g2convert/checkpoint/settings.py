@@ -63,13 +63,13 @@ class Section:
     Attributes:
         title: What the page calls it.
         settings: Those that are known.
-        whose: The model that has these settings, for errors.
+        owner: The model that has these settings, for errors.
         closed: Every unknown key is refused, whatever its name says.
     """
 
     title: str
     settings: tuple[Setting, ...]
-    whose: str
+    owner: str
     closed: bool = False
 
     def get(self, name: str) -> Setting | None:
@@ -122,7 +122,7 @@ def account(section: Section, fields: Mapping[str, Any], where: Path, place: str
         setting, at = section.get(name), f"{place}{name}"
         if setting is None:
             if section.closed or (decides(name) and not _is_off(value)):
-                refused.append(f"{at} is {_short(value)}, which is not a setting of {section.whose}")
+                refused.append(f"{at} is {_short(value)}, which is not a setting of {section.owner}")
             else:
                 left.append(Left(at, known=False))
         elif setting.outcome is Outcome.REFUSED and not setting.is_neutral(value):

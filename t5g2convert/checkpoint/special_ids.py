@@ -1,7 +1,9 @@
 """The token ids that config.json and generation_config.json name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
+
+GENERATION_FILE: Final = "generation_config.json"
 
 SECTIONS: Final = ((), ("text_config",), ("encoder",), ("encoder", "text_config"), ("decoder",))
 """Where a config.json of Gemma or T5Gemma names tokens."""
@@ -50,17 +52,41 @@ def config_ids(config: Mapping[str, Any], *, images: bool) -> Iterator[tuple[str
 
 def generation_ids(generation: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield the fields of a generation_config.json that name tokens, each with its ids."""
-    for name, value in generation.items():
-        if name == "forced_decoder_ids":
-            # Pairs of a position and a token.
-            pairs = (pair for pair in value if isinstance(pair, list)) if isinstance(value, list) else ()
-            yield from ((name, number) for pair in pairs for number in _whole_numbers(pair[1:]))
-        elif name == "sequence_bias":
-            # Pairs of a sequence of tokens and a bias, which may be a whole number too.
-            pairs = (pair for pair in value if isinstance(pair, list)) if isinstance(value, list) else ()
-            yield from ((name, number) for pair in pairs for number in _whole_numbers(pair[:1]))
-        elif name.endswith("_token_id") or name in GENERATED_IDS:
-            yield from ((name, number) for number in _whole_numbers(value))
+    for name in filter(has_ids, generation):
+        found: list[Any] = []
+        with_ids(name, generation[name], found.append)
+        yield from ((name, number) for number in _whole_numbers(found))
+
+
+def has_ids(name: str) -> bool:
+    """Whether a setting of generation_config.json is made of token ids."""
+    return name.endswith("_token_id") or name in GENERATED_IDS
+
+
+def with_ids(name: str, value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return the value of a setting of generation_config.json with each of its token ids changed.
+
+    Args:
+        name: The setting.
+        value: Its value; lists may be nested.
+        change: Given each id, or what is there in place of one.
+
+    Example:
+        >>> with_ids("sequence_bias", [[[5, 7], 7.0]], lambda number: number + 1)
+        [[[6, 8], 7.0]]
+    """
+    if not isinstance(value, list):
+        return change(value)
+    if name == "forced_decoder_ids":
+        # Pairs of a position and a token.
+        return [
+            [*each[:1], *(change(token) for token in each[1:])] if isinstance(each, list) else each for each in value
+        ]
+    if name == "sequence_bias":
+        # Pairs of a sequence of tokens and a bias.
+        return [[with_ids("", each[0], change), *each[1:]] if isinstance(each, list) and each else change(each)
+                for each in value]  # fmt: skip
+    return [with_ids("", each, change) for each in value]
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:

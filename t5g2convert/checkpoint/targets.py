@@ -47,7 +47,7 @@ def target_of(config: Mapping[str, Any], where: Path) -> Target:
     """
     target = TARGETS.get(str(config.get("model_type")))
     if target is None:
-        raise CheckpointError(f"{describe_model_type(config)} is no target of a conversion", where=where)
+        raise CheckpointError(f"{describe_model_type(config)} is not a target of a conversion", where=where)
     return target
 
 

@@ -170,11 +170,11 @@ def check_images(tokens: ImageTokens, tower: SiglipTower, where: Path) -> None:
 
 
 def check_multiple(section: ConfigSection, multiple: str, divisor: str, where: Path, prefix: str = "") -> None:
-    """Refuse two sizes of which the first is no multiple of the second; `prefix` stands before the first.
+    """Refuse two sizes of which the first is not a multiple of the second; `prefix` stands before the first.
 
     Raises:
         CheckpointError: It is none.
     """
     one, other = getattr(section, multiple), getattr(section, divisor)
     if one % other:
-        raise CheckpointError(f"{prefix}{multiple} {one} is no multiple of {divisor} {other}", where=where)
+        raise CheckpointError(f"{prefix}{multiple} {one} is not a multiple of {divisor} {other}", where=where)

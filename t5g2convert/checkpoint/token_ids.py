@@ -45,10 +45,10 @@ class UsedId:
     given: bool = False
 
     def __str__(self) -> str:
-        return f"{self.where.name} {self.told}"
+        return f"{self.where.name} {self.finding}"
 
     @property
-    def told(self) -> str:
+    def finding(self) -> str:
         """What the file has, without its name."""
         if self.given:
             return f"has {self.what}, to which a loader gives the id {self.number}"

@@ -22,7 +22,9 @@ def average(
     model: Annotated[
         Path | None,
         typer.Option(
-            "--model", help="The model that was trained; its frozen tensors are taken.", show_default="where it was"
+            "--model",
+            help="The model that was trained, with its frozen tensors; needed for checkpoints of Trainer.",
+            show_default="where it was",
         ),
     ] = None,
     last: Annotated[int, typer.Option("--last", help="How many, from the last checkpoint; 5 in the paper.", min=1)] = 5,

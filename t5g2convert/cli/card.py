@@ -15,10 +15,10 @@ from t5g2convert.printable import printable
 
 
 def card(
-    output: Annotated[Path, typer.Argument(help="A folder that convert or extract wrote, or trained elsewhere.")],
+    output: Annotated[Path, typer.Argument(help="A folder that t5g2 wrote, or that was trained elsewhere.")],
     source_card: Annotated[
         Path | None,
-        typer.Option("--source-card", help="The README.md of the source, of which the license is taken."),
+        typer.Option("--source-card", help="The README.md of the source, from which the license is taken."),
     ] = None,
     source: Annotated[
         Path | None,
@@ -55,7 +55,7 @@ def _read(path: Path, error: type[T5g2Error]) -> str:
     """A card that is there.
 
     Raises:
-        T5g2Error: `error`: it is no file, is too large, cannot be read or is no text.
+        T5g2Error: `error`: it is not a file, is too large, cannot be read or is not text.
     """
     from t5g2convert.publish.frontmatter import MAX_CHARACTERS
 

@@ -22,7 +22,7 @@ PushOption = Annotated[
 
 
 def upload(
-    output: Annotated[Path, typer.Argument(help="A folder that convert or extract wrote, or trained elsewhere.")],
+    output: Annotated[Path, typer.Argument(help="A folder that t5g2 wrote, or that was trained elsewhere.")],
     repo: Annotated[str, typer.Argument(help="The model of the Hub, as org/name; it is created if it is not there.")],
     public: Annotated[bool, typer.Option("--public", help="Create it public.", show_default="private")] = False,
     revision: Annotated[

@@ -33,10 +33,15 @@ SHOWN_OFFENDERS: Final = 20
 
 
 def verify(
-    output: Annotated[Path, typer.Argument(help="The converted folder to judge.")],
+    output: Annotated[
+        Path, typer.Argument(help="The folder to judge, which t5g2 wrote or which was trained elsewhere.")
+    ],
     source: Annotated[
         str | None,
-        typer.Option("--source", help="The folder or model it was made of; without it little can be checked."),
+        typer.Option(
+            "--source",
+            help="The folder or model that it was made of, or trained from; without it little can be checked.",
+        ),
     ] = None,
     decoder_from: DecoderParentOption = None,
     vision_from: TowerDonorOption = None,

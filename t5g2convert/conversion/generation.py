@@ -1,6 +1,6 @@
 """generation_config.json of the output: the source's, whole, with the ids of tokens that move moved."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -9,13 +9,8 @@ from pydantic import Field, field_validator
 from t5g2convert.checkpoint.config import ConfigSection, Number, Token, parse_section
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub import read_held
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE, has_ids, with_ids
 from t5g2convert.errors import CheckpointError
-
-GENERATION_FILE: Final = "generation_config.json"
-
-TOKEN_KEYS: Final = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
-"""Keys with lists of ids; every key that ends in _token_id has one, or a list of them."""
-
 
 Count = Annotated[int, Field(ge=0)]
 Ids = list[Token]
@@ -86,12 +81,11 @@ def generation_config(
         CheckpointError: An id lies past the table, or is one that another token moves to.
     """
     check_tokens(given, moves, rows, where)
-    return {**gaps, **{key: _moved(value, moves) if has_tokens(key) else value for key, value in given.items()}}
 
+    def moved(token: Any) -> Any:
+        return moves.get(token, token)
 
-def has_tokens(key: str) -> bool:
-    """Whether the value of a key is made of token ids."""
-    return key.endswith("_token_id") or key in TOKEN_KEYS
+    return {**gaps, **{key: with_ids(key, value, moved) if has_ids(key) else value for key, value in given.items()}}
 
 
 def check_tokens(document: Mapping[str, Any], moves: Mapping[int, int], rows: int, where: Path) -> None:
@@ -107,31 +101,19 @@ def check_tokens(document: Mapping[str, Any], moves: Mapping[int, int], rows: in
         CheckpointError: There are such ids, or what should be an id is not a whole number.
     """
     faults: list[str] = []
-    for key in filter(has_tokens, document):
-        for token in _ids(document[key]):
+    for key in filter(has_ids, document):
+
+        def look(token: Any, key: str = key) -> None:
+            if token is None:
+                return
             if type(token) is not int:
                 faults.append(f"{key} has {token!r}, expected a token id")
             elif token in moves.values() and token not in moves:
                 faults.append(f"{key} has token {token}, which gives way to the one that moves there")
             elif not 0 <= moves.get(token, token) < rows:
                 faults.append(f"{key} has token {token}, but the embedding table keeps {rows} rows")
+
+        with_ids(key, document[key], look)
     if faults:
         hint = "correct the id, or remove the key"
         raise CheckpointError(faults[0], where=where, hint=hint, details=faults if len(faults) > 1 else ())
-
-
-def _ids(node: Any) -> Iterator[Any]:
-    """All ids in a value. Of a bias for a sequence, [[1, 2], 0.5], the number behind the list is none."""
-    if not isinstance(node, list):
-        yield node
-    elif len(node) == 2 and isinstance(node[0], list) and isinstance(node[1], float):
-        yield from _ids(node[0])
-    else:
-        for item in node:
-            yield from _ids(item)
-
-
-def _moved(node: Any, moves: Mapping[int, int]) -> Any:
-    if isinstance(node, list):
-        return [_moved(item, moves) for item in node]
-    return moves.get(node, node) if type(node) is int else node

@@ -12,10 +12,11 @@ from t5g2convert.checkpoint.folder import StoredTensor
 from t5g2convert.checkpoint.hub import Origin
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE
 from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.conversion.changes import declared_changes
 from t5g2convert.conversion.files import plan_files
-from t5g2convert.conversion.generation import GENERATION_FILE, generation_config, given_generation
+from t5g2convert.conversion.generation import generation_config, given_generation
 from t5g2convert.conversion.layout import Draft, lay_out
 from t5g2convert.conversion.notes import has_head, plan_notes, tied
 from t5g2convert.conversion.options import KEEP, TABLES, Options, PlanOptions

@@ -1,6 +1,6 @@
 """How many rows of an embedding table are kept: the ids in use decide, not the count of rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,7 +9,7 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES, element_bytes
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub import read_held, read_range
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role
-from t5g2convert.checkpoint.special_ids import IMAGE_IDS, config_ids, generation_ids
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE, IMAGE_IDS, config_ids, generation_ids
 from t5g2convert.checkpoint.token_ids import SETTINGS_FILE, IdsInUse, UsedId
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.names import expand, root_of
@@ -17,7 +17,6 @@ from t5g2convert.mapping.operations import TakeRows
 from t5g2convert.mapping.resolve import SUBJECTS, read_model
 from t5g2convert.mapping.schema import WeightMap
 
-GENERATION_FILE: Final = "generation_config.json"
 IMAGE_VALUES: Final = ("boi_token_index", "eoi_token_index", "image_token_index")
 KEEP_HINT: Final = "--keep-rows keeps them"
 MOST_NAMED: Final = 5
@@ -55,7 +54,8 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
     files = weight_map.files.tokenizer
     moved = {item.token: _number(tokens, item.id) for item in (() if files is None else files.moved)}
     ids = IdsInUse(cut, rows, moved)
-    for used in _special_ids(weight_map, checkpoints, tokens, seeing):
+    moving = {_number(tokens, name) for name in weight_map.vocabulary.moved}
+    for used in _special_ids(weight_map, checkpoints, tokens, seeing, moving):
         ids.add(used)
     ids.add_tokenizer(source)
     if ids.beyond is not None:
@@ -78,9 +78,13 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
 
 
 def _special_ids(
-    weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tokens: SourceModel, seeing: Role
+    weight_map: WeightMap,
+    checkpoints: Mapping[Role, Checkpoint],
+    tokens: SourceModel,
+    seeing: Role,
+    moved: Collection[int],
 ) -> Iterator[UsedId]:
-    """Yield the ids that configs name. The image token is left out where the map moves it."""
+    """Yield the ids that configs name. The image token is left out where the map moves it: its id moves there too."""
     images = "vision" in tokens.conditions
     for role in (role for role in (SOURCE, DECODER_FROM) if role in checkpoints):
         checkpoint = checkpoints[role]
@@ -89,7 +93,7 @@ def _special_ids(
         for file in (GENERATION_FILE, SETTINGS_FILE):
             for field, number in generation_ids(read_held(checkpoint, file) or {}):
                 # The tokenizer's own image token moves with the model's.
-                if file == GENERATION_FILE or field not in IMAGE_IDS:
+                if number not in moved and (file == GENERATION_FILE or field not in IMAGE_IDS):
                     yield UsedId(number, field, checkpoint.path / file)
     for name in (name for name in IMAGE_VALUES if images and name not in weight_map.vocabulary.moved):
         yield UsedId(_number(tokens, name), name, checkpoints[seeing].path / "config.json")
@@ -107,7 +111,7 @@ def _no_row(used: UsedId, rows: int) -> CheckpointError:
     )
     if "token " not in used.what:
         hint = f"give {used.what} the id of a token that has a row"
-    return CheckpointError(f"{used.told}, the embedding table has {rows} rows", where=used.where, hint=hint)
+    return CheckpointError(f"{used.finding}, the embedding table has {rows} rows", where=used.where, hint=hint)
 
 
 def _image_token(tokens: SourceModel, cut: int, rows: int) -> str:
@@ -126,7 +130,7 @@ def _check_image_token(ids: IdsInUse, source: Checkpoint, *, donated: bool) -> N
     if others and (donated or len(ids.at_moved) > len(others)):
         elsewhere = "is the donor's image token" if donated else f"is {', '.join(ids.moved)} in another file"
         raise CheckpointError(
-            f"{others[0].told}, which {elsewhere}",
+            f"{others[0].finding}, which {elsewhere}",
             where=others[0].where,
             hint="give the token an id of its own",
         )

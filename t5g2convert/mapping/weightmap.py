@@ -300,7 +300,7 @@ def _name_faults(row: Row, pattern: str, weight_map: WeightMap, symbols: set[str
     if fault := pattern_fault(pattern, {**weight_map.roots, **prefixes}, symbols):
         yield fault, at, _placeholder_hint(pattern, prefixes)
     elif (root := root_of(pattern)) is not None and root not in prefixes:
-        yield f"{{{root}}} is no root of the target", at, f"target.roots has {', '.join(prefixes) or 'none'}"
+        yield f"{{{root}}} is not a root of the target", at, f"target.roots has {', '.join(prefixes) or 'none'}"
     elif index_of(pattern) != index:
         yield f"{{{index_of(pattern) or index}}} stands on one side only", at, None
 

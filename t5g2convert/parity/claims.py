@@ -36,7 +36,7 @@ def file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) -> 
     settings = {"config.json"} if plan.generation_config is None else {"config.json", "generation_config.json"}
     expected = settings | weights | {file.name for file in plan.files}
     found = set(manifest["files"]) if manifest else expected
-    yield from (f"{name} is no file of this conversion" for name in sorted(found - expected))
+    yield from (f"{name} is not a file of this conversion" for name in sorted(found - expected))
     yield from (f"{name} is not in t5g2.json" for name in sorted(expected - found))
     for name, header in target.files.items():
         if header.metadata != {"format": "pt"}:

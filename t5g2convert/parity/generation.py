@@ -6,17 +6,15 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.place import is_there
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE
 from t5g2convert.checkpoint.text import TextStack
 from t5g2convert.parity.config import differences
 
-GENERATION: Final = "generation_config.json"
-
 TOKENS: Final = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id", "forced_bos_token_id",
-    "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids",
     "sequence_bias",
 }  # fmt: skip
-"""Settings that are made of ids."""
+"""Settings that are made of ids, beside those by the name of `..._token_id`."""
 
 
 def generation_faults(
@@ -34,13 +32,14 @@ def generation_faults(
         CheckpointError: A file cannot be read.
     """
     expected = {name: getattr(writes, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if is_there(folder / GENERATION):
-        given = read_json_object(folder / GENERATION)
+    if is_there(folder / GENERATION_FILE):
+        given = read_json_object(folder / GENERATION_FILE)
         expected |= {name: value for name, value in given.items() if value is not None}
     if move is not None:
-        for name in TOKENS & expected.keys():
-            expected[name] = _with_new_id(expected[name], *move)
-    yield from differences(expected, read_json_object(target / GENERATION))
+        for name in expected:
+            if name in TOKENS or name.endswith("_token_id"):
+                expected[name] = _with_new_id(expected[name], *move)
+    yield from differences(expected, read_json_object(target / GENERATION_FILE))
 
 
 def _with_new_id(value: Any, old: int, new: int) -> Any:

@@ -234,7 +234,7 @@ def read_text(path: Path, size: int) -> str:
     """
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} cannot be read: it is no file")
+            raise UsageError(f"{path} cannot be read: it is not a file")
         with path.open(encoding="utf-8") as file:
             return file.read(size)
     except (OSError, UnicodeDecodeError) as error:

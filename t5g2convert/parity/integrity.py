@@ -63,7 +63,7 @@ def _fault(folder: Path, name: str, facts: Any) -> str | None:
     if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or "sha256" not in facts:
         return f"{name} has no size and sha256 in {MANIFEST_FILE}"
     if not is_output_name(name):
-        return f"{name!r} is no name of a file in this folder"
+        return f"{name!r} is not the name of a file in this folder"
     path = folder / name
     try:
         if not path.is_file():

@@ -12,9 +12,8 @@ from typing import Any, Final
 import torch
 
 from t5g2convert.checkpoint.config import ImpliedTensor
-from t5g2convert.checkpoint.dtypes import element_bytes
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
-from t5g2convert.reference.weights import DTYPES, read_exactly
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.reference.weights import DTYPES, Weights
 
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
@@ -129,17 +128,18 @@ def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
     same = dict.fromkeys(roundings, True)
     difference = length = measured = product = 0.0
     elements, broken = min(one.entry.elements, other.entry.elements), None
-    for at in range(0, other.entry.elements, PIECE):
-        values = _values(found, other, at)
+    befores = Weights(start).pieces(name, PIECE)
+    for number, values in enumerate(Weights(found).pieces(name, PIECE)):
+        at = number * PIECE
         finite = torch.isfinite(values)
         if broken is None and not bool(finite.all()):
             broken = at + int((~finite).nonzero()[0])
         if at >= elements or broken is not None:
             continue
-        before, values = _values(start, one, at)[: elements - at], values[: elements - at]
+        before, after = next(befores)[: elements - at], values[: elements - at]
         for rounding in roundings:
-            same[rounding] = same[rounding] and torch.equal(before.to(rounding).to(dtype), values)
-        old, new = before.double(), values.double()
+            same[rounding] = same[rounding] and torch.equal(before.to(rounding).to(dtype), after)
+        old, new = before.double(), after.double()
         difference += float((new - old).square().sum())
         length += float(old.square().sum())
         measured += float(new.square().sum())
@@ -186,16 +186,5 @@ def differing(one: Checkpoint, name: str, other: Checkpoint, repeated: str) -> b
     first, second = one.tensors[name], other.tensors[repeated]
     if first.entry.shape != second.entry.shape or not {first.entry.dtype, second.entry.dtype} <= DTYPES.keys():
         return True
-    return any(
-        not torch.equal(_values(one, first, at).double(), _values(other, second, at).double())
-        for at in range(0, first.entry.elements, PIECE)
-    )
-
-
-def _values(checkpoint: Checkpoint, stored: StoredTensor, at: int) -> torch.Tensor:
-    """A piece of a tensor, flat, from an element on."""
-    size = element_bytes(stored.entry.dtype)
-    count = min(PIECE, stored.entry.elements - at)
-    buffer = torch.empty(count * size, dtype=torch.uint8)
-    read_exactly(checkpoint, stored, at * size, buffer)
-    return buffer.view(DTYPES[stored.entry.dtype])
+    pairs = zip(Weights(one).pieces(name, PIECE), Weights(other).pieces(repeated, PIECE), strict=True)
+    return any(not torch.equal(before.double(), after.double()) for before, after in pairs)

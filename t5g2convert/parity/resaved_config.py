@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
+from t5g2convert.checkpoint.known_settings import EVERY_CONFIG
 from t5g2convert.checkpoint.place import is_there
+from t5g2convert.checkpoint.settings import Outcome
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE
 from t5g2convert.checkpoint.spellings import HEADED
 from t5g2convert.checkpoint.t5gemma2 import (
     DEFAULT_THETA,
@@ -25,17 +28,8 @@ from t5g2convert.checkpoint.t5gemma2 import (
 from t5g2convert.parity.config import flatten
 from t5g2convert.parity.report import Check, refused
 
-GENERATION: Final = "generation_config.json"
-
 CLASSES: Final = ("T5Gemma2ForConditionalGeneration", "T5Gemma2Model", *HEADED)
 """Classes that save all of a T5Gemma 2; other ones leave parts out."""
-
-LABELS: Final = frozenset({
-    "_name_or_path", "architectures", "dtype", "finetuning_task", "id2label", "label2id", "num_labels", "problem_type",
-    "processor_class", "task_specific_params", "torch_dtype", "transformers_version", "_attn_implementation",
-    "attn_implementation", "_attn_implementation_internal", "torchscript", "prefix", "tokenizer_class",
-})  # fmt: skip
-"""Last parts of keys that may say anything: they compute nothing."""
 
 IDLE: Final[Mapping[str, Any]] = {
     "add_cross_attention": False, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None,
@@ -46,6 +40,19 @@ IDLE: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 """Keys of transformers' own that do nothing while they have these values, which are its defaults."""
 
+CODE: Final = frozenset({"auto_map", "custom_pipelines"})
+"""Keys that name code, which may compute anything."""
+
+ABOUT: Final = frozenset(each.name for each in EVERY_CONFIG if each.outcome is Outcome.ABOUT) - CODE
+"""Keys that say who wrote a file."""
+
+LABELS: Final = (
+    frozenset({"architectures", "dtype", "torch_dtype"})
+    | ABOUT
+    | frozenset(each.name for each in EVERY_CONFIG if each.outcome is Outcome.NOTED)
+) - IDLE.keys()
+"""Last parts of keys that may say anything: they compute nothing."""
+
 TRAINING: Final = frozenset({
     "attention_dropout", "classifier_dropout_rate", "dropout_rate", "initializer_range", "max_position_embeddings",
     "use_cache",
@@ -53,7 +60,6 @@ TRAINING: Final = frozenset({
 """Settings that compute nothing when a model is used: a change is said, and is not a fault."""
 
 IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
-
 
 _ROPE: Final = re.compile(r"\.rope_parameters\.\w+\.(rope_type|type|rope_theta|factor)$")
 """What the readers know of a rotary embedding, in several spellings."""
@@ -174,20 +180,24 @@ def _class_faults(target: Checkpoint) -> Iterator[str]:
 
 def _generation(start: Checkpoint, target: Checkpoint) -> Found:
     """Ids decide where texts end; how tokens are chosen is the user's."""
-    if not is_there(target.path / GENERATION):
-        return Found((), (f"it has no {GENERATION}: copy the start's",) if is_there(start.path / GENERATION) else ())
-    found = read_json_object(target.path / GENERATION)
-    expected = read_json_object(start.path / GENERATION) if is_there(start.path / GENERATION) else {}
+    if not is_there(target.path / GENERATION_FILE):
+        return Found(
+            (), (f"it has no {GENERATION_FILE}: copy the start's",) if is_there(start.path / GENERATION_FILE) else ()
+        )
+    found = read_json_object(target.path / GENERATION_FILE)
+    expected = read_json_object(start.path / GENERATION_FILE) if is_there(start.path / GENERATION_FILE) else {}
     faults, changed = [], []
-    for name in sorted({*found, *expected} - LABELS - {"_from_model_config"}):
+    for name in sorted({*found, *expected} - ABOUT - {"_from_model_config"}):
         if found.get(name) == expected.get(name):
             continue
         if name in (*IDS, "decoder_start_token_id"):
             if _ends(found.get(name)) != _ends(expected.get(name)) and not (name not in expected and name in IDLE):
-                faults.append(f"{GENERATION}: {name} is {found.get(name)!r}, expected {expected.get(name)!r}")
+                faults.append(f"{GENERATION_FILE}: {name} is {found.get(name)!r}, expected {expected.get(name)!r}")
         elif found.get(name) != IDLE.get(name):
             changed.append(f"{name} {found.get(name)!r}, not {expected.get(name)!r}")
-    remarks = (f"{GENERATION} chooses tokens in another way than the start's: {'; '.join(changed)}",) if changed else ()
+    remarks = (
+        (f"{GENERATION_FILE} chooses tokens in another way than the start's: {'; '.join(changed)}",) if changed else ()
+    )
     return Found(tuple(faults), remarks)
 
 

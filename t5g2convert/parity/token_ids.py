@@ -10,10 +10,9 @@ from typing import Any, Final
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.sentencepiece import read_pieces
-from t5g2convert.checkpoint.special_ids import IMAGE_IDS, SECTIONS, config_ids, generation_ids
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE, IMAGE_IDS, SECTIONS, config_ids, generation_ids
 
 TABLE: Final = "embed_tokens.weight"
-GENERATION: Final = "generation_config.json"
 
 
 def table_rows(target: Checkpoint) -> int:
@@ -53,10 +52,10 @@ def special_faults(target: Checkpoint) -> Iterator[str]:
     """
     rows = table_rows(target)
     named = [("", *item) for item in config_ids(target.config, images=_reads_images(target.config))]
-    for name in (GENERATION, "tokenizer_config.json"):
+    for name in (GENERATION_FILE, "tokenizer_config.json"):
         if is_there(target.path / name):
             found = generation_ids(read_json_object(target.path / name))
-            named += [(f"{name}: ", *item) for item in found if name == GENERATION or item[0] not in IMAGE_IDS]
+            named += [(f"{name}: ", *item) for item in found if name == GENERATION_FILE or item[0] not in IMAGE_IDS]
     for file, field, number in named:
         if number >= rows:
             yield f"{file}{field} is {number}, the embedding table has {rows} rows"

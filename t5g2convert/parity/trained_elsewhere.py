@@ -17,6 +17,7 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, unverified
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.roles import SOURCE
 from t5g2convert.checkpoint.sources import Sources, percent
+from t5g2convert.checkpoint.special_ids import GENERATION_FILE
 from t5g2convert.checkpoint.spellings import HEADED, Published, as_published, is_t5gemma2
 from t5g2convert.checkpoint.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.targets import implied_tensors
@@ -167,7 +168,7 @@ def frozen_names(frozen: Sequence[str], start: Checkpoint) -> frozenset[str]:
 
 def _fetched(sources: Sources, progress: Callable[[str], None]) -> Sources:
     """The source's files on this machine."""
-    names = [*sources.source.files, *(name for name in (*READ, "generation_config.json") if sources.source.holds(name))]
+    names = [*sources.source.files, *(name for name in (*READ, GENERATION_FILE) if sources.source.holds(name))]
     size = sources.size(sources.missing({SOURCE: names}))
     return sources.fetch({SOURCE: names}, percent("download", size, progress))
 

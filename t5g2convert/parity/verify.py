@@ -88,15 +88,10 @@ def verify(
         raise UsageError("another checkpoint was given, and no source")
     sources = None if source is None else Sources.open(source, decoder_from=decoder_from, vision_from=vision_from)
     if sources is not None and is_trained_elsewhere(output, sources.source):
-        given = {
+        _check_unused({
             "--decoder-from": decoder_from, "--vision-from": vision_from, "--mapping": mapping, "--text": text,
             "--image": image, "--tolerance": tolerance or None,
-        }  # fmt: skip
-        if unused := [option for option, value in given.items() if value is not None]:
-            raise UsageError(
-                f"{', '.join(unused)} cannot be used for a folder that was trained elsewhere",
-                hint="--source is the T5Gemma 2 that was trained, and --frozen says what was not",
-            )
+        })  # fmt: skip
         return judge_trained_elsewhere(
             output,
             sources,
@@ -166,6 +161,19 @@ def verify(
     report = judge.report()
     # What was not compared with its source proves nothing that is worth keeping.
     return record_report(report, judge.manifest) if record and judge.manifest and report.complete else report
+
+
+def _check_unused(options: Mapping[str, object]) -> None:
+    """Refuse options that say nothing about a folder that was trained elsewhere; None means not given.
+
+    Raises:
+        UsageError: One was given.
+    """
+    if given := [option for option, value in options.items() if value is not None]:
+        raise UsageError(
+            f"{', '.join(given)} cannot be used for a folder that was trained elsewhere",
+            hint="--source is the T5Gemma 2 that was trained, and --frozen says what was not",
+        )
 
 
 def _check_roles(sources: Sources, manifest: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def model_card(
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r} of a card", hint=f"expected {', '.join(MODES)}")
     if repo and not is_hub_id(repo):
-        raise UsageError(f"{repo!r} is no name of a model on the Hub", hint="expected org/name")
+        raise UsageError(f"{repo!r} is not the name of a model on the Hub", hint="expected org/name")
     if mode == "keep":
         return None
     check_folder(folder)

@@ -5,21 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER, held
-from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.chat_templates import held
+from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, unverified
 from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.spellings import as_published, is_t5gemma2
 from t5g2convert.checkpoint.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
+from t5g2convert.conversion.adapted import CARRIED
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.mapping.inspection import inspect
 from t5g2convert.publish.origin import Ancestor, ancestors
 
-KNOWN: Final = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json",
-)  # fmt: skip
+KNOWN: Final = ("config.json", *CARRIED)
 """Files beside the weights that save_pretrained writes and loaders read; what Trainer leaves is not among them."""
 
 
@@ -78,11 +75,9 @@ def files_of(folder: Checkpoint) -> tuple[str, ...]:
 
 
 def _beside(folder: Checkpoint) -> Iterator[str]:
-    from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE
-
     # An index beside a single file is one that no loader reads.
     index = () if tuple(folder.files) == (SINGLE_FILE,) else (INDEX_FILE,)
-    yield from held(folder, (*KNOWN, TEMPLATES_FOLDER, *index))
+    yield from held(folder, (*KNOWN, *index))
 
 
 def _check_elsewhere(trained: Checkpoint, start: Checkpoint, told: Mapping[str, Any] | None) -> None:

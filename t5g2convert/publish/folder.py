@@ -140,7 +140,7 @@ def local_card(folder: Path) -> str | None:
 def _checked(folder: Path, name: str, facts: Mapping[str, Any] | None) -> LocalFile:
     """A file that has what the manifest tells of it; `facts` is None for the manifest itself."""
     if not is_sent_name(name) or (facts is not None and name in (MANIFEST_FILE, CARD_FILE)):
-        raise CheckpointError("is no name of a file that a conversion writes")
+        raise CheckpointError("is not the name of a file that a conversion writes")
     path = _place(folder, name)
     try:
         size, sha256 = path.stat().st_size, sha256_of(path)

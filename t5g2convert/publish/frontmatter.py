@@ -154,7 +154,7 @@ class _Reader:
         self.indent = _start(top).column
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
-                raise _RefusedError("with a key that is no text")
+                raise _RefusedError("with a key that is not text")
             if event.value in found:
                 raise _RefusedError(f"that name {event.value!r} twice")
             starts.append(_start(event).line)

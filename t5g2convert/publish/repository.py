@@ -87,7 +87,7 @@ def check_access(repo: str, *, create_pr: bool = False) -> Access:
 
     Raises:
         HubError: There is no token, the Hub does not accept it, it may not write, or the Hub cannot be reached.
-        UsageError: `repo` is no name of a model.
+        UsageError: `repo` is not the name of a model.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RepositoryNotFoundError

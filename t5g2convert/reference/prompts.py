@@ -91,7 +91,7 @@ def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) ->
 
     settings, side = _processor(folder), tower.settings.image_size
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} cannot be read as a picture: it is no file")
+        raise UsageError(f"{path} cannot be read as a picture: it is not a file")
     try:
         with Image.open(path) as image:
             resized = image.convert("RGB").resize((side, side), Image.Resampling(settings.resample))

@@ -38,7 +38,7 @@ class VisionAttention(nn.Module):
         hidden, self.heads = settings.hidden_size, settings.num_attention_heads
         if hidden % self.heads:
             raise CheckpointError(
-                f"the vision tower's hidden_size {hidden} is no multiple of num_attention_heads {self.heads}"
+                f"the vision tower's hidden_size {hidden} is not a multiple of num_attention_heads {self.heads}"
             )
         self.q_proj = nn.Linear(hidden, hidden)
         self.k_proj = nn.Linear(hidden, hidden)

@@ -86,7 +86,7 @@ def test_nothing_of_the_metadata_is_executed(folder: Path, tmp_path: Path) -> No
 
 def test_an_object_in_place_of_a_moment_is_not_made(tmp_path: Path) -> None:
     folder = saved(tmp_path / "step", state_of(steps=3), exp_avg=Harm(tmp_path / "harm"))
-    with pytest.raises(CheckpointError, match=r"optimizer\.model\.encoder\.norm\.weight\.exp_avg is no tensor"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.model\.encoder\.norm\.weight\.exp_avg is not a tensor"):
         load(folder, state_of(steps=0))
     assert not (tmp_path / "harm").exists()
 
@@ -110,7 +110,7 @@ def _strange(folder: Path) -> None:
     [
         (_elsewhere, r"lies in '\.\./secret\.pt', expected a file of the checkpoint"),
         (_link, "__0_0.distcp: is a link"),
-        (_strange, "weights.pt: is no file of a checkpoint"),
+        (_strange, "weights.pt: is not a file of a checkpoint"),
     ],
 )
 def test_a_folder_that_is_no_sound_checkpoint_is_refused(harm: Callable[[Path], None], told: str, folder: Path) -> None:

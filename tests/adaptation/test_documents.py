@@ -67,11 +67,11 @@ def test_pictures_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
         (b'{"a": 1, "b": 2}', "has no 'text', but 'a', 'b'"),
         (b'{"text": null}', "the text is null"),
         (b'{"text": 3}', "the text is of type int"),
-        (b'{"text": "a\\u0000b"}', "holds NUL at character 1: this is no text"),
+        (b'{"text": "a\\u0000b"}', "holds NUL at character 1: this is not text"),
         (b'{"text": "\\ud83d"}', "holds half of a surrogate pair"),
         (b'{"text": "a\xffb"}', "is not UTF-8: invalid start byte at byte 11 of the line"),
-        (b'{"text": "a", "images": "a.png"}', "'images' is no list of file names"),
-        (b'{"text": "a", "images": [1]}', "'images' is no list of file names"),
+        (b'{"text": "a", "images": "a.png"}', "'images' is not a list of file names"),
+        (b'{"text": "a", "images": [1]}', "'images' is not a list of file names"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"text": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
     ],
@@ -172,10 +172,10 @@ def special_files(folder: Path) -> Iterator[tuple[Path, type[Exception], str]]:
     (folder / "a.csv").touch()
     yield folder / "a.csv", UsageError, "ends in .csv, expected .txt, .jsonl, .parquet"
     os.mkfifo(folder / "a.txt")
-    yield folder / "a.txt", DataError, "is no file that can be read"
+    yield folder / "a.txt", DataError, "is not a readable file"
     (folder / "broken").mkdir()
     (folder / "broken/b.txt").symlink_to("nowhere")
-    yield folder / "broken", DataError, "leads to no file"
+    yield folder / "broken", DataError, "is a broken link"
 
 
 def test_what_cannot_be_an_input_is_refused(tmp_path: Path) -> None:

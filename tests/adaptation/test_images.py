@@ -176,7 +176,7 @@ def test_pictures_that_cannot_be_read_are_refused(pictures: Path, tmp_path: Path
             check_picture(tmp_path / name)
     with pytest.raises(ValueError, match="no such file"):
         check_picture(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         check_picture(tmp_path)
     assert {check_picture(pictures / name) for name in PICTURES} == {"png", "jpg", "gif", "webp", "bmp", "tiff", "ppm"}
 

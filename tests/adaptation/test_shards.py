@@ -176,14 +176,14 @@ def change(path: Path, act: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("act", "told"),
     [
-        (lambda index: index.update(format=2), "is no index of packed data: format"),
-        (lambda index: index.pop("text"), "is no index of packed data: text"),
-        (lambda index: index.update(more=1), "is no index of packed data: more"),
-        (lambda index: index["text"].update(tokens="15"), r"is no index of packed data: text\.tokens"),
-        (lambda index: index["text"].update(tokens=-1), r"is no index of packed data: text\.tokens"),
+        (lambda index: index.update(format=2), "is not an index of packed data: format"),
+        (lambda index: index.pop("text"), "is not an index of packed data: text"),
+        (lambda index: index.update(more=1), "is not an index of packed data: more"),
+        (lambda index: index["text"].update(tokens="15"), r"is not an index of packed data: text\.tokens"),
+        (lambda index: index["text"].update(tokens=-1), r"is not an index of packed data: text\.tokens"),
         (lambda index: index["text"].update(tokens=16), "hold 15 tokens together, the index says 16"),
-        (lambda index: index["text"].update(ends="x"), r"is no index of packed data: text\.ends"),
-        (lambda index: index["special"].update(eos=1), "is no index of packed data: special"),
+        (lambda index: index["text"].update(ends="x"), r"is not an index of packed data: text\.ends"),
+        (lambda index: index["special"].update(eos=1), "is not an index of packed data: special"),
     ],
 )
 def test_an_index_that_is_none_is_refused(data: Path, act: Callable[[dict[str, Any]], object], told: str) -> None:
@@ -198,7 +198,7 @@ def test_a_folder_that_is_none_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"an address \(https://...\) was given"):
         Packed.open(Path("https://x/y"))
     (data / "index.json").write_text("{")
-    with pytest.raises(DataError, match="is no index of packed data"):
+    with pytest.raises(DataError, match="is not an index of packed data"):
         Packed.open(data)
 
 

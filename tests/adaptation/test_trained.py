@@ -169,9 +169,9 @@ def _another_format(folder: Path) -> None:
     ("harm", "told"),
     [
         (_link, "__0_0.distcp: is a link"),
-        (_strange, "weights.pt: is no file of a checkpoint"),
+        (_strange, "weights.pt: is not a file of a checkpoint"),
         (_outside, r"lies in '\.\./secret\.pt', expected a file of the checkpoint"),
-        (_cut_metadata, "is no metadata of a distributed checkpoint"),
+        (_cut_metadata, "is not the metadata of a distributed checkpoint"),
         (_changed_metadata, r"is damaged: \.metadata is not what was written: its sha256 differs"),
         (_unlisted, r"files: \.metadata is missing"),
         (_listed_elsewhere, r"checkpoint\.json: files: String should match pattern"),

@@ -186,10 +186,10 @@ def test_the_fields_tested_are_all_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads 3 is no multiple of num_key"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads 3 is not a multiple of num_key"),
         (
             {"num_attention_heads": 5, "num_key_value_heads": 5},
-            "hidden_size 24 is no multiple of num_attention",
+            "hidden_size 24 is not a multiple of num_attention",
         ),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 2e4}}, "rope_theta says 10000.0 but rope_parameters"),
         (

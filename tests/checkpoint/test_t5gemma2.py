@@ -221,7 +221,7 @@ def test_reading_leaves_the_config_as_it_is() -> None:
     ("changes", "complaint"),
     [
         ({"layer_types": ["full_attention"]}, "layer_types lists 1 layers, num_hidden_layers is 18"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"rope_parameters": {}}, "rope_parameters lacks full_attention"),
     ],
     ids=["layer_types", "heads", "rope"],

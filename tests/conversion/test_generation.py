@@ -27,10 +27,12 @@ def test_ids_move_and_other_numbers_do_not() -> None:
     given = {
         "suppress_tokens": [262_144, 5], "bad_words_ids": [[262_144]], "sequence_bias": [[[262_144], 262_144.0]],
         "pad_token_id": 262_144, "max_length": 262_144, "force_words_ids": [[[7, 262_144]]],
+        "forced_decoder_ids": [[262_144, 262_144], [2, None]],
     }  # fmt: skip
     assert made(given) == {
         "suppress_tokens": [256_001, 5], "bad_words_ids": [[256_001]], "sequence_bias": [[[256_001], 262_144.0]],
         "pad_token_id": 256_001, "max_length": 262_144, "force_words_ids": [[[7, 256_001]]],
+        "forced_decoder_ids": [[262_144, 256_001], [2, None]],
     }  # fmt: skip
 
 
@@ -41,6 +43,7 @@ def test_ids_move_and_other_numbers_do_not() -> None:
         ("eos_token_id", [1, -1], "eos_token_id has token -1"),
         ("bad_words_ids", [[1], [2, 300_000]], "bad_words_ids has token 300000"),
         ("sequence_bias", [[[300_000], 1.0]], "sequence_bias has token 300000"),
+        ("forced_decoder_ids", [[1, 300_000]], "forced_decoder_ids has token 300000"),
         ("decoder_start_token_id", "<bos>", "decoder_start_token_id has '<bos>', expected a token id"),
         ("forced_eos_token_id", 1.0, "forced_eos_token_id has 1.0, expected a token id"),
         ("suppress_tokens", [256_001], "suppress_tokens has token 256001, which gives way"),
@@ -70,7 +73,7 @@ def test_a_plan_has_the_sources_settings(demo_source: Path) -> None:
 
 def test_a_plan_refuses_an_id_past_its_table(demo_source: Path) -> None:
     (demo_source / "generation_config.json").write_text('{"suppress_tokens": [1, 99999999]}')
-    with pytest.raises(CheckpointError, match="suppress_tokens as 99999999"):
+    with pytest.raises(CheckpointError, match="has suppress_tokens as 99999999, the embedding table has 256 rows"):
         plan(demo_source)
 
 

@@ -385,3 +385,20 @@ def test_a_tokenizer_that_is_cut_says_what_it_said(make: Make, tmp_path: Path) -
     write_tokenizer(source)
     convert(source, tmp_path / "out")
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == moved(tokenizer_text())
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
+def test_an_id_of_the_image_token_in_generation_config_moves_with_it(images: bool, make: Make, tmp_path: Path) -> None:
+    source = make(images=images, seed=1)
+    write_tokenizer(source)
+    if images:
+        side = json.loads((source / "config.json").read_text())["vision_config"]["image_size"]
+        write_processor(source, side=side, tokens=4)
+    set_generation(suppress_tokens=[IMAGE, 5], forced_decoder_ids=[[1, IMAGE]], image_token_id=IMAGE)(source)
+    made = plan(source)
+    check_kept(made, CUT, NEW_IMAGE)
+    assert made.generation_config is not None
+    assert made.generation_config["suppress_tokens"] == [NEW_IMAGE, 5]
+    convert(source, tmp_path / "out")
+    report = verify(tmp_path / "out", source)
+    assert [check for check in report.checks if not check.passed] == []

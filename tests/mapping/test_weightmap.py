@@ -304,7 +304,7 @@ FAULTS = [
         UP_TO,
         '"{text}layers.{layer}.mlp.up_proj.weight"',
         '"{text}',
-        "{text} is no root of the target",
+        "{text} is not a root of the target",
         "target.roots has none",
         id="root-in-target",
     ),

@@ -258,7 +258,7 @@ def test_an_adapter_beside_the_weights_is_named(start: Path, trained: Path) -> N
     (trained / "adapter_config.json").write_text("{}")
     report = verify(trained, start)
     assert failed(report).keys() == {"config"}
-    assert "transformers loads both" in told(report, "config")
+    assert "adapter beside the weights (adapter_config.json): transformers loads both" in told(report, "config")
 
 
 def test_single_tensors_may_rest_as_with_merged_adapters(start: Path, trained: Path) -> None:
@@ -371,6 +371,8 @@ def test_V5_a_setting_that_means_something_else_fails(setting: str, start: Path,
 HARMLESS: dict[str, tuple[Edit, str | None]] = {
     "labels": (lambda document: document.update(id2label={"0": "no", "1": "yes", "2": "maybe"}), None),
     "dtype": (at("decoder.dtype", "bfloat16"), None),
+    "who wrote it": (lambda document: document.update(unsloth_version="2026.11.1"), None),
+    "how an older version would write": (lambda document: document["decoder"].update(temperature=0.7), None),
     "no default rope factor": (at("decoder.rope_parameters.full_attention.factor", None), None),
     "a default rope": (
         lambda document: document["decoder"]["rope_parameters"].update(

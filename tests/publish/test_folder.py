@@ -159,7 +159,7 @@ def test_H5_names_that_no_conversion_writes_are_refused(out: Path, name: str) ->
     (out / "t5g2.json").write_bytes(seal(manifest))
     with pytest.raises(CheckpointError) as error:
         finished_files(out)
-    assert error.value.details == (f"{name} is no name of a file that a conversion writes",)
+    assert error.value.details == (f"{name} is not the name of a file that a conversion writes",)
 
 
 def test_a_folder_without_hashes_gets_them(demo_folders: Path, tmp_path: Path) -> None:

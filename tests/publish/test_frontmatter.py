@@ -97,7 +97,7 @@ def test_metadata_of_nothing_are_none(inside: str) -> None:
         ("text", "that are no keys with values"),
         ("{a: 1, b: 2}", "in braces, expected a key a line"),
         ("a: 1\na: 2", "that name 'a' twice"),
-        ("[a]: 1", "with a key that is no text"),
+        ("[a]: 1", "with a key that is not text"),
         ("a: 1\n...\n--- {b: 2}", "of several documents"),
         ("a: 1\n...\nb: 2", "that are no YAML"),
         ("a: [1", "that are no YAML"),

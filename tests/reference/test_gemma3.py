@@ -68,5 +68,5 @@ def test_a_vision_tower_whose_width_its_heads_do_not_share_is_refused(twin_folde
     config = json.loads((tmp_path / "edited/config.json").read_text())
     config["vision_config"]["num_attention_heads"] = 7
     (tmp_path / "edited/config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="vision hidden_size 20 is no multiple of num_attention_heads 7"):
+    with pytest.raises(CheckpointError, match="vision hidden_size 20 is not a multiple of num_attention_heads 7"):
         logits(tmp_path / "edited")
