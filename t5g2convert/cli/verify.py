@@ -77,9 +77,8 @@ def verify(
     """Judge a conversion: files, bytes, settings, and what both models compute. Exits 6 if anything is wrong."""
     from t5g2convert.parity.verify import verify as judge
 
-    _check_reports([junit, html], [output, source, decoder_from, vision_from, mapping, text, image])
     # A verification takes minutes; a report that cannot be written is refused before.
-    check_reports(junit, html)
+    check_reports(junit, html, [output, source, decoder_from, vision_from, mapping, text, image])
     with shown_progress() as progress:
         report = judge(
             output,
@@ -105,21 +104,6 @@ def verify(
         raise typer.Exit(VerificationError.exit_code)
 
 
-def _check_reports(reports: "Sequence[Path | None]", inputs: "Sequence[Path | str | None]") -> None:
-    """Refuse reports that would be written over what is read.
-
-    Raises:
-        OutputError: One would.
-    """
-    from t5g2convert.checkpoint.hub import parse_id
-    from t5g2convert.conversion.target import check_report
-
-    read = [Path(given) for given in inputs if given is not None and parse_id(str(given)) is None]
-    for path in reports:
-        if path is not None:
-            check_report(path, *(given for given in read if os.path.exists(given)))  # noqa: PTH110
-
-
 def write_reports(report: "Report", junit: Path | None, html: Path | None) -> None:
     """Write the report's files that were asked for.
 
@@ -134,18 +118,28 @@ def write_reports(report: "Report", junit: Path | None, html: Path | None) -> No
             write_text(path, render(report))
 
 
-def check_reports(junit: Path | None, html: Path | None) -> None:
+def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Path | str | None]") -> None:
     """Refuse files that no report can be written to; those that are there stay as they are.
 
+    Args:
+        junit: The one report, if it is asked for.
+        html: The other.
+        inputs: What is read: folders, files, and models of the Hub.
+
     Raises:
-        OutputError: A file cannot be written.
+        OutputError: A file cannot be written, or is read.
         UsageError: Both are the same file, or one would be a part of a model.
     """
+    from t5g2convert.checkpoint.hub import parse_id
+    from t5g2convert.conversion.target import check_report
     from t5g2convert.parity.integrity import READ_BY_LOADERS
 
     if junit is not None and html is not None and junit.resolve() == html.resolve():
         raise UsageError(f"--junit and --html are the same file, {junit}", hint="give each a name of its own")
+    read = [Path(given) for given in inputs if given is not None and parse_id(str(given)) is None]
+    there = [path for path in read if os.path.exists(path)]  # noqa: PTH110 - no error for a name that is too long
     for path in (path for path in (junit, html) if path is not None):
+        check_report(path, *there)
         target = path.resolve()
         if target.suffix.lower() in READ_BY_LOADERS and (target.parent / "config.json").exists():
             raise UsageError(f"{path} would be read as a part of the model in that folder", hint="name it otherwise")

@@ -307,7 +307,7 @@ def test_a_report_takes_the_place_of_no_file_of_a_model_and_of_no_other_report(
     t5g2: CommandLine, output: Path, tmp_path: Path
 ) -> None:
     before = (output / "config.json").read_bytes()
-    assert_one_line_error(t5g2("verify", output, "--junit", output / "config.json"), 2)
+    assert_one_line_error(t5g2("verify", output, "--junit", output / "config.json"), 5)
     assert_one_line_error(t5g2("verify", output, "--html", output / "more.txt"), 2)
     assert_one_line_error(t5g2("verify", output, "--html", tmp_path / "x", "--junit", tmp_path / "x"), 2)
     assert (output / "config.json").read_bytes() == before
@@ -420,7 +420,8 @@ def test_O8_verified_conversions_of_the_same_input_are_byte_identical(
 def test_convert_verify_of_a_cast_notes_it(dtype: str, t5g2: CommandLine, source: Path, tmp_path: Path) -> None:
     result = t5g2("convert", source, tmp_path / "out", "--verify", "--dtype", dtype)
     assert result.code == 0, result.out
-    assert f"verified in {dtype} on cpu" in result.out
+    # float16 may overflow where the weights do not: it is judged in float32.
+    assert "verified in float32 on cpu" in result.out
     assert "cast from bfloat16" in result.err
 
 
