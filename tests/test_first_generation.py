@@ -16,7 +16,6 @@ from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.config import SHARED
 from t5g2convert.reference.prompts import TextCodec
 from tests.conftest import TwinFolder
-from tests.gemma_tokenizer import write_tokenizer
 from tests.judge import judge
 from tests.test_parity import judged_by_the_oldest, oldest, shards, tensors
 from tests.twins import GEMMA2_TWINS, Twin, respell, rewrite_config
@@ -191,9 +190,17 @@ def test_an_untied_softmax_is_its_own_and_both_tables_are_the_embedding(
     assert json.loads((converted_twin("gemma2-7-untied") / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_the_files_of_the_tokenizer_come_along_as_they_are(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    respell(twin_folder("gemma2-5"), tmp_path / "source", lambda arrays: arrays)
-    write_tokenizer(tmp_path / "source")
+def with_tokenizer(model: Path, other: Path, folder: Path) -> None:
+    """A model with the tokenizer of another, which is small enough for its table."""
+    respell(model, folder, lambda arrays: arrays)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(other / name, folder / name)
+
+
+def test_the_files_of_the_tokenizer_come_along_as_they_are(
+    twin_folder: TwinFolder, demo_source: Path, tmp_path: Path
+) -> None:
+    with_tokenizer(twin_folder("gemma2-5"), demo_source, tmp_path / "source")
     (tmp_path / "source/tokenizer.model").write_bytes(bytes(range(256)))
     (tmp_path / "source/notes.txt").write_text("no part of a model")
     done = convert(tmp_path / "source", tmp_path / "out")
@@ -207,9 +214,10 @@ def test_the_files_of_the_tokenizer_come_along_as_they_are(twin_folder: TwinFold
     assert "tokenizer" in {check.name for check in report.checks}
 
 
-def test_one_of_them_that_is_another_fails_the_check(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    respell(twin_folder("gemma2-5"), tmp_path / "source", lambda arrays: arrays)
-    write_tokenizer(tmp_path / "source")
+def test_one_of_them_that_is_another_fails_the_check(
+    twin_folder: TwinFolder, demo_source: Path, tmp_path: Path
+) -> None:
+    with_tokenizer(twin_folder("gemma2-5"), demo_source, tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")
     with (tmp_path / "source/tokenizer.json").open("a") as file:
         file.write(" ")
@@ -221,9 +229,7 @@ def test_one_of_them_that_is_another_fails_the_check(twin_folder: TwinFolder, tm
 def test_the_reference_writes_what_transformers_writes(
     twin_folder: TwinFolder, demo_source: Path, tmp_path: Path
 ) -> None:
-    respell(twin_folder("gemma2-float32"), tmp_path / "source", lambda arrays: arrays)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_source / name, tmp_path / "source" / name)
+    with_tokenizer(twin_folder("gemma2-float32"), demo_source, tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")
     codec = TextCodec(tmp_path / "out", 300)
     model = T5GemmaForConditionalGeneration.from_pretrained(

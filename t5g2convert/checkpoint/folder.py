@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 from t5g2convert.checkpoint.header import Header, TensorEntry
 from t5g2convert.checkpoint.place import Folder, HubOrigin, Place, is_there, regular_file
 from t5g2convert.checkpoint.strictjson import is_text, parse_object
-from t5g2convert.errors import CheckpointError, T5g2Error
+from t5g2convert.errors import CheckpointError
 
 if TYPE_CHECKING:
-    # Imported where something is wrong: a conversion has no memory for it.
+    # Imported where something is wrong, to keep a conversion small.
     from t5g2convert.checkpoint.recognition import Found
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -125,7 +125,9 @@ def read_checkpoint(place: Place, hub: HubOrigin | None = None) -> Checkpoint:
     """
     path = place.path
     if not place.has(SINGLE_FILE) and not place.has(INDEX_FILE):
-        raise _no_weights(place, hub)
+        from t5g2convert.checkpoint.recognition import no_weights
+
+        raise no_weights(place, hub)
     config_text = read_json_file(path / "config.json")
     config = parse_object(config_text, path / "config.json")
     names, index, notes = _weight_files(place)
@@ -231,32 +233,6 @@ def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple
             hint="remove the set that is out of date",
         )
     return [SINGLE_FILE], None, (f"{INDEX_FILE} was ignored: none of the files it names are here",)
-
-
-def _no_weights(place: Place, hub: HubOrigin | None) -> T5g2Error:
-    """What the place is that has no safetensors checkpoint."""
-    if found := found_in(place.paths(), place.path, hub):
-        return place.incomplete(found.what, found.step)
-    names = list(place.names())
-    shards = [name for name in names if Path(name).suffix == ".safetensors"]
-    if len(shards) == 1 and re.search(r"-\d+-of-\d+", shards[0]) is None:
-        return place.incomplete(
-            f"found {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}",
-            f"if it is the whole model, rename it to {SINGLE_FILE}",
-        )
-    if shards:
-        return place.incomplete(
-            f"found {some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}",
-            f"copy {INDEX_FILE} as well",
-        )
-    others = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".pkl"}]
-    if others:
-        return place.incomplete(
-            f"has no safetensors weights, only {some(others)}, which are never unpickled",
-            "load it in transformers and call save_pretrained",
-        )
-    told = "" if "config.json" in names else "no config.json, and "
-    return place.incomplete(f"has {told}neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder of a whole model")
 
 
 def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = None) -> "Found | None":

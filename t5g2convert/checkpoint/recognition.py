@@ -12,7 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.folder import ADAPTER_FILE
+from t5g2convert.checkpoint.folder import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE, found_in, some
+from t5g2convert.checkpoint.place import HubOrigin, Place
+from t5g2convert.errors import T5g2Error
 from t5g2convert.printable import printable
 
 """transformers loads the adapter that this file describes, whatever else is in the folder."""
@@ -315,3 +317,29 @@ def _repo(name: str) -> str:
     """The model that a folder of the cache is named after."""
     kind, *parts = name.split("--")
     return printable("/".join(parts)) if kind == "models" and len(parts) == 2 else "org/name"
+
+
+def no_weights(place: Place, hub: HubOrigin | None) -> T5g2Error:
+    """What the place is that has no safetensors checkpoint."""
+    if found := found_in(place.paths(), place.path, hub):
+        return place.incomplete(found.what, found.step)
+    names = list(place.names())
+    shards = [name for name in names if Path(name).suffix == ".safetensors"]
+    if len(shards) == 1 and re.search(r"-\d+-of-\d+", shards[0]) is None:
+        return place.incomplete(
+            f"found {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}",
+            f"if it is the whole model, rename it to {SINGLE_FILE}",
+        )
+    if shards:
+        return place.incomplete(
+            f"found {some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}",
+            f"copy {INDEX_FILE} as well",
+        )
+    others = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    if others:
+        return place.incomplete(
+            f"has no safetensors weights, only {some(others)}, which are never unpickled",
+            "load it in transformers and call save_pretrained",
+        )
+    more = "" if "config.json" in names else "no config.json, and "
+    return place.incomplete(f"has {more}neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder of a whole model")
