@@ -12,6 +12,7 @@ from t5g2convert.checkpoint.gemma3 import TOWERLESS, is_towerless
 from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.checkpoint.targets import target_of
 from t5g2convert.conversion.changes import setting
+from t5g2convert.conversion.generation import given_generation
 from t5g2convert.conversion.layers import with_full_attention, written
 from t5g2convert.conversion.layout import Draft
 from t5g2convert.conversion.options import KEEP, SMALLEST_WINDOW, Options
@@ -23,6 +24,10 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.taking import ResolvedDrop
 
 LENGTH: Final = "max_position_embeddings"
+FAILING: Final[Mapping[str, tuple[Any, ...]]] = {"guidance_scale": (1, 1.0), "prefill_chunk_size": ()}
+"""Settings of generation_config.json with which transformers 5.24 writes from Gemma 3 and fails with an encoder, and
+their values that ask for nothing."""
+
 FACTORS: Final[Mapping[str, str]] = {
     "rope_parameters.full_attention.factor": "full layers",
     "rope_parameters.factor": "all layers",
@@ -61,8 +66,20 @@ def plan_notes(
     if options.dtype == KEEP and len(dtypes) > 1:
         yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
     yield from _drops(resolution)
+    yield from _generation(resolution)
     for option in sorted(options.drops - {drop.drop.option for drop in resolution.drops}):
         yield f"{flag(option)} changes nothing: no such tensor is there"
+
+
+def _generation(resolution: Resolution) -> Iterator[str]:
+    """Settings that are carried and that an encoder-decoder cannot be used with."""
+    given = given_generation(resolution.checkpoints[resolution.role_of("decoder")])
+    for name, neutral in FAILING.items():
+        if name in given and given[name] not in neutral:
+            yield (
+                f"generation_config.json: {name} is carried, but transformers generates nothing with it from a model "
+                "that has an encoder: remove it there"
+            )
 
 
 def _towerless(resolution: Resolution) -> Iterator[str]:

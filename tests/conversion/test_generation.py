@@ -96,3 +96,15 @@ def test_a_number_that_is_not_finite_is_refused(number: str, demo_source: Path) 
     (demo_source / "generation_config.json").write_text(f'{{"temperature": {number}}}')
     with pytest.raises(CheckpointError, match="is not a finite number"):
         plan(demo_source)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "noted"),
+    [("guidance_scale", 1.5, True), ("guidance_scale", 1, False), ("prefill_chunk_size", 4, True)],
+)
+def test_a_setting_that_fails_with_an_encoder_is_noted(key: str, value: Any, noted: bool, demo_source: Path) -> None:
+    (demo_source / "generation_config.json").write_text(json.dumps({key: value}))
+    made = plan(demo_source)
+    assert made.generation_config is not None
+    assert made.generation_config[key] == value
+    assert any(note.startswith(f"generation_config.json: {key}") for note in made.notes) == noted
