@@ -55,9 +55,9 @@ def held(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
 
 def _in_folder(checkpoint: Checkpoint) -> list[str]:
     folder = checkpoint.path / TEMPLATES_FOLDER
-    if not folder.is_dir():
-        return []
     try:
+        if not folder.is_dir():
+            return []
         # A folder by such a name is not a regular file, and refused as one.
         return [f"{TEMPLATES_FOLDER}{name.rstrip('/')}" for name in listed(folder)]
     except OSError as error:
