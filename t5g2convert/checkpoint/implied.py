@@ -94,7 +94,9 @@ def attention_tensors(stack: Stack | Gemma3Text, name: str, norms: tuple[str, st
     """One attention of a layer that is called `name`, and the norms before and behind it."""
     hidden, head = stack.hidden_size, stack.head_dim
     query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
+    biases = {"q": query, "k": key_value, "v": key_value, "o": hidden} if stack.attention_bias else {}
     return {
+        **{f"{name}.{projection}_proj.bias": (size,) for projection, size in biases.items()},
         f"{name}.q_proj.weight": (query, hidden),
         f"{name}.k_proj.weight": (key_value, hidden),
         f"{name}.v_proj.weight": (key_value, hidden),

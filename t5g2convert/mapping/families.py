@@ -53,7 +53,7 @@ _T5GEMMA2_TOWER: Final = {
 FAMILIES: Final[Mapping[str, Family]] = {
     gemma3.MULTIMODAL: Family(
         gemma3.read_gemma3,
-        {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}},
+        {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}, "mm_tokens_per_image": 49},
         _GEMMA3_WORLDS,
         read_held=gemma3.read_gemma3,
     ),
