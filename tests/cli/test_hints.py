@@ -192,6 +192,26 @@ def test_allow_nonfinite(command: str, t5g2: CommandLine, demo_source: Path, tmp
     followed(t5g2(command, source, tmp_path / "out", *part, "--allow-nonfinite"))
 
 
+def test_drop_heads(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+    path = demo_source / "model.safetensors"
+    tensors = load_file(path)
+    tensors["v_head.summary.weight"] = tensors["language_model.model.norm.weight"][None].clone()
+    save_file(tensors, path, {"format": "pt"})
+    refused = t5g2("plan", demo_source)
+    assert (refused.code, "--drop-heads leaves it out" in refused.err) == (3, True)
+    followed(t5g2("plan", demo_source, "--drop-heads"))
+    followed(t5g2("convert", demo_source, tmp_path / "out", "--drop-heads", "--verify"))
+
+
+def test_keep_rows(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
+    """A note: rows that no tokenizer tells of are cut where they look like random fill."""
+    noted = t5g2("plan", twin_folder("images-with-fill"))
+    assert (noted.code, "--keep-rows keeps them" in noted.err) == (0, True)
+    kept = t5g2("plan", twin_folder("images-with-fill"), "--keep-rows")
+    followed(kept)
+    assert "all 262208 rows of the embedding table are kept" in kept.err
+
+
 def test_projector(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
     command = ("plan", twin_folder("text-8"), "--vision-from", twin_folder("donor-wide"))
     hinted(t5g2(*command, "--projector", "copy"), "--projector zeros or aligned")
