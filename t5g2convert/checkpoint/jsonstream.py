@@ -18,13 +18,19 @@ MAX_TOKEN_BYTES: Final = 1 << 24
 """Largest text, number or object that is held at once."""
 
 _SPACE: Final = re.compile(rb"[ \t\r\n]*+")
-_STRING: Final = re.compile(rb'"((?:[^"\\]|\\.)*+)"', re.DOTALL)
+_TEXT: Final = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
+"""What may be between two quotes."""
+
+_STRING: Final = re.compile(rb'"(%s)"' % _TEXT, re.DOTALL)
 _PLAIN: Final = re.compile(rb'[^\s",:{}\[\]]++')
 # Everything at one depth, with objects and lists that hold none of their own.
 _FLAT: Final = re.compile(
-    rb'(?:[^"{}\[\]]++|"(?:[^"\\]|\\.)*+"|[\[{](?:[^"{}\[\]]++|"(?:[^"\\]|\\.)*+")*+[\]}])++', re.DOTALL
+    rb'(?:[^"{}\[\]]++|"%s"|[\[{][^"{}\[\]]*+(?:"%s"[^"{}\[\]]*+)*+[\]}])++' % (_TEXT, _TEXT), re.DOTALL
 )
-_NUMBERED: Final = re.compile(rb'\s*+"((?:[^"\\]|\\.)*+)"\s*+:\s*+(\d{1,15}+)\s*+(,|\})', re.DOTALL)
+# The end of a member whose value is a whole number, with another behind it.
+_NEXT: Final = re.compile(rb'\d\s*+,(?=\s*+")')
+NEAR: Final = 1 << 10
+"""Bytes at the end of what was read in which the last whole member ends, if its name is not a long one."""
 
 
 class JsonStream:
@@ -74,8 +80,8 @@ class JsonStream:
             if not self._goes_on(b"]"):
                 return
 
-    def numbered(self) -> Iterator[tuple[bytes, int]]:
-        """Yield the keys of an object of whole numbers, as they are spelled in the file, and the numbers.
+    def numbered(self) -> Iterator[dict[str, int]]:
+        """Yield the members of an object of whole numbers, many at once.
 
         Raises:
             CheckpointError: A value is not a whole number of 0 or more; the error names its key.
@@ -84,20 +90,34 @@ class JsonStream:
         if self.peek() == b"}":
             self._at += 1
             return
+        looked = -1
         while True:
-            found = _NUMBERED.match(self._text, self._at)
-            if found is not None:
-                self._at = found.end()
-                yield found[1], int(found[2])
-                if found[3] == b"}":
-                    return
-            elif len(self._text) - self._at > PIECE_BYTES or not self._more():
-                # Slow, and only for what is odd: a name of many pieces, or what is not a whole number.
+            members = {} if looked == self._read else self._whole_members()
+            if members:
+                yield members
+                continue
+            looked = self._read
+            if len(self._text) - self._at >= PIECE_BYTES or not self._more():
+                # Slow: the last ones, and what is odd: a name of many pieces, or what is not a whole number.
                 name = self._raw_string()
                 self._take(b":")
-                yield name, self._number(name)
+                yield {self._decoded(name): self._number(name)}
                 if not self._goes_on(b"}"):
                     return
+
+    def _whole_members(self) -> dict[str, int]:
+        """Take the members that are in memory whole, if all are whole numbers; the last one of the object is left."""
+        near = max(len(self._text) - NEAR, self._at)
+        ends = [found.end() for found in _NEXT.finditer(self._text, near)]
+        try:
+            members = json.loads(b"{%s}" % self._text[self._at : ends[-1] - 1]) if ends else {}
+        except (ValueError, RecursionError):
+            return {}
+        numbers = members.values()
+        if {*map(type, numbers)} != {int} or min(numbers) < 0 or not is_text("".join(members)):
+            return {}
+        self._at = ends[-1]
+        return dict(members)
 
     def string(self) -> str:
         """Return a string."""

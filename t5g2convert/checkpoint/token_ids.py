@@ -236,15 +236,14 @@ class _Vocabulary:
 
     def _read_vocabulary(self, stream: JsonStream, seen: TokenSeen, start: int, path: Path) -> None:
         """Read `model.vocab`: names with their ids, or for Unigram a list of names with their scores."""
-        wanted = {name.encode(errors="surrogatepass") for name in self._wanted}
         if stream.peek() == b"{":
-            for raw, number in stream.numbered():
-                if number >= start or raw in wanted or b"\\" in raw:
-                    self.take(name := _text(raw), number)
-                    if number >= start:
-                        seen(name, _id(number, _quoted(name), path), path)
-                else:
-                    self.size += 1
+            for members in stream.numbered():
+                self.size += len(members)
+                self.ids |= {name: members[name] for name in self._wanted & members.keys()}
+                if max(members.values()) >= start:
+                    for name, number in members.items():
+                        if number >= start:
+                            seen(name, _id(number, _quoted(name), path), path)
         elif stream.peek() == b"[":
             for number in stream.items():
                 piece = stream.value()
@@ -256,14 +255,6 @@ class _Vocabulary:
         else:
             stream.skip()
             raise CheckpointError("model.vocab is not an object or a list", where=path)
-
-
-def _text(raw: bytes) -> str:
-    try:
-        text: str = json.loads(b'"%s"' % raw, strict=False)
-    except ValueError:
-        return raw.decode(errors="replace")
-    return text
 
 
 def _decoder(settings: Mapping[str, Any], where: Path) -> Iterator[tuple[int, str]]:
