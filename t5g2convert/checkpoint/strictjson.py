@@ -3,6 +3,7 @@
 import codecs
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,9 @@ OTHER_ENCODINGS: Final = {
     b"\0{": ("utf-16-be", "is UTF-16 text"),
 }
 """First bytes of JSON that Windows' editors and shells save: its encoding, and what it is called. The first counts."""
+
+_HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+"""The start of an escape for half of a surrogate pair."""
 
 
 def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
@@ -39,7 +43,8 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
     try:
         document = json.loads(
             text.decode(),
-            object_pairs_hook=_checked,
+            # Only an escape can spell what UTF-8 cannot hold.
+            object_pairs_hook=_checked if _HALF.search(text) else _once,
             parse_int=_integer,
             parse_float=_finite,
             parse_constant=_finite,
@@ -96,12 +101,9 @@ class _DuplicateKeyError(ValueError):
         self.key = key
 
 
-def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ and whose texts can be written again."""
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ."""
     result = dict(pairs)
-    for key, value in result.items():
-        if not (is_text(key) and _is_writable(value)):
-            raise ValueError("a text holds half of a surrogate pair")
     if len(result) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
@@ -109,6 +111,14 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise _DuplicateKeyError(key)
             seen.add(key)
     return result
+
+
+def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ and whose texts can be written again."""
+    for key, value in pairs:
+        if not (is_text(key) and _is_writable(value)):
+            raise ValueError("a text holds half of a surrogate pair")
+    return _once(pairs)
 
 
 def _is_writable(value: object) -> bool:
