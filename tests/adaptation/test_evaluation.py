@@ -119,5 +119,5 @@ def test_a_checkpoint_of_another_model_is_refused(
     (other / "config.json").write_text(json.dumps(config))
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.decoder.layers.1.")}
     save_file(kept, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"has 'model.decoder.layers.1.\S+' of shape .* no tensor of"):
+    with pytest.raises(CheckpointError, match=r"has 'model.decoder.layers.1.\S+' of shape .* not a tensor of"):
         evaluate(other, small / "data", settings, samples=SAMPLES, checkpoint=checkpoint(trained, 60))

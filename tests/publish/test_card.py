@@ -246,7 +246,7 @@ def test_a_source_that_is_no_name_of_the_hub_is_refused(repo: str, converted: Pa
     with pytest.raises(CheckpointError, match="expected org/name and a commit"):
         made(converted)
     if repo:
-        with pytest.raises(UsageError, match="no name of a model"):
+        with pytest.raises(UsageError, match="not the name of a model"):
             made(converted, repo=repo)
 
 
