@@ -1,11 +1,11 @@
 """A folder and a source that do not belong together: what they probably are, and what to give in their place."""
 
+import os
 from pathlib import Path
 from typing import Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.checkpoint.place import is_there
 from t5g2convert.checkpoint.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.integrity import judge_integrity
@@ -46,7 +46,7 @@ def remark_on_source(output: Path, source: Checkpoint) -> str | None:
         return None
     if found not in KNOWN:
         return None
-    if is_there(output / MANIFEST_FILE):
+    if os.path.lexists(output / MANIFEST_FILE):  # be it a link that leads nowhere
         try:
             if given not in KNOWN or "source" in read_json_object(output / MANIFEST_FILE):
                 return None
