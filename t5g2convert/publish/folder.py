@@ -6,7 +6,7 @@ Of a folder that was trained elsewhere, which has no manifest, it is the files t
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -81,18 +81,8 @@ def finished_files(folder: Path, told: Callable[[str], None] | None = None) -> t
     listed: Mapping[str, Mapping[str, Any]] = manifest["files"]
     if not listed:
         raise CheckpointError("lists no files", where=folder / MANIFEST_FILE)
-    faults: list[str] = []
-    files: list[LocalFile] = []
-    for name, facts in (*listed.items(), (MANIFEST_FILE, None)):
-        if told is not None:
-            told(name)
-        try:
-            files.append(_checked(folder, name, facts))
-        except CheckpointError as error:
-            faults.append(f"{name} {error.message}")
-    if faults:
-        hint = "nothing was sent; convert again"
-        raise CheckpointError(f"{len(faults)} file(s) cannot be sent", where=folder, details=faults, hint=hint)
+    named = (*listed.items(), (MANIFEST_FILE, None))
+    files = _all_checked(folder, named, told, hint="nothing was sent; convert again")
     return tuple(sorted(files, key=lambda file: file.name))
 
 
@@ -106,19 +96,9 @@ def elsewhere_files(folder: Path, told: Callable[[str], None] | None = None) -> 
     Raises:
         CheckpointError: The folder is not sound, or files are links or no regular files; the details are all of them.
     """
-    faults: list[str] = []
-    files: list[LocalFile] = []
-    for name in files_of(open_checkpoint(folder)):
-        if told is not None:
-            told(name)
-        try:
-            files.append(_checked(folder, name, None))
-        except CheckpointError as error:
-            faults.append(f"{name} {error.message}")
-    if faults:
-        hint = "nothing was sent; put the files themselves in place of links"
-        raise CheckpointError(f"{len(faults)} file(s) cannot be sent", where=folder, details=faults, hint=hint)
-    return tuple(files)
+    named = [(name, None) for name in files_of(open_checkpoint(folder))]
+    hint = "nothing was sent; put the files themselves in place of links"
+    return tuple(_all_checked(folder, named, told, hint=hint))
 
 
 def local_card(folder: Path) -> str | None:
@@ -135,6 +115,28 @@ def local_card(folder: Path) -> str | None:
         raise CheckpointError("is not UTF-8", where=folder / CARD_FILE) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder / CARD_FILE) from None
+
+
+def _all_checked(
+    folder: Path,
+    named: Iterable[tuple[str, Mapping[str, Any] | None]],
+    told: Callable[[str], None] | None,
+    *,
+    hint: str,
+) -> list[LocalFile]:
+    """Every file by its name and what the manifest has of it; all that cannot be sent are refused in one error."""
+    faults: list[str] = []
+    files: list[LocalFile] = []
+    for name, facts in named:
+        if told is not None:
+            told(name)
+        try:
+            files.append(_checked(folder, name, facts))
+        except CheckpointError as error:
+            faults.append(f"{name} {error.message}")
+    if faults:
+        raise CheckpointError(f"{len(faults)} file(s) cannot be sent", where=folder, details=faults, hint=hint)
+    return files
 
 
 def _checked(folder: Path, name: str, facts: Mapping[str, Any] | None) -> LocalFile:
