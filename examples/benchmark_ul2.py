@@ -16,10 +16,10 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from t5g2convert.adaptation.mixture import read_mixture
-from t5g2convert.adaptation.schedule import Schedule
-from t5g2convert.adaptation.sentinels import Sentinels
-from t5g2convert.adaptation.ul2 import Frame, corrupt, longest, needed_sentinels
+from t5g2convert.adaptation.ul2.corruption import Frame, corrupt, longest, needed_sentinels
+from t5g2convert.adaptation.ul2.mixture import read_mixture
+from t5g2convert.adaptation.ul2.sampler import Schedule
+from t5g2convert.adaptation.ul2.sentinels import Sentinels
 
 VOCABULARY, RESERVED = 262_144, frozenset({0, 1, 2, 255_999, 256_000, 256_001})
 FRAME = Frame(encoder_bos=2, encoder_eos=None, eos=1)

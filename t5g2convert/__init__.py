@@ -18,8 +18,8 @@ from t5g2convert.version import __version__
 
 if TYPE_CHECKING:
     from t5g2convert.conversion.convert import Conversion, convert
-    from t5g2convert.conversion.plan import Plan
-    from t5g2convert.conversion.planner import build_plan as plan
+    from t5g2convert.conversion.plan.builder import build_plan as plan
+    from t5g2convert.conversion.plan.types import Plan
     from t5g2convert.errors import (
         CheckpointError,
         DataError,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from t5g2convert.mapping.inspection import Inspection, inspect
     from t5g2convert.parity.compare import Comparison, compare
-    from t5g2convert.parity.report import Report
+    from t5g2convert.parity.reports.report import Report
     from t5g2convert.parity.verify import verify
     from t5g2convert.reference.generation import write
 
@@ -68,15 +68,15 @@ _HOME = {
     "Inspection": "mapping.inspection",
     "MappingError": "errors",
     "OutputError": "errors",
-    "Plan": "conversion.plan",
-    "Report": "parity.report",
+    "Plan": "conversion.plan.types",
+    "Report": "parity.reports.report",
     "T5g2Error": "errors",
     "UsageError": "errors",
     "VerificationError": "errors",
     "compare": "parity.compare",
     "convert": "conversion.convert",
     "inspect": "mapping.inspection",
-    "plan": "conversion.planner",
+    "plan": "conversion.plan.builder",
     "verify": "parity.verify",
     "write": "reference.generation",
 }

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from t5g2convert.checkpoint.targets import TARGETS
-from t5g2convert.mapping.families import FAMILIES
+from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.mapping.library import find_map
-from t5g2convert.parity.t5gemma import ToT5Gemma
+from t5g2convert.mapping.source_families import FAMILIES
+from t5g2convert.parity.suites.t5gemma import ToT5Gemma
 from t5g2convert.parity.verify import KINDS
 
 ROOT = Path(__file__).parent.parent

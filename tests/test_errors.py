@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from t5g2convert.adaptation.engine import Quiet
+from t5g2convert.adaptation.train.distributed import Quiet
 from t5g2convert.errors import CheckpointError, Interrupted, T5g2Error
 
 

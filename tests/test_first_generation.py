@@ -13,7 +13,7 @@ from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5Gemma
 
 from t5g2convert import convert, verify, write
 from t5g2convert.errors import CheckpointError, UsageError
-from t5g2convert.parity.config import SHARED
+from t5g2convert.parity.checks.config import SHARED
 from t5g2convert.reference.prompts import TextCodec
 from tests.conftest import TwinFolder
 from tests.judge import judge

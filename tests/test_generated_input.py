@@ -20,7 +20,7 @@ from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.cli.demo import DEMO_CONFIG
 from t5g2convert.conversion.options import Options
-from t5g2convert.conversion.planner import build_plan, plan_sources
+from t5g2convert.conversion.plan.builder import build_plan, plan_sources
 from t5g2convert.errors import CheckpointError, MappingError, T5g2Error
 from t5g2convert.mapping import library
 from t5g2convert.mapping.inspection import inspect

@@ -139,7 +139,7 @@ def test_the_import_reader_sees_every_kind_of_import() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_follow_the_data(path: Path) -> None:
     # The judge shares nothing with the converter, but for the one check that asks it for its plan.
-    provenance = {PACKAGE / f"parity/{name}.py" for name in ("provenance", "claims", "accounts")}
+    provenance = {PACKAGE / f"parity/checks/{name}.py" for name in ("provenance", "manifest_check", "source_coverage")}
     asks_for_the_plan = {"conversion"} if path in provenance else set()
     assert imported_rooms(path.read_text()) - {room(path)} <= BELOW[room(path)] | asks_for_the_plan
 

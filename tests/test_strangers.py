@@ -12,11 +12,11 @@ import pytest
 
 from t5g2convert import OutputError, convert
 from t5g2convert.adaptation.average import average
-from t5g2convert.adaptation.documents import Document
-from t5g2convert.adaptation.export import export
-from t5g2convert.adaptation.finish import finish
-from t5g2convert.adaptation.pack import pack
-from t5g2convert.adaptation.trained import Trained
+from t5g2convert.adaptation.data.documents import Document
+from t5g2convert.adaptation.data.pack import pack
+from t5g2convert.adaptation.export import finish
+from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.trained_export import export
 from t5g2convert.errors import T5g2Error
 from tests.adaptation.runs import FACTS, text_only, trained_from, write_checkpoint, write_run
 from tests.outputs import write_old

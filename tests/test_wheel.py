@@ -73,7 +73,7 @@ def test_the_wheel_holds_the_package_its_maps_and_nothing_else(wheel: Path) -> N
     sources = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "t5g2convert").rglob("*.py")}
     maps = {f"t5g2convert/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "mappings").rglob("*.yaml")}
     assert {f"t5g2convert/mappings/{name}.yaml" for name in ("gemma3", "ablation/merged")} <= maps
-    data = {"t5g2convert/py.typed", "t5g2convert/adaptation/ul2.yaml"}
+    data = {"t5g2convert/py.typed", "t5g2convert/adaptation/ul2/ul2.yaml"}
     assert {name for name in names if name.startswith("t5g2convert/")} == sources | maps | data
 
 
@@ -131,7 +131,7 @@ def test_the_installed_wheel_is_the_one_that_runs(installed: Path, tmp_path: Pat
 
 
 def test_the_installed_wheel_reads_the_papers_mixture(installed: Path, tmp_path: Path) -> None:
-    script = "from t5g2convert.adaptation.mixture import read_mixture; print(read_mixture().block)"
+    script = "from t5g2convert.adaptation.ul2.mixture import read_mixture; print(read_mixture().block)"
     assert run_installed(installed, tmp_path, "-c", script) == "8\n"
 
 

@@ -4,7 +4,7 @@
     docs/commands/README.md     the list of them
     docs/README.md              the list of all pages, from their titles and first sentences
     docs/weight-map.md          the reference, from the schema of maps and the families
-    docs/architecture.md        the rooms, from their docstrings
+    docs/architecture.md        the packages and their modules, from their docstrings
     docs/adaptation.md          what training costs, from the shapes of the released sizes
     docs/settings.md            what becomes of every setting, from the list of the known ones
     docs/ci.md                  inputs and outputs of the parity action, from action.yml
@@ -41,7 +41,7 @@ def pages() -> dict[Path, str]:
             ((f"[`t5g2 {name}`]({name}.md)", first_sentence(it.help)) for name, it in root.commands.items()),
         ),
         "weight-map.md": weight_map_reference,
-        "architecture.md": rooms,
+        "architecture.md": packages,
         "ci.md": action_tables,
         "adaptation.md": cost_table,
         "settings.md": settings_tables,
@@ -60,17 +60,21 @@ def _filled(path: Path, part: str) -> str:
     return f"{text[: found.end()]}\n{part.strip()}\n\n{text[text.index(end) :]}"
 
 
-def rooms() -> str:
-    """The folders of the package, and what each says it is."""
-    found = sorted(path for path in (ROOT / "t5g2convert").iterdir() if (path / "__init__.py").is_file())
-    rows = []
-    for path in found:
-        text = (path / "__init__.py").read_text(encoding="utf-8")
-        modules = [f"`{it.name}`" for it in sorted(path.glob("*.py")) if it.stem != "__init__"]
-        said = re.match(r'"""(.*?)(?:"""|\n\n)', text, re.DOTALL)
-        assert said, f"{path} does not say what it is"
-        rows.append((f"`{path.name}/`", " ".join(said[1].split()), " ".join(modules)))
-    return table(("room", "what it is", "modules"), iter(rows))
+def packages() -> str:
+    """Each package with its modules, by the first line of their docstrings."""
+    rows: list[tuple[str, str]] = []
+    for init in sorted((ROOT / "t5g2convert").glob("*/**/__init__.py")):
+        rows.append((f"**{init.parent.relative_to(ROOT / 't5g2convert')}/**", f"**{_first_line(init)}**"))
+        modules = sorted(path for path in init.parent.glob("*.py") if path != init)
+        rows.extend((f"[{path.name}](../{path.relative_to(ROOT)})", _first_line(path)) for path in modules)
+    return table(("module", "subject"), iter(rows))
+
+
+def _first_line(path: Path) -> str:
+    """The first paragraph of a module's docstring."""
+    said = re.match(r'"""(.*?)(?:"""|\n\n)', path.read_text(encoding="utf-8"), re.DOTALL)
+    assert said, f"{path} has no docstring"
+    return " ".join(said[1].split())
 
 
 def action_tables() -> str:

@@ -9,12 +9,12 @@ from typing import Final
 from docs.generate.tables import table
 from examples.benchmark_sources import CONFIGS
 from t5g2convert import plan
-from t5g2convert.adaptation.cost import memory, operations
-from t5g2convert.adaptation.mixture import read_mixture
-from t5g2convert.adaptation.ul2 import Frame, lengths, longest
-from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, read_t5gemma2
+from t5g2convert.adaptation.train.cost import memory, operations
+from t5g2convert.adaptation.ul2.corruption import Frame, lengths, longest
+from t5g2convert.adaptation.ul2.mixture import read_mixture
+from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.conversion.options import PlanOptions
-from t5g2convert.conversion.plan import Plan
+from t5g2convert.conversion.plan.types import Plan
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 

@@ -1,8 +1,8 @@
 """The tables of docs/settings.md, from the list of known settings."""
 
 from docs.generate.tables import table
-from t5g2convert.checkpoint.known_settings import CONFIG_SECTIONS, EVERY_CONFIG, GENERATION, PAGE, TOKENIZER
-from t5g2convert.checkpoint.settings import Section, Setting
+from t5g2convert.checkpoint.families.known_settings import CONFIG_SECTIONS, EVERY_CONFIG, GENERATION, PAGE, TOKENIZER
+from t5g2convert.checkpoint.families.settings import Section, Setting
 
 
 def settings_tables() -> str:

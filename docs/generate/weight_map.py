@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from docs.generate.tables import table
-from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.source_families import FAMILIES
 
 SIZE: Final = [{"minimum": 0, "type": "integer"}, {"type": "string"}]
 """What the schema calls a size of a tensor."""

@@ -23,15 +23,15 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from t5g2convert import convert, inspect
 from t5g2convert.adaptation.adapt import Request, adapt
-from t5g2convert.adaptation.checkpoints import complete
-from t5g2convert.adaptation.documents import read_files
-from t5g2convert.adaptation.evaluation import Evaluation, evaluate
-from t5g2convert.adaptation.mixture import read_mixture
-from t5g2convert.adaptation.pack import pack
+from t5g2convert.adaptation.data.documents import read_files
+from t5g2convert.adaptation.data.pack import pack
+from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.research import load
-from t5g2convert.adaptation.settings import Settings
-from t5g2convert.adaptation.shards import Packed
-from t5g2convert.adaptation.training import Pace
+from t5g2convert.adaptation.train.checkpoints import complete
+from t5g2convert.adaptation.train.evaluation import Evaluation, evaluate
+from t5g2convert.adaptation.train.loop import Pace
+from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.ul2.mixture import read_mixture
 
 sys.path.append(str(Path(__file__).parent.parent / "tiny_parent"))
 from corpus import write_corpus

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from t5g2convert.adaptation import checkpoints, models
-from t5g2convert.adaptation.checkpoints import State
-from t5g2convert.adaptation.denoiser import Denoiser
-from t5g2convert.adaptation.engine import (
+from t5g2convert.adaptation.export import Finished, check_export_place, finish
+from t5g2convert.adaptation.train import checkpoints, model
+from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete, place_of, read_record
+from t5g2convert.adaptation.train.checkpoints import State
+from t5g2convert.adaptation.train.distributed import (
     Machines,
     Quiet,
     build_engine,
@@ -24,14 +25,14 @@ from t5g2convert.adaptation.engine import (
     require_extra,
     together,
 )
-from t5g2convert.adaptation.finish import Finished, check_export_place, finish
-from t5g2convert.adaptation.forecast import Forecast, forecast
-from t5g2convert.adaptation.lock import locked
-from t5g2convert.adaptation.logs import Metrics, read_metrics
-from t5g2convert.adaptation.plot import plot_losses
-from t5g2convert.adaptation.preparation import Prepared, prepare
-from t5g2convert.adaptation.record import check_files, complete, place_of, read_record
-from t5g2convert.adaptation.run import (
+from t5g2convert.adaptation.train.forecast import Forecast, forecast
+from t5g2convert.adaptation.train.lock import locked
+from t5g2convert.adaptation.train.loop import Pace, make_optimizer, train
+from t5g2convert.adaptation.train.loss import Denoiser
+from t5g2convert.adaptation.train.metrics import Metrics, read_metrics
+from t5g2convert.adaptation.train.plot import plot_losses
+from t5g2convert.adaptation.train.preflight import Prepared, prepare
+from t5g2convert.adaptation.train.run_folder import (
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
@@ -43,12 +44,11 @@ from t5g2convert.adaptation.run import (
     newest,
     write_description,
 )
-from t5g2convert.adaptation.samples import task_names
-from t5g2convert.adaptation.settings import Settings
-from t5g2convert.adaptation.teacher import Teacher, check_teacher, load_teacher
-from t5g2convert.adaptation.training import Pace, make_optimizer, train
-from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
-from t5g2convert.conversion.target import check_apart
+from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.teacher import Teacher, check_teacher, load_teacher
+from t5g2convert.adaptation.ul2.dataset import task_names
+from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
+from t5g2convert.conversion.write.output_path import check_apart
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -285,16 +285,16 @@ def _start(
 def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Settings) -> tuple[nn.Module, State]:
     """The sharded module, and what of it is trained."""
     checkpoint = prepared.checkpoint
-    model = models.load_model(request.model, checkpoint.config)
+    network = model.load_model(request.model, checkpoint.config)
     shapes = {name: tensor.entry.shape for name, tensor in checkpoint.tensors.items()}
-    names = models.published_names(model, shapes, request.model)
+    names = model.published_names(network, shapes, request.model)
     if engine.global_rank == 0:
-        models.compare_values(model, names, checkpoint)
-    models.freeze(model, names, models.parts_of(checkpoint), images=prepared.images)
+        model.compare_values(network, names, checkpoint)
+    model.freeze(network, names, model.parts_of(checkpoint), images=prepared.images)
     if request.recompute:
-        models.recompute_activations(model)
+        model.recompute_activations(network)
     denoiser = Denoiser(
-        model,
+        network,
         tasks=len(task_names(settings)),
         softcap=prepared.facts.softcap,
         chunk=request.chunk,

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from t5g2convert.adaptation.export import export
-from t5g2convert.adaptation.logs import read_metrics, tokens_until
-from t5g2convert.adaptation.record import FOLDER, check_files, complete, place_of
-from t5g2convert.adaptation.run import (
+from t5g2convert.adaptation.train.checkpoint_manifest import FOLDER, check_files, complete, place_of
+from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
+from t5g2convert.adaptation.train.run_folder import (
     METRICS_FILE,
     RUN_FILE,
     History,
@@ -22,22 +21,23 @@ from t5g2convert.adaptation.run import (
     parts_of_run,
     read_history,
 )
+from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.folder import open_checkpoint, some
+from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.checkpoint.roles import Folders
-from t5g2convert.conversion.adapted import plan_adapted
 from t5g2convert.conversion.convert import Conversion, execute
-from t5g2convert.conversion.copying import Progress
 from t5g2convert.conversion.options import KEEP
-from t5g2convert.conversion.target import check_target
+from t5g2convert.conversion.trained_model import plan_adapted
+from t5g2convert.conversion.write.copy import Progress
+from t5g2convert.conversion.write.output_path import check_target
 from t5g2convert.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from t5g2convert.adaptation.saved_elsewhere import Saved
-    from t5g2convert.adaptation.trained import Trained
+    from t5g2convert.adaptation.train.checkpoint_reader import Trained
+    from t5g2convert.adaptation.trainer_checkpoints import Saved
 
 LAST: Final = 5
 """Checkpoints that the paper averages."""
@@ -91,7 +91,7 @@ def average(
         raise UsageError(f"{model} is not there any more", hint="--model says where the model is that was trained")
     check_target(output, model, *parts_of_run(run), overwrite=overwrite)
     check_model(history, model)
-    from t5g2convert.adaptation.trained import Trained
+    from t5g2convert.adaptation.train.checkpoint_reader import Trained
 
     checkpoints = [Trained(folder) for folder in list(found.values())[-last:]]
     _check_alike(run, history, checkpoints)
@@ -111,7 +111,7 @@ def average(
 
 def _saved(run: Path) -> dict[int, Path]:
     """What transformers' Trainer saved in a folder."""
-    from t5g2convert.adaptation.saved_elsewhere import saved_checkpoints
+    from t5g2convert.adaptation.trainer_checkpoints import saved_checkpoints
 
     return saved_checkpoints(run)
 
@@ -136,7 +136,7 @@ def _average_saved(
         OutputError: The output exists or cannot be written.
         UsageError: The model is not given.
     """
-    from t5g2convert.adaptation.saved_elsewhere import Saved
+    from t5g2convert.adaptation.trainer_checkpoints import Saved
 
     if len(found) < last:
         raise CheckpointError(

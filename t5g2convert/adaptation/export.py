@@ -1,76 +1,137 @@
-"""Export: a model with the trained values of a run in it, in the published layout, through the conversion's writer.
+"""What is made of a run's last checkpoint: a model in the published layout that transformers loads whole."""
 
-Everything but values is the model's: names, dtypes, shards and the order in them, settings, tokenizer. Tensors that
-were not trained are its bytes; trained ones are rounded once. The manifest tells of the training under `adaptation`.
-"""
-
+import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.roles import Folders
-from t5g2convert.conversion.adapted import plan_adapted
-from t5g2convert.conversion.convert import Conversion, Judge, execute
-from t5g2convert.conversion.copying import Progress
-from t5g2convert.conversion.given import Given
-from t5g2convert.conversion.options import KEEP
-from t5g2convert.conversion.target import check_target
-from t5g2convert.errors import CheckpointError
-
-
-class Values(Given, Protocol):
-    """Trained values: which tensors, and their values in pieces. `Trained` and `Mean` are such."""
-
-    @property
-    def names(self) -> Mapping[str, tuple[int, ...]]:
-        """The trained tensors by their names in the published layout, with their shapes."""
+from t5g2convert.adaptation.train.checkpoint_manifest import check_files
+from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
+from t5g2convert.adaptation.train.model import quiet_transformers, refuse_incomplete
+from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_bytes, check_model, read_history
+from t5g2convert.adaptation.trained_export import export
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.conversion.write.output_path import check_vacant
+from t5g2convert.conversion.write.ownership import is_intact, manifest_listing
+from t5g2convert.errors import CheckpointError, OutputError, VerificationError
+from t5g2convert.mapping.inspection import Inspection, inspect
 
 
-def export(
-    model: Path,
-    values: Values,
-    output: Path,
-    *,
-    facts: Mapping[str, Any],
-    dtype: str = KEEP,
-    overwrite: bool = False,
-    flush: bool = True,
-    progress: Progress | None = None,
-    judge: Judge | None = None,
-) -> Conversion:
-    """Write a model with trained values in it; the output appears complete, by one rename, or not at all.
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A model that was exported.
+
+    Attributes:
+        output: Its folder.
+        inspection: What it is, by its config and headers.
+        before: Whether an earlier run had exported it, and nothing was written now.
+    """
+
+    output: Path
+    inspection: Inspection
+    before: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As `t5g2 adapt --json` tells of it."""
+        before = {"exported_before": True} if self.before else {}
+        return {"output": str(self.output), "parameters": dict(self.inspection.parameters), **before}
+
+
+def finish(run: Path, checkpoint: Path, model: Path) -> Finished:
+    """Export a checkpoint of a run, and see whether it loads in transformers before it appears.
+
+    Where this very checkpoint was exported before, nothing is written: people may have put files there.
 
     Args:
-        model: The folder of the T5Gemma 2 that was trained, in the published layout.
-        values: The trained values.
-        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
-        facts: What the manifest shall tell of the training: `steps`, `checkpoints` (the steps averaged, or the one
-            taken), `tokens`, `settings` (as run.json has them), `settings_sha256` and
-            `data_sha256`. No paths, no times: the same values give the same bytes.
-        dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
-        overwrite: Replace an output of this tool that is there, at the end; nothing else is ever replaced.
-        flush: Wait until the disk has every byte before the output appears.
-        progress: Called with the bytes just written.
-        judge: Called with the finished folder before it appears under its name; what it raises leaves no output.
+        run: The run's folder, in which the export replaces an earlier one of this run, if nothing else is in it.
+        checkpoint: The folder of the checkpoint.
+        model: The model that was trained.
 
     Raises:
-        CheckpointError: The model is not sound or in another layout; a trained tensor is not one of it, of another
-            shape, of the frozen vision tower, or holds NaN or infinity.
-        OutputError: The output exists or cannot be written.
-        UsageError: The dtype is none.
+        CheckpointError: The checkpoint or the model is damaged, the model is not the one that was trained, or what
+            came of both does not load.
+        OutputError: The output cannot be written, or something is in its place that is not an export of this run.
+        VerificationError: Tensors are missing in it, or left over.
     """
-    check_target(output, model, overwrite=overwrite)
-    if not values.names:
-        raise CheckpointError("nothing was trained: there are no values to export", where=model)
-    plan = plan_adapted(open_checkpoint(model), values.names, facts, dtype=dtype)
-    return execute(
-        plan,
-        Folders(model),
-        output,
-        overwrite=overwrite,
-        flush=flush,
-        progress=progress,
-        judge=judge,
-        given=values,
+    trained, output, log = Trained(checkpoint), run / EXPORT_FOLDER, run / METRICS_FILE
+    check_files(checkpoint, trained.record)
+    step = trained.record.step
+    history = read_history(run)
+    check_model(history, model)
+    facts = history.facts([step], tokens_until(read_metrics(log), step, log))
+    if _is_exported(output, facts):
+        return Finished(output, inspect(output), before=True)
+    check_export_place(run)
+
+    def judge(folder: Path) -> None:
+        check_bytes(model, folder)
+        check_whole(folder, output)
+        check_loads(folder)
+
+    export(model, trained, output, facts=facts, overwrite=True, judge=judge)
+    return Finished(output, inspect(output))
+
+
+def check_export_place(run: Path) -> None:
+    """Refuse to export into a run where something else has the place of the model.
+
+    Raises:
+        OutputError: It has, or people's files lie in it; they are named.
+    """
+    output = run / EXPORT_FOLDER
+    if not os.path.lexists(output):
+        return
+    hint = f"move it away; or t5g2 average {run} OUTPUT --last 1 writes the model elsewhere"
+    try:
+        check_vacant(output, overwrite=True)
+    except OutputError as error:
+        error.hint = hint
+        raise
+    if (output / MANIFEST_FILE).is_file():
+        told = read_manifest(output).get("adaptation") or {}
+        if told.get("settings_sha256") != read_history(run).settings_sha256 or len(told["checkpoints"]) != 1:
+            raise OutputError("is not an export of this run, and is not replaced", where=output, hint=hint)
+
+
+def _is_exported(output: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a folder is the export of this training at this step, with every file as it was written."""
+    try:
+        told = read_manifest(output).get("adaptation") or {}
+    except CheckpointError:
+        return False
+    same = json.dumps({key: told.get(key) for key in facts}, sort_keys=True) == json.dumps(facts, sort_keys=True)
+    return same and is_intact(output, manifest_listing)
+
+
+def check_whole(folder: Path, output: Path) -> None:
+    """See whether a folder has the tensors that its config implies, and no others.
+
+    Args:
+        folder: The folder.
+        output: What it will be called.
+
+    Raises:
+        VerificationError: It has not.
+    """
+    inspection = inspect(folder)
+    if inspection.missing or inspection.unexpected:
+        raise VerificationError(
+            "would be exported with tensors missing or left over",
+            where=output,
+            details=[*inspection.missing, *inspection.unexpected],
+        )
+
+
+def check_loads(folder: Path) -> None:
+    """Load a folder in transformers, with nothing missing and nothing left over.
+
+    Raises:
+        CheckpointError: Something is.
+    """
+    _, found = quiet_transformers().T5Gemma2ForConditionalGeneration.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, local_files_only=True
     )
+    refuse_incomplete(found, folder)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from t5g2convert.checkpoint.families.research import Research, read_research, research_tensors
+from t5g2convert.checkpoint.families.text_stack import LayerType
 from t5g2convert.checkpoint.folder import open_checkpoint, some
-from t5g2convert.checkpoint.research import Research, read_research, research_tensors
-from t5g2convert.checkpoint.text import LayerType
 from t5g2convert.errors import CheckpointError
-from t5g2convert.reference.crossattention import CrossDecoderLayer
+from t5g2convert.reference.cross_attention import CrossDecoderLayer
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer, RMSNorm, StackLayer
 from t5g2convert.reference.masks import bidirectional, causal, memory
 from t5g2convert.reference.rope import Rotation, rotation

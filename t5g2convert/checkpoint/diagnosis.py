@@ -15,7 +15,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from t5g2convert.checkpoint.cuda import Cuda, find_cuda
-from t5g2convert.checkpoint.huberrors import LOGIN_HINT, OFFLINE_HINT, hub_errors
+from t5g2convert.checkpoint.hub.error_messages import LOGIN_HINT, OFFLINE_HINT, hub_errors
 from t5g2convert.errors import HubError, OutputError, T5g2Error, UsageError
 from t5g2convert.printable import printable
 from t5g2convert.version import __version__
@@ -249,7 +249,7 @@ def _whoami(hub: HubSettings) -> User:
         raise HubError("HF_HUB_OFFLINE is set, so it is not asked", where=hub.endpoint, hint=OFFLINE_HINT)
     if not hub.token:
         raise HubError("there is no token to ask with", where=hub.endpoint, hint=LOGIN_HINT)
-    from t5g2convert.checkpoint.hubfiles import hub_api
+    from t5g2convert.checkpoint.hub.snapshot import hub_api
 
     with hub_errors(hub.endpoint):
         told: Any = hub_api().whoami()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from t5g2convert.checkpoint.file_store import FileStore, Folder, HubOrigin, is_there, regular_file
 from t5g2convert.checkpoint.header import Header, TensorEntry
-from t5g2convert.checkpoint.place import Folder, HubOrigin, Place, is_there, regular_file
 from t5g2convert.checkpoint.strictjson import is_text, parse_object
 from t5g2convert.errors import CheckpointError
 
@@ -117,7 +117,7 @@ def refuse_unheld(checkpoint: Checkpoint, droppable: Collection[str] = ()) -> No
         raise CheckpointError(_no_shard_holds(names), where=checkpoint.path / INDEX_FILE)
 
 
-def read_checkpoint(place: Place, hub: HubOrigin | None = None) -> Checkpoint:
+def read_checkpoint(place: FileStore, hub: HubOrigin | None = None) -> Checkpoint:
     """Read the config and all headers of a checkpoint, wherever it is; the caller judges what is `unheld`.
 
     Raises:
@@ -207,7 +207,7 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
 
 
-def _weight_files(place: Place) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
+def _weight_files(place: FileStore) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
     """The safetensors files to read, the index if it counts, and notes."""
     has_single = place.has(SINGLE_FILE)
     if not place.has(INDEX_FILE):
@@ -239,7 +239,7 @@ def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = 
     """What a folder, or a model of the Hub, is that has no safetensors checkpoint; None where it is not known.
 
     Args:
-        paths: What is in it; see `Place.paths`.
+        paths: What is in it; see `FileStore.paths`.
         path: Where its JSON files lie; None where none of them is here.
         hub: The model of the Hub that it is, if it is one.
     """
@@ -264,7 +264,7 @@ def _read_beside(path: Path) -> Mapping[str, Any] | None:
         return None
 
 
-def _check_preferred(place: Place, config: Mapping[str, Any]) -> None:
+def _check_preferred(place: FileStore, config: Mapping[str, Any]) -> None:
     """Refuse what a loader would read in place of the weights and the config, or on top of them.
 
     Raises:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from t5g2convert.checkpoint.config import ConfigSection, Depth, Number, Positive, Size, parse_section
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
+from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, Size, parse_section
 from t5g2convert.checkpoint.folder import read_json_file
 from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError

@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.file_store import FileStore, HubOrigin
 from t5g2convert.checkpoint.folder import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE, found_in, some
-from t5g2convert.checkpoint.place import HubOrigin, Place
 from t5g2convert.errors import T5g2Error
 from t5g2convert.printable import printable
 
@@ -319,7 +319,7 @@ def _repo(name: str) -> str:
     return printable("/".join(parts)) if kind == "models" and len(parts) == 2 else "org/name"
 
 
-def no_weights(place: Place, hub: HubOrigin | None) -> T5g2Error:
+def no_weights(place: FileStore, hub: HubOrigin | None) -> T5g2Error:
     """What the place is that has no safetensors checkpoint."""
     if found := found_in(place.paths(), place.path, hub):
         return place.incomplete(found.what, found.step)

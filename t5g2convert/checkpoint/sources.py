@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import TypedDict, Unpack
 
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.hub import Origin, again, fetch, missing, open_source, size_of
-from t5g2convert.checkpoint.hubfiles import Progress
-from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Folders, Role
+from t5g2convert.checkpoint.hub.model import Origin, again, fetch, missing, open_source, size_of
+from t5g2convert.checkpoint.hub.snapshot import Progress
+from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Folders, Role
 
 Reads = Mapping[Role, Iterable[str]]
 """Files by their names in the checkpoint of each role."""

@@ -51,7 +51,7 @@ from t5g2convert.interrupts import interruption, raise_interruption
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.adapt import Outcome, Request
-    from t5g2convert.adaptation.logs import Metrics
+    from t5g2convert.adaptation.train.metrics import Metrics
 
 
 def adapt(
@@ -102,10 +102,10 @@ def adapt(
     labels of a step, and divided by their number. SigLIP is never trained.
     """
     from t5g2convert.adaptation.adapt import Request
-    from t5g2convert.adaptation.engine import Machines
-    from t5g2convert.adaptation.mixture import read_mixture
-    from t5g2convert.adaptation.settings import make_settings
-    from t5g2convert.adaptation.training import Pace
+    from t5g2convert.adaptation.train.distributed import Machines
+    from t5g2convert.adaptation.train.loop import Pace
+    from t5g2convert.adaptation.train.settings import make_settings
+    from t5g2convert.adaptation.ul2.mixture import read_mixture
 
     settings = make_settings(
         mixture=read_mixture(mixture),
@@ -163,7 +163,7 @@ def _foresee(request: "Request", *, as_json: bool) -> None:
 def _run(request: "Request", *, every: int, as_json: bool) -> None:
     """Do it, and tell of it on the first process alone."""
     from t5g2convert.adaptation.adapt import adapt as run
-    from t5g2convert.adaptation.engine import Quiet, early_rank
+    from t5g2convert.adaptation.train.distributed import Quiet, early_rank
 
     steps = request.settings.steps
     try:
@@ -210,7 +210,7 @@ def _print(outcome: "Outcome") -> None:
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, if that is a terminal and this is the first process."""
-    from t5g2convert.adaptation.engine import early_rank
+    from t5g2convert.adaptation.train.distributed import early_rank
 
     if not sys.stderr.isatty() or early_rank():
         yield lambda done: None

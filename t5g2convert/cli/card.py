@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from t5g2convert.checkpoint.place import regular_file
-from t5g2convert.checkpoint.replacing import replace_file
+from t5g2convert.checkpoint.atomic_write import replace_file
+from t5g2convert.checkpoint.file_store import regular_file
 from t5g2convert.cli.console import DebugOption
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error
 from t5g2convert.printable import printable

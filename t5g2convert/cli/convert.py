@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from t5g2convert.conversion.options import PlanOptions
-    from t5g2convert.parity.report import Report
+    from t5g2convert.parity.reports.report import Report
 
 
 OverwriteOption = Annotated[

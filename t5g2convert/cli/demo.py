@@ -57,11 +57,11 @@ def demo(
     """Build a tiny Gemma 3 with images, convert it, verify it, write with it; no network, seconds."""
     from tempfile import TemporaryDirectory
 
-    from t5g2convert.checkpoint.roles import Folders
+    from t5g2convert.checkpoint.inputs import Folders
     from t5g2convert.cli.drawing import draw_plan
     from t5g2convert.conversion.convert import execute
-    from t5g2convert.conversion.planner import build_plan
-    from t5g2convert.conversion.target import check_target
+    from t5g2convert.conversion.plan.builder import build_plan
+    from t5g2convert.conversion.write.output_path import check_target
     from t5g2convert.mapping.inspection import inspect
     from t5g2convert.parity.verify import verify
     from t5g2convert.reference.generation import write

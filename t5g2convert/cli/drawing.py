@@ -3,13 +3,13 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from t5g2convert.checkpoint.roles import DECODER_FROM, VISION_FROM, Role, role_in
+from t5g2convert.checkpoint.inputs import DECODER_FROM, VISION_FROM, Role, role_in
 from t5g2convert.cli.console import PART_STYLES, size_text
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from t5g2convert.conversion.plan import Plan
+    from t5g2convert.conversion.plan.types import Plan
 
 _ROLES = {
     "t5g2_research": {"encoder": "attends both ways", "decoder": "reads the encoder as its config says"},

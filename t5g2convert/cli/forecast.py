@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from t5g2convert.cli.console import console, print_notes, size_text, table
 
 if TYPE_CHECKING:
-    from t5g2convert.adaptation.forecast import Forecast
+    from t5g2convert.adaptation.train.forecast import Forecast
 
 
 def print_forecast(forecast: "Forecast") -> None:

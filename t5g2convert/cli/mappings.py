@@ -44,9 +44,9 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
     """A mapping as a table."""
     from rich.text import Text
 
-    from t5g2convert.mapping.collector import flag
     from t5g2convert.mapping.library import find_map
     from t5g2convert.mapping.operations import Copy
+    from t5g2convert.mapping.problems import flag
 
     weight_map = find_map(name).map
     if as_json:
@@ -86,7 +86,7 @@ def check_mapping(
     debug: DebugOption = False,
 ) -> None:
     """Whether a mapping is sound, by itself or against a checkpoint's headers."""
-    from t5g2convert.conversion.planner import build_plan
+    from t5g2convert.conversion.plan.builder import build_plan
     from t5g2convert.mapping.library import find_map
 
     loaded = find_map(name)

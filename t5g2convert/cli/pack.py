@@ -54,8 +54,8 @@ def pack(
     """
     if bool(inputs) == bool(dataset):
         raise UsageError("give files or folders to pack, or --dataset" + (", not both" if inputs else ""))
-    from t5g2convert.adaptation.documents import files_of, read_dataset, read_files
-    from t5g2convert.adaptation.pack import pack as pack_documents
+    from t5g2convert.adaptation.data.documents import files_of, read_dataset, read_files
+    from t5g2convert.adaptation.data.pack import pack as pack_documents
 
     sources = inputs or []
     total = sum(path.stat().st_size for path in files_of(sources))

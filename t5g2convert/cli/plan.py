@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM, Role, plain_name, role_in
+from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Role, plain_name, role_in
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,
@@ -40,8 +40,8 @@ from t5g2convert.cli.options import (
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
-    from t5g2convert.conversion.beside import PlannedFile
-    from t5g2convert.conversion.plan import Plan, PlannedTensor
+    from t5g2convert.conversion.assets.aux_files import PlannedFile
+    from t5g2convert.conversion.plan.types import Plan, PlannedTensor
 
 _GIVES: Final[Mapping[Role, str]] = {
     SOURCE: "",
@@ -79,8 +79,8 @@ def plan(
     """What convert would do, from headers and small files; of the Hub a tokenizer.json is downloaded too if needed."""
     from t5g2convert.cli.drawing import draw_plan
     from t5g2convert.conversion.convert import open_and_plan, room
-    from t5g2convert.conversion.disk_space import free_bytes
-    from t5g2convert.conversion.writer import peak_memory
+    from t5g2convert.conversion.write.disk_space import free_bytes
+    from t5g2convert.conversion.write.writer import peak_memory
 
     made, checkpoints = open_and_plan(
         source,

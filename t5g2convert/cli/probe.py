@@ -7,7 +7,7 @@ import typer
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
 
 if TYPE_CHECKING:
-    from t5g2convert.adaptation.probe import Probe
+    from t5g2convert.adaptation.sentinel_probe import Probe
 
 SHOWN_RANGES = 40
 """Ranges that are printed; `--json` has all."""
@@ -29,7 +29,7 @@ def probe_sentinels(
     debug: DebugOption = False,
 ) -> None:
     """Which unused rows of the embedding moved between two checkpoints: what tokens a release was trained with."""
-    from t5g2convert.adaptation.probe import probe
+    from t5g2convert.adaptation.sentinel_probe import probe
 
     found = probe(gemma3, t5gemma2, factor=factor)
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from t5g2convert.checkpoint.replacing import check_replaceable, replace_file
+from t5g2convert.checkpoint.atomic_write import check_replaceable, replace_file
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
 from t5g2convert.cli.options import (
     DecoderParentOption,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from t5g2convert.parity.report import Report
+    from t5g2convert.parity.reports.report import Report
 
 SHOWN_OFFENDERS: Final = 20
 """Offenders of one check that are printed."""
@@ -110,8 +110,8 @@ def write_reports(report: "Report", junit: Path | None, html: Path | None) -> No
     Raises:
         OutputError: A file cannot be written.
     """
-    from t5g2convert.parity.junit import junit as as_junit
-    from t5g2convert.parity.page import page
+    from t5g2convert.parity.reports.html import page
+    from t5g2convert.parity.reports.junit import junit as as_junit
 
     for path, render in ((junit, as_junit), (html, page)):
         if path is not None:
@@ -130,9 +130,9 @@ def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Path 
         OutputError: A file cannot be written, or is read.
         UsageError: Both are the same file, or one would be a part of a model.
     """
-    from t5g2convert.checkpoint.hub import parse_id
-    from t5g2convert.conversion.target import check_report
-    from t5g2convert.parity.integrity import READ_BY_LOADERS
+    from t5g2convert.checkpoint.hub.model import parse_id
+    from t5g2convert.conversion.write.output_path import check_report
+    from t5g2convert.parity.checks.integrity import READ_BY_LOADERS
 
     if junit is not None and html is not None and junit.resolve() == html.resolve():
         raise UsageError(f"--junit and --html are the same file, {junit}", hint="give each a name of its own")

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.hub import Origin, given_folders
-from t5g2convert.checkpoint.hubfiles import download_again
-from t5g2convert.checkpoint.roles import Folders, named, plain_name
+from t5g2convert.checkpoint.hub.model import Origin, given_folders
+from t5g2convert.checkpoint.hub.snapshot import download_again
+from t5g2convert.checkpoint.inputs import Folders, named, plain_name
 from t5g2convert.checkpoint.sources import OtherOrigins, Sources
-from t5g2convert.conversion.assets import write_assets
-from t5g2convert.conversion.copying import Progress
-from t5g2convert.conversion.disk_space import ASSET_BYTES, check_space, same_disk
-from t5g2convert.conversion.given import Given
-from t5g2convert.conversion.journal import Journal
+from t5g2convert.conversion.assets.writing import write_assets
 from t5g2convert.conversion.options import Options, PlanOptions
-from t5g2convert.conversion.plan import Plan
-from t5g2convert.conversion.planner import build_plan
-from t5g2convert.conversion.staging import Staging
-from t5g2convert.conversion.target import check_not_linked, check_target
-from t5g2convert.conversion.writer import Written, write_shards
+from t5g2convert.conversion.plan.builder import build_plan
+from t5g2convert.conversion.plan.types import Plan
+from t5g2convert.conversion.write.copy import Progress
+from t5g2convert.conversion.write.disk_space import ASSET_BYTES, check_space, same_disk
+from t5g2convert.conversion.write.output_path import check_not_linked, check_target
+from t5g2convert.conversion.write.resume import Journal
+from t5g2convert.conversion.write.staging import Staging
+from t5g2convert.conversion.write.trained_values import Given
+from t5g2convert.conversion.write.writer import Written, write_shards
 from t5g2convert.errors import CheckpointError, UsageError
 
 Downloading = Callable[[int], Callable[[int], None]]

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from t5g2convert.checkpoint.config import MAX_INTEGER
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
-from t5g2convert.checkpoint.hub import Origin
-from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, Role
+from t5g2convert.checkpoint.families.config_section import MAX_INTEGER
+from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, Role
 from t5g2convert.checkpoint.sources import OtherOrigins
-from t5g2convert.conversion.layers import LayerSpec, parse_layers
-from t5g2convert.conversion.plan import DEFAULT_SHARD_BYTES
+from t5g2convert.conversion.plan.layer_spec import LayerSpec, parse_layers
+from t5g2convert.conversion.plan.types import DEFAULT_SHARD_BYTES
 from t5g2convert.errors import MappingError, UsageError
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.weightmap import did_you_mean

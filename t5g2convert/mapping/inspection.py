@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import research, t5gemma, t5gemma2
-from t5g2convert.checkpoint.config import SourceModel
+from t5g2convert.checkpoint.families import research, t5gemma, t5gemma2
+from t5g2convert.checkpoint.families.config_section import SourceModel
+from t5g2convert.checkpoint.families.gemma3 import TOWERLESS, is_towerless
+from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.research import read_research
+from t5g2convert.checkpoint.families.t5gemma import read_t5gemma
+from t5g2convert.checkpoint.families.t5gemma2 import read_t5gemma2, read_t5gemma2_encoder
+from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_t5gemma2
+from t5g2convert.checkpoint.file_store import HubOrigin
 from t5g2convert.checkpoint.folder import INDEX_FILE, Checkpoint, refuse_unheld, some
 from t5g2convert.checkpoint.foreign import remarks
-from t5g2convert.checkpoint.gemma3 import TOWERLESS, is_towerless
-from t5g2convert.checkpoint.hub import open_source
-from t5g2convert.checkpoint.place import HubOrigin
-from t5g2convert.checkpoint.research import read_research
-from t5g2convert.checkpoint.spellings import as_published, is_t5gemma2
-from t5g2convert.checkpoint.t5gemma import read_t5gemma
-from t5g2convert.checkpoint.t5gemma2 import read_t5gemma2, read_t5gemma2_encoder
-from t5g2convert.checkpoint.targets import implied_tensors
+from t5g2convert.checkpoint.hub.model import open_source
 from t5g2convert.mapping.library import map_for
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.resolve import find_layout, read_model
+from t5g2convert.mapping.row_resolution import dropped_names
 from t5g2convert.mapping.schema import Row, WeightMap, count_parameters
-from t5g2convert.mapping.taking import dropped_names
 
 DROPPED: Final = "dropped"
 """Part of a tensor that the map leaves behind, and that is no parameter of its own."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5g2convert.checkpoint.config import describe_model_type
+from t5g2convert.checkpoint.families.config_section import describe_model_type
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean, load_map
 

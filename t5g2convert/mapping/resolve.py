@@ -8,27 +8,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from t5g2convert.checkpoint.config import SourceModel, describe_model_type
+from t5g2convert.checkpoint.families.config_section import SourceModel, describe_model_type
 from t5g2convert.checkpoint.folder import Checkpoint, refuse_unheld, some
 from t5g2convert.checkpoint.foreign import check_plain, describe
-from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
+from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
-from t5g2convert.mapping.collector import Collector, flag
-from t5g2convert.mapping.collisions import check_rows
-from t5g2convert.mapping.families import FAMILIES
+from t5g2convert.mapping.duplicates import check_rows
 from t5g2convert.mapping.names import expand, root_of
-from t5g2convert.mapping.pairing import (
-    ALONE,
-    Layers,
-    Pairing,
-    check_fit,
-    check_layers,
-    check_map,
-    depth_of,
-    stack_values,
-)
-from t5g2convert.mapping.schema import Drop, Row, WeightMap
-from t5g2convert.mapping.taking import (
+from t5g2convert.mapping.problems import Collector, flag
+from t5g2convert.mapping.row_resolution import (
     LeftBehind,
     Resolved,
     ResolvedDrop,
@@ -38,6 +26,18 @@ from t5g2convert.mapping.taking import (
     look,
     resolve_drop,
     resolve_target,
+)
+from t5g2convert.mapping.schema import Drop, Row, WeightMap
+from t5g2convert.mapping.source_families import FAMILIES
+from t5g2convert.mapping.stack_sources import (
+    ALONE,
+    Layers,
+    Pairing,
+    check_fit,
+    check_layers,
+    check_map,
+    depth_of,
+    stack_values,
 )
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap

@@ -15,12 +15,12 @@ from pydantic import (
     model_validator,
 )
 
-from t5g2convert.checkpoint.chat_templates import TEMPLATES_FOLDER
-from t5g2convert.checkpoint.config import MAX_INTEGER, Positive
+from t5g2convert.checkpoint.families.config_section import MAX_INTEGER, Positive
+from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
-from t5g2convert.checkpoint.targets import TARGETS
-from t5g2convert.mapping.families import FAMILIES, worlds_of
+from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER
 from t5g2convert.mapping.operations import Aligned, AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
+from t5g2convert.mapping.source_families import FAMILIES, worlds_of
 
 Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -13,9 +13,9 @@ from typing import Any, Final
 from t5g2convert.checkpoint.dtypes import tensor_bits
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
-from t5g2convert.mapping.families import FAMILIES
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.schema import WeightMap
+from t5g2convert.mapping.source_families import FAMILIES
 
 BLOCK_ELEMENTS: Final = 1 << 22
 """Random numbers drawn at most; larger tensors repeat them, each from another position."""

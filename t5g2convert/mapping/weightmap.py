@@ -10,9 +10,8 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from t5g2convert.checkpoint.targets import TARGETS
+from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.families import FAMILIES, worlds_of
 from t5g2convert.mapping.loader import Document, NodePath, load_yaml
 from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
 from t5g2convert.mapping.operations import Aligned, ScaledRow, TakeRows, Zeros
@@ -25,6 +24,7 @@ from t5g2convert.mapping.schema import (
     TokenizerFiles,
     WeightMap,
 )
+from t5g2convert.mapping.source_families import FAMILIES, worlds_of
 from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults, value_names
 
 

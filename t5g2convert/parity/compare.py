@@ -10,14 +10,14 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.hub import Origin
-from t5g2convert.checkpoint.roles import SOURCE, Role
+from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.inputs import SOURCE, Role
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import UsageError
-from t5g2convert.parity.difference import Distributions
-from t5g2convert.parity.inputs import Batch, first_tokens
-from t5g2convert.parity.report import Drift, writable
-from t5g2convert.parity.text import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
+from t5g2convert.parity.batches import Batch, first_tokens
+from t5g2convert.parity.checks.text import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
+from t5g2convert.parity.measures import Distributions
+from t5g2convert.parity.reports.report import Drift, writable
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.overflow import overflow
 from t5g2convert.reference.prompts import TextCodec

@@ -5,27 +5,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint import research
+from t5g2convert.checkpoint.families import research
+from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_object
-from t5g2convert.checkpoint.hub import Origin, parse_id
+from t5g2convert.checkpoint.hub.model import Origin, parse_id
+from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.checkpoint.roles import DECODER_FROM, SOURCE, VISION_FROM
 from t5g2convert.checkpoint.sources import Sources, percent
-from t5g2convert.checkpoint.t5gemma2 import MODEL_TYPE
 from t5g2convert.errors import CheckpointError, UsageError
-from t5g2convert.parity.adapted import Adapted
-from t5g2convert.parity.claims import maker_remarks
-from t5g2convert.parity.extracted import ToEncoder, ToGemma3
-from t5g2convert.parity.inputs import Inputs
-from t5g2convert.parity.judge import Judge, Progress
-from t5g2convert.parity.kinds import Kind
-from t5g2convert.parity.mistaken import check_manifest_fits, remark_on_source
-from t5g2convert.parity.provenance import judge_provenance, planned, planned_adapted
-from t5g2convert.parity.record import record_report
-from t5g2convert.parity.report import Check, Report
-from t5g2convert.parity.t5gemma import ToT5Gemma
-from t5g2convert.parity.t5gemma2 import ToT5Gemma2
-from t5g2convert.parity.trained_elsewhere import is_trained_elsewhere, judge_trained_elsewhere
+from t5g2convert.parity.batches import Inputs
+from t5g2convert.parity.checks.manifest_check import maker_remarks
+from t5g2convert.parity.checks.provenance import judge_provenance, planned, planned_adapted
+from t5g2convert.parity.mistaken_source import check_manifest_fits, remark_on_source
+from t5g2convert.parity.reports.record import record_report
+from t5g2convert.parity.reports.report import Check, Report
+from t5g2convert.parity.session import Judge, Progress
+from t5g2convert.parity.suites.adapted import Adapted
+from t5g2convert.parity.suites.base import Kind
+from t5g2convert.parity.suites.extracted import ToEncoder, ToGemma3
+from t5g2convert.parity.suites.t5gemma import ToT5Gemma
+from t5g2convert.parity.suites.t5gemma2 import ToT5Gemma2
+from t5g2convert.parity.suites.trained_elsewhere import is_trained_elsewhere, judge_trained_elsewhere
 from t5g2convert.reference.weights import check_place
 
 KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3(), Adapted())

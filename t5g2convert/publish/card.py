@@ -15,13 +15,13 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, OutputError, UsageError
-from t5g2convert.publish.elsewhere import missing_manifest, read_elsewhere
+from t5g2convert.publish.base_model import ROLES, Ancestor, ancestors, command, digest, is_hub_id
+from t5g2convert.publish.card_templates import Kind, adapting, kind_elsewhere, kind_of, loading
 from t5g2convert.publish.frontmatter import Card, Value, parse_card
-from t5g2convert.publish.kinds import Kind, adapting, kind_elsewhere, kind_of, loading
 from t5g2convert.publish.license import KEYS as LICENSE
 from t5g2convert.publish.license import SourceLicense, license_text, read_license
 from t5g2convert.publish.markdown import code, fenced, table
-from t5g2convert.publish.origin import ROLES, Ancestor, ancestors, command, digest, is_hub_id
+from t5g2convert.publish.trained_elsewhere import missing_manifest, read_elsewhere
 from t5g2convert.publish.training import training
 from t5g2convert.publish.verification import Verification, read_verification, shown, unrecorded
 

@@ -4,11 +4,11 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from t5g2convert.checkpoint.hubfiles import hub_api
+from t5g2convert.checkpoint.hub.snapshot import hub_api
 from t5g2convert.errors import HubError, T5g2Error
-from t5g2convert.publish.asking import AGAIN_HINT, ask, passes, path_of, stale, status_of, upload_errors
-from t5g2convert.publish.planning import Plan
 from t5g2convert.publish.repository import Remote, head_of, read_remote
+from t5g2convert.publish.retry import AGAIN_HINT, ask, passes, path_of, stale, status_of, upload_errors
+from t5g2convert.publish.upload_plan import Plan
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

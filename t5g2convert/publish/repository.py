@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from t5g2convert.checkpoint.chat_templates import is_template
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.huberrors import LOGIN_HINT
-from t5g2convert.checkpoint.hubfiles import hub_api, silent_bar
+from t5g2convert.checkpoint.hub.error_messages import LOGIN_HINT
+from t5g2convert.checkpoint.hub.snapshot import hub_api, silent_bar
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.tokenizer.chat_templates import is_template
 from t5g2convert.errors import HubError, UsageError
-from t5g2convert.publish.asking import ask, upload_errors
 from t5g2convert.publish.card import CARD_FILE
-from t5g2convert.publish.folder import LocalFile, is_sent_name
+from t5g2convert.publish.retry import ask, upload_errors
+from t5g2convert.publish.sent_files import LocalFile, is_sent_name
 
 MAIN: Final = "main"
 _NAME: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.huberrors import endpoint
-from t5g2convert.checkpoint.hubfiles import hub_api
+from t5g2convert.checkpoint.hub.error_messages import endpoint
+from t5g2convert.checkpoint.hub.snapshot import hub_api
 from t5g2convert.errors import HubError, UsageError
-from t5g2convert.publish.asking import AGAIN_HINT, ask, upload_errors
 from t5g2convert.publish.commit import make_commit, open_request, send_files
-from t5g2convert.publish.planning import Plan, plan_upload
 from t5g2convert.publish.repository import MAIN, check_access, head_of, read_remote
+from t5g2convert.publish.retry import AGAIN_HINT, ask, upload_errors
+from t5g2convert.publish.upload_plan import Plan, plan_upload
 
 Told = Callable[[str], None]
 """Told in words what is being done."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from t5g2convert.checkpoint.config import ConfigSection, Number, parse_section
+from t5g2convert.checkpoint.families.config_section import ConfigSection, Number, parse_section
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.publish.markdown import code, table
 

@@ -5,8 +5,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from t5g2convert.checkpoint.families.gemma2 import read_gemma2
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.gemma2 import read_gemma2
 from t5g2convert.reference.layers import GemmaLayer
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.settings import Kernel, gemma2_text

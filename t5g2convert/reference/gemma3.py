@@ -6,8 +6,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from t5g2convert.checkpoint.families.gemma3 import read_gemma3
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.gemma3 import read_gemma3
 from t5g2convert.reference.layers import GemmaLayer
 from t5g2convert.reference.masks import causal
 from t5g2convert.reference.settings import Kernel, gemma3_text, gemma3_vision

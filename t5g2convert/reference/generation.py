@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint import t5gemma
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.families import t5gemma
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
 from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
-from t5g2convert.reference.encoderdecoder import EncoderDecoder
+from t5g2convert.reference.encoder_decoder import EncoderDecoder
 from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma import T5GemmaReference

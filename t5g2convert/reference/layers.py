@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t5g2convert.checkpoint.text import Activation
+from t5g2convert.checkpoint.families.text_stack import Activation
 from t5g2convert.reference.attention import Keys, attend, attend_fused
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.rope import Rotation, rotate

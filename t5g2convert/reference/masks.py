@@ -6,7 +6,7 @@ In the drawings a row is a query, a column a key, # seen, . hidden.
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.text import LayerType
+from t5g2convert.checkpoint.families.text_stack import LayerType
 
 
 def causal(

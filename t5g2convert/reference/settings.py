@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from t5g2convert.checkpoint.config import MAX_INTEGER
-from t5g2convert.checkpoint.gemma2 import Gemma2, Gemma2Text
-from t5g2convert.checkpoint.gemma3 import Gemma3, Gemma3Text
-from t5g2convert.checkpoint.t5gemma import T5Gemma
-from t5g2convert.checkpoint.t5gemma2 import Stack, T5Gemma2Encoder
-from t5g2convert.checkpoint.text import Activation, LayerType, SiglipTower
+from t5g2convert.checkpoint.families.config_section import MAX_INTEGER
+from t5g2convert.checkpoint.families.gemma2 import Gemma2, Gemma2Text
+from t5g2convert.checkpoint.families.gemma3 import Gemma3, Gemma3Text
+from t5g2convert.checkpoint.families.t5gemma import T5Gemma
+from t5g2convert.checkpoint.families.t5gemma2 import Stack, T5Gemma2Encoder
+from t5g2convert.checkpoint.families.text_stack import Activation, LayerType, SiglipTower
 
 Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""

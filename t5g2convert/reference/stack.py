@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t5g2convert.checkpoint.text import LayerType
+from t5g2convert.checkpoint.families.text_stack import LayerType
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.layers import GemmaLayer, RMSNorm, StackLayer
 from t5g2convert.reference.rope import Rotation, rotation

@@ -4,11 +4,11 @@ from typing import Unpack
 
 from torch import Tensor
 
+from t5g2convert.checkpoint.families.t5gemma import T5Gemma, read_t5gemma
+from t5g2convert.checkpoint.families.text_stack import LayerType
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.t5gemma import T5Gemma, read_t5gemma
-from t5g2convert.checkpoint.text import LayerType
-from t5g2convert.reference.crossattention import CrossDecoderLayer
-from t5g2convert.reference.encoderdecoder import EncoderDecoder
+from t5g2convert.reference.cross_attention import CrossDecoderLayer
+from t5g2convert.reference.encoder_decoder import EncoderDecoder
 from t5g2convert.reference.layers import EncoderLayer
 from t5g2convert.reference.masks import around
 from t5g2convert.reference.settings import Kernel, t5gemma_text

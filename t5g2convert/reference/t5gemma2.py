@@ -4,11 +4,11 @@ from typing import Unpack
 
 from torch import Tensor
 
+from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, T5Gemma2Encoder, read_t5gemma2, read_t5gemma2_encoder
+from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published
+from t5g2convert.checkpoint.families.text_stack import LayerType
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.spellings import as_published
-from t5g2convert.checkpoint.t5gemma2 import T5Gemma2, T5Gemma2Encoder, read_t5gemma2, read_t5gemma2_encoder
-from t5g2convert.checkpoint.text import LayerType
-from t5g2convert.reference.encoderdecoder import EncoderDecoder, Encoding
+from t5g2convert.reference.encoder_decoder import EncoderDecoder, Encoding
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer
 from t5g2convert.reference.masks import bidirectional
 from t5g2convert.reference.settings import Kernel, t5gemma2_text, t5gemma2_vision

@@ -47,8 +47,8 @@ def _write_small(folder: Path) -> None:
     from PIL import Image
 
     from t5g2convert import convert
-    from t5g2convert.adaptation.documents import read_files
-    from t5g2convert.adaptation.pack import pack
+    from t5g2convert.adaptation.data.documents import read_files
+    from t5g2convert.adaptation.data.pack import pack
     from t5g2convert.cli import demo
 
     config: dict[str, Any] = deepcopy(demo.DEMO_CONFIG)

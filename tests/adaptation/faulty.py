@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from t5g2convert.adaptation import samples
+from t5g2convert.adaptation.ul2 import dataset
 from t5g2convert.cli.main import main
 from t5g2convert.errors import DataError
 
@@ -17,5 +17,5 @@ def _lost(paths: Sequence[Path], model: Path) -> Any:
 
 if __name__ == "__main__":
     if os.environ.get("LOCAL_RANK") == "1":
-        samples.pixel_values = _lost
+        dataset.pixel_values = _lost
     main(sys.argv[1:])

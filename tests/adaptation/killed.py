@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from t5g2convert.adaptation import checkpoints
+from t5g2convert.adaptation.train import checkpoints
 from t5g2convert.cli.main import main
 
 flush_folder = checkpoints.flush_folder

@@ -14,10 +14,10 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from t5g2convert.adaptation.logs import Metrics
-from t5g2convert.adaptation.mixture import read_mixture
-from t5g2convert.adaptation.run import identity
-from t5g2convert.adaptation.settings import make_settings
+from t5g2convert.adaptation.train.metrics import Metrics
+from t5g2convert.adaptation.train.run_folder import identity
+from t5g2convert.adaptation.train.settings import make_settings
+from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.digest import sha256_of
 
 Tensors = Mapping[str, torch.Tensor]

@@ -20,19 +20,20 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
-from t5g2convert.adaptation import checkpoints, samples, training
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
-from t5g2convert.adaptation.engine import Machines, Quiet, early_rank, resolve
-from t5g2convert.adaptation.facts import check_rope, read_facts
-from t5g2convert.adaptation.lock import locked
-from t5g2convert.adaptation.logs import Metrics
-from t5g2convert.adaptation.mixture import Mixture, Task, read_mixture
-from t5g2convert.adaptation.preparation import prepare
-from t5g2convert.adaptation.record import check_files, complete, read_record
-from t5g2convert.adaptation.run import check_same, check_vacant, identity, newest
-from t5g2convert.adaptation.settings import Settings, make_settings
-from t5g2convert.adaptation.teacher import check_teacher
-from t5g2convert.adaptation.training import Pace
+from t5g2convert.adaptation.train import checkpoints, loop
+from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete, read_record
+from t5g2convert.adaptation.train.distributed import Machines, Quiet, early_rank, resolve
+from t5g2convert.adaptation.train.lock import locked
+from t5g2convert.adaptation.train.loop import Pace
+from t5g2convert.adaptation.train.metrics import Metrics
+from t5g2convert.adaptation.train.model_limits import check_rope, read_facts
+from t5g2convert.adaptation.train.preflight import prepare
+from t5g2convert.adaptation.train.run_folder import check_same, check_vacant, identity, newest
+from t5g2convert.adaptation.train.settings import Settings, make_settings
+from t5g2convert.adaptation.train.teacher import check_teacher
+from t5g2convert.adaptation.ul2 import dataset
+from t5g2convert.adaptation.ul2.mixture import Mixture, Task, read_mixture
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, T5g2Error, UsageError
 from tests.adaptation.trainings import tensors_of
@@ -139,7 +140,7 @@ def test_the_time_of_a_step_has_no_checkpoint_in_it_and_the_log_is_on_disk_befor
         fsync(fd)
 
     monkeypatch.setattr(checkpoints, "save", slow_save)
-    monkeypatch.setattr(training.time, "perf_counter", lambda: perf_counter() + clock[0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: perf_counter() + clock[0])
     monkeypatch.setattr(os, "fsync", noted)
     request = request_of(small, tmp_path / "run", settings_of(steps=2, precision="float32"))
     _, told = run(replace(request, pace=replace(request.pace, save_every=1)))
@@ -214,7 +215,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small: Path, tmp_path: Path
 def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = samples.pixel_values
+    made = dataset.pixel_values
     calls: list[Path] = []
 
     def second_is_lost(paths: Sequence[Path], model: Path) -> Any:
@@ -223,7 +224,7 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
             raise DataError("no such file", where=paths[0])
         return made(paths, model)
 
-    monkeypatch.setattr(samples, "pixel_values", second_is_lost)
+    monkeypatch.setattr(dataset, "pixel_values", second_is_lost)
     request = request_of(small, tmp_path / "run", settings_of(image_every=2))
     told: list[Metrics] = []
     with pytest.raises(DataError, match="no such file"):
@@ -234,8 +235,8 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
 
 @pytest.mark.usefixtures("one_process")
 def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Path, tmp_path: Path) -> None:
-    from t5g2convert.adaptation.documents import read_files
-    from t5g2convert.adaptation.pack import pack
+    from t5g2convert.adaptation.data.documents import read_files
+    from t5g2convert.adaptation.data.pack import pack
     from t5g2convert.cli.forecast import print_forecast
 
     pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
@@ -448,8 +449,8 @@ def test_settings_that_do_not_fit_model_or_data_are_refused(
 
 
 def test_images_for_a_model_or_data_without_are_refused(small: Path, tmp_path: Path) -> None:
-    from t5g2convert.adaptation.documents import read_files
-    from t5g2convert.adaptation.pack import pack
+    from t5g2convert.adaptation.data.documents import read_files
+    from t5g2convert.adaptation.data.pack import pack
 
     text = small / "texts/argparse.txt"
     pack(small / "model", tmp_path / "data", read_files([text], "text", lambda _: None))

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from t5g2convert import CheckpointError, Conversion, OutputError, UsageError, verify
-from t5g2convert.adaptation import pieces as reader
 from t5g2convert.adaptation.average import average
-from t5g2convert.adaptation.export import export
-from t5g2convert.adaptation.trained import Trained
+from t5g2convert.adaptation.train import pieces as reader
+from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.manifest import read_manifest
 from tests.adaptation.runs import (
     FACTS,
@@ -289,7 +289,8 @@ def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:
     ]
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from t5g2convert.adaptation.average import Mean\nfrom t5g2convert.adaptation.trained import Trained\n"
+        "from t5g2convert.adaptation.average import Mean\n"
+        "from t5g2convert.adaptation.train.checkpoint_reader import Trained\n"
         "mean = Mean([Trained(Path(each)) for each in sys.argv[1:]])\n"
         "first = next(mean.pieces('t'))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

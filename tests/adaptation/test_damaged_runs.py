@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from t5g2convert.adaptation.average import average
-from t5g2convert.adaptation.checkpoints import State, load
-from t5g2convert.adaptation.logs import Metrics, read_metrics, tokens_until, truncate
-from t5g2convert.adaptation.plot import plot_losses
-from t5g2convert.adaptation.preparation import prepare
-from t5g2convert.adaptation.record import check_files, complete, read_record
-from t5g2convert.adaptation.run import check_own_files, check_same, describe, newest, read_history
-from t5g2convert.adaptation.shards import Packed
-from t5g2convert.adaptation.trained import Trained
+from t5g2convert.adaptation.data.packed import Packed
+from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete, read_record
+from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoints import State, load
+from t5g2convert.adaptation.train.metrics import Metrics, read_metrics, tokens_until, truncate
+from t5g2convert.adaptation.train.plot import plot_losses
+from t5g2convert.adaptation.train.preflight import prepare
+from t5g2convert.adaptation.train.run_folder import check_own_files, check_same, describe, newest, read_history
 from t5g2convert.errors import CheckpointError, DataError, OutputError, T5g2Error
 from tests.adaptation.runs import DATA, SETTINGS, tell, write_checkpoint
 

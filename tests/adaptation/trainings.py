@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from t5g2convert.adaptation.trained import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import Trained
 
 OPTIONS = (
     "--lr", "4e-3", "--steps", "60", "--encoder-length", "64", "--decoder-length", "64", "--batch-tokens", "512",

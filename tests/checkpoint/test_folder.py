@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from t5g2convert.checkpoint import place
+from t5g2convert.checkpoint import file_store
 from t5g2convert.checkpoint.folder import (
     INDEX_FILE,
     LARGE_JSON,
@@ -273,7 +273,7 @@ def test_I4_an_index_that_points_elsewhere_is_refused_before_a_shard_is_opened(
     if beside_single_file:
         (sharded / SINGLE_FILE).write_bytes(weights(["a"]))
     write_index(sharded / INDEX_FILE, {**INDEX, "evil.weight": target})
-    monkeypatch.setattr(place, "read_header", opened)
+    monkeypatch.setattr(file_store, "read_header", opened)
     error = refusal(sharded)
     assert error.where == str(sharded / INDEX_FILE)
     assert "'evil.weight'" in error.message

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import convert
-from t5g2convert.checkpoint.config import KNOWN_MODELS
+from t5g2convert.checkpoint.families.config_section import KNOWN_MODELS
 from t5g2convert.cli.demo import build_demo_source
 from tests.cli.commandline import CommandLine, Result
 

@@ -8,11 +8,11 @@ import pytest
 
 from t5g2convert.adaptation.adapt import Request
 from t5g2convert.adaptation.average import LAST
-from t5g2convert.adaptation.engine import Machines
-from t5g2convert.adaptation.pack import SHARD_TOKENS
-from t5g2convert.adaptation.probe import FACTOR
-from t5g2convert.adaptation.settings import Settings
-from t5g2convert.adaptation.training import Pace
+from t5g2convert.adaptation.data.pack import SHARD_TOKENS
+from t5g2convert.adaptation.sentinel_probe import FACTOR
+from t5g2convert.adaptation.train.distributed import Machines
+from t5g2convert.adaptation.train.loop import Pace
+from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.cli.adapt import adapt
 from t5g2convert.cli.average import average
 from t5g2convert.cli.pack import pack

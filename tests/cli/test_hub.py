@@ -15,9 +15,9 @@ import pytest
 
 from t5g2convert import convert, plan
 from t5g2convert.checkpoint.folder import SINGLE_FILE
-from t5g2convert.checkpoint.hubfiles import SMALL_BYTES
+from t5g2convert.checkpoint.hub.ranges import FIRST_BYTES
+from t5g2convert.checkpoint.hub.snapshot import SMALL_BYTES
 from t5g2convert.checkpoint.manifest import seal
-from t5g2convert.checkpoint.ranges import FIRST_BYTES
 from tests.conftest import TwinFolder
 from tests.hub_server import Fault, Hub, running
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from t5g2convert.checkpoint.header import read_header
-from t5g2convert.conversion.staging import JOURNAL_FILE
-from t5g2convert.conversion.target import STAGING_SUFFIX
+from t5g2convert.conversion.write.output_path import STAGING_SUFFIX
+from t5g2convert.conversion.write.staging import JOURNAL_FILE
 from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
@@ -582,7 +582,7 @@ SLOW_WRITES: Final = """
 import os, sys, time
 import tests.small_shards
 from t5g2convert.cli.main import main
-from t5g2convert.conversion import writer
+from t5g2convert.conversion.write import writer
 
 pwrite = writer.os.pwrite
 

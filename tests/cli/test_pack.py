@@ -12,7 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from t5g2convert import convert
-from t5g2convert.adaptation.shards import Packed
+from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.cli.demo import build_demo_source
 from tests.cli.commandline import CommandLine

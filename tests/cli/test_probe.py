@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.adaptation.test_probe import trained
+from tests.adaptation.test_sentinel_probe import trained
 from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import plan
-from t5g2convert.conversion.copying import CHUNK_BYTES
+from t5g2convert.conversion.write.copy import CHUNK_BYTES
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, Conversion, MappingError, OutputError, convert, inspect, plan, verify
-from t5g2convert.checkpoint.roles import Folders
+from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.convert import execute
-from t5g2convert.conversion.plan import Change
+from t5g2convert.conversion.plan.types import Change
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
@@ -126,7 +126,7 @@ def test_progress_counts_the_tables_of_an_alignment(
         source = tmp_path / "source"
     counts: list[int] = []
     made = plan(source, vision_from=donor, projector="aligned")
-    monkeypatch.setattr("t5g2convert.conversion.tables.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("t5g2convert.conversion.write.tables.ROWS_AT_ONCE", 64)
     execute(made, Folders(source, vision_from=donor), tmp_path / "out", progress=counts.append, flush=False)
     tables = 300 * (32 + 24) * 2
     assert sum(counts) == made.work == sum(tensor.nbytes for tensor in made.tensors) + tables

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from t5g2convert import MappingError, UsageError
-from t5g2convert.checkpoint.gemma3 import Gemma3, read_gemma3
+from t5g2convert.checkpoint.families.gemma3 import Gemma3, read_gemma3
 from t5g2convert.conversion.options import Options, recorded_options
 from t5g2convert.mapping.schema import WeightMap
 from tests.sizes import FIELDS, SIZES

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t5g2convert import CheckpointError, MappingError, OutputError, UsageError, convert, plan
 from t5g2convert.conversion.options import PlanOptions
-from t5g2convert.conversion.planner import build_plan
+from t5g2convert.conversion.plan.builder import build_plan
 from tests.conftest import TwinFolder
 from tests.twins import IMAGE_SPELLINGS, TEXT_SPELLINGS, respell
 

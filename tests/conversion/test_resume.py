@@ -14,8 +14,8 @@ import pytest
 
 from t5g2convert import CheckpointError, OutputError, T5g2Error, UsageError, VerificationError, convert, plan
 from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.conversion.staging import JOURNAL_FILE
-from t5g2convert.conversion.target import STAGING_SUFFIX
+from t5g2convert.conversion.write.output_path import STAGING_SUFFIX
+from t5g2convert.conversion.write.staging import JOURNAL_FILE
 from t5g2convert.errors import Interrupted
 
 SHARD: Final = 60_000
@@ -389,7 +389,7 @@ def test_a_kept_shard_that_cannot_be_read_is_written_anew(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return sha256_of(path)
 
-    monkeypatch.setattr("t5g2convert.conversion.journal.sha256_of", fail)
+    monkeypatch.setattr("t5g2convert.conversion.write.resume.sha256_of", fail)
     done = convert(source, target, max_shard_bytes=SHARD, resume=True)
     assert bad not in done.kept
     assert done.kept

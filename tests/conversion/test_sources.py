@@ -1,4 +1,4 @@
-"""What a conversion fetches before it begins; the Hub itself is in tests/checkpoint/test_hub.py."""
+"""What a conversion fetches before it begins; the Hub itself is in tests/checkpoint/hub/test_model.py."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from t5g2convert import convert
+from t5g2convert.checkpoint.file_store import HubFile, HubOrigin
 from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
-from t5g2convert.checkpoint.place import HubFile, HubOrigin
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.convert import execute, open_and_plan, prepare, room
-from t5g2convert.conversion.disk_space import ASSET_BYTES
-from t5g2convert.conversion.planner import build_plan
+from t5g2convert.conversion.plan.builder import build_plan
+from t5g2convert.conversion.write.disk_space import ASSET_BYTES
 from t5g2convert.errors import CheckpointError, OutputError
 from tests.conftest import TwinFolder
 
@@ -97,7 +97,7 @@ def test_the_plan_is_made_of_the_files_that_were_fetched(
     def download(hub: HubOrigin, name: str, progress: object) -> None:
         (demo_source / name).write_bytes(data)
 
-    monkeypatch.setattr("t5g2convert.checkpoint.hub.download", download)
+    monkeypatch.setattr("t5g2convert.checkpoint.hub.model.download", download)
     plan, sources = prepare(model, tmp_path / "out", downloading=lambda total: told.append(total) or told.append)
     assert told == [len(data)]
     assert plan.source_files[0].identity == open_checkpoint(demo_source).files[SINGLE_FILE].identity

@@ -18,10 +18,10 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
-from t5g2convert.parity.ancestors import Ancestors
-from t5g2convert.parity.inputs import Batch, token_batch
-from t5g2convert.parity.integrity import judge_integrity
-from t5g2convert.parity.text import judge_text
+from t5g2convert.parity.batches import Batch, token_batch
+from t5g2convert.parity.checks.integrity import judge_integrity
+from t5g2convert.parity.checks.text import judge_text
+from t5g2convert.parity.expected_stacks import Ancestors
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.parity.mutations import place_of

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from t5g2convert import CheckpointError, Inspection, Plan, convert, inspect, plan
+from t5g2convert.checkpoint.families.registry import implied_tensors
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
-from t5g2convert.checkpoint.targets import implied_tensors
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.sizes import FIELDS, SIGLIP, SIZES, TOTALS

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from t5g2convert.checkpoint.config import SourceModel
+from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.families import FAMILIES, worlds_of
 from t5g2convert.mapping.library import find_map, mappings_folder, named_maps, shipped_maps
 from t5g2convert.mapping.names import index_of, pattern_fault, root_of
 from t5g2convert.mapping.schema import PresetSettings, Row, WeightMap
+from t5g2convert.mapping.source_families import FAMILIES, worlds_of
 from t5g2convert.mapping.weightmap import did_you_mean, load_map
 
 GOOD = (mappings_folder() / "gemma3.yaml").read_text()

@@ -10,13 +10,15 @@ import torch
 from t5g2convert import convert
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.conversion.plan import Plan
-from t5g2convert.parity.provenance import replay
-from t5g2convert.parity.report import Check
-from t5g2convert.parity.t5gemma2 import PARITIES
+from t5g2convert.conversion.plan.types import Plan
+from t5g2convert.parity.checks.provenance import replay
+from t5g2convert.parity.reports.report import Check
+from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from tests.conftest import TwinFolder
 from tests.parity.mutations import CLOSED, Bench, Document, MakeBench
+
+SUITE = "t5g2convert.parity.suites.t5gemma2"
 
 
 @pytest.fixture(autouse=True)
@@ -64,20 +66,22 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
             references[key] = Gemma3Reference(parent, resident=True, **options)
         return references[key]
 
-    monkeypatch.setattr("t5g2convert.parity.provenance.replay", replayed)
-    monkeypatch.setattr("t5g2convert.parity.t5gemma2.Gemma3Reference", opened)
-    monkeypatch.setattr("t5g2convert.parity.parent.Gemma3Reference", opened)
+    monkeypatch.setattr("t5g2convert.parity.checks.provenance.replay", replayed)
+    monkeypatch.setattr("t5g2convert.parity.suites.t5gemma2.Gemma3Reference", opened)
+    monkeypatch.setattr("t5g2convert.parity.parents.Gemma3Reference", opened)
 
 
 @pytest.fixture
 def without_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """No help from the check that uses the model: what compares it with its source must suffice."""
-    monkeypatch.setattr("t5g2convert.parity.t5gemma2.judge_runs", lambda *_, **__: Check("runs", True, "not made"))
+    monkeypatch.setattr(
+        "t5g2convert.parity.suites.t5gemma2.judge_runs", lambda *_, **__: Check("runs", True, "not made")
+    )
 
 
 @pytest.fixture
 def without_passes(without_use: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No help from the parities either."""
     sound = [Check(name, True, "not made") for name in PARITIES]
-    monkeypatch.setattr("t5g2convert.parity.t5gemma2.judge_text", lambda *_, **__: sound[1:])
-    monkeypatch.setattr("t5g2convert.parity.t5gemma2.judge_vision", lambda *_, **__: (sound[0], torch.zeros(1, 4, 24)))
+    monkeypatch.setattr(f"{SUITE}.judge_text", lambda *_, **__: sound[1:])
+    monkeypatch.setattr(f"{SUITE}.judge_vision", lambda *_, **__: (sound[0], torch.zeros(1, 4, 24)))

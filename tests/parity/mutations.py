@@ -20,10 +20,10 @@ from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, seal
 from t5g2convert.cli.verify import print_report
-from t5g2convert.parity.junit import junit
-from t5g2convert.parity.page import page
-from t5g2convert.parity.report import Check, Report
-from t5g2convert.parity.t5gemma2 import PARITIES
+from t5g2convert.parity.reports.html import page
+from t5g2convert.parity.reports.junit import junit
+from t5g2convert.parity.reports.report import Check, Report
+from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from t5g2convert.parity.verify import verify
 from t5g2convert.reference.weights import DTYPES
 

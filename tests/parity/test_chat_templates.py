@@ -11,7 +11,7 @@ from t5g2convert import convert, verify
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.conversion.convert import Conversion
-from t5g2convert.publish.folder import finished_files
+from t5g2convert.publish.sent_files import finished_files
 from tests.conftest import TwinFolder
 
 FOLDER = "additional_chat_templates"

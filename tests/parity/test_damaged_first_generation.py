@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5g2convert.checkpoint.folder import read_json_object
-from t5g2convert.parity.report import Report
+from t5g2convert.parity.reports.report import Report
 from tests.parity.mutations import (
     OPERATORS,
     Bench,

@@ -17,8 +17,8 @@ from t5g2convert import convert
 from t5g2convert.checkpoint.folder import INDEX_FILE, read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, seal
 from t5g2convert.mapping.library import find_map
-from t5g2convert.parity.integrity import judge_integrity
-from t5g2convert.parity.t5gemma2 import PARITIES
+from t5g2convert.parity.checks.integrity import judge_integrity
+from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from t5g2convert.parity.verify import verify
 from t5g2convert.version import __version__
 from tests.conftest import TwinFolder

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from t5g2convert.checkpoint.folder import read_json_object
-from t5g2convert.parity.report import Check
-from t5g2convert.parity.t5gemma2 import PARITIES
+from t5g2convert.parity.reports.report import Check
+from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from tests.parity.mutations import (
     Document,
     MakeBench,

@@ -14,8 +14,8 @@ from t5g2convert import convert
 from t5g2convert.checkpoint.folder import INDEX_FILE, read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import CheckpointError
-from t5g2convert.parity.inputs import BEYOND_WINDOW, token_batch
-from t5g2convert.parity.t5gemma2 import PARITIES
+from t5g2convert.parity.batches import BEYOND_WINDOW, token_batch
+from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from t5g2convert.parity.verify import verify
 from tests.conftest import TwinFolder
 from tests.parity.mutations import (

@@ -11,10 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 from t5g2convert import Report, UsageError, convert, verify
+from t5g2convert.checkpoint.families.gemma3 import Gemma3, read_gemma3
 from t5g2convert.checkpoint.folder import read_json_object
-from t5g2convert.checkpoint.gemma3 import Gemma3, read_gemma3
-from t5g2convert.parity.config import expected_config
-from t5g2convert.parity.parent import Stacks
+from t5g2convert.parity.checks.config import expected_config
+from t5g2convert.parity.parents import Stacks
 from tests.conftest import TwinFolder
 from tests.parity.mutations import (
     TABLE,

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from t5g2convert import convert
 from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
-from t5g2convert.checkpoint.roles import Folders
 from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
-from t5g2convert.conversion.adapted import plan_adapted
 from t5g2convert.conversion.convert import execute
 from t5g2convert.conversion.options import PlanOptions
+from t5g2convert.conversion.trained_model import plan_adapted
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.adaptation.runs import FACTS

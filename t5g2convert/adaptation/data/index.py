@@ -1,0 +1,131 @@
+"""index.json of packed data: what there is, for which model, with the sha256 of every file."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from t5g2convert.adaptation.data.tokens import ModelTokens
+from t5g2convert.checkpoint.families.config_section import MAX_INTEGER, Size
+from t5g2convert.checkpoint.file_store import regular_file
+from t5g2convert.checkpoint.folder import scheme_of
+from t5g2convert.checkpoint.manifest import Digest
+from t5g2convert.errors import CheckpointError, DataError
+
+INDEX_FILE: Final = "index.json"
+
+MAX_BYTES: Final = 1 << 24
+"""Largest index: about a hundred thousand shards."""
+
+Count = Annotated[int, Field(ge=0, lt=2**48)]
+Id = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class ShardEntry(_Section):
+    """A file of tokens."""
+
+    tokens: Annotated[int, Field(gt=0, lt=2**48)]
+    sha256: Digest
+
+
+class StreamEntry(_Section):
+    """Documents, one behind the other in shards."""
+
+    documents: Count
+    tokens: Count
+    shards: tuple[ShardEntry, ...]
+    ends: Digest
+
+
+class PicturesEntry(_Section):
+    """The pictures: places in documents, files, and bytes of all files."""
+
+    places: Count
+    files: Count
+    nbytes: Count
+    sha256: Digest
+
+
+class TokensEntry(_Section):
+    """The ids of the model that the data was packed for."""
+
+    vocabulary: Size
+    bos: Id | None
+    eos: Id
+    pad: Id | None
+    boi: Id
+    eoi: Id
+    image: Id
+    per_image: Id
+    pictures: bool
+
+
+class Index(_Section):
+    """index.json."""
+
+    format: Literal[1]
+    tokenizer_sha256: Digest
+    tokens: TokensEntry
+    bos: bool
+    text: StreamEntry
+    image: StreamEntry
+    pictures: PicturesEntry
+    counts: Digest
+    highest: Id
+    special: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Count]
+    empty: Count
+
+
+def read_index(folder: Path) -> tuple[Index, str]:
+    """Read index.json; it and its sha256, hexadecimal.
+
+    Raises:
+        DataError: It is missing, or is none.
+    """
+    if scheme := scheme_of(folder):
+        raise DataError(f"an address ({scheme}//...) was given, expected a folder that t5g2 pack wrote")
+    path = folder / INDEX_FILE
+    if not os.path.lexists(path):
+        raise DataError("is missing: no folder of packed data", where=path, hint="t5g2 pack writes one")
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+    if len(text) > MAX_BYTES:
+        raise DataError(f"is larger than {MAX_BYTES} bytes", where=path, hint="pack the data again")
+    try:
+        index = Index.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"is not an index of packed data: {f'{place}: ' if place else ''}{first['msg']}",
+            where=path,
+            hint="pack the data again",
+        ) from None
+    return index, hashlib.sha256(text).hexdigest()
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is not a file: a pipe or a device would be waited for.
+
+    Raises:
+        DataError: It is none, or cannot be read.
+    """
+    try:
+        regular_file(path)
+    except CheckpointError as error:
+        raise DataError(error.message, where=path, hint="copy it again, or pack the data again") from None
+
+
+def tokens_entry(tokens: ModelTokens) -> TokensEntry:
+    """A model's ids, as the index has them."""
+    return TokensEntry(**{name: getattr(tokens, name) for name in TokensEntry.model_fields})

@@ -1,0 +1,294 @@
+"""Packing: documents become token ids in memory-mapped shards, once, so that training only reads."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t5g2convert.adaptation.data.documents import Document, Fault
+from t5g2convert.adaptation.data.images import text_pieces, with_images
+from t5g2convert.adaptation.data.index import INDEX_FILE, Index, read_index, tokens_entry
+from t5g2convert.adaptation.data.packed import (
+    COUNTS_FILE,
+    END,
+    PICTURE,
+    PICTURES_FILE,
+    PICTURES_FOLDER,
+    TOKEN,
+    mapped_array,
+    picture_name,
+    shard_name,
+)
+from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles
+from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder, read_tokens
+from t5g2convert.conversion.write.output_path import check_apart, check_target, leftovers
+from t5g2convert.conversion.write.ownership import Written
+from t5g2convert.conversion.write.staging import Staging
+from t5g2convert.errors import DataError, OutputError, UsageError
+
+SHARD_TOKENS: Final = 1 << 28
+"""Tokens of a shard, which is 1 GiB then."""
+
+BATCH_CHARACTERS: Final = 1 << 20
+"""Characters that are made into tokens together, at most one document more."""
+
+BATCH_DOCUMENTS: Final = 4096
+
+MAX_FAULTS: Final = 100
+"""Documents that cannot be packed, after which no more are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What was packed.
+
+    Attributes:
+        output: The folder.
+        index: Its index.
+        sha256: Of index.json: the identity of the data.
+        notes: What a user should know of this packing.
+    """
+
+    output: Path
+    index: Index
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `t5g2 pack --json`."""
+        index = self.index
+        return {
+            "output": str(self.output),
+            "documents": index.text.documents,
+            "tokens": index.text.tokens,
+            "image_documents": index.image.documents,
+            "image_tokens": index.image.tokens,
+            "images": index.pictures.files,
+            "empty": index.empty,
+            "shards": len(index.text.shards) + len(index.image.shards),
+            "tokenizer_sha256": index.tokenizer_sha256,
+            "sha256": self.sha256,
+            "highest": index.highest,
+            "special": dict(index.special),
+            **({"notes": list(self.notes)} if self.notes else {}),
+        }
+
+
+def pack(
+    model: Path,
+    output: Path,
+    documents: Iterable[Document | Fault],
+    *,
+    sources: Sequence[Path] = (),
+    bos: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+    overwrite: bool = False,
+    flush: bool = True,
+) -> Packing:
+    """Write documents as packed data, in a folder that appears when it is complete.
+
+    Args:
+        model: The folder of the model that is to be trained: its tokenizer, and the ids of its config.
+        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
+        documents: What to pack, in this order.
+        sources: Files and folders that the documents come from; the output must not be among them.
+        bos: Whether each document begins with the model's bos. Each ends with its eos.
+        shard_tokens: Tokens of a shard, at most.
+        overwrite: Replace packed data that is there, at the very end; nothing else is ever replaced.
+        flush: Wait until the disk has everything.
+
+    Raises:
+        CheckpointError: The model has no tokenizer, or its config is none.
+        DataError: Documents cannot be packed (`details` names them), or there is none.
+        OutputError: The output is there already, or is replaced and no packed data; or the disk is full or fails.
+        UsageError: A shard has no tokens.
+    """
+    if shard_tokens < 1:
+        raise UsageError(f"--shard-tokens is {shard_tokens}, expected 1 or more")
+    tokens = read_tokens(model)
+    check_apart(output, model, *sources)
+    _check_packed(output)
+    check_target(output, model, *sources, overwrite=overwrite, listing=packed_listing)
+    if bos and tokens.bos is None:
+        raise UsageError("the model has no bos token: --bos has nothing to put in front")
+    encoder = TextEncoder(model, tokens)
+    with (
+        Staging(output, overwrite=overwrite, flush=flush, listing=packed_listing, last=[INDEX_FILE]) as staging,
+        ExitStack() as stack,
+    ):
+        files = _Files(staging.folder, shard_tokens, stack, flush=flush)
+        packer = _Packer(files, encoder, tokens, bos=bos)
+        packer.run(documents)
+        index = packer.finish()
+        text = index.model_dump_json(indent=1).encode() + b"\n"
+        with HashedFile(staging.folder / INDEX_FILE) as file:
+            file.write(text)
+            file.finish(flush=flush)
+        staging.commit()
+    return Packing(output, index, hashlib.sha256(text).hexdigest(), tuple(staging.notes))
+
+
+def _check_packed(output: Path) -> None:
+    """Refuse what no packing wrote: a forgotten argument makes an output of a folder of texts."""
+    if not output.is_dir() or (output / INDEX_FILE).is_file():
+        return
+    if {item.name for item in output.iterdir()} - leftovers(output):
+        raise OutputError(
+            "has something in it that is no packed data, and is not replaced",
+            where=output,
+            hint="the arguments are MODEL OUTPUT INPUT...",
+        )
+
+
+class _Files:
+    """All files of the output but its index."""
+
+    def __init__(self, folder: Path, shard_tokens: int, stack: ExitStack, *, flush: bool) -> None:
+        self.flush = flush
+        self.text = stack.enter_context(StreamFiles(folder, "text", shard_tokens, flush=flush))
+        self.image = stack.enter_context(StreamFiles(folder, "image", shard_tokens, flush=flush))
+        self.pictures = stack.enter_context(PictureFiles(folder, flush=flush))
+        self.counts = stack.enter_context(HashedFile(folder / COUNTS_FILE))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """A document that is to be made into tokens: its texts, before, between and behind its pictures."""
+
+    where: str
+    texts: list[str]
+    images: int
+
+
+class _Packer:
+    """Makes documents into tokens, some at once, and writes them; memory does not depend on how many there are."""
+
+    def __init__(self, files: _Files, encoder: TextEncoder, tokens: ModelTokens, *, bos: bool) -> None:
+        self._files, self._encoder, self._tokens, self._bos = files, encoder, tokens, bos
+        self._before = np.array([tokens.bos] if bos else [], dtype=np.uint32)
+        self._behind = np.array([tokens.eos], dtype=np.uint32)
+        self._counts = np.zeros(tokens.vocabulary, dtype=np.uint64)
+        self._batch: list[_Pieces] = []
+        self._characters = 0
+        self._faults: list[Fault] = []
+        self._empty = self._places = 0
+
+    def run(self, documents: Iterable[Document | Fault]) -> None:
+        """Pack all documents.
+
+        Raises:
+            DataError: Some cannot be packed, or there is none.
+        """
+        for document in documents:
+            if isinstance(document, Fault):
+                self._faults.append(document)
+            else:
+                self._take(document)
+            if len(self._faults) >= MAX_FAULTS:
+                break
+        self._pack_batch()
+        if self._faults:
+            raise _refusal(self._faults)
+        if not self._files.text.documents + self._files.image.documents:
+            raise DataError(f"there is no document with text in it ({self._empty} empty)", hint="give other input")
+
+    def _take(self, document: Document) -> None:
+        if not document.images and not document.text.strip():
+            self._empty += 1
+            return
+        texts = [document.text]
+        try:
+            if document.images:
+                if not self._tokens.pictures:
+                    raise ValueError("has pictures, and the model has no vision tower")
+                texts = text_pieces(document.text, len(document.images))
+                for image in document.images:
+                    self._files.pictures.add(image)
+        except ValueError as error:
+            self._faults.append(Fault(document.where, str(error)))
+            return
+        self._batch.append(_Pieces(document.where, texts, len(document.images)))
+        self._characters += len(document.text)
+        if self._characters >= BATCH_CHARACTERS or len(self._batch) >= BATCH_DOCUMENTS:
+            self._pack_batch()
+
+    def _pack_batch(self) -> None:
+        batch, self._batch, self._characters = self._batch, [], 0
+        if not batch or self._faults:
+            return
+        encoded = iter(self._encoder.encode([text for document in batch for text in document.texts]))
+        packed = []
+        for document in batch:
+            pieces = list(islice(encoded, len(document.texts)))
+            if reason := next(filter(None, map(self._encoder.fault, pieces)), None):
+                self._faults.append(Fault(document.where, reason))
+            elif not document.images and not len(pieces[0]):
+                self._empty += 1
+            else:
+                packed.append(self._write(document, pieces))
+        if packed:
+            self._counts += np.bincount(np.concatenate(packed), minlength=len(self._counts)).astype(np.uint64)
+
+    def _write(self, document: _Pieces, pieces: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
+        tokens = np.concatenate([self._before, with_images(pieces, self._tokens), self._behind])
+        if document.images:
+            self._places += document.images
+            self._files.image.add(tokens, self._places)
+        else:
+            self._files.text.add(tokens)
+        return tokens
+
+    def finish(self) -> Index:
+        """Close all files; their index."""
+        files = self._files
+        files.counts.write(self._counts.astype(END))
+        present = np.flatnonzero(self._counts)
+        return Index(
+            format=1,
+            tokenizer_sha256=self._encoder.sha256,
+            tokens=tokens_entry(self._tokens),
+            bos=self._bos,
+            text=files.text.finish(),
+            image=files.image.finish(),
+            pictures=files.pictures.finish(),
+            counts=files.counts.finish(flush=files.flush),
+            highest=int(present[-1]),
+            special={
+                str(token): int(self._counts[token]) for token in present.tolist() if token in self._encoder.special
+            },
+            empty=self._empty,
+        )
+
+
+def _refusal(faults: Sequence[Fault]) -> DataError:
+    if len(faults) == 1:
+        return DataError(faults[0].reason, where=faults[0].where)
+    count = f"{len(faults)} documents" if len(faults) < MAX_FAULTS else f"{len(faults)} documents or more"
+    return DataError(
+        f"{count} cannot be packed", where=faults[0].where, details=[f"{it.where}: {it.reason}" for it in faults]
+    )
+
+
+def packed_listing(folder: Path) -> dict[str, Written]:
+    """The files of packed data, as its index and its list of pictures have them; see `conversion.ownership`.
+
+    Raises:
+        DataError: It has no index, or names a picture that cannot be one.
+    """
+    index, _ = read_index(folder)
+    listed = {INDEX_FILE: Written()}
+    for name, stream in (("text", index.text), ("image", index.image)):
+        listed[f"{name}.doc"] = Written(sha256=stream.ends)
+        for number, shard in enumerate(stream.shards):
+            listed[shard_name(name, number)] = Written(shard.tokens * TOKEN.itemsize, shard.sha256)
+    listed[COUNTS_FILE] = Written(index.tokens.vocabulary * END.itemsize, index.counts)
+    listed[PICTURES_FILE] = Written(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
+    for place in mapped_array(folder / PICTURES_FILE, PICTURE, (index.pictures.places,)):
+        listed[f"{PICTURES_FOLDER}/{picture_name(place)}"] = Written(sha256=bytes(place["sha256"]).hex())
+    return listed

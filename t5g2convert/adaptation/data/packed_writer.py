@@ -1,0 +1,211 @@
+"""The files of packed data as they are written: tokens in shards of a given size, and records beside them."""
+
+import hashlib
+import os
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t5g2convert.adaptation.data.images import check_picture
+from t5g2convert.adaptation.data.index import PicturesEntry, ShardEntry, StreamEntry
+from t5g2convert.adaptation.data.packed import (
+    END,
+    PICTURE,
+    PICTURES_FILE,
+    PICTURES_FOLDER,
+    TOKEN,
+    picture_name,
+    shard_name,
+)
+from t5g2convert.checkpoint.atomic_write import flush_folder
+from t5g2convert.conversion.write.copy import output_errors
+
+BUFFER_BYTES: Final = 1 << 20
+
+
+class HashedFile:
+    """A file that is written from its first byte to its last, with its sha256.
+
+    Raises:
+        OutputError: The disk is full or fails; so do all of its methods.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.nbytes = path, 0
+        self._sha256 = hashlib.sha256()
+        with output_errors(path):
+            self._file: BinaryIO | None = path.open("xb", buffering=BUFFER_BYTES)
+
+    def write(self, values: NDArray[Any] | bytes) -> None:
+        """Append an array's bytes."""
+        assert self._file is not None, "the file is open"
+        data = values if isinstance(values, bytes) else np.ascontiguousarray(values).tobytes()
+        self._sha256.update(data)
+        self.nbytes += len(data)
+        with output_errors(self.path):
+            self._file.write(data)
+
+    def finish(self, *, flush: bool) -> str:
+        """Close it, on the disk if `flush`; its sha256, hexadecimal."""
+        assert self._file is not None, "the file is open"
+        with output_errors(self.path):
+            self._file.flush()
+            if flush:
+                os.fsync(self._file.fileno())
+            self._file.close()
+        self._file = None
+        return self._sha256.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            # It is thrown away: what the disk says to its last bytes does not matter.
+            with suppress(OSError):
+                self._file.close()
+
+
+class StreamFiles:
+    """The shards of a stream of documents, and where each document ends.
+
+    Args:
+        folder: Where they are written.
+        name: What the names of the files begin with.
+        shard_tokens: Tokens of each shard but the last.
+        flush: Wait until the disk has every byte.
+    """
+
+    def __init__(self, folder: Path, name: str, shard_tokens: int, *, flush: bool) -> None:
+        self._folder, self._name, self._shard_tokens, self._flush = folder, name, shard_tokens, flush
+        self._shard: HashedFile | None = None
+        self._finished: list[ShardEntry] = []
+        self._ends = HashedFile(folder / f"{name}.doc")
+        self.tokens = self.documents = 0
+
+    def add(self, document: NDArray[np.uint32], *more: int) -> None:
+        """Append a document of one token or more; `more` goes beside its end."""
+        self.tokens += len(document)
+        self.documents += 1
+        self._ends.write(np.array([self.tokens, *more], END))
+        while len(document):
+            if self._shard is None:
+                self._shard = HashedFile(self._folder / shard_name(self._name, len(self._finished)))
+            room = self._shard_tokens - self._shard.nbytes // TOKEN.itemsize
+            self._shard.write(document[:room].astype(TOKEN, copy=False))
+            document = document[room:]
+            if self._shard.nbytes == self._shard_tokens * TOKEN.itemsize:
+                self._finish_shard(self._shard)
+
+    def _finish_shard(self, shard: HashedFile) -> None:
+        tokens = shard.nbytes // TOKEN.itemsize
+        self._finished.append(ShardEntry(tokens=tokens, sha256=shard.finish(flush=self._flush)))
+        self._shard = None
+
+    def finish(self) -> StreamEntry:
+        """Close all files; what the index says of them."""
+        if self._shard is not None:
+            self._finish_shard(self._shard)
+        ends = self._ends.finish(flush=self._flush)
+        return StreamEntry(documents=self.documents, tokens=self.tokens, shards=tuple(self._finished), ends=ends)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for file in (self._shard, self._ends):
+            if file is not None:
+                file.__exit__(kind, error, traceback)
+
+
+class PictureFiles:
+    """The folder of pictures, each kept once, and which of them stands in which place.
+
+    Args:
+        folder: Where the folder of pictures and the list of places are written.
+        flush: Wait until the disk has every byte.
+    """
+
+    def __init__(self, folder: Path, *, flush: bool) -> None:
+        self._folder, self._flush = folder / PICTURES_FOLDER, flush
+        self._partial = self._folder / "partial"
+        self._count = self._files = self._nbytes = 0
+        with output_errors(self._folder):
+            self._folder.mkdir()
+        self._places = HashedFile(folder / PICTURES_FILE)
+
+    def add(self, path: Path) -> None:
+        """Copy a picture, unless it is there already, and note it for the next place.
+
+        Raises:
+            ValueError: It is missing or no picture.
+            OutputError: The disk is full or fails.
+        """
+        try:
+            digest, nbytes = self._copy(path)
+            # What is looked at is the copy: the file may change meanwhile.
+            ending = check_picture(self._partial)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
+        place = np.array([(digest, ending.encode())], PICTURE)
+        with output_errors(self._folder):
+            target = self._folder / picture_name(place[0])
+            if not target.exists():
+                self._files, self._nbytes = self._files + 1, self._nbytes + nbytes
+            self._partial.replace(target)
+        self._places.write(place)
+        self._count += 1
+
+    def _copy(self, path: Path) -> tuple[bytes, int]:
+        if not path.is_file():
+            raise ValueError("is not a file" if path.exists() else "is missing")
+        sha256 = hashlib.sha256()
+        nbytes = 0
+        try:
+            source = path.open("rb", buffering=0)
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}") from None
+        with source, output_errors(self._partial), self._partial.open("wb", buffering=0) as target:
+            while piece := _read(source):
+                sha256.update(piece)
+                nbytes += len(piece)
+                written = 0
+                while written < len(piece):
+                    written += target.write(piece[written:])
+            if self._flush:
+                os.fsync(target.fileno())
+        return sha256.digest(), nbytes
+
+    def finish(self) -> PicturesEntry:
+        """Close the list of places; what the index says of the pictures."""
+        with output_errors(self._folder):
+            if not self._files:
+                self._folder.rmdir()
+            elif self._flush:
+                flush_folder(self._folder)
+        sha256 = self._places.finish(flush=self._flush)
+        return PicturesEntry(places=self._count, files=self._files, nbytes=self._nbytes, sha256=sha256)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._places.__exit__(kind, error, traceback)
+
+
+def _read(source: FileIO) -> bytes:
+    try:
+        return source.read(BUFFER_BYTES)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None

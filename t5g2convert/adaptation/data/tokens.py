@@ -1,0 +1,203 @@
+"""The tokens of a model: its ids, and text made into ids in which no special token hides."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.families import research
+from t5g2convert.checkpoint.families.config_section import ConfigSection, Size, Token, parse_section
+from t5g2convert.checkpoint.families.t5gemma2 import read_t5gemma2
+from t5g2convert.checkpoint.folder import check_folder, read_json_object
+from t5g2convert.errors import CheckpointError
+from t5g2convert.interrupts import raise_interruption
+from t5g2convert.mapping.schema import TOKENIZER_FILE
+
+UNUSED: Final = re.compile(r"<unused\d+>")
+"""Names of Gemma's spare tokens: sentinels are taken from them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTokens:
+    """The ids that a model's config names.
+
+    Attributes:
+        vocabulary: Rows of the embedding table.
+        bos: Begin of text; None where the model has none.
+        eos: End of text; the first, where there are several.
+        pad: Padding; None where the model has none.
+        boi: Begin of image.
+        eoi: End of image.
+        image: What stands for a part of an image.
+        per_image: How many of it stand for an image.
+        pictures: Whether the model has a vision tower.
+    """
+
+    vocabulary: int
+    bos: int | None
+    eos: int
+    pad: int | None
+    boi: int
+    eoi: int
+    image: int
+    per_image: int
+    pictures: bool
+
+    @property
+    def reserved(self) -> frozenset[int]:
+        """All of these ids that the table has a row for."""
+        named = (self.bos, self.eos, self.pad, self.boi, self.eoi, self.image)
+        return frozenset(token for token in named if token is not None and 0 <= token < self.vocabulary)
+
+
+class _ResearchTokens(ConfigSection):
+    vocab_size: Size
+    bos_token_id: Token | None = None
+    eos_token_id: Token
+    pad_token_id: Token | None = None
+
+
+def read_tokens(model: Path) -> ModelTokens:
+    """The ids of a converted model, or of a research model.
+
+    Raises:
+        CheckpointError: The folder has no config.json, it is of another model, or it names no token that ends a text.
+    """
+    check_folder(model)
+    where = model / "config.json"
+    config = read_json_object(where)
+    if config.get("model_type") == research.MODEL_TYPE:
+        fields = parse_section(_ResearchTokens, config, where)
+        absent = fields.vocab_size
+        found = ModelTokens(
+            fields.vocab_size, fields.bos_token_id, fields.eos_token_id, fields.pad_token_id,
+            boi=absent, eoi=absent, image=absent, per_image=0, pictures=False,
+        )  # fmt: skip
+    else:
+        settings = read_t5gemma2(config, where)
+        text, tokens = settings.decoder, settings.tokens
+        eos = text.eos_token_id[:1] if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+        if not eos or eos[0] is None:
+            raise CheckpointError("decoder.eos_token_id is missing: nothing would end a document", where=where)
+        found = ModelTokens(
+            settings.encoder.vocab_size, text.bos_token_id, eos[0], text.pad_token_id,
+            boi=tokens.boi_token_index, eoi=tokens.eoi_token_index, image=tokens.image_token_index,
+            per_image=tokens.mm_tokens_per_image, pictures=settings.vision.num_hidden_layers > 0,
+        )  # fmt: skip
+    _check_rows(found, where)
+    return found
+
+
+def _check_rows(tokens: ModelTokens, where: Path) -> None:
+    needed = {"eos_token_id": tokens.eos}
+    if tokens.bos is not None:
+        needed["bos_token_id"] = tokens.bos
+    if tokens.pictures:
+        needed |= {"boi_token_index": tokens.boi, "eoi_token_index": tokens.eoi, "image_token_index": tokens.image}
+    if outside := [f"{name} {token}" for name, token in needed.items() if not 0 <= token < tokens.vocabulary]:
+        raise CheckpointError(
+            f"the embedding table has {tokens.vocabulary} rows, none for {', '.join(outside)}", where=where
+        )
+
+
+def tokenizer_sha256(model: Path) -> str:
+    """sha256 of a folder's tokenizer.json, hexadecimal.
+
+    Raises:
+        CheckpointError: It is missing or cannot be read.
+    """
+    path = model / TOKENIZER_FILE
+    if not path.is_file():
+        raise CheckpointError("is missing: without it there is no text", where=path)
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+
+
+class TextEncoder:
+    """The tokenizer of a folder, for text that may hold anything.
+
+    The tokenizers library makes a token of every added token's name that it finds in a text. Those that mean something
+    to the model or to the objective are taken from its list, so that `<eos>` in a text is read as five characters; what
+    is only a word, like Gemma's runs of line ends, stays. (Its `encode_special_tokens` would do this for the tokens
+    that are marked special; `<unused99>` is not.)
+
+    Args:
+        model: The folder.
+        tokens: What `read_tokens` tells of it.
+
+    Raises:
+        CheckpointError: The folder has no tokenizer.json, or the tokenizers library cannot read it.
+    """
+
+    def __init__(self, model: Path, tokens: ModelTokens) -> None:
+        self.path = model / TOKENIZER_FILE
+        self.sha256 = tokenizer_sha256(model)
+        document = read_json_object(self.path)
+        hidden = _take_out(document, tokens.reserved)
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise_interruption()
+            raise CheckpointError(
+                f"is no tokenizer that the tokenizers library reads: {error}", where=self.path
+            ) from None
+        # A file may ask for both, and texts would be cut without a word.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._vocabulary = tokens.vocabulary
+        self.special: Mapping[int, str] = {
+            **{token: self._tokenizer.id_to_token(token) or "" for token in tokens.reserved}, **hidden
+        }  # fmt: skip
+        """Ids that no text gives, but that of the unknown token, and their names."""
+        unknown = document.get("model", {}).get("unk_token")
+        allowed = {self._tokenizer.token_to_id(unknown)} if isinstance(unknown, str) else set()
+        self._refused = np.zeros(tokens.vocabulary, dtype=bool)
+        self._refused[[token for token in self.special if token < tokens.vocabulary and token not in allowed]] = True
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Token ids of each text, without tokens around it; in parallel, as the tokenizers library does it."""
+        return [
+            np.array(encoding.ids, dtype=np.uint32)
+            for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+
+    def fault(self, tokens: NDArray[np.uint32]) -> str | None:
+        """What is wrong with the ids of a text: a special token in it, or one without a row; None for nothing."""
+        if not len(tokens):
+            return None
+        if (highest := int(tokens.max())) >= self._vocabulary:
+            return f"gives token {highest}, the embedding table has {self._vocabulary} rows"
+        refused = tokens[self._refused[tokens]]
+        if len(refused):
+            token = int(refused[0])
+            return f"gives the special token {token} ({self.special[token]}), although its name was read as text"
+        return None
+
+
+def _take_out(document: dict[str, Any], reserved: frozenset[int]) -> dict[int, str]:
+    """Take the tokens that text must not give from a tokenizer's list of added tokens; their ids and names."""
+    entries = document.get("added_tokens")
+    hidden: dict[int, str] = {}
+    kept = []
+    for entry in entries if isinstance(entries, list) else []:
+        token, name = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
+        if (
+            isinstance(token, int)
+            and isinstance(name, str)
+            and (entry.get("special") is True or token in reserved or UNUSED.fullmatch(name))
+        ):
+            hidden[token] = name
+        else:
+            kept.append(entry)
+    document["added_tokens"] = kept
+    return hidden

@@ -1,0 +1,1 @@
+"""A training run: loop, loss, distributed engine, checkpoints, metrics."""

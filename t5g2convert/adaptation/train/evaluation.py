@@ -1,0 +1,123 @@
+"""Losses on held-out samples: for each task, and with the encoder's output hidden from the decoder.
+
+What the encoder is worth is the difference of both. A model that was only converted does not know its encoder yet, and
+is the better for not seeing it; one that has learnt to read it is the worse.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.loss import Denoiser
+from t5g2convert.adaptation.train.model import load_model, published_names
+from t5g2convert.adaptation.train.preflight import Prepared, prepare
+from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.ul2.dataset import Batch, Place, task_names
+from t5g2convert.errors import CheckpointError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was found, in nats for each label.
+
+    Attributes:
+        tasks: The loss of each task.
+        hidden: The same with the encoder's output hidden.
+        labels: Labels of each task.
+    """
+
+    tasks: Mapping[str, float]
+    hidden: Mapping[str, float]
+    labels: Mapping[str, int]
+
+    @property
+    def loss(self) -> float:
+        """Over all labels."""
+        return self._mean(self.tasks)
+
+    @property
+    def hidden_loss(self) -> float:
+        """Over all labels, with the encoder's output hidden."""
+        return self._mean(self.hidden)
+
+    @property
+    def gain(self) -> float:
+        """What the encoder is worth: the loss without it minus the loss with it."""
+        return self.hidden_loss - self.loss
+
+    def _mean(self, losses: Mapping[str, float]) -> float:
+        return sum(losses[name] * count for name, count in self.labels.items()) / sum(self.labels.values())
+
+
+def evaluate(
+    model: Path, data: Path, settings: Settings, *, samples: int, checkpoint: Path | None = None, micro: int = 16
+) -> Evaluation:
+    """Judge a model on the first samples of packed data that it was not trained on.
+
+    Args:
+        model: A converted model, or a research model.
+        data: A folder that `t5g2 pack` wrote.
+        settings: Lengths, mixture and seed say what the samples are; those of a run give its objective.
+        samples: How many; whole blocks of the mixture, so that each task has its share.
+        checkpoint: Of a run that started from the model; its values are judged in place of the model's.
+        micro: Samples of a pass.
+
+    Raises:
+        CheckpointError: The model or the checkpoint is damaged, or they do not belong together.
+        DataError: The data does not fit the model.
+        UsageError: The samples are no whole blocks, or more than the data gives without repeating itself.
+    """
+    prepared = prepare(model, data, settings)
+    block, schedule = settings.mixture.block, prepared.samples.schedule
+    if schedule is None:
+        raise UsageError("--image-every 1 has no samples of text, which are what is judged")
+    if samples < 1 or samples % block or samples > schedule.chunks * block:
+        raise UsageError(
+            f"expected a multiple of {block} up to {schedule.chunks * block} held-out samples, found {samples}"
+        )
+    module = load_model(model, prepared.checkpoint.config)
+    if checkpoint is not None:
+        _take_values(module, prepared, Trained(checkpoint))
+    return _judge(module, prepared, samples, micro)
+
+
+def _take_values(module: nn.Module, prepared: Prepared, trained: Trained) -> None:
+    """Put the values of a checkpoint in the place of the model's."""
+    where = prepared.checkpoint.path
+    shapes = {name: stored.entry.shape for name, stored in prepared.checkpoint.tensors.items()}
+    named = {tensor: name for name, tensor in published_names(module, shapes, where).items()}
+    parameters = dict(module.named_parameters())
+    for name, shape in trained.names.items():
+        if shapes.get(name) != shape:
+            raise CheckpointError(
+                f"has {name!r} of shape {list(shape)}, which is not a tensor of {where}", where=trained.folder
+            )
+        with torch.no_grad():
+            parameters[named[name]].copy_(trained.read(name))
+
+
+@torch.no_grad()
+def _judge(module: nn.Module, prepared: Prepared, samples: int, micro: int) -> Evaluation:
+    names = task_names(prepared.samples.settings)
+    denoiser = Denoiser(module, tasks=len(names), softcap=prepared.facts.softcap, chunk=4096).eval()
+    sums = torch.zeros(2, len(names), dtype=torch.float64)
+    labels = torch.zeros(len(names), dtype=torch.int64)
+    for start in range(0, samples, micro):
+        numbers = tuple(range(start, min(start + micro, samples)))
+        batch = prepared.samples[Place(0, numbers, (True,) * len(numbers))]
+        for number, seen in enumerate((batch, hide_encoder(batch))):
+            _, losses_T, labels_T = denoiser(seen)
+            sums[number] += losses_T.double()
+        labels += labels_T
+    came = {name: number for number, name in enumerate(names) if labels[number]}
+    tasks, hidden = ({name: float(part[number] / labels[number]) for name, number in came.items()} for part in sums)
+    return Evaluation(tasks, hidden, {name: int(labels[number]) for name, number in came.items()})
+
+
+def hide_encoder(batch: Batch) -> dict[str, Tensor]:
+    """The same samples, with nothing of the encoder to be seen."""
+    return {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}

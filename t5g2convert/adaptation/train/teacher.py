@@ -1,0 +1,94 @@
+"""The parent as a live teacher: Gemma 3 reads the raw text, and says at each place what it would expect next."""
+
+from pathlib import Path
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+
+from t5g2convert.adaptation.train.model import quiet_transformers, refuse_incomplete
+from t5g2convert.checkpoint.families.config_section import describe_model_type
+from t5g2convert.checkpoint.families.gemma3 import MULTIMODAL, TEXT_ONLY, read_gemma3
+from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.errors import CheckpointError
+
+FILL_ROWS: Final = 64
+"""Rows of random fill at the end of Gemma 3's table, 262208 in all, that a conversion cuts off."""
+
+
+class Teacher(nn.Module):
+    """A decoder-only model that is never trained.
+
+    Args:
+        stack: Token ids to last hidden states.
+        lm_head: Hidden states to logits.
+        vocabulary: Rows of the student's table; the teacher's rows of fill behind them are left out.
+        softcap: `final_logit_softcapping`, if it has one.
+    """
+
+    def __init__(self, stack: nn.Module, lm_head: nn.Module, *, vocabulary: int, softcap: float | None) -> None:
+        super().__init__()
+        self.stack, self.lm_head = stack, lm_head
+        self.vocabulary, self.softcap = vocabulary, softcap
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """It stays as it is: what contains it may be trained."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def states(self, ids_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """Last hidden states, [B, R, width]; the state at a place is what the next token is predicted from."""
+        return self.stack(input_ids=ids_BR, attention_mask=mask_BR, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def logits(self, states_NC: Tensor) -> Tensor:
+        """Logits over the student's vocabulary, float32 [N, V]."""
+        logits_NV = self.lm_head(states_NC)[:, : self.vocabulary]
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV.float()
+
+
+def check_teacher(folder: Path, *, vocabulary: int, longest: int) -> None:
+    """Refuse a teacher that cannot teach a model, from its config alone.
+
+    Args:
+        folder: A Gemma 3 folder.
+        vocabulary: Rows of the student's table.
+        longest: Tokens of the longest text that it will read.
+
+    Raises:
+        CheckpointError: It is no Gemma 3, has another vocabulary, or reads only shorter texts.
+    """
+    config = open_checkpoint(folder).config
+    where = folder / "config.json"
+    if config.get("model_type") not in (MULTIMODAL, TEXT_ONLY):
+        raise CheckpointError(f"{describe_model_type(config)} is no teacher: Gemma 3", where=where)
+    text = read_gemma3(config, where).text
+    if text.vocab_size not in (vocabulary, vocabulary + FILL_ROWS):
+        raise CheckpointError(
+            f"has a vocabulary of {text.vocab_size}, the model that it is to teach one of {vocabulary}", where=where
+        )
+    if text.max_position_embeddings < longest:
+        raise CheckpointError(
+            f"reads {text.max_position_embeddings} tokens at most, samples have up to {longest}", where=where
+        )
+
+
+def load_teacher(folder: Path, *, vocabulary: int, dtype: torch.dtype) -> Teacher:
+    """The text stack of a Gemma 3 folder, frozen.
+
+    Raises:
+        CheckpointError: Its files are not all that the class has.
+    """
+    transformers: Any = quiet_transformers()
+    config = open_checkpoint(folder).config
+    multimodal = config.get("model_type") == MULTIMODAL
+    loader = transformers.Gemma3ForConditionalGeneration if multimodal else transformers.Gemma3ForCausalLM
+    model, found = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+    refuse_incomplete(found, folder)
+    text = model.config.text_config if multimodal else model.config
+    stack = model.model.language_model if multimodal else model.model
+    return Teacher(stack, model.lm_head, vocabulary=vocabulary, softcap=text.final_logit_softcapping)

@@ -1,0 +1,1 @@
+"""UL2: tasks, corruption, sentinels, sampling."""

@@ -1,0 +1,1 @@
+"""Model families: config.json in, a typed config and the tensors it implies out."""

@@ -1,0 +1,186 @@
+"""T5Gemma 2's config.json, of the whole model and of its encoder alone, as one set of values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import model_validator
+
+from t5g2convert.checkpoint.families.config_section import (
+    ConfigSection,
+    Number,
+    Positive,
+    Scalar,
+    Token,
+    describe_model_type,
+    parse_section,
+    refuse_bidirectional,
+    subsection,
+)
+from t5g2convert.checkpoint.families.text_stack import (
+    ImageTokens,
+    LayerType,
+    SiglipTower,
+    TextStack,
+    check_stack,
+    stack_fields,
+    tower_fields,
+)
+from t5g2convert.errors import CheckpointError, MappingError
+
+MODEL_TYPE: Final = "t5gemma2"
+ENCODER_TYPE: Final = "t5gemma2_encoder"
+
+DEFAULT_THETA: Final[Mapping[LayerType, float]] = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
+"""What transformers' T5Gemma2TextConfig has for a kind of layer that a config says nothing of."""
+
+
+class Rope(ConfigSection):
+    """The rotary position embedding of one kind of layer; a linear factor divides the frequencies."""
+
+    rope_type: Literal["default", "linear"] = "default"
+    rope_theta: Positive
+    factor: Positive = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_spelling(cls, fields: Any) -> Any:
+        """`type` is what transformers 4 called it, and what newer ones still read where there is nothing else."""
+        if isinstance(fields, dict) and fields.get("rope_type") is None and fields.get("type") is not None:
+            return {**fields, "rope_type": fields["type"]}
+        return fields
+
+    @property
+    def linear_factor(self) -> float:
+        """The factor that counts: a default embedding has none, whatever stands there."""
+        return self.factor if self.rope_type == "linear" else 1.0
+
+
+class Stack(TextStack):
+    """One text stack, encoder or decoder; where a default stands, it is that of transformers' T5Gemma2TextConfig."""
+
+    rope_parameters: dict[LayerType, Rope]
+    dropout_rate: Number = 0.0
+
+
+class Tokens(ImageTokens):
+    """How images stand among the tokens; the defaults are those of transformers' T5Gemma2Config."""
+
+    image_token_index: Token = 256_001
+
+
+@dataclass(frozen=True, slots=True)
+class T5Gemma2Encoder:
+    """The encoder of a T5Gemma 2 as its config describes it."""
+
+    encoder: Stack
+    vision: SiglipTower
+    tokens: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class T5Gemma2(T5Gemma2Encoder):
+    """A T5Gemma 2 model as its config describes it."""
+
+    decoder: Stack
+    notes: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """The `model_type` of its config."""
+        return MODEL_TYPE
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """`vision`, or `text_only` for the stub of a tower."""
+        return frozenset({"vision" if self.vision.num_hidden_layers else "text_only"})
+
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """Sizes in elements and counts, by the names that maps use."""
+        return {
+            "rows": self.encoder.vocab_size,
+            "hidden": self.encoder.hidden_size,
+            **{f"encoder_{name}": size for name, size in self.encoder.symbols.items()},
+            **{f"decoder_{name}": size for name, size in self.decoder.symbols.items()},
+            **self.vision.symbols,
+        }
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        """Where the symbols stand in config.json."""
+        fields = {"rows": "encoder.text_config.vocab_size", "hidden": "encoder.text_config.hidden_size"}
+        for stack, path in (("encoder", "encoder.text_config"), ("decoder", "decoder")):
+            fields |= {f"{stack}_{symbol}": field for symbol, field in stack_fields(f"{path}.").items()}
+        return {**fields, **tower_fields("encoder.vision_config.")}
+
+    @property
+    def values(self) -> Mapping[str, Scalar]:
+        """The fields of a stack behind its name and a dot, those of the tower behind `vision_`, and the tokens."""
+        values: dict[str, Scalar] = self.tokens.model_dump()
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            fields = stack.model_dump(exclude={"rope_parameters"})
+            for rope, theta in DEFAULT_THETA.items():
+                settings, kind = stack.rope_parameters.get(rope), rope.removesuffix("_attention")
+                fields[f"rope_{kind}_theta"] = settings.rope_theta if settings else theta
+                fields[f"rope_{kind}_factor"] = settings.linear_factor if settings else 1.0
+            values |= {f"{name}.{field}": value for field, value in fields.items()}
+        return values | {f"vision_{field}": value for field, value in self.vision.model_dump().items()}
+
+    def with_vision_of(self, donor: "T5Gemma2", projector: str | None) -> "T5Gemma2":
+        """See `SourceModel`: not for what has a place for a tower of its own."""
+        raise MappingError("--vision-from is for decoder-only sources")
+
+
+def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
+    """Read what decides which tensors a T5Gemma 2 folder holds and what they compute.
+
+    Raises:
+        CheckpointError: Another model, or a field that is missing or of the wrong type.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2", where=where)
+    encoder = subsection(config, "encoder", where)
+    return T5Gemma2(
+        read_stack(subsection(encoder, "text_config", where), where, "encoder.text_config"),
+        parse_section(SiglipTower, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
+        # Both places name them; transformers takes the image token from the top, the others from the encoder.
+        parse_section(Tokens, {**encoder, **_top_image_token(config)}, where, "encoder"),
+        read_stack(subsection(config, "decoder", where), where, "decoder"),
+    )
+
+
+def read_t5gemma2_encoder(config: Mapping[str, Any], where: Path) -> T5Gemma2Encoder:
+    """Read what decides which tensors the folder of an encoder alone holds and what they compute.
+
+    Raises:
+        CheckpointError: Another model, or a field that is missing or of the wrong type.
+    """
+    if config.get("model_type") != ENCODER_TYPE:
+        raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2's encoder", where=where)
+    return T5Gemma2Encoder(
+        read_stack(subsection(config, "text_config", where), where, "text_config"),
+        parse_section(SiglipTower, subsection(config, "vision_config", where), where, "vision_config"),
+        # An encoder alone has another default than the whole model, which is never meant.
+        parse_section(Tokens, config, where),
+    )
+
+
+def _top_image_token(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"image_token_index": config.get("image_token_index", 256_001)}
+
+
+def read_stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
+    """Read one text stack; `section` is its name in config.json, for errors. That of a decoder is `decoder`.
+
+    Raises:
+        CheckpointError: A field is missing, of the wrong type, or does not fit another.
+    """
+    if section == "decoder":
+        refuse_bidirectional(fields, where, section)
+    stack = parse_section(Stack, fields, where, section)
+    check_stack(stack, where, section)
+    if unsettled := set(stack.layer_types) - stack.rope_parameters.keys():
+        raise CheckpointError(f"{section}.rope_parameters lacks {', '.join(sorted(unsettled))}", where=where)
+    return stack

@@ -1,0 +1,288 @@
+"""Checkpoints on the Hub: their headers are read where they are, and only what is needed is fetched into its cache.
+
+All downloads are huggingface_hub's, with its cache and its settings: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.file_store import HubFile, HubOrigin, folders_of, listed, regular_file
+from t5g2convert.checkpoint.folder import (
+    ADAPTER_FILE,
+    Checkpoint,
+    found_in,
+    open_checkpoint,
+    read_checkpoint,
+    read_json_object,
+    refuse_unheld,
+)
+from t5g2convert.checkpoint.header import read_header
+from t5g2convert.checkpoint.hub.error_messages import OFFLINE_HINT, hub_errors
+from t5g2convert.checkpoint.hub.ranges import read_remote_range
+from t5g2convert.checkpoint.hub.snapshot import (
+    Progress,
+    Repository,
+    Snapshot,
+    download,
+    download_again,
+    hub_api,
+    silent_bar,
+)
+from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_template
+from t5g2convert.errors import CheckpointError, HubError, OutputError, UsageError
+
+Origin = str | Path | Checkpoint
+"""What a checkpoint is opened from: a folder; a str may also name a model of the Hub; or it is open already."""
+
+_ID: Final = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^\s@]+))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A model of the Hub, `org/name`, and a branch, tag or commit of it if one was given."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def parse_id(text: str) -> HubId | None:
+    """The model of the Hub that an argument names: it reads org/name[@revision], and is no path that exists."""
+    found = _ID.fullmatch(text)
+    if found is None or "--" in found[1] or ".." in found[1] or found[1].endswith(".git") or os.path.lexists(text):
+        return None
+    return HubId(found[1], found[2])
+
+
+def given_folders(*sources: Origin | None) -> list[Path]:
+    """The folders among what was given; nothing is opened."""
+    for source in sources:
+        _check_given(source)
+    paths = (source.path if isinstance(source, Checkpoint) else source for source in sources if source is not None)
+    return [Path(path) for path in paths if isinstance(path, Path) or parse_id(path) is None]
+
+
+def _check_given(source: Origin | None) -> None:
+    """Refuse a source without a name: it would be the current folder.
+
+    Raises:
+        UsageError: It has none.
+    """
+    if isinstance(source, str) and not source.strip():
+        raise UsageError("the source is empty, expected a folder or a model of the Hub")
+
+
+def open_source(source: Origin, *, allow_unheld: bool = False) -> Checkpoint:
+    """Open a checkpoint by its headers alone.
+
+    Args:
+        source: A folder; a str may also be a model of the Hub, org/name[@revision]; what is open is returned as it is.
+        allow_unheld: Accept an index that names tensors which no shard holds; the caller judges `Checkpoint.unheld`.
+
+    Raises:
+        CheckpointError: It is not sound; see `open_checkpoint`.
+        HubError: The Hub has no such model, does not give it out, or cannot be reached.
+        OutputError: The Hub's cache cannot be written.
+    """
+    checkpoint = _opened(source)
+    if not allow_unheld:
+        refuse_unheld(checkpoint)
+    return checkpoint
+
+
+def _opened(source: Origin) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return source
+    _check_given(source)
+    hub_id = parse_id(source) if isinstance(source, str) else None
+    if hub_id is None:
+        return open_checkpoint(Path(source), allow_unheld=True)
+    from huggingface_hub import constants
+
+    return _open_cached(hub_id) if constants.HF_HUB_OFFLINE else _open_online(hub_id)
+
+
+def again(checkpoint: Checkpoint) -> Path | Checkpoint:
+    """What to open it from again: a folder is read anew; of a model of the Hub the branch may have moved."""
+    return checkpoint.path if checkpoint.hub is None else checkpoint
+
+
+def missing(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+    """Those of the files that are on the Hub and not yet here."""
+    if checkpoint.hub is None:
+        return []
+    return [name for name in dict.fromkeys(names) if not (checkpoint.path / name).exists()]
+
+
+def size_of(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    """Bytes of files of a model of the Hub; 0 for a folder, of which nothing is fetched."""
+    return sum(checkpoint.hub.files[name].size for name in names) if checkpoint.hub is not None else 0
+
+
+def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | None = None) -> Checkpoint:
+    """Make sure that files of a checkpoint are on this machine, in `checkpoint.path`.
+
+    Args:
+        checkpoint: A checkpoint; one in a folder of this machine is returned as it is.
+        names: The files that will be read. They come from the commit that was opened; what is in the cache already
+            is not asked for again.
+        progress: Told of the bytes just downloaded.
+
+    Returns:
+        The checkpoint, with the identities of the files that are now here.
+
+    Raises:
+        CheckpointError: A file has another header than was read on the Hub.
+        HubError: The Hub does not give a file out, cannot be reached, or must not be asked.
+        OutputError: The cache's disk has too little room or fails.
+    """
+    hub = checkpoint.hub
+    if hub is None:
+        return checkpoint
+    wanted = list(dict.fromkeys(names))
+    absent = missing(checkpoint, wanted)
+    _check_room(checkpoint, size_of(checkpoint, absent))
+    for name in absent:
+        download(hub, name, progress)
+    headers = {name: read_header(regular_file(checkpoint.path / name)) for name in wanted if name in checkpoint.files}
+    for name, header in headers.items():
+        planned = checkpoint.files[name]
+        if (header.identity.size, header.tensors, header.metadata) != (
+            planned.identity.size,
+            planned.tensors,
+            planned.metadata,
+        ):
+            raise CheckpointError(
+                "has another header than the Hub has",
+                where=checkpoint.path / name,
+                hint=download_again(checkpoint.path / name),
+            )
+    return replace(checkpoint, files={**checkpoint.files, **headers})
+
+
+def read_held(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+    """A JSON file of a checkpoint, which is fetched if it is on the Hub; None where there is none.
+
+    Raises:
+        CheckpointError: It is no JSON, or no file.
+        HubError: The Hub does not give it out, or cannot be reached.
+    """
+    if not checkpoint.holds(name):
+        return None
+    fetch(checkpoint, [name])
+    return read_json_object(checkpoint.path / name)
+
+
+def read_range(checkpoint: Checkpoint, name: str, start: int, end: int) -> bytes:
+    """Read some bytes of a checkpoint's file, from `start` to `end`; one that is on the Hub is not fetched for them.
+
+    Raises:
+        CheckpointError: The file cannot be read, or ends too early.
+        HubError: The Hub does not give it out, or cannot be reached.
+    """
+    path, hub = checkpoint.path / name, checkpoint.hub
+    if hub is not None and not path.exists():
+        return read_remote_range(hub.repo, hub.revision, name, hub.files[name].size, start, end)
+    try:
+        with regular_file(path).open("rb") as file:
+            data = os.pread(file.fileno(), end - start, start)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+    if len(data) != end - start:
+        raise CheckpointError("has changed while it was read: it is shorter", where=path)
+    return data
+
+
+def _check_room(checkpoint: Checkpoint, need: int) -> None:
+    """Refuse a download that the cache's disk cannot hold."""
+    have = shutil.disk_usage(checkpoint.path).free
+    if have < need:
+        raise OutputError(
+            f"the disk of the Hub's cache has {have:,} bytes free, the download needs {need:,}",
+            where=checkpoint.path,
+            hint="HF_HOME moves the cache",
+        )
+
+
+def _open_online(hub_id: HubId) -> Checkpoint:
+    """Ask the Hub for the commit and its files, read the small ones, and the headers of the others."""
+    # A branch may move between the two questions that are asked of it. Or the Hub fails at the second, and its client
+    # falls back on a commit that was fetched before.
+    place = _pinned(hub_id) or _pinned(hub_id)
+    if place is None:
+        raise HubError("the commit of the branch cannot be told", where=str(hub_id), hint="try again, or give a commit")
+    place.fetch_small()
+    return read_checkpoint(place, place.hub)
+
+
+def _pinned(hub_id: HubId) -> Repository | None:
+    """The commit that the Hub names, with its config.json in the cache; None if that is of another commit."""
+    from huggingface_hub import constants
+
+    api, config = hub_api(), "config.json"
+    with hub_errors(hub_id.repo, hub_id.revision, absent="no such folder, and no such model on the Hub"):
+        info = api.model_info(
+            hub_id.repo,
+            revision=hub_id.revision,
+            files_metadata=True,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        )
+        files, paths = _listed(info.siblings), folders_of(item.rfilename for item in info.siblings or ())
+    if config not in files:
+        raise _no_model(HubOrigin(hub_id.repo, info.sha or "main", files, paths), str(hub_id))
+    with hub_errors(hub_id.repo, hub_id.revision):
+        # By the revision's name, which so gets into the cache for a later run offline.
+        path = api.hf_hub_download(hub_id.repo, config, revision=hub_id.revision, tqdm_class=silent_bar())
+        snapshot = Path(path).parent
+    return (
+        Repository(snapshot, HubOrigin(hub_id.repo, snapshot.name, files, paths)) if snapshot.name == info.sha else None
+    )
+
+
+def _no_model(hub: HubOrigin, where: str) -> CheckpointError:
+    """What a model of the Hub is that has no config.json."""
+    folder = None
+    if ADAPTER_FILE in hub.files:
+        with hub_errors(hub.repo, hub.revision):
+            folder = Path(download(hub, ADAPTER_FILE)).parent
+    found = found_in(hub.paths, folder, hub)
+    if found is None:
+        return CheckpointError("has no config.json", where=where, hint="is it a model in safetensors?")
+    return CheckpointError(found.what, where=where, hint=found.step)
+
+
+def _listed(siblings: Iterable[Any] | None) -> dict[str, HubFile]:
+    """The files at the top level of a model, and its further chat templates, of the answer to `model_info`."""
+    return {
+        item.rfilename: HubFile(int(item.size), None if item.lfs is None else item.lfs.sha256)
+        for item in siblings or ()
+        if "/" not in item.rfilename or is_template(item.rfilename)
+    }
+
+
+def _open_cached(hub_id: HubId) -> Checkpoint:
+    """Open what is in the cache, without asking the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with hub_errors(hub_id.repo, hub_id.revision):
+        config = try_to_load_from_cache(hub_id.repo, "config.json", revision=hub_id.revision)
+    if not isinstance(config, str):
+        raise HubError(
+            "no such folder, HF_HUB_OFFLINE is set, and the Hub's cache has no such model",
+            where=str(hub_id),
+            hint=OFFLINE_HINT,
+        )
+    snapshot = Path(config).parent
+    names = [name for name in listed(snapshot) if not name.endswith("/")]
+    if (snapshot / TEMPLATES_FOLDER).is_dir():
+        names += filter(is_template, (f"{TEMPLATES_FOLDER}{name}" for name in listed(snapshot / TEMPLATES_FOLDER)))
+    files = {name: HubFile(regular_file(snapshot / name).stat().st_size, None) for name in names}
+    origin = HubOrigin(hub_id.repo, snapshot.name, files)
+    return read_checkpoint(Snapshot(snapshot, origin), origin)

@@ -1,0 +1,153 @@
+"""The files of one commit on the Hub, as a place: asked for there, or found in the cache."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from t5g2convert.checkpoint.file_store import Folder, HubOrigin, regular_file
+from t5g2convert.checkpoint.folder import INDEX_FILE
+from t5g2convert.checkpoint.header import Header, read_header
+from t5g2convert.checkpoint.hub.error_messages import OFFLINE_HINT, hub_errors
+from t5g2convert.checkpoint.hub.ranges import read_remote_header
+from t5g2convert.errors import CheckpointError, HubError, T5g2Error
+from t5g2convert.version import __version__
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Progress = Callable[[int], None]
+"""Told of the bytes just downloaded; fewer than none if they must come again."""
+
+SMALL_BYTES: Final = 4_000_000
+"""JSON files up to this size are fetched when a model is opened; a tokenizer.json is larger and waits."""
+
+THREADS: Final = 8
+"""Requests at once, for headers and small files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A commit of a model on the Hub, as a place; files that are in the cache are read there."""
+
+    path: Path
+    hub: HubOrigin
+
+    def has(self, name: str) -> bool:
+        """Whether the commit has a file of that name."""
+        return name in self.hub.files
+
+    def names(self) -> Iterable[str]:
+        """All files at the top level of the commit."""
+        return self.hub.files
+
+    def paths(self) -> frozenset[str]:
+        """All files and folders of the commit."""
+        return self.hub.paths
+
+    def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
+        """The headers of safetensors files."""
+        ordered = list(names)
+        with ThreadPoolExecutor(THREADS) as pool:
+            return dict(zip(ordered, pool.map(self._header, ordered), strict=True))
+
+    def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
+        """The error that weights are not there."""
+        return CheckpointError(reason, where=self.hub.repo, hint=hint)
+
+    def fetch_small(self) -> None:
+        """Fetch the JSON files that say what the model is."""
+        small = [
+            name
+            for name, file in self.hub.files.items()
+            if name == INDEX_FILE or (name.endswith(".json") and file.size <= SMALL_BYTES)
+        ]
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda name: download(self.hub, name), small))
+
+    def _header(self, name: str) -> Header:
+        file, path = self.hub.files.get(name), self.path / name
+        if file is None:
+            raise CheckpointError("is missing", where=f"{self.hub.repo}/{name}")
+        if not path.exists():
+            return read_remote_header(self.hub.repo, self.hub.revision, name, file.size, path)
+        header = read_header(regular_file(path))
+        if header.identity.size != file.size:
+            raise CheckpointError(
+                f"has {header.identity.size} bytes, the Hub's has {file.size}",
+                where=path,
+                hint=download_again(path),
+            )
+        return header
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot(Folder):
+    """What the cache has of a commit, as a place; what is not there may be on the Hub."""
+
+    hub: HubOrigin
+
+    def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
+        """The headers of safetensors files."""
+        ordered = list(names)
+        absent = [name for name in ordered if not self.has(name)]
+        if absent:
+            raise self.incomplete(f"{', '.join(absent)} is missing", missing=absent)
+        return Folder.headers(self, ordered)
+
+    def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
+        """The error that weights are not there."""
+        hint = OFFLINE_HINT
+        if missing:
+            hint = f"HF_HUB_OFFLINE=0 hf download {self.hub.repo} {' '.join(missing)} --revision {self.hub.revision}"
+        return HubError(
+            f"HF_HUB_OFFLINE is set, and the Hub's cache has not all of the model: {reason}",
+            where=self.path,
+            hint=hint,
+        )
+
+
+def download(hub: HubOrigin, name: str, progress: Progress | None = None) -> str:
+    """Fetch a file into the cache, unless it is there, and return its path.
+
+    Raises:
+        HubError: The Hub does not give it out, or cannot be reached.
+        OutputError: The cache cannot be written.
+    """
+    with hub_errors(hub.repo, hub.revision):
+        return str(hub_api().hf_hub_download(hub.repo, name, revision=hub.revision, tqdm_class=silent_bar(progress)))
+
+
+def hub_api() -> "HfApi":
+    """The Hub's client, with the settings of the environment."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="t5g2convert", library_version=__version__)
+
+
+def silent_bar(progress: Progress | None = None) -> type[Any]:
+    """A progress bar for huggingface_hub that shows nothing and tells the bytes."""
+    from huggingface_hub.utils import tqdm
+
+    class Counter(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options["disable"] = True
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            if progress is not None:
+                progress(int(n or 0))
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Bytes of the network, of which the files are then made: told once, as bytes of files."""
+
+        def set_transfer_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+            """The rate of the network, which goes with `update_transfer`."""
+
+    return Counter
+
+
+def download_again(path: Path) -> str:
+    """Return what to do with a damaged file of the Hub's cache: the name there is a link, its bytes lie elsewhere."""
+    return f"remove {path.resolve()} and run again: it is downloaded anew"

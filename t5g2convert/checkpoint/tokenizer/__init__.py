@@ -1,0 +1,1 @@
+"""Tokenizer files: the ids they use, special ids, chat templates."""

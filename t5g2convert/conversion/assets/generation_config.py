@@ -1,0 +1,119 @@
+"""generation_config.json of the output: the source's, whole, with the ids of tokens that move moved."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import Field, field_validator
+
+from t5g2convert.checkpoint.families.config_section import ConfigSection, Number, Token, parse_section
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.hub.model import read_held
+from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE, has_ids, with_ids
+from t5g2convert.errors import CheckpointError
+
+Count = Annotated[int, Field(ge=0)]
+Ids = list[Token]
+
+CACHES: Final = (
+    "static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid",
+    "offloaded_hybrid_chunked", "dynamic", "offloaded", "quantized", "paged",
+)  # fmt: skip
+"""What cache_implementation may be: transformers loads no model with another."""
+
+
+class _Known(ConfigSection):
+    """The keys that keep transformers from loading a model where their type is another."""
+
+    eos_token_id: Token | Ids | None = None
+    bos_token_id: Token | None = None
+    pad_token_id: Token | None = None
+    suppress_tokens: Ids | None = None
+    begin_suppress_tokens: Ids | None = None
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    max_length: Count | None = None
+    min_length: Count | None = None
+    min_new_tokens: Count | None = None
+    num_beams: Count | None = None
+    top_k: Count | None = None
+    num_return_sequences: Count | None = None
+    no_repeat_ngram_size: Count | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    do_sample: bool | None = None
+    use_cache: bool | None = None
+    cache_implementation: str | None = None
+
+    @field_validator("cache_implementation")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in CACHES:
+            raise ValueError(f"{value!r} is not one of {', '.join(CACHES)}")
+        return value
+
+
+def given_generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The generation_config.json of a source, without nulls; empty where it has none.
+
+    Raises:
+        CheckpointError: It is not a JSON object, or a known key has a value that transformers does not load.
+    """
+    given = read_held(checkpoint, GENERATION_FILE) or {}
+    parse_section(_Known, given, checkpoint.path / GENERATION_FILE)
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def generation_config(
+    given: Mapping[str, Any], gaps: Mapping[str, Any], moves: Mapping[int, int], rows: int, where: Path
+) -> dict[str, Any]:
+    """Make generation_config.json of the output.
+
+    Args:
+        given: The source's, without nulls: every key is carried, known or not.
+        gaps: What the map adds where the source's lacks it.
+        moves: New id by old id, of the tokens that move.
+        rows: Rows of the output's table.
+        where: The source's file, for errors.
+
+    Raises:
+        CheckpointError: An id lies past the table, or is one that another token moves to.
+    """
+    check_tokens(given, moves, rows, where)
+
+    def moved(token: Any) -> Any:
+        return moves.get(token, token)
+
+    return {**gaps, **{key: with_ids(key, value, moved) if has_ids(key) else value for key, value in given.items()}}
+
+
+def check_tokens(document: Mapping[str, Any], moves: Mapping[int, int], rows: int, where: Path) -> None:
+    """Refuse ids that no row is kept of, and those that another token moves to; all are named in one error.
+
+    Args:
+        document: Settings, of which those with ids are looked at.
+        moves: New id by old id, of the tokens that move.
+        rows: Rows of the output's table.
+        where: The file, for errors.
+
+    Raises:
+        CheckpointError: There are such ids, or what should be an id is not a whole number.
+    """
+    faults: list[str] = []
+    for key in filter(has_ids, document):
+
+        def look(token: Any, key: str = key) -> None:
+            if token is None:
+                return
+            if type(token) is not int:
+                faults.append(f"{key} has {token!r}, expected a token id")
+            elif token in moves.values() and token not in moves:
+                faults.append(f"{key} has token {token}, which gives way to the one that moves there")
+            elif not 0 <= moves.get(token, token) < rows:
+                faults.append(f"{key} has token {token}, but the embedding table keeps {rows} rows")
+
+        with_ids(key, document[key], look)
+    if faults:
+        hint = "correct the id, or remove the key"
+        raise CheckpointError(faults[0], where=where, hint=hint, details=faults if len(faults) > 1 else ())

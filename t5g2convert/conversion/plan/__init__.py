@@ -1,0 +1,1 @@
+"""The plan of a conversion: pure data, and what builds it."""

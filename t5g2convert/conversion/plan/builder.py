@@ -1,0 +1,350 @@
+"""From a map and a checkpoint's headers to a plan."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
+
+from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
+from t5g2convert.checkpoint.families.config_section import ImpliedTensor
+from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.folder import StoredTensor
+from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
+from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
+from t5g2convert.conversion.assets.generation_config import generation_config, given_generation
+from t5g2convert.conversion.assets.planning import plan_files
+from t5g2convert.conversion.options import KEEP, TABLES, Options, PlanOptions
+from t5g2convert.conversion.plan.changes import declared_changes
+from t5g2convert.conversion.plan.notes import has_head, plan_notes, tied
+from t5g2convert.conversion.plan.rows import kept_rows
+from t5g2convert.conversion.plan.sharding import Draft, lay_out
+from t5g2convert.conversion.plan.source_files import account_for, left_notes
+from t5g2convert.conversion.plan.types import (
+    Content,
+    Dropped,
+    Kind,
+    Plan,
+    PlannedAlignment,
+    PlannedSource,
+    PlannedTable,
+    PlannedTensor,
+    Repeated,
+    SourceConfig,
+    SourceFile,
+    SourceRange,
+)
+from t5g2convert.conversion.plan.vocabulary import check_names, shared_rows
+from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.mapping.library import find_map, map_for
+from t5g2convert.mapping.names import expand
+from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
+from t5g2convert.mapping.resolve import Resolution, resolve
+from t5g2convert.mapping.row_resolution import Resolved
+from t5g2convert.mapping.schema import WeightMap, count_parameters
+from t5g2convert.mapping.stack_sources import Pairing
+from t5g2convert.mapping.template import fill
+from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
+
+
+def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
+    """Plan a conversion from headers alone.
+
+    Args:
+        source: A Gemma 3 or Gemma 2 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
+        options: What decides the output's bytes beside it; see `Options`.
+
+    Raises:
+        CheckpointError: A checkpoint is not sound, or is not what its config implies.
+        HubError: The Hub does not have a model or give it out, or cannot be reached.
+        MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
+        UsageError: An argument has no meaning.
+    """
+    wanted = Options(**options)
+    sources = Sources.open(source, decoder_from=wanted.decoder_from, vision_from=wanted.vision_from)
+    checkpoint = sources.source
+    loaded = (
+        find_map(wanted.mapping)
+        if wanted.mapping is not None
+        else map_for(checkpoint.config, checkpoint.path / "config.json", extracts=wanted.part)
+    )
+    return plan_sources(sources, loaded, wanted)
+
+
+def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
+    """Plan the conversion of checkpoints that are open already; see `build_plan`."""
+    weight_map = loaded.map
+    if options.part is not None and options.part != weight_map.extracts:
+        takes = f"takes out the {weight_map.extracts}" if weight_map.extracts else "converts a model whole"
+        raise MappingError(f"mapping {weight_map.name!r} {takes}, and not the {options.part}")
+    table = TABLES[options.embedding_from]
+    kept = kept_rows(weight_map, sources.by_role, table, keep=options.keep_rows)
+    pairing = Pairing(sources.others, options.projector, table, options.layers, kept.rows)
+    resolution = resolve(loaded, sources.source, pairing, given=options.drops)
+    _check_requirements(loaded, resolution, options)
+    _check_heads(resolution)
+    if DECODER_FROM in resolution.checkpoints:
+        check_names(resolution, DECODER_FROM, "the decoder's parent")
+    cast_to = None if options.dtype == KEEP else BY_CONFIG_NAME[options.dtype]
+    model_dtype = cast_to or _dominant_dtype(resolution.targets)
+    values = _values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])
+    config = fill(weight_map.config, values, resolution.model.conditions)
+    drafts = [_draft(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
+    drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
+    _check_target(drafts, config, loaded)
+    changes = tuple(declared_changes(resolution, drafts, config, loaded, model_dtype))
+    beside = plan_files(weight_map, resolution)
+    items = account_for(sources.source, beside.files)
+    tensors, shards = lay_out(drafts, options.max_shard_bytes)
+    counted: Counter[str] = Counter()
+    for tensor in tensors:
+        counted[tensor.part] += tensor.elements
+    return Plan(
+        mapping=weight_map.name,
+        mapping_sha256=loaded.sha256,
+        options=_effective(options, resolution),
+        sources={role: _source(role, resolution, tensors) for role in resolution.checkpoints},
+        dtype=CONFIG_NAMES[model_dtype],
+        parameters=count_parameters(counted),
+        tensors=tensors,
+        shards=shards,
+        dropped=tuple(_dropped(resolution)),
+        changes=changes,
+        tied={name: item.target for item in resolution.targets for name in item.row.tied},
+        files=beside.files,
+        tokens=beside.tokens,
+        config=config,
+        generation_config=_generation(resolution, weight_map, values),
+        notes=(
+            *plan_notes(resolution, drafts, changes, options, weight_map, config),
+            *kept.notes,
+            *beside.notes,
+            *left_notes(items),
+        ),
+        source_items=items,
+    )
+
+
+def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Options) -> None:
+    """What the target cannot be otherwise, and what cannot be asked of a part that is taken out."""
+    parents = {SOURCE: resolution.values, resolution.role_of("decoder"): resolution.stacks["decoder"]}
+    for name, template in loaded.map.requires.items():
+        for role, values in parents.items():
+            needed = fill(template, values, resolution.models[role].conditions)
+            if (found := values[name]) != needed:
+                raise CheckpointError(
+                    f"{name} is {found!r}; mapping {loaded.map.name!r} can convert {needed!r} only",
+                    where=resolution.checkpoints[role].path / "config.json",
+                )
+    asked = options.record().keys() - {"dtype", "max_shard_bytes"}
+    if loaded.map.extracts is not None and asked:
+        raise MappingError(f"{', '.join(sorted(asked))}: what is taken out of a model keeps its settings")
+
+
+def _check_heads(resolution: Resolution) -> None:
+    """Refuse a model with a head of its own, by its config, that is not there: it is not the embedding."""
+    for role, checkpoint in resolution.checkpoints.items():
+        if role != VISION_FROM and not tied(resolution, role) and not has_head(resolution, role):
+            raise CheckpointError(
+                "tie_word_embeddings is false, but there is no lm_head.weight: transformers makes a random head",
+                where=checkpoint.path / "config.json",
+                hint="remove tie_word_embeddings if the head is the embedding, or add the head's weights",
+            )
+
+
+def _values(resolution: Resolution, options: Options, weight_map: WeightMap, dtype: str) -> dict[str, Any]:
+    """What may stand behind a dollar sign in the map's config."""
+    values = {
+        **resolution.values,
+        **options.settings(resolution.values, weight_map),
+        "vocab": resolution.symbols["vocab"],
+        "dtype": dtype,
+    }
+    for part, own in resolution.stacks.items():
+        stack = {**own, **options.settings(own, weight_map, f"the {part}")}
+        # An encoder-decoder names the values of its stacks so itself.
+        values |= {f"{part}.{name}": value for name, value in stack.items() if "." not in name}
+    return values
+
+
+def _dropped(resolution: Resolution) -> Iterator[Dropped]:
+    """What is left behind, by the map and by options."""
+    for drop in resolution.drops:
+        entry, other = drop.tensor.entry, drop.equals
+        repeated = None
+        if other is not None:
+            repeated = Repeated(named(drop.role, other.entry.name), _whole(other, drop.role), other.entry.dtype)
+        content = _whole(drop.tensor, drop.role)
+        yield Dropped(
+            named(drop.role, entry.name), drop.drop.because, content, entry.dtype, entry.shape, must_equal=repeated
+        )
+    for left in resolution.left:
+        entry = left.tensor.entry
+        yield Dropped(entry.name, left.because, _whole(left.tensor), entry.dtype, entry.shape)
+
+
+def _effective(options: Options, resolution: Resolution) -> dict[str, Any]:
+    """The options that the manifest keeps: with the choices that were left to the tool, without idle ones."""
+    made = (name.removeprefix("projector_") for name in resolution.model.conditions if name.startswith("projector_"))
+    idle = {f"{part}_layers" for part in STACKS if part not in resolution.layers}
+    idle |= options.drops - {drop.drop.option for drop in resolution.drops}
+    recorded = {name: value for name, value in options.record().items() if name not in idle}
+    return {**recorded, **({"projector": next(made)} if VISION_FROM in resolution.checkpoints else {})}
+
+
+def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]) -> PlannedSource:
+    """A checkpoint as the plan reads it: the source whole, of another only the files with something for the target."""
+    checkpoint = resolution.checkpoints[role]
+    read = {span.file for tensor in tensors for span in tensor.content.spans}
+    # What must repeat another tensor is compared with it.
+    read |= {
+        named(drop.role, stored.file)
+        for drop in resolution.drops
+        for stored in (drop.tensor, drop.equals)
+        if drop.equals is not None and stored is not None
+    }
+    return PlannedSource(
+        name=checkpoint.name,
+        family=str(checkpoint.config["model_type"]),
+        layout=dict(resolution.layouts[role]),
+        config=SourceConfig(len(checkpoint.config_text), hashlib.sha256(checkpoint.config_text).hexdigest()),
+        files=tuple(
+            SourceFile(named(role, name), header.identity)
+            for name, header in checkpoint.files.items()
+            if role == SOURCE or named(role, name) in read
+        ),
+        hub=checkpoint.hub,
+    )
+
+
+def _draft(
+    item: Resolved, resolution: Resolution, weight_map: WeightMap, options: Options, cast_to: str | None
+) -> Draft:
+    """The content of one target. A constant gets the model's dtype later; everything else keeps or casts its own."""
+    operation = item.row.op
+    source_dtype = "" if item.source is None else item.source.entry.dtype
+    target_dtype = cast_to or source_dtype
+    match operation:
+        case Copy() | TakeRows():
+            assert item.source is not None, "the schema gives every row but zeros a source"
+            start = item.source.entry.start
+            kind: Kind = "copy" if target_dtype == source_dtype else "cast"
+            end = start + tensor_bits(source_dtype, item.shape) // 8
+            content = Content(kind, SourceRange(named(item.role, item.source.file), start, end), source_dtype)
+        case ScaledRow():
+            assert item.source is not None, "the schema gives every row but zeros a source"
+            content = _scaled_row(operation, item, item.source, resolution.symbols)
+        case Zeros():
+            content = Content("zeros", None, target_dtype)
+        case Aligned():
+            assert item.source is not None, "the schema gives every row but zeros a source"
+            alignment = _alignment(operation, resolution, weight_map, options.ridge)
+            content = Content("aligned", _whole(item.source, item.role), source_dtype, alignment)
+        case _:
+            raise NotImplementedError(f"no content for {operation!r}")
+    return Draft(
+        item.target,
+        item.part,
+        target_dtype,
+        item.shape,
+        None if item.source is None else named(item.role, item.source.entry.name),
+        content,
+        item.row.merged_attention,
+    )
+
+
+def _scaled_row(operation: ScaledRow, item: Resolved, source: StoredTensor, symbols: Mapping[str, int]) -> Content:
+    """The row of a token of the target's, in whichever checkpoint's table."""
+    token = operation.scaled_row
+    row = symbols[token] if isinstance(token, str) else token
+    entry = source.entry
+    if not 0 <= row < entry.shape[0]:
+        return Content("zeros", None, entry.dtype)
+    width = entry.shape[1] * element_bytes(entry.dtype)
+    start = entry.start + row * width
+    return Content("scaled_row", SourceRange(named(item.role, source.file), start, start + width), entry.dtype)
+
+
+def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap, ridge: float) -> PlannedAlignment:
+    tables = []
+    for role in (VISION_FROM, resolution.table[0]):
+        ((_, name),) = expand(operation.aligned.tables, resolution.layouts[role], {})
+        stored = resolution.checkpoints[role].tensors[name]
+        tables.append(PlannedTable(name, _whole(stored, role), stored.entry.dtype, *stored.entry.shape))
+    donor, target = tables
+    rows = shared_rows(resolution, weight_map, donor.rows)
+    if rows < donor.width and not ridge:
+        raise CheckpointError(
+            f"{rows} rows of width {donor.width} determine no map",
+            where=resolution.checkpoints[VISION_FROM].path,
+            hint="give a --ridge, 1e-6 for instance",
+        )
+    return PlannedAlignment(donor, target, rows, ridge)
+
+
+def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
+    return SourceRange(named(role, tensor.file), tensor.entry.start, tensor.entry.end)
+
+
+def _dominant_dtype(targets: Iterable[Resolved]) -> str:
+    """The dtype that most of the parents' bytes have; config.json can name only one, and a tower does not decide it."""
+    counted: Counter[str] = Counter()
+    for item in targets:
+        if item.source is not None and item.role != VISION_FROM:
+            counted[item.source.entry.dtype] += tensor_bits(item.source.entry.dtype, item.shape) // 8
+    return max(counted, key=lambda dtype: (counted[dtype], dtype))
+
+
+def _generation(resolution: Resolution, weight_map: WeightMap, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """generation_config.json: that of the decoder's parent, which is the one that writes."""
+    if weight_map.generation_config is None:
+        return None
+    checkpoint = resolution.checkpoints[resolution.role_of("decoder")]
+    before = resolution.model.values
+    moves = {
+        int(before[name]): int(resolution.values[name])  # type: ignore[arg-type]
+        for name in weight_map.vocabulary.moved
+        if before[name] != resolution.values[name]
+    }
+    gaps = fill(weight_map.generation_config, values, resolution.model.conditions)
+    where = checkpoint.path / GENERATION_FILE
+    return generation_config(given_generation(checkpoint), gaps, moves, resolution.symbols["vocab"], where)
+
+
+def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap) -> None:
+    """Every tensor that the target's config implies must be filled exactly once, in its shape.
+
+    The list of implied tensors does not come from the map, so a map that forgets a tensor is found out here.
+    """
+    implied = {item.name: item for item in implied_tensors(config, loaded.path)}
+    filled = Counter(draft.name for draft in drafts)
+    details = [f"filled {count} times: {name}" for name, count in filled.items() if count > 1]
+    unfilled = [name for name in implied if name not in filled]
+    unknown = [name for name in filled if name not in implied]
+    details += [f"not filled: {name}{_suggest(name, unknown)}" for name in unfilled]
+    details += [f"not in the target: {name}{_suggest(name, unfilled)}" for name in unknown]
+    details += [_mismatch(draft, implied[draft.name]) for draft in drafts if _differs(draft, implied.get(draft.name))]
+    if details:
+        raise MappingError(
+            f"mapping {loaded.map.name!r} does not fill the target that its config describes: {len(details)} fault(s)",
+            where=loaded.path,
+            details=details,
+        )
+
+
+def _differs(draft: Draft, implied: ImpliedTensor | None) -> bool:
+    return implied is not None and (draft.shape != implied.shape or draft.part != implied.part)
+
+
+def _mismatch(draft: Draft, implied: ImpliedTensor) -> str:
+    return (
+        f"misshapen: {draft.name} would be {draft.part} {list(draft.shape)}, "
+        f"expected {implied.part} {list(implied.shape)}"
+    )
+
+
+def _suggest(name: str, others: Sequence[str]) -> str:
+    hint = did_you_mean(name, others) if len(others) <= 50 else None
+    return f" ({hint})" if hint else ""

@@ -1,0 +1,69 @@
+"""What a target does not have from its source: verification takes these changes for declared."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.families.registry import target_of
+from t5g2convert.checkpoint.inputs import DECODER_FROM, ROLES, SOURCE, VISION_FROM, Role, role_in
+from t5g2convert.conversion.plan.sharding import Draft
+from t5g2convert.conversion.plan.types import Change
+from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.weightmap import LoadedMap
+
+
+def declared_changes(
+    resolution: Resolution, drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap, model_dtype: str
+) -> Iterator[Change]:
+    """What the target's config does not have from the source, or a stack's settings not from its parent.
+
+    Args:
+        resolution: The map applied to the source.
+        drafts: The target's tensors.
+        config: The target's config.
+        loaded: The map.
+        model_dtype: The target's safetensors dtype.
+    """
+    given = {(role_in(span.file), draft.content.dtype) for draft in drafts for span in draft.content.spans[:1]}
+    cast = sorted((ROLES.index(role), CONFIG_NAMES[dtype]) for role, dtype in given if dtype != model_dtype)
+    if cast and all(draft.dtype == model_dtype for draft in drafts):
+        told = ", ".join(f"{_OWNERS[ROLES[number]]}{dtype}" for number, dtype in cast)
+        yield Change("dtype", told, CONFIG_NAMES[model_dtype])
+    rows, vocab = resolution.table[1], resolution.symbols["vocab"]
+    if vocab != rows:
+        yield Change("vocab_size", rows, vocab)
+    for name, before in resolution.model.values.items():
+        if resolution.values[name] != before:
+            yield Change(name, before, resolution.values[name])
+    for path, name in _WRITTEN_OUT.items():
+        for part, stack in target_of(config, loaded.path).stacks.items():
+            before, after = resolution.stacks[part].get(name), setting(config, stack + path)
+            if before is not None and after is not None and after != before:
+                yield Change(stack + path, before, after)
+
+
+_OWNERS: Final[Mapping[Role, str]] = {
+    SOURCE: "",
+    DECODER_FROM: "the decoder's parent's ",
+    VISION_FROM: "the donor's ",
+}
+"""Whose a dtype is, in front of its name."""
+
+_WRITTEN_OUT: Final = {
+    "rope_parameters.full_attention.factor": "rope_full_factor",
+    "rope_parameters.full_attention.rope_theta": "rope_full_theta",
+    "rope_parameters.sliding_attention.rope_theta": "rope_sliding_theta",
+    "rope_parameters.factor": "rope_factor",
+    "rope_parameters.rope_theta": "rope_theta",
+    "sliding_window": "sliding_window",
+    "max_position_embeddings": "max_position_embeddings",
+}
+"""Settings of a stack, by path, that a map may write out in place of the source's: those of long contexts."""
+
+
+def setting(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a path of keys in a config, None where there is none."""
+    node: Any = config
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node

@@ -1,0 +1,296 @@
+"""What a user should know of a conversion before it is made, in sentences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.families import t5gemma, t5gemma2
+from t5g2convert.checkpoint.families.gemma3 import TOWERLESS, is_towerless
+from t5g2convert.checkpoint.families.registry import target_of
+from t5g2convert.checkpoint.folder import INDEX_FILE, some
+from t5g2convert.checkpoint.foreign import remarks
+from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Role, named
+from t5g2convert.conversion.assets.generation_config import given_generation
+from t5g2convert.conversion.options import KEEP, SMALLEST_WINDOW, Options
+from t5g2convert.conversion.plan.changes import setting
+from t5g2convert.conversion.plan.layer_spec import with_full_attention, written
+from t5g2convert.conversion.plan.sharding import Draft
+from t5g2convert.conversion.plan.types import Change
+from t5g2convert.conversion.plan.vocabulary import has_names
+from t5g2convert.mapping.problems import flag
+from t5g2convert.mapping.resolve import SUBJECTS, Resolution
+from t5g2convert.mapping.row_resolution import ResolvedDrop
+from t5g2convert.mapping.schema import WeightMap
+
+LENGTH: Final = "max_position_embeddings"
+FAILING: Final[Mapping[str, tuple[Any, ...]]] = {"guidance_scale": (1, 1.0), "prefill_chunk_size": ()}
+"""Settings of generation_config.json with which transformers 5.24 writes from Gemma 3 and fails with an encoder, and
+their values that ask for nothing."""
+
+FACTORS: Final[Mapping[str, str]] = {
+    "rope_parameters.full_attention.factor": "full layers",
+    "rope_parameters.factor": "all layers",
+}
+"""Linear factors of RoPE, and the layers that they count in."""
+
+
+def plan_notes(
+    resolution: Resolution,
+    drafts: Sequence[Draft],
+    changes: Sequence[Change],
+    options: Options,
+    weight_map: WeightMap,
+    config: Mapping[str, Any],
+) -> Iterator[str]:
+    """All notes of a plan, in the order in which they are shown; `config` is the target's."""
+    for checkpoint in resolution.checkpoints.values():
+        yield from checkpoint.notes
+        yield from remarks(checkpoint)
+    yield from _towerless(resolution)
+    yield from _configs(resolution, config)
+    yield from _vocabulary(resolution, drafts, changes)
+    yield from _settings(changes, tuple(target_of(config, Path("config.json")).stacks.values()))
+    if options.preset is not None:
+        for name in weight_map.presets[options.preset].assumed:
+            yield f"preset {options.preset}: what the release has for {name} is not established"
+    yield from _layers(resolution, config)
+    yield from _decoder(resolution)
+    yield from _images(resolution, drafts)
+    if config["model_type"] == t5gemma.MODEL_TYPE and resolution.values.get("attn_logit_softcapping"):
+        yield "load it with attn_implementation='eager': what transformers 5.0 takes otherwise computes something else"
+    yield from _windows(config)
+    if config["dtype"] == "float16":
+        yield _half(config)
+    dtypes = sorted({draft.dtype for draft in drafts})
+    if options.dtype == KEEP and len(dtypes) > 1:
+        yield f"tensors have several dtypes ({', '.join(dtypes)}); config.json names {config['dtype']}"
+    yield from _drops(resolution)
+    yield from _generation(resolution)
+    for option in sorted(options.drops - {drop.drop.option for drop in resolution.drops}):
+        yield f"{flag(option)} changes nothing: no such tensor is there"
+
+
+def _generation(resolution: Resolution) -> Iterator[str]:
+    """Settings that are carried and that an encoder-decoder cannot be used with."""
+    given = given_generation(resolution.checkpoints[resolution.role_of("decoder")])
+    for name, neutral in FAILING.items():
+        if name in given and given[name] not in neutral:
+            yield (
+                f"generation_config.json: {name} is carried, but transformers generates nothing with it from a model "
+                "that has an encoder: remove it there"
+            )
+
+
+def _towerless(resolution: Resolution) -> Iterator[str]:
+    """Text stacks that were found where their config speaks of images."""
+    for role, model in resolution.models.items():
+        if is_towerless(model):
+            yield f"{named(role, 'config.json')}: {TOWERLESS}"
+
+
+def tied(resolution: Resolution, role: Role) -> bool:
+    """Whether a checkpoint's config says that its softmax reads the embedding, or has a head that is converted."""
+    model = resolution.models[role]
+    return model.values.get("tie_word_embeddings", True) is True or "untied" in model.conditions
+
+
+def has_head(resolution: Resolution, role: Role) -> bool:
+    """Whether a checkpoint has a head that must repeat the embedding."""
+    return any(drop.role == role and drop.equals is not None for drop in resolution.drops)
+
+
+def _configs(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
+    """What the sources' configs say that the target's does not."""
+    for role, model in resolution.models.items():
+        checkpoint = resolution.checkpoints[role]
+        owner = "" if role == SOURCE else f"{SUBJECTS[role]}: "
+        yield from (f"{owner}{note}" for note in model.notes)
+        stored = CONFIG_NAMES.get(checkpoint.dtype)
+        for place, said in _dtypes(checkpoint.config):
+            if said != stored:
+                yield f"{owner}{place} is {said}, but most tensors are {stored}: what is stored counts"
+        if role != VISION_FROM and not tied(resolution, role):
+            yield f"{owner}tie_word_embeddings is false: convert refuses a head that is not the embedding"
+    yield from _dropouts(config)
+
+
+def _dtypes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The dtypes that a config names, with their places."""
+    for section in ("", "text_config", "vision_config", "encoder", "decoder"):
+        fields = config if not section else config.get(section)
+        if isinstance(fields, dict):
+            for name in ("dtype", "torch_dtype"):
+                if isinstance(said := fields.get(name), str) and said != "auto":
+                    yield f"{section}.{name}".removeprefix("."), said.removeprefix("torch.")
+
+
+def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
+    """T5Gemma 2's class takes one dropout of attention for all of its parts."""
+    if config["model_type"] != t5gemma2.MODEL_TYPE:
+        return
+    for path in ("encoder.text_config", "encoder.vision_config", "decoder"):
+        own = setting(config, f"{path}.attention_dropout")
+        if own != config["attention_dropout"]:
+            yield (
+                f"{path}.attention_dropout is {own}, but transformers trains all parts with that at the top, "
+                f"{config['attention_dropout']}"
+            )
+
+
+def _windows(config: Mapping[str, Any]) -> Iterator[str]:
+    """Windows that transformers cannot generate with."""
+    for part, stack in target_of(config, Path("config.json")).stacks.items():
+        kinds, window = (setting(config, f"{stack}{name}") for name in ("layer_types", "sliding_window"))
+        if part == "decoder" and kinds and "sliding_attention" in kinds and window < SMALLEST_WINDOW:
+            yield (
+                f"sliding_window is {window}: generate fails in transformers with a cache; give it use_cache=False, or "
+                f"convert with --sliding-window {SMALLEST_WINDOW}"
+            )
+
+
+def _half(config: Mapping[str, Any]) -> str:
+    """What float16 means for a model that is loaded in it, as it is by default."""
+    first = config["model_type"] == t5gemma.MODEL_TYPE
+    told = "activations may exceed" if first else "the activations of a real Gemma 3 exceed"
+    return (
+        f"the tensors are float16: {told} its largest value, 65504, and then all logits are NaN; load the output with "
+        "dtype=torch.float32 or dtype=torch.bfloat16"
+    )
+
+
+def _drops(resolution: Resolution) -> Iterator[str]:
+    """What is left behind, a note for each reason; and what an index names that would be."""
+    by_reason: dict[str, list[ResolvedDrop]] = {}
+    for drop in resolution.drops:
+        by_reason.setdefault(drop.drop.because, []).append(drop)
+    for because, drops in by_reason.items():
+        first = drops[0]
+        name = named(first.role, first.tensor.entry.name)
+        told = f"{name} is" if len(drops) == 1 else f"{len(drops)} tensors, the first of them {name}, are"
+        asked = "" if first.drop.option is None else f", as {flag(first.drop.option)} asks"
+        yield f"{told} dropped: {because}{asked}{_comparison(first)}"
+    for role, checkpoint in resolution.checkpoints.items():
+        if checkpoint.unheld:
+            yield (
+                f"{named(role, INDEX_FILE)} names {some(checkpoint.unheld)}, which no shard holds: the map would drop "
+                "what is there under such a name"
+            )
+
+
+def _comparison(drop: ResolvedDrop) -> str:
+    """What headers cannot tell of a tensor that must repeat another, and who finds it out."""
+    if drop.equals is None:
+        return ""
+    one, other = drop.tensor.entry, drop.equals.entry
+    dtypes = "" if one.dtype == other.dtype else f" ({one.dtype} against {other.dtype}, by value)"
+    return f"; it must repeat {named(drop.role, other.name)}{dtypes}, which convert looks at before it writes"
+
+
+def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequence[Change]) -> Iterator[str]:
+    for change in changes:
+        if change.field == "vocab_size":
+            yield f"the embedding table is cut from {change.source} to {change.target} rows"
+        elif change.field in resolution.model.values and "vision" in resolution.model.conditions:
+            yield f"{change.field} moves from {change.source} to {change.target}"
+    for draft in drafts:
+        if draft.content.kind == "zeros" and draft.origin is not None:
+            yield f"{draft.name} is zeros: the vocabulary has no such token"
+
+
+def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]:
+    """Settings that are not the source's: one note for all stacks where they agree."""
+    by_setting: dict[str, list[Change]] = {}
+    for change in changes:
+        if change.field in ("dtype", "vocab_size"):
+            continue  # they are the whole model's, and told by themselves
+        stack = next((stack for stack in stacks if change.field.startswith(stack)), None)
+        if stack is not None:
+            setting = change.field.removeprefix(stack)
+            # A map of one's own may write lists and objects.
+            by_setting.setdefault(repr((setting, change.source, change.target)), []).append(change)
+    for alike in by_setting.values():
+        field, source, target = alike[0].field, alike[0].source, alike[0].target
+        stack = next(stack for stack in stacks if field.startswith(stack))
+        name = field.removeprefix(stack) if len(alike) == len(stacks) else field
+        yield f"{name} is {target}, its parent's is {source}: {_effect(field.removeprefix(stack), source, target)}"
+
+
+def _effect(setting: str, source: Any, target: Any) -> str:
+    """What it means that a setting is not the source's."""
+    if type(target) in (int, float):
+        if setting == LENGTH:
+            return "longer inputs are allowed" if target > source else "shorter inputs are allowed"
+        if setting in FACTORS:
+            return f"positions in {FACTORS[setting]} are divided by {target:g}"
+    return "that changes what is computed"
+
+
+def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
+    """What the stacks take of their parents' layers."""
+    stacks = target_of(config, Path("config.json")).stacks
+    for part, layers in resolution.layers.items():
+        parent = resolution.models[resolution.role_of(part)]
+        depth, kinds = parent.symbols["layers"], parent.values["layer_types"]
+        yield f"the {part} takes {len(layers)} of its parent's {depth} layers: {', '.join(map(str, layers))}"
+        kept = setting(config, f"{stacks[part]}layer_types")
+        if kept and isinstance(kinds, list) and "full_attention" not in kept:
+            window = setting(config, f"{stacks[part]}sliding_window")
+            yield (
+                f"--{part}-layers {written(layers, depth)} keeps no full-attention layer: each layer of the {part} "
+                f"sees {window} tokens only; {_keeping(layers, kinds)}"
+            )
+    if resolution.layers:
+        # Measured on the real 270M, its decoder alone.
+        yield (
+            "a stack that lacks layers of its parent must be trained before use: Gemma 3 270M's perplexity of 41.8 "
+            "became 1.3e7 with 1:18:2 and 4.5e7 with 0:18:2"
+        )
+    if resolution.left:
+        yield f"{len(resolution.left)} tensor(s) of the source are left behind: the target has nothing of them"
+
+
+def _keeping(layers: Sequence[int], kinds: Sequence[str]) -> str:
+    """The selection that keeps layers of full attention, and how many."""
+    chosen = with_full_attention(layers, kinds)
+    if chosen is None:
+        return "its parent has none"
+    kept = sum(kinds[layer] == "full_attention" for layer in chosen)
+    return f"{written(chosen, len(kinds))} keeps {kept}"
+
+
+def _decoder(resolution: Resolution) -> Iterator[str]:
+    """What another parent of the decoder means."""
+    if DECODER_FROM not in resolution.checkpoints:
+        return
+    yield _taken(DECODER_FROM, "the decoder's parent", resolution)
+    if resolution.table[0] == SOURCE:
+        yield "the one embedding table is the source's: the decoder's parent computes with its own"
+    else:
+        yield "the one embedding table is the decoder's parent's: the source computes with its own"
+    if not has_names(resolution, DECODER_FROM):
+        yield "that both parents have the same tokens was not looked at: a tokenizer.json is missing"
+    yield "the tokenizer is the source's, the tokens that start and end what is written are the decoder's parent's"
+
+
+def _taken(role: Role, whose: str, resolution: Resolution) -> str:
+    """How much of another checkpoint is taken, its tensors counted once."""
+    taken = {item.source.entry.name for item in resolution.targets if item.role == role and item.source is not None}
+    left = len(resolution.checkpoints[role].tensors) - len(taken)
+    return f"{len(taken)} tensors are {whose}'s; its other {left} are left behind"
+
+
+def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
+    conditions = resolution.model.conditions
+    if any(item.part == "vision" and item.source is None for item in resolution.targets):
+        yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
+    if VISION_FROM in resolution.checkpoints:
+        yield _taken(VISION_FROM, "the donor", resolution)
+    if "projector_zeros" in conditions:
+        yield "the projector is zeros: images mean nothing until it is trained"
+    for alignment in (draft.content.alignment for draft in drafts):
+        if alignment is not None:
+            rows = f"{alignment.rows} rows of both embedding tables"
+            yield f"the projector is the donor's, carried over by least squares between {rows}"
+            if not has_names(resolution, VISION_FROM):
+                yield f"that the {rows} are the same tokens was not looked at: a tokenizer.json is missing"

@@ -1,0 +1,93 @@
+"""Where every target tensor lies: the shards, their names, and the byte ranges in them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from t5g2convert.checkpoint.dtypes import element_bytes, tensor_bits
+from t5g2convert.checkpoint.header import TensorEntry, encode_header
+from t5g2convert.checkpoint.inputs import role_in
+from t5g2convert.conversion.plan.types import Content, PlannedTensor, Shard
+from t5g2convert.mapping.schema import PARTS
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A target tensor that has no place in a shard yet."""
+
+    name: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    origin: str | None
+    content: Content
+    merged_attention: bool
+
+
+def lay_out(drafts: Sequence[Draft], max_shard_bytes: int) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
+    """Give every tensor its shard and bytes.
+
+    Two streams in the order of the source, so that reading and writing both go forwards: first everything that has one
+    copy or is the first of two, then the decoder. Where one file does not hold both, the decoder starts a file of its
+    own, so that two files can be hashed side by side while they are written. Where all comes of one checkpoint and
+    nothing is written twice there is one stream, in the order of names, as the safetensors library writes it: what was
+    taken apart and put together again is the same file. Within a file wider dtypes come first, which keeps every tensor
+    aligned.
+    """
+    streams: dict[bool, list[Draft]] = {False: [], True: []}
+    ranges = [draft.content.source for draft in drafts if draft.content.source is not None]
+    several = len(set(ranges)) < len(ranges) or len({role_in(each.file) for each in ranges}) > 1
+    for draft in sorted(drafts, key=_source_position if several else lambda draft: draft.name):
+        streams[several and draft.part == "decoder"].append(draft)
+    total = sum(_nbytes(draft) for draft in drafts)
+    cuts: list[list[Draft]] = []
+    if total <= max_shard_bytes:
+        cuts = [streams[False] + streams[True]]
+    else:
+        for stream in streams.values():
+            room = 0
+            for draft in stream:
+                if not cuts or room < _nbytes(draft) or draft is stream[0]:
+                    cuts.append([])
+                    room = max_shard_bytes
+                cuts[-1].append(draft)
+                room -= _nbytes(draft)
+    tensors: list[PlannedTensor] = []
+    shards: list[Shard] = []
+    for number, cut in enumerate(cuts, start=1):
+        name = "model.safetensors" if len(cuts) == 1 else f"model-{number:05d}-of-{len(cuts):05d}.safetensors"
+        ordered = sorted(cut, key=lambda draft: -element_bytes(draft.dtype))
+        entries: list[TensorEntry] = []
+        position = 0
+        for draft in ordered:
+            entries.append(TensorEntry(draft.name, draft.dtype, draft.shape, position, position + _nbytes(draft)))
+            position += _nbytes(draft)
+        header_size = len(encode_header(entries))
+        shards.append(Shard(name, header_size + position, header_size))
+        tensors += [
+            PlannedTensor(
+                draft.name,
+                draft.part,
+                draft.dtype,
+                draft.shape,
+                name,
+                header_size + entry.start,
+                header_size + entry.end,
+                draft.origin,
+                draft.content,
+                draft.merged_attention,
+            )
+            for draft, entry in zip(ordered, entries, strict=True)
+        ]
+    return tuple(tensors), tuple(shards)
+
+
+def _nbytes(draft: Draft) -> int:
+    return tensor_bits(draft.dtype, draft.shape) // 8
+
+
+def _source_position(draft: Draft) -> tuple[str, int, int]:
+    """Computed tensors first: they are small, and so are in place before anything is streamed."""
+    source = draft.content.source
+    if source is None or draft.content.kind == "scaled_row":
+        return "", 0, [str(part) for part in PARTS].index(draft.part)
+    return source.file, source.start, 0

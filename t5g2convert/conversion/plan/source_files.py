@@ -1,0 +1,123 @@
+"""What becomes of every file of a source folder: read, carried, made anew, left behind, or named in a note."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Final, Literal
+
+from t5g2convert.checkpoint.file_store import listed
+from t5g2convert.checkpoint.folder import INDEX_FILE, Checkpoint, some
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER
+from t5g2convert.conversion.assets.aux_files import PlannedFile
+from t5g2convert.errors import CheckpointError
+
+Fate = Literal["read", "carried", "made anew", "left behind", "unknown"]
+
+READ: Final[Mapping[str, str]] = {
+    "config.json": "the settings of the model",
+    "generation_config.json": "the settings of what it writes",
+    INDEX_FILE: "which file holds which tensor",
+}
+"""Files that every conversion reads where they are, and what they tell."""
+
+LEFT_BEHIND: Final[Mapping[str, tuple[str, ...]]] = {
+    "hidden: no loader reads it": (".*", ".*/", "Thumbs.db", "desktop.ini", "__pycache__/", "lost+found/"),
+    "text about the model": (
+        "README*", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.png", "*.jpg", "*.gif", "*.svg",
+        "*.pdf", "mergekit_config.yml", "Modelfile", "model_card*",
+    ),
+    "of the tokenizer, of which tokenizer.json is read": (
+        "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json",
+        "merges.txt",
+    ),
+    "settings of an image processor, of which this output has none": (
+        "preprocessor_config.json", "processor_config.json",
+    ),
+    "a chat template, which this output does not use": (
+        "chat_template.jinja", "chat_template.json", TEMPLATES_FOLDER,
+    ),
+    "the weights in another format; the safetensors are read": (
+        "pytorch_model*", "tf_model*", "flax_model*", "*.gguf", "consolidated*", "params.json", "original/", "onnx/",
+        "*.onnx", "*.onnx_data", "openvino*", "openvino*/", "coreml/",
+    ),
+    "the state or a log of a training": (
+        "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states_*", "sampler*.bin", "trainer_state.json",
+        "trainer_log.jsonl", "training_args.*", "*_results.json", "runs/", "wandb/", "logs/", "*.tfevents.*",
+        "checkpoint-*/", "global_step*/", "zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt",
+        "pytorch_model_fsdp*/",
+    ),
+    "the manifest of the source; the output has its own": (MANIFEST_FILE,),
+}  # fmt: skip
+"""Files that are known and stay behind: the reason, and patterns of their names. Folders end with a slash."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceItem:
+    """A file or folder of the source, what becomes of it, and why or how."""
+
+    name: str
+    fate: Fate
+    because: str
+
+
+def account_for(source: Checkpoint, planned: Sequence[PlannedFile]) -> tuple[SourceItem, ...]:
+    """Tell what becomes of everything in a source folder, in the order of the names.
+
+    Args:
+        source: The source.
+        planned: The files that the output gets beside the weights.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
+    """
+    fates = {name: SourceItem(name, "read", because) for name, because in READ.items()}
+    fates |= {name: SourceItem(name, "read", "the weights") for name in source.files}
+    for file in planned:
+        for name in file.reads:
+            fates.setdefault(name, SourceItem(name, "read", f"for {file.name}"))
+    for file in planned:
+        if file.name in file.reads and file.how == "copied":
+            fates[file.name] = SourceItem(file.name, "carried", "byte for byte")
+        elif file.name in file.reads:
+            fates[file.name] = SourceItem(file.name, "made anew", "from the source's, with changes")
+    return tuple(fates.get(name) or _left(name) for name in sorted(_names(source, fates)))
+
+
+def left_notes(items: Sequence[SourceItem]) -> Iterator[str]:
+    """One note that names the files of which nothing is known; nothing where all are."""
+    unknown = [item.name for item in items if item.fate == "unknown"]
+    if unknown:
+        yield f"not carried: {some(unknown)}"
+
+
+def _left(name: str) -> SourceItem:
+    for because, patterns in LEFT_BEHIND.items():
+        if any(name.endswith("/") == pattern.endswith("/") and fnmatchcase(name, pattern) for pattern in patterns):
+            return SourceItem(name, "left behind", because)
+    return SourceItem(name, "unknown", "not known to the conversion, and not carried")
+
+
+def _names(source: Checkpoint, fates: Mapping[str, SourceItem]) -> Iterator[str]:
+    """Everything at the top of the folder, and what is in the folder of chat templates where it is carried."""
+    paths = source.hub.paths if source.hub is not None and source.hub.paths else _listed(source)
+    carried = {name for name in fates if name.startswith(TEMPLATES_FOLDER)}
+    for path in paths:
+        inner = path.removeprefix(TEMPLATES_FOLDER)
+        if path == TEMPLATES_FOLDER and carried:
+            continue
+        if "/" not in path.rstrip("/") or (
+            path.startswith(TEMPLATES_FOLDER) and carried and "/" not in inner.rstrip("/")
+        ):
+            yield path
+
+
+def _listed(source: Checkpoint) -> set[str]:
+    """The names in the folder, and those in its folder of chat templates."""
+    try:
+        found = listed(source.path)
+        if TEMPLATES_FOLDER in found:
+            found |= {f"{TEMPLATES_FOLDER}{name}" for name in listed(source.path / TEMPLATES_FOLDER)}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=source.path) from None
+    return found

@@ -1,0 +1,328 @@
+"""The plan of a conversion: frozen data that says of every byte of the output where it comes from.
+
+Dry run, tables, writer, manifest and tests all read this one object. Nothing here opens a file.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from t5g2convert.checkpoint.dtypes import element_bytes
+from t5g2convert.checkpoint.file_store import HubOrigin
+from t5g2convert.checkpoint.header import FileIdentity
+from t5g2convert.checkpoint.inputs import SOURCE, Role, plain_name, role_in
+from t5g2convert.conversion.assets.aux_files import PlannedFile, TokenChange
+from t5g2convert.conversion.plan.source_files import SourceItem
+
+DEFAULT_SHARD_BYTES: Final = 5_000_000_000
+"""`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
+
+Kind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRange:
+    """Bytes of a file that is read; both positions count from its start.
+
+    Attributes:
+        file: The name of a file of the source, or of another checkpoint behind its role: `decoder_from/NAME`.
+        start: The first byte.
+        end: The byte after the last.
+    """
+
+    file: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTable:
+    """An embedding table: its tensor's name, its bytes, their safetensors dtype, its rows, and the elements of one."""
+
+    tensor: str
+    source: SourceRange
+    dtype: str
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedAlignment:
+    """What an aligned projector is made with; see `conversion.alignment`.
+
+    Attributes:
+        donor: The table of the donor, whose space the projector leads to.
+        target: The table of the source, whose space it shall lead to.
+        rows: How many rows both have, and are aligned by.
+        ridge: Weight of the penalty on large maps.
+    """
+
+    donor: PlannedTable
+    target: PlannedTable
+    rows: int
+    ridge: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tables that are read."""
+        return sum(self.rows * table.width * element_bytes(table.dtype) for table in (self.donor, self.target))
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """How a target tensor's bytes come about.
+
+    Attributes:
+        kind: copy (the range as it is), cast (the range, element by element), scaled_row (the range is one row), zeros,
+            aligned (the range is a projector, carried into another space), given (values of training, which are handed
+            to the writer; see `conversion.given`).
+        source: The bytes to read; None for zeros and for what is given.
+        dtype: The safetensors dtype of those bytes.
+        alignment: What an aligned projector is made with.
+    """
+
+    kind: Kind
+    source: SourceRange | None
+    dtype: str
+    alignment: PlannedAlignment | None = None
+
+    @property
+    def spans(self) -> tuple[SourceRange, ...]:
+        """All bytes that it takes."""
+        own = () if self.source is None else (self.source,)
+        tables = () if self.alignment is None else (self.alignment.donor.source, self.alignment.target.source)
+        return own + tables
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A target tensor: its name, type and shape, the bytes of the shard that it fills, and its content.
+
+    `origin` is the source tensor that it comes of, behind its role like a file where that is another checkpoint's.
+    """
+
+    name: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    end: int
+    origin: str | None
+    content: Content
+    merged_attention: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the shard."""
+        return self.end - self.start
+
+    @property
+    def work(self) -> int:
+        """Bytes of which progress is told: those in the shard, and the tables that are read for an alignment."""
+        return self.nbytes + (0 if self.content.alignment is None else self.content.alignment.nbytes)
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A target file: its final name, its size in bytes, and how many of them are the header."""
+
+    name: str
+    size: int
+    header_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that will be read, named as in a `SourceRange`, as it was when its header was read."""
+
+    name: str
+    identity: FileIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class SourceConfig:
+    """The config.json that the plan was made from: its size in bytes and its sha256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """A checkpoint that the conversion reads.
+
+    Attributes:
+        name: Its folder's name.
+        family: The `model_type` of its config.
+        layout: The spelling of each root.
+        config: Its config.json.
+        files: Its weight files that are read.
+        hub: The model of the Hub that it is, if it is one.
+    """
+
+    name: str
+    family: str
+    layout: Mapping[str, str]
+    config: SourceConfig
+    files: tuple[SourceFile, ...]
+    hub: HubOrigin | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 plan --json` prints of it."""
+        hub = {} if self.hub is None else {"hub": self.hub.to_json()}
+        return {"name": self.name, "family": self.family, "layout": dict(self.layout), **hub}
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """A tensor that a dropped one must repeat, value by value: its name, its bytes and their safetensors dtype."""
+
+    name: str
+    source: SourceRange
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A source tensor that is left behind, and the tensor that it must repeat for that to be allowed.
+
+    One of another checkpoint is named behind its role, and only where it must repeat another or an option drops it.
+    """
+
+    name: str
+    because: str
+    content: SourceRange
+    dtype: str
+    shape: tuple[int, ...]
+    must_equal: Repeated | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that the target does not have from the source, by its name in config.json, and both its values."""
+
+    field: str
+    source: Any
+    target: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All of a conversion before its first byte is written.
+
+    `mapping` is the map that it follows; None where trained values are put into a model, with what `adaptation` tells
+    of the training. `source_items` is everything in the folder of the source, with what becomes of it.
+    """
+
+    mapping: str | None
+    mapping_sha256: str | None
+    options: Mapping[str, Any]
+    sources: Mapping[Role, PlannedSource]
+    dtype: str
+    parameters: Mapping[str, int]
+    tensors: tuple[PlannedTensor, ...]
+    shards: tuple[Shard, ...]
+    dropped: tuple[Dropped, ...]
+    changes: tuple[Change, ...]
+    tied: Mapping[str, str]
+    files: tuple[PlannedFile, ...]
+    tokens: tuple[TokenChange, ...]
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+    adaptation: Mapping[str, Any] | None = None
+    source_items: tuple[SourceItem, ...] = ()
+
+    @property
+    def source(self) -> PlannedSource:
+        """The checkpoint that is converted."""
+        return self.sources[SOURCE]
+
+    @property
+    def source_files(self) -> tuple[SourceFile, ...]:
+        """All weight files that are read."""
+        return tuple(file for source in self.sources.values() for file in source.files)
+
+    @property
+    def reads(self) -> Mapping[Role, tuple[str, ...]]:
+        """The files of each checkpoint that are read, by their names in it."""
+        weights = [file.name for source in self.sources.values() for file in source.files]
+        names = dict.fromkeys([*weights, *(name for file in self.files for name in file.reads)])
+        return {role: tuple(plain_name(name) for name in names if role_in(name) == role) for role in self.sources}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def work(self) -> int:
+        """Bytes of which progress is told."""
+        return sum(tensor.work for tensor in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `t5g2 plan --json` prints."""
+        return {
+            "output": None,
+            "mapping": self.mapping,
+            "mapping_sha256": self.mapping_sha256,
+            "options": dict(self.options),
+            "family": self.source.family,
+            "layout": dict(self.source.layout),
+            **({} if self.source.hub is None else {"hub": self.source.hub.to_json()}),
+            "sources": {role: source.to_json() for role, source in self.sources.items()},
+            "dtype": self.dtype,
+            "parameters": dict(self.parameters),
+            "bytes": self.nbytes,
+            "shards": [{"name": shard.name, "bytes": shard.size} for shard in self.shards],
+            "tensors": [_tensor_json(tensor) for tensor in self.tensors],
+            "dropped": [{"name": drop.name, "because": drop.because} for drop in self.dropped],
+            "changes": [asdict(change) for change in self.changes],
+            "tied": dict(self.tied),
+            "files": [{"name": file.name, "how": file.how, "from": list(file.reads)} for file in self.files],
+            "tokens": [asdict(token) for token in self.tokens],
+            "config": dict(self.config),
+            "notes": list(self.notes),
+            "source_files": [asdict(item) for item in self.source_items],
+            **({} if self.adaptation is None else {"adaptation": dict(self.adaptation)}),
+        }
+
+
+def _range_json(span: SourceRange) -> dict[str, Any]:
+    return {"file": span.file, "start": span.start, "end": span.end}
+
+
+def _alignment_json(alignment: PlannedAlignment) -> dict[str, Any]:
+    tables = {"donor": alignment.donor, "target": alignment.target}
+    return {
+        **{
+            name: {"tensor": table.tensor, "dtype": table.dtype, "source": _range_json(table.source)}
+            for name, table in tables.items()
+        },
+        "rows": alignment.rows,
+        "ridge": alignment.ridge,
+    }
+
+
+def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
+    source, alignment = tensor.content.source, tensor.content.alignment
+    return {
+        "name": tensor.name,
+        "part": tensor.part,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "shard": tensor.shard,
+        "start": tensor.start,
+        "end": tensor.end,
+        "from": tensor.origin,
+        "content": tensor.content.kind,
+        "source": None if source is None else _range_json(source),
+        **({} if alignment is None else {"alignment": _alignment_json(alignment)}),
+    }

@@ -1,0 +1,241 @@
+"""The plan that puts trained values into a T5Gemma 2: the model's own files again, with other values in some tensors.
+
+Nothing else changes: names, shards, the order of headers and of bytes, dtypes, settings and the files beside the
+weights are the model's, and tensors that were not trained are copied byte for byte.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
+from t5g2convert.checkpoint.families.config_section import ImpliedTensor, describe_model_type
+from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
+from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, StoredTensor, refuse_unheld
+from t5g2convert.checkpoint.header import TensorEntry, encode_header
+from t5g2convert.checkpoint.inputs import SOURCE
+from t5g2convert.checkpoint.manifest import check_adaptation
+from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, held
+from t5g2convert.conversion.assets.planning import copied
+from t5g2convert.conversion.options import KEEP, Options
+from t5g2convert.conversion.plan.types import (
+    Change,
+    Content,
+    Plan,
+    PlannedSource,
+    PlannedTensor,
+    Shard,
+    SourceConfig,
+    SourceFile,
+    SourceRange,
+)
+from t5g2convert.errors import CheckpointError
+from t5g2convert.mapping.schema import count_parameters
+
+TABLE: Final = "model.encoder.embed_tokens.weight"
+TIED: Final = ("model.decoder.embed_tokens.weight", "lm_head.out_proj.weight")
+"""Other names of the table, which the published layout has once."""
+
+CARRIED: Final = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", TEMPLATES_FOLDER,
+)  # fmt: skip
+"""Files that go along as they are, where the model has them."""
+
+FROZEN: Final = "vision"
+"""The part that no training changes: SigLIP."""
+
+_LAYER: Final = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+
+
+def plan_adapted(
+    model: Checkpoint, trained: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | None, *, dtype: str = KEEP
+) -> Plan:
+    """Plan a folder that is a model with trained values in some of its tensors.
+
+    Args:
+        model: A T5Gemma 2 in the published layout, open.
+        trained: The tensors whose values are given, by name, with their shapes.
+        facts: What the manifest shall tell of the training, without which tensors were trained and which parts frozen;
+            None where there was none.
+        dtype: `keep`, or `bfloat16`, `float16` or `float32` for all tensors.
+
+    Raises:
+        CheckpointError: The model is another or in another layout, or what was trained is not of this model; the
+            details are all such tensors.
+        UsageError: The dtype is none.
+    """
+    options = Options(dtype=dtype)
+    refuse_unheld(model)
+    parts = {item.name: item for item in _published(model)}
+    faults = [fault for name, shape in trained.items() for fault in _trained_faults(name, shape, parts)]
+    if faults:
+        message = f"{len(faults)} trained tensor(s) are not of this model"
+        raise CheckpointError(message, where=model.path, details=faults)
+    cast_to = None if dtype == KEEP else BY_CONFIG_NAME[dtype]
+    tensors, shards = _laid_out(model, trained.keys(), parts, cast_to)
+    counted: Counter[str] = Counter()
+    for item in parts.values():
+        counted[item.part] += tensor_bits("I8", item.shape) // 8
+    main = cast_to or model.dtype
+    return Plan(
+        mapping=None,
+        mapping_sha256=None,
+        options=options.record(),
+        sources={SOURCE: _source(model)},
+        dtype=CONFIG_NAMES[main],
+        parameters=count_parameters(counted),
+        tensors=tensors,
+        shards=shards,
+        dropped=(),
+        changes=tuple(_changes(model, main)) if cast_to is not None else (),
+        tied=dict.fromkeys(TIED, TABLE),
+        files=tuple(copied(model, name) for name in held(model, CARRIED)),
+        tokens=(),
+        config=_with_dtype(model.config, CONFIG_NAMES[main], top=True) if cast_to is not None else model.config,
+        generation_config=None,
+        notes=model.notes,
+        adaptation=None if facts is None else _told(facts, trained, parts),
+    )
+
+
+def _told(facts: Mapping[str, Any], trained: Collection[str], parts: Mapping[str, ImpliedTensor]) -> dict[str, Any]:
+    """What the manifest tells of the training."""
+    frozen = sorted({item.part for item in parts.values()} - {parts[name].part for name in trained})
+    told = {**facts, "trained": patterns_of(trained, parts), "frozen": frozen}
+    check_adaptation(told)
+    return told
+
+
+def patterns_of(names: Iterable[str], every: Collection[str]) -> list[str]:
+    """Names of tensors in few words: `{layer}` in place of the number where the tensors of all layers are named."""
+    wanted = set(names)
+    by_pattern: dict[str, list[str]] = {}
+    for name in every:
+        by_pattern.setdefault(_LAYER.sub("{layer}", name), []).append(name)
+    told: list[str] = []
+    for pattern, members in by_pattern.items():
+        told += [pattern] if wanted.issuperset(members) else [name for name in members if name in wanted]
+    return told
+
+
+def named_by(patterns: Iterable[str], every: Collection[str]) -> list[str]:
+    """The names that patterns stand for; a pattern that stands for none is a name of its own."""
+    told = dict.fromkeys(patterns)
+    found = [name for name in every if name in told or _LAYER.sub("{layer}", name) in told]
+    known = {*found, *(_LAYER.sub("{layer}", name) for name in found)}
+    return [*found, *(pattern for pattern in told if pattern not in known)]
+
+
+def _published(model: Checkpoint) -> Iterator[ImpliedTensor]:
+    """Every tensor of the model, which must have the names and shapes of the published layout.
+
+    Raises:
+        CheckpointError: It has others; the details are all of them.
+    """
+    if model.config.get("model_type") != MODEL_TYPE:
+        told = f"{describe_model_type(model.config)} cannot be adapted, expected {MODEL_TYPE}"
+        raise CheckpointError(told, where=model.path, hint="t5g2 convert makes one of Gemma 3")
+    implied = {item.name: item for item in implied_tensors(model.config, model.path / "config.json")}
+    faults = [f"missing: {name}" for name in implied if name not in model.tensors]
+    for name, stored in model.tensors.items():
+        if name not in implied:
+            faults.append(f"not in the published layout: {name}")
+        elif stored.entry.shape != implied[name].shape:
+            faults.append(f"{name} has shape {list(stored.entry.shape)}, expected {list(implied[name].shape)}")
+        elif stored.entry.dtype not in CONFIG_NAMES:
+            faults.append(f"{name} has dtype {stored.entry.dtype}, expected one of {', '.join(CONFIG_NAMES)}")
+    if faults:
+        raise CheckpointError(
+            f"{len(faults)} tensor(s) are not those of the published layout", where=model.path, details=faults
+        )
+    yield from implied.values()
+
+
+def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, ImpliedTensor]) -> Iterator[str]:
+    if name in TIED:
+        yield f"{name} is {TABLE} by another name, which is the one that counts"
+    elif name not in parts:
+        yield f"{name} is not one of this model"
+    elif parts[name].part == FROZEN:
+        yield f"{name} is of the vision tower, which stays frozen"
+    elif shape != parts[name].shape:
+        yield f"{name} has shape {list(shape)}, expected {list(parts[name].shape)}"
+
+
+def _laid_out(
+    model: Checkpoint, trained: Collection[str], parts: Mapping[str, ImpliedTensor], cast_to: str | None
+) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
+    """The model's own shards, under the names that published ones have: headers and bytes in its order."""
+    tensors: list[PlannedTensor] = []
+    shards: list[Shard] = []
+    count = len(model.files)
+    for number, header in enumerate(model.files.values(), start=1):
+        name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        places: dict[str, tuple[int, int]] = {}
+        position = 0
+        for entry in sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end)):
+            end = position + tensor_bits(cast_to or entry.dtype, entry.shape) // 8
+            places[entry.name], position = (position, end), end
+        entries = [
+            TensorEntry(entry.name, cast_to or entry.dtype, entry.shape, *places[entry.name])
+            for entry in header.tensors.values()
+        ]
+        header_size = len(encode_header(entries))
+        shards.append(Shard(name, header_size + position, header_size))
+        tensors += [
+            PlannedTensor(
+                entry.name,
+                parts[entry.name].part,
+                entry.dtype,
+                entry.shape,
+                name,
+                header_size + entry.start,
+                header_size + entry.end,
+                entry.name,
+                _content(entry, model.tensors[entry.name], trained),
+            )
+            for entry in entries
+        ]
+    return tuple(tensors), tuple(shards)
+
+
+def _content(entry: TensorEntry, stored: StoredTensor, trained: Collection[str]) -> Content:
+    if entry.name in trained:
+        return Content("given", None, "F32")
+    source = SourceRange(stored.file, stored.entry.start, stored.entry.end)
+    return Content("copy" if entry.dtype == stored.entry.dtype else "cast", source, stored.entry.dtype)
+
+
+def _source(model: Checkpoint) -> PlannedSource:
+    return PlannedSource(
+        name=model.name,
+        family=MODEL_TYPE,
+        layout={},
+        config=SourceConfig(len(model.config_text), hashlib.sha256(model.config_text).hexdigest()),
+        files=tuple(SourceFile(name, header.identity) for name, header in model.files.items()),
+        hub=model.hub,
+    )
+
+
+def _changes(model: Checkpoint, main: str) -> Iterator[Change]:
+    """The dtype, where tensors were of others."""
+    found = sorted({stored.entry.dtype for stored in model.tensors.values()} - {main})
+    if found:
+        yield Change("dtype", ", ".join(CONFIG_NAMES[dtype] for dtype in found), CONFIG_NAMES[main])
+
+
+def _with_dtype(section: Mapping[str, Any], dtype: str, *, top: bool = False) -> dict[str, Any]:
+    """A config with another dtype, in the sections that name one and at the top."""
+    named = {
+        key: _with_dtype(value, dtype) if isinstance(value, dict) else dtype if key in _DTYPE_KEYS else value
+        for key, value in section.items()
+    }
+    return {**named, "dtype": dtype} if top else named
+
+
+_DTYPE_KEYS: Final = ("dtype", "torch_dtype")

@@ -1,0 +1,1 @@
+"""Execute a plan: copy bytes, compute a few tensors, stage, rename."""

@@ -1,0 +1,317 @@
+"""Whether a folder may be written: looked at before any work; nothing is changed here.
+
+A target that is absent is made; one that is empty is filled, and keeps its mode, owner and place; one that holds an
+output of ours and nothing else is replaced with `overwrite`. Whatever else is there belongs to the user.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from t5g2convert.checkpoint.folder import scheme_of
+from t5g2convert.conversion.write.ownership import Listing, check_ours, check_own_folder, manifest_listing
+from t5g2convert.errors import OutputError
+
+STAGING_SUFFIX: Final = ".t5g2-staging"
+OLD_SUFFIX: Final = ".t5g2-old"
+REMOVED_SUFFIX: Final = ".t5g2-removed"
+
+INSIDE: Final = STAGING_SUFFIX
+"""The staging folder in a target that is filled."""
+
+MOVES_FILE: Final = ".t5g2-moves"
+"""In that folder, before the first file is moved out of it: which files those are."""
+
+MAX_LINKS: Final = 40
+"""Links that are followed from one name, as Linux does."""
+
+_OWN_NAME: Final = re.compile(rf"\..*{re.escape('.t5g2-')}(staging|old|removed(-\d+)?)|{re.escape(INSIDE)}", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What lies beside a target while it is written or replaced.
+
+    Attributes:
+        staging: The new folder, until it is complete.
+        old: The folder that is replaced, until the new one is in its place; put back if it never came there.
+        removed: What is being removed; never put back.
+    """
+
+    staging: Path
+    old: Path
+    removed: Path
+
+    @classmethod
+    def beside(cls, target: Path) -> "Names":
+        """Those of a target, which has no links in its path."""
+        return cls(*(target.parent / f".{target.name}{end}" for end in (STAGING_SUFFIX, OLD_SUFFIX, REMOVED_SUFFIX)))
+
+    def all_removed(self) -> list[Path]:
+        """Every folder that is being removed or could not be."""
+        pattern = re.compile(rf"{re.escape(self.removed.name)}(-\d+)?", re.DOTALL)
+        try:
+            found = [item for item in self.removed.parent.iterdir() if pattern.fullmatch(item.name)]
+        except OSError:
+            return []
+        return sorted(found)
+
+    def free_removed(self) -> Path:
+        """A name for the next."""
+        number, path = 1, self.removed
+        while os.path.lexists(path):
+            number += 1
+            path = self.removed.with_name(f"{self.removed.name}-{number}")
+        return path
+
+
+def check_target(target: Path, *inputs: Path, overwrite: bool, listing: Listing = manifest_listing) -> None:
+    """Refuse a target that must not be written, before any work.
+
+    Args:
+        target: The folder to be written.
+        inputs: Folders and files that are read.
+        overwrite: Whether an output of ours that is there is replaced.
+        listing: Reads the list of its files from such an output.
+
+    Raises:
+        OutputError: It is an address, a file, or a folder with something in it that is not ours; or it and what is
+            read contain each other, also behind links.
+    """
+    check_apart(target, *inputs)
+    check_vacant(target, overwrite=overwrite, listing=listing)
+    if overwrite:
+        check_not_linked(target, inputs)
+
+
+def check_apart(target: Path, *inputs: Path) -> None:
+    """Refuse a target that is, contains, or lies inside what is read; or that has a name which t5g2 uses itself.
+
+    Raises:
+        OutputError: It does.
+    """
+    if scheme := scheme_of(target):
+        raise OutputError(f"an address ({scheme}//...) was given, expected a folder")
+    real = real_path(target)
+    if taken := next((part for part in real.parts if _OWN_NAME.fullmatch(part)), None):
+        raise OutputError(
+            f"{taken} is a name that t5g2 uses for its own work", where=target, hint="choose another folder"
+        )
+    cleared = (*_working(real), real / INSIDE)
+    for given in inputs:
+        what = "the source folder" if not os.path.isfile(given) else f"{given}, which is read"  # noqa: PTH113
+        read = real_path(given)
+        if real == read or read.is_relative_to(real) or real.is_relative_to(read):
+            relation = "is" if real == read else "contains" if read.is_relative_to(real) else "lies inside"
+            raise OutputError(f"{relation} {what}", where=target, hint="choose another folder")
+        for folder in cleared:
+            if read.is_relative_to(folder):
+                raise OutputError(
+                    f"would be written by way of {folder}, which is read", where=target, hint="choose another folder"
+                )
+
+
+def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_listing) -> None:
+    """Refuse a target that has something in it, but for an output of ours with `overwrite`.
+
+    Raises:
+        OutputError: It has, or a name that is needed is taken.
+    """
+    real = real_path(target)
+    if not os.path.lexists(target):
+        _check_names(real)
+        return
+    if not os.path.isdir(target):  # noqa: PTH112 - False, and no error, for a name that no folder can have
+        raise OutputError("exists and is not a folder", where=target)
+    try:
+        found = set(os.listdir(real)) - leftovers(real)  # noqa: PTH208 - names are what is wanted
+    except OSError as error:
+        raise OutputError(f"cannot be read: {error.strerror}", where=target) from error
+    if not found:
+        return
+    if overwrite:
+        _check_replaceable(target, listing)
+        _check_names(real)
+        return
+    try:
+        _check_replaceable(target, listing)
+        hint = "--overwrite replaces it"
+    except OutputError:
+        hint = "choose another folder; --overwrite replaces only an output of this tool"
+        if is_mount_point(real):
+            hint = "it is a mount point: choose a folder inside it"
+    raise OutputError("exists and is not empty", where=target, hint=hint)
+
+
+def _check_replaceable(target: Path, listing: Listing) -> None:
+    """Refuse to replace a folder that is not an output of ours and nothing else, or that cannot be renamed."""
+    real = real_path(target)
+    if os.path.islink(target):  # noqa: PTH114
+        raise OutputError(
+            "is a link, and what it leads to is not replaced", where=target, hint=f"give that folder itself: {real}"
+        )
+    for folder, what in ((".", "the current folder"), ("~", "the home folder")):
+        other = Path(os.path.realpath(os.path.expanduser(folder)))  # noqa: PTH111 - no error where there is none
+        if other.is_relative_to(real):
+            relation = "is" if other == real else "contains"
+            raise OutputError(f"{relation} {what}, and is not replaced", where=target, hint="choose another folder")
+    if is_mount_point(real):
+        raise OutputError(
+            "is a mount point, which cannot be replaced", where=target, hint="choose a folder inside it, or empty it"
+        )
+    try:
+        owner = real.stat().st_uid
+    except OSError as error:
+        raise OutputError(f"cannot be read: {error.strerror}", where=target) from error
+    if owner != os.geteuid():
+        raise OutputError(
+            f"belongs to another user ({owner}), and is not replaced", where=target, hint="choose another folder"
+        )
+    check_ours(target, listing, ignored=frozenset(leftovers(real)))
+
+
+def check_not_linked(target: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to replace a target that holds a file which is read through a link.
+
+    Raises:
+        OutputError: It does.
+    """
+    real = real_path(target)
+    if not real.is_dir():
+        return
+    for given in inputs:
+        for link in _links(given):
+            for step in _steps(link):
+                if step.is_relative_to(real):
+                    raise OutputError(
+                        f"contains {step.relative_to(real)}, which {link} leads to and which is read",
+                        where=target,
+                        hint="choose another folder",
+                    )
+
+
+def check_report(path: Path, *inputs: Path) -> None:
+    """Refuse to write a report over a file that is read.
+
+    Raises:
+        OutputError: It is one, or lies in a folder that is read and does not look like an older report.
+    """
+    real = real_path(path)
+    for given in inputs:
+        read = real_path(given)
+        is_report = real.suffix.lower() in (".xml", ".html")
+        if real == read or (real.exists() and not is_report and real.is_relative_to(read)):
+            raise OutputError("is read, and is not written over", where=path, hint="give another file")
+        if any(step == real for link in _links(given) for step in _steps(link)):
+            raise OutputError("is read behind a link, and is not written over", where=path, hint="give another file")
+
+
+def leftovers(target: Path) -> set[str]:
+    """Names in a target that a run which was killed left there, while it filled it.
+
+    These are its staging folder, and files that it had moved out of it; none of those if it had moved all.
+
+    Raises:
+        OSError: It cannot be read which files those are.
+        OutputError: The name of the staging folder is taken by something else.
+    """
+    inside = target / INSIDE
+    if not os.path.lexists(inside):
+        return set()
+    check_own_folder(inside)
+    moved = moved_files(target)
+    return {INSIDE} | {name.partition("/")[0] for name in moved}
+
+
+def moved_files(target: Path) -> list[str]:
+    """The files that a run which was killed had moved into a target, which is not complete without the last of them.
+
+    Raises:
+        OSError: The file of moves cannot be read.
+    """
+    path = target / INSIDE / MOVES_FILE
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return []
+        moves = json.loads(path.read_bytes())
+        inside = [move for move in moves if real_path(target / move[0]) == target / move[0]]
+        moved = [name for name, *identity in inside if _identity(target / name) == identity]
+    except (FileNotFoundError, ValueError, TypeError):
+        return []  # absent, or cut off while it was written: nothing was moved yet
+    return [] if moves and moved[-1:] == [moves[-1][0]] else moved
+
+
+def moves_of(folder: Path, order: Iterable[str]) -> bytes:
+    """What the file of moves holds: path, inode and size of every file, in the order in which they are moved.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    moves = []
+    for name in order:
+        path = folder / name
+        files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+        moves += [[item.relative_to(folder).as_posix(), *(_identity(item) or ())] for item in files]
+    return json.dumps(moves).encode()
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Whether something is mounted at a folder, also a part of the same disk."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    # Blanks and line ends in names are octal there.
+    places = (re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4]) for line in mounts)
+    return os.fsencode(folder) in places
+
+
+def real_path(path: Path) -> Path:
+    """The path without links; a link that leads nowhere, or to itself, stays as it is."""
+    return Path(os.path.realpath(path))
+
+
+def _check_names(real: Path) -> None:
+    for path in _working(real):
+        check_own_folder(path)
+
+
+def _working(real: Path) -> tuple[Path, ...]:
+    names = Names.beside(real)
+    return names.staging, names.old
+
+
+def _identity(path: Path) -> list[int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return [status.st_ino, status.st_size] if stat.S_ISREG(status.st_mode) else None
+
+
+def _links(given: Path) -> Iterator[Path]:
+    """The links that may be followed where this is read: itself, and those below it."""
+    if os.path.islink(given):  # noqa: PTH114
+        yield given
+    if os.path.isdir(given):  # noqa: PTH112
+        for folder, folders, files in os.walk(given):
+            yield from (path for path in (Path(folder, name) for name in (*folders, *files)) if path.is_symlink())
+
+
+def _steps(link: Path) -> Iterator[Path]:
+    """Where a link leads, and every link on the way."""
+    for _ in range(MAX_LINKS):
+        if not link.is_symlink():
+            break
+        following = link.parent / link.readlink()
+        link = real_path(following.parent) / following.name
+        yield link
+    yield real_path(link)

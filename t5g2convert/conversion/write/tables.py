@@ -1,0 +1,83 @@
+"""The same rows of two embedding tables, read from their files in blocks, as float64."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from t5g2convert.checkpoint.dtypes import element_bytes
+from t5g2convert.conversion.write.copy import read_exactly
+from t5g2convert.conversion.write.finite import first_nonfinite
+from t5g2convert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ROWS_AT_ONCE: Final = 2048
+"""Rows of a block: enough that adding up its products costs little beside computing them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An embedding table in an open safetensors file.
+
+    Attributes:
+        tensor: Its name.
+        dtype: Its safetensors dtype: BF16, F16 or F32.
+        rows: Number of tokens.
+        width: Values of a token.
+        file: Name of the file.
+        fd: The file, open.
+        start: First byte of the table in the file.
+    """
+
+    tensor: str
+    dtype: str
+    rows: int
+    width: int
+    file: str
+    fd: int
+    start: int
+
+    @property
+    def where(self) -> str:
+        """The table in an error."""
+        return f"{self.file}, tensor {self.tensor}"
+
+
+def paired_blocks(
+    donor: Table, target: Table, rows: int, progress: Callable[[int], None]
+) -> Iterator[tuple["NDArray[np.float64]", "NDArray[np.float64]"]]:
+    """The same rows of both tables, [n, donor width] and [n, width]; the arrays are used again for the next ones.
+
+    Raises:
+        CheckpointError: A table cannot be read, or holds NaN or infinity.
+    """
+    import numpy as np
+
+    tables = donor, target
+    raw = [bytearray(ROWS_AT_ONCE * table.width * element_bytes(table.dtype)) for table in tables]
+    blocks = [np.empty((ROWS_AT_ONCE, table.width)) for table in tables]
+    for first in range(0, rows, ROWS_AT_ONCE):
+        count = min(ROWS_AT_ONCE, rows - first)
+        for table, memory, block in zip(tables, raw, blocks, strict=True):
+            row_bytes = table.width * element_bytes(table.dtype)
+            data = memoryview(memory)[: count * row_bytes]
+            read_exactly(table.fd, data, table.start + first * row_bytes, table.file)
+            found = first_nonfinite(data, table.dtype)
+            if found is not None:
+                row = first + found[0] // table.width
+                raise CheckpointError(f"holds {found[1]} in row {row}, expected numbers", where=table.where)
+            block[:count] = widened(data, table.dtype).reshape(count, table.width)
+            progress(len(data))
+        yield blocks[0][:count], blocks[1][:count]
+
+
+def widened(data: memoryview, dtype: str) -> "NDArray[np.floating]":
+    """The numbers of stored bytes, exactly; a bfloat16 is the upper half of a float32."""
+    import numpy as np
+
+    if dtype == "BF16":
+        wide: NDArray[np.uint32] = np.left_shift(np.frombuffer(data, "<u2"), 16, dtype=np.uint32)
+        return wide.view(np.float32)
+    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype])

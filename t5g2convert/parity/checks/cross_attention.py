@@ -1,0 +1,144 @@
+"""cross_parity: each cross-attention of T5Gemma beside the self-attention of Gemma 2 that it was started from.
+
+Attention that reads the very states that it asks with, all of them and none of them rotated, is the same in both; so
+are the norms around it. That is all that a cross-attention is: which of the encoder's output it may see, and that
+nothing is rotated, stands in no file.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from t5g2convert.parity.batches import Batch
+from t5g2convert.parity.checks.text import Pair, Track, causal_encoder_run, judge_decoder, judge_encoder, walk
+from t5g2convert.parity.first_difference import first_departure
+from t5g2convert.parity.measures import Difference
+from t5g2convert.parity.reports.report import Check, Drift
+from t5g2convert.reference.cross_attention import CrossDecoderLayer
+from t5g2convert.reference.gemma2 import Gemma2Reference
+from t5g2convert.reference.layers import GemmaLayer
+from t5g2convert.reference.masks import memory
+from t5g2convert.reference.overflow import not_finite
+from t5g2convert.reference.rope import Rotation
+from t5g2convert.reference.stack import Stack
+from t5g2convert.reference.t5gemma import T5GemmaReference
+
+
+class SelfBranch(nn.Module):
+    """What the attention of a layer of Gemma 2 adds to its states, with nothing rotated."""
+
+    def __init__(self, layer: GemmaLayer) -> None:
+        super().__init__()
+        self.input_layernorm = layer.input_layernorm
+        self.self_attn = layer.self_attn
+        self.post_attention_layernorm = layer.post_attention_layernorm
+
+    def forward(self, x_BTC: Tensor, seen_BTT: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        still = Rotation(x_BTC.new_ones(1), x_BTC.new_zeros(1))
+        return self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_BTC), still, seen_BTT))
+
+
+class CrossBranch(nn.Module):
+    """What the cross-attention of a layer of T5Gemma adds, where the encoder's output is what it asks with."""
+
+    def __init__(self, layer: CrossDecoderLayer) -> None:
+        super().__init__()
+        self.pre_cross_attn_layernorm = layer.pre_cross_attn_layernorm
+        self.cross_attn = layer.cross_attn
+        self.post_cross_attn_layernorm = layer.post_cross_attn_layernorm
+
+    def forward(self, x_BTC: Tensor, seen_BTT: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        asked_BTC = self.pre_cross_attn_layernorm(x_BTC)
+        return self.post_cross_attn_layernorm(self.cross_attn(asked_BTC, asked_BTC, seen_BTT))
+
+
+class CrossProbe:
+    """Compares both branches of every layer on the states that Gemma 2 has there; padding is not seen."""
+
+    def __init__(self, kept_BT: Tensor) -> None:
+        self.kept_BT = kept_BT
+        self.difference = Difference()
+        self.drifts: list[Drift] = []
+        self.departs: str | None = None
+
+    def look(self, number: int, layer: nn.Module, other: nn.Module, states_BTC: Tensor) -> None:
+        """One layer of each; see `Probe`."""
+        assert isinstance(layer, GemmaLayer)
+        assert isinstance(other, CrossDecoderLayer)
+        branches = SelfBranch(layer), CrossBranch(other)
+        given = states_BTC, memory(states_BTC.shape[1], self.kept_BT)
+        expected_BTC, found_BTC = (branch(*given) for branch in branches)
+        here = Difference()
+        here.add(expected_BTC[self.kept_BT], found_BTC[self.kept_BT])
+        self.difference.add(expected_BTC[self.kept_BT], found_BTC[self.kept_BT])
+        self.drifts.append(here.drift(f"layers.{number}"))
+        if here.max_abs and self.departs is None:
+            inside = first_departure(branches[0], given, branches[1], given, self.kept_BT)
+            self.departs = f"decoder layers.{number}, {inside or 'the cross-attention'}"
+
+    def check(self, tolerance: float) -> Check:
+        """cross_parity."""
+        passed = self.difference.within(tolerance)
+        said = f"cross-attention on its own states in {len(self.drifts)} layers: {self.difference}"
+        if not passed:
+            said += f"; departs at {self.departs}"
+        figures = self.difference.figures(departs=self.departs, drifts=tuple(self.drifts))
+        return Check("cross_parity", passed, said, figures=figures)
+
+
+@torch.inference_mode()
+def judge_first_generation(
+    source: Gemma2Reference,
+    target: T5GemmaReference,
+    batch: Batch,
+    *,
+    tolerance: float,
+    progress: Callable[[str], None],
+) -> list[Check]:
+    """All three parities in one walk through the layers.
+
+    Args:
+        source: Gemma 2.
+        target: T5Gemma.
+        batch: What both stacks and Gemma 2 read.
+        tolerance: Largest relative difference that passes; 0 is exact.
+        progress: Told what is being done.
+
+    Raises:
+        CheckpointError: Gemma 2 itself does not give finite states.
+        UsageError: float16 overflows.
+    """
+    expected, probe = source.start(batch.ids_BT, batch.kept_BT), CrossProbe(batch.kept_BT)
+    alone = target.start_decoder(batch.ids_BT, batch.kept_BT, None, None)
+    tracks = [
+        Track("decoder", target.decoder, [Pair(expected, alone, batch.kept_BT)], probe=probe),
+        Track("encoder", target.encoder, [Pair(expected, causal_encoder_run(target, batch), batch.kept_BT)]),
+    ]
+    if unequal := walk(source, tracks, progress):
+        return [Check(f"{name}_parity", False, unequal) for name in ("decoder", "encoder", "cross")]
+    decoder = judge_decoder(source.text, tracks[0], batch, tolerance, compared="logits without cross-attention")
+    encoder = judge_encoder(source.text, tracks[1], batch, None, tolerance, besides=" and all rows of its table")
+    if not probe.difference.expected_finite:
+        raise not_finite("what the source's attention adds to its own states", source.weights)
+    # A tied softmax has read every row already.
+    if target.decoder.head != target.decoder.table:
+        decoder = with_table(decoder, source.text, tracks[0], tolerance)
+    return [decoder, with_table(encoder, source.text, tracks[1], tolerance), probe.check(tolerance)]
+
+
+def with_table(check: Check, source: Stack, track: Track, tolerance: float) -> Check:
+    """A parity that holds for every row of the embedding matrix too; no batch has all tokens."""
+    difference, place = Difference(), ""
+    for (start, ours), (_, theirs) in zip(source.table_chunks(), track.stack.table_chunks(), strict=True):
+        difference.add(ours, theirs)
+        if not place and not torch.equal(ours, theirs):
+            place = f"{track.name} embed_tokens, row {start + int((ours != theirs).any(-1).nonzero()[0])}"
+    if difference.within(tolerance) or check.figures is None:
+        return check
+    figures = replace(check.figures, departs=check.figures.departs or place)
+    detail = f"{check.detail}; its table: {difference}, first at {place}"
+    return replace(check, passed=False, detail=detail, figures=figures)

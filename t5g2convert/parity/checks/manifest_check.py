@@ -1,0 +1,146 @@
+"""What a converted folder says of itself, for provenance: its headers, the names of its files, and its manifest."""
+
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
+from t5g2convert.checkpoint.inputs import Folders, plain_name
+from t5g2convert.conversion.plan.types import Plan, PlannedSource
+from t5g2convert.version import __version__
+
+THREADS: Final = 2
+
+
+def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
+    """Names, dtypes and shapes first."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    yield from (f"{name} is missing" for name in planned if name not in target.tensors)
+    for name, stored in target.tensors.items():
+        if name not in planned:
+            yield f"{name} does not come from the source"
+        elif (stored.entry.dtype, stored.entry.shape) != (planned[name].dtype, planned[name].shape):
+            yield (
+                f"{name} is {stored.entry.dtype} {list(stored.entry.shape)}, "
+                f"expected {planned[name].dtype} {list(planned[name].shape)}"
+            )
+
+
+def file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The files are those that a conversion writes: a loader takes up whatever else it knows the name of."""
+    count = len(target.files)
+    shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    weights = {SINGLE_FILE} if count == 1 else {*shards, INDEX_FILE}
+    settings = {"config.json"} if plan.generation_config is None else {"config.json", "generation_config.json"}
+    expected = settings | weights | {file.name for file in plan.files}
+    found = set(manifest["files"]) if manifest else expected
+    yield from (f"{name} is not a file of this conversion" for name in sorted(found - expected))
+    yield from (f"{name} is not in t5g2.json" for name in sorted(expected - found))
+    for name, header in target.files.items():
+        if header.metadata != {"format": "pt"}:
+            yield f"{name} has metadata {dict(header.metadata)!r}, expected format pt"
+    if count > 1:
+        metadata = read_json_object(target.path / INDEX_FILE).get("metadata")
+        size = sum(tensor.nbytes for tensor in plan.tensors)
+        if metadata != {"total_parameters": plan.parameters["total"], "total_size": size}:
+            yield f"{INDEX_FILE} has metadata {metadata!r}, expected the counts of parameters and bytes"
+
+
+def manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What the manifest tells of the source and of what was left behind."""
+    if not manifest:
+        return
+    document = plan.to_json()
+    made_with = manifest.get("mapping", {}).get("name")
+    if made_with != plan.mapping:
+        yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
+    if manifest.get("adaptation") != document.get("adaptation"):
+        yield "t5g2.json tells of the training otherwise than a training of this source would: its names or its parts"
+    for key in ("dtype", "parameters", "options", "changes", "tokens"):
+        if manifest[key] != document[key]:
+            yield f"t5g2.json says {key} {manifest[key]!r}, expected {document[key]!r}"
+    # By name: why a tensor is dropped may be worded anew.
+    dropped, expected = ([drop["name"] for drop in told["dropped"]] for told in (manifest, document))
+    if dropped != expected:
+        yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
+    for role, source in plan.sources.items():
+        yield from _source_faults(role, source, manifest.get(role))
+
+
+def mapping_faults(plan: Plan, manifest: Mapping[str, Any], *, shipped: bool) -> Iterator[str]:
+    """The map that the manifest names is the one that was followed now; a shipped one may change with the version."""
+    told = manifest.get("mapping", {}).get("sha256")
+    if told not in (None, plan.mapping_sha256) and not (shipped and manifest["tool"]["version"] != __version__):
+        yield f"t5g2.json says that mapping {plan.mapping} has sha256 {told}, it has {plan.mapping_sha256}"
+
+
+def maker_remarks(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of the version that made a folder."""
+    made_by = manifest["tool"]["version"]
+    if made_by == __version__:
+        return []
+    remarks = []
+    if _release(made_by) > _release(__version__):
+        remarks.append(f"t5g2.json was written by t5g2convert {made_by}, which is newer than this, {__version__}")
+    told = manifest.get("mapping", {}).get("sha256")
+    if told not in (None, plan.mapping_sha256):
+        remarks.append(
+            f"that it was made with mapping {plan.mapping} of sha256 {told[:16]} was not looked at: t5g2convert "
+            f"{made_by} had another than this, {__version__}, which makes the same bytes"
+        )
+    return remarks
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, in the order of versions."""
+    found = re.match(r"[0-9]+(\.[0-9]+)*", version)
+    numbers = [int(number) for number in found[0].split(".")] if found else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def weights_faults(plan: Plan, folders: Folders, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The weights of all checkpoints that were read are those whose sha256 the manifest names, where it names any."""
+    unhashed = all(facts["sha256"] is None for facts in manifest.get("files", {}).values())
+    named = []
+    for role, source in plan.sources.items():
+        told = manifest.get(role, {}).get("files", {})
+        for file in source.files:
+            digest = told.get(plain_name(file.name), {}).get("sha256")
+            if digest is not None:
+                named.append((role, file.name, digest))
+            elif not unhashed:
+                yield f"t5g2.json names no sha256 for {plain_name(file.name)} of the {role}, but for other files"
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda item: sha256_of(folders.path(item[1])), named)
+        for (role, name, digest), actual in zip(named, found, strict=True):
+            if actual != digest:
+                yield (
+                    f"t5g2.json names another sha256 for {plain_name(name)} of the {role} than the one given has: "
+                    f"{digest}, not {actual}"
+                )
+
+
+def _source_faults(role: str, planned: PlannedSource, told: Mapping[str, Any] | None) -> Iterator[str]:
+    """What the manifest tells of a checkpoint that was read."""
+    if told is None:
+        yield f"t5g2.json does not tell of a {role}"
+        return
+    for key, expected in (("family", planned.family), ("layout", dict(planned.layout))):
+        if told[key] != expected:
+            yield f"t5g2.json says {role} {key} {told[key]!r}, expected {expected!r}"
+    # What was made from a model of the Hub may be judged by a copy of it, and the other way round.
+    hub = told.get("hub")
+    if hub is not None and planned.hub is not None and hub != planned.hub.to_json():
+        made_of, opened = (f"{each['repo']}@{each['revision']}" for each in (hub, planned.hub.to_json()))
+        yield f"t5g2.json was made from {role} {made_of}, and {opened} was opened: give the one that it was made from"
+    files = told["files"]
+    sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
+    sizes["config.json"] = planned.config.size
+    if {name: facts["bytes"] for name, facts in files.items()} != sizes:
+        yield f"t5g2.json was made from files of other names or sizes: {', '.join(files) or 'none'}"
+    elif files["config.json"]["sha256"] != planned.config.sha256:
+        yield f"t5g2.json was made from a {role} with another config.json"

@@ -1,0 +1,190 @@
+"""How far trained tensors are from the start of their training: streamed, a piece of one tensor at a time.
+
+Two things tell a tensor that was trained from one that was not: it is not the start any more, bit for bit, and it is
+still near it. What a library fills anew, where it finds no value for a name, is not near its start.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Final
+
+import torch
+
+from t5g2convert.checkpoint.families.config_section import ImpliedTensor
+from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.reference.weights import DTYPES, Weights
+
+PIECE: Final = 1 << 20
+"""Elements that are compared at once."""
+
+RELATED: Final = 0.5
+"""The smallest cosine between a matrix and its start that training explains.
+
+The cosine of two unrelated matrices of n elements lies around 0 with a standard deviation of 1/sqrt(n): for n = 64,
+the fewest that are judged, 0.5 is 4 of them away, and for a matrix of a real model hundreds. From the other side, a
+training must add 1.7 times a matrix's own length of something unrelated to bring its cosine to 0.5; fine-tuning adds
+hundredths.
+"""
+
+JUDGED: Final = 64
+"""Elements of the smallest matrix of which the cosine says anything."""
+
+ROW: Final = "eoi_embedding"
+"""The one vector that the cosine tells something of: those of norms and biases may turn as they like."""
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """One tensor, or several as one, beside their start.
+
+    Attributes:
+        name: The published name, or that of a layer or part.
+        tensors: How many tensors.
+        unmoved: How many of them are the start's, bit for bit, in the dtype that both have.
+        difference: Sum of the squares of the differences.
+        start: Sum of the squares of the start's values.
+        found: The same of the values found.
+        product: Sum of the products of both.
+        unrelated: Matrices whose cosine with their start no training explains.
+        emptied: Tensors that are zeros, where the start has values.
+        broken: Tensors with NaN or infinity, with the first such element.
+    """
+
+    name: str
+    tensors: int = 1
+    unmoved: int = 0
+    difference: float = 0.0
+    start: float = 0.0
+    found: float = 0.0
+    product: float = 0.0
+    unrelated: tuple[str, ...] = ()
+    emptied: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
+
+    @property
+    def still(self) -> bool:
+        """Whether all of it is the start's."""
+        return self.unmoved == self.tensors
+
+    @property
+    def distance(self) -> float:
+        """Length of the difference, as a part of the start's; infinite where that has none."""
+        if self.difference == 0:
+            return 0.0
+        return sqrt(self.difference / self.start) if self.start else float("inf")
+
+    @property
+    def cosine(self) -> float | None:
+        """The cosine between start and values found; None where either has no length."""
+        length = sqrt(self.start) * sqrt(self.found)
+        return self.product / length if length else None
+
+    def to_json(self) -> dict[str, Any]:
+        """A member of `movements` in the JSON of a check."""
+        return {
+            "name": self.name,
+            "tensors": self.tensors,
+            "unmoved": self.unmoved,
+            "distance": self.distance,
+            "cosine": self.cosine,
+        }
+
+
+def together(name: str, movements: Sequence[Movement]) -> Movement:
+    """Several as one."""
+    return Movement(
+        name,
+        sum(each.tensors for each in movements),
+        sum(each.unmoved for each in movements),
+        sum(each.difference for each in movements),
+        sum(each.start for each in movements),
+        sum(each.found for each in movements),
+        sum(each.product for each in movements),
+        tuple(name for each in movements for name in each.unrelated),
+        tuple(name for each in movements for name in each.emptied),
+        tuple(name for each in movements for name in each.broken),
+    )
+
+
+def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
+    """Compare one tensor with its start; of a table that has grown, the rows that both have.
+
+    Args:
+        name: Its name in both.
+        start: What was trained.
+        found: What came of it.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    one, other = start.tensors[name], found.tensors[name]
+    dtype = DTYPES[other.entry.dtype]
+    # A start in float32 may have been trained in 16 bits, and saved in 32.
+    roundings = [
+        dtype,
+        *(each for each in (torch.bfloat16, torch.float16) if each != dtype and one.entry.dtype == "F32"),
+    ]
+    same = dict.fromkeys(roundings, True)
+    difference = length = measured = product = 0.0
+    elements, broken = min(one.entry.elements, other.entry.elements), None
+    befores = Weights(start).pieces(name, PIECE)
+    for number, values in enumerate(Weights(found).pieces(name, PIECE)):
+        at = number * PIECE
+        finite = torch.isfinite(values)
+        if broken is None and not bool(finite.all()):
+            broken = at + int((~finite).nonzero()[0])
+        if at >= elements or broken is not None:
+            continue
+        before, after = next(befores)[: elements - at], values[: elements - at]
+        for rounding in roundings:
+            same[rounding] = same[rounding] and torch.equal(before.to(rounding).to(dtype), after)
+        old, new = before.double(), after.double()
+        difference += float((new - old).square().sum())
+        length += float(old.square().sum())
+        measured += float(new.square().sum())
+        product += float((old * new).sum())
+    if broken is not None:
+        return Movement(name, broken=(f"{name} holds no number at element {broken}",))
+    # The vector of the end of an image stands for a row of the table.
+    matrix = (len(one.entry.shape) > 1 or name.endswith(ROW)) and elements >= JUDGED
+    related = not (length and measured and matrix) or product / (sqrt(length) * sqrt(measured)) >= RELATED
+    return Movement(
+        name,
+        unmoved=int(any(same.values())),
+        difference=difference,
+        start=length,
+        found=measured,
+        product=product,
+        unrelated=() if related else (name,),
+        emptied=(name,) if length and not measured else (),
+    )
+
+
+def movements(
+    parts: Sequence[ImpliedTensor], start: Checkpoint, found: Checkpoint
+) -> Iterator[tuple[ImpliedTensor, Movement]]:
+    """Compare all tensors that both have, in shapes that differ at most in rows, and in dtypes that are run."""
+    for item in parts:
+        one, other = start.tensors.get(item.name), found.tensors.get(item.name)
+        if one is None or other is None or one.entry.shape[1:] != other.entry.shape[1:]:
+            continue
+        if {one.entry.dtype, other.entry.dtype} <= DTYPES.keys():
+            yield item, movement(item.name, start, found)
+
+
+def by_layer(found: Mapping[str, Movement], layer_of: Mapping[str, str]) -> dict[str, Movement]:
+    """Movements of tensors by name, put together by layer."""
+    names: dict[str, list[Movement]] = {}
+    for name, each in found.items():
+        names.setdefault(layer_of[name], []).append(each)
+    return {layer: together(layer, each) for layer, each in names.items()}
+
+
+def differing(one: Checkpoint, name: str, other: Checkpoint, repeated: str) -> bool:
+    """Whether two tensors differ in shape or in any value."""
+    first, second = one.tensors[name], other.tensors[repeated]
+    if first.entry.shape != second.entry.shape or not {first.entry.dtype, second.entry.dtype} <= DTYPES.keys():
+        return True
+    pairs = zip(Weights(one).pieces(name, PIECE), Weights(other).pieces(repeated, PIECE), strict=True)
+    return any(not torch.equal(before.double(), after.double()) for before, after in pairs)

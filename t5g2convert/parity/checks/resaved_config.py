@@ -1,0 +1,206 @@
+"""config of a folder that `save_pretrained` wrote: the settings mean what the start's mean.
+
+transformers writes keys that a conversion leaves out, and sorts all of them anew. What decides what is computed is
+compared as the readers of this tool understand it; every other key must be the start's, or one of those below, which
+compute nothing.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from t5g2convert.checkpoint.families.known_settings import EVERY_CONFIG
+from t5g2convert.checkpoint.families.settings import Outcome
+from t5g2convert.checkpoint.families.t5gemma2 import (
+    DEFAULT_THETA,
+    ENCODER_TYPE,
+    Stack,
+    T5Gemma2,
+    T5Gemma2Encoder,
+    read_t5gemma2,
+    read_t5gemma2_encoder,
+)
+from t5g2convert.checkpoint.families.t5gemma2_spellings import HEADED
+from t5g2convert.checkpoint.file_store import is_there
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
+from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
+from t5g2convert.parity.checks.config import flatten
+from t5g2convert.parity.reports.report import Check, refused
+
+CLASSES: Final = ("T5Gemma2ForConditionalGeneration", "T5Gemma2Model", *HEADED)
+"""Classes that save all of a T5Gemma 2; other ones leave parts out."""
+
+IDLE: Final[Mapping[str, Any]] = {
+    "add_cross_attention": False, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None,
+    "is_decoder": False, "is_encoder_decoder": False, "output_attentions": False, "output_hidden_states": False,
+    "pruned_heads": {}, "return_dict": True, "sep_token_id": None, "tie_encoder_decoder": False, "use_bfloat16": False,
+    "tie_word_embeddings": True, "vision_use_head": False, "dropout_rate": 0.0, "classifier_dropout_rate": 0.0,
+    "attention_dropout": 0.0, "decoder_start_token_id": None, "initializer_range": 0.02, "use_cache": True,
+}  # fmt: skip
+"""Keys of transformers' own that do nothing while they have these values, which are its defaults."""
+
+CODE: Final = frozenset({"auto_map", "custom_pipelines"})
+"""Keys that name code, which may compute anything."""
+
+ABOUT: Final = frozenset(each.name for each in EVERY_CONFIG if each.outcome is Outcome.ABOUT) - CODE
+"""Keys that say who wrote a file."""
+
+LABELS: Final = (
+    frozenset({"architectures", "dtype", "torch_dtype"})
+    | ABOUT
+    | frozenset(each.name for each in EVERY_CONFIG if each.outcome is Outcome.NOTED)
+) - IDLE.keys()
+"""Last parts of keys that may say anything: they compute nothing."""
+
+TRAINING: Final = frozenset({
+    "attention_dropout", "classifier_dropout_rate", "dropout_rate", "initializer_range", "max_position_embeddings",
+    "use_cache",
+})  # fmt: skip
+"""Settings that compute nothing when a model is used: a change is said, and is not a fault."""
+
+IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_ROPE: Final = re.compile(r"\.rope_parameters\.\w+\.(rope_type|type|rope_theta|factor)$")
+"""What the readers know of a rotary embedding, in several spellings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the settings differ in: what is wrong, and what a reader must know."""
+
+    faults: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> tuple[Check, tuple[str, ...]]:
+    """config, with what a reader must know of the settings.
+
+    Raises:
+        CheckpointError: A config cannot be read.
+    """
+    expected, given = meaning(start), meaning(target)
+    found = [_compared(name, expected.get(name), given.get(name)) for name in sorted(expected.keys() | given.keys())]
+    others = _others(start, target, frozenset(expected))
+    generation = _generation(start, target)
+    sizes = [given[name] for name in ("encoder.text_config.vocab_size", "decoder.vocab_size") if name in given]
+    if len(set(sizes)) > 1:
+        told = f"encoder and decoder have vocab_size {sizes}, and one table"
+        others = Found((*others.faults, told), others.remarks)
+    faults = [fault for each in (*found, others, generation) for fault in each.faults]
+    remarks = [remark for each in (*found, others, generation) for remark in each.remarks]
+    if faults:
+        return refused("config", "setting(s) that are not the start's", faults), tuple(remarks)
+    return Check("config", True, f"{len(expected)} settings mean what the start's mean"), tuple(remarks)
+
+
+def meaning(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All settings that this tool's readers know, by their paths in config.json, defaults filled in.
+
+    Raises:
+        CheckpointError: The config cannot be read.
+    """
+    where = checkpoint.path / "config.json"
+    if checkpoint.config.get("model_type") == ENCODER_TYPE:
+        alone = read_t5gemma2_encoder(checkpoint.config, where)
+        return dict(_encoder(alone, ""))
+    model: T5Gemma2 = read_t5gemma2(checkpoint.config, where)
+    return {**dict(_encoder(model, "encoder.")), **dict(_stack(model.decoder, "decoder."))}
+
+
+def _encoder(model: T5Gemma2Encoder, section: str) -> Iterator[tuple[str, Any]]:
+    yield from _stack(model.encoder, f"{section}text_config.")
+    for name, value in model.vision.model_dump().items():
+        yield f"{section}vision_config.{name}", value
+    for name, value in model.tokens.model_dump().items():
+        yield section + name, value
+
+
+def _stack(stack: Stack, section: str) -> Iterator[tuple[str, Any]]:
+    for name, value in stack.model_dump(exclude={"rope_parameters"}).items():
+        yield section + name, value
+    # A kind of layer that the stack does not have may be left out.
+    for kind in sorted(set(stack.layer_types)):
+        rope = stack.rope_parameters.get(kind)
+        yield f"{section}rope_parameters.{kind}.rope_theta", DEFAULT_THETA[kind] if rope is None else rope.rope_theta
+        yield f"{section}rope_parameters.{kind}.factor", 1.0 if rope is None else rope.linear_factor
+
+
+def _compared(path: str, expected: Any, found: Any) -> Found:
+    name = path.rpartition(".")[2]
+    if expected == found or (name == "eos_token_id" and _ends(expected) == _ends(found)):
+        return Found((), ())
+    if name in TRAINING:
+        return Found((), (f"{path} is {found!r}, the start's is {expected!r}: only training reads it",))
+    if name == "vocab_size" and isinstance(found, int) and isinstance(expected, int) and found > expected:
+        return Found((), (f"{path} is {found}, the start's is {expected}: rows were added to the table",))
+    return Found((f"{path} is {found!r}, expected {expected!r}",), ())
+
+
+def _others(start: Checkpoint, target: Checkpoint, known: frozenset[str]) -> Found:
+    """The keys that the readers do not know."""
+    faults: list[str] = []
+    remarks: list[str] = []
+    expected, found = (
+        {path: value for path, value in flatten(checkpoint.config) if path not in known and not _ROPE.search(path)}
+        for checkpoint in (start, target)
+    )
+    for path in sorted(expected.keys() | found.keys()):
+        name = path.rpartition(".")[2]
+        if name in LABELS or {*path.split(".")} & {"id2label", "label2id"}:
+            continue
+        value, wanted = found.get(path), expected.get(path, IDLE.get(name))
+        if value == wanted or (path not in found and name in IDLE and IDLE[name] == wanted):
+            continue
+        if name in IDS and "." not in path and path in expected:
+            # Trainer gives the top of config.json the tokenizer's ids; generate reads generation_config.json.
+            if not _ends(value) <= _ends(wanted) or not _ends(value):
+                faults.append(f"{path} is {value!r}, expected {wanted!r}")
+        elif name == "vocab_size" and isinstance(value, int) and isinstance(wanted, int) and value > wanted:
+            continue
+        elif name in TRAINING:
+            remarks.append(f"{path} is {value!r}, the start's is {wanted!r}: only training reads it")
+        elif path not in found:
+            faults.append(f"{path} is missing, expected {wanted!r}")
+        elif path in expected or name in IDLE:
+            faults.append(f"{path} is {value!r}, expected {wanted!r}")
+        elif value is not None:
+            faults.append(f"{path} is {value!r}, and what it computes is not known here")
+    faults += _class_faults(target)
+    return Found(tuple(faults), tuple(remarks))
+
+
+def _class_faults(target: Checkpoint) -> Iterator[str]:
+    named = target.config.get("architectures")
+    alone = target.config.get("model_type") == ENCODER_TYPE
+    known = ("T5Gemma2Encoder",) if alone else CLASSES
+    if named is not None and not (isinstance(named, list) and len(named) == 1 and named[0] in known):
+        yield f"architectures is {named!r}, expected one of {', '.join(known)}"
+
+
+def _generation(start: Checkpoint, target: Checkpoint) -> Found:
+    """Ids decide where texts end; how tokens are chosen is the user's."""
+    if not is_there(target.path / GENERATION_FILE):
+        return Found(
+            (), (f"it has no {GENERATION_FILE}: copy the start's",) if is_there(start.path / GENERATION_FILE) else ()
+        )
+    found = read_json_object(target.path / GENERATION_FILE)
+    expected = read_json_object(start.path / GENERATION_FILE) if is_there(start.path / GENERATION_FILE) else {}
+    faults, changed = [], []
+    for name in sorted({*found, *expected} - ABOUT - {"_from_model_config"}):
+        if found.get(name) == expected.get(name):
+            continue
+        if name in (*IDS, "decoder_start_token_id"):
+            if _ends(found.get(name)) != _ends(expected.get(name)) and not (name not in expected and name in IDLE):
+                faults.append(f"{GENERATION_FILE}: {name} is {found.get(name)!r}, expected {expected.get(name)!r}")
+        elif found.get(name) != IDLE.get(name):
+            changed.append(f"{name} {found.get(name)!r}, not {expected.get(name)!r}")
+    remarks = (
+        (f"{GENERATION_FILE} chooses tokens in another way than the start's: {'; '.join(changed)}",) if changed else ()
+    )
+    return Found(tuple(faults), remarks)
+
+
+def _ends(value: Any) -> set[Any]:
+    """Ids, whether one or several; transformers makes a list of one."""
+    return set(value) if isinstance(value, list) else set() if value is None else {value}

@@ -1,0 +1,287 @@
+"""tokenizer: texts and pictures become the same tokens and pixels as the source's, but for declared moves of tokens.
+
+The converter exchanges bytes in files that it does not parse; here the files are parsed, and what they should say is
+worked out anew from the source's. What is expected of the small files stands here in code, apart from the map.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from t5g2convert.checkpoint.families.gemma3 import Gemma3
+from t5g2convert.checkpoint.file_store import is_there
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
+from t5g2convert.checkpoint.inputs import VISION_FROM, Folders
+from t5g2convert.parity.checks.token_ids import token_faults
+from t5g2convert.parity.reports.report import Check, refused
+from t5g2convert.parity.session import Judge
+
+TOKENIZER: Final = "tokenizer.json"
+SETTINGS: Final = "tokenizer_config.json"
+PROCESSOR: Final = "processor_config.json"
+UNCHANGED: Final = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+
+TEMPLATES: Final = "additional_chat_templates"
+"""The folder of further chat templates, from which transformers loads every *.jinja."""
+
+IMAGE_TOKENS: Final = {
+    "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
+}  # fmt: skip
+"""What Gemma3Processor asks the tokenizer for."""
+
+MASK: Final = "<mask>"
+"""GemmaTokenizer of transformers 5 makes it special when it is loaded, and the releases have it so in the file."""
+
+PIXELS: Final = {
+    "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5], "resample": 2, "rescale_factor": 1 / 255,
+}  # fmt: skip
+"""Gemma 3's image processor, of which a source's own settings take the place."""
+
+MOST_FAULTS: Final = 50
+
+
+def is_judged(target: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a folder has, or should have, any of the files that `tokenizer` judges."""
+    return bool(_names(target, manifest))
+
+
+def make_tokenizer_check(judge: Judge, target: Checkpoint, check: Callable[[], Check]) -> None:
+    """Make the check `tokenizer`, unless the output has nothing that it would judge."""
+
+    def checks() -> list[Check]:
+        if not is_judged(target.path, judge.manifest):
+            judge.skip(["tokenizer"], "the output has no tokenizer")
+            return []
+        return [check()]
+
+    judge.make(["tokenizer"], checks)
+
+
+def _names(target: Path, manifest: Mapping[str, Any]) -> list[str]:
+    files = manifest.get("files", {})
+    known = [name for name in (TOKENIZER, SETTINGS, PROCESSOR, *UNCHANGED) if name in files or is_there(target / name)]
+    return [*known, *template_names(files, target)]
+
+
+def template_names(files: Iterable[str], *folders: Path) -> list[str]:
+    """The further chat templates that a manifest lists or that are in one of the folders."""
+    found = {name for name in files if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name)}
+    for folder in folders:
+        found |= {f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")}
+    return sorted(found)
+
+
+def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:
+    """Compare the target's tokenizer and image processor with the source's.
+
+    Args:
+        folders: The source, and the donor of its vision tower, whose image processor goes with it.
+        model: The settings that the target should have.
+        target: The converted folder, open.
+        manifest: The target's manifest, whose `tokens` declares what became of them; or nothing if it has none.
+
+    Raises:
+        CheckpointError: A file of either is none, or no JSON.
+    """
+    source, seeing = folders.source, folders.by_role.get(VISION_FROM, folders.source)
+    names = _names(target.path, manifest)
+    changes = manifest.get("tokens", ())
+    unchanged = (
+        *(name for name in UNCHANGED if name in names),
+        *template_names(manifest.get("files", ()), source, target.path),
+    )
+    faults = [*token_faults(target)]
+    faults += [f"{name} is not the source's" for name in unchanged if not same_bytes(name, source, target)]
+    images, index = model.vision is not None, target.config.get("image_token_index")
+    found = _Tokenizer({})
+    if TOKENIZER in names:
+        found = _Tokenizer(read_json_object(target.path / TOKENIZER))
+        given = _read(source, TOKENIZER)
+        faults += [] if is_there(source / TOKENIZER) else [f"{TOKENIZER} is there, the source has none"]
+        known = _Tokenizer(given).added
+        faults += _tokenizer_faults(given, found, changes)
+        faults += _image_token_faults(known, model.tokens.image_token_index, found.added, index) if images else ()
+    move = (model.tokens.image_token_index, index)
+    # Without a tokenizer.json its settings alone follow the image token.
+    known_there = found.added.get(IMAGE_TOKENS["image_token"], {}).get("id") == index
+    moved = move[0] != move[1] and (TOKENIZER not in names or known_there)
+    if SETTINGS in names:
+        expected = _expected_settings(_read(source, SETTINGS), move if moved else None, found.added, images=images)
+        faults += _told(SETTINGS, expected, read_json_object(target.path / SETTINGS))
+    if PROCESSOR in names:
+        faults += _told(PROCESSOR, _expected_processor(seeing, model), read_json_object(target.path / PROCESSOR))
+    if faults:
+        whose = "the source's" if VISION_FROM not in folders.by_role else "the source's or the donor's"
+        return refused("tokenizer", f"setting(s) or token(s) that are not {whose} or have no row", faults)
+    moves = [f"{change['token']}, now {change['target']}" for change in changes if change["replaces"] is not None]
+    declared = f" but for {'; '.join(moves)}, as declared" if moves else ""
+    if PROCESSOR in names and VISION_FROM not in folders.by_role:
+        told = f"tokens and pixels are the source's{declared}"
+    else:
+        kept = [f"tokens are the source's{declared}"] if {*names} - {PROCESSOR} else []
+        told = ", ".join([*kept, *(["pixels are the donor's"] if PROCESSOR in names else [])])
+    return Check("tokenizer", True, f"{', '.join(names)}: {told}")
+
+
+def judge_carried(folders: Folders, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:
+    """Compare the files of a part that was taken out with those of the whole: nothing of them changes.
+
+    Raises:
+        CheckpointError: A file of either cannot be read.
+    """
+    names = _names(target.path, manifest)
+    faults = [*token_faults(target)]
+    faults += [f"{name} is not the source's" for name in names if not same_bytes(name, folders.source, target)]
+    if faults:
+        return refused("tokenizer", "file(s) or token(s) that are not the source's or have no row", faults)
+    return Check("tokenizer", True, f"{', '.join(names)}: as the source has them")
+
+
+def same_bytes(name: str, source: Path, target: Checkpoint) -> bool:
+    """Whether both have a file of that name, with the same bytes.
+
+    Raises:
+        CheckpointError: One is not a file, or cannot be read.
+    """
+    if not (is_there(source / name) and is_there(target.path / name)):
+        return False
+    return read_json_file(source / name) == read_json_file(target.path / name)
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the source, nothing where it has none."""
+    return read_json_object(folder / name) if is_there(folder / name) else {}
+
+
+class _Tokenizer:
+    """A tokenizer.json: its text in one form, and copies of its added tokens by their content."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        # One text takes a tenth of the memory of the objects.
+        self.text = json.dumps(document)
+        listed = document.get("added_tokens")
+        entries = [dict(entry) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        self.added = {entry["content"]: entry for entry in entries if type(entry.get("content")) is str}
+
+
+def _tokenizer_faults(given: dict[str, Any], found: _Tokenizer, changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tokenizer.json says otherwise; `given` is the source's, and is changed as declared."""
+    try:
+        expected = json.dumps(_changed(given, changes))
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        return [f"t5g2.json declares tokens that do not fit the source's {TOKENIZER}: {type(error).__name__} {error}"]
+    if found.text == expected:
+        return []
+    told = _told(TOKENIZER, given, json.loads(found.text))
+    return told or [f"{TOKENIZER} has its keys in another order than the source's"]
+
+
+def _changed(tokenizer: dict[str, Any], changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A tokenizer after the changes that were declared; each must find the source as it says."""
+    entries: list[dict[str, Any]] = tokenizer["added_tokens"] if changes else []
+    for change in changes:
+        token, number, replaced = change["token"], change["target"], change["replaces"]
+        if change["source"] not in (None, number):
+            (old,) = (entry for entry in entries if (entry["id"], entry["content"]) == (change["source"], token))
+            entries.remove(old)
+        was = token if replaced is None else replaced
+        (entry,) = (entry for entry in entries if (entry["id"], entry["content"]) == (number, was))
+        entry |= {"content": token, "special": True}
+        if replaced is not None:
+            vocabulary = tokenizer["model"]["vocab"]
+            if vocabulary[replaced] != number or token in vocabulary:
+                raise ValueError(f"{replaced} is not {number}, or {token} is there already")
+            # In their order, which is that of the ids.
+            tokenizer["model"]["vocab"] = {
+                token if name == replaced else name: value for name, value in vocabulary.items()
+            }
+    return tokenizer
+
+
+def _image_token_faults(
+    known: Mapping[str, Mapping[str, Any]], old: int, added: Mapping[str, Mapping[str, Any]], new: Any
+) -> Iterator[str]:
+    """The token that stood for images in the source has the id by which the target's encoder knows them."""
+    for name, entry in known.items():
+        if entry.get("id") == old and (found := added.get(name, {}).get("id")) != new:
+            yield f"{TOKENIZER}: {name} has id {found}, the encoder's image_token_index is {new}"
+
+
+def _expected_settings(
+    given: Mapping[str, Any], move: tuple[int, Any] | None, added: Mapping[str, Mapping[str, Any]], *, images: bool
+) -> dict[str, Any]:
+    """tokenizer_config.json; `move` is the image token's old and new id if it moved."""
+    expected = {key: value for key, value in given.items() if images or key != "processor_class"}
+    if move is None:
+        return expected
+    old, new = move
+    names = {"tokenizer_class": "GemmaTokenizer"}
+    names |= {"processor_class": "Gemma3Processor", **IMAGE_TOKENS} if images else {}
+    expected = {**names, **expected}
+    for key, value in expected.items():
+        if key.endswith("_token_id") and value == old:
+            expected[key] = new
+    decoder = expected.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        decoder = {key: value for key, value in decoder.items() if key != str(old)}
+        for key, value in decoder.items():
+            flags = value if isinstance(value, dict) else {}
+            if key == str(new):
+                decoder[key] = {**flags, "content": IMAGE_TOKENS["image_token"], "special": True}
+            elif flags.get("content") == MASK and MASK in added:
+                decoder[key] = {**flags, "special": added[MASK].get("special")}
+        expected["added_tokens_decoder"] = decoder
+    return expected
+
+
+def _expected_processor(source: Path, model: Gemma3) -> dict[str, Any]:
+    """processor_config.json; transformers before 5 kept the image processor in preprocessor_config.json."""
+    given = _read(source, PROCESSOR)
+    image = given.get("image_processor") or _read(source, "preprocessor_config.json")
+    side = None if model.vision is None else model.vision.image_size
+    own = {key: value for key, value in image.items() if key != "processor_class"}
+    return {
+        "image_seq_length": model.tokens.mm_tokens_per_image,
+        **given,
+        "processor_class": "Gemma3Processor",
+        "image_processor": {
+            **PIXELS,
+            **own,
+            "size": {"height": side, "width": side},
+            "image_processor_type": "Gemma3ImageProcessor",
+        },
+    }
+
+
+def _told(name: str, expected: Any, found: Any) -> list[str]:
+    return [f"{name}: {fault}" for fault in islice(_differences(expected, found, ""), MOST_FAULTS)]
+
+
+def _differences(expected: Any, found: Any, at: str) -> Iterator[str]:
+    """Everything in which two JSON documents differ, by the path of keys that leads to it."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in expected.keys() | found.keys() if expected.keys() != found.keys() else expected:
+            place = f"{at}.{key}" if at else key
+            if key not in found:
+                yield f"{place} is missing"
+            elif key not in expected:
+                yield f"{place} is {_short(found[key])}, which the source has not"
+            else:
+                yield from _differences(expected[key], found[key], place)
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for position, pair in enumerate(zip(expected, found, strict=True)):
+            yield from _differences(*pair, f"{at}[{position}]")
+    elif type(expected) is not type(found) or expected != found:
+        yield f"{at} is {_short(found)}, expected {_short(expected)}"
+
+
+def _short(value: Any) -> str:
+    """A value in few words."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

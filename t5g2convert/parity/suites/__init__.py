@@ -1,0 +1,1 @@
+"""Which checks judge which kind of folder, in order."""

@@ -1,0 +1,302 @@
+import errno
+import json
+import os
+import resource
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+
+from t5g2convert import convert
+from t5g2convert.adaptation.data import pack as packing
+from t5g2convert.adaptation.data.documents import Document, Fault
+from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
+from t5g2convert.adaptation.data.packed import Packed
+from t5g2convert.cli.demo import build_demo_source
+from t5g2convert.errors import DataError, Interrupted, OutputError, UsageError
+
+EOS, BOS = 1, 2
+LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's T5Gemma 2: 256 tokens, one for each printable character of ASCII, and images of 4 tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    build_demo_source(folder / "source")
+    convert(folder / "source", folder / "model", flush=False)
+    return folder / "model"
+
+
+def documents(texts: Sequence[str]) -> list[Document]:
+    return [Document(f"texts:{number}", text) for number, text in enumerate(texts, 1)]
+
+
+def pack_texts(model: Path, output: Path, texts: Sequence[str], **options: int) -> Packing:
+    return pack(model, output, documents(texts), flush=False, **options)
+
+
+def decoded(packed: Packed, model: Path) -> list[str]:
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    starts = [0, *np.fromfile(packed.folder / "text.doc", "<u8").tolist()]
+    pieces = [packed.read(start, stop) for start, stop in pairwise(starts)]
+    assert all(piece[-1] == EOS for piece in pieces)
+    return [tokenizer.decode(piece[:-1].tolist(), skip_special_tokens=False) for piece in pieces]
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 2, 3, 7, 22, 95, 96, 1000])
+def test_what_is_packed_is_read_again_wherever_shards_end(model: Path, tmp_path: Path, shard_tokens: int) -> None:
+    texts = ["ab" * (length // 2) + "c" * (length % 2) for length in LENGTHS]
+    done = pack_texts(model, tmp_path / "out", texts, shard_tokens=shard_tokens)
+    packed = Packed.open(tmp_path / "out", verify=True)
+    assert packed.tokens == sum(LENGTHS) + len(LENGTHS) == 95
+    assert len(packed.text.paths) == -(-95 // shard_tokens) == done.to_json()["shards"]
+    assert decoded(packed, model) == texts
+    whole = packed.read(0, 95)
+    for start in range(0, 96, 5):
+        for stop in range(start, 96, 3):
+            assert np.array_equal(packed.read(start, stop), whole[start:stop])
+    assert packed.highest == int(whole.max())
+    assert packed.index.special == {str(EOS): len(LENGTHS)}
+    assert np.array_equal(packed.counts, np.bincount(whole, minlength=256))
+
+
+def test_bos_stands_before_each_document_if_asked_for(model: Path, tmp_path: Path) -> None:
+    pack(model, tmp_path / "out", documents(["ab", "c"]), bos=True, flush=False)
+    packed = Packed.open(tmp_path / "out")
+    assert packed.read(0, packed.tokens).tolist() == [BOS, 69, 70, EOS, BOS, 71, EOS]
+    assert packed.index.bos
+    assert json.loads((tmp_path / "out/index.json").read_text())["special"] == {"1": 2, "2": 2}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> list[Document]:
+    """Documents with and without pictures."""
+    paths = []
+    for name in ("red", "blue", "green"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        paths.append(tmp_path / f"in/{name}.png")
+        Image.new("RGB", (8, 8), name).save(paths[-1])
+    return [
+        *documents([f"document {number} " * number for number in range(1, 30)]),
+        *(Document(f"p:{number}", f"picture {number}", (paths[number % 3],)) for number in range(7)),
+    ]
+
+
+def test_the_same_input_gives_the_same_bytes_however_it_is_cut_into_batches(
+    model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(model, tmp_path / "a", mixed, shard_tokens=100, flush=False)
+    expected = contents(tmp_path / "a")
+    assert len(expected) > 50
+    assert sum(name.startswith("images/") for name in expected) == 3
+    for number, (characters, count) in enumerate([(1, 4096), (50, 4096), (1 << 20, 5)]):
+        monkeypatch.setattr(packing, "BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(packing, "BATCH_DOCUMENTS", count)
+        pack(model, tmp_path / str(number), mixed, shard_tokens=100, flush=True)
+        assert contents(tmp_path / str(number)) == expected
+
+
+HOSTILE = ["<eos>", "<bos>a<eos>b", "<pad>", "<unk>", "<start_of_image>", "<image_soft_token>x<end_of_image>"]
+
+
+def test_names_of_special_tokens_in_texts_stay_text(model: Path, tmp_path: Path) -> None:
+    pack_texts(model, tmp_path / "out", HOSTILE)
+    packed = Packed.open(tmp_path / "out")
+    assert decoded(packed, model) == HOSTILE
+    assert packed.index.special == {str(EOS): len(HOSTILE)}, "the eos that ends each, and nothing else"
+    assert not packed.counts[253:].any()
+
+
+def test_what_the_tokenizer_does_not_know_is_counted(model: Path, tmp_path: Path) -> None:
+    pack_texts(model, tmp_path / "out", ["aäöb", "ß"])
+    assert Packed.open(tmp_path / "out").index.special == {str(EOS): 2, "3": 2}
+
+
+def test_empty_documents_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
+    done = pack_texts(model, tmp_path / "out", ["", "a", " \n\t", "b"])
+    assert (done.index.empty, done.index.text.documents) == (2, 2)
+    for texts in ([], ["", " "]):
+        with pytest.raises(DataError, match=rf"there is no document with text in it \({len(texts)} empty\)"):
+            pack_texts(model, tmp_path / "other", texts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def with_tokenizer(model: Path, folder: Path, section: str, value: dict[str, object]) -> Path:
+    """The model with another section in its tokenizer.json."""
+    shutil.copytree(model, folder)
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document[section] = {**(document[section] or {}), **value}
+    path.write_text(json.dumps(document))
+    return folder
+
+
+def test_a_text_that_gives_a_special_token_all_the_same_is_named(model: Path, tmp_path: Path) -> None:
+    other = with_tokenizer(model, tmp_path / "model", "model", {"ignore_merges": True})
+    with pytest.raises(DataError, match=r"texts:2: gives the special token 1 \(<eos>\)"):
+        pack_texts(other, tmp_path / "out", ["a", "<eos>", "b"])
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_empty(model: Path, tmp_path: Path) -> None:
+    nothing = {"type": "Replace", "pattern": {"Regex": "x+"}, "content": ""}
+    other = with_tokenizer(model, tmp_path / "model", "normalizer", nothing)
+    index = pack_texts(other, tmp_path / "out", ["a", "xxx"]).index
+    assert (index.empty, index.text.documents) == (1, 1)
+
+
+def test_all_documents_that_cannot_be_packed_are_named(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
+    (tmp_path / "in/cut.png").write_bytes((tmp_path / "in/red.png").read_bytes()[:40])
+    red, cut = tmp_path / "in/red.png", tmp_path / "in/cut.png"
+    bad = [
+        Document("a:1", "x", (cut,)),
+        Document("a:2", "<start_of_image>x", (red, red)),
+        Document("a:3", "x<start_of_image>", (red,)),
+        Document("a:4", "x", (tmp_path / "in/absent.png",)),
+        Fault("a:5", "is not UTF-8"),
+    ]
+    with pytest.raises(DataError, match="a:1: 5 documents cannot be packed") as failed:
+        pack(model, tmp_path / "out", [*mixed, *bad], flush=False)
+    first, *others = failed.value.details
+    assert first.startswith(f"a:1: {cut} ")
+    assert others == [
+        "a:2: has 2 picture(s), and <start_of_image> 1 time(s)",
+        "a:3: ends with a picture: nothing is left to be learnt",
+        f"a:4: {tmp_path}/in/absent.png is missing",
+        "a:5: is not UTF-8",
+    ]
+    with pytest.raises(DataError, match="a:5: is not UTF-8"):
+        pack(model, tmp_path / "out", [*mixed, bad[-1]], flush=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_after_a_hundred_of_them_no_more_is_read(model: Path, tmp_path: Path) -> None:
+    read = 0
+
+    def faults() -> Iterator[Fault]:
+        nonlocal read
+        for read in range(1, 10_000):
+            yield Fault(f"a:{read}", "is bad")
+
+    with pytest.raises(DataError, match="100 documents or more cannot be packed") as failed:
+        pack(model, tmp_path / "out", faults(), flush=False)
+    assert read == len(failed.value.details) == MAX_FAULTS
+
+
+def test_a_model_without_eyes_takes_no_pictures(tmp_path: Path, mixed: list[Document]) -> None:
+    config = {"model_type": "t5g2_research", "vocab_size": 256, "eos_token_id": 1, "pad_token_id": 0}
+    build_demo_source(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="7 documents cannot be packed") as failed:
+        pack(tmp_path / "model", tmp_path / "out", mixed, flush=False)
+    assert failed.value.details[0] == "p:0: has pictures, and the model has no vision tower"
+    assert pack(tmp_path / "model", tmp_path / "out", mixed[:5], flush=False).index.text.documents == 5
+    with pytest.raises(UsageError, match="the model has no bos token"):
+        pack(tmp_path / "model", tmp_path / "other", mixed[:5], bos=True, flush=False)
+
+
+def test_an_output_that_is_there_stays_unless_it_is_to_be_replaced(
+    model: Path, tmp_path: Path, mixed: list[Document]
+) -> None:
+    pack_texts(model, tmp_path / "out", ["old"])
+    before = contents(tmp_path / "out")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        pack_texts(model, tmp_path / "out", ["new"])
+    with pytest.raises(DataError):
+        pack(model, tmp_path / "out", [Fault("a", "b")], overwrite=True, flush=False)
+    assert contents(tmp_path / "out") == before
+    pack(model, tmp_path / "out", mixed, overwrite=True, flush=False)
+    assert Packed.open(tmp_path / "out", verify=True).index.text.documents == 29
+    for target in (model, model / "inside", tmp_path / "in"):
+        with pytest.raises(OutputError, match=r"(is|contains|lies inside) the source folder"):
+            pack(model, target, mixed, sources=[tmp_path / "in"], overwrite=True, flush=False)
+
+
+def test_a_folder_that_no_packing_wrote_is_never_replaced(model: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "novel.txt").write_text("Call me Ishmael.")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="is no packed data, and is not replaced"):
+            pack(model, texts, [Document("a", "b")], overwrite=overwrite, flush=False)
+    assert (texts / "novel.txt").read_text() == "Call me Ishmael."
+
+
+def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
+    for number in (0, 3, len(mixed)):
+
+        def stopped(number: int = number) -> Iterator[Document]:
+            yield from mixed[:number]
+            raise Interrupted(15)
+
+        with pytest.raises(Interrupted):
+            pack(model, tmp_path / "new/out", stopped(), flush=False)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
+    """The system refuses every write beyond so many bytes of a file; which file that is depends on the limit."""
+    failed = set()
+    for size in (0, 20, 79, 150, 300, 700, 1500, 2000, 2100):
+        with largest_file(size), pytest.raises(OutputError, match="cannot be written: File too large") as error:
+            pack(model, tmp_path / "new/out", mixed, shard_tokens=300)
+        failed.add(Path(str(error.value.where)).name)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    assert failed >= {"partial", "text-00000.bin", "index.json", "counts.bin"}
+
+
+@pytest.mark.parametrize("name", ["fsync", "rename", "mkdir"])
+def test_O2_any_call_that_fails_leaves_nothing(
+    model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    call, calls, number = getattr(os, name), 0, 0
+    pack(model, tmp_path / "whole", mixed)
+
+    def fail(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call(*arguments, **options)
+
+    refused = 0
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, fail)
+        for turn in range(1, 40):
+            number, calls = turn, 0
+            try:
+                pack(model, tmp_path / "out", mixed)
+            except OutputError:
+                refused += 1
+            else:
+                break
+            if (tmp_path / "out").exists():  # the last of all: the folder's parent could not be flushed
+                break
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "whole"]
+    assert refused >= {"fsync": 10, "rename": 1, "mkdir": 2}[name]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_shard_has_a_token_at_least(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--shard-tokens is 0, expected 1 or more"):
+        pack_texts(model, tmp_path / "out", ["a"], shard_tokens=0)

@@ -1,0 +1,216 @@
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t5g2convert import convert
+from t5g2convert.adaptation.data import packed
+from t5g2convert.adaptation.data.documents import Document
+from t5g2convert.adaptation.data.pack import pack
+from t5g2convert.adaptation.data.packed import Packed, check_tokenizer
+from t5g2convert.cli.demo import build_demo_source
+from t5g2convert.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, and data of three documents without pictures and two with them, in `data`."""
+    folder = tmp_path_factory.mktemp("made")
+    build_demo_source(folder / "source")
+    convert(folder / "source", folder / "model", flush=False)
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(folder / name)
+    documents = [
+        Document("1", "one"),
+        Document("2", "<start_of_image>red", (folder / "a.png",)),
+        Document("3", "three"),
+        Document("4", "both", (folder / "b.png", folder / "a.png")),
+        Document("5", "five"),
+    ]
+    pack(folder / "model", folder / "data", documents, shard_tokens=7, flush=False)
+    return folder
+
+
+@pytest.fixture
+def data(made: Path, tmp_path: Path) -> Path:
+    """The data, free to be damaged."""
+    shutil.copytree(made / "data", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_documents_with_pictures_stand_apart(made: Path) -> None:
+    packed = Packed.open(made / "data", verify=True)
+    assert (packed.index.text.documents, packed.tokens, len(packed.images)) == (3, 15, 2)
+    red, both = packed.images
+    assert red.images == both.images[1:]
+    assert [path.suffix for path in both.images] == [".png", ".png"]
+    assert len(packed.images[-1].images) == 2 == len(packed.images[0:2])
+    assert [document.tokens[document.split :].tolist()[-4:-1] for document in (red, both)] == [
+        [86, 73, 72], [83, 88, 76]
+    ]  # fmt: skip
+    assert all(document.tokens[document.split - 1] == 254 for document in (red, both))
+    assert 254 not in both.tokens[both.split :]
+    with pytest.raises(IndexError):
+        packed.images[2]
+    for start, stop in ((-1, 2), (3, 2), (0, 16)):
+        with pytest.raises(IndexError, match=f"tokens {start} to {stop} of 15"):
+            packed.read(start, stop)
+
+
+def test_another_process_opens_the_folder_again(data: Path) -> None:
+    packed = Packed.open(data)
+    text = pickle.dumps(packed)
+    assert len(text) < 1000
+    assert np.array_equal(pickle.loads(text).read(0, 15), packed.read(0, 15))
+    index = data / "index.json"
+    index.write_bytes(index.read_bytes() + b" ")
+    with pytest.raises(DataError, match="is other data: its sha256 is"):
+        pickle.loads(text)
+
+
+FILES = ["text-00000.bin", "text-00002.bin", "text.doc", "image-00000.bin", "image.doc", "image.pic", "counts.bin"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_missing_or_of_another_size_is_named(data: Path, name: str) -> None:
+    whole = (data / name).read_bytes()
+    for damaged in (whole[:-1], whole + b"\0", b""):
+        (data / name).write_bytes(damaged)
+        told = rf"{name}: has {len(damaged)} bytes, the index says {len(whole)}"
+        with pytest.raises(DataError, match=told):
+            Packed.open(data)
+    (data / name).unlink()
+    with pytest.raises(DataError, match=f"{name}: is missing"):
+        Packed.open(data)
+
+
+@pytest.mark.parametrize("name", [*FILES, "images"])
+def test_bytes_that_changed_are_found_if_asked_for(data: Path, name: str) -> None:
+    path = next((data / name).iterdir()) if name == "images" else data / name
+    Packed.open(data, verify=True)
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    if name not in ("text.doc", "image.doc"):  # whose order tells it already
+        Packed.open(data)
+    with pytest.raises(DataError) as failed:
+        Packed.open(data, verify=True)
+    assert failed.value.details in ((path.relative_to(data).as_posix(),), ())
+
+
+def test_several_processes_look_at_all_files_together(data: Path) -> None:
+    packed = Packed.open(data)
+    found: list[str] = []
+    for path in (item for item in data.rglob("*") if item.is_file() and item.name != "index.json"):
+        content = path.read_bytes()
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    for part in range(3):
+        with pytest.raises(DataError) as failed:
+            packed.check_bytes(part=part, parts=3)
+        found += failed.value.details
+    files = [item.relative_to(data).as_posix() for item in data.rglob("*") if item.is_file()]
+    assert sorted([*found, "index.json"]) == sorted(files)
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        ([4, 4, 15], "document 1 ends before it begins"),
+        ([9, 4, 15], "document 1 ends"),
+        ([0, 4, 15], "document 0 ends"),
+        ([4, 2**63, 15], "document 2 ends"),
+        ([4, 10, 14], "the last document ends at 14, the index says 15"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_ends_that_do_not_ascend_are_refused(
+    data: Path, ends: list[int], told: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "CHECKED_AT_ONCE", at_once)
+    (data / "text.doc").write_bytes(np.array(ends, "<u8").tobytes())
+    with pytest.raises(DataError, match=told):
+        Packed.open(data)
+
+
+def test_pictures_that_are_missing_or_more_are_refused(data: Path) -> None:
+    picture = next((data / "images").iterdir())
+    shutil.copy(picture, data / "images/more.png")
+    with pytest.raises(DataError, match="images: has 3 pictures of"):
+        Packed.open(data)
+    (data / "images/more.png").unlink()
+    picture.unlink()
+    with pytest.raises(DataError, match="images: has 1 pictures of"):
+        Packed.open(data)
+    shutil.rmtree(data / "images")
+    with pytest.raises(DataError, match="images: cannot be read"):
+        Packed.open(data)
+
+
+def test_a_picture_elsewhere_is_refused(data: Path) -> None:
+    content = bytearray((data / "image.pic").read_bytes())
+    content[32:40] = b"/../../x"
+    (data / "image.pic").write_bytes(content)
+    with pytest.raises(DataError, match=r"names a picture that ends in '/../../x'"):
+        Packed.open(data).images[0]
+
+
+def test_pictures_and_their_tokens_must_be_as_many(data: Path) -> None:
+    total = Packed.open(data).index.image.tokens
+    (data / "image.doc").write_bytes(np.array([[12, 2], [total, 3]], "<u8").tobytes())
+    with pytest.raises(DataError, match="document 0: has 2 pictures and 1 end-of-image tokens"):
+        Packed.open(data).images[0]
+
+
+def change(path: Path, act: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads(path.read_text())
+    act(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (lambda index: index.update(format=2), "is not an index of packed data: format"),
+        (lambda index: index.pop("text"), "is not an index of packed data: text"),
+        (lambda index: index.update(more=1), "is not an index of packed data: more"),
+        (lambda index: index["text"].update(tokens="15"), r"is not an index of packed data: text\.tokens"),
+        (lambda index: index["text"].update(tokens=-1), r"is not an index of packed data: text\.tokens"),
+        (lambda index: index["text"].update(tokens=16), "hold 15 tokens together, the index says 16"),
+        (lambda index: index["text"].update(ends="x"), r"is not an index of packed data: text\.ends"),
+        (lambda index: index["special"].update(eos=1), "is not an index of packed data: special"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(data: Path, act: Callable[[dict[str, Any]], object], told: str) -> None:
+    change(data / "index.json", act)
+    with pytest.raises(DataError, match=told):
+        Packed.open(data)
+
+
+def test_a_folder_that_is_none_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent/index\.json: is missing: no folder of packed data"):
+        Packed.open(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"an address \(https://...\) was given"):
+        Packed.open(Path("https://x/y"))
+    (data / "index.json").write_text("{")
+    with pytest.raises(DataError, match="is not an index of packed data"):
+        Packed.open(data)
+
+
+def test_data_belongs_to_a_tokenizer_and_to_special_tokens(made: Path, tmp_path: Path) -> None:
+    packed = Packed.open(made / "data")
+    check_tokenizer(packed, made / "model")
+    shutil.copytree(made / "model", tmp_path / "model")
+    tokenizer = tmp_path / "model/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(DataError, match="was packed with the tokenizer"):
+        check_tokenizer(packed, tmp_path / "model")
+    shutil.copy(made / "model/tokenizer.json", tokenizer)
+    change(tmp_path / "model/config.json", lambda config: config["encoder"].update(eoi_token_index=250))
+    with pytest.raises(DataError, match=r"with other tokens \(data and model\): eoi 254 and 250"):
+        check_tokenizer(packed, tmp_path / "model")

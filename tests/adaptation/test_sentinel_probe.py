@@ -1,0 +1,160 @@
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from t5g2convert import CheckpointError, UsageError, convert
+from t5g2convert.adaptation.sentinel_probe import MovedRange, Probe, probe
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
+from t5g2convert.conversion.write import tables
+from tests.conftest import TwinFolder
+
+TABLE = "model.encoder.embed_tokens.weight"
+
+
+def trained(model: Path, output: Path, rows: Iterable[int], *, drift: float = 0.0) -> Path:
+    """A model in which some rows of the table have moved far, and all a little."""
+    output.mkdir()
+    (output / "config.json").write_bytes((model / "config.json").read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    table, generator = tensors[TABLE].float(), torch.Generator().manual_seed(3)
+    noise = torch.randn(table.shape, generator=generator)
+    table += drift * noise
+    chosen = torch.tensor(list(rows), dtype=torch.long)
+    table[chosen] += noise[chosen]
+    # Nothing of a drift is to be lost in rounding, and nothing of a row that did not move is to change.
+    tensors = {name: tensor.float() for name, tensor in tensors.items()} | {TABLE: table}
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    return output
+
+
+def with_tokenizer(folder: Path, unused: Iterable[int]) -> None:
+    vocabulary = {f"<unused{number}>": number for number in unused}
+    vocabulary = {f"word{number}": number for number in range(300) if number not in vocabulary.values()} | vocabulary
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}}))
+
+
+def ids(found: Probe) -> list[tuple[int, int]]:
+    return [(item.first, item.last) for item in found.ranges]
+
+
+@pytest.mark.parametrize("drift", [0.0, 1e-3])
+def test_the_sentinels_that_a_model_was_trained_with_are_found(
+    drift: float, twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    name = "text-with-fill"
+    sentinels = range(262_144 - 100, 262_144)
+    output = trained(converted_twin(name), tmp_path / "out", [*sentinels, 70_000, 258_111, 258_112], drift=drift)
+    with_tokenizer(output, range(6, 104))
+    found = probe(twin_folder(name), output)
+    assert ids(found) == [(262_044, 262_143), (258_111, 258_112)], "row 70000 has a use of its own"
+    assert [item.count for item in found.ranges] == [100, 2]
+    assert found.moved == 102
+    assert found.compared == 262_144 - 256_000 + 98
+    assert found.equal == (found.compared - 102 if drift == 0 else 0)
+    assert (found.still > 0) == (drift > 0)
+    assert 0.5 < found.ranges[0].median < found.ranges[0].largest
+    assert found.rows == 262_144
+    assert found.notes == ("the tables have 262208 and 262144 rows: the 262144 that both have are compared",)
+
+
+def test_nothing_moved_gives_none(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+    found = probe(twin_folder("text-real-vocabulary"), converted_twin("text-real-vocabulary"))
+    assert found.ranges == ()
+    assert (found.moved, found.equal, found.largest) == (0, found.compared, 0.0)
+    assert found.compared == 262_144
+    assert found.notes == ("neither has a tokenizer.json: all rows are compared, used or not",)
+
+
+def test_most_of_the_rows_may_have_moved(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> None:
+    output = trained(converted_twin("text-8"), tmp_path / "out", range(40, 300), drift=1e-4)
+    assert ids(probe(twin_folder("text-8"), output)) == [(40, 299)]
+
+
+def test_rows_that_are_known_for_something_stand_alone(
+    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    name = "text-real-vocabulary"
+    output = trained(converted_twin(name), tmp_path / "out", range(255_998, 256_004))
+    found = probe(twin_folder(name), output)
+    assert [(item.first, item.last, item.known) for item in found.ranges] == [
+        (256_002, 256_003, None),
+        (256_001, 256_001, "the image token of T5Gemma 2"),
+        (256_000, 256_000, "end of image"),
+        (255_999, 255_999, "begin of image"),
+        (255_998, 255_998, None),
+    ]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64])
+def test_blocks_of_rows_change_nothing(
+    at_once: int,
+    twin_folder: TwinFolder,
+    converted_twin: TwinFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = trained(converted_twin("text-8"), tmp_path / "out", [3, 64, 299], drift=1e-3)
+    whole = probe(twin_folder("text-8"), output)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", at_once)
+    assert probe(twin_folder("text-8"), output) == whole
+    before, after = load_file(twin_folder("text-8") / "model.safetensors"), load_file(output / "model.safetensors")
+    one, other = before["model.embed_tokens.weight"].double(), after[TABLE].double()
+    expected = (one - other).norm(dim=1) / one.norm(dim=1)
+    assert whole.ranges[0] == MovedRange(
+        299, 299, 1, pytest.approx(expected[299].item()), pytest.approx(expected[299].item()), None
+    )
+
+
+def test_a_row_of_zeros_that_moved_is_infinitely_far(
+    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    before = trained(converted_twin("text-8"), tmp_path / "before", [])
+    tensors = load_file(before / "model.safetensors")
+    tensors[TABLE][[5, 6]] = 0
+    save_file(tensors, before / "model.safetensors", {"format": "pt"})
+    tensors[TABLE][6] = 1
+    after = trained(before, tmp_path / "after", [])
+    save_file(tensors, after / "model.safetensors", {"format": "pt"})
+    found = probe(before, after)
+    assert ids(found) == [(6, 6)]
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert document["ranges"] == [{"first": 6, "last": 6, "count": 1, "median": None, "largest": None, "known": None}]
+
+
+def test_models_without_a_common_space_are_refused(
+    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="its rows have 24 values, those of donor-wide 32: no common space"):
+        probe(twin_folder("donor-wide"), converted_twin("text-8"))
+    with pytest.raises(UsageError, match="a factor of -1 has no meaning"):
+        probe(twin_folder("text-8"), converted_twin("text-8"), factor=-1)
+    bad = trained(converted_twin("text-8"), tmp_path / "bad", [])
+    tensors = load_file(bad / "model.safetensors")
+    tensors[TABLE][7, 1] = float("nan")
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds NaN in row 7"):
+        probe(twin_folder("text-8"), bad)
+    save_file({"model.norm.weight": torch.ones(3)}, bad / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="has no embedding table"):
+        probe(twin_folder("text-8"), bad)
+
+
+def test_of_a_model_of_the_hub_the_file_with_the_table_is_fetched(
+    converted_twin: TwinFolder, twin_folder: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def fetched(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+        asked.append([*names])
+        return checkpoint
+
+    model = tmp_path / "model"
+    convert(twin_folder("images-8"), model, max_shard_bytes=50_000)
+    monkeypatch.setattr("t5g2convert.adaptation.sentinel_probe.fetch", fetched)
+    probe(converted_twin("images-8"), open_checkpoint(model))
+    table = open_checkpoint(model).tensors[TABLE].file
+    assert asked == [["model.safetensors"], [table]]

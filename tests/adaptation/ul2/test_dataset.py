@@ -1,0 +1,150 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from t5g2convert.adaptation.data.tokens import ModelTokens
+from t5g2convert.adaptation.train.forecast import forecast
+from t5g2convert.adaptation.train.loss import IGNORED
+from t5g2convert.adaptation.train.preflight import prepare
+from t5g2convert.adaptation.train.settings import Settings, differences, make_settings
+from t5g2convert.adaptation.ul2.corruption import Example
+from t5g2convert.adaptation.ul2.dataset import Place, collate, image_task, places, task_names, teaching
+from t5g2convert.adaptation.ul2.mixture import read_mixture
+from t5g2convert.errors import DataError, UsageError
+
+TOKENS = ModelTokens(300, bos=2, eos=1, pad=0, boi=290, eoi=291, image=292, per_image=4, pictures=True)
+
+
+def make(**changes: object) -> Settings:
+    values = {"encoder_length": 64, "decoder_length": 64, "batch_tokens": 640, "steps": 100, "lr": 1e-3}
+    return make_settings(mixture=read_mixture(), **{**values, **changes})
+
+
+def example(*, encoder: int, labels: int, task: int) -> Example:
+    return Example(
+        encoder=np.arange(10, 10 + encoder, dtype=np.uint32),
+        labels=np.arange(50, 50 + labels, dtype=np.uint32),
+        positions=np.arange(-1, labels - 1, dtype=np.int64),
+        raw=np.arange(100, 100 + encoder + labels, dtype=np.uint32),
+        task=task,
+    )
+
+
+def test_a_batch_is_padded_to_its_longest_and_the_decoder_reads_what_stands_before() -> None:
+    batch = collate([example(encoder=5, labels=3, task=4), example(encoder=2, labels=4, task=0)], [True, False], TOKENS)
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14], [10, 11, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["decoder_input_ids"].tolist() == [[2, 50, 51, 0], [2, 50, 51, 52]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[50, 51, 52, IGNORED], [IGNORED] * 4]
+    assert batch["tasks"].tolist() == [4, 0]
+
+
+@pytest.mark.parametrize(("bos", "expected"), [(None, [-1, -1, 0, -1]), (2, [-1, -1, 1, -1])])
+def test_a_label_is_taught_from_the_place_before_it(bos: int | None, expected: list[int]) -> None:
+    taught = teaching([example(encoder=5, labels=3, task=0)], bos, width=4)
+    assert taught["teacher_positions"].tolist() == [expected]
+    raw = taught["raw_ids"][0]
+    assert len(raw) == 8 + (bos is not None)
+    # The label at raw position 1 is raw[1]; the teacher, having read all before it, stands on raw[0].
+    assert int(raw[expected[2]]) == 100
+    assert torch.equal(taught["raw_mask"], torch.ones_like(taught["raw_ids"]))
+
+
+@pytest.mark.parametrize("encoder_bos", [False, True])
+def test_a_teacher_reads_bos_first_whatever_the_encoder_reads(encoder_bos: bool, small: Path) -> None:
+    settings = make(encoder_bos=encoder_bos, teacher="0" * 64, steps=1)
+    samples = prepare(small / "model", small / "data", settings).samples
+    batch = samples[Place(0, (0, 1), (True, True))]
+    assert batch["raw_ids"][:, 0].tolist() == [2, 2]
+    assert (batch["input_ids"][:, 0] == 2).all() == encoder_bos
+    taught = batch["teacher_positions"] >= 0
+    assert taught.any()
+    at, expected = batch["teacher_positions"][taught], batch["labels"][taught]
+    rows = taught.nonzero()[:, 0]
+    assert torch.equal(batch["raw_ids"][rows, at + 1], expected)
+
+
+def test_data_of_images_alone_is_enough_for_steps_of_images(small: Path, tmp_path: Path) -> None:
+    from t5g2convert.adaptation.data.documents import read_files
+    from t5g2convert.adaptation.data.pack import pack
+
+    pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
+    with pytest.raises(DataError, match="the corpus has 0 tokens"):
+        prepare(small / "model", tmp_path / "data", make(image_every=2))
+    prepared = prepare(small / "model", tmp_path / "data", make(image_every=1))
+    found = forecast(prepared, devices=1, micro=1, chunk=8)
+    assert (found.tasks, found.corpus, found.epochs, found.operations) == ((), 0, 0.0, None)
+    assert (prepared.samples.longest, found.image_steps) == (0, 100)
+    both = prepare(small / "model", small / "data", make(image_every=1)).samples
+    for place in places(prepared.samples.settings, rank=0, world=1, micro=5, start=98):
+        batch, expected = prepared.samples[place], both[place]
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        assert len(batch["pixel_values"]) == 5
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("micro", [1, 4, 16])
+@pytest.mark.parametrize("every", [None, 1, 3])
+def test_all_processes_together_take_every_sample_once(world: int, micro: int, every: int | None) -> None:
+    settings = make(steps=7, image_every=every)
+    taken: dict[bool, list[int]] = {False: [], True: []}
+    passes = set()
+    for rank in range(world):
+        mine = list(places(settings, rank=rank, world=world, micro=micro, start=0))
+        passes.add(len(mine))
+        for place in mine:
+            assert len(place.samples) == micro
+            counted = [i for i, counts in zip(place.samples, place.counted, strict=True) if counts]
+            taken[settings.is_image_step(place.step)] += counted
+    assert len(passes) == 1
+    images = 0 if every is None else 7 // every
+    assert sorted(taken[True]) == list(range(10 * images))
+    assert sorted(taken[False]) == list(range(10 * (7 - images)))
+
+
+def test_a_run_that_goes_on_takes_what_it_would_have_taken() -> None:
+    settings = make(steps=9, image_every=2)
+    every = list(places(settings, rank=1, world=2, micro=3, start=0))
+    assert list(places(settings, rank=1, world=2, micro=3, start=5)) == [place for place in every if place.step >= 5]
+    assert every[0] == Place(0, (1, 3, 5), (True, True, True))
+    assert every[1] == Place(0, (7, 9, 0), (True, True, False))
+
+
+def test_the_rate_rises_in_a_line_and_falls_to_the_floor() -> None:
+    settings = make(steps=300, warmup=100, lr=1.0, lr_floor=0.2)
+    assert [settings.rate(step) for step in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1.0, 1.0])
+    assert settings.rate(200) == pytest.approx(0.6)
+    assert settings.rate(299) == pytest.approx(0.2, abs=1e-3)
+    assert make(warmup=0).rate(0) == make().lr
+
+
+def test_settings_are_told_apart_by_their_sha256() -> None:
+    one, other = make(), make(lr=2e-3)
+    assert one.sha256 == make().sha256
+    assert one.sha256 != other.sha256
+    assert one.objective_sha256 == other.objective_sha256
+    assert one.objective_sha256 != make(encoder_eos=True).objective_sha256
+    assert differences(one.to_json(), other.to_json()) == ["lr 0.001, now 0.002"]
+    assert differences(one.to_json(), one.to_json()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"lr": 0.0}, "--lr: .* greater than 0"), ({"steps": 0}, "--steps"), ({"betas": (1.0, 0.9)}, "--betas"),
+     ({"lr": float("nan")}, "--lr"), ({"seed": -1}, "--seed"), ({"precision": "float16"}, "--precision")],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_told_by_its_option(change: dict[str, object], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        make(**change)
+
+
+def test_images_are_marked_as_the_mixtures_prefixes_are() -> None:
+    settings = make()
+    assert task_names(settings)[-1] == "images"
+    assert image_task(settings).sentinel is False
+    marked = settings.mixture.tasks[-1].model_copy(update={"sentinel": True, "mode_token": 77})
+    with_mode = settings.model_copy(update={"mixture": settings.mixture.model_copy(update={"tasks": (marked,)})})
+    assert (image_task(with_mode).sentinel, image_task(with_mode).mode_token) == (True, 77)

@@ -1,0 +1,153 @@
+"""The card and the upload of a folder that was trained elsewhere: what loaders read of it, and where it is from."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.publish.card import model_card
+from t5g2convert.publish.sent_files import elsewhere_files, finished_files
+from tests.publish.folders import change_manifest, from_hub
+from tests.publish.scene import Scene
+
+LEFT_BY_TRAINER = ("optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", ".env", "notes.txt")
+
+
+def trained(out: Path, folder: Path) -> Path:
+    """A copy as Trainer leaves it, in as far as it matters to files."""
+    shutil.copytree(out, folder)
+    (folder / "t5g2.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "5.24.0"}))
+    for name in LEFT_BY_TRAINER:
+        (folder / name).write_bytes(b"mine")
+    (folder / "checkpoint-100").mkdir()
+    (folder / "checkpoint-100/model.safetensors").write_bytes(b"")
+    return folder
+
+
+def made(folder: Path, start: Path | None, **options: Any) -> str:
+    chosen = {"repo": "", "source_card": None, "existing": None, "mode": "update", **options}
+    card = model_card(folder, start=start, **chosen)
+    assert card is not None
+    return card
+
+
+def test_the_card_tells_where_the_start_is_from_and_no_more(converted: Path, tmp_path: Path) -> None:
+    folder = trained(converted, tmp_path / "trained")
+    change_manifest(converted, from_hub("google/gemma-3-4b-pt"))
+    card = made(folder, converted, source_card="---\nlicense: gemma\n---\n")
+    assert "base_model: google/gemma-3-4b-pt" in card
+    assert "license: gemma" in card
+    assert "# T5Gemma 2, trained elsewhere" in card
+    assert "**Not recorded.**" in card
+    assert "$ t5g2 convert google/gemma-3-4b-pt@" in card
+    assert "not further trained" not in card
+    # Made again with it, it is the same; and one's own words stay.
+    assert made(folder, converted, source_card="---\nlicense: gemma\n---\n", existing=card) == card
+    assert "Mine." in made(folder, converted, existing=f"{card}\nMine.\n")
+
+
+def test_a_start_without_a_manifest_tells_nothing(converted: Path, tmp_path: Path) -> None:
+    folder = trained(converted, tmp_path / "trained")
+    (converted / "t5g2.json").unlink()
+    card = made(folder, converted)
+    assert "nothing tells how it was made" in card
+    assert "base_model" not in card
+
+
+@pytest.mark.parametrize(
+    ("named", "loader", "task"),
+    [
+        ("T5Gemma2ForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
+        ("T5Gemma2ForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
+        ("T5Gemma2Model", "AutoModelForSeq2SeqLM", "image-text-to-text"),
+    ],
+)
+def test_the_class_that_was_saved_loads_it(named: str, loader: str, task: str, converted: Path, tmp_path: Path) -> None:
+    folder = trained(converted, tmp_path / "trained")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [named]}))
+    card = made(folder, converted)
+    assert f"{loader}.from_pretrained(name)" in card
+    assert f"pipeline_tag: {task}" in card
+
+
+def test_an_encoder_has_a_card_of_its_own(kinds: Path, tmp_path: Path) -> None:
+    card = made(trained(kinds / "encoder", tmp_path / "trained"), kinds / "encoder")
+    assert "# The encoder of a T5Gemma 2, trained elsewhere" in card
+    assert "trained nothing" not in card
+
+
+def test_without_its_start_it_is_refused_with_the_way_out(converted: Path, tmp_path: Path) -> None:
+    folder = trained(converted, tmp_path / "trained")
+    for reading in (lambda: made(folder, None), lambda: finished_files(folder)):
+        with pytest.raises(CheckpointError, match="missing") as error:
+            reading()
+        assert error.value.hint is not None
+        assert "--source" in error.value.hint
+
+
+def test_what_this_tool_wrote_is_not_taken_for_it(kinds: Path, converted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="was given as what it was trained from"):
+        made(converted, converted)
+    with pytest.raises(UsageError, match=r"has a t5g2.json of its own"):
+        made(kinds / "adapted", converted)
+    folder = trained(converted, tmp_path / "trained")
+    with pytest.raises(UsageError, match=r"is a t5gemma2, .* a gemma3"):
+        made(folder, kinds / "decoder")
+    # The start's own, copied along, tells nothing of it.
+    shutil.copy(converted / "t5g2.json", folder)
+    assert "trained elsewhere" in made(folder, converted)
+
+
+def test_H5_only_what_loaders_read_of_it_is_sent(converted: Path, tmp_path: Path) -> None:
+    folder = trained(converted, tmp_path / "trained")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    shutil.copy(converted / "t5g2.json", folder)
+    told: list[str] = []
+    files = [file.name for file in elsewhere_files(folder, told.append)]
+    expected = {*read_manifest(converted)["files"]}
+    assert set(files) == set(told) == expected
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError) as error:
+        elsewhere_files(folder)
+    assert error.value.details == (
+        "tokenizer.json is a link to another place: only files of the folder itself are sent",
+    )
+
+
+def test_H5_an_upload_of_it_takes_the_manifest_of_its_start_away(scene: Scene) -> None:
+    scene.good("upload out ann/model")
+    trained(scene.out, scene.folder / "trained")
+    told = scene.refused("upload trained ann/model", 3)
+    assert "--source" in told
+    done = json.loads(scene.good("upload trained ann/model --source out --json"))
+    assert done["removed"] == ["t5g2.json"]
+    there = scene.there()
+    assert there.keys() == scene.expected().keys() - {"t5g2.json"}
+    assert there["config.json"] == (scene.folder / "trained/config.json").read_bytes()
+    assert json.loads(scene.good("upload trained ann/model --source out --json"))["bytes"] == 0
+
+
+def test_a_start_that_it_did_not_come_of_is_refused(converted: Path, tmp_path: Path) -> None:
+    folder = trained(converted, tmp_path / "trained")
+    with pytest.raises(UsageError, match="give the T5Gemma 2 that it was before"):
+        made(folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5gemma2_encoder"}))
+    with pytest.raises(UsageError, match="--part encoder"):
+        made(folder, converted)
+    # Another model, of fewer layers.
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.0." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="have other tensors"):
+        made(folder, converted)
