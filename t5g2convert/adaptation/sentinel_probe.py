@@ -21,7 +21,7 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub.model import Origin, fetch, open_source
 from t5g2convert.conversion.plan.vocabulary import vocabulary_of
-from t5g2convert.conversion.write.tables import Table, paired_blocks
+from t5g2convert.conversion.write.embedding_tables import Table, paired_blocks
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.mapping.schema import TOKENIZER_FILE
 

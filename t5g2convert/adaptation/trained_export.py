@@ -13,9 +13,9 @@ from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.convert import Conversion, Judge, execute
 from t5g2convert.conversion.options import KEEP
 from t5g2convert.conversion.trained_model import plan_adapted
+from t5g2convert.conversion.write.computed_tensors import Given
 from t5g2convert.conversion.write.copy import Progress
 from t5g2convert.conversion.write.output_path import check_target
-from t5g2convert.conversion.write.trained_values import Given
 from t5g2convert.errors import CheckpointError
 
 

@@ -78,9 +78,8 @@ def plan(
 ) -> None:
     """What convert would do, from headers and small files; of the Hub a tokenizer.json is downloaded too if needed."""
     from t5g2convert.cli.drawing import draw_plan
-    from t5g2convert.conversion.convert import open_and_plan, room
-    from t5g2convert.conversion.write.disk_space import free_bytes
-    from t5g2convert.conversion.write.writer import peak_memory
+    from t5g2convert.conversion.convert import open_and_plan
+    from t5g2convert.conversion.write.resources import disk_space, free_bytes, peak_memory
 
     made, checkpoints = open_and_plan(
         source,
@@ -101,7 +100,7 @@ def plan(
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
     )
-    needed = room(made, checkpoints, output)
+    needed = disk_space(made, checkpoints, output)
     resources = {
         "disk_needed": needed.output,
         "disk_free": free_bytes(output),

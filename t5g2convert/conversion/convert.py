@@ -9,19 +9,19 @@ from typing import Any, Unpack
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub.model import Origin, given_folders
 from t5g2convert.checkpoint.hub.snapshot import download_again
-from t5g2convert.checkpoint.inputs import Folders, named, plain_name
+from t5g2convert.checkpoint.inputs import Folders, plain_name
 from t5g2convert.checkpoint.sources import OtherOrigins, Sources
-from t5g2convert.conversion.assets.writing import write_assets
 from t5g2convert.conversion.options import Options, PlanOptions
 from t5g2convert.conversion.plan.builder import build_plan
 from t5g2convert.conversion.plan.types import Plan
+from t5g2convert.conversion.write.assets import write_assets
+from t5g2convert.conversion.write.computed_tensors import Given
 from t5g2convert.conversion.write.copy import Progress
-from t5g2convert.conversion.write.disk_space import ASSET_BYTES, check_space, same_disk
 from t5g2convert.conversion.write.output_path import check_not_linked, check_target
+from t5g2convert.conversion.write.resources import ASSET_BYTES, check_space, disk_space
 from t5g2convert.conversion.write.resume import Journal
+from t5g2convert.conversion.write.shards import Written, write_shards
 from t5g2convert.conversion.write.staging import Staging
-from t5g2convert.conversion.write.trained_values import Given
-from t5g2convert.conversion.write.writer import Written, write_shards
 from t5g2convert.errors import CheckpointError, UsageError
 
 Downloading = Callable[[int], Callable[[int], None]]
@@ -156,7 +156,7 @@ def prepare(
     if overwrite:
         # The Hub's cache is known by now, and its links.
         check_not_linked(output, sources.folders.all)
-    needed = room(plan, sources, output)
+    needed = disk_space(plan, sources, output)
     if needed.download:
         check_space(output, needed.output)
         sources = sources.fetch(plan.reads, None if downloading is None else downloading(needed.download))
@@ -175,28 +175,6 @@ def open_and_plan(source: Origin, **options: Unpack[PlanOptions]) -> tuple[Plan,
     sources = Sources.open(source, **others)
     options = {**options, **sources.opened}
     return build_plan(sources.source, **options), sources
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a conversion takes of disks, in bytes.
-
-    Attributes:
-        output: All that it takes of the output's disk: the output, and what is downloaded to the same disk.
-        download: The files of the Hub that it reads and that are not here yet.
-    """
-
-    output: int
-    download: int
-
-
-def room(plan: Plan, sources: Sources, output: Path) -> Room:
-    """What a conversion of these checkpoints, into this folder, will take."""
-    missing = sources.missing(plan.reads)
-    sizes = {role: sources.size({role: names}) for role, names in missing.items()}
-    caches = {role: sources.folders.path(named(role, names[0])).parent for role, names in missing.items()}
-    shared = sum(size for role, size in sizes.items() if same_disk(caches[role], output))
-    return Room(plan.nbytes + ASSET_BYTES + shared, sum(sizes.values()))
 
 
 def execute(

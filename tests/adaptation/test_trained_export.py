@@ -19,7 +19,7 @@ from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.conversion.convert import execute
 from t5g2convert.conversion.trained_model import named_by, patterns_of, plan_adapted
-from t5g2convert.conversion.write.writer import peak_memory
+from t5g2convert.conversion.write.resources import peak_memory
 from tests.adaptation.runs import FACTS, text_only, trained_from, write_by_two, write_checkpoint
 from tests.conftest import TwinFolder
 

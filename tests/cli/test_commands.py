@@ -10,7 +10,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from safetensors import safe_open
 
-from t5g2convert.conversion.write.disk_space import ASSET_BYTES
+from t5g2convert.conversion.write.resources import ASSET_BYTES
 from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine, Result
 from tests.conftest import TwinFolder

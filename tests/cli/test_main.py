@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from t5g2convert.checkpoint.header import read_header
-from t5g2convert.conversion.write.output_path import STAGING_SUFFIX
-from t5g2convert.conversion.write.staging import JOURNAL_FILE
+from t5g2convert.conversion.write.recovery import JOURNAL_FILE, STAGING_SUFFIX
 from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
@@ -582,15 +581,15 @@ SLOW_WRITES: Final = """
 import os, sys, time
 import tests.small_shards
 from t5g2convert.cli.main import main
-from t5g2convert.conversion.write import writer
+from t5g2convert.conversion.write import shards
 
-pwrite = writer.os.pwrite
+pwrite = shards.os.pwrite
 
 def slow(*arguments):
     time.sleep(0.1)
     return pwrite(*arguments)
 
-writer.os.pwrite = slow
+shards.os.pwrite = slow
 main(sys.argv[1:])
 """
 

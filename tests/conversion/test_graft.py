@@ -126,7 +126,7 @@ def test_progress_counts_the_tables_of_an_alignment(
         source = tmp_path / "source"
     counts: list[int] = []
     made = plan(source, vision_from=donor, projector="aligned")
-    monkeypatch.setattr("t5g2convert.conversion.write.tables.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("t5g2convert.conversion.write.embedding_tables.ROWS_AT_ONCE", 64)
     execute(made, Folders(source, vision_from=donor), tmp_path / "out", progress=counts.append, flush=False)
     tables = 300 * (32 + 24) * 2
     assert sum(counts) == made.work == sum(tensor.nbytes for tensor in made.tensors) + tables

@@ -14,8 +14,7 @@ import pytest
 
 from t5g2convert import CheckpointError, OutputError, T5g2Error, UsageError, VerificationError, convert, plan
 from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.conversion.write.output_path import STAGING_SUFFIX
-from t5g2convert.conversion.write.staging import JOURNAL_FILE
+from t5g2convert.conversion.write.recovery import JOURNAL_FILE, STAGING_SUFFIX
 from t5g2convert.errors import Interrupted
 
 SHARD: Final = 60_000

@@ -12,9 +12,9 @@ from t5g2convert.checkpoint.file_store import HubFile, HubOrigin
 from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.conversion.convert import execute, open_and_plan, prepare, room
+from t5g2convert.conversion.convert import execute, open_and_plan, prepare
 from t5g2convert.conversion.plan.builder import build_plan
-from t5g2convert.conversion.write.disk_space import ASSET_BYTES
+from t5g2convert.conversion.write.resources import ASSET_BYTES, disk_space
 from t5g2convert.errors import CheckpointError, OutputError
 from tests.conftest import TwinFolder
 
@@ -80,9 +80,11 @@ def test_a_download_counts_where_it_goes(
         shutil.copytree(twin_folder(twin), tmp_path / name)
     size = (tmp_path / away / SINGLE_FILE).stat().st_size
     models = {name: as_model(tmp_path / name, *([SINGLE_FILE] if name == away else [])) for name in ("source", "donor")}
-    monkeypatch.setattr("t5g2convert.conversion.convert.same_disk", lambda cache, _: cache == tmp_path / shared)
+    monkeypatch.setattr(
+        "t5g2convert.conversion.write.resources._same_disk", lambda cache, _: cache == tmp_path / shared
+    )
     plan, sources = open_and_plan(models["source"], vision_from=models["donor"])
-    needed = room(plan, sources, tmp_path / "out")
+    needed = disk_space(plan, sources, tmp_path / "out")
     assert needed.download == size
     assert needed.output == plan.nbytes + ASSET_BYTES + (size if away == shared else 0)
 

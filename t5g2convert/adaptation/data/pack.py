@@ -27,8 +27,9 @@ from t5g2convert.adaptation.data.packed import (
 )
 from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles
 from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder, read_tokens
-from t5g2convert.conversion.write.output_path import check_apart, check_target, leftovers
+from t5g2convert.conversion.write.output_path import check_apart, check_target
 from t5g2convert.conversion.write.ownership import Written
+from t5g2convert.conversion.write.recovery import leftovers
 from t5g2convert.conversion.write.staging import Staging
 from t5g2convert.errors import DataError, OutputError, UsageError
 

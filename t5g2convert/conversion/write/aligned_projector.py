@@ -35,9 +35,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from t5g2convert.conversion.write.finite import first_nonfinite
-from t5g2convert.conversion.write.numerics import rounded
-from t5g2convert.conversion.write.tables import ROWS_AT_ONCE, Table, paired_blocks, widened
+from t5g2convert.conversion.write.embedding_tables import ROWS_AT_ONCE, Table, paired_blocks
+from t5g2convert.conversion.write.numerics import first_nonfinite, rounded, widened
 from t5g2convert.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:

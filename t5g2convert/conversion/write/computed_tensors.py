@@ -1,14 +1,27 @@
 """The tensors of a plan that are not copied from a range of a source: zeros, a scaled row, an aligned projector, and
 values that are given."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.conversion.plan.types import Plan, PlannedAlignment, PlannedTensor, SourceRange
 from t5g2convert.conversion.write.copy import Progress, output_errors, read_exactly, write_exactly
-from t5g2convert.conversion.write.numerics import scaled_row
-from t5g2convert.conversion.write.shards import OpenShards
-from t5g2convert.conversion.write.trained_values import Given, write_given
+from t5g2convert.conversion.write.numerics import rounded, scaled_row
+from t5g2convert.conversion.write.shard_files import OpenShards
+from t5g2convert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Given(Protocol):
+    """Where given values come from."""
+
+    def pieces(self, name: str) -> Iterator["NDArray[np.float32] | NDArray[np.float64]"]:
+        """The values of a tensor by its name in the target, in order, a piece of any size and shape at a time."""
 
 
 def write_computed(
@@ -28,7 +41,7 @@ def write_computed(
         OutputError: The disk is full or fails.
     """
     residual = None
-    write_given(plan, given, shards, progress)
+    _write_given(plan, given, shards, progress)
     for tensor in plan.tensors:
         content = tensor.content
         if content.kind in ("copy", "cast", "given") or tensor.shard not in shards.files:
@@ -65,7 +78,7 @@ def _aligned(
 ) -> tuple[bytes, float]:
     """An aligned projector, and the residual of the alignment."""
     from t5g2convert.conversion.write.aligned_projector import align, carry
-    from t5g2convert.conversion.write.tables import Table
+    from t5g2convert.conversion.write.embedding_tables import Table
 
     donor, target = (
         Table(
@@ -85,3 +98,52 @@ def _aligned(
     found = align(donor, target, rows=alignment.rows, ridge=alignment.ridge, progress=told)
     data = bytes(read_range(sources, projector, 0, projector.end - projector.start))
     return carry(tensor.name, data, tensor.content.dtype, found, tensor.dtype), found.residual
+
+
+def _write_given(plan: Plan, given: Given | None, shards: OpenShards, progress: Progress) -> None:
+    """Write the given tensors of a plan to the shards that are not kept.
+
+    Every value is rounded once, to the nearest that the tensor's dtype has, ties to even.
+
+    Args:
+        plan: The plan.
+        given: The values.
+        shards: The shards, open.
+        progress: Told of the bytes of every piece.
+
+    Raises:
+        CheckpointError: A value is NaN, infinite, or too large for the dtype, or there are more or fewer than the
+            tensor has; all tensors with NaN or infinity are named.
+        OutputError: The disk is full or fails.
+    """
+    nonfinite: list[str] = []
+    for tensor in plan.tensors:
+        if tensor.content.kind == "given" and tensor.shard in shards.files:
+            assert given is not None, "a plan with given tensors is executed with their values"
+            nonfinite += _write_trained(tensor, given, shards.files[tensor.shard], progress)
+    if nonfinite:
+        raise CheckpointError(f"{len(nonfinite)} trained tensor(s) hold NaN or infinity", details=nonfinite)
+
+
+def _write_trained(tensor: PlannedTensor, given: Given, fd: int, progress: Progress) -> list[str]:
+    """Write one tensor; a line for its first value that is no number, behind which nothing more of it is written."""
+    import numpy as np
+
+    done = 0
+    for piece in given.pieces(tensor.name):
+        finite = np.isfinite(piece).reshape(-1)
+        if not finite.all():
+            element = done + int(finite.argmin())
+            what = "NaN" if np.isnan(piece.reshape(-1)[element - done]) else "infinity"
+            place = ", ".join(str(index) for index in np.unravel_index(element, tensor.shape))
+            return [f"{tensor.name}[{place}] is {what}"]
+        if done + piece.size > tensor.elements:
+            raise CheckpointError(f"was given more than its {tensor.elements} values", where=f"tensor {tensor.name}")
+        data = rounded(tensor.name, piece, tensor.dtype)
+        with output_errors(Path(tensor.shard)):
+            write_exactly(fd, memoryview(data), tensor.start + done * element_bytes(tensor.dtype))
+        done += piece.size
+        progress(len(data))
+    if done != tensor.elements:
+        raise CheckpointError(f"was given {done} of its {tensor.elements} values", where=f"tensor {tensor.name}")
+    return []

@@ -13,6 +13,26 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _STRUCT_CODES: Final = {"F16": "e", "F32": "f"}
+_WORDS: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}
+_FIRST: Final = {"BF16": 0xFF00, "F16": 0xF800, "F32": 0xFF00_0000}
+"""Infinity's bits without the sign, moved up by one; NaN's are higher, and every number's lower."""
+
+
+def first_nonfinite(piece: memoryview, dtype: str) -> tuple[int, str] | None:
+    """The first element that is no number, and what it is: NaN or infinity.
+
+    Args:
+        piece: Whole elements, little-endian.
+        dtype: BF16, F16 or F32.
+    """
+    import numpy as np  # a plan does without
+
+    words = np.frombuffer(piece, _WORDS[dtype])
+    unsigned = words << 1
+    if not words.size or unsigned.max() < _FIRST[dtype]:
+        return None
+    first = int((unsigned >= _FIRST[dtype]).argmax())
+    return first, "infinity" if unsigned[first] == _FIRST[dtype] else "NaN"
 
 
 def caster(name: str, source: str, target: str) -> Callable[[memoryview], memoryview]:
@@ -104,6 +124,16 @@ def _rounded_to_odd(values: "NDArray[np.float32] | NDArray[np.float64]") -> "NDA
     bits -= np.abs(back) > np.abs(values)
     bits |= back != values
     return near
+
+
+def widened(data: memoryview, dtype: str) -> "NDArray[np.floating]":
+    """The numbers of stored bytes, exactly; a bfloat16 is the upper half of a float32."""
+    import numpy as np
+
+    if dtype == "BF16":
+        wide: NDArray[np.uint32] = np.left_shift(np.frombuffer(data, "<u2"), 16, dtype=np.uint32)
+        return wide.view(np.float32)
+    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype])
 
 
 def decode(data: bytes, dtype: str) -> list[float]:

@@ -4,70 +4,21 @@ A target that is absent is made; one that is empty is filled, and keeps its mode
 output of ours and nothing else is replaced with `overwrite`. Whatever else is there belongs to the user.
 """
 
-import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from t5g2convert.checkpoint.folder import scheme_of
 from t5g2convert.conversion.write.ownership import Listing, check_ours, check_own_folder, manifest_listing
+from t5g2convert.conversion.write.recovery import INSIDE, Names, leftovers, real_path
 from t5g2convert.errors import OutputError
-
-STAGING_SUFFIX: Final = ".t5g2-staging"
-OLD_SUFFIX: Final = ".t5g2-old"
-REMOVED_SUFFIX: Final = ".t5g2-removed"
-
-INSIDE: Final = STAGING_SUFFIX
-"""The staging folder in a target that is filled."""
-
-MOVES_FILE: Final = ".t5g2-moves"
-"""In that folder, before the first file is moved out of it: which files those are."""
 
 MAX_LINKS: Final = 40
 """Links that are followed from one name, as Linux does."""
 
 _OWN_NAME: Final = re.compile(rf"\..*{re.escape('.t5g2-')}(staging|old|removed(-\d+)?)|{re.escape(INSIDE)}", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """What lies beside a target while it is written or replaced.
-
-    Attributes:
-        staging: The new folder, until it is complete.
-        old: The folder that is replaced, until the new one is in its place; put back if it never came there.
-        removed: What is being removed; never put back.
-    """
-
-    staging: Path
-    old: Path
-    removed: Path
-
-    @classmethod
-    def beside(cls, target: Path) -> "Names":
-        """Those of a target, which has no links in its path."""
-        return cls(*(target.parent / f".{target.name}{end}" for end in (STAGING_SUFFIX, OLD_SUFFIX, REMOVED_SUFFIX)))
-
-    def all_removed(self) -> list[Path]:
-        """Every folder that is being removed or could not be."""
-        pattern = re.compile(rf"{re.escape(self.removed.name)}(-\d+)?", re.DOTALL)
-        try:
-            found = [item for item in self.removed.parent.iterdir() if pattern.fullmatch(item.name)]
-        except OSError:
-            return []
-        return sorted(found)
-
-    def free_removed(self) -> Path:
-        """A name for the next."""
-        number, path = 1, self.removed
-        while os.path.lexists(path):
-            number += 1
-            path = self.removed.with_name(f"{self.removed.name}-{number}")
-        return path
 
 
 def check_target(target: Path, *inputs: Path, overwrite: bool, listing: Listing = manifest_listing) -> None:
@@ -211,56 +162,6 @@ def check_report(path: Path, *inputs: Path) -> None:
             raise OutputError("is read behind a link, and is not written over", where=path, hint="give another file")
 
 
-def leftovers(target: Path) -> set[str]:
-    """Names in a target that a run which was killed left there, while it filled it.
-
-    These are its staging folder, and files that it had moved out of it; none of those if it had moved all.
-
-    Raises:
-        OSError: It cannot be read which files those are.
-        OutputError: The name of the staging folder is taken by something else.
-    """
-    inside = target / INSIDE
-    if not os.path.lexists(inside):
-        return set()
-    check_own_folder(inside)
-    moved = moved_files(target)
-    return {INSIDE} | {name.partition("/")[0] for name in moved}
-
-
-def moved_files(target: Path) -> list[str]:
-    """The files that a run which was killed had moved into a target, which is not complete without the last of them.
-
-    Raises:
-        OSError: The file of moves cannot be read.
-    """
-    path = target / INSIDE / MOVES_FILE
-    try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            return []
-        moves = json.loads(path.read_bytes())
-        inside = [move for move in moves if real_path(target / move[0]) == target / move[0]]
-        moved = [name for name, *identity in inside if _identity(target / name) == identity]
-    except (FileNotFoundError, ValueError, TypeError):
-        return []  # absent, or cut off while it was written: nothing was moved yet
-    return [] if moves and moved[-1:] == [moves[-1][0]] else moved
-
-
-def moves_of(folder: Path, order: Iterable[str]) -> bytes:
-    """What the file of moves holds: path, inode and size of every file, in the order in which they are moved.
-
-    Raises:
-        OSError: The folder cannot be read.
-    """
-    moves = []
-    for name in order:
-        path = folder / name
-        files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
-        moves += [[item.relative_to(folder).as_posix(), *(_identity(item) or ())] for item in files]
-    return json.dumps(moves).encode()
-
-
 def is_mount_point(folder: Path) -> bool:
     """Whether something is mounted at a folder, also a part of the same disk."""
     if os.path.ismount(folder):
@@ -274,11 +175,6 @@ def is_mount_point(folder: Path) -> bool:
     return os.fsencode(folder) in places
 
 
-def real_path(path: Path) -> Path:
-    """The path without links; a link that leads nowhere, or to itself, stays as it is."""
-    return Path(os.path.realpath(path))
-
-
 def _check_names(real: Path) -> None:
     for path in _working(real):
         check_own_folder(path)
@@ -287,14 +183,6 @@ def _check_names(real: Path) -> None:
 def _working(real: Path) -> tuple[Path, ...]:
     names = Names.beside(real)
     return names.staging, names.old
-
-
-def _identity(path: Path) -> list[int] | None:
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return [status.st_ino, status.st_size] if stat.S_ISREG(status.st_mode) else None
 
 
 def _links(given: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from typing import Final
 from t5g2convert.checkpoint.atomic_write import clear, usual_mode
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.conversion.plan.types import Plan, Shard
-from t5g2convert.conversion.write.staging import JOURNAL_FILE
+from t5g2convert.conversion.write.recovery import JOURNAL_FILE
 from t5g2convert.errors import OutputError
 from t5g2convert.version import __version__
 

@@ -21,16 +21,7 @@ from typing import Final, Self
 from t5g2convert.checkpoint.atomic_write import clear, flush_folder, usual_mode
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.conversion.write.filling import fill, take_back
-from t5g2convert.conversion.write.output_path import (
-    INSIDE,
-    MOVES_FILE,
-    Names,
-    check_vacant,
-    leftovers,
-    moved_files,
-    real_path,
-)
+from t5g2convert.conversion.write.output_path import check_vacant
 from t5g2convert.conversion.write.ownership import (
     Listing,
     Snapshot,
@@ -39,13 +30,21 @@ from t5g2convert.conversion.write.ownership import (
     manifest_listing,
     take_snapshot,
 )
+from t5g2convert.conversion.write.recovery import (
+    INSIDE,
+    JOURNAL_FILE,
+    MOVES_FILE,
+    Names,
+    fill,
+    leftovers,
+    moved_files,
+    real_path,
+    take_back,
+)
 from t5g2convert.errors import Interrupted, OutputError, T5g2Error
 from t5g2convert.interrupts import uninterrupted
 
 LOCK_ATTEMPTS: Final = 100
-JOURNAL_FILE: Final = ".t5g2-finished"
-"""In the staging folder; the shards that it names are worth keeping for a run that takes up where another stopped."""
-
 LAST_FILES: Final = (MANIFEST_FILE, "config.json")
 """Moved last into a folder that is filled: without them it is not a checkpoint, for this tool or any other."""
 
@@ -153,7 +152,7 @@ class Staging:
                 raise OutputError(f"cannot be put in place: {error.strerror}", where=self.target) from error
             finally:
                 if self._committed:
-                    self._clear_removed()
+                    self.notes += self._names.clear_removed()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -205,21 +204,6 @@ class Staging:
                 for name in (JOURNAL_FILE, MOVES_FILE):
                     (self.folder / name).unlink(missing_ok=True)
                 self.folder.rmdir()
-
-    def _clear_removed(self) -> None:
-        """Remove the folders that were replaced, those of earlier runs too, and note what cannot be removed."""
-        for path in self._names.all_removed():
-            try:
-                check_own_folder(path)
-                shutil.rmtree(path, ignore_errors=True)
-                if os.path.lexists(path):
-                    shutil.rmtree(path)
-            except OutputError:
-                continue  # not ours
-            except OSError as error:
-                self.notes.append(
-                    f"a folder that was replaced is still there, as {path}: cannot be removed: {error.strerror}"
-                )
 
     def _make_parents(self) -> None:
         parents = [folder for folder in self.folder.parents if not os.path.exists(folder)]  # noqa: PTH110 - as above

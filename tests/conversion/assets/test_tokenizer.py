@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.assets.aux_files import PlannedFile, TokenChange
 from t5g2convert.conversion.assets.tokenizer import PatchedTokenizer, TokenMove, patch_tokenizer
-from t5g2convert.conversion.assets.writing import _contents
+from t5g2convert.conversion.write.assets import _contents
 from t5g2convert.errors import CheckpointError
 from tests.gemma_tokenizer import LOOKALIKES, VOCABULARY, moved, tokenizer_text
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t5g2convert.conversion.write import tables
+from t5g2convert.conversion.write import embedding_tables
 from t5g2convert.conversion.write.aligned_projector import Alignment, align, carry
 from t5g2convert.errors import CheckpointError, UsageError
 from tests.tables import TORCH, ill_conditioned, random, stored, to_bytes
@@ -77,7 +77,7 @@ def test_the_projector_is_mapped_scaled_and_rounded_once(
 def test_the_map_is_least_squares_over_the_first_rows(
     aligned: Align, dtype: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 700)
+    monkeypatch.setattr(embedding_tables, "ROWS_AT_ONCE", 700)
     donor, target = random(1777, 48, seed=0, dtype=TORCH[dtype]), random(1900, 20, seed=1, dtype=TORCH[dtype])
     alignment = aligned(donor, target, rows=rows)
     expected, *_ = np.linalg.lstsq(donor[:rows].double().numpy(), target[:rows].double().numpy())
@@ -123,13 +123,13 @@ def test_tables_are_read_once_and_again_only_for_a_residual_that_sums_cannot_tel
     aligned: Align, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    original = tables.read_exactly
+    original = embedding_tables.read_exactly
 
     def counting(fd: int, data: memoryview, offset: int, file: str) -> None:
         read.append(len(data))
         original(fd, data, offset, file)
 
-    monkeypatch.setattr(tables, "read_exactly", counting)
+    monkeypatch.setattr(embedding_tables, "read_exactly", counting)
     donor, truth = random(5000, 32, seed=0), random(32, 8, seed=1)
     for target, passes in ((random(5000, 8, seed=2), 1), (donor @ truth, 2)):
         told: list[int] = []
@@ -253,7 +253,7 @@ MEASURED = """
 import os, sys
 from pathlib import Path
 from t5g2convert.conversion.write.aligned_projector import align
-from t5g2convert.conversion.write.tables import Table
+from t5g2convert.conversion.write.embedding_tables import Table
 rows = int(sys.argv[1])
 donor, target = (Table(n, "BF16", rows, w, n, os.open(n, os.O_RDONLY), 0) for n, w in (("donor", 160), ("target", 40)))
 align(donor, target, rows=rows)

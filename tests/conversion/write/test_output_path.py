@@ -12,7 +12,8 @@ from typing import Final
 import pytest
 
 from t5g2convert import OutputError, UsageError, convert
-from t5g2convert.conversion.write.output_path import Names, check_target, is_mount_point
+from t5g2convert.conversion.write.output_path import check_target, is_mount_point
+from t5g2convert.conversion.write.recovery import Names
 from t5g2convert.conversion.write.staging import Staging
 from tests.outputs import OLD, manifest_of, write_old
 
@@ -366,7 +367,7 @@ def test_O11_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Staging, "_clear_removed", die)
+        patch.setattr(Names, "clear_removed", die)
         with pytest.raises(KeyboardInterrupt):
             write(old)
     assert names(old) == {"config.json"}

@@ -15,8 +15,9 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import CheckpointError, OutputError, T5g2Error, convert, plan
-from t5g2convert.conversion.write.disk_space import free_bytes
-from t5g2convert.conversion.write.output_path import OLD_SUFFIX, REMOVED_SUFFIX, STAGING_SUFFIX, check_target
+from t5g2convert.conversion.write.output_path import check_target
+from t5g2convert.conversion.write.recovery import OLD_SUFFIX, REMOVED_SUFFIX, STAGING_SUFFIX
+from t5g2convert.conversion.write.resources import free_bytes
 from t5g2convert.conversion.write.staging import JOURNAL_FILE, Staging
 from t5g2convert.errors import Interrupted
 from tests.outputs import OLD, write_old

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from t5g2convert import CheckpointError, convert, plan, verify
-from t5g2convert.conversion.write import repeated
+from t5g2convert.conversion.write import shards
 from tests.conftest import TwinFolder
 from tests.twins import Tensors, respell
 
@@ -53,7 +53,7 @@ def test_I6_an_equal_head_of_any_dtype_is_dropped(
     assert verify(tmp_path / "out", source, record=False).passed
 
 
-@pytest.mark.parametrize("piece", [64, 1000, repeated.CHUNK_BYTES])
+@pytest.mark.parametrize("piece", [64, 1000, shards.CHUNK_BYTES])
 @pytest.mark.parametrize("at", [(0, 0), (151, 13), (299, 23)], ids=str)
 @pytest.mark.parametrize(("head", "table"), PAIRS, ids=str)
 def test_I6_a_head_that_differs_is_told_with_the_place_and_both_values(
@@ -65,7 +65,7 @@ def test_I6_a_head_that_differs_is_told_with_the_place_and_both_values(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(repeated, "CHUNK_BYTES", piece)
+    monkeypatch.setattr(shards, "CHUNK_BYTES", piece)
     source = headed(twin_folder("text-8"), tmp_path / "source", head, table, at=at)
     plan(source)
     with pytest.raises(CheckpointError) as caught:

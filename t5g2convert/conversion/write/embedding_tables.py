@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.conversion.write.copy import read_exactly
-from t5g2convert.conversion.write.finite import first_nonfinite
+from t5g2convert.conversion.write.numerics import first_nonfinite, widened
 from t5g2convert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -71,13 +71,3 @@ def paired_blocks(
             block[:count] = widened(data, table.dtype).reshape(count, table.width)
             progress(len(data))
         yield blocks[0][:count], blocks[1][:count]
-
-
-def widened(data: memoryview, dtype: str) -> "NDArray[np.floating]":
-    """The numbers of stored bytes, exactly; a bfloat16 is the upper half of a float32."""
-    import numpy as np
-
-    if dtype == "BF16":
-        wide: NDArray[np.uint32] = np.left_shift(np.frombuffer(data, "<u2"), 16, dtype=np.uint32)
-        return wide.view(np.float32)
-    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype])

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from t5g2convert.conversion.write import tables
-from t5g2convert.conversion.write.tables import paired_blocks
+from t5g2convert.conversion.write import embedding_tables
+from t5g2convert.conversion.write.embedding_tables import paired_blocks
 from t5g2convert.errors import CheckpointError
 from tests.tables import TORCH, random, stored
 
@@ -18,7 +18,7 @@ def nobody(_: int) -> None:
 def test_blocks_are_the_rows_of_both_tables_in_order(
     dtype: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(embedding_tables, "ROWS_AT_ONCE", 7)
     donor, target = random(23, 5, seed=0, dtype=TORCH[dtype]), random(40, 3, seed=1)
     with stored(tmp_path, donor=donor, target=target) as (first, second):
         blocks = [(a.copy(), b.copy()) for a, b in paired_blocks(first, second, rows, nobody)]
@@ -47,7 +47,7 @@ def test_every_number_keeps_its_value(dtype: str, tmp_path: Path) -> None:
 def test_no_number_in_a_table_names_the_tensor_and_the_row(
     place: str, value: float, what: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(embedding_tables, "ROWS_AT_ONCE", 4)
     both = {"donor": torch.ones(10, 5, dtype=TORCH[dtype]), "target": torch.ones(10, 3, dtype=TORCH[dtype])}
     both[place][9, 2] = value
     with stored(tmp_path, **both) as (donor, target):

@@ -16,7 +16,7 @@ from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, 
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_template
 from t5g2convert.conversion.assets.aux_files import PlannedFile
 from t5g2convert.conversion.plan.types import Plan, PlannedSource
-from t5g2convert.conversion.write.writer import Written
+from t5g2convert.conversion.write.shards import Written
 from t5g2convert.errors import CheckpointError, OutputError
 from t5g2convert.version import __version__
 
