@@ -1,8 +1,8 @@
-"""The results of the ablations as tables in Markdown and as curves; see run.py.
+"""The results of the ablations as Markdown tables and as curves; see run.py.
 
     python examples/ablation/report.py OUT/results.json OUT
 
-draws and writes them again.
+writes both again.
 """
 
 import json
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 Results = Mapping[str, Mapping[str, Any]]
-"""By model: `parameters` by part, and `held_out`, what was found after so many steps."""
+"""By model: `parameters` by part, and `held_out`, the evaluations by step."""
 
 
 def table(results: Results) -> str:
-    """Two tables: parameters by part; held-out losses at the start and after the last step, in nats for each label."""
+    """Return two tables: parameters by part, and held-out losses of the first and last step in nats per label."""
     parts = ("embedding", "encoder", "decoder", "total")
     sizes = [[name, *(f"{result['parameters'][part]:,}" for part in parts)] for name, result in results.items()]
     tasks, losses = [], []
@@ -30,17 +30,17 @@ def table(results: Results) -> str:
 
 
 def rows(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose columns but the first are numbers."""
+    """Return a table with numbers in all columns except the first."""
     marks = ["---"] + ["---:"] * (len(columns) - 1)
     return "".join(f"| {' | '.join(line)} |\n" for line in (columns, marks, *lines))
 
 
 def draw(results: Results, path: Path) -> None:
-    """The held-out loss, and what the encoder is worth, over the steps; the same numbers give the same bytes."""
+    """Draw the held-out loss and the encoder's gain over the steps; the same numbers give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Without a salt the names of its elements are random, and without a date it has today's.
+    # Without a salt the names of elements are random; without a date the file has today's.
     with matplotlib.rc_context({"svg.hashsalt": "t5g2", "svg.fonttype": "none", "font.family": ["sans-serif"]}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         losses, gains = figure.subplots(1, 2)

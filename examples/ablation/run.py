@@ -1,12 +1,12 @@
-"""The paper's ablations in the small: four forms of one parent, and one of random weights, trained alike.
+"""T5Gemma 2's ablations in the small: four variants of one parent and one of random weights, trained alike.
 
     python examples/tiny_parent/train.py PARENT
     python examples/ablation/run.py PARENT OUT [--steps 200]
 
-PARENT, a small Gemma 3, is converted by the four maps of mappings/ablation: `untied`, `tied`, `merged`, `full`. A fifth
-model, `random`, has the form of `merged` and nobody's weights. All are trained by `t5g2 adapt` on the same samples
-of the standard library's text, and judged on documents that none has seen. OUT becomes a folder with the runs,
-results.json, a table and curves. Stopped and started again, it goes on.
+PARENT, a small Gemma 3, is converted by the four maps of examples/ablation/maps: `untied`, `tied`, `merged`, `full`. A
+fifth model, `random`, is `merged` with random weights. All are trained as `t5g2 adapt` trains, on the same samples of
+the standard library's text, and evaluated on held-out documents. OUT becomes a folder with the runs, results.json, a
+table and curves. An interrupted run resumes when it is started again.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from report import draw, table
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from t5g2convert import convert, inspect
@@ -26,17 +25,19 @@ from t5g2convert.adaptation.adapt import Request, adapt
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
-from t5g2convert.adaptation.research import load
 from t5g2convert.adaptation.train.checkpoints import complete
-from t5g2convert.adaptation.train.evaluation import Evaluation, evaluate
 from t5g2convert.adaptation.train.loop import Pace
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 
-sys.path.append(str(Path(__file__).parent.parent / "tiny_parent"))
-from corpus import write_corpus
+sys.path.append(str(Path(__file__).parent.parent))
+from ablation.evaluation import Evaluation, evaluate
+from ablation.model import load, register
+from ablation.report import draw, table
+from tiny_parent.corpus import write_corpus
 
-FORMS: Final = ("untied", "tied", "merged", "full")
+MAPS: Final = Path(__file__).parent / "maps"
+VARIANTS: Final = ("untied", "tied", "merged", "full")
 RANDOM: Final = "random"
 TRAINING, HELD_OUT = "training", "held-out"
 FIRST, SECOND = 1, 2
@@ -44,25 +45,26 @@ FIRST, SECOND = 1, 2
 
 
 def main() -> None:
-    """Convert, pack, train, judge, report."""
+    """Convert, pack, train, evaluate, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parent", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--models", nargs="+", default=[*FORMS, RANDOM], choices=[*FORMS, RANDOM])
+    parser.add_argument("--models", nargs="+", default=[*VARIANTS, RANDOM], choices=[*VARIANTS, RANDOM])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--checkpoints", type=int, default=5, help="how often each model is judged while it is trained")
-    parser.add_argument("--length", type=int, default=128, help="tokens of the encoder's input, and labels, at most")
-    parser.add_argument("--batch", type=int, default=16, help="samples of a step")
+    parser.add_argument("--checkpoints", type=int, default=5, help="evaluations of each model during training")
+    parser.add_argument("--length", type=int, default=128, help="longest encoder input, and most labels")
+    parser.add_argument("--batch", type=int, default=16, help="samples per step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=256, help="held-out samples")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the data and of the noise")
-    parser.add_argument("--documents", type=int, default=None, help="read the first so many documents (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the data and of the noise")
+    parser.add_argument("--documents", type=int, default=None, help="number of documents to read (default: all)")
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
+    register()
     make_models(arguments.parent, output)
     pack_corpus(output, arguments.documents)
-    results = {name: train_and_judge(output, name, arguments) for name in arguments.models}
+    results = {name: train_and_evaluate(output, name, arguments) for name in arguments.models}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (output / "table.md").write_text(table(results))
     draw(results, output / "ablation.svg")
@@ -70,23 +72,23 @@ def main() -> None:
 
 
 def make_models(parent: Path, output: Path) -> None:
-    """The four forms of the parent, and the one of random weights, whose stacks are not alike; the last to be made."""
-    if (output / RANDOM).exists():
+    """Convert the parent to the four variants, and two parents of random weights to one whose stacks differ."""
+    if (output / RANDOM).exists():  # the last to be written
         return
-    for name in FORMS:
-        convert(parent, output / name, mapping=f"ablation-{name}", overwrite=True)
+    for name in VARIANTS:
+        convert(parent, output / name, mapping=str(MAPS / f"{name}.yaml"), overwrite=True)
     for seed in (FIRST, SECOND):
         torch.manual_seed(seed)
         made = output / f"random-parent-{seed}"
         Gemma3ForCausalLM(Gemma3TextConfig.from_pretrained(parent)).save_pretrained(made)
         for path in parent.glob("tokenizer*"):
             shutil.copy(path, made)
-    others = {"decoder_from": output / f"random-parent-{SECOND}", "mapping": "ablation-merged"}
+    others = {"decoder_from": output / f"random-parent-{SECOND}", "mapping": str(MAPS / "merged.yaml")}
     convert(output / f"random-parent-{FIRST}", output / RANDOM, overwrite=True, **others)
 
 
 def pack_corpus(output: Path, documents: int | None) -> None:
-    """The corpus as tokens, of which all models have the same."""
+    """Pack the corpus; all models have the same tokens."""
     if not (output / "corpus").exists():
         write_corpus(output / "corpus", documents)
     for part in (TRAINING, HELD_OUT):
@@ -96,8 +98,8 @@ def pack_corpus(output: Path, documents: int | None) -> None:
         pack(output / "merged", output / part, read_files([source], "text", lambda _: None), sources=[source])
 
 
-def train_and_judge(output: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One model: parameters by part, the losses of its training, and the held-out losses from start to end."""
+def train_and_evaluate(output: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train one model; return its parameters by part, training losses, and held-out losses by step."""
     settings = Settings(
         mixture=read_mixture(),
         encoder_length=arguments.length,
@@ -112,15 +114,14 @@ def train_and_judge(output: Path, name: str, arguments: argparse.Namespace) -> d
     every = max(1, arguments.steps // arguments.checkpoints)
     pace = Pace(micro=arguments.batch, save_every=every, keep=arguments.checkpoints + 1)
     run = output / f"run-{name}"
-    # What `t5g2 adapt` does.
     request = Request(output / name, output / TRAINING, run, settings, pace=pace, resume=True)
     done = adapt(request, begun=lambda _: None, report=lambda _: None)
     held_out: dict[int, Evaluation] = {}
     for step, checkpoint in {0: None, **complete(run)}.items():
         found = evaluate(output / name, output / HELD_OUT, settings, samples=arguments.samples, checkpoint=checkpoint)
         held_out[step] = found
-        told = f"held-out loss {found.loss:.3f}, with the encoder hidden {found.hidden_loss:.3f}"
-        print(f"{name}, step {step}: {told}", flush=True)
+        line = f"held-out loss {found.loss:.3f}, with the encoder hidden {found.hidden_loss:.3f}"
+        print(f"{name}, step {step}: {line}", flush=True)
     return {
         "parameters": dict(inspect(output / name).parameters),
         "difference_from_parent": difference(arguments.parent, output, name) if name != RANDOM else None,
@@ -132,7 +133,7 @@ def train_and_judge(output: Path, name: str, arguments: argparse.Namespace) -> d
 
 @torch.no_grad()
 def difference(parent: Path, output: Path, name: str) -> float:
-    """The largest difference of a model's logits, its encoder hidden, from the parent's, on held-out text."""
+    """Return the largest difference from the parent's logits on held-out text with the encoder hidden."""
     ids_BT = torch.from_numpy(Packed.open(output / HELD_OUT).read(0, 4 * 128).astype("int64")).view(4, 128)
     theirs = Gemma3ForCausalLM.from_pretrained(parent, attn_implementation="eager").eval()
     ours = load(output / name, kernel="eager")
@@ -142,7 +143,7 @@ def difference(parent: Path, output: Path, name: str) -> float:
 
 
 def to_json(found: Evaluation) -> dict[str, Any]:
-    """What results.json keeps of an evaluation."""
+    """Return the entry of results.json for an evaluation."""
     return {
         "loss": found.loss,
         "hidden_loss": found.hidden_loss,

@@ -47,7 +47,6 @@ from t5g2convert.adaptation.train.run_folder import (
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import Teacher, check_teacher, load_teacher
 from t5g2convert.adaptation.ul2.dataset import task_names
-from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.conversion.write.output_path import check_apart
 from t5g2convert.errors import T5g2Error, UsageError
 
@@ -185,8 +184,6 @@ def foresee(request: Request) -> Forecast:
 
 def _prepare(request: Request) -> Prepared:
     prepared = prepare(request.model, request.data, request.settings, rope_scaling=request.rope_scaling)
-    if request.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
-        raise UsageError("only T5Gemma 2 is exported", hint="--no-export leaves the checkpoints alone")
     check_apart(request.run, *request.inputs)
     if request.teacher is not None:
         if request.settings.image_every == 1:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from t5g2convert.conversion.plan.types import Plan
 
 _ROLES = {
-    "t5g2_research": {"encoder": "attends both ways", "decoder": "reads the encoder as its config says"},
     "t5gemma": {
         "embedding": "one matrix for each stack, and for an untied softmax",
         "encoder": "attends both ways",

@@ -23,18 +23,15 @@ def print_forecast(forecast: "Forecast") -> None:
     lines["sentinels"] = "none" if forecast.sentinels is None else "ids {:,} down to {:,}".format(*forecast.sentinels)
     if forecast.operations is not None:
         lines["a step"] = f"{forecast.operations:.2e} operations of matrix products (estimate)"
-    if forecast.memory is not None:
-        held = forecast.memory
-        parts = {
-            "weights, gradients and moments": held.states,
-            "gathered": held.gathered,
-            "inputs of layers": held.inputs,
-            "softmax": held.softmax,
-        }
-        told = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
-        lines["a device"] = (
-            f"{size_text(held.total)} and the work of one layer (estimate, bfloat16, no teacher): {told}"
-        )
+    held = forecast.memory
+    parts = {
+        "weights, gradients and moments": held.states,
+        "gathered": held.gathered,
+        "inputs of layers": held.inputs,
+        "softmax": held.softmax,
+    }
+    told = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    lines["a device"] = f"{size_text(held.total)} and the work of one layer (estimate, bfloat16, no teacher): {told}"
     for name, line in lines.items():
         out.print(f"{name:<10} {line}", soft_wrap=True)
     print_notes(forecast.notes)

@@ -15,9 +15,9 @@ NameArgument = Annotated[str, typer.Argument(help="A shipped mapping's name, or 
 @app.command("list")
 def list_mappings(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """The mappings that ship with the tool."""
-    from t5g2convert.mapping.library import named_maps, shipped_maps
+    from t5g2convert.mapping.library import shipped_maps
 
-    maps = [*shipped_maps(), *named_maps()]
+    maps = shipped_maps()
     if as_json:
         rows = [
             {

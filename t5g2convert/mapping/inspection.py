@@ -5,18 +5,14 @@ implies. Unlike a plan, an inspection describes what is wrong instead of refusin
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families import research, t5gemma, t5gemma2
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.families.gemma3 import TOWERLESS, is_towerless
-from t5g2convert.checkpoint.families.registry import implied_tensors
-from t5g2convert.checkpoint.families.research import read_research
-from t5g2convert.checkpoint.families.t5gemma import read_t5gemma
-from t5g2convert.checkpoint.families.t5gemma2 import read_t5gemma2, read_t5gemma2_encoder
+from t5g2convert.checkpoint.families.registry import TARGETS, implied_tensors
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_t5gemma2
 from t5g2convert.checkpoint.file_store import HubOrigin
 from t5g2convert.checkpoint.folder import INDEX_FILE, Checkpoint, refuse_unheld, some
@@ -47,7 +43,7 @@ _TARGET_PREFIXES: Final = {
     "model.encoder.embed_tokens.": "embedding",
     "model.encoder.": "encoder",
 }
-"""The part of a tensor of T5Gemma or of a research model by the start of its name; the first that fits."""
+"""The part of an encoder-decoder's tensor by the start of its name; the first match counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +137,11 @@ def inspect(source: Path | str) -> Inspection:
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
     """
     checkpoint = open_source(source, allow_unheld=True)
-    if str(checkpoint.config.get("model_type")) in _TARGET_FACTS:
-        refuse_unheld(checkpoint)
-        return _inspect_target(checkpoint)
-    return _inspect_source(checkpoint)
+    target = TARGETS.get(str(checkpoint.config.get("model_type")))
+    if target is None or target.read_settings is None:
+        return _inspect_source(checkpoint)
+    refuse_unheld(checkpoint)
+    return _inspect_target(checkpoint, target.read_settings(checkpoint.config, checkpoint.path / "config.json"))
 
 
 def _inspect_source(checkpoint: Checkpoint) -> Inspection:
@@ -196,8 +193,7 @@ def _dropped_names(weight_map: WeightMap, model: SourceModel, layout: Mapping[st
     return {name for drop in drops for _, name in dropped_names(drop, layout, model.symbols)}
 
 
-def _inspect_target(checkpoint: Checkpoint) -> Inspection:
-    facts = _TARGET_FACTS[checkpoint.config["model_type"]](checkpoint.config, checkpoint.path / "config.json")
+def _inspect_target(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Inspection:
     implied = {item.name: item.part for item in implied_tensors(checkpoint.config, checkpoint.path / "config.json")}
     if is_t5gemma2(checkpoint):
         published = as_published(checkpoint)
@@ -215,38 +211,6 @@ def _inspect_target(checkpoint: Checkpoint) -> Inspection:
 
 def _target_part(name: str) -> str:
     return next((part for prefix, part in _TARGET_PREFIXES.items() if name.startswith(prefix)), UNEXPECTED)
-
-
-def _t5gemma_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    model = read_t5gemma(config, where)
-    stacks = {part: stack.model_dump() for part, stack in (("encoder", model.encoder), ("decoder", model.decoder))}
-    return {**stacks, "tie_word_embeddings": model.tied}
-
-
-def _t5gemma2_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    model = read_t5gemma2(config, where)
-    parts = {"encoder": model.encoder, "decoder": model.decoder, "vision": model.vision}
-    return {name: part.model_dump() for name, part in parts.items()}
-
-
-def _t5gemma2_encoder_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    model = read_t5gemma2_encoder(config, where)
-    return {"encoder": model.encoder.model_dump(), "vision": model.vision.model_dump()}
-
-
-def _research_facts(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    model = read_research(config, where)
-    form = model.form.model_dump(include={"tied", "attention", "cross_layers"})
-    return {**form, "encoder": model.encoder.model_dump(), "decoder": model.decoder.model_dump()}
-
-
-_TARGET_FACTS: Final[Mapping[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]]] = {
-    t5gemma.MODEL_TYPE: _t5gemma_facts,
-    t5gemma2.MODEL_TYPE: _t5gemma2_facts,
-    t5gemma2.ENCODER_TYPE: _t5gemma2_encoder_facts,
-    research.MODEL_TYPE: _research_facts,
-}
-"""The settings of an encoder-decoder, or of its encoder alone, by its `model_type`."""
 
 
 def _inspection(

@@ -25,13 +25,8 @@ def mappings_folder() -> Path:
 
 
 def shipped_maps() -> list[LoadedMap]:
-    """The shipped maps that a source is converted with when none is named, by name."""
+    """Return all shipped maps, by name."""
     return [load_map(path) for path in sorted(mappings_folder().glob("*.yaml"))]
-
-
-def named_maps() -> list[LoadedMap]:
-    """The shipped maps that are used only when they are named, by name: those of the ablations."""
-    return [load_map(path) for path in sorted(mappings_folder().glob("*/*.yaml"))]
 
 
 def find_map(name: str) -> LoadedMap:
@@ -42,7 +37,7 @@ def find_map(name: str) -> LoadedMap:
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return load_map(Path(name))
-    paths = _by_name(mappings_folder())
+    paths = {path.stem: path for path in sorted(mappings_folder().glob("*.yaml"))}
     if name not in paths:
         hint = did_you_mean(name, paths) or f"shipped: {', '.join(paths)}; a file of yours needs its .yaml ending"
         raise MappingError(f"there is no mapping {name!r}", hint=hint)
@@ -52,12 +47,6 @@ def find_map(name: str) -> LoadedMap:
 def is_shipped(path: Path) -> bool:
     """Whether a map is one that ships."""
     return mappings_folder() in path.parents
-
-
-def _by_name(folder: Path) -> dict[str, Path]:
-    """Every shipped map; one in a folder of its own has that folder's name before its own."""
-    paths = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return paths | {f"{path.parent.name}-{path.stem}": path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def map_for(config: Mapping[str, Any], where: Path, *, extracts: str | None = None) -> LoadedMap:

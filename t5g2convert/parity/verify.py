@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families import research
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_object
 from t5g2convert.checkpoint.hub.model import Origin, parse_id
@@ -68,7 +67,7 @@ def verify(
         progress: Told what is being done.
 
     Raises:
-        CheckpointError: The source is not sound, or the output is no folder, or a research model.
+        CheckpointError: The source is not sound, or the output is no folder.
         HubError: The Hub does not have the source or give it out, or cannot be reached.
         MappingError: The map is faulty.
         UsageError: An argument has no meaning.
@@ -77,12 +76,6 @@ def verify(
     if not 0 <= tolerance < 1:
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     check_folder(output)
-    if _told(output / "config.json", "model_type") == research.MODEL_TYPE:
-        raise CheckpointError(
-            f"model_type {research.MODEL_TYPE!r} (a research model of this tool) is not judged: it has no checks",
-            where=output,
-            hint="the map gemma3 makes a T5Gemma 2, which is",
-        )
     # Faults of the source, of the map and of the inputs are not the output's: they end the work before any check.
     if source is None and (decoder_from, vision_from) != (None, None):
         raise UsageError("another checkpoint was given, and no source")

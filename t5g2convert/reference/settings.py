@@ -83,16 +83,8 @@ def gemma3_text(model: Gemma3) -> TextSettings:
 
 def t5gemma2_text(model: T5Gemma2Encoder, stack: Stack) -> TextSettings:
     """The encoder's or the decoder's stack of a T5Gemma 2."""
-    return _text(stack, _ropes(stack), eoi_token_index=model.tokens.eoi_token_index)
-
-
-def research_text(stack: Stack) -> TextSettings:
-    """The encoder's or the decoder's stack of a research model."""
-    return _text(stack, _ropes(stack), memory_size=stack.hidden_size)
-
-
-def _ropes(stack: Stack) -> dict[LayerType, RopeSettings]:
-    return {kind: RopeSettings(rope.rope_theta, rope.linear_factor) for kind, rope in stack.rope_parameters.items()}
+    ropes = {kind: RopeSettings(rope.rope_theta, rope.linear_factor) for kind, rope in stack.rope_parameters.items()}
+    return _text(stack, ropes, eoi_token_index=model.tokens.eoi_token_index)
 
 
 def gemma2_text(model: Gemma2) -> TextSettings:

@@ -5,7 +5,7 @@ import pytest
 
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.library import find_map, mappings_folder, named_maps, shipped_maps
+from t5g2convert.mapping.library import mappings_folder, shipped_maps
 from t5g2convert.mapping.names import index_of, pattern_fault, root_of
 from t5g2convert.mapping.schema import PresetSettings, Row, WeightMap
 from t5g2convert.mapping.source_families import FAMILIES, worlds_of
@@ -682,8 +682,7 @@ def test_a_near_name_is_suggested_and_a_far_one_is_not(name: str, hint: str | No
 
 
 SHIPPED = [loaded.map for loaded in shipped_maps()]
-EVERY = [*SHIPPED, *(loaded.map for loaded in named_maps())]
-ROWS = [pytest.param(each, row, id=f"{each.name}:{row.from_ or row.to}") for each in EVERY for row in each.weights]
+ROWS = [pytest.param(each, row, id=f"{each.name}:{row.from_ or row.to}") for each in SHIPPED for row in each.weights]
 
 
 def terms(weight_map: WeightMap) -> list[SourceModel]:
@@ -725,16 +724,6 @@ PREFIXES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "decoder": ("{text}layers.", "{text}norm."),
         "vision": "vision_tower.vision_model.",
         "projector": "multi_modal_projector.",
-    },
-    **{
-        f"ablation-{name}": {
-            "embedding": "model.encoder.embed_tokens."
-            if name != "untied"
-            else ("model.encoder.embed_tokens.", "model.decoder.embed_tokens."),
-            "encoder": ("model.encoder.layers.", "model.encoder.norm."),
-            "decoder": ("model.decoder.layers.", "model.decoder.norm."),
-        }
-        for name in ("untied", "tied", "merged", "full")
     },
 }
 
@@ -807,10 +796,3 @@ def test_shipped_maps_have_their_files_names_and_distinct_families() -> None:
     assert [loaded.map.name for loaded in shipped_maps()] == [loaded.path.stem for loaded in shipped_maps()]
     families = [(model_type, each.extracts) for each in SHIPPED for model_type in each.source.model_type]
     assert len(families) == len(set(families))
-
-
-def test_maps_that_must_be_named_are_found_by_the_name_that_they_have_and_by_no_source() -> None:
-    names = [loaded.map.name for loaded in named_maps()]
-    assert names == [f"ablation-{name}" for name in ("full", "merged", "tied", "untied")]
-    assert [find_map(name).path for name in names] == [loaded.path for loaded in named_maps()]
-    assert not set(names) & {each.name for each in SHIPPED}

@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.checkpoint.families import research
-from t5g2convert.checkpoint.families.config_section import ConfigSection, Size, Token, parse_section
-from t5g2convert.checkpoint.families.t5gemma2 import read_t5gemma2
+from t5g2convert.checkpoint.families.registry import read_trainable
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.errors import CheckpointError
 from t5g2convert.interrupts import raise_interruption
@@ -56,40 +54,24 @@ class ModelTokens:
         return frozenset(token for token in named if token is not None and 0 <= token < self.vocabulary)
 
 
-class _ResearchTokens(ConfigSection):
-    vocab_size: Size
-    bos_token_id: Token | None = None
-    eos_token_id: Token
-    pad_token_id: Token | None = None
-
-
 def read_tokens(model: Path) -> ModelTokens:
-    """The ids of a converted model, or of a research model.
+    """The ids of a converted model.
 
     Raises:
         CheckpointError: The folder has no config.json, it is of another model, or it names no token that ends a text.
     """
     check_folder(model)
     where = model / "config.json"
-    config = read_json_object(where)
-    if config.get("model_type") == research.MODEL_TYPE:
-        fields = parse_section(_ResearchTokens, config, where)
-        absent = fields.vocab_size
-        found = ModelTokens(
-            fields.vocab_size, fields.bos_token_id, fields.eos_token_id, fields.pad_token_id,
-            boi=absent, eoi=absent, image=absent, per_image=0, pictures=False,
-        )  # fmt: skip
-    else:
-        settings = read_t5gemma2(config, where)
-        text, tokens = settings.decoder, settings.tokens
-        eos = text.eos_token_id[:1] if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-        if not eos or eos[0] is None:
-            raise CheckpointError("decoder.eos_token_id is missing: nothing would end a document", where=where)
-        found = ModelTokens(
-            settings.encoder.vocab_size, text.bos_token_id, eos[0], text.pad_token_id,
-            boi=tokens.boi_token_index, eoi=tokens.eoi_token_index, image=tokens.image_token_index,
-            per_image=tokens.mm_tokens_per_image, pictures=settings.vision.num_hidden_layers > 0,
-        )  # fmt: skip
+    settings = read_trainable(read_json_object(where), where)
+    text, tokens = settings.decoder, settings.tokens
+    eos = text.eos_token_id[:1] if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    if not eos or eos[0] is None:
+        raise CheckpointError("decoder.eos_token_id is missing: nothing would end a document", where=where)
+    found = ModelTokens(
+        settings.encoder.vocab_size, text.bos_token_id, eos[0], text.pad_token_id,
+        boi=tokens.boi_token_index, eoi=tokens.eoi_token_index, image=tokens.image_token_index,
+        per_image=tokens.mm_tokens_per_image, pictures=settings.vision.num_hidden_layers > 0,
+    )  # fmt: skip
     _check_rows(found, where)
     return found
 

@@ -7,7 +7,8 @@ from typing import Any
 from t5g2convert.adaptation.train.cost import Memory, memory, operations
 from t5g2convert.adaptation.train.preflight import Prepared
 from t5g2convert.adaptation.ul2.corruption import lengths, spans
-from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
+from t5g2convert.checkpoint.families.registry import read_trainable
+from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
 from t5g2convert.mapping.inspection import inspect
 
 
@@ -35,8 +36,8 @@ class Forecast:
         sentinels: The first and the last sentinel id that a sample may have; None where no task has any.
         corpus: Tokens of the text.
         epochs: How often the run reads it.
-        operations: Of a step of text, all devices together; None for a research model, or where there is no such step.
-        memory: What a device is estimated to hold; None for a research model.
+        operations: Of a step of text, all devices together; None where there is no such step.
+        memory: What a device is estimated to hold.
         notes: What a user should know.
     """
 
@@ -48,13 +49,12 @@ class Forecast:
     corpus: int
     epochs: float
     operations: float | None
-    memory: Memory | None
+    memory: Memory
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 adapt --dry-run --json` prints."""
-        held = None if self.memory is None else {**asdict(self.memory), "total": self.memory.total}
-        return {**asdict(self), "memory": held}
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
 def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> Forecast:
@@ -82,7 +82,7 @@ def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> For
     image_steps = 0 if settings.image_every is None else settings.steps // settings.image_every
     blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
     ids = samples.sentinels
-    model = _model(prepared)
+    model = read_trainable(prepared.checkpoint.config, Path("config.json"))
     return Forecast(
         steps=settings.steps,
         image_steps=image_steps,
@@ -91,15 +91,10 @@ def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> For
         sentinels=(ids.first, ids.last) if ids.count else None,
         corpus=samples.packed.tokens,
         epochs=0.0 if schedule is None else blocks / schedule.chunks,
-        operations=None if model is None or not tasks else _operations(model, tasks, settings.samples),
-        memory=None if model is None else _memory(prepared, model, devices=devices, micro=micro, chunk=chunk),
+        operations=_operations(model, tasks, settings.samples) if tasks else None,
+        memory=_memory(prepared, model, devices=devices, micro=micro, chunk=chunk),
         notes=prepared.notes,
     )
-
-
-def _model(prepared: Prepared) -> T5Gemma2 | None:
-    config = prepared.checkpoint.config
-    return read_t5gemma2(config, Path("config.json")) if config.get("model_type") == MODEL_TYPE else None
 
 
 def _operations(model: T5Gemma2, tasks: tuple[TaskForecast, ...], samples: int) -> float:

@@ -5,7 +5,7 @@ other ones by version. A run's checkpoints and exports use the names on disk alo
 before the first step: every parameter has exactly one tensor of MODEL, of its shape and with its values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -14,10 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from t5g2convert.adaptation import research
 from t5g2convert.checkpoint.families.config_section import describe_model_type
 from t5g2convert.checkpoint.families.registry import implied_tensors
-from t5g2convert.checkpoint.families.research import MODEL_TYPE as RESEARCH_TYPE
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.folder import Checkpoint, some
 from t5g2convert.conversion.trained_model import FROZEN
@@ -34,17 +32,19 @@ def load_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """The model of a folder in float32, for training, with nothing missing and nothing left over.
 
     Args:
-        folder: A converted model, or a research model.
+        folder: A converted model.
         config: Its config.json.
 
     Raises:
         CheckpointError: Another kind of model, or its files are not all that the class has.
     """
-    kind = config.get("model_type")
-    if kind == RESEARCH_TYPE:
-        return research.load(folder)
-    if kind != MODEL_TYPE:
+    load = MODEL_LOADERS.get(str(config.get("model_type")))
+    if load is None:
         raise CheckpointError(f"{describe_model_type(config)} is no model that is adapted: T5Gemma 2", where=folder)
+    return load(folder)
+
+
+def _load_t5gemma2(folder: Path) -> nn.Module:
     transformers = quiet_transformers()
     model, found = transformers.T5Gemma2ForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
@@ -54,6 +54,10 @@ def load_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
         # Nothing is generated here, and with gradient checkpointing the class warns of it.
         part.use_cache = False
     return model
+
+
+MODEL_LOADERS: Final[dict[str, Callable[[Path], nn.Module]]] = {MODEL_TYPE: _load_t5gemma2}
+"""How the models of a `model_type` are loaded for training; a family added to `TARGETS` needs an entry here too."""
 
 
 def quiet_transformers() -> Any:
@@ -140,9 +144,7 @@ def compare_values(model: nn.Module, names: Mapping[str, str], checkpoint: Check
 
 
 def parts_of(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """The part that each tensor of a model is of, by its name on disk; a research model has one stack and no parts."""
-    if checkpoint.config.get("model_type") != MODEL_TYPE:
-        return dict.fromkeys(checkpoint.tensors, "")
+    """The part that each tensor of a model is of, by its name on disk."""
     return {item.name: item.part for item in implied_tensors(checkpoint.config, checkpoint.path / "config.json")}
 
 

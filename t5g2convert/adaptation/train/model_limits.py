@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t5g2convert.checkpoint.families import research
-from t5g2convert.checkpoint.families.research import Research, read_research
-from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2
+from t5g2convert.checkpoint.families.registry import read_trainable
 from t5g2convert.errors import CheckpointError, UsageError
 
 
@@ -34,8 +32,7 @@ def read_facts(config: Mapping[str, Any], where: Path) -> ModelFacts:
     Raises:
         CheckpointError: It is of another kind of model.
     """
-    read = read_research if config.get("model_type") == research.MODEL_TYPE else read_t5gemma2
-    model: Research | T5Gemma2 = read(config, where)
+    model = read_trainable(config, where)
     factors = {
         stack.rope_parameters["full_attention"].linear_factor
         for stack in (model.encoder, model.decoder)

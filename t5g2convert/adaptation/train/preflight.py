@@ -41,7 +41,7 @@ def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | 
     """Open model and data, and see whether they, the settings and each other fit.
 
     Args:
-        model: A converted model, or a research model.
+        model: A converted model.
         data: A folder that `t5g2 pack` wrote.
         settings: The run's.
         rope_scaling: `linear:F`, what the config must say; None for whatever it says.

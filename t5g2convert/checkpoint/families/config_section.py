@@ -38,7 +38,6 @@ KNOWN_MODELS: Final = {
     "paligemma": "PaliGemma",
     "recurrent_gemma": "RecurrentGemma",
     "shieldgemma2": "ShieldGemma 2, a Gemma 3 made into a classifier of images, which writes no text",
-    "t5g2_research": "a research model of this tool, an encoder-decoder already",
     "t5gemma": "T5Gemma, the first generation, an encoder-decoder already",
     "t5gemma2": "T5Gemma 2, an encoder-decoder already",
 }

@@ -1,6 +1,6 @@
-"""The families that a conversion may lead to: for each `model_type`, the tensors that a config of it implies.
+"""The families that a conversion can produce, by `model_type`.
 
-The lists of tensors stand in code, apart from any weight map, so that a map that forgets one is found out.
+The lists of tensors are written in code, independent of any weight map, so that a map that forgets a tensor is caught.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -8,42 +8,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families import gemma3, research, t5gemma, t5gemma2
+from t5g2convert.checkpoint.families import gemma3, t5gemma, t5gemma2
 from t5g2convert.checkpoint.families.config_section import ImpliedTensor, describe_model_type
 from t5g2convert.checkpoint.families.expected_tensors import gemma3_tensors, t5gemma2_encoder_tensors, t5gemma2_tensors
-from t5g2convert.checkpoint.families.research import research_tensors
 from t5g2convert.errors import CheckpointError
+
+ReadSettings = Callable[[Mapping[str, Any], Path], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A family that a conversion leads to.
+class TargetFamily:
+    """A family that a conversion can produce.
 
     Attributes:
-        implied: From config.json and its path to every tensor of such a folder, once.
-        stacks: Where the settings of its text stacks stand in config.json, by part, as paths that end with a dot.
+        implied: Yields every tensor of such a folder once, from config.json and its path.
+        stacks: The sections of config.json that hold the settings of the text stacks, by part, each with a final dot.
+        read_settings: Reads what `t5g2 inspect` shows of config.json; None for a family that is inspected as a source.
+        read_trainable: Reads the config of a model that can be trained; None for a family that cannot.
     """
 
     implied: Callable[[Mapping[str, Any], Path], Iterator[ImpliedTensor]]
     stacks: Mapping[str, str]
+    read_settings: ReadSettings | None = None
+    read_trainable: Callable[[Mapping[str, Any], Path], t5gemma2.T5Gemma2] | None = None
 
 
-TARGETS: Final[Mapping[str, Target]] = {
-    t5gemma.MODEL_TYPE: Target(t5gemma.implied_tensors, {"encoder": "encoder.", "decoder": "decoder."}),
-    t5gemma2.MODEL_TYPE: Target(t5gemma2_tensors, {"encoder": "encoder.text_config.", "decoder": "decoder."}),
-    t5gemma2.ENCODER_TYPE: Target(t5gemma2_encoder_tensors, {"encoder": "text_config."}),
-    gemma3.MULTIMODAL: Target(gemma3_tensors, {"decoder": "text_config."}),
-    gemma3.TEXT_ONLY: Target(gemma3_tensors, {"decoder": ""}),
-    research.MODEL_TYPE: Target(research_tensors, {"encoder": "encoder.", "decoder": "decoder."}),
+def _t5gemma_settings(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    model = t5gemma.read_t5gemma(config, where)
+    stacks = {"encoder": model.encoder.model_dump(), "decoder": model.decoder.model_dump()}
+    return {**stacks, "tie_word_embeddings": model.tied}
+
+
+def _t5gemma2_settings(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    model = t5gemma2.read_t5gemma2(config, where)
+    sections = {"encoder": model.encoder, "decoder": model.decoder, "vision": model.vision}
+    return {name: section.model_dump() for name, section in sections.items()}
+
+
+def _t5gemma2_encoder_settings(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    model = t5gemma2.read_t5gemma2_encoder(config, where)
+    return {"encoder": model.encoder.model_dump(), "vision": model.vision.model_dump()}
+
+
+TARGETS: Final[dict[str, TargetFamily]] = {
+    t5gemma.MODEL_TYPE: TargetFamily(
+        t5gemma.implied_tensors, {"encoder": "encoder.", "decoder": "decoder."}, _t5gemma_settings
+    ),
+    t5gemma2.MODEL_TYPE: TargetFamily(
+        t5gemma2_tensors,
+        {"encoder": "encoder.text_config.", "decoder": "decoder."},
+        _t5gemma2_settings,
+        t5gemma2.read_t5gemma2,
+    ),
+    t5gemma2.ENCODER_TYPE: TargetFamily(
+        t5gemma2_encoder_tensors, {"encoder": "text_config."}, _t5gemma2_encoder_settings
+    ),
+    gemma3.MULTIMODAL: TargetFamily(gemma3_tensors, {"decoder": "text_config."}),
+    gemma3.TEXT_ONLY: TargetFamily(gemma3_tensors, {"decoder": ""}),
 }
-"""`model_type` to family."""
+"""`model_type` to family. Code outside this package may add its own family before it loads a map or a model."""
 
 
-def target_of(config: Mapping[str, Any], where: Path) -> Target:
-    """The family of a converted folder.
+def target_of(config: Mapping[str, Any], where: Path) -> TargetFamily:
+    """Return the family of a converted folder.
 
     Raises:
-        CheckpointError: No conversion leads to such a model.
+        CheckpointError: No conversion produces such a model.
     """
     target = TARGETS.get(str(config.get("model_type")))
     if target is None:
@@ -52,9 +82,20 @@ def target_of(config: Mapping[str, Any], where: Path) -> Target:
 
 
 def implied_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
-    """Every tensor that the config of a converted folder implies, once.
+    """Yield every tensor that the config of a converted folder implies, once.
 
     Raises:
-        CheckpointError: The config cannot be read, or is of a family that no conversion leads to.
+        CheckpointError: The config cannot be read, or no conversion produces such a model.
     """
     return target_of(config, where).implied(config, where)
+
+
+def read_trainable(config: Mapping[str, Any], where: Path) -> t5gemma2.T5Gemma2:
+    """Read the config of a model that can be trained.
+
+    Raises:
+        CheckpointError: The config cannot be read, or is not a T5Gemma 2's.
+    """
+    target = TARGETS.get(str(config.get("model_type")))
+    read = target.read_trainable if target is not None else None
+    return (read or t5gemma2.read_t5gemma2)(config, where)

@@ -193,9 +193,11 @@ def test_after_a_hundred_of_them_no_more_is_read(model: Path, tmp_path: Path) ->
     assert read == len(failed.value.details) == MAX_FAULTS
 
 
-def test_a_model_without_eyes_takes_no_pictures(tmp_path: Path, mixed: list[Document]) -> None:
-    config = {"model_type": "t5g2_research", "vocab_size": 256, "eos_token_id": 1, "pad_token_id": 0}
-    build_demo_source(tmp_path / "model")
+def test_a_model_without_eyes_takes_no_pictures(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["encoder"]["vision_config"]["num_hidden_layers"] = 0
+    config["decoder"]["bos_token_id"] = None
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="7 documents cannot be packed") as failed:
         pack(tmp_path / "model", tmp_path / "out", mixed, flush=False)

@@ -50,14 +50,6 @@ def test_the_ids_of_a_converted_model(gemma: Path) -> None:
     assert tokens.reserved == {0, 1, 2, 255_999, 256_000, 256_001}
 
 
-def test_the_ids_of_a_research_model(tmp_path: Path) -> None:
-    config = {"model_type": "t5g2_research", "vocab_size": 300, "eos_token_id": 7, "pad_token_id": 0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tokens = read_tokens(tmp_path)
-    assert (tokens.vocabulary, tokens.bos, tokens.eos, tokens.pad, tokens.pictures) == (300, None, 7, 0, False)
-    assert tokens.reserved == {0, 7}
-
-
 HOSTILE = [
     "a<eos>b", "<bos>", "<pad><unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<unused98>",
     "<unused100>", "<unused6241>", "<unused0>", "<start_of_turn>", "<mask>", "a <eos>\n\n<eos>",

@@ -1,22 +1,25 @@
-"""A small research model: what the paper's ablations compare (arXiv 2512.14856), made of the reference's blocks.
+"""The research model of T5Gemma 2's ablations (arXiv 2512.14856), built from the blocks of `t5g2convert.reference`.
 
-It is trained as transformers' T5Gemma2ForConditionalGeneration is: `model.model(...)` gives the decoder's last hidden
-states, `model.lm_head(...)` logits of them, and every parameter has the name of its tensor on disk. Tied, merged and in
-all layers it computes what a T5Gemma 2 computes of text. `checkpoint.research` tells what the forms are.
+It is trained like transformers' T5Gemma2ForConditionalGeneration: `model.model(...)` returns the decoder's last hidden
+states, `model.lm_head(...)` their logits, and every parameter has the name of its tensor on disk. Tied, merged and in
+all layers it computes what a T5Gemma 2 computes from text. See `config` for the variants.
 
-Hiding the encoder: merged attention under a mask of zeros is the decoder's own self-attention. The softmax of a
-cross-attention has nothing left then; the attention is left out, and the layer is its parent's.
+With the encoder hidden, merged attention is the decoder's self-attention. A cross-attention would have nothing to
+normalize over; it is skipped, and the layer computes what the parent's layer computes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from ablation.config import MODEL_TYPE, ResearchConfig, read_research, research_settings, research_tensors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t5g2convert.checkpoint.families.research import Research, read_research, research_tensors
+from t5g2convert.adaptation.train.model import MODEL_LOADERS
+from t5g2convert.checkpoint.families.registry import TARGETS, TargetFamily
 from t5g2convert.checkpoint.families.text_stack import LayerType
 from t5g2convert.checkpoint.folder import open_checkpoint, some
 from t5g2convert.errors import CheckpointError
@@ -24,12 +27,20 @@ from t5g2convert.reference.cross_attention import CrossDecoderLayer
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer, RMSNorm, StackLayer
 from t5g2convert.reference.masks import bidirectional, causal, memory
 from t5g2convert.reference.rope import Rotation, rotation
-from t5g2convert.reference.settings import Kernel, TextSettings, research_text
+from t5g2convert.reference.settings import Kernel, TextSettings, t5gemma2_text
 from t5g2convert.reference.weights import Weights
 
 
+def register() -> None:
+    """Let t5g2convert convert to, inspect and train research models, in this process."""
+    TARGETS[MODEL_TYPE] = TargetFamily(
+        research_tensors, {"encoder": "encoder.", "decoder": "decoder."}, research_settings, read_research
+    )
+    MODEL_LOADERS[MODEL_TYPE] = load
+
+
 class States(NamedTuple):
-    """What `ResearchModel.model` gives, each [B, T, C]."""
+    """The result of `ResearchModel.model`, each [B, T, C]."""
 
     last_hidden_state: Tensor
     encoder_last_hidden_state: Tensor
@@ -39,7 +50,7 @@ class TextStack(nn.Module):
     """An embedding table, layers and a norm.
 
     Args:
-        settings: What the config says of the stack.
+        settings: The stack's settings.
         layers: Its layers.
     """
 
@@ -52,12 +63,12 @@ class TextStack(nn.Module):
         self.recomputes = False
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Scaled embeddings, [B, T, C]: the scale is rounded to their dtype, then the product."""
+        """Return scaled embeddings, [B, T, C]; the scale is rounded to their dtype before the product."""
         rows_BTC = self.embed_tokens(ids_BT)
         return rows_BTC * torch.tensor(self.settings.hidden_size**0.5).to(rows_BTC)
 
     def rotations(self, tokens: int, like: Tensor) -> dict[LayerType, Rotation]:
-        """Rotations of the first positions, by kind of layer."""
+        """Return the rotations of the first positions, by kind of layer."""
         settings, positions = self.settings, torch.arange(tokens, device=like.device)
         return {
             kind: rotation(settings.ropes[kind], settings.head_dim, positions, like.dtype)
@@ -70,12 +81,12 @@ class TextStack(nn.Module):
         masks: Mapping[LayerType, Tensor],
         memories: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     ) -> Tensor:
-        """Normed states, [B, T, C].
+        """Return normed states, [B, T, C].
 
         Args:
             ids_BT: Token ids, int64.
-            masks: What own tokens may see of each other, by kind of layer.
-            memories: By layer the encoder's output and what may be seen of it, where the layer reads it.
+            masks: Which tokens of the stack each token may see, by kind of layer.
+            memories: The encoder's output and its mask for each layer that attends to it, None for the others.
         """
         x_BTC = self.embed(ids_BT)
         rotations = self.rotations(ids_BT.shape[1], x_BTC)
@@ -97,13 +108,16 @@ class ResearchStacks(nn.Module):
         kernel: How attention is computed.
     """
 
-    def __init__(self, model: Research, kernel: Kernel) -> None:
+    def __init__(self, model: ResearchConfig, kernel: Kernel) -> None:
         super().__init__()
-        self.form = model.form
+        self.variant = model.variant
         self.reads_encoder = [model.reads_encoder(layer) for layer in range(model.decoder.num_hidden_layers)]
-        encoder, decoder = (research_text(stack) for stack in (model.encoder, model.decoder))
+        encoder, decoder = (
+            replace(t5gemma2_text(model, stack), memory_size=stack.hidden_size)
+            for stack in (model.encoder, model.decoder)
+        )
         self.encoder = TextStack(encoder, [EncoderLayer(encoder, kernel) for _ in encoder.layer_types])
-        own = CrossDecoderLayer if model.form.attention == "separate" else DecoderLayer
+        own = CrossDecoderLayer if model.variant.attention == "separate" else DecoderLayer
         self.decoder = TextStack(
             decoder, [(own if reads else EncoderLayer)(decoder, kernel) for reads in self.reads_encoder]
         )
@@ -115,16 +129,16 @@ class ResearchStacks(nn.Module):
         decoder_input_ids: Tensor,
         decoder_attention_mask: Tensor | None = None,
     ) -> States:
-        """What the decoder makes of its tokens and the encoder's.
+        """Run both stacks.
 
         Args:
             input_ids: Token ids of the encoder, [B, E].
-            attention_mask: 0 at its padding, [B, E]; 0 everywhere hides its output.
+            attention_mask: 0 at the encoder's padding, [B, E]; all zeros hide the encoder's output.
             decoder_input_ids: Token ids of the decoder, [B, D].
-            decoder_attention_mask: 0 at its padding, [B, D]; None for none.
+            decoder_attention_mask: 0 at the decoder's padding, [B, D]; None where there is no padding.
 
         Raises:
-            ValueError: Separate attention, and the encoder is hidden from some samples of the batch alone.
+            ValueError: Attention is separate, and the encoder is hidden from only some samples of the batch.
         """
         seen_BM = attention_mask.bool()
         kept_BD = (
@@ -141,55 +155,55 @@ class ResearchStacks(nn.Module):
         return States(states_BDC, memory_BMC)
 
     def _is_read(self, seen_BM: Tensor) -> bool:
-        """Whether layers are given the encoder's output; those with one softmax over all are, even if it is hidden."""
-        if self.form.attention == "merged":
+        """Return whether layers get the encoder's output; those with merged attention do, even where it is masked."""
+        if self.variant.attention == "merged":
             return True
         read_B = seen_BM.any(-1)
         if bool(read_B.any()) and not bool(read_B.all()):
-            raise ValueError("expected the encoder of all samples of a batch hidden, or of none")
+            raise ValueError("expected the encoder to be hidden from all samples of a batch, or from none")
         return bool(read_B.all())
 
 
 class ResearchModel(nn.Module):
-    """A research model; its parameters are called as its tensors.
+    """A research model; its parameters have the names of its tensors.
 
     Attributes:
         model: Encoder and decoder.
-        lm_head: The softmax's matrix, which is the decoder's table. A softcap of the logits is left to the caller, as
-            in transformers.
+        lm_head: The softmax's matrix, which is the decoder's table. The caller applies a softcap of the logits, as
+            with transformers.
 
     Args:
         model: Its config.
-        kernel: How attention is computed; `eager` is that which equalities are stated for.
+        kernel: How attention is computed; exact equalities hold for `eager`.
     """
 
-    def __init__(self, model: Research, *, kernel: Kernel = "sdpa") -> None:
+    def __init__(self, model: ResearchConfig, *, kernel: Kernel = "sdpa") -> None:
         super().__init__()
         self.model = ResearchStacks(model, kernel)
         self.lm_head = nn.Linear(model.decoder.hidden_size, model.decoder.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:
-        """Let what is one tensor on disk be one parameter."""
-        if self.model.form.tied:
+        """Make one parameter of what is one tensor on disk."""
+        if self.model.variant.tied:
             self.model.decoder.embed_tokens.weight = self.model.encoder.embed_tokens.weight
         self.lm_head.weight = self.model.decoder.embed_tokens.weight
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Keep the inputs of layers alone for the backward pass, which computes the rest again."""
+        """Keep only the inputs of layers for the backward pass, which recomputes the rest."""
         self.model.encoder.recomputes = self.model.decoder.recomputes = True
 
 
 def load(folder: Path, *, kernel: Kernel = "sdpa", dtype: torch.dtype = torch.float32) -> ResearchModel:
-    """The research model of a folder, to be trained.
+    """Load a research model for training.
 
     Args:
-        folder: A conversion by one of the maps in mappings/ablation, or an export of one.
+        folder: A conversion by one of the maps in examples/ablation/maps.
         kernel: How attention is computed.
-        dtype: Of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
-        CheckpointError: Another model, or its tensors are not those that its config implies.
+        CheckpointError: It is another model, or its tensors are not those that its config implies.
     """
     checkpoint_read = open_checkpoint(folder)
     settings = read_research(checkpoint_read.config, folder / "config.json")
@@ -205,7 +219,7 @@ def load(folder: Path, *, kernel: Kernel = "sdpa", dtype: torch.dtype = torch.fl
             raise CheckpointError(
                 f"tensor {name!r} has shape {list(found)}, its config implies {list(expected)}", where=folder
             )
-    # What is tied is named once, and so is missing under its other names.
+    # A tied tensor is stored once, so its other names are missing.
     model.load_state_dict({name: weights.tensor(name) for name in names}, assign=True, strict=False)
     model.tie()
     return model
@@ -214,7 +228,10 @@ def load(folder: Path, *, kernel: Kernel = "sdpa", dtype: torch.dtype = torch.fl
 def _masks(
     settings: TextSettings, make: Callable[[LayerType, int, Tensor], Tensor], kept_BT: Tensor
 ) -> dict[LayerType, Tensor]:
-    """A stack's masks. A token that would see nothing is padding, or of an encoder that is hidden, and sees everything:
-    nobody reads what it computes, and no kernel divides by nothing."""
+    """Return a stack's masks, by kind of layer.
+
+    A token that may see nothing is padding or belongs to a hidden encoder. It is let to see everything: its result is
+    not used, and no kernel divides by zero.
+    """
     masks = {kind: make(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}
     return {kind: seen | ~seen.any(-1, keepdim=True) for kind, seen in masks.items()}

@@ -1,7 +1,7 @@
-"""Losses on held-out samples: for each task, and with the encoder's output hidden from the decoder.
+"""Losses on held-out samples by task, with the encoder visible and with the encoder hidden from the decoder.
 
-What the encoder is worth is the difference of both. A model that was only converted does not know its encoder yet, and
-is the better for not seeing it; one that has learnt to read it is the worse.
+Their difference is the encoder's gain. A converted model that was not trained does better with the encoder hidden; a
+model that has learnt to use its encoder does worse.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from t5g2convert.errors import CheckpointError, UsageError
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was found, in nats for each label.
+    """Losses in nats per label.
 
     Attributes:
         tasks: The loss of each task.
-        hidden: The same with the encoder's output hidden.
-        labels: Labels of each task.
+        hidden: The loss of each task with the encoder hidden.
+        labels: Number of labels of each task.
     """
 
     tasks: Mapping[str, float]
@@ -36,17 +36,17 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Over all labels."""
+        """Return the mean over all labels."""
         return self._mean(self.tasks)
 
     @property
     def hidden_loss(self) -> float:
-        """Over all labels, with the encoder's output hidden."""
+        """Return the mean over all labels with the encoder hidden."""
         return self._mean(self.hidden)
 
     @property
     def gain(self) -> float:
-        """What the encoder is worth: the loss without it minus the loss with it."""
+        """Return the loss without the encoder minus the loss with it."""
         return self.hidden_loss - self.loss
 
     def _mean(self, losses: Mapping[str, float]) -> float:
@@ -56,37 +56,37 @@ class Evaluation:
 def evaluate(
     model: Path, data: Path, settings: Settings, *, samples: int, checkpoint: Path | None = None, micro: int = 16
 ) -> Evaluation:
-    """Judge a model on the first samples of packed data that it was not trained on.
+    """Evaluate a model on the first samples of packed data.
 
     Args:
-        model: A converted model, or a research model.
-        data: A folder that `t5g2 pack` wrote.
-        settings: Lengths, mixture and seed say what the samples are; those of a run give its objective.
-        samples: How many; whole blocks of the mixture, so that each task has its share.
-        checkpoint: Of a run that started from the model; its values are judged in place of the model's.
-        micro: Samples of a pass.
+        model: A converted model.
+        data: A folder that `t5g2 pack` wrote, from documents that the model was not trained on.
+        settings: Lengths, mixture and seed of the samples; those of a run give its objective.
+        samples: Number of samples, a multiple of the mixture's block, so that each task has its share.
+        checkpoint: A checkpoint of a run that started from the model, to evaluate in its place.
+        micro: Samples per pass.
 
     Raises:
         CheckpointError: The model or the checkpoint is damaged, or they do not belong together.
         DataError: The data does not fit the model.
-        UsageError: The samples are no whole blocks, or more than the data gives without repeating itself.
+        UsageError: The number of samples is not a multiple of the block, or larger than the data gives once.
     """
     prepared = prepare(model, data, settings)
     block, schedule = settings.mixture.block, prepared.samples.schedule
     if schedule is None:
-        raise UsageError("--image-every 1 has no samples of text, which are what is judged")
+        raise UsageError("image_every=1 leaves no samples of text to evaluate")
     if samples < 1 or samples % block or samples > schedule.chunks * block:
         raise UsageError(
-            f"expected a multiple of {block} up to {schedule.chunks * block} held-out samples, found {samples}"
+            f"expected a multiple of {block} up to {schedule.chunks * block} held-out samples, got {samples}"
         )
     module = load_model(model, prepared.checkpoint.config)
     if checkpoint is not None:
         _take_values(module, prepared, Trained(checkpoint))
-    return _judge(module, prepared, samples, micro)
+    return _evaluate(module, prepared, samples, micro)
 
 
 def _take_values(module: nn.Module, prepared: Prepared, trained: Trained) -> None:
-    """Put the values of a checkpoint in the place of the model's."""
+    """Replace the values of a model by those of a checkpoint."""
     where = prepared.checkpoint.path
     shapes = {name: stored.entry.shape for name, stored in prepared.checkpoint.tensors.items()}
     named = {tensor: name for name, tensor in published_names(module, shapes, where).items()}
@@ -101,7 +101,7 @@ def _take_values(module: nn.Module, prepared: Prepared, trained: Trained) -> Non
 
 
 @torch.no_grad()
-def _judge(module: nn.Module, prepared: Prepared, samples: int, micro: int) -> Evaluation:
+def _evaluate(module: nn.Module, prepared: Prepared, samples: int, micro: int) -> Evaluation:
     names = task_names(prepared.samples.settings)
     denoiser = Denoiser(module, tasks=len(names), softcap=prepared.facts.softcap, chunk=4096).eval()
     sums = torch.zeros(2, len(names), dtype=torch.float64)
@@ -119,5 +119,5 @@ def _judge(module: nn.Module, prepared: Prepared, samples: int, micro: int) -> E
 
 
 def hide_encoder(batch: Batch) -> dict[str, Tensor]:
-    """The same samples, with nothing of the encoder to be seen."""
+    """Return the same samples with the encoder hidden from the decoder."""
     return {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
