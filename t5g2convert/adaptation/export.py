@@ -91,17 +91,18 @@ def check_export_place(run: Path) -> None:
         error.hint = hint
         raise
     if (output / MANIFEST_FILE).is_file():
-        told = read_manifest(output).get("adaptation") or {}
-        if told.get("settings_sha256") != read_history(run).settings_sha256 or len(told["checkpoints"]) != 1:
+        told = read_manifest(output).adaptation
+        if told is None or told.settings_sha256 != read_history(run).settings_sha256 or len(told.checkpoints) != 1:
             raise OutputError("is not an export of this run, and is not replaced", where=output, hint=hint)
 
 
 def _is_exported(output: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a folder is the export of this training at this step, with every file as it was written."""
     try:
-        told = read_manifest(output).get("adaptation") or {}
+        adaptation = read_manifest(output).adaptation
     except CheckpointError:
         return False
+    told = {} if adaptation is None else adaptation.document()
     same = json.dumps({key: told.get(key) for key in facts}, sort_keys=True) == json.dumps(facts, sort_keys=True)
     return same and is_intact(output, manifest_listing)
 

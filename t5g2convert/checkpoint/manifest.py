@@ -1,15 +1,25 @@
-"""The manifest `t5g2.json`: what made a folder, from what, and the sha256 of all its files.
+"""The manifest `t5g2.json`: what made a folder, from which files, and the sha256 of everything in it.
 
-It has one form, byte for byte, and ends with the sha256 of everything before, so that a change of any one byte shows.
+`Manifest` says what the file holds; it is both written and read through this model. The file has one form, byte for
+byte, and ends with the sha256 of everything before, so that a change of any byte shows.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    NonNegativeInt,
+    PositiveInt,
+    PrivateAttr,
+    model_serializer,
+    model_validator,
+)
 
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, Size, parse_section
@@ -20,101 +30,88 @@ from t5g2convert.errors import CheckpointError
 MANIFEST_FILE: Final = "t5g2.json"
 FORMAT: Final = 1
 SEAL: Final = "sha256"
-"""The manifest's last key."""
+"""The last key of the manifest: the sha256 of everything before it."""
 
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A sha256, hexadecimal."""
-
-
-def encode_json(document: Mapping[str, Any]) -> bytes:
-    """The one form in which this tool writes JSON files."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def seal(document: Mapping[str, Any]) -> bytes:
-    """The bytes of a manifest, its own sha256 added at the end (an older one is replaced)."""
-    unsealed = {key: value for key, value in document.items() if key != SEAL}
-    return encode_json({**unsealed, SEAL: hashlib.sha256(encode_json(unsealed)).hexdigest()})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder.
-
-    Raises:
-        CheckpointError: There is none, it is of another format, not byte for byte as it was written, or lacks a part.
-    """
-    path = folder / MANIFEST_FILE
-    text = read_json_file(path)
-    document = parse_object(text, path)
-    if document.get("format") != FORMAT:
-        raise CheckpointError(f"has format {document.get('format')!r}, expected {FORMAT}", where=path)
-    try:
-        sealed = seal(document)
-    except UnicodeEncodeError:
-        raise CheckpointError("holds text that cannot be written again", where=path) from None
-    if sealed != text:
-        raise CheckpointError("was changed after it was written: its sha256 does not fit its contents", where=path)
-    parse_section(_Manifest, document, path)
-    ways = [document[key] for key in ("mapping", "adaptation") if key in document]
-    if len(ways) != 1 or ways[0] is None:
-        raise CheckpointError("expected a mapping, of a conversion, or an adaptation, of a training", where=path)
-    return document
-
-
-def unverified(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest without what a verification writes into it: two copies of one are the same."""
-    return {key: value for key, value in document.items() if key not in (SEAL, "verification")}
-
-
-def digest_of(document: Any) -> str:
-    """sha256 of a JSON document, hexadecimal, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def check_adaptation(document: Mapping[str, Any]) -> None:
-    """Refuse what a manifest cannot tell of a training.
-
-    Raises:
-        CheckpointError: A part is missing, of another kind, or one too many; all of them are named.
-    """
-    parse_section(_Adaptation, document, Path(MANIFEST_FILE), "adaptation")
-
 
 _RELEASE: Final = r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?(\+[a-z0-9.]+)?"
 Version = Annotated[str, Field(max_length=60, pattern=f"^{_RELEASE}$")]
 """The version of a Python package."""
 
 
-class _File(ConfigSection, extra="forbid"):
+def encode_json(document: Mapping[str, Any]) -> bytes:
+    """Return a JSON document in the one form in which this tool writes JSON files."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a manifest with its own sha256 as the last key; an older one is replaced."""
+    unsealed = {key: value for key, value in document.items() if key != SEAL}
+    return encode_json({**unsealed, SEAL: hashlib.sha256(encode_json(unsealed)).hexdigest()})
+
+
+def unverified(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest without the record of a verification and its own sha256.
+
+    Two copies of one conversion are equal in it, whether either was verified or not.
+    """
+    return {key: value for key, value in document.items() if key not in (SEAL, "verification")}
+
+
+def digest_of(document: Any) -> str:
+    """Return the sha256 of a JSON document, hexadecimal; the order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class _Section(ConfigSection, extra="forbid"):
+    """A section of the manifest, which remembers the keys that it has."""
+
+    def document(self) -> dict[str, Any]:
+        """Return the section as JSON, without the keys that it does not have."""
+        return self.model_dump(exclude_unset=True)
+
+
+class FileRecord(_Section):
+    """A file: its size, and its sha256 where it was hashed."""
+
     bytes: NonNegativeInt
     sha256: Digest | None
 
 
-class _Tool(ConfigSection, extra="forbid"):
+class ToolRecord(_Section):
+    """The program that wrote the folder."""
+
     name: Literal["t5g2convert"]
     version: Version
 
 
-class _Mapping(ConfigSection, extra="forbid"):
+class MappingRecord(_Section):
+    """The weight map that was followed."""
+
     name: str
     sha256: Digest
 
 
-class _Hub(ConfigSection, extra="forbid"):
+class HubRecord(_Section):
+    """A commit of a model of the Hub."""
+
     repo: str
     revision: str
 
 
-class _Source(ConfigSection, extra="forbid"):
+class SourceRecord(_Section):
+    """A checkpoint that was read."""
+
     family: str
     layout: dict[str, str]
-    files: dict[str, _File]
-    hub: _Hub | None = None
+    files: dict[str, FileRecord]
+    hub: HubRecord | None = None
 
 
-class _Options(ConfigSection, extra="forbid"):
-    """Those that differ from what a conversion does by itself."""
+class OptionsRecord(_Section):
+    """The options that differ from their defaults."""
 
     dtype: str | None = None
     max_shard_bytes: PositiveInt | None = None
@@ -130,12 +127,16 @@ class _Options(ConfigSection, extra="forbid"):
     drop_heads: Literal[True] | None = None
 
 
-class _Dropped(ConfigSection, extra="forbid"):
+class DroppedRecord(_Section):
+    """A source tensor that was left out."""
+
     name: str
     because: str
 
 
-class _Change(ConfigSection, extra="forbid"):
+class ChangeRecord(_Section):
+    """A setting that differs from the source's."""
+
     field: str
     source: Any
     target: Any
@@ -143,19 +144,21 @@ class _Change(ConfigSection, extra="forbid"):
     @model_validator(mode="after")
     def _casts_to_a_dtype(self) -> Self:
         if self.field == "dtype" and self.target not in list(BY_CONFIG_NAME):
-            raise ValueError(f"{self.target!r} is no dtype that a model is cast to")
+            raise ValueError(f"{self.target!r} is not a dtype that a model can be cast to")
         return self
 
 
-class _TokenChange(ConfigSection, extra="forbid"):
+class TokenRecord(_Section):
+    """A token whose id differs from the source's."""
+
     token: str
     source: NonNegativeInt | None
     target: NonNegativeInt
     replaces: str | None
 
 
-class _Task(ConfigSection, extra="forbid"):
-    """A task of the objective, as the table of the mixture has it."""
+class TaskRecord(_Section):
+    """A task of the training objective."""
 
     name: str
     kind: Literal["spans", "prefix"]
@@ -166,14 +169,19 @@ class _Task(ConfigSection, extra="forbid"):
     sentinel: bool
 
 
-class _Mixture(ConfigSection):
-    tasks: Annotated[list[_Task], Field(min_length=1)]
+class MixtureRecord(ConfigSection):
+    """The tasks of the training objective; other keys are left alone."""
+
+    tasks: Annotated[list[TaskRecord], Field(min_length=1)]
 
 
-class _TrainingSettings(ConfigSection):
-    """Those settings of a training that are read again; the others are left alone."""
+class TrainingSettings(ConfigSection):
+    """The settings that decide the result of a training.
 
-    mixture: _Mixture
+    The fields are those that are read again; `document()` has all of them, in the order in which they were written.
+    """
+
+    mixture: MixtureRecord
     encoder_length: PositiveInt
     decoder_length: PositiveInt
     image_every: PositiveInt | None
@@ -189,21 +197,40 @@ class _TrainingSettings(ConfigSection):
     clip: Positive
     freeze_until: NonNegativeInt
     trainable: list[str]
+    _document: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_all(cls, fields: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        settings = handler(fields)
+        if isinstance(fields, dict):
+            settings._document = fields
+        return settings
+
+    @model_serializer
+    def document(self) -> dict[str, Any]:
+        """Return all settings as JSON."""
+        return self._document
 
 
-class _Adaptation(ConfigSection, extra="forbid"):
-    """What made the values that are not the source's.
+class AdaptationRecord(_Section):
+    """The training that made the values that differ from the source's.
 
-    `steps` is how long the training had run, `checkpoints` the steps whose values were averaged, or the one that was
-    taken. `tokens` is how many were read until then. `settings` are all that decide the result, the identity of a
-    teacher among them. `trained` names the tensors, `{layer}` in place of the numbers of all layers; `frozen` the parts
-    of which none was trained.
+    Attributes:
+        steps: How many steps the training had run.
+        checkpoints: The steps of the checkpoints that were averaged, or of the one that was taken.
+        tokens: How many tokens were read until then.
+        settings: All settings that decide the result, the identity of a teacher among them.
+        settings_sha256: Their sha256.
+        data_sha256: The sha256 of the packed data.
+        trained: The names of the trained tensors, with `{layer}` where the tensors of all layers were trained.
+        frozen: The parts without any trained tensor.
     """
 
     steps: PositiveInt
     checkpoints: Annotated[list[PositiveInt], Field(min_length=1)]
     tokens: NonNegativeInt
-    settings: _TrainingSettings
+    settings: TrainingSettings
     settings_sha256: Digest
     data_sha256: Digest
     trained: Annotated[list[str], Field(min_length=1)]
@@ -211,29 +238,104 @@ class _Adaptation(ConfigSection, extra="forbid"):
 
     @model_validator(mode="before")
     @classmethod
-    def _settings_are_those_of_the_digest(cls, fields: Any) -> Any:
+    def _settings_match_the_digest(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and digest_of(fields.get("settings")) != fields.get("settings_sha256"):
-            raise ValueError("settings_sha256 does not fit the settings")
+            raise ValueError("settings_sha256 does not match the settings")
         return fields
 
 
-class _Manifest(ConfigSection, extra="forbid"):
-    """What a manifest must be, so that its readers need not ask."""
+class Manifest(_Section):
+    """All that a manifest holds.
+
+    `mapping` is there for a conversion, `adaptation` for a training, never both.
+    """
 
     format: Literal[1]
-    tool: _Tool
-    mapping: _Mapping | None = None
-    adaptation: _Adaptation | None = None
-    options: _Options
-    source: _Source
-    decoder_from: _Source | None = None
-    vision_from: _Source | None = None
+    tool: ToolRecord
+    mapping: MappingRecord | None = None
+    adaptation: AdaptationRecord | None = None
+    options: OptionsRecord
+    source: SourceRecord
+    decoder_from: SourceRecord | None = None
+    vision_from: SourceRecord | None = None
     dtype: str
     parameters: dict[str, NonNegativeInt]
-    dropped: list[_Dropped]
-    changes: list[_Change]
-    tokens: list[_TokenChange]
+    dropped: list[DroppedRecord]
+    changes: list[ChangeRecord]
+    tokens: list[TokenRecord]
     notes: list[str]
-    files: dict[str, _File]
+    files: dict[str, FileRecord]
     verification: dict[str, Any] | None = None
-    sha256: str
+    sha256: Digest | None = None
+    _read: dict[str, Any] | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _converted_or_trained(self) -> Self:
+        found = {"mapping": self.mapping, "adaptation": self.adaptation}
+        present = [found[key] for key in found if key in self.model_fields_set]
+        if len(present) != 1 or present[0] is None:
+            raise ValueError("expected either a mapping (of a conversion) or an adaptation (of a training)")
+        return self
+
+    @property
+    def sources(self) -> dict[str, SourceRecord]:
+        """The checkpoints that were read, by input: `source`, `decoder_from`, `vision_from`."""
+        found = {"source": self.source, "decoder_from": self.decoder_from, "vision_from": self.vision_from}
+        return {name: record for name, record in found.items() if record is not None}
+
+    @property
+    def hashed(self) -> bool:
+        """Whether every file has a sha256 (false after `t5g2 convert --no-hash`)."""
+        return all(file.sha256 is not None for file in self.files.values())
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any], where: Path) -> Self:
+        """Check a manifest that was read as JSON, and keep it as it is, whatever the order of its keys.
+
+        Raises:
+            CheckpointError: It lacks a section, has one too many, or one with an impossible value.
+        """
+        manifest = parse_section(cls, document, where)
+        manifest._read = dict(document)
+        return manifest
+
+    def document(self) -> dict[str, Any]:
+        """Return the manifest as JSON; one that was read is exactly as it was."""
+        return super().document() if self._read is None else deepcopy(self._read)
+
+    def encode(self) -> bytes:
+        """Return the bytes of the file `t5g2.json`."""
+        return seal(self.document())
+
+    def unverified(self) -> dict[str, Any]:
+        """Return the manifest as JSON without the record of a verification and its own sha256."""
+        return unverified(self.document())
+
+    def with_verification(self, record: Mapping[str, Any]) -> Self:
+        """Return the manifest with the record of a verification in place of an earlier one."""
+        return self.parse({**self.document(), "verification": record}, Path(MANIFEST_FILE))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder.
+
+    ```python
+    manifest = read_manifest(Path("converted"))
+    manifest.source.files["config.json"].sha256
+    ```
+
+    Raises:
+        CheckpointError: It is missing, of another format, differs from the bytes that were written, or lacks a section.
+    """
+    path = folder / MANIFEST_FILE
+    text = read_json_file(path)
+    document = parse_object(text, path)
+    if document.get("format") != FORMAT:
+        raise CheckpointError(f"has format {document.get('format')!r}, expected {FORMAT}", where=path)
+    try:
+        sealed = seal(document)
+    except UnicodeEncodeError:
+        raise CheckpointError("holds text that cannot be written again", where=path) from None
+    if sealed != text:
+        raise CheckpointError("was changed after it was written: its sha256 does not match its contents", where=path)
+    return Manifest.parse(document, path)

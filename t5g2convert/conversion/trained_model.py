@@ -8,16 +8,17 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
-from t5g2convert.checkpoint.families.config_section import ImpliedTensor, describe_model_type
+from t5g2convert.checkpoint.families.config_section import ImpliedTensor, describe_model_type, parse_section
 from t5g2convert.checkpoint.families.registry import implied_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, StoredTensor, refuse_unheld
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.inputs import SOURCE
-from t5g2convert.checkpoint.manifest import check_adaptation
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, AdaptationRecord
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, held
 from t5g2convert.conversion.assets.planning import copied
 from t5g2convert.conversion.options import KEEP, Options
@@ -103,12 +104,11 @@ def plan_adapted(
     )
 
 
-def _told(facts: Mapping[str, Any], trained: Collection[str], parts: Mapping[str, ImpliedTensor]) -> dict[str, Any]:
+def _told(facts: Mapping[str, Any], trained: Collection[str], parts: Mapping[str, ImpliedTensor]) -> AdaptationRecord:
     """What the manifest tells of the training."""
     frozen = sorted({item.part for item in parts.values()} - {parts[name].part for name in trained})
     told = {**facts, "trained": patterns_of(trained, parts), "frozen": frozen}
-    check_adaptation(told)
-    return told
+    return parse_section(AdaptationRecord, told, Path(MANIFEST_FILE), "adaptation")
 
 
 def patterns_of(names: Iterable[str], every: Collection[str]) -> list[str]:

@@ -6,17 +6,18 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.families.registry import target_of
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.manifest import ChangeRecord
 from t5g2convert.errors import CheckpointError
 
 LENGTH: Final = "max_position_embeddings"
 """A setting that nothing is computed with."""
 
 
-def change_remarks(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def change_remarks(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> Iterator[str]:
     """What a reader of a report must know of the changes, by field."""
     if "dtype" in changes:
         yield (
-            f"weights were cast from {changes['dtype']['source']} to {changes['dtype']['target']}, as declared: "
+            f"weights were cast from {changes['dtype'].source} to {changes['dtype'].target}, as declared: "
             "the parities are judged on the source with its weights so cast"
         )
     for setting, (before, after) in stack_changes(
@@ -26,21 +27,21 @@ def change_remarks(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]])
         yield told if LENGTH in setting else f"{told}: the parities are judged with {before}"
 
 
-def stack_changes(changes: Mapping[str, Mapping[str, Any]], stacks: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+def stack_changes(changes: Mapping[str, ChangeRecord], stacks: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Old and new value of every setting that was changed, under its path in a stack where all changed alike."""
     told: dict[str, tuple[Any, Any]] = {}
     for field, change in changes.items():
-        values = change["source"], change["target"]
+        values = change.source, change.target
         stack = next((stack for stack in stacks if field.startswith(stack)), "")
         setting = field.removeprefix(stack)
         others = [changes.get(stack + setting) for stack in stacks]
-        alike = all(other is not None and (other["source"], other["target"]) == values for other in others)
+        alike = all(other is not None and (other.source, other.target) == values for other in others)
         if "." in field:
             told[f"{setting} of both stacks" if alike else field] = values
     return told
 
 
-def on_source_settings(target: Checkpoint, changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def on_source_settings(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> dict[str, Any]:
     """The target's config.json, with the settings that were changed on purpose put back.
 
     Raises:
@@ -55,5 +56,5 @@ def on_source_settings(target: Checkpoint, changes: Mapping[str, Mapping[str, An
         if path and not (isinstance(section, dict) and last in section):
             raise CheckpointError(f"t5g2.json declares a change of {field}, which config.json lacks")
         if path:
-            section[last] = change["source"]
+            section[last] = change.source
     return config

@@ -8,7 +8,7 @@ from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import CheckpointError
-from t5g2convert.parity.checks.integrity import judge_integrity
+from t5g2convert.parity.checks.integrity import fits_its_files
 
 KNOWN: Final = (MODEL_TYPE, ENCODER_TYPE)
 """What may be trained elsewhere."""
@@ -30,7 +30,7 @@ def check_manifest_fits(output: Path, source: Checkpoint) -> None:
         return
     if source.config.get("model_type") not in KNOWN or "adaptation" in manifest:
         return
-    if "source" in manifest and not judge_integrity(output, manifest).passed:
+    if "source" in manifest and not fits_its_files(output, manifest):
         raise CheckpointError(
             "is not of the files beside it, nor of the source",
             where=output / MANIFEST_FILE,

@@ -8,7 +8,7 @@ import torch
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
-from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.manifest import ChangeRecord, Manifest, read_manifest
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.interrupts import raise_interruption
 from t5g2convert.parity.batches import Inputs
@@ -32,7 +32,7 @@ class Judge:
         device: The device that they run on.
         tolerance: Largest relative difference that passes.
         progress: Told what is being done.
-        manifest: The folder's manifest; empty where it has none that can be read.
+        manifest: The folder's manifest; None where it has none that can be read.
         dtype: The name of the dtype that the passes compute in; None until the folder is open.
         checks: Those made so far.
         remarks: What a reader of the report must know.
@@ -47,7 +47,7 @@ class Judge:
         self.device = device
         self.tolerance = tolerance
         self.progress = progress
-        self.manifest: Mapping[str, Any] = {}
+        self.manifest: Manifest | None = None
         self.dtype: str | None = None
         self.checks: list[Check] = []
         self.remarks: list[str] = []
@@ -56,24 +56,23 @@ class Judge:
     @property
     def options(self) -> Mapping[str, Any]:
         """The options of the conversion, as the manifest tells."""
-        options: Mapping[str, Any] = self.manifest.get("options", {})
-        return options
+        return {} if self.manifest is None else self.manifest.options.document()
 
     @property
-    def changes(self) -> Mapping[str, Mapping[str, Any]]:
+    def changes(self) -> Mapping[str, ChangeRecord]:
         """The changes that the manifest declares, by field."""
-        return {change["field"]: change for change in self.manifest.get("changes", ())}
+        return {} if self.manifest is None else {change.field: change for change in self.manifest.changes}
 
     @property
     def new_values(self) -> Mapping[str, Any]:
         """The values that settings were changed to, by field."""
-        return {field: change["target"] for field, change in self.changes.items()}
+        return {field: change.target for field, change in self.changes.items()}
 
     def reading(self, *, rounded: bool = False) -> ReadOptions:
         """How weights are read; `rounded` for the parent's, which are judged as the conversion cast them."""
         options: ReadOptions = {"dtype": getattr(torch, str(self.dtype)), "device": self.device}
         if rounded and "dtype" in self.changes:
-            options["rounded_to"] = getattr(torch, self.changes["dtype"]["target"])
+            options["rounded_to"] = getattr(torch, self.changes["dtype"].target)
         return options
 
     def report(self) -> Report:
@@ -87,7 +86,7 @@ class Judge:
             checks=tuple(self.checks),
             skipped=self._skipped,
             remarks=(*self.remarks, *self.inputs.remarks),
-            parameters=self.manifest.get("parameters") or {},
+            parameters={} if self.manifest is None else self.manifest.parameters,
         )
 
     def skip(self, names: Sequence[str], because: str) -> None:
@@ -134,8 +133,9 @@ class Judge:
     def integrity(self) -> None:
         """integrity."""
         self.progress("sha256 of all files")
-        if self.manifest:
-            self.make(["integrity"], lambda: [judge_integrity(self.output, self.manifest)])
+        if self.manifest is not None:
+            files = self.manifest.files
+            self.make(["integrity"], lambda: [judge_integrity(self.output, files)])
 
     def opened(
         self, read: Callable[[Checkpoint], object], dtype: str | None, unmade: Sequence[str]
@@ -150,7 +150,7 @@ class Judge:
         try:
             target = open_checkpoint(self.output)
             read(target)
-            main = main_dtype(target, donated="vision_from" in self.manifest)
+            main = main_dtype(target, donated=self.manifest is not None and self.manifest.vision_from is not None)
         except CheckpointError as error:
             self.checks.append(Check("config", False, self._told(error)))
             self.skip(unmade, "the output cannot be read")

@@ -9,7 +9,7 @@ from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_object
 from t5g2convert.checkpoint.hub.model import Origin, parse_id
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest, SourceRecord
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.batches import Inputs
@@ -109,20 +109,21 @@ def verify(
     judge.read_manifest()
     if sources is not None and (remark := remark_on_source(output, sources.source)):
         judge.remarks.append(remark)
-    if sources is not None and "adaptation" in judge.manifest and not isinstance(kind, Adapted):
+    trained = judge.manifest is not None and judge.manifest.adaptation is not None
+    if sources is not None and trained and not isinstance(kind, Adapted):
         raise UsageError(
             f"it was trained further, from another model than {sources.source.name}",
             hint="give the T5Gemma 2 that was trained; t5g2 compare measures how far it is from a Gemma 3",
         )
     origins = {SOURCE: source, DECODER_FROM: decoder_from, VISION_FROM: vision_from}
-    if sources is not None and judge.manifest:
+    if sources is not None and judge.manifest is not None:
         _check_roles(sources, judge.manifest)
         for role, checkpoint in sources.by_role.items():
-            told = judge.manifest[role]
+            told = judge.manifest.sources[role]
             _check_commit(origins[role], checkpoint, told)
-            if told.get("hub") is not None and checkpoint.hub is None:
+            if told.hub is not None and checkpoint.hub is None:
                 judge.remarks.append(
-                    f"that the {role} is {told['hub']['repo']} of the Hub was not looked at: a folder was given"
+                    f"that the {role} is {told.hub.repo} of the Hub was not looked at: a folder was given"
                 )
     # Asked of the converter now, since a map that does not fit is no fault of the output either.
     plan = lie = None
@@ -146,14 +147,16 @@ def verify(
             # A map of one's own is given by its file.
             shipped = mapping is None or not (mapping.endswith((".yaml", ".yml")) or "/" in mapping)
             prove = partial(judge_provenance, plan, parent, target, judge.manifest, judge.progress, shipped=shipped)
-            judge.remarks += maker_remarks(plan, judge.manifest) if judge.manifest else []
+            judge.remarks += [] if judge.manifest is None else maker_remarks(plan, judge.manifest)
             judge.make(["provenance"], lambda: [prove() if lie is None else Check("provenance", False, lie)])
             kind.against(judge, parent, target)
         if not judge.unfit(["runs"], target):
             judge.make(["runs"], lambda: [kind.runs(judge, target)])
     report = judge.report()
     # What was not compared with its source proves nothing that is worth keeping.
-    return record_report(report, judge.manifest) if record and judge.manifest and report.complete else report
+    if judge.manifest is None or not (record and report.complete):
+        return report
+    return record_report(report, judge.manifest)
 
 
 def _check_unused(options: Mapping[str, object]) -> None:
@@ -169,26 +172,26 @@ def _check_unused(options: Mapping[str, object]) -> None:
         )
 
 
-def _check_roles(sources: Sources, manifest: Mapping[str, Any]) -> None:
+def _check_roles(sources: Sources, manifest: Manifest) -> None:
     """Refuse to judge with other checkpoints than a conversion read."""
     for role, what in ((DECODER_FROM, "decoder"), (VISION_FROM, "vision tower")):
         option = f"--{role.replace('_', '-')}"
-        if role in manifest and role not in sources.others:
+        if role in manifest.sources and role not in sources.others:
             raise UsageError(f"its {what} is from another checkpoint", hint=f"give that one with {option}")
-        if role in sources.others and role not in manifest:
+        if role in sources.others and role not in manifest.sources:
             raise UsageError(f"its {what} is from no other checkpoint", hint=f"leave {option} out")
 
 
-def _check_commit(given: Origin | None, checkpoint: Checkpoint, told: Mapping[str, Any]) -> None:
+def _check_commit(given: Origin | None, checkpoint: Checkpoint, told: SourceRecord) -> None:
     """A branch that has moved on since a conversion is no fault of the conversion, and no proof of it either."""
-    hub, found = told.get("hub") or {}, checkpoint.hub
+    hub, found = told.hub, checkpoint.hub
     named = parse_id(given) if isinstance(given, str) else None
-    if named is None or named.revision is not None or found is None or hub.get("repo") != found.repo:
+    if named is None or named.revision is not None or found is None or hub is None or hub.repo != found.repo:
         return
-    if hub["revision"] != found.revision:
+    if hub.revision != found.revision:
         raise UsageError(
-            f"it was made of commit {hub['revision']} of {found.repo}, which is at {found.revision} now",
-            hint=f"if you trust that commit, give {found.repo}@{hub['revision']}",
+            f"it was made of commit {hub.revision} of {found.repo}, which is at {found.revision} now",
+            hint=f"if you trust that commit, give {found.repo}@{hub.revision}",
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map
 from t5g2convert.publish.markdown import code
@@ -70,29 +70,27 @@ class Ancestor:
         return f"{link}, a {family}, at commit {code(self.revision)}"
 
 
-def ancestors(manifest: Mapping[str, Any], folder: Path) -> list[Ancestor]:
+def ancestors(manifest: Manifest, folder: Path) -> list[Ancestor]:
     """All checkpoints that a manifest tells of, the source first.
 
     Raises:
         CheckpointError: One is said to be a model of the Hub, and cannot be.
     """
     found = []
-    for role in ROLES:
-        told = manifest.get(role)
-        if told is None:
-            continue
-        hub = told.get("hub") or {"repo": None, "revision": None}
-        if hub["repo"] is not None and not (is_hub_id(hub["repo"]) and _COMMIT.fullmatch(hub["revision"])):
-            named = f"{hub['repo']}@{hub['revision']}"
+    for role, record in manifest.sources.items():
+        hub = record.hub
+        if hub is not None and not (is_hub_id(hub.repo) and _COMMIT.fullmatch(hub.revision)):
+            named = f"{hub.repo}@{hub.revision}"
             raise CheckpointError(
                 f"says that {ROLES[role]} is {named!r}, expected org/name and a commit", where=folder / MANIFEST_FILE
             )
-        files = {name: facts["sha256"] for name, facts in told["files"].items()}
-        found.append(Ancestor(role, told["family"], hub["repo"], hub["revision"], files))
+        files = {name: file.sha256 for name, file in record.files.items()}
+        repo, revision = (None, None) if hub is None else (hub.repo, hub.revision)
+        found.append(Ancestor(role, record.family, repo, revision, files))
     return found
 
 
-def command(manifest: Mapping[str, Any], sources: list[Ancestor], part: str | None) -> str:
+def command(manifest: Manifest, sources: list[Ancestor], part: str | None) -> str:
     """The command that makes the folder again; `part` is what was taken out of an encoder-decoder."""
     if not _ships(manifest):
         words = ["t5g2", "convert", sources[0].argument, "OUTPUT", "--mapping", "MAP.yaml"]
@@ -102,7 +100,7 @@ def command(manifest: Mapping[str, Any], sources: list[Ancestor], part: str | No
         words = ["t5g2", "extract", sources[0].argument, "OUTPUT", "--part", part]
     for ancestor in sources[1:]:
         words += [f"--{ancestor.role.replace('_', '-')}", ancestor.argument]
-    words += [word for option, value in manifest["options"].items() for word in _option(option, value)]
+    words += [word for option, value in manifest.document()["options"].items() for word in _option(option, value)]
     return shlex.join(words)
 
 
@@ -112,16 +110,18 @@ def _option(name: str, value: Any) -> Iterator[str]:
     yield ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _ships(manifest: Mapping[str, Any]) -> bool:
+def _ships(manifest: Manifest) -> bool:
     """Whether the map is one that comes with the tool; that of another version is known by its name."""
-    name = manifest["mapping"]["name"]
+    if manifest.mapping is None:
+        return False
+    name = manifest.mapping.name
     if re.fullmatch(r"[a-z0-9-]+", name) is None:
         return False
     try:
         found = find_map(name)
     except MappingError:
         return False
-    return bool(manifest["tool"]["version"] != __version__ or found.sha256 == manifest["mapping"]["sha256"])
+    return manifest.tool.version != __version__ or found.sha256 == manifest.mapping.sha256
 
 
 def digest(sha256: str | None) -> str:

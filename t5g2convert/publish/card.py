@@ -6,14 +6,14 @@ quoted in the YAML, code in the Markdown. The same input gives the same bytes.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
-from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.manifest import Manifest, read_manifest
 from t5g2convert.errors import CheckpointError, OutputError, UsageError
 from t5g2convert.publish.base_model import ROLES, Ancestor, ancestors, command, digest, is_hub_id
 from t5g2convert.publish.card_templates import Kind, adapting, kind_elsewhere, kind_of, loading
@@ -38,15 +38,18 @@ Metadata = Mapping[str, str | list[str]]
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """All that a card is made of."""
+    """All that a card is made of; `manifest` is the start's for a folder that was trained elsewhere."""
 
     kind: Kind
-    manifest: Mapping[str, Any]
+    manifest: Manifest | None
+    files: Collection[str]
+    parameters: Mapping[str, int]
     sources: list[Ancestor]
     verification: Verification | None
     license: SourceLicense
     repo: str
-    elsewhere: bool = False
+    trained_elsewhere: str | None = None
+    """The dtype of a folder that was trained elsewhere."""
 
 
 def model_card(
@@ -94,9 +97,11 @@ def _facts(folder: Path, repo: str, source_card: str | None) -> _Facts:
     sources = ancestors(manifest, folder)
     return _Facts(
         kind=kind_of(
-            read_json_object(folder / "config.json"), folder / "config.json", adapted="adaptation" in manifest
+            read_json_object(folder / "config.json"), folder / "config.json", adapted=manifest.adaptation is not None
         ),
         manifest=manifest,
+        files=manifest.files,
+        parameters=manifest.parameters,
         sources=sources,
         verification=read_verification(manifest, folder),
         license=read_license(source_card, sources[0].address),
@@ -108,16 +113,16 @@ def _facts_elsewhere(folder: Path, start: Path, repo: str, source_card: str | No
     """Those of a folder that was trained elsewhere: its own, and where its start is from."""
     check_folder(start)
     found = read_elsewhere(folder, start)
-    told = found.start or {"options": {}, "changes": []}
-    own = {"files": dict.fromkeys(found.files), "parameters": found.parameters, "trained_dtype": found.dtype}
     return _Facts(
         kind=kind_elsewhere(read_json_object(folder / "config.json"), folder / "config.json"),
-        manifest={**told, **own},
+        manifest=found.start,
+        files=found.files,
+        parameters=found.parameters,
         sources=found.sources,
         verification=None,
         license=read_license(source_card, found.sources[0].address),
         repo=repo,
-        elsewhere=True,
+        trained_elsewhere=found.dtype,
     )
 
 
@@ -216,68 +221,72 @@ def _yaml(key: str, value: str | list[str]) -> str:
 
 def _body(facts: _Facts, named: Value, *, owns_license: bool) -> Iterator[str]:
     """Our section, a paragraph or block at a time."""
-    kind, files = facts.kind, facts.manifest["files"]
+    kind = facts.kind
     yield from ("## What this is", kind.what)
     yield from _differences(facts)
     yield "## How it was made"
     yield from _provenance(facts)
-    yield from ("## Parameters", _parameters(facts.manifest["parameters"]))
+    yield from ("## Parameters", _parameters(facts.parameters))
     yield "## Verification"
-    yield from [unrecorded()] if facts.elsewhere else shown(facts.verification)
+    yield from [unrecorded()] if facts.trained_elsewhere is not None else shown(facts.verification)
     yield "## How to load it"
-    yield from loading(kind, files, facts.repo or ".")
+    yield from loading(kind, facts.files, facts.repo or ".")
     if not facts.repo:
         yield 'The name `"."` is this folder, for a program that runs in it; or write its path, or its name on the Hub.'
     yield "## How to adapt it"
-    yield from adapting(kind, files)
+    yield from adapting(kind, facts.files)
     yield from ("## License", license_text(facts.license, named, ours=owns_license))
 
 
 def _differences(facts: _Facts) -> Iterator[str]:
     """In what it is not its parent."""
-    options, roles = facts.manifest["options"], [source.role for source in facts.sources]
-    if "decoder_layers" in options:
+    if facts.manifest is None:
+        return
+    options, roles = facts.manifest.options, [source.role for source in facts.sources]
+    if options.decoder_layers is not None:
         yield "But its decoder has only some of its parent's layers: they compute what no model computed before."
-    if "encoder_layers" in options:
+    if options.encoder_layers is not None:
         yield "Its encoder has only some of the source's layers."
     if "decoder_from" in roles:
-        table_of = ROLES["decoder_from" if options.get("embedding_from") == "decoder-from" else "source"]
+        table_of = ROLES["decoder_from" if options.embedding_from == "decoder-from" else "source"]
         yield (
             f"Its encoder has the layers of the source, its decoder those of the decoder's parent, and both read the "
             f"embedding table of {table_of}."
         )
-    if "vision_from" in roles and options.get("projector") == "zeros":
+    if "vision_from" in roles and options.projector == "zeros":
         yield "Its projector from images to the encoder is zeros: until it is trained, no image changes anything."
-    changes = facts.manifest["changes"]
+    changes = facts.manifest.changes
     if changes:
         yield "These settings are not its source's; what is said of a parent above holds with the parent's:"
-        rows = [[code(item["field"]), code(_json(item["source"])), code(_json(item["target"]))] for item in changes]
+        rows = [[code(item.field), code(_json(item.source)), code(_json(item.target))] for item in changes]
         yield table(["setting", "source", "here"], rows)
 
 
 def _provenance(facts: _Facts) -> Iterator[str]:
     """The command, the map, the tool, and every file that was read."""
     manifest = facts.manifest
-    if facts.elsewhere:
+    if facts.trained_elsewhere is not None:
         yield (
-            f"It was trained elsewhere; its weights are {code(CONFIG_NAMES.get(manifest['trained_dtype'], 'mixed'))} "
+            f"It was trained elsewhere; its weights are {code(CONFIG_NAMES.get(facts.trained_elsewhere, 'mixed'))} "
             "now. That is all that is known of its training."
         )
-        if "tool" not in manifest:
-            yield "Of what was trained nothing tells how it was made."
-            return
+    if manifest is None:
+        yield "Of what was trained nothing tells how it was made."
+        return
+    if facts.trained_elsewhere is not None:
         yield "What was trained was made so:"
     mapped: list[list[str]] = []
-    if "adaptation" in manifest:
-        yield from training(manifest["adaptation"], manifest["options"], source=facts.sources[0].argument)
+    if manifest.adaptation is not None:
+        yield from training(manifest.adaptation, manifest.options.dtype, source=facts.sources[0].argument)
     else:
         yield fenced("console", [f"$ {command(manifest, facts.sources, facts.kind.part)}"])
-        mapped = [["map", f"{code(manifest['mapping']['name'])}, sha256 {digest(manifest['mapping']['sha256'])}"]]
+    if manifest.mapping is not None:
+        mapped = [["map", f"{code(manifest.mapping.name)}, sha256 {digest(manifest.mapping.sha256)}"]]
     facts_of = [
-        ["tool", f"{code(manifest['tool']['name'])} {code(manifest['tool']['version'])}"],
+        ["tool", f"{code(manifest.tool.name)} {code(manifest.tool.version)}"],
         *mapped,
         *[[ROLES[source.role], source.told] for source in facts.sources],
-        ["dtype", code(manifest["dtype"])],
+        ["dtype", code(manifest.dtype)],
     ]
     yield table(["what", "which"], facts_of)
     if any(source.repo for source in facts.sources):

@@ -6,15 +6,15 @@ Of a folder that was trained elsewhere, which has no manifest, it is the files t
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from t5g2convert.checkpoint.digest import PIECE_BYTES, sha256_of
 from t5g2convert.checkpoint.file_store import regular_file
 from t5g2convert.checkpoint.folder import check_folder, open_checkpoint
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, FileRecord, read_manifest
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template
 from t5g2convert.errors import CheckpointError
 from t5g2convert.publish.card import CARD_FILE
@@ -78,10 +78,9 @@ def finished_files(folder: Path, told: Callable[[str], None] | None = None) -> t
         manifest = read_manifest(folder)
     except CheckpointError as error:
         raise missing_manifest(error, folder) from None
-    listed: Mapping[str, Mapping[str, Any]] = manifest["files"]
-    if not listed:
+    if not manifest.files:
         raise CheckpointError("lists no files", where=folder / MANIFEST_FILE)
-    named = (*listed.items(), (MANIFEST_FILE, None))
+    named = (*manifest.files.items(), (MANIFEST_FILE, None))
     files = _all_checked(folder, named, told, hint="nothing was sent; convert again")
     return tuple(sorted(files, key=lambda file: file.name))
 
@@ -119,7 +118,7 @@ def local_card(folder: Path) -> str | None:
 
 def _all_checked(
     folder: Path,
-    named: Iterable[tuple[str, Mapping[str, Any] | None]],
+    named: Iterable[tuple[str, FileRecord | None]],
     told: Callable[[str], None] | None,
     *,
     hint: str,
@@ -139,7 +138,7 @@ def _all_checked(
     return files
 
 
-def _checked(folder: Path, name: str, facts: Mapping[str, Any] | None) -> LocalFile:
+def _checked(folder: Path, name: str, facts: FileRecord | None) -> LocalFile:
     """A file that has what the manifest tells of it; `facts` is None for the manifest itself."""
     if not is_sent_name(name) or (facts is not None and name in (MANIFEST_FILE, CARD_FILE)):
         raise CheckpointError("is not the name of a file that a conversion writes")
@@ -148,9 +147,9 @@ def _checked(folder: Path, name: str, facts: Mapping[str, Any] | None) -> LocalF
         size, sha256 = path.stat().st_size, sha256_of(path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}") from None
-    if facts is not None and size != facts["bytes"]:
-        raise CheckpointError(f"has {size} bytes, expected {facts['bytes']}")
-    if facts is not None and sha256 != (facts["sha256"] or sha256):
+    if facts is not None and size != facts.bytes:
+        raise CheckpointError(f"has {size} bytes, expected {facts.bytes}")
+    if facts is not None and sha256 != (facts.sha256 or sha256):
         raise CheckpointError("has another sha256")
     return LocalFile(name, path, size, sha256)
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_t5gemma2
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, unverified
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from t5g2convert.checkpoint.tokenizer.chat_templates import held
 from t5g2convert.conversion.trained_model import CARRIED
 from t5g2convert.errors import CheckpointError, UsageError
@@ -35,7 +35,7 @@ class Elsewhere:
     files: tuple[str, ...]
     parameters: Mapping[str, int]
     dtype: str
-    start: Mapping[str, Any] | None
+    start: Manifest | None
     sources: list[Ancestor]
 
 
@@ -80,7 +80,7 @@ def _beside(folder: Checkpoint) -> Iterator[str]:
     yield from held(folder, (*KNOWN, *index))
 
 
-def _check_elsewhere(trained: Checkpoint, start: Checkpoint, told: Mapping[str, Any] | None) -> None:
+def _check_elsewhere(trained: Checkpoint, start: Checkpoint, told: Manifest | None) -> None:
     if (trained.config.get("model_type"), start.config.get("model_type")) == (ENCODER_TYPE, MODEL_TYPE):
         raise UsageError(
             f"{trained.name} is an encoder alone, {start.name} a whole T5Gemma 2",
@@ -106,7 +106,7 @@ def _check_elsewhere(trained: Checkpoint, start: Checkpoint, told: Mapping[str, 
             hint="--source is the T5Gemma 2 that was trained elsewhere",
         )
     if is_there(trained.path / MANIFEST_FILE) and (
-        told is None or unverified(read_manifest(trained.path)) != unverified(told)
+        told is None or read_manifest(trained.path).unverified() != told.unverified()
     ):
         raise UsageError(
             f"{trained.name} has a {MANIFEST_FILE} of its own: this tool wrote it", hint="leave --source out"

@@ -130,10 +130,10 @@ def _source_card(folder: Path, notes: list[str]) -> str | None:
 
     if not is_there(folder / MANIFEST_FILE):
         return None
-    source = read_manifest(folder)["source"].get("hub")
+    source = read_manifest(folder).source.hub
     if source is None:
         return None
-    repo, revision = source["repo"], source["revision"]
+    repo, revision = source.repo, source.revision
     with upload_errors(repo, revision):
         try:
             path = Path(hub_api().hf_hub_download(repo, CARD_FILE, revision=revision, tqdm_class=silent_bar()))

@@ -1,11 +1,10 @@
 """What a folder's manifest has of its verification, as a card shows it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Number, parse_section
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest
 from t5g2convert.publish.markdown import code, table
 
 
@@ -32,13 +31,13 @@ class Verification(ConfigSection):
         return self.passed and bool(self.checks) and all(check.passed for check in self.checks)
 
 
-def read_verification(manifest: Mapping[str, Any], folder: Path) -> Verification | None:
+def read_verification(manifest: Manifest, folder: Path) -> Verification | None:
     """The verification that a manifest has; None if the folder was not verified.
 
     Raises:
         CheckpointError: It is not what a verification records.
     """
-    found = manifest.get("verification")
+    found = manifest.verification
     return None if found is None else parse_section(Verification, found, folder / MANIFEST_FILE, "verification")
 
 

@@ -143,7 +143,7 @@ def test_the_manifest_tells_what_was_averaged_and_verify_passes(
     run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     done = run_of("images-8").average(3, tmp_path / "out")
-    told = read_manifest(tmp_path / "out")["adaptation"]
+    told = read_manifest(tmp_path / "out").document()["adaptation"]
     assert (told["steps"], told["checkpoints"], told["tokens"]) == (100, [60, 80, 100], 100 * 512)
     assert told["settings"] == SETTINGS.to_json()
     assert done.output == tmp_path / "out"
@@ -232,9 +232,9 @@ def test_another_model_than_the_one_that_was_trained_is_refused(run_of: Runs, tm
 def test_a_verification_makes_no_other_model(run_of: Runs, twin_folder: TwinFolder, tmp_path: Path) -> None:
     run, model = run_of("text-8", count=1), tmp_path / "model"
     shutil.copytree(run.model, model)
-    before = read_manifest(model)["sha256"]
+    before = read_manifest(model).document()["sha256"]
     assert verify(model, twin_folder("text-8")).passed
-    assert read_manifest(model)["sha256"] != before
+    assert read_manifest(model).document()["sha256"] != before
     run.average(1, tmp_path / "out", model=model)
 
 

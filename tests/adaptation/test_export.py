@@ -34,7 +34,7 @@ def run(model: Path, tmp_path: Path) -> Path:
 
 def step_of(folder: Path) -> int:
     """The step that an export is of."""
-    return int(read_manifest(folder)["adaptation"]["steps"])
+    return int(read_manifest(folder).document()["adaptation"]["steps"])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

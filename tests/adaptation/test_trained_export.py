@@ -77,14 +77,18 @@ def test_trained_values_are_rounded_once_and_all_else_is_the_models(
     assert all(raw_bytes(before, tensor) == raw_bytes(after, tensor) for tensor in frozen)
     for file in (model / "config.json", *model.glob("generation*"), *model.glob("tokenizer*")):
         assert (output / file.name).read_bytes() == file.read_bytes()
-    assert done.parameters == read_manifest(model)["parameters"] == read_manifest(output)["parameters"]
-    assert done.shards == {file: read_manifest(output)["files"][file]["sha256"] for file in after.files}
+    assert (
+        done.parameters
+        == read_manifest(model).document()["parameters"]
+        == read_manifest(output).document()["parameters"]
+    )
+    assert done.shards == {file: read_manifest(output).document()["files"][file]["sha256"] for file in after.files}
 
 
 def test_the_manifest_tells_of_the_training_and_of_the_model(converted_twin: TwinFolder, tmp_path: Path) -> None:
     model = converted_twin("images-8")
     export(model, InMemory(trained_from(model, text_only)), tmp_path / "out", facts=FACTS)
-    manifest = read_manifest(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out").document()
     told = manifest["adaptation"]
     assert {key: told[key] for key in FACTS} == FACTS
     assert told["frozen"] == ["projector", "vision"]
@@ -92,7 +96,10 @@ def test_the_manifest_tells_of_the_training_and_of_the_model(converted_twin: Twi
     assert len(told["trained"]) == 2 * 14 + 2
     assert "mapping" not in manifest
     assert manifest["source"]["family"] == "t5gemma2"
-    assert manifest["source"]["files"]["model.safetensors"] == read_manifest(model)["files"]["model.safetensors"]
+    assert (
+        manifest["source"]["files"]["model.safetensors"]
+        == read_manifest(model).document()["files"]["model.safetensors"]
+    )
     assert str(tmp_path) not in (tmp_path / "out" / "t5g2.json").read_text()
 
 
@@ -124,7 +131,9 @@ def test_a_cast_changes_the_dtype_of_everything_and_nothing_else(converted_twin:
     config, given = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", model))
     assert (given["dtype"], config["dtype"]) == ("bfloat16", "float32")
     assert {**config, "dtype": "bfloat16"} == given
-    assert read_manifest(tmp_path / "out")["changes"] == [{"field": "dtype", "source": "bfloat16", "target": "float32"}]
+    assert read_manifest(tmp_path / "out").document()["changes"] == [
+        {"field": "dtype", "source": "bfloat16", "target": "float32"}
+    ]
 
 
 def test_values_in_the_middle_go_to_the_even_neighbour(converted_twin: TwinFolder, tmp_path: Path) -> None:

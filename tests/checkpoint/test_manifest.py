@@ -50,9 +50,10 @@ def test_the_seal_is_the_sha256_of_everything_else_and_stands_last() -> None:
 
 
 def test_what_was_sealed_is_read_as_it_was(tmp_path: Path) -> None:
-    document = read_manifest(write(tmp_path, seal(DOCUMENT)))
-    assert document == {**DOCUMENT, SEAL: document[SEAL]}
-    assert seal(document) == seal(DOCUMENT)
+    manifest = read_manifest(write(tmp_path, seal(DOCUMENT)))
+    assert manifest.document() == {**DOCUMENT, SEAL: manifest.sha256}
+    assert manifest.unverified() == DOCUMENT
+    assert manifest.encode() == seal(DOCUMENT)
 
 
 def test_an_older_seal_is_replaced_wherever_it_stands(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_an_older_seal_is_replaced_wherever_it_stands(tmp_path: Path) -> None:
     grown = seal({**older, "verification": {"passed": True}})
     assert list(json.loads(grown)) == [*DOCUMENT, "verification", SEAL]
     assert json.loads(grown)[SEAL] != older[SEAL]
-    assert read_manifest(write(tmp_path, grown))["verification"] == {"passed": True}
+    assert read_manifest(write(tmp_path, grown)).document()["verification"] == {"passed": True}
 
 
 def test_V2_a_change_of_any_byte_shows(tmp_path: Path) -> None:
@@ -92,17 +93,17 @@ def test_V2_a_change_of_any_byte_shows(tmp_path: Path) -> None:
 def test_the_same_values_in_another_form_are_another_manifest(tmp_path: Path, respelled: object) -> None:
     assert callable(respelled)
     write(tmp_path, respelled(json.loads(seal(DOCUMENT))))
-    assert refused(tmp_path) == "was changed after it was written: its sha256 does not fit its contents"
+    assert refused(tmp_path) == "was changed after it was written: its sha256 does not match its contents"
 
 
 def test_a_manifest_without_a_seal_is_refused(tmp_path: Path) -> None:
-    assert "sha256 does not fit" in refused(write(tmp_path, encode_json(DOCUMENT)))
+    assert "sha256 does not match" in refused(write(tmp_path, encode_json(DOCUMENT)))
 
 
 def test_the_seal_of_another_manifest_is_refused(tmp_path: Path) -> None:
     other = json.loads(seal({**DOCUMENT, "notes": []}))
     write(tmp_path, encode_json({**DOCUMENT, SEAL: other[SEAL]}))
-    assert "sha256 does not fit" in refused(tmp_path)
+    assert "sha256 does not match" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("number", [0, FORMAT + 1, "1", None])

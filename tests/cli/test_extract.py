@@ -31,7 +31,7 @@ def test_a_part_is_written_and_judged_in_one_go(
     assert document["verification"]["passed"]
     assert document["parameters"]["encoder" if part == "decoder" else "decoder"] == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == family
-    manifest = read_manifest(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out").document()
     assert manifest["source"]["family"] == "t5gemma2"
     assert (tmp_path / "out/generation_config.json").exists() == (part == "decoder")
     again = t5g2("verify", tmp_path / "out", "--source", whole)
@@ -47,7 +47,7 @@ def test_a_part_can_be_inspected(part: str, t5g2: CommandLine, whole: Path, tmp_
     document = json.loads(result.out)
     assert (document["missing"], document["unexpected"]) == ([], [])
     assert document["parameters"][part] > 0
-    assert document["parameters"]["total"] == read_manifest(tmp_path / "out")["parameters"]["total"]
+    assert document["parameters"]["total"] == read_manifest(tmp_path / "out").document()["parameters"]["total"]
 
 
 def test_a_plan_tells_what_would_be_taken_out(t5g2: CommandLine, whole: Path) -> None:

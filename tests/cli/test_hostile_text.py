@@ -448,4 +448,4 @@ def test_T1_a_name_is_never_obeyed_by_the_demo_and_the_verification(payload: str
     for options in ([], ["--source", work / "source"]):
         t5g2.harmless("verify", work / name, *options, "--html", html, "--junit", junit)
         assert_sound_reports(html, junit)
-    assert read_manifest(work / name)["verification"]["passed"] is True
+    assert read_manifest(work / name).document()["verification"]["passed"] is True

@@ -207,7 +207,7 @@ def test_no_record_leaves_the_manifest(t5g2: CommandLine, source: Path, output: 
     assert t5g2("verify", output, "--source", source, "--no-record").code == 0
     assert contents(output) == before
     assert t5g2("verify", output, "--source", source).code == 0
-    assert read_manifest(output)["verification"]["passed"] is True
+    assert read_manifest(output).document()["verification"]["passed"] is True
     assert t5g2("verify", output, "--source", source, "--record").code == 0
 
 
@@ -355,7 +355,7 @@ def test_hostile_paths_reach_no_terminal_and_no_page(
     failed = t5g2("verify", odd, "--source", source, "--html", html, "--junit", junit)
     assert failed.code == 6, failed.err
     assert unsafe(failed.out + failed.err) == set()
-    assert read_manifest(odd)["verification"]["passed"] is False
+    assert read_manifest(odd).document()["verification"]["passed"] is False
 
 
 # convert --verify
@@ -387,7 +387,7 @@ def test_convert_verify_records_the_result(t5g2: CommandLine, source: Path, tmp_
         assert f" {check} " in result.out
     assert "verified in bfloat16 on cpu" in result.out
     assert f"to {tmp_path / 'out'}\n" in result.out
-    recorded = read_manifest(tmp_path / "out")["verification"]
+    recorded = read_manifest(tmp_path / "out").document()["verification"]
     assert recorded["passed"] is True
     assert [check["name"] for check in recorded["checks"]] == CHECKS
     assert beside(tmp_path) == ["out"]

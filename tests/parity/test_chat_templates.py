@@ -42,7 +42,7 @@ def reseal(output: Path) -> None:
     """Write a manifest that tells of what is there now."""
     from t5g2convert.checkpoint.digest import sha256_of
 
-    manifest = read_manifest(output)
+    manifest = read_manifest(output).document()
     paths = [path for path in output.rglob("*") if path.is_file() and path.name != MANIFEST_FILE]
     manifest["files"] = {
         str(path.relative_to(output)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
@@ -53,7 +53,7 @@ def reseal(output: Path) -> None:
 def test_they_are_copied_listed_and_judged(source: Path, output: Path) -> None:
     for name in (RAG, TOOLS):
         assert (output / name).read_bytes() == (source / name).read_bytes()
-        assert name in read_manifest(output)["files"]
+        assert name in read_manifest(output).document()["files"]
     before = (output / MANIFEST_FILE).read_bytes()
     assert failed(output, source) == {}
     assert {RAG, TOOLS} <= {file.name for file in finished_files(output)}
@@ -129,7 +129,7 @@ def test_those_of_gemma_2_go_along(twin_folder: TwinFolder, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", [f"{FOLDER}/../x.jinja", f"{FOLDER}/a/x.jinja", "other/x.jinja", f"{FOLDER}/x.txt"])
 def test_a_manifest_that_lists_another_path_is_refused(name: str, source: Path, output: Path) -> None:
-    manifest = read_manifest(output)
+    manifest = read_manifest(output).document()
     manifest["files"][name] = manifest["files"][RAG]
     (output / MANIFEST_FILE).write_bytes(seal(manifest))
     assert name in failed(output, source)["integrity"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from t5g2convert import convert
 from t5g2convert.checkpoint.folder import INDEX_FILE, read_json_object
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, seal
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, read_manifest, seal
 from t5g2convert.mapping.library import find_map
 from t5g2convert.parity.checks.integrity import judge_integrity
 from t5g2convert.parity.suites.t5gemma2 import PARITIES
@@ -50,7 +50,7 @@ def test_V2_any_byte_of_any_file(name: str, bench: MakeBench, without_use: None)
     verify(made.folder, made.source, record=True)
     recorded = (made.folder / MANIFEST_FILE).read_bytes()
     assert b'"verification"' in recorded
-    manifest, tally, chance = json.loads(recorded), Tally(), random.Random(name)
+    files, tally, chance = read_manifest(made.folder).files, Tally(), random.Random(name)
     for file, sound in {**made.sound, f"{MANIFEST_FILE} with a verification": recorded}.items():
         path = made.folder / file.split()[0]
         weights = path.suffix == ".safetensors"
@@ -70,7 +70,7 @@ def test_V2_any_byte_of_any_file(name: str, bench: MakeBench, without_use: None)
             at, damaged = chance.randrange(len(sound)), bytearray(sound)
             damaged[at] ^= chance.randrange(1, 256)
             path.write_bytes(damaged)
-            assert judge_integrity(made.folder, manifest).offenders == (f"{file} has another sha256",)
+            assert judge_integrity(made.folder, files).offenders == (f"{file} has another sha256",)
         made.restore()
     assert set(tally.caught) >= {"integrity"}
     assert tally.caught["integrity"] == tally.tried

@@ -253,7 +253,7 @@ def test_a_setting_that_the_map_writes_out_is_declared_and_parity_judged_without
     mapping = own_map(tmp_path / "mine.yaml", literally(key, target))
     convert(twin_folder("images-8"), tmp_path / "out", mapping=mapping, flush=False)
     paths = [f"encoder.text_config.{key}", f"decoder.{key}"]
-    assert read_manifest(tmp_path / "out")["changes"] == [
+    assert read_manifest(tmp_path / "out").document()["changes"] == [
         {"field": path, "source": source, "target": target} for path in paths
     ]
     report = verify(tmp_path / "out", twin_folder("images-8"), mapping=mapping, record=False)
@@ -269,7 +269,7 @@ def test_a_setting_that_the_map_writes_out_is_declared_and_parity_judged_without
 def test_a_setting_written_out_as_the_source_has_it_is_no_change(twin_folder: TwinFolder, tmp_path: Path) -> None:
     mapping = own_map(tmp_path / "mine.yaml", literally(PATH, 8.0))
     convert(twin_folder("images-13"), tmp_path / "out", mapping=mapping, flush=False)
-    assert read_manifest(tmp_path / "out")["changes"] == []
+    assert read_manifest(tmp_path / "out").document()["changes"] == []
     assert verify(tmp_path / "out", twin_folder("images-13"), mapping=mapping, record=False).passed
 
 
@@ -398,7 +398,7 @@ def test_a_sealed_manifest_of_nonsense_fails_and_ends_nothing(
     values: Mapping[str, Any], twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     output = copied(converted_twin("images-8"), tmp_path / "out")
-    (output / "t5g2.json").write_bytes(seal({**read_manifest(output), **values}))
+    (output / "t5g2.json").write_bytes(seal({**read_manifest(output).document(), **values}))
     report = verify(output, twin_folder("images-8"))
     assert not report.passed
     assert {"integrity", "provenance"} & {check.name for check in report.failed}
@@ -511,7 +511,7 @@ def test_the_result_is_recorded_and_the_folder_stays_sound(
     output = copied(converted_twin("images-8"), tmp_path / "out")
     first = verify(output, twin_folder("images-8"))
     recorded = (output / "t5g2.json").read_bytes()
-    assert read_manifest(output)["verification"] == first.record()
+    assert read_manifest(output).document()["verification"] == first.record()
     second = verify(output, twin_folder("images-8"))
     assert first == second
     assert_exact(second, images=True)

@@ -95,7 +95,7 @@ class Zeros:
 
 def change_manifest(folder: Path, change: Callable[[Document], object]) -> None:
     """Change a manifest, and seal it again."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder).document()
     change(manifest)
     (folder / MANIFEST_FILE).write_bytes(seal(manifest))
 

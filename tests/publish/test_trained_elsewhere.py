@@ -112,7 +112,7 @@ def test_H5_only_what_loaders_read_of_it_is_sent(converted: Path, tmp_path: Path
     shutil.copy(converted / "t5g2.json", folder)
     told: list[str] = []
     files = [file.name for file in elsewhere_files(folder, told.append)]
-    expected = {*read_manifest(converted)["files"]}
+    expected = {*read_manifest(converted).document()["files"]}
     assert set(files) == set(told) == expected
     (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")

@@ -16,7 +16,7 @@ from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, SEAL, Digest, encode_json, read_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Digest, encode_json, read_manifest
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
 from t5g2convert.version import __version__
 
@@ -38,9 +38,8 @@ def identity(folder: Path) -> str:
         CheckpointError: Its files cannot be read.
     """
     manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
-    if manifest is not None and all(file["sha256"] is not None for file in manifest["files"].values()):
-        told = {key: value for key, value in manifest.items() if key not in ("verification", SEAL)}
-        return hashlib.sha256(encode_json(told)).hexdigest()
+    if manifest is not None and manifest.hashed:
+        return hashlib.sha256(encode_json(manifest.unverified())).hexdigest()
     checkpoint = open_checkpoint(folder)
     try:
         digests = {name: sha256_of(folder / name) for name in ["config.json", *sorted(checkpoint.files)]}
@@ -169,10 +168,10 @@ def check_bytes(model: Path, exported: Path) -> None:
     """
     if not (model / MANIFEST_FILE).is_file():
         return
-    told = read_manifest(model)["files"]
-    for name, facts in read_manifest(exported)["source"]["files"].items():
-        expected = told.get(name, {"sha256": ""})["sha256"]
-        if expected is not None and facts["sha256"] != expected:
+    told = read_manifest(model).files
+    for name, file in read_manifest(exported).source.files.items():
+        expected = told[name].sha256 if name in told else ""
+        if expected is not None and file.sha256 != expected:
             raise CheckpointError(
                 f"{name} is not what {MANIFEST_FILE} beside it tells of", where=model, hint="it was changed or damaged"
             )

@@ -12,6 +12,7 @@ from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.file_store import HubOrigin
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.inputs import SOURCE, Role, plain_name, role_in
+from t5g2convert.checkpoint.manifest import AdaptationRecord
 from t5g2convert.conversion.assets.aux_files import PlannedFile, TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem
 
@@ -237,7 +238,7 @@ class Plan:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None
     notes: tuple[str, ...]
-    adaptation: Mapping[str, Any] | None = None
+    adaptation: AdaptationRecord | None = None
     source_items: tuple[SourceItem, ...] = ()
 
     @property
@@ -291,7 +292,7 @@ class Plan:
             "config": dict(self.config),
             "notes": list(self.notes),
             "source_files": [asdict(item) for item in self.source_items],
-            **({} if self.adaptation is None else {"adaptation": dict(self.adaptation)}),
+            **({} if self.adaptation is None else {"adaptation": self.adaptation.document()}),
         }
 
 

@@ -12,7 +12,21 @@ from t5g2convert.checkpoint.atomic_write import flush_folder
 from t5g2convert.checkpoint.folder import INDEX_FILE
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.inputs import Folders, plain_name
-from t5g2convert.checkpoint.manifest import FORMAT, MANIFEST_FILE, encode_json, seal
+from t5g2convert.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST_FILE,
+    ChangeRecord,
+    DroppedRecord,
+    FileRecord,
+    HubRecord,
+    Manifest,
+    MappingRecord,
+    OptionsRecord,
+    SourceRecord,
+    TokenRecord,
+    ToolRecord,
+    encode_json,
+)
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_template
 from t5g2convert.conversion.assets.aux_files import PlannedFile
 from t5g2convert.conversion.plan.types import Plan, PlannedSource
@@ -31,9 +45,7 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
         OutputError: A file cannot be written.
     """
     hashing = bool(written.shards)
-    files: dict[str, dict[str, Any]] = {
-        shard.name: {"bytes": shard.size, "sha256": written.shards.get(shard.name)} for shard in plan.shards
-    }
+    files = {shard.name: FileRecord(bytes=shard.size, sha256=written.shards.get(shard.name)) for shard in plan.shards}
     documents = {"config.json": plan.config}
     if plan.generation_config is not None:
         documents["generation_config.json"] = plan.generation_config
@@ -45,40 +57,43 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
         _make_folder(folder / TEMPLATES_FOLDER)
     for name, pieces in contents.items():
         size, digest = _write(folder / name, pieces, flush=flush)
-        files[name] = {"bytes": size, "sha256": digest if hashing else None}
+        files[name] = FileRecord(bytes=size, sha256=digest if hashing else None)
     if flush and (folder / TEMPLATES_FOLDER).is_dir():
         _flush(folder / TEMPLATES_FOLDER)
-    _write(folder / MANIFEST_FILE, [seal(_manifest(plan, written, files))], flush=flush)
+    _write(folder / MANIFEST_FILE, [_manifest(plan, written, files).encode()], flush=flush)
 
 
-def _manifest(plan: Plan, written: Written, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _manifest(plan: Plan, written: Written, files: Mapping[str, FileRecord]) -> Manifest:
     """What made this folder, from what. No timestamps and no local paths: the same input gives the same bytes."""
-    return {
-        "format": FORMAT,
-        "tool": {"name": "t5g2convert", "version": __version__},
-        **({} if plan.mapping is None else {"mapping": {"name": plan.mapping, "sha256": plan.mapping_sha256}}),
-        **({} if plan.adaptation is None else {"adaptation": dict(plan.adaptation)}),
-        "options": dict(plan.options),
-        **{role: _read_from(source, written) for role, source in plan.sources.items()},
-        "dtype": plan.dtype,
-        "parameters": dict(plan.parameters),
-        "dropped": [{"name": drop.name, "because": drop.because} for drop in plan.dropped],
-        "changes": [asdict(change) for change in plan.changes],
-        "tokens": [asdict(token) for token in plan.tokens],
-        "notes": list(plan.notes),
-        "files": {name: files[name] for name in sorted(files)},
-    }
+    made: dict[str, Any] = {role: _read_from(source, written) for role, source in plan.sources.items()}
+    if plan.mapping is not None and plan.mapping_sha256 is not None:
+        made["mapping"] = MappingRecord(name=plan.mapping, sha256=plan.mapping_sha256)
+    if plan.adaptation is not None:
+        made["adaptation"] = plan.adaptation
+    return Manifest(
+        format=FORMAT,
+        tool=ToolRecord(name="t5g2convert", version=__version__),
+        options=OptionsRecord(**plan.options),
+        dtype=plan.dtype,
+        parameters=dict(plan.parameters),
+        dropped=[DroppedRecord(name=drop.name, because=drop.because) for drop in plan.dropped],
+        changes=[ChangeRecord(**asdict(change)) for change in plan.changes],
+        tokens=[TokenRecord(**asdict(token)) for token in plan.tokens],
+        notes=list(plan.notes),
+        files={name: files[name] for name in sorted(files)},
+        **made,
+    )
 
 
-def _read_from(source: PlannedSource, written: Written) -> dict[str, Any]:
+def _read_from(source: PlannedSource, written: Written) -> SourceRecord:
     """A checkpoint that was read, and the sha256 of its files."""
     files = {
-        plain_name(file.name): {"bytes": file.identity.size, "sha256": written.sources.get(file.name)}
+        plain_name(file.name): FileRecord(bytes=file.identity.size, sha256=written.sources.get(file.name))
         for file in source.files
     }
-    files["config.json"] = {"bytes": source.config.size, "sha256": source.config.sha256}
-    hub = {} if source.hub is None else {"hub": source.hub.to_json()}
-    return {"family": source.family, "layout": dict(source.layout), "files": files, **hub}
+    files["config.json"] = FileRecord(bytes=source.config.size, sha256=source.config.sha256)
+    hub = {} if source.hub is None else {"hub": HubRecord(**source.hub.to_json())}
+    return SourceRecord(family=source.family, layout=dict(source.layout), files=files, **hub)
 
 
 def _index(plan: Plan) -> dict[str, Any]:

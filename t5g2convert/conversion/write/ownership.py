@@ -38,8 +38,8 @@ def manifest_listing(folder: Path) -> dict[str, Written]:
     Raises:
         CheckpointError: The folder has no manifest, or one that is not ours.
     """
-    files = read_manifest(folder)["files"]
-    listed = {name: Written(facts["bytes"], facts["sha256"]) for name, facts in files.items()}
+    files = read_manifest(folder).files
+    listed = {name: Written(file.bytes, file.sha256) for name, file in files.items()}
     return {**listed, MANIFEST_FILE: Written()}
 
 

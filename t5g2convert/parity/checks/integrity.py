@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, FileRecord
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.reports.report import Check, refused
@@ -20,10 +22,19 @@ READ_BY_LOADERS: Final = {
 THREADS: Final = 2
 
 
-def judge_integrity(folder: Path, manifest: Mapping[str, Any]) -> Check:
+def fits_its_files(folder: Path, document: Mapping[str, Any]) -> bool:
+    """Return whether the files of a folder are those of a manifest, as JSON, that may be anything."""
+    files = document.get("files")
+    try:
+        listed = {name: FileRecord.model_validate(file) for name, file in files.items()}  # type: ignore[union-attr]
+    except (AttributeError, ValidationError):
+        return False
+    return judge_integrity(folder, listed).passed
+
+
+def judge_integrity(folder: Path, files: Mapping[str, FileRecord]) -> Check:
     """Compare every file's size and sha256 with the manifest's."""
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not files:
+    if not files:
         return Check("integrity", False, f"{MANIFEST_FILE} lists no files")
     with ThreadPoolExecutor(THREADS) as pool:
         faults = [fault for fault in pool.map(lambda item: _fault(folder, *item), files.items()) if fault]
@@ -42,7 +53,7 @@ def judge_integrity(folder: Path, manifest: Mapping[str, Any]) -> Check:
             faults.append(f"{path.name}{'/' if path.is_dir() else ''} is not in {MANIFEST_FILE}")
     if faults:
         return refused("integrity", f"file(s) that are not {MANIFEST_FILE}'s", faults)
-    unhashed = sum(facts["sha256"] is None for facts in files.values())
+    unhashed = sum(file.sha256 is None for file in files.values())
     if unhashed:
         return Check(
             "integrity",
@@ -59,9 +70,7 @@ def _strangers(folder: Path, files: Mapping[str, Any]) -> list[str]:
     return [f"{name} is not in {MANIFEST_FILE}" for name in listed if name not in files]
 
 
-def _fault(folder: Path, name: str, facts: Any) -> str | None:
-    if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or "sha256" not in facts:
-        return f"{name} has no size and sha256 in {MANIFEST_FILE}"
+def _fault(folder: Path, name: str, expected: FileRecord) -> str | None:
     if not is_output_name(name):
         return f"{name!r} is not the name of a file in this folder"
     path = folder / name
@@ -69,9 +78,9 @@ def _fault(folder: Path, name: str, facts: Any) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
-        if size != facts["bytes"]:
-            return f"{name} has {size} bytes, expected {facts['bytes']}"
-        if facts["sha256"] is not None and sha256_of(path) != facts["sha256"]:
+        if size != expected.bytes:
+            return f"{name} has {size} bytes, expected {expected.bytes}"
+        if expected.sha256 is not None and sha256_of(path) != expected.sha256:
             return f"{name} has another sha256"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"

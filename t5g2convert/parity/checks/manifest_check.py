@@ -1,13 +1,14 @@
 """What a converted folder says of itself, for provenance: its headers, the names of its files, and its manifest."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
 from t5g2convert.checkpoint.inputs import Folders, plain_name
+from t5g2convert.checkpoint.manifest import Manifest, SourceRecord
 from t5g2convert.conversion.plan.types import Plan, PlannedSource
 from t5g2convert.version import __version__
 
@@ -28,14 +29,14 @@ def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
             )
 
 
-def file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[str]:
+def file_faults(plan: Plan, target: Checkpoint, manifest: Manifest | None) -> Iterator[str]:
     """The files are those that a conversion writes: a loader takes up whatever else it knows the name of."""
     count = len(target.files)
     shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     weights = {SINGLE_FILE} if count == 1 else {*shards, INDEX_FILE}
     settings = {"config.json"} if plan.generation_config is None else {"config.json", "generation_config.json"}
     expected = settings | weights | {file.name for file in plan.files}
-    found = set(manifest["files"]) if manifest else expected
+    found = expected if manifest is None else set(manifest.files)
     yield from (f"{name} is not a file of this conversion" for name in sorted(found - expected))
     yield from (f"{name} is not in t5g2.json" for name in sorted(expected - found))
     for name, header in target.files.items():
@@ -48,44 +49,49 @@ def file_faults(plan: Plan, target: Checkpoint, manifest: Mapping[str, Any]) -> 
             yield f"{INDEX_FILE} has metadata {metadata!r}, expected the counts of parameters and bytes"
 
 
-def manifest_faults(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
+def manifest_faults(plan: Plan, manifest: Manifest | None) -> Iterator[str]:
     """What the manifest tells of the source and of what was left behind."""
-    if not manifest:
+    if manifest is None:
         return
-    document = plan.to_json()
-    made_with = manifest.get("mapping", {}).get("name")
+    told, document = manifest.document(), plan.to_json()
+    made_with = None if manifest.mapping is None else manifest.mapping.name
     if made_with != plan.mapping:
         yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
-    if manifest.get("adaptation") != document.get("adaptation"):
+    if told.get("adaptation") != document.get("adaptation"):
         yield "t5g2.json tells of the training otherwise than a training of this source would: its names or its parts"
     for key in ("dtype", "parameters", "options", "changes", "tokens"):
-        if manifest[key] != document[key]:
-            yield f"t5g2.json says {key} {manifest[key]!r}, expected {document[key]!r}"
+        if told[key] != document[key]:
+            yield f"t5g2.json says {key} {told[key]!r}, expected {document[key]!r}"
     # By name: why a tensor is dropped may be worded anew.
-    dropped, expected = ([drop["name"] for drop in told["dropped"]] for told in (manifest, document))
+    dropped, expected = ([drop["name"] for drop in each["dropped"]] for each in (told, document))
     if dropped != expected:
         yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
     for role, source in plan.sources.items():
-        yield from _source_faults(role, source, manifest.get(role))
+        yield from _source_faults(role, source, manifest.sources.get(role))
 
 
-def mapping_faults(plan: Plan, manifest: Mapping[str, Any], *, shipped: bool) -> Iterator[str]:
+def mapping_faults(plan: Plan, manifest: Manifest | None, *, shipped: bool) -> Iterator[str]:
     """The map that the manifest names is the one that was followed now; a shipped one may change with the version."""
-    told = manifest.get("mapping", {}).get("sha256")
-    if told not in (None, plan.mapping_sha256) and not (shipped and manifest["tool"]["version"] != __version__):
-        yield f"t5g2.json says that mapping {plan.mapping} has sha256 {told}, it has {plan.mapping_sha256}"
+    told = _map_digest(manifest)
+    if manifest is None or told in (None, plan.mapping_sha256) or (shipped and manifest.tool.version != __version__):
+        return
+    yield f"t5g2.json says that mapping {plan.mapping} has sha256 {told}, it has {plan.mapping_sha256}"
 
 
-def maker_remarks(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
+def _map_digest(manifest: Manifest | None) -> str | None:
+    return None if manifest is None or manifest.mapping is None else manifest.mapping.sha256
+
+
+def maker_remarks(plan: Plan, manifest: Manifest) -> list[str]:
     """What a reader must know of the version that made a folder."""
-    made_by = manifest["tool"]["version"]
+    made_by = manifest.tool.version
     if made_by == __version__:
         return []
     remarks = []
     if _release(made_by) > _release(__version__):
         remarks.append(f"t5g2.json was written by t5g2convert {made_by}, which is newer than this, {__version__}")
-    told = manifest.get("mapping", {}).get("sha256")
-    if told not in (None, plan.mapping_sha256):
+    told = _map_digest(manifest)
+    if told is not None and told != plan.mapping_sha256:
         remarks.append(
             f"that it was made with mapping {plan.mapping} of sha256 {told[:16]} was not looked at: t5g2convert "
             f"{made_by} had another than this, {__version__}, which makes the same bytes"
@@ -102,16 +108,17 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def weights_faults(plan: Plan, folders: Folders, manifest: Mapping[str, Any]) -> Iterator[str]:
+def weights_faults(plan: Plan, folders: Folders, manifest: Manifest | None) -> Iterator[str]:
     """The weights of all checkpoints that were read are those whose sha256 the manifest names, where it names any."""
-    unhashed = all(facts["sha256"] is None for facts in manifest.get("files", {}).values())
+    unhashed = manifest is None or all(file.sha256 is None for file in manifest.files.values())
+    recorded = {} if manifest is None else manifest.sources
     named = []
     for role, source in plan.sources.items():
-        told = manifest.get(role, {}).get("files", {})
+        told = recorded[role].files if role in recorded else {}
         for file in source.files:
-            digest = told.get(plain_name(file.name), {}).get("sha256")
-            if digest is not None:
-                named.append((role, file.name, digest))
+            record = told.get(plain_name(file.name))
+            if record is not None and record.sha256 is not None:
+                named.append((role, file.name, record.sha256))
             elif not unhashed:
                 yield f"t5g2.json names no sha256 for {plain_name(file.name)} of the {role}, but for other files"
     with ThreadPoolExecutor(THREADS) as pool:
@@ -124,23 +131,23 @@ def weights_faults(plan: Plan, folders: Folders, manifest: Mapping[str, Any]) ->
                 )
 
 
-def _source_faults(role: str, planned: PlannedSource, told: Mapping[str, Any] | None) -> Iterator[str]:
+def _source_faults(role: str, planned: PlannedSource, told: SourceRecord | None) -> Iterator[str]:
     """What the manifest tells of a checkpoint that was read."""
     if told is None:
         yield f"t5g2.json does not tell of a {role}"
         return
-    for key, expected in (("family", planned.family), ("layout", dict(planned.layout))):
-        if told[key] != expected:
-            yield f"t5g2.json says {role} {key} {told[key]!r}, expected {expected!r}"
+    found = {"family": (told.family, planned.family), "layout": (told.layout, dict(planned.layout))}
+    for key, (actual, expected) in found.items():
+        if actual != expected:
+            yield f"t5g2.json says {role} {key} {actual!r}, expected {expected!r}"
     # What was made from a model of the Hub may be judged by a copy of it, and the other way round.
-    hub = told.get("hub")
-    if hub is not None and planned.hub is not None and hub != planned.hub.to_json():
-        made_of, opened = (f"{each['repo']}@{each['revision']}" for each in (hub, planned.hub.to_json()))
+    made_of, opened = (None if hub is None else f"{hub.repo}@{hub.revision}" for hub in (told.hub, planned.hub))
+    if made_of is not None and opened is not None and made_of != opened:
         yield f"t5g2.json was made from {role} {made_of}, and {opened} was opened: give the one that it was made from"
-    files = told["files"]
+    files = told.files
     sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
     sizes["config.json"] = planned.config.size
-    if {name: facts["bytes"] for name, facts in files.items()} != sizes:
+    if {name: file.bytes for name, file in files.items()} != sizes:
         yield f"t5g2.json was made from files of other names or sizes: {', '.join(files) or 'none'}"
-    elif files["config.json"]["sha256"] != planned.config.sha256:
+    elif files["config.json"].sha256 != planned.config.sha256:
         yield f"t5g2.json was made from a {role} with another config.json"

@@ -17,6 +17,7 @@ from torch import Tensor
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.inputs import Folders
+from t5g2convert.checkpoint.manifest import Manifest
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.options import KEEP, Options, recorded_options
 from t5g2convert.conversion.plan.builder import build_plan
@@ -48,12 +49,12 @@ PIECE_BYTES: Final = 1 << 24
 """Bytes of the source that are compared at once; a multiple of every element's size."""
 
 
-def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None, part: str | None = None) -> Plan:
+def replay(sources: Sources, recorded: Mapping[str, Any], mapping: str | None, part: str | None = None) -> Plan:
     """The plan that the converter makes today of this source, with the options that the manifest tells of.
 
     Args:
         sources: What was converted.
-        manifest: The manifest; an empty one tells of no options.
+        recorded: The options that the manifest records.
         mapping: The map, if not the shipped one for the source.
         part: What was taken out of the source, if it was not converted whole.
 
@@ -61,14 +62,14 @@ def replay(sources: Sources, manifest: Mapping[str, Any], mapping: str | None, p
         CheckpointError: The source is not what its config implies.
         MappingError: The map is faulty, or does not fill the target.
     """
-    options = recorded_options(manifest.get("options", {}))
+    options = recorded_options(recorded)
     options["mapping"], options["part"] = mapping, part
     options = {**options, **sources.other_origins}
     return build_plan(sources.origin, **options)
 
 
 def planned(
-    sources: Sources, manifest: Mapping[str, Any], mapping: str | None, part: str | None = None
+    sources: Sources, manifest: Manifest | None, mapping: str | None, part: str | None = None
 ) -> tuple[Plan, str | None]:
     """The plan as `replay` makes it, or without the options that the manifest tells of, with what is wrong with them.
 
@@ -76,12 +77,14 @@ def planned(
         CheckpointError: The source is not what its config implies.
         MappingError: The map is faulty, or does not fill the target.
     """
+    recorded = {} if manifest is None else manifest.options.document()
     try:
-        return replay(sources, manifest, mapping, part), None
+        return replay(sources, recorded, mapping, part), None
     except (CheckpointError, MappingError, UsageError) as error:
-        if (with_heads := _replayed_with_heads_dropped(sources, manifest, mapping, part)) is not None:
+        with_heads = None if manifest is None else _replayed_with_heads_dropped(sources, recorded, mapping, part)
+        if with_heads is not None:
             return with_heads, "t5g2.json does not tell of drop_heads, and without that option this source is refused"
-        if not manifest.get("options"):
+        if not recorded:
             raise
         # What cannot be done without options either is no fault of the manifest.
         plan = replay(sources, {}, mapping, part)
@@ -89,32 +92,31 @@ def planned(
 
 
 def _replayed_with_heads_dropped(
-    sources: Sources, manifest: Mapping[str, Any], mapping: str | None, part: str | None
+    sources: Sources, recorded: Mapping[str, Any], mapping: str | None, part: str | None
 ) -> Plan | None:
     """The plan with one more option than the manifest tells of; None where that is not possible either."""
-    options = manifest.get("options", {})
-    if not manifest or options.get("drop_heads"):
+    if recorded.get("drop_heads"):
         return None
     try:
-        return replay(sources, {"options": {**options, "drop_heads": True}}, mapping, part)
+        return replay(sources, {**recorded, "drop_heads": True}, mapping, part)
     except (CheckpointError, MappingError, UsageError):
         return None
 
 
-def planned_adapted(sources: Sources, manifest: Mapping[str, Any]) -> tuple[Plan, str | None]:
+def planned_adapted(sources: Sources, manifest: Manifest | None) -> tuple[Plan, str | None]:
     """The plan that puts trained values into a model, as the manifest tells of them, with what is wrong with that.
 
     Raises:
         CheckpointError: The source is not what its config implies.
     """
-    source, told = sources.source, manifest.get("adaptation")
-    if told is None:
+    source = sources.source
+    if manifest is None or manifest.adaptation is None:
         return plan_adapted(source, {}, None), "t5g2.json tells of no adaptation"
-    facts = {key: value for key, value in told.items() if key not in ("trained", "frozen")}
-    names = named_by(told["trained"], source.tensors)
+    facts = {key: value for key, value in manifest.adaptation.document().items() if key not in ("trained", "frozen")}
+    names = named_by(manifest.adaptation.trained, source.tensors)
     shapes = {name: source.tensors[name].entry.shape if name in source.tensors else () for name in names}
     try:
-        return plan_adapted(source, shapes, facts, dtype=manifest["options"].get("dtype", KEEP)), None
+        return plan_adapted(source, shapes, facts, dtype=manifest.options.dtype or KEEP), None
     except CheckpointError as error:
         # What cannot be done without training either is no fault of the manifest.
         plan = plan_adapted(source, {}, None)
@@ -122,15 +124,15 @@ def planned_adapted(sources: Sources, manifest: Mapping[str, Any]) -> tuple[Plan
         return plan, f"t5g2.json tells of a training that this source cannot have had: {reason}"
 
 
-def check_options(manifest: Mapping[str, Any]) -> None:
+def check_options(manifest: Manifest) -> None:
     """Refuse a manifest that tells of options which no conversion can have had.
 
     Raises:
         CheckpointError: With the option.
     """
-    options = recorded_options(manifest["options"])
-    options["decoder_from"] = Path() if "decoder_from" in manifest else None
-    options["vision_from"] = Path() if "vision_from" in manifest else None
+    options = recorded_options(manifest.options.document())
+    options["decoder_from"] = None if manifest.decoder_from is None else Path()
+    options["vision_from"] = None if manifest.vision_from is None else Path()
     try:
         Options(**options)
     except UsageError as error:
@@ -141,7 +143,7 @@ def judge_provenance(
     plan: Plan,
     parent: Parent,
     target: Checkpoint,
-    manifest: Mapping[str, Any],
+    manifest: Manifest | None,
     progress: Callable[[str], None],
     *,
     shipped: bool = True,
@@ -152,7 +154,7 @@ def judge_provenance(
         plan: What the converter would do with this source and map today.
         parent: The source, and the donor of its tower if it has one.
         target: The target, open.
-        manifest: The target's manifest, or nothing if it has none.
+        manifest: The target's manifest; None if it has none.
         progress: Told what is being done.
         shipped: Whether the map is one that ships, and may change from version to version.
     """

@@ -15,6 +15,7 @@ from t5g2convert.checkpoint.families.gemma3 import Gemma3
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
 from t5g2convert.checkpoint.inputs import VISION_FROM, Folders
+from t5g2convert.checkpoint.manifest import Manifest, TokenRecord
 from t5g2convert.parity.checks.token_ids import token_faults
 from t5g2convert.parity.reports.report import Check, refused
 from t5g2convert.parity.session import Judge
@@ -44,7 +45,7 @@ PIXELS: Final = {
 MOST_FAULTS: Final = 50
 
 
-def is_judged(target: Path, manifest: Mapping[str, Any]) -> bool:
+def is_judged(target: Path, manifest: Manifest | None) -> bool:
     """Whether a folder has, or should have, any of the files that `tokenizer` judges."""
     return bool(_names(target, manifest))
 
@@ -61,8 +62,8 @@ def make_tokenizer_check(judge: Judge, target: Checkpoint, check: Callable[[], C
     judge.make(["tokenizer"], checks)
 
 
-def _names(target: Path, manifest: Mapping[str, Any]) -> list[str]:
-    files = manifest.get("files", {})
+def _names(target: Path, manifest: Manifest | None) -> list[str]:
+    files = {} if manifest is None else manifest.files
     known = [name for name in (TOKENIZER, SETTINGS, PROCESSOR, *UNCHANGED) if name in files or is_there(target / name)]
     return [*known, *template_names(files, target)]
 
@@ -75,24 +76,24 @@ def template_names(files: Iterable[str], *folders: Path) -> list[str]:
     return sorted(found)
 
 
-def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:
+def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifest: Manifest | None) -> Check:
     """Compare the target's tokenizer and image processor with the source's.
 
     Args:
         folders: The source, and the donor of its vision tower, whose image processor goes with it.
         model: The settings that the target should have.
         target: The converted folder, open.
-        manifest: The target's manifest, whose `tokens` declares what became of them; or nothing if it has none.
+        manifest: The target's manifest, whose `tokens` declares what became of them; None if it has none.
 
     Raises:
         CheckpointError: A file of either is none, or no JSON.
     """
     source, seeing = folders.source, folders.by_role.get(VISION_FROM, folders.source)
     names = _names(target.path, manifest)
-    changes = manifest.get("tokens", ())
+    changes = [] if manifest is None else manifest.tokens
     unchanged = (
         *(name for name in UNCHANGED if name in names),
-        *template_names(manifest.get("files", ()), source, target.path),
+        *template_names(() if manifest is None else manifest.files, source, target.path),
     )
     faults = [*token_faults(target)]
     faults += [f"{name} is not the source's" for name in unchanged if not same_bytes(name, source, target)]
@@ -117,7 +118,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     if faults:
         whose = "the source's" if VISION_FROM not in folders.by_role else "the source's or the donor's"
         return refused("tokenizer", f"setting(s) or token(s) that are not {whose} or have no row", faults)
-    moves = [f"{change['token']}, now {change['target']}" for change in changes if change["replaces"] is not None]
+    moves = [f"{change.token}, now {change.target}" for change in changes if change.replaces is not None]
     declared = f" but for {'; '.join(moves)}, as declared" if moves else ""
     if PROCESSOR in names and VISION_FROM not in folders.by_role:
         told = f"tokens and pixels are the source's{declared}"
@@ -127,7 +128,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     return Check("tokenizer", True, f"{', '.join(names)}: {told}")
 
 
-def judge_carried(folders: Folders, target: Checkpoint, manifest: Mapping[str, Any]) -> Check:
+def judge_carried(folders: Folders, target: Checkpoint, manifest: Manifest | None) -> Check:
     """Compare the files of a part that was taken out with those of the whole: nothing of them changes.
 
     Raises:
@@ -168,7 +169,7 @@ class _Tokenizer:
         self.added = {entry["content"]: entry for entry in entries if type(entry.get("content")) is str}
 
 
-def _tokenizer_faults(given: dict[str, Any], found: _Tokenizer, changes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _tokenizer_faults(given: dict[str, Any], found: _Tokenizer, changes: Sequence[TokenRecord]) -> list[str]:
     """What tokenizer.json says otherwise; `given` is the source's, and is changed as declared."""
     try:
         expected = json.dumps(_changed(given, changes))
@@ -180,13 +181,13 @@ def _tokenizer_faults(given: dict[str, Any], found: _Tokenizer, changes: Sequenc
     return told or [f"{TOKENIZER} has its keys in another order than the source's"]
 
 
-def _changed(tokenizer: dict[str, Any], changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _changed(tokenizer: dict[str, Any], changes: Sequence[TokenRecord]) -> dict[str, Any]:
     """A tokenizer after the changes that were declared; each must find the source as it says."""
     entries: list[dict[str, Any]] = tokenizer["added_tokens"] if changes else []
     for change in changes:
-        token, number, replaced = change["token"], change["target"], change["replaces"]
-        if change["source"] not in (None, number):
-            (old,) = (entry for entry in entries if (entry["id"], entry["content"]) == (change["source"], token))
+        token, number, replaced = change.token, change.target, change.replaces
+        if change.source not in (None, number):
+            (old,) = (entry for entry in entries if (entry["id"], entry["content"]) == (change.source, token))
             entries.remove(old)
         was = token if replaced is None else replaced
         (entry,) = (entry for entry in entries if (entry["id"], entry["content"]) == (number, was))

@@ -1,24 +1,20 @@
 """The result of a verification, written into the folder's own manifest."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
 
 from t5g2convert.checkpoint.atomic_write import replace_file
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, seal
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest
 from t5g2convert.parity.reports.report import Report
 
-KEY: Final = "verification"
 
-
-def record_report(report: Report, manifest: Mapping[str, Any]) -> Report:
+def record_report(report: Report, manifest: Manifest) -> Report:
     """Put the result into the manifest, in one rename; the report says so if that cannot be done."""
     path = report.output / MANIFEST_FILE
     if path.is_symlink():
         # A folder of the Hub's cache: its files are shared, and are not this tool's to write.
         return replace(report, remarks=(*report.remarks, f"the result was not written: {MANIFEST_FILE} is a link"))
     try:
-        replace_file(path, seal({**manifest, KEY: report.record()}))
+        replace_file(path, manifest.with_verification(report.record()).encode())
     except OSError as error:
         remark = f"the result could not be written into {MANIFEST_FILE}: {error.strerror}"
         return replace(report, remarks=(*report.remarks, remark))

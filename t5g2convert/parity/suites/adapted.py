@@ -66,19 +66,20 @@ class Adapted(Kind[T5Gemma2Parent]):
 
 def _trained(judge: Judge) -> set[str]:
     """What the manifest names as trained: tensors, and patterns of those of layers."""
-    return {*judge.manifest.get("adaptation", {}).get("trained", ())}
+    adaptation = None if judge.manifest is None else judge.manifest.adaptation
+    return set() if adaptation is None else {*adaptation.trained}
 
 
 def _remarks(judge: Judge) -> list[str]:
     """What no check here can tell."""
-    told = judge.manifest.get("adaptation")
+    told = None if judge.manifest is None else judge.manifest.adaptation
     if told is None:
         return []
     return [
         "trained values are judged by nothing here: that training made them, and how, is the word of t5g2.json",
-        f"it tells of step {told['steps']}"
-        + (f", the mean of {len(told['checkpoints'])} checkpoints" if len(told["checkpoints"]) > 1 else "")
-        + f", {told['tokens']} tokens, and data with sha256 {told['data_sha256']}",
+        f"it tells of step {told.steps}"
+        + (f", the mean of {len(told.checkpoints)} checkpoints" if len(told.checkpoints) > 1 else "")
+        + f", {told.tokens} tokens, and data with sha256 {told.data_sha256}",
     ]
 
 
@@ -86,7 +87,7 @@ def _config(judge: Judge, source: Checkpoint, target: Checkpoint) -> Check:
     """config: every setting is the source's, but for a dtype that was declared."""
     expected: dict[str, Any] = dict(flatten(source.config))
     if "dtype" in judge.changes:
-        dtype = judge.changes["dtype"]["target"]
+        dtype = judge.changes["dtype"].target
         named = [path for path in expected if path.rpartition(".")[2] in ("dtype", "torch_dtype")]
         expected |= dict.fromkeys(["dtype", *named], dtype)
     return judge_settings(expected, target, (), judge.changes)

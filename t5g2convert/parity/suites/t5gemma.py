@@ -67,7 +67,7 @@ class ToT5Gemma(Kind[Gemma2Parent]):
         return judge_runs(T5GemmaReference(target, **judge.reading()), progress=judge.progress)
 
     def _tokens(self, judge: Judge, parent: Gemma2Parent, target: Checkpoint) -> None:
-        files = judge.manifest.get("files", {})
+        files = {} if judge.manifest is None else judge.manifest.files
         names = [name for name in TOKENIZER_FILES if name in files or is_there(target.path / name)]
         names += template_names(files, parent.folders.source, target.path)
         if names:

@@ -24,7 +24,7 @@ from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.batches import Inputs
 from t5g2convert.parity.checks.config import tensor_faults
-from t5g2convert.parity.checks.integrity import judge_integrity
+from t5g2convert.parity.checks.integrity import fits_its_files
 from t5g2convert.parity.checks.movement import Movement, by_layer, differing, movements, together
 from t5g2convert.parity.checks.resaved_config import judge_resaved_config, meaning
 from t5g2convert.parity.checks.resaved_tokenizer import READ, judge_resaved_tokenizer
@@ -77,7 +77,7 @@ def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
     except CheckpointError:
         return False
     # What fits its manifest is a conversion, and was not trained.
-    return theirs == ours and not judge_integrity(output, ours).passed
+    return theirs == ours and not fits_its_files(output, ours)
 
 
 def judge_trained_elsewhere(

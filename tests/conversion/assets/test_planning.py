@@ -79,7 +79,7 @@ def test_the_output_has_the_files_of_a_release(source: Path, tmp_path: Path) -> 
     assert read(tmp_path / "out/tokenizer.json") == moved(tokenizer_text())
     for name in ("special_tokens_map.json",):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    manifest = read_manifest(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out").document()
     assert manifest["tokens"] == [
         {"token": "<image_soft_token>", "source": 262_144, "target": 256_001, "replaces": "<unused99>"},
         {"token": "<mask>", "source": 4, "target": 4, "replaces": None},

@@ -1,14 +1,12 @@
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from t5g2convert import CheckpointError, convert
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.parity.checks.integrity import judge_integrity, unreadable_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, FileRecord, read_manifest, seal
+from t5g2convert.parity.checks.integrity import fits_its_files, judge_integrity, unreadable_manifest
 from tests.conftest import TwinFolder
 
 
@@ -19,38 +17,38 @@ def folder(converted_twin: TwinFolder, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / MANIFEST_FILE).read_text()))
+def listed(folder: Path) -> dict[str, FileRecord]:
+    return read_manifest(folder).files
 
 
 def test_a_sound_folder_has_the_files_of_its_manifest(folder: Path) -> None:
-    manifest = manifest_of(folder)
-    check = judge_integrity(folder, manifest)
+    files = listed(folder)
+    check = judge_integrity(folder, files)
     assert check.passed
     assert check.offenders == ()
-    assert f"{len(manifest['files'])} files" in check.detail
+    assert f"{len(files)} files" in check.detail
 
 
 def test_V2_one_changed_byte_of_any_file_names_the_file(folder: Path) -> None:
-    manifest = manifest_of(folder)
-    for name in manifest["files"]:
+    files = listed(folder)
+    for name in files:
         sound = (folder / name).read_bytes()
         for at in {0, len(sound) // 2, len(sound) - 1}:
             damaged = bytearray(sound)
             damaged[at] ^= 1
             (folder / name).write_bytes(damaged)
-            assert judge_integrity(folder, manifest).offenders == (f"{name} has another sha256",)
+            assert judge_integrity(folder, files).offenders == (f"{name} has another sha256",)
         (folder / name).write_bytes(sound)
-    assert judge_integrity(folder, manifest).passed
+    assert judge_integrity(folder, files).passed
 
 
 def test_a_file_of_another_size_and_a_missing_one_are_named(folder: Path) -> None:
-    manifest = manifest_of(folder)
+    files = listed(folder)
     (folder / "config.json").unlink()
     with (folder / "model.safetensors").open("ab") as file:
         file.write(b"x")
-    size = manifest["files"]["model.safetensors"]["bytes"]
-    check = judge_integrity(folder, manifest)
+    size = files["model.safetensors"].bytes
+    check = judge_integrity(folder, files)
     assert not check.passed
     assert set(check.offenders) == {
         "config.json is missing",
@@ -62,7 +60,7 @@ def test_a_file_of_another_size_and_a_missing_one_are_named(folder: Path) -> Non
 def test_a_folder_in_place_of_a_file_is_a_missing_file(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    assert judge_integrity(folder, manifest_of(folder)).offenders == ("config.json is missing",)
+    assert judge_integrity(folder, listed(folder)).offenders == ("config.json is missing",)
 
 
 @pytest.mark.parametrize(
@@ -78,59 +76,68 @@ def test_a_folder_in_place_of_a_file_is_a_missing_file(folder: Path) -> None:
 )
 def test_a_stranger_that_a_loader_would_read_is_named(folder: Path, name: str) -> None:
     (folder / name).write_text("{}")
-    assert judge_integrity(folder, manifest_of(folder)).offenders == (f"{name} is not in t5g2.json",)
+    assert judge_integrity(folder, listed(folder)).offenders == (f"{name} is not in t5g2.json",)
 
 
 @pytest.mark.parametrize("name", ["custom_generate", "additional_chat_templates", "onnx"])
 def test_a_folder_that_a_loader_would_look_into_is_named(folder: Path, name: str) -> None:
     """Code that generates, templates of chats: no key of a config is needed for them."""
     (folder / name).mkdir()
-    assert judge_integrity(folder, manifest_of(folder)).offenders == (f"{name}/ is not in t5g2.json",)
+    assert judge_integrity(folder, listed(folder)).offenders == (f"{name}/ is not in t5g2.json",)
     (folder / name).rename(folder / f".{name}")
-    assert judge_integrity(folder, manifest_of(folder)).passed
+    assert judge_integrity(folder, listed(folder)).passed
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes", "report.html", "report.xml"])
 def test_a_stranger_that_no_loader_reads_is_none(folder: Path, name: str) -> None:
     (folder / name).write_text("mine")
-    assert judge_integrity(folder, manifest_of(folder)).passed
+    assert judge_integrity(folder, listed(folder)).passed
 
 
 def test_without_hashes_sizes_are_judged_and_that_is_said(twin_folder: TwinFolder, tmp_path: Path) -> None:
     convert(twin_folder("images-8"), tmp_path / "out", hashing=False)
-    manifest = manifest_of(tmp_path / "out")
-    check = judge_integrity(tmp_path / "out", manifest)
+    files = listed(tmp_path / "out")
+    check = judge_integrity(tmp_path / "out", files)
     assert check.passed
     assert "4 files" in check.detail
     assert "no sha256" in check.detail
     (tmp_path / "out/config.json").write_text("{}")
-    assert not judge_integrity(tmp_path / "out", manifest).passed
+    assert not judge_integrity(tmp_path / "out", files).passed
+
+
+def test_a_manifest_that_lists_no_files_proves_nothing(folder: Path) -> None:
+    check = judge_integrity(folder, {})
+    assert not check.passed
+    assert "no files" in check.detail
 
 
 @pytest.mark.parametrize("files", [None, {}, [], "model.safetensors", 3])
-def test_a_manifest_that_lists_no_files_proves_nothing(folder: Path, files: object) -> None:
-    check = judge_integrity(folder, manifest_of(folder) | {"files": files})
-    assert not check.passed
-    assert "no files" in check.detail
-    assert not judge_integrity(folder, {}).passed
+def test_no_file_fits_a_list_that_is_none(folder: Path, files: object) -> None:
+    document = read_manifest(folder).document()
+    assert fits_its_files(folder, document)
+    assert not fits_its_files(folder, document | {"files": files})
+    assert not fits_its_files(folder, {})
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "record",
     [None, 5, "x", {}, {"bytes": 5}, {"sha256": None}, {"bytes": "5", "sha256": None}, {"bytes": True, "sha256": None}],
     ids=str,
 )
-def test_facts_that_are_none_are_a_fault(folder: Path, facts: object) -> None:
-    manifest = manifest_of(folder)
-    manifest["files"]["config.json"] = facts
-    assert judge_integrity(folder, manifest).offenders == ("config.json has no size and sha256 in t5g2.json",)
+def test_a_record_without_a_size_and_a_sha256_is_a_fault(folder: Path, record: object) -> None:
+    document = read_manifest(folder).document()
+    document["files"]["config.json"] = record
+    assert not fits_its_files(folder, document)
+    (folder / MANIFEST_FILE).write_bytes(seal(document))
+    with pytest.raises(CheckpointError, match="files"):
+        read_manifest(folder)
 
 
 def test_a_file_that_may_not_be_read_is_said(folder: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
     (folder / "config.json").chmod(0)
-    assert judge_integrity(folder, manifest_of(folder)).offenders == ("config.json cannot be read: Permission denied",)
+    assert judge_integrity(folder, listed(folder)).offenders == ("config.json cannot be read: Permission denied",)
 
 
 def test_an_unreadable_manifest_fails_without_the_folders_path(tmp_path: Path) -> None:

@@ -429,6 +429,6 @@ def test_a_map_of_ones_own_that_moves_the_token_elsewhere_is_judged_by_what_is_d
     (tmp_path / "mine.yaml").write_text(text.replace('special: ["<mask>"]', "special: []"))
     made = make(mapping=str(tmp_path / "mine.yaml"))
     assert judged(made).passed
-    tokens = read_manifest(made.folder)["tokens"]
+    tokens = read_manifest(made.folder).document()["tokens"]
     assert [(change["target"], change["replaces"]) for change in tokens] == [(256_002, "<unused100>")]
     assert verify(made.folder, made.source, mapping=str(tmp_path / "mine.yaml"), record=False).passed

@@ -30,10 +30,10 @@ def test_the_manifest_gets_the_result_and_keeps_the_rest(folder: Path) -> None:
     before, files = read_manifest(folder), names(folder)
     given = report(folder)
     assert record_report(given, before) == given
-    after = read_manifest(folder)
+    after = read_manifest(folder).document()
     assert after.pop("verification") == given.record()
     del after["sha256"]
-    assert after == {key: value for key, value in before.items() if key != "sha256"}
+    assert after == {key: value for key, value in before.document().items() if key != "sha256"}
     assert names(folder) == files
 
 
@@ -41,7 +41,7 @@ def test_a_second_result_replaces_the_first(folder: Path) -> None:
     record_report(report(folder, "first"), read_manifest(folder))
     first = (folder / "t5g2.json").read_bytes()
     record_report(report(folder, "second", passed=False), read_manifest(folder))
-    assert read_manifest(folder)["verification"]["passed"] is False
+    assert read_manifest(folder).document()["verification"]["passed"] is False
     assert "first" not in (folder / "t5g2.json").read_text()
     record_report(report(folder, "first"), read_manifest(folder))
     assert (folder / "t5g2.json").read_bytes() == first
@@ -61,7 +61,7 @@ def test_a_failed_verification_is_recorded_too(folder: Path, twin_folder: TwinFo
     (folder / "generation_config.json").write_text("{}")
     found = verify(folder, twin_folder("images-8"))
     assert not found.passed
-    recorded = read_manifest(folder)["verification"]
+    recorded = read_manifest(folder).document()["verification"]
     assert recorded == found.record()
     assert [check["name"] for check in recorded["checks"] if not check["passed"]] == ["integrity", "config"]
 
@@ -89,7 +89,7 @@ def test_no_local_path_gets_into_the_manifest(damage: object, folder: Path, twin
     damage(folder)
     assert not verify(folder, twin_folder("images-8")).passed
     text = (folder / "t5g2.json").read_text()
-    assert read_manifest(folder)["verification"]["passed"] is False
+    assert read_manifest(folder).document()["verification"]["passed"] is False
     assert str(folder.parent) not in text
 
 
@@ -98,7 +98,7 @@ def test_a_folder_whose_name_is_no_text_is_recorded(folder: Path, twin_folder: T
     folder.rename(odd)
     (odd / "config.json").write_text("{}")
     assert not verify(odd, twin_folder("images-8")).passed
-    assert read_manifest(odd)["verification"]["passed"] is False
+    assert read_manifest(odd).document()["verification"]["passed"] is False
 
 
 def test_a_folder_that_may_not_be_written_is_a_remark(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_folder_that_may_not_be_written_is_a_remark(folder: Path) -> None:
         folder.chmod(0o700)
     assert found.passed
     assert "Permission denied" in found.remarks[-1]
-    assert "verification" not in read_manifest(folder)
+    assert "verification" not in read_manifest(folder).document()
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace", "rename"])
@@ -140,7 +140,7 @@ def test_a_stranger_in_the_way_of_the_staged_file_does_no_harm(folder: Path) -> 
     record_report(report(folder), read_manifest(folder))
     assert read_manifest(folder)
     record_report(report(folder), read_manifest(folder))
-    assert "verification" in read_manifest(folder)
+    assert "verification" in read_manifest(folder).document()
     assert (folder / "t5g2.json").read_bytes() == seal(json.loads((folder / "t5g2.json").read_text()))
 
 

@@ -64,7 +64,7 @@ def test_what_training_left_alone_is_proved_and_the_rest_is_named(bench: Bench) 
         "runs",
     ]
     detail = check_of(report, "provenance").detail
-    manifest = read_manifest(bench.folder)
+    manifest = read_manifest(bench.folder).document()
     assert "41 tensors are the source's byte for byte" in detail
     assert "210 were trained, and hold numbers that nothing here judges" in detail
     assert f"1 of those are the source's still: {KEPT}" in detail
@@ -83,7 +83,7 @@ def test_without_its_source_it_is_only_intact(bench: Bench) -> None:
 
 def test_the_result_is_kept(bench: Bench) -> None:
     verify(bench.folder, bench.source)
-    assert read_manifest(bench.folder)["verification"]["passed"] is True
+    assert read_manifest(bench.folder).document()["verification"]["passed"] is True
 
 
 def test_its_gemma_3_is_no_source_of_it(scene: tuple[Path, Path, Path]) -> None:
