@@ -24,7 +24,6 @@ from t5g2convert.adaptation.train.run_folder import (
 from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.folder import open_checkpoint, some
 from t5g2convert.checkpoint.inputs import Folders
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import KEEP
 from t5g2convert.conversion.trained_model import plan_adapted
@@ -156,7 +155,6 @@ def _average_saved(
         output,
         overwrite=overwrite,
         progress=progress,
-        judge=lambda folder: (folder / MANIFEST_FILE).unlink(),
         given=mean,
     )
 

@@ -40,6 +40,8 @@ PIECE_BYTES: Final = 1 << 18
 def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *, flush: bool) -> None:
     """Write everything but the shards; the manifest comes last.
 
+    Values that were trained elsewhere get no manifest: nothing is known of their training.
+
     Raises:
         CheckpointError: A file to be carried over cannot be read, or changed since it was planned.
         OutputError: A file cannot be written.
@@ -60,7 +62,8 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
         files[name] = FileRecord(bytes=size, sha256=digest if hashing else None)
     if flush and (folder / TEMPLATES_FOLDER).is_dir():
         _flush(folder / TEMPLATES_FOLDER)
-    _write(folder / MANIFEST_FILE, [_manifest(plan, written, files).encode()], flush=flush)
+    if plan.mapping is not None or plan.adaptation is not None:
+        _write(folder / MANIFEST_FILE, [_manifest(plan, written, files).encode()], flush=flush)
 
 
 def _manifest(plan: Plan, written: Written, files: Mapping[str, FileRecord]) -> Manifest:
