@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from t5g2convert.adaptation.train.distributed import Quiet
+from t5g2convert.adaptation.train.distributed import ReportedElsewhere
 from t5g2convert.errors import CheckpointError, Interrupted, T5g2Error
 
 
@@ -21,7 +21,7 @@ def kinds(base: type[T5g2Error]) -> Iterator[type[T5g2Error]]:
     [
         CheckpointError("is damaged", where="here", hint="copy it again", details=["one", "two"]),
         Interrupted(signal.SIGTERM),
-        Quiet(5),
+        ReportedElsewhere(5),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -15,7 +15,7 @@ from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.data.documents import Document
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.export import finish
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.trained_export import export
 from t5g2convert.errors import T5g2Error
 from tests.adaptation.runs import FACTS, text_only, trained_from, write_checkpoint, write_run
@@ -153,7 +153,9 @@ def commands(stage: Path) -> dict[str, Write]:
         "extract": partial(convert, model, part="decoder", overwrite=True, flush=False),
         "pack": lambda target: pack(model, target, [Document("a", "b")], overwrite=True, flush=False),
         "average": lambda target: average(run, 2, target, model=model, overwrite=True),
-        "export": lambda target: export(model, Trained(last), target, facts=FACTS, overwrite=True, flush=False),
+        "export": lambda target: export(
+            model, CheckpointReader(last), target, facts=FACTS, overwrite=True, flush=False
+        ),
     }
 
 

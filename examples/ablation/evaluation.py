@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.loss import Denoiser
 from t5g2convert.adaptation.train.model import load_model, published_names
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
@@ -81,11 +81,11 @@ def evaluate(
         )
     module = load_model(model, prepared.checkpoint.config)
     if checkpoint is not None:
-        _take_values(module, prepared, Trained(checkpoint))
+        _take_values(module, prepared, CheckpointReader(checkpoint))
     return _evaluate(module, prepared, samples, micro)
 
 
-def _take_values(module: nn.Module, prepared: Prepared, trained: Trained) -> None:
+def _take_values(module: nn.Module, prepared: Prepared, trained: CheckpointReader) -> None:
     """Replace the values of a model by those of a checkpoint."""
     where = prepared.checkpoint.path
     shapes = {name: stored.entry.shape for name, stored in prepared.checkpoint.tensors.items()}

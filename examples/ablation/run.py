@@ -25,8 +25,8 @@ from t5g2convert.adaptation.adapt import Request, adapt
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
-from t5g2convert.adaptation.train.checkpoints import complete
-from t5g2convert.adaptation.train.loop import Pace
+from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
+from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 
@@ -112,7 +112,7 @@ def train_and_evaluate(output: Path, name: str, arguments: argparse.Namespace) -
         precision="float32",
     )
     every = max(1, arguments.steps // arguments.checkpoints)
-    pace = Pace(micro=arguments.batch, save_every=every, keep=arguments.checkpoints + 1)
+    pace = LoopConfig(micro=arguments.batch, save_every=every, keep=arguments.checkpoints + 1)
     run = output / f"run-{name}"
     request = Request(output / name, output / TRAINING, run, settings, pace=pace, resume=True)
     done = adapt(request, begun=lambda _: None, report=lambda _: None)

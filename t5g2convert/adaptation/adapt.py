@@ -13,21 +13,26 @@ from torch import nn
 
 from t5g2convert.adaptation.export import Finished, check_export_place, finish
 from t5g2convert.adaptation.train import checkpoints, model
-from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete, place_of, read_record
+from t5g2convert.adaptation.train.checkpoint_manifest import (
+    check_files,
+    checkpoint_path,
+    complete_checkpoints,
+    read_checkpoint_manifest,
+)
 from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.distributed import (
-    Machines,
-    Quiet,
+    Hardware,
+    ReportedElsewhere,
     build_engine,
     early_launcher,
     early_rank,
     end_children,
     require_extra,
-    together,
+    run_on_all_ranks,
 )
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
 from t5g2convert.adaptation.train.lock import locked
-from t5g2convert.adaptation.train.loop import Pace, make_optimizer, train
+from t5g2convert.adaptation.train.loop import LoopConfig, make_optimizer, train
 from t5g2convert.adaptation.train.loss import Denoiser
 from t5g2convert.adaptation.train.metrics import Metrics, read_metrics
 from t5g2convert.adaptation.train.plot import plot_losses
@@ -83,8 +88,8 @@ class Request:
     teacher: Path | None = None
     rope_scaling: str | None = None
     resume: bool = False
-    machines: Machines = field(default_factory=Machines)
-    pace: Pace = field(default_factory=Pace)
+    machines: Hardware = field(default_factory=Hardware)
+    pace: LoopConfig = field(default_factory=LoopConfig)
     chunk: int = 1024
     recompute: bool = False
     export: bool = False
@@ -144,7 +149,8 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
 
     Raises:
         DataError: The files of the data are not those that were packed; read when a run begins, not when it goes on.
-        T5g2Error: As `prepare`, `train` and `checkpoints`; on all processes but the first `Quiet`, with its exit code.
+        T5g2Error: As `prepare`, `train` and `checkpoints`; on other ranks than 0 `ReportedElsewhere`, with the same
+            exit code.
     """
     try:
         require_extra()
@@ -153,11 +159,13 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
     except T5g2Error as error:
         if early_rank() == 0:
             raise
-        raise Quiet(error.exit_code) from None
+        raise ReportedElsewhere(error.exit_code) from None
     with ExitStack() as held:
         try:
             engine.launch()
-            together(engine, lambda: held.enter_context(locked(request.run)) if engine.global_rank == 0 else None)
+            run_on_all_ranks(
+                engine, lambda: held.enter_context(locked(request.run)) if engine.global_rank == 0 else None
+            )
             outcome = _run(engine, request, prepared, begun, report)
         except BaseException:
             end_children(engine)
@@ -193,7 +201,7 @@ def _prepare(request: Request) -> Prepared:
     if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
         # Before other processes are started; those that torchrun or SLURM started wait to be told together.
         check_vacant(request.run)
-    if request.export and _goes_on(request) and request.settings.steps not in complete(request.run):
+    if request.export and _goes_on(request) and request.settings.steps not in complete_checkpoints(request.run):
         # Not after days of training; a run that is finished may have been exported, and is looked at then.
         check_export_place(request.run)
     return prepared
@@ -207,7 +215,9 @@ def _run(
     report: Callable[[Metrics], None],
 ) -> Outcome:
     first = engine.global_rank == 0
-    known: dict[str, Any] = engine.broadcast(together(engine, lambda: _identities(request, prepared) if first else {}))
+    known: dict[str, Any] = engine.broadcast(
+        run_on_all_ranks(engine, lambda: _identities(request, prepared) if first else {})
+    )
     settings = request.settings.model_copy(update={"teacher": known["teacher"]})
     prepared.samples.settings = settings
     description = describe(
@@ -221,14 +231,14 @@ def _run(
     goes_on = engine.broadcast(_goes_on(request))
     if not goes_on:
         packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
-        together(engine, lambda: packed.check_bytes(part=rank, parts=world))
-    start, folder = together(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
-    module, state = together(engine, lambda: _build(engine, request, prepared, settings))
+        run_on_all_ranks(engine, lambda: packed.check_bytes(part=rank, parts=world))
+    start, folder = run_on_all_ranks(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
+    module, state = run_on_all_ranks(engine, lambda: _build(engine, request, prepared, settings))
     if not goes_on:
         # Not before everything was looked at: a start that was refused leaves the folder to the next.
-        together(engine, lambda: write_description(request.run, description) if first else None)
+        run_on_all_ranks(engine, lambda: write_description(request.run, description) if first else None)
     if folder is not None:
-        together(engine, lambda: checkpoints.load(folder, state))
+        run_on_all_ranks(engine, lambda: checkpoints.load(folder, state))
     if first:
         begun([*prepared.notes, *([f"{start:,} steps were done before"] if start else [])])
     if start < settings.steps:
@@ -241,7 +251,7 @@ def _run(
         first=first,
         start=start,
         trained=sum(parameter.numel() for parameter in state.parameters.values()),
-        checkpoint=place_of(request.run, settings.steps),
+        checkpoint=checkpoint_path(request.run, settings.steps),
         steps=tuple(steps),
         plot=request.run / PLOT_FILE,
         settings=settings,
@@ -275,7 +285,7 @@ def _start(
         checkpoints.clear_partial(request.run)
     start, folder = newest(request.run, settings)
     if folder is not None:
-        check_files(folder, read_record(folder), part=engine.global_rank, parts=engine.world_size)
+        check_files(folder, read_checkpoint_manifest(folder), part=engine.global_rank, parts=engine.world_size)
     return start, folder
 
 

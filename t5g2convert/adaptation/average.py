@@ -10,7 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from t5g2convert.adaptation.train.checkpoint_manifest import FOLDER, check_files, complete, place_of
+from t5g2convert.adaptation.train.checkpoint_manifest import (
+    CHECKPOINTS_FOLDER,
+    check_files,
+    checkpoint_path,
+    complete_checkpoints,
+)
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
 from t5g2convert.adaptation.train.run_folder import (
     METRICS_FILE,
@@ -35,7 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from t5g2convert.adaptation.train.checkpoint_reader import Trained
+    from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
     from t5g2convert.adaptation.trainer_checkpoints import Saved
 
 LAST: Final = 5
@@ -78,11 +83,11 @@ def average(
         return _average_saved(
             run, saved, last, output, model=model, dtype=dtype, overwrite=overwrite, progress=progress
         )
-    history, found = read_history(run), complete(run)
+    history, found = read_history(run), complete_checkpoints(run)
     if len(found) < last:
         raise CheckpointError(
             f"has {len(found)} checkpoints, {last} were asked for",
-            where=run / FOLDER,
+            where=run / CHECKPOINTS_FOLDER,
             hint=f"--last {len(found)} takes all" if found else None,
         )
     model = Path(history.model_folder) if model is None else model
@@ -90,11 +95,11 @@ def average(
         raise UsageError(f"{model} is not there any more", hint="--model says where the model is that was trained")
     check_target(output, model, *parts_of_run(run), overwrite=overwrite)
     check_model(history, model)
-    from t5g2convert.adaptation.train.checkpoint_reader import Trained
+    from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 
-    checkpoints = [Trained(folder) for folder in list(found.values())[-last:]]
+    checkpoints = [CheckpointReader(folder) for folder in list(found.values())[-last:]]
     _check_alike(run, history, checkpoints)
-    steps = [checkpoint.record.step for checkpoint in checkpoints]
+    steps = [checkpoint.manifest.step for checkpoint in checkpoints]
     log = run / METRICS_FILE
     return export(
         model,
@@ -162,7 +167,7 @@ def _average_saved(
 class Mean:
     """The mean of checkpoints that have the same tensors."""
 
-    def __init__(self, checkpoints: "Sequence[Trained | Saved]") -> None:
+    def __init__(self, checkpoints: "Sequence[CheckpointReader | Saved]") -> None:
         self._checkpoints = checkpoints
         self.names: Mapping[str, tuple[int, ...]] = checkpoints[0].names
 
@@ -178,11 +183,11 @@ class Mean:
             yield total
 
 
-def _check_alike(run: Path, history: History, checkpoints: "Sequence[Trained]") -> None:
+def _check_alike(run: Path, history: History, checkpoints: "Sequence[CheckpointReader]") -> None:
     """All are of one training, of one set of tensors, of the steps that their names tell, and undamaged."""
     first = checkpoints[0]
     for checkpoint in checkpoints:
-        record = checkpoint.record
+        record = checkpoint.manifest
         for what in ("settings_sha256", "objective_sha256"):
             if getattr(record, what) != getattr(history, what):
                 raise CheckpointError(
@@ -190,7 +195,7 @@ def _check_alike(run: Path, history: History, checkpoints: "Sequence[Trained]") 
                     where=checkpoint.folder,
                     hint="only checkpoints of one training can be averaged",
                 )
-        if checkpoint.folder != place_of(run, record.step):
+        if checkpoint.folder != checkpoint_path(run, record.step):
             raise CheckpointError(f"is of step {record.step}, not what its name says", where=checkpoint.folder)
         names = checkpoint.names.keys() ^ first.names.keys()
         names |= {name for name in checkpoint.names if checkpoint.names[name] != first.names.get(name)}
@@ -199,4 +204,4 @@ def _check_alike(run: Path, history: History, checkpoints: "Sequence[Trained]") 
                 f"has not the tensors and shapes of {first.folder.name}: {some(names)}", where=checkpoint.folder
             )
     for checkpoint in checkpoints:
-        check_files(checkpoint.folder, checkpoint.record)
+        check_files(checkpoint.folder, checkpoint.manifest)

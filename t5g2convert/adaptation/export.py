@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t5g2convert.adaptation.train.checkpoint_manifest import check_files
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
 from t5g2convert.adaptation.train.model import quiet_transformers, refuse_incomplete
 from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_bytes, check_model, read_history
@@ -56,9 +56,9 @@ def finish(run: Path, checkpoint: Path, model: Path) -> Finished:
         OutputError: The output cannot be written, or something is in its place that is not an export of this run.
         VerificationError: Tensors are missing in it, or left over.
     """
-    trained, output, log = Trained(checkpoint), run / EXPORT_FOLDER, run / METRICS_FILE
-    check_files(checkpoint, trained.record)
-    step = trained.record.step
+    trained, output, log = CheckpointReader(checkpoint), run / EXPORT_FOLDER, run / METRICS_FILE
+    check_files(checkpoint, trained.manifest)
+    step = trained.manifest.step
     history = read_history(run)
     check_model(history, model)
     facts = history.facts([step], tokens_until(read_metrics(log), step, log))

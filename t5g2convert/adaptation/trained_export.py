@@ -20,7 +20,7 @@ from t5g2convert.errors import CheckpointError
 
 
 class Values(Given, Protocol):
-    """Trained values: which tensors, and their values in pieces. `Trained` and `Mean` are such."""
+    """CheckpointReader values: which tensors, and their values in pieces. `CheckpointReader` and `Mean` are such."""
 
     @property
     def names(self) -> Mapping[str, tuple[int, ...]]:

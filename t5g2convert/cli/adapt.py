@@ -102,8 +102,8 @@ def adapt(
     labels of a step, and divided by their number. SigLIP is never trained.
     """
     from t5g2convert.adaptation.adapt import Request
-    from t5g2convert.adaptation.train.distributed import Machines
-    from t5g2convert.adaptation.train.loop import Pace
+    from t5g2convert.adaptation.train.distributed import Hardware
+    from t5g2convert.adaptation.train.loop import LoopConfig
     from t5g2convert.adaptation.train.settings import make_settings
     from t5g2convert.adaptation.ul2.mixture import read_mixture
 
@@ -136,8 +136,8 @@ def adapt(
         teacher=kd,
         rope_scaling=rope_scaling,
         resume=resume,
-        machines=Machines(accelerator, devices, nodes),
-        pace=Pace(micro=micro_batch, workers=workers, save_every=save_every, keep=keep),
+        machines=Hardware(accelerator, devices, nodes),
+        pace=LoopConfig(micro=micro_batch, workers=workers, save_every=save_every, keep=keep),
         chunk=loss_chunk,
         recompute=gradient_checkpointing,
         export=export,
@@ -163,7 +163,7 @@ def _foresee(request: "Request", *, as_json: bool) -> None:
 def _run(request: "Request", *, every: int, as_json: bool) -> None:
     """Do it, and tell of it on the first process alone."""
     from t5g2convert.adaptation.adapt import adapt as run
-    from t5g2convert.adaptation.train.distributed import Quiet, early_rank
+    from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank
 
     steps = request.settings.steps
     try:
@@ -177,7 +177,7 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
                 raise_interruption()
 
             outcome = run(request, begun=print_notes, report=report)
-    except Quiet as error:
+    except ReportedElsewhere as error:
         raise typer.Exit(error.exit_code) from None
     except Exception as error:
         # Torch and the libraries around it make other errors of what a signal's handler raises.

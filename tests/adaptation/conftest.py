@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -14,10 +15,10 @@ from tests.adaptation.trainings import RUN_OPTIONS, adapt, write_text
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], None]], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
     """A folder that is made once, by whichever process of the tests asks first."""
     base = tmp_path_factory.getbasetemp()
-    root = (base if worker_id == "master" else base.parent) / "adaptation"
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "adaptation"
     root.mkdir(exist_ok=True)
 
     def folder(name: str, build: Callable[[Path], None]) -> Path:
@@ -85,8 +86,6 @@ def trained(shared: Shared, small: Path) -> Path:
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs in this process leave neither variables nor a process group behind."""
-    import os
-
     import torch
 
     before = dict(os.environ)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from t5g2convert.adaptation.train.metrics import Metrics
@@ -37,33 +38,42 @@ FACTS: dict[str, Any] = {
 }
 
 
-def write_checkpoint(folder: Path, tensors: Tensors, step: int, **told: Any) -> Path:
-    """A checkpoint that one process wrote."""
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+"""The file of a checkpoint that one process wrote."""
+
+
+def write_checkpoint(folder: Path, tensors: Tensors, step: int, **changes: Any) -> Path:
+    """Write a checkpoint as one process does."""
+    tree = {"model": {name: tensor.contiguous() for name, tensor in tensors.items()}}
+    tree["optimizer"] = {
+        name: {
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+            "step": torch.tensor(3.0),
+        }
+        for name, tensor in [*tree["model"].items()][:2]
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(_state(tensors), checkpoint_id=folder, no_dist=True)
-    return tell(folder, step, **told)
+        dcp.save(tree, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=True)
+    return write_manifest(folder, step, **changes)
 
 
-def _state(tensors: Tensors) -> dict[str, Any]:
-    moments = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in [*tensors.items()][:2]}
-    return {"model": dict(tensors), "optimizer": {"state": moments, "lr": [1e-3]}}
-
-
-def tell(folder: Path, step: int, **told: Any) -> Path:
+def write_manifest(folder: Path, step: int, **changes: Any) -> Path:
+    """Write a checkpoint.json that fits the files of a folder."""
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != "checkpoint.json"}
-    document = {"format": 1, "step": step, "files": files}
+    document = {"format": 2, "step": step, "files": files}
     document |= {"settings_sha256": SETTINGS.sha256, "objective_sha256": SETTINGS.objective_sha256}
-    document |= told
+    document |= changes
     (folder / "checkpoint.json").write_text(json.dumps(document))
     return folder
 
 
 def write_by_two(folder: Path, tensors: Tensors, step: int) -> Path:
-    """A checkpoint that two processes wrote, each the rows that it holds, as FSDP2 does."""
+    """Write a checkpoint as two processes do: each the rows that it holds, as with FSDP2."""
     folder.mkdir(parents=True)
     torch.multiprocessing.spawn(_save, (folder, dict(tensors)), nprocs=2)  # type: ignore[no-untyped-call]
-    return tell(folder, step)
+    return write_manifest(folder, step)
 
 
 def _save(rank: int, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -71,8 +81,8 @@ def _save(rank: int, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
         mesh = init_device_mesh("cpu", (2,))
-        spread = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
-        dcp.save({"model": spread, "optimizer": {"lr": [1e-3]}}, checkpoint_id=folder)
+        sharded = {name: distribute_tensor(tensor.contiguous(), mesh, [Shard(0)]) for name, tensor in tensors.items()}
+        dcp.save({"model": sharded}, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     finally:
         dist.destroy_process_group()
 

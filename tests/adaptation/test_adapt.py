@@ -18,14 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
 from t5g2convert.adaptation.train import checkpoints, loop
-from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete, read_record
-from t5g2convert.adaptation.train.distributed import Machines, Quiet, early_rank, resolve
+from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete_checkpoints, read_checkpoint_manifest
+from t5g2convert.adaptation.train.distributed import Hardware, ReportedElsewhere, early_rank, resolve
 from t5g2convert.adaptation.train.lock import locked
-from t5g2convert.adaptation.train.loop import Pace
+from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.model_limits import check_rope, read_facts
 from t5g2convert.adaptation.train.preflight import prepare
@@ -36,6 +37,7 @@ from t5g2convert.adaptation.ul2 import dataset
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task, read_mixture
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, T5g2Error, UsageError
+from tests.adaptation.runs import SHARD
 from tests.adaptation.trainings import tensors_of
 from tests.conftest import TwinFolder
 
@@ -61,8 +63,8 @@ def settings_of(**changes: Any) -> Settings:
 
 
 def request_of(small: Path, run: Path, settings: Settings, **changes: Any) -> Request:
-    pace = Pace(micro=4, save_every=2, keep=2)
-    machines = Machines("cpu", 1, 1)
+    pace = LoopConfig(micro=4, save_every=2, keep=2)
+    machines = Hardware("cpu", 1, 1)
     return Request(small / "model", small / "data", run, settings, machines=machines, pace=pace, **changes)
 
 
@@ -165,7 +167,7 @@ def test_a_checkpoint_that_is_removed_is_complete_or_away(
         patch.setattr(shutil, "rmtree", die)
         with pytest.raises(OutputError, match="Input/output error"):
             run(request)
-    assert list(complete(tmp_path / "run")) == [4]
+    assert list(complete_checkpoints(tmp_path / "run")) == [4]
     run(replace(request, resume=True))
     assert [item.name for item in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
 
@@ -208,7 +210,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small: Path, tmp_path: Path
     request = replace(request_of(small, tmp_path / "run", settings_of()), model=tmp_path / "model")
     with pytest.raises(DataError, match="the gradient of step 1 is not finite"):
         run(request)
-    assert not complete(tmp_path / "run")
+    assert not complete_checkpoints(tmp_path / "run")
 
 
 @pytest.mark.usefixtures("one_process")
@@ -228,7 +230,7 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
     request = request_of(small, tmp_path / "run", settings_of(image_every=2))
     told: list[Metrics] = []
     with pytest.raises(DataError, match="no such file"):
-        adapt(replace(request, pace=Pace(micro=1)), begun=lambda notes: None, report=told.append)
+        adapt(replace(request, pace=LoopConfig(micro=1)), begun=lambda notes: None, report=told.append)
     assert [step.step for step in told] == [1]
     assert len(calls) == 4
 
@@ -261,7 +263,7 @@ def test_a_folder_that_another_process_trains_into_is_refused(small: Path, tmp_p
     check_same(tmp_path / "run", json.loads((tmp_path / "run/run.json").read_text()))
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(0, OutputError), (1, Quiet)])
+@pytest.mark.parametrize(("rank", "expected"), [(0, OutputError), (1, ReportedElsewhere)])
 def test_a_full_disk_is_told_by_the_first_process_alone(
     rank: int, expected: type[T5g2Error], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +331,8 @@ def description(trained: Path) -> dict[str, Any]:
         (_edited("settings_sha256", "0" * 64), "settings_sha256 is 0000"),
         (_edited("objective_sha256", "0" * 64), "objective_sha256 is 0000"),
         (_edited("step", 40), "says that it is of step 40"),
-        (_edited("format", 2), "format"),
+        (_edited("format", 3), "format"),
+        (_edited("format", 1), r"has format 1 \(t5g2convert 0\.1\.0\)"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -344,8 +347,8 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 def test_a_flipped_byte_or_a_lost_file_of_a_checkpoint_is_found(copied: Path) -> None:
     folder = copied / "checkpoints/step-00000060"
-    record = read_record(folder)
-    assert ".metadata" in record.files
+    record = read_checkpoint_manifest(folder)
+    assert list(record.files) == [SHARD]
     check_files(folder, record)
     for name in record.files:
         data = (folder / name).read_bytes()
@@ -522,23 +525,23 @@ def test_a_teacher_that_does_not_fit_is_refused(small: Path, twin_folder: TwinFo
 
 def test_devices_that_are_not_there_or_were_not_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert resolve(Machines()) == ("cpu", 1, 1)
+    assert resolve(Hardware()) == ("cpu", 1, 1)
     with pytest.raises(UsageError, match="this machine has 0 CUDA"):
-        resolve(Machines("cuda", 2))
+        resolve(Hardware("cuda", 2))
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5"}.items():
         monkeypatch.setenv(name, value)
-    assert resolve(Machines()) == ("cpu", 4, 2)
-    assert resolve(Machines("cpu", 4, 2)) == ("cpu", 4, 2)
+    assert resolve(Hardware()) == ("cpu", 4, 2)
+    assert resolve(Hardware("cpu", 4, 2)) == ("cpu", 4, 2)
     with pytest.raises(UsageError, match="torchrun started 8 processes, expected 6"):
-        resolve(Machines("cpu", 3, 2))
+        resolve(Hardware("cpu", 3, 2))
 
 
 def test_slurm_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}.items():
         monkeypatch.setenv(name, value)
-    assert resolve(Machines("cpu")) == ("cpu", 2, 3)
+    assert resolve(Hardware("cpu")) == ("cpu", 2, 3)
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert resolve(Machines("cpu")) == ("cpu", 1, 1)
+    assert resolve(Hardware("cpu")) == ("cpu", 1, 1)
 
 
 def test_which_process_this_is_says_the_launcher_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,27 +567,27 @@ def test_a_signal_while_torch_writes_a_checkpoint_is_still_one(
     def stopped(*_: object, **__: object) -> None:
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(FileSystemWriter, place, stopped)
+    monkeypatch.setattr(HuggingFaceStorageWriter, place, stopped)
     with pytest.raises(Interrupted) as found:
         run(request_of(small, tmp_path / "run", settings_of(steps=1, precision="float32")))
     assert (found.value.exit_code, found.value.message) == (143, "stopped by signal 15")
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("limit", [100, 20_000], ids=["at the first tensor", "at a later one"])
+@pytest.mark.parametrize("limit", [100, 200_000], ids=["in the first file", "in a later one"])
 def test_a_full_disk_is_named_in_the_words_of_the_disk(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """Torch's stream would say `[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598`."""
-    opened = FileSystem.create_stream
+    opened, written = FileSystem.create_stream, []
 
     class Full:
         def __init__(self, stream: Any) -> None:
             self.stream = stream
 
         def write(self, data: Any) -> int:
-            if self.stream.tell() > limit:
+            if sum(written) + len(data) > limit:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(len(data))
             return int(self.stream.write(data))
 
         def __getattr__(self, name: str) -> Any:
@@ -596,5 +599,7 @@ def test_a_full_disk_is_named_in_the_words_of_the_disk(
             yield Full(stream)
 
     monkeypatch.setattr(FileSystem, "create_stream", full)
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 50_000)
     with pytest.raises(OutputError, match=r"step-00000001: cannot be written: No space left on device$"):
         run(request_of(small, tmp_path / "run", settings_of(steps=1, precision="float32")))
+    assert len(written) == (0 if limit == 100 else len(list(tmp_path.glob("run/checkpoints/.*/shard-*"))) - 1)

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 
 from t5g2convert import CheckpointError, Conversion, OutputError, UsageError, verify
 from t5g2convert.adaptation.average import average
-from t5g2convert.adaptation.train import pieces as reader
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train import checkpoint_reader as reader
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.manifest import read_manifest
 from tests.adaptation.runs import (
     FACTS,
     SETTINGS,
+    SHARD,
     Tensors,
     text_only,
     trained_from,
@@ -80,7 +81,7 @@ def test_the_mean_is_numpys_rounded_once(
     monkeypatch.setattr(reader, "BLOCK_ELEMENTS", 100)
     run.average(5, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
-    read = [Trained(run.checkpoint(step)) for step in (40, 60, 80, 100, 120)]
+    read = [CheckpointReader(run.checkpoint(step)) for step in (40, 60, 80, 100, 120)]
     assert len(read[0].names) > 20
     for tensor in read[0].names:
         mean = np.stack([each.read(tensor).numpy().astype(np.float64) for each in read]).mean(axis=0)
@@ -118,7 +119,7 @@ def test_the_mean_of_one_checkpoint_five_times_is_that_checkpoint(
     run = run_of("images-8", values=values)
     for dtype in ("keep", "float32"):
         run.average(5, tmp_path / dtype, dtype=dtype)
-        export(model, Trained(run.checkpoint(100)), tmp_path / f"{dtype}-one", facts=FACTS, dtype=dtype)
+        export(model, CheckpointReader(run.checkpoint(100)), tmp_path / f"{dtype}-one", facts=FACTS, dtype=dtype)
         files = [tmp_path / folder / "model.safetensors" for folder in (dtype, f"{dtype}-one")]
         assert files[0].read_bytes() == files[1].read_bytes()
     found = load_file(tmp_path / "float32" / "model.safetensors")
@@ -162,17 +163,17 @@ def _told(**changes: Any) -> Callable[[Path], None]:
 
 def _saved(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
-        trained = Trained(folder)
+        trained = CheckpointReader(folder)
         tensors = {name: trained.read(name) for name in trained.names}
         change(tensors)
         shutil.rmtree(folder)
-        write_checkpoint(folder, tensors, trained.record.step)
+        write_checkpoint(folder, tensors, trained.manifest.step)
 
     return save
 
 
 def _flipped(folder: Path) -> None:
-    path = folder / "__0_0.distcp"
+    path = folder / SHARD
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -187,10 +188,10 @@ STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tensor less": (_saved(lambda tensors: tensors.pop(NORM)), f"has not the tensors and shapes of .*: {NORM}"),
     "a tensor more": (_saved(lambda tensors: tensors.update(more=torch.ones(2))), "has not the tensors .*: more"),
     "another shape": (_saved(lambda tensors: tensors.update({NORM: torch.ones(23)})), f"has not .*: {NORM}"),
-    "one bit": (_flipped, "is damaged: __0_0.distcp is not what was written: its sha256 differs"),
+    "one bit": (_flipped, f"is damaged: {SHARD} was modified: its sha256 differs"),
     "no checkpoint": (
-        lambda folder: (folder / ".metadata").unlink(),
-        r"is damaged: \.metadata cannot be read: No such file",
+        lambda folder: (folder / SHARD).unlink(),
+        f"{SHARD}: cannot be read: No such file",
     ),
 }
 
@@ -290,8 +291,8 @@ def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
         "from t5g2convert.adaptation.average import Mean\n"
-        "from t5g2convert.adaptation.train.checkpoint_reader import Trained\n"
-        "mean = Mean([Trained(Path(each)) for each in sys.argv[1:]])\n"
+        "from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader\n"
+        "mean = Mean([CheckpointReader(Path(each)) for each in sys.argv[1:]])\n"
         "first = next(mean.pieces('t'))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "assert all((piece == 3).all() for piece in mean.pieces('t'))\n"

@@ -18,15 +18,15 @@ from torch import nn
 
 from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.data.packed import Packed
-from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete, read_record
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete_checkpoints, read_checkpoint_manifest
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.checkpoints import State, load
 from t5g2convert.adaptation.train.metrics import Metrics, read_metrics, tokens_until, truncate
 from t5g2convert.adaptation.train.plot import plot_losses
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.run_folder import check_own_files, check_same, describe, newest, read_history
 from t5g2convert.errors import CheckpointError, DataError, OutputError, T5g2Error
-from tests.adaptation.runs import DATA, SETTINGS, tell, write_checkpoint
+from tests.adaptation.runs import DATA, SETTINGS, SHARD, write_checkpoint, write_manifest
 
 NASTY: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**48, 2**63, 10**30, -(10**30), 0.5, 1e308, float("nan"), float("inf"), "", "x", "\0",
@@ -167,39 +167,35 @@ def state() -> State:
 
 
 def read_all(folder: Path) -> None:
-    trained = Trained(folder)
-    check_files(folder, trained.record)
+    trained = CheckpointReader(folder)
+    check_files(folder, trained.manifest)
     for name in trained.names:
         trained.read(name)
 
 
 def test_T5_a_damaged_record(run: Path) -> None:
     def use() -> None:
-        complete(run)
+        complete_checkpoints(run)
         newest(run, SETTINGS)
         read_all(run / "checkpoints/step-00000020")
 
     fuzz(run / "checkpoints/step-00000020/checkpoint.json", 300, 3, use, CheckpointError)
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_T5_a_damaged_checkpoint_whose_record_was_made_to_fit(run: Path, name: str) -> None:
-    """What sums say is no help against somebody who writes them."""
-    folder = run / "checkpoints/step-00000020"
-    shutil.rmtree(folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.distributed.checkpoint.save({"model": dict(TENSORS)}, checkpoint_id=folder, no_dist=True)
-    tell(folder, 20)
+@pytest.mark.parametrize("part", ["header", "all"])
+def test_T5_a_damaged_checkpoint_whose_manifest_was_made_to_fit(run: Path, part: str) -> None:
+    """The sha256 is no help against somebody who writes it."""
+    folder, name = run / "checkpoints/step-00000020", SHARD
     with refused_in_time():
         read_all(folder)
         load(folder, state())
-    chance, original = random.Random(name), (folder / name).read_bytes()
+    chance, original = random.Random(part), (folder / name).read_bytes()
+    size = 8 + int.from_bytes(original[:8], "little") if part == "header" else len(original)
     for _ in range(400):
-        (folder / name).write_bytes(damaged(original, chance))
+        (folder / name).write_bytes(damaged(original[:size], chance) + original[size:])
         with refused_in_time(CheckpointError):
             read_all(folder)
-        tell(folder, 20)
+        write_manifest(folder, 20)
         for use in (lambda: read_all(folder), lambda: load(folder, state())):
             with refused_in_time(CheckpointError):
                 use()
@@ -243,7 +239,7 @@ def test_T5_strange_files_in_packed_data_are_named_and_not_waited_for(
 
 
 @pytest.mark.parametrize("kind", STRANGE)
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "checkpoints/step-00000020/.metadata"])
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "checkpoints/step-00000020/" + SHARD])
 def test_T5_strange_files_in_a_run_are_named_and_not_waited_for(
     run: Path, tmp_path: Path, name: str, kind: str, converted_twin: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -275,15 +271,15 @@ def test_T5_a_run_in_which_links_have_the_place_of_its_files_does_not_go_on(
 def test_T5_a_checkpoint_that_is_a_link_is_none(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints/step-00000020").rename(tmp_path / "elsewhere")
     (run / "checkpoints/step-00000020").symlink_to(tmp_path / "elsewhere")
-    assert complete(run) == {}
+    assert complete_checkpoints(run) == {}
 
 
 def test_T5_names_in_a_record_stay_in_its_folder(run: Path) -> None:
     folder = run / "checkpoints/step-00000020"
     document = json.loads((folder / "checkpoint.json").read_text())
-    for name in ("/dev/zero", "../../../pipe", "..", "checkpoint.json", "__0_0.distcp\n", "x"):
+    for name in ("/dev/zero", "../../../pipe", "..", "checkpoint.json", f"{SHARD}\n", ".metadata", "x"):
         (folder / "checkpoint.json").write_text(
             json.dumps({**document, "files": {**document["files"], name: "0" * 64}})
         )
         with pytest.raises(CheckpointError, match=r"checkpoint\.json: files: "):
-            read_record(folder)
+            read_checkpoint_manifest(folder)

@@ -8,12 +8,12 @@ import pytest
 
 from t5g2convert.adaptation import export as finishing
 from t5g2convert.adaptation.export import Finished, finish
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, VerificationError
 from t5g2convert.mapping.inspection import Inspection, inspect
-from tests.adaptation.runs import FACTS, text_only, trained_from, write_checkpoint, write_run
+from tests.adaptation.runs import FACTS, SHARD, text_only, trained_from, write_checkpoint, write_run
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def run(model: Path, tmp_path: Path) -> Path:
     write_run(tmp_path / "run", model, 20)
     earlier = write_checkpoint(tmp_path / "earlier", trained_from(model, text_only, seed=1), 10)
     facts = {**FACTS, "steps": 10, "checkpoints": [10]}
-    export(model, Trained(earlier), tmp_path / "run/model", facts=facts, flush=False)
+    export(model, CheckpointReader(earlier), tmp_path / "run/model", facts=facts, flush=False)
     write_checkpoint(tmp_path / "run/checkpoints/step-00000020", trained_from(model, text_only), 20)
     return tmp_path / "run"
 
@@ -97,7 +97,7 @@ def test_O9_a_link_in_the_place_of_the_export_is_not_followed(run: Path, model: 
 
 def test_O9_the_mean_of_checkpoints_is_not_replaced_by_an_export(run: Path, model: Path) -> None:
     shutil.rmtree(run / "model")
-    values = Trained(run / "checkpoints/step-00000020")
+    values = CheckpointReader(run / "checkpoints/step-00000020")
     export(model, values, run / "model", facts={**FACTS, "checkpoints": [50, 100]}, flush=False)
     before = contents(run / "model")
     with pytest.raises(OutputError, match="is not an export of this run"):
@@ -127,11 +127,11 @@ def test_weights_that_were_damaged_since_are_refused(run: Path, model: Path) -> 
 
 
 def test_a_damaged_checkpoint_is_refused(run: Path, model: Path) -> None:
-    path = run / "checkpoints/step-00000020/__0_0.distcp"
+    path = run / "checkpoints/step-00000020" / SHARD
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    refused(run, model, CheckpointError, "is damaged: __0_0.distcp is not what was written")
+    refused(run, model, CheckpointError, f"is damaged: {SHARD} was modified")
 
 
 def test_tensors_that_are_missing_are_found_before_anything_appears(

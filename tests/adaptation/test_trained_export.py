@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, OutputError, UsageError, convert, inspect
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.inputs import Folders
@@ -27,7 +27,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class InMemory:
-    """Trained values that are at hand."""
+    """CheckpointReader values that are at hand."""
 
     def __init__(self, tensors: Tensors, *, at_once: int = 100) -> None:
         self.tensors, self.at_once = tensors, at_once
@@ -113,7 +113,7 @@ def test_the_same_values_give_the_same_bytes_from_one_process_and_from_two(
         write_by_two(tmp_path / "two" / "step-00000100", trained, 100),
     ]
     for folder in folders:
-        export(model, Trained(folder), folder.parent / "out", facts=FACTS)
+        export(model, CheckpointReader(folder), folder.parent / "out", facts=FACTS)
     export(model, InMemory(trained), tmp_path / "out", facts=FACTS)
     for file in (tmp_path / "out").iterdir():
         for folder in folders:

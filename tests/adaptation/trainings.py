@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 
 OPTIONS = (
     "--lr", "4e-3", "--steps", "60", "--encoder-length", "64", "--decoder-length", "64", "--batch-tokens", "512",
@@ -55,5 +55,5 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 def tensors_of(run: Path, step: int) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint."""
-    checkpoint = Trained(run / "checkpoints" / f"step-{step:08d}")
+    checkpoint = CheckpointReader(run / "checkpoints" / f"step-{step:08d}")
     return {name: checkpoint.read(name) for name in checkpoint.names}

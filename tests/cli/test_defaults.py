@@ -10,8 +10,8 @@ from t5g2convert.adaptation.adapt import Request
 from t5g2convert.adaptation.average import LAST
 from t5g2convert.adaptation.data.pack import SHARD_TOKENS
 from t5g2convert.adaptation.sentinel_probe import FACTOR
-from t5g2convert.adaptation.train.distributed import Machines
-from t5g2convert.adaptation.train.loop import Pace
+from t5g2convert.adaptation.train.distributed import Hardware
+from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.cli.adapt import adapt
 from t5g2convert.cli.average import average
@@ -56,8 +56,8 @@ OPTIONS = {"micro": "micro_batch", "chunk": "loss_chunk"}
 @pytest.mark.parametrize(
     ("of", "name"),
     [
-        *((Pace, field.name) for field in fields(Pace)),
-        *((Machines, name) for name in ("accelerator", "devices", "nodes")),
+        *((LoopConfig, field.name) for field in fields(LoopConfig)),
+        *((Hardware, name) for name in ("accelerator", "devices", "nodes")),
         *((Request, name) for name in ("rope_scaling", "resume", "chunk")),
     ],
 )

@@ -1,12 +1,12 @@
-"""What the checkpoints of a run say of themselves: which there are, what they belong to, and what their files are."""
+"""The checkpoints of a run: which are complete, and checkpoint.json, which holds the sha256 of every file."""
 
 import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
@@ -14,53 +14,44 @@ from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.manifest import Digest
 from t5g2convert.errors import CheckpointError
 
-FOLDER: Final = "checkpoints"
-RECORD_FILE: Final = "checkpoint.json"
-FORMAT: Final = 1
+CHECKPOINTS_FOLDER: Final = "checkpoints"
+CHECKPOINT_FILE: Final = "checkpoint.json"
+FORMAT: Final = 2
 _COMPLETE: Final = re.compile(r"step-([0-9]{8,18})")
 
-TABLE_FILE: Final = ".metadata"
-"""The table of contents of a distributed checkpoint."""
-
-FileName = Annotated[str, Field(pattern=r"^(\.metadata|__[0-9]+_[0-9]+\.distcp)$")]
-"""What torch calls a file of a distributed checkpoint."""
+ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors$")]
+"""The name that torch gives a file: the number of the process (from 1), and of its file."""
 
 
-class Record(ConfigSection, extra="forbid"):
+class CheckpointManifest(ConfigSection, extra="forbid"):
     """checkpoint.json.
 
     Attributes:
-        step: Steps that were done.
-        settings_sha256: Of the settings of the run.
-        objective_sha256: Of those that say what is learnt.
-        files: sha256 by name of the other files.
+        step: Completed training steps.
+        settings_sha256: Hash of all settings of the run.
+        objective_sha256: Hash of the settings that define the training objective.
+        files: sha256 of every other file, by name.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     step: PositiveInt
     settings_sha256: Digest
     objective_sha256: Digest
-    files: dict[FileName, Digest]
-
-    @model_validator(mode="after")
-    def _has_a_table(self) -> Self:
-        if TABLE_FILE not in self.files:
-            raise ValueError(f"files: {TABLE_FILE} is missing")
-        return self
+    files: Annotated[dict[ShardName, Digest], Field(min_length=1)]
 
 
-def place_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return run / FOLDER / f"step-{step:08d}"
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run / CHECKPOINTS_FOLDER / f"step-{step:08d}"
 
 
-def complete(run: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run by their steps, the oldest first.
+def complete_checkpoints(run: Path) -> dict[int, Path]:
+    """Return the complete checkpoints of a run by step, oldest first.
 
     Raises:
         CheckpointError: The folder cannot be read.
     """
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS_FOLDER
     try:
         items = list(folder.iterdir()) if folder.is_dir() else []
         names = [item.name for item in items if item.is_dir() and not item.is_symlink()]
@@ -70,65 +61,56 @@ def complete(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_record(folder: Path) -> Record:
-    """What a checkpoint says of itself.
+def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
+    """Read checkpoint.json.
 
     Raises:
-        CheckpointError: It has no record, or one that cannot be read, or that is of another step than its name tells.
+        CheckpointError: It is missing, invalid, or in the format of t5g2convert 0.1.0.
     """
-    path = folder / RECORD_FILE
-    return parse_section(Record, read_json_object(path), path)
+    path = folder / CHECKPOINT_FILE
+    document = read_json_object(path)
+    if type(document.get("format")) is int and document["format"] == 1:
+        raise CheckpointError(
+            f"has format 1 (t5g2convert 0.1.0), expected format {FORMAT}",
+            where=path,
+            hint="finish this run with t5g2convert 0.1.0, or start a new one",
+        )
+    return parse_section(CheckpointManifest, document, path)
 
 
-def check_files(folder: Path, record: Record, *, part: int = 0, parts: int = 1) -> None:
-    """Compare the files of a checkpoint with their sha256; `part` of `parts` looks at its share of them.
-
-    The distributed format has no checksums of its own.
+def check_files(folder: Path, manifest: CheckpointManifest, *, part: int = 0, parts: int = 1) -> None:
+    """Compare the files of a checkpoint with their sha256; with `parts`, only this part's share of them.
 
     Raises:
-        CheckpointError: Files are missing, left over, or are not what was written.
+        CheckpointError: A file is missing, unlisted or modified.
     """
-    wrong = [f"{name} is not in {RECORD_FILE}" for name in _names(folder) if name not in record.files]
-    wrong += _differing(folder, record, sorted(record.files)[part::parts])
-    _refuse(folder, wrong)
-
-
-def check_table(folder: Path, record: Record) -> None:
-    """Compare a checkpoint's table of contents with its sha256, before it is read.
-
-    Raises:
-        CheckpointError: It is missing, or is not what was written.
-    """
-    _refuse(folder, _differing(folder, record, [TABLE_FILE]))
-
-
-def _names(folder: Path) -> list[str]:
-    """The names of all files but the record."""
-    try:
-        return sorted(item.name for item in folder.iterdir() if item.name != RECORD_FILE)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=folder) from None
-
-
-def _differing(folder: Path, record: Record, names: Sequence[str]) -> list[str]:
-    wrong = []
-    for name in names:
-        path = folder / name
-        try:
-            if not stat.S_ISREG(path.lstat().st_mode):
-                wrong.append(f"{name} is a link or no file")
-            elif sha256_of(path) != record.files[name]:
-                wrong.append(f"{name} is not what was written: its sha256 differs")
-        except OSError as error:
-            wrong.append(f"{name} cannot be read: {error.strerror}")
-    return wrong
-
-
-def _refuse(folder: Path, wrong: Sequence[str]) -> None:
+    wrong = [f"{name} is not in {CHECKPOINT_FILE}" for name in _names(folder) if name not in manifest.files]
+    wrong += _differing(folder, manifest, sorted(manifest.files)[part::parts])
     if wrong:
         raise CheckpointError(
             f"is damaged: {wrong[0]}",
             where=folder,
             details=wrong,
-            hint="remove it: t5g2 adapt --resume then goes on from the one before",
+            hint="remove it: t5g2 adapt --resume then continues from the checkpoint before",
         )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(item.name for item in folder.iterdir() if item.name != CHECKPOINT_FILE)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=folder) from None
+
+
+def _differing(folder: Path, manifest: CheckpointManifest, names: Sequence[str]) -> list[str]:
+    wrong = []
+    for name in names:
+        path = folder / name
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):
+                wrong.append(f"{name} is a link or not a regular file")
+            elif sha256_of(path) != manifest.files[name]:
+                wrong.append(f"{name} was modified: its sha256 differs")
+        except OSError as error:
+            wrong.append(f"{name} cannot be read: {error.strerror}")
+    return wrong

@@ -1,12 +1,13 @@
-"""Checkpoints of a run: folders of distributed tensors under the published names, complete or absent.
+"""Saving and loading checkpoints: safetensors shards by torch.distributed.checkpoint, complete or absent.
 
 ::
 
-    RUN/checkpoints/step-00000100/     torch.distributed.checkpoint: model.NAME, optimizer.NAME.exp_avg, ...
-                    checkpoint.json    the step, what it belongs to, and the sha256 of every other file
-    RUN/checkpoints/.step-00000200.partial/    one that is being written, or was when the run died
+    RUN/checkpoints/step-00000100/     shard-00001-model-00001-of-00001.safetensors, ... (one set per process)
+                    checkpoint.json    the step, hashes of the settings, and the sha256 of every other file
+    RUN/checkpoints/.step-00000200.partial/    being written or removed, or left by a run that died
 
-Any number of processes reads what another number wrote. Tensors are float32, each name once, trained ones only.
+The tensors are `model.NAME` and `optimizer.NAME.{step,exp_avg,exp_avg_sq}`, float32, for trained tensors only and under
+their published names. Any number of processes can load what any other number saved.
 """
 
 import re
@@ -19,14 +20,20 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from t5g2convert.adaptation.train.checkpoint_manifest import FOLDER, RECORD_FILE, Record, complete, place_of
-from t5g2convert.adaptation.train.dcp import Reader
-from t5g2convert.adaptation.train.distributed import together
+from t5g2convert.adaptation.train.checkpoint_manifest import (
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    CheckpointManifest,
+    checkpoint_path,
+    complete_checkpoints,
+    read_checkpoint_manifest,
+)
+from t5g2convert.adaptation.train.checkpoint_reader import MODEL, OPTIMIZER, read_shards, shape_of
+from t5g2convert.adaptation.train.distributed import run_on_all_ranks
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.checkpoint.atomic_write import flush_folder, replace_file
 from t5g2convert.checkpoint.digest import sha256_of
@@ -37,7 +44,10 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a tensor, of its shape; and beside them how often it was trained, `step`."""
+"""AdamW's state of a tensor, in its shape; `step` is a scalar."""
+
+FILE_BYTES: Final = 1 << 30
+"""Approximate size of a file: torch builds each one in memory before it is written."""
 
 Result = TypeVar("Result")
 
@@ -46,11 +56,11 @@ _PARTIAL: Final = re.compile(r"\.step-\d{8,}\.partial")
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a run holds in memory.
+    """The state of a run in memory.
 
     Attributes:
         parameters: Trained parameters by their published names.
-        optimizer: That they are trained by.
+        optimizer: Their optimizer.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -58,44 +68,52 @@ class State:
 
 
 def save(engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int) -> Path:
-    """Write a checkpoint beside its place, flush it, put it there by one rename, and remove the oldest beyond `keep`.
+    """Stage a checkpoint, flush it, rename it into place, and remove the oldest beyond `keep`.
 
     Raises:
-        OutputError: It cannot be written; on all processes but the first `Quiet`.
+        OutputError: The disk is full or fails; on other ranks than 0, `ReportedElsewhere`.
     """
-    target = place_of(run, step)
+    target = checkpoint_path(run, step)
     staged = target.with_name(f".{target.name}.partial")
-    first = engine.global_rank == 0
+    on_rank_0 = engine.global_rank == 0
 
     def begin() -> None:
         clear_partial(run)
         staged.mkdir(parents=True)
 
-    def put_in_place() -> None:
-        record = Record(
+    def write_shards() -> None:
+        tree = _tree(state)
+        files = _file_numbers(tree, FILE_BYTES * engine.world_size)
+        writer = HuggingFaceStorageWriter(str(staged), fqn_to_index_mapping=files, save_distributed=True)
+        save_distributed(tree, storage_writer=writer)
+
+    def commit() -> None:
+        manifest = CheckpointManifest(
             step=step, settings_sha256=settings.sha256, objective_sha256=settings.objective_sha256, files=digests
         )
-        replace_file(staged / RECORD_FILE, encode_json(record.model_dump()))
+        replace_file(staged / CHECKPOINT_FILE, encode_json(manifest.model_dump()))
         flush_folder(staged)
         staged.rename(target)
         flush_folder(target.parent)
-        for old in list(complete(run).values())[:-keep]:
+        for old in list(complete_checkpoints(run).values())[:-keep]:
             _remove(old)
 
-    def nothing() -> None:
-        """The others wait for the first."""
+    def wait() -> None:
+        """Do nothing: rank 0 works."""
 
-    together(engine, _writing(target, begin if first else nothing))
-    together(engine, _writing(target, lambda: save_distributed(_tree(state), storage_writer=_Writer(staged))))
-    digests = _gathered(engine, together(engine, _writing(target, lambda: _digests(staged, engine.global_rank))))
-    together(engine, _writing(target, put_in_place if first else nothing))
+    run_on_all_ranks(engine, _writing(target, begin if on_rank_0 else wait))
+    run_on_all_ranks(engine, _writing(target, write_shards))
+    digests = _gather(
+        engine, run_on_all_ranks(engine, _writing(target, lambda: _own_digests(staged, engine.global_rank)))
+    )
+    run_on_all_ranks(engine, _writing(target, commit if on_rank_0 else wait))
     return target
 
 
 def _writing(target: Path, work: Callable[[], Result]) -> Callable[[], Result]:
-    """The work, with an error of this tool's where it had one of the disk or of torch."""
+    """Return the work with errors of the disk and of torch turned into OutputError."""
 
-    def told() -> Result:
+    def guarded() -> Result:
         try:
             return work()
         except CheckpointException as error:
@@ -103,25 +121,58 @@ def _writing(target: Path, work: Callable[[], Result]) -> Callable[[], Result]:
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", where=target) from error
 
-    return told
+    return guarded
 
 
-class _Writer(FileSystemWriter):
-    """Torch's writer of a checkpoint folder, whose errors say what the disk said.
+def _cause(error: CheckpointException, target: Path) -> T5g2Error:
+    """Unwrap torch's error: a signal, or the first failure of the disk."""
+    causes = [wrapped[0] for wrapped in error.failures.values()]
+    stopped = next((cause for cause in causes if isinstance(cause, Interrupted)), None)
+    if stopped is not None:
+        return stopped
+    first = causes[0] if causes else error
+    reason = first.strerror if isinstance(first, OSError) and first.strerror else (str(first).splitlines() or [""])[0]
+    return OutputError(f"cannot be written: {reason}", where=target)
 
-    Torch's own stream raises "unexpected pos 704 vs 598" over the error of the disk, and drops that one when it sends
-    its error to the other processes.
-    """
 
-    def write_data(self, *arguments: Any, **options: Any) -> Any:
-        """Write as torch does."""
-        try:
-            return super().write_data(*arguments, **options)
-        except (OSError, RuntimeError) as error:
-            behind: BaseException | None = error
-            while behind is not None and not (isinstance(behind, OSError) and behind.strerror):
-                behind = behind.__cause__ or behind.__context__
-            raise behind or error from None
+def _tree(state: State) -> dict[str, dict[str, Any]]:
+    """Return what is saved; a tensor that was not trained yet has no moments."""
+    parameters, moments = state.parameters, state.optimizer.state
+    return {
+        "model": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": {name: dict(moments[parameter]) for name, parameter in parameters.items() if parameter in moments},
+    }
+
+
+def _file_numbers(tree: Mapping[str, Mapping[str, Any]], size: int) -> dict[str, int]:
+    """Assign each tensor to a file, numbered from 1; `size` is the bytes of such a file over all processes."""
+    tensors = {MODEL + name: tensor for name, tensor in tree["model"].items()}
+    tensors |= {
+        f"{OPTIMIZER}{name}.{key}": tensor
+        for name, moments in tree["optimizer"].items()
+        for key, tensor in moments.items()
+    }
+    numbers, number, used = {}, 1, 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if used and used + nbytes > size:
+            number, used = number + 1, 0
+        numbers[name], used = number, used + nbytes
+    return numbers
+
+
+def _own_digests(folder: Path, rank: int) -> dict[str, str]:
+    """Return the sha256 of the files that this process wrote; torch numbers processes from 1."""
+    return {path.name: sha256_of(path) for path in sorted(folder.glob(f"shard-{rank + 1:05d}-*"))}
+
+
+def _gather(engine: "Fabric", digests: dict[str, str]) -> dict[str, str]:
+    """Return the digests of all processes."""
+    if engine.world_size == 1:
+        return digests
+    by_rank: list[Any] = [None] * engine.world_size
+    torch.distributed.all_gather_object(by_rank, digests)
+    return {name: digest for each in by_rank for name, digest in sorted(each.items())}
 
 
 def clear_partial(run: Path) -> None:
@@ -131,7 +182,7 @@ def clear_partial(run: Path) -> None:
         OutputError: It cannot be removed.
     """
     try:
-        for item in (run / FOLDER).glob(".step-*"):
+        for item in (run / CHECKPOINTS_FOLDER).glob(".step-*"):
             if _PARTIAL.fullmatch(item.name):
                 shutil.rmtree(item)
     except OSError as error:
@@ -139,97 +190,50 @@ def clear_partial(run: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint, which is complete or away at every moment of it."""
+    """Remove a checkpoint; rename it first, so that it is complete or absent at every moment."""
     away = folder.with_name(f".{folder.name}.partial")
     folder.rename(away)
     shutil.rmtree(away)
 
 
 def load(folder: Path, state: State) -> None:
-    """Read a checkpoint into parameters and optimizer, each process its own part.
+    """Load a checkpoint into parameters and optimizer, each process its own part.
 
     Raises:
-        CheckpointError: It holds other tensors, or tensors of other shapes; or its table of contents is no such table.
+        CheckpointError: The checkpoint is invalid, or has other tensors or shapes than the state.
     """
-    reader = Reader(folder, beside=frozenset({RECORD_FILE}))
-    stored = {
-        name: tuple(entry.size)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    _refuse_other_tensors(folder, stored, state)
+    stored = {name: shape_of(shards) for name, shards in read_shards(folder, read_checkpoint_manifest(folder)).items()}
+    _check_tensors(folder, stored, state)
     tree: dict[str, Any] = {"model": {}, "optimizer": {}}
     for name, parameter in state.parameters.items():
         tree["model"][name] = parameter.detach()
-        if f"optimizer.{name}.step" in stored:
+        if f"{OPTIMIZER}{name}.step" in stored:
             moments: dict[str, Tensor] = {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
             tree["optimizer"][name] = {"step": torch.zeros(()), **moments}
     try:
-        load_distributed(tree, storage_reader=reader)
+        load_distributed(tree, storage_reader=HuggingFaceStorageReader(str(folder)))
     except CheckpointException as error:
-        causes = [wrapped[0] for wrapped in error.failures.values()]
-        ours = next((cause for cause in causes if isinstance(cause, T5g2Error)), None)
-        first = (str(causes[0]).splitlines() or [""])[0] if causes else ""
-        raise ours or CheckpointError(f"cannot be loaded: {first}", where=folder) from None
+        causes = [str(wrapped[0]).splitlines() or [""] for wrapped in error.failures.values()]
+        raise CheckpointError(f"cannot be loaded: {causes[0][0] if causes else ''}", where=folder) from None
     for name, moments in tree["optimizer"].items():
         state.optimizer.state[state.parameters[name]] = moments
 
 
-def _refuse_other_tensors(folder: Path, stored: Mapping[str, tuple[int, ...]], state: State) -> None:
-    shapes = {f"model.{name}": tuple(parameter.shape) for name, parameter in state.parameters.items()}
-    found = {name: shape for name, shape in stored.items() if name.startswith("model.")}
-    if found == shapes:
-        return
-    wrong = [f"{name} is missing" for name in shapes.keys() - found.keys()]
-    wrong += [f"{name} is not trained" for name in found.keys() - shapes.keys()]
+def _check_tensors(folder: Path, stored: Mapping[str, tuple[int, ...]], state: State) -> None:
+    """Refuse missing, unknown or misshapen tensors; moments come all or none."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, parameter in state.parameters.items():
+        shape = tuple(parameter.shape)
+        expected[MODEL + name] = shape
+        moments = {f"{OPTIMIZER}{name}.step": (), **{f"{OPTIMIZER}{name}.{moment}": shape for moment in MOMENTS}}
+        if moments.keys() & stored.keys():
+            expected |= moments
+    wrong = [f"{name} is missing" for name in expected.keys() - stored.keys()]
+    wrong += [f"{name} is not trained" for name in stored.keys() - expected.keys()]
     wrong += [
-        f"{name} is {found[name]}, expected {shapes[name]}"
-        for name in shapes.keys() & found.keys()
-        if shapes[name] != found[name]
+        f"{name} has shape {stored[name]}, expected {expected[name]}"
+        for name in expected.keys() & stored.keys()
+        if expected[name] != stored[name]
     ]
-    raise CheckpointError(f"is of another model: {sorted(wrong)[0]}", where=folder, details=sorted(wrong))
-
-
-def _tree(state: State) -> dict[str, Any]:
-    """What is saved; a tensor that was not trained yet has no moments."""
-    optimizer = {
-        name: dict(state.optimizer.state[parameter])
-        for name, parameter in state.parameters.items()
-        if parameter in state.optimizer.state
-    }
-    return {
-        "model": {name: parameter.detach() for name, parameter in state.parameters.items()},
-        "optimizer": optimizer,
-    }
-
-
-def _digests(folder: Path, rank: int) -> dict[str, str]:
-    """sha256 of the files that a process wrote; the first wrote the table of contents too."""
-    ours = [path for path in sorted(folder.iterdir()) if _writer(path.name) == rank]
-    return {path.name: sha256_of(path) for path in ours}
-
-
-def _gathered(engine: "Fabric", digests: dict[str, str]) -> dict[str, str]:
-    """The sha256 of all files, from all processes."""
-    if engine.world_size == 1:
-        return digests
-    everybodys: list[Any] = [None] * engine.world_size
-    torch.distributed.all_gather_object(everybodys, digests)
-    return {name: digest for each in everybodys for name, digest in sorted(each.items())}
-
-
-def _writer(name: str) -> int:
-    """The process that wrote a file: torch calls them `__RANK_NUMBER.distcp`, and the table `.metadata`."""
-    match = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
-    return 0 if match is None else int(match[1])
-
-
-def _cause(error: CheckpointException, target: Path) -> T5g2Error:
-    """What torch wrapped up: a disk that failed, or a signal that came meanwhile."""
-    causes = [wrapped[0] for wrapped in error.failures.values()]
-    stopped = next((cause for cause in causes if isinstance(cause, Interrupted)), None)
-    if stopped is not None:
-        return stopped
-    first = causes[0] if causes else error
-    reason = first.strerror if isinstance(first, OSError) and first.strerror else (str(first).splitlines() or [""])[0]
-    return OutputError(f"cannot be written: {reason}", where=target)
+    if wrong:
+        raise CheckpointError(f"does not fit the model: {sorted(wrong)[0]}", where=folder, details=sorted(wrong))

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Machines:
+class Hardware:
     """What a run runs on; the result does not depend on it but for rounding.
 
     Attributes:
@@ -45,7 +45,7 @@ class Machines:
     timeout: float = 1800.0
 
 
-class Quiet(T5g2Error):  # noqa: N818 - the error is that of another process
+class ReportedElsewhere(T5g2Error):  # noqa: N818 - the error is that of another process
     """Another process tells of the error; this one ends with its exit code."""
 
     def __init__(self, exit_code: int) -> None:
@@ -88,7 +88,7 @@ def early_launcher() -> Literal["torchrun", "slurm"] | None:
     return None
 
 
-def build_engine(machines: Machines, precision: Precision) -> "Fabric":
+def build_engine(machines: Hardware, precision: Precision) -> "Fabric":
     """Fabric, not yet launched.
 
     Raises:
@@ -109,7 +109,7 @@ def build_engine(machines: Machines, precision: Precision) -> "Fabric":
     return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true")
 
 
-def resolve(machines: Machines) -> tuple[str, int, int]:
+def resolve(machines: Hardware) -> tuple[str, int, int]:
     """The accelerator, the devices of each machine, and the machines.
 
     Raises:
@@ -159,11 +159,11 @@ def _sharding(precision: Precision) -> "Callable[[nn.Module, DeviceMesh], nn.Mod
     return shard
 
 
-def together(engine: "Fabric", work: Callable[[], Result]) -> Result:
+def run_on_all_ranks(engine: "Fabric", work: Callable[[], Result]) -> Result:
     """Do what every process must do without an error, or end all of them with the first one's exit code.
 
     Raises:
-        T5g2Error: On the first process, the error of the first that had one; `Quiet` on the others.
+        T5g2Error: On the first process, the error of the first that had one; `ReportedElsewhere` on the others.
     """
     error: T5g2Error | None = None
     result: Any = None
@@ -171,19 +171,19 @@ def together(engine: "Fabric", work: Callable[[], Result]) -> Result:
         result = work()
     except T5g2Error as raised:
         error = raised
-    agree(engine, error)
+    raise_first_error(engine, error)
     return result
 
 
-def agree(engine: "Fabric", error: T5g2Error | None) -> None:
+def raise_first_error(engine: "Fabric", error: T5g2Error | None) -> None:
     """Tell the other processes of an error, or that there is none, and hear of theirs.
 
     Raises:
-        T5g2Error: As `together`.
+        T5g2Error: As `run_on_all_ranks`.
     """
     first = first_error(engine, error)
     if first is not None:
-        raise first if engine.global_rank == 0 else Quiet(first.exit_code)
+        raise first if engine.global_rank == 0 else ReportedElsewhere(first.exit_code)
 
 
 def first_error(engine: "Fabric", error: T5g2Error | None) -> T5g2Error | None:

@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from t5g2convert.adaptation.train import checkpoints
 from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.dataloader import loader
-from t5g2convert.adaptation.train.distributed import Quiet, agree
+from t5g2convert.adaptation.train.distributed import ReportedElsewhere, raise_first_error
 from t5g2convert.adaptation.train.metrics import Log, Metrics, opened
 from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from t5g2convert.adaptation.train.settings import Settings
@@ -30,7 +30,7 @@ Report = Callable[[Metrics], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class LoopConfig:
     """How a run is cut into pieces; none of it decides the result.
 
     Attributes:
@@ -63,7 +63,7 @@ def train(
     *,
     run: Path,
     start: int,
-    pace: Pace,
+    pace: LoopConfig,
     report: Report,
 ) -> None:
     """Do all steps from `start` on, with a checkpoint every so many and at the end.
@@ -79,7 +79,7 @@ def train(
         report: Told of every step, on the first process.
 
     Raises:
-        DataError: A gradient is not finite, or a sample cannot be made; `Quiet` on the others.
+        DataError: A gradient is not finite, or a sample cannot be made; `ReportedElsewhere` on the others.
         OutputError: A checkpoint or a log cannot be written.
     """
     settings = samples.settings
@@ -127,7 +127,7 @@ def _agreed(
     so that all make the same passes; the step is never finished.
 
     Raises:
-        T5g2Error: As `engine.agree`.
+        T5g2Error: As `raise_first_error`.
     """
     error: T5g2Error | None = None
     sound: Batch = {}
@@ -138,7 +138,7 @@ def _agreed(
         else:
             sound = made
         if place in (0, passes - 1):
-            agree(engine, error)
+            raise_first_error(engine, error)
         yield step, sound, place == passes - 1
 
 
@@ -177,7 +177,7 @@ def _update(engine: "Fabric", state: State, settings: Settings, step: int, sums:
             f"the gradient of step {step + 1} is not finite", hint="lower --lr, or look for the cause in the data"
         )
         # All processes have found the same.
-        raise error if engine.global_rank == 0 else Quiet(error.exit_code)
+        raise error if engine.global_rank == 0 else ReportedElsewhere(error.exit_code)
     for group in state.optimizer.param_groups:
         group["lr"] = settings.rate(step)
     state.optimizer.step()

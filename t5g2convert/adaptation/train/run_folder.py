@@ -10,7 +10,11 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import model_validator
 
-from t5g2convert.adaptation.train.checkpoint_manifest import FOLDER, complete, read_record
+from t5g2convert.adaptation.train.checkpoint_manifest import (
+    CHECKPOINTS_FOLDER,
+    complete_checkpoints,
+    read_checkpoint_manifest,
+)
 from t5g2convert.adaptation.train.settings import Settings, differences
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.digest import sha256_of
@@ -132,7 +136,7 @@ def check_own_files(run: Path) -> None:
     """
     expected = {
         RUN_FILE: stat.S_ISREG, METRICS_FILE: stat.S_ISREG, PLOT_FILE: stat.S_ISREG,
-        FOLDER: stat.S_ISDIR, TENSORBOARD_FOLDER: stat.S_ISDIR,
+        CHECKPOINTS_FOLDER: stat.S_ISDIR, TENSORBOARD_FOLDER: stat.S_ISDIR,
     }  # fmt: skip
     try:
         for name, is_right in expected.items():
@@ -140,7 +144,7 @@ def check_own_files(run: Path) -> None:
             if os.path.lexists(path) and not is_right(path.lstat().st_mode):
                 kind = "folder" if is_right is stat.S_ISDIR else "file"
                 raise OutputError(f"is not a {kind} of the run's own", where=path, hint="move it away, and start again")
-        for name in (FOLDER, TENSORBOARD_FOLDER):
+        for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER):
             linked = [item for item in (run / name).glob("*") if item.is_symlink()]
             if linked:
                 raise OutputError("is a link, which a run has none of", where=linked[0], hint="move it away")
@@ -179,7 +183,7 @@ def check_bytes(model: Path, exported: Path) -> None:
 
 def parts_of_run(run: Path) -> tuple[Path, ...]:
     """What no output may take the place of, in a run's folder; an export or a mean may stand beside them."""
-    return tuple(run / name for name in (FOLDER, TENSORBOARD_FOLDER, RUN_FILE, METRICS_FILE))
+    return tuple(run / name for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, RUN_FILE, METRICS_FILE))
 
 
 def check_vacant(run: Path) -> None:
@@ -230,11 +234,11 @@ def newest(run: Path, settings: Settings) -> tuple[int, Path | None]:
     Raises:
         CheckpointError: It was written with other settings.
     """
-    found = complete(run)
+    found = complete_checkpoints(run)
     if not found:
         return 0, None
     step, folder = max(found.items())
-    record = read_record(folder)
+    record = read_checkpoint_manifest(folder)
     for name, expected in (("settings_sha256", settings.sha256), ("objective_sha256", settings.objective_sha256)):
         if getattr(record, name) != expected:
             raise CheckpointError(f"{name} is {getattr(record, name)[:16]}, the run's is {expected[:16]}", where=folder)

@@ -1,21 +1,22 @@
 import json
-import os
-import pickle
-import re
+import math
 import shutil
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from t5g2convert.adaptation.train import pieces as reader
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train import checkpoint_reader
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.errors import CheckpointError
-from tests.adaptation.runs import SETTINGS, tell, write_by_two, write_checkpoint
+from tests.adaptation.runs import SETTINGS, SHARD, write_by_two, write_checkpoint, write_manifest
 
 TENSORS = {
     "model.encoder.embed_tokens.weight": torch.arange(70.0).view(7, 10),
@@ -25,6 +26,7 @@ TENSORS = {
     "a.cube": torch.arange(60.0).view(3, 4, 5),
     "a.one": torch.tensor([2.5]),
 }
+EMBEDDING = "model.model.encoder.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -38,18 +40,18 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_torch(folder: Path) -> dict[str, torch.Tensor]:
-    """The same tensors as torch reads them."""
+    """Load the same tensors with torch."""
     state = {"model": {name: torch.empty(tensor.shape) for name, tensor in TENSORS.items()}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return state["model"]
 
 
 def test_a_checkpoint_is_what_was_saved(folder: Path) -> None:
-    trained = Trained(folder)
-    record = trained.record
-    assert (record.step, record.settings_sha256, record.objective_sha256) == (
+    trained = CheckpointReader(folder)
+    manifest = trained.manifest
+    assert (manifest.step, manifest.settings_sha256, manifest.objective_sha256) == (
         100,
         SETTINGS.sha256,
         SETTINGS.objective_sha256,
@@ -60,89 +62,55 @@ def test_a_checkpoint_is_what_was_saved(folder: Path) -> None:
 
 
 def test_two_processes_save_what_one_reads(by_two: Path) -> None:
-    assert len(list(by_two.glob("*.distcp"))) == 2
-    trained, expected = Trained(by_two), by_torch(by_two)
-    assert len(trained._tensors["model.encoder.embed_tokens.weight"].pieces) == 2
+    assert len(list(by_two.glob("shard-*"))) == 2
+    trained, expected = CheckpointReader(by_two), by_torch(by_two)
+    assert [(shard.first, shard.rows) for shard in trained._shards[EMBEDDING]] == [(0, 4), (4, 3)]
     for name, tensor in TENSORS.items():
         assert torch.equal(trained.read(name), tensor), name
         assert torch.equal(trained.read(name), expected[name]), name
 
 
 @pytest.mark.parametrize("elements", [1, 10, 25, 1 << 20])
-def test_a_tensor_comes_in_rows(elements: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "BLOCK_ELEMENTS", elements)
-    pieces = list(Trained(folder).pieces("model.encoder.embed_tokens.weight"))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_tensor_comes_in_rows(
+    elements: int, processes: int, folder: Path, by_two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_reader, "BLOCK_ELEMENTS", elements)
+    reader = CheckpointReader(folder if processes == 1 else by_two)
+    pieces = list(reader.pieces("model.encoder.embed_tokens.weight"))
     assert [len(piece) for piece in pieces] == {1: [1] * 7, 10: [1] * 7, 25: [2, 2, 2, 1]}.get(elements, [7])
     assert np.array_equal(np.concatenate(pieces), TENSORS["model.encoder.embed_tokens.weight"].numpy())
-    assert torch.equal(Trained(folder).read("a.turned"), TENSORS["a.turned"])
+    assert torch.equal(reader.read("a.turned"), TENSORS["a.turned"])
 
 
-class Harm:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (self.path,)
-
-
-def test_nothing_of_the_metadata_is_executed(folder: Path, tmp_path: Path) -> None:
-    (folder / ".metadata").write_bytes(pickle.dumps(Harm(tmp_path / "harm")))
-    tell(folder, 100)
-    with pytest.raises(CheckpointError, match=r"names \w+\.mkdir, which describes no tensor"):
-        Trained(folder)
-    assert not (tmp_path / "harm").exists()
-    pickle.loads((folder / ".metadata").read_bytes())
-    assert (tmp_path / "harm").exists(), "the attack is one"
-
-
-def test_nothing_of_a_piece_is_executed(folder: Path, tmp_path: Path) -> None:
-    with (folder / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)
-    (index,) = (each for each in metadata.storage_data if each.fqn == "model.a.one")
-    with (folder / "__0_9.distcp").open("wb") as file:
-        torch.save(Harm(tmp_path / "harm"), file)
-        size = file.tell()
-    metadata.storage_data[index].relative_path = "__0_9.distcp"
-    metadata.storage_data[index].offset, metadata.storage_data[index].length = 0, size
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    tell(folder, 100)
-    with pytest.raises(CheckpointError, match=r"a piece of a\.one cannot be read"):
-        Trained(folder).read("a.one")
-    assert not (tmp_path / "harm").exists()
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+    """Change a file's header and its shard offsets, and make checkpoint.json fit."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    offsets = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+    change(header, offsets)
+    header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(offsets)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    write_manifest(path.parent, 100)
 
 
 def _link(folder: Path) -> None:
-    (folder / "__0_0.distcp").rename(folder.parent / "elsewhere")
-    (folder / "__0_0.distcp").symlink_to(folder.parent / "elsewhere")
+    (folder / SHARD).rename(folder.parent / "elsewhere")
+    (folder / SHARD).symlink_to(folder.parent / "elsewhere")
 
 
 def _strange(folder: Path) -> None:
     (folder / "weights.pt").write_bytes(b"")
 
 
-def _outside(folder: Path) -> None:
-    text = (folder / ".metadata").read_bytes()
-    (folder / ".metadata").write_bytes(text.replace(b"__0_0.distcp", b"../secret.pt"))
-    tell(folder, 100)
+def _cut(folder: Path) -> None:
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
 
 
-def _cut_metadata(folder: Path) -> None:
-    text = (folder / ".metadata").read_bytes()
-    (folder / ".metadata").write_bytes(text[: len(text) // 2])
-    tell(folder, 100)
-
-
-def _changed_metadata(folder: Path) -> None:
-    (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes() + b".")
-
-
-def _unlisted(folder: Path) -> None:
-    path = folder / "checkpoint.json"
-    document = json.loads(path.read_text())
-    del document["files"][".metadata"]
-    path.write_text(json.dumps(document))
+def _cut_header(folder: Path) -> None:
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:100])
 
 
 def _listed_elsewhere(folder: Path) -> None:
@@ -152,62 +120,106 @@ def _listed_elsewhere(folder: Path) -> None:
     path.write_text(json.dumps(document))
 
 
-def _no_metadata(folder: Path) -> None:
-    (folder / ".metadata").unlink()
+def _unlisted(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": {}}))
 
 
-def _no_word(folder: Path) -> None:
+def _missing(folder: Path) -> None:
+    (folder / SHARD).unlink()
+
+
+def _no_manifest(folder: Path) -> None:
     (folder / "checkpoint.json").unlink()
 
 
-def _another_format(folder: Path) -> None:
-    document = json.loads((folder / "checkpoint.json").read_text())
-    (folder / "checkpoint.json").write_text(json.dumps({**document, "format": 2}))
+def _format(number: int) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        document = json.loads((folder / "checkpoint.json").read_text())
+        (folder / "checkpoint.json").write_text(json.dumps({**document, "format": number}))
+
+    return edit
+
+
+def _header(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder / SHARD, change)
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
-        (_link, "__0_0.distcp: is a link"),
-        (_strange, "weights.pt: is not a file of a checkpoint"),
-        (_outside, r"lies in '\.\./secret\.pt', expected a file of the checkpoint"),
-        (_cut_metadata, "is not the metadata of a distributed checkpoint"),
-        (_changed_metadata, r"is damaged: \.metadata is not what was written: its sha256 differs"),
-        (_unlisted, r"files: \.metadata is missing"),
+        (_link, f"{SHARD}: is a link or not a regular file"),
+        (_strange, "weights.pt: is not a file of this checkpoint"),
+        (_cut, rf"{SHARD}: expected \d+ bytes, found \d+"),
+        (_cut_header, rf"{SHARD}: expected \d+ bytes for the header, found 100"),
         (_listed_elsewhere, r"checkpoint\.json: files: String should match pattern"),
-        (_no_metadata, r"is damaged: \.metadata cannot be read: No such file"),
-        (_no_word, "checkpoint.json: is missing"),
-        (_another_format, "format: Input should be 1"),
+        (_unlisted, r"checkpoint\.json: files: "),
+        (_missing, f"{SHARD}: cannot be read: No such file"),
+        (_no_manifest, "checkpoint.json: is missing"),
+        (_format(3), "format: Input should be 2"),
+        (_format(1), r"checkpoint\.json: has format 1 \(t5g2convert 0\.1\.0\), expected format 2"),
+        (_header(lambda header, offsets: offsets.pop("model.a.one")), "does not list the tensors of the file"),
+        (_header(lambda header, offsets: offsets.update({"model.a.one": {}})), r"a\.one has no valid saved_offsets"),
+        (
+            _header(lambda header, offsets: offsets["model.a.one"].update(saved_offsets=[2])),
+            r"rows of model\.a\.one are missing or stored twice: expected row 0 next, found row 2",
+        ),
+        (
+            _header(lambda header, offsets: offsets["model.a.cube"].update(saved_offsets=[0, 1, 0])),
+            r"model\.a\.cube starts at \[0, 1, 0\], expected whole rows",
+        ),
+        (
+            _header(lambda header, offsets: offsets["model.a.one"].update(saved_offsets=[-1])),
+            r"model\.a\.one starts at \[-1\]",
+        ),
+        (
+            _header(
+                lambda header, offsets: (
+                    header.update(strange=header.pop("model.a.one")),
+                    offsets.update(strange=offsets.pop("model.a.one")),
+                )
+            ),
+            "strange is not a tensor of a model or an optimizer",
+        ),
     ],
 )
-def test_a_folder_that_is_no_sound_checkpoint_is_refused(harm: Callable[[Path], None], told: str, folder: Path) -> None:
+def test_a_folder_that_is_not_a_valid_checkpoint_is_refused(
+    harm: Callable[[Path], None], message: str, folder: Path
+) -> None:
     harm(folder)
-    with pytest.raises(CheckpointError, match=told):
-        Trained(folder)
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(folder)
 
 
-def test_values_that_are_cut_off_are_refused(folder: Path) -> None:
-    data = (folder / "__0_0.distcp").read_bytes()
-    (folder / "__0_0.distcp").write_bytes(data[: len(data) // 2])
-    trained = Trained(folder)
-    last = max(trained.names, key=lambda name: trained._tensors[name].pieces[0].start)
-    with pytest.raises(CheckpointError, match=f"a piece of {re.escape(last)} cannot be read"):
-        trained.read(last)
+def test_a_file_that_is_cut_after_it_was_opened_is_refused(folder: Path) -> None:
+    reader = CheckpointReader(folder)
+    last = max(reader.names, key=lambda name: reader._shards[f"model.{name}"][0].entry.start)
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data[: reader._shards[f"model.{last}"][0].entry.end - 4])
+    with pytest.raises(CheckpointError, match="was truncated while it was read"):
+        reader.read(last)
 
 
-def test_a_piece_that_is_missing_is_refused(by_two: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "step"
-    shutil.copytree(by_two, folder)
-    with (folder / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)
-    metadata.state_dict_metadata["model.a.cube"].chunks.pop()
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    tell(folder, 100)
-    with pytest.raises(CheckpointError, match=r"the pieces of model\.a\.cube do not make it up"):
-        Trained(folder)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_rows_of_a_process_that_are_missing_or_come_twice_are_refused(rank: int, by_two: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(by_two, tmp_path / "step"))
+    own, other = (folder / f"shard-{each:05d}-model-00001-of-00001.safetensors" for each in (rank, 3 - rank))
+    shutil.copyfile(other, own)
+    write_manifest(folder, 100)
+    with pytest.raises(CheckpointError, match=r"rows of model\.\S+ are missing or stored twice"):
+        CheckpointReader(folder)
+    own.unlink()
+    write_manifest(folder, 100)
+    if rank == 1:
+        with pytest.raises(CheckpointError, match=r"expected row 0 next, found row \d"):
+            CheckpointReader(folder)
+    else:
+        # Nothing in the rest shows it: the shapes no longer fit the model.
+        names = CheckpointReader(folder).names
+        assert math.prod(names["model.encoder.embed_tokens.weight"]) == 40
 
 
 def test_other_dtypes_are_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "step", {"a": torch.ones(3, dtype=torch.bfloat16)}, 1)
-    with pytest.raises(CheckpointError, match=r"a is torch\.bfloat16, expected torch\.float32"):
-        Trained(folder)
+    with pytest.raises(CheckpointError, match=r"model\.a is BF16, expected F32"):
+        CheckpointReader(folder)

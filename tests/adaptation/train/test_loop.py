@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from t5g2convert.adaptation.train.checkpoint_manifest import complete
+from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
 from tests.adaptation.trainings import OPTIONS, RUN_OPTIONS, TASKS, adapt, steps_of, tensors_of
 
 TOLERANCE = 1e-4
@@ -81,7 +81,7 @@ def test_what_a_run_leaves(trained: Path) -> None:
     run = trained / "run"
     names = {item.name for item in run.iterdir()}
     assert names == {"run.json", "metrics.jsonl", "tensorboard", "checkpoints", "loss.svg", "model"}
-    assert list(complete(run)) == [20, 40, 60]
+    assert list(complete_checkpoints(run)) == [20, 40, 60]
     assert any(item.name.startswith("events.") for item in (run / "tensorboard").iterdir())
 
 
@@ -108,7 +108,7 @@ def assert_close(one: Path, other: Path, step: int) -> None:
 
 def test_two_processes_equal_one_and_a_kill_leaves_the_older_checkpoint(killed: Path, trained: Path) -> None:
     run = killed / "other"
-    assert list(complete(run)) == [20]
+    assert list(complete_checkpoints(run)) == [20]
     assert (run / "checkpoints/.step-00000040.partial/checkpoint.json").exists()
     assert_close(run, trained / "run", 20)
     for ours, theirs in zip(steps_of(run), steps_of(trained / "run"), strict=False):
@@ -126,7 +126,7 @@ def test_resumed_on_as_many_processes_it_goes_on_bit_for_bit(killed: Path, small
     after = steps_of(killed / "run")
     assert after[:40] == before
     assert [step["step"] for step in after] == list(range(1, 61))
-    assert list(complete(killed / "run")) == [20, 40, 60]
+    assert list(complete_checkpoints(killed / "run")) == [20, 40, 60]
     assert not list((killed / "run/checkpoints").glob(".step-*"))
     assert_close(killed / "run", trained / "run", 60)
 
@@ -158,7 +158,7 @@ def test_a_signal_ends_it_with_its_own_code(small: Path, tmp_path: Path) -> None
     _, told = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, told
     assert "stopped by signal 15 (the same command with --resume goes on from the last checkpoint" in told
-    last = max(complete(run))
+    last = max(complete_checkpoints(run))
     assert last >= 2
     assert tensors_of(run, last)
 

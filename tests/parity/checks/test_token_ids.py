@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from t5g2convert import convert
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.cli.demo import build_demo_source
@@ -48,7 +48,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory, twin_folder: TwinFolder) -> 
                 shutil.copy(demo / name, source / name)
             convert(source, folder, flush=False)
         elif kind.startswith("adapted"):
-            trained = Trained(write_checkpoint(root / f"{kind}.step", trained_from(model, text_only), 100))
+            trained = CheckpointReader(write_checkpoint(root / f"{kind}.step", trained_from(model, text_only), 100))
             export(model, trained, folder, facts=FACTS, flush=False)
         else:
             convert(model, folder, part=kind, flush=False)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from t5g2convert import CheckpointError, UsageError, compare, convert, verify
-from t5g2convert.adaptation.train.checkpoint_reader import Trained
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.cli.demo import build_demo_source
@@ -42,7 +42,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 def adapt(model: Path, trained: Tensors, output: Path, step: Path, **options: Any) -> Path:
-    export(model, Trained(write_checkpoint(step, trained, 100)), output, facts=FACTS, flush=False, **options)
+    export(model, CheckpointReader(write_checkpoint(step, trained, 100)), output, facts=FACTS, flush=False, **options)
     return output
 
 

@@ -1,0 +1,120 @@
+import json
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from t5g2convert.adaptation.train import checkpoints
+from t5g2convert.adaptation.train.checkpoints import State, load, save
+from t5g2convert.errors import CheckpointError
+from tests.adaptation.runs import SETTINGS, SHARD, write_manifest
+
+NAMES = ("model.encoder.norm.weight", "model.decoder.norm.weight")
+ENGINE: Any = SimpleNamespace(global_rank=0, world_size=1)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Torch warns of loading and saving without a process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def state_of(*, steps: int) -> State:
+    """Two tensors, the first of them trained."""
+    torch.manual_seed(steps)
+    parameters = {name: nn.Parameter(torch.randn(3, 2)) for name in NAMES}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    for _ in range(steps):
+        parameters[NAMES[0]].grad = torch.randn(3, 2)
+        optimizer.step()
+    return State(parameters, optimizer)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save(ENGINE, tmp_path, 3, state_of(steps=3), SETTINGS, keep=1)
+
+
+@pytest.mark.parametrize("size", [1 << 30, 48, 1])
+def test_values_and_moments_come_back_from_any_number_of_files(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", size)
+    folder = save(ENGINE, tmp_path, 3, state_of(steps=3), SETTINGS, keep=1)
+    assert len(list(folder.glob("*.safetensors"))) == {1: 5, 48: 3}.get(size, 1)
+    expected, found = state_of(steps=3), state_of(steps=0)
+    load(folder, found)
+    for name in NAMES:
+        assert torch.equal(found.parameters[name], expected.parameters[name])
+    moments = expected.optimizer.state[expected.parameters[NAMES[0]]]
+    assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    for name, moment in moments.items():
+        assert torch.equal(found.optimizer.state[found.parameters[NAMES[0]]][name], moment)
+    assert found.parameters[NAMES[1]] not in found.optimizer.state
+
+
+def test_nothing_is_ever_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pickle was read")
+
+    for module, name in ((pickle, "loads"), (pickle, "load"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    load(folder, state_of(steps=0))
+
+
+def _link(folder: Path) -> None:
+    shutil.move(folder / SHARD, folder.parent / "elsewhere")
+    (folder / SHARD).symlink_to(folder.parent / "elsewhere")
+
+
+def _strange(folder: Path) -> None:
+    (folder / "weights.pt").touch()
+
+
+def _old(folder: Path) -> None:
+    document = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**document, "format": 1, "files": {".metadata": "0" * 64}}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (_link, f"{SHARD}: is a link or not a regular file"),
+        (_strange, "weights.pt: is not a file of this checkpoint"),
+        (_old, r"has format 1 \(t5g2convert 0\.1\.0\), expected format 2"),
+    ],
+)
+def test_a_folder_that_is_not_a_valid_checkpoint_is_refused(
+    harm: Callable[[Path], None], message: str, folder: Path
+) -> None:
+    harm(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder, state_of(steps=0))
+
+
+def test_other_tensors_are_refused(folder: Path) -> None:
+    state = state_of(steps=0)
+    with pytest.raises(CheckpointError, match=r"does not fit the model: model\.model\.dec.* is not trained"):
+        load(folder, State({NAMES[0]: state.parameters[NAMES[0]]}, state.optimizer))
+    wider = {name: nn.Parameter(torch.zeros(3, 3)) for name in NAMES}
+    with pytest.raises(CheckpointError, match=r"has shape \(3, 2\), expected \(3, 3\)") as raised:
+        load(folder, State(wider, torch.optim.AdamW(wider.values())))
+    assert len(raised.value.details) == 4
+
+
+def test_a_missing_moment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 1)
+    folder = save(ENGINE, tmp_path, 3, state_of(steps=3), SETTINGS, keep=1)
+    (folder / "shard-00001-model-00005-of-00005.safetensors").unlink()
+    write_manifest(folder, 3)
+    with pytest.raises(CheckpointError, match=r"optimizer\.model\.encoder\.norm\.weight\.exp_avg_sq is missing"):
+        load(folder, state_of(steps=0))
