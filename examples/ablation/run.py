@@ -25,7 +25,6 @@ from t5g2convert.adaptation.adapt import Request, adapt
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
-from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
 from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.mixture import read_mixture
@@ -117,7 +116,7 @@ def train_and_evaluate(output: Path, name: str, arguments: argparse.Namespace) -
     request = Request(output / name, output / TRAINING, run, settings, pace=pace, resume=True)
     done = adapt(request, begun=lambda _: None, report=lambda _: None)
     held_out: dict[int, Evaluation] = {}
-    for step, checkpoint in {0: None, **complete(run)}.items():
+    for step, checkpoint in {0: None, **complete_checkpoints(run)}.items():
         found = evaluate(output / name, output / HELD_OUT, settings, samples=arguments.samples, checkpoint=checkpoint)
         held_out[step] = found
         line = f"held-out loss {found.loss:.3f}, with the encoder hidden {found.hidden_loss:.3f}"

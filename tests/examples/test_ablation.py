@@ -20,7 +20,7 @@ from t5g2convert import convert, inspect, plan, verify
 from t5g2convert.adaptation.adapt import Request, adapt
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
-from t5g2convert.adaptation.train.loop import Pace
+from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.model import MODEL_LOADERS
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings
@@ -345,7 +345,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pack(folder / "model", folder / "data", read_files([folder / "texts"], "text", lambda _: None))
     before = dict(os.environ)
     request = Request(
-        folder / "model", folder / "data", folder / "run", SETTINGS, pace=Pace(micro=8, save_every=2, keep=2)
+        folder / "model", folder / "data", folder / "run", SETTINGS, pace=LoopConfig(micro=8, save_every=2, keep=2)
     )
     adapt(request, begun=lambda _: None, report=lambda _: None)
     yield folder
