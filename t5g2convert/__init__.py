@@ -18,7 +18,7 @@ from t5g2convert.version import __version__
 
 if TYPE_CHECKING:
     from t5g2convert.conversion.convert import Conversion, convert
-    from t5g2convert.conversion.plan.builder import build_plan as plan
+    from t5g2convert.conversion.plan.builder import plan
     from t5g2convert.conversion.plan.types import Plan
     from t5g2convert.errors import (
         CheckpointError,
@@ -88,7 +88,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     home = import_module(f"{__name__}.{_HOME[name]}")
-    value = home.build_plan if name == "plan" else getattr(home, name)
+    value = getattr(home, name)
     globals()[name] = value
     return value
 

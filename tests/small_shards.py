@@ -3,7 +3,7 @@
 A user's are 1 MB at least. To import it is enough.
 """
 
-from t5g2convert.cli import options
+from t5g2convert.conversion import options
 
 SMALLEST_FOR_USERS = options.SMALLEST_SHARD
 

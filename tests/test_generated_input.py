@@ -19,8 +19,9 @@ from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, open_checkpoi
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.cli.demo import DEMO_CONFIG
-from t5g2convert.conversion.options import Options
-from t5g2convert.conversion.plan.builder import build_plan, plan_sources
+from t5g2convert.conversion.options import PlanOptions
+from t5g2convert.conversion.plan.builder import build_plan
+from t5g2convert.conversion.plan.builder import plan as make_plan
 from t5g2convert.errors import CheckpointError, MappingError, T5g2Error
 from t5g2convert.mapping import library
 from t5g2convert.mapping.inspection import inspect
@@ -153,7 +154,7 @@ def judge_config(source: Path, text: str) -> bool:
         except T5g2Error as error:
             assert_told(error)
         try:
-            plan = build_plan(source)
+            plan = make_plan(source)
         except T5g2Error as error:
             assert_told(error)
             return False
@@ -188,7 +189,7 @@ def test_any_end_tokens_for_generation_are_refused_or_token_ids(source: Path, re
     def judge(tokens: Any) -> None:
         (source / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens}))
         try:
-            chosen = build_plan(source).generation_config["eos_token_id"]
+            chosen = make_plan(source).generation_config["eos_token_id"]
         except CheckpointError as error:
             assert_told(error)
             count[False] += 1
@@ -296,7 +297,7 @@ def test_any_map_is_refused_at_its_place_or_planned_with(source: Path, record_pr
             return
         count["loaded"] += 1
         try:
-            plan = plan_sources(Sources(checkpoint), loaded, Options(max_shard_bytes=100_000))
+            plan = build_plan(Sources(checkpoint), PlanOptions(max_shard_bytes=100_000), loaded)
         except T5g2Error as error:
             assert_told(error)
             return

@@ -13,7 +13,6 @@ from t5g2convert.adaptation.train.cost import memory, operations
 from t5g2convert.adaptation.ul2.corruption import Frame, lengths, longest
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2
-from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.conversion.plan.types import Plan
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -83,5 +82,7 @@ def _plans() -> Iterator[tuple[str, Plan]]:
             folder.mkdir()
             write_synthetic_source(folder, find_map("gemma3").map, CONFIGS[size], seed=None)
         for size in ("270m", "1b", "4b"):
-            grafted: PlanOptions = {} if size == "4b" else {"vision_from": folders["4b"], "rope_scaling": "linear:8"}
-            yield size, plan(folders[size], **grafted)
+            if size == "4b":
+                yield size, plan(folders[size])
+            else:
+                yield size, plan(folders[size], vision_from=folders["4b"], rope_scaling="linear:8")

@@ -30,7 +30,7 @@ from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.folder import open_checkpoint, some
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.convert import Conversion, execute
-from t5g2convert.conversion.options import KEEP
+from t5g2convert.conversion.options import KEEP, Dtype, WriteOptions
 from t5g2convert.conversion.trained_model import plan_adapted
 from t5g2convert.conversion.write.copy import Progress
 from t5g2convert.conversion.write.output_path import check_target
@@ -53,7 +53,7 @@ def average(
     output: Path,
     *,
     model: Path | None = None,
-    dtype: str = KEEP,
+    dtype: Dtype = KEEP,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -127,7 +127,7 @@ def _average_saved(
     output: Path,
     *,
     model: Path | None,
-    dtype: str,
+    dtype: Dtype,
     overwrite: bool,
     progress: Progress | None,
 ) -> Conversion:
@@ -158,8 +158,7 @@ def _average_saved(
         plan_adapted(start, mean.names, None, dtype=dtype),
         Folders(model),
         output,
-        overwrite=overwrite,
-        progress=progress,
+        WriteOptions(overwrite=overwrite, progress=progress),
         given=mean,
     )
 

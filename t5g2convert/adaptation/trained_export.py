@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.inputs import Folders
-from t5g2convert.conversion.convert import Conversion, Judge, execute
-from t5g2convert.conversion.options import KEEP
+from t5g2convert.conversion.convert import Conversion, execute
+from t5g2convert.conversion.options import KEEP, Dtype, Judge, WriteOptions
 from t5g2convert.conversion.trained_model import plan_adapted
 from t5g2convert.conversion.write.computed_tensors import Given
 from t5g2convert.conversion.write.copy import Progress
@@ -33,7 +33,7 @@ def export(
     output: Path,
     *,
     facts: Mapping[str, Any],
-    dtype: str = KEEP,
+    dtype: Dtype = KEEP,
     overwrite: bool = False,
     flush: bool = True,
     progress: Progress | None = None,
@@ -64,13 +64,5 @@ def export(
     if not values.names:
         raise CheckpointError("nothing was trained: there are no values to export", where=model)
     plan = plan_adapted(open_checkpoint(model), values.names, facts, dtype=dtype)
-    return execute(
-        plan,
-        Folders(model),
-        output,
-        overwrite=overwrite,
-        flush=flush,
-        progress=progress,
-        judge=judge,
-        given=values,
-    )
+    options = WriteOptions(overwrite=overwrite, flush=flush, progress=progress, judge=judge)
+    return execute(plan, Folders(model), output, options, given=values)

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes, size_text
-from t5g2convert.cli.convert import OverwriteOption
-from t5g2convert.cli.options import DtypeOption
+from t5g2convert.cli.options import DtypeOption, OverwriteOption
 from t5g2convert.printable import printable
 
 

@@ -1,135 +1,51 @@
-"""`t5g2 convert`."""
+"""`t5g2 convert`, and the writing of every folder that a plan describes."""
 
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self, Unpack
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes, size_text
-from t5g2convert.cli.options import (
-    DecoderFromOption,
-    DecoderLayersOption,
-    DropHeadsOption,
-    DtypeOption,
-    EmbeddingFromOption,
-    EncoderLayersOption,
-    KeepRowsOption,
-    MappingOption,
-    PresetOption,
-    ProjectorOption,
-    RidgeOption,
-    RopeOption,
-    ShardOption,
-    SourceArgument,
-    VisionFromOption,
-    WindowOption,
-    parse_size,
-)
+from t5g2convert.cli.options import SourceArgument, with_options
 from t5g2convert.cli.upload import PushOption, print_upload, push
 from t5g2convert.cli.verify import print_report, require_passed, shown_progress
+from t5g2convert.conversion.options import ConvertOptions
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from t5g2convert.conversion.options import PlanOptions
+    from t5g2convert.checkpoint.sources import Sources
+    from t5g2convert.conversion.convert import Conversion
+    from t5g2convert.conversion.plan.types import Plan
     from t5g2convert.parity.reports.report import Report
+    from t5g2convert.publish.upload import Upload
 
-
-OverwriteOption = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        help="Replace an output of t5g2 that is there, at the very end; a folder with anything else in it is refused.",
-    ),
-]
-AllowNonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Copy NaN and infinity as they are.")]
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
 ]
 
 
+@with_options(omit={"part"})
 def convert(
     source: SourceArgument,
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
-    mapping: MappingOption = None,
-    decoder_from: DecoderFromOption = None,
-    embedding_from: EmbeddingFromOption = "source",
-    encoder_layers: EncoderLayersOption = None,
-    decoder_layers: DecoderLayersOption = None,
-    vision_from: VisionFromOption = None,
-    projector: ProjectorOption = None,
-    ridge: RidgeOption = 0.0,
-    rope_scaling: RopeOption = "keep",
-    sliding_window: WindowOption = None,
-    preset: PresetOption = None,
-    keep_rows: KeepRowsOption = False,
-    drop_heads: DropHeadsOption = False,
-    dtype: DtypeOption = "keep",
-    max_shard_size: ShardOption = "5GB",
-    hashing: Annotated[
-        bool, typer.Option("--hash/--no-hash", help="Record sha256 of all files, and compare downloads with the Hub's.")
-    ] = True,
-    flush: Annotated[
-        bool, typer.Option("--flush/--no-flush", help="Wait until the disk has everything, against power loss.")
-    ] = True,
-    overwrite: OverwriteOption = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the shards that an earlier run finished; leave them if stopped.")
-    ] = False,
-    allow_nonfinite: AllowNonfiniteOption = False,
+    options: ConvertOptions,
     verify: VerifyOption = False,
     push_to: PushOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma."""
-    write_folder(
-        source,
-        output,
-        overwrite=overwrite,
-        hashing=hashing,
-        flush=flush,
-        resume=resume,
-        allow_nonfinite=allow_nonfinite,
-        verify=verify,
-        push_to=push_to,
-        as_json=as_json,
-        mapping=mapping,
-        decoder_from=decoder_from,
-        embedding_from=embedding_from,
-        encoder_layers=encoder_layers,
-        decoder_layers=decoder_layers,
-        vision_from=vision_from,
-        projector=projector,
-        ridge=ridge,
-        rope_scaling=rope_scaling,
-        sliding_window=sliding_window,
-        preset=preset,
-        keep_rows=keep_rows,
-        drop_heads=drop_heads,
-        dtype=dtype,
-        max_shard_bytes=parse_size(max_shard_size),
-    )
+    write_folder(source, output, options, verify=verify, push_to=push_to, as_json=as_json)
 
 
 def write_folder(
-    source: str,
-    output: Path,
-    *,
-    overwrite: bool,
-    verify: bool,
-    as_json: bool,
-    push_to: str | None = None,
-    hashing: bool = True,
-    flush: bool = True,
-    resume: bool = False,
-    allow_nonfinite: bool = False,
-    **options: "Unpack[PlanOptions]",
+    source: str, output: Path, options: ConvertOptions, *, verify: bool, push_to: str | None, as_json: bool
 ) -> None:
-    """Plan, download, write, judge and upload if asked to, and print what was done; see `conversion.convert`."""
+    """Plan, download, write, verify and upload as asked, and print what was done; see `conversion.convert`."""
     from t5g2convert.conversion.convert import execute, prepare
 
     if push_to is not None:
@@ -140,48 +56,36 @@ def write_folder(
         plan, sources = prepare(
             source,
             output,
-            overwrite=overwrite,
-            hashing=hashing,
-            resume=resume,
+            options,
             downloading=lambda total: shown.enter_context(ProgressBar(total, "download")).advance,
-            **options,
         )
-    folders = sources.folders
     reports: list[Report] = []
 
     def judge(folder: Path) -> None:
-        from t5g2convert.parity.verify import verify as judge_folder
-
         bar.stop()
-        with shown_progress() as told:
-            mapping = options.get("mapping")
-            # The activations of a real model overflow float16; its weights are judged in float32 as exactly.
-            dtype = "float32" if plan.dtype == "float16" else None
-            reports.append(
-                judge_folder(
-                    folder, sources.origin, **sources.other_origins, mapping=mapping, dtype=dtype, progress=told
-                )
-            )
+        reports.append(_verified(folder, plan, sources, options.mapping))
         require_passed(reports[0], output)
 
     with ProgressBar(plan.work, "convert") as bar:
-        done = execute(
-            plan,
-            folders,
-            output,
-            overwrite=overwrite,
-            hashing=hashing,
-            flush=flush,
-            resume=resume,
-            allow_nonfinite=allow_nonfinite,
-            progress=bar.advance,
-            judge=judge if verify else None,
-        )
-    uploaded = None if push_to is None else push(output, push_to, source)
+        options = options.replace(progress=bar.advance, judge=judge if verify else None)
+        done = execute(plan, sources.folders, output, options)
+    _print(done, reports, None if push_to is None else push(output, push_to, source), as_json=as_json)
+
+
+def _verified(folder: Path, plan: "Plan", sources: "Sources", mapping: str | None) -> "Report":
+    from t5g2convert.parity.verify import verify
+
+    # The activations of a real model overflow float16; its weights are judged in float32 as exactly.
+    dtype = "float32" if plan.dtype == "float16" else None
+    with shown_progress() as progress:
+        return verify(folder, sources.origin, **sources.other_origins, mapping=mapping, dtype=dtype, progress=progress)
+
+
+def _print(done: "Conversion", reports: "list[Report]", uploaded: "Upload | None", *, as_json: bool) -> None:
     if as_json:
         document = done.to_json()
         if reports:
-            document["verification"] = replace(reports[0], output=output).to_json()
+            document["verification"] = replace(reports[0], output=done.output).to_json()
         if uploaded is not None:
             document["upload"] = uploaded.to_json()
         emit_json(document)

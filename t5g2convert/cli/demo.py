@@ -60,7 +60,7 @@ def demo(
     from t5g2convert.checkpoint.inputs import Folders
     from t5g2convert.cli.drawing import draw_plan
     from t5g2convert.conversion.convert import execute
-    from t5g2convert.conversion.plan.builder import build_plan
+    from t5g2convert.conversion.plan.builder import plan as make_plan
     from t5g2convert.conversion.write.output_path import check_target
     from t5g2convert.mapping.inspection import inspect
     from t5g2convert.parity.verify import verify
@@ -80,7 +80,7 @@ def demo(
         screen.print(f"   {len(parent.tensors)} tensors, {size_text(sum(parent.files.values()))}\n")
         screen.print(parameter_table(parent.parameters, title="Gemma 3"))
 
-        plan = build_plan(source)
+        plan = make_plan(source)
         screen.print("2  Which tensors go where", style="bold")
         screen.print("   the source is read once; what serves both stacks is written twice\n")
         screen.print(draw_plan(plan), soft_wrap=True)

@@ -86,11 +86,11 @@ def check_mapping(
     debug: DebugOption = False,
 ) -> None:
     """Whether a mapping is sound, by itself or against a checkpoint's headers."""
-    from t5g2convert.conversion.plan.builder import build_plan
+    from t5g2convert.conversion.plan.builder import plan
     from t5g2convert.mapping.library import find_map
 
     loaded = find_map(name)
-    tensors = None if against is None else len(build_plan(against, mapping=name).tensors)
+    tensors = None if against is None else len(plan(against, mapping=name).tensors)
     if as_json:
         emit_json(
             {"mapping": loaded.map.name, "sha256": loaded.sha256, "rows": len(loaded.map.weights), "tensors": tensors}

@@ -1,34 +1,134 @@
-"""Options that several commands share."""
+"""From an options model to the options of a command, and the options that several commands share."""
 
-import re
-from decimal import Decimal
+import inspect
+import types
+from collections.abc import Callable, Collection
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, overload
 
 import typer
+from pydantic.fields import FieldInfo
 
-_UNITS: Final = {
-    "": 1, "B": 1,
-    "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
-"""Decimal and binary as in transformers: GB is 10^9 bytes, GiB is 2^30; the B may be left out."""
-
-SMALLEST_SHARD = 10**6
-"""Bytes below which a size is a slip of the pen, as 5 for 5G: a model would become thousands of files."""
+from t5g2convert.command_options import CommandOptions, Option
+from t5g2convert.conversion.options import Dtype
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of `5G`, `5GB`, `500MB`, `4GiB` or a plain number, in any case of letters."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    if match is None or match[2].upper() not in _UNITS:
-        raise typer.BadParameter(f"{text!r} is not a size; write 5G, 500MB or 4GiB")
-    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
-    if size < SMALLEST_SHARD:
-        raise typer.BadParameter(f"{text!r} is below 1 MB, the smallest size of a file; write 5G, 500MB or 4GiB")
-    if size >= 2**63:
-        raise typer.BadParameter(f"{text!r} is more than a file can have; write 5G, 500MB or 4GiB")
-    return size
+@overload
+def with_options(command: Callable[..., None], /) -> Callable[..., None]: ...
+@overload
+def with_options(
+    *, only: Collection[str] | None = None, omit: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]: ...
+def with_options(
+    command: Callable[..., None] | None = None,
+    /,
+    *,
+    only: Collection[str] | None = None,
+    omit: Collection[str] = (),
+) -> Any:
+    """Give a command the options of a model, in the place of its parameter that has the model's type.
+
+    A field that has an `Option` becomes an option of the command line, with the field's type, default and range. Other
+    parameters stay as typer reads them.
+
+    Example:
+        >>> class GreetOptions(CommandOptions):
+        ...     times: Annotated[int, Field(ge=1), Option("How often to greet.")] = 1
+        ...     loud: Annotated[bool, Option("Greet in capitals.")] = False
+        >>> @with_options
+        ... def greet(name: str, options: GreetOptions, as_json: JsonOption = False) -> None: ...
+
+        `t5g2 greet Ada --times 3` calls `greet("Ada", GreetOptions(times=3), as_json=False)`.
+
+    Args:
+        command: The command.
+        only: The fields to offer; all by default.
+        omit: Fields not to offer.
+    """
+    if command is None:
+        return lambda function: _unfolded(function, only, omit)
+    return _unfolded(command, only, omit)
+
+
+def _unfolded(command: Callable[..., None], only: Collection[str] | None, omit: Collection[str]) -> Callable[..., None]:
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    (folded,) = (
+        each for each in parameters if isinstance(each.annotation, type) and issubclass(each.annotation, CommandOptions)
+    )
+    model: type[CommandOptions] = folded.annotation
+    fields = {
+        name: field
+        for name, field in model.model_fields.items()
+        if _option_of(field) is not None and name not in omit and (only is None or name in only)
+    }
+    shown = [
+        shown
+        for each in parameters
+        for shown in ((_parameter(name, field) for name, field in fields.items()) if each is folded else [each])
+    ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        values = {name: _value(given.pop(name), field) for name, field in fields.items()}
+        command(**given, **{folded.name: model(**values)})
+
+    run.__signature__ = inspect.Signature([each.replace(kind=each.KEYWORD_ONLY) for each in shown])  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in shown}
+    return run
+
+
+def _option_of(field: FieldInfo) -> Option | None:
+    return next((each for each in field.metadata if isinstance(each, Option)), None)
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """Return a field as a parameter that typer reads."""
+    option = _option_of(field)
+    assert option is not None
+    flag = f"--{name.replace('_', '-')}"
+    if field.default is True:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    kind, default, described, bounds = _on_command_line(field.annotation), field.default, option.default, {}
+    if option.parse is not None:
+        kind, default, described = str, option.default, None
+    else:
+        limits = {"ge": "min", "le": "max"}
+        bounds = {limits[at]: getattr(each, at) for each in field.metadata for at in limits if hasattr(each, at)}
+    info = typer.Option(
+        option.flag or flag,
+        help=option.help,
+        metavar=option.metavar,
+        show_default=True if described is None else described,
+        rich_help_panel=option.group,
+        **bounds,
+    )
+    if field.is_required():
+        default = inspect.Parameter.empty
+    elif default == ():
+        default = None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def _on_command_line(annotation: Any) -> Any:
+    """Return the type that a field has on the command line: text where the field takes text among other types."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is tuple:
+        return list[arguments[0]] | None  # type: ignore[valid-type]
+    if origin in (Union, types.UnionType):
+        kinds = [each for each in arguments if each is not type(None)]
+        kind = str if str in kinds else _on_command_line(kinds[0])
+        return kind | None if len(kinds) < len(arguments) else kind
+    return annotation
+
+
+def _value(given: Any, field: FieldInfo) -> Any:
+    option = _option_of(field)
+    if option is not None and option.parse is not None:
+        return option.parse(given)
+    if get_origin(field.annotation) is tuple:
+        return tuple(given or ())
+    return given
 
 
 DeviceOption = Annotated[
@@ -44,106 +144,22 @@ TextOption = Annotated[
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="A picture file to look at in place of seeded pixels.")
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an output of t5g2 that is there, at the very end; a folder with anything else in it is refused.",
+    ),
+]
 SourceArgument = Annotated[
     str, typer.Argument(help="A Gemma 3 or Gemma 2 checkpoint folder, or a model of the Hub: org/name[@revision].")
 ]
-MappingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--mapping",
-        help="A shipped mapping's name, or the file of your own.",
-        show_default="by the source's model_type",
-    ),
-]
 DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
-]
-DecoderFromOption = Annotated[
-    str | None,
-    typer.Option(
-        "--decoder-from",
-        help="A Gemma 3 folder or model of the same width and vocabulary whose layers the decoder gets.",
-        show_default="SOURCE",
-    ),
+    Dtype, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
 ]
 DecoderParentOption = Annotated[
     str | None, typer.Option("--decoder-from", help="The checkpoint that its decoder was made of, if it was another.")
 ]
 TowerDonorOption = Annotated[
     str | None, typer.Option("--vision-from", help="The checkpoint that its vision tower was taken from, if it was.")
-]
-EmbeddingFromOption = Annotated[
-    Literal["source", "decoder-from"],
-    typer.Option("--embedding-from", help="Whose embedding table both stacks get."),
-]
-EncoderLayersOption = Annotated[
-    str | None,
-    typer.Option(
-        "--encoder-layers",
-        help="Layers of its parent that the encoder takes, from 0: first:N, A:B, A:B:STEP (below B), or 0,3,5:12.",
-        show_default="all",
-        metavar="SPEC",
-    ),
-]
-DecoderLayersOption = Annotated[
-    str | None,
-    typer.Option(
-        "--decoder-layers", help="The same of the decoder and its parent.", show_default="all", metavar="SPEC"
-    ),
-]
-VisionFromOption = Annotated[
-    str | None,
-    typer.Option("--vision-from", help="A Gemma 3 folder or model whose vision tower a source without images gets."),
-]
-ProjectorOption = Annotated[
-    Literal["copy", "zeros", "aligned"] | None,
-    typer.Option(
-        "--projector",
-        help="The projector: copy (the donor's, for equal widths), zeros (to be trained), or aligned (the donor's, by "
-        "least squares between both embeddings).",
-        show_default="copy for equal widths, else zeros",
-    ),
-]
-RidgeOption = Annotated[
-    float,
-    typer.Option(
-        "--ridge",
-        help="For --projector aligned: penalty on large maps, as 1e-6; needed where the embeddings determine no map.",
-    ),
-]
-RopeOption = Annotated[
-    str,
-    typer.Option(
-        "--rope-scaling",
-        help="keep, or linear:F: in full layers positions are divided by F, and inputs may be as much longer.",
-        metavar="SCALING",
-    ),
-]
-WindowOption = Annotated[
-    int | None,
-    typer.Option("--sliding-window", help="Tokens that a sliding layer sees.", show_default="the source's"),
-]
-PresetOption = Annotated[
-    str | None,
-    typer.Option("--preset", help="The settings of a release, as t5gemma-2-270m-270m.", metavar="NAME"),
-]
-KeepRowsOption = Annotated[
-    bool,
-    typer.Option(
-        "--keep-rows",
-        help="Keep all rows of the embedding table; the image token then keeps its id. By itself convert cuts a table "
-        "of 262208 rows to 262144 where no id in use has one of the last 64.",
-    ),
-]
-DropHeadsOption = Annotated[
-    bool,
-    typer.Option("--drop-heads", help="Leave out a head for classes, rewards or values; it is refused otherwise."),
-]
-ShardOption = Annotated[
-    str,
-    typer.Option(
-        "--max-shard-size",
-        help="Largest sum of tensors in one file, as 5G, 500MB or 4GiB; 1MB at least.",
-        metavar="SIZE",
-    ),
 ]

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes
-from t5g2convert.cli.convert import OverwriteOption, ProgressBar
+from t5g2convert.cli.convert import ProgressBar
+from t5g2convert.cli.options import OverwriteOption
 from t5g2convert.errors import UsageError
 from t5g2convert.printable import printable
 

@@ -18,25 +18,8 @@ from t5g2convert.cli.console import (
     size_text,
     table,
 )
-from t5g2convert.cli.options import (
-    DecoderFromOption,
-    DecoderLayersOption,
-    DropHeadsOption,
-    DtypeOption,
-    EmbeddingFromOption,
-    EncoderLayersOption,
-    KeepRowsOption,
-    MappingOption,
-    PresetOption,
-    ProjectorOption,
-    RidgeOption,
-    RopeOption,
-    ShardOption,
-    SourceArgument,
-    VisionFromOption,
-    WindowOption,
-    parse_size,
-)
+from t5g2convert.cli.options import SourceArgument, with_options
+from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
@@ -51,55 +34,25 @@ _GIVES: Final[Mapping[Role, str]] = {
 """What a checkpoint is to a plan, in front of its name."""
 
 
+@with_options
 def plan(
     source: SourceArgument,
+    *,
     output: Annotated[
         Path, typer.Option("--output", help="Where the output would go; its disk's free space is shown.")
     ] = Path(),
-    mapping: MappingOption = None,
-    part: Annotated[str | None, typer.Option("--part", help="What extract would take out: encoder or decoder.")] = None,
-    decoder_from: DecoderFromOption = None,
-    embedding_from: EmbeddingFromOption = "source",
-    encoder_layers: EncoderLayersOption = None,
-    decoder_layers: DecoderLayersOption = None,
-    vision_from: VisionFromOption = None,
-    projector: ProjectorOption = None,
-    ridge: RidgeOption = 0.0,
-    rope_scaling: RopeOption = "keep",
-    sliding_window: WindowOption = None,
-    preset: PresetOption = None,
-    keep_rows: KeepRowsOption = False,
-    drop_heads: DropHeadsOption = False,
-    dtype: DtypeOption = "keep",
-    max_shard_size: ShardOption = "5GB",
+    options: PlanOptions,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every target tensor.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """What convert would do, from headers and small files; of the Hub a tokenizer.json is downloaded too if needed."""
     from t5g2convert.cli.drawing import draw_plan
-    from t5g2convert.conversion.convert import open_and_plan
+    from t5g2convert.conversion.plan.builder import build_plan, open_sources
     from t5g2convert.conversion.write.resources import disk_space, free_bytes, peak_memory
 
-    made, checkpoints = open_and_plan(
-        source,
-        mapping=mapping,
-        part=part,
-        decoder_from=decoder_from,
-        embedding_from=embedding_from,
-        encoder_layers=encoder_layers,
-        decoder_layers=decoder_layers,
-        vision_from=vision_from,
-        projector=projector,
-        ridge=ridge,
-        rope_scaling=rope_scaling,
-        sliding_window=sliding_window,
-        preset=preset,
-        keep_rows=keep_rows,
-        drop_heads=drop_heads,
-        dtype=dtype,
-        max_shard_bytes=parse_size(max_shard_size),
-    )
+    checkpoints = open_sources(source, options)
+    made = build_plan(checkpoints, options)
     needed = disk_space(made, checkpoints, output)
     resources = {
         "disk_needed": needed.output,

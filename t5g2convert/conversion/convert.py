@@ -4,19 +4,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub.model import Origin, given_folders
 from t5g2convert.checkpoint.hub.snapshot import download_again
 from t5g2convert.checkpoint.inputs import Folders, plain_name
-from t5g2convert.checkpoint.sources import OtherOrigins, Sources
-from t5g2convert.conversion.options import Options, PlanOptions
-from t5g2convert.conversion.plan.builder import build_plan
+from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.command_options import takes_options
+from t5g2convert.conversion.options import ConvertOptions, WriteOptions
+from t5g2convert.conversion.plan.builder import build_plan, open_sources
 from t5g2convert.conversion.plan.types import Plan
 from t5g2convert.conversion.write.assets import write_assets
 from t5g2convert.conversion.write.computed_tensors import Given
-from t5g2convert.conversion.write.copy import Progress
 from t5g2convert.conversion.write.output_path import check_not_linked, check_target
 from t5g2convert.conversion.write.resources import ASSET_BYTES, check_space, disk_space
 from t5g2convert.conversion.write.resume import Journal
@@ -26,9 +26,6 @@ from t5g2convert.errors import CheckpointError, UsageError
 
 Downloading = Callable[[int], Callable[[int], None]]
 """Called with the bytes that will be downloaded; gives the function that is told of each piece."""
-
-Judge = Callable[[Path], None]
-"""Raises if a folder is not what it should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,132 +70,76 @@ class Conversion:
         }
 
 
-def convert(
-    source: Origin,
-    output: Path,
-    *,
-    hashing: bool = True,
-    flush: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    allow_nonfinite: bool = False,
-    progress: Progress | None = None,
-    judge: Judge | None = None,
-    **options: Unpack[PlanOptions],
-) -> Conversion:
-    """Convert a Gemma 3 checkpoint folder into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma.
+@takes_options(ConvertOptions)
+def convert(source: Origin, output: Path, options: ConvertOptions) -> Conversion:
+    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma.
+
+    Example:
+        >>> convert("google/gemma-3-4b-pt", Path("t5gemma-2-4b-4b"), dtype="bfloat16").parameters["total"]
 
     Args:
-        source: The checkpoint folder to read; a str may also be a model of the Hub, org/name[@revision], of which the
-            files that are needed are downloaded into the Hub's cache.
-        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
-        hashing: Compute sha256 of all files while they are copied and record it in the manifest.
-        flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
-        overwrite: Replace an output of this tool that is there, at the end; nothing else is ever replaced.
-        resume: Keep the shards that an earlier run into the same output had finished, after a look at their sha256; and
-            leave finished ones for a later run if this one is stopped or the disk fails.
-        allow_nonfinite: Copy NaN and infinity as they are; without, tensors that hold them are refused.
-        progress: Called with the bytes just written, from any thread.
-        judge: Called with the finished folder before it appears under its name; what it raises leaves no output.
-        options: What decides the output's bytes beside the source; see `Options`.
+        source: The checkpoint folder to read. A str may also name a model of the Hub, org/name[@revision]: the files
+            that are needed are downloaded into the Hub's cache.
+        output: The folder to write. An empty one is filled, and keeps its mode, owner and place.
+        options: As keyword arguments; see `PlanOptions` and `WriteOptions`.
 
     Raises:
-        CheckpointError: The source is not sound, is not what its config implies, or holds NaN or infinity.
-        HubError: The Hub does not have a model or give it out, or cannot be reached.
+        CheckpointError: The source is damaged, is not what its config implies, or holds NaN or infinity.
+        HubError: The Hub does not have a model, refuses it, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         OutputError: The output exists or cannot be written.
-        UsageError: An argument has no meaning.
+        UsageError: An option has an impossible value.
     """
-    plan, sources = prepare(source, output, overwrite=overwrite, hashing=hashing, resume=resume, **options)
-    return execute(
-        plan,
-        sources.folders,
-        output,
-        overwrite=overwrite,
-        hashing=hashing,
-        flush=flush,
-        resume=resume,
-        allow_nonfinite=allow_nonfinite,
-        progress=progress,
-        judge=judge,
-    )
+    plan, sources = prepare(source, output, options)
+    return execute(plan, sources.folders, output, options)
 
 
 def prepare(
-    source: Origin,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    hashing: bool = True,
-    resume: bool = False,
-    downloading: Downloading | None = None,
-    **options: Unpack[PlanOptions],
+    source: Origin, output: Path, options: ConvertOptions, *, downloading: Downloading | None = None
 ) -> tuple[Plan, Sources]:
-    """Plan a conversion, and make sure that all files it reads are on this machine; see `convert`.
+    """Plan a conversion and download the files that it reads; see `convert`.
 
     Args:
         source: As in `convert`.
         output: As in `convert`.
-        overwrite: As in `convert`.
-        hashing: As in `convert`.
-        resume: As in `convert`.
-        downloading: Shows the download, if there is one.
         options: As in `convert`.
+        downloading: Shows the download, if there is one.
     """
-    wanted = Options(**options)
-    _check_resumable(hashing=hashing, resume=resume)
-    given = given_folders(source, wanted.decoder_from, wanted.vision_from)
-    mapping = Path(wanted.mapping or "")
-    # `os.path` here and in `target`: Path's methods raise for a name that is too long, of which later steps tell.
-    read = [*given, *([mapping] if os.path.isfile(mapping) else [])]  # noqa: PTH113
-    check_target(output, *read, overwrite=overwrite)
-    plan, sources = open_and_plan(source, **options)
-    if overwrite:
+    folders = given_folders(source, options.decoder_from, options.vision_from)
+    mapping = Path(options.mapping or "")
+    # `os.path` here and in `check_target`: Path's methods raise for a name that is too long, which later steps report.
+    read = [*folders, *([mapping] if os.path.isfile(mapping) else [])]  # noqa: PTH113
+    check_target(output, *read, overwrite=options.overwrite)
+    sources = open_sources(source, options)
+    plan = build_plan(sources, options)
+    if options.overwrite:
         # The Hub's cache is known by now, and its links.
         check_not_linked(output, sources.folders.all)
     needed = disk_space(plan, sources, output)
     if needed.download:
         check_space(output, needed.output)
         sources = sources.fetch(plan.reads, None if downloading is None else downloading(needed.download))
-        # Again, now that the files' identities are known.
-        options = {**options, **sources.opened}
-        plan = build_plan(sources.source, **options)
+        plan = plan.reading(sources.by_role)
     return plan, sources
 
 
-def open_and_plan(source: Origin, **options: Unpack[PlanOptions]) -> tuple[Plan, Sources]:
-    """Plan a conversion of checkpoints that are opened for it; see `build_plan`."""
-    others: OtherOrigins = {
-        "decoder_from": options.get("decoder_from"),
-        "vision_from": options.get("vision_from"),
-    }
-    sources = Sources.open(source, **others)
-    options = {**options, **sources.opened}
-    return build_plan(sources.source, **options), sources
-
-
 def execute(
-    plan: Plan,
-    folders: Folders,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    hashing: bool = True,
-    flush: bool = True,
-    resume: bool = False,
-    allow_nonfinite: bool = False,
-    progress: Progress | None = None,
-    judge: Judge | None = None,
-    given: Given | None = None,
+    plan: Plan, folders: Folders, output: Path, options: WriteOptions | None = None, *, given: Given | None = None
 ) -> Conversion:
-    """Execute a plan that `build_plan` made of the checkpoints in these folders; see `convert`.
+    """Write what a plan describes; see `convert`.
 
-    `given` are the values of a plan that puts trained ones into a model (`plan_adapted`).
+    Args:
+        plan: The plan.
+        folders: The folders of the checkpoints that it was made of.
+        output: As in `convert`.
+        options: How the output is written.
+        given: The trained values of a plan that puts such values into a model (`plan_adapted`).
     """
-    _check_resumable(hashing=hashing, resume=resume)
+    options = options or WriteOptions()
+    hashing, flush, resume, allow_nonfinite = options.hashing, options.flush, options.resume, options.allow_nonfinite
     if given is not None and resume:
-        raise UsageError("what is given to tensors cannot be resumed: a finished shard may hold other values")
-    with Staging(output, overwrite=overwrite, flush=flush, resume=resume) as staging:
+        raise UsageError("trained values cannot be resumed: a finished shard may hold other values")
+    with Staging(output, overwrite=options.overwrite, flush=flush, resume=resume) as staging:
         journal = Journal(staging.folder, plan, allow_nonfinite=allow_nonfinite, flush=flush) if hashing else None
         begun = journal is not None and journal.path.exists()
         kept = journal.salvage() if journal is not None and resume else {}
@@ -213,13 +154,13 @@ def execute(
                 kept=kept,
                 allow_nonfinite=allow_nonfinite,
                 flush=flush,
-                progress=progress or _silent,
+                progress=options.progress or _silent,
                 given=given,
             )
             _check_downloads(plan, folders, written)
             write_assets(plan, folders, staging.folder, written, flush=flush)
-            if judge is not None:
-                judge(staging.folder)
+            if options.judge is not None:
+                options.judge(staging.folder)
             staging.check_unchanged()  # before the journal goes, so that --resume finds what is finished
         except BaseException:
             if journal is not None and resume:
@@ -239,11 +180,6 @@ def execute(
         kept=tuple(kept),
         residual=written.residual,
     )
-
-
-def _check_resumable(*, hashing: bool, resume: bool) -> None:
-    if resume and not hashing:
-        raise UsageError("a run can be resumed only with sha256: what was finished is known by it")
 
 
 def _check_downloads(plan: Plan, folders: Folders, written: Written) -> None:

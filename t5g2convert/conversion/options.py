@@ -1,28 +1,29 @@
-"""What a user may ask of a conversion beside its source; everything here decides the output's bytes."""
+"""The options of `plan`, `convert` and `extract`, as the command line, the Python API and the manifest have them."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Final
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
 
-from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
 from t5g2convert.checkpoint.families.config_section import MAX_INTEGER
 from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, Role
-from t5g2convert.checkpoint.sources import OtherOrigins
+from t5g2convert.command_options import CommandOptions, Option
 from t5g2convert.conversion.plan.layer_spec import LayerSpec, parse_layers
-from t5g2convert.conversion.plan.types import DEFAULT_SHARD_BYTES
-from t5g2convert.errors import MappingError, UsageError
-from t5g2convert.mapping.schema import WeightMap
-from t5g2convert.mapping.weightmap import did_you_mean
+from t5g2convert.errors import UsageError
 
 KEEP: Final = "keep"
 """`--dtype` and `--rope-scaling` that change nothing."""
 
-ROPE_FACTORS: Final = ("rope_full_factor", "rope_factor")
-"""The value that `--rope-scaling` sets: that of full layers, or of all layers where a family has one for all."""
+Dtype = Literal["keep", "bfloat16", "float16", "float32"]
+"""What `--dtype` may be."""
 
-PROJECTORS: Final = ("copy", "zeros", "aligned")
+Judge = Callable[[Path], None]
+"""Raises if a folder is not what it should be."""
 
 TABLES: Final[Mapping[str, Role]] = {"source": SOURCE, "decoder-from": DECODER_FROM}
 """`--embedding-from`, and the role that it names."""
@@ -30,135 +31,177 @@ TABLES: Final[Mapping[str, Role]] = {"source": SOURCE, "decoder-from": DECODER_F
 SMALLEST_WINDOW: Final = 2
 """With a window of 1, T5Gemma 2's generate with a cache fails in transformers 5.24: keys and mask differ by one."""
 
-PARTS: Final = ("encoder", "decoder")
-"""What `part` may take out of an encoder-decoder."""
+DEFAULT_SHARD_BYTES: Final = 5_000_000_000
+"""5GB, as the published checkpoints are cut."""
 
-UNRECORDED: Final = frozenset({"mapping", "part", "decoder_from", "vision_from"})
-"""Options that the manifest has in other words: a map by its sha256, other checkpoints by their files."""
+SMALLEST_SHARD = 10**6
+"""Sizes on the command line below this, in bytes, are typing errors, as 5 for 5G: a model would become thousands of
+files."""
 
-
-class PlanOptions(OtherOrigins, total=False):
-    """The keyword arguments of `plan` and `convert`; see `Options`."""
-
-    mapping: str | None
-    part: str | None
-    dtype: str
-    max_shard_bytes: int
-    embedding_from: str
-    encoder_layers: LayerSpec | None
-    decoder_layers: LayerSpec | None
-    projector: str | None
-    ridge: float
-    rope_scaling: str
-    sliding_window: int | None
-    preset: str | None
-    keep_rows: bool
-    drop_heads: bool
+_UNITS: Final = {
+    "": 1, "B": 1,
+    "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+"""Decimal and binary as in transformers: GB is 10^9 bytes, GiB is 2^30; the B may be left out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What decides the output's bytes, beside the source.
-
-    Attributes:
-        mapping: Name of a shipped map or path of one's own; by default the shipped one for the source's model type.
-        part: `encoder` or `decoder` to take that out of an encoder-decoder; None to convert a decoder-only model.
-        dtype: `keep`, or `bfloat16`, `float16` or `float32` to cast all tensors to.
-        max_shard_bytes: Largest size of one output file's tensors, in bytes.
-        decoder_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, whose layers the decoder gets;
-            it has the width and the vocabulary of the source, and may differ in all else.
-        embedding_from: Whose embedding table both stacks get: `source`, or `decoder-from`.
-        encoder_layers: The layers of its parent that the encoder takes, from 0: `first:N`, a range `A:B` or `A:B:STEP`,
-            a list of both as `0,3,5:12`, or their numbers; None for all.
-        decoder_layers: The same of the decoder.
-        vision_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, whose vision tower a source
-            without images gets.
-        projector: How that tower's projector comes to the source's width: `copy` (for equal widths), `zeros`, or
-            `aligned` by least squares between both embedding tables; None for `copy` where it fits, else `zeros`.
-        ridge: Penalty on large maps for `aligned`, as a part of the mean square of the donor's embedding columns.
-        rope_scaling: `keep`, or `linear:F`: positions in full layers (in all, where a family has one RoPE for all) are
-            divided by F, and as many more are allowed.
-        sliding_window: Tokens that a sliding layer sees; None for the source's.
-        preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options win over it.
-        keep_rows: Keep all rows of the embedding table, also where no id in use has the last ones; the image token then
-            keeps its id.
-        drop_heads: Leave out heads for classes, rewards or values, as the map names them; such a source is refused
-            otherwise.
+def parse_shard_size(text: str) -> int:
+    """Return the bytes of `--max-shard-size`: `5G`, `5GB`, `500MB`, `4GiB` or a plain number, in any case.
 
     Raises:
-        UsageError: An option has no meaning.
+        UsageError: The text is not a size, or no file is cut to that size.
+    """
+    hint = "write 5G, 500MB or 4GiB"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError(f"--max-shard-size {text!r} is not a size", hint=hint)
+    size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if size < SMALLEST_SHARD:
+        raise UsageError(f"--max-shard-size {text!r} is below 1 MB, the smallest file", hint=hint)
+    if size >= 2**63:
+        raise UsageError(f"--max-shard-size {text!r} is more than a file can hold", hint=hint)
+    return size
+
+
+class PlanOptions(CommandOptions):
+    """What decides the output's bytes, apart from the source.
+
+    Attributes:
+        mapping: Name of a shipped map or path of your own; by default the shipped map for the source's model type.
+        part: `encoder` or `decoder` to take that part out of an encoder-decoder; None to convert a whole model.
+        decoder_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, that gives the decoder its
+            layers. Its width and vocabulary must be the source's.
+        embedding_from: Which checkpoint's embedding table both stacks get: `source`, or `decoder-from`.
+        encoder_layers: The layers of its parent that the encoder takes, from 0: `first:N`, a range `A:B` or `A:B:STEP`,
+            a list of both as `0,3,5:12`, or the numbers themselves; None for all.
+        decoder_layers: The same for the decoder.
+        vision_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, whose vision tower is given to a
+            source without images.
+        projector: How that tower's projector is brought to the source's width: `copy` (for equal widths), `zeros`, or
+            `aligned` by least squares between both embedding tables; None for `copy` where it fits, else `zeros`.
+        ridge: For `aligned`, the penalty on large maps, as a part of the mean square of the donor's embedding columns.
+        rope_scaling: `keep`, or `linear:F`: positions in full-attention layers (in all layers, where a family has one
+            RoPE for all) are divided by F, and inputs may be as much longer.
+        sliding_window: The tokens that a sliding layer sees; None for the source's.
+        preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options override it.
+        keep_rows: Keep all rows of the embedding table, even if no id in use has the last ones; the image token then
+            keeps its id.
+        drop_heads: Leave out heads for classes, rewards or values that the map names; a source with such a head is
+            refused otherwise.
+        dtype: `keep`, or the dtype that all tensors are cast to.
+        max_shard_bytes: The largest size of one output file's tensors, in bytes.
+
+    Raises:
+        UsageError: A value is impossible, or two options contradict each other.
     """
 
-    mapping: str | None = None
-    part: str | None = None
-    dtype: str = KEEP
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    decoder_from: Origin | None = None
-    embedding_from: str = "source"
-    encoder_layers: LayerSpec | None = None
-    decoder_layers: LayerSpec | None = None
-    vision_from: Origin | None = None
-    projector: str | None = None
-    ridge: float = 0.0
-    rope_scaling: str = KEEP
-    sliding_window: int | None = None
-    preset: str | None = None
-    keep_rows: bool = False
-    drop_heads: bool = False
+    mapping: Annotated[
+        str | None, Option("A shipped mapping's name, or the file of your own.", default="by the source's model_type")
+    ] = None
+    part: Annotated[
+        Literal["encoder", "decoder"] | None, Option("What extract would take out: encoder or decoder.")
+    ] = None
+    decoder_from: Annotated[
+        Origin | None,
+        Option(
+            "A Gemma 3 folder or model of the same width and vocabulary whose layers the decoder gets.",
+            default="SOURCE",
+        ),
+    ] = None
+    embedding_from: Annotated[Literal["source", "decoder-from"], Option("Whose embedding table both stacks get.")] = (
+        "source"
+    )
+    encoder_layers: Annotated[
+        LayerSpec | None,
+        Option(
+            "Layers of its parent that the encoder takes, from 0: first:N, A:B, A:B:STEP (below B), or 0,3,5:12.",
+            default="all",
+            metavar="SPEC",
+        ),
+    ] = None
+    decoder_layers: Annotated[
+        LayerSpec | None, Option("The same of the decoder and its parent.", default="all", metavar="SPEC")
+    ] = None
+    vision_from: Annotated[
+        Origin | None, Option("A Gemma 3 folder or model whose vision tower a source without images gets.")
+    ] = None
+    projector: Annotated[
+        Literal["copy", "zeros", "aligned"] | None,
+        Option(
+            "The projector: copy (the donor's, for equal widths), zeros (to be trained), or aligned (the donor's, by "
+            "least squares between both embeddings).",
+            default="copy for equal widths, else zeros",
+        ),
+    ] = None
+    ridge: Annotated[
+        float,
+        Option(
+            "For --projector aligned: penalty on large maps, as 1e-6; needed where the embeddings determine no map."
+        ),
+    ] = 0.0
+    rope_scaling: Annotated[
+        str,
+        Option(
+            "keep, or linear:F: in full layers positions are divided by F, and inputs may be as much longer.",
+            metavar="SCALING",
+        ),
+    ] = KEEP
+    sliding_window: Annotated[int | None, Option("Tokens that a sliding layer sees.", default="the source's")] = None
+    preset: Annotated[str | None, Option("The settings of a release, as t5gemma-2-270m-270m.", metavar="NAME")] = None
+    keep_rows: Annotated[
+        bool,
+        Option(
+            "Keep all rows of the embedding table; the image token then keeps its id. By itself convert cuts a table "
+            "of 262208 rows to 262144 where no id in use has one of the last 64.",
+        ),
+    ] = False
+    drop_heads: Annotated[bool, Option("Leave out a head for classes, rewards or values; it is refused otherwise.")] = (
+        False
+    )
+    dtype: Annotated[
+        Dtype,
+        Option("keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE"),
+    ] = KEEP
+    max_shard_bytes: Annotated[
+        int,
+        Field(ge=1),
+        Option(
+            "Largest sum of tensors in one file, as 5G, 500MB or 4GiB; 1MB at least.",
+            flag="--max-shard-size",
+            metavar="SIZE",
+            parse=parse_shard_size,
+            default="5GB",
+        ),
+    ] = DEFAULT_SHARD_BYTES
 
-    def __post_init__(self) -> None:
-        if self.part is not None and self.part not in PARTS:
-            raise UsageError(f"unknown part {self.part!r}", hint=f"expected {', '.join(PARTS)}")
-        if self.dtype != KEEP and self.dtype not in BY_CONFIG_NAME:
-            raise UsageError(f"unknown dtype {self.dtype!r}", hint=f"expected {KEEP}, {', '.join(BY_CONFIG_NAME)}")
-        if self.max_shard_bytes < 1:
-            raise UsageError(f"a shard of at most {self.max_shard_bytes} bytes holds nothing")
-        if self.embedding_from not in TABLES:
-            raise UsageError(f"unknown table {self.embedding_from!r}", hint=f"expected {', '.join(TABLES)}")
+    @field_validator("encoder_layers", "decoder_layers", mode="plain")
+    @classmethod
+    def _numbers_of_layers(cls, spec: LayerSpec | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        return None if spec is None else parse_layers(spec, f"--{info.field_name}".replace("_", "-"))
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _one_spelling_of_a_factor(cls, scaling: str) -> str:
+        # One spelling of a number, so that one conversion has one manifest.
+        factor = parse_rope_scaling(scaling)
+        return KEEP if factor is None else f"linear:{int(factor) if factor.is_integer() else factor}"
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
         if self.decoder_from is None and self.embedding_from != "source":
             raise UsageError("--embedding-from decoder-from is for another parent", hint="give one with --decoder-from")
-        for part, spec in self._asked_layers():
-            # Frozen for everybody else: what is kept are the numbers.
-            object.__setattr__(self, f"{part}_layers", parse_layers(spec, f"--{part}-layers"))
-        if self.projector is not None and self.projector not in PROJECTORS:
-            raise UsageError(f"unknown projector {self.projector!r}", hint=f"expected {', '.join(PROJECTORS)}")
         if self.vision_from is None and self.projector is not None:
             raise UsageError("--projector is for the tower of a donor", hint="give one with --vision-from")
         if not 0 <= self.ridge < math.inf:
-            raise UsageError(f"a ridge of {self.ridge} has no meaning", hint="0 or more; 1e-6 is little")
+            raise UsageError(f"--ridge must be 0 or more, got {self.ridge}", hint="1e-6 is little")
         if self.ridge and self.projector != "aligned":
             raise UsageError("--ridge is for --projector aligned")
         if self.sliding_window is not None and not SMALLEST_WINDOW <= self.sliding_window <= MAX_INTEGER:
             raise UsageError(
-                f"a sliding window of {self.sliding_window} tokens is out of range",
-                hint=f"expected {SMALLEST_WINDOW} to {MAX_INTEGER}",
+                f"--sliding-window must be between {SMALLEST_WINDOW} and {MAX_INTEGER}, got {self.sliding_window}"
             )
-        if (factor := self._rope_factor()) is not None:
-            # One spelling of a number, so that one conversion has one manifest.
-            text = str(int(factor)) if factor.is_integer() else str(factor)
-            object.__setattr__(self, "rope_scaling", f"linear:{text}")
-
-    def _rope_factor(self) -> float | None:
-        if self.rope_scaling == KEEP:
-            return None
-        kind, _, text = self.rope_scaling.partition(":")
-        try:
-            factor = float(text) if kind == "linear" else math.nan
-        except ValueError:
-            factor = math.nan
-        if math.isnan(factor):
-            raise UsageError(
-                f"unknown RoPE scaling {self.rope_scaling!r}", hint=f"expected {KEEP}, or linear:F as linear:8"
-            )
-        if not 1 / MAX_INTEGER <= factor <= MAX_INTEGER:
-            raise UsageError(
-                f"a RoPE factor of {factor} has no meaning", hint=f"expected one from 1/{MAX_INTEGER} to {MAX_INTEGER}"
-            )
-        return factor
-
-    def _asked_layers(self) -> list[tuple[str, LayerSpec]]:
-        asked = {"encoder": self.encoder_layers, "decoder": self.decoder_layers}
-        return [(part, spec) for part, spec in asked.items() if spec is not None]
+        return self
 
     @property
     def drops(self) -> frozenset[str]:
@@ -167,61 +210,95 @@ class Options:
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
-        """By part, the numbers of the layers that are asked for."""
-        return {part: tuple(map(int, numbers)) for part, numbers in self._asked_layers()}
-
-    def settings(self, values: Mapping[str, Any], weight_map: WeightMap, whose: str = "the source") -> dict[str, Any]:
-        """The config values that the target shall have otherwise, by their names.
-
-        Args:
-            values: Those of the source, or of one stack's parent.
-            weight_map: The map, which has the presets.
-            whose: What has the values, for errors.
-
-        Raises:
-            MappingError: The map has no such preset, or it is for another size of model.
-        """
-        settings = {} if self.preset is None else _preset(self.preset, values, weight_map, whose)
-        factor = self._rope_factor()
-        if factor is not None:
-            name = next((name for name in ROPE_FACTORS if name in values), None)
-            if name is None:
-                raise MappingError(f"--rope-scaling is not for mapping {weight_map.name!r}")
-            longer = factor / values[name]
-            positions = values["max_position_embeddings"] * longer
-            # Cut before it is made an integer: a source's own factor may be so small that this is infinite.
-            settings |= {name: factor, "max_position_embeddings": int(min(max(positions, 1), MAX_INTEGER))}
-        if self.sliding_window is not None:
-            settings["sliding_window"] = self.sliding_window
-        return settings
+        """The numbers of the layers to take, by part; parts that take all are absent."""
+        chosen = {"encoder": self.encoder_layers, "decoder": self.decoder_layers}
+        return {part: tuple(map(int, numbers)) for part, numbers in chosen.items() if numbers is not None}
 
     def record(self) -> dict[str, Any]:
-        """What the manifest keeps: the options that differ from their defaults and are no paths."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, (value, default) in values.items()
-            if value != default and name not in UNRECORDED
-        }
+        """Return the options as the manifest keeps them: those that differ from their defaults and are not paths."""
+        names = [name for name in PlanOptions.model_fields if name not in UNRECORDED]
+        values = self.model_dump(include=set(names), exclude_defaults=True)
+        # dtype and max_shard_bytes come first, as in every manifest before.
+        ordered = sorted(values, key=lambda name: name not in ("dtype", "max_shard_bytes"))
+        return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in ordered}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], **others: Any) -> Self:
+        """Return the options that a manifest records, and `others`, which it does not.
+
+        Raises:
+            UsageError: A conversion does not record such options.
+        """
+        options = cls(**record, **others)
+        if options.record() != record:
+            raise UsageError(f"the options {dict(record)} are not as a conversion records them")
+        return options
 
 
-def _preset(name: str, values: Mapping[str, Any], weight_map: WeightMap, whose: str) -> dict[str, Any]:
-    preset = weight_map.presets.get(name)
-    if preset is None:
-        known = ", ".join(weight_map.presets) or "none"
-        raise MappingError(
-            f"mapping {weight_map.name!r} has no preset {name!r}",
-            hint=did_you_mean(name, weight_map.presets) or f"it has {known}",
+UNRECORDED: Final = frozenset({"mapping", "part", "decoder_from", "vision_from"})
+"""Options that the manifest has in other words: a map by its sha256, other checkpoints by their files."""
+
+
+class WriteOptions(CommandOptions):
+    """How a planned output is written. None of these options changes its bytes.
+
+    Attributes:
+        hashing: Compute the sha256 of all files while they are copied, and record it in the manifest.
+        flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
+        overwrite: Replace an existing output of this tool, at the very end; nothing else is ever replaced.
+        resume: Keep the shards that an earlier run into the same output finished, if their sha256 is right; and leave
+            finished ones for a later run if this one is stopped or the disk fails.
+        allow_nonfinite: Copy NaN and infinity as they are; tensors that hold them are refused otherwise.
+        progress: Called with the number of bytes just written, from any thread.
+        judge: Called with the finished folder before it appears under its name; what it raises leaves no output.
+
+    Raises:
+        UsageError: `resume` without `hashing`.
+    """
+
+    hashing: Annotated[
+        bool, Option("Record sha256 of all files, and compare downloads with the Hub's.", flag="--hash/--no-hash")
+    ] = True
+    flush: Annotated[bool, Option("Wait until the disk has everything, against power loss.")] = True
+    overwrite: Annotated[
+        bool,
+        Option(
+            "Replace an output of t5g2 that is there, at the very end; a folder with anything else in it is refused."
+        ),
+    ] = False
+    resume: Annotated[bool, Option("Keep the shards that an earlier run finished; leave them if stopped.")] = False
+    allow_nonfinite: Annotated[bool, Option("Copy NaN and infinity as they are.")] = False
+    progress: Callable[[int], None] | None = None
+    judge: Judge | None = None
+
+    @model_validator(mode="after")
+    def _resumes_by_sha256(self) -> Self:
+        if self.resume and not self.hashing:
+            raise UsageError("--resume needs sha256, by which it knows what was finished; leave out --no-hash")
+        return self
+
+
+class ConvertOptions(WriteOptions, PlanOptions):
+    """The options of a conversion: what decides the output's bytes, and how they are written."""
+
+
+def parse_rope_scaling(scaling: str) -> float | None:
+    """Return the factor of `--rope-scaling`, None for `keep`.
+
+    Raises:
+        UsageError: The text is something else, or the factor is out of range.
+    """
+    if scaling == KEEP:
+        return None
+    kind, _, text = scaling.partition(":")
+    try:
+        factor = float(text) if kind == "linear" else math.nan
+    except ValueError:
+        factor = math.nan
+    if math.isnan(factor):
+        raise UsageError(f"unknown --rope-scaling {scaling!r}", hint=f"expected {KEEP}, or linear:F as linear:8")
+    if not 1 / MAX_INTEGER <= factor <= MAX_INTEGER:
+        raise UsageError(
+            f"the factor of --rope-scaling must be between 1/{MAX_INTEGER} and {MAX_INTEGER}, got {factor}"
         )
-    for field, needed in preset.requires.items():
-        if values[field] != needed:
-            raise MappingError(
-                f"preset {name} is for {field} {needed}, {whose} has {values[field]}",
-                hint="give --rope-scaling and --sliding-window themselves",
-            )
-    return dict(preset.settings.given)
-
-
-def recorded_options(record: Mapping[str, Any]) -> PlanOptions:
-    """The options that a manifest tells of."""
-    return PlanOptions(**record)  # type: ignore[typeddict-item, no-any-return]
+    return factor

@@ -21,7 +21,7 @@ from t5g2convert.checkpoint.inputs import SOURCE
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, AdaptationRecord
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, held
 from t5g2convert.conversion.assets.planning import copied
-from t5g2convert.conversion.options import KEEP, Options
+from t5g2convert.conversion.options import KEEP, Dtype, PlanOptions
 from t5g2convert.conversion.plan.types import (
     Change,
     Content,
@@ -54,7 +54,7 @@ _LAYER: Final = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
 def plan_adapted(
-    model: Checkpoint, trained: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | None, *, dtype: str = KEEP
+    model: Checkpoint, trained: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | None, *, dtype: Dtype = KEEP
 ) -> Plan:
     """Plan a folder that is a model with trained values in some of its tensors.
 
@@ -70,7 +70,7 @@ def plan_adapted(
             details are all such tensors.
         UsageError: The dtype is none.
     """
-    options = Options(dtype=dtype)
+    options = PlanOptions(dtype=dtype)
     refuse_unheld(model)
     parts = {item.name: item for item in _published(model)}
     faults = [fault for name, shape in trained.items() for fault in _trained_faults(name, shape, parts)]

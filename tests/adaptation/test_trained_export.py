@@ -18,6 +18,7 @@ from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.conversion.convert import execute
+from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.trained_model import named_by, patterns_of, plan_adapted
 from t5g2convert.conversion.write.resources import peak_memory
 from tests.adaptation.runs import FACTS, text_only, trained_from, write_by_two, write_checkpoint
@@ -250,7 +251,7 @@ def test_the_output_is_guarded_as_that_of_a_conversion(converted_twin: TwinFolde
     export(model, values, tmp_path / "out", facts=FACTS, overwrite=True)
     plan = plan_adapted(open_checkpoint(model), values.names, FACTS)
     with pytest.raises(UsageError, match="cannot be resumed"):
-        execute(plan, Folders(model), tmp_path / "again", given=values, resume=True)
+        execute(plan, Folders(model), tmp_path / "again", WriteOptions(resume=True), given=values)
 
 
 def test_a_model_of_one_shard_with_an_index_becomes_one_file(converted_twin: TwinFolder, tmp_path: Path) -> None:

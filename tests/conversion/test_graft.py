@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import CheckpointError, Conversion, MappingError, OutputError, convert, inspect, plan, verify
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.convert import execute
+from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.plan.types import Change
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -127,7 +128,8 @@ def test_progress_counts_the_tables_of_an_alignment(
     counts: list[int] = []
     made = plan(source, vision_from=donor, projector="aligned")
     monkeypatch.setattr("t5g2convert.conversion.write.embedding_tables.ROWS_AT_ONCE", 64)
-    execute(made, Folders(source, vision_from=donor), tmp_path / "out", progress=counts.append, flush=False)
+    options = WriteOptions(progress=counts.append, flush=False)
+    execute(made, Folders(source, vision_from=donor), tmp_path / "out", options)
     tables = 300 * (32 + 24) * 2
     assert sum(counts) == made.work == sum(tensor.nbytes for tensor in made.tensors) + tables
     # While it goes on, and not at its end.

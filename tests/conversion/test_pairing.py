@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t5g2convert import CheckpointError, MappingError, OutputError, UsageError, convert, plan
-from t5g2convert.conversion.options import PlanOptions
-from t5g2convert.conversion.plan.builder import build_plan
 from tests.conftest import TwinFolder
 from tests.twins import IMAGE_SPELLINGS, TEXT_SPELLINGS, respell
 
@@ -122,7 +120,7 @@ def test_the_selection_that_a_note_names_keeps_full_attention(twin_folder: TwinF
 
 
 @pytest.mark.parametrize("options", [{"decoder_layers": "1:8:2"}, {"encoder_layers": "first:6"}])
-def test_a_stack_that_lacks_layers_must_be_trained(options: PlanOptions, twin_folder: TwinFolder) -> None:
+def test_a_stack_that_lacks_layers_must_be_trained(options: dict[str, Any], twin_folder: TwinFolder) -> None:
     assert sum("must be trained before use" in note for note in plan(twin_folder("text-8"), **options).notes) == 1
     assert not any("must be trained before use" in note for note in plan(twin_folder("text-8")).notes)
 
@@ -225,7 +223,7 @@ def test_plan_and_manifest_name_both(twin_folder: TwinFolder, tmp_path: Path) ->
 
 
 def test_of_a_sharded_parent_only_the_files_with_its_layers_are_read(twin_folder: TwinFolder) -> None:
-    made = build_plan(twin_folder("text-8"), decoder_from=twin_folder("text-sharded"), decoder_layers="2:3")
+    made = plan(twin_folder("text-8"), decoder_from=twin_folder("text-sharded"), decoder_layers="2:3")
     read = set(made.reads["decoder_from"])
     assert 0 < len(read) < len(list(twin_folder("text-sharded").glob("*.safetensors")))
     # 13 of the layer, and the last norm.

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from t5g2convert import convert
+from t5g2convert import convert, plan
 from t5g2convert.checkpoint.file_store import HubFile, HubOrigin
 from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.conversion.convert import execute, open_and_plan, prepare
-from t5g2convert.conversion.plan.builder import build_plan
+from t5g2convert.conversion.convert import execute, prepare
+from t5g2convert.conversion.options import ConvertOptions, PlanOptions, WriteOptions
+from t5g2convert.conversion.plan.builder import build_plan, open_sources
 from t5g2convert.conversion.write.resources import ASSET_BYTES, disk_space
 from t5g2convert.errors import CheckpointError, OutputError
 from tests.conftest import TwinFolder
@@ -32,17 +33,17 @@ def as_model(folder: Path, *away: str) -> Checkpoint:
 
 def test_what_is_here_is_not_fetched(demo_source: Path) -> None:
     for sources in Sources.open(demo_source), Sources.open(str(demo_source)), Sources(as_model(demo_source)):
-        reads = build_plan(sources.source).reads
+        reads = plan(sources.source).reads
         assert sources.missing(reads) == {}
         assert sources.fetch(reads) == sources
 
 
 def test_a_plan_tells_what_it_reads_of_each_checkpoint(demo_source: Path, twin_folder: TwinFolder) -> None:
-    assert build_plan(demo_source).reads == {
+    assert plan(demo_source).reads == {
         "source": (SINGLE_FILE, "tokenizer.json", "tokenizer_config.json", "config.json"),
     }
     donor = twin_folder("images-sharded")
-    reads = build_plan(twin_folder("text-8"), vision_from=donor, projector="copy").reads
+    reads = plan(twin_folder("text-8"), vision_from=donor, projector="copy").reads
     assert reads["source"] == (SINGLE_FILE,)
     tower = {item.file for name, item in open_checkpoint(donor).tensors.items() if "language_model" not in name}
     assert set(reads["vision_from"]) == {*tower, "config.json"}
@@ -53,12 +54,12 @@ def test_output_and_download_must_fit_on_a_disk_that_they_share(
 ) -> None:
     size = (demo_source / SINGLE_FILE).stat().st_size
     model = as_model(demo_source, SINGLE_FILE)
-    plan = build_plan(model)
-    need = plan.nbytes + (64 << 20) + size
+    made = plan(model)
+    need = made.nbytes + (64 << 20) + size
     usage = shutil._ntuple_diskusage(need, 1, need - 1)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match=f"has {need - 1:,} bytes free, the output needs {need:,}"):
-        prepare(model, tmp_path / "new/out")
+        prepare(model, tmp_path / "new/out", ConvertOptions())
 
 
 def test_a_checkpoint_that_is_open_already_is_converted(demo_source: Path, tmp_path: Path) -> None:
@@ -83,10 +84,12 @@ def test_a_download_counts_where_it_goes(
     monkeypatch.setattr(
         "t5g2convert.conversion.write.resources._same_disk", lambda cache, _: cache == tmp_path / shared
     )
-    plan, sources = open_and_plan(models["source"], vision_from=models["donor"])
-    needed = disk_space(plan, sources, tmp_path / "out")
+    options = PlanOptions(vision_from=models["donor"])
+    sources = open_sources(models["source"], options)
+    made = build_plan(sources, options)
+    needed = disk_space(made, sources, tmp_path / "out")
     assert needed.download == size
-    assert needed.output == plan.nbytes + ASSET_BYTES + (size if away == shared else 0)
+    assert needed.output == made.nbytes + ASSET_BYTES + (size if away == shared else 0)
 
 
 def test_the_plan_is_made_of_the_files_that_were_fetched(
@@ -100,11 +103,13 @@ def test_the_plan_is_made_of_the_files_that_were_fetched(
         (demo_source / name).write_bytes(data)
 
     monkeypatch.setattr("t5g2convert.checkpoint.hub.model.download", download)
-    plan, sources = prepare(model, tmp_path / "out", downloading=lambda total: told.append(total) or told.append)
+    made, sources = prepare(
+        model, tmp_path / "out", ConvertOptions(), downloading=lambda total: told.append(total) or told.append
+    )
     assert told == [len(data)]
-    assert plan.source_files[0].identity == open_checkpoint(demo_source).files[SINGLE_FILE].identity
+    assert made.source_files[0].identity == open_checkpoint(demo_source).files[SINGLE_FILE].identity
     assert sources.folders.all == (demo_source,)
-    assert execute(plan, sources.folders, tmp_path / "out", flush=False).tensors == len(plan.tensors)
+    assert execute(made, sources.folders, tmp_path / "out", WriteOptions(flush=False)).tensors == len(made.tensors)
 
 
 @pytest.mark.parametrize("hub", [{"repo": "a/b"}, {"repo": "a/b", "revision": SHA, "url": ""}, "a/b"])

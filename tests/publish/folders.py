@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.conversion.convert import execute
-from t5g2convert.conversion.options import PlanOptions
+from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.trained_model import plan_adapted
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -66,7 +66,7 @@ def write_kinds(folder: Path) -> None:
     text = {**DEMO_CONFIG["text_config"], "model_type": "gemma2", **softcaps}
     write_synthetic_source(folder / "gemma2", find_map("gemma2").map, text, seed=0)
     convert(folder / "gemma2", folder / "t5gemma", flush=False)
-    layers: PlanOptions = {"encoder_layers": "first:7", "decoder_layers": "0:8:2"}
+    layers: dict[str, Any] = {"encoder_layers": "first:7", "decoder_layers": "0:8:2"}
     convert(folder / "gemma-text", folder / "paired", flush=False, decoder_from=folder / "gemma-text", **layers)
     write_adapted(folder / "images", folder / "adapted")
     for kind in KINDS:
@@ -79,7 +79,7 @@ def write_adapted(model: Path, output: Path) -> None:
     names = {name: stored for name, stored in names.items() if "vision_tower" not in name}
     shapes = {name: stored.entry.shape for name, stored in names.items()}
     plan = plan_adapted(open_checkpoint(model), shapes, {**FACTS, "checkpoints": [60, 80, 100]})
-    execute(plan, Folders(model), output, given=Zeros(shapes), flush=False)
+    execute(plan, Folders(model), output, WriteOptions(flush=False), given=Zeros(shapes))
 
 
 @dataclass(frozen=True)

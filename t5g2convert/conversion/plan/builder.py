@@ -4,24 +4,26 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any
 
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.families.config_section import ImpliedTensor
 from t5g2convert.checkpoint.families.registry import implied_tensors
-from t5g2convert.checkpoint.folder import StoredTensor
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
+from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.assets.generation_config import generation_config, given_generation
 from t5g2convert.conversion.assets.planning import plan_files
-from t5g2convert.conversion.options import KEEP, TABLES, Options, PlanOptions
+from t5g2convert.conversion.options import KEEP, TABLES, PlanOptions
 from t5g2convert.conversion.plan.changes import declared_changes
 from t5g2convert.conversion.plan.notes import has_head, plan_notes, tied
 from t5g2convert.conversion.plan.rows import kept_rows
 from t5g2convert.conversion.plan.sharding import Draft, lay_out
 from t5g2convert.conversion.plan.source_files import account_for, left_notes
+from t5g2convert.conversion.plan.target_values import target_values
 from t5g2convert.conversion.plan.types import (
     Content,
     Dropped,
@@ -49,32 +51,41 @@ from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 
-def build_plan(source: Origin, **options: Unpack[PlanOptions]) -> Plan:
+@takes_options(PlanOptions)
+def plan(source: Origin, options: PlanOptions) -> Plan:
     """Plan a conversion from headers alone.
 
+    Example:
+        >>> plan("google/gemma-3-270m", encoder_layers="first:9").parameters["encoder"]
+
     Args:
-        source: A Gemma 3 or Gemma 2 checkpoint folder; a str may also be a model of the Hub, org/name[@revision].
-        options: What decides the output's bytes beside it; see `Options`.
+        source: A Gemma 3 or Gemma 2 checkpoint folder; a str may also name a model of the Hub, org/name[@revision].
+        options: As keyword arguments; see `PlanOptions`.
 
     Raises:
-        CheckpointError: A checkpoint is not sound, or is not what its config implies.
-        HubError: The Hub does not have a model or give it out, or cannot be reached.
+        CheckpointError: A checkpoint is damaged, or is not what its config implies.
+        HubError: The Hub does not have a model, refuses it, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
-        UsageError: An argument has no meaning.
+        UsageError: An option has an impossible value.
     """
-    wanted = Options(**options)
-    sources = Sources.open(source, decoder_from=wanted.decoder_from, vision_from=wanted.vision_from)
-    checkpoint = sources.source
-    loaded = (
-        find_map(wanted.mapping)
-        if wanted.mapping is not None
-        else map_for(checkpoint.config, checkpoint.path / "config.json", extracts=wanted.part)
-    )
-    return plan_sources(sources, loaded, wanted)
+    return build_plan(open_sources(source, options), options)
 
 
-def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
-    """Plan the conversion of checkpoints that are open already; see `build_plan`."""
+def open_sources(source: Origin, options: PlanOptions) -> Sources:
+    """Open the checkpoints that a conversion reads, by their headers."""
+    return Sources.open(source, decoder_from=options.decoder_from, vision_from=options.vision_from)
+
+
+def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None = None) -> Plan:
+    """Plan the conversion of checkpoints that are open already; see `plan`.
+
+    Args:
+        sources: The checkpoints.
+        options: The options. Their checkpoints are not opened again.
+        loaded: The map, if it is not the one that the options name.
+    """
+    if loaded is None:
+        loaded = _find_map(sources.source, options)
     weight_map = loaded.map
     if options.part is not None and options.part != weight_map.extracts:
         takes = f"takes out the {weight_map.extracts}" if weight_map.extracts else "converts a model whole"
@@ -89,7 +100,7 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
         check_names(resolution, DECODER_FROM, "the decoder's parent")
     cast_to = None if options.dtype == KEEP else BY_CONFIG_NAME[options.dtype]
     model_dtype = cast_to or _dominant_dtype(resolution.targets)
-    values = _values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])
+    values = target_values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])
     config = fill(weight_map.config, values, resolution.model.conditions)
     drafts = [_draft(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
@@ -127,7 +138,13 @@ def plan_sources(sources: Sources, loaded: LoadedMap, options: Options) -> Plan:
     )
 
 
-def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Options) -> None:
+def _find_map(source: Checkpoint, options: PlanOptions) -> LoadedMap:
+    if options.mapping is not None:
+        return find_map(options.mapping)
+    return map_for(source.config, source.path / "config.json", extracts=options.part)
+
+
+def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: PlanOptions) -> None:
     """What the target cannot be otherwise, and what cannot be asked of a part that is taken out."""
     parents = {SOURCE: resolution.values, resolution.role_of("decoder"): resolution.stacks["decoder"]}
     for name, template in loaded.map.requires.items():
@@ -154,21 +171,6 @@ def _check_heads(resolution: Resolution) -> None:
             )
 
 
-def _values(resolution: Resolution, options: Options, weight_map: WeightMap, dtype: str) -> dict[str, Any]:
-    """What may stand behind a dollar sign in the map's config."""
-    values = {
-        **resolution.values,
-        **options.settings(resolution.values, weight_map),
-        "vocab": resolution.symbols["vocab"],
-        "dtype": dtype,
-    }
-    for part, own in resolution.stacks.items():
-        stack = {**own, **options.settings(own, weight_map, f"the {part}")}
-        # An encoder-decoder names the values of its stacks so itself.
-        values |= {f"{part}.{name}": value for name, value in stack.items() if "." not in name}
-    return values
-
-
 def _dropped(resolution: Resolution) -> Iterator[Dropped]:
     """What is left behind, by the map and by options."""
     for drop in resolution.drops:
@@ -185,7 +187,7 @@ def _dropped(resolution: Resolution) -> Iterator[Dropped]:
         yield Dropped(entry.name, left.because, _whole(left.tensor), entry.dtype, entry.shape)
 
 
-def _effective(options: Options, resolution: Resolution) -> dict[str, Any]:
+def _effective(options: PlanOptions, resolution: Resolution) -> dict[str, Any]:
     """The options that the manifest keeps: with the choices that were left to the tool, without idle ones."""
     made = (name.removeprefix("projector_") for name in resolution.model.conditions if name.startswith("projector_"))
     idle = {f"{part}_layers" for part in STACKS if part not in resolution.layers}
@@ -220,7 +222,7 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
 
 
 def _draft(
-    item: Resolved, resolution: Resolution, weight_map: WeightMap, options: Options, cast_to: str | None
+    item: Resolved, resolution: Resolution, weight_map: WeightMap, options: PlanOptions, cast_to: str | None
 ) -> Draft:
     """The content of one target. A constant gets the model's dtype later; everything else keeps or casts its own."""
     operation = item.row.op

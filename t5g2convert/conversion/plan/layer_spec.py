@@ -30,6 +30,8 @@ def parse_layers(spec: LayerSpec, option: str) -> tuple[int, ...]:
     Raises:
         UsageError: It is of another form, takes nothing, or takes a layer twice or out of order.
     """
+    if not isinstance(spec, str | Sequence):
+        raise UsageError(f"{option}: {spec!r} is not a selection of layers", hint=FORMS)
     layers = _numbers(spec, option) if isinstance(spec, str) else tuple(spec)
     for layer in layers:
         if type(layer) is not int or not 0 <= layer < MAX_DEPTH:

@@ -12,7 +12,7 @@ from t5g2convert.checkpoint.folder import INDEX_FILE, some
 from t5g2convert.checkpoint.foreign import remarks
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.conversion.assets.generation_config import given_generation
-from t5g2convert.conversion.options import KEEP, SMALLEST_WINDOW, Options
+from t5g2convert.conversion.options import KEEP, SMALLEST_WINDOW, PlanOptions
 from t5g2convert.conversion.plan.changes import setting
 from t5g2convert.conversion.plan.layer_spec import with_full_attention, written
 from t5g2convert.conversion.plan.sharding import Draft
@@ -39,7 +39,7 @@ def plan_notes(
     resolution: Resolution,
     drafts: Sequence[Draft],
     changes: Sequence[Change],
-    options: Options,
+    options: PlanOptions,
     weight_map: WeightMap,
     config: Mapping[str, Any],
 ) -> Iterator[str]:

@@ -5,19 +5,17 @@ Dry run, tables, writer, manifest and tests all read this one object. Nothing he
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.file_store import HubOrigin
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.inputs import SOURCE, Role, plain_name, role_in
 from t5g2convert.checkpoint.manifest import AdaptationRecord
 from t5g2convert.conversion.assets.aux_files import PlannedFile, TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem
-
-DEFAULT_SHARD_BYTES: Final = 5_000_000_000
-"""`--max-shard-size` where nothing else is asked for: 5GB, as the published checkpoints are cut."""
 
 Kind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]
 
@@ -257,6 +255,22 @@ class Plan:
         weights = [file.name for source in self.sources.values() for file in source.files]
         names = dict.fromkeys([*weights, *(name for file in self.files for name in file.reads)])
         return {role: tuple(plain_name(name) for name in names if role_in(name) == role) for role in self.sources}
+
+    def reading(self, checkpoints: Mapping[Role, Checkpoint]) -> "Plan":
+        """Return the plan for the same checkpoints with their files on this machine, once those were downloaded."""
+        return replace(
+            self,
+            sources={
+                role: replace(
+                    source,
+                    files=tuple(
+                        SourceFile(file.name, checkpoints[role].files[plain_name(file.name)].identity)
+                        for file in source.files
+                    ),
+                )
+                for role, source in self.sources.items()
+            },
+        )
 
     @property
     def nbytes(self) -> int:

@@ -19,8 +19,8 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import Manifest
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.conversion.options import KEEP, Options, recorded_options
-from t5g2convert.conversion.plan.builder import build_plan
+from t5g2convert.conversion.options import KEEP, PlanOptions
+from t5g2convert.conversion.plan.builder import build_plan, open_sources
 from t5g2convert.conversion.plan.types import (
     Content,
     Plan,
@@ -62,10 +62,8 @@ def replay(sources: Sources, recorded: Mapping[str, Any], mapping: str | None, p
         CheckpointError: The source is not what its config implies.
         MappingError: The map is faulty, or does not fill the target.
     """
-    options = recorded_options(recorded)
-    options["mapping"], options["part"] = mapping, part
-    options = {**options, **sources.other_origins}
-    return build_plan(sources.origin, **options)
+    options = PlanOptions.of_record(recorded, mapping=mapping, part=part, **sources.other_origins)
+    return build_plan(open_sources(sources.origin, options), options)
 
 
 def planned(
@@ -130,11 +128,10 @@ def check_options(manifest: Manifest) -> None:
     Raises:
         CheckpointError: With the option.
     """
-    options = recorded_options(manifest.options.document())
-    options["decoder_from"] = None if manifest.decoder_from is None else Path()
-    options["vision_from"] = None if manifest.vision_from is None else Path()
+    given = {"decoder_from": manifest.decoder_from, "vision_from": manifest.vision_from}
+    others = {role: Path() for role, record in given.items() if record is not None}
     try:
-        Options(**options)
+        PlanOptions.of_record(manifest.options.document(), **others)
     except UsageError as error:
         raise CheckpointError(f"tells of an option without meaning: {error.message}") from None
 

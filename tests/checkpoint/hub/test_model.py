@@ -19,7 +19,7 @@ from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.hub.model import HubId, fetch, missing, open_source, parse_id, size_of
 from t5g2convert.checkpoint.hub.ranges import FIRST_BYTES
 from t5g2convert.checkpoint.hub.snapshot import silent_bar
-from t5g2convert.conversion.plan.builder import build_plan
+from t5g2convert.conversion.plan.builder import plan
 from t5g2convert.errors import CheckpointError, HubError, OutputError, T5g2Error
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -621,9 +621,9 @@ def test_a_tokenizer_is_fetched_for_a_plan_that_changes_it(
     hub.add(REPO, source)
     checkpoint = open_source(REPO)
     assert missing(checkpoint, ["tokenizer.json"])
-    planned = build_plan(checkpoint)
+    planned = plan(checkpoint)
     assert not missing(checkpoint, ["tokenizer.json"])
-    assert [file.splices for file in planned.files] == [file.splices for file in build_plan(source).files]
+    assert [file.splices for file in planned.files] == [file.splices for file in plan(source).files]
     assert any(file.splices for file in planned.files)
     assert hub.sent(SINGLE_FILE) == FIRST_BYTES
 
@@ -679,10 +679,10 @@ def test_further_chat_templates_are_listed_and_fetched(
     (demo_source / "onnx/model.onnx").write_text("x")
     hub.add(REPO, demo_source)
     source = open_source(REPO)
-    planned = build_plan(source)
+    planned = plan(source)
     name = "additional_chat_templates/rag.jinja"
     assert name in [file.name for file in planned.files]
     assert missing(source, [name]) == [name]
     assert (fetch(source, planned.reads["source"]).path / name).read_text() == "{{ documents }}"
     offline(monkeypatch)
-    assert name in [file.name for file in build_plan(REPO).files]
+    assert name in [file.name for file in plan(REPO).files]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import CheckpointError, convert, plan
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.convert import execute
+from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.write import computed_tensors, copy
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -32,7 +33,7 @@ def test_every_copied_range_holds_the_bytes_of_its_source(
     demo_source: Path, tmp_path: Path, max_shard_bytes: int, hashing: bool
 ) -> None:
     made = plan(demo_source, max_shard_bytes=max_shard_bytes)
-    execute(made, Folders(demo_source), tmp_path / "out", hashing=hashing)
+    execute(made, Folders(demo_source), tmp_path / "out", WriteOptions(hashing=hashing))
     source = (demo_source / "model.safetensors").read_bytes()
     copied = [tensor for tensor in made.tensors if tensor.content.kind == "copy"]
     assert len(copied) == 250
@@ -105,7 +106,7 @@ def test_each_source_byte_is_copied_from_once(
     monkeypatch.setattr(computed_tensors, "read_exactly", count_read)
     monkeypatch.setattr(os, "pwrite", count_write)
     made = plan(demo_source)
-    execute(made, Folders(demo_source), tmp_path / "out", hashing=hashing)
+    execute(made, Folders(demo_source), tmp_path / "out", WriteOptions(hashing=hashing))
     tensor_bytes = sum(
         entry.end - entry.start for entry in {t.content.source for t in made.tensors if t.content.source}
     )
@@ -249,14 +250,14 @@ def test_I13_a_source_that_changes_while_it_is_copied_is_refused(demo_source: Pa
         os.utime(demo_source / "model.safetensors", ns=(2, 2))
 
     with pytest.raises(CheckpointError, match="changed while it was being read"):
-        execute(made, Folders(demo_source), tmp_path / "out", progress=touch)
+        execute(made, Folders(demo_source), tmp_path / "out", WriteOptions(progress=touch))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-source"]
 
 
 def test_progress_counts_every_byte_but_the_headers(demo_source: Path, tmp_path: Path) -> None:
     counts: list[int] = []
     made = plan(demo_source)
-    execute(made, Folders(demo_source), tmp_path / "out", progress=counts.append)
+    execute(made, Folders(demo_source), tmp_path / "out", WriteOptions(progress=counts.append))
     assert sum(counts) == sum(tensor.nbytes for tensor in made.tensors)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import CheckpointError, OutputError, T5g2Error, convert, plan
+from t5g2convert.conversion.plan.builder import build_plan
 from t5g2convert.conversion.write.output_path import check_target
 from t5g2convert.conversion.write.recovery import OLD_SUFFIX, REMOVED_SUFFIX, STAGING_SUFFIX
 from t5g2convert.conversion.write.resources import free_bytes
@@ -628,7 +629,7 @@ def test_O6_a_target_that_was_filled_while_planning_is_not_replaced(
 
     def slow(*arguments: Any, **options: Any) -> Any:
         write_old(target)
-        return plan(*arguments, **options)
+        return build_plan(*arguments, **options)
 
     monkeypatch.setattr("t5g2convert.conversion.convert.build_plan", slow)
     with pytest.raises(OutputError, match="not empty"):
