@@ -133,7 +133,7 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
     "source file less": (lambda it: it["source"]["files"].pop("config.json"), "model.safetensors"),
     "source files none": (lambda it: it["source"].update(files={}), "none"),
     "no source files": (lambda it: it["source"].pop("files"), "source"),
-    "a factor past all numbers": (lambda it: it["options"].update(rope_scaling="linear:1e308"), "RoPE factor"),
+    "a factor past all numbers": (lambda it: it["options"].update(rope_scaling="linear:1e308"), "--rope-scaling"),
     "no changes": (lambda it: it.pop("changes"), "changes"),
     "one thing more": (lambda it: it.update(quantized="int4"), "quantized"),
 }

@@ -19,7 +19,7 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import Manifest
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.conversion.options import KEEP, PlanOptions
+from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.conversion.plan.builder import build_plan, open_sources
 from t5g2convert.conversion.plan.types import (
     Content,
@@ -114,7 +114,7 @@ def planned_adapted(sources: Sources, manifest: Manifest | None) -> tuple[Plan, 
     names = named_by(manifest.adaptation.trained, source.tensors)
     shapes = {name: source.tensors[name].entry.shape if name in source.tensors else () for name in names}
     try:
-        return plan_adapted(source, shapes, facts, dtype=manifest.options.dtype or KEEP), None
+        return plan_adapted(source, shapes, facts, dtype=PlanOptions.of_record(manifest.options.document()).dtype), None
     except CheckpointError as error:
         # What cannot be done without training either is no fault of the manifest.
         plan = plan_adapted(source, {}, None)
