@@ -15,47 +15,51 @@ from t5g2convert.printable import printable
 
 
 def card(
-    output: Annotated[Path, typer.Argument(help="A folder that t5g2 wrote, or that was trained elsewhere.")],
+    output: Annotated[Path, typer.Argument(help="A folder written by t5g2, or trained elsewhere.")],
     source_card: Annotated[
         Path | None,
-        typer.Option("--source-card", help="The README.md of the source, from which the license is taken."),
+        typer.Option("--source-card", help="The source's README.md, for the license."),
     ] = None,
     source: Annotated[
         Path | None,
         typer.Option(
-            "--source", help="Of a folder trained elsewhere, which has no t5g2.json: the T5Gemma 2 that was trained."
+            "--source", help="For a folder trained elsewhere (without t5g2.json): the T5Gemma 2 it was trained from."
         ),
     ] = None,
-    repo: Annotated[str, typer.Option("--repo", help="What the folder is called on the Hub, org/name.")] = "",
+    repo: Annotated[str, typer.Option("--repo", help="The name on the Hub, org/name.")] = "",
     replace: Annotated[
-        bool, typer.Option("--replace", help="Write a README.md that is there all anew, instead of what is ours in it.")
+        bool, typer.Option("--replace", help="Rewrite all of an existing README.md, not only the part that t5g2 wrote.")
     ] = False,
     write: Annotated[
-        bool, typer.Option("--write", help="Put it into the folder as README.md, which t5g2 verify lets stand.")
+        bool, typer.Option("--write", help="Save it in the folder as README.md; t5g2 verify ignores that file.")
     ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """The model card of a folder, from its t5g2.json: what it is, how it was made, what was proved. No network."""
-    from t5g2convert.publish.card import CARD_FILE, model_card
+    """Print the model card of a folder, made from its t5g2.json: what it is, how it was made, which checks it passed.
+
+    Works without network.
+    """
+    from t5g2convert.publish.card import model_card
+    from t5g2convert.publish.frontmatter import CARD_FILE
 
     path = output / CARD_FILE
-    theirs = None if source_card is None else _read(source_card, CheckpointError)
+    source_text = None if source_card is None else _read(source_card, CheckpointError)
     existing = _read(path, OutputError) if os.path.lexists(path) else None
     mode = "replace" if replace else "update"
-    made = model_card(output, repo=repo, source_card=theirs, existing=existing, mode=mode, start=source)
-    assert made is not None, "only keeping a card makes none"
+    text = model_card(output, repo=repo, source_card=source_text, existing=existing, mode=mode, start=source)
+    assert text is not None, "only the mode keep returns none"
     if write:
-        _write(path, made)
+        _write(path, text)
         print(f"wrote {printable(str(path))}")  # noqa: T201
     else:
-        sys.stdout.write(printable(made.replace("\r\n", "\n"), keep="\n"))
+        sys.stdout.write(printable(text.replace("\r\n", "\n"), keep="\n"))
 
 
 def _read(path: Path, error: type[T5g2Error]) -> str:
-    """A card that is there.
+    """Read a card.
 
     Raises:
-        T5g2Error: `error`: it is not a file, is too large, cannot be read or is not text.
+        T5g2Error: (`error`) It is not a regular file, is too large, cannot be read or is not UTF-8.
     """
     from t5g2convert.publish.frontmatter import MAX_CHARACTERS
 
@@ -63,14 +67,14 @@ def _read(path: Path, error: type[T5g2Error]) -> str:
         with regular_file(path).open("rb") as file:
             data = file.read(4 * MAX_CHARACTERS + 1)
         if len(data) > 4 * MAX_CHARACTERS:
-            raise error(f"has more than {4 * MAX_CHARACTERS:,} bytes, expected a card", where=path)
+            raise error(f"is too large for a card: more than {4 * MAX_CHARACTERS:,} bytes", where=path)
         return data.decode()
     except CheckpointError as found:
         raise error(found.message, where=path) from None
     except OSError as found:
         raise error(f"cannot be read: {found.strerror}", where=path) from None
     except UnicodeDecodeError:
-        raise error("is no UTF-8 text", where=path) from None
+        raise error("is not UTF-8", where=path) from None
 
 
 def _write(path: Path, text: str) -> None:

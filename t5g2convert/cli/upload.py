@@ -17,42 +17,47 @@ if TYPE_CHECKING:
 
 PushOption = Annotated[
     str | None,
-    typer.Option("--push-to", help="Upload the result to this model of the Hub: private, with a card.", metavar="REPO"),
+    typer.Option(
+        "--push-to", help="Upload the result to this model on the Hub, private and with a card.", metavar="REPO"
+    ),
 ]
 
 
 def upload(
-    output: Annotated[Path, typer.Argument(help="A folder that t5g2 wrote, or that was trained elsewhere.")],
-    repo: Annotated[str, typer.Argument(help="The model of the Hub, as org/name; it is created if it is not there.")],
-    public: Annotated[bool, typer.Option("--public", help="Create it public.", show_default="private")] = False,
+    output: Annotated[Path, typer.Argument(help="A folder written by t5g2, or trained elsewhere.")],
+    repo: Annotated[str, typer.Argument(help="The model on the Hub, org/name; created if it does not exist.")],
+    public: Annotated[bool, typer.Option("--public", help="Create the model public.", show_default="private")] = False,
     revision: Annotated[
         str | None,
-        typer.Option("--revision", help="The branch, made if it is not there; or refs/pr/1.", show_default="main"),
+        typer.Option("--revision", help="The branch, created if it does not exist; or refs/pr/1.", show_default="main"),
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Make a pull request.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be sent, and send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
     card: Annotated[
         Literal["update", "replace", "keep"],
-        typer.Option("--card", help="What becomes of a README.md: update adds to it, keep leaves it."),
+        typer.Option("--card", help="How to write README.md: update our part of it, replace it, or keep it."),
     ] = "update",
     source_card: Annotated[
         Path | None,
-        typer.Option("--source-card", help="README.md of the source, which has the license, if it was a folder."),
+        typer.Option(
+            "--source-card",
+            help="The README.md of a source that is a local folder, for the license.",
+        ),
     ] = None,
     source: Annotated[
         Path | None,
         typer.Option(
-            "--source", help="Of a folder trained elsewhere, which has no t5g2.json: the T5Gemma 2 that was trained."
+            "--source", help="For a folder trained elsewhere (without t5g2.json): the T5Gemma 2 it was trained from."
         ),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Upload a folder to the Hub: one commit of its files, compared by their checksums before and after."""
+    """Upload a folder to the Hub in one commit, and compare the checksums before and after."""
     from t5g2convert.publish.upload import upload as send
 
-    theirs = None if source_card is None else _read(source_card)
-    with _shown_steps() as told:
+    source_text = None if source_card is None else _read(source_card)
+    with _shown_steps() as report:
         done = send(
             output,
             repo,
@@ -60,11 +65,11 @@ def upload(
             revision=revision,
             create_pr=create_pr,
             card=card,
-            source_card=theirs,
+            source_card=source_text,
             start=source,
             dry_run=dry_run,
-            bars=told is not None,
-            told=told,
+            bars=report is not None,
+            report=report,
         )
     if as_json:
         emit_json(done.to_json())
@@ -73,18 +78,19 @@ def upload(
 
 
 def push(output: Path, repo: str, source: str) -> "Upload":
-    """Upload what was just written of a source."""
+    """Upload a folder that was just written; a card in the source's folder gives the license."""
     from t5g2convert.errors import HubError
     from t5g2convert.publish.upload import upload as send
 
     card = Path(source) / "README.md"
-    beside = card.is_file()
+    has_card = card.is_file()
     try:
-        with _shown_steps() as told:
-            return send(output, repo, source_card=_read(card) if beside else None, bars=told is not None, told=told)
+        with _shown_steps() as report:
+            source_text = _read(card) if has_card else None
+            return send(output, repo, source_card=source_text, bars=report is not None, report=report)
     except HubError as error:
-        # The folder is whole: only this step is to be repeated.
-        again = f"t5g2 upload {output} {repo}" + (f" --source-card {card}" if beside else "")
+        # The folder is complete: only the upload has to be repeated.
+        again = f"t5g2 upload {output} {repo}" + (f" --source-card {card}" if has_card else "")
         hint = f"{error.hint}; {output} is complete: {again}"
         raise HubError(error.message, where=error.where, hint=hint, details=error.details) from None
 
@@ -101,35 +107,35 @@ def _read(card: Path) -> str:
 
 
 def print_upload(done: "Upload", out: "Console") -> None:
-    """The table of files, and where they are."""
+    """Print the files and the address of an upload."""
     plan = done.plan
     shown = table("", "file", "size", right=(2,))
     verb = "to send" if done.dry_run else "sent"
     for file in plan.files:
-        shown.add_row(verb if file.name in plan.send else "there", printable(file.name), size_text(file.size))
+        shown.add_row(verb if file.name in plan.send else "unchanged", printable(file.name), size_text(file.size))
     for name in plan.remove:
         shown.add_row("to remove" if done.dry_run else "removed", printable(name), "")
     out.print(shown)
     count = f"{len(plan.send)} of {len(plan.files)} files, {size_text(plan.nbytes)}"
-    place = f"{plan.access.repo}, {plan.branch}"
+    target = f"{plan.access.repo}, {plan.branch}"
     if done.dry_run:
         new = "" if plan.access.exists else ", which would be created"
-        out.print(f"would send {count}, to {place}{new}", soft_wrap=True)
+        out.print(f"would send {count}, to {target}{new}", soft_wrap=True)
     elif plan.changes:
         kind = "" if plan.access.private is None else " (private)" if plan.access.private else " (public)"
-        out.print(f"sent {count}, to {place}{kind}: {done.url}", soft_wrap=True)
+        out.print(f"sent {count}, to {target}{kind}: {done.url}", soft_wrap=True)
     else:
-        out.print(f"all {len(plan.files)} files are there: {done.url}", soft_wrap=True)
+        out.print(f"all {len(plan.files)} files are already there: {done.url}", soft_wrap=True)
     print_notes(plan.notes)
 
 
 @contextmanager
 def _shown_steps() -> "Iterator[Callable[[str], None] | None]":
-    """A line on stderr for each step, if that is a terminal; the Hub's client shows bars between them."""
+    """Print a line for each step on stderr if it is a terminal; the Hub's client shows its bars in between."""
     import sys
 
     if not sys.stderr.isatty():
         yield None
         return
     out = console(stderr=True)
-    yield lambda what: out.print(f"upload: {printable(what)}", soft_wrap=True)
+    yield lambda step: out.print(f"upload: {printable(step)}", soft_wrap=True)

@@ -1,1 +1,1 @@
-"""Publishing: what a folder tells of itself to people, and how it gets to the Hub."""
+"""Model cards and uploads to the Hub."""

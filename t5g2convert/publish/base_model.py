@@ -1,14 +1,21 @@
-"""Where a folder comes from, and the command that makes it again: what its manifest tells, for people."""
+"""The checkpoints a folder was made from, and the command that makes it again."""
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest
-from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
+from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_t5gemma2
+from t5g2convert.checkpoint.file_store import is_there
+from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
+from t5g2convert.checkpoint.tokenizer.chat_templates import held
+from t5g2convert.conversion.trained_model import CARRIED
+from t5g2convert.errors import CheckpointError, MappingError, UsageError
+from t5g2convert.mapping.inspection import inspect
 from t5g2convert.mapping.library import find_map
 from t5g2convert.publish.markdown import code
 from t5g2convert.version import __version__
@@ -20,28 +27,30 @@ ROLES: Final = {
     "decoder_from": "the decoder's parent",
     "vision_from": "the vision tower's donor",
 }
-"""The checkpoints that a manifest may tell of, by its keys."""
+"""The checkpoints that a manifest may name, by key."""
+
+LOADED_FILES: Final = ("config.json", *CARRIED)
+"""Files other than the weights that save_pretrained writes and loaders read; not what Trainer leaves."""
 
 _ID: Final = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<!\.git)", re.ASCII)
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it is `org/name`, as the Hub calls models."""
+    """Return whether a name reads `org/name`, as models on the Hub do."""
     return _ID.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
-class Ancestor:
-    """A checkpoint that was read.
+class BaseCheckpoint:
+    """A checkpoint that a folder was made from.
 
     Attributes:
-        role: Its key in the manifest.
+        role: Its key in the manifest; see `ROLES`.
         family: Its `model_type`.
-        repo: The model of the Hub that it is; None for a folder, of which nothing is known but its files.
-        revision: The commit of that model.
-        files: The sha256 of its files; None where they were not hashed.
+        repo: Its name on the Hub; None for a local folder, which only its file hashes identify.
+        revision: Its commit on the Hub.
+        files: The sha256 of each file; None where it was not computed.
     """
 
     role: str
@@ -52,66 +61,62 @@ class Ancestor:
 
     @property
     def address(self) -> str | None:
-        """The address that its files stand behind."""
+        """The address its files start with on the Hub."""
         return None if self.repo is None else f"{HUB}/{self.repo}/blob/{self.revision}/"
 
     @property
     def argument(self) -> str:
-        """What a command calls it: a model of the Hub, or a word for a folder."""
+        """The argument that stands for it in a command: its name on the Hub, or a placeholder for a folder."""
         return self.role.upper() if self.repo is None else f"{self.repo}@{self.revision}"
 
     @property
-    def told(self) -> str:
-        """Which it is, in Markdown."""
+    def description(self) -> str:
+        """Its name and type, in Markdown."""
         family = code(self.family)
         if self.repo is None:
-            return f"a folder with a {family}"
+            return f"a local folder with a {family}"
         link = f"[{code(self.repo)}]({HUB}/{self.repo}/tree/{self.revision})"
         return f"{link}, a {family}, at commit {code(self.revision)}"
 
 
-def ancestors(manifest: Manifest, folder: Path) -> list[Ancestor]:
-    """All checkpoints that a manifest tells of, the source first.
+def base_checkpoints(manifest: Manifest, folder: Path) -> list[BaseCheckpoint]:
+    """Return all checkpoints that a manifest names, the source first.
 
     Raises:
-        CheckpointError: One is said to be a model of the Hub, and cannot be.
+        CheckpointError: The name or commit of one is not valid on the Hub.
     """
     found = []
     for role, record in manifest.sources.items():
         hub = record.hub
         if hub is not None and not (is_hub_id(hub.repo) and _COMMIT.fullmatch(hub.revision)):
-            named = f"{hub.repo}@{hub.revision}"
             raise CheckpointError(
-                f"says that {ROLES[role]} is {named!r}, expected org/name and a commit", where=folder / MANIFEST_FILE
+                f"names {f'{hub.repo}@{hub.revision}'!r} as {ROLES[role]}, expected org/name and a commit",
+                where=folder / MANIFEST_FILE,
             )
         files = {name: file.sha256 for name, file in record.files.items()}
         repo, revision = (None, None) if hub is None else (hub.repo, hub.revision)
-        found.append(Ancestor(role, record.family, repo, revision, files))
+        found.append(BaseCheckpoint(role, record.family, repo, revision, files))
     return found
 
 
-def command(manifest: Manifest, sources: list[Ancestor], part: str | None) -> str:
-    """The command that makes the folder again; `part` is what was taken out of an encoder-decoder."""
-    if not _ships(manifest):
+def command(manifest: Manifest, sources: list[BaseCheckpoint], part: str | None) -> str:
+    """Return the command that makes a folder again; `part` is the part of an encoder-decoder that was extracted."""
+    if not _is_shipped(manifest):
         words = ["t5g2", "convert", sources[0].argument, "OUTPUT", "--mapping", "MAP.yaml"]
     elif part is None:
         words = ["t5g2", "convert", sources[0].argument, "OUTPUT"]
     else:
         words = ["t5g2", "extract", sources[0].argument, "OUTPUT", "--part", part]
-    for ancestor in sources[1:]:
-        words += [f"--{ancestor.role.replace('_', '-')}", ancestor.argument]
-    words += [word for option, value in manifest.document()["options"].items() for word in _option(option, value)]
+    for source in sources[1:]:
+        words += [f"--{source.role.replace('_', '-')}", source.argument]
+    for name, value in manifest.document()["options"].items():
+        words.append("--max-shard-size" if name == "max_shard_bytes" else f"--{name.replace('_', '-')}")
+        words.append(",".join(map(str, value)) if isinstance(value, list) else str(value))
     return shlex.join(words)
 
 
-def _option(name: str, value: Any) -> Iterator[str]:
-    """An option as the command line spells it."""
-    yield "--max-shard-size" if name == "max_shard_bytes" else f"--{name.replace('_', '-')}"
-    yield ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _ships(manifest: Manifest) -> bool:
-    """Whether the map is one that comes with the tool; that of another version is known by its name."""
+def _is_shipped(manifest: Manifest) -> bool:
+    """Return whether the map ships with this tool; for another version of the tool, its name decides."""
     if manifest.mapping is None:
         return False
     name = manifest.mapping.name
@@ -124,8 +129,98 @@ def _ships(manifest: Manifest) -> bool:
     return manifest.tool.version != __version__ or found.sha256 == manifest.mapping.sha256
 
 
-def digest(sha256: str | None) -> str:
-    """A sha256 in Markdown."""
-    if sha256 is None:
-        return "not taken"
-    return code(sha256) if _DIGEST.fullmatch(sha256) else f"{code(sha256)}, which is none"
+@dataclass(frozen=True, slots=True)
+class TrainedElsewhere:
+    """A folder that was trained elsewhere: it has no manifest, so the model it was trained from describes its origin.
+
+    Attributes:
+        files: The names of the files that loaders read.
+        parameters: The number of parameters by part, with `total`.
+        dtype: The dtype of most of them, in the spelling of safetensors.
+        start: The manifest of the model it was trained from; None if that has none either, like a release.
+        sources: The checkpoints that model was made from; the model itself if that is not recorded.
+    """
+
+    files: tuple[str, ...]
+    parameters: Mapping[str, int]
+    dtype: str
+    start: Manifest | None
+    sources: list[BaseCheckpoint]
+
+
+def read_trained_elsewhere(folder: Path, start: Path) -> TrainedElsewhere:
+    """Read what is known about a folder that was trained elsewhere.
+
+    Args:
+        folder: The folder.
+        start: The T5Gemma 2 it was trained from.
+
+    Raises:
+        CheckpointError: One of them is not a sound checkpoint.
+        UsageError: The folder cannot be the result of training `start`.
+    """
+    trained, model = open_checkpoint(folder), open_checkpoint(start)
+    manifest = read_manifest(start) if is_there(start / MANIFEST_FILE) else None
+    _check_trained_from(trained, model, manifest)
+    family = str(model.config.get("model_type"))
+    return TrainedElsewhere(
+        files=loaded_files(trained),
+        parameters=inspect(folder).parameters,
+        dtype=trained.dtype,
+        start=manifest,
+        sources=[BaseCheckpoint("source", family, None, None, {})]
+        if manifest is None
+        else base_checkpoints(manifest, start),
+    )
+
+
+def loaded_files(folder: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the files that loaders read: the weights, their index, and `LOADED_FILES`.
+
+    Raises:
+        CheckpointError: One of them is not a file.
+    """
+    # Loaders ignore the index of a model in a single file.
+    index = () if tuple(folder.files) == (SINGLE_FILE,) else (INDEX_FILE,)
+    return tuple(sorted({*folder.files, *held(folder, (*LOADED_FILES, *index))}))
+
+
+def _check_trained_from(trained: Checkpoint, start: Checkpoint, start_manifest: Manifest | None) -> None:
+    trained_type, start_type = trained.config.get("model_type"), start.config.get("model_type")
+    if (trained_type, start_type) == (ENCODER_TYPE, MODEL_TYPE):
+        raise UsageError(
+            f"{trained.name} is an encoder, but {start.name} is a whole T5Gemma 2",
+            hint="extract its encoder with t5g2 extract START ENCODER --part encoder, and pass ENCODER",
+        )
+    if not is_t5gemma2(start) or trained_type != start_type:
+        raise UsageError(
+            f"{trained.name} is a {trained_type}, but {start.name} is a {start_type}",
+            hint="--source is the T5Gemma 2 that was trained elsewhere",
+        )
+    has_manifest = is_there(trained.path / MANIFEST_FILE)
+    if trained.path.samefile(start.path):
+        raise UsageError(
+            f"--source names the trained folder itself, {start.name}",
+            hint="leave --source out"
+            if has_manifest
+            else "pass the T5Gemma 2 from before the training: converting the same Gemma 3 again makes it",
+        )
+    if {*as_published(trained).checkpoint.tensors} != {*as_published(start).checkpoint.tensors}:
+        raise UsageError(
+            f"{trained.name} was not trained from {start.name}: their tensors differ",
+            hint="--source is the T5Gemma 2 that was trained elsewhere",
+        )
+    if has_manifest and (
+        start_manifest is None or read_manifest(trained.path).unverified() != start_manifest.unverified()
+    ):
+        raise UsageError(
+            f"{trained.name} was written by this tool: it has its own {MANIFEST_FILE}", hint="leave --source out"
+        )
+
+
+def missing_manifest(error: CheckpointError, folder: Path) -> CheckpointError:
+    """Return an error about the manifest, with a hint about training elsewhere if there is no manifest at all."""
+    if error.where != str(folder / MANIFEST_FILE) or (folder / MANIFEST_FILE).exists():
+        return error
+    hint = "for a model that was trained elsewhere, pass the T5Gemma 2 it was trained from with --source"
+    return CheckpointError(error.message, where=folder / MANIFEST_FILE, hint=hint)

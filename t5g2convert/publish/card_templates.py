@@ -1,4 +1,4 @@
-"""The kinds of folders that have a card: what each is and is not, what loads it, and what is still to be done."""
+"""The texts of a model card that depend on the kind of model: what it is, how to load it, what to do next."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,24 +13,28 @@ T5GEMMA2_PAPER: Final = "[arXiv 2512.14856](https://arxiv.org/abs/2512.14856)"
 T5GEMMA_PAPER: Final = "[arXiv 2504.06225](https://arxiv.org/abs/2504.06225)"
 
 TEXT: Final = "text-generation"
-"""The Hub's task for encoder-decoders that read no images too: text2text-generation is no longer on its list."""
+"""The Hub's task for text-only models, encoder-decoders included: it no longer lists text2text-generation."""
 
 IMAGES: Final = "image-text-to-text"
 
+_ATTENTION_MASK: Final = (
+    "transformers trains this class as is; pass the encoder's `attention_mask`, which a tokenizer returns."
+)
+
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """What a card says of a kind of folder.
+class CardTemplate:
+    """The texts for one kind of model.
 
     Attributes:
-        title: What it is called.
+        title: The heading of a card without a repository name.
         pipeline: The Hub's task.
-        tags: The Hub's tags, beside the tool's name.
-        loader: The class of transformers that loads it.
-        what: What it is and is not, in Markdown.
-        adapt: What is to be done with it, in Markdown.
-        part: What it was taken out of an encoder-decoder as; None if it was converted.
-        images: Whether it reads images.
+        tags: The Hub's tags, without the name of this tool.
+        loader: The class of transformers that loads the model.
+        what: What the model is and is not, in Markdown.
+        adapt: What to do with it next, in Markdown.
+        part: The part of an encoder-decoder that was extracted; None for a whole model.
+        images: Whether the model reads images.
     """
 
     title: str
@@ -49,100 +53,97 @@ class Kind:
     images: bool = False
 
 
-def kind_elsewhere(config: Mapping[str, Any], where: Path) -> Kind:
-    """The kind of a folder that was trained elsewhere.
+def template_for(config: Mapping[str, Any], where: Path, *, adapted: bool = False) -> CardTemplate:
+    """Return the template for a folder that this tool wrote.
+
+    Args:
+        config: Its config.json.
+        where: The path of config.json, for errors.
+        adapted: Whether the model was trained further by this tool.
 
     Raises:
-        CheckpointError: It is not T5Gemma 2, nor its encoder.
-    """
-    match config.get("model_type"):
-        case "t5gemma2":
-            return _elsewhere(config, images=_looks(config.get("encoder")))
-        case "t5gemma2_encoder":
-            kind = _encoder(images=_looks(config))
-            return replace(
-                kind,
-                title="The encoder of a T5Gemma 2, trained elsewhere",
-                what=(
-                    "The encoder of a T5Gemma 2, taken out and then **trained outside the tool that wrote this card**. "
-                    "What it was trained on and what it can do is not known here."
-                ),
-            )
-    raise CheckpointError(f"{describe_model_type(config)} has no card of this tool", where=where)
-
-
-def kind_of(config: Mapping[str, Any], where: Path, *, adapted: bool = False) -> Kind:
-    """The kind of a folder by its config.json, and by whether it was trained further.
-
-    Raises:
-        CheckpointError: It is none that this tool writes.
+        CheckpointError: This tool does not write models of that type.
     """
     match config.get("model_type"):
         case "t5gemma2":
             make = _adapted if adapted else _t5gemma2
-            return make(images=_looks(config.get("encoder")))
+            return make(images=_reads_images(config.get("encoder")))
         case "t5gemma":
             return _T5GEMMA
         case "t5gemma2_encoder":
-            return _encoder(images=_looks(config))
+            return _encoder(images=_reads_images(config))
         case "gemma3":
             return _gemma3(images=True)
         case "gemma3_text":
             return _gemma3(images=False)
-    raise CheckpointError(f"{describe_model_type(config)} has no card of this tool", where=where)
+    raise CheckpointError(f"no model card for this model: {describe_model_type(config)}", where=where)
 
 
-def _looks(section: object) -> bool:
-    """Whether a vision tower has layers: a model without images has one of none."""
+def template_for_trained_elsewhere(config: Mapping[str, Any], where: Path) -> CardTemplate:
+    """Return the template for a folder that was trained elsewhere.
+
+    Raises:
+        CheckpointError: It is neither a T5Gemma 2 nor the encoder of one.
+    """
+    match config.get("model_type"):
+        case "t5gemma2":
+            return _trained_elsewhere(config, images=_reads_images(config.get("encoder")))
+        case "t5gemma2_encoder":
+            return replace(
+                _encoder(images=_reads_images(config)),
+                title="The encoder of a T5Gemma 2, trained elsewhere",
+                what=(
+                    "The encoder of a T5Gemma 2, extracted and then **trained outside the tool that wrote this card**. "
+                    "The training data and the model's abilities are not known here."
+                ),
+            )
+    raise CheckpointError(f"no model card for this model: {describe_model_type(config)}", where=where)
+
+
+def _reads_images(section: object) -> bool:
+    """Return whether the vision tower has layers; a text-only model has one without any."""
     vision = section.get("vision_config") if isinstance(section, dict) else None
     depth = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
     return isinstance(depth, int) and depth > 0
 
 
-def _t5gemma2(*, images: bool) -> Kind:
-    seen = (
-        " It reads images with the encoder." if images else " It reads text alone: its vision tower is an empty stub."
-    )
-    return Kind(
-        title="T5Gemma 2 made of Gemma 3",
+def _t5gemma2(*, images: bool) -> CardTemplate:
+    input_text = "It reads images with the encoder." if images else "It reads text only: its vision tower is a stub."
+    return CardTemplate(
+        title="T5Gemma 2 converted from Gemma 3",
         pipeline=IMAGES if images else TEXT,
         tags=("t5gemma2", "encoder-decoder"),
         loader="AutoModelForSeq2SeqLM",
         what=(
-            "A Gemma 3 in the form of a T5Gemma 2 encoder-decoder: a layer of the parent starts one of the encoder and "
-            "one of the decoder, whose merged attention reads both its own states and the encoder's output. "
-            "**It is converted and not further trained.** With the encoder's output hidden by its mask the decoder "
-            "computes what its parent computes. The encoder-decoder as a whole has not learnt to use its encoder: it "
-            f"needs adaptation before it is useful, and until then do not expect sense from it.{seen}"
+            "A Gemma 3 converted to a T5Gemma 2 encoder-decoder. The layers of both stacks are copies of the parent's "
+            "layers; the decoder's merged attention reads both its own states and the encoder's output. "
+            "**It was converted and not trained further.** With the encoder's output masked out, the decoder computes "
+            "what its parent computes. The encoder-decoder as a whole has not learned to use its encoder: it "
+            f"needs adaptation before it is useful, and its outputs make no sense until then. {input_text}"
         ),
         adapt=(
-            f"T5Gemma 2 ({T5GEMMA2_PAPER}) was adapted with UL2: half of the examples are a text whose first part the "
-            "encoder reads and whose rest the decoder writes, in the other half spans of the text are masked for the "
-            "encoder and written by the decoder; the vision tower stays frozen. transformers trains this class as it "
-            "is; the encoder's `attention_mask` must be given, as a tokenizer does."
+            f"T5Gemma 2 ({T5GEMMA2_PAPER}) was adapted with UL2. In half of the examples the encoder reads the first "
+            "part of a text and the decoder writes the rest; in the other half, spans of the text are masked for the "
+            f"encoder and written by the decoder. The vision tower stays frozen. {_ATTENTION_MASK}"
         ),
         images=images,
     )
 
 
-def _adapted(*, images: bool) -> Kind:
-    seen = " It reads images with the encoder." if images else " It reads text alone."
-    return Kind(
+def _adapted(*, images: bool) -> CardTemplate:
+    input_text = "It reads images with the encoder." if images else "It reads text only."
+    return CardTemplate(
         title="T5Gemma 2, trained further",
         pipeline=IMAGES if images else TEXT,
         tags=("t5gemma2", "encoder-decoder", "ul2"),
         loader="AutoModelForSeq2SeqLM",
         what=(
-            "A T5Gemma 2 encoder-decoder that was made of a Gemma 3 and **trained further**, so that its decoder "
-            f"learns to use its encoder, as the paper of T5Gemma 2 ({T5GEMMA2_PAPER}) has it. How far that went is "
-            "told by the tokens below, beside the paper's two trillion; what the model can do was not measured by the "
-            f"tool that wrote this card.{seen}"
+            "A T5Gemma 2 encoder-decoder that was converted from Gemma 3 and **trained further**, so that its decoder "
+            f"learns to use its encoder, as in the T5Gemma 2 paper ({T5GEMMA2_PAPER}). The table below has the number "
+            "of training tokens; the paper used two trillion. The tool that wrote this card did not measure what the "
+            f"model can do. {input_text}"
         ),
-        adapt=(
-            "It was adapted already, and can be adapted further by the same command, or trained for a task. "
-            "transformers trains this class as it is; the encoder's `attention_mask` must be given, as a tokenizer "
-            "does."
-        ),
+        adapt=("It was already adapted. Continue with the same command, or train it for a task. " + _ATTENTION_MASK),
         images=images,
     )
 
@@ -151,130 +152,129 @@ _CLASSIFIERS: Final[Mapping[str, tuple[str, Any]]] = {
     "T5Gemma2ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
     "T5Gemma2ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
 }
-"""The Hub's task and the loader of a class with a head of its own."""
+"""The Hub's task and the loader for each class with a classification head."""
 
 
-def _elsewhere(config: Mapping[str, Any], *, images: bool) -> Kind:
-    seen = " It reads images with the encoder." if images else " It reads text alone."
-    named = config.get("architectures")
-    first = str(named[0]) if isinstance(named, list) and named else ""
+def _trained_elsewhere(config: Mapping[str, Any], *, images: bool) -> CardTemplate:
+    input_text = "It reads images with the encoder." if images else "It reads text only."
+    architectures = config.get("architectures")
+    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     pipeline, loader = _CLASSIFIERS.get(first, (IMAGES if images else TEXT, "AutoModelForSeq2SeqLM"))
-    return Kind(
+    return CardTemplate(
         title="T5Gemma 2, trained elsewhere",
         pipeline=pipeline,
         tags=("t5gemma2", "encoder-decoder"),
         loader=loader,
         what=(
             "A T5Gemma 2 encoder-decoder that was **trained outside the tool that wrote this card**, with transformers "
-            "or another library. What it was trained on, for how long, and what it can do is not known here; who "
-            f"trained it can tell.{seen}"
+            "or another library. The training data, the length of the training and the model's abilities are not known "
+            f"here; ask whoever trained it. {input_text}"
         ),
         adapt=(
-            "transformers trains this class as it is; the encoder's `attention_mask` must be given, as a tokenizer "
-            "does. Its Trainer loses the encoder on resume "
+            f"{_ATTENTION_MASK} Its Trainer loses the encoder on resume "
             "([transformers#48805](https://github.com/huggingface/transformers/issues/48805)): "
-            "`t5g2 verify FOLDER --source START` finds that out."
+            "`t5g2 verify FOLDER --source START` detects that."
         ),
         images=images,
     )
 
 
-_T5GEMMA: Final = Kind(
-    title="T5Gemma made of Gemma 2",
+_T5GEMMA: Final = CardTemplate(
+    title="T5Gemma converted from Gemma 2",
     pipeline=TEXT,
     tags=("t5gemma", "encoder-decoder"),
     loader="AutoModelForSeq2SeqLM",
     what=(
-        "A Gemma 2 in the form of a T5Gemma encoder-decoder of the first generation: a layer of the parent starts one "
-        "of the encoder and one of the decoder, whose cross-attention starts as its self-attention. "
-        "**It is converted and not further trained.** Without its cross-attention the decoder computes what its parent "
-        "computes. The encoder-decoder as a whole has not learnt to use its encoder: it needs adaptation before it is "
-        "useful, and until then do not expect sense from it."
+        "A Gemma 2 converted to a T5Gemma encoder-decoder of the first generation. The layers of both stacks are "
+        "copies of the parent's layers, and the decoder's cross-attention is a copy of its self-attention. "
+        "**It was converted and not trained further.** Without its cross-attention the decoder computes what "
+        "its parent computes. The encoder-decoder as a whole has not learned to use its encoder: it needs adaptation "
+        "before it is useful, and its outputs make no sense until then."
     ),
     adapt=(
         f"T5Gemma ({T5GEMMA_PAPER}) was adapted with prefix language modelling, where the encoder reads the first part "
-        "of a text and the decoder writes the rest, or with UL2; models of two equal stacks reached their parent's "
+        "of a text and the decoder writes the rest, or with UL2. Models with two equal stacks reached their parent's "
         "score after tens of billions of tokens."
     ),
 )
 
 
-def _encoder(*, images: bool) -> Kind:
-    return Kind(
+def _encoder(*, images: bool) -> CardTemplate:
+    return CardTemplate(
         title="The encoder of a T5Gemma 2",
         pipeline="feature-extraction",
         tags=("t5gemma2", "encoder", "feature-extraction"),
         loader="AutoModel",
         what=(
-            "The encoder of a T5Gemma 2, taken out tensor by tensor. It turns text"
-            f"{' and images' if images else ''} into states, a vector a token, and writes nothing. "
-            "**Taking it out trained nothing:** it is as good as the encoder of its source. That of a model which was "
-            "only converted has not been trained to see both ways, and its vectors mean little yet."
+            "The encoder of a T5Gemma 2, extracted tensor by tensor. It turns text"
+            f"{' and images' if images else ''} into hidden states, one vector per token, and generates nothing. "
+            "**It was not trained after extraction.** It is as good as the encoder of its source. The encoder of a "
+            "model that was only converted has not been trained to attend both ways, so its vectors mean little yet."
         ),
         adapt=(
-            "For embeddings, pool the states over the tokens and train with pairs of texts, as sentence-transformers "
-            "does; for classes, put a head on top. It takes little of either if the source was adapted before."
+            "For embeddings, pool the states over the tokens and train on pairs of texts, as sentence-transformers "
+            "does; for classification, add a head. Either takes little training if the source was already adapted."
         ),
         part="encoder",
         images=images,
     )
 
 
-def _gemma3(*, images: bool) -> Kind:
-    return Kind(
-        title="Gemma 3 taken out of a T5Gemma 2",
+def _gemma3(*, images: bool) -> CardTemplate:
+    return CardTemplate(
+        title="Gemma 3 extracted from a T5Gemma 2",
         pipeline=IMAGES if images else TEXT,
         tags=("gemma3", "decoder"),
         loader="AutoModelForCausalLM",
         what=(
-            "The decoder of a T5Gemma 2, taken out as the Gemma 3 that it is without an encoder's output to read. "
-            "**Taking it out trained nothing.** Of a model that was only converted this is its parent again; of one "
-            "that was trained further it is what the decoder has become, which nobody has trained to write alone."
+            "The decoder of a T5Gemma 2, extracted as the Gemma 3 that it is without an encoder's output to read. "
+            "**It was not trained after extraction.** If the source was only converted, this is its parent again. If "
+            "the source was trained further, nobody has trained this decoder to write on its own."
         ),
-        adapt="It is a Gemma 3: whatever trains and serves Gemma 3 takes it.",
+        adapt="It is a Gemma 3: use it with anything that trains or serves Gemma 3.",
         part="decoder",
         images=images,
     )
 
 
-def loading(kind: Kind, files: Collection[str], name: str) -> Iterator[str]:
-    """How to load a folder, in Markdown, a paragraph or block at a time.
+def loading(template: CardTemplate, files: Collection[str], name: str) -> Iterator[str]:
+    """Yield how to load a model, in Markdown, one paragraph or block at a time.
 
     Args:
-        kind: Its kind.
+        template: The texts for its kind.
         files: The names of its files.
-        name: What it is loaded by.
+        name: The argument of `from_pretrained`.
     """
     tokenizer = "tokenizer.json" in files or "tokenizer.model" in files
-    processor = tokenizer and kind.images and "processor_config.json" in files
-    imports = [kind.loader, *["AutoProcessor"] * processor, *["AutoTokenizer"] * tokenizer]
+    processor = tokenizer and template.images and "processor_config.json" in files
+    imports = [template.loader, *["AutoProcessor"] * processor, *["AutoTokenizer"] * tokenizer]
     lines = [f"from transformers import {', '.join(imports)}", "", f'name = "{name}"']
     if tokenizer:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(name)")
     if processor:
         lines.append("processor = AutoProcessor.from_pretrained(name)  # for text with images")
-    lines.append(f"model = {kind.loader}.from_pretrained(name)")
+    lines.append(f"model = {template.loader}.from_pretrained(name)")
     if tokenizer:
         lines += ["", 'inputs = tokenizer("Once upon a time", return_tensors="pt")']
-        if kind.loader == "AutoModel":
+        if template.loader == "AutoModel":
             lines.append("states = model(**inputs).last_hidden_state  # [texts, tokens, width]")
-        elif kind.loader.endswith("Classification"):
+        elif template.loader.endswith("Classification"):
             lines.append("scores = model(**inputs).logits")
         else:
             lines.append("written = model.generate(**inputs, max_new_tokens=20, do_sample=False)")
             lines.append("print(tokenizer.decode(written[0], skip_special_tokens=True))")
-    yield "transformers 5.0 or newer loads it:"
+    yield "Load it with transformers 5.0 or newer:"
     yield fenced("python", lines)
     if not tokenizer:
-        yield "It has no tokenizer, as its source had none: take that of the model which the source was made of."
-    if processor and kind.loader != "AutoModel":
-        yield f'`pipeline("{IMAGES}", model=name)` takes a picture and a text.'
+        yield "It has no tokenizer because its source has none: use that of the model the source was made from."
+    if processor and template.loader != "AutoModel":
+        yield f'`pipeline("{IMAGES}", model=name)` takes an image and a text.'
 
 
-def adapting(kind: Kind, files: Collection[str]) -> Iterator[str]:
-    """How to go on with a folder, in Markdown; what `loading` defines is there."""
-    yield kind.adapt
-    if kind.loader == "AutoModelForSeq2SeqLM" and ("tokenizer.json" in files or "tokenizer.model" in files):
+def adapting(template: CardTemplate, files: Collection[str]) -> Iterator[str]:
+    """Yield what to do with a model next, in Markdown; the code uses the names that `loading` defines."""
+    yield template.adapt
+    if template.loader == "AutoModelForSeq2SeqLM" and ("tokenizer.json" in files or "tokenizer.model" in files):
         yield fenced(
             "python",
             [

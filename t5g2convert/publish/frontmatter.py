@@ -1,7 +1,7 @@
-"""The metadata of a card: YAML between two lines of dashes, read key by key, and changed without touching other keys.
+"""The metadata of a model card: YAML between two lines of dashes, changed key by key.
 
-What others wrote is kept as it stands, to the byte: reading YAML into values and writing these again would make `false`
-of the language `no`, and lose comments.
+Other keys keep every byte: loading the YAML and dumping it again would turn the language `no` into `false` and lose
+comments.
 """
 
 import re
@@ -14,13 +14,14 @@ import yaml
 from t5g2convert.checkpoint.strictjson import is_text
 from t5g2convert.errors import T5g2Error
 
+CARD_FILE: Final = "README.md"
 MAX_CHARACTERS: Final = 1 << 20
 MAX_DEPTH: Final = 32
 
 Value = str | tuple[str, ...] | None
-"""A text, a list of texts, or nothing."""
+"""Text, a list of texts, or nothing."""
 
-# Where the Hub finds it: dashes, YAML, dashes. A byte order mark may come first.
+# Where the Hub looks for it: dashes, YAML, dashes. A byte order mark may come first.
 _BLOCK: Final = re.compile(r"[\s\ufeff]*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)", re.DOTALL)
 _LINE: Final = re.compile(r"[^\r\n\x85\u2028\u2029]*(?:\r\n|[\r\n\x85\u2028\u2029]|$)")
 _NOTHING: Final = {"", "~", "null", "Null", "NULL"}
@@ -31,33 +32,33 @@ class Entry:
     """A key of the metadata.
 
     Attributes:
-        value: What it says.
-        legible: Whether that is all: a value may also be a mapping, a number of lists, a tag or an alias.
-        start: Its first line.
-        end: The line after its last.
+        value: Its value, if that is readable.
+        readable: Whether the value is text, a list of texts or empty, and not a mapping, nested, tagged or an alias.
+        start: The number of its first line.
+        end: The number of the line after its last.
     """
 
     value: Value
-    legible: bool
+    readable: bool
     start: int
     end: int
 
     @property
     def empty(self) -> bool:
-        """Whether the key stands there with nothing behind it."""
-        return self.legible and self.value is None
+        """Whether the key has no value."""
+        return self.readable and self.value is None
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A card taken apart.
+    """A parsed card.
 
     Attributes:
-        lines: The lines of the YAML, each with its end.
+        lines: The lines of the YAML, with their line ends.
         entries: The keys of the YAML.
-        indent: The spaces in front of its keys.
-        body: What comes behind.
-        newline: How its lines end.
+        indent: The spaces in front of the keys.
+        body: The text after the metadata.
+        newline: The line end of the card.
     """
 
     lines: tuple[str, ...]
@@ -67,7 +68,12 @@ class Card:
     newline: str
 
     def joined(self, changes: Mapping[str, str | None], body: str) -> str:
-        """The card with another body, and with other metadata: YAML by key, or None for a key that goes."""
+        """Return the text of the card with another body and changed metadata.
+
+        Args:
+            changes: The new YAML of each key; None removes the key.
+            body: The new body.
+        """
         replaced = {self.entries[key].start: key for key in changes if key in self.entries}
         kept: list[str] = []
         at = 0
@@ -93,52 +99,52 @@ class Card:
 
 
 def parse_card(text: str, *, error: type[T5g2Error], where: str, hint: str | None = None) -> Card:
-    """Take a card apart.
+    """Parse a card.
 
     Args:
-        text: The card; it may have no metadata.
-        error: What is raised.
-        where: The card, for errors.
-        hint: What to do about one.
+        text: The card, with or without metadata.
+        error: The type of error to raise.
+        where: The name of the card, for errors.
+        hint: The hint of an error.
 
     Raises:
-        T5g2Error: `error`: the metadata are not YAML as the Hub reads it, or written in braces.
+        T5g2Error: (`error`) The metadata are not YAML that the Hub reads, or are written in braces.
     """
     if len(text) > MAX_CHARACTERS:
-        raise error(f"has {len(text):,} characters, expected {MAX_CHARACTERS:,} at most", where=where, hint=hint)
+        raise error(f"has {len(text):,} characters, expected at most {MAX_CHARACTERS:,}", where=where, hint=hint)
     if not is_text(text):
-        raise error("holds half of a surrogate pair", where=where, hint=hint)
+        raise error("contains half of a surrogate pair", where=where, hint=hint)
     newline = "\r\n" if "\r\n" in text else "\n"
     block = _BLOCK.match(text)
     if block is None:
         return Card((), {}, "", text.removeprefix("\ufeff"), newline)
     lines = tuple(found[0] for found in _LINE.finditer(block[1]) if found[0])
     try:
-        entries, indent = _Reader(lines).read()
+        entries, indent = _EventParser(lines).read()
     except yaml.MarkedYAMLError as found:
         mark = found.problem_mark or found.context_mark
         line = "" if mark is None else f", line {mark.line + 2}"
-        raise error(f"has metadata that are no YAML: {found.problem}{line}", where=where, hint=hint) from None
+        raise error(f"metadata are not valid YAML: {found.problem}{line}", where=where, hint=hint) from None
     except yaml.YAMLError:
-        raise error("has metadata with a character that YAML does not allow", where=where, hint=hint) from None
+        raise error("metadata contain a character that YAML does not allow", where=where, hint=hint) from None
     except _RefusedError as found:
-        raise error(f"has metadata {found}", where=where, hint=hint) from None
+        raise error(f"metadata {found}", where=where, hint=hint) from None
     return Card(lines, entries, indent, text[block.end() :], newline)
 
 
 class _RefusedError(Exception):
-    """What is wrong with YAML that is YAML."""
+    """Valid YAML that is refused as metadata."""
 
 
-class _Reader:
-    """Reads the keys at the top from PyYAML's events, which resolve no tags, aliases or types."""
+class _EventParser:
+    """Reads the top-level keys from PyYAML's events, which do not resolve tags, aliases or types."""
 
     def __init__(self, lines: tuple[str, ...]) -> None:
         self.lines, self.indent = lines, 0
         self.events: Iterator[Any] = yaml.parse("".join(lines), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
     def read(self) -> tuple[dict[str, Entry], str]:
-        """The entries, and the spaces in front of their keys."""
+        """Return the entries and the spaces in front of their keys."""
         next(self.events)
         if isinstance(next(self.events), yaml.StreamEndEvent):
             return {}, ""
@@ -146,50 +152,50 @@ class _Reader:
         if isinstance(top, yaml.ScalarEvent) and top.value in _NOTHING:
             return {}, ""
         if not isinstance(top, yaml.MappingStartEvent):
-            raise _RefusedError("that are no keys with values")
+            raise _RefusedError("are not a mapping")
         if top.flow_style:
-            raise _RefusedError("in braces, expected a key a line")
+            raise _RefusedError("are in braces, expected one key per line")
         found: dict[str, tuple[Value, bool]] = {}
         starts: list[int] = []
         self.indent = _start(top).column
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
-                raise _RefusedError("with a key that is not text")
+                raise _RefusedError("have a key that is not text")
             if event.value in found:
-                raise _RefusedError(f"that name {event.value!r} twice")
+                raise _RefusedError(f"have the key {event.value!r} twice")
             starts.append(_start(event).line)
             found[event.value] = self._value(next(self.events))
         next(self.events)
         if not isinstance(next(self.events), yaml.StreamEndEvent):
-            raise _RefusedError("of several documents")
+            raise _RefusedError("have several documents")
         ends = [self._end(start, end) for start, end in zip(starts, [*starts[1:], len(self.lines)], strict=True)]
         entries = {key: Entry(*found[key], *place) for key, *place in zip(found, starts, ends, strict=True)}
         return entries, " " * self.indent
 
     def _value(self, event: Any) -> tuple[Value, bool]:
-        """The value that starts at an event, and whether it is a text or a list of texts."""
+        """Return the value that starts at an event, and whether it is readable."""
         if isinstance(event, yaml.ScalarEvent):
             nothing = event.tag is not None or (event.implicit[0] and event.value in _NOTHING)
             return (None if nothing else str(event.value)), event.tag is None
         if isinstance(event, yaml.AliasEvent):
             return None, False
-        texts, legible, depth = [], isinstance(event, yaml.SequenceStartEvent) and event.tag is None, 1
+        texts, readable, depth = [], isinstance(event, yaml.SequenceStartEvent) and event.tag is None, 1
         while depth:
             event = next(self.events)
             if isinstance(event, yaml.CollectionStartEvent):
-                depth, legible = depth + 1, False
+                depth, readable = depth + 1, False
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             elif isinstance(event, yaml.ScalarEvent) and event.tag is None:
                 texts.append(str(event.value))
             else:
-                legible = False
+                readable = False
             if depth > MAX_DEPTH:
-                raise _RefusedError(f"nested more than {MAX_DEPTH} deep")
-        return (tuple(texts) if legible else None), legible
+                raise _RefusedError(f"are nested more than {MAX_DEPTH} levels deep")
+        return (tuple(texts) if readable else None), readable
 
     def _end(self, start: int, end: int) -> int:
-        """Without the empty lines and comments that stand before the next key; those inside a value are further in."""
+        """Return the end of a key, without blank lines and comments before the next; those in a value are indented."""
         while end > start + 1:
             line = self.lines[end - 1]
             if line.strip() and not line[: self.indent + 1].lstrip().startswith("#"):
@@ -199,5 +205,5 @@ class _Reader:
 
 
 def _start(event: Any) -> Any:
-    """Where an event starts; what is parsed from text has a place."""
+    """Return where an event starts; events parsed from text always have a mark."""
     return event.start_mark

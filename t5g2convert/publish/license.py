@@ -1,4 +1,4 @@
-"""The license of a converted model: what the card of its source says, and never a default."""
+"""The license in a model card: whatever the source's card names, and never a default."""
 
 import re
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from t5g2convert.printable import printable
 from t5g2convert.publish.frontmatter import Card, Value, parse_card
 from t5g2convert.publish.markdown import code
 
-KEYS: Final = ("license", "license_name", "license_link")
-"""What the Hub reads: a license by its name there, or `other` with a name and an address of its own."""
+LICENSE_KEYS: Final = ("license", "license_name", "license_link")
+"""The keys the Hub reads: a license it knows by name, or `other` with a name and a link."""
 
 GEMMA_TERMS: Final = "https://ai.google.dev/gemma/terms"
 MAX_CHARACTERS: Final = 500
@@ -21,103 +21,100 @@ _FILE: Final = re.compile(r"(?!.*\.\.)\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class SourceLicense:
-    """What the source's card says of its license.
+    """The license that the source's card names.
 
     Attributes:
-        known: Whether there is such a card.
-        metadata: `license`, `license_name` and `license_link`, those that it has and that hold here too.
-        beside: A link to a file that is the source's, and is not here.
-        gemma: Whether the card names Gemma's terms.
+        has_card: Whether the source's card was available.
+        metadata: Its `license`, `license_name` and `license_link`, as far as they hold for a copy.
+        missing_file: A license file that the source's card links to and that is not in the output.
+        gemma: Whether the card names the Gemma Terms of Use.
     """
 
-    known: bool
+    has_card: bool
     metadata: dict[str, str | list[str]]
-    beside: str | None
+    missing_file: str | None
     gemma: bool
 
 
-def read_license(source_card: str | None, files: str | None) -> SourceLicense:
-    """Read the source's card.
+def read_license(source_card: str | None, address: str | None) -> SourceLicense:
+    """Read the license from the source's card.
 
     Args:
-        source_card: Its text; None where it is not at hand.
-        files: The address that the source's files stand behind, if it is a model of the Hub.
+        source_card: The text of the card; None if it is not available.
+        address: The address the source's files start with on the Hub; None for a local folder.
 
     Raises:
-        CheckpointError: The card's metadata cannot be read, or its license is neither a text nor a list of texts.
+        CheckpointError: The card's metadata cannot be read, or its license is neither text nor a list of texts.
     """
     if source_card is None:
         return SourceLicense(False, {}, None, False)
     where = "the source's card"
     card = parse_card(source_card, error=CheckpointError, where=where)
-    found = {key: value for key in KEYS if (value := _told(card, key, where)) is not None}
+    found = {key: value for key in LICENSE_KEYS if (value := _read_key(card, key, where)) is not None}
     if "license" not in found:
         found = {}
-    beside = None
+    missing_file = None
     link = found.get("license_link")
     if link is not None and not (isinstance(link, str) and _ADDRESS.fullmatch(link)):
-        if isinstance(link, str) and files is not None and _FILE.fullmatch(link):
-            found["license_link"] = files + link
+        if isinstance(link, str) and address is not None and _FILE.fullmatch(link):
+            found["license_link"] = address + link
         else:
-            beside = str(link)
+            missing_file = str(link)
             del found["license_link"]
     names = [found.get("license"), found.get("license_name")]
     gemma = any(isinstance(name, str) and name.lower().startswith("gemma") for name in names)
-    return SourceLicense(True, found, beside, gemma or GEMMA_TERMS.removeprefix("https://") in source_card.lower())
+    return SourceLicense(
+        True, found, missing_file, gemma or GEMMA_TERMS.removeprefix("https://") in source_card.lower()
+    )
 
 
-def _told(card: Card, key: str, where: str) -> str | list[str] | None:
-    """What a card says under a key, without control characters."""
+def _read_key(card: Card, key: str, where: str) -> str | list[str] | None:
+    """Return the value of a key, without control characters; None if it is missing or empty."""
     if key not in card.entries:
         return None
     entry = card.entries[key]
-    if not entry.legible:
-        raise CheckpointError(f"has metadata whose {key} is neither a text nor a list of texts", where=where)
+    if not entry.readable:
+        raise CheckpointError(f"{key} in the metadata is neither text nor a list of texts", where=where)
     value = entry.value
     if value is None or not "".join(value).strip():
         return None
     if sum(map(len, value)) > MAX_CHARACTERS:
-        raise CheckpointError(f"has a {key} of more than {MAX_CHARACTERS} characters", where=where)
+        raise CheckpointError(f"{key} has more than {MAX_CHARACTERS} characters", where=where)
     return printable(value) if isinstance(value, str) else [printable(text) for text in value]
 
 
-def license_text(source: SourceLicense, named: Value, *, ours: bool) -> str:
-    """A card's words on its license, in Markdown.
+def license_text(source: SourceLicense, own: Value, *, from_source: bool) -> str:
+    """Return the license section of a card, in Markdown.
 
     Args:
-        source: What the source's card says.
-        named: What the card's own metadata name.
-        ours: Whether that was taken from a card of the source, now or before.
+        source: The license that the source's card names.
+        own: The license in this card's own metadata.
+        from_source: Whether that was copied from a card of the source, now or earlier.
     """
     theirs = source.metadata.get("license")
     if theirs is not None:
-        lines = [f"The source's card names the license {_names(theirs)}, which a conversion does not change."]
+        lines = [f"The source's card names the license {_names(theirs)}; a conversion does not change it."]
         if "license_name" in source.metadata:
-            lines.append(f"It calls it {_names(source.metadata['license_name'])}.")
-        if not ours:
-            lines.append(f"**This card's metadata name {_names(named)}**, which was there before and was not changed.")
-    elif source.known:
-        lines = [
-            "The source's card names no license in its metadata, so none is stated here; its terms hold all the same."
-        ]
+            lines.append(f"It calls the license {_names(source.metadata['license_name'])}.")
+        if not from_source:
+            lines.append(f"**This card's own metadata name {_names(own)}**; that was already there and was kept.")
+    elif source.has_card:
+        lines = ["The source's card names no license in its metadata, so none is stated here; its terms still apply."]
     else:
-        lines = [
-            "The source's card was not at hand, so no license is taken from it; the source's terms hold all the same."
-        ]
-    if theirs is None and named is not None:
-        told = "was taken from a card of the source before" if ours else "was there before, and is not from the source"
-        lines.append(f"The license {_names(named)} in this card's metadata {told}.")
-    if source.beside is not None:
-        lines.append(f"Its text, {code(source.beside)}, is a file of the source and is not among the files here.")
+        lines = ["The source's card was not available, so no license is copied; the source's terms still apply."]
+    if theirs is None and own is not None:
+        origin = "was copied from a card of the source earlier" if from_source else "was already there"
+        lines.append(f"The license {_names(own)} in this card's metadata {origin}.")
+    if source.missing_file is not None:
+        lines.append(f"Its text, {code(source.missing_file)}, is a file of the source and is not included here.")
     if source.gemma:
         lines.append(
-            f"The source names Google's [Gemma Terms of Use]({GEMMA_TERMS}): who passes this on is bound by them."
+            f"The source is under Google's [Gemma Terms of Use]({GEMMA_TERMS}), which bind everyone who passes it on."
         )
     return " ".join(lines)
 
 
 def _names(value: str | list[str] | Value) -> str:
-    """A license, or several."""
     if value is None:
-        return "(none that can be told)"
+        return "(not readable)"
     return code(value) if isinstance(value, str) else ", ".join(code(item) for item in value)

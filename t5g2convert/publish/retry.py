@@ -1,7 +1,10 @@
-"""Questions to the Hub that are asked again while it is busy, and what it says of uploads in our words."""
+"""Retries of requests to the Hub, and the errors of an upload.
+
+huggingface_hub itself retries listing a tree, asking for upload modes and sending data. It does not retry the other
+requests: who the token belongs to, access, references, creating a model or a branch, and the commit.
+"""
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,116 +14,119 @@ from t5g2convert.checkpoint.hub.error_messages import LOGIN_HINT, hub_errors, tr
 from t5g2convert.errors import CheckpointError, HubError, T5g2Error
 
 WAITS: Final = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between attempts, unless the Hub names them."""
+"""Seconds between attempts, unless the Hub asks for more."""
 
 LONGEST_WAIT: Final = 300.0
-"""Seconds that the Hub may name: its limits count windows of five minutes."""
+"""The longest wait, in seconds, that the Hub may ask for: its rate limits count windows of five minutes."""
 
-AGAIN_HINT: Final = "run again: only what is missing is sent"
+AGAIN_HINT: Final = "run again: only missing files are sent"
 BUSY: Final = frozenset({408, 429, 500, 502, 503, 504})
 
 Answer = TypeVar("Answer")
 
 
-def ask(call: Callable[[], Answer], *, again: Callable[[Exception], bool] | None = None) -> Answer:
-    """Ask the Hub, and ask again while it is busy or cuts the connection.
+def retry(call: Callable[[], Answer], *, when: Callable[[Exception], bool] | None = None) -> Answer:
+    """Make a request, and repeat it while the Hub is busy or cuts the connection.
 
     Args:
-        call: What may be asked twice.
-        again: Whether it may be asked again after an error; by default it may if the error passes.
+        call: The request; it must be safe to repeat.
+        when: Whether to repeat it after an error; `is_transient` by default.
 
     Raises:
-        Whatever the last attempt raised.
+        Exception: The error of the last attempt.
     """
-    may_ask = again or passes
     for wait in WAITS:
         try:
             return call()
         except Exception as error:
-            named = _named_wait(error)
-            if not may_ask(error) or named > LONGEST_WAIT:
+            asked = _asked_wait(error)
+            if not (when or is_transient)(error) or asked > LONGEST_WAIT:
                 raise
-        time.sleep(max(wait, named))
+        time.sleep(max(wait, asked))
     return call()
 
 
-def passes(error: Exception) -> bool:
-    """Whether an error is one of the moment: the Hub is busy, or the connection was cut."""
-    cause = cause_of(error)
-    # A gateway answers in HTML, where the client expects JSON.
+def is_transient(error: Exception) -> bool:
+    """Return whether an error may go away: the Hub is busy, or the connection was cut."""
+    cause = _cause(error)
+    # A gateway answers in HTML where the client expects JSON.
     if isinstance(cause, json.JSONDecodeError):
         return True
     return isinstance(cause, transport_error()) and status_of(cause) in BUSY | {0}
 
 
-def cause_of(error: Exception) -> Exception:
-    """What was behind an error that only says which file was being sent."""
-    behind = error.__cause__ if isinstance(error, RuntimeError) else None
-    return behind if isinstance(behind, Exception) else error
-
-
 def status_of(error: Exception) -> int:
-    """The status of the answer that an error tells of; 0 if there was none."""
+    """Return the HTTP status in an error; 0 if there was no answer."""
     status: int = getattr(getattr(error, "response", None), "status_code", 0)
     return status
 
 
 def path_of(error: Exception) -> str:
-    """The path that was asked for; empty if the error does not tell."""
+    """Return the path of the request that failed; empty if the error does not have it."""
     try:
-        asked: Any = getattr(error, "request", None)
+        request: Any = getattr(error, "request", None)
     except RuntimeError:
         return ""
-    return str(getattr(getattr(asked, "url", None), "path", ""))
+    return str(getattr(getattr(request, "url", None), "path", ""))
 
 
-def _named_wait(error: Exception) -> float:
-    """Seconds that the Hub wants us to wait: Retry-After, or the rest of a window of requests."""
-    headers: Any = getattr(getattr(cause_of(error), "response", None), "headers", {})
-    found = re.fullmatch(r"\d+", headers.get("retry-after") or "") or re.search(
-        r"(?<=;t=)\d+", headers.get("ratelimit") or ""
-    )
-    return float(found[0]) if found else 0.0
+def _cause(error: Exception) -> Exception:
+    """The error behind one that only names the file that was being sent."""
+    cause = error.__cause__ if isinstance(error, RuntimeError) else None
+    return cause if isinstance(cause, Exception) else error
+
+
+def _asked_wait(error: Exception) -> float:
+    """The seconds the Hub asks to wait: Retry-After, or the rest of the window of its rate limit."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    headers: Any = getattr(getattr(_cause(error), "response", None), "headers", {})
+    retry_after = headers.get("retry-after") or ""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    limit = parse_ratelimit_headers(headers)
+    return 0.0 if limit is None else float(limit.reset_in_seconds)
 
 
 @contextmanager
 def upload_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the Hub's client raises while it writes into our errors; see `hub_errors`."""
+    """Turn the errors of the Hub's client while it writes into ours; see `hub_errors` for the others."""
     with hub_errors(repo, revision):
         try:
             yield
         except T5g2Error:
             raise
-        except Exception as error:  # noqa: BLE001 - every one is raised again, in our words or as it was
-            cause = cause_of(error)
+        except Exception as error:  # noqa: BLE001 - every error is raised again, in our words or as it was
+            cause = _cause(error)
             raise _explained(cause, repo) or cause from None
 
 
 def _explained(error: Exception, repo: str) -> T5g2Error | None:
-    """The error for what only happens to those who write."""
+    """Return our error for what only happens to writers."""
     from huggingface_hub import errors
 
     status = status_of(error)
     if status == 412:
         return stale(repo)
     if status == 403 and not isinstance(error, errors.GatedRepoError | errors.DisabledRepoError):
-        return HubError("the token may not write to it", where=repo, hint=f"another token: {LOGIN_HINT}")
+        return HubError("the token may not write to it", where=repo, hint=f"use another token: {LOGIN_HINT}")
     if status == 409:
-        return HubError("the Hub has another change at work", where=repo, hint=AGAIN_HINT)
+        return HubError("another change is in progress on the Hub", where=repo, hint=AGAIN_HINT)
     if status in {400, 413, 422}:
-        return HubError(f"the Hub refuses what was sent, with status {status}", where=repo, hint="is the name right?")
+        return HubError(f"the Hub refuses the upload, with status {status}", where=repo, hint="check the name")
     if isinstance(error, ValueError) and "metadata in README.md" in str(error):
-        return HubError("the Hub refuses the metadata of README.md", where=repo, hint="mend it, or --card replace")
-    ours = type(error).__module__.startswith("huggingface_hub") or isinstance(error, transport_error())
-    if isinstance(error, OSError) and error.filename is not None and not ours:
+        return HubError("the Hub refuses the metadata of README.md", where=repo, hint="fix them, or --card replace")
+    theirs = type(error).__module__.startswith("huggingface_hub") or isinstance(error, transport_error())
+    if isinstance(error, OSError) and error.filename is not None and not theirs:
         return CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename))
-    if isinstance(error, OSError | RuntimeError) and not ours:
-        # What hf_xet, which sends the files, raises.
-        return HubError(f"the files could not be sent ({type(error).__name__})", where=repo, hint=AGAIN_HINT)
+    if isinstance(error, OSError | RuntimeError) and not theirs:
+        # hf_xet, which sends the data, raises these.
+        return HubError(f"sending the files failed ({type(error).__name__})", where=repo, hint=AGAIN_HINT)
     return None
 
 
 def stale(repo: str) -> HubError:
-    """The error that somebody else has made a commit."""
-    told = "has a commit that was not there when the upload began: nothing was overwritten"
-    return HubError(told, where=repo, hint="look at it, and run again")
+    """Return the error for a commit that somebody else made meanwhile."""
+    return HubError(
+        "has a new commit since the upload began: nothing was overwritten", where=repo, hint="look at it, and run again"
+    )

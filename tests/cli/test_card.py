@@ -100,9 +100,9 @@ def _dangling(path: Path) -> None:
         (_dangling, "is a dangling link"),
         (Path.mkdir, "is not a regular file"),
         (os.mkfifo, "is not a regular file"),
-        (lambda path: path.write_bytes(b"\xff"), "is no UTF-8 text"),
-        (lambda path: path.write_bytes(b"x" * (5 << 20)), "expected a card"),
-        (lambda path: path.write_text("---\na: [\n---\n"), "has metadata that are no YAML"),
+        (lambda path: path.write_bytes(b"\xff"), "is not UTF-8"),
+        (lambda path: path.write_bytes(b"x" * (5 << 20)), "too large for a card"),
+        (lambda path: path.write_text("---\na: [\n---\n"), "metadata are not valid YAML"),
     ],
     ids=["link", "dangling", "folder", "pipe", "bytes", "large", "yaml"],
 )
@@ -117,7 +117,7 @@ def test_what_is_no_card_is_not_overwritten(
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(None, "is missing"), (b"\xff", "is no UTF-8 text"), (b"---\n- a\n---\n", "no keys")]
+    ("content", "reason"), [(None, "is missing"), (b"\xff", "is not UTF-8"), (b"---\n- a\n---\n", "are not a mapping")]
 )
 def test_a_source_card_that_is_none_is_refused(
     content: bytes | None, reason: str, t5g2: CommandLine, work: Path

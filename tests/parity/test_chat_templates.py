@@ -11,7 +11,7 @@ from t5g2convert import convert, verify
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.conversion.convert import Conversion
-from t5g2convert.publish.sent_files import finished_files
+from t5g2convert.publish.sent_files import manifest_files
 from tests.conftest import TwinFolder
 
 FOLDER = "additional_chat_templates"
@@ -56,7 +56,7 @@ def test_they_are_copied_listed_and_judged(source: Path, output: Path) -> None:
         assert name in read_manifest(output).document()["files"]
     before = (output / MANIFEST_FILE).read_bytes()
     assert failed(output, source) == {}
-    assert {RAG, TOOLS} <= {file.name for file in finished_files(output)}
+    assert {RAG, TOOLS} <= {file.name for file in manifest_files(output)}
     # A folder that is written again is the same, and takes the other's place.
     convert(source, output, overwrite=True, flush=True)
     assert (output / MANIFEST_FILE).read_bytes() == before
@@ -136,7 +136,7 @@ def test_a_manifest_that_lists_another_path_is_refused(name: str, source: Path, 
     from t5g2convert.errors import CheckpointError
 
     with pytest.raises(CheckpointError) as refused:
-        finished_files(output)
+        manifest_files(output)
     assert any(name in detail for detail in refused.value.details), json.dumps(refused.value.details)
 
 
@@ -146,5 +146,5 @@ def test_a_linked_folder_of_templates_is_not_sent(output: Path, tmp_path: Path) 
     (output / FOLDER).rename(tmp_path / "elsewhere")
     (output / FOLDER).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError) as refused:
-        finished_files(output)
+        manifest_files(output)
     assert any("linked folder" in detail for detail in refused.value.details)

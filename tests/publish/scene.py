@@ -26,7 +26,7 @@ for line in sys.stdin:
 """
 """Runs one command after the other, each given as a list on a line."""
 
-HASTY: Final = f"import t5g2convert.publish.retry as asking; asking.WAITS = (0.0, 0.0); {RUN}"
+HASTY: Final = f"import t5g2convert.publish.retry as retry; retry.WAITS = (0.0, 0.0); {RUN}"
 """The same without waits between attempts, and with fewer."""
 
 

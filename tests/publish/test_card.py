@@ -110,8 +110,8 @@ def test_huggingface_hub_reads_it_and_writes_it_again(kind: str, kinds: Path, tm
 def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
     card = made(kinds / kind)
     if kind.startswith(("encoder", "decoder")):
-        assert "Taking it out trained nothing" in card
-        assert "further trained.**" not in card
+        assert "It was not trained after extraction." in card
+        assert "not trained further.**" not in card
         assert f"$ t5g2 extract SOURCE OUTPUT --part {kind.partition('-')[0]}" in card
     elif kind == "adapted":
         assert "and **trained further**" in card
@@ -120,14 +120,14 @@ def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
         options += " --warmup 100 --seed 0 --save-every 20"
         assert f"$ t5g2 adapt SOURCE DATA RUN {options}\n$ t5g2 average RUN --last 3" in card
     else:
-        assert "**It is converted and not further trained.**" in card
+        assert "**It was converted and not trained further.**" in card
         assert "it needs adaptation before it is useful" in card
         assert "$ t5g2 convert SOURCE OUTPUT" in card
-    assert ("text alone" in card) == (kind in ("text", "paired"))
+    assert ("text only" in card) == (kind in ("text", "paired"))
     assert ("some of its parent's layers" in card) == (kind == "paired")
-    assert ("read the embedding table of the source" in card) == (kind == "paired")
+    assert ("use the embedding table of the source" in card) == (kind == "paired")
     assert ("zeros" in card) == (kind == "grafted")
-    assert ("A Gemma 2 in" in card) == (kind == "t5gemma")
+    assert ("A Gemma 2 converted" in card) == (kind == "t5gemma")
 
 
 def test_the_code_of_the_cards_runs(kinds: Path) -> None:
@@ -182,19 +182,19 @@ def test_a_source_of_the_hub_is_the_base_model(converted: Path) -> None:
 
 def test_how_a_model_was_trained_is_told(kinds: Path, tmp_path: Path) -> None:
     card = made(kinds / "adapted", source_card=GEMMA)
-    told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "which"] for row in rows}
-    assert told["values"] == "the mean of 3 checkpoints, of steps 60, 80, 100"
-    assert told["tokens read"] == "51,200"
-    assert told["learnt from"] == "the data alone"
-    assert told["left as they were"] == "`embedding`, `projector`, `vision`"
+    told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "value"] for row in rows}
+    assert told["weights"] == "mean of 3 checkpoints, from steps 60, 80, 100"
+    assert told["training tokens"] == "51,200"
+    assert told["trained on"] == "the data"
+    assert told["frozen parts"] == "`embedding`, `projector`, `vision`"
     assert told["data"] == f"sha256 `{'c' * 64}`"
     (tasks,) = (rows[1:] for rows in render(card).tables if rows[0][0] == "task")
     assert len(tasks) == 5
     assert tasks[0] == ["`spans-3-15`", "spans", "0.15", "3", "1", "sentinels"]
     assert tasks[-1] == ["`prefix`", "prefix", "0.75", "one", "4", "none"]
-    assert told["learning rate"] == "0.001 after 100 steps, along a cosine to 0.1 of that at step 200"
+    assert told["learning rate"] == "0.001 after 100 steps, then a cosine to 0.1 of that at step 200"
     assert told["optimizer"] == "AdamW, betas 0.9 and 0.95, weight decay 0, gradients clipped at 1"
-    assert "Not established of Google's own training" in card
+    assert "Google has not published these parts of its own training" in card
     assert "learning rate, weight decay, optimizer" in card
     folder = shutil.copytree(kinds / "adapted", tmp_path / "adapted")
     taught = {"teacher": "d" * 64, "image_every": 4, "freeze_until": 50, "trainable": ["*.projector.`<b>*"]}
@@ -203,9 +203,9 @@ def test_how_a_model_was_trained_is_told(kinds: Path, tmp_path: Path) -> None:
     change_manifest(folder, lambda manifest: manifest["adaptation"].update(told))
     change_manifest(folder, lambda manifest: manifest["options"].update(dtype="float32"))
     card = made(folder)
-    told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "which"] for row in rows}
-    assert told["values"] == "those of step 100, in `float32`"
-    assert told["learnt from"] == f"the data, and the teacher `{'d' * 64}`"
+    told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "value"] for row in rows}
+    assert told["weights"] == "step 100, in `float32`"
+    assert told["trained on"] == f"the data and the teacher `{'d' * 64}`"
     assert "--image-every 4 --warmup 100 --seed 0 --kd PARENT --freeze-until 50 --trainable '*.projector.`<b>*'" in card
     assert "<b>" not in render(card).html
     assert "t5g2 average" not in card
@@ -234,7 +234,7 @@ def test_a_decoder_of_another_parent_is_told(kinds: Path, tmp_path: Path) -> Non
     assert (render(card).metadata["base_model"], render(card).metadata["base_model_relation"]) == ("org/other", "merge")
     assert f"--decoder-from org/other@{COMMIT} --encoder-layers 0,1,2,3,4,5,6 --decoder-layers 0,2,4,6" in card
     assert "--embedding-from decoder-from" in card
-    assert "read the embedding table of the decoder's parent" in card
+    assert "use the embedding table of the decoder's parent" in card
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_source_that_is_no_name_of_the_hub_is_refused(repo: str, converted: Pa
     with pytest.raises(CheckpointError, match="expected org/name and a commit"):
         made(converted)
     if repo:
-        with pytest.raises(UsageError, match="not the name of a model"):
+        with pytest.raises(UsageError, match="not a valid model name"):
             made(converted, repo=repo)
 
 
@@ -286,12 +286,12 @@ def test_the_tables_are_the_manifest_s(kinds: Path) -> None:
     for part, count in manifest["parameters"].items():
         assert [f"`{part}`", f"{count:,}", f"{count / manifest['parameters']['total']:.1%}"] in parameters
     assert ["`decoder_parity`", "passed", f"`{RECORD['checks'][0]['detail']}`"] in checks
-    assert ["`tokenizer`", "not made", "`the output has no tokenizer`"] in checks
+    assert ["`tokenizer`", "skipped", "`the output has no tokenizer`"] in checks
 
 
 def test_files_that_were_not_hashed_are_told(converted: Path) -> None:
     change_manifest(converted, lambda manifest: manifest["source"]["files"]["model.safetensors"].update(sha256=None))
-    assert ["the source", "`model.safetensors`", "not taken"] in render(made(converted)).tables[1]
+    assert ["the source", "`model.safetensors`", "not computed"] in render(made(converted)).tables[1]
 
 
 def test_what_was_not_verified_says_so(converted: Path) -> None:
@@ -318,9 +318,9 @@ def test_what_failed_says_so(change: Callable[[dict[str, Any]], object], convert
 
 
 def test_a_tolerance_is_told(converted: Path) -> None:
-    assert "no difference was let pass" in made(converted)
+    assert "allowed no difference" in made(converted)
     change_manifest(converted, lambda manifest: manifest["verification"].update(tolerance=0.01))
-    assert "differences up to 0.01 passed" in made(converted)
+    assert "allowed differences up to 0.01" in made(converted)
 
 
 @pytest.mark.parametrize("record", [{}, {**RECORD, "checks": [{}]}, {**RECORD, "passed": "yes"}])
@@ -339,7 +339,7 @@ def test_a_folder_that_is_not_ours_is_refused(kinds: Path, tmp_path: Path) -> No
 
 def test_a_kind_that_is_unknown_is_refused(converted: Path) -> None:
     (converted / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="'llama' has no card"):
+    with pytest.raises(CheckpointError, match=r"no model card for this model: .*'llama'"):
         made(converted)
 
 
@@ -381,7 +381,7 @@ def test_another_s_card_keeps_its_own(newline: str, end: str, converted: Path) -
     assert metadata["tags"] == ["mine", "t5gemma2", "t5g2convert", "encoder-decoder"]
     assert metadata["base_model"] == "org/gemma-3"
     assert begin(card) == ["base_model", "base_model_relation", "library_name", "pipeline_tag"]
-    assert "**This card's metadata name `mit`**" in card
+    assert "**This card's own metadata name `mit`**" in card
     assert card.index("Some words") < card.index("t5g2:begin")
 
 
@@ -423,7 +423,7 @@ def test_a_license_stays_while_the_source_s_card_is_not_at_hand(converted: Path)
     first = made(converted, source_card=GEMMA)
     second = made(converted, first)
     assert render(second).metadata["license"] == "gemma"
-    assert "was taken from a card of the source before" in second
+    assert "was copied from a card of the source earlier" in second
     assert made(converted, second) == second
     third = made(converted, second, source_card=GEMMA.replace("license: gemma", "license: mit"))
     assert render(third).metadata["license"] == "mit"
@@ -434,7 +434,7 @@ def test_no_license_is_ever_a_default(source_card: str | None, kinds: Path) -> N
     for kind in KINDS:
         card = made(kinds / kind, source_card=source_card)
         assert not {"license", "license_name", "license_link"} & set(render(card).metadata)
-        assert ("names no license" if source_card else "not at hand") in card
+        assert ("names no license" if source_card else "was not available") in card
         assert "Gemma Terms" not in card
 
 
@@ -447,7 +447,7 @@ def test_replace_writes_all_anew_and_keep_nothing(converted: Path) -> None:
     assert made(converted, OWN, mode="replace") == made(converted)
     assert made(converted, "  \n") == made(converted)
     assert model_card(converted, repo="", source_card=None, existing=OWN, mode="keep") is None
-    with pytest.raises(UsageError, match="unknown mode 'merge'"):
+    with pytest.raises(UsageError, match="unknown card mode 'merge'"):
         made(converted, mode="merge")
 
 
@@ -464,17 +464,17 @@ def test_replace_writes_all_anew_and_keep_nothing(converted: Path) -> None:
     ids=["no-end", "no-begin", "twice", "turned"],
 )
 def test_a_section_that_has_no_clear_place_is_refused(damage: Callable[[str], str], converted: Path) -> None:
-    with pytest.raises(OutputError, match="not once each, in this order") as error:
+    with pytest.raises(OutputError, match="expected one t5g2:begin and one t5g2:end") as error:
         made(converted, damage(made(converted)))
     assert error.value.hint is not None
-    assert "replaced" in error.value.hint
+    assert "replace" in error.value.hint
 
 
 def test_metadata_that_cannot_be_read_are_refused(converted: Path) -> None:
     for text in ("---\na: [\n---\n", "---\n- a\n---\n"):
-        with pytest.raises(OutputError, match=r"the README\.md that is there: has metadata"):
+        with pytest.raises(OutputError, match=r"the existing README\.md: metadata"):
             made(converted, text)
-        with pytest.raises(CheckpointError, match="the source's card: has metadata"):
+        with pytest.raises(CheckpointError, match="the source's card: metadata"):
             made(converted, source_card=text)
 
 

@@ -13,16 +13,16 @@ from tests.publish.scene import HASTY, RUN, Scene
 UPLOAD = "upload out ann/model --card keep"
 COMMIT = "/api/models/ann/model/commit/"
 REFUSED = {
-    "no token": ("ann/model", "no token was given, and uploading needs one"),
+    "no token": ("ann/model", "uploading needs a token, and there is none"),
     "wrong token": ("ann/model", "the Hub does not accept the token"),
     "a token that reads": ("ann/model", "the token may only read"),
-    "foreign namespace": ("bo/new", "ann may have models under ann, lab"),
+    "foreign namespace": ("bo/new", "ann may create models only under ann, lab"),
     "foreign public model": ("bo/open", "the token may not write to it"),
-    "foreign private model": ("bo/closed", "no such model, and it cannot be created"),
+    "foreign private model": ("bo/closed", "no such model, and ann may create models only under"),
     "gated model": ("bo/gated --create-pr", "is gated, and the token's user has no access"),
     "missing model": ("bo/new --create-pr", "no such model on the Hub"),
     "missing pull request": ("ann/there --revision refs/pr/9", "has no revision 'refs/pr/9'"),
-    "offline": ("ann/model", "HF_HUB_OFFLINE is set: nothing can be uploaded"),
+    "offline": ("ann/model", "cannot upload while HF_HUB_OFFLINE is set"),
 }
 
 
@@ -153,7 +153,7 @@ def test_H3_where_it_cannot_be_settled_running_again_is_safe(scene: Scene, propo
     assert "running again is safe" in told
     scene.hub.faults.clear()
     scene.hub.log.clear()
-    assert "all 7 files are there" in scene.good(line)
+    assert "all 7 files are already there" in scene.good(line)
     assert scene.hub.asked(COMMIT) == []
     assert len(scene.hub.repos["ann/model"].commits) == 2
 
@@ -181,7 +181,7 @@ def test_H4_a_commit_of_somebody_else_is_not_overwritten(scene: Scene, proposed:
     fault = Fault(COMMIT, 1, method="POST", dropped=lost, before=lambda: scene.hub.repos["ann/model"].commit(theirs))
     scene.hub.faults.append(fault)
     told = scene.refused(f"{UPLOAD} --create-pr" if proposed else UPLOAD, script=HASTY)
-    assert "has a commit that was not there when the upload began: nothing was overwritten" in told
+    assert "has a new commit since the upload began: nothing was overwritten" in told
     assert scene.there() == theirs
     assert scene.hub.repos["ann/model"].pull_requests == []
 

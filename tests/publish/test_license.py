@@ -12,9 +12,9 @@ def card(*lines: str) -> str:
 
 def test_without_a_card_nothing_is_known() -> None:
     found = read_license(None, FILES)
-    assert (found.known, found.metadata, found.gemma) == (False, {}, False)
-    told = license_text(found, None, ours=False)
-    assert "not at hand" in told
+    assert (found.has_card, found.metadata, found.gemma) == (False, {}, False)
+    told = license_text(found, None, from_source=False)
+    assert "was not available" in told
     assert "Gemma" not in told
 
 
@@ -26,8 +26,8 @@ def test_without_a_card_nothing_is_known() -> None:
 @pytest.mark.parametrize("more", [(), ("license_name: mine", "license_link: https://example.org")])
 def test_a_card_without_a_license_gives_none(lines: tuple[str, ...], more: tuple[str, ...]) -> None:
     found = read_license(card(*lines, *more), FILES)
-    assert (found.known, found.metadata) == (True, {})
-    assert "names no license" in license_text(found, None, ours=False)
+    assert (found.has_card, found.metadata) == (True, {})
+    assert "names no license" in license_text(found, None, from_source=False)
 
 
 def test_a_text_without_metadata_gives_none() -> None:
@@ -64,18 +64,18 @@ def test_the_license_is_the_card_s(lines: tuple[str, ...], metadata: dict[str, o
 def test_a_link_to_elsewhere_is_told_and_not_made(link: str) -> None:
     found = read_license(card("license: other", f"license_link: {link}"), FILES)
     assert found.metadata == {"license": "other"}
-    assert "is not among the files here" in license_text(found, "other", ours=True)
+    assert "is not included here" in license_text(found, "other", from_source=True)
 
 
 def test_a_file_of_a_source_that_is_no_model_of_the_hub_is_told() -> None:
     found = read_license(card("license: other", "license_link: LICENSE"), None)
     assert found.metadata == {"license": "other"}
-    assert "`LICENSE`" in license_text(found, "other", ours=True)
+    assert "`LICENSE`" in license_text(found, "other", from_source=True)
 
 
 @pytest.mark.parametrize("value", ["{a: b}", "[[mit]]", "!x mit", "*x", "[{a: b}]"])
 def test_a_license_that_cannot_be_told_is_refused(value: str) -> None:
-    with pytest.raises(CheckpointError, match="license is neither a text nor a list of texts"):
+    with pytest.raises(CheckpointError, match="license in the metadata is neither text nor a list of texts"):
         read_license(card(f"license: {value}"), FILES)
 
 
@@ -98,7 +98,7 @@ def test_a_license_that_is_a_book_is_refused() -> None:
 def test_gemma_s_terms_are_named_where_the_source_names_them(text: str, named: bool) -> None:
     found = read_license(text, FILES)
     assert found.gemma == named
-    assert (GEMMA_TERMS in license_text(found, None, ours=True)) == named
+    assert (GEMMA_TERMS in license_text(found, None, from_source=True)) == named
 
 
 def test_control_characters_are_escaped() -> None:

@@ -12,7 +12,7 @@ import pytest
 from t5g2convert import convert
 from t5g2convert.checkpoint.manifest import read_manifest, seal
 from t5g2convert.errors import CheckpointError
-from t5g2convert.publish.sent_files import LocalFile, finished_files, local_card
+from t5g2convert.publish.sent_files import local_card, manifest_files
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -23,7 +23,7 @@ def out(demo_folders: Path, tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return [file.name for file in finished_files(folder)]
+    return [file.name for file in manifest_files(folder)]
 
 
 def cached(out: Path, shared: bool) -> Path:
@@ -44,7 +44,7 @@ def cached(out: Path, shared: bool) -> Path:
 
 def test_all_files_of_the_manifest_and_the_manifest_are_read(out: Path) -> None:
     told: list[str] = []
-    files = finished_files(out, told.append)
+    files = manifest_files(out, told.append)
     assert sorted(told) == [file.name for file in files] == sorted(path.name for path in out.iterdir())
     for file in files:
         data = (out / file.name).read_bytes()
@@ -68,14 +68,14 @@ def test_H5_a_link_is_refused_though_its_target_has_the_right_bytes(out: Path, n
     (out / name).rename(out.parent / "elsewhere")
     (out / name).symlink_to(out.parent / "elsewhere")
     with pytest.raises(CheckpointError) as error:
-        finished_files(out)
+        manifest_files(out)
     assert "is a link to another place" in str([error.value.message, *error.value.details])
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_H5_links_of_the_hubs_cache_are_followed(out: Path, shared: bool) -> None:
     snapshot = cached(out, shared)
-    files = finished_files(snapshot)
+    files = manifest_files(snapshot)
     assert [file.name for file in files] == names(out)
     assert not any(isinstance(file.content, Path) and file.content.is_symlink() for file in files)
     linked = out.parent / "linked"
@@ -98,7 +98,7 @@ def test_H5_links_that_only_look_like_the_caches_are_refused(out: Path, place: s
         snapshot.parents[1].rename(snapshot.parents[2] / "ann--model")
         snapshot = snapshot.parents[2] / f"ann--model/snapshots/{SHA}"
     with pytest.raises(CheckpointError, match=r"cannot be sent|is a link to another place"):
-        finished_files(snapshot)
+        manifest_files(snapshot)
 
 
 def test_H5_what_is_no_file_is_refused_without_waiting(out: Path) -> None:
@@ -107,7 +107,7 @@ def test_H5_what_is_no_file_is_refused_without_waiting(out: Path) -> None:
     (out / "tokenizer.json").unlink()
     (out / "tokenizer.json").symlink_to("gone")
     with pytest.raises(CheckpointError) as error:
-        finished_files(out)
+        manifest_files(out)
     assert set(error.value.details) == {"config.json is not a regular file", "tokenizer.json is a dangling link"}
 
 
@@ -120,7 +120,7 @@ def damage_a_byte(out: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (damage_a_byte, "model.safetensors has another sha256"),
+        (damage_a_byte, "model.safetensors has the wrong sha256"),
         (lambda out: os.truncate(out / "model.safetensors", 100), "model.safetensors has 100 bytes, expected"),
         (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     ],
@@ -130,7 +130,7 @@ def test_a_damaged_file_is_named(out: Path, damage: Callable[[Path], None], told
     damage(out)
     (out / "config.json").write_text("{}")
     with pytest.raises(CheckpointError) as error:
-        finished_files(out)
+        manifest_files(out)
     assert len(error.value.details) == 2
     assert error.value.details[0].startswith("config.json has 2 bytes")
     assert error.value.details[1].startswith(told)
@@ -140,12 +140,12 @@ def test_a_manifest_that_was_changed_or_is_missing_is_refused(out: Path) -> None
     text = (out / "t5g2.json").read_text()
     (out / "t5g2.json").write_text(text.replace('"bytes": ', '"bytes":  ', 1))
     with pytest.raises(CheckpointError, match="was changed after it was written"):
-        finished_files(out)
+        manifest_files(out)
     (out / "t5g2.json").unlink()
     with pytest.raises(CheckpointError, match="missing"):
-        finished_files(out)
+        manifest_files(out)
     with pytest.raises(CheckpointError, match="no such folder"):
-        finished_files(out.parent / "nowhere")
+        manifest_files(out.parent / "nowhere")
 
 
 @pytest.mark.parametrize("name", [".env", "../secret", "/etc/passwd", "a\\b", "README.md", "t5g2.json"])
@@ -158,8 +158,8 @@ def test_H5_names_that_no_conversion_writes_are_refused(out: Path, name: str) ->
     manifest["files"][name] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     (out / "t5g2.json").write_bytes(seal(manifest))
     with pytest.raises(CheckpointError) as error:
-        finished_files(out)
-    assert error.value.details == (f"{name} is not the name of a file that a conversion writes",)
+        manifest_files(out)
+    assert error.value.details == (f"{name} is not a name that a conversion writes",)
 
 
 def test_a_folder_without_hashes_gets_them(demo_folders: Path, tmp_path: Path) -> None:
@@ -167,21 +167,8 @@ def test_a_folder_without_hashes_gets_them(demo_folders: Path, tmp_path: Path) -
     assert {facts["sha256"] for facts in json.loads((tmp_path / "out/t5g2.json").read_text())["files"].values()} == {
         None
     }
-    for file in finished_files(tmp_path / "out"):
+    for file in manifest_files(tmp_path / "out"):
         assert file.sha256 == hashlib.sha256((tmp_path / "out" / file.name).read_bytes()).hexdigest()
-
-
-@pytest.mark.parametrize("content", ["bytes", "file"])
-def test_the_name_that_git_gives(content: str, tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"hello\n")
-    data = b"hello\n" if content == "bytes" else tmp_path / "x"
-    file = LocalFile("x", data, 6, hashlib.sha256(b"hello\n").hexdigest())
-    # echo hello | git hash-object --stdin
-    assert file.is_blob("ce013625030ba8dba906f756967f9e9ca394464a")
-    assert not file.is_blob("ce013625030ba8dba906f756967f9e9ca394464b")
-    # echo hallo | git hash-object --stdin
-    (tmp_path / "x").write_bytes(b"hallo\n")
-    assert not LocalFile("x", tmp_path / "x", 6, file.sha256).is_blob("ba2906d0666cf726c7eaadd2cd3db615dedfdf3a")
 
 
 def test_the_card_of_a_folder(out: Path) -> None:

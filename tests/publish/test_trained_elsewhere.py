@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.publish.card import model_card
-from t5g2convert.publish.sent_files import elsewhere_files, finished_files
+from t5g2convert.publish.sent_files import manifest_files, trained_elsewhere_files
 from tests.publish.folders import change_manifest, from_hub
 from tests.publish.scene import Scene
 
@@ -47,7 +47,7 @@ def test_the_card_tells_where_the_start_is_from_and_no_more(converted: Path, tmp
     assert "# T5Gemma 2, trained elsewhere" in card
     assert "**Not recorded.**" in card
     assert "$ t5g2 convert google/gemma-3-4b-pt@" in card
-    assert "not further trained" not in card
+    assert "not trained further" not in card
     # Made again with it, it is the same; and one's own words stay.
     assert made(folder, converted, source_card="---\nlicense: gemma\n---\n", existing=card) == card
     assert "Mine." in made(folder, converted, existing=f"{card}\nMine.\n")
@@ -57,7 +57,7 @@ def test_a_start_without_a_manifest_tells_nothing(converted: Path, tmp_path: Pat
     folder = trained(converted, tmp_path / "trained")
     (converted / "t5g2.json").unlink()
     card = made(folder, converted)
-    assert "nothing tells how it was made" in card
+    assert "How the model it was trained from was made is not recorded." in card
     assert "base_model" not in card
 
 
@@ -81,12 +81,12 @@ def test_the_class_that_was_saved_loads_it(named: str, loader: str, task: str, c
 def test_an_encoder_has_a_card_of_its_own(kinds: Path, tmp_path: Path) -> None:
     card = made(trained(kinds / "encoder", tmp_path / "trained"), kinds / "encoder")
     assert "# The encoder of a T5Gemma 2, trained elsewhere" in card
-    assert "trained nothing" not in card
+    assert "not trained after extraction" not in card
 
 
 def test_without_its_start_it_is_refused_with_the_way_out(converted: Path, tmp_path: Path) -> None:
     folder = trained(converted, tmp_path / "trained")
-    for reading in (lambda: made(folder, None), lambda: finished_files(folder)):
+    for reading in (lambda: made(folder, None), lambda: manifest_files(folder)):
         with pytest.raises(CheckpointError, match="missing") as error:
             reading()
         assert error.value.hint is not None
@@ -94,14 +94,14 @@ def test_without_its_start_it_is_refused_with_the_way_out(converted: Path, tmp_p
 
 
 def test_what_this_tool_wrote_is_not_taken_for_it(kinds: Path, converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="was given as what it was trained from"):
+    with pytest.raises(UsageError, match="--source names the trained folder itself"):
         made(converted, converted)
-    with pytest.raises(UsageError, match=r"has a t5g2.json of its own"):
+    with pytest.raises(UsageError, match=r"it has its own t5g2.json"):
         made(kinds / "adapted", converted)
     folder = trained(converted, tmp_path / "trained")
-    with pytest.raises(UsageError, match=r"is a t5gemma2, .* a gemma3"):
+    with pytest.raises(UsageError, match=r"is a t5gemma2, but .* is a gemma3"):
         made(folder, kinds / "decoder")
-    # The start's own, copied along, tells nothing of it.
+    # A copy of the manifest of its start says nothing about it.
     shutil.copy(converted / "t5g2.json", folder)
     assert "trained elsewhere" in made(folder, converted)
 
@@ -111,15 +111,15 @@ def test_H5_only_what_loaders_read_of_it_is_sent(converted: Path, tmp_path: Path
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     shutil.copy(converted / "t5g2.json", folder)
     told: list[str] = []
-    files = [file.name for file in elsewhere_files(folder, told.append)]
-    expected = {*read_manifest(converted).document()["files"]}
+    files = [file.name for file in trained_elsewhere_files(folder, told.append)]
+    expected = {*read_manifest(converted).files}
     assert set(files) == set(told) == expected
     (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
     with pytest.raises(CheckpointError) as error:
-        elsewhere_files(folder)
+        trained_elsewhere_files(folder)
     assert error.value.details == (
-        "tokenizer.json is a link to another place: only files of the folder itself are sent",
+        "tokenizer.json is a link to another place: only files in the folder itself are sent",
     )
 
 
@@ -138,7 +138,7 @@ def test_H5_an_upload_of_it_takes_the_manifest_of_its_start_away(scene: Scene) -
 
 def test_a_start_that_it_did_not_come_of_is_refused(converted: Path, tmp_path: Path) -> None:
     folder = trained(converted, tmp_path / "trained")
-    with pytest.raises(UsageError, match="give the T5Gemma 2 that it was before"):
+    with pytest.raises(UsageError, match="pass the T5Gemma 2 from before the training"):
         made(folder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5gemma2_encoder"}))
@@ -149,5 +149,5 @@ def test_a_start_that_it_did_not_come_of_is_refused(converted: Path, tmp_path: P
     tensors = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if ".layers.0." not in name}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UsageError, match="have other tensors"):
+    with pytest.raises(UsageError, match="their tensors differ"):
         made(folder, converted)

@@ -66,7 +66,7 @@ def test_H5_an_upload_is_one_commit_of_the_manifests_files_by_either_transport(
     again = document(scene, "upload out ann/model")
     assert (sent(again), again["commit"], again["created"]) == (set(), told["commit"], False)
     assert [request for request in scene.hub.log if request.method not in {"GET", "HEAD"}] == []
-    assert "all 7 files are there" in scene.good("upload out ann/model --card keep")
+    assert "all 7 files are already there" in scene.good("upload out ann/model --card keep")
     # And it comes back, and is read by its name, by the transport that it was sent by.
     script = "from huggingface_hub import snapshot_download; print(snapshot_download('ann/model'))"
     done = scene.python(["-c", script])
@@ -96,13 +96,13 @@ def test_a_branch_is_made_from_main(scene: Scene) -> None:
 def test_what_is_no_branch_is_refused(scene: Scene) -> None:
     sha = scene.hub.add("ann/model", scene.folder / "out")
     scene.hub.repos["ann/model"].tags["v1"] = sha
-    assert "v1 is a tag" in scene.refused("upload out ann/model --revision v1", 2)
-    assert f"{sha} is a commit" in scene.refused(f"upload out ann/model --revision {sha}", 2)
+    assert "v1: it is a tag" in scene.refused("upload out ann/model --revision v1", 2)
+    assert f"{sha}: it is a commit" in scene.refused(f"upload out ann/model --revision {sha}", 2)
     told = scene.refused("upload out ann/model --create-pr --revision dev", 2)
     assert "--create-pr or --revision, not both" in told
     for name in ("model", "ann/model/x", "https://user:secret@host/ann/model", "ann/..", "a--b/c"):
         told = scene.refused(f"upload out {name}", 2)
-        assert "as org/name" in told
+        assert "expected org/name" in told
         assert "secret" not in told
 
 
@@ -173,7 +173,7 @@ def test_shards_of_an_earlier_upload_do_not_stay_behind(scene: Scene) -> None:
     # Weights that are not ours are not removed: it is refused before anything is sent.
     scene.hub.repos["ann/model"].commit({**files, "adapter.safetensors": b"x"})
     scene.hub.log.clear()
-    assert "weights of another model, which a loader would take: adapter.safetensors" in scene.refused(
+    assert "weights of another model, which a loader would read: adapter.safetensors" in scene.refused(
         "upload sharded ann/model"
     )
     assert scene.hub.asked("") == []
@@ -211,7 +211,7 @@ def test_the_card_of_the_folder_is_sent_where_there_is_none(scene: Scene) -> Non
     (scene.out / "README.md").write_text("changed")
     told = document(scene, "upload out ann/model --card keep")
     assert sent(told) == set()
-    assert any("README.md of the folder is not sent" in note for note in told["notes"])
+    assert any("README.md in the folder is not sent" in note for note in told["notes"])
 
 
 def test_metadata_that_the_hub_refuses_are_told(scene: Scene) -> None:
@@ -227,10 +227,10 @@ def test_metadata_that_the_hub_refuses_are_told(scene: Scene) -> None:
 def test_a_model_that_is_there_stays_public_or_private(scene: Scene) -> None:
     scene.hub.add("ann/model", scene.out)
     done = scene.run("upload out ann/model --card keep")
-    assert done.stderr == "note: ann/model is public already, and stays so\n"
+    assert done.stderr == "note: ann/model is already public, and stays public\n"
     assert scene.run("upload out ann/model --card keep --public").stderr == ""
     document(scene, "upload out ann/closed")
-    assert "stays so: --public is for new models" in scene.run("upload out ann/closed --public").stderr
+    assert "stays private: --public is for new models" in scene.run("upload out ann/closed --public").stderr
     assert scene.hub.repos["ann/closed"].private_to is not None
     assert document(scene, "upload out ann/open --public")["private"] is False
     assert scene.hub.repos["ann/open"].private_to is None
@@ -249,7 +249,7 @@ def test_a_damaged_folder_is_refused_before_anything_is_made(scene: Scene) -> No
     (scene.out / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     done = scene.run("upload out ann/model")
     assert done.returncode == 3
-    assert done.stderr.splitlines()[1:] == ["  model.safetensors has another sha256"]
+    assert done.stderr.splitlines()[1:] == ["  model.safetensors has the wrong sha256"]
     assert "nothing was sent" in done.stderr
     assert scene.hub.repos == {}
 
@@ -284,7 +284,7 @@ def test_the_card_knows_the_models_of_the_hub_that_a_folder_was_made_of(scene: S
     scene.hub.users["hf_bo"] = "bo"
     done = scene.run("upload new bo/new", HF_TOKEN="hf_bo", HF_HOME=str(scene.folder / "other"))
     assert done.returncode == 0, done.stderr
-    assert "note: google/gemma-demo shows no card" in done.stderr
+    assert "note: the card of google/gemma-demo is not available" in done.stderr
 
 
 def test_a_model_that_was_trained_further_is_sent_with_its_card(scene: Scene, kinds: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_model_that_was_trained_further_is_sent_with_its_card(scene: Scene, ki
     assert scene.there() == expected
     assert sent(told) == {*expected, "README.md"}
     assert (
-        b"T5Gemma 2 encoder-decoder that was made of a Gemma 3 and **trained further**"
+        b"T5Gemma 2 encoder-decoder that was converted from Gemma 3 and **trained further**"
         in (scene.hub.repos["ann/model"].files("main")["README.md"])
     )
 
