@@ -17,8 +17,8 @@ from t5g2convert.checkpoint.families.config_section import (
     subsection,
 )
 from t5g2convert.checkpoint.families.expected_tensors import attention_tensors, stack_tensors
-from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, Tokens, read_stack
-from t5g2convert.checkpoint.families.text_stack import SiglipTower
+from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, T5Gemma2Tokens, read_stack
+from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig
 from t5g2convert.errors import CheckpointError
 
 MODEL_TYPE: Final = "t5g2_research"
@@ -26,7 +26,7 @@ MODEL_TYPE: Final = "t5g2_research"
 NORMS: Final = ("pre_self_attn_layernorm", "post_self_attn_layernorm")
 CROSS_NORMS: Final = ("pre_cross_attn_layernorm", "post_cross_attn_layernorm")
 
-NO_TOWER: Final = SiglipTower(hidden_size=1, intermediate_size=1, num_hidden_layers=0, image_size=1, patch_size=1)
+NO_TOWER: Final = SiglipConfig(hidden_size=1, intermediate_size=1, num_hidden_layers=0, image_size=1, patch_size=1)
 
 
 class Variant(ConfigSection):
@@ -74,7 +74,9 @@ def read_research(config: Mapping[str, Any], where: Path) -> ResearchConfig:
             raise CheckpointError(f"decoder.{name} is {other}, expected the encoder's {one}", where=where)
     # There are no images: their ids are outside the table.
     outside = encoder.vocab_size
-    tokens = Tokens(mm_tokens_per_image=1, boi_token_index=outside, eoi_token_index=outside, image_token_index=outside)
+    tokens = T5Gemma2Tokens(
+        mm_tokens_per_image=1, boi_token_index=outside, eoi_token_index=outside, image_token_index=outside
+    )
     model = ResearchConfig(encoder, NO_TOWER, tokens, decoder, variant=variant)
     if not any(map(model.reads_encoder, range(decoder.num_hidden_layers))):
         raise CheckpointError(

@@ -9,7 +9,7 @@ normalize over; it is skipped, and the layer computes what the parent's layer co
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from t5g2convert.adaptation.train.model import MODEL_LOADERS
 from t5g2convert.checkpoint.families.registry import TARGETS, TargetFamily
-from t5g2convert.checkpoint.families.text_stack import LayerType
+from t5g2convert.checkpoint.families.rope_config import LayerType
+from t5g2convert.checkpoint.families.text_and_vision import TextConfig
 from t5g2convert.checkpoint.folder import open_checkpoint, some
 from t5g2convert.errors import CheckpointError
+from t5g2convert.reference.attention import Kernel
 from t5g2convert.reference.cross_attention import CrossDecoderLayer
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer, RMSNorm, StackLayer
 from t5g2convert.reference.masks import bidirectional, causal, memory
 from t5g2convert.reference.rope import Rotation, rotation
-from t5g2convert.reference.settings import Kernel, TextSettings, t5gemma2_text
 from t5g2convert.reference.weights import Weights
 
 
@@ -54,7 +55,7 @@ class TextStack(nn.Module):
         layers: Its layers.
     """
 
-    def __init__(self, settings: TextSettings, layers: list[StackLayer]) -> None:
+    def __init__(self, settings: TextConfig, layers: list[StackLayer]) -> None:
         super().__init__()
         self.settings = settings
         self.embed_tokens = nn.Embedding(settings.vocab_size, settings.hidden_size)
@@ -112,12 +113,10 @@ class ResearchStacks(nn.Module):
         super().__init__()
         self.variant = model.variant
         self.reads_encoder = [model.reads_encoder(layer) for layer in range(model.decoder.num_hidden_layers)]
-        encoder, decoder = (
-            replace(t5gemma2_text(model, stack), memory_size=stack.hidden_size)
-            for stack in (model.encoder, model.decoder)
-        )
+        encoder, decoder = model.encoder, model.decoder
         self.encoder = TextStack(encoder, [EncoderLayer(encoder, kernel) for _ in encoder.layer_types])
-        own = CrossDecoderLayer if model.variant.attention == "separate" else DecoderLayer
+        separate = partial(CrossDecoderLayer, memory_size=encoder.hidden_size)
+        own = separate if model.variant.attention == "separate" else DecoderLayer
         self.decoder = TextStack(
             decoder, [(own if reads else EncoderLayer)(decoder, kernel) for reads in self.reads_encoder]
         )
@@ -226,7 +225,7 @@ def load(folder: Path, *, kernel: Kernel = "sdpa", dtype: torch.dtype = torch.fl
 
 
 def _masks(
-    settings: TextSettings, make: Callable[[LayerType, int, Tensor], Tensor], kept_BT: Tensor
+    settings: TextConfig, make: Callable[[LayerType, int, Tensor], Tensor], kept_BT: Tensor
 ) -> dict[LayerType, Tensor]:
     """Return a stack's masks, by kind of layer.
 

@@ -125,11 +125,11 @@ class Inputs:
     def _readable(self, target: Reader) -> list[int]:
         """The text's tokens, without the end-of-image token where its row need not be exact."""
         settings = target.stacks[0].settings
-        vocab, ending = settings.vocab_size, settings.eoi_token_index
+        vocab, ending = settings.vocab_size, target.stacks[0].eoi_token
         if max(self._tokens) >= vocab:
             raise UsageError(f"{self.text} has token {max(self._tokens)}, the embedding table has {vocab} rows")
         if ending not in self._tokens:
-            if ending < vocab:
+            if ending is not None and ending < vocab:
                 self.remarks.append("the text has no end-of-image token: its row was judged by provenance alone")
             return self._tokens
         exact = self._eoi(target) is not None
@@ -138,8 +138,8 @@ class Inputs:
     def _eoi(self, target: Reader) -> int | None:
         """The end-of-image token, where its row must be exact: in the dtype that the row was scaled and rounded in."""
         stack = target.stacks[0]
-        token = stack.settings.eoi_token_index
-        if token >= stack.settings.vocab_size or stack.eoi is None:
+        token = stack.eoi_token
+        if token is None or token >= stack.settings.vocab_size or stack.eoi is None:
             return None
         stored = target.weights.checkpoint.tensors.get(stack.eoi)
         if stored is None or DTYPES.get(stored.entry.dtype) == target.weights.dtype:

@@ -5,11 +5,14 @@ float32, probabilities rounded back before they meet the values. A softcap of th
 has one; transformers 5.23 reads that setting of these two models and leaves it alone (Gemma 3 has none).
 """
 
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Kernel = Literal["eager", "sdpa"]
+"""`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""
 
 BLOCK_SCORES: Final = 1 << 20
 """Scores that are held at once, which a processor's cache can take; more are done a block of queries at a time."""

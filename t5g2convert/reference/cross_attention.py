@@ -7,20 +7,21 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from t5g2convert.checkpoint.families.text_and_vision import TextConfig
+from t5g2convert.reference.attention import Kernel
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.layers import Projections, RMSNorm, StackLayer
 from t5g2convert.reference.rope import Rotation
-from t5g2convert.reference.settings import Kernel, TextSettings
 
 
 class CrossAttention(Projections):
     """Queries from the decoder, keys and values from the encoder's output; nothing is rotated, no window holds."""
 
-    def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
+    def __init__(self, settings: TextConfig, kernel: Kernel, *, memory_size: int) -> None:
         super().__init__(settings, kernel)
         key_value, bias = self.k_proj.out_features, settings.attention_bias
-        self.k_proj = nn.Linear(settings.memory_size, key_value, bias=bias)
-        self.v_proj = nn.Linear(settings.memory_size, key_value, bias=bias)
+        self.k_proj = nn.Linear(memory_size, key_value, bias=bias)
+        self.v_proj = nn.Linear(memory_size, key_value, bias=bias)
 
     def forward(
         self, x_BTC: Tensor, memory_BMC: Tensor, memory_seen_BTM: Tensor, cache: LayerCache | None = None
@@ -32,13 +33,16 @@ class CrossAttention(Projections):
 
 
 class CrossDecoderLayer(StackLayer):
-    """Self-attention, attention to the encoder's output, MLP; a norm before and after each."""
+    """Self-attention, attention to the encoder's output, MLP; a norm before and after each.
 
-    def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
+    `memory_size` is the width of the encoder's output.
+    """
+
+    def __init__(self, settings: TextConfig, kernel: Kernel, *, memory_size: int) -> None:
         super().__init__(settings, kernel)
         norm = partial(RMSNorm, settings.hidden_size, settings.rms_norm_eps)
         self.pre_cross_attn_layernorm = norm()
-        self.cross_attn = CrossAttention(settings, kernel)
+        self.cross_attn = CrossAttention(settings, kernel, memory_size=memory_size)
         self.post_cross_attn_layernorm = norm()
 
     def forward(

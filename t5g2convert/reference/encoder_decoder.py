@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.t5gemma import T5Gemma
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
-from t5g2convert.checkpoint.families.text_stack import LayerType
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.masks import causal, memory
 from t5g2convert.reference.stack import Run, Stack

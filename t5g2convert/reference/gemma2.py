@@ -7,9 +7,9 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.families.gemma2 import read_gemma2
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.reference.attention import Kernel
 from t5g2convert.reference.layers import GemmaLayer
 from t5g2convert.reference.masks import causal
-from t5g2convert.reference.settings import Kernel, gemma2_text
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 
@@ -36,7 +36,7 @@ class Gemma2Reference:
         root = only_prefix(list(checkpoint.tensors), "embed_tokens.weight", checkpoint)
         self.text = Stack(
             self.weights,
-            gemma2_text(self.model),
+            self.model.text,
             GemmaLayer,
             prefix=root,
             table=f"{root}embed_tokens.weight",

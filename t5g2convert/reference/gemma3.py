@@ -8,9 +8,9 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.families.gemma3 import read_gemma3
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.reference.attention import Kernel
 from t5g2convert.reference.layers import GemmaLayer
 from t5g2convert.reference.masks import causal
-from t5g2convert.reference.settings import Kernel, gemma3_text, gemma3_vision
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
 from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
@@ -47,19 +47,20 @@ class Gemma3Reference:
         root = only_prefix(names, "embed_tokens.weight", checkpoint)
         self.text = Stack(
             self.weights,
-            gemma3_text(model),
+            model.text,
             GemmaLayer,
             prefix=root,
             table=f"{root}embed_tokens.weight",
+            eoi_token=model.tokens.eoi_token_index,
             kernel=kernel,
         )
-        settings = gemma3_vision(model)
         self.vision = (
             None
-            if settings is None
+            if model.vision is None
             else VisionTower(
                 self.weights,
-                settings,
+                model.vision,
+                model.tokens,
                 self.text.settings.hidden_size,
                 tower=only_prefix(names, "embeddings.patch_embedding.weight", checkpoint),
                 projector=only_prefix(names, "mm_input_projection_weight", checkpoint),

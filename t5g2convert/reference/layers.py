@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t5g2convert.checkpoint.families.text_stack import Activation
-from t5g2convert.reference.attention import Keys, attend, attend_fused
+from t5g2convert.checkpoint.families.text_and_vision import Activation, TextConfig
+from t5g2convert.reference.attention import Kernel, Keys, attend, attend_fused
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.rope import Rotation, rotate
-from t5g2convert.reference.settings import Kernel, TextSettings
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """Gated feed-forward block."""
 
-    def __init__(self, settings: TextSettings) -> None:
+    def __init__(self, settings: TextConfig) -> None:
         super().__init__()
         hidden, inner = settings.hidden_size, settings.intermediate_size
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
@@ -99,7 +98,7 @@ class MLP(nn.Module):
 class Projections(nn.Module):
     """Grouped-query attention without the attention: projections, and from Gemma 3 on norms on queries and keys."""
 
-    def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
+    def __init__(self, settings: TextConfig, kernel: Kernel) -> None:
         super().__init__()
         hidden, self.head_dim = settings.hidden_size, settings.head_dim
         query, key_value = settings.num_attention_heads * self.head_dim, settings.num_key_value_heads * self.head_dim
@@ -195,7 +194,7 @@ class MergedAttention(Projections):
 class GemmaLayer(nn.Module):
     """A layer of Gemma 2 and Gemma 3: attention and MLP, a norm before and after each."""
 
-    def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
+    def __init__(self, settings: TextConfig, kernel: Kernel) -> None:
         super().__init__()
         norm = partial(RMSNorm, settings.hidden_size, settings.rms_norm_eps)
         self.input_layernorm = norm()
@@ -216,7 +215,7 @@ class StackLayer(nn.Module):
 
     attention: type[Projections] = SelfAttention
 
-    def __init__(self, settings: TextSettings, kernel: Kernel) -> None:
+    def __init__(self, settings: TextConfig, kernel: Kernel) -> None:
         super().__init__()
         norm = partial(RMSNorm, settings.hidden_size, settings.rms_norm_eps)
         self.pre_self_attn_layernorm = norm()

@@ -6,7 +6,7 @@ In the drawings a row is a query, a column a key, # seen, . hidden.
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.families.text_stack import LayerType
+from t5g2convert.checkpoint.families.rope_config import LayerType
 
 
 def causal(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t5g2convert.reference.settings import RopeSettings
+from t5g2convert.checkpoint.families.rope_config import Rope
 
 
 class Rotation(NamedTuple):
@@ -15,13 +15,13 @@ class Rotation(NamedTuple):
     sin_TD: Tensor
 
 
-def rotation(rope: RopeSettings, head_dim: int, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
+def rotation(rope: Rope, head_dim: int, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
     """The rotation of each position: wavelengths in float32, the result rounded to `dtype`.
 
     Channel d and channel d + D/2 form a pair that turns by position / (factor * theta ** (2 d / D)).
     """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device)
-    frequencies = 1.0 / rope.theta ** (channels / head_dim) / rope.factor
+    frequencies = 1.0 / rope.rope_theta ** (channels / head_dim) / rope.linear_factor
     angles = positions_T.float()[:, None] * frequencies
     angles_TD = torch.cat((angles, angles), dim=-1)
     return Rotation(angles_TD.cos().to(dtype), angles_TD.sin().to(dtype))

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig
 from t5g2convert.errors import CheckpointError
 from t5g2convert.reference.attention import attend_fused
 from t5g2convert.reference.layers import ACTIVATIONS, RMSNorm
-from t5g2convert.reference.settings import VisionSettings
 
 
 class VisionEmbeddings(nn.Module):
     """An image cut into patches, each projected and given its position."""
 
-    def __init__(self, settings: VisionSettings) -> None:
+    def __init__(self, settings: SiglipConfig) -> None:
         super().__init__()
         patch, side = settings.patch_size, settings.image_size // settings.patch_size
         self.patch_embedding = nn.Conv2d(settings.num_channels, settings.hidden_size, patch, stride=patch)
@@ -33,7 +33,7 @@ class VisionAttention(nn.Module):
     Always fused: both towers compute the same shapes, and 4,096 patches make it four times as fast as the eager order.
     """
 
-    def __init__(self, settings: VisionSettings) -> None:
+    def __init__(self, settings: SiglipConfig) -> None:
         super().__init__()
         hidden, self.heads = settings.hidden_size, settings.num_attention_heads
         if hidden % self.heads:
@@ -58,7 +58,7 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """Feed-forward block with biases."""
 
-    def __init__(self, settings: VisionSettings) -> None:
+    def __init__(self, settings: SiglipConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(settings.hidden_size, settings.intermediate_size)
         self.fc2 = nn.Linear(settings.intermediate_size, settings.hidden_size)
@@ -72,7 +72,7 @@ class VisionMLP(nn.Module):
 class VisionLayer(nn.Module):
     """A layer of SigLIP: pre-norm attention and MLP."""
 
-    def __init__(self, settings: VisionSettings) -> None:
+    def __init__(self, settings: SiglipConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
         self.self_attn = VisionAttention(settings)
@@ -88,12 +88,12 @@ class VisionLayer(nn.Module):
 class Projector(nn.Module):
     """Patch states, averaged over squares (4 x 4 of 64 x 64 to 256 tokens), normed, brought to the text's width."""
 
-    def __init__(self, settings: VisionSettings, text_width: int) -> None:
+    def __init__(self, settings: SiglipConfig, image_tokens: int, text_width: int) -> None:
         super().__init__()
         self.mm_soft_emb_norm = RMSNorm(settings.hidden_size, settings.layer_norm_eps)
         self.mm_input_projection_weight = nn.Parameter(torch.empty(settings.hidden_size, text_width))
         self.side = settings.image_size // settings.patch_size
-        self.kernel = self.side // int(settings.mm_tokens_per_image**0.5)
+        self.kernel = self.side // int(image_tokens**0.5)
 
     def forward(self, x_BPC: Tensor) -> Tensor:
         """[B, P, vision width] to [B, mm_tokens_per_image, text width]."""

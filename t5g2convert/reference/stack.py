@@ -4,7 +4,7 @@
 advance side by side, with one layer of each in memory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Final
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t5g2convert.checkpoint.families.text_stack import LayerType
+from t5g2convert.checkpoint.families.rope_config import LayerType
+from t5g2convert.checkpoint.families.text_and_vision import TextConfig
+from t5g2convert.reference.attention import Kernel
 from t5g2convert.reference.cache import LayerCache
-from t5g2convert.reference.layers import GemmaLayer, RMSNorm, StackLayer
+from t5g2convert.reference.layers import RMSNorm
 from t5g2convert.reference.rope import Rotation, rotation
-from t5g2convert.reference.settings import Kernel, TextSettings
 from t5g2convert.reference.weights import Weights
 
 HEAD_ROWS: Final = 16_384
@@ -30,10 +31,11 @@ class Stack:
     Args:
         weights: The checkpoint's tensors.
         settings: What the config says of this stack.
-        layer_class: Gemma's layer, the encoder's or the decoder's.
+        layer_class: Makes a layer without parameters: Gemma's, the encoder's or the decoder's.
         prefix: What stands before `layers.N.` and `norm.weight` in the checkpoint.
         table: Name of the embedding matrix.
         head: Name of the softmax's matrix, where that is another.
+        eoi_token: The id of the end-of-image token; None for a model without images.
         eoi: Name of the vector that replaces the scaled embedding of the end-of-image token, if there is one.
         kernel: How attention is computed.
     """
@@ -41,12 +43,13 @@ class Stack:
     def __init__(
         self,
         weights: Weights,
-        settings: TextSettings,
-        layer_class: type[GemmaLayer] | type[StackLayer],
+        settings: TextConfig,
+        layer_class: Callable[[TextConfig, Kernel], nn.Module],
         *,
         prefix: str,
         table: str,
         head: str | None = None,
+        eoi_token: int | None = None,
         eoi: str | None = None,
         kernel: Kernel,
     ) -> None:
@@ -57,6 +60,7 @@ class Stack:
         self.prefix = prefix
         self.table = table
         self.head = head or table
+        self.eoi_token = eoi_token
         self.eoi = eoi
         self.kernel = kernel
 
@@ -76,7 +80,7 @@ class Stack:
         scale = torch.tensor(self.settings.hidden_size**0.5, device=rows_BTC.device).to(rows_BTC.dtype)
         embedded_BTC = rows_BTC * scale
         if self.eoi is not None:
-            embedded_BTC[ids_BT == self.settings.eoi_token_index] = self.weights.tensor(self.eoi)
+            embedded_BTC[ids_BT == self.eoi_token] = self.weights.tensor(self.eoi)
         return embedded_BTC
 
     def table_chunks(self) -> Iterator[tuple[int, Tensor]]:

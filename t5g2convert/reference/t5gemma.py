@@ -1,17 +1,18 @@
 """T5Gemma, the first generation (arXiv 2504.06225): an encoder that sees both ways, a decoder with cross-attention."""
 
+from functools import partial
 from typing import Unpack
 
 from torch import Tensor
 
+from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.t5gemma import T5Gemma, read_t5gemma
-from t5g2convert.checkpoint.families.text_stack import LayerType
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.reference.attention import Kernel
 from t5g2convert.reference.cross_attention import CrossDecoderLayer
 from t5g2convert.reference.encoder_decoder import EncoderDecoder
 from t5g2convert.reference.layers import EncoderLayer
 from t5g2convert.reference.masks import around
-from t5g2convert.reference.settings import Kernel, t5gemma_text
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.weights import ReadOptions, Weights
 
@@ -41,7 +42,7 @@ class T5GemmaReference(EncoderDecoder):
         self.weights = Weights(checkpoint, **reading)
         self.encoder = Stack(
             self.weights,
-            t5gemma_text(self.model, self.model.encoder),
+            self.model.encoder,
             EncoderLayer,
             prefix="model.encoder.",
             table="model.encoder.embed_tokens.weight",
@@ -49,8 +50,8 @@ class T5GemmaReference(EncoderDecoder):
         )
         self.decoder = Stack(
             self.weights,
-            t5gemma_text(self.model, self.model.decoder),
-            CrossDecoderLayer,
+            self.model.decoder,
+            partial(CrossDecoderLayer, memory_size=self.model.encoder.hidden_size),
             prefix="model.decoder.",
             table="model.decoder.embed_tokens.weight",
             head=None if self.model.tied else "lm_head.out_proj.weight",

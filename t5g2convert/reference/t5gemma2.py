@@ -4,14 +4,14 @@ from typing import Unpack
 
 from torch import Tensor
 
+from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, T5Gemma2Encoder, read_t5gemma2, read_t5gemma2_encoder
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published
-from t5g2convert.checkpoint.families.text_stack import LayerType
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.reference.attention import Kernel
 from t5g2convert.reference.encoder_decoder import EncoderDecoder, Encoding
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer
 from t5g2convert.reference.masks import bidirectional
-from t5g2convert.reference.settings import Kernel, t5gemma2_text, t5gemma2_vision
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.vision import VisionTower, scatter_images, text_only
 from t5g2convert.reference.weights import ReadOptions, Weights
@@ -51,20 +51,21 @@ class EncoderReference(Encoding):
         self.weights = Weights(as_published(checkpoint).checkpoint, **reading)
         self.encoder = Stack(
             self.weights,
-            t5gemma2_text(model, model.encoder),
+            model.encoder,
             EncoderLayer,
             prefix=root,
             table=f"{root}embed_tokens.weight",
+            eoi_token=model.tokens.eoi_token_index,
             eoi=f"{root}embed_tokens.eoi_embedding",
             kernel=kernel,
         )
-        settings = t5gemma2_vision(model)
         self.vision = (
             None
-            if settings is None
+            if model.vision.num_hidden_layers == 0
             else VisionTower(
                 self.weights,
-                settings,
+                model.vision,
+                model.tokens,
                 model.encoder.hidden_size,
                 tower=f"{root}vision_tower.vision_model.",
                 projector=f"{root}multi_modal_projector.",
@@ -123,10 +124,11 @@ class T5Gemma2Reference(EncoderReference, EncoderDecoder):
         super().__init__(checkpoint, kernel=kernel, model=model, root="model.encoder.", **reading)
         self.decoder = Stack(
             self.weights,
-            t5gemma2_text(model, model.decoder),
+            model.decoder,
             DecoderLayer,
             prefix="model.decoder.",
             table=self.encoder.table,
+            eoi_token=self.encoder.eoi_token,
             eoi=self.encoder.eoi,
             kernel=kernel,
         )

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from t5g2convert.checkpoint.families.text_and_vision import ImageTokens, SiglipConfig
 from t5g2convert.errors import CheckpointError
 from t5g2convert.reference.layers import RMSNorm
-from t5g2convert.reference.settings import VisionSettings
 from t5g2convert.reference.siglip import Projector, VisionEmbeddings, VisionLayer
 from t5g2convert.reference.weights import Weights
 
@@ -18,16 +18,25 @@ class VisionTower:
     Args:
         weights: The checkpoint's tensors.
         settings: What the config says of the tower.
+        tokens: What the config says of the tokens of images.
         text_width: Hidden width of the text stack that the soft tokens go to.
         tower: What stands before the tower's names, `...vision_model.`
         projector: What stands before the projector's, `...multi_modal_projector.`
     """
 
     def __init__(
-        self, weights: Weights, settings: VisionSettings, text_width: int, *, tower: str, projector: str
+        self,
+        weights: Weights,
+        settings: SiglipConfig,
+        tokens: ImageTokens,
+        text_width: int,
+        *,
+        tower: str,
+        projector: str,
     ) -> None:
         self.weights = weights
         self.settings = settings
+        self.tokens = tokens
         self.text_width = text_width
         self.tower = tower
         self.projector = projector
@@ -54,7 +63,9 @@ class VisionTower:
         if projected:
             yield (
                 "multi_modal_projector",
-                self.weights.module(lambda: Projector(settings, self.text_width), self.projector),
+                self.weights.module(
+                    lambda: Projector(settings, self.tokens.mm_tokens_per_image, self.text_width), self.projector
+                ),
             )
         elif normed:
             yield (

@@ -112,7 +112,7 @@ class Judge:
         self.gemma = Gemma3Reference(open_checkpoint(source))
         self.checkpoint: Checkpoint = open_checkpoint(converted)
         target = T5Gemma2Reference(self.checkpoint)
-        vocab, ending = target.decoder.settings.vocab_size, target.encoder.settings.eoi_token_index
+        vocab, ending = target.decoder.settings.vocab_size, target.model.tokens.eoi_token_index
         self.batch: Batch = token_batch(vocab, TOKENS, never=target.reserved, placed=ending)
 
     def __call__(self) -> dict[str, str | None]:

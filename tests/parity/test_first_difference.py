@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t5g2convert.checkpoint.families.text_stack import LayerType
+from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.batches import token_batch
 from t5g2convert.parity.checks.text import causal_encoder_run, hidden_memory_run

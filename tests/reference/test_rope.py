@@ -3,10 +3,10 @@ import cmath
 import pytest
 import torch
 
+from t5g2convert.checkpoint.families.rope_config import Rope
 from t5g2convert.reference.rope import rotate, rotation
-from t5g2convert.reference.settings import RopeSettings
 
-ROPE = RopeSettings(theta=1e4, factor=1.0)
+ROPE = Rope(rope_theta=1e4)
 
 
 def vectors(*shape: int, seed: int) -> torch.Tensor:
@@ -16,7 +16,7 @@ def vectors(*shape: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize(("theta", "factor"), [(1e4, 1.0), (1e6, 8.0)])
 def test_every_pair_of_channels_turns_as_a_complex_number(theta: float, factor: float) -> None:
     positions, x = torch.tensor([0, 1, 7, 300]), vectors(1, 1, 4, 6, seed=1)
-    turned = rotate(x, rotation(RopeSettings(theta, factor), 6, positions, torch.float32))
+    turned = rotate(x, rotation(Rope(rope_type="linear", rope_theta=theta, factor=factor), 6, positions, torch.float32))
     for row, position in enumerate(positions.tolist()):
         for pair in range(3):
             before = complex(x[0, 0, row, pair], x[0, 0, row, pair + 3])
@@ -46,7 +46,9 @@ def test_a_factor_divides_the_positions() -> None:
     positions = torch.arange(50)
     plain = rotation(ROPE, 10, positions, torch.float32)
     # A power of two divides without rounding.
-    scaled = rotation(RopeSettings(ROPE.theta, 8.0), 10, 8 * positions, torch.float32)
+    scaled = rotation(
+        Rope(rope_type="linear", rope_theta=ROPE.rope_theta, factor=8.0), 10, 8 * positions, torch.float32
+    )
     assert torch.equal(scaled.cos_TD, plain.cos_TD)
     assert torch.equal(scaled.sin_TD, plain.sin_TD)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, T5Gemma2ForConditionalGeneration
 from transformers.activations import ACT2FN
 
-from t5g2convert.checkpoint.families.text_stack import Activation
+from t5g2convert.checkpoint.families.text_and_vision import Activation
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError
 from t5g2convert.reference.gemma3 import Gemma3Reference

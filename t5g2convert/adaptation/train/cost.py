@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
-from t5g2convert.checkpoint.families.text_stack import SiglipTower, TextStack
+from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig, TextConfig
 
 TRAINED_BYTES: Final = 16
 """For each trained parameter: float32 weight, gradient, and both moments of AdamW."""
@@ -78,22 +78,22 @@ def operations(model: T5Gemma2, *, encoder: int, decoder: int, images: int = 0) 
     )
 
 
-def _layer(stack: TextStack) -> int:
+def _layer(stack: TextConfig) -> int:
     """Projections and feed-forward of one layer, for one token."""
     queries_and_output = 2 * 2 * stack.hidden_size * stack.symbols["query"]
     return queries_and_output + _keys_and_values(stack) + 3 * 2 * stack.hidden_size * stack.intermediate_size
 
 
-def _keys_and_values(stack: TextStack) -> int:
+def _keys_and_values(stack: TextConfig) -> int:
     return 2 * 2 * stack.hidden_size * stack.symbols["key_value"]
 
 
-def _scores(stack: TextStack, keys: int) -> int:
+def _scores(stack: TextConfig, keys: int) -> int:
     """One query's scores with so many keys, and the weighted sum of their values."""
     return 2 * 2 * keys * stack.symbols["query"]
 
 
-def _tower(tower: SiglipTower) -> int:
+def _tower(tower: SiglipConfig) -> int:
     """One image through the tower."""
     patches, hidden = tower.symbols["vision_positions"], tower.hidden_size
     embedding = 2 * tower.num_channels * tower.patch_size**2 * hidden

@@ -10,12 +10,12 @@ from typing import Any
 from t5g2convert.checkpoint.families.config_section import ImpliedTensor
 from t5g2convert.checkpoint.families.gemma3 import Gemma3Text, read_gemma3
 from t5g2convert.checkpoint.families.t5gemma2 import (
-    Stack,
     T5Gemma2Encoder,
+    T5Gemma2Text,
     read_t5gemma2,
     read_t5gemma2_encoder,
 )
-from t5g2convert.checkpoint.families.text_stack import SiglipTower
+from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig
 
 
 def t5gemma2_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
@@ -64,7 +64,7 @@ def _encoder_tensors(model: T5Gemma2Encoder, root: str) -> Iterator[ImpliedTenso
     yield from _vision_tensors(model.vision, hidden, root)
 
 
-def _vision_tensors(tower: SiglipTower, hidden: int, root: str) -> Iterator[ImpliedTensor]:
+def _vision_tensors(tower: SiglipConfig, hidden: int, root: str) -> Iterator[ImpliedTensor]:
     """The tower, and the projector to the text stack's width."""
     for name, shape in _tower_tensors(tower):
         yield ImpliedTensor(f"{root}vision_tower.vision_model.{name}", "vision", shape)
@@ -73,7 +73,7 @@ def _vision_tensors(tower: SiglipTower, hidden: int, root: str) -> Iterator[Impl
     yield ImpliedTensor(projector + "mm_soft_emb_norm.weight", "projector", (tower.hidden_size,))
 
 
-def stack_tensors(stack: Stack | Gemma3Text, norms: tuple[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def stack_tensors(stack: T5Gemma2Text | Gemma3Text, norms: tuple[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names behind the stack's root; `norms` stand before and behind attention."""
     hidden, ffn = stack.hidden_size, stack.intermediate_size
     layer_tensors = {
@@ -90,7 +90,9 @@ def stack_tensors(stack: Stack | Gemma3Text, norms: tuple[str, str]) -> Iterator
     yield "norm.weight", (hidden,)
 
 
-def attention_tensors(stack: Stack | Gemma3Text, name: str, norms: tuple[str, str]) -> dict[str, tuple[int, ...]]:
+def attention_tensors(
+    stack: T5Gemma2Text | Gemma3Text, name: str, norms: tuple[str, str]
+) -> dict[str, tuple[int, ...]]:
     """One attention of a layer that is called `name`, and the norms before and behind it."""
     hidden, head = stack.hidden_size, stack.head_dim
     query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
@@ -107,7 +109,7 @@ def attention_tensors(stack: Stack | Gemma3Text, name: str, norms: tuple[str, st
     }
 
 
-def _tower_tensors(tower: SiglipTower) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _tower_tensors(tower: SiglipConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, ffn, patch = tower.hidden_size, tower.intermediate_size, tower.patch_size
     yield "embeddings.patch_embedding.weight", (hidden, tower.num_channels, patch, patch)
     yield "embeddings.patch_embedding.bias", (hidden,)

@@ -8,7 +8,7 @@ Dialects, by the transformers version that writes them: 4.42 to 4.5x `rope_theta
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from t5g2convert.checkpoint.families.config_section import (
     MAX_DEPTH,
@@ -21,9 +21,9 @@ from t5g2convert.checkpoint.families.config_section import (
     whole,
 )
 from t5g2convert.checkpoint.families.known_settings import GEMMA2
-from t5g2convert.checkpoint.families.rope_config import read_rope
+from t5g2convert.checkpoint.families.rope_config import LayerType, Rope, read_rope
 from t5g2convert.checkpoint.families.settings import account, left_note, present
-from t5g2convert.checkpoint.families.text_stack import (
+from t5g2convert.checkpoint.families.text_and_vision import (
     GemmaText,
     activation_note,
     check_multiple,
@@ -46,6 +46,14 @@ class Gemma2Text(GemmaText):
     # Settled from the dialects before validation; never absent afterwards.
     rope_theta: Positive
     rope_factor: Positive
+
+    qk_norm: ClassVar[bool] = False
+
+    @property
+    def ropes(self) -> Mapping[LayerType, Rope]:
+        """The position embedding of each kind of layer, which is the same."""
+        rope = Rope(rope_type="linear", rope_theta=self.rope_theta, factor=self.rope_factor)
+        return {"full_attention": rope, "sliding_attention": rope}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +107,8 @@ def read_gemma2(config: Mapping[str, Any], where: Path) -> Gemma2:
         raise CheckpointError(f"{describe_model_type(config)} is not Gemma 2", where=where)
     config = present(config)
     refuse_bidirectional(config, where)
-    ropes = read_rope(config, 10_000.0, where)
-    left = (*account(GEMMA2, config, where), *ropes.left)
+    _, rope_left = read_rope(config, 10_000.0, where)
+    left = (*account(GEMMA2, config, where), *rope_left)
     text = read_stack(config, where)
     return Gemma2(text, notes=(*left_note(left), *activation_note(config, text.hidden_activation)))
 
@@ -118,8 +126,8 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gem
     """
     dot = f"{section}." if section else ""
     fields = present(fields)
-    rope = read_rope(fields, 10_000.0, where, dot)
-    settled = {"layer_types": _layer_types(fields), "rope_theta": rope.theta, "rope_factor": rope.factor}
+    rope, _ = read_rope(fields, 10_000.0, where, dot)
+    settled = {"layer_types": _layer_types(fields), "rope_theta": rope.rope_theta, "rope_factor": rope.factor}
     stack = parse_section(Gemma2Text, {**fields, **settled}, where, section)
     if stack.attention_bias:
         raise CheckpointError(f"{dot}attention_bias is true; biases are not converted", where=where)

@@ -28,12 +28,12 @@ from t5g2convert.checkpoint.families.config_section import (
     whole,
 )
 from t5g2convert.checkpoint.families.known_settings import GEMMA3, GEMMA3_TEXT, SIGLIP
-from t5g2convert.checkpoint.families.rope_config import read_layer_ropes
+from t5g2convert.checkpoint.families.rope_config import LayerType, Rope, read_layer_ropes
 from t5g2convert.checkpoint.families.settings import Left, account, left_note, present
-from t5g2convert.checkpoint.families.text_stack import (
+from t5g2convert.checkpoint.families.text_and_vision import (
     GemmaText,
     ImageTokens,
-    SiglipTower,
+    SiglipConfig,
     activation_note,
     check_images,
     check_multiple,
@@ -68,8 +68,16 @@ class Gemma3Text(GemmaText):
     rope_full_factor: Positive
     rope_sliding_theta: Positive
 
+    @property
+    def ropes(self) -> Mapping[LayerType, Rope]:
+        """The position embedding of each kind of layer."""
+        return {
+            "full_attention": Rope(rope_type="linear", rope_theta=self.rope_full_theta, factor=self.rope_full_factor),
+            "sliding_attention": Rope(rope_theta=self.rope_sliding_theta),
+        }
 
-class SiglipVision(SiglipTower):
+
+class Gemma3Vision(SiglipConfig):
     """The vision tower; field names and defaults are those of transformers' SiglipVisionConfig."""
 
     hidden_size: Size = 768
@@ -101,7 +109,7 @@ class Gemma3:
 
     family: str
     text: Gemma3Text
-    vision: SiglipVision | None
+    vision: Gemma3Vision | None
     tokens: Gemma3Tokens
     projector: str = "copy"
     projected_width: int | None = None
@@ -196,7 +204,7 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
             tower = subsection(config, "vision_config", where)
             left += account(SIGLIP, tower, where, "vision_config.")
             _refuse_model_type(tower, ("siglip_vision_model",), where, "vision_config")
-            vision = parse_section(SiglipVision, tower, where, "vision_config")
+            vision = parse_section(Gemma3Vision, tower, where, "vision_config")
         tokens = parse_section(Gemma3Tokens, {**config, **_renamed(config, where)}, where)
         settled = {key: config[key] for key in OWN_TOKENS if key in config}
         settled["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
@@ -245,7 +253,7 @@ def has_tower(tensors: Collection[str]) -> bool:
     return any(not TOWER_MODULES.isdisjoint(name.split(".")) for name in tensors)
 
 
-_NO_VISION: Final = SiglipVision()
+_NO_VISION: Final = Gemma3Vision()
 
 
 def _layer_types(fields: Mapping[str, Any], where: Path) -> object:

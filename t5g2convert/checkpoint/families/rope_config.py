@@ -7,25 +7,43 @@ where all readers agree on it, and refused otherwise: none is ever read as no sc
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
+from pydantic import model_validator
+
+from t5g2convert.checkpoint.families.config_section import ConfigSection, Positive
 from t5g2convert.checkpoint.families.known_settings import ROPE
 from t5g2convert.checkpoint.families.settings import Left, account
 from t5g2convert.errors import CheckpointError
 
+LayerType = Literal["sliding_attention", "full_attention"]
+
 LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 
-class Rope(NamedTuple):
-    """The base of the wavelengths, the factor that positions are divided by, and what was left behind."""
+class Rope(ConfigSection):
+    """The rotary position embedding of one kind of layer; a linear factor divides the frequencies."""
 
-    theta: float
-    factor: float
-    left: tuple[Left, ...]
+    rope_type: Literal["default", "linear"] = "default"
+    rope_theta: Positive
+    factor: Positive = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_spelling(cls, fields: Any) -> Any:
+        """`type` is what transformers 4 called it, and what newer ones still read where there is nothing else."""
+        if isinstance(fields, dict) and fields.get("rope_type") is None and fields.get("type") is not None:
+            return {**fields, "rope_type": fields["type"]}
+        return fields
+
+    @property
+    def linear_factor(self) -> float:
+        """The factor that counts: a default embedding has none, whatever stands there."""
+        return self.factor if self.rope_type == "linear" else 1.0
 
 
 class LayerRopes(NamedTuple):
-    """The same for a model whose layers with a window have an embedding of their own."""
+    """The embeddings of a model in which layers with a window have another, and the settings that were left behind."""
 
     full_theta: float
     full_factor: float
@@ -33,8 +51,10 @@ class LayerRopes(NamedTuple):
     left: tuple[Left, ...]
 
 
-def read_rope(fields: Mapping[str, Any], default_theta: float, where: Path, section: str = "") -> Rope:
-    """The embedding of a model that has one for all its layers.
+def read_rope(
+    fields: Mapping[str, Any], default_theta: float, where: Path, section: str = ""
+) -> tuple[Rope, tuple[Left, ...]]:
+    """Read the embedding of a model that has one for all its layers, and the settings that are left behind.
 
     Args:
         fields: A section of config.json, without nulls.
@@ -55,7 +75,7 @@ def read_rope(fields: Mapping[str, Any], default_theta: float, where: Path, sect
     thetas = {f"{section}rope_theta": fields.get("rope_theta"), f"{names[0]}.rope_theta": nodes[0].get("rope_theta")}
     theta = agreed(thetas, default_theta, where)
     _agree_theta(names[1], nodes[1], theta, where)
-    return Rope(theta, agreed(factors, 1.0, where), tuple(left))
+    return Rope(rope_type="linear", rope_theta=theta, factor=agreed(factors, 1.0, where)), tuple(left)
 
 
 def read_layer_ropes(fields: Mapping[str, Any], where: Path, section: str = "") -> LayerRopes:

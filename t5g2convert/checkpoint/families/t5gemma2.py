@@ -3,14 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
-
-from pydantic import model_validator
+from typing import Any, Final
 
 from t5g2convert.checkpoint.families.config_section import (
-    ConfigSection,
     Number,
-    Positive,
     Scalar,
     Token,
     describe_model_type,
@@ -18,11 +14,11 @@ from t5g2convert.checkpoint.families.config_section import (
     refuse_bidirectional,
     subsection,
 )
-from t5g2convert.checkpoint.families.text_stack import (
+from t5g2convert.checkpoint.families.rope_config import LayerType, Rope
+from t5g2convert.checkpoint.families.text_and_vision import (
     ImageTokens,
-    LayerType,
-    SiglipTower,
-    TextStack,
+    SiglipConfig,
+    TextConfig,
     check_stack,
     stack_fields,
     tower_fields,
@@ -36,35 +32,19 @@ DEFAULT_THETA: Final[Mapping[LayerType, float]] = {"full_attention": 1_000_000.0
 """What transformers' T5Gemma2TextConfig has for a kind of layer that a config says nothing of."""
 
 
-class Rope(ConfigSection):
-    """The rotary position embedding of one kind of layer; a linear factor divides the frequencies."""
-
-    rope_type: Literal["default", "linear"] = "default"
-    rope_theta: Positive
-    factor: Positive = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_spelling(cls, fields: Any) -> Any:
-        """`type` is what transformers 4 called it, and what newer ones still read where there is nothing else."""
-        if isinstance(fields, dict) and fields.get("rope_type") is None and fields.get("type") is not None:
-            return {**fields, "rope_type": fields["type"]}
-        return fields
-
-    @property
-    def linear_factor(self) -> float:
-        """The factor that counts: a default embedding has none, whatever stands there."""
-        return self.factor if self.rope_type == "linear" else 1.0
-
-
-class Stack(TextStack):
+class T5Gemma2Text(TextConfig):
     """One text stack, encoder or decoder; where a default stands, it is that of transformers' T5Gemma2TextConfig."""
 
     rope_parameters: dict[LayerType, Rope]
     dropout_rate: Number = 0.0
 
+    @property
+    def ropes(self) -> Mapping[LayerType, Rope]:
+        """The position embedding of each kind of layer."""
+        return self.rope_parameters
 
-class Tokens(ImageTokens):
+
+class T5Gemma2Tokens(ImageTokens):
     """How images stand among the tokens; the defaults are those of transformers' T5Gemma2Config."""
 
     image_token_index: Token = 256_001
@@ -74,16 +54,16 @@ class Tokens(ImageTokens):
 class T5Gemma2Encoder:
     """The encoder of a T5Gemma 2 as its config describes it."""
 
-    encoder: Stack
-    vision: SiglipTower
-    tokens: Tokens
+    encoder: T5Gemma2Text
+    vision: SiglipConfig
+    tokens: T5Gemma2Tokens
 
 
 @dataclass(frozen=True, slots=True)
 class T5Gemma2(T5Gemma2Encoder):
     """A T5Gemma 2 model as its config describes it."""
 
-    decoder: Stack
+    decoder: T5Gemma2Text
     notes: tuple[str, ...] = ()
 
     @property
@@ -144,9 +124,9 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
     encoder = subsection(config, "encoder", where)
     return T5Gemma2(
         read_stack(subsection(encoder, "text_config", where), where, "encoder.text_config"),
-        parse_section(SiglipTower, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
+        parse_section(SiglipConfig, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
         # Both places name them; transformers takes the image token from the top, the others from the encoder.
-        parse_section(Tokens, {**encoder, **_top_image_token(config)}, where, "encoder"),
+        parse_section(T5Gemma2Tokens, {**encoder, **_top_image_token(config)}, where, "encoder"),
         read_stack(subsection(config, "decoder", where), where, "decoder"),
     )
 
@@ -161,9 +141,9 @@ def read_t5gemma2_encoder(config: Mapping[str, Any], where: Path) -> T5Gemma2Enc
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2's encoder", where=where)
     return T5Gemma2Encoder(
         read_stack(subsection(config, "text_config", where), where, "text_config"),
-        parse_section(SiglipTower, subsection(config, "vision_config", where), where, "vision_config"),
+        parse_section(SiglipConfig, subsection(config, "vision_config", where), where, "vision_config"),
         # An encoder alone has another default than the whole model, which is never meant.
-        parse_section(Tokens, config, where),
+        parse_section(T5Gemma2Tokens, config, where),
     )
 
 
@@ -171,7 +151,7 @@ def _top_image_token(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"image_token_index": config.get("image_token_index", 256_001)}
 
 
-def read_stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
+def read_stack(fields: Mapping[str, Any], where: Path, section: str) -> T5Gemma2Text:
     """Read one text stack; `section` is its name in config.json, for errors. That of a decoder is `decoder`.
 
     Raises:
@@ -179,7 +159,7 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str) -> Stack:
     """
     if section == "decoder":
         refuse_bidirectional(fields, where, section)
-    stack = parse_section(Stack, fields, where, section)
+    stack = parse_section(T5Gemma2Text, fields, where, section)
     check_stack(stack, where, section)
     if unsettled := set(stack.layer_types) - stack.rope_parameters.keys():
         raise CheckpointError(f"{section}.rope_parameters lacks {', '.join(sorted(unsettled))}", where=where)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families.text_stack import TextStack
+from t5g2convert.checkpoint.families.text_and_vision import TextConfig
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
@@ -18,7 +18,7 @@ TOKENS: Final = {
 
 
 def generation_faults(
-    folder: Path, target: Path, writes: TextStack, move: tuple[int, int] | None = None
+    folder: Path, target: Path, writes: TextConfig, move: tuple[int, int] | None = None
 ) -> Iterator[str]:
     """Everything in which a generation_config.json is not the source's.
 

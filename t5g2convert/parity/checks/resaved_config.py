@@ -15,9 +15,9 @@ from t5g2convert.checkpoint.families.settings import Outcome
 from t5g2convert.checkpoint.families.t5gemma2 import (
     DEFAULT_THETA,
     ENCODER_TYPE,
-    Stack,
     T5Gemma2,
     T5Gemma2Encoder,
+    T5Gemma2Text,
     read_t5gemma2,
     read_t5gemma2_encoder,
 )
@@ -116,7 +116,7 @@ def _encoder(model: T5Gemma2Encoder, section: str) -> Iterator[tuple[str, Any]]:
         yield section + name, value
 
 
-def _stack(stack: Stack, section: str) -> Iterator[tuple[str, Any]]:
+def _stack(stack: T5Gemma2Text, section: str) -> Iterator[tuple[str, Any]]:
     for name, value in stack.model_dump(exclude={"rope_parameters"}).items():
         yield section + name, value
     # A kind of layer that the stack does not have may be left out.

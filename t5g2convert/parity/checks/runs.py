@@ -39,7 +39,7 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
     features = None
     if target.vision is not None:
         dtype = target.weights.dtype or torch.float32
-        token, count = target.vision.settings.image_token_index, target.vision.settings.mm_tokens_per_image
+        token, count = target.vision.tokens.image_token_index, target.vision.tokens.mm_tokens_per_image
         image_T = torch.where((found := image_ids(vocab, count, never=never)) < 0, token, found)[0]
         ids_BT = torch.stack([torch.cat((texts_BT[row], image_T)) for row in (0, 0, 1)])
         features = target.vision.features(pixels(target.vision, 3, dtype).to(device)[[0, 1, 0]])
@@ -97,7 +97,7 @@ def judge_dependence(
     deaf = [name for number, name in enumerate(rows) if number and torch.equal(found[0, -1], found[number, -1])]
     finite, seen = bool(torch.isfinite(found).all()), [name for name in rows if name]
     if target.vision is not None:
-        token, count = target.vision.settings.image_token_index, target.vision.settings.mm_tokens_per_image
+        token, count = target.vision.tokens.image_token_index, target.vision.tokens.mm_tokens_per_image
         image_BT = torch.where((ids := image_ids(vocab, count, never=target.reserved)) < 0, token, ids).to(device)
         dtype = target.weights.dtype or torch.float32
         features = target.vision.features(pixels(target.vision, 2, dtype).to(device))

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from t5g2convert.checkpoint.families.text_stack import LayerType
+from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.parity.batches import MEMORY_TOKENS, Batch, ImageBatch, generator
 from t5g2convert.parity.expected_stacks import Ancestors
 from t5g2convert.parity.first_difference import first_departure
@@ -199,9 +199,9 @@ def _image_pair(source: Gemma3Reference, target: T5Gemma2Reference, images: Imag
     """Text with an image: both get the source's image features, so that a faulty tower is told by its own check."""
     assert source.vision is not None
     assert target.vision is not None
-    token = target.vision.settings.image_token_index
+    token = target.vision.tokens.image_token_index
     ids_BT, kept_BT = images.with_token(token), torch.ones_like(images.ids_BT, dtype=torch.bool)
-    expected = source.start(images.with_token(source.vision.settings.image_token_index), kept_BT, images.features_ITC)
+    expected = source.start(images.with_token(source.vision.tokens.image_token_index), kept_BT, images.features_ITC)
     masks = _causal_masks(target.encoder, kept_BT, image_blocks(ids_BT, token))
     return Pair(expected, target.start_encoder(ids_BT, masks, images.features_ITC), kept_BT)
 

@@ -12,9 +12,9 @@ from t5g2convert.checkpoint.families.t5gemma2 import (
     DEFAULT_THETA,
     ENCODER_TYPE,
     MODEL_TYPE,
-    Stack,
     T5Gemma2,
     T5Gemma2Encoder,
+    T5Gemma2Text,
     read_t5gemma2_encoder,
 )
 from t5g2convert.checkpoint.folder import Checkpoint
@@ -39,7 +39,7 @@ from t5g2convert.parity.reports.report import Check
 from t5g2convert.parity.session import Judge
 from t5g2convert.parity.suites.base import Kind
 from t5g2convert.reference.gemma3 import Gemma3Reference
-from t5g2convert.reference.stack import Stack as TextStack
+from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.t5gemma2 import EncoderReference, T5Gemma2Reference
 from t5g2convert.reference.vision import VisionTower
 
@@ -150,7 +150,7 @@ class ToGemma3(_Extracted):
         gemma = Gemma3Reference(target, **judge.reading())
         look_alike(judge, whole.vision, gemma.vision)
         batch = judge.inputs.batch(gemma)
-        ending = gemma.text.settings.eoi_token_index
+        ending = gemma.model.tokens.eoi_token_index
         if ending < gemma.text.settings.vocab_size:
             judge.remarks.append(
                 "the end-of-image token was left out: Gemma 3 scales the row of its table, T5Gemma 2 keeps a vector"
@@ -167,7 +167,7 @@ class ToGemma3(_Extracted):
         return judge_dependence(gemma, "logits", gemma.logits)
 
 
-def _walk(source: TextStack, track: Track, judge: Judge) -> None:
+def _walk(source: Stack, track: Track, judge: Judge) -> None:
     track.compare_embeddings()
     advance_side_by_side(source, [track], judge.progress)
     judge.progress("the last norm")
@@ -263,7 +263,7 @@ def gemma3_config(model: T5Gemma2) -> dict[str, Any]:
     }
 
 
-def _stack(stack: Stack) -> dict[str, Any]:
+def _stack(stack: T5Gemma2Text) -> dict[str, Any]:
     thetas = {kind: rope.rope_theta for kind, rope in stack.rope_parameters.items()}
     thetas = {kind: thetas.get(kind, theta) for kind, theta in DEFAULT_THETA.items()}
     full = stack.rope_parameters.get("full_attention")

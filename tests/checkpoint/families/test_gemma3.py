@@ -11,7 +11,7 @@ from t5g2convert.checkpoint.families.gemma3 import (
     Gemma3,
     Gemma3Text,
     Gemma3Tokens,
-    SiglipVision,
+    Gemma3Vision,
     has_tower,
     is_towerless,
     read_gemma3,
@@ -264,7 +264,7 @@ def test_a_multimodal_config_has_the_values_that_transformers_reads(text: str, v
         assert ours.vision is not None
         assert_same_text(ours.text, theirs.text_config)
         tower = theirs.vision_config
-        assert ours.vision.model_dump() == {name: getattr(tower, name) for name in SiglipVision.model_fields}
+        assert ours.vision.model_dump() == {name: getattr(tower, name) for name in Gemma3Vision.model_fields}
         assert ours.tokens.model_dump() == {name: getattr(theirs, name) for name in Gemma3Tokens.model_fields}
 
 
@@ -399,7 +399,7 @@ def test_the_fields_tested_are_all_that_there_are() -> None:
     assert Gemma3Text.model_fields.keys() - WRONG.keys() == settled
 
 
-@pytest.mark.parametrize("field", SiglipVision.model_fields)
+@pytest.mark.parametrize("field", Gemma3Vision.model_fields)
 def test_a_vision_field_of_the_wrong_type_is_named(field: str) -> None:
     assert field in refusal(multimodal(vision={field: []})).message
 

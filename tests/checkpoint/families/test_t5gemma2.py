@@ -9,8 +9,9 @@ import pytest
 
 from t5g2convert.checkpoint.families.config_section import KNOWN_MODELS
 from t5g2convert.checkpoint.families.registry import implied_tensors
-from t5g2convert.checkpoint.families.t5gemma2 import Rope, Stack, read_t5gemma2
-from t5g2convert.checkpoint.families.text_stack import SiglipTower
+from t5g2convert.checkpoint.families.rope_config import Rope
+from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2Text, read_t5gemma2
+from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig
 from t5g2convert.errors import CheckpointError
 from tests.sizes import FIELDS, SIZES, TOTALS
 
@@ -165,7 +166,11 @@ def test_stacks_of_different_depth_and_width_keep_their_own_shapes() -> None:
 
 REQUIRED = [
     (place, field)
-    for place, model in (("encoder.text_config", Stack), ("decoder", Stack), ("encoder.vision_config", SiglipTower))
+    for place, model in (
+        ("encoder.text_config", T5Gemma2Text),
+        ("decoder", T5Gemma2Text),
+        ("encoder.vision_config", SiglipConfig),
+    )
     for field, info in model.model_fields.items()
     if info.is_required()
 ]

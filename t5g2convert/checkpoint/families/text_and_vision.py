@@ -3,14 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, Size, Token
+from t5g2convert.checkpoint.families.rope_config import LayerType, Rope
 from t5g2convert.errors import CheckpointError
-
-LayerType = Literal["sliding_attention", "full_attention"]
 
 Activation = Literal[
     "gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "hardswish", "leaky_relu", "linear", "mish",
@@ -19,7 +18,7 @@ Activation = Literal[
 """The activation functions of transformers that the reference passes compute; what they cannot judge is refused."""
 
 
-class TextStack(ConfigSection):
+class TextConfig(ConfigSection):
     """One text stack; a default stands where the classes of transformers have one and the same."""
 
     vocab_size: Size
@@ -46,6 +45,14 @@ class TextStack(ConfigSection):
     # Where a dialect lists none, its reader settles them before validation.
     layer_types: list[LayerType]
 
+    qk_norm: ClassVar[bool] = True
+    """Whether queries and keys are normed; no config says so."""
+
+    @property
+    def ropes(self) -> Mapping[LayerType, Rope]:
+        """The position embedding of each kind of layer."""
+        raise NotImplementedError
+
     @property
     def symbols(self) -> Mapping[str, int]:
         """The sizes of a layer in elements, and the depth, by the names that maps use."""
@@ -58,7 +65,7 @@ class TextStack(ConfigSection):
         }
 
 
-class GemmaText(TextStack):
+class GemmaText(TextConfig):
     """A decoder-only Gemma; where a default stands, Gemma2Config and Gemma3TextConfig of transformers have the same."""
 
     hidden_size: Size = 2304
@@ -70,7 +77,7 @@ class GemmaText(TextStack):
     sliding_window: Size = 4096
 
 
-class SiglipTower(ConfigSection):
+class SiglipConfig(ConfigSection):
     """A SigLIP tower; a default stands where the classes of transformers have one and the same."""
 
     hidden_size: Size
@@ -103,6 +110,7 @@ class ImageTokens(ConfigSection):
     mm_tokens_per_image: Size = 256
     boi_token_index: Token = 255_999
     eoi_token_index: Token = 256_000
+    image_token_index: Token
 
 
 def stack_fields(path: str) -> Mapping[str, str]:
@@ -126,7 +134,7 @@ def tower_fields(path: str) -> Mapping[str, str]:
     }
 
 
-def check_stack(stack: TextStack, where: Path, section: str = "") -> None:
+def check_stack(stack: TextConfig, where: Path, section: str = "") -> None:
     """Refuse a stack that contradicts itself; `section` is its name in config.json.
 
     Raises:
@@ -151,7 +159,7 @@ def activation_note(fields: Mapping[str, Any], activation: str, dot: str = "") -
         )
 
 
-def check_images(tokens: ImageTokens, tower: SiglipTower, where: Path) -> None:
+def check_images(tokens: ImageTokens, tower: SiglipConfig, where: Path) -> None:
     """Refuse images that the projector cannot make the stated tokens of, and tokens of images without an id.
 
     Raises:
