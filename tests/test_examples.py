@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from t5g2convert import convert, inspect, verify
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
+from tests.forked import Preload, python
 from tests.gemma_tokenizer import write_processor, write_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -53,7 +52,6 @@ def test_every_example_is_run_here() -> None:
 
 def test_the_benchmark_measures_everyone(tmp_path: Path) -> None:
     command = [
-        sys.executable,
         str(EXAMPLES / "benchmark_convert.py"),
         "tiny",
         "27b",
@@ -62,7 +60,7 @@ def test_the_benchmark_measures_everyone(tmp_path: Path) -> None:
         "--folder",
         str(tmp_path),
     ]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = python(command, preload=Preload.TRANSFORMERS, check=True)
     for name in ("cp ", "cp, then sync", "t5g2 convert --no-hash --no-flush", "transformers, meta device"):
         assert any(line.startswith(name) for line in run.stdout.splitlines()), run.stdout
     assert "27b: planned in " in run.stdout
@@ -71,8 +69,8 @@ def test_the_benchmark_measures_everyone(tmp_path: Path) -> None:
 
 def test_the_forward_benchmark_measures_everyone_with_every_dtype(tmp_path: Path) -> None:
     script = str(EXAMPLES / "benchmark_forward.py")
-    command = [sys.executable, script, "tiny", "--rounds", "1", "--folder", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [script, "tiny", "--rounds", "1", "--folder", str(tmp_path)]
+    run = python(command, preload=Preload.TRANSFORMERS, check=True)
     for dtype in ("float32", "bfloat16"):
         assert f"tiny-tiny, {dtype}: 512 tokens in, 64 out, one pass" in run.stdout
         assert f"tiny-tiny, {dtype}: 512 tokens in, 64 written greedily" in run.stdout
@@ -83,31 +81,31 @@ def test_the_forward_benchmark_measures_everyone_with_every_dtype(tmp_path: Path
 
 def test_the_ul2_benchmark_makes_a_million_tokens_a_second() -> None:
     script = str(EXAMPLES / "benchmark_ul2.py")
-    command = [sys.executable, script, "512", "16384", "--rounds", "3", "--tokens", "300000"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [script, "512", "16384", "--rounds", "3", "--tokens", "300000"]
+    run = python(command, preload=Preload.TRANSFORMERS, check=True)
     rows = [line.split() for line in run.stdout.splitlines()[2:]]
     assert [(row[0], row[1]) for row in rows] == [("512", "39"), ("16384", "1260")]
     assert all(float(row[-2]) > 1 for row in rows), run.stdout
 
 
 def test_the_verify_benchmark_verifies(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "benchmark_verify.py"), "tiny", "--folder", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [str(EXAMPLES / "benchmark_verify.py"), "tiny", "--folder", str(tmp_path)]
+    run = python(command, preload=Preload.TRANSFORMERS, check=True)
     row = next(line for line in run.stdout.splitlines() if line.startswith("tiny"))
     assert float(row.split()[-1]) > 100
     assert list(tmp_path.iterdir()) == []
 
 
 def run(script: str, *arguments: str | Path) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [str(EXAMPLES / script), *map(str, arguments)]
+    done = python(command, preload=Preload.TRANSFORMERS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_a_graft_is_measured_with_both_projectors(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "benchmark_graft.py"), "tiny", "tiny-vision", "--folder", str(tmp_path)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [str(EXAMPLES / "benchmark_graft.py"), "tiny", "tiny-vision", "--folder", str(tmp_path)]
+    said = python(command, preload=Preload.TRANSFORMERS, check=True).stdout
     rows = [line.split() for line in said.splitlines()[2:]]
     assert [row[:2] for row in rows] == [
         [name, what] for name in ("zeros", "aligned") for what in ("convert", "verify")
@@ -171,7 +169,7 @@ def test_the_script_by_hand_gives_the_same_parameters(tmp_path: Path) -> None:
     source.mkdir()
     write_synthetic_source(source, find_map("gemma3").map, TEXT, seed=0)
     script = EXAMPLES / "convert_with_transformers.py"
-    subprocess.run([sys.executable, str(script), str(source), str(tmp_path / "out")], check=True, capture_output=True)
+    python([script, source, tmp_path / "out"], preload=Preload.TRANSFORMERS, check=True)
     found = inspect(tmp_path / "out").parameters
     assert found["encoder"] == found["decoder"] == inspect(source).parameters["decoder"]
 

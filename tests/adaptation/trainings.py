@@ -4,7 +4,6 @@ import argparse
 import inspect
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
+from tests.forked import Preload, python
 
 OPTIONS = (
     "--lr", "4e-3", "--steps", "60", "--encoder-length", "64", "--decoder-length", "64", "--batch-tokens", "512",
@@ -32,9 +32,7 @@ def command(small: Path, run: Path, *options: str, module: str = "t5g2convert") 
 def adapt(small: Path, run: Path, *options: str, code: int = 0, module: str = "t5g2convert") -> Any:
     """Train the small model in a process of its own; the completed process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(small, run, *options, module=module), env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = python(command(small, run, *options, module=module)[1:], preload=Preload.TRANSFORMERS, env=environment)
     assert done.returncode == code, done.stderr
     return done
 

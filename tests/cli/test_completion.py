@@ -9,13 +9,14 @@ from typing import Final
 
 import pytest
 
+from tests.forked import run_t5g2
 from tests.test_package import HEAVY, modules_after
 
 COMMAND: Final = [sys.executable, "-m", "t5g2convert"]
 
 
 def answer(**env: str) -> str:
-    done = subprocess.run(COMMAND, capture_output=True, text=True, check=False, env={**os.environ, **env})
+    done = run_t5g2(env={**os.environ, **env})
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout

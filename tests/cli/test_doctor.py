@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from t5g2convert.version import __version__
+from tests.forked import python, run_t5g2
 from tests.hub_server import Fault, Hub, running
 
 TOKEN = "hf_doctorsecretdoctorsecretdoctor"
@@ -22,8 +23,7 @@ def hub() -> Iterator[Hub]:
 
 
 def doctor(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "t5g2convert", "doctor", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = run_t5g2("doctor", *options, env=environment)
     assert TOKEN not in done.stdout + done.stderr
     assert TOKEN[3:12] not in done.stdout + done.stderr
     return done
@@ -170,13 +170,7 @@ def test_maps_that_are_missing_are_a_problem(hub: Hub, tmp_path: Path) -> None:
         "from t5g2convert.cli.main import main\nmain(['doctor'])\n"
     )
     (tmp_path / "bad.yaml").write_text("format: 2\n")
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        env=hub.env(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = python(["-c", script, tmp_path], env=hub.env(tmp_path / "home"))
     assert run.returncode == 4
     assert "bad.yaml" in run.stderr
     assert os.linesep not in run.stderr.strip()

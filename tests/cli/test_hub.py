@@ -19,6 +19,7 @@ from t5g2convert.checkpoint.hub.ranges import FIRST_BYTES
 from t5g2convert.checkpoint.hub.snapshot import SMALL_BYTES
 from t5g2convert.checkpoint.manifest import seal
 from tests.conftest import TwinFolder
+from tests.forked import run_t5g2
 from tests.hub_server import Fault, Hub, running
 
 REPO: Final = "google/gemma-demo"
@@ -33,15 +34,7 @@ class Scene:
     folder: Path
 
     def __call__(self, line: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "t5g2convert", *line.split()],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            cwd=self.folder,
-            env={**self.hub.env(self.folder / "home"), "PYTHONPATH": str(Path(__file__).parents[2]), **env},
-        )
+        return run_t5g2(*line.split(), cwd=self.folder, env={**self.hub.env(self.folder / "home"), **env})
 
     def json(self, line: str, **env: str) -> dict[str, Any]:
         """The document of a command that ends well."""

@@ -17,6 +17,7 @@ from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
 from tests.cli.commandline import CommandLine, Result
+from tests.forked import run_t5g2
 from tests.outputs import OLD, write_old
 
 HOSTILE: Final = {
@@ -35,11 +36,6 @@ MARKUP: Final = ["[bold]x", "[/]", "[link=https://example.org]y", ":smile:"]
 @pytest.fixture
 def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
     return CommandLine(capsys)
-
-
-def run_process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "t5g2convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
 def assert_one_line_error(result: Result, code: int) -> None:
@@ -503,20 +499,20 @@ def test_json_holds_hostile_names_exactly(t5g2: CommandLine, demo_source: Path) 
 
 
 def test_version() -> None:
-    run = run_process("--version")
+    run = run_t5g2("--version")
     assert (run.returncode, run.stdout, run.stderr) == (0, f"{__version__}\n", "")
 
 
 def test_the_command_and_the_module_are_the_same(demo_source: Path) -> None:
     script = Path(sys.executable).with_name("t5g2")
     one = subprocess.run([script, "inspect", demo_source, "--json"], capture_output=True, text=True, check=True)
-    other = run_process("inspect", demo_source, "--json")
+    other = run_t5g2("inspect", demo_source, "--json")
     assert json.loads(one.stdout) == json.loads(other.stdout)
     assert one.stderr == other.stderr == ""
 
 
 def test_help_names_every_command_and_is_plain_text() -> None:
-    run = run_process("--help")
+    run = run_t5g2("--help")
     assert run.returncode == 0
     assert run.stderr == ""
     for command in ("demo", "inspect", "plan", "convert", "mappings"):
@@ -528,7 +524,13 @@ def test_help_names_every_command_and_is_plain_text() -> None:
 @pytest.mark.parametrize("command", ["plan", "mappings"])
 def test_a_terminal_without_unicode_gets_an_answer(demo_source: Path, command: str, encoding: str) -> None:
     arguments = ["mappings", "show", "gemma3"] if command == "mappings" else [command, str(demo_source)]
-    run = run_process(*arguments, env={**os.environ, "PYTHONIOENCODING": encoding}, encoding=encoding)
+    run = subprocess.run(
+        [sys.executable, "-m", "t5g2convert", *arguments],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        encoding=encoding,
+    )
     assert run.stderr == ""
     assert run.returncode == 0
 

@@ -3,7 +3,6 @@
 import os
 import secrets
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,7 @@ import pytest
 
 from t5g2convert import convert
 from t5g2convert.cli.demo import build_demo_source
+from tests.forked import python
 
 BUG: Final = """
 import sys
@@ -100,15 +100,7 @@ def run(work: Path, token: str, line: str, script: str = RUN) -> subprocess.Comp
     }  # fmt: skip
     arguments = [str(work / places[word]) if word in places else word for word in line.split()]
     tokens = {"HF_TOKEN": token, "HUGGING_FACE_HUB_TOKEN": token, "HF_HOME": str(work / "home")}
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=work,
-        env={**os.environ, **tokens, "OMP_NUM_THREADS": "1"},
-    )
+    return python(["-c", script, *arguments], cwd=work, env={**os.environ, **tokens})
 
 
 def holders(folder: Path, token: str) -> list[str]:

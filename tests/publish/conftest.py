@@ -41,6 +41,4 @@ def scene(tmp_path: Path, demo_folders: Path) -> Iterator[Scene]:
         shutil.copytree(demo_folders, tmp_path / "work")
         token = f"hf_{secrets.token_hex(17)}"
         hub.users[token] = "ann"
-        scene = Scene(hub, tmp_path / "work", token)
-        yield scene
-        scene.end()
+        yield Scene(hub, tmp_path / "work", token)

@@ -1,31 +1,16 @@
 """A Hub with a user, and a folder with a model to upload."""
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tests import forked
 from tests.hub_server import Hub
 
 ROOT: Final = Path(__file__).parents[2]
 RUN: Final = "import sys; from t5g2convert.cli.main import main; main(sys.argv[1:])"
-WORKER: Final = """
-import contextlib, io, json, sys
-from t5g2convert.cli.main import main
-
-for line in sys.stdin:
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(json.loads(line))
-        except SystemExit as end:
-            code = end.code
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), file=sys.__stdout__, flush=True)
-"""
-"""Runs one command after the other, each given as a list on a line."""
-
 HASTY: Final = f"import t5g2convert.publish.retry as retry; retry.WAITS = (0.0, 0.0); {RUN}"
 """The same without waits between attempts, and with fewer."""
 
@@ -41,7 +26,6 @@ class Scene:
     folder: Path
     token: str
     settings: dict[str, str] = field(default_factory=dict)
-    worker: "subprocess.Popen[str] | None" = None
 
     @property
     def out(self) -> Path:
@@ -49,46 +33,17 @@ class Scene:
         return self.folder / "out"
 
     def run(self, line: str, script: str = RUN, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in another process, with ann's token; in one of its own if it needs another environment."""
-        if script != RUN or env:
-            return self.python(["-c", script, *line.split()], **env)
-        if self.worker is None:
-            self.worker = subprocess.Popen(
-                [sys.executable, "-c", WORKER],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=self.folder,
-                env=self._env(),
-            )
-        assert self.worker.stdin is not None
-        assert self.worker.stdout is not None
-        self.worker.stdin.write(json.dumps(line.split()) + "\n")
-        self.worker.stdin.flush()
-        return subprocess.CompletedProcess(line, *json.loads(self.worker.stdout.readline()))
+        """Run a command in a process of its own, with ann's token."""
+        return self.python(["-c", script, *line.split()], **env)
 
     def _env(self, **env: str) -> dict[str, str]:
         settings = {**self.hub.env(self.folder / "home"), "HF_TOKEN": self.token, "PYTHONPATH": str(ROOT)}
         settings |= self.settings | env
         return {name: value for name, value in settings.items() if value or name != "HF_TOKEN"}
 
-    def end(self) -> None:
-        """End the process that ran commands."""
-        if self.worker is not None:
-            self.worker.communicate()
-            assert self.worker.returncode == 0
-
     def python(self, arguments: list[str], **env: str) -> subprocess.CompletedProcess[str]:
         """Run Python with the environment of a user of this Hub; an empty HF_TOKEN is none."""
-        return subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            cwd=self.folder,
-            env=self._env(**env),
-        )
+        return forked.python(arguments, cwd=self.folder, env=self._env(**env))
 
     def started(self, line: str) -> "subprocess.Popen[str]":
         """A command that runs."""
