@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-oldest test-keras faults fuzz check fmt docs bench clean
+.PHONY: help demo test test-all test-oldest test-keras faults fuzz check fmt docs bench clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -32,7 +32,10 @@ check: $(INSTALLED)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check  ## everything that CI runs
+test: check  ## ruff, mypy and the quick tests, in minutes
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
+
+test-all: check  ## every test: all mutants, faults and bad inputs
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 faults: $(INSTALLED)  ## make every system call of a conversion fail in turn, or kill it there, and count what is lost

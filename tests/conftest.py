@@ -26,6 +26,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to `make test-all` all but the first case of a test that is `sampled`."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            function = (item.path, getattr(item, "originalname", item.name))
+            if function in seen:
+                item.add_marker("slow")
+            seen.add(function)
+
+
 @pytest.fixture(scope="session")
 def gemma3_map() -> WeightMap:
     """The shipped map."""
