@@ -203,9 +203,7 @@ def test_a_conversion_loads_numpy_and_still_no_torch(options: list[str], demo_so
     assert modules_after(arguments, tmp_path) & HEAVY == {"numpy"}
 
 
-@pytest.mark.parametrize(
-    "arguments", [["card", "OUTPUT"], ["card", "OUTPUT", "--write"], ["doctor"], ["doctor", "--json"]]
-)
+@pytest.mark.parametrize("arguments", [["card", "OUTPUT"], ["card", "OUTPUT", "--write"]])
 def test_what_tells_of_the_hub_loads_its_client_and_still_no_torch(
     arguments: list[str], demo_source: Path, tmp_path: Path
 ) -> None:

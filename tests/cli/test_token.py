@@ -82,7 +82,6 @@ BAD: Final = {
     "compare SOURCE OUT --text TEXT --max-kl 0 --min-agreement 1": None,
     "generate SOURCE --prompt x": 3,
     "card OUT --source-card MISSING": 3,
-    "doctor --online": 7,
 }
 
 ECHOES: Final = {
