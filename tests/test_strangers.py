@@ -14,9 +14,8 @@ from t5g2convert import OutputError, convert
 from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.data.documents import Document
 from t5g2convert.adaptation.data.pack import pack
-from t5g2convert.adaptation.export import finish
+from t5g2convert.adaptation.export import export, export_checkpoint
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-from t5g2convert.adaptation.trained_export import export
 from t5g2convert.errors import T5g2Error
 from tests.adaptation.runs import FACTS, text_only, trained_from, write_checkpoint, write_run
 from tests.outputs import write_old
@@ -189,7 +188,7 @@ def test_O9_what_is_somebodys_stays_in_the_place_of_an_export(animal: str, stage
     unmounted.rename(run / "model") if not unmounted.is_mount() else (run / "model").symlink_to("out")
     before = state(run)
     with pytest.raises(OutputError):
-        finish(run, run / "checkpoints/step-00000040", stage / "model")
+        export_checkpoint(run, run / "checkpoints/step-00000040", stage / "model")
     assert state(run) == before
 
 

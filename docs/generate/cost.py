@@ -9,7 +9,7 @@ from typing import Final
 from docs.generate.tables import table
 from examples.benchmark_sources import CONFIGS
 from t5g2convert import plan
-from t5g2convert.adaptation.train.cost import memory, operations
+from t5g2convert.adaptation.train.forecast import memory, operations
 from t5g2convert.adaptation.ul2.corruption import Frame, lengths, longest
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-from t5g2convert.adaptation.train.loss import Denoiser
+from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.model import load_model, published_names
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.dataset import Batch, Place, task_names
+from t5g2convert.adaptation.ul2.dataset import Batch, MicroBatch, task_names
 from t5g2convert.errors import CheckpointError, UsageError
 
 
@@ -72,7 +72,7 @@ def evaluate(
         UsageError: The number of samples is not a multiple of the block, or larger than the data gives once.
     """
     prepared = prepare(model, data, settings)
-    block, schedule = settings.mixture.block, prepared.samples.schedule
+    block, schedule = settings.mixture.block, prepared.samples.sampler
     if schedule is None:
         raise UsageError("image_every=1 leaves no samples of text to evaluate")
     if samples < 1 or samples % block or samples > schedule.chunks * block:
@@ -103,12 +103,12 @@ def _take_values(module: nn.Module, prepared: Prepared, trained: CheckpointReade
 @torch.no_grad()
 def _evaluate(module: nn.Module, prepared: Prepared, samples: int, micro: int) -> Evaluation:
     names = task_names(prepared.samples.settings)
-    denoiser = Denoiser(module, tasks=len(names), softcap=prepared.facts.softcap, chunk=4096).eval()
+    denoiser = ModelWithLoss(module, tasks=len(names), softcap=prepared.limits.softcap, chunk=4096).eval()
     sums = torch.zeros(2, len(names), dtype=torch.float64)
     labels = torch.zeros(len(names), dtype=torch.int64)
     for start in range(0, samples, micro):
         numbers = tuple(range(start, min(start + micro, samples)))
-        batch = prepared.samples[Place(0, numbers, (True,) * len(numbers))]
+        batch = prepared.samples[MicroBatch(0, numbers, (True,) * len(numbers))]
         for number, seen in enumerate((batch, hide_encoder(batch))):
             _, losses_T, labels_T = denoiser(seen)
             sums[number] += losses_T.double()

@@ -112,9 +112,9 @@ def train_and_evaluate(output: Path, name: str, arguments: argparse.Namespace) -
         precision="float32",
     )
     every = max(1, arguments.steps // arguments.checkpoints)
-    pace = LoopConfig(micro=arguments.batch, save_every=every, keep=arguments.checkpoints + 1)
+    loop = LoopConfig(micro=arguments.batch, save_every=every, keep=arguments.checkpoints + 1)
     run = output / f"run-{name}"
-    request = Request(output / name, output / TRAINING, run, settings, pace=pace, resume=True)
+    request = Request(output / name, output / TRAINING, run, settings, loop=loop, resume=True)
     done = adapt(request, begun=lambda _: None, report=lambda _: None)
     held_out: dict[int, Evaluation] = {}
     for step, checkpoint in {0: None, **complete_checkpoints(run)}.items():

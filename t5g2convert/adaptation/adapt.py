@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from t5g2convert.adaptation.export import Finished, check_export_place, finish
+from t5g2convert.adaptation.export import Exported, check_export_place, export_checkpoint
 from t5g2convert.adaptation.train import checkpoints, model
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     check_files,
@@ -33,9 +33,8 @@ from t5g2convert.adaptation.train.distributed import (
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
 from t5g2convert.adaptation.train.lock import locked
 from t5g2convert.adaptation.train.loop import LoopConfig, make_optimizer, train
-from t5g2convert.adaptation.train.loss import Denoiser
-from t5g2convert.adaptation.train.metrics import Metrics, read_metrics
-from t5g2convert.adaptation.train.plot import plot_losses
+from t5g2convert.adaptation.train.loss import ModelWithLoss
+from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
 from t5g2convert.adaptation.train.run_folder import (
     METRICS_FILE,
@@ -74,8 +73,8 @@ class Request:
         teacher: The folder of a Gemma 3 to be distilled, if there is one.
         rope_scaling: What the config must say of RoPE; None for whatever it says.
         resume: Whether to go on from the newest checkpoint of the folder.
-        machines: What it runs on.
-        pace: How it is cut into pieces.
+        hardware: What it runs on.
+        loop: How it is cut into pieces.
         chunk: Labels whose logits exist at once.
         recompute: Whether activations are computed twice, to save memory.
         export: Whether a model is made of the last checkpoint.
@@ -88,8 +87,8 @@ class Request:
     teacher: Path | None = None
     rope_scaling: str | None = None
     resume: bool = False
-    machines: Hardware = field(default_factory=Hardware)
-    pace: LoopConfig = field(default_factory=LoopConfig)
+    hardware: Hardware = field(default_factory=Hardware)
+    loop: LoopConfig = field(default_factory=LoopConfig)
     chunk: int = 1024
     recompute: bool = False
     export: bool = False
@@ -112,7 +111,7 @@ class Outcome:
         steps: The whole log, on the first process.
         plot: The picture of the losses.
         settings: The run's, with the teacher's identity.
-        finished: The model that came of it, on the first process, if it was asked for.
+        exported: The exported model, on rank 0, if --export was set.
     """
 
     first: bool
@@ -122,7 +121,7 @@ class Outcome:
     steps: tuple[Metrics, ...]
     plot: Path
     settings: Settings
-    finished: Finished | None = None
+    exported: Exported | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `t5g2 adapt --json` prints."""
@@ -133,7 +132,7 @@ class Outcome:
             "trained_parameters": self.trained,
             "checkpoint": str(self.checkpoint),
             "plot": str(self.plot),
-            "model": None if self.finished is None else self.finished.to_json(),
+            "model": None if self.exported is None else self.exported.to_json(),
             "loss": last.loss,
             "tasks": dict(last.tasks),
         }
@@ -155,7 +154,7 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
     try:
         require_extra()
         prepared = _prepare(request)
-        engine = build_engine(request.machines, request.settings.precision)
+        engine = build_engine(request.hardware, request.settings.precision)
     except T5g2Error as error:
         if early_rank() == 0:
             raise
@@ -174,8 +173,8 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         torch.distributed.destroy_process_group()
         if not outcome.first or not request.export:
             return outcome
-        finished = finish(request.run, outcome.checkpoint, request.model)
-    return replace(outcome, finished=finished)
+        exported = export_checkpoint(request.run, outcome.checkpoint, request.model)
+    return replace(outcome, exported=exported)
 
 
 def foresee(request: Request) -> Forecast:
@@ -185,9 +184,9 @@ def foresee(request: Request) -> Forecast:
         T5g2Error: As `prepare`.
     """
     require_extra()
-    machines = request.machines
-    devices = (machines.devices or 1) * (machines.nodes or 1)
-    return forecast(_prepare(request), devices=devices, micro=request.pace.micro, chunk=request.chunk)
+    hardware = request.hardware
+    devices = (hardware.devices or 1) * (hardware.nodes or 1)
+    return forecast(_prepare(request), devices=devices, micro=request.loop.micro, chunk=request.chunk)
 
 
 def _prepare(request: Request) -> Prepared:
@@ -242,7 +241,7 @@ def _run(
     if first:
         begun([*prepared.notes, *([f"{start:,} steps were done before"] if start else [])])
     if start < settings.steps:
-        train(engine, module, state, prepared.samples, run=request.run, start=start, pace=request.pace, report=report)
+        train(engine, module, state, prepared.samples, run=request.run, start=start, loop=request.loop, report=report)
     engine.barrier()
     steps = read_metrics(request.run / METRICS_FILE) if first else []
     if first:
@@ -300,10 +299,10 @@ def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Set
     model.freeze(network, names, model.parts_of(checkpoint), images=prepared.images)
     if request.recompute:
         model.recompute_activations(network)
-    denoiser = Denoiser(
+    denoiser = ModelWithLoss(
         network,
         tasks=len(task_names(settings)),
-        softcap=prepared.facts.softcap,
+        softcap=prepared.limits.softcap,
         chunk=request.chunk,
         teacher=_teacher(request, prepared),
     )

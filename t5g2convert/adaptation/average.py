@@ -1,21 +1,24 @@
-"""The mean of the last checkpoints of a run, as the paper of T5Gemma 2 ends its training, written as a model.
+"""Averaging: the mean of a run's last checkpoints, written as a model.
 
-Every value is summed in float64 over the checkpoints, divided by their count, and rounded once, to the dtype that it is
-stored in. A sum of float32 numbers of about one size is exact in float64, so that the mean of checkpoints which are all
-the same is that checkpoint, and the order in which they are read plays no part but in the last bit.
+T5Gemma 2 averages its last five checkpoints (arXiv 2512.14856). Values are summed in float64 over the checkpoints,
+divided by their number and rounded once, to the stored dtype. In float64 such a sum of float32 values is exact unless
+their magnitudes differ widely, so the mean of equal checkpoints is that checkpoint.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     CHECKPOINTS_FOLDER,
     check_files,
     checkpoint_path,
     complete_checkpoints,
 )
+from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
 from t5g2convert.adaptation.train.run_folder import (
     METRICS_FILE,
@@ -26,12 +29,14 @@ from t5g2convert.adaptation.train.run_folder import (
     parts_of_run,
     read_history,
 )
-from t5g2convert.adaptation.trained_export import export
-from t5g2convert.checkpoint.folder import open_checkpoint, some
+from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
+from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, some
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import KEEP, Dtype, WriteOptions
-from t5g2convert.conversion.trained_model import plan_adapted
+from t5g2convert.conversion.trained_model import FROZEN, plan_adapted
 from t5g2convert.conversion.write.copy import Progress
 from t5g2convert.conversion.write.output_path import check_target
 from t5g2convert.errors import CheckpointError, UsageError
@@ -40,11 +45,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-    from t5g2convert.adaptation.trainer_checkpoints import Saved
+    from t5g2convert.reference.weights import Weights
 
 LAST: Final = 5
-"""Checkpoints that the paper averages."""
+"""Number of checkpoints that the paper averages."""
+
+PIECE: Final = 1 << 20
+"""Elements of a Trainer checkpoint read at once."""
+
+_TRAINER_CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 
 
 def average(
@@ -59,44 +68,41 @@ def average(
 ) -> Conversion:
     """Write the mean of the last checkpoints of a run as a model in the published layout.
 
-    Memory holds a few rows of one tensor, in float64, however large the model and however many the checkpoints.
+    Memory holds a few rows of one tensor, whatever the size of the model and the number of checkpoints.
+
+    ```python
+    average(Path("run"), 5, Path("t5gemma-2-averaged"))
+    ```
 
     Args:
-        run: The folder of the run; or one with checkpoints of transformers' Trainer (`checkpoint-100`, ...), of which
-            the mean is a model without a manifest, trained elsewhere.
-        last: How many checkpoints, counted from the last; all must be of the run's settings and objective.
-        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
-        model: The model that was trained, where it is no longer where it was, or Trainer saved the checkpoints.
+        run: The folder of a run; or one with checkpoints of transformers' Trainer (`checkpoint-100`, ...), whose mean
+            is a model without a manifest.
+        last: Number of checkpoints, counted from the last; all must share the run's settings and objective.
+        output: The folder to write. An empty folder is filled, and keeps its mode and owner.
+        model: The model that was trained, if it was moved, or if Trainer saved the checkpoints.
         dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
-        overwrite: Replace an output of this tool that is there, at the end; nothing else is ever replaced.
-        progress: Called with the bytes just written.
+        overwrite: Replace an existing output of this tool at the end; nothing else is ever replaced.
+        progress: Called with the number of bytes just written.
 
     Raises:
-        CheckpointError: There are fewer checkpoints; one is damaged, of other settings, another objective, or has
-            other tensors; or the model is not the one that was trained.
+        CheckpointError: There are too few checkpoints; one is damaged or has other settings or tensors; or the model
+            is not the one that was trained.
         OutputError: The output exists or cannot be written.
-        UsageError: The number of checkpoints has no meaning.
+        UsageError: `last` is below 1, or the model is needed and was not found.
     """
     if last < 1:
-        raise UsageError(f"the mean of {last} checkpoints has no meaning", hint="1 or more")
-    if not (run / RUN_FILE).exists() and (saved := _saved(run)):
-        return _average_saved(
+        raise UsageError(f"--last must be at least 1, got {last}")
+    if not (run / RUN_FILE).exists() and (saved := trainer_checkpoints(run)):
+        return _average_trainer(
             run, saved, last, output, model=model, dtype=dtype, overwrite=overwrite, progress=progress
         )
     history, found = read_history(run), complete_checkpoints(run)
-    if len(found) < last:
-        raise CheckpointError(
-            f"has {len(found)} checkpoints, {last} were asked for",
-            where=run / CHECKPOINTS_FOLDER,
-            hint=f"--last {len(found)} takes all" if found else None,
-        )
+    _check_count(len(found), last, run / CHECKPOINTS_FOLDER)
     model = Path(history.model_folder) if model is None else model
     if not os.path.isdir(model):  # noqa: PTH112 - Path.is_dir raises for names that are too long
-        raise UsageError(f"{model} is not there any more", hint="--model says where the model is that was trained")
+        raise UsageError(f"{model} no longer exists", hint="pass the model that was trained with --model")
     check_target(output, model, *parts_of_run(run), overwrite=overwrite)
     check_model(history, model)
-    from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-
     checkpoints = [CheckpointReader(folder) for folder in list(found.values())[-last:]]
     _check_alike(run, history, checkpoints)
     steps = [checkpoint.manifest.step for checkpoint in checkpoints]
@@ -113,65 +119,48 @@ def average(
     )
 
 
-def _saved(run: Path) -> dict[int, Path]:
-    """What transformers' Trainer saved in a folder."""
-    from t5g2convert.adaptation.trainer_checkpoints import saved_checkpoints
-
-    return saved_checkpoints(run)
-
-
-def _average_saved(
-    run: Path,
-    found: Mapping[int, Path],
-    last: int,
-    output: Path,
-    *,
-    model: Path | None,
-    dtype: Dtype,
-    overwrite: bool,
-    progress: Progress | None,
-) -> Conversion:
-    """Write the mean of checkpoints that transformers' Trainer saved.
-
-    Nothing tells how they were trained, so the mean has no t5g2.json either: it is a model that was trained elsewhere.
-
-    Raises:
-        CheckpointError: There are fewer checkpoints, or one is not of the model.
-        OutputError: The output exists or cannot be written.
-        UsageError: The model is not given.
-    """
-    from t5g2convert.adaptation.trainer_checkpoints import Saved
-
-    if len(found) < last:
+def _check_count(found: int, last: int, where: Path) -> None:
+    if found < last:
         raise CheckpointError(
-            f"has {len(found)} checkpoints, {last} were asked for", where=run, hint=f"--last {len(found)} takes all"
+            f"has {found} checkpoints, but --last is {last}",
+            where=where,
+            hint=f"--last {found} takes all" if found else None,
         )
-    if model is None:
-        raise UsageError(
-            f"{run} has checkpoints of transformers' Trainer, which do not tell what was trained",
-            hint="give the T5Gemma 2 that was trained with --model",
-        )
-    start = open_checkpoint(model)
-    check_target(output, model, *found.values(), overwrite=overwrite)
-    mean = Mean([Saved(folder, start) for folder in list(found.values())[-last:]])
-    return execute(
-        plan_adapted(start, mean.names, None, dtype=dtype),
-        Folders(model),
-        output,
-        WriteOptions(overwrite=overwrite, progress=progress),
-        given=mean,
-    )
+
+
+def _check_alike(run: Path, history: History, checkpoints: Sequence[CheckpointReader]) -> None:
+    """Refuse checkpoints of other runs or steps, with other tensors, or damaged."""
+    first = checkpoints[0]
+    for checkpoint in checkpoints:
+        manifest = checkpoint.manifest
+        for key in ("settings_sha256", "objective_sha256"):
+            if getattr(manifest, key) != getattr(history, key):
+                raise CheckpointError(
+                    f"has {key} {getattr(manifest, key)}, the run has {getattr(history, key)}",
+                    where=checkpoint.folder,
+                    hint="only checkpoints of one run can be averaged",
+                )
+        if checkpoint.folder != checkpoint_path(run, manifest.step):
+            raise CheckpointError(f"is the checkpoint of step {manifest.step}, renamed", where=checkpoint.folder)
+        names = checkpoint.names.keys() ^ first.names.keys()
+        names |= {name for name in checkpoint.names if checkpoint.names[name] != first.names.get(name)}
+        if names:
+            raise CheckpointError(
+                f"differs from {first.folder.name} in its tensors or shapes: {some(names)}", where=checkpoint.folder
+            )
+    for checkpoint in checkpoints:
+        check_files(checkpoint.folder, checkpoint.manifest)
 
 
 class Mean:
-    """The mean of checkpoints that have the same tensors."""
+    """The mean of checkpoints with the same tensors."""
 
-    def __init__(self, checkpoints: "Sequence[CheckpointReader | Saved]") -> None:
+    def __init__(self, checkpoints: "Sequence[CheckpointReader | TrainerCheckpoint]") -> None:
         self._checkpoints = checkpoints
         self.names: Mapping[str, tuple[int, ...]] = checkpoints[0].names
 
     def pieces(self, name: str) -> "Iterator[NDArray[np.float64]]":
-        """The mean of a tensor, a few rows at a time."""
+        """Compute the mean of a tensor, a few rows at a time."""
         import numpy as np
 
         for blocks in zip(*(checkpoint.pieces(name) for checkpoint in self._checkpoints), strict=True):
@@ -182,25 +171,102 @@ class Mean:
             yield total
 
 
-def _check_alike(run: Path, history: History, checkpoints: "Sequence[CheckpointReader]") -> None:
-    """All are of one training, of one set of tensors, of the steps that their names tell, and undamaged."""
-    first = checkpoints[0]
-    for checkpoint in checkpoints:
-        record = checkpoint.manifest
-        for what in ("settings_sha256", "objective_sha256"):
-            if getattr(record, what) != getattr(history, what):
-                raise CheckpointError(
-                    f"has {what} {getattr(record, what)}, the run has {getattr(history, what)}",
-                    where=checkpoint.folder,
-                    hint="only checkpoints of one training can be averaged",
-                )
-        if checkpoint.folder != checkpoint_path(run, record.step):
-            raise CheckpointError(f"is of step {record.step}, not what its name says", where=checkpoint.folder)
-        names = checkpoint.names.keys() ^ first.names.keys()
-        names |= {name for name in checkpoint.names if checkpoint.names[name] != first.names.get(name)}
-        if names:
+def trainer_checkpoints(run: Path) -> dict[int, Path]:
+    """Return the `checkpoint-N` folders that transformers' Trainer saved, by step."""
+    if not run.is_dir():
+        return {}
+    found = {path: _TRAINER_CHECKPOINT.fullmatch(path.name) for path in run.iterdir() if path.is_dir()}
+    return dict(sorted((int(name[1]), path) for path, name in found.items() if name is not None))
+
+
+def _average_trainer(
+    run: Path,
+    found: Mapping[int, Path],
+    last: int,
+    output: Path,
+    *,
+    model: Path | None,
+    dtype: Dtype,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Conversion:
+    """Write the mean of Trainer's checkpoints, without a manifest: nothing records how they were trained."""
+    _check_count(len(found), last, run)
+    if model is None:
+        raise UsageError(
+            f"{run} has checkpoints of transformers' Trainer, which do not record what was trained",
+            hint="pass the T5Gemma 2 that was trained with --model",
+        )
+    start = open_checkpoint(model)
+    check_target(output, model, *found.values(), overwrite=overwrite)
+    mean = Mean([TrainerCheckpoint(folder, start) for folder in list(found.values())[-last:]])
+    return execute(
+        plan_adapted(start, mean.names, None, dtype=dtype),
+        Folders(model),
+        output,
+        WriteOptions(overwrite=overwrite, progress=progress),
+        given=mean,
+    )
+
+
+class TrainerCheckpoint:
+    """The values of one checkpoint of transformers' Trainer, which is a model folder of its own.
+
+    It holds all tensors, the frozen ones too, in whatever spelling and dtype transformers chose. Trainer's own state
+    (optimizer.pt and others) is pickled and never opened.
+
+    Attributes:
+        folder: The checkpoint.
+        names: Shapes of all tensors outside the vision tower by their published names.
+
+    Args:
+        folder: The checkpoint.
+        model: The T5Gemma 2 that was trained.
+
+    Raises:
+        CheckpointError: The folder is not a T5Gemma 2 with exactly the model's tensors, or its vision tower changed.
+    """
+
+    def __init__(self, folder: Path, model: Checkpoint) -> None:
+        from t5g2convert.reference.weights import DTYPES, Weights
+
+        self.folder = folder
+        raw = open_checkpoint(folder)
+        if raw.config.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(f"is a {raw.config.get('model_type')}, expected {MODEL_TYPE}", where=folder)
+        published = as_published(raw)
+        self._weights = Weights(published.checkpoint)
+        items = list(implied_tensors(model.config, model.path / "config.json"))
+        faults = [f"{name} is not a tensor of the model" for name in (*published.unexpected, *published.heads)]
+        for item in items:
+            stored = published.checkpoint.tensors.get(item.name)
+            if stored is None:
+                faults.append(f"{item.name} is missing")
+            elif stored.entry.shape != item.shape:
+                faults.append(f"{item.name} has shape {list(stored.entry.shape)}, expected {list(item.shape)}")
+            elif stored.entry.dtype not in DTYPES:
+                faults.append(f"{item.name} has dtype {stored.entry.dtype}, expected one of {', '.join(DTYPES)}")
+        if faults:
+            message = f"{len(faults)} tensor(s) do not fit {model.name}"
+            raise CheckpointError(message, where=folder, details=faults)
+        changed = [item.name for item in items if item.part == FROZEN and self._differs(item.name, Weights(model))]
+        if changed:
             raise CheckpointError(
-                f"has not the tensors and shapes of {first.folder.name}: {some(names)}", where=checkpoint.folder
+                f"the vision tower was trained too, but average keeps it frozen: {some(changed)}",
+                where=folder,
+                hint=f"t5g2 verify {folder} --source {model.path} shows how far it moved",
             )
-    for checkpoint in checkpoints:
-        check_files(checkpoint.folder, checkpoint.manifest)
+        self.names: Mapping[str, tuple[int, ...]] = {item.name: item.shape for item in items if item.part != FROZEN}
+
+    def pieces(self, name: str) -> "Iterator[NDArray[np.float32]]":
+        """Read a tensor a piece at a time.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
+        for piece in self._weights.pieces(name, PIECE):
+            yield piece.float().numpy()
+
+    def _differs(self, name: str, start: "Weights") -> bool:
+        pairs = zip(start.pieces(name, PIECE), self._weights.pieces(name, PIECE), strict=True)
+        return any(not bool((before.to(after.dtype) == after).all()) for before, after in pairs)

@@ -1,33 +1,96 @@
-"""What is made of a run's last checkpoint: a model in the published layout that transformers loads whole."""
+"""Export: trained values in the layout of the model they started from, written and checked before it appears.
+
+Everything except the values comes from the model: names, dtypes, shards and their order, settings, tokenizer. Tensors
+that were not trained are copied byte for byte; trained ones are rounded once. The manifest describes the training under
+`adaptation`.
+"""
 
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from t5g2convert.adaptation.train.checkpoint_manifest import check_files
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
-from t5g2convert.adaptation.train.model import quiet_transformers, refuse_incomplete
 from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_bytes, check_model, read_history
-from t5g2convert.adaptation.trained_export import export
+from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from t5g2convert.conversion.write.output_path import check_vacant
+from t5g2convert.conversion.convert import Conversion, execute
+from t5g2convert.conversion.options import KEEP, Dtype, Judge, WriteOptions
+from t5g2convert.conversion.trained_model import plan_adapted
+from t5g2convert.conversion.write.computed_tensors import Given
+from t5g2convert.conversion.write.copy import Progress
+from t5g2convert.conversion.write.output_path import check_target, check_vacant
 from t5g2convert.conversion.write.ownership import is_intact, manifest_listing
 from t5g2convert.errors import CheckpointError, OutputError, VerificationError
 from t5g2convert.mapping.inspection import Inspection, inspect
 
 
+class TrainedValues(Given, Protocol):
+    """Trained values and the shapes of their tensors: a checkpoint, or the mean of several."""
+
+    @property
+    def names(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes by published name."""
+
+
+def export(
+    model: Path,
+    values: TrainedValues,
+    output: Path,
+    *,
+    facts: Mapping[str, Any],
+    dtype: Dtype = KEEP,
+    overwrite: bool = False,
+    flush: bool = True,
+    progress: Progress | None = None,
+    judge: Judge | None = None,
+) -> Conversion:
+    """Write a model with trained values; the output appears complete, by one rename, or not at all.
+
+    ```python
+    export(Path("t5gemma-2"), CheckpointReader(Path("run/checkpoints/step-00010000")), Path("trained"), facts=facts)
+    ```
+
+    Args:
+        model: The T5Gemma 2 folder that was trained, in the published layout.
+        values: The trained values.
+        output: The folder to write. An empty folder is filled, and keeps its mode and owner.
+        facts: What the manifest records of the training: `steps`, `checkpoints` (the steps averaged, or the one
+            exported), `tokens`, `settings` (as in run.json), `settings_sha256` and `data_sha256`. No paths and no
+            times, so that the same values give the same bytes.
+        dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
+        overwrite: Replace an existing output of this tool at the end; nothing else is ever replaced.
+        flush: Wait until all bytes are on disk before the output appears.
+        progress: Called with the number of bytes just written.
+        judge: Called with the finished folder before the rename; if it raises, no output appears.
+
+    Raises:
+        CheckpointError: The model is damaged or in another layout; or a trained tensor is unknown, has another shape,
+            belongs to the frozen vision tower, or contains NaN or infinity.
+        OutputError: The output exists or cannot be written.
+        UsageError: The dtype is unknown.
+    """
+    check_target(output, model, overwrite=overwrite)
+    if not values.names:
+        raise CheckpointError("nothing was trained: there are no values to export", where=model)
+    plan = plan_adapted(open_checkpoint(model), values.names, facts, dtype=dtype)
+    options = WriteOptions(overwrite=overwrite, flush=flush, progress=progress, judge=judge)
+    return execute(plan, Folders(model), output, options, given=values)
+
+
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """A model that was exported.
+class Exported:
+    """The exported model of a run.
 
     Attributes:
         output: Its folder.
-        inspection: What it is, by its config and headers.
-        before: Whether an earlier run had exported it, and nothing was written now.
+        inspection: Its config and headers.
+        before: An earlier start of the run had exported it, and nothing was written now.
     """
 
     output: Path
@@ -35,35 +98,35 @@ class Finished:
     before: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As `t5g2 adapt --json` tells of it."""
+        """Return the part that `t5g2 adapt --json` prints."""
         before = {"exported_before": True} if self.before else {}
         return {"output": str(self.output), "parameters": dict(self.inspection.parameters), **before}
 
 
-def finish(run: Path, checkpoint: Path, model: Path) -> Finished:
-    """Export a checkpoint of a run, and see whether it loads in transformers before it appears.
+def export_checkpoint(run: Path, checkpoint: Path, model: Path) -> Exported:
+    """Export a checkpoint to RUN/model, which appears only if transformers loads it.
 
-    Where this very checkpoint was exported before, nothing is written: people may have put files there.
+    If this checkpoint was exported before, nothing is written: the folder may hold files of the user by now.
 
     Args:
-        run: The run's folder, in which the export replaces an earlier one of this run, if nothing else is in it.
-        checkpoint: The folder of the checkpoint.
+        run: The run's folder; an earlier export of this run in it is replaced if it was not modified.
+        checkpoint: The checkpoint's folder.
         model: The model that was trained.
 
     Raises:
-        CheckpointError: The checkpoint or the model is damaged, the model is not the one that was trained, or what
-            came of both does not load.
-        OutputError: The output cannot be written, or something is in its place that is not an export of this run.
-        VerificationError: Tensors are missing in it, or left over.
+        CheckpointError: The checkpoint or the model is damaged, the model is not the one that was trained, or the
+            result does not load.
+        OutputError: The output cannot be written, or RUN/model is not an export of this run.
+        VerificationError: The result has missing or unexpected tensors.
     """
-    trained, output, log = CheckpointReader(checkpoint), run / EXPORT_FOLDER, run / METRICS_FILE
-    check_files(checkpoint, trained.manifest)
-    step = trained.manifest.step
+    values, output, log = CheckpointReader(checkpoint), run / EXPORT_FOLDER, run / METRICS_FILE
+    check_files(checkpoint, values.manifest)
+    step = values.manifest.step
     history = read_history(run)
     check_model(history, model)
     facts = history.facts([step], tokens_until(read_metrics(log), step, log))
     if _is_exported(output, facts):
-        return Finished(output, inspect(output), before=True)
+        return Exported(output, inspect(output), before=True)
     check_export_place(run)
 
     def judge(folder: Path) -> None:
@@ -71,15 +134,15 @@ def finish(run: Path, checkpoint: Path, model: Path) -> Finished:
         check_whole(folder, output)
         check_loads(folder)
 
-    export(model, trained, output, facts=facts, overwrite=True, judge=judge)
-    return Finished(output, inspect(output))
+    export(model, values, output, facts=facts, overwrite=True, judge=judge)
+    return Exported(output, inspect(output))
 
 
 def check_export_place(run: Path) -> None:
-    """Refuse to export into a run where something else has the place of the model.
+    """Refuse to export into a run if RUN/model is not an earlier export of it.
 
     Raises:
-        OutputError: It has, or people's files lie in it; they are named.
+        OutputError: RUN/model is something else, or has files of the user in it; they are listed.
     """
     output = run / EXPORT_FOLDER
     if not os.path.lexists(output):
@@ -91,47 +154,49 @@ def check_export_place(run: Path) -> None:
         error.hint = hint
         raise
     if (output / MANIFEST_FILE).is_file():
-        told = read_manifest(output).adaptation
-        if told is None or told.settings_sha256 != read_history(run).settings_sha256 or len(told.checkpoints) != 1:
+        found = read_manifest(output).adaptation
+        if found is None or found.settings_sha256 != read_history(run).settings_sha256 or len(found.checkpoints) != 1:
             raise OutputError("is not an export of this run, and is not replaced", where=output, hint=hint)
 
 
 def _is_exported(output: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a folder is the export of this training at this step, with every file as it was written."""
+    """Return whether a folder is the unmodified export of this training at this step."""
     try:
         adaptation = read_manifest(output).adaptation
     except CheckpointError:
         return False
-    told = {} if adaptation is None else adaptation.document()
-    same = json.dumps({key: told.get(key) for key in facts}, sort_keys=True) == json.dumps(facts, sort_keys=True)
+    found = {} if adaptation is None else adaptation.document()
+    same = json.dumps({key: found.get(key) for key in facts}, sort_keys=True) == json.dumps(facts, sort_keys=True)
     return same and is_intact(output, manifest_listing)
 
 
 def check_whole(folder: Path, output: Path) -> None:
-    """See whether a folder has the tensors that its config implies, and no others.
+    """Refuse a folder whose tensors are not those that its config implies.
 
     Args:
-        folder: The folder.
-        output: What it will be called.
+        folder: The staged folder.
+        output: Its later name, for errors.
 
     Raises:
-        VerificationError: It has not.
+        VerificationError: Tensors are missing or unexpected.
     """
     inspection = inspect(folder)
     if inspection.missing or inspection.unexpected:
         raise VerificationError(
-            "would be exported with tensors missing or left over",
+            "would be exported with missing or unexpected tensors",
             where=output,
             details=[*inspection.missing, *inspection.unexpected],
         )
 
 
 def check_loads(folder: Path) -> None:
-    """Load a folder in transformers, with nothing missing and nothing left over.
+    """Refuse a folder that transformers does not load completely.
 
     Raises:
-        CheckpointError: Something is.
+        CheckpointError: Tensors are missing, unexpected or misshapen.
     """
+    from t5g2convert.adaptation.train.model import quiet_transformers, refuse_incomplete
+
     _, found = quiet_transformers().T5Gemma2ForConditionalGeneration.from_pretrained(
         folder, dtype="auto", output_loading_info=True, local_files_only=True
     )

@@ -136,8 +136,8 @@ def adapt(
         teacher=kd,
         rope_scaling=rope_scaling,
         resume=resume,
-        machines=Hardware(accelerator, devices, nodes),
-        pace=LoopConfig(micro=micro_batch, workers=workers, save_every=save_every, keep=keep),
+        hardware=Hardware(accelerator, devices, nodes),
+        loop=LoopConfig(micro=micro_batch, workers=workers, save_every=save_every, keep=keep),
         chunk=loss_chunk,
         recompute=gradient_checkpointing,
         export=export,
@@ -201,10 +201,10 @@ def _print(outcome: "Outcome") -> None:
     out.print(f"{outcome.steps[-1].step:,} steps of {outcome.trained:,} trained parameters")
     out.print(f"checkpoint  {outcome.checkpoint}", soft_wrap=True)
     out.print(f"losses      {outcome.plot}", soft_wrap=True)
-    if outcome.finished is not None:
-        how = "exported before, and left as it is" if outcome.finished.before else "which transformers loads whole"
-        out.print(f"model       {outcome.finished.output}, {how}", soft_wrap=True)
-        out.print(parameter_table(outcome.finished.inspection.parameters))
+    if outcome.exported is not None:
+        how = "exported before, and left as it is" if outcome.exported.before else "which transformers loads whole"
+        out.print(f"model       {outcome.exported.output}, {how}", soft_wrap=True)
+        out.print(parameter_table(outcome.exported.inspection.parameters))
 
 
 @contextmanager

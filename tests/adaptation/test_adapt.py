@@ -28,8 +28,7 @@ from t5g2convert.adaptation.train.distributed import Hardware, ReportedElsewhere
 from t5g2convert.adaptation.train.lock import locked
 from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.metrics import Metrics
-from t5g2convert.adaptation.train.model_limits import check_rope, read_facts
-from t5g2convert.adaptation.train.preflight import prepare
+from t5g2convert.adaptation.train.preflight import check_rope, prepare, read_limits
 from t5g2convert.adaptation.train.run_folder import check_same, check_vacant, identity, newest
 from t5g2convert.adaptation.train.settings import Settings, make_settings
 from t5g2convert.adaptation.train.teacher import check_teacher
@@ -63,9 +62,9 @@ def settings_of(**changes: Any) -> Settings:
 
 
 def request_of(small: Path, run: Path, settings: Settings, **changes: Any) -> Request:
-    pace = LoopConfig(micro=4, save_every=2, keep=2)
-    machines = Hardware("cpu", 1, 1)
-    return Request(small / "model", small / "data", run, settings, machines=machines, pace=pace, **changes)
+    loop = LoopConfig(micro=4, save_every=2, keep=2)
+    hardware = Hardware("cpu", 1, 1)
+    return Request(small / "model", small / "data", run, settings, hardware=hardware, loop=loop, **changes)
 
 
 def run(request: Request) -> tuple[Outcome, list[Metrics]]:
@@ -93,7 +92,7 @@ def test_patterns_that_name_nothing_are_refused_and_leave_the_folder_free(small:
     # Beside one that names something; the second is known when it is clear what is trained, in the launched processes.
     for pattern, told in (("encoder.*", r"the model's \d+ tensors"), (TOWER, r"the 5\d tensors that are trained")):
         request = request_of(small, tmp_path / "run", settings_of(freeze_until=2, trainable=(ENCODER, pattern)))
-        with pytest.raises(UsageError, match=rf"--trainable {re.escape(pattern)} names none of {told}"):
+        with pytest.raises(UsageError, match=rf"--trainable {re.escape(pattern)} matches none of {told}"):
             run(request)
         check_vacant(tmp_path / "run")
 
@@ -145,7 +144,7 @@ def test_the_time_of_a_step_has_no_checkpoint_in_it_and_the_log_is_on_disk_befor
     monkeypatch.setattr(loop.time, "perf_counter", lambda: perf_counter() + clock[0])
     monkeypatch.setattr(os, "fsync", noted)
     request = request_of(small, tmp_path / "run", settings_of(steps=2, precision="float32"))
-    _, told = run(replace(request, pace=replace(request.pace, save_every=1)))
+    _, told = run(replace(request, loop=replace(request.loop, save_every=1)))
     assert told[1].tokens / told[1].tokens_per_second < 3600
 
 
@@ -162,7 +161,7 @@ def test_a_checkpoint_that_is_removed_is_complete_or_away(
         remove(folder, *args, **options)
 
     request = request_of(small, tmp_path / "run", settings_of(steps=4, precision="float32"))
-    request = replace(request, pace=replace(request.pace, keep=1))
+    request = replace(request, loop=replace(request.loop, keep=1))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", die)
         with pytest.raises(OutputError, match="Input/output error"):
@@ -230,7 +229,7 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
     request = request_of(small, tmp_path / "run", settings_of(image_every=2))
     told: list[Metrics] = []
     with pytest.raises(DataError, match="no such file"):
-        adapt(replace(request, pace=LoopConfig(micro=1)), begun=lambda notes: None, report=told.append)
+        adapt(replace(request, loop=LoopConfig(micro=1)), begun=lambda notes: None, report=told.append)
     assert [step.step for step in told] == [1]
     assert len(calls) == 4
 
@@ -428,13 +427,13 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
         (
             {"encoder_length": 513, "batch_tokens": 513},
             UsageError,
-            "--encoder-length 513 is more than the 512 positions",
+            "--encoder-length 513 exceeds the 512 positions",
         ),
         ({"decoder_length": 513}, UsageError, "--decoder-length 513"),
-        ({"batch_tokens": 63}, UsageError, "holds no sample of 64"),
-        ({"freeze_until": 3}, UsageError, "--freeze-until and --trainable belong together"),
-        ({"trainable": ("*",)}, UsageError, "--freeze-until and --trainable belong together"),
-        ({"freeze_until": 4, "trainable": ("*",)}, UsageError, "--freeze-until 4 is not before the end, --steps 4"),
+        ({"batch_tokens": 63}, UsageError, "smaller than one sample of 64"),
+        ({"freeze_until": 3}, UsageError, "--freeze-until and --trainable must be used together"),
+        ({"trainable": ("*",)}, UsageError, "--freeze-until and --trainable must be used together"),
+        ({"freeze_until": 4, "trainable": ("*",)}, UsageError, "--freeze-until 4 must be less than --steps 4"),
         ({"image_every": 2, "decoder_length": 40}, DataError, r"2 document\(s\) with images are longer"),
         (
             {"mixture": MANY_SPANS, "encoder_length": 400, "decoder_length": 512, "batch_tokens": 400},
@@ -502,14 +501,14 @@ def test_data_of_another_tokenizer_is_refused(small: Path, tmp_path: Path) -> No
 
 def test_rope_is_the_configs_or_refused(small: Path) -> None:
     checkpoint = open_checkpoint(small / "model")
-    facts = read_facts(checkpoint.config, checkpoint.path)
-    check_rope(facts, None)
-    check_rope(facts, "linear:1")
+    limits = read_limits(checkpoint.config, checkpoint.path)
+    check_rope(limits, None)
+    check_rope(limits, "linear:1")
     with pytest.raises(UsageError, match=r"config.json has linear:1 .*t5g2 convert --rope-scaling linear:8"):
-        check_rope(facts, "linear:8")
+        check_rope(limits, "linear:8")
     for unknown in ("yarn:8", "linear", "linear:x", "linear:0"):
         with pytest.raises(UsageError, match="unknown RoPE scaling"):
-            check_rope(facts, unknown)
+            check_rope(limits, unknown)
 
 
 def test_a_teacher_that_does_not_fit_is_refused(small: Path, twin_folder: TwinFolder) -> None:
@@ -532,7 +531,7 @@ def test_devices_that_are_not_there_or_were_not_started_are_refused(monkeypatch:
         monkeypatch.setenv(name, value)
     assert resolve(Hardware()) == ("cpu", 4, 2)
     assert resolve(Hardware("cpu", 4, 2)) == ("cpu", 4, 2)
-    with pytest.raises(UsageError, match="torchrun started 8 processes, expected 6"):
+    with pytest.raises(UsageError, match="torchrun started 8 processes, but --devices 3 and --nodes 2 need 6"):
         resolve(Hardware("cpu", 3, 2))
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from t5g2convert import CheckpointError, Conversion, OutputError, UsageError, verify
 from t5g2convert.adaptation.average import average
+from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.train import checkpoint_reader as reader
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.manifest import read_manifest
 from tests.adaptation.runs import (
     FACTS,
@@ -184,10 +184,10 @@ NORM = "model.decoder.norm.weight"
 STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "other settings": (_told(settings_sha256="d" * 64), "has settings_sha256 dddd"),
     "another objective": (_told(objective_sha256="d" * 64), "has objective_sha256 dddd"),
-    "another step": (_told(step=41), "is of step 41, not what its name says"),
-    "a tensor less": (_saved(lambda tensors: tensors.pop(NORM)), f"has not the tensors and shapes of .*: {NORM}"),
-    "a tensor more": (_saved(lambda tensors: tensors.update(more=torch.ones(2))), "has not the tensors .*: more"),
-    "another shape": (_saved(lambda tensors: tensors.update({NORM: torch.ones(23)})), f"has not .*: {NORM}"),
+    "another step": (_told(step=41), "is the checkpoint of step 41, renamed"),
+    "a tensor less": (_saved(lambda tensors: tensors.pop(NORM)), f"differs from .* in its tensors or shapes: {NORM}"),
+    "a tensor more": (_saved(lambda tensors: tensors.update(more=torch.ones(2))), "differs from .*: more"),
+    "another shape": (_saved(lambda tensors: tensors.update({NORM: torch.ones(23)})), f"differs from .*: {NORM}"),
     "one bit": (_flipped, f"is damaged: {SHARD} was modified: its sha256 differs"),
     "no checkpoint": (
         lambda folder: (folder / SHARD).unlink(),
@@ -210,9 +210,9 @@ def test_checkpoints_that_are_not_alike_are_refused(stranger: str, run_of: Runs,
 def test_too_few_checkpoints_are_refused(run_of: Runs, tmp_path: Path) -> None:
     run = run_of("text-8", count=2)
     (run.folder / "checkpoints" / ".step-00000060.partial").mkdir()
-    with pytest.raises(CheckpointError, match="has 2 checkpoints, 3 were asked for"):
+    with pytest.raises(CheckpointError, match="has 2 checkpoints, but --last is 3"):
         run.average(3, tmp_path / "out")
-    with pytest.raises(UsageError, match="the mean of 0 checkpoints"):
+    with pytest.raises(UsageError, match="--last must be at least 1, got 0"):
         run.average(0, tmp_path / "out")
 
 
@@ -257,7 +257,7 @@ def test_a_model_without_a_manifest_is_known_by_its_files(run_of: Runs, tmp_path
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda text: text.replace('"step": 7,', '"step": 8,'), "does not tell of step 7"),
+        (lambda text: text.replace('"step": 7,', '"step": 8,'), "has no line for step 7"),
         (lambda text: text[:-10], "is not a valid log line"),
         (lambda text: text.replace("tokens", "words", 1), "is not a valid log line"),
     ],
@@ -336,9 +336,9 @@ def test_the_mean_of_checkpoints_of_transformers_is_trained_elsewhere(trainer: P
 
 def test_checkpoints_of_transformers_that_cannot_be_averaged_are_refused(trainer: Path, tmp_path: Path) -> None:
     run = copied(trainer / "run", tmp_path / "run")
-    with pytest.raises(UsageError, match="do not tell what was trained"):
+    with pytest.raises(UsageError, match="do not record what was trained"):
         average(run, 2, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="has 3 checkpoints, 4 were asked for"):
+    with pytest.raises(CheckpointError, match="has 3 checkpoints, but --last is 4"):
         average(run, 4, tmp_path / "out", model=trainer / "start")
     tower = "model.encoder.vision_tower.vision_model.post_layernorm.weight"
     change(run / "checkpoint-10", lambda tensors: tensors.update({tower: tensors[tower] + 1}))

@@ -47,10 +47,10 @@ def test_the_model_is_where_the_run_says_and_the_mean_in_the_run(
 ) -> None:
     few = t5g2("average", tmp_path / "run")
     assert few.code == 3
-    assert "has 2 checkpoints, 5 were asked for" in few.err
+    assert "has 2 checkpoints, but --last is 5" in few.err
     assert t5g2("average", tmp_path / "run", "--last", "2").code == 0
     assert (tmp_path / "run/average/t5g2.json").is_file()
     moved = model.rename(tmp_path / "moved")
     gone = t5g2("average", tmp_path / "run", tmp_path / "out", "--last", "2")
-    assert (gone.code, "model is not there any more (--model says" in gone.err) == (2, True)
+    assert (gone.code, "model no longer exists (pass the model that was trained with --model" in gone.err) == (2, True)
     assert t5g2("average", tmp_path / "run", tmp_path / "out", "--last", "2", "--model", moved).code == 0

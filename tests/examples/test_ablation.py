@@ -24,7 +24,7 @@ from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.model import MODEL_LOADERS
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.dataset import Place
+from t5g2convert.adaptation.ul2.dataset import MicroBatch
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.cli.demo import build_demo_source
@@ -345,7 +345,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pack(folder / "model", folder / "data", read_files([folder / "texts"], "text", lambda _: None))
     before = dict(os.environ)
     request = Request(
-        folder / "model", folder / "data", folder / "run", SETTINGS, pace=LoopConfig(micro=8, save_every=2, keep=2)
+        folder / "model", folder / "data", folder / "run", SETTINGS, loop=LoopConfig(micro=8, save_every=2, keep=2)
     )
     adapt(request, begun=lambda _: None, report=lambda _: None)
     yield folder
@@ -386,7 +386,7 @@ def test_a_checkpoint_is_evaluated_in_place_of_its_model(trained: Path, before: 
 
 
 def test_hiding_leaves_the_samples_as_they_are(trained: Path) -> None:
-    batch = prepare(trained / "model", trained / "data", SETTINGS).samples[Place(0, (0, 1), (True, True))]
+    batch = prepare(trained / "model", trained / "data", SETTINGS).samples[MicroBatch(0, (0, 1), (True, True))]
     hidden = hide_encoder(batch)
     assert int(batch["attention_mask"].sum()) > int(hidden["attention_mask"].sum()) == 0
     assert all(torch.equal(hidden[name], batch[name]) for name in batch if name != "attention_mask")

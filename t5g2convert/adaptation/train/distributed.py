@@ -1,4 +1,4 @@
-"""The engine: Lightning Fabric with its ModelParallelStrategy, and where FSDP2 cuts a model."""
+"""Devices and processes: Lightning Fabric with FSDP2, and errors that all processes share."""
 
 import logging
 import os
@@ -23,19 +23,19 @@ EXTRA: Final = ("lightning_fabric", "matplotlib", "tensorboard", "transformers")
 Precision = Literal["bfloat16", "float32"]
 
 _RANK_VARIABLES: Final = {"torchrun": "RANK", "slurm": "SLURM_PROCID", None: "LOCAL_RANK"}
-"""Where torchrun, SLURM and, with neither, Fabric say which process this is, before there is a process group."""
+"""Environment variable with the rank, by launcher; without a launcher Fabric starts the processes."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a run runs on; the result does not depend on it but for rounding.
+    """Hardware to train on; apart from rounding, the result does not depend on it.
 
     Attributes:
-        accelerator: `cpu`, `cuda`, or `auto`: cuda where there is any.
-        devices: Processes on each machine, one for each device; None for what torchrun or SLURM started, else 1.
-        nodes: Machines; None for what torchrun or SLURM started, else 1.
+        accelerator: `cpu`, `cuda`, or `auto` for cuda if available.
+        devices: Processes per machine, one per device; None for the number that torchrun or SLURM started, else 1.
+        nodes: Machines; None for the number that torchrun or SLURM started, else 1.
         timeout: Seconds that a process waits for the others.
     """
 
@@ -46,18 +46,18 @@ class Hardware:
 
 
 class ReportedElsewhere(T5g2Error):  # noqa: N818 - the error is that of another process
-    """Another process tells of the error; this one ends with its exit code."""
+    """Raised on the ranks that do not report an error of another rank; carries its exit code."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__("another process tells why")
+        super().__init__("reported by rank 0")
         self.exit_code = exit_code
 
 
 def require_extra() -> None:
-    """Refuse to start without the libraries of the extra.
+    """Refuse to start if a library of the `adapt` extra is missing.
 
     Raises:
-        UsageError: One is not installed.
+        UsageError: A library is not installed.
     """
     absent = [name for name in EXTRA if find_spec(name) is None]
     if absent:
@@ -65,14 +65,14 @@ def require_extra() -> None:
 
 
 def early_rank() -> int:
-    """The number of this process as its launcher says, before there is a process group."""
-    # Only the launcher's own: a shell of SLURM has SLURM_PROCID too, for whatever is started in it by hand.
-    told = os.environ.get(_RANK_VARIABLES[early_launcher()], "")
-    return int(told) if told.isdigit() else 0
+    """Return the rank of this process from its launcher's environment, before the process group exists."""
+    # Only the launcher's own variable: a SLURM shell has SLURM_PROCID too, whatever is started in it by hand.
+    rank = os.environ.get(_RANK_VARIABLES[early_launcher()], "")
+    return int(rank) if rank.isdigit() else 0
 
 
 def launched_processes() -> int | None:
-    """Processes that torchrun or SLURM started; None where this one was started by hand."""
+    """Return how many processes torchrun or SLURM started; None if this one was started by hand."""
     for name in ("WORLD_SIZE", "SLURM_NTASKS"):
         if os.environ.get(name, "").isdigit() and early_launcher() is not None:
             return int(os.environ[name])
@@ -80,7 +80,7 @@ def launched_processes() -> int | None:
 
 
 def early_launcher() -> Literal["torchrun", "slurm"] | None:
-    """`torchrun` or `slurm` where one of them started this process."""
+    """Return the launcher of this process; None if it was started by hand."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
@@ -89,10 +89,10 @@ def early_launcher() -> Literal["torchrun", "slurm"] | None:
 
 
 def build_engine(machines: Hardware, precision: Precision) -> "Fabric":
-    """Fabric, not yet launched.
+    """Create Fabric, without launching it.
 
     Raises:
-        UsageError: The devices are not there.
+        UsageError: The devices are not available.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
@@ -105,15 +105,15 @@ def build_engine(machines: Hardware, precision: Precision) -> "Fabric":
         tensor_parallel_size=1,
         timeout=timedelta(seconds=machines.timeout),
     )
-    # Master weights stay float32; FSDP2's own policy computes in bfloat16.
+    # Master weights stay float32; FSDP2's policy computes in bfloat16.
     return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true")
 
 
 def resolve(machines: Hardware) -> tuple[str, int, int]:
-    """The accelerator, the devices of each machine, and the machines.
+    """Return the accelerator, the devices per machine, and the number of machines.
 
     Raises:
-        UsageError: The devices are not there, or torchrun or SLURM started another number.
+        UsageError: The devices are not available, or torchrun or SLURM started another number of processes.
     """
     cuda = torch.cuda.device_count()
     accelerator = ("cuda" if cuda else "cpu") if machines.accelerator == "auto" else machines.accelerator
@@ -122,17 +122,17 @@ def resolve(machines: Hardware) -> tuple[str, int, int]:
     nodes = machines.nodes or (1 if total is None else max(1, total // devices))
     if total is not None and devices * nodes != total:
         raise UsageError(
-            f"{early_launcher()} started {total} processes, expected {devices * nodes}: --devices {devices} on each of "
-            f"--nodes {nodes}",
-            hint="leave out --devices and --nodes, or let them say the same",
+            f"{early_launcher()} started {total} processes, but --devices {devices} and --nodes {nodes} need "
+            f"{devices * nodes}",
+            hint="omit --devices and --nodes, or make them match",
         )
     if accelerator == "cuda" and devices > cuda:
-        raise UsageError(f"--devices {devices} were asked for, this machine has {cuda} CUDA device(s)")
+        raise UsageError(f"--devices is {devices}, but this machine has {cuda} CUDA device(s)")
     return accelerator, devices, nodes
 
 
 def _started() -> tuple[int | None, int | None]:
-    """Processes on this machine and in all, that torchrun or SLURM started."""
+    """Return the number of processes on this machine and in total that torchrun or SLURM started."""
     total = launched_processes()
     if total is None:
         return None, None
@@ -143,7 +143,7 @@ def _started() -> tuple[int | None, int | None]:
 
 
 def _sharding(precision: Precision) -> "Callable[[nn.Module, DeviceMesh], nn.Module]":
-    """Every layer of every stack is gathered by itself; the rest, the embedding table above all, with the root."""
+    """Return how to shard a model: each layer of each stack by itself; the rest, mainly the embedding, as the root."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32, reduce_dtype=torch.float32
     )
@@ -160,10 +160,10 @@ def _sharding(precision: Precision) -> "Callable[[nn.Module, DeviceMesh], nn.Mod
 
 
 def run_on_all_ranks(engine: "Fabric", work: Callable[[], Result]) -> Result:
-    """Do what every process must do without an error, or end all of them with the first one's exit code.
+    """Run work on every rank, and raise on every rank if it fails on one.
 
     Raises:
-        T5g2Error: On the first process, the error of the first that had one; `ReportedElsewhere` on the others.
+        T5g2Error: On rank 0, the error of the lowest rank that failed; `ReportedElsewhere` on the others.
     """
     error: T5g2Error | None = None
     result: Any = None
@@ -176,10 +176,10 @@ def run_on_all_ranks(engine: "Fabric", work: Callable[[], Result]) -> Result:
 
 
 def raise_first_error(engine: "Fabric", error: T5g2Error | None) -> None:
-    """Tell the other processes of an error, or that there is none, and hear of theirs.
+    """Share errors between ranks, and raise the first.
 
     Raises:
-        T5g2Error: As `run_on_all_ranks`.
+        T5g2Error: As in `run_on_all_ranks`.
     """
     first = first_error(engine, error)
     if first is not None:
@@ -187,17 +187,17 @@ def raise_first_error(engine: "Fabric", error: T5g2Error | None) -> None:
 
 
 def first_error(engine: "Fabric", error: T5g2Error | None) -> T5g2Error | None:
-    """The error of the first process that has one, on all processes."""
+    """Return the error of the lowest rank that has one, on all ranks."""
     if engine.world_size == 1:
         return error
-    # One number, and only where it says so all that there is to tell.
+    # One number first; the errors themselves only if there is one.
     any_error = torch.tensor(float(error is not None), device=engine.device)
     torch.distributed.all_reduce(any_error, torch.distributed.ReduceOp.MAX)
     if not any_error.item():
         return None
     errors: list[Any] = [None] * engine.world_size
-    told = None if error is None else (error.message, error.where, error.hint, error.details, error.exit_code)
-    torch.distributed.all_gather_object(errors, told)
+    own = None if error is None else (error.message, error.where, error.hint, error.details, error.exit_code)
+    torch.distributed.all_gather_object(errors, own)
     found = next((each for each in errors if each is not None), None)
     if found is None:
         return None
@@ -208,13 +208,13 @@ def first_error(engine: "Fabric", error: T5g2Error | None) -> T5g2Error | None:
 
 
 def end_children(engine: "Fabric") -> None:
-    """End the processes that Fabric started for this one: they wait for it, and would wait for ever.
+    """Kill the processes that Fabric started: they would wait for this one forever.
 
-    What they hold is in checkpoints or lost, so they are not asked.
+    Their state is in checkpoints or lost, so they need no clean exit.
     """
     started: list[Any] = getattr(engine.strategy.launcher, "procs", [])
     children = list(started)
-    # Fabric looks at this list, and kills the first process as well when it finds one in it that has ended.
+    # Fabric watches this list, and would kill this process when one in the list ends.
     started.clear()
     for child in children:
         child.kill()

@@ -21,7 +21,7 @@ IGNORED: Final = -100
 """A label that does not count: padding, as transformers and torch have it."""
 
 
-class Denoiser(nn.Module):
+class ModelWithLoss(nn.Module):
     """A model, and the summed loss of what it writes.
 
     Args:

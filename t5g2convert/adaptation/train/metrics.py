@@ -1,10 +1,11 @@
-"""What a run tells of its steps: one line of JSON each, and the same for TensorBoard."""
+"""Metrics of a run: metrics.jsonl with one line per step, the same for TensorBoard, and the plot of the losses."""
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -18,7 +19,10 @@ LONGEST_LINE: Final = 1 << 16
 MAX_BYTES: Final = 1 << 30
 """Largest log: millions of steps."""
 
-HINT: Final = "restore the file, or begin a new run"
+HINT: Final = "restore the file, or start a new run"
+
+SMOOTHED: Final = 50
+"""Approximate number of points of a line in the plot: each is the mean over a group of steps, weighted by labels."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 TaskName = Annotated[str, Field(max_length=200)]
@@ -26,18 +30,18 @@ TaskName = Annotated[str, Field(max_length=200)]
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """One step.
+    """The metrics of one step.
 
     Attributes:
-        step: Steps done, this one included.
-        kind: What its samples were.
-        loss: Nats for each label.
-        tasks: The same by task, of those that came in this step.
-        labels: Labels by task.
-        grad_norm: Of the whole gradient, before it was clipped.
-        lr: The learning rate.
-        tokens: Tokens of encoder and decoder, padding left out.
-        tokens_per_second: The same for each second, of all processes together.
+        step: Completed steps, including this one.
+        kind: What the samples of the step were made from.
+        loss: Nats per label.
+        tasks: The same by task, for the tasks in this step.
+        labels: Number of labels by task.
+        grad_norm: Norm of the whole gradient before clipping.
+        lr: Learning rate.
+        tokens: Encoder and decoder tokens, without padding.
+        tokens_per_second: Over all processes.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -54,7 +58,7 @@ class Metrics:
 
     @property
     def line(self) -> str:
-        """For people."""
+        """One line for the terminal."""
         tasks = ", ".join(f"{name} {loss:.3f}" for name, loss in self.tasks.items())
         return (
             f"step {self.step}  loss {self.loss:.4f}  ({tasks})  grad norm {self.grad_norm:.3f}  "
@@ -66,12 +70,12 @@ _METRICS: Final = TypeAdapter(Metrics)
 
 
 class Log:
-    """metrics.jsonl, a line in one write, and a TensorBoard folder.
+    """Writer of metrics.jsonl, one write per line, and of a TensorBoard folder.
 
     Args:
-        metrics: The file; what it has after step `start` is cut off.
-        tensorboard: The folder; what it has after that step is marked as void.
-        start: Steps that were done before.
+        metrics: The file; lines after step `start` are cut off.
+        tensorboard: The folder; its events after that step are purged.
+        start: Steps completed before.
     """
 
     def __init__(self, metrics: Path, tensorboard: Path, *, start: int) -> None:
@@ -86,7 +90,7 @@ class Log:
             raise OutputError(f"cannot be written: {error.strerror}", where=metrics) from error
 
     def add(self, step: Metrics) -> None:
-        """Tell of a step.
+        """Append a step.
 
         Raises:
             OutputError: It cannot be written.
@@ -104,7 +108,7 @@ class Log:
             self._board.add_scalar(name, value, step.step)
 
     def flush(self) -> None:
-        """Wait until the disk has every line: a checkpoint must not outlive the log of its steps.
+        """Wait until all lines are on disk: a checkpoint must not outlive the log of its steps.
 
         Raises:
             OutputError: It fails.
@@ -115,14 +119,14 @@ class Log:
             raise OutputError(f"cannot be written: {error.strerror}", where=self._path) from error
 
     def close(self) -> None:
-        """Write what is left."""
+        """Close both."""
         self._board.close()
         os.close(self._fd)
 
 
 @contextmanager
-def opened(metrics: Path, tensorboard: Path, *, start: int) -> Iterator[Log]:
-    """A log as a context."""
+def open_log(metrics: Path, tensorboard: Path, *, start: int) -> Iterator[Log]:
+    """Open a log as a context manager."""
     log = Log(metrics, tensorboard, start=start)
     try:
         yield log
@@ -131,16 +135,16 @@ def opened(metrics: Path, tensorboard: Path, *, start: int) -> Iterator[Log]:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """All steps of a log.
+    """Read all steps of metrics.jsonl.
 
     Raises:
-        CheckpointError: It is missing or too large, or a line is not valid.
+        CheckpointError: The file is missing or too large, or a line is not valid.
     """
-    return [_parsed(line, number, path) for number, line in enumerate(_lines(path), 1)]
+    return [_parse(line, number, path) for number, line in enumerate(_lines(path), 1)]
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a log with their ends, none of them longer than `LONGEST_LINE`."""
+    """Yield the lines with their line ends, each at most `LONGEST_LINE` long."""
     try:
         with regular_file(path).open("rb") as file:
             number = 0
@@ -153,7 +157,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
 
 
-def _parsed(line: bytes, number: int, path: Path) -> Metrics:
+def _parse(line: bytes, number: int, path: Path) -> Metrics:
     try:
         line.decode()
         step = _METRICS.validate_json(line)
@@ -168,27 +172,28 @@ def _parsed(line: bytes, number: int, path: Path) -> Metrics:
 
 
 def tokens_until(steps: Sequence[Metrics], last: int, where: Path) -> int:
-    """Tokens that were read up to and with a step.
+    """Return the number of tokens read up to and including a step.
 
     Args:
-        steps: A log.
+        steps: The log.
         last: The step.
         where: The log's file, for errors.
 
     Raises:
-        CheckpointError: The log does not tell of every step.
+        CheckpointError: The log has no line for one of the steps.
     """
     counts = {step.step: step.tokens for step in steps}
     missing = next((step for step in range(1, last + 1) if step not in counts), None)
     if missing is not None:
-        raise CheckpointError(f"does not tell of step {missing}", where=where)
+        raise CheckpointError(f"has no line for step {missing}", where=where)
     return sum(count for step, count in counts.items() if step <= last)
 
 
 def truncate(path: Path, step: int) -> None:
-    """Cut a log behind the line of a step: a run that goes on from there tells of the next ones again.
+    """Cut a log after the line of a step: a run that resumes from there logs the following steps again.
 
-    The file is written anew: neither a link nor another name of the same file is written through.
+    The file is replaced, not changed in place, so that neither a link nor another name of the same file is written
+    through.
 
     Raises:
         CheckpointError: A line before that step is not valid.
@@ -200,10 +205,52 @@ def truncate(path: Path, step: int) -> None:
     for number, line in enumerate(_lines(path) if step else (), 1):
         if not line.endswith(b"\n"):
             break  # the line that was being written when the run died
-        found = _parsed(line, number, path)
+        found = _parse(line, number, path)
         if found.step > step:
             break
         kept.append(line)
         if found.step == step:
-            break  # whatever is behind it is told of again
+            break  # the lines after it are logged again
     replace_file(path, b"".join(kept))
+
+
+def plot_losses(steps: Sequence[Metrics], path: Path) -> None:
+    """Draw the loss of each task over the steps as SVG; the same numbers give the same bytes.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Without a salt the element ids are random, and without a fixed date the file has today's.
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "t5g2", "svg.fonttype": "none", "font.family": ["sans-serif"], "text.parse_math": False}
+    ):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name in dict.fromkeys(name for step in steps for name in step.tasks):
+            axes.plot(*_smoothed(steps, name), label=name, linewidth=1.5)
+        axes.set(xlabel="step", ylabel="loss, nats for each label")
+        axes.grid(alpha=0.3)
+        if steps:
+            axes.legend(frameon=False, ncols=2)
+        try:
+            drawn = BytesIO()
+            figure.savefig(drawn, format="svg", metadata={"Date": None})
+            replace_file(path, drawn.getvalue())
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}", where=path) from error
+
+
+def _smoothed(steps: Sequence[Metrics], name: str) -> tuple[list[float], list[float]]:
+    """Return the mean step of each group of steps, and the task's mean loss in it."""
+    size = max(1, len(steps) // SMOOTHED)
+    places, means = [], []
+    for start in range(0, len(steps), size):
+        group = [step for step in steps[start : start + size] if name in step.tasks]
+        labels = sum(step.labels[name] for step in group)
+        if labels:
+            places.append(sum(step.step for step in group) / len(group))
+            means.append(sum(step.tasks[name] * step.labels[name] for step in group) / labels)
+    return places, means

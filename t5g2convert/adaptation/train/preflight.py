@@ -1,34 +1,51 @@
-"""What is asked of a run, and all that can be checked before any process is started and any weight is read."""
+"""Preflight: everything that can be checked before a process is started and a weight is read."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from t5g2convert.adaptation.data.packed import ImageDocument, Packed, check_tokenizer
 from t5g2convert.adaptation.data.tokens import ModelTokens, read_tokens
-from t5g2convert.adaptation.train.model_limits import ModelFacts, check_dropout, check_rope, read_facts
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import longest, needed_sentinels
-from t5g2convert.adaptation.ul2.dataset import Samples, frame_of
-from t5g2convert.adaptation.ul2.sampler import Schedule
+from t5g2convert.adaptation.ul2.dataset import UL2Dataset, frame_of
+from t5g2convert.adaptation.ul2.sampler import Sampler
 from t5g2convert.adaptation.ul2.sentinels import Sentinels, check_reserved
+from t5g2convert.checkpoint.families.registry import read_trainable
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
-from t5g2convert.errors import DataError, UsageError
+from t5g2convert.errors import CheckpointError, DataError, UsageError
 
 SHOWN: Final = 5
-"""Documents that an error names."""
+"""Documents listed in an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """The limits in a model's config that training must respect.
+
+    Attributes:
+        softcap: The decoder's `final_logit_softcapping`.
+        encoder_positions: Longest encoder input, in tokens.
+        decoder_positions: Longest decoder input, in tokens.
+        rope_factor: Linear RoPE factor of the full-attention layers; None if they have different factors.
+    """
+
+    softcap: float | None
+    encoder_positions: int
+    decoder_positions: int
+    rope_factor: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A run that can be started."""
+    """A checked run, ready to start."""
 
     checkpoint: Checkpoint
-    facts: ModelFacts
+    limits: ModelLimits
     tokens: ModelTokens
-    samples: Samples
+    samples: UL2Dataset
     notes: tuple[str, ...]
 
     @property
@@ -38,96 +55,157 @@ class Prepared:
 
 
 def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | None = None) -> Prepared:
-    """Open model and data, and see whether they, the settings and each other fit.
+    """Open model and data, and check that they fit the settings and each other.
 
     Args:
         model: A converted model.
-        data: A folder that `t5g2 pack` wrote.
-        settings: The run's.
-        rope_scaling: `linear:F`, what the config must say; None for whatever it says.
+        data: A folder written by `t5g2 pack`.
+        settings: The run's settings.
+        rope_scaling: `linear:F` that the config must have; None accepts any.
 
     Raises:
-        CheckpointError: The model is damaged, or of another kind.
-        DataError: The data is missing, damaged, of another tokenizer, or does not fit the objective.
+        CheckpointError: The model is damaged or of another kind.
+        DataError: The data is missing, damaged, packed with another tokenizer, or does not fit the objective.
         UsageError: The settings do not fit the model or each other.
     """
     checkpoint = open_checkpoint(model)
     tokens = read_tokens(model)
-    facts = read_facts(checkpoint.config, model / "config.json")
-    check_rope(facts, rope_scaling)
-    check_lengths(settings, facts)
+    limits = read_limits(checkpoint.config, model / "config.json")
+    check_rope(limits, rope_scaling)
+    check_lengths(settings, limits)
     check_freezing(settings, checkpoint.tensors)
     check_dropout(checkpoint.config, model / "config.json")
     packed = Packed.open(data)
     check_tokenizer(packed, model)
     samples = make_samples(packed, settings, tokens, model)
     check_images(samples)
-    factor = "factors that differ" if facts.rope_factor is None else f"linear factor {facts.rope_factor:g}"
-    notes = [] if facts.rope_factor == 1 else [f"RoPE in full layers: {factor}, from config.json"]
+    factor = "different factors" if limits.rope_factor is None else f"linear factor {limits.rope_factor:g}"
+    notes = [] if limits.rope_factor == 1 else [f"RoPE in full layers: {factor}, from config.json"]
     if settings.batch_tokens % settings.encoder_length:
         used = settings.samples * settings.encoder_length
         notes.append(f"a step has {settings.samples} samples, {used:,} encoder tokens of the {settings.batch_tokens:,}")
-    return Prepared(checkpoint, facts, tokens, samples, tuple(notes))
+    return Prepared(checkpoint, limits, tokens, samples, tuple(notes))
 
 
-def check_lengths(settings: Settings, facts: ModelFacts) -> None:
-    """Refuse lengths that the model does not read, and a batch that holds no sample.
+def read_limits(config: Mapping[str, Any], where: Path) -> ModelLimits:
+    """Read the limits from a config.
+
+    Raises:
+        CheckpointError: The model is of another kind.
+    """
+    model = read_trainable(config, where)
+    factors = {
+        stack.rope_parameters["full_attention"].linear_factor
+        for stack in (model.encoder, model.decoder)
+        if "full_attention" in stack.rope_parameters
+    }
+    return ModelLimits(
+        softcap=model.decoder.final_logit_softcapping,
+        encoder_positions=model.encoder.max_position_embeddings,
+        decoder_positions=model.decoder.max_position_embeddings,
+        rope_factor=factors.pop() if len(factors) == 1 else None if factors else 1.0,
+    )
+
+
+def check_rope(limits: ModelLimits, expected: str | None) -> None:
+    """Refuse a RoPE scaling that the config does not have: only `t5g2 convert` can set it.
+
+    Raises:
+        UsageError: It differs, or is not valid.
+    """
+    if expected is None:
+        return
+    kind, _, number = expected.partition(":")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = 0.0
+    if kind != "linear" or factor <= 0:
+        raise UsageError(f"unknown RoPE scaling {expected!r}", hint="expected linear:F, for example linear:8")
+    if factor != limits.rope_factor:
+        found = "different factors" if limits.rope_factor is None else f"linear:{limits.rope_factor:g}"
+        raise UsageError(
+            f"--rope-scaling is {expected}, but config.json has {found}",
+            hint=f"t5g2 convert --rope-scaling {expected} makes such a model",
+        )
+
+
+def check_dropout(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse a model with dropout: its noise is not seeded, so a run could not be reproduced.
+
+    Raises:
+        CheckpointError: A dropout rate is not 0.
+    """
+    for name, value in _dropout_rates(config):
+        if value:
+            raise CheckpointError(f"{name} is {value}, expected 0: training has no dropout", where=where)
+
+
+def _dropout_rates(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _dropout_rates(value, f"{path}{key}.")
+        elif key in ("dropout_rate", "attention_dropout"):
+            yield f"{path}{key}", value
+
+
+def check_lengths(settings: Settings, limits: ModelLimits) -> None:
+    """Refuse lengths beyond the model's positions, and a batch smaller than one sample.
 
     Raises:
         UsageError: They do not fit.
     """
     for name, length, limit in (
-        ("encoder", settings.encoder_length, facts.encoder_positions),
-        ("decoder", settings.decoder_length, facts.decoder_positions),
+        ("encoder", settings.encoder_length, limits.encoder_positions),
+        ("decoder", settings.decoder_length, limits.decoder_positions),
     ):
         if length > limit:
             raise UsageError(
-                f"--{name}-length {length} is more than the {limit} positions of the {name}",
-                hint="config.json's max_position_embeddings says how far it reads",
+                f"--{name}-length {length} exceeds the {limit} positions of the {name}",
+                hint="the limit is max_position_embeddings in config.json",
             )
     if not settings.samples:
         raise UsageError(
-            f"--batch-tokens {settings.batch_tokens} holds no sample of {settings.encoder_length} encoder tokens"
+            f"--batch-tokens {settings.batch_tokens} is smaller than one sample of {settings.encoder_length} encoder "
+            "tokens"
         )
 
 
 def check_freezing(settings: Settings, names: Collection[str]) -> None:
-    """Refuse a freeze that freezes nothing, or that never ends, and patterns that name no tensor.
+    """Refuse a freeze without tensors to train or without an end, and patterns that match no tensor.
 
     Args:
-        settings: The run's.
-        names: Of the model's tensors.
+        settings: The run's settings.
+        names: Names of the model's tensors.
 
     Raises:
-        UsageError: It does, or one does.
+        UsageError: The freeze is not valid.
     """
     if bool(settings.freeze_until) != bool(settings.trainable):
-        raise UsageError(
-            "--freeze-until and --trainable belong together: until which step, and what is trained till then"
-        )
+        raise UsageError("--freeze-until and --trainable must be used together")
     if settings.freeze_until >= settings.steps:
         raise UsageError(
-            f"--freeze-until {settings.freeze_until} is not before the end, --steps {settings.steps}: "
-            "the rest would never be trained"
+            f"--freeze-until {settings.freeze_until} must be less than --steps {settings.steps}: the other tensors "
+            "would never be trained"
         )
     for pattern in settings.trainable:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(
-                f"--trainable {pattern} names none of the model's {len(names)} tensors",
-                hint="names are those in MODEL's safetensors, as model.encoder.layers.0.mlp.up_proj.weight",
+                f"--trainable {pattern} matches none of the model's {len(names)} tensors",
+                hint="use the names in MODEL's safetensors, for example model.encoder.layers.0.mlp.up_proj.weight",
             )
 
 
-def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Path) -> Samples:
-    """The samples of packed data, if there is enough of it and it leaves the sentinels alone.
+def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Path) -> UL2Dataset:
+    """Return the samples of packed data, after checking its size and that it leaves the sentinels unused.
 
     Raises:
-        DataError: It does not.
+        DataError: There is too little data, or a sentinel occurs in it.
         UsageError: A task does not fit the lengths.
     """
     mixture, frame, special = settings.mixture, frame_of(settings, tokens), _special(tokens)
     if settings.encoder_bos and tokens.bos is None:
-        raise UsageError("the model has no bos", hint="--no-encoder-bos leaves it out")
+        raise UsageError("the model has no bos", hint="pass --no-encoder-bos")
     raw = tuple(
         longest(task, frame, encoder=settings.encoder_length, decoder=settings.decoder_length) for task in mixture.tasks
     )
@@ -144,9 +222,9 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
         occurrences={token: int(count) for token, count in enumerate(packed.counts) if count},
         absent=special.keys() & {"pad"},
     )
-    # Data of images alone has no text to be cut into samples, and needs none.
-    schedule = None if settings.image_every == 1 else Schedule(mixture, raw, packed.tokens, settings.seed)
-    return Samples(packed, settings, tokens, sentinels, schedule, model)
+    # A run of image steps only needs no text.
+    sampler = None if settings.image_every == 1 else Sampler(mixture, raw, packed.tokens, settings.seed)
+    return UL2Dataset(packed, settings, tokens, sentinels, sampler, model)
 
 
 def _special(tokens: ModelTokens) -> dict[str, int]:
@@ -154,20 +232,20 @@ def _special(tokens: ModelTokens) -> dict[str, int]:
     return {name: token for name, token in named.items() if token is not None and 0 <= token < tokens.vocabulary}
 
 
-def check_images(samples: Samples) -> None:
-    """Refuse image steps without images, and documents that are too long: none is cut.
+def check_images(samples: UL2Dataset) -> None:
+    """Refuse image steps without images, and documents that are too long: they are never cut.
 
     Raises:
-        DataError: There are no documents with images, or some do not fit the lengths.
+        DataError: There are no documents with images, or some are too long.
         UsageError: The model has no vision tower.
     """
     settings, documents = samples.settings, samples.packed.images
     if settings.image_every is None:
         return
     if not samples.tokens.pictures:
-        raise UsageError("--image-every was given, but the model has no vision tower")
+        raise UsageError("--image-every needs a model with a vision tower")
     if not len(documents):
-        raise DataError("has no documents with images", where=samples.packed.folder, hint="leave out --image-every")
+        raise DataError("has no documents with images", where=samples.packed.folder, hint="omit --image-every")
     wrong = []
     for number, document in enumerate(documents):
         encoder, labels = image_lengths(document, samples)
@@ -182,7 +260,7 @@ def check_images(samples: Samples) -> None:
         )
 
 
-def image_lengths(document: ImageDocument, samples: Samples) -> tuple[int, int]:
-    """Encoder tokens and labels of a document with images."""
+def image_lengths(document: ImageDocument, samples: UL2Dataset) -> tuple[int, int]:
+    """Return the encoder tokens and labels of a document with images."""
     example = samples.image(document)
     return len(example.encoder), len(example.labels)

@@ -1,6 +1,6 @@
-"""Which sample is made of what: every answer is a function of the seed and the sample's number alone.
+"""The order of samples: which task and which text each sample has, as a function of the seed and its number.
 
-So a run is resumed with one integer, by any number of processes and workers, and no order is kept in memory.
+A run therefore resumes from one integer, with any number of processes and workers, and keeps no order in memory.
 """
 
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ from t5g2convert.adaptation.ul2.mixture import Mixture
 from t5g2convert.errors import DataError, UsageError
 
 _SAMPLE, _BLOCK, _CHUNKS, _DOCUMENTS = range(4)
-"""Uses of chance. Each has a quarter of Philox' counter to itself, so that equal keys give unlike words."""
+"""Uses of randomness. Each has its own quarter of Philox' counter, so that equal keys give different words."""
 
 ROUNDS: Final = 12
-"""Of a permutation. Large ones look random after 4; after 8 some orders of five places still come too often."""
+"""Rounds of a permutation. Large ones look random after 4; after 8 some orders of five items are still too frequent."""
 
 _WORD: Final = (1 << 64) - 1
 
 
-class Schedule:
+class Sampler:
     """The order of samples.
 
-    Samples come in blocks in which each task comes as often as its weight says, in an order of the block's own. The
-    samples of a block lie side by side in one chunk of the corpus, `chunk` tokens, so that they share nothing and leave
-    nothing out. An epoch visits each of the `chunks` chunks once, in an order of its own. The rest of the corpus, less
-    than a chunk, is left out, partly before the first chunk and partly behind the last, in each epoch otherwise.
+    Samples come in blocks. A block has as many samples of each task as its weight, in random order, and their texts lie
+    next to each other in one chunk of the corpus (`chunk` tokens), without overlap or gap. An epoch visits each of the
+    `chunks` chunks once, in random order. The rest of the corpus, less than a chunk, is skipped: some of it before the
+    first chunk and some after the last, differently in each epoch.
 
     Args:
         mixture: The tasks.
-        raw_lengths: Raw tokens of a sample of each task.
-        tokens: Of the corpus.
+        raw_lengths: Raw tokens per sample, by task.
+        tokens: Tokens in the corpus.
         seed: 0 to 2**64 - 1.
 
     Raises:
@@ -43,43 +43,43 @@ class Schedule:
 
     def __init__(self, mixture: Mixture, raw_lengths: Sequence[int], tokens: int, seed: int) -> None:
         if not 0 <= seed <= _WORD:
-            raise UsageError(f"expected a seed of 0 to {_WORD}, found {seed}")
+            raise UsageError(f"seed must be between 0 and {_WORD}, got {seed}")
         if len(raw_lengths) != len(mixture.tasks):
-            raise UsageError(f"expected a raw length for each of {len(mixture.tasks)} tasks, found {len(raw_lengths)}")
+            raise UsageError(f"expected {len(mixture.tasks)} raw lengths, one per task, got {len(raw_lengths)}")
         self.mixture, self.raw_lengths, self.tokens, self.seed = mixture, tuple(raw_lengths), tokens, seed
         self._cycle = mixture.cycle
         self.chunk = sum(self.raw_lengths[task] for task in self._cycle)
         self.chunks = tokens // self.chunk
         if not self.chunks:
             raise DataError(
-                f"the corpus has {tokens} tokens; a block of {len(self._cycle)} samples takes {self.chunk}",
-                hint="pack more text, or train with shorter inputs",
+                f"the corpus has {tokens} tokens, but a block of {len(self._cycle)} samples needs {self.chunk}",
+                hint="pack more text, or reduce --encoder-length and --decoder-length",
             )
         self._last: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None
 
     def task(self, i: int) -> int:
-        """The task of sample i, by its number in the mixture."""
+        """Return the task of sample i, by its number in the mixture."""
         block, slot = self._place(i)
         return self._block(block)[0][slot]
 
-    def stretch(self, i: int) -> tuple[int, int]:
-        """The text of sample i: tokens [start, stop) of the corpus."""
+    def text_range(self, i: int) -> tuple[int, int]:
+        """Return the text of sample i: tokens [start, stop) of the corpus."""
         block, slot = self._place(i)
         tasks, starts = self._block(block)
         return starts[slot], starts[slot] + self.raw_lengths[tasks[slot]]
 
     def rng(self, i: int) -> np.random.Generator:
-        """The generator of sample i, Philox keyed by seed and number."""
+        """Return the random generator of sample i: Philox, keyed by seed and number."""
         self._place(i)
         return np.random.Generator(_philox(self.seed, i, _SAMPLE))
 
     def _place(self, i: int) -> tuple[int, int]:
-        """The block of a sample, and its place therein."""
+        """Return the block of a sample, and its index in the block."""
         return divmod(_number(i), len(self._cycle))
 
     def _block(self, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tasks of a block's samples, and where their texts start."""
-        # Samples of a block are asked for one after the other: the last block is kept.
+        """Return the tasks of a block's samples, and where their texts start."""
+        # Samples are read in order, so keeping the last block suffices.
         last = self._last
         if last is None or last[0] != block:
             keys = _words(_philox(self.seed, block, _BLOCK), len(self._cycle))
@@ -93,16 +93,16 @@ class Schedule:
         return last[1:]
 
     def _offset(self, source: np.random.Philox) -> int:
-        """Where the first chunk of an epoch starts."""
+        """Return where the first chunk of an epoch starts."""
         return int(_words(source, 1)[0]) % (self.tokens - self.chunks * self.chunk + 1)
 
 
 def document_of(seed: int, i: int, count: int) -> int:
-    """The document of the i-th sample of `count` documents with images: each once in an epoch of them.
+    """Return the document of image sample i, among `count`; an epoch visits each once.
 
     Raises:
-        DataError: There are none.
-        UsageError: There is no such sample.
+        DataError: There are no documents.
+        UsageError: The number is out of range.
     """
     if count < 1:
         raise DataError("expected documents with images, found none")
@@ -111,11 +111,11 @@ def document_of(seed: int, i: int, count: int) -> int:
 
 
 def permuted(place: int, count: int, source: np.random.Philox) -> int:
-    """Where a permutation of 0 to count - 1, chosen by `source`, takes `place`; in constant memory.
+    """Map `place` by a random permutation of 0 to count - 1, drawn from `source`, in constant memory.
 
-    A Feistel network over a grid that is hardly larger than `count`: a place is a pair (row, column), and each round
-    moves one of them by an amount that depends on the other, which can be undone. Where it leads out of the range, it
-    is applied again until it is back, which keeps it a permutation.
+    A Feistel network over a grid that is slightly larger than `count`: a place is a pair (row, column), and each round
+    moves one of them by an amount that depends on the other, which is invertible. If the result is out of range, the
+    network is applied again until it is in range, so the map stays a permutation.
     """
     rows = isqrt(count - 1) + 1
     columns = -(-count // rows)
@@ -133,7 +133,7 @@ def permuted(place: int, count: int, source: np.random.Philox) -> int:
 
 
 def _mixed(key: int, value: int) -> int:
-    """A word that depends on every bit of both: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    """Mix both into a word that depends on every bit: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
     word = (key + value * 0x9E3779B97F4A7C15) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -141,9 +141,9 @@ def _mixed(key: int, value: int) -> int:
 
 
 def _number(i: int) -> int:
-    """The number of a sample, in range; numpy's have no divmod that keeps them whole."""
+    """Return a sample's number as a Python int, in range: divmod of numpy's unsigned integers does not stay exact."""
     if not 0 <= i <= _WORD:
-        raise UsageError(f"expected the number of a sample, 0 to {_WORD}, found {i}")
+        raise UsageError(f"sample number must be between 0 and {_WORD}, got {i}")
     return int(i)
 
 
@@ -152,5 +152,5 @@ def _philox(seed: int, number: int, use: int) -> np.random.Philox:
 
 
 def _words(source: np.random.Philox, count: int) -> NDArray[np.uint64]:
-    """The next raw words; their sequence is the same in every numpy."""
+    """Return the next raw words; their sequence is the same in every version of numpy."""
     return source.random_raw(count)

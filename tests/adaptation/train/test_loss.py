@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 from transformers import T5Gemma2ForConditionalGeneration
 
-from t5g2convert.adaptation.train.loss import IGNORED, Denoiser
+from t5g2convert.adaptation.train.loss import IGNORED, ModelWithLoss
 from t5g2convert.adaptation.train.teacher import Teacher, load_teacher
 from tests.conftest import TwinFolder
 
@@ -52,7 +52,7 @@ def test_the_loss_and_its_gradient_are_the_class_own(
 ) -> None:
     model.config.decoder.final_logit_softcapping = softcap
     batch = make_batch()
-    loss, sums, counts = Denoiser(model, tasks=4, softcap=softcap, chunk=chunk)(batch)
+    loss, sums, counts = ModelWithLoss(model, tasks=4, softcap=softcap, chunk=chunk)(batch)
     assert counts.tolist() == [11, 11, 7, 0]
     assert loss.item() == pytest.approx(sums.sum().item(), rel=1e-6)
     (loss / 29).backward()
@@ -67,7 +67,7 @@ def test_the_loss_and_its_gradient_are_the_class_own(
 
 def test_each_task_has_its_own_sum(model: T5Gemma2ForConditionalGeneration) -> None:
     batch = make_batch()
-    denoiser = Denoiser(model, tasks=4, softcap=None, chunk=5)
+    denoiser = ModelWithLoss(model, tasks=4, softcap=None, chunk=5)
     together = denoiser(batch)[1]
     for row, task in enumerate(batch["tasks"].tolist()):
         alone = denoiser({name: tensor[row : row + 1] for name, tensor in batch.items()})[1]
@@ -77,7 +77,7 @@ def test_each_task_has_its_own_sum(model: T5Gemma2ForConditionalGeneration) -> N
 def test_a_batch_of_padding_has_no_loss_and_a_gradient_of_zero(model: T5Gemma2ForConditionalGeneration) -> None:
     batch = make_batch()
     batch["labels"][:] = IGNORED
-    loss, sums, counts = Denoiser(model, tasks=4, softcap=None, chunk=5)(batch)
+    loss, sums, counts = ModelWithLoss(model, tasks=4, softcap=None, chunk=5)(batch)
     loss.backward()
     assert (loss.item(), sums.sum().item(), counts.sum().item()) == (0.0, 0.0, 0)
     table = model.get_parameter("model.encoder.text_model.embed_tokens.weight").grad
@@ -90,7 +90,7 @@ def test_distilling_is_the_divergence_where_a_teacher_speaks_and_cross_entropy_e
 ) -> None:
     teacher = load_teacher(twin_folder(TEXT), vocabulary=300, dtype=torch.float32)
     batch = add_teaching(make_batch())
-    loss, _, _ = Denoiser(model, tasks=4, softcap=None, chunk=5, teacher=teacher)(batch)
+    loss, _, _ = ModelWithLoss(model, tasks=4, softcap=None, chunk=5, teacher=teacher)(batch)
     names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
     with torch.no_grad():
         student = model(**{name: batch[name] for name in names}).logits
@@ -112,7 +112,7 @@ def test_distilling_is_the_divergence_where_a_teacher_speaks_and_cross_entropy_e
 
 def test_a_teacher_is_never_trained(model: T5Gemma2ForConditionalGeneration, twin_folder: TwinFolder) -> None:
     teacher = load_teacher(twin_folder(TEXT), vocabulary=300, dtype=torch.float32)
-    denoiser = Denoiser(model, tasks=4, softcap=None, chunk=5, teacher=teacher).train()
+    denoiser = ModelWithLoss(model, tasks=4, softcap=None, chunk=5, teacher=teacher).train()
     denoiser(add_teaching(make_batch()))[0].backward()
     assert model.training
     assert not any(part.training for part in teacher.modules())

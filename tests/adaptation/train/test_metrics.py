@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from t5g2convert.adaptation.train.metrics import Metrics, opened, read_metrics, truncate
-from t5g2convert.adaptation.train.plot import plot_losses
+from t5g2convert.adaptation.train.metrics import Metrics, open_log, plot_losses, read_metrics, truncate
 from t5g2convert.errors import CheckpointError, OutputError
 
 STEP = Metrics(
@@ -26,7 +25,7 @@ def write(path: Path, count: int) -> None:
 def test_a_log_is_read_as_it_was_written_and_goes_on_where_it_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for start, stop in ((0, 5), (3, 7)):
-        with opened(path, tmp_path / "board", start=start) as log:
+        with open_log(path, tmp_path / "board", start=start) as log:
             for step in steps(stop)[start:]:
                 log.add(step)
     assert read_metrics(path) == steps(7)
@@ -37,7 +36,7 @@ def test_a_run_that_begins_again_leaves_nothing_of_the_first_on_the_board(tmp_pa
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for stop in (5, 2):
-        with opened(tmp_path / "metrics.jsonl", tmp_path / "board", start=0) as log:
+        with open_log(tmp_path / "metrics.jsonl", tmp_path / "board", start=0) as log:
             for step in steps(stop):
                 log.add(step)
     board = EventAccumulator(str(tmp_path / "board"))
@@ -64,7 +63,7 @@ def test_a_damaged_log_is_told_by_its_line(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError), opened(tmp_path / "file/metrics.jsonl", tmp_path / "board", start=0):
+    with pytest.raises(OutputError), open_log(tmp_path / "file/metrics.jsonl", tmp_path / "board", start=0):
         pass
 
 
@@ -118,7 +117,7 @@ def test_T5_nothing_is_written_through_a_link(tmp_path: Path, link: Callable[[Pa
     write(mine, 2)
     before = mine.read_bytes()
     link(path, mine)
-    with opened(path, tmp_path / "board", start=1) as log:
+    with open_log(path, tmp_path / "board", start=1) as log:
         log.add(STEP)
     plot = tmp_path / "loss.svg"
     link(plot, mine)

@@ -1,8 +1,11 @@
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.train.forecast import forecast
@@ -10,9 +13,18 @@ from t5g2convert.adaptation.train.loss import IGNORED
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings, differences, make_settings
 from t5g2convert.adaptation.ul2.corruption import Example
-from t5g2convert.adaptation.ul2.dataset import Place, collate, image_task, places, task_names, teaching
+from t5g2convert.adaptation.ul2.dataset import (
+    Batch,
+    MicroBatch,
+    collate,
+    image_task,
+    load_batches,
+    micro_batches,
+    task_names,
+    teaching,
+)
 from t5g2convert.adaptation.ul2.mixture import read_mixture
-from t5g2convert.errors import DataError, UsageError
+from t5g2convert.errors import DataError, Interrupted, UsageError
 
 TOKENS = ModelTokens(300, bos=2, eos=1, pad=0, boi=290, eoi=291, image=292, per_image=4, pictures=True)
 
@@ -57,7 +69,7 @@ def test_a_label_is_taught_from_the_place_before_it(bos: int | None, expected: l
 def test_a_teacher_reads_bos_first_whatever_the_encoder_reads(encoder_bos: bool, small: Path) -> None:
     settings = make(encoder_bos=encoder_bos, teacher="0" * 64, steps=1)
     samples = prepare(small / "model", small / "data", settings).samples
-    batch = samples[Place(0, (0, 1), (True, True))]
+    batch = samples[MicroBatch(0, (0, 1), (True, True))]
     assert batch["raw_ids"][:, 0].tolist() == [2, 2]
     assert (batch["input_ids"][:, 0] == 2).all() == encoder_bos
     taught = batch["teacher_positions"] >= 0
@@ -79,7 +91,7 @@ def test_data_of_images_alone_is_enough_for_steps_of_images(small: Path, tmp_pat
     assert (found.tasks, found.corpus, found.epochs, found.operations) == ((), 0, 0.0, None)
     assert (prepared.samples.longest, found.image_steps) == (0, 100)
     both = prepare(small / "model", small / "data", make(image_every=1)).samples
-    for place in places(prepared.samples.settings, rank=0, world=1, micro=5, start=98):
+    for place in micro_batches(prepared.samples.settings, rank=0, world=1, micro=5, start=98):
         batch, expected = prepared.samples[place], both[place]
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         assert len(batch["pixel_values"]) == 5
@@ -93,7 +105,7 @@ def test_all_processes_together_take_every_sample_once(world: int, micro: int, e
     taken: dict[bool, list[int]] = {False: [], True: []}
     passes = set()
     for rank in range(world):
-        mine = list(places(settings, rank=rank, world=world, micro=micro, start=0))
+        mine = list(micro_batches(settings, rank=rank, world=world, micro=micro, start=0))
         passes.add(len(mine))
         for place in mine:
             assert len(place.samples) == micro
@@ -107,10 +119,12 @@ def test_all_processes_together_take_every_sample_once(world: int, micro: int, e
 
 def test_a_run_that_goes_on_takes_what_it_would_have_taken() -> None:
     settings = make(steps=9, image_every=2)
-    every = list(places(settings, rank=1, world=2, micro=3, start=0))
-    assert list(places(settings, rank=1, world=2, micro=3, start=5)) == [place for place in every if place.step >= 5]
-    assert every[0] == Place(0, (1, 3, 5), (True, True, True))
-    assert every[1] == Place(0, (7, 9, 0), (True, True, False))
+    every = list(micro_batches(settings, rank=1, world=2, micro=3, start=0))
+    assert list(micro_batches(settings, rank=1, world=2, micro=3, start=5)) == [
+        place for place in every if place.step >= 5
+    ]
+    assert every[0] == MicroBatch(0, (1, 3, 5), (True, True, True))
+    assert every[1] == MicroBatch(0, (7, 9, 0), (True, True, False))
 
 
 def test_the_rate_rises_in_a_line_and_falls_to_the_floor() -> None:
@@ -148,3 +162,45 @@ def test_images_are_marked_as_the_mixtures_prefixes_are() -> None:
     marked = settings.mixture.tasks[-1].model_copy(update={"sentinel": True, "mode_token": 77})
     with_mode = settings.model_copy(update={"mixture": settings.mixture.model_copy(update={"tasks": (marked,)})})
     assert (image_task(with_mode).sentinel, image_task(with_mode).mode_token) == (True, 77)
+
+
+PLACES = [MicroBatch(step, (step,), (True,)) for step in range(3)]
+
+
+class Made(Dataset[Batch]):
+    """The number of a step, and whether its process minds SIGINT; step 1 cannot be made."""
+
+    def __getitem__(self, place: MicroBatch) -> Batch:
+        if place.step == 1:
+            raise DataError("no such file", where="1.png", hint="look for it", details=["1.png"])
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return {"step": torch.tensor([place.step]), "ignored": torch.tensor([ignored])}
+
+
+class Stopped(Dataset[Batch]):
+    def __getitem__(self, place: MicroBatch) -> Batch:
+        raise Interrupted(signal.SIGTERM)
+
+
+def at() -> Iterator[MicroBatch]:
+    return iter(PLACES)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_made_is_an_error_in_its_place(workers: int) -> None:
+    made = list(load_batches(Made(), at, workers=workers))
+    assert [step for step, _ in made] == [0, 1, 2]
+    error = made[1][1]
+    assert isinstance(error, DataError)
+    assert (str(error), error.details, error.exit_code) == ("1.png: no such file (look for it)", ("1.png",), 3)
+    for step in (0, 2):
+        batch = made[step][1]
+        assert isinstance(batch, dict)
+        assert batch["step"].item() == step
+        # Ctrl-C goes to workers too, which leave it to this process.
+        assert batch["ignored"].item() == (workers > 0)
+
+
+def test_a_signal_is_no_error_of_a_sample() -> None:
+    with pytest.raises(Interrupted):
+        list(load_batches(Stopped(), at, workers=0))

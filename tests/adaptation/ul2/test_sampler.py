@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from t5g2convert.adaptation.ul2.corruption import Frame, corrupt
 from t5g2convert.adaptation.ul2.mixture import Mixture, read_mixture
-from t5g2convert.adaptation.ul2.sampler import Schedule, document_of, permuted
+from t5g2convert.adaptation.ul2.sampler import Sampler, document_of, permuted
 from t5g2convert.adaptation.ul2.sentinels import Sentinels
 from t5g2convert.errors import DataError, UsageError
 from tests.adaptation.chance import excess
@@ -30,53 +30,53 @@ def philox(number: int) -> np.random.Philox:
     return np.random.Philox(key=number)
 
 
-def orders(schedule: Schedule, epoch: int) -> tuple[list[int], list[int]]:
+def orders(schedule: Sampler, epoch: int) -> tuple[list[int], list[int]]:
     """The chunks and the tasks of an epoch, in their order."""
     first = epoch * schedule.chunks * 8
     blocks = range(first, first + schedule.chunks * 8, 8)
-    chunks = [min(schedule.stretch(block + slot)[0] for slot in range(8)) // schedule.chunk for block in blocks]
+    chunks = [min(schedule.text_range(block + slot)[0] for slot in range(8)) // schedule.chunk for block in blocks]
     return chunks, [schedule.task(i) for i in range(first, first + schedule.chunks * 8)]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
 def test_every_block_holds_the_mixture(seed: int) -> None:
-    schedule = Schedule(MIXTURE, RAW_LENGTHS, 4200, seed)
+    schedule = Sampler(MIXTURE, RAW_LENGTHS, 4200, seed)
     for block in range(500):
         tasks = [schedule.task(block * 8 + slot) for slot in range(8)]
         assert Counter(tasks) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 4}
 
 
 def test_every_order_of_a_block_is_equally_likely() -> None:
-    schedule = Schedule(MIXTURE.model_copy(update={"tasks": MIXTURE.tasks[:4]}), (2, 2, 2, 2), 80, seed=0)
+    schedule = Sampler(MIXTURE.model_copy(update={"tasks": MIXTURE.tasks[:4]}), (2, 2, 2, 2), 80, seed=0)
     found = Counter(tuple(schedule.task(block * 4 + slot) for slot in range(4)) for block in range(1200))
     assert excess(found, list(permutations(range(4)))) < 1
 
 
-def tiles(schedule: Schedule, epoch: int) -> None:
+def tiles(schedule: Sampler, epoch: int) -> None:
     """An epoch reads every token of every chunk once, in samples of the tasks' lengths."""
     samples = schedule.chunks * schedule.mixture.block
     numbers = range(epoch * samples, (epoch + 1) * samples)
-    stretches = sorted(schedule.stretch(i) for i in numbers)
+    stretches = sorted(schedule.text_range(i) for i in numbers)
     first, last = stretches[0][0], stretches[-1][1]
     assert [start for start, _ in stretches] == [first, *(stop for _, stop in stretches[:-1])]
     assert 0 <= first < schedule.chunk
     assert last - first == schedule.tokens // schedule.chunk * schedule.chunk
     assert last <= schedule.tokens
     for i in numbers:
-        start, stop = schedule.stretch(i)
+        start, stop = schedule.text_range(i)
         assert stop - start == schedule.raw_lengths[schedule.task(i)]
 
 
 def test_what_no_chunk_holds_in_one_epoch_is_read_in_another() -> None:
-    schedule = Schedule(MIXTURE, RAW_LENGTHS, 42 * 2 + 5, seed=3)
+    schedule = Sampler(MIXTURE, RAW_LENGTHS, 42 * 2 + 5, seed=3)
     block = schedule.mixture.block
-    firsts = [min(schedule.stretch(2 * epoch * block + i)[0] for i in range(2 * block)) for epoch in range(600)]
+    firsts = [min(schedule.text_range(2 * epoch * block + i)[0] for i in range(2 * block)) for epoch in range(600)]
     assert excess(Counter((first,) for first in firsts), [(first,) for first in range(6)]) < 1
 
 
 @pytest.mark.parametrize("tokens", [42, 83, 84, 42 * 3, 42 * 5 + 41, 42 * 16, 42 * 17, 42 * 97, 42 * 100 + 1])
 def test_an_epoch_reads_every_token_of_every_chunk_once(tokens: int) -> None:
-    schedule = Schedule(MIXTURE, RAW_LENGTHS, tokens, seed=3)
+    schedule = Sampler(MIXTURE, RAW_LENGTHS, tokens, seed=3)
     assert (schedule.chunk, schedule.chunks) == (CHUNK, tokens // CHUNK)
     for epoch in (0, 1, 2, 1000):
         tiles(schedule, epoch)
@@ -90,12 +90,12 @@ def test_any_corpus_is_read_once_an_epoch(data: st.DataObject) -> None:
     chunk = sum(weight * length for weight, length in zip(weights, raw_lengths, strict=True))
     tokens = data.draw(st.integers(chunk, 40 * chunk))
     seed, epoch = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(0, 10**9))
-    tiles(Schedule(Mixture(tasks=tuple(tasks)), raw_lengths, tokens, seed), epoch)
+    tiles(Sampler(Mixture(tasks=tuple(tasks)), raw_lengths, tokens, seed), epoch)
 
 
 def test_orders_differ_by_epoch_and_by_seed() -> None:
-    schedule = Schedule(MIXTURE, RAW_LENGTHS, CHUNK * 30, seed=0)
-    other = Schedule(MIXTURE, RAW_LENGTHS, CHUNK * 30, seed=1)
+    schedule = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 30, seed=0)
+    other = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 30, seed=1)
     found = [orders(schedule, 0), orders(schedule, 1), orders(schedule, 2), orders(other, 0), orders(other, 1)]
     for kind in range(2):
         assert len({tuple(pair[kind]) for pair in found}) == 5
@@ -103,9 +103,9 @@ def test_orders_differ_by_epoch_and_by_seed() -> None:
     assert list(range(30)) not in [chunks for chunks, _ in found]
 
 
-def sample(schedule: Schedule, i: int) -> str:
+def sample(schedule: Sampler, i: int) -> str:
     """A digest of sample i, of a corpus whose n-th token is n + 10."""
-    number, (start, stop) = schedule.task(i), schedule.stretch(i)
+    number, (start, stop) = schedule.task(i), schedule.text_range(i)
     raw = np.arange(start + 10, stop + 10, dtype=np.uint32)
     task, frame = schedule.mixture.tasks[number], Frame(2, None, 1)
     example = corrupt(raw, task, Sentinels(262_143, 100), frame, schedule.rng(i), index=number)
@@ -116,19 +116,19 @@ LONG = (50, 70, 90, 110, 40)  # 480 tokens a block
 
 
 def test_a_sample_is_the_same_in_whatever_order_it_is_asked_for() -> None:
-    schedule = Schedule(MIXTURE, LONG, 480 * 20 + 5, seed=9)
+    schedule = Sampler(MIXTURE, LONG, 480 * 20 + 5, seed=9)
     forwards = [sample(schedule, i) for i in range(200)]
     assert len(set(forwards[:160])) == 160  # one epoch
     assert [sample(schedule, i) for i in reversed(range(200))] == forwards[::-1]
     shuffled = np.random.default_rng(0).permutation(200).tolist()
     assert [sample(schedule, i) for i in shuffled] == [forwards[i] for i in shuffled]
-    resumed = Schedule(MIXTURE, LONG, 480 * 20 + 5, seed=9)
+    resumed = Sampler(MIXTURE, LONG, 480 * 20 + 5, seed=9)
     assert [sample(resumed, i) for i in range(117, 200)] == forwards[117:]
-    assert [sample(Schedule(MIXTURE, LONG, 480 * 20 + 5, seed=9), i) for i in range(3, 200, 4)] == forwards[3::4]
+    assert [sample(Sampler(MIXTURE, LONG, 480 * 20 + 5, seed=9), i) for i in range(3, 200, 4)] == forwards[3::4]
 
 
 def test_spans_of_another_seed_are_others() -> None:
-    schedules = [Schedule(MIXTURE, LONG, 480 * 20, seed) for seed in (9, 10)]
+    schedules = [Sampler(MIXTURE, LONG, 480 * 20, seed) for seed in (9, 10)]
     # Both tasks that have several spans at these lengths; where there is one, it is the end of the text.
     spans = [{sample(schedule, i) for i in range(320) if schedule.task(i) < 2} for schedule in schedules]
     assert [len(found) for found in spans] == [80, 80]
@@ -136,11 +136,11 @@ def test_spans_of_another_seed_are_others() -> None:
 
 
 def test_a_sample_is_the_same_in_another_process() -> None:
-    schedule = Schedule(MIXTURE, LONG, 480 * 7 + 5, seed=9)
+    schedule = Sampler(MIXTURE, LONG, 480 * 7 + 5, seed=9)
     script = (
         "import json\n"
-        "from tests.adaptation.ul2.test_sampler import LONG, MIXTURE, Schedule, sample\n"
-        "schedule = Schedule(MIXTURE, LONG, 480 * 7 + 5, seed=9)\n"
+        "from tests.adaptation.ul2.test_sampler import LONG, MIXTURE, Sampler, sample\n"
+        "schedule = Sampler(MIXTURE, LONG, 480 * 7 + 5, seed=9)\n"
         "print(json.dumps([sample(schedule, i) for i in range(63, 150, 2)]))\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(CHECKOUT)}
@@ -149,7 +149,7 @@ def test_a_sample_is_the_same_in_another_process() -> None:
 
 
 def test_samples_do_not_share_chance() -> None:
-    schedule = Schedule(MIXTURE, RAW_LENGTHS, 4200, seed=5)
+    schedule = Sampler(MIXTURE, RAW_LENGTHS, 4200, seed=5)
     words = [schedule.rng(i).bit_generator.random_raw(50) for i in (0, 1, 2, 2**32, 2**64 - 1)]
     assert np.unique(np.concatenate(words)).size == 250
     assert (schedule.rng(2).bit_generator.random_raw(50) == words[2]).all()
@@ -157,7 +157,7 @@ def test_samples_do_not_share_chance() -> None:
     key = np.array([5, 2], np.uint64)
     assert (np.random.Philox(key=key).random_raw(50) == words[2]).all()
     # Orders come from elsewhere: no word of a sample's is used for them.
-    assert not np.isin(Schedule(MIXTURE, RAW_LENGTHS, 4200, seed=2).rng(5).bit_generator.random_raw(50), words[2]).any()
+    assert not np.isin(Sampler(MIXTURE, RAW_LENGTHS, 4200, seed=2).rng(5).bit_generator.random_raw(50), words[2]).any()
 
 
 # Written down, not derived: they must be the same for ever, or a later version could not resume a run.
@@ -168,11 +168,11 @@ GOLDEN_SAMPLE = "3aaa8fd330a786fcb6f1ead55b04373b921e5875d7a8b52070fc8233a04a181
 
 
 def test_orders_and_samples_stay_what_they_were() -> None:
-    schedule = Schedule(MIXTURE, RAW_LENGTHS, CHUNK * 10, seed=0)
+    schedule = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 10, seed=0)
     assert orders(schedule, 0)[0] == GOLDEN_CHUNKS
     assert [schedule.task(i) for i in range(16)] == GOLDEN_TASKS
     assert [document_of(0, i, 7) for i in range(14)] == GOLDEN_DOCUMENTS
-    assert sample(Schedule(MIXTURE, LONG, 480 * 7, seed=0), 12) == GOLDEN_SAMPLE
+    assert sample(Sampler(MIXTURE, LONG, 480 * 7, seed=0), 12) == GOLDEN_SAMPLE
 
 
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1))
@@ -207,39 +207,39 @@ def test_orders_of_documents_differ_by_epoch_and_by_seed() -> None:
     found = {tuple(document_of(seed, i + e * 24, 24) for i in range(24)) for seed in (1, 2) for e in range(20)}
     assert len(found) == 40
     # Nor are they the order of chunks, of which this corpus has as many.
-    same = Schedule(MIXTURE, RAW_LENGTHS, CHUNK * 24, seed=1)
+    same = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 24, seed=1)
     assert not found & {tuple(orders(same, epoch)[0]) for epoch in range(20)}
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    schedule = Schedule(MIXTURE, RAW_LENGTHS, CHUNK * 1000, seed=0)
+    schedule = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 1000, seed=0)
     i: Any = np.int64(4321)
-    assert schedule.stretch(i) == schedule.stretch(4321)
+    assert schedule.text_range(i) == schedule.text_range(4321)
     assert document_of(0, i, 100) == document_of(0, 4321, 100)
-    assert all(type(bound) is int for bound in schedule.stretch(i))
+    assert all(type(bound) is int for bound in schedule.text_range(i))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 41])
 def test_a_corpus_smaller_than_a_chunk_is_refused(tokens: int) -> None:
     with pytest.raises(DataError, match=rf"has {tokens} tokens; a block of 8 samples takes 42"):
-        Schedule(MIXTURE, RAW_LENGTHS, tokens, seed=0)
+        Sampler(MIXTURE, RAW_LENGTHS, tokens, seed=0)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(UsageError, match=f"expected a seed of 0 to {2**64 - 1}, found {seed}"):
-        Schedule(MIXTURE, RAW_LENGTHS, 4200, seed)
+        Sampler(MIXTURE, RAW_LENGTHS, 4200, seed)
 
 
 def test_a_length_for_each_task_is_needed() -> None:
     with pytest.raises(UsageError, match="a raw length for each of 5 tasks, found 4"):
-        Schedule(MIXTURE, RAW_LENGTHS[:4], 4200, seed=0)
+        Sampler(MIXTURE, RAW_LENGTHS[:4], 4200, seed=0)
 
 
 @pytest.mark.parametrize("i", [-1, 2**64])
 @pytest.mark.parametrize("ask", ["task", "stretch", "rng", "document"])
 def test_a_number_out_of_range_is_refused(ask: str, i: int) -> None:
-    schedule = Schedule(MIXTURE, RAW_LENGTHS, 4200, seed=0)
+    schedule = Sampler(MIXTURE, RAW_LENGTHS, 4200, seed=0)
     with pytest.raises(UsageError, match=f"number of a sample, 0 to {2**64 - 1}, found {i}"):
         document_of(0, i, 3) if ask == "document" else getattr(schedule, ask)(i)
 

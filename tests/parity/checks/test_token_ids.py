@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from t5g2convert import convert
+from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.parity.checks.token_ids import special_faults, table_rows, token_faults

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from t5g2convert import CheckpointError, UsageError, compare, convert, verify
+from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-from t5g2convert.adaptation.trained_export import export
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.cli.demo import build_demo_source
 from tests.adaptation.runs import FACTS, Tensors, text_only, trained_from, write_checkpoint
