@@ -57,7 +57,7 @@ def _type(entry: Mapping[str, Any]) -> str:
     if name := _reference(entry):
         return f"[{name}](#{name.lower()})"
     if entry.get("anyOf") == SIZE:
-        return "a size or a symbol"
+        return "a number or a dimension"
     if "anyOf" in entry:
         kinds = [_type(each) for each in entry["anyOf"] if each.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
@@ -85,11 +85,11 @@ def _terms() -> Iterator[str]:
     yield "By the `model_type` of the source: what may stand in `shape:`, behind `$`, and in `when:` and `case:`."
     told: dict[tuple[str, ...], list[str]] = {}
     for name, family in FAMILIES.items():
-        worlds = " or ".join(" and ".join(f"`{it}`" for it in sorted(world)) for world in family.worlds)
-        listed = [", ".join(f"`{it}`" for it in sorted(them)) for them in (family.terms.symbols, family.terms.values)]
-        told.setdefault((*listed, worlds), []).append(f"`{name}`")
-    for (symbols, values, worlds), names in told.items():
+        variants = " or ".join(" and ".join(f"`{it}`" for it in sorted(variant)) for variant in family.variants)
+        listed = [", ".join(f"`{it}`" for it in sorted(them)) for them in (family.terms.dims, family.terms.values)]
+        told.setdefault((*listed, variants), []).append(f"`{name}`")
+    for (dims, values, variants), names in told.items():
         yield f"### {', '.join(names)}"
-        yield f"- symbols: {symbols}; and `vocab`, the rows that the target keeps"
+        yield f"- dimensions: {dims}; and `vocab`, the rows that the target keeps"
         yield f"- values: {values}; and `vocab`, `dtype`, the target's"
-        yield f"- conditions: {worlds}"
+        yield f"- features: {variants}"

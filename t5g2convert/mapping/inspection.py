@@ -150,8 +150,8 @@ def _inspect_source(checkpoint: Checkpoint) -> Inspection:
     layout = find_layout(weight_map, model, checkpoint)
     parts: dict[str, str] = {}
     for row in weight_map.weights:
-        if row.from_ is not None and row.op.carries and row.applies(model.conditions):
-            parts |= {name: _source_part(row) for _, name in expand(row.from_, layout, model.symbols)}
+        if row.from_ is not None and row.op.carries and row.applies(model.features):
+            parts |= {name: _source_part(row) for _, name in expand(row.from_, layout, model.dims)}
     missing = [name for name in parts if name not in checkpoint.tensors]
     dropped = _dropped_names(weight_map, model, layout)
     parts |= {name: DROPPED for name in dropped if name in checkpoint.tensors}
@@ -189,8 +189,8 @@ def _source_part(row: Row) -> str:
 
 def _dropped_names(weight_map: WeightMap, model: SourceModel, layout: Mapping[str, str]) -> set[str]:
     """The names of what the map leaves behind, by itself or as an option asks."""
-    drops = (drop for drop in weight_map.drop if drop.applies(model.conditions))
-    return {name for drop in drops for _, name in dropped_names(drop, layout, model.symbols)}
+    drops = (drop for drop in weight_map.drop if drop.applies(model.features))
+    return {name for drop in drops for _, name in dropped_names(drop, layout, model.dims)}
 
 
 def _inspect_target(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Inspection:

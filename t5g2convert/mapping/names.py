@@ -21,7 +21,7 @@ INDEX_RANGES: Final = {
     "decoder_layer": "decoder_layers",
     "vision_layer": "vision_layers",
 }
-"""Index placeholder to the symbol that says how far it counts."""
+"""Index placeholder to the dim that says how far it counts."""
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
@@ -47,14 +47,14 @@ def unknown_placeholder(pattern: str, roots: Mapping[str, object]) -> str | None
     return next((name for name in placeholders(pattern) if name not in INDEX_RANGES and name not in roots), None)
 
 
-def pattern_fault(pattern: str, roots: Mapping[str, object], symbols: Collection[str]) -> str | None:
-    """Why a pattern is not of the grammar, or None; `symbols` are those that the source's family has."""
+def pattern_fault(pattern: str, roots: Mapping[str, object], dims: Collection[str]) -> str | None:
+    """Why a pattern is not of the grammar, or None; `dims` are those that the source's family has."""
     names = placeholders(pattern)
     if "{" in _PLACEHOLDER.sub("", pattern) or "}" in _PLACEHOLDER.sub("", pattern):
         return "unbalanced braces"
     for position, name in enumerate(names):
         if name in INDEX_RANGES:
-            if INDEX_RANGES[name] not in symbols:
+            if INDEX_RANGES[name] not in dims:
                 return f"the source has no {INDEX_RANGES[name].replace('_', ' ')} to count {{{name}}}"
             continue
         if name not in roots:
@@ -67,14 +67,14 @@ def pattern_fault(pattern: str, roots: Mapping[str, object], symbols: Collection
 
 
 def expand(
-    pattern: str, roots: Mapping[str, str], symbols: Mapping[str, int], layers: Iterable[int] | None = None
+    pattern: str, roots: Mapping[str, str], dims: Mapping[str, int], layers: Iterable[int] | None = None
 ) -> Iterator[tuple[int | None, str]]:
     """All names that a pattern stands for, each with its layer (None for a pattern without index).
 
     Args:
         pattern: The pattern.
         roots: The spelling of each root.
-        symbols: Sizes; they say how far an index counts.
+        dims: Sizes; they say how far an index counts.
         layers: What the index counts, if not all layers.
     """
     root = root_of(pattern)
@@ -84,5 +84,5 @@ def expand(
     if index is None:
         yield None, pattern
         return
-    for layer in range(symbols[INDEX_RANGES[index]]) if layers is None else layers:
+    for layer in range(dims[INDEX_RANGES[index]]) if layers is None else layers:
         yield layer, pattern.replace(f"{{{index}}}", str(layer))

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Size = Annotated[int, Field(ge=0)] | str
-"""A size in a map: a number, or a symbol that stands for one."""
+"""A size in a map: a number, or the name of a dimension."""
 
 
 def _only_true(value: bool) -> bool:
@@ -29,7 +29,7 @@ class Operation(BaseModel):
     """Whether the source tensor is accounted for by this row (False: it is only looked at)."""
 
     def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
-        """The target's shape, from the row's `shape`, in sizes and symbols."""
+        """The target's shape, from the row's `shape`."""
         return source
 
     def sizes(self) -> Iterator[Size]:

@@ -1,6 +1,6 @@
 """A map applied to one checkpoint: which spelling its names have, and which tensor every row stands for.
 
-This is the closed world. Whatever does not fit is collected, all of it, and told in one error: source tensors that no
+This is the closed variant. Whatever does not fit is collected, all of it, and told in one error: source tensors that no
 row uses, tensors that a row wants and that are missing, shapes and dtypes that are not what the config implies.
 """
 
@@ -52,7 +52,7 @@ class Resolution:
         checkpoints: What is read, by role.
         models: What each is; the source's is `model`.
         layouts: By role, the spelling of each root.
-        symbols: Sizes, for `shape:` and for the ranges of `{layer}`.
+        dims: Sizes, for `shape:` and for the ranges of `{layer}`.
         values: Config values, those that the map moves already moved.
         stacks: The same by part, for the text stacks: those of its own parent, with the layers that it takes.
         table: The role of the checkpoint that gives the embedding table, and its rows before the cut.
@@ -67,7 +67,7 @@ class Resolution:
     checkpoints: Mapping[Role, Checkpoint]
     models: Mapping[Role, SourceModel]
     layouts: Mapping[Role, Mapping[str, str]]
-    symbols: Mapping[str, int]
+    dims: Mapping[str, int]
     values: Mapping[str, Any]
     stacks: Mapping[str, Mapping[str, Any]]
     table: tuple[Role, int]
@@ -117,32 +117,32 @@ def resolve(
     model = read_model(weight_map, checkpoint, subject=subject)
     check_plain(checkpoint)
     check_map(weight_map, pairing)
-    # Worlds of their own: whatever would refuse another checkpoint as a source refuses it here.
-    worlds = {
+    # Variants of their own: whatever would refuse another checkpoint as a source refuses it here.
+    variants = {
         role: resolve(loaded, other, Pairing(rows=pairing.rows), subject=SUBJECTS[role], given=given)
         for role, other in pairing.others.items()
     }
-    if VISION_FROM in worlds:
-        model = model.with_vision_of(worlds[VISION_FROM].model, pairing.projector)
-    symbols = {**model.symbols, "vocab": _rows_of(weight_map, model.symbols["rows"], pairing.rows)}
-    values = _moved_values(weight_map, model, symbols["vocab"], checkpoint)
+    if VISION_FROM in variants:
+        model = model.with_vision_of(variants[VISION_FROM].model, pairing.projector)
+    dims = {**model.dims, "vocab": _rows_of(weight_map, model.dims["rows"], pairing.rows)}
+    values = _moved_values(weight_map, model, dims["vocab"], checkpoint)
     models: dict[Role, SourceModel] = {SOURCE: model}
     parents: dict[str, Mapping[str, Any]] = dict.fromkeys(STACKS, values)
-    for role, world in worlds.items():
-        models[role] = world.model
+    for role, variant in variants.items():
+        models[role] = variant.model
         if role == DECODER_FROM:
-            check_fit(symbols, values, world.symbols, world.values)
-            parents["decoder"] = world.values
+            check_fit(dims, values, variant.dims, variant.values)
+            parents["decoder"] = variant.values
     checkpoints: dict[Role, Checkpoint] = {SOURCE: checkpoint, **pairing.others}
     depths = {part: depth_of(models[role_of(part, checkpoints)]) for part in STACKS}
     layers = check_layers(pairing.layers, depths)
-    rows = [row for row in weight_map.weights if row.applies(model.conditions)]
-    drops = [drop for drop in weight_map.drop if drop.applies(model.conditions)]
-    sides = _sides(loaded, rows, drops, checkpoints, models, symbols, worlds)
-    prefixes = fill(weight_map.target.roots, {}, model.conditions)
+    rows = [row for row in weight_map.weights if row.applies(model.features)]
+    drops = [drop for drop in weight_map.drop if drop.applies(model.features)]
+    sides = _sides(loaded, rows, drops, checkpoints, models, dims, variants)
+    prefixes = fill(weight_map.target.roots, {}, model.features)
     layout = {**(sides[VISION_FROM].layout if VISION_FROM in sides else {}), **sides[SOURCE].layout}
     tensors = {name: tensor for each in checkpoints.values() for name, tensor in each.tensors.items()}
-    check_rows(loaded, model.conditions, layout, prefixes, symbols, tensors)
+    check_rows(loaded, model.features, layout, prefixes, dims, tensors)
     targets = tuple(_targets(rows, sides, prefixes, pairing.table, layers))
     dropped = list(_dropped(drops, sides[SOURCE], given))
     for role, side in sides.items():
@@ -152,13 +152,13 @@ def resolve(
         checkpoints=checkpoints,
         models=models,
         layouts={role: side.layout for role, side in sides.items()},
-        symbols=symbols,
+        dims=dims,
         values=values,
         stacks={part: stack_values(parents[part], layers.get(part)) for part in STACKS},
-        table=(pairing.table, models[pairing.table].symbols["rows"]),
+        table=(pairing.table, models[pairing.table].dims["rows"]),
         layers=layers,
         targets=targets,
-        drops=(*dropped, *_drops_of_others(worlds)),
+        drops=(*dropped, *_drops_of_others(variants)),
         left=tuple(left_behind(_own(rows, checkpoints), sides[SOURCE], targets)),
     )
 
@@ -173,7 +173,7 @@ def _dropped(drops: Iterable[Drop], source: Side, given: Collection[str]) -> Ite
     """What is left behind by the map; and a look at what the source's index names and no shard holds."""
     collector, droppable = source.collector, set[str]()
     for drop in drops:
-        names = {name: drop for _, name in dropped_names(drop, source.layout, source.symbols)}
+        names = {name: drop for _, name in dropped_names(drop, source.layout, source.dims)}
         droppable.update(names)
         if drop.option is None or drop.option in given:
             yield from resolve_drop(drop, source)
@@ -194,17 +194,17 @@ def _sides(
     drops: Sequence[Drop],
     checkpoints: Mapping[Role, Checkpoint],
     models: Mapping[Role, SourceModel],
-    symbols: Mapping[str, int],
-    worlds: Mapping[Role, Resolution],
+    dims: Mapping[str, int],
+    variants: Mapping[Role, Resolution],
 ) -> dict[Role, Side]:
     """The checkpoints, each with its own spelling; the decoder's parent has its own sizes too."""
-    layouts = {role: world.layouts[SOURCE] for role, world in worlds.items()}
-    layouts[SOURCE] = _find_layout(loaded.map, _own(rows, checkpoints), drops, symbols, checkpoints[SOURCE])
+    layouts = {role: variant.layouts[SOURCE] for role, variant in variants.items()}
+    layouts[SOURCE] = _find_layout(loaded.map, _own(rows, checkpoints), drops, dims, checkpoints[SOURCE])
     return {
         role: Side(
             role,
             layouts[role],
-            worlds[role].symbols if role == DECODER_FROM else symbols,
+            variants[role].dims if role == DECODER_FROM else dims,
             Collector(checkpoint, models[role]),
         )
         for role, checkpoint in checkpoints.items()
@@ -225,11 +225,11 @@ def _targets(
             yield from resolve_target(row, part, pattern, sides[role], prefixes, layers.get(part))
 
 
-def _drops_of_others(worlds: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
+def _drops_of_others(variants: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
     """What is dropped by an option; and what the decoder's parent drops because it repeats another tensor, which is
     yet to be compared."""
-    for role, world in worlds.items():
-        for drop in world.drops:
+    for role, variant in variants.items():
+        for drop in variant.drops:
             if drop.drop.option is not None or (role == DECODER_FROM and drop.equals is not None):
                 yield replace(drop, role=role)
 
@@ -260,15 +260,15 @@ def find_layout(weight_map: WeightMap, model: SourceModel, checkpoint: Checkpoin
     Raises:
         CheckpointError: None, or two of them.
     """
-    rows = [row for row in weight_map.weights if row.applies(model.conditions)]
-    return _find_layout(weight_map, rows, (), model.symbols, checkpoint)
+    rows = [row for row in weight_map.weights if row.applies(model.features)]
+    return _find_layout(weight_map, rows, (), model.dims, checkpoint)
 
 
 def _find_layout(
     weight_map: WeightMap,
     rows: Iterable[Row],
     drops: Iterable[Drop],
-    symbols: Mapping[str, int],
+    dims: Mapping[str, int],
     checkpoint: Checkpoint,
 ) -> dict[str, str]:
     """The spelling of each root that a row has; of one that only drops have, if there is anything to drop."""
@@ -286,9 +286,7 @@ def _find_layout(
         spellings = weight_map.roots[root]
         hits = {
             spelling: sum(
-                name in checkpoint.tensors
-                for pattern in wanted
-                for _, name in expand(pattern, {root: spelling}, symbols)
+                name in checkpoint.tensors for pattern in wanted for _, name in expand(pattern, {root: spelling}, dims)
             )
             for spelling in spellings
         }
@@ -317,7 +315,7 @@ def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int, checkpo
     values: dict[str, Any] = dict(model.values)
     for name, token in weight_map.vocabulary.moved.items():
         if values[name] >= vocab:
-            if "vision" in model.conditions and token >= vocab:
+            if "vision" in model.features and token >= vocab:
                 raise CheckpointError(
                     f"{name} is {values[name]}, past the {vocab} rows of the embedding table",
                     where=checkpoint.path / "config.json",

@@ -52,17 +52,17 @@ class Side:
 
     role: Role
     layout: Mapping[str, str]
-    symbols: Mapping[str, int]
+    dims: Mapping[str, int]
     collector: Collector
 
 
-def _sizes(shape: Iterable[Size], symbols: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(symbols[size] if isinstance(size, str) else size for size in shape)
+def _sizes(shape: Iterable[Size], dims: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(dims[size] if isinstance(size, str) else size for size in shape)
 
 
 def look(row: Row, side: Side) -> None:
     """Look at all tensors that a row names of a checkpoint, whichever of them are taken; what is wrong is collected."""
-    for _, name in () if row.from_ is None else expand(row.from_, side.layout, side.symbols):
+    for _, name in () if row.from_ is None else expand(row.from_, side.layout, side.dims):
         _check(row, name, side)
 
 
@@ -79,10 +79,10 @@ def resolve_target(
         prefixes: The prefix of each root of the target.
         layers: The layers that are taken, if not all: the first becomes the target's layer 0.
     """
-    shape = _sizes(row.target_shape, side.symbols)
-    names = [None] if row.from_ is None else [name for _, name in expand(row.from_, side.layout, side.symbols, layers)]
+    shape = _sizes(row.target_shape, side.dims)
+    names = [None] if row.from_ is None else [name for _, name in expand(row.from_, side.layout, side.dims, layers)]
     numbers = None if layers is None else range(len(layers))
-    for name, (_, target) in zip(names, expand(pattern, prefixes, side.symbols, numbers), strict=True):
+    for name, (_, target) in zip(names, expand(pattern, prefixes, side.dims, numbers), strict=True):
         tensor = None if name is None else side.collector.checkpoint.tensors.get(name)
         if name is None or tensor is not None:
             yield Resolved(row, part, target, tensor, shape, side.role)
@@ -94,7 +94,7 @@ def left_behind(rows: Iterable[Row], source: Side, targets: Iterable[Resolved]) 
     for row in rows:
         if row.from_ is None or not row.op.carries:
             continue
-        for layer, name in expand(row.from_, source.layout, source.symbols):
+        for layer, name in expand(row.from_, source.layout, source.dims):
             tensor = source.collector.checkpoint.tensors.get(name)
             if tensor is None or name in taken:
                 continue
@@ -112,13 +112,13 @@ def _check(row: Row, name: str, side: Side) -> None:
     tensor = collector.take(name, carries=row.op.carries)
     if tensor is None:
         return
-    expected = _sizes(row.shape, side.symbols)
+    expected = _sizes(row.shape, side.dims)
     if tensor.entry.shape != expected:
         collector.misshapen.append(
             f"misshapen: {name} has shape {list(tensor.entry.shape)}, "
             f"expected {list(expected)} ({_implied_by(row, collector.model)})"
         )
-    elif isinstance(row.op, TakeRows) and (taken := _sizes(row.target_shape, side.symbols)[0]) > expected[0]:
+    elif isinstance(row.op, TakeRows) and (taken := _sizes(row.target_shape, side.dims)[0]) > expected[0]:
         collector.misshapen.append(f"misshapen: {name} has {expected[0]} rows, of which {taken} cannot be taken")
     if tensor.entry.dtype not in CONFIG_NAMES:
         collector.misshapen.append(
@@ -127,27 +127,25 @@ def _check(row: Row, name: str, side: Side) -> None:
 
 
 def _implied_by(row: Row, model: SourceModel) -> str:
-    """Where a row's shape comes from: its symbols, and the fields of config.json that they are made of."""
+    """Where a row's shape comes from: its dims, and the fields of config.json that they are made of."""
     fields = [f"{size} is {model.fields[size]}" for size in dict.fromkeys(map(str, row.shape)) if size in model.fields]
     return "; ".join([", ".join(map(str, row.shape)), ", ".join(fields)]) if fields else ", ".join(map(str, row.shape))
 
 
-def dropped_names(
-    drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int]
-) -> Iterator[tuple[int | None, str]]:
+def dropped_names(drop: Drop, layout: Mapping[str, str], dims: Mapping[str, int]) -> Iterator[tuple[int | None, str]]:
     """All names that a drop stands for, each with its layer; none of a root that the checkpoint does not have."""
     for pattern in drop.patterns:
         root = root_of(pattern)
         if root is None or root in layout:
-            yield from expand(pattern, layout, symbols)
+            yield from expand(pattern, layout, dims)
 
 
 def resolve_drop(drop: Drop, side: Side) -> Iterator[ResolvedDrop]:
     """The tensors of a checkpoint that a drop leaves behind."""
-    layout, symbols, collector = side.layout, side.symbols, side.collector
+    layout, dims, collector = side.layout, side.dims, side.collector
     tensors = collector.checkpoint.tensors
-    others = _names_to_equal(drop, layout, symbols)
-    for index, name in dropped_names(drop, layout, symbols):
+    others = _names_to_equal(drop, layout, dims)
+    for index, name in dropped_names(drop, layout, dims):
         if name not in tensors:
             continue
         collector.used.add(name)
@@ -180,9 +178,9 @@ def _unlike(one: TensorEntry, other: TensorEntry) -> Iterator[str]:
         )
 
 
-def _names_to_equal(drop: Drop, layout: Mapping[str, str], symbols: Mapping[str, int]) -> dict[int | None, str]:
+def _names_to_equal(drop: Drop, layout: Mapping[str, str], dims: Mapping[str, int]) -> dict[int | None, str]:
     """The names that a drop must equal, by layer; none where the source has nothing under their root."""
     root = None if drop.must_equal is None else root_of(drop.must_equal)
     if drop.must_equal is None or (root is not None and root not in layout):
         return {}
-    return dict(expand(drop.must_equal, layout, symbols))
+    return dict(expand(drop.must_equal, layout, dims))

@@ -20,7 +20,7 @@ from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER
 from t5g2convert.mapping.operations import Aligned, AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
-from t5g2convert.mapping.source_families import FAMILIES, worlds_of
+from t5g2convert.mapping.source_families import FAMILIES, source_variants
 
 Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -81,7 +81,7 @@ def _token_text(token: str) -> str:
 
 Names = Annotated[str | list[str], BeforeValidator(_names)]
 TargetType = Annotated[str, Field(json_schema_extra={"enum": sorted(TARGETS)})]
-Condition = Annotated[str, Field(json_schema_extra={"enum": sorted(frozenset().union(*worlds_of(FAMILIES)))})]
+Feature = Annotated[str, Field(json_schema_extra={"enum": sorted(frozenset().union(*source_variants(FAMILIES)))})]
 FileName = Annotated[str, AfterValidator(_file_name)]
 TokenText = Annotated[str, AfterValidator(_token_text)]
 Spelling = Annotated[str, AfterValidator(_spelling)]
@@ -147,14 +147,14 @@ class Row(Declaration):
     tied: list[str] = Field(
         default_factory=list, description="Parameters that share the first target's storage and so are not written."
     )
-    shape: list[Size] = Field(description="The source tensor's shape, in sizes and symbols.")
+    shape: list[Size] = Field(description="The source tensor's shape, as numbers and dimensions.")
     op: Annotated[AnyOperation | Copy, BeforeValidator(_operation)] = Field(
         default=Copy(), description="take_rows, scaled_row, zeros or aligned; a copy without it."
     )
     merged_attention: bool = Field(
         default=False, description="The decoder's joint self- and cross-attention reads this self-attention tensor."
     )
-    when: Condition | None = Field(default=None, description="The row holds only for such sources.")
+    when: Feature | None = Field(default=None, description="The row holds only for such sources.")
 
     @property
     def targets(self) -> tuple[tuple[Part, str], ...]:
@@ -165,12 +165,12 @@ class Row(Declaration):
 
     @property
     def target_shape(self) -> tuple[Size, ...]:
-        """Shape of every target, in sizes and symbols."""
+        """Shape of every target, as numbers and dimensions."""
         return self.op.target_shape(tuple(self.shape))
 
-    def applies(self, conditions: frozenset[str]) -> bool:
+    def applies(self, features: frozenset[str]) -> bool:
         """Whether the row holds for a source."""
-        return self.when is None or self.when in conditions
+        return self.when is None or self.when in features
 
 
 class Drop(Declaration):
@@ -185,16 +185,16 @@ class Drop(Declaration):
     option: DropOption | None = Field(
         default=None, description="The drop holds only where this option is given; such a tensor is refused otherwise."
     )
-    when: Condition | None = Field(default=None, description="The drop holds only for such sources.")
+    when: Feature | None = Field(default=None, description="The drop holds only for such sources.")
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """All patterns."""
         return (self.from_,) if isinstance(self.from_, str) else tuple(self.from_)
 
-    def applies(self, conditions: frozenset[str]) -> bool:
+    def applies(self, features: frozenset[str]) -> bool:
         """Whether the drop holds for a source, if its option is given."""
-        return self.when is None or self.when in conditions
+        return self.when is None or self.when in features
 
 
 Length = Annotated[int, Field(gt=0, le=MAX_INTEGER)]

@@ -20,23 +20,23 @@ class Family:
     Attributes:
         read: From the config and its path to the model.
         example: The smallest config that `read` accepts; the terms that maps may use are taken from it.
-        worlds: The sets of conditions that hold together; `when:` and `case:` may ask for any of them.
+        variants: The sets of features that hold together; `when:` and `case:` may ask for any of them.
         read_held: The same as `read`, with the names of the checkpoint's tensors, for a family whose config alone does
             not say what a checkpoint is.
     """
 
     read: Callable[[Mapping[str, Any], Path], SourceModel]
     example: Mapping[str, Any]
-    worlds: tuple[frozenset[str], ...]
+    variants: tuple[frozenset[str], ...]
     read_held: Callable[[Mapping[str, Any], Path, Collection[str]], SourceModel] | None = None
 
     @cached_property
     def terms(self) -> SourceModel:
-        """A model of this family, asked only for the names of its symbols and values."""
+        """A model of this family, asked only for the names of its dims and values."""
         return self.read(self.example, Path("example"))
 
 
-_GEMMA3_WORLDS: Final = (
+_GEMMA3_VARIANTS: Final = (
     frozenset({"text_only"}),
     *(frozenset({"vision", f"projector_{made}"}) for made in ("copy", "zeros", "aligned")),
 )
@@ -54,10 +54,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
     gemma3.MULTIMODAL: Family(
         gemma3.read_gemma3,
         {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}, "mm_tokens_per_image": 49},
-        _GEMMA3_WORLDS,
+        _GEMMA3_VARIANTS,
         read_held=gemma3.read_gemma3,
     ),
-    gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}, _GEMMA3_WORLDS),
+    gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}, _GEMMA3_VARIANTS),
     gemma2.MODEL_TYPE: Family(
         gemma2.read_gemma2,
         {"model_type": gemma2.MODEL_TYPE},
@@ -76,6 +76,6 @@ FAMILIES: Final[Mapping[str, Family]] = {
 """`model_type` to family."""
 
 
-def worlds_of(model_types: Iterable[str]) -> tuple[frozenset[str], ...]:
-    """The sets of conditions that may hold for a source of these families."""
-    return tuple(dict.fromkeys(world for name in model_types for world in FAMILIES[name].worlds))
+def source_variants(model_types: Iterable[str]) -> tuple[frozenset[str], ...]:
+    """The sets of features that may hold for a source of these families."""
+    return tuple(dict.fromkeys(variant for name in model_types for variant in FAMILIES[name].variants))

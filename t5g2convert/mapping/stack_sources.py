@@ -38,7 +38,7 @@ ALONE: Final = Pairing()
 """A source and nothing else."""
 
 SHARED_SIZES: Final = {"hidden": "hidden_size", "vocab": "rows of the embedding table"}
-"""Sizes that both parents must have, by symbol, and what they are."""
+"""Sizes that both parents must have, by dimension, and what they are."""
 
 SHARED_VALUES: Final = ("attention_dropout",)
 """Config values that both parents must have: the target's class has one for both stacks."""
@@ -66,7 +66,7 @@ def check_fit(
     """Refuse a parent of the decoder whose states or tokens are of another size than the source's.
 
     Args:
-        sizes: The source's symbols, `vocab` behind the cut.
+        sizes: The source's dims, `vocab` behind the cut.
         values: The source's config values.
         decoder_sizes: The same of the decoder's parent.
         decoder: The same of the decoder's parent.
@@ -128,4 +128,4 @@ def stack_values(values: Mapping[str, Any], layers: tuple[int, ...] | None) -> M
 
 def depth_of(model: SourceModel) -> int | None:
     """How many text layers a source has, if it has one stack of them."""
-    return model.symbols.get("layers")
+    return model.dims.get("layers")

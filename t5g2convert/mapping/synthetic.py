@@ -61,14 +61,14 @@ def source_tensors(weight_map: WeightMap, config: Mapping[str, Any]) -> Iterator
     """Name and shape of every tensor that a map asks of a source with this config."""
     model = FAMILIES[config["model_type"]].read(config, Path("config.json"))
     layout = {root: spellings[0] for root, spellings in weight_map.roots.items()}
-    if "text_only" in model.conditions:
+    if "text_only" in model.features:
         # The spelling of the published text-only models; the first one belongs to the multimodal models.
         layout["text"] = "model."
     for row in weight_map.weights:
-        if row.from_ is None or not row.op.carries or not row.applies(model.conditions):
+        if row.from_ is None or not row.op.carries or not row.applies(model.features):
             continue
-        shape = tuple(model.symbols[size] if isinstance(size, str) else size for size in row.shape)
-        for _, name in expand(row.from_, layout, model.symbols):
+        shape = tuple(model.dims[size] if isinstance(size, str) else size for size in row.shape)
+        for _, name in expand(row.from_, layout, model.dims):
             yield name, shape
 
 

@@ -2,7 +2,7 @@
 
 * `$name` is the source's value of that name; `$vocab` and `$dtype` belong to the target.
 * `$encoder.name` and `$decoder.name` are the values of that stack's own parent, with the layers that the stack takes.
-* `{case: {vision: X, text_only: Y}}` is X or Y, by which of the conditions holds for the source.
+* `{case: {vision: X, text_only: Y}}` is X or Y, by which of the features holds for the source.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -29,14 +29,14 @@ def has_value(node: Any, name: str) -> bool:
 
 
 def template_faults(
-    node: Any, names: set[str], worlds: Collection[frozenset[str]], at: NodePath
+    node: Any, names: set[str], variants: Collection[frozenset[str]], at: NodePath
 ) -> Iterator[tuple[str, NodePath, str | None]]:
     """Every fault of a template: the reason, where it stands, and the unknown name if that is the reason.
 
     Args:
         node: The template.
         names: What may stand behind a dollar sign.
-        worlds: The sets of conditions that may hold; of the names of a case one must hold in each.
+        variants: The sets of features that may hold; of the names of a case one must hold in each.
         at: Where the template stands.
     """
     if isinstance(node, str) and node.startswith("$"):
@@ -44,30 +44,32 @@ def template_faults(
             yield f"unknown value {node}", at, node[1:]
     elif isinstance(node, list):
         for position, item in enumerate(node):
-            yield from template_faults(item, names, worlds, (*at, position))
+            yield from template_faults(item, names, variants, (*at, position))
     elif isinstance(node, dict):
-        if "case" in node and (len(node) != 1 or not _settles(node["case"], worlds)):
-            known = ", ".join(sorted(frozenset().union(*worlds)))
+        if "case" in node and (len(node) != 1 or not _settles(node["case"], variants)):
+            known = ", ".join(sorted(frozenset().union(*variants)))
             yield f"case must stand alone, and one of its names must hold for every source, of {known}", at, None
         for key, item in node.items():
-            yield from template_faults(item, names, worlds, (*at, key))
+            yield from template_faults(item, names, variants, (*at, key))
 
 
-def _settles(cases: Any, worlds: Collection[frozenset[str]]) -> bool:
-    """Whether one of the cases holds in every world, and each of them somewhere."""
+def _settles(cases: Any, variants: Collection[frozenset[str]]) -> bool:
+    """Whether one of the cases holds in every variant, and each of them somewhere."""
     if not isinstance(cases, dict):
         return False
-    return all(len(world & cases.keys()) == 1 for world in worlds) and cases.keys() <= frozenset().union(*worlds)
+    return all(len(variant & cases.keys()) == 1 for variant in variants) and cases.keys() <= frozenset().union(
+        *variants
+    )
 
 
-def fill(node: Any, values: Mapping[str, Any], conditions: frozenset[str]) -> Any:
+def fill(node: Any, values: Mapping[str, Any], features: frozenset[str]) -> Any:
     """The JSON that a template stands for; templates are checked when the map is loaded, so this cannot fail."""
     if isinstance(node, str) and node.startswith("$"):
         return values[node[1:]]
     if isinstance(node, list):
-        return [fill(item, values, conditions) for item in node]
+        return [fill(item, values, features) for item in node]
     if isinstance(node, dict):
         if "case" in node:
-            return fill(next(item for name, item in node["case"].items() if name in conditions), values, conditions)
-        return {key: fill(item, values, conditions) for key, item in node.items()}
+            return fill(next(item for name, item in node["case"].items() if name in features), values, features)
+        return {key: fill(item, values, features) for key, item in node.items()}
     return node

@@ -24,7 +24,7 @@ from t5g2convert.mapping.schema import (
     TokenizerFiles,
     WeightMap,
 )
-from t5g2convert.mapping.source_families import FAMILIES, worlds_of
+from t5g2convert.mapping.source_families import FAMILIES, source_variants
 from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults, value_names
 
 
@@ -60,8 +60,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     return f"did you mean {near[0]}?" if near else None
 
 
-Worlds = tuple[frozenset[str], ...]
-"""The sets of conditions that may hold for a source of a map."""
+Variants = tuple[frozenset[str], ...]
+"""The sets of features that may hold for a source of a map."""
 
 Fault = tuple[str, NodePath, str | None]
 """A reason, where it stands, and a hint."""
@@ -118,33 +118,33 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
             yield f"unknown model_type {model_type!r}", ("source", "model_type", position), hint
             return
     terms = [FAMILIES[model_type].terms for model_type in weight_map.source.model_type]
-    worlds = worlds_of(weight_map.source.model_type)
-    symbols = {name for model in terms for name in model.symbols} | {"vocab"}
+    variants = source_variants(weight_map.source.model_type)
+    dims = {name for model in terms for name in model.dims} | {"vocab"}
     values = {name for model in terms for name in model.values}
     numbers = {name for model in terms for name, value in model.values.items() if type(value) is int}
-    yield from _target_faults(weight_map, worlds)
+    yield from _target_faults(weight_map, variants)
     yield from _vocabulary_faults(weight_map, numbers)
-    yield from _condition_faults(weight_map.weights, worlds, "weights")
-    yield from _condition_faults(weight_map.drop, worlds, "drop")
+    yield from _condition_faults(weight_map.weights, variants, "weights")
+    yield from _condition_faults(weight_map.drop, variants, "drop")
     for position, row in enumerate(weight_map.weights):
-        yield from _row_faults(row, weight_map, symbols, ("weights", position))
+        yield from _row_faults(row, weight_map, dims, ("weights", position))
     for position, drop in enumerate(weight_map.drop):
-        yield from _drop_faults(drop, weight_map.roots, symbols, ("drop", position))
-    yield from _repeated(weight_map, worlds)
+        yield from _drop_faults(drop, weight_map.roots, dims, ("drop", position))
+    yield from _repeated(weight_map, variants)
     for name, template in weight_map.requires.items():
         if name not in values:
             yield f"unknown value {name!r}", ("requires", name, "<key>"), did_you_mean(name, values)
-        for reason, at, unknown in template_faults(template, values, worlds, ("requires", name)):
+        for reason, at, unknown in template_faults(template, values, variants, ("requires", name)):
             yield reason, at, did_you_mean(unknown, values) if unknown else None
     yield from _preset_faults(weight_map, values)
     for key, template in (("config", weight_map.config), ("generation_config", weight_map.generation_config)):
-        for reason, at, unknown in template_faults(template, value_names(values), worlds, (key,)):
+        for reason, at, unknown in template_faults(template, value_names(values), variants, (key,)):
             yield reason, at, did_you_mean(unknown, value_names(values)) if unknown else None
-    yield from _made_type_faults(weight_map, worlds)
-    yield from _file_faults(weight_map, values | set(TARGET_VALUES), worlds)
+    yield from _made_type_faults(weight_map, variants)
+    yield from _file_faults(weight_map, values | set(TARGET_VALUES), variants)
 
 
-def _target_faults(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
+def _target_faults(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]:
     """A target that no conversion leads to; a prefix that is none."""
     for position, model_type in enumerate(weight_map.target.model_types):
         if model_type not in TARGETS:
@@ -153,34 +153,34 @@ def _target_faults(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
             yield f"unknown target {model_type!r}", at, hint
     for root, template in weight_map.target.roots.items():
         at = ("target", "roots", root)
-        for reason, place, _ in template_faults(template, set(), worlds, at):
+        for reason, place, _ in template_faults(template, set(), variants, at):
             yield reason, place, None
-        for world in worlds:
-            if isinstance(prefix := fill(template, {}, world), str) and not {"{", "}"} & set(prefix):
+        for variant in variants:
+            if isinstance(prefix := fill(template, {}, variant), str) and not {"{", "}"} & set(prefix):
                 continue
             yield "expected a prefix as it stands, without braces", at, None
             break
 
 
-def _made_type_faults(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
+def _made_type_faults(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]:
     """A config of another family than the target's."""
-    for world in worlds:
-        made = fill(weight_map.config, defaultdict(lambda: None), world).get("model_type")
+    for variant in variants:
+        made = fill(weight_map.config, defaultdict(lambda: None), variant).get("model_type")
         if made not in weight_map.target.model_types:
             told = f"config.json would have model_type {made!r}, expected {' or '.join(weight_map.target.model_types)}"
             yield told, ("config", "model_type"), None
             return
 
 
-def _condition_faults(items: Iterable[Row | Drop], worlds: Worlds, key: str) -> Iterator[Fault]:
-    known = sorted(frozenset().union(*worlds))
+def _condition_faults(items: Iterable[Row | Drop], variants: Variants, key: str) -> Iterator[Fault]:
+    known = sorted(frozenset().union(*variants))
     for position, item in enumerate(items):
         if item.when is not None and item.when not in known:
             hint = did_you_mean(item.when, known) or f"known: {', '.join(known)}"
-            yield f"unknown condition {item.when!r}", (key, position, "when"), hint
+            yield f"unknown feature {item.when!r}", (key, position, "when"), hint
 
 
-def _file_faults(weight_map: WeightMap, values: set[str], worlds: Worlds) -> Iterator[Fault]:
+def _file_faults(weight_map: WeightMap, values: set[str], variants: Variants) -> Iterator[Fault]:
     """What cannot be made of the files beside the weights."""
     files, at = weight_map.files, ("files",)
     made = [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE] if files.tokenizer is not None else []
@@ -197,7 +197,7 @@ def _file_faults(weight_map: WeightMap, values: set[str], worlds: Worlds) -> Ite
             yield "expected the settings of an image_processor", (*at, "processor"), None
         templates["processor",] = files.processor
     for key, template in templates.items():
-        for reason, place, unknown in template_faults(template, values, worlds, (*at, *key)):
+        for reason, place, unknown in template_faults(template, values, variants, (*at, *key)):
             yield reason, place, did_you_mean(unknown, values) if unknown else None
 
 
@@ -251,27 +251,27 @@ def _placeholder_hint(pattern: str, roots: Mapping[str, object]) -> str | None:
     return None if unknown is None else did_you_mean(unknown, (*roots, *INDEX_RANGES))
 
 
-def _row_faults(row: Row, weight_map: WeightMap, symbols: set[str], at: NodePath) -> Iterator[Fault]:
+def _row_faults(row: Row, weight_map: WeightMap, dims: set[str], at: NodePath) -> Iterator[Fault]:
     roots = weight_map.roots
     constant = isinstance(row.op, Zeros)
     if constant == (row.from_ is not None):
         yield "a row of zeros has no from" if constant else "from is missing", at, None
-    if row.from_ is not None and (fault := pattern_fault(row.from_, roots, symbols)):
+    if row.from_ is not None and (fault := pattern_fault(row.from_, roots, dims)):
         yield fault, (*at, "from"), _placeholder_hint(row.from_, roots)
     for part, pattern in row.targets:
-        yield from _name_faults(row, pattern, weight_map, symbols, (*at, "to", part))
+        yield from _name_faults(row, pattern, weight_map, dims, (*at, "to", part))
     for position, size in enumerate(row.shape):
-        if isinstance(size, str) and size not in symbols:
-            yield f"unknown symbol {size!r}", (*at, "shape", position), did_you_mean(size, symbols)
+        if isinstance(size, str) and size not in dims:
+            yield f"unknown dimension {size!r}", (*at, "shape", position), did_you_mean(size, dims)
     for size in row.op.sizes():
-        if isinstance(size, str) and size not in symbols:
-            yield f"unknown symbol {size!r}", (*at, "op"), did_you_mean(size, symbols)
+        if isinstance(size, str) and size not in dims:
+            yield f"unknown dimension {size!r}", (*at, "op"), did_you_mean(size, dims)
     if isinstance(row.op, ScaledRow) and len(row.shape) != 2:
         yield "scaled_row takes a row of a table; a table's shape has two sizes", (*at, "shape"), None
     if isinstance(row.op, Aligned):
         if len(row.shape) != 2:
             yield "aligned takes a matrix; its shape has two sizes", (*at, "shape"), None
-        if fault := pattern_fault(row.op.aligned.tables, roots, symbols):
+        if fault := pattern_fault(row.op.aligned.tables, roots, dims):
             yield fault, (*at, "op"), _placeholder_hint(row.op.aligned.tables, roots)
         elif index_of(row.op.aligned.tables) is not None:
             yield "an embedding table has no layers", (*at, "op"), None
@@ -281,23 +281,23 @@ def _row_faults(row: Row, weight_map: WeightMap, symbols: set[str], at: NodePath
         yield "merged_attention is for tensors of both stacks", (*at, "merged_attention"), None
 
 
-def _drop_faults(drop: Drop, roots: Mapping[str, list[str]], symbols: set[str], at: NodePath) -> Iterator[Fault]:
+def _drop_faults(drop: Drop, roots: Mapping[str, list[str]], dims: set[str], at: NodePath) -> Iterator[Fault]:
     """What is wrong with the names of a drop."""
     places = [((*at, "from", number), pattern) for number, pattern in enumerate(drop.patterns)]
     if drop.must_equal is not None:
         places.append(((*at, "must_equal"), drop.must_equal))
     indices = {index_of(pattern) for pattern in drop.patterns}
     for place, pattern in places:
-        if fault := pattern_fault(pattern, roots, symbols):
+        if fault := pattern_fault(pattern, roots, dims):
             yield fault, place, _placeholder_hint(pattern, roots)
         elif pattern == drop.must_equal and index_of(pattern) not in (None, *(indices if len(indices) == 1 else ())):
             yield f"{{{index_of(pattern)}}} stands on one side only", place, None
 
 
-def _name_faults(row: Row, pattern: str, weight_map: WeightMap, symbols: set[str], at: NodePath) -> Iterator[Fault]:
+def _name_faults(row: Row, pattern: str, weight_map: WeightMap, dims: set[str], at: NodePath) -> Iterator[Fault]:
     """What is wrong with the name of a target."""
     prefixes, index = weight_map.target.roots, index_of(row.from_ or "")
-    if fault := pattern_fault(pattern, {**weight_map.roots, **prefixes}, symbols):
+    if fault := pattern_fault(pattern, {**weight_map.roots, **prefixes}, dims):
         yield fault, at, _placeholder_hint(pattern, prefixes)
     elif (root := root_of(pattern)) is not None and root not in prefixes:
         yield f"{{{root}}} is not a root of the target", at, f"target.roots has {', '.join(prefixes) or 'none'}"
@@ -305,13 +305,13 @@ def _name_faults(row: Row, pattern: str, weight_map: WeightMap, symbols: set[str
         yield f"{{{index_of(pattern) or index}}} stands on one side only", at, None
 
 
-def _repeated(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
+def _repeated(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]:
     """A target that two rows fill, a source tensor that two rows carry, for a source that both rows hold for."""
-    for conditions in worlds:
+    for features in variants:
         targets: set[str] = set()
         carried: set[str] = set()
         for position, row in enumerate(weight_map.weights):
-            if not row.applies(conditions):
+            if not row.applies(features):
                 continue
             for part, pattern in row.targets:
                 if pattern in targets:
@@ -323,5 +323,5 @@ def _repeated(weight_map: WeightMap, worlds: Worlds) -> Iterator[Fault]:
                 carried.add(row.from_)
         for position, drop in enumerate(weight_map.drop):
             for number, pattern in enumerate(drop.patterns):
-                if drop.applies(conditions) and pattern in carried:
+                if drop.applies(features) and pattern in carried:
                     yield f"a row carries {pattern}", ("drop", position, "from", number), None

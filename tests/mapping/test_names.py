@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from t5g2convert.mapping.names import INDEX_RANGES, expand, index_of, pattern_fault, placeholders, root_of
 
 ROOTS = {"text": "model.", "vision": "tower."}
-SYMBOLS = {"layers": 3, "vision_layers": 2}
+DIMS = {"layers": 3, "vision_layers": 2}
 
 
 @pytest.mark.parametrize(
@@ -67,26 +67,26 @@ def test_what_is_not_of_the_grammar_is_named(pattern: str, fault: str) -> None:
     ],
 )
 def test_a_pattern_expands_to_whole_names(pattern: str, expected: list[tuple[int | None, str]]) -> None:
-    assert list(expand(pattern, ROOTS, SYMBOLS)) == expected
+    assert list(expand(pattern, ROOTS, DIMS)) == expected
 
 
 def test_an_empty_spelling_leaves_the_rest_of_the_name() -> None:
-    assert list(expand("{text}norm.weight", {"text": ""}, SYMBOLS)) == [(None, "norm.weight")]
+    assert list(expand("{text}norm.weight", {"text": ""}, DIMS)) == [(None, "norm.weight")]
 
 
 def test_a_model_without_layers_has_no_names() -> None:
     assert list(expand("{vision}{vision_layer}.b", ROOTS, {"vision_layers": 0})) == []
 
 
-@pytest.mark.parametrize(("index", "symbol"), INDEX_RANGES.items())
-def test_an_index_counts_as_far_as_its_symbol_says(index: str, symbol: str) -> None:
-    assert [layer for layer, _ in expand(f"x.{{{index}}}", {}, {symbol: 120})] == list(range(120))
+@pytest.mark.parametrize(("index", "dim"), INDEX_RANGES.items())
+def test_an_index_counts_as_far_as_its_dim_says(index: str, dim: str) -> None:
+    assert [layer for layer, _ in expand(f"x.{{{index}}}", {}, {dim: 120})] == list(range(120))
 
 
-@pytest.mark.parametrize(("pattern", "symbols"), [("x.{layer}", {}), ("{other}x", SYMBOLS)])
-def test_a_name_that_nothing_defines_does_not_expand(pattern: str, symbols: Mapping[str, int]) -> None:
+@pytest.mark.parametrize(("pattern", "dims"), [("x.{layer}", {}), ("{other}x", DIMS)])
+def test_a_name_that_nothing_defines_does_not_expand(pattern: str, dims: Mapping[str, int]) -> None:
     with pytest.raises(KeyError):
-        list(expand(pattern, ROOTS, symbols))
+        list(expand(pattern, ROOTS, dims))
 
 
 LITERALS = st.text(alphabet="abc._0", max_size=6)
@@ -104,4 +104,4 @@ def test_an_expansion_has_one_distinct_name_for_each_layer(spelling: str, before
 @given(st.text(alphabet="{}abtextlayer._", max_size=24))
 def test_every_pattern_is_faulty_or_expands_without_braces(pattern: str) -> None:
     if pattern_fault(pattern, ROOTS, INDEX_RANGES.values()) is None:
-        assert not [name for _, name in expand(pattern, ROOTS, SYMBOLS) if "{" in name or "}" in name]
+        assert not [name for _, name in expand(pattern, ROOTS, DIMS) if "{" in name or "}" in name]

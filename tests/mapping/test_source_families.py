@@ -6,7 +6,7 @@ from t5g2convert import inspect, plan
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.library import map_for, shipped_maps
 from t5g2convert.mapping.names import INDEX_RANGES
-from t5g2convert.mapping.source_families import FAMILIES, worlds_of
+from t5g2convert.mapping.source_families import FAMILIES, source_variants
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from t5g2convert.mapping.template import TARGET_VALUES
 
@@ -28,31 +28,31 @@ def test_a_family_refuses_the_other_families_and_no_config_at_all(model_type: st
             FAMILIES[model_type].read(example, Path("config.json"))
 
 
-def test_a_family_defines_the_symbols_that_the_engine_asks_for(model_type: str) -> None:
-    symbols = FAMILIES[model_type].terms.symbols.keys()
-    assert "rows" in symbols
-    assert symbols & set(INDEX_RANGES.values())
+def test_a_family_defines_the_dims_that_the_engine_asks_for(model_type: str) -> None:
+    dims = FAMILIES[model_type].terms.dims.keys()
+    assert "rows" in dims
+    assert dims & set(INDEX_RANGES.values())
 
 
-def test_the_symbols_of_a_family_are_sizes(model_type: str) -> None:
-    symbols = FAMILIES[model_type].terms.symbols
-    assert {name: value for name, value in symbols.items() if type(value) is not int or value < 0} == {}
+def test_the_dims_of_a_family_are_sizes(model_type: str) -> None:
+    dims = FAMILIES[model_type].terms.dims
+    assert {name: value for name, value in dims.items() if type(value) is not int or value < 0} == {}
 
 
 def test_a_family_leaves_the_targets_own_names_free(model_type: str) -> None:
     terms = FAMILIES[model_type].terms
     assert terms.values.keys().isdisjoint(TARGET_VALUES)
-    assert "vocab" not in terms.symbols
+    assert "vocab" not in terms.dims
 
 
-def test_what_a_model_is_is_one_of_its_familys_worlds(model_type: str) -> None:
+def test_what_a_model_is_is_one_of_its_familys_variants(model_type: str) -> None:
     family = FAMILIES[model_type]
-    assert family.terms.conditions in family.worlds
-    assert set(family.worlds) <= set(worlds_of(FAMILIES))
+    assert family.terms.features in family.variants
+    assert set(family.variants) <= set(source_variants(FAMILIES))
 
 
 def test_a_model_has_images_or_has_none(model_type: str) -> None:
-    assert all(len(world & {"vision", "text_only"}) == 1 for world in FAMILIES[model_type].worlds)
+    assert all(len(variant & {"vision", "text_only"}) == 1 for variant in FAMILIES[model_type].variants)
 
 
 def test_every_family_has_a_shipped_map_and_every_map_its_families(model_type: str) -> None:

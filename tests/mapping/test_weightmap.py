@@ -8,7 +8,7 @@ from t5g2convert.errors import MappingError
 from t5g2convert.mapping.library import mappings_folder, shipped_maps
 from t5g2convert.mapping.names import index_of, pattern_fault, root_of
 from t5g2convert.mapping.schema import PresetSettings, Row, WeightMap
-from t5g2convert.mapping.source_families import FAMILIES, worlds_of
+from t5g2convert.mapping.source_families import FAMILIES, source_variants
 from t5g2convert.mapping.weightmap import did_you_mean, load_map
 
 GOOD = (mappings_folder() / "gemma3.yaml").read_text()
@@ -151,7 +151,7 @@ FAULTS = [
         "when: text_only",
         "when: text-only",
         "text-only",
-        "unknown condition",
+        "unknown feature",
         "did you mean text_only?",
         id="condition",
     ),
@@ -159,7 +159,7 @@ FAULTS = [
         'because: "the softmax',
         'when: tied\n    because: "the softmax',
         "tied",
-        "unknown condition 'tied'",
+        "unknown feature 'tied'",
         "known: projector_aligned, projector_copy, projector_zeros, text_only, vision",
         id="condition-of-a-drop",
     ),
@@ -175,28 +175,33 @@ FAULTS = [
         "shape: [key_value, hidden]",
         "shape: [key_valu, hidden]",
         "key_valu",
-        "unknown symbol 'key_valu'",
+        "unknown dimension 'key_valu'",
         "did you mean key_value?",
-        id="symbol",
+        id="dim",
     ),
     pytest.param(
-        "shape: [key_value, hidden]", "shape: [xyzzy, hidden]", "xyzzy", "unknown symbol 'xyzzy'", None, id="symbol-far"
+        "shape: [key_value, hidden]",
+        "shape: [xyzzy, hidden]",
+        "xyzzy",
+        "unknown dimension 'xyzzy'",
+        None,
+        id="far",
     ),
     pytest.param(
         "op: {take_rows: vocab}",
         "op: {take_rows: vocb}",
         "{take_rows",
-        "unknown symbol 'vocb'",
+        "unknown dimension 'vocb'",
         "did you mean vocab?",
-        id="op-symbol",
+        id="op-dim",
     ),
     pytest.param(
         "op: {scaled_row: eoi_token}",
         "op: {scaled_row: eoi_tokn}",
         "{scaled_row",
-        "unknown symbol 'eoi_tokn'",
+        "unknown dimension 'eoi_tokn'",
         "did you mean eoi_token?",
-        id="row-symbol",
+        id="row-dim",
     ),
     pytest.param(
         UP_FROM,
@@ -692,12 +697,12 @@ def terms(weight_map: WeightMap) -> list[SourceModel]:
 @pytest.mark.parametrize(("weight_map", "row"), ROWS)
 def test_every_shipped_row_uses_names_that_exist(weight_map: WeightMap, row: Row) -> None:
     for model in terms(weight_map):
-        known = {*model.symbols, "vocab"}
+        known = {*model.dims, "vocab"}
         assert {size for size in (*row.shape, *row.op.sizes()) if isinstance(size, str)} <= known
     if row.from_ is not None:
-        assert pattern_fault(row.from_, weight_map.roots, terms(weight_map)[0].symbols) is None
+        assert pattern_fault(row.from_, weight_map.roots, terms(weight_map)[0].dims) is None
         assert root_of(row.from_) in {*weight_map.roots, None}
-    assert row.when is None or any(row.when in world for world in worlds_of(weight_map.source.model_type))
+    assert row.when is None or any(row.when in variant for variant in source_variants(weight_map.source.model_type))
 
 
 PREFIXES: dict[str, dict[str, str | tuple[str, ...]]] = {
@@ -786,9 +791,9 @@ def test_the_vocabulary_is_cut_as_the_releases_are(gemma3_map: WeightMap) -> Non
     assert gemma3_map.vocabulary.moved == {"image_token_index": 256001}
 
 
-@pytest.mark.parametrize("world", worlds_of(["gemma3"]), ids=lambda world: "-".join(sorted(world)))
-def test_every_kind_of_source_fills_all_parts_of_the_target(world: frozenset[str], gemma3_map: WeightMap) -> None:
-    parts = {part for row in gemma3_map.weights if row.applies(world) for part in row.to}
+@pytest.mark.parametrize("variant", source_variants(["gemma3"]), ids=lambda variant: "-".join(sorted(variant)))
+def test_every_kind_of_source_fills_all_parts_of_the_target(variant: frozenset[str], gemma3_map: WeightMap) -> None:
+    parts = {part for row in gemma3_map.weights if row.applies(variant) for part in row.to}
     assert parts == {"embedding", "encoder", "decoder", "vision", "projector"}
 
 

@@ -209,22 +209,22 @@ def operations(model: T5Gemma2, *, encoder: int, decoder: int, images: int = 0) 
 
 def _layer(stack: TextConfig) -> int:
     """Projections and feed-forward of one layer, per token."""
-    queries_and_output = 2 * 2 * stack.hidden_size * stack.symbols["query"]
+    queries_and_output = 2 * 2 * stack.hidden_size * stack.dims["query"]
     return queries_and_output + _keys_and_values(stack) + 3 * 2 * stack.hidden_size * stack.intermediate_size
 
 
 def _keys_and_values(stack: TextConfig) -> int:
-    return 2 * 2 * stack.hidden_size * stack.symbols["key_value"]
+    return 2 * 2 * stack.hidden_size * stack.dims["key_value"]
 
 
 def _scores(stack: TextConfig, keys: int) -> int:
     """Scores of one query with `keys` keys, and the weighted sum of their values."""
-    return 2 * 2 * keys * stack.symbols["query"]
+    return 2 * 2 * keys * stack.dims["query"]
 
 
 def _tower(tower: SiglipConfig) -> int:
     """One image through the tower."""
-    patches, hidden = tower.symbols["vision_positions"], tower.hidden_size
+    patches, hidden = tower.dims["vision_positions"], tower.hidden_size
     embedding = 2 * tower.num_channels * tower.patch_size**2 * hidden
     layer = 4 * 2 * hidden**2 + 2 * 2 * hidden * tower.intermediate_size + 2 * 2 * patches * hidden
     return patches * (embedding + tower.num_hidden_layers * layer)

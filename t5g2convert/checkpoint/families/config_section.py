@@ -70,16 +70,16 @@ class SourceModel(Protocol):
         """The `model_type` of config.json."""
 
     @property
-    def conditions(self) -> frozenset[str]:
-        """The conditions of `when:` and `case:` that hold."""
+    def features(self) -> frozenset[str]:
+        """The features of `when:` and `case:` that hold."""
 
     @property
-    def symbols(self) -> Mapping[str, int]:
+    def dims(self) -> Mapping[str, int]:
         """Sizes, for `shape:` and for the ranges of `{layer}`."""
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """The fields of config.json that a symbol is made of, for errors."""
+        """The fields of config.json that a dimension is computed from, for errors."""
 
     @property
     def values(self) -> Mapping[str, Scalar]:

@@ -71,7 +71,7 @@ class Gemma2:
     notes: tuple[str, ...] = ()
 
     @property
-    def conditions(self) -> frozenset[str]:
+    def features(self) -> frozenset[str]:
         """`text_only`, and `tied` or `untied` as the softmax reads the embedding matrix or one of its own."""
         return frozenset({"text_only", "tied" if self.text.tie_word_embeddings else "untied"})
 
@@ -80,14 +80,14 @@ class Gemma2:
         raise MappingError("--vision-from is for sources that become T5Gemma 2; Gemma 2 becomes T5Gemma without images")
 
     @property
-    def symbols(self) -> Mapping[str, int]:
+    def dims(self) -> Mapping[str, int]:
         """Sizes in elements and counts, by the names that maps use."""
         text = self.text
-        return {"rows": text.vocab_size, "hidden": text.hidden_size, **text.symbols}
+        return {"rows": text.vocab_size, "hidden": text.hidden_size, **text.dims}
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """Where the symbols stand in config.json."""
+        """Where the dims stand in config.json."""
         return {"rows": "vocab_size", "hidden": "hidden_size", **stack_fields("")}
 
     @property

@@ -116,7 +116,7 @@ class Gemma3:
     notes: tuple[str, ...] = ()
 
     @property
-    def conditions(self) -> frozenset[str]:
+    def features(self) -> frozenset[str]:
         """`text_only`, or `vision` and where the projector comes from."""
         return frozenset({"text_only"} if self.vision is None else {"vision", f"projector_{self.projector}"})
 
@@ -148,21 +148,21 @@ class Gemma3:
             raise MappingError(f"the donor of --vision-from marks images with other tokens: {'; '.join(differing)}")
 
     @property
-    def symbols(self) -> Mapping[str, int]:
+    def dims(self) -> Mapping[str, int]:
         """Sizes in elements and counts, by the names that maps use."""
         text, vision = self.text, self.vision or _NO_VISION
         return {
             "rows": text.vocab_size,
             "hidden": text.hidden_size,
-            **text.symbols,
+            **text.dims,
             "projected": self.projected_width or text.hidden_size,
             "eoi_token": self.tokens.eoi_token_index,
-            **vision.symbols,
+            **vision.dims,
         }
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """Where the symbols stand in config.json."""
+        """Where the dims stand in config.json."""
         text = "text_config." if self.family == MULTIMODAL else ""
         sizes = {"rows": f"{text}vocab_size", "hidden": f"{text}hidden_size"}
         return {**sizes, **stack_fields(text), **tower_fields("vision_config.")}
@@ -241,7 +241,7 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
 
 def is_towerless(model: SourceModel) -> bool:
     """Whether a model has the model_type of one with images, and no tower."""
-    return model.family == MULTIMODAL and "text_only" in model.conditions
+    return model.family == MULTIMODAL and "text_only" in model.features
 
 
 def has_tower(tensors: Collection[str]) -> bool:

@@ -72,27 +72,27 @@ class T5Gemma2(T5Gemma2Encoder):
         return MODEL_TYPE
 
     @property
-    def conditions(self) -> frozenset[str]:
+    def features(self) -> frozenset[str]:
         """`vision`, or `text_only` for the stub of a tower."""
         return frozenset({"vision" if self.vision.num_hidden_layers else "text_only"})
 
     @property
-    def symbols(self) -> Mapping[str, int]:
+    def dims(self) -> Mapping[str, int]:
         """Sizes in elements and counts, by the names that maps use."""
         return {
             "rows": self.encoder.vocab_size,
             "hidden": self.encoder.hidden_size,
-            **{f"encoder_{name}": size for name, size in self.encoder.symbols.items()},
-            **{f"decoder_{name}": size for name, size in self.decoder.symbols.items()},
-            **self.vision.symbols,
+            **{f"encoder_{name}": size for name, size in self.encoder.dims.items()},
+            **{f"decoder_{name}": size for name, size in self.decoder.dims.items()},
+            **self.vision.dims,
         }
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """Where the symbols stand in config.json."""
+        """Where the dims stand in config.json."""
         fields = {"rows": "encoder.text_config.vocab_size", "hidden": "encoder.text_config.hidden_size"}
         for stack, path in (("encoder", "encoder.text_config"), ("decoder", "decoder")):
-            fields |= {f"{stack}_{symbol}": field for symbol, field in stack_fields(f"{path}.").items()}
+            fields |= {f"{stack}_{dim}": field for dim, field in stack_fields(f"{path}.").items()}
         return {**fields, **tower_fields("encoder.vision_config.")}
 
     @property

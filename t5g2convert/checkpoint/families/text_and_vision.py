@@ -54,7 +54,7 @@ class TextConfig(ConfigSection):
         raise NotImplementedError
 
     @property
-    def symbols(self) -> Mapping[str, int]:
+    def dims(self) -> Mapping[str, int]:
         """The sizes of a layer in elements, and the depth, by the names that maps use."""
         return {
             "intermediate": self.intermediate_size,
@@ -92,7 +92,7 @@ class SiglipConfig(ConfigSection):
     attention_dropout: Number = 0.0
 
     @property
-    def symbols(self) -> Mapping[str, int]:
+    def dims(self) -> Mapping[str, int]:
         """Sizes in elements, and the depth, by the names that maps use."""
         return {
             "vision_hidden": self.hidden_size,

@@ -57,8 +57,8 @@ def plan_files(weight_map: WeightMap, resolution: Resolution) -> FilesBeside:
             notes.append(f"tokenizer.json is copied as it is: it knows no {moves[0].token} to be moved")
             moves = []
         made += _tokenizer_files(declared, moves, resolution, patched)
-    if weight_map.files.processor is not None and "vision" in resolution.model.conditions:
-        filled = fill(weight_map.files.processor, resolution.values, resolution.model.conditions)
+    if weight_map.files.processor is not None and "vision" in resolution.model.features:
+        filled = fill(weight_map.files.processor, resolution.values, resolution.model.features)
         role = role_of("vision", resolution.checkpoints)
         document, reads = processor_config(filled, resolution.checkpoints[role])
         origins = tuple(named(role, name) for name in ("config.json", *reads))
@@ -101,8 +101,8 @@ def _patch(
         folder / TOKENIZER_FILE,
         moves,
         declared.special,
-        rows=resolution.symbols["vocab"],
-        required="vision" in resolution.model.conditions,
+        rows=resolution.dims["vocab"],
+        required="vision" in resolution.model.features,
     )
 
 
@@ -120,7 +120,7 @@ def _tokenizer_files(
     given = read_held(source, TOKENIZER_CONFIG_FILE)
     if given is None and not source.holds(TOKENIZER_FILE):
         return
-    additions: Mapping[str, Any] = fill(declared.config, resolution.values, resolution.model.conditions)
+    additions: Mapping[str, Any] = fill(declared.config, resolution.values, resolution.model.features)
     path = source.path / TOKENIZER_CONFIG_FILE
     # What becomes special does so in both files.
     special_too = declared.special if patched is not None else ()

@@ -101,7 +101,7 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
     cast_to = None if options.dtype == KEEP else BY_CONFIG_NAME[options.dtype]
     model_dtype = cast_to or _dominant_dtype(resolution.targets)
     values = target_values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])
-    config = fill(weight_map.config, values, resolution.model.conditions)
+    config = fill(weight_map.config, values, resolution.model.features)
     drafts = [_draft(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     _check_target(drafts, config, loaded)
@@ -149,7 +149,7 @@ def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Plan
     parents = {SOURCE: resolution.values, resolution.role_of("decoder"): resolution.stacks["decoder"]}
     for name, template in loaded.map.requires.items():
         for role, values in parents.items():
-            needed = fill(template, values, resolution.models[role].conditions)
+            needed = fill(template, values, resolution.models[role].features)
             if (found := values[name]) != needed:
                 raise CheckpointError(
                     f"{name} is {found!r}; mapping {loaded.map.name!r} can convert {needed!r} only",
@@ -189,7 +189,7 @@ def _dropped(resolution: Resolution) -> Iterator[Dropped]:
 
 def _effective(options: PlanOptions, resolution: Resolution) -> dict[str, Any]:
     """The options that the manifest keeps: with the choices that were left to the tool, without idle ones."""
-    made = (name.removeprefix("projector_") for name in resolution.model.conditions if name.startswith("projector_"))
+    made = (name.removeprefix("projector_") for name in resolution.model.features if name.startswith("projector_"))
     idle = {f"{part}_layers" for part in STACKS if part not in resolution.layers}
     idle |= options.drops - {drop.drop.option for drop in resolution.drops}
     recorded = {name: value for name, value in options.record().items() if name not in idle}
@@ -237,7 +237,7 @@ def _draft(
             content = Content(kind, SourceRange(named(item.role, item.source.file), start, end), source_dtype)
         case ScaledRow():
             assert item.source is not None, "the schema gives every row but zeros a source"
-            content = _scaled_row(operation, item, item.source, resolution.symbols)
+            content = _scaled_row(operation, item, item.source, resolution.dims)
         case Zeros():
             content = Content("zeros", None, target_dtype)
         case Aligned():
@@ -257,10 +257,10 @@ def _draft(
     )
 
 
-def _scaled_row(operation: ScaledRow, item: Resolved, source: StoredTensor, symbols: Mapping[str, int]) -> Content:
+def _scaled_row(operation: ScaledRow, item: Resolved, source: StoredTensor, dims: Mapping[str, int]) -> Content:
     """The row of a token of the target's, in whichever checkpoint's table."""
     token = operation.scaled_row
-    row = symbols[token] if isinstance(token, str) else token
+    row = dims[token] if isinstance(token, str) else token
     entry = source.entry
     if not 0 <= row < entry.shape[0]:
         return Content("zeros", None, entry.dtype)
@@ -310,9 +310,9 @@ def _generation(resolution: Resolution, weight_map: WeightMap, values: Mapping[s
         for name in weight_map.vocabulary.moved
         if before[name] != resolution.values[name]
     }
-    gaps = fill(weight_map.generation_config, values, resolution.model.conditions)
+    gaps = fill(weight_map.generation_config, values, resolution.model.features)
     where = checkpoint.path / GENERATION_FILE
-    return generation_config(given_generation(checkpoint), gaps, moves, resolution.symbols["vocab"], where)
+    return generation_config(given_generation(checkpoint), gaps, moves, resolution.dims["vocab"], where)
 
 
 def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap) -> None:

@@ -29,7 +29,7 @@ def declared_changes(
     if cast and all(draft.dtype == model_dtype for draft in drafts):
         told = ", ".join(f"{_OWNERS[ROLES[number]]}{dtype}" for number, dtype in cast)
         yield Change("dtype", told, CONFIG_NAMES[model_dtype])
-    rows, vocab = resolution.table[1], resolution.symbols["vocab"]
+    rows, vocab = resolution.table[1], resolution.dims["vocab"]
     if vocab != rows:
         yield Change("vocab_size", rows, vocab)
     for name, before in resolution.model.values.items():

@@ -92,7 +92,7 @@ def _towerless(resolution: Resolution) -> Iterator[str]:
 def tied(resolution: Resolution, role: Role) -> bool:
     """Whether a checkpoint's config says that its softmax reads the embedding, or has a head that is converted."""
     model = resolution.models[role]
-    return model.values.get("tie_word_embeddings", True) is True or "untied" in model.conditions
+    return model.values.get("tie_word_embeddings", True) is True or "untied" in model.features
 
 
 def has_head(resolution: Resolution, role: Role) -> bool:
@@ -191,7 +191,7 @@ def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequen
     for change in changes:
         if change.field == "vocab_size":
             yield f"the embedding table is cut from {change.source} to {change.target} rows"
-        elif change.field in resolution.model.values and "vision" in resolution.model.conditions:
+        elif change.field in resolution.model.values and "vision" in resolution.model.features:
             yield f"{change.field} moves from {change.source} to {change.target}"
     for draft in drafts:
         if draft.content.kind == "zeros" and draft.origin is not None:
@@ -231,7 +231,7 @@ def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
     stacks = target_of(config, Path("config.json")).stacks
     for part, layers in resolution.layers.items():
         parent = resolution.models[resolution.role_of(part)]
-        depth, kinds = parent.symbols["layers"], parent.values["layer_types"]
+        depth, kinds = parent.dims["layers"], parent.values["layer_types"]
         yield f"the {part} takes {len(layers)} of its parent's {depth} layers: {', '.join(map(str, layers))}"
         kept = setting(config, f"{stacks[part]}layer_types")
         if kept and isinstance(kinds, list) and "full_attention" not in kept:
@@ -281,12 +281,12 @@ def _taken(role: Role, whose: str, resolution: Resolution) -> str:
 
 
 def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
-    conditions = resolution.model.conditions
+    features = resolution.model.features
     if any(item.part == "vision" and item.source is None for item in resolution.targets):
         yield "the source has no vision tower: the target gets a stub of no layers and cannot read images"
     if VISION_FROM in resolution.checkpoints:
         yield _taken(VISION_FROM, "the donor", resolution)
-    if "projector_zeros" in conditions:
+    if "projector_zeros" in features:
         yield "the projector is zeros: images mean nothing until it is trained"
     for alignment in (draft.content.alignment for draft in drafts):
         if alignment is not None:

@@ -47,7 +47,7 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
     source = checkpoints[SOURCE]
     model = read_model(weight_map, source)
     owner = model if table == SOURCE else read_model(weight_map, checkpoints[table], subject=SUBJECTS[table])
-    rows = owner.symbols["rows"]
+    rows = owner.dims["rows"]
     cut = weight_map.vocabulary.cut.get(rows, rows)
     seeing: Role = VISION_FROM if VISION_FROM in checkpoints else SOURCE
     tokens = model if seeing == SOURCE else read_model(weight_map, checkpoints[seeing], subject=SUBJECTS[seeing])
@@ -61,7 +61,7 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
     if ids.beyond is not None:
         raise _no_row(ids.beyond, rows)
     remarks = tuple(ids.remarks)
-    if "vision" in tokens.conditions:
+    if "vision" in tokens.features:
         _check_image_token(ids, source, donated=seeing != SOURCE)
     if keep:
         told = f"all {rows} rows of the embedding table are kept, as asked" if cut != rows else "no row would be cut"
@@ -85,7 +85,7 @@ def _special_ids(
     moved: Collection[int],
 ) -> Iterator[UsedId]:
     """Yield the ids that configs name. The image token is left out where the map moves it: its id moves there too."""
-    images = "vision" in tokens.conditions
+    images = "vision" in tokens.features
     for role in (role for role in (SOURCE, DECODER_FROM) if role in checkpoints):
         checkpoint = checkpoints[role]
         for field, number in config_ids(checkpoint.config, images=False):
@@ -116,7 +116,7 @@ def _no_row(used: UsedId, rows: int) -> CheckpointError:
 
 def _image_token(tokens: SourceModel, cut: int, rows: int) -> str:
     """Say what rows that are kept mean for the image token."""
-    if "vision" in tokens.conditions and cut <= (number := _number(tokens, "image_token_index")) < rows:
+    if "vision" in tokens.features and cut <= (number := _number(tokens, "image_token_index")) < rows:
         return f"; image_token_index stays {number}"
     return ""
 

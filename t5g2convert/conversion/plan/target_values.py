@@ -26,7 +26,7 @@ def target_values(resolution: Resolution, options: PlanOptions, weight_map: Weig
     values = {
         **resolution.values,
         **changed_values(options, resolution.values, weight_map),
-        "vocab": resolution.symbols["vocab"],
+        "vocab": resolution.dims["vocab"],
         "dtype": dtype,
     }
     for part, own in resolution.stacks.items():

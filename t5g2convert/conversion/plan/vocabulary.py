@@ -41,7 +41,7 @@ def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> 
         HubError: The Hub does not give one out, or cannot be reached.
         MappingError: The tables have other counts of rows, or their tokens other names.
     """
-    cut, vocab = weight_map.vocabulary.cut, resolution.symbols["vocab"]
+    cut, vocab = weight_map.vocabulary.cut, resolution.dims["vocab"]
     # Rows behind the cut are each model's own, also where they are kept.
     rows, kept = cut.get(vocab, vocab), cut.get(donated, donated)
     if kept != rows:
@@ -60,7 +60,7 @@ def check_names(resolution: Resolution, role: Role, whose: str, *, hint: str | N
     """
     if not has_names(resolution, role):
         return
-    rows = resolution.symbols["vocab"]
+    rows = resolution.dims["vocab"]
     theirs, ours = (_names(resolution.checkpoints[each], rows, hint) for each in (role, SOURCE))
     differing = [number for number in range(rows) if theirs[number] != ours[number]]
     if len(differing) > MOST_RENAMED * rows:

@@ -118,15 +118,15 @@ def test_what_transformers_writes_is_read_again() -> None:
 @pytest.mark.parametrize(("tied", "condition"), [(True, "tied"), (False, "untied"), (None, "tied")])
 def test_the_softmax_is_tied_as_the_config_says(tied: bool | None, condition: str) -> None:
     fields = {} if tied is None else {"tie_word_embeddings": tied}
-    assert read(config(**SIZES, **fields)).conditions == {"text_only", condition}
+    assert read(config(**SIZES, **fields)).features == {"text_only", condition}
 
 
 def test_symbols_are_sizes_and_every_one_has_its_field() -> None:
     model = read(config(**SIZES, head_dim=10))
-    assert model.symbols == {
+    assert model.dims == {
         "rows": 256_000, "hidden": 24, "intermediate": 9216, "query": 40, "key_value": 20, "head": 10, "layers": 5,
     }  # fmt: skip
-    assert model.fields.keys() == model.symbols.keys() - {"layers"}
+    assert model.fields.keys() == model.dims.keys() - {"layers"}
     assert {name: model.values[name] for name in SIZES} == SIZES
 
 

@@ -276,8 +276,8 @@ def test_special_tokens_at_the_top_win_over_the_defaults() -> None:
 def test_terms_follow_from_the_fields() -> None:
     model = read(multimodal(vision=VISIONS["published"], **SIZES))
     assert model.family == "gemma3"
-    assert model.conditions == {"vision", "projector_copy"}
-    assert model.symbols == {
+    assert model.features == {"vision", "projector_copy"}
+    assert model.dims == {
         "rows": 262144,
         "hidden": 640,
         "intermediate": 2048,
@@ -301,7 +301,7 @@ def test_terms_follow_from_the_fields() -> None:
 
 def test_a_text_model_has_no_tower() -> None:
     model = read(text_only(**SIZES))
-    assert (model.family, model.vision, model.conditions) == ("gemma3_text", None, {"text_only"})
+    assert (model.family, model.vision, model.features) == ("gemma3_text", None, {"text_only"})
 
 
 @pytest.mark.parametrize("make", [text_only, multimodal])
@@ -515,7 +515,7 @@ def test_a_config_alone_is_read_as_it_stands_and_names_decide_beside_it() -> Non
     towerless = read_gemma3(config, WHERE, TEXT_NAMES)
     assert towerless.vision is None
     assert towerless.family == "gemma3"
-    assert towerless.conditions == {"text_only"}
+    assert towerless.features == {"text_only"}
     assert towerless.tokens == read_gemma3(config, WHERE).tokens
     assert is_towerless(towerless)
     assert not is_towerless(read_gemma3(config, WHERE))
