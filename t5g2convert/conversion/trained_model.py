@@ -20,7 +20,7 @@ from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.inputs import SOURCE
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, AdaptationRecord
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, held
-from t5g2convert.conversion.assets.planning import copied
+from t5g2convert.conversion.assets.aux_files import copied
 from t5g2convert.conversion.options import KEEP, Dtype, PlanOptions
 from t5g2convert.conversion.plan.types import (
     Change,

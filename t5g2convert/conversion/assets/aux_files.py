@@ -1,58 +1,177 @@
-"""Files beside the weights, as a plan tells of them."""
+"""The files beside the weights: which are copied from the source, which are made, and from what."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity
+from t5g2convert.checkpoint.inputs import named, role_of
+from t5g2convert.checkpoint.manifest import encode_json
+from t5g2convert.checkpoint.tokenizer.chat_templates import held, is_template
+from t5g2convert.checkpoint.tokenizer.files import SETTINGS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE, Tokenizer
+from t5g2convert.conversion.assets.processor import processor_config
+from t5g2convert.conversion.assets.tokenizer import (
+    TokenChange,
+    TokenMove,
+    edit_tokenizer,
+    refuse_replaced,
+    tokenizer_config,
+)
+from t5g2convert.errors import CheckpointError
+from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.schema import PROCESSOR_FILE, TokenizerFiles, WeightMap
+from t5g2convert.mapping.template import fill
 
-
-@dataclass(frozen=True, slots=True)
-class Splice:
-    """Bytes that take the place of a file's own from `start` to `end`, counted from the start of the file."""
-
-    start: int
-    end: int
-    text: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class TokenChange:
-    """A token that is special and has the id `target` in the output's tokenizer.
-
-    Attributes:
-        token: Its name.
-        source: Its id as an added token of the source; None where it is none.
-        target: Its id in the output.
-        replaces: The name that the id had in the source; None where it had this one.
-    """
-
-    token: str
-    source: int | None
-    target: int
-    replaces: str | None
+TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A file beside the weights: made while planning, or a source's file with some of its bytes exchanged.
+    """A file beside the weights.
 
     Attributes:
         name: Its name in the output.
-        reads: The source's files that it comes of; of a file that is copied, the one.
-        text: Its bytes, where it is made.
-        splices: What is exchanged in the file that is copied, in the order of the file.
-        identity: That file as it was when it was planned; None where nothing is copied.
+        reads: The files of the source that it is made from; a copied file has one.
+        text: Its bytes; None where the file is copied.
+        identity: The file that is copied or edited, as it was when it was planned.
     """
 
     name: str
     reads: tuple[str, ...]
     text: bytes | None = None
-    splices: tuple[Splice, ...] = ()
     identity: FileIdentity | None = None
 
     @property
     def how(self) -> Literal["copied", "changed", "made"]:
-        """How it comes about; a file that is made of the one of its name alone is that one, changed."""
-        if self.text is None and not self.splices:
+        """Whether it is copied, changed from the file of its name, or made."""
+        if self.text is None:
             return "copied"
         return "changed" if self.reads == (self.name,) else "made"
+
+
+@dataclass(frozen=True, slots=True)
+class AuxFiles:
+    """The files beside the weights, the tokens that change in them, and notes."""
+
+    files: tuple[PlannedFile, ...]
+    tokens: tuple[TokenChange, ...]
+    notes: tuple[str, ...]
+
+
+def plan_files(weight_map: WeightMap, resolution: Resolution, tokenizer: Tokenizer) -> AuxFiles:
+    """Plan the files beside the weights: the source's tokenizer, and the image processor of the tower's checkpoint.
+
+    Args:
+        weight_map: The map, which says what is copied and what is made.
+        resolution: The map applied to the source.
+        tokenizer: The source's tokenizer.
+
+    Raises:
+        CheckpointError: A file of the source cannot be read, or does not fit the model.
+        HubError: The Hub does not provide a file, or cannot be reached.
+    """
+    files: list[PlannedFile] = []
+    tokens: tuple[TokenChange, ...] = ()
+    notes: list[str] = []
+    if (declared := weight_map.files.tokenizer) is not None:
+        moves = _moves(declared, resolution)
+        edited = _edited(declared, moves, resolution, tokenizer)
+        if edited is not None:
+            planned, tokens = edited
+            files.append(planned)
+        elif tokenizer.checkpoint.holds(TOKENIZER_FILE):
+            files.append(copied(tokenizer.checkpoint, TOKENIZER_FILE))
+            if moves:
+                notes.append(f"tokenizer.json is copied unchanged: it has no {moves[0].token} to move")
+                moves = []
+        # What becomes special does so in both files.
+        files += _settings(declared, moves, declared.special if edited is not None else (), resolution, tokenizer)
+    if weight_map.files.processor is not None and "vision" in resolution.model.features:
+        filled = fill(weight_map.files.processor, resolution.values, resolution.model.features)
+        role = role_of("vision", resolution.checkpoints)
+        document, reads = processor_config(filled, resolution.checkpoints[role])
+        origins = tuple(named(role, name) for name in ("config.json", *reads))
+        files.append(PlannedFile(PROCESSOR_FILE, origins, encode_json(document)))
+    source = tokenizer.checkpoint
+    files += [copied(source, name) for name in held(source, weight_map.files.carry)]
+    notes += _notes(files, tokens, tokenizer, converted=weight_map.extracts is None)
+    return AuxFiles(tuple(files), tokens, tuple(notes))
+
+
+def copied(source: Checkpoint, name: str) -> PlannedFile:
+    """Plan to copy a file of the source as it is now; only the size of a file on the Hub is known."""
+    path = source.path / name
+    if source.hub is not None and not path.exists():
+        return PlannedFile(name, (name,), identity=FileIdentity.elsewhere(source.hub.files[name].size))
+    try:
+        return PlannedFile(name, (name,), identity=FileIdentity.of(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
+
+
+def _moves(declared: TokenizerFiles, resolution: Resolution) -> list[TokenMove]:
+    """Return the tokens whose ids differ between source and target."""
+    before, after = resolution.model.values, resolution.values
+    return [
+        TokenMove(item.token, item.replaces, int(before[item.id]), int(after[item.id]))  # type: ignore[arg-type]
+        for item in declared.moved
+        if before[item.id] != after[item.id]
+    ]
+
+
+def _edited(
+    declared: TokenizerFiles, moves: Sequence[TokenMove], resolution: Resolution, tokenizer: Tokenizer
+) -> tuple[PlannedFile, tuple[TokenChange, ...]] | None:
+    """Plan tokenizer.json with the tokens moved; None where no token moves in it."""
+    if not moves or tokenizer.json is None:
+        return None
+    edited = edit_tokenizer(
+        tokenizer.json,
+        moves,
+        declared.special,
+        rows=resolution.dims["vocab"],
+        required="vision" in resolution.model.features,
+    )
+    if edited is None:
+        return None
+    text, changes = edited
+    return PlannedFile(TOKENIZER_FILE, (TOKENIZER_FILE,), text if changes else None, tokenizer.json.identity), changes
+
+
+def _settings(
+    declared: TokenizerFiles,
+    moves: Sequence[TokenMove],
+    special: Sequence[str],
+    resolution: Resolution,
+    tokenizer: Tokenizer,
+) -> Iterator[PlannedFile]:
+    """Plan tokenizer_config.json."""
+    source = tokenizer.checkpoint
+    if moves and tokenizer.special_tokens is not None:
+        refuse_replaced(tokenizer.special_tokens, moves, source.path / SPECIAL_TOKENS_FILE)
+    settings = tokenizer.settings
+    if settings is None and not source.holds(TOKENIZER_FILE):
+        return
+    additions = fill(declared.config, resolution.values, resolution.model.features)
+    config = tokenizer_config(settings or {}, additions, moves, special, source.path / SETTINGS_FILE)
+    if config != (settings or {}):
+        yield PlannedFile(SETTINGS_FILE, () if settings is None else (SETTINGS_FILE,), encode_json(config))
+    elif settings is not None:
+        yield copied(source, SETTINGS_FILE)
+
+
+def _notes(
+    files: Sequence[PlannedFile], tokens: Sequence[TokenChange], tokenizer: Tokenizer, *, converted: bool
+) -> Iterator[str]:
+    names = {file.name for file in files}
+    if TOKENIZER_FILE not in names:
+        yield "the source has no tokenizer.json: the output cannot read text"
+    for change in tokens:
+        if change.replaces is not None:
+            yield f"tokenizer.json: {change.token} replaces {change.replaces}, id {change.target}"
+    if converted and (
+        any(name in TEMPLATE_FILES or is_template(name) for name in names)
+        or "chat_template" in (tokenizer.settings or {})
+    ):
+        yield "the chat template is the source's: it was written for a decoder without an encoder"

@@ -1,31 +1,24 @@
-"""tokenizer.json with a token moved to another id: some bytes of the file exchanged, the rest as it is.
+"""tokenizer.json and tokenizer_config.json with tokens moved to other ids.
 
-The published file has 33 MB and would take several hundred as Python objects. It is read through once, in pieces, for
-the few places where the tokens concerned stand as JSON strings: each added token is an object of its own in
-`added_tokens`, and each token of the vocabulary a key of `model.vocab`. White space is left alone, so that a file as
-the tokenizers library writes it stays one.
+tokenizer.json is edited as text: an added token is an object in `added_tokens` and a token of the vocabulary is a key
+of `model.vocab`. A few substitutions move a token, and the rest of the file, white space included, stays as the
+tokenizers library wrote it.
 """
 
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.conversion.assets.aux_files import Splice, TokenChange
+from t5g2convert.checkpoint.tokenizer.files import TokenizerJson
 from t5g2convert.errors import CheckpointError
-
-PIECE_BYTES: Final = 1 << 18
-REACH: Final = 1 << 11
-"""Bytes looked at on either side of a token; an added token's object takes 200."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMove:
-    """A token, its id in the source's config and in the target's, and the token that has that id in the source."""
+    """A token that moves, its id in the source and in the target, and the token of the source that it replaces."""
 
     token: str
     replaces: str
@@ -34,63 +27,25 @@ class TokenMove:
 
 
 @dataclass(frozen=True, slots=True)
-class PatchedTokenizer:
-    """What is exchanged in a tokenizer.json, what that changes, and the file as it was when it was read."""
+class TokenChange:
+    """A token that becomes special, with the id `target` in the output's tokenizer.
 
-    splices: tuple[Splice, ...]
-    changes: tuple[TokenChange, ...]
-    identity: FileIdentity
-
-
-def patch_tokenizer(
-    path: Path, moves: Sequence[TokenMove], special: Sequence[str], *, rows: int, required: bool
-) -> PatchedTokenizer | None:
-    """Find the bytes of a tokenizer.json that moved tokens exchange.
-
-    Args:
-        path: The source's tokenizer.json.
-        moves: The tokens that move.
-        special: Added tokens that become special as well.
-        rows: Rows of the target's embedding table.
-        required: Whether the model reads images. One that does not can do without the tokens: what has none of them
-            beyond the table stays as it is.
-
-    Returns:
-        The exchange; nothing to exchange where all is in place; None for a tokenizer that stays as it is.
-
-    Raises:
-        CheckpointError: A token is not where it should be, or stands in more places; or the file cannot be read.
+    Attributes:
+        token: Its name.
+        source: Its id as an added token of the source; None where it was not one.
+        target: Its id in the output.
+        replaces: The name that the id had in the source; None where the name stays.
     """
-    names = [name for move in moves for name in (move.token, move.replaces)]
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            identity = FileIdentity.of(fd)
-            places = {name: _Places() for name in (*names, *special)}
-            _scan(fd, places)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
-    splices: list[Splice] = []
-    changes: list[TokenChange] = []
-    foreign = not required and all(_is_foreign(move, places, rows) for move in moves)
-    if not foreign:
-        for move in moves:
-            _move(move, places, splices, changes, path)
-        for name in special:
-            for entry in places[name].entries:
-                if not entry.special:
-                    splices.append(entry.made_special())
-                    changes.append(TokenChange(name, entry.id, entry.id, None))
-    if foreign:
-        return None
-    return PatchedTokenizer(tuple(sorted(splices, key=lambda splice: splice.start)), tuple(changes), identity)
+
+    token: str
+    source: int | None
+    target: int
+    replaces: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """An added token: its id, whether it is special, and where its object, name and flag stand in the file."""
+class _AddedToken:
+    """An added token: its id, whether it is special, and the spans of its name, its flag and all that goes with it."""
 
     id: int
     special: bool
@@ -98,147 +53,252 @@ class _Entry:
     flag: tuple[int, int]
     removal: tuple[int, int]
 
-    def made_special(self) -> Splice:
-        return Splice(*self.flag, b"true")
-
 
 @dataclass(slots=True)
 class _Places:
-    """Where a token stands: as an added token, as a key of the vocabulary (its id, start and end), and elsewhere."""
+    """The places of a token in the text: as an added token, as a key of the vocabulary (id, start, end), elsewhere."""
 
-    entries: list[_Entry] = field(default_factory=list)
+    added: list[_AddedToken] = field(default_factory=list)
     keys: list[tuple[int, int, int]] = field(default_factory=list)
     others: int = 0
 
+    @property
+    def ids(self) -> tuple[list[int], list[int]]:
+        """Its ids as an added token, and those in the vocabulary."""
+        return [entry.id for entry in self.added], [number for number, _, _ in self.keys]
+
     def __str__(self) -> str:
-        told = [f"added token {entry.id}" for entry in self.entries]
-        told += [f"{number} in the vocabulary" for number, _, _ in self.keys]
-        told += [f"{self.others} other place(s)"] if self.others else []
-        return ", ".join(told) or "nowhere"
+        found = [f"added token {entry.id}" for entry in self.added]
+        found += [f"{number} in the vocabulary" for number, _, _ in self.keys]
+        found += [f"{self.others} other place(s)"] if self.others else []
+        return ", ".join(found) or "nowhere"
 
 
-def _is_foreign(move: TokenMove, places: dict[str, _Places], rows: int) -> bool:
-    """Whether a tokenizer does without the token, or has it at an id of its own that the table has a row for.
+class _Edit:
+    """The substitutions in one text: bytes by the span that they replace."""
 
-    One without the token may have the token that would give way at another id, as trimmed vocabularies do.
+    def __init__(self) -> None:
+        self.substitutions: dict[tuple[int, int], bytes] = {}
+        self.changes: list[TokenChange] = []
+
+    def make_special(self, entry: _AddedToken) -> None:
+        """Set the flag of an added token."""
+        if not entry.special:
+            self.substitutions[entry.flag] = b"true"
+
+    def applied(self, text: bytes) -> bytes:
+        """Return the text with all substitutions made."""
+        pieces: list[bytes | memoryview] = []
+        at, view = 0, memoryview(text)
+        for (start, end), new in sorted(self.substitutions.items()):
+            pieces += [view[at:start], new]
+            at = end
+        return b"".join([*pieces, view[at:]])
+
+
+def edit_tokenizer(
+    tokenizer: TokenizerJson, moves: Sequence[TokenMove], special: Sequence[str], *, rows: int, required: bool
+) -> tuple[bytes, tuple[TokenChange, ...]] | None:
+    """Move tokens of a tokenizer.json to their new ids.
+
+    Args:
+        tokenizer: The source's tokenizer.json.
+        moves: The tokens that move.
+        special: Added tokens that become special as well.
+        rows: Number of rows of the target's embedding table.
+        required: Whether the model reads images. A model that does not can do without the tokens: its tokenizer stays
+            unchanged if no such token has an id past the table.
+
+    Returns:
+        The new text and the changes, which are the old text and none where every token is in place; None for a
+        tokenizer that stays unchanged because it lacks the tokens.
+
+    Raises:
+        CheckpointError: A token is not where it is expected, or in more places.
     """
-    ids, others = _ids(places[move.token]), _ids(places[move.replaces])
-    if ids:
+    places = {name: _find(tokenizer.text, name) for move in moves for name in (move.token, move.replaces)}
+    if not required and all(_lacks(move, places, rows) for move in moves):
+        return None
+    edit = _Edit()
+    for move in moves:
+        _move(move, places[move.token], places[move.replaces], edit, tokenizer.path)
+    for name in special:
+        for entry in _find(tokenizer.text, name).added:
+            if not entry.special:
+                edit.make_special(entry)
+                edit.changes.append(TokenChange(name, entry.id, entry.id, None))
+    return edit.applied(tokenizer.text), tuple(edit.changes)
+
+
+def _lacks(move: TokenMove, places: Mapping[str, _Places], rows: int) -> bool:
+    """Whether a tokenizer lacks the token, or has it under another id that the table has a row for.
+
+    One that lacks the token may have the replaced one at another id, as trimmed vocabularies do.
+    """
+    added, keys = places[move.token].ids
+    if ids := added + keys:
         return move.target not in ids and all(number < rows for number in ids)
-    return move.target not in others
+    return not any(move.target in ids for ids in places[move.replaces].ids)
 
 
-def _ids(place: _Places) -> list[int]:
-    return [entry.id for entry in place.entries] + [number for number, _, _ in place.keys]
-
-
-def _move(
-    move: TokenMove,
-    places: dict[str, _Places],
-    splices: list[Splice],
-    changes: list[TokenChange],
-    path: Path,
-) -> None:
-    """Exchange the two tokens' names, and take the old id away."""
-    token, other = places[move.token], places[move.replaces]
-    at = [entry.id for entry in token.entries], [number for number, _, _ in token.keys]
-    free = [entry.id for entry in other.entries], [number for number, _, _ in other.keys]
-    elsewhere = token.others + other.others
-    if at == ([move.target], [move.target]) and free == ([], []) and not elsewhere:
-        if not token.entries[0].special:
-            splices.append(token.entries[0].made_special())
-            changes.append(TokenChange(move.token, move.target, move.target, None))
+def _move(move: TokenMove, token: _Places, replaced: _Places, edit: _Edit, path: Path) -> None:
+    """Give the replaced token's id to the token, and remove its old id."""
+    elsewhere = token.others + replaced.others
+    if token.ids == ([move.target], [move.target]) and replaced.ids == ([], []) and not elsewhere:
+        if not token.added[0].special:
+            edit.make_special(token.added[0])
+            edit.changes.append(TokenChange(move.token, move.target, move.target, None))
         return
-    if at not in (([move.source], []), ([], [])) or free != ([move.target], [move.target]) or elsewhere:
+    if token.ids not in (([move.source], []), ([], [])) or replaced.ids != ([move.target], [move.target]) or elsewhere:
         raise CheckpointError(
             f"expected {move.token} as added token {move.source} or not at all, and {move.replaces} as added token "
-            f"{move.target} and in the vocabulary; found {move.token}: {token}; {move.replaces}: {other}",
+            f"{move.target} and in the vocabulary; found {move.token}: {token}; {move.replaces}: {replaced}",
             where=path,
-            hint="save it with the tokenizers library, or move the token elsewhere with a map of your own (--mapping)",
+            hint="save it with the tokenizers library, or write a map that moves the token elsewhere (--mapping)",
         )
-    (entry,), ((_, start, end),) = other.entries, other.keys
-    name = json.dumps(move.token, ensure_ascii=False).encode()
-    splices += [Splice(*entry.name, name), Splice(start, end, name)]
-    if not entry.special:
-        splices.append(entry.made_special())
-    splices += [Splice(*old.removal, b"") for old in token.entries]
-    changes.append(
-        TokenChange(move.token, move.source if token.entries else None, move.target, move.replaces),
-    )
+    (entry,), ((_, start, end),) = replaced.added, replaced.keys
+    edit.substitutions |= {span: _quoted(move.token) for span in (entry.name, (start, end))}
+    edit.make_special(entry)
+    edit.substitutions |= {old.removal: b"" for old in token.added}
+    source = move.source if token.added else None
+    edit.changes.append(TokenChange(move.token, source, move.target, move.replaces))
 
 
-def _scan(fd: int, places: dict[str, _Places]) -> None:
-    """Sort the places of tokens."""
-    needles = {json.dumps(name, ensure_ascii=False).encode(): place for name, place in places.items()}
-    for needle, at in _occurrences(fd, [*needles]):
-        first = max(at - REACH, 0)
-        window = os.pread(fd, 2 * REACH, first)
-        start = at - first
-        if not _is_escaped(window, start):
-            _sort(window, first, start, needle, needles[needle])
-
-
-_NUMBER: Final = re.compile(rb"\s*:\s*(\d{1,18})(?=[\s,}])")
+_ID: Final = re.compile(rb"\s*:\s*(\d{1,18})(?=[\s,}])")
 _CONTENT: Final = re.compile(rb'"content"\s*:\s*\Z')
 _SPECIAL: Final = re.compile(rb'"special"\s*:\s*(true|false)(?=[\s,}])')
 _COMMA_BEFORE: Final = re.compile(rb",\s*\Z")
-_COMMA_BEHIND: Final = re.compile(rb"\s*,\s*")
+_COMMA_AFTER: Final = re.compile(rb"\s*,\s*")
+_NEAR: Final = 1 << 11
+"""Bytes around a token that hold its object; that of an added token has 200."""
 
 
-def _is_escaped(window: bytes, start: int) -> bool:
-    """Whether the quote there is one inside a string, and what follows only looks like a string of its own."""
-    backslashes = len(window[:start]) - len(window[:start].rstrip(b"\\"))
-    return backslashes % 2 == 1
+def _find(text: bytes, name: str) -> _Places:
+    """Find all places of a token in the text of a tokenizer.json."""
+    places = _Places()
+    for found in re.finditer(re.escape(_quoted(name)), text):
+        start, end = found.span()
+        if text[start - 1 : start] == b"\\":
+            continue  # a quote inside another string
+        if number := _ID.match(text, end):
+            places.keys.append((int(number[1]), start, end))
+        elif _CONTENT.search(text[max(start - _NEAR, 0) : start]) and (entry := _added_token(text, start, end)):
+            places.added.append(entry)
+        else:
+            places.others += 1
+    return places
 
 
-def _sort(window: bytes, first: int, start: int, needle: bytes, place: _Places) -> None:
-    """Say what the string at `start` of a window is; the window starts at `first` of the file."""
-    end = start + len(needle)
-    if number := _NUMBER.match(window, end):
-        place.keys.append((int(number[1]), first + start, first + end))
-    elif _CONTENT.search(window[:start]) and (entry := _entry(window, first, start, end)):
-        place.entries.append(entry)
-    else:
-        place.others += 1
-
-
-def _entry(window: bytes, first: int, start: int, end: int) -> _Entry | None:
-    """The added token whose name stands from `start` to `end` of a window, if it is one."""
-    opening, closing = window.rfind(b"{", 0, start), window.find(b"}", end) + 1
+def _added_token(text: bytes, start: int, end: int) -> _AddedToken | None:
+    """Return the added token with its name at this span of the text, if there is one."""
+    opening, closing = text.rfind(b"{", max(start - _NEAR, 0), start), text.find(b"}", end, end + _NEAR) + 1
     if opening < 0 or not closing:
         return None
     try:
-        fields: Any = json.loads(window[opening:closing])
+        fields = json.loads(text[opening:closing])
     except ValueError:
         return None
-    flag = _SPECIAL.search(window, opening, closing)
+    flag = _SPECIAL.search(text, opening, closing)
     if type(fields.get("id")) is not int or flag is None:
         return None
-    if before := _COMMA_BEFORE.search(window[:opening]):
-        removal = before.start(), closing
+    if before := _COMMA_BEFORE.search(text[max(opening - _NEAR, 0) : opening]):
+        removal = opening - len(before[0]), closing
     else:
-        behind = _COMMA_BEHIND.match(window, closing)
-        removal = opening, behind.end() if behind else closing
-    return _Entry(
-        fields["id"],
-        flag[1] == b"true",
-        (first + start, first + end),
-        (first + flag.start(1), first + flag.end(1)),
-        (first + removal[0], first + removal[1]),
-    )
+        after = _COMMA_AFTER.match(text, closing)
+        removal = opening, after.end() if after else closing
+    return _AddedToken(fields["id"], flag[1] == b"true", (start, end), flag.span(1), removal)
 
 
-def _occurrences(fd: int, needles: Sequence[bytes]) -> Iterator[tuple[bytes, int]]:
-    """Every place where one of some byte strings starts, in no order."""
-    overlap = max(map(len, needles)) - 1
-    kept, at = b"", 0
-    while piece := os.pread(fd, PIECE_BYTES, at):
-        text = kept + piece
-        for needle in needles:
-            start = text.find(needle)
-            while start >= 0:
-                if start + len(needle) > len(kept):
-                    yield needle, at - len(kept) + start
-                start = text.find(needle, start + 1)
-        at += len(piece)
-        kept = text[-overlap:]
+def _quoted(name: str) -> bytes:
+    return json.dumps(name, ensure_ascii=False).encode()
+
+
+def tokenizer_config(
+    settings: Mapping[str, Any],
+    additions: Mapping[str, Any],
+    moves: Sequence[TokenMove],
+    special: Sequence[str],
+    where: Path,
+) -> dict[str, Any]:
+    """Return tokenizer_config.json of the output.
+
+    Args:
+        settings: The source's; empty where it has none.
+        additions: Keys that are added where a token moves and the source lacks them; null removes a key in any case.
+        moves: The tokens that move.
+        special: Tokens that become special with them.
+        where: The source's file, for errors.
+
+    Raises:
+        CheckpointError: It names another token than the one that moves, or uses the one that is replaced.
+    """
+    config = {key: value for key, value in settings.items() if key not in additions or additions[key] is not None}
+    if not moves:
+        return config
+    refuse_replaced(config, moves, where)
+    for key, value in additions.items():
+        if value is None:
+            continue
+        if key.endswith("_token") and key in config and _content(config[key]) != value:
+            raise CheckpointError(f"{key} is {_content(config[key])!r}, expected {value!r}", where=where)
+        config.setdefault(key, value)
+    for key, value in config.items():
+        for move in moves:
+            if key.endswith("_token_id") and value == move.source:
+                config[key] = move.target
+    if isinstance(config.get("added_tokens_decoder"), dict):
+        config["added_tokens_decoder"] = _decoder(config["added_tokens_decoder"], moves, special, where)
+    return config
+
+
+def refuse_replaced(document: Mapping[str, Any], moves: Sequence[TokenMove], where: Path) -> None:
+    """Refuse settings that use a replaced token: loaders would add it again, with an id past the table.
+
+    Raises:
+        CheckpointError: A setting does; the error names the token and the key.
+    """
+    for move in moves:
+        for key, value in document.items():
+            if key != "added_tokens_decoder" and move.replaces in _strings(value):
+                raise CheckpointError(
+                    f"{key} uses {move.replaces}, which {move.token} replaces",
+                    where=where,
+                    hint="write a map that moves the token elsewhere (--mapping)",
+                )
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, list | dict):
+        for item in node.values() if isinstance(node, dict) else node:
+            yield from _strings(item)
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a token, which may be in an object with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _decoder(
+    decoder: Mapping[str, Any], moves: Sequence[TokenMove], special: Sequence[str], where: Path
+) -> dict[str, Any]:
+    """Return `added_tokens_decoder`, tokens by id, with the tokens moved."""
+    result = dict(decoder)
+    for move in moves:
+        for number, allowed in ((move.source, [move.token]), (move.target, [move.token, move.replaces])):
+            if str(number) in result and _content(result[str(number)]) not in allowed:
+                raise CheckpointError(
+                    f"added_tokens_decoder has {_content(result[str(number)])!r} as {number}, "
+                    f"expected {' or '.join(sorted(allowed))}",
+                    where=where,
+                )
+        result.pop(str(move.source), None)
+        if str(move.target) in result:
+            entry = result[str(move.target)]
+            flags = entry if isinstance(entry, dict) else {}
+            result[str(move.target)] = {**flags, "content": move.token, "special": True}
+    for key, token in result.items():
+        if isinstance(token, dict) and token.get("content") in special:
+            result[key] = {**token, "special": True}
+    return result

@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
-from t5g2convert.checkpoint.families.config_section import ImpliedTensor
 from t5g2convert.checkpoint.families.registry import implied_tensors
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
 from t5g2convert.command_options import takes_options
+from t5g2convert.conversion.assets.aux_files import plan_files
 from t5g2convert.conversion.assets.generation_config import generation_config, given_generation
-from t5g2convert.conversion.assets.planning import plan_files
 from t5g2convert.conversion.options import KEEP, TABLES, PlanOptions
 from t5g2convert.conversion.plan.changes import declared_changes
 from t5g2convert.conversion.plan.notes import has_head, plan_notes, tied
@@ -91,7 +91,8 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
         takes = f"takes out the {weight_map.extracts}" if weight_map.extracts else "converts a model whole"
         raise MappingError(f"mapping {weight_map.name!r} {takes}, and not the {options.part}")
     table = TABLES[options.embedding_from]
-    kept = kept_rows(weight_map, sources.by_role, table, keep=options.keep_rows)
+    tokenizer = Tokenizer(sources.source)
+    kept = kept_rows(weight_map, sources.by_role, table, tokenizer, keep=options.keep_rows)
     pairing = Pairing(sources.others, options.projector, table, options.layers, kept.rows)
     resolution = resolve(loaded, sources.source, pairing, given=options.drops)
     _check_requirements(loaded, resolution, options)
@@ -106,7 +107,7 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     _check_target(drafts, config, loaded)
     changes = tuple(declared_changes(resolution, drafts, config, loaded, model_dtype))
-    beside = plan_files(weight_map, resolution)
+    beside = plan_files(weight_map, resolution, tokenizer)
     items = account_for(sources.source, beside.files)
     tensors, shards = lay_out(drafts, options.max_shard_bytes)
     counted: Counter[str] = Counter()
@@ -327,24 +328,16 @@ def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: Lo
     unknown = [name for name in filled if name not in implied]
     details += [f"not filled: {name}{_suggest(name, unknown)}" for name in unfilled]
     details += [f"not in the target: {name}{_suggest(name, unfilled)}" for name in unknown]
-    details += [_mismatch(draft, implied[draft.name]) for draft in drafts if _differs(draft, implied.get(draft.name))]
+    for draft, expected in ((draft, implied[draft.name]) for draft in drafts if draft.name in implied):
+        if (draft.shape, draft.part) != (expected.shape, expected.part):
+            found, wanted = (f"{item.part} {list(item.shape)}" for item in (draft, expected))
+            details.append(f"misshapen: {draft.name} would be {found}, expected {wanted}")
     if details:
         raise MappingError(
             f"mapping {loaded.map.name!r} does not fill the target that its config describes: {len(details)} fault(s)",
             where=loaded.path,
             details=details,
         )
-
-
-def _differs(draft: Draft, implied: ImpliedTensor | None) -> bool:
-    return implied is not None and (draft.shape != implied.shape or draft.part != implied.part)
-
-
-def _mismatch(draft: Draft, implied: ImpliedTensor) -> str:
-    return (
-        f"misshapen: {draft.name} would be {draft.part} {list(draft.shape)}, "
-        f"expected {implied.part} {list(implied.shape)}"
-    )
 
 
 def _suggest(name: str, others: Sequence[str]) -> str:

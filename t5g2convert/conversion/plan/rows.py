@@ -9,7 +9,8 @@ from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub.model import read_held, read_range
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Role
-from t5g2convert.checkpoint.tokenizer.ids_in_use import SETTINGS_FILE, IdsInUse, UsedId
+from t5g2convert.checkpoint.tokenizer.files import SETTINGS_FILE, Tokenizer
+from t5g2convert.checkpoint.tokenizer.ids_in_use import IdsInUse, UsedId
 from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE, IMAGE_IDS, config_ids, generation_ids
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.names import expand, root_of
@@ -30,13 +31,16 @@ class KeptRows:
     notes: tuple[str, ...] = ()
 
 
-def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], table: Role, *, keep: bool) -> KeptRows:
+def kept_rows(
+    weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], table: Role, tokenizer: Tokenizer, *, keep: bool
+) -> KeptRows:
     """Decide which rows of the embedding table the target keeps.
 
     Args:
         weight_map: The map, which says to how many rows a table may be cut.
         checkpoints: What is read, by role.
         table: The role of the checkpoint that gives the table.
+        tokenizer: The source's tokenizer.
         keep: Keep all rows in any case.
 
     Raises:
@@ -55,14 +59,14 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
     moved = {item.token: _number(tokens, item.id) for item in (() if files is None else files.moved)}
     ids = IdsInUse(cut, rows, moved)
     moving = {_number(tokens, name) for name in weight_map.vocabulary.moved}
-    for used in _special_ids(weight_map, checkpoints, tokens, seeing, moving):
+    for used in _special_ids(weight_map, checkpoints, tokenizer, tokens, seeing, moving):
         ids.add(used)
-    ids.add_tokenizer(source)
+    ids.add_tokenizer(tokenizer)
     if ids.beyond is not None:
         raise _no_row(ids.beyond, rows)
     remarks = tuple(ids.remarks)
     if "vision" in tokens.features:
-        _check_image_token(ids, source, donated=seeing != SOURCE)
+        _check_image_token(ids, tokenizer, donated=seeing != SOURCE)
     if keep:
         told = f"all {rows} rows of the embedding table are kept, as asked" if cut != rows else "no row would be cut"
         return KeptRows(rows, (*remarks, f"--keep-rows: {told}{_image_token(tokens, cut, rows)}"))
@@ -71,7 +75,7 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
     if ids.spare is not None:
         told = f"all {rows} rows of the embedding table are kept, not {cut}: {ids.spare}"
         return KeptRows(rows, (*remarks, told + _image_token(tokens, cut, rows)))
-    if ids.tells:
+    if ids.has_vocabulary:
         return KeptRows(cut, remarks)
     kept, told = _look_at_spare_rows(weight_map, checkpoints[table], cut, rows)
     return KeptRows(rows if kept else cut, (*remarks, told + (_image_token(tokens, cut, rows) if kept else "")))
@@ -80,6 +84,7 @@ def kept_rows(weight_map: WeightMap, checkpoints: Mapping[Role, Checkpoint], tab
 def _special_ids(
     weight_map: WeightMap,
     checkpoints: Mapping[Role, Checkpoint],
+    tokenizer: Tokenizer,
     tokens: SourceModel,
     seeing: Role,
     moved: Collection[int],
@@ -90,8 +95,9 @@ def _special_ids(
         checkpoint = checkpoints[role]
         for field, number in config_ids(checkpoint.config, images=False):
             yield UsedId(number, field, checkpoint.path / "config.json")
-        for file in (GENERATION_FILE, SETTINGS_FILE):
-            for field, number in generation_ids(read_held(checkpoint, file) or {}):
+        settings = tokenizer.settings if role == SOURCE else read_held(checkpoint, SETTINGS_FILE)
+        for file, document in ((GENERATION_FILE, read_held(checkpoint, GENERATION_FILE)), (SETTINGS_FILE, settings)):
+            for field, number in generation_ids(document or {}):
                 # The tokenizer's own image token moves with the model's.
                 if number not in moved and (file == GENERATION_FILE or field not in IMAGE_IDS):
                     yield UsedId(number, field, checkpoint.path / file)
@@ -121,7 +127,7 @@ def _image_token(tokens: SourceModel, cut: int, rows: int) -> str:
     return ""
 
 
-def _check_image_token(ids: IdsInUse, source: Checkpoint, *, donated: bool) -> None:
+def _check_image_token(ids: IdsInUse, tokenizer: Tokenizer, *, donated: bool) -> None:
     """Refuse a tokenizer that has another token at the id of the image token than it names, or than the donor has.
 
     A source may call its image token as it likes, as long as all of its files do.
@@ -134,12 +140,12 @@ def _check_image_token(ids: IdsInUse, source: Checkpoint, *, donated: bool) -> N
             where=others[0].where,
             hint="give the token an id of its own",
         )
-    named = (read_held(source, SETTINGS_FILE) or {}).get("image_token")
+    named = (tokenizer.settings or {}).get("image_token")
     if ids.at_moved and type(named) is str and named not in ids.at_moved:
         (token, used), *_ = ids.at_moved.items()
         raise CheckpointError(
             f"image_token is {named!r}, the token that config.json means is {token!r}, {used.number}",
-            where=source.path / SETTINGS_FILE,
+            where=tokenizer.checkpoint.path / SETTINGS_FILE,
         )
 
 

@@ -14,7 +14,8 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.inputs import SOURCE, Role, plain_name, role_in
 from t5g2convert.checkpoint.manifest import AdaptationRecord
-from t5g2convert.conversion.assets.aux_files import PlannedFile, TokenChange
+from t5g2convert.conversion.assets.aux_files import PlannedFile
+from t5g2convert.conversion.assets.tokenizer import TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem
 
 Kind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]

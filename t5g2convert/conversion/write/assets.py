@@ -110,34 +110,25 @@ def _index(plan: Plan) -> dict[str, Any]:
 
 
 def _contents(planned: PlannedFile, folders: Folders) -> Iterator[bytes]:
-    """A file's bytes, a piece at a time: a tokenizer takes more memory than the rest of the conversion.
+    """Yield the bytes of a file, a piece at a time where it is copied.
 
     Raises:
-        CheckpointError: The source's file cannot be read, or is not what it was when it was planned.
+        CheckpointError: The source's file cannot be read, or is not the one that was planned.
     """
-    if planned.text is not None:
+    if planned.text is not None and planned.identity is None:
         yield planned.text
         return
     path = folders.path(planned.reads[0])
     try:
         with path.open("rb") as file:
             _check_unchanged(planned, file, path)
-            at = 0
-            for splice in planned.splices:
-                yield from _pieces(file, splice.start - at)
-                yield splice.text
-                at = file.seek(splice.end)
-            yield from _pieces(file, None)
+            if planned.text is not None:
+                yield planned.text
+            while planned.text is None and (piece := file.read(PIECE_BYTES)):
+                yield piece
             _check_unchanged(planned, file, path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
-
-
-def _pieces(file: BufferedReader, count: int | None) -> Iterator[bytes]:
-    """The next `count` bytes of a file, or all that are left."""
-    while piece := file.read(PIECE_BYTES if count is None else min(count, PIECE_BYTES)):
-        yield piece
-        count = None if count is None else count - len(piece)
 
 
 def _check_unchanged(planned: PlannedFile, file: BufferedReader, path: Path) -> None:

@@ -9,24 +9,28 @@ from typing import Final
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.inputs import named
 from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.tokenizer.files import TOKENIZER_FILE
 from t5g2convert.conversion.plan.types import Plan
 from t5g2convert.conversion.write.copy import BUFFERS, CHUNK_BYTES
 from t5g2convert.errors import OutputError
 
 ASSET_BYTES: Final = 64 << 20
-"""Room kept for the files beside the shards; the largest tokenizer files in use take 40 MB."""
+"""Space for the files other than shards; the largest tokenizer files in use take 40 MB."""
 
 BASE_BYTES: Final = 56_000_000
-"""What the interpreter and the libraries take (measured, CPython 3.11 on Linux)."""
+"""Memory of the interpreter and the libraries (measured, CPython 3.11 on Linux)."""
+
+PARSE_FACTOR: Final = 4.2
+"""Memory to read and parse a tokenizer.json, by its size (measured with Gemma 3's)."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskSpace:
-    """What a conversion takes of disks, in bytes.
+    """The disk space that a conversion needs, in bytes.
 
     Attributes:
-        output: All that it takes of the output's disk: the output, and what is downloaded to the same disk.
-        download: The files of the Hub that it reads and that are not here yet.
+        output: Space on the disk of the output, including downloads to the same disk.
+        download: Size of the files that are still to be downloaded from the Hub.
     """
 
     output: int
@@ -34,7 +38,7 @@ class DiskSpace:
 
 
 def disk_space(plan: Plan, sources: Sources, output: Path) -> DiskSpace:
-    """What a conversion of these checkpoints, into this folder, will take."""
+    """Return the disk space that a conversion of these checkpoints into this folder needs."""
     missing = sources.missing(plan.reads)
     sizes = {role: sources.size({role: names}) for role, names in missing.items()}
     caches = {role: sources.folders.path(named(role, names[0])).parent for role, names in missing.items()}
@@ -43,7 +47,7 @@ def disk_space(plan: Plan, sources: Sources, output: Path) -> DiskSpace:
 
 
 def peak_memory(plan: Plan) -> int:
-    """Bytes of memory that a conversion is expected to take at its peak; the size of the model does not matter."""
+    """Estimate the peak memory of a conversion, in bytes; it does not depend on the size of the model."""
     from t5g2convert.conversion.write import aligned_projector
 
     casting = any(tensor.content.kind == "cast" for tensor in plan.tensors)
@@ -57,14 +61,20 @@ def peak_memory(plan: Plan) -> int:
         for planned in (tensor.content.alignment for tensor in plan.tensors)
         if planned is not None
     ]
-    return BASE_BYTES + max([copying, *aligning])
+    made = sum(len(file.text or b"") for file in plan.files)
+    parsing = [
+        int(PARSE_FACTOR * file.identity.size)
+        for file in plan.files
+        if plan.mapping is not None and file.name == TOKENIZER_FILE and file.identity is not None
+    ]
+    return BASE_BYTES + max([made + copying, *(made + size for size in aligning), *parsing])
 
 
 def check_space(target: Path, need: int) -> None:
-    """Refuse a target whose disk cannot hold it.
+    """Refuse a target that does not fit on its disk.
 
     Raises:
-        OutputError: With the bytes needed and the bytes free.
+        OutputError: The disk has too little space; the error names the bytes needed and free.
     """
     have = free_bytes(target)
     if have < need:
@@ -72,20 +82,20 @@ def check_space(target: Path, need: int) -> None:
 
 
 def free_bytes(target: Path) -> int:
-    """Bytes free for this user where `target` is or would be."""
+    """Return the bytes that this user may write where `target` is or will be."""
     existing = _existing(target)
     try:
         return shutil.disk_usage(existing).free
     except OSError as error:
-        raise OutputError(f"cannot be looked at: {error.strerror}", where=existing) from error
+        raise OutputError(f"cannot be read: {error.strerror}", where=existing) from error
 
 
 def _same_disk(one: Path, other: Path) -> bool:
-    """Whether what is written to one path takes the room of the other."""
     return _existing(one).stat().st_dev == _existing(other).stat().st_dev
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the folder nearest to it that there is."""
+    """Return the path, or its nearest parent that exists."""
     folders = (path.absolute(), *path.absolute().parents)
-    return next(folder for folder in folders if os.path.exists(folder))  # noqa: PTH110 - as above
+    # Path.exists raises for a name that is too long.
+    return next(folder for folder in folders if os.path.exists(folder))  # noqa: PTH110

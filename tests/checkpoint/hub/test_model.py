@@ -623,8 +623,8 @@ def test_a_tokenizer_is_fetched_for_a_plan_that_changes_it(
     assert missing(checkpoint, ["tokenizer.json"])
     planned = plan(checkpoint)
     assert not missing(checkpoint, ["tokenizer.json"])
-    assert [file.splices for file in planned.files] == [file.splices for file in plan(source).files]
-    assert any(file.splices for file in planned.files)
+    assert [file.text for file in planned.files] == [file.text for file in plan(source).files]
+    assert any(file.how == "changed" for file in planned.files)
     assert hub.sent(SINGLE_FILE) == FIRST_BYTES
 
 
