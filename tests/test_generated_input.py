@@ -55,7 +55,7 @@ def soon() -> Iterator[None]:
 @pytest.fixture
 def source(demo_source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The demo's source; the shipped map is read once, not for every example."""
-    monkeypatch.setattr(library, "shipped_maps", cache(library.shipped_maps))
+    monkeypatch.setattr(library, "load_map", cache(library.load_map))
     return demo_source
 
 

@@ -132,7 +132,7 @@ def test_type_information_ships() -> None:
 
 def test_the_import_reader_sees_every_kind_of_import() -> None:
     text = (
-        "import t5g2convert.cli\ndef f():\n    from t5g2convert import errors\nfrom t5g2convert.mapping.loader import x"
+        "import t5g2convert.cli\ndef f():\n    from t5g2convert import errors\nfrom t5g2convert.mapping.names import x"
     )
     assert imported_rooms(text) == {"cli", "errors", "mapping"}
 

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping
 
 from t5g2convert.mapping.library import is_shipped
-from t5g2convert.mapping.loader import NodePath
 from t5g2convert.mapping.names import expand, root_of
+from t5g2convert.mapping.strictyaml import NodePath
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 

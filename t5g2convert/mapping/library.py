@@ -1,19 +1,23 @@
-"""The maps that ship with the tool, and how one is chosen."""
+"""The weight maps that ship with the tool, and how one is chosen for a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from t5g2convert.checkpoint.families.config_section import describe_model_type
 from t5g2convert.errors import CheckpointError, MappingError
+from t5g2convert.mapping.schema import MapHeader
+from t5g2convert.mapping.strictyaml import load_yaml
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean, load_map
 
 
 def mappings_folder() -> Path:
-    """`mappings` inside the installed package, or at the top of the checkout that the package runs from.
+    """Return `mappings` of the installed package, or of the checkout that the package runs from.
 
     Raises:
-        MappingError: Neither is there: the installation is broken.
+        MappingError: There is neither: the installation is broken.
     """
     package = Path(__file__).resolve().parent.parent
     if (package / "mappings").is_dir():
@@ -24,20 +28,25 @@ def mappings_folder() -> Path:
     raise MappingError("the shipped mappings are missing", where=package, hint="install t5g2convert again")
 
 
+def shipped_paths() -> dict[str, Path]:
+    """Return the files of the shipped maps by name, in alphabetical order."""
+    return {path.stem: path for path in sorted(mappings_folder().glob("*.yaml"))}
+
+
 def shipped_maps() -> list[LoadedMap]:
-    """Return all shipped maps, by name."""
-    return [load_map(path) for path in sorted(mappings_folder().glob("*.yaml"))]
+    """Load all shipped maps, in alphabetical order."""
+    return [load_map(path) for path in shipped_paths().values()]
 
 
 def find_map(name: str) -> LoadedMap:
-    """A shipped map by its name, or any map by the path of its file.
+    """Load a shipped map by its name, or any map by the path of its file.
 
     Raises:
         MappingError: There is no such map, or it is faulty.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return load_map(Path(name))
-    paths = {path.stem: path for path in sorted(mappings_folder().glob("*.yaml"))}
+    paths = shipped_paths()
     if name not in paths:
         hint = did_you_mean(name, paths) or f"shipped: {', '.join(paths)}; a file of yours needs its .yaml ending"
         raise MappingError(f"there is no mapping {name!r}", hint=hint)
@@ -45,28 +54,40 @@ def find_map(name: str) -> LoadedMap:
 
 
 def is_shipped(path: Path) -> bool:
-    """Whether a map is one that ships."""
+    """Return whether a file is one of the shipped maps."""
     return mappings_folder() in path.parents
 
 
 def map_for(config: Mapping[str, Any], where: Path, *, extracts: str | None = None) -> LoadedMap:
-    """The shipped map for a source's config.
+    """Load the shipped map for a source's config. Of the other maps only the first lines are read.
 
     Args:
         config: config.json of the source.
         where: Its path, for errors.
-        extracts: The part of an encoder-decoder that shall be taken out; None to convert a model whole.
+        extracts: The part to extract from an encoder-decoder; None to convert a model whole.
 
     Raises:
         CheckpointError: No shipped map does that to such a model.
+        MappingError: The map is faulty.
     """
-    maps = [loaded for loaded in shipped_maps() if loaded.map.extracts == extracts]
-    for loaded in maps:
-        if config.get("model_type") in loaded.map.source.model_type:
-            return loaded
-    convertible = ", ".join(name for loaded in maps for name in loaded.map.source.model_type)
+    headers = {path: _read_header(path) for path in shipped_paths().values()}
+    suitable = {path: header.source.model_type for path, header in headers.items() if header.extracts == extracts}
+    for path, model_types in suitable.items():
+        if config.get("model_type") in model_types:
+            return load_map(path)
+    convertible = ", ".join(name for model_types in suitable.values() for name in model_types)
     done, do = ("converted", "convert") if extracts is None else (f"taken apart for its {extracts}", "take apart")
     raise CheckpointError(
         f"{describe_model_type(config)} cannot be {done}; the shipped mappings {do} {convertible or 'none'}",
         where=where,
     )
+
+
+def _read_header(path: Path) -> MapHeader:
+    """Read what a map says before its rows; a faulty one raises the error that loading it raises."""
+    head = load_yaml(path, until="weights").data
+    try:
+        return MapHeader.model_validate(head)
+    except ValidationError:
+        loaded = load_map(path).map
+        return MapHeader(extracts=loaded.extracts, source=loaded.source)

@@ -273,6 +273,15 @@ def _format(value: object) -> object:
     return value
 
 
+class MapHeader(BaseModel):
+    """The keys of a map that decide which source it is for; other keys are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    extracts: str | None = None
+    source: Source
+
+
 class WeightMap(Declaration):
     """A weight map."""
 

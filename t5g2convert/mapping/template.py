@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from t5g2convert.checkpoint.inputs import STACKS
-from t5g2convert.mapping.loader import NodePath
+from t5g2convert.mapping.strictyaml import NodePath
 
 TARGET_VALUES = ("vocab", "dtype")
 """Names that are settled while planning, not read from the source's config."""

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.loader import Document, NodePath, load_yaml
 from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
 from t5g2convert.mapping.operations import Aligned, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.schema import (
@@ -25,6 +24,7 @@ from t5g2convert.mapping.schema import (
     WeightMap,
 )
 from t5g2convert.mapping.source_families import FAMILIES, source_variants
+from t5g2convert.mapping.strictyaml import Document, NodePath, load_yaml
 from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults, value_names
 
 

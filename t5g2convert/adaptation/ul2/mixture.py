@@ -6,8 +6,8 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.loader import Document, load_yaml
 from t5g2convert.mapping.schema import Declaration
+from t5g2convert.mapping.strictyaml import Document, load_yaml
 from t5g2convert.mapping.weightmap import did_you_mean
 
 DEFAULT_MIXTURE: Final = Path(__file__).with_name("ul2.yaml")

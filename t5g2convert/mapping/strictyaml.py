@@ -56,11 +56,15 @@ class Document:
         return _error(self.path, self.text, self.positions[at], reason, hint)
 
 
-def load_yaml(path: Path) -> Document:
+def load_yaml(path: Path, *, until: str | None = None) -> Document:
     """Read one YAML document.
 
+    Args:
+        path: The file.
+        until: The key at the top level to stop at; what follows is not parsed.
+
     Raises:
-        MappingError: The file cannot be read, is not plain YAML, or uses a feature that maps do without.
+        MappingError: The file cannot be read, is not plain YAML, or uses a feature that is refused.
     """
     try:
         if path.is_fifo():
@@ -77,7 +81,7 @@ def load_yaml(path: Path) -> Document:
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode()
         raise _error(path, before, _position(before, len(before)), "a byte that is not UTF-8 text") from None
-    return _Reader(path, text).read()
+    return _Reader(path, text, until).read()
 
 
 def _position(text: str, index: int) -> Position:
@@ -101,8 +105,8 @@ def _error(path: Path, text: str, at: Position, reason: str, hint: str | None = 
 class _Reader:
     """Builds data from PyYAML's events, which come without resolving tags, aliases or types."""
 
-    def __init__(self, path: Path, text: str) -> None:
-        self.path, self.text = path, text
+    def __init__(self, path: Path, text: str, until: str | None = None) -> None:
+        self.path, self.text, self.until = path, text, until
         self.positions: dict[NodePath, Position] = {}
         self.events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         self.event: Any = None
@@ -115,10 +119,11 @@ class _Reader:
                 raise _error(self.path, self.text, Position(0, 0), "is empty")
             self._next()
             data = self._node((), 0)
-            self._next()
-            self._next()
-            if not isinstance(self.event, yaml.StreamEndEvent):
-                raise self._refuse("a second document; a map is one")
+            if self.until is None:
+                self._next()
+                self._next()
+                if not isinstance(self.event, yaml.StreamEndEvent):
+                    raise self._refuse("a second document; a map is one")
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             at = Position(mark.line, mark.column) if mark else Position(0, 0)
@@ -164,6 +169,8 @@ class _Reader:
             if type(key) not in (str, int):
                 self.event = key_event
                 raise self._refuse(f"the key {key!r}; keys are names")
+            if not at and key == self.until:
+                break
             if key == "<<":
                 raise self._refuse("a merge key; maps have none, write it out")
             if key in result:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from t5g2convert.errors import MappingError
 from t5g2convert.mapping.library import shipped_maps
-from t5g2convert.mapping.loader import MAX_BYTES, MAX_DEPTH, SHOWN_COLUMNS, Document, load_yaml
+from t5g2convert.mapping.strictyaml import MAX_BYTES, MAX_DEPTH, SHOWN_COLUMNS, Document, load_yaml
 from t5g2convert.mapping.weightmap import LoadedMap
 
 
@@ -174,7 +174,7 @@ def test_C1_deep_nesting_is_refused_before_it_is_walked(
             events += 1
             yield event
 
-    monkeypatch.setattr("t5g2convert.mapping.loader.yaml.parse", counted)
+    monkeypatch.setattr("t5g2convert.mapping.strictyaml.yaml.parse", counted)
     assert "nested more than" in refusal(tmp_path / "map.yaml", deep).message
     assert events < 4 * MAX_DEPTH
 
