@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
-from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, Size, parse_section
+from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, parse_section
 from t5g2convert.checkpoint.folder import read_json_file
 from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
@@ -110,21 +110,8 @@ class SourceRecord(_Section):
     hub: HubRecord | None = None
 
 
-class OptionsRecord(_Section):
-    """The options that differ from their defaults."""
-
-    dtype: str | None = None
-    max_shard_bytes: PositiveInt | None = None
-    embedding_from: Literal["decoder-from"] | None = None
-    encoder_layers: list[Depth] | None = None
-    decoder_layers: list[Depth] | None = None
-    projector: Literal["copy", "zeros", "aligned"] | None = None
-    ridge: Positive | None = None
-    rope_scaling: str | None = None
-    sliding_window: Size | None = None
-    preset: str | None = None
-    keep_rows: Literal[True] | None = None
-    drop_heads: Literal[True] | None = None
+OptionValue = str | bool | int | Number | Annotated[list[Depth], Field(min_length=1)]
+"""The value of an option: text, a switch, a number, or the numbers of layers."""
 
 
 class DroppedRecord(_Section):
@@ -247,14 +234,15 @@ class AdaptationRecord(_Section):
 class Manifest(_Section):
     """All that a manifest holds.
 
-    `mapping` is there for a conversion, `adaptation` for a training, never both.
+    `mapping` is there for a conversion, `adaptation` for a training, never both. `options` are those that differ from
+    their defaults: `PlanOptions.record` in `conversion/options.py` makes them, `PlanOptions.of_record` reads them.
     """
 
     format: Literal[1]
     tool: ToolRecord
     mapping: MappingRecord | None = None
     adaptation: AdaptationRecord | None = None
-    options: OptionsRecord
+    options: dict[str, OptionValue]
     source: SourceRecord
     decoder_from: SourceRecord | None = None
     vision_from: SourceRecord | None = None

@@ -56,7 +56,7 @@ class Judge:
     @property
     def options(self) -> Mapping[str, Any]:
         """The options of the conversion, as the manifest tells."""
-        return {} if self.manifest is None else self.manifest.options.document()
+        return {} if self.manifest is None else self.manifest.options
 
     @property
     def changes(self) -> Mapping[str, ChangeRecord]:

@@ -117,17 +117,17 @@ def _differences(content: CardContent) -> Iterator[str]:
     if content.manifest is None:
         return
     options, roles = content.manifest.options, [source.role for source in content.sources]
-    if options.decoder_layers is not None:
+    if "decoder_layers" in options:
         yield "Its decoder has only some of its parent's layers, so it does not compute what its parent computes."
-    if options.encoder_layers is not None:
+    if "encoder_layers" in options:
         yield "Its encoder has only some of the source's layers."
     if "decoder_from" in roles:
-        embedding = ROLES["decoder_from" if options.embedding_from == "decoder-from" else "source"]
+        embedding = ROLES["decoder_from" if options.get("embedding_from") == "decoder-from" else "source"]
         yield (
             "Its encoder has the layers of the source, its decoder those of the decoder's parent, and both use the "
             f"embedding table of {embedding}."
         )
-    if "vision_from" in roles and options.projector == "zeros":
+    if "vision_from" in roles and options.get("projector") == "zeros":
         yield "Its projector from images to the encoder is all zeros: until it is trained, images have no effect."
     changes = content.manifest.changes
     if changes:
@@ -149,7 +149,8 @@ def _provenance(content: CardContent) -> Iterator[str]:
         return
     mapping: list[list[str]] = []
     if manifest.adaptation is not None:
-        yield from _training(manifest.adaptation, manifest.options.dtype, source=content.sources[0].argument)
+        dtype = manifest.dtype if "dtype" in manifest.options else None
+        yield from _training(manifest.adaptation, dtype, source=content.sources[0].argument)
     else:
         yield fenced("console", [f"$ {command(manifest, content.sources, content.template.part)}"])
     if manifest.mapping is not None:

@@ -737,7 +737,7 @@ def test_O3_with_resume_a_signal_leaves_what_is_finished_and_the_next_run_goes_o
 def test_resume_without_sha256_is_a_wrong_command_line(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
     result = t5g2("convert", demo_source, tmp_path / "out", "--resume", "--no-hash")
     assert result.code == 2
-    assert "only with sha256" in result.err
+    assert "--resume needs sha256" in result.err
 
 
 def test_I9_nan_is_refused_by_name_and_let_through_on_demand(

@@ -403,7 +403,7 @@ def test_a_preset_is_for_both_stacks_as_they_are(demo_source: Path, tmp_path: Pa
     ("options", "says"),
     [
         ({"embedding_from": "decoder-from"}, "give one with --decoder-from"),
-        ({"decoder_from": "x", "embedding_from": "both"}, "expected source, decoder-from"),
+        ({"decoder_from": "x", "embedding_from": "both"}, "embedding_from: Input should be 'source' or 'decoder-from'"),
         ({"decoder_layers": "3"}, "first:3 for the first 3 layers"),
         ({"encoder_layers": ""}, "--encoder-layers"),
     ],

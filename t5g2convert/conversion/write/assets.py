@@ -21,7 +21,6 @@ from t5g2convert.checkpoint.manifest import (
     HubRecord,
     Manifest,
     MappingRecord,
-    OptionsRecord,
     SourceRecord,
     TokenRecord,
     ToolRecord,
@@ -76,7 +75,7 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, FileRecord]) -> 
     return Manifest(
         format=FORMAT,
         tool=ToolRecord(name="t5g2convert", version=__version__),
-        options=OptionsRecord(**plan.options),
+        options=dict(plan.options),
         dtype=plan.dtype,
         parameters=dict(plan.parameters),
         dropped=[DroppedRecord(name=drop.name, because=drop.because) for drop in plan.dropped],

@@ -75,7 +75,7 @@ def planned(
         CheckpointError: The source is not what its config implies.
         MappingError: The map is faulty, or does not fill the target.
     """
-    recorded = {} if manifest is None else manifest.options.document()
+    recorded = {} if manifest is None else manifest.options
     try:
         return replay(sources, recorded, mapping, part), None
     except (CheckpointError, MappingError, UsageError) as error:
@@ -114,7 +114,7 @@ def planned_adapted(sources: Sources, manifest: Manifest | None) -> tuple[Plan, 
     names = named_by(manifest.adaptation.trained, source.tensors)
     shapes = {name: source.tensors[name].entry.shape if name in source.tensors else () for name in names}
     try:
-        return plan_adapted(source, shapes, facts, dtype=PlanOptions.of_record(manifest.options.document()).dtype), None
+        return plan_adapted(source, shapes, facts, dtype=PlanOptions.of_record(manifest.options).dtype), None
     except CheckpointError as error:
         # What cannot be done without training either is no fault of the manifest.
         plan = plan_adapted(source, {}, None)
@@ -131,7 +131,7 @@ def check_options(manifest: Manifest) -> None:
     given = {"decoder_from": manifest.decoder_from, "vision_from": manifest.vision_from}
     others = {role: Path() for role, record in given.items() if record is not None}
     try:
-        PlanOptions.of_record(manifest.options.document(), **others)
+        PlanOptions.of_record(manifest.options, **others)
     except UsageError as error:
         raise CheckpointError(f"tells of an option without meaning: {error.message}") from None
 
