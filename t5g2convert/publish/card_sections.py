@@ -149,8 +149,8 @@ def _provenance(content: CardContent) -> Iterator[str]:
         return
     mapping: list[list[str]] = []
     if manifest.adaptation is not None:
-        dtype = manifest.dtype if "dtype" in manifest.options else None
-        yield from _training(manifest.adaptation, dtype, source=content.sources[0].argument)
+        cast_to = manifest.dtype if "dtype" in manifest.options else None
+        yield from _training(manifest.adaptation, cast_to, source=content.sources[0].argument)
     else:
         yield fenced("console", [f"$ {command(manifest, content.sources, content.template.part)}"])
     if manifest.mapping is not None:
