@@ -149,8 +149,10 @@ def _provenance(content: CardContent) -> Iterator[str]:
         return
     mapping: list[list[str]] = []
     if manifest.adaptation is not None:
-        cast_to = manifest.dtype if "dtype" in manifest.options else None
-        yield from _training(manifest.adaptation, cast_to, source=content.sources[0].argument)
+        cast_to = manifest.options.get("dtype")
+        yield from _training(
+            manifest.adaptation, None if cast_to is None else str(cast_to), source=content.sources[0].argument
+        )
     else:
         yield fenced("console", [f"$ {command(manifest, content.sources, content.template.part)}"])
     if manifest.mapping is not None:
