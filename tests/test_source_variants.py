@@ -322,7 +322,7 @@ def test_an_option_without_a_head_is_noted_and_not_recorded(twin_folder: TwinFol
 
 
 def test_a_map_without_such_drops_refuses_the_option(converted_twin: TwinFolder) -> None:
-    with pytest.raises(MappingError, match="--drop-heads is not for mapping 't5gemma2-encoder'"):
+    with pytest.raises(MappingError, match="--drop-heads cannot be used with mapping 't5gemma2-encoder'"):
         plan(converted_twin("text-8"), part="encoder", drop_heads=True)
 
 

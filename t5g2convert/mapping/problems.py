@@ -1,5 +1,6 @@
-"""What is wrong with the tensors of a checkpoint, gathered while a map is applied to it and told in one error."""
+"""What can be wrong when a map is applied to a checkpoint: rows that overlap, and tensors that do not fit."""
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -7,21 +8,27 @@ from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.foreign import describe
 from t5g2convert.errors import CheckpointError
+from t5g2convert.mapping.library import is_shipped
+from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.schema import Drop, WeightMap
-from t5g2convert.mapping.weightmap import did_you_mean
+from t5g2convert.mapping.strictyaml import NodePath
+from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
+
+MAX_NEAREST: Final = 50
+"""Names of a kind that get a hint with the nearest name; the search is quadratic."""
 
 
 @dataclass(slots=True)
-class Collector:
-    """Everything wrong, gathered while rows are resolved.
+class Problems:
+    """The problems of one checkpoint's tensors, collected while rows are resolved and raised as one error.
 
     Attributes:
         checkpoint: The checkpoint.
-        model: What it is.
-        used: Names that a row or a drop accounts for.
-        missing: Names that a row wants and that are not there.
-        misshapen: What else is wrong, in sentences.
-        optional: Names that only an option would drop, which was not given, with their drops.
+        model: Its model.
+        used: Names that a row or a drop uses.
+        missing: Names that a row needs and the checkpoint does not have, in order.
+        misshapen: Other problems, as sentences.
+        optional: Names that would be dropped with an option that was not given, and the drop of each.
     """
 
     checkpoint: Checkpoint
@@ -31,18 +38,17 @@ class Collector:
     misshapen: list[str] = field(default_factory=list)
     optional: dict[str, Drop] = field(default_factory=dict)
 
-    def take(self, name: str, *, carries: bool) -> StoredTensor | None:
-        """A tensor, noted as used or as missing if that is accounted for."""
+    def find(self, name: str, *, carries: bool) -> StoredTensor | None:
+        """Return a tensor. Where the row carries it, record its name as used, or as missing."""
         tensor = self.checkpoint.tensors.get(name)
-        if tensor is None:
-            if carries:
-                self.missing[name] = None
+        if carries and tensor is None:
+            self.missing[name] = None
         elif carries:
             self.used.add(name)
         return tensor
 
-    def finish(self, weight_map: WeightMap, *, whole: bool) -> None:
-        """Tell everything that is wrong; of a checkpoint that need not be used whole, not what was left over."""
+    def raise_any(self, weight_map: WeightMap, *, whole: bool) -> None:
+        """Raise one error that lists all problems. Tensors that no row uses count only if the checkpoint is `whole`."""
         unused = [name for name in self.checkpoint.tensors if name not in self.used] if whole else []
         if not (unused or self.missing or self.misshapen):
             return
@@ -57,7 +63,7 @@ class Collector:
         raise CheckpointError(
             f"its tensors are not those of mapping {weight_map.name!r} and its config: {summary}",
             where=self.checkpoint.path,
-            hint=describe(self.checkpoint, unused) or self._way_out(unused),
+            hint=describe(self.checkpoint, unused) or self._drop_hint(unused),
             details=details,
         )
 
@@ -65,8 +71,7 @@ class Collector:
         drop = self.optional.get(name)
         return _nearest(name, missing) if drop is None else f" ({drop.because})"
 
-    def _way_out(self, unused: list[str]) -> str | None:
-        """The option that leaves the first such tensor out."""
+    def _drop_hint(self, unused: list[str]) -> str | None:
         for name in unused:
             drop = self.optional.get(name)
             if drop is not None and drop.option is not None:
@@ -74,15 +79,71 @@ class Collector:
         return None
 
 
-MAX_NEAREST: Final = 50
-"""For how many names of a kind the nearest one is looked up; the search is quadratic."""
-
-
 def flag(option: str) -> str:
-    """How the command line spells an option of a drop."""
+    """Return the command line's spelling of a drop's option."""
     return f"--{option.replace('_', '-')}"
 
 
 def _nearest(name: str, others: list[str]) -> str:
     hint = did_you_mean(name, others[:2000]) if others else None
     return f" ({hint})" if hint else ""
+
+
+def refuse_overlaps(
+    loaded: LoadedMap,
+    features: frozenset[str],
+    layout: Mapping[str, str],
+    prefixes: Mapping[str, str],
+    dims: Mapping[str, int],
+    tensors: Mapping[str, object],
+) -> None:
+    """Refuse a map with rows that overlap once their patterns are expanded, or that match nothing.
+
+    Args:
+        loaded: The map.
+        features: The source's features, for `when:`.
+        layout: The spelling of each root.
+        prefixes: The prefix of each root of the target.
+        dims: The source's sizes, for the range of `{layer}`.
+        tensors: The checkpoint's tensors by name.
+
+    Raises:
+        MappingError: Two rows carry one tensor or fill one target, a carried tensor is dropped, or a row of a map that
+            is not shipped matches nothing. If a row of a shipped map matches nothing, the checkpoint is at fault.
+    """
+    own = not is_shipped(loaded.path)
+    carried: set[str] = set()
+    filled: set[str] = set()
+    for position, row in enumerate(loaded.map.weights):
+        if not row.applies(features):
+            continue
+        at: NodePath = ("weights", position)
+        names = _names(row.from_, layout, dims)
+        if own and names and not any(name in tensors for name in names):
+            message = f"{names[0]} does not exist" if len(names) == 1 else f"{names[0]} to {names[-1]} do not exist"
+            hint = did_you_mean(names[0], tensors)
+            raise loaded.document.error(f"the row matches nothing: {message}", (*at, "from"), hint=hint)
+        if row.op.carries:
+            _refuse_known(loaded, "another row carries {} already", names, carried, (*at, "from"))
+            carried.update(names)
+        for part, pattern in row.targets:
+            targets = _names(pattern, prefixes, dims)
+            _refuse_known(loaded, "another row fills {} already", targets, filled, (*at, "to", part))
+            filled.update(targets)
+    for position, drop in enumerate(loaded.map.drop):
+        if not drop.applies(features):
+            continue
+        for number, pattern in enumerate(drop.patterns):
+            root = root_of(pattern)
+            names = _names(pattern, layout, dims) if root is None or root in layout else []
+            _refuse_known(loaded, "a row carries {}", names, carried, ("drop", position, "from", number))
+
+
+def _names(pattern: str | None, layout: Mapping[str, str], dims: Mapping[str, int]) -> list[str]:
+    return [] if pattern is None else [name for _, name in expand(pattern, layout, dims)]
+
+
+def _refuse_known(loaded: LoadedMap, message: str, names: Iterable[str], known: Collection[str], at: NodePath) -> None:
+    for name in names:
+        if name in known:
+            raise loaded.document.error(message.format(name), at)

@@ -1,7 +1,7 @@
-"""A map applied to one checkpoint: which spelling its names have, and which tensor every row stands for.
+"""A map applied to one checkpoint: the spelling of its names, and the tensors of every row.
 
-This is the closed variant. Whatever does not fit is collected, all of it, and told in one error: source tensors that no
-row uses, tensors that a row wants and that are missing, shapes and dtypes that are not what the config implies.
+Every source tensor must be used or dropped, and every tensor that a row needs must exist with the shape and dtype that
+the config implies. All problems are collected and raised as one error.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,26 +13,25 @@ from t5g2convert.checkpoint.folder import Checkpoint, refuse_unheld, some
 from t5g2convert.checkpoint.foreign import check_plain, describe
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
-from t5g2convert.mapping.duplicates import check_rows
 from t5g2convert.mapping.names import expand, root_of
-from t5g2convert.mapping.problems import Collector, flag
+from t5g2convert.mapping.problems import Problems, flag, refuse_overlaps
 from t5g2convert.mapping.row_resolution import (
-    LeftBehind,
     Resolved,
     ResolvedDrop,
-    Side,
+    SourceView,
+    UnusedSource,
+    check_row,
     dropped_names,
-    left_behind,
-    look,
     resolve_drop,
     resolve_target,
+    unused_sources,
 )
 from t5g2convert.mapping.schema import Drop, Row, WeightMap
 from t5g2convert.mapping.source_families import FAMILIES
 from t5g2convert.mapping.stack_sources import (
-    ALONE,
+    SOURCE_ONLY,
     Layers,
-    Pairing,
+    StackSources,
     check_fit,
     check_layers,
     check_map,
@@ -45,22 +44,22 @@ from t5g2convert.mapping.weightmap import LoadedMap
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """A map applied to a checkpoint, and to the others that a conversion reads.
+    """A map applied to a source and to the other checkpoints of a conversion.
 
     Attributes:
-        model: What the target is made of: the source, with the tower of a donor if it has one.
-        checkpoints: What is read, by role.
-        models: What each is; the source's is `model`.
-        layouts: By role, the spelling of each root.
-        dims: Sizes, for `shape:` and for the ranges of `{layer}`.
-        values: Config values, those that the map moves already moved.
-        stacks: The same by part, for the text stacks: those of its own parent, with the layers that it takes.
+        model: The source's model, with the vision tower of a donor if there is one.
+        checkpoints: The checkpoints by role.
+        models: Their models by role; the source's is `model`.
+        layouts: The spelling of each root, by role.
+        dims: Sizes, for `shape:` and for the range of `{layer}`.
+        values: Config values, after the map has moved token ids.
+        stacks: Config values of each text stack, by part: those of its own parent, with the layers that it takes.
         table: The role of the checkpoint that gives the embedding table, and its rows before the cut.
-        layers: What each stack takes of its parent.
+        layers: The layers that each stack takes of its parent.
         targets: Every target tensor.
-        drops: The source's tensors that are left behind by the map; of other checkpoints those that an option drops,
-            and of the decoder's parent those that must repeat another.
-        left: The source's tensors that are left behind by an option.
+        drops: The source's tensors that the map drops; those of other checkpoints that an option drops, and those of
+            the decoder's parent that must equal another tensor.
+        unused_sources: The source's tensors that an option makes useless.
     """
 
     model: SourceModel
@@ -74,10 +73,10 @@ class Resolution:
     layers: Layers
     targets: tuple[Resolved, ...]
     drops: tuple[ResolvedDrop, ...]
-    left: tuple[LeftBehind, ...]
+    unused_sources: tuple[UnusedSource, ...]
 
     def role_of(self, part: str) -> Role:
-        """The role of the checkpoint that a part is read from."""
+        """Return the role of the checkpoint that a part is read from."""
         return role_of(part, self.checkpoints, table=self.table[0])
 
 
@@ -85,13 +84,13 @@ SUBJECTS: Final[Mapping[Role, str]] = {
     DECODER_FROM: "the decoder's parent of --decoder-from",
     VISION_FROM: "the donor of --vision-from",
 }
-"""What other checkpoints are called where they do not fit the map."""
+"""Names of the other checkpoints in errors."""
 
 
 def resolve(
     loaded: LoadedMap,
     checkpoint: Checkpoint,
-    pairing: Pairing = ALONE,
+    stack_sources: StackSources = SOURCE_ONLY,
     *,
     subject: str = "the source",
     given: Collection[str] = (),
@@ -101,9 +100,9 @@ def resolve(
     Args:
         loaded: The map.
         checkpoint: The source.
-        pairing: What the target is made of beside it.
-        subject: What the checkpoint is called where it does not fit the map.
-        given: Options that drops wait for, by their names in the map.
+        stack_sources: The other checkpoints, and what the target takes of each.
+        subject: The checkpoint's name in errors.
+        given: Options of drops that were given, by their names in the map.
 
     Raises:
         CheckpointError: A checkpoint is not what its config implies; `details` lists every tensor concerned.
@@ -113,133 +112,147 @@ def resolve(
     weight_map = loaded.map
     for option in given:
         if all(drop.option != option for drop in weight_map.drop):
-            raise MappingError(f"{flag(option)} is not for mapping {weight_map.name!r}: it has no such drop")
+            raise MappingError(f"{flag(option)} cannot be used with mapping {weight_map.name!r}: it has no such drop")
     model = read_model(weight_map, checkpoint, subject=subject)
     check_plain(checkpoint)
-    check_map(weight_map, pairing)
-    # Variants of their own: whatever would refuse another checkpoint as a source refuses it here.
-    variants = {
-        role: resolve(loaded, other, Pairing(rows=pairing.rows), subject=SUBJECTS[role], given=given)
-        for role, other in pairing.others.items()
+    check_map(weight_map, stack_sources)
+    # Each other checkpoint is resolved as a source first, so that whatever is refused of a source is refused of it too.
+    others = {
+        role: resolve(loaded, other, StackSources(rows=stack_sources.rows), subject=SUBJECTS[role], given=given)
+        for role, other in stack_sources.others.items()
     }
-    if VISION_FROM in variants:
-        model = model.with_vision_of(variants[VISION_FROM].model, pairing.projector)
-    dims = {**model.dims, "vocab": _rows_of(weight_map, model.dims["rows"], pairing.rows)}
+    if VISION_FROM in others:
+        model = model.with_vision_of(others[VISION_FROM].model, stack_sources.projector)
+    dims = {**model.dims, "vocab": _kept_rows(weight_map, model.dims["rows"], stack_sources.rows)}
     values = _moved_values(weight_map, model, dims["vocab"], checkpoint)
-    models: dict[Role, SourceModel] = {SOURCE: model}
     parents: dict[str, Mapping[str, Any]] = dict.fromkeys(STACKS, values)
-    for role, variant in variants.items():
-        models[role] = variant.model
-        if role == DECODER_FROM:
-            check_fit(dims, values, variant.dims, variant.values)
-            parents["decoder"] = variant.values
-    checkpoints: dict[Role, Checkpoint] = {SOURCE: checkpoint, **pairing.others}
-    depths = {part: depth_of(models[role_of(part, checkpoints)]) for part in STACKS}
-    layers = check_layers(pairing.layers, depths)
+    if DECODER_FROM in others:
+        parents["decoder"] = others[DECODER_FROM].values
+        check_fit(dims, values, others[DECODER_FROM].dims, parents["decoder"])
+    models: dict[Role, SourceModel] = {SOURCE: model, **{role: other.model for role, other in others.items()}}
+    checkpoints: dict[Role, Checkpoint] = {SOURCE: checkpoint, **stack_sources.others}
+    layers = check_layers(stack_sources.layers, {part: depth_of(models[role_of(part, checkpoints)]) for part in STACKS})
     rows = [row for row in weight_map.weights if row.applies(model.features)]
     drops = [drop for drop in weight_map.drop if drop.applies(model.features)]
-    sides = _sides(loaded, rows, drops, checkpoints, models, dims, variants)
-    prefixes = fill(weight_map.target.roots, {}, model.features)
-    layout = {**(sides[VISION_FROM].layout if VISION_FROM in sides else {}), **sides[SOURCE].layout}
-    tensors = {name: tensor for each in checkpoints.values() for name, tensor in each.tensors.items()}
-    check_rows(loaded, model.features, layout, prefixes, dims, tensors)
-    targets = tuple(_targets(rows, sides, prefixes, pairing.table, layers))
-    dropped = list(_dropped(drops, sides[SOURCE], given))
-    for role, side in sides.items():
-        side.collector.finish(weight_map, whole=role == SOURCE)
+    views = _views(loaded, rows, drops, checkpoints, models, dims, others)
+    targets, dropped = _resolve_rows(loaded, model, rows, drops, views, stack_sources.table, layers, given)
     return Resolution(
         model=model,
         checkpoints=checkpoints,
         models=models,
-        layouts={role: side.layout for role, side in sides.items()},
+        layouts={role: view.layout for role, view in views.items()},
         dims=dims,
         values=values,
         stacks={part: stack_values(parents[part], layers.get(part)) for part in STACKS},
-        table=(pairing.table, models[pairing.table].dims["rows"]),
+        table=(stack_sources.table, models[stack_sources.table].dims["rows"]),
         layers=layers,
         targets=targets,
-        drops=(*dropped, *_drops_of_others(variants)),
-        left=tuple(left_behind(_own(rows, checkpoints), sides[SOURCE], targets)),
+        drops=(*dropped, *_drops_of_others(others)),
+        unused_sources=tuple(unused_sources(_source_rows(rows, checkpoints), views[SOURCE], targets)),
     )
 
 
-def _rows_of(weight_map: WeightMap, rows: int, wanted: int | None) -> int:
-    """The rows that are left of a table: those that are wanted where it can have so many, else what the map keeps."""
-    kept = weight_map.vocabulary.cut.get(rows, rows)
-    return rows if wanted == rows else kept
+def _kept_rows(weight_map: WeightMap, rows: int, wanted: int | None) -> int:
+    """Return how many rows of a table are kept: all, if that is wanted, or those that the map keeps."""
+    return rows if wanted == rows else weight_map.vocabulary.cut.get(rows, rows)
 
 
-def _dropped(drops: Iterable[Drop], source: Side, given: Collection[str]) -> Iterator[ResolvedDrop]:
-    """What is left behind by the map; and a look at what the source's index names and no shard holds."""
-    collector, droppable = source.collector, set[str]()
-    for drop in drops:
-        names = {name: drop for _, name in dropped_names(drop, source.layout, source.dims)}
-        droppable.update(names)
-        if drop.option is None or drop.option in given:
-            yield from resolve_drop(drop, source)
-        else:
-            collector.optional |= names
-    refuse_unheld(collector.checkpoint, droppable)
-
-
-def _own(rows: Iterable[Row], roles: Iterable[Role]) -> list[Row]:
-    """The rows that a source must have the tensors of: it is whole, even where another checkpoint gives the decoder."""
+def _source_rows(rows: Iterable[Row], roles: Iterable[Role]) -> list[Row]:
+    """Return the rows of the source; it must be whole even if another checkpoint gives the decoder."""
     others = {*roles} - {DECODER_FROM}
     return [row for row in rows if any(role_of(part, others) == SOURCE for part in row.to)]
 
 
-def _sides(
+def _views(
     loaded: LoadedMap,
     rows: Sequence[Row],
     drops: Sequence[Drop],
     checkpoints: Mapping[Role, Checkpoint],
     models: Mapping[Role, SourceModel],
     dims: Mapping[str, int],
-    variants: Mapping[Role, Resolution],
-) -> dict[Role, Side]:
-    """The checkpoints, each with its own spelling; the decoder's parent has its own sizes too."""
-    layouts = {role: variant.layouts[SOURCE] for role, variant in variants.items()}
-    layouts[SOURCE] = _find_layout(loaded.map, _own(rows, checkpoints), drops, dims, checkpoints[SOURCE])
+    others: Mapping[Role, Resolution],
+) -> dict[Role, SourceView]:
+    """Return the checkpoints, each with its own spelling; the decoder's parent has its own sizes too."""
+    layouts = {role: other.layouts[SOURCE] for role, other in others.items()}
+    layouts[SOURCE] = _find_layout(loaded.map, _source_rows(rows, checkpoints), drops, dims, checkpoints[SOURCE])
     return {
-        role: Side(
+        role: SourceView(
             role,
             layouts[role],
-            variants[role].dims if role == DECODER_FROM else dims,
-            Collector(checkpoint, models[role]),
+            others[role].dims if role == DECODER_FROM else dims,
+            Problems(checkpoint, models[role]),
         )
         for role, checkpoint in checkpoints.items()
     }
 
 
+def _resolve_rows(
+    loaded: LoadedMap,
+    model: SourceModel,
+    rows: Sequence[Row],
+    drops: Sequence[Drop],
+    views: Mapping[Role, SourceView],
+    table: Role,
+    layers: Layers,
+    given: Collection[str],
+) -> tuple[tuple[Resolved, ...], tuple[ResolvedDrop, ...]]:
+    """Return every target tensor, and the source's dropped tensors.
+
+    Raises:
+        CheckpointError: With all problems of a checkpoint.
+        MappingError: Rows overlap, or match nothing.
+    """
+    prefixes = fill(loaded.map.target.roots, {}, model.features)
+    layout = {**(views[VISION_FROM].layout if VISION_FROM in views else {}), **views[SOURCE].layout}
+    tensors = {name: tensor for view in views.values() for name, tensor in view.problems.checkpoint.tensors.items()}
+    refuse_overlaps(loaded, model.features, layout, prefixes, views[SOURCE].dims, tensors)
+    targets = tuple(_targets(rows, views, prefixes, table, layers))
+    dropped = tuple(_dropped(drops, views[SOURCE], given))
+    for role, view in views.items():
+        view.problems.raise_any(loaded.map, whole=role == SOURCE)
+    return targets, dropped
+
+
 def _targets(
-    rows: Sequence[Row], sides: Mapping[Role, Side], prefixes: Mapping[str, str], table: Role, layers: Layers
+    rows: Sequence[Row], views: Mapping[Role, SourceView], prefixes: Mapping[str, str], table: Role, layers: Layers
 ) -> Iterator[Resolved]:
-    """Every target tensor, behind a look at all tensors that rows name."""
-    for row in _own(rows, sides):
-        look(row, sides[SOURCE])
+    for row in _source_rows(rows, views):
+        check_row(row, views[SOURCE])
     for row in rows:
-        for role in dict.fromkeys(role_of(part, sides, table=table) for part in row.to):
-            look(row, sides[role])
+        for role in dict.fromkeys(role_of(part, views, table=table) for part in row.to):
+            check_row(row, views[role])
         for part, pattern in row.targets:
-            role = role_of(part, sides, table=table)
-            yield from resolve_target(row, part, pattern, sides[role], prefixes, layers.get(part))
+            role = role_of(part, views, table=table)
+            yield from resolve_target(row, part, pattern, views[role], prefixes, layers.get(part))
 
 
-def _drops_of_others(variants: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
-    """What is dropped by an option; and what the decoder's parent drops because it repeats another tensor, which is
-    yet to be compared."""
-    for role, variant in variants.items():
-        for drop in variant.drops:
+def _dropped(drops: Iterable[Drop], source: SourceView, given: Collection[str]) -> Iterator[ResolvedDrop]:
+    """Yield the source's dropped tensors; refuse names of its index that no shard holds and no drop matches."""
+    problems, droppable = source.problems, set[str]()
+    for drop in drops:
+        names = {name: drop for _, name in dropped_names(drop, source.layout, source.dims)}
+        droppable.update(names)
+        if drop.option is None or drop.option in given:
+            yield from resolve_drop(drop, source)
+        else:
+            problems.optional |= names
+    refuse_unheld(problems.checkpoint, droppable)
+
+
+def _drops_of_others(others: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
+    """Yield what an option drops, and what the decoder's parent drops if it equals another tensor: bytes decide."""
+    for role, other in others.items():
+        for drop in other.drops:
             if drop.drop.option is not None or (role == DECODER_FROM and drop.equals is not None):
                 yield replace(drop, role=role)
 
 
 def read_model(weight_map: WeightMap, checkpoint: Checkpoint, *, subject: str = "the source") -> SourceModel:
-    """The source model as its config describes it.
+    """Read the source's model from its config.
 
     Raises:
         MappingError: The map is for other families.
-        CheckpointError: The config is not one that can be converted.
+        CheckpointError: The config cannot be converted.
     """
     model_type = checkpoint.config.get("model_type")
     if model_type not in weight_map.source.model_type:
@@ -255,10 +268,10 @@ def read_model(weight_map: WeightMap, checkpoint: Checkpoint, *, subject: str = 
 
 
 def find_layout(weight_map: WeightMap, model: SourceModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Which spelling of each root a checkpoint has.
+    """Return the spelling of each root in a checkpoint.
 
     Raises:
-        CheckpointError: None, or two of them.
+        CheckpointError: A root has no known spelling, or several.
     """
     rows = [row for row in weight_map.weights if row.applies(model.features)]
     return _find_layout(weight_map, rows, (), model.dims, checkpoint)
@@ -271,7 +284,7 @@ def _find_layout(
     dims: Mapping[str, int],
     checkpoint: Checkpoint,
 ) -> dict[str, str]:
-    """The spelling of each root that a row has; of one that only drops have, if there is anything to drop."""
+    """Return the spelling of each root of the rows; a root that only drops have may be absent."""
     layout: dict[str, str] = {}
     patterns: dict[str, list[str]] = {}
     for row in rows:
@@ -304,14 +317,14 @@ def _find_layout(
             raise CheckpointError(
                 f"spells its {root} tensors in more than one way: {counts}",
                 where=checkpoint.path,
-                hint="remove the tensors that are out of date",
+                hint="remove the outdated tensors",
             )
         layout[root] = found[0]
     return layout
 
 
 def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The source's values, with the token ids that lie past the end of the target's table moved into it."""
+    """Return the source's values, with token ids beyond the target's table moved as the map says."""
     values: dict[str, Any] = dict(model.values)
     for name, token in weight_map.vocabulary.moved.items():
         if values[name] >= vocab:

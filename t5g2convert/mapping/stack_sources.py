@@ -1,4 +1,4 @@
-"""Encoder and decoder of other make: another parent for the decoder, some of the layers, the table of either."""
+"""Which checkpoint, layers and embedding table each text stack of the target is made from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.template import has_value
 
 Layers = Mapping[str, tuple[int, ...]]
-"""By part, the layers that a stack takes of its parent, in its order; a stack that takes all of them is not named."""
+"""The layers that a stack takes of its parent, by part and in order; a stack that takes all is not listed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pairing:
-    """What a target is made of beside its source.
+class StackSources:
+    """The checkpoints of a target other than its source, and what the target takes of each.
 
     Attributes:
         others: The other checkpoints, by role.
-        projector: How a donor's projector comes to the source's width; see `SourceModel.with_vision_of`.
+        projector: How a donor's projector gets the source's width; see `SourceModel.with_vision_of`.
         table: The role of the checkpoint that gives the embedding table.
-        layers: What each stack takes.
-        rows: Rows of the target's embedding table; None for what the map keeps of that many.
+        layers: The layers of each stack.
+        rows: Rows of the target's embedding table; None for the number that the map keeps.
     """
 
     others: Mapping[Role, Checkpoint] = field(default_factory=dict)
@@ -34,45 +34,43 @@ class Pairing:
     rows: int | None = None
 
 
-ALONE: Final = Pairing()
-"""A source and nothing else."""
+SOURCE_ONLY: Final = StackSources()
 
 SHARED_SIZES: Final = {"hidden": "hidden_size", "vocab": "rows of the embedding table"}
-"""Sizes that both parents must have, by dimension, and what they are."""
+"""Dimensions that must be equal in both parents, with their names in errors."""
 
 SHARED_VALUES: Final = ("attention_dropout",)
-"""Config values that both parents must have: the target's class has one for both stacks."""
+"""Config values that must be equal in both parents: the target's class has one value for both stacks."""
 
 
-def check_map(weight_map: WeightMap, pairing: Pairing) -> None:
-    """Refuse a map whose config gives both stacks the settings of the source, where they need their own.
+def check_map(weight_map: WeightMap, stack_sources: StackSources) -> None:
+    """Refuse a map that gives both stacks the source's settings if an option needs them to differ.
 
     Raises:
-        MappingError: With the option that it cannot follow.
+        MappingError: With the option.
     """
-    asked = {f"--{part}-layers": part for part in pairing.layers}
-    if DECODER_FROM in pairing.others:
-        asked["--decoder-from"] = "decoder"
-    for option, part in asked.items():
+    options = {f"--{part}-layers": part for part in stack_sources.layers}
+    if DECODER_FROM in stack_sources.others:
+        options["--decoder-from"] = "decoder"
+    for option, part in options.items():
         if not has_value(weight_map.config, f"{part}.num_hidden_layers"):
-            raise MappingError(
-                f"{option} is not for mapping {weight_map.name!r}: its target has no {part} of settings of its own",
-            )
+            reason = f"its target has no {part} settings of its own"
+            raise MappingError(f"{option} cannot be used with mapping {weight_map.name!r}: {reason}")
 
 
 def check_fit(
     sizes: Mapping[str, int], values: Mapping[str, Any], decoder_sizes: Mapping[str, int], decoder: Mapping[str, Any]
 ) -> None:
-    """Refuse a parent of the decoder whose states or tokens are of another size than the source's.
+    """Refuse a parent of the decoder with states or tokens of another size than the source's.
 
     Args:
-        sizes: The source's dims, `vocab` behind the cut.
+        sizes: The source's dimensions, with `vocab` after the cut.
         values: The source's config values.
-        decoder_sizes: The same of the decoder's parent.
-        decoder: The same of the decoder's parent.
+        decoder_sizes: The dimensions of the decoder's parent.
+        decoder: The config values of the decoder's parent.
 
     Raises:
-        MappingError: All that differs, with both values; or the source has a decoder of its own beside an encoder.
+        MappingError: The parents differ, with all values that differ; or the source is an encoder-decoder.
     """
     if "layers" not in sizes:
         raise MappingError("--decoder-from is for decoder-only sources")
@@ -94,11 +92,11 @@ def check_fit(
 
 
 def check_layers(layers: Layers, depths: Mapping[str, int | None]) -> Layers:
-    """The layers that are taken, without those of a stack that takes all.
+    """Return the layers to take, without a stack that takes all.
 
     Args:
-        layers: What is asked for.
-        depths: By part, how many layers its parent has; None where that is no single number.
+        layers: The layers of each stack, as given by options.
+        depths: The number of layers of each stack's parent; None for an encoder-decoder.
 
     Raises:
         MappingError: A parent has no such layer.
@@ -119,7 +117,7 @@ def check_layers(layers: Layers, depths: Mapping[str, int | None]) -> Layers:
 
 
 def stack_values(values: Mapping[str, Any], layers: tuple[int, ...] | None) -> Mapping[str, Any]:
-    """The config values of a stack: its parent's, with the layers that it takes; a kind goes with its layer."""
+    """Return the config values of a stack: its parent's, with the number and kinds of the layers that it takes."""
     if layers is None:
         return values
     kinds = values["layer_types"]
@@ -127,5 +125,5 @@ def stack_values(values: Mapping[str, Any], layers: tuple[int, ...] | None) -> M
 
 
 def depth_of(model: SourceModel) -> int | None:
-    """How many text layers a source has, if it has one stack of them."""
+    """Return the number of text layers of a decoder-only source, None for an encoder-decoder."""
     return model.dims.get("layers")

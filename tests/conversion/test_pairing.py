@@ -320,9 +320,9 @@ def test_what_is_taken_out_has_no_other_parent_and_no_selection(part: str, conve
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"decoder_layers": "first:2"}, "--decoder-layers is not for mapping 'gemma2'"),
-        ({"encoder_layers": "first:2"}, "--encoder-layers is not for mapping 'gemma2'"),
-        ({"decoder_from": "gemma2-7-untied"}, "--decoder-from is not for mapping 'gemma2'"),
+        ({"decoder_layers": "first:2"}, "--decoder-layers cannot be used with mapping 'gemma2'"),
+        ({"encoder_layers": "first:2"}, "--encoder-layers cannot be used with mapping 'gemma2'"),
+        ({"decoder_from": "gemma2-7-untied"}, "--decoder-from cannot be used with mapping 'gemma2'"),
     ],
 )
 def test_a_map_that_gives_both_stacks_the_sources_settings_refuses_others(

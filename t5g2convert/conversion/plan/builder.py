@@ -46,7 +46,7 @@ from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Z
 from t5g2convert.mapping.resolve import Resolution, resolve
 from t5g2convert.mapping.row_resolution import Resolved
 from t5g2convert.mapping.schema import WeightMap, count_parameters
-from t5g2convert.mapping.stack_sources import Pairing
+from t5g2convert.mapping.stack_sources import StackSources
 from t5g2convert.mapping.template import fill
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
@@ -93,8 +93,8 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
     table = TABLES[options.embedding_from]
     tokenizer = Tokenizer(sources.source)
     kept = kept_rows(weight_map, sources.by_role, table, tokenizer, keep=options.keep_rows)
-    pairing = Pairing(sources.others, options.projector, table, options.layers, kept.rows)
-    resolution = resolve(loaded, sources.source, pairing, given=options.drops)
+    stack_sources = StackSources(sources.others, options.projector, table, options.layers, kept.rows)
+    resolution = resolve(loaded, sources.source, stack_sources, given=options.drops)
     _check_requirements(loaded, resolution, options)
     _check_heads(resolution)
     if DECODER_FROM in resolution.checkpoints:
@@ -183,7 +183,7 @@ def _dropped(resolution: Resolution) -> Iterator[Dropped]:
         yield Dropped(
             named(drop.role, entry.name), drop.drop.because, content, entry.dtype, entry.shape, must_equal=repeated
         )
-    for left in resolution.left:
+    for left in resolution.unused_sources:
         entry = left.tensor.entry
         yield Dropped(entry.name, left.because, _whole(left.tensor), entry.dtype, entry.shape)
 

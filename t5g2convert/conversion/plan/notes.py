@@ -246,8 +246,8 @@ def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
             "a stack that lacks layers of its parent must be trained before use: Gemma 3 270M's perplexity of 41.8 "
             "became 1.3e7 with 1:18:2 and 4.5e7 with 0:18:2"
         )
-    if resolution.left:
-        yield f"{len(resolution.left)} tensor(s) of the source are left behind: the target has nothing of them"
+    if unused := resolution.unused_sources:
+        yield f"{len(unused)} tensor(s) of the source are left behind: the target has nothing of them"
 
 
 def _keeping(layers: Sequence[int], kinds: Sequence[str]) -> str:
