@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors import SafetensorError, deserialize
 
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.header import TensorEntry, encode_header, read_header
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.mapping.library import find_map, mappings_folder

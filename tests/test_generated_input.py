@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
+from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.cli.demo import DEMO_CONFIG

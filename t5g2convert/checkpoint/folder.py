@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from t5g2convert.checkpoint.file_names import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.file_store import FileStore, Folder, HubOrigin, is_there, regular_file
 from t5g2convert.checkpoint.header import Header, TensorEntry
 from t5g2convert.checkpoint.strictjson import is_text, parse_object
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     # Imported where something is wrong, to keep a conversion small.
     from t5g2convert.checkpoint.recognition import Found
 
-SINGLE_FILE: Final = "model.safetensors"
-INDEX_FILE: Final = "model.safetensors.index.json"
-ADAPTER_FILE: Final = "adapter_config.json"
 MAX_JSON_BYTES: Final = 8_000_000
 """Largest JSON file; that of Gemma's tokenizer_config.json is 1.2 MB. Parsed, a file may take 50 times its size."""
 

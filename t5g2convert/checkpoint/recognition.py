@@ -12,8 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.file_names import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.file_store import FileStore, HubOrigin
-from t5g2convert.checkpoint.folder import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE, found_in, some
+from t5g2convert.checkpoint.folder import found_in, some
 from t5g2convert.errors import T5g2Error
 from t5g2convert.printable import printable
 

@@ -15,7 +15,14 @@ from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_b
 from t5g2convert.checkpoint.families.config_section import ImpliedTensor, describe_model_type, parse_section
 from t5g2convert.checkpoint.families.registry import implied_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
-from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, StoredTensor, refuse_unheld
+from t5g2convert.checkpoint.file_names import (
+    GENERATION_FILE,
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
+    TOKENIZER_FILES,
+    weight_files,
+)
+from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, refuse_unheld
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.inputs import SOURCE
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, AdaptationRecord
@@ -41,10 +48,12 @@ TIED: Final = ("model.decoder.embed_tokens.weight", "lm_head.out_proj.weight")
 """Other names of the table, which the published layout has once."""
 
 CARRIED: Final = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
-    "preprocessor_config.json", TEMPLATES_FOLDER,
-)  # fmt: skip
+    GENERATION_FILE,
+    *TOKENIZER_FILES,
+    PROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+    TEMPLATES_FOLDER,
+)
 """Files that go along as they are, where the model has them."""
 
 FROZEN: Final = "vision"
@@ -173,9 +182,7 @@ def _laid_out(
     """The model's own shards, under the names that published ones have: headers and bytes in its order."""
     tensors: list[PlannedTensor] = []
     shards: list[Shard] = []
-    count = len(model.files)
-    for number, header in enumerate(model.files.values(), start=1):
-        name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    for name, header in zip(weight_files(len(model.files)), model.files.values(), strict=True):
         places: dict[str, tuple[int, int]] = {}
         position = 0
         for entry in sorted(header.tensors.values(), key=lambda entry: (entry.start, entry.end)):

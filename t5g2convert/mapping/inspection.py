@@ -14,8 +14,9 @@ from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.families.gemma3 import TOWERLESS, is_towerless
 from t5g2convert.checkpoint.families.registry import TARGETS, implied_tensors
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_t5gemma2
+from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.file_store import HubOrigin
-from t5g2convert.checkpoint.folder import INDEX_FILE, Checkpoint, refuse_unheld, some
+from t5g2convert.checkpoint.folder import Checkpoint, refuse_unheld, some
 from t5g2convert.checkpoint.foreign import remarks
 from t5g2convert.checkpoint.hub.model import open_source
 from t5g2convert.mapping.library import map_for

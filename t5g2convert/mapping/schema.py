@@ -17,7 +17,8 @@ from pydantic import (
 
 from t5g2convert.checkpoint.families.config_section import MAX_INTEGER, Positive
 from t5g2convert.checkpoint.families.registry import TARGETS
-from t5g2convert.checkpoint.folder import INDEX_FILE, is_plain_name
+from t5g2convert.checkpoint.file_names import INDEX_FILE
+from t5g2convert.checkpoint.folder import is_plain_name
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER
 from t5g2convert.mapping.operations import Aligned, AnyOperation, Copy, Operation, ScaledRow, Size, TakeRows, Zeros
 from t5g2convert.mapping.source_families import FAMILIES, source_variants
@@ -91,10 +92,6 @@ DropOption = Literal["drop_heads"]
 
 RESERVED_FILES = frozenset({"config.json", "generation_config.json", "t5g2.json", INDEX_FILE})
 """What a conversion writes, and so carries over from no source."""
-
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-PROCESSOR_FILE = "processor_config.json"
 
 
 class Source(Declaration):

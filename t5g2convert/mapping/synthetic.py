@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.dtypes import tensor_bits
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from t5g2convert.checkpoint.file_names import INDEX_FILE, weight_files
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.schema import WeightMap
@@ -49,8 +49,7 @@ def write_synthetic_source(
         files[-1].append((name, shape))
         room -= size
     index: dict[str, str] = {}
-    for number, tensors in enumerate(files, start=1):
-        name = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+    for number, (name, tensors) in enumerate(zip(weight_files(len(files)), files, strict=True), start=1):
         _write_file(folder / name, tensors, None if seed is None else seed + number)
         index |= {tensor: name for tensor, _ in tensors}
     if len(files) > 1:

@@ -9,8 +9,9 @@ from typing import Final
 
 from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_t5gemma2
+from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.file_store import is_there
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from t5g2convert.checkpoint.tokenizer.chat_templates import held
 from t5g2convert.conversion.trained_model import CARRIED

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from t5g2convert.checkpoint.families.config_section import describe_model_type
+from t5g2convert.checkpoint.file_names import PIECES_FILE, PROCESSOR_FILE, TOKENIZER_FILE
 from t5g2convert.errors import CheckpointError
 from t5g2convert.publish.markdown import fenced
 
@@ -245,8 +246,8 @@ def loading(template: CardTemplate, files: Collection[str], name: str) -> Iterat
         files: The names of its files.
         name: The argument of `from_pretrained`.
     """
-    tokenizer = "tokenizer.json" in files or "tokenizer.model" in files
-    processor = tokenizer and template.images and "processor_config.json" in files
+    tokenizer = TOKENIZER_FILE in files or PIECES_FILE in files
+    processor = tokenizer and template.images and PROCESSOR_FILE in files
     imports = [template.loader, *["AutoProcessor"] * processor, *["AutoTokenizer"] * tokenizer]
     lines = [f"from transformers import {', '.join(imports)}", "", f'name = "{name}"']
     if tokenizer:
@@ -274,7 +275,7 @@ def loading(template: CardTemplate, files: Collection[str], name: str) -> Iterat
 def adapting(template: CardTemplate, files: Collection[str]) -> Iterator[str]:
     """Yield what to do with a model next, in Markdown; the code uses the names that `loading` defines."""
     yield template.adapt
-    if template.loader == "AutoModelForSeq2SeqLM" and ("tokenizer.json" in files or "tokenizer.model" in files):
+    if template.loader == "AutoModelForSeq2SeqLM" and (TOKENIZER_FILE in files or PIECES_FILE in files):
         yield fenced(
             "python",
             [

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
+from t5g2convert.checkpoint.file_names import TOKENIZER_FILE
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.interrupts import raise_interruption
@@ -27,7 +28,7 @@ class TextCodec:
 
     def __init__(self, folder: Path, vocab: int | None = None) -> None:
         self._vocab = vocab
-        self._path = path = folder / "tokenizer.json"
+        self._path = path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise CheckpointError("is missing: without it there is no text", where=path)
         from tokenizers import Tokenizer

@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 
 from t5g2convert.checkpoint import file_store
-from t5g2convert.checkpoint.folder import (
-    INDEX_FILE,
-    LARGE_JSON,
-    MAX_JSON_BYTES,
-    SINGLE_FILE,
-    open_checkpoint,
-    read_json_object,
-)
+from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
+from t5g2convert.checkpoint.folder import LARGE_JSON, MAX_JSON_BYTES, open_checkpoint, read_json_object
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.errors import CheckpointError
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from t5g2convert import convert
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.mapping.library import mappings_folder

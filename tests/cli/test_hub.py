@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import convert, plan
-from t5g2convert.checkpoint.folder import SINGLE_FILE
+from t5g2convert.checkpoint.file_names import SINGLE_FILE
 from t5g2convert.checkpoint.hub.ranges import FIRST_BYTES
 from t5g2convert.checkpoint.hub.snapshot import SMALL_BYTES
 from t5g2convert.checkpoint.manifest import seal

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import convert
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
 from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine
 

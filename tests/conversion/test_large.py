@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 from safetensors import safe_open
 
-from t5g2convert.checkpoint.folder import SINGLE_FILE
+from t5g2convert.checkpoint.file_names import SINGLE_FILE
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.memory import run_and_measure

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from t5g2convert import convert, plan
+from t5g2convert.checkpoint.file_names import SINGLE_FILE
 from t5g2convert.checkpoint.file_store import HubFile, HubOrigin
-from t5g2convert.checkpoint.folder import SINGLE_FILE, Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.convert import execute, prepare

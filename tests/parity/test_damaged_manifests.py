@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5g2convert import convert
-from t5g2convert.checkpoint.folder import INDEX_FILE, read_json_object
+from t5g2convert.checkpoint.file_names import INDEX_FILE
+from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, read_manifest, seal
 from t5g2convert.mapping.library import find_map
 from t5g2convert.parity.checks.integrity import judge_integrity

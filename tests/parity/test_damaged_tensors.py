@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5g2convert import convert
-from t5g2convert.checkpoint.folder import INDEX_FILE, read_json_object
+from t5g2convert.checkpoint.file_names import INDEX_FILE
+from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.batches import BEYOND_WINDOW, token_batch

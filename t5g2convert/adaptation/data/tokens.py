@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.families.registry import read_trainable
+from t5g2convert.checkpoint.file_names import TOKENIZER_FILE
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.errors import CheckpointError
 from t5g2convert.interrupts import raise_interruption
-from t5g2convert.mapping.schema import TOKENIZER_FILE
 
 UNUSED: Final = re.compile(r"<unused\d+>")
 """Names of Gemma's spare tokens: sentinels are taken from them."""

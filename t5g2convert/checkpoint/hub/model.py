@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.file_names import ADAPTER_FILE
 from t5g2convert.checkpoint.file_store import HubFile, HubOrigin, folders_of, listed, regular_file
 from t5g2convert.checkpoint.folder import (
-    ADAPTER_FILE,
     Checkpoint,
     found_in,
     open_checkpoint,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.file_store import Folder, HubOrigin, regular_file
-from t5g2convert.checkpoint.folder import INDEX_FILE
 from t5g2convert.checkpoint.header import Header, read_header
 from t5g2convert.checkpoint.hub.error_messages import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hub.ranges import read_remote_header

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-GENERATION_FILE: Final = "generation_config.json"
-
 SECTIONS: Final = ((), ("text_config",), ("encoder",), ("encoder", "text_config"), ("decoder",))
 """Where a config.json of Gemma or T5Gemma names tokens."""
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Final
 from pydantic import Field, field_validator
 
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Number, Token, parse_section
+from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub.model import read_held
-from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE, has_ids, with_ids
+from t5g2convert.checkpoint.tokenizer.special_ids import has_ids, with_ids
 from t5g2convert.errors import CheckpointError
 
 Count = Annotated[int, Field(ge=0)]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from t5g2convert.checkpoint.dtypes import element_bytes, tensor_bits
+from t5g2convert.checkpoint.file_names import weight_files
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.inputs import role_in
 from t5g2convert.conversion.plan.types import Content, PlannedTensor, Shard
@@ -53,8 +54,7 @@ def lay_out(drafts: Sequence[Draft], max_shard_bytes: int) -> tuple[tuple[Planne
                 room -= _nbytes(draft)
     tensors: list[PlannedTensor] = []
     shards: list[Shard] = []
-    for number, cut in enumerate(cuts, start=1):
-        name = "model.safetensors" if len(cuts) == 1 else f"model-{number:05d}-of-{len(cuts):05d}.safetensors"
+    for name, cut in zip(weight_files(len(cuts)), cuts, strict=True):
         ordered = sorted(cut, key=lambda draft: -element_bytes(draft.dtype))
         entries: list[TensorEntry] = []
         position = 0

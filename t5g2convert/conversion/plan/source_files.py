@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final, Literal
 
+from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.file_store import listed
-from t5g2convert.checkpoint.folder import INDEX_FILE, Checkpoint, some
+from t5g2convert.checkpoint.folder import Checkpoint, some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER
 from t5g2convert.conversion.assets.aux_files import PlannedFile

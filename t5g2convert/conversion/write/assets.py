@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.atomic_write import flush_folder
-from t5g2convert.checkpoint.folder import INDEX_FILE
+from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.inputs import Folders, plain_name
 from t5g2convert.checkpoint.manifest import (

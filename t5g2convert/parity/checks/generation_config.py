@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.families.text_and_vision import TextConfig
+from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import read_json_object
-from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
 from t5g2convert.parity.checks.config import differences
 
 TOKENS: Final = {

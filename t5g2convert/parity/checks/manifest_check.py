@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json_object
+from t5g2convert.checkpoint.file_names import INDEX_FILE, weight_files
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.inputs import Folders, plain_name
 from t5g2convert.checkpoint.manifest import Manifest, SourceRecord
 from t5g2convert.conversion.plan.types import Plan, PlannedSource
@@ -32,8 +33,7 @@ def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
 def file_faults(plan: Plan, target: Checkpoint, manifest: Manifest | None) -> Iterator[str]:
     """The files are those that a conversion writes: a loader takes up whatever else it knows the name of."""
     count = len(target.files)
-    shards = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    weights = {SINGLE_FILE} if count == 1 else {*shards, INDEX_FILE}
+    weights = {*weight_files(count), *([] if count == 1 else [INDEX_FILE])}
     settings = {"config.json"} if plan.generation_config is None else {"config.json", "generation_config.json"}
     expected = settings | weights | {file.name for file in plan.files}
     found = expected if manifest is None else set(manifest.files)

@@ -22,9 +22,9 @@ from t5g2convert.checkpoint.families.t5gemma2 import (
     read_t5gemma2_encoder,
 )
 from t5g2convert.checkpoint.families.t5gemma2_spellings import HEADED
+from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
-from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
 from t5g2convert.parity.checks.config import flatten
 from t5g2convert.parity.reports.report import Check, refused
 

@@ -11,19 +11,28 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.file_names import (
+    OLDER_TEMPLATE_FILE,
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
 from t5g2convert.parity.reports.report import Check, refused
 
-TOKENIZER: Final = "tokenizer.json"
-SETTINGS: Final = "tokenizer_config.json"
-MAP: Final = "special_tokens_map.json"
-TEMPLATE: Final = "chat_template.jinja"
-TEMPLATES: Final = "chat_template.json"
-PROCESSOR: Final = "processor_config.json"
-PREPROCESSOR: Final = "preprocessor_config.json"
-
-READ: Final = (TOKENIZER, SETTINGS, MAP, TEMPLATE, TEMPLATES, PROCESSOR, PREPROCESSOR)
+READ: Final = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    OLDER_TEMPLATE_FILE,
+    PROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+)
 """The files of the start that are read."""
 
 STEPS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -70,15 +79,15 @@ def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> tu
     Raises:
         CheckpointError: A file of either cannot be read.
     """
-    if not is_there(target.path / TOKENIZER):
+    if not is_there(target.path / TOKENIZER_FILE):
         return None
     remarks: list[str] = []
-    if not is_there(start / TOKENIZER):
-        return Check("tokenizer", False, f"{TOKENIZER} is there, the start has none"), ()
-    given, found = read_json_object(start / TOKENIZER), read_json_object(target.path / TOKENIZER)
-    added, named = _added(found), frozenset(_named(_read(target.path, SETTINGS)).values())
+    if not is_there(start / TOKENIZER_FILE):
+        return Check("tokenizer", False, f"{TOKENIZER_FILE} is there, the start has none"), ()
+    given, found = read_json_object(start / TOKENIZER_FILE), read_json_object(target.path / TOKENIZER_FILE)
+    added, named = _added(found), frozenset(_named(_read(target.path, TOKENIZER_CONFIG_FILE)).values())
     faults = [
-        f"{TOKENIZER}: {fault}"
+        f"{TOKENIZER_FILE}: {fault}"
         for fault in (*_token_faults(given, found, rows, named, remarks), *_step_faults(given, found))
     ]
     remarks += _leftovers(found)
@@ -207,35 +216,36 @@ def _leftovers(found: Mapping[str, Any]) -> Iterator[str]:
     """What the last call of a tokenizer leaves in its file; transformers sets it anew with every call."""
     truncation, padding = found.get("truncation"), found.get("padding")
     if isinstance(truncation, dict):
-        yield f"{TOKENIZER} cuts texts after {truncation.get('max_length')} tokens, where transformers does not read it"
+        cut = truncation.get("max_length")
+        yield f"{TOKENIZER_FILE} cuts texts after {cut} tokens, where transformers does not read it"
     if isinstance(padding, dict):
-        yield f"{TOKENIZER} pads texts, where transformers does not read it"
+        yield f"{TOKENIZER_FILE} pads texts, where transformers does not read it"
 
 
 def _settings_faults(start: Path, target: Path, added: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """The tokens that have a meaning of their own, in all files that name them."""
-    given, found = _read(start, SETTINGS), _read(target, SETTINGS)
+    given, found = _read(start, TOKENIZER_CONFIG_FILE), _read(target, TOKENIZER_CONFIG_FILE)
     before, after = _named(given), _named(found)
     for name, content in before.items():
         if found and after.get(name) != content and not (name not in after and name not in NAMED[:4]):
-            yield f"{SETTINGS}: {name} is {after.get(name)!r}, expected {content!r}"
-    expected = {**_named(_read(start, MAP)), **before}
-    for name, content in _named(_read(target, MAP)).items():
+            yield f"{TOKENIZER_CONFIG_FILE}: {name} is {after.get(name)!r}, expected {content!r}"
+    expected = {**_named(_read(start, SPECIAL_TOKENS_FILE)), **before}
+    for name, content in _named(_read(target, SPECIAL_TOKENS_FILE)).items():
         if expected.get(name, content) != content:
-            yield f"{MAP}: {name} is {content!r}, expected {expected[name]!r}"
+            yield f"{SPECIAL_TOKENS_FILE}: {name} is {content!r}, expected {expected[name]!r}"
     for switch in SWITCHES:
         # GemmaTokenizer has no switches: its post-processor, compared above, is what counts.
         if switch in found and bool(found[switch]) != bool(given.get(switch)):
-            yield f"{SETTINGS}: {switch} is {found[switch]!r}, expected {given.get(switch)!r}"
+            yield f"{TOKENIZER_CONFIG_FILE}: {switch} is {found[switch]!r}, expected {given.get(switch)!r}"
     kinds = [str(each["tokenizer_class"]) if each.get("tokenizer_class") else None for each in (given, found)]
     one, other = (None if kind is None else CLASSES.get(kind, kind) for kind in kinds)
     if found and given and one != other and one is not None:
-        yield f"{SETTINGS}: tokenizer_class is {other!r}, expected {one!r}"
+        yield f"{TOKENIZER_CONFIG_FILE}: tokenizer_class is {other!r}, expected {one!r}"
     listed = found.get("added_tokens_decoder")
     for number, entry in listed.items() if isinstance(listed, dict) else ():
         token = entry.get("content") if isinstance(entry, dict) else None
         if str(added.get(str(token), {}).get("id")) != number:
-            yield f"{SETTINGS}: added_tokens_decoder has {token!r} as {number}, {TOKENIZER} has not"
+            yield f"{TOKENIZER_CONFIG_FILE}: added_tokens_decoder has {token!r} as {number}, {TOKENIZER_FILE} has not"
 
 
 def _named(document: Mapping[str, Any]) -> dict[str, str]:
@@ -257,9 +267,11 @@ def _template_faults(start: Path, target: Path) -> Iterator[str]:
 
 def _template(folder: Path) -> Any:
     """The template that loaders take: a file of its own before the settings."""
-    if is_there(folder / TEMPLATE):
-        return read_json_file(folder / TEMPLATE).decode(errors="replace")
-    found = _read(folder, TEMPLATES).get("chat_template", _read(folder, SETTINGS).get("chat_template"))
+    if is_there(folder / TEMPLATE_FILE):
+        return read_json_file(folder / TEMPLATE_FILE).decode(errors="replace")
+    found = _read(folder, OLDER_TEMPLATE_FILE).get(
+        "chat_template", _read(folder, TOKENIZER_CONFIG_FILE).get("chat_template")
+    )
     if isinstance(found, list):
         # Several by their names, of which newer versions write all but one into a folder.
         found = next((each.get("template") for each in found if each.get("name") == "default"), found)
@@ -269,15 +281,15 @@ def _template(folder: Path) -> Any:
 def _pixel_faults(start: Path, target: Path, remarks: list[str]) -> Iterator[str]:
     given, found = _pixels(start), _pixels(target)
     if given and not found:
-        remarks.append(f"it has no {PROCESSOR}: copy the start's, to read pictures")
+        remarks.append(f"it has no {PROCESSOR_FILE}: copy the start's, to read pictures")
     for key in PIXELS if given and found else ():
         if (given.get(key) or None) != (found.get(key) or None):
-            yield f"{PROCESSOR}: {key} is {_short(found.get(key))}, expected {_short(given.get(key))}"
+            yield f"{PROCESSOR_FILE}: {key} is {_short(found.get(key))}, expected {_short(given.get(key))}"
 
 
 def _pixels(folder: Path) -> Mapping[str, Any]:
-    image = _read(folder, PROCESSOR).get("image_processor")
-    return image if isinstance(image, dict) else _read(folder, PREPROCESSOR)
+    image = _read(folder, PROCESSOR_FILE).get("image_processor")
+    return image if isinstance(image, dict) else _read(folder, PREPROCESSOR_FILE)
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

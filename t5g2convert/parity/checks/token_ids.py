@@ -7,16 +7,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.file_names import (
+    ADDED_TOKENS_FILE,
+    GENERATION_FILE,
+    PIECES_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.tokenizer.sentencepiece import read_pieces
-from t5g2convert.checkpoint.tokenizer.special_ids import (
-    GENERATION_FILE,
-    IMAGE_IDS,
-    SECTIONS,
-    config_ids,
-    generation_ids,
-)
+from t5g2convert.checkpoint.tokenizer.special_ids import IMAGE_IDS, SECTIONS, config_ids, generation_ids
 
 TABLE: Final = "embed_tokens.weight"
 
@@ -58,7 +60,7 @@ def special_faults(target: Checkpoint) -> Iterator[str]:
     """
     rows = table_rows(target)
     named = [("", *item) for item in config_ids(target.config, images=_reads_images(target.config))]
-    for name in (GENERATION_FILE, "tokenizer_config.json"):
+    for name in (GENERATION_FILE, TOKENIZER_CONFIG_FILE):
         if is_there(target.path / name):
             found = generation_ids(read_json_object(target.path / name))
             named += [(f"{name}: ", *item) for item in found if name == GENERATION_FILE or item[0] not in IMAGE_IDS]
@@ -80,32 +82,32 @@ def _tokens(folder: Path) -> Iterator[tuple[Any, str, str]]:
     """Yield every id of a folder's tokenizer, its token, and the file that it is from; an id may be anything."""
     document, settings, listed, special = (
         read_json_object(folder / name) if is_there(folder / name) else {}
-        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE)
     )
     vocabulary = _vocabulary(document)
-    if not document and is_there(folder / "tokenizer.model"):
-        pieces = read_pieces(folder / "tokenizer.model") or ()
+    if not document and is_there(folder / PIECES_FILE):
+        pieces = read_pieces(folder / PIECES_FILE) or ()
         vocabulary = {piece.decode(errors="replace"): number for number, piece in enumerate(pieces)}
-        yield from ((number, piece, "tokenizer.model") for piece, number in vocabulary.items())
+        yield from ((number, piece, PIECES_FILE) for piece, number in vocabulary.items())
     else:
-        yield from ((number, token, "tokenizer.json") for token, number in vocabulary.items())
+        yield from ((number, token, TOKENIZER_FILE) for token, number in vocabulary.items())
     added: list[tuple[Any, str, str]] = []
     entries = document.get("added_tokens")
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict):
-            added.append((entry.get("id"), str(entry.get("content")), "tokenizer.json"))
+            added.append((entry.get("id"), str(entry.get("content")), TOKENIZER_FILE))
     yield from _written(document.get("post_processor"))
     yield from _written(document.get("padding"))
     decoder = settings.get("added_tokens_decoder")
     for key, value in decoder.items() if isinstance(decoder, dict) else ():
         content = value.get("content") if isinstance(value, dict) else value
-        added.append((int(key) if key.isdecimal() else key, str(content), "tokenizer_config.json"))
-    added += [(number, token, "added_tokens.json") for token, number in listed.items()]
+        added.append((int(key) if key.isdecimal() else key, str(content), TOKENIZER_CONFIG_FILE))
+    added += [(number, token, ADDED_TOKENS_FILE) for token, number in listed.items()]
     yield from added
     if vocabulary:
         # A loader gives the next ids to what has none.
-        named = [(name, "tokenizer_config.json") for name in _names(settings)]
-        named += [(name, "special_tokens_map.json") for name in _names(special)]
+        named = [(name, TOKENIZER_CONFIG_FILE) for name in _names(settings)]
+        named += [(name, SPECIAL_TOKENS_FILE) for name in _names(special)]
         top = len(vocabulary) - 1
         ids = {token: number for token, number in vocabulary.items() if type(number) is int}
         for token, name in [*((token, name) for _, token, name in added), *named]:
@@ -120,13 +122,13 @@ def _written(node: Any) -> Iterator[tuple[Any, str, str]]:
     if not isinstance(node, dict):
         return
     if "pad_id" in node:
-        yield node["pad_id"], str(node.get("pad_token")), "tokenizer.json"
+        yield node["pad_id"], str(node.get("pad_token")), TOKENIZER_FILE
     for name in ("sep", "cls"):
         if isinstance(pair := node.get(name), list) and len(pair) == 2:
-            yield pair[1], str(pair[0]), "tokenizer.json"
+            yield pair[1], str(pair[0]), TOKENIZER_FILE
     templates = node.get("special_tokens")
     for token, template in templates.items() if isinstance(templates, dict) else ():
-        yield from ((number, token, "tokenizer.json") for number in template.get("ids", ()))
+        yield from ((number, token, TOKENIZER_FILE) for number in template.get("ids", ()))
     steps = node.get("processors")
     for step in steps if isinstance(steps, list) else ():
         yield from _written(step)

@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.families.gemma3 import Gemma3
+from t5g2convert.checkpoint.file_names import (
+    OLDER_TEMPLATE_FILE,
+    PROCESSOR_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
 from t5g2convert.checkpoint.inputs import VISION_FROM, Folders
@@ -20,10 +28,7 @@ from t5g2convert.parity.checks.token_ids import token_faults
 from t5g2convert.parity.reports.report import Check, refused
 from t5g2convert.parity.session import Judge
 
-TOKENIZER: Final = "tokenizer.json"
-SETTINGS: Final = "tokenizer_config.json"
-PROCESSOR: Final = "processor_config.json"
-UNCHANGED: Final = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+UNCHANGED: Final = (SPECIAL_TOKENS_FILE, TEMPLATE_FILE, OLDER_TEMPLATE_FILE)
 
 TEMPLATES: Final = "additional_chat_templates"
 """The folder of further chat templates, from which transformers loads every *.jinja."""
@@ -64,7 +69,11 @@ def make_tokenizer_check(judge: Judge, target: Checkpoint, check: Callable[[], C
 
 def _names(target: Path, manifest: Manifest | None) -> list[str]:
     files = {} if manifest is None else manifest.files
-    known = [name for name in (TOKENIZER, SETTINGS, PROCESSOR, *UNCHANGED) if name in files or is_there(target / name)]
+    known = [
+        name
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, PROCESSOR_FILE, *UNCHANGED)
+        if name in files or is_there(target / name)
+    ]
     return [*known, *template_names(files, target)]
 
 
@@ -99,32 +108,36 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     faults += [f"{name} is not the source's" for name in unchanged if not same_bytes(name, source, target)]
     images, index = model.vision is not None, target.config.get("image_token_index")
     found = _Tokenizer({})
-    if TOKENIZER in names:
-        found = _Tokenizer(read_json_object(target.path / TOKENIZER))
-        given = _read(source, TOKENIZER)
-        faults += [] if is_there(source / TOKENIZER) else [f"{TOKENIZER} is there, the source has none"]
+    if TOKENIZER_FILE in names:
+        found = _Tokenizer(read_json_object(target.path / TOKENIZER_FILE))
+        given = _read(source, TOKENIZER_FILE)
+        faults += [] if is_there(source / TOKENIZER_FILE) else [f"{TOKENIZER_FILE} is there, the source has none"]
         known = _Tokenizer(given).added
         faults += _tokenizer_faults(given, found, changes)
         faults += _image_token_faults(known, model.tokens.image_token_index, found.added, index) if images else ()
     move = (model.tokens.image_token_index, index)
     # Without a tokenizer.json its settings alone follow the image token.
     known_there = found.added.get(IMAGE_TOKENS["image_token"], {}).get("id") == index
-    moved = move[0] != move[1] and (TOKENIZER not in names or known_there)
-    if SETTINGS in names:
-        expected = _expected_settings(_read(source, SETTINGS), move if moved else None, found.added, images=images)
-        faults += _told(SETTINGS, expected, read_json_object(target.path / SETTINGS))
-    if PROCESSOR in names:
-        faults += _told(PROCESSOR, _expected_processor(seeing, model), read_json_object(target.path / PROCESSOR))
+    moved = move[0] != move[1] and (TOKENIZER_FILE not in names or known_there)
+    if TOKENIZER_CONFIG_FILE in names:
+        expected = _expected_settings(
+            _read(source, TOKENIZER_CONFIG_FILE), move if moved else None, found.added, images=images
+        )
+        faults += _told(TOKENIZER_CONFIG_FILE, expected, read_json_object(target.path / TOKENIZER_CONFIG_FILE))
+    if PROCESSOR_FILE in names:
+        faults += _told(
+            PROCESSOR_FILE, _expected_processor(seeing, model), read_json_object(target.path / PROCESSOR_FILE)
+        )
     if faults:
         whose = "the source's" if VISION_FROM not in folders.by_role else "the source's or the donor's"
         return refused("tokenizer", f"setting(s) or token(s) that are not {whose} or have no row", faults)
     moves = [f"{change.token}, now {change.target}" for change in changes if change.replaces is not None]
     declared = f" but for {'; '.join(moves)}, as declared" if moves else ""
-    if PROCESSOR in names and VISION_FROM not in folders.by_role:
+    if PROCESSOR_FILE in names and VISION_FROM not in folders.by_role:
         told = f"tokens and pixels are the source's{declared}"
     else:
-        kept = [f"tokens are the source's{declared}"] if {*names} - {PROCESSOR} else []
-        told = ", ".join([*kept, *(["pixels are the donor's"] if PROCESSOR in names else [])])
+        kept = [f"tokens are the source's{declared}"] if {*names} - {PROCESSOR_FILE} else []
+        told = ", ".join([*kept, *(["pixels are the donor's"] if PROCESSOR_FILE in names else [])])
     return Check("tokenizer", True, f"{', '.join(names)}: {told}")
 
 
@@ -174,11 +187,13 @@ def _tokenizer_faults(given: dict[str, Any], found: _Tokenizer, changes: Sequenc
     try:
         expected = json.dumps(_changed(given, changes))
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        return [f"t5g2.json declares tokens that do not fit the source's {TOKENIZER}: {type(error).__name__} {error}"]
+        return [
+            f"t5g2.json declares tokens that do not fit the source's {TOKENIZER_FILE}: {type(error).__name__} {error}"
+        ]
     if found.text == expected:
         return []
-    told = _told(TOKENIZER, given, json.loads(found.text))
-    return told or [f"{TOKENIZER} has its keys in another order than the source's"]
+    told = _told(TOKENIZER_FILE, given, json.loads(found.text))
+    return told or [f"{TOKENIZER_FILE} has its keys in another order than the source's"]
 
 
 def _changed(tokenizer: dict[str, Any], changes: Sequence[TokenRecord]) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def _image_token_faults(
     """The token that stood for images in the source has the id by which the target's encoder knows them."""
     for name, entry in known.items():
         if entry.get("id") == old and (found := added.get(name, {}).get("id")) != new:
-            yield f"{TOKENIZER}: {name} has id {found}, the encoder's image_token_index is {new}"
+            yield f"{TOKENIZER_FILE}: {name} has id {found}, the encoder's image_token_index is {new}"
 
 
 def _expected_settings(
@@ -241,7 +256,7 @@ def _expected_settings(
 
 def _expected_processor(source: Path, model: Gemma3) -> dict[str, Any]:
     """processor_config.json; transformers before 5 kept the image processor in preprocessor_config.json."""
-    given = _read(source, PROCESSOR)
+    given = _read(source, PROCESSOR_FILE)
     image = given.get("image_processor") or _read(source, "preprocessor_config.json")
     side = None if model.vision is None else model.vision.image_size
     own = {key: value for key, value in image.items() if key != "processor_class"}

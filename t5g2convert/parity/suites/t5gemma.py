@@ -1,11 +1,12 @@
 """How T5Gemma is judged that was made of Gemma 2."""
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from t5g2convert.checkpoint.families import gemma2, t5gemma
 from t5g2convert.checkpoint.families.gemma2 import Gemma2
 from t5g2convert.checkpoint.families.t5gemma import T5Gemma, read_t5gemma
+from t5g2convert.checkpoint.file_names import TOKENIZER_FILES
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.sources import Sources
@@ -22,12 +23,6 @@ from t5g2convert.parity.session import Judge
 from t5g2convert.parity.suites.base import Kind
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.t5gemma import T5GemmaReference
-
-TOKENIZER_FILES: Final = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""What the target has of these is the source's."""
 
 
 class ToT5Gemma(Kind[Gemma2Parent]):

@@ -15,12 +15,12 @@ from typing import Final
 from t5g2convert.checkpoint.families.registry import implied_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import HEADED, Published, as_published, is_t5gemma2
+from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.inputs import SOURCE
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, unverified
 from t5g2convert.checkpoint.sources import Sources, percent
-from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.batches import Inputs
 from t5g2convert.parity.checks.config import tensor_faults

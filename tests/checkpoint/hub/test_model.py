@@ -14,7 +14,8 @@ from typing import Any, Final
 import pytest
 from huggingface_hub import constants
 
-from t5g2convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
+from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.hub.model import HubId, fetch, missing, open_source, parse_id, size_of
 from t5g2convert.checkpoint.hub.ranges import FIRST_BYTES
