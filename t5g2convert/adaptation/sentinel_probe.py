@@ -11,7 +11,7 @@ equal, any other row counts. Thousands of sentinels may thus have moved, and do 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from t5g2convert.checkpoint.hub.model import Origin, fetch, open_source
 from t5g2convert.conversion.plan.vocabulary import vocabulary_of
 from t5g2convert.conversion.write.embedding_tables import Table, paired_blocks
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.progress import Progress, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,9 +94,7 @@ class Probe:
         return {**_finite(document), "ranges": [_finite(item) for item in document["ranges"]]}
 
 
-def probe(
-    gemma3: Origin, t5gemma2: Origin, *, factor: float = FACTOR, progress: Callable[[int], None] = lambda _: None
-) -> Probe:
+def probe(gemma3: Origin, t5gemma2: Origin, *, factor: float = FACTOR, progress: Progress = silent) -> Probe:
     """Compare the embedding tables of two checkpoints, a block of rows at a time.
 
     Args:
@@ -193,7 +192,7 @@ def _candidates(checkpoints: list[Checkpoint], rows: int) -> tuple["NDArray[np.b
     return chosen, told
 
 
-def _distances(before: Table, after: Table, rows: int, progress: Callable[[int], None]) -> "NDArray[np.float64]":
+def _distances(before: Table, after: Table, rows: int, progress: Progress) -> "NDArray[np.float64]":
     """||after - before|| / ||before|| by row; infinite where a row of zeros has moved."""
     import numpy as np
 

@@ -6,8 +6,8 @@ from typing import TypedDict, Unpack
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub.model import Origin, again, fetch, missing, open_source, size_of
-from t5g2convert.checkpoint.hub.snapshot import Progress
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Folders, Role
+from t5g2convert.progress import Progress
 
 Reads = Mapping[Role, Iterable[str]]
 """Files by their names in the checkpoint of each role."""

@@ -23,8 +23,9 @@ from t5g2convert.conversion.write.resume import Journal
 from t5g2convert.conversion.write.shards import Written, write_shards
 from t5g2convert.conversion.write.staging import Staging
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.progress import Progress, silent
 
-Downloading = Callable[[int], Callable[[int], None]]
+Downloading = Callable[[int], Progress]
 """Called with the bytes that will be downloaded; gives the function that is told of each piece."""
 
 
@@ -154,7 +155,7 @@ def execute(
                 kept=kept,
                 allow_nonfinite=allow_nonfinite,
                 flush=flush,
-                progress=options.progress or _silent,
+                progress=options.progress or silent,
                 given=given,
             )
             _check_downloads(plan, folders, written)
@@ -209,7 +210,3 @@ def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool
         yield f"{len(written.nonfinite)} tensor(s){where} hold NaN or infinity, copied as they are: " + some(
             written.nonfinite
         )
-
-
-def _silent(count: int) -> None:
-    """No progress is shown."""

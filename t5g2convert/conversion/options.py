@@ -15,6 +15,7 @@ from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, Role
 from t5g2convert.command_options import CommandOptions, Option
 from t5g2convert.conversion.plan.layer_spec import LayerSpec, parse_layers
 from t5g2convert.errors import UsageError
+from t5g2convert.progress import Progress
 
 KEEP: Final = "keep"
 """`--dtype` and `--rope-scaling` that change nothing."""
@@ -268,7 +269,7 @@ class WriteOptions(CommandOptions):
     ] = False
     resume: Annotated[bool, Option("Keep the shards that an earlier run finished; leave them if stopped.")] = False
     allow_nonfinite: Annotated[bool, Option("Copy NaN and infinity as they are.")] = False
-    progress: Callable[[int], None] | None = None
+    progress: Progress | None = None
     judge: Judge | None = None
 
     @model_validator(mode="after")

@@ -17,9 +17,8 @@ from t5g2convert.parity.checks.integrity import judge_integrity, unreadable_mani
 from t5g2convert.parity.checks.provenance import check_options
 from t5g2convert.parity.parents import Parent
 from t5g2convert.parity.reports.report import Check, Report
+from t5g2convert.progress import Steps
 from t5g2convert.reference.weights import ReadOptions
-
-Progress = Callable[[str], None]
 
 
 class Judge:
@@ -39,7 +38,7 @@ class Judge:
     """
 
     def __init__(
-        self, output: Path, parent: Parent | None, inputs: Inputs, device: str, tolerance: float, progress: Progress
+        self, output: Path, parent: Parent | None, inputs: Inputs, device: str, tolerance: float, progress: Steps
     ) -> None:
         self.output = output
         self.parent = parent

@@ -18,13 +18,14 @@ from t5g2convert.parity.checks.provenance import judge_provenance, planned, plan
 from t5g2convert.parity.mistaken_source import check_manifest_fits, remark_on_source
 from t5g2convert.parity.reports.record import record_report
 from t5g2convert.parity.reports.report import Check, Report
-from t5g2convert.parity.session import Judge, Progress
+from t5g2convert.parity.session import Judge
 from t5g2convert.parity.suites.adapted import Adapted
 from t5g2convert.parity.suites.base import Kind
 from t5g2convert.parity.suites.extracted import ToEncoder, ToGemma3
 from t5g2convert.parity.suites.t5gemma import ToT5Gemma
 from t5g2convert.parity.suites.t5gemma2 import ToT5Gemma2
 from t5g2convert.parity.suites.trained_elsewhere import is_trained_elsewhere, judge_trained_elsewhere
+from t5g2convert.progress import Steps, silent
 from t5g2convert.reference.weights import check_place
 
 KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3(), Adapted())
@@ -45,7 +46,7 @@ def verify(
     image: Path | None = None,
     frozen: Sequence[str] = (),
     record: bool = True,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Report:
     """Judge a conversion with the reference passes.
 
@@ -92,7 +93,7 @@ def verify(
             dtype=dtype,
             device=device,
             inputs=Inputs(None, None),
-            progress=progress or _silent,
+            progress=progress or silent,
         )
     if frozen:
         raise UsageError(
@@ -105,7 +106,7 @@ def verify(
     parent = None if sources is None else kind.parent(sources)
     inputs = Inputs(text, image)
     inputs.check(output, parent)
-    judge = Judge(output, parent, inputs, device, tolerance, progress or _silent)
+    judge = Judge(output, parent, inputs, device, tolerance, progress or silent)
     judge.read_manifest()
     if sources is not None and (remark := remark_on_source(output, sources.source)):
         judge.remarks.append(remark)
@@ -224,7 +225,3 @@ def _told(path: Path, *keys: str) -> object:
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
     return node
-
-
-def _silent(_: str) -> None:
-    """No progress is shown."""

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +13,7 @@ from t5g2convert.checkpoint.hub.error_messages import network_error, without_tok
 from t5g2convert.checkpoint.strictjson import is_text
 from t5g2convert.errors import DataError, T5g2Error, UsageError
 from t5g2convert.interrupts import raise_interruption
+from t5g2convert.progress import Progress
 
 SUFFIXES: Final = (".txt", ".jsonl", ".parquet")
 
@@ -25,9 +26,6 @@ ROWS: Final = 64
 
 COLUMN_BYTES: Final = 1 << 20
 """Bytes of a column that are read from a Parquet file at once."""
-
-Progress = Callable[[int], None]
-"""Called with the bytes of input just read."""
 
 
 @dataclass(frozen=True, slots=True)

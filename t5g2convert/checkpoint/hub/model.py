@@ -25,7 +25,6 @@ from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.hub.error_messages import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hub.ranges import read_remote_range
 from t5g2convert.checkpoint.hub.snapshot import (
-    Progress,
     Repository,
     Snapshot,
     download,
@@ -35,6 +34,7 @@ from t5g2convert.checkpoint.hub.snapshot import (
 )
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_template
 from t5g2convert.errors import CheckpointError, HubError, OutputError, UsageError
+from t5g2convert.progress import Progress
 
 Origin = str | Path | Checkpoint
 """What a checkpoint is opened from: a folder; a str may also name a model of the Hub; or it is open already."""

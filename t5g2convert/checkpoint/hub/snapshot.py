@@ -1,6 +1,6 @@
 """The files of one commit on the Hub, as a place: asked for there, or found in the cache."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,11 @@ from t5g2convert.checkpoint.header import Header, read_header
 from t5g2convert.checkpoint.hub.error_messages import OFFLINE_HINT, hub_errors
 from t5g2convert.checkpoint.hub.ranges import read_remote_header
 from t5g2convert.errors import CheckpointError, HubError, T5g2Error
+from t5g2convert.progress import Progress
 from t5g2convert.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-Progress = Callable[[int], None]
-"""Told of the bytes just downloaded; fewer than none if they must come again."""
 
 SMALL_BYTES: Final = 4_000_000
 """JSON files up to this size are fetched when a model is opened; a tokenizer.json is larger and waits."""

@@ -31,13 +31,13 @@ are ordered differently: an element may then be the other neighbour where the ex
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from t5g2convert.conversion.write.embedding_tables import ROWS_AT_ONCE, Table, paired_blocks
 from t5g2convert.conversion.write.numerics import first_nonfinite, rounded, widened
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.progress import Progress, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ def align(
     *,
     rows: int,
     ridge: float = 0.0,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> Alignment:
     """The least-squares map from a donor's embedding table to a target's.
 
@@ -167,7 +167,7 @@ class _Equations:
     energy: float
 
 
-def _summed(donor: Table, target: Table, rows: int, progress: Callable[[int], None]) -> _Equations:
+def _summed(donor: Table, target: Table, rows: int, progress: Progress) -> _Equations:
     import numpy as np
 
     sums = _Equations(np.zeros((donor.width, donor.width)), np.zeros((donor.width, target.width)), 0.0)
@@ -224,9 +224,7 @@ def _squared_residual(equations: _Equations, sizes: "Matrix", scaled_map: "Matri
     return square if square > 3e-8 * size else None
 
 
-def _measured_residual(
-    donor: Table, target: Table, rows: int, map_: "Matrix", progress: Callable[[int], None]
-) -> float:
+def _measured_residual(donor: Table, target: Table, rows: int, map_: "Matrix", progress: Progress) -> float:
     """||E_d M - E_t||², row by row."""
     import numpy as np
 

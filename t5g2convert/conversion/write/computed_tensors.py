@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.conversion.plan.types import Plan, PlannedAlignment, PlannedTensor, SourceRange
-from t5g2convert.conversion.write.copy import Progress, output_errors, read_exactly, write_exactly
+from t5g2convert.conversion.write.copy import output_errors, read_exactly, write_exactly
 from t5g2convert.conversion.write.numerics import rounded, scaled_row
 from t5g2convert.conversion.write.shard_files import OpenShards
 from t5g2convert.errors import CheckpointError
+from t5g2convert.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np

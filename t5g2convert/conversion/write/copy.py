@@ -14,15 +14,13 @@ from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.conversion.write.hashing import Hashers
 from t5g2convert.conversion.write.numerics import first_nonfinite
 from t5g2convert.errors import CheckpointError, OutputError
+from t5g2convert.progress import Progress
 
 CHUNK_BYTES: Final = 1 << 18
 """Bytes read at once; a multiple of every element size."""
 
 BUFFERS: Final = 12
 """Chunks in flight: read, being written, or waiting to be hashed."""
-
-Progress = Callable[[int], None]
-"""Called with the bytes just written, from any thread."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The same rows of two embedding tables, read from their files in blocks, as float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -8,6 +8,7 @@ from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.conversion.write.copy import read_exactly
 from t5g2convert.conversion.write.numerics import first_nonfinite, widened
 from t5g2convert.errors import CheckpointError
+from t5g2convert.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +47,7 @@ class Table:
 
 
 def paired_blocks(
-    donor: Table, target: Table, rows: int, progress: Callable[[int], None]
+    donor: Table, target: Table, rows: int, progress: Progress
 ) -> Iterator[tuple["NDArray[np.float64]", "NDArray[np.float64]"]]:
     """The same rows of both tables, [n, donor width] and [n, width]; the arrays are used again for the next ones.
 

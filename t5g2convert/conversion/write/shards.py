@@ -20,7 +20,6 @@ from t5g2convert.conversion.write.copy import (
     CHUNK_BYTES,
     Copier,
     Job,
-    Progress,
     output_errors,
 )
 from t5g2convert.conversion.write.hashing import FileHasher, Hashers
@@ -28,6 +27,7 @@ from t5g2convert.conversion.write.numerics import caster, decode
 from t5g2convert.conversion.write.resume import Journal
 from t5g2convert.conversion.write.shard_files import OpenShards
 from t5g2convert.errors import CheckpointError
+from t5g2convert.progress import Progress
 
 COPY_THREADS: Final = 2
 """Threads that copy where nothing is hashed; hashing needs the bytes in order, so one copies then."""
