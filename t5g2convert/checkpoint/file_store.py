@@ -1,6 +1,7 @@
 """Where the files of a checkpoint are: a folder of this machine, or a commit of a model of the Hub."""
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,34 @@ from t5g2convert.errors import CheckpointError, T5g2Error
 
 MOST_NAMES: Final = 10_000
 """Names in a folder that are looked at to say what it is."""
+
+MOST_CHARACTERS: Final = 96
+"""Characters of an owner's or a model's name on the Hub."""
+
+
+REPO_ID: Final = r"\w[\w.-]*/\w[\w.-]*"
+"""A pattern of what looks like the name of a model on the Hub; for `re.ASCII`."""
+
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether the Hub may have a model of that name.
+
+    >>> is_repo_id("google/gemma-3-270m"), is_repo_id("gemma-3-270m"), is_repo_id("google/gemma--3")
+    (True, False, False)
+    """
+    return (
+        re.fullmatch(REPO_ID, name, re.ASCII) is not None
+        and all(len(part) <= MOST_CHARACTERS for part in name.split("/"))
+        and not any(mark in name for mark in ("--", ".."))
+        and not name.endswith((".git", "-", "."))
+    )
+
+
+def is_commit(revision: str) -> bool:
+    """Return whether a revision is the sha of a commit, and not a branch or a tag."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 @dataclass(frozen=True, slots=True)

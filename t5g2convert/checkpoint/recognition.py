@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.file_names import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE
-from t5g2convert.checkpoint.file_store import FileStore, HubOrigin
+from t5g2convert.checkpoint.file_store import REPO_ID, FileStore, HubOrigin
 from t5g2convert.checkpoint.folder import found_in, some
 from t5g2convert.errors import T5g2Error
 from t5g2convert.printable import printable
@@ -230,11 +230,11 @@ def recognise_file(path: Path) -> Found:
 def spelling_hint(text: str) -> str:
     """What an argument may have been meant as that names no folder: a model of the Hub, in another spelling."""
     hint = "give the folder that holds config.json"
-    if found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*):([\w./-]+)", text, re.ASCII):
+    if found := re.fullmatch(rf"({REPO_ID}):([\w./-]+)", text, re.ASCII):
         return f"{hint}; a model of the Hub and its revision are given as {found[1]}@{found[2]}"
-    if found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(?:tree|resolve|blob)/([\w.-]+)/?", text, re.ASCII):
+    if found := re.fullmatch(rf"({REPO_ID})/(?:tree|resolve|blob)/([\w.-]+)/?", text, re.ASCII):
         return f"{hint}; a model of the Hub and its revision are given as {found[1]}@{found[2]}"
-    if found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)/(\w[\w./-]*?)/?", text, re.ASCII):
+    if found := re.fullmatch(rf"({REPO_ID})/(\w[\w./-]*?)/?", text, re.ASCII):
         return (
             f"{hint}; a folder inside a model of the Hub is downloaded first: "
             f"hf download {found[1]} --include '{found[2]}/*' --local-dir DIR, then give DIR/{found[2]}"

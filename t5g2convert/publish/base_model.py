@@ -10,7 +10,7 @@ from typing import Final
 from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_t5gemma2
 from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
-from t5g2convert.checkpoint.file_store import is_there
+from t5g2convert.checkpoint.file_store import is_commit, is_repo_id, is_there
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from t5g2convert.checkpoint.tokenizer.chat_templates import held
@@ -32,14 +32,6 @@ ROLES: Final = {
 
 LOADED_FILES: Final = ("config.json", *CARRIED)
 """Files other than the weights that save_pretrained writes and loaders read; not what Trainer leaves."""
-
-_ID: Final = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}(?<!\.git)", re.ASCII)
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether a name reads `org/name`, as models on the Hub do."""
-    return _ID.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +81,7 @@ def base_checkpoints(manifest: Manifest, folder: Path) -> list[BaseCheckpoint]:
     found = []
     for role, record in manifest.sources.items():
         hub = record.hub
-        if hub is not None and not (is_hub_id(hub.repo) and _COMMIT.fullmatch(hub.revision)):
+        if hub is not None and not (is_repo_id(hub.repo) and is_commit(hub.revision)):
             raise CheckpointError(
                 f"names {f'{hub.repo}@{hub.revision}'!r} as {ROLES[role]}, expected org/name and a commit",
                 where=folder / MANIFEST_FILE,

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.file_store import is_repo_id
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, OutputError, UsageError
-from t5g2convert.publish.base_model import base_checkpoints, is_hub_id, missing_manifest, read_trained_elsewhere
+from t5g2convert.publish.base_model import base_checkpoints, missing_manifest, read_trained_elsewhere
 from t5g2convert.publish.card_sections import CardContent, read_verification, sections
 from t5g2convert.publish.card_templates import template_for, template_for_trained_elsewhere
 from t5g2convert.publish.frontmatter import CARD_FILE, Card, Value, parse_card
@@ -55,7 +56,7 @@ def model_card(
     """
     if mode not in MODES:
         raise UsageError(f"unknown card mode {mode!r}", hint=f"expected {', '.join(MODES)}")
-    if repo and not is_hub_id(repo):
+    if repo and not is_repo_id(repo):
         raise UsageError(f"{repo!r} is not a valid model name on the Hub", hint="expected org/name")
     if mode == "keep":
         return None

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from t5g2convert.checkpoint.file_store import is_commit, is_repo_id
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub.error_messages import LOGIN_HINT
 from t5g2convert.checkpoint.hub.snapshot import hub_api, silent_bar
@@ -18,8 +18,6 @@ from t5g2convert.publish.retry import retry, upload_errors
 from t5g2convert.publish.sent_files import LocalFile, is_sent_name
 
 MAIN: Final = "main"
-_NAME: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_SHA: Final = re.compile(r"[0-9a-f]{40}")
 WEIGHTS: Final = (".safetensors", ".safetensors.index.json")
 
 
@@ -96,7 +94,7 @@ def check_access(repo: str, *, create_pr: bool = False) -> Access:
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RepositoryNotFoundError
 
-    if _NAME.fullmatch(repo) is None or "--" in repo or ".." in repo or repo.endswith((".git", "-", ".")):
+    if not is_repo_id(repo):
         # The name is not repeated: it may be an address with a token in it.
         raise UsageError("not a valid model name on the Hub, expected org/name")
     if constants.HF_HUB_OFFLINE:
@@ -150,7 +148,7 @@ def branch_head(repo: str, revision: str) -> str | None:
         heads = {ref.name: ref.target_commit for ref in refs.branches}
         heads |= {ref.ref: ref.target_commit for ref in refs.pull_requests or ()}
         tags = {ref.name for ref in refs.tags}
-    if revision not in heads and (revision in tags or _SHA.fullmatch(revision)):
+    if revision not in heads and (revision in tags or is_commit(revision)):
         kind = "a tag" if revision in tags else "a commit"
         raise UsageError(f"cannot upload to {revision}: it is {kind}, expected a branch")
     return heads.get(revision)

@@ -4,22 +4,18 @@ A folder that was trained elsewhere has no manifest; the files that loaders read
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.checkpoint.file_store import regular_file
+from t5g2convert.checkpoint.file_store import is_commit, regular_file
 from t5g2convert.checkpoint.folder import check_folder, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, FileRecord, read_manifest
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template
 from t5g2convert.errors import CheckpointError
 from t5g2convert.publish.base_model import loaded_files, missing_manifest
 from t5g2convert.publish.frontmatter import CARD_FILE
-
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +156,7 @@ def _resolved(folder: Path, name: str) -> Path:
 
 def _stores(folder: Path) -> Iterator[Path]:
     """Yield where the links of a snapshot in the Hub's cache point: models--org--name/blobs, or the shared blobs/."""
-    if _COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots":
+    if is_commit(folder.name) and folder.parent.name == "snapshots":
         model = folder.parent.parent
         if model.name.startswith("models--"):
             yield model / "blobs"

@@ -1,11 +1,11 @@
 """The lock on a run's folder: two processes that train into one would each remove what the other writes."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from t5g2convert.checkpoint.folder_lock import lock_folder
 from t5g2convert.errors import OutputError
 
 
@@ -40,16 +40,11 @@ def _lock(run: Path, made: list[Path]) -> int:
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 made.insert(0, folder)
-        fd = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(run.stat(), os.fstat(fd)):
-                return fd
+            fd = lock_folder(run)
         except BlockingIOError:
-            os.close(fd)
             raise OutputError(
                 "another process is training into this folder", where=run, hint="end it first, or choose another folder"
             ) from None
-        except FileNotFoundError:
-            pass  # the one that held it has just removed it
-        os.close(fd)
+        if fd is not None:
+            return fd

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.file_names import ADAPTER_FILE
-from t5g2convert.checkpoint.file_store import HubFile, HubOrigin, folders_of, listed, regular_file
+from t5g2convert.checkpoint.file_store import HubFile, HubOrigin, folders_of, is_repo_id, listed, regular_file
 from t5g2convert.checkpoint.folder import (
     Checkpoint,
     found_in,
@@ -39,7 +39,7 @@ from t5g2convert.progress import Progress
 Origin = str | Path | Checkpoint
 """What a checkpoint is opened from: a folder; a str may also name a model of the Hub; or it is open already."""
 
-_ID: Final = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([^\s@]+))?", re.ASCII)
+_ID: Final = re.compile(r"([^\s@]+)(?:@([^\s@]+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class HubId:
 def parse_id(text: str) -> HubId | None:
     """The model of the Hub that an argument names: it reads org/name[@revision], and is no path that exists."""
     found = _ID.fullmatch(text)
-    if found is None or "--" in found[1] or ".." in found[1] or found[1].endswith(".git") or os.path.lexists(text):
+    if found is None or not is_repo_id(found[1]) or os.path.lexists(text):
         return None
     return HubId(found[1], found[2])
 

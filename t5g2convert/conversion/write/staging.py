@@ -8,7 +8,6 @@
     filled     the files of OUT/.t5g2-staging are moved into OUT, the one that makes a checkpoint of it last
 """
 
-import fcntl
 import os
 import shutil
 import stat
@@ -20,6 +19,7 @@ from typing import Final, Self
 
 from t5g2convert.checkpoint.atomic_write import clear, flush_folder, usual_mode
 from t5g2convert.checkpoint.folder import some
+from t5g2convert.checkpoint.folder_lock import lock_folder
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.conversion.write.output_path import check_vacant
 from t5g2convert.conversion.write.ownership import (
@@ -282,31 +282,22 @@ class Staging:
                 if not self.folder.exists():
                     self.folder.mkdir(exist_ok=True)
                     self._made.insert(0, self.folder)
-                self._fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                fd = lock_folder(self.folder, follow_links=False)
+            except BlockingIOError:
+                # It is the other's now, even if it was made here: empty as it is, it must not be removed.
+                self._made = [folder for folder in self._made if folder != self.folder]
+                raise OutputError("another conversion is writing there", where=self.target) from None
             except FileNotFoundError:
                 # Another run has just removed what it had made; but some paths never come to be: /proc/no/such.
                 attempts -= 1
                 if not attempts:
                     raise
                 continue
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._fd)
-                self._fd = -1
-                # It is the other's now, even if it was made here: empty as it is, it must not be removed.
-                self._made = [folder for folder in self._made if folder != self.folder]
-                raise OutputError("another conversion is writing there", where=self.target) from None
-            try:
-                status = os.fstat(self._fd)
-                if os.path.samestat(self.folder.stat(), status):
-                    if status.st_uid != os.geteuid() and not self._made_folder:
-                        check_own_folder(self.folder)
-                    return
-            except FileNotFoundError:
-                pass
-            os.close(self._fd)
-            self._fd = -1
+            if fd is not None:
+                self._fd = fd
+                if os.fstat(fd).st_uid != os.geteuid() and not self._made_folder:
+                    check_own_folder(self.folder)
+                return
 
     def _is_worth_keeping(self) -> bool:
         return self._resume and self._fd >= 0 and (self.folder / JOURNAL_FILE).exists()
