@@ -37,9 +37,9 @@ from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import KEEP, Dtype, WriteOptions
 from t5g2convert.conversion.trained_model import FROZEN, plan_adapted
-from t5g2convert.conversion.write.copy import Progress
 from t5g2convert.conversion.write.output_path import check_target
 from t5g2convert.errors import CheckpointError, UsageError
+from t5g2convert.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np

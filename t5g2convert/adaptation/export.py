@@ -23,11 +23,11 @@ from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import KEEP, Dtype, Judge, WriteOptions
 from t5g2convert.conversion.trained_model import plan_adapted
 from t5g2convert.conversion.write.computed_tensors import Given
-from t5g2convert.conversion.write.copy import Progress
 from t5g2convert.conversion.write.output_path import check_target, check_vacant
 from t5g2convert.conversion.write.ownership import is_intact, manifest_listing
 from t5g2convert.errors import CheckpointError, OutputError, VerificationError
 from t5g2convert.mapping.inspection import Inspection, inspect
+from t5g2convert.progress import Progress
 
 
 class TrainedValues(Given, Protocol):

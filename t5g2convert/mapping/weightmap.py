@@ -11,18 +11,11 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 
 from t5g2convert.checkpoint.families.registry import TARGETS
+from t5g2convert.checkpoint.file_names import PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from t5g2convert.errors import MappingError
 from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
 from t5g2convert.mapping.operations import Aligned, ScaledRow, TakeRows, Zeros
-from t5g2convert.mapping.schema import (
-    PROCESSOR_FILE,
-    TOKENIZER_CONFIG_FILE,
-    TOKENIZER_FILE,
-    Drop,
-    Row,
-    TokenizerFiles,
-    WeightMap,
-)
+from t5g2convert.mapping.schema import Drop, Row, TokenizerFiles, WeightMap
 from t5g2convert.mapping.source_families import FAMILIES, source_variants
 from t5g2convert.mapping.strictyaml import Document, NodePath, load_yaml
 from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults, value_names

@@ -7,17 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.file_names import (
+    ADDED_TOKENS_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_file
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.hub.model import fetch, read_held
 from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
-
-TOKENIZER_FILE: Final = "tokenizer.json"
-PIECES_FILE: Final = "tokenizer.model"
-SETTINGS_FILE: Final = "tokenizer_config.json"
-ADDED_TOKENS_FILE: Final = "added_tokens.json"
-SPECIAL_TOKENS_FILE: Final = "special_tokens_map.json"
 
 _STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _MERGES: Final = re.compile(
@@ -88,7 +88,7 @@ class Tokenizer:
     @cached_property
     def settings(self) -> Mapping[str, Any] | None:
         """tokenizer_config.json; None where there is none."""
-        return read_held(self.checkpoint, SETTINGS_FILE)
+        return read_held(self.checkpoint, TOKENIZER_CONFIG_FILE)
 
     @cached_property
     def added_tokens(self) -> Mapping[str, Any] | None:

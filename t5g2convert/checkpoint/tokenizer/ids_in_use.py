@@ -13,15 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.families.config_section import MAX_INTEGER
+from t5g2convert.checkpoint.file_names import ADDED_TOKENS_FILE, PIECES_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE
 from t5g2convert.checkpoint.hub.model import fetch
-from t5g2convert.checkpoint.tokenizer.files import (
-    ADDED_TOKENS_FILE,
-    PIECES_FILE,
-    SETTINGS_FILE,
-    SPECIAL_TOKENS_FILE,
-    Tokenizer,
-    TokenizerJson,
-)
+from t5g2convert.checkpoint.tokenizer.files import Tokenizer, TokenizerJson
 from t5g2convert.errors import CheckpointError
 
 NAME_LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
@@ -95,7 +89,7 @@ class IdsInUse:
         """
         folder = tokenizer.checkpoint.path
         settings, special = tokenizer.settings or {}, tokenizer.special_tokens or {}
-        path = folder / SETTINGS_FILE
+        path = folder / TOKENIZER_CONFIG_FILE
         tokens = [(token, number, path) for number, token in sorted(dict(_decoder(settings, path)).items())]
         path, listed = folder / ADDED_TOKENS_FILE, tokenizer.added_tokens or {}
         tokens += [(name, _id(number, _quoted(name), path), path) for name, number in listed.items()]
@@ -103,7 +97,7 @@ class IdsInUse:
             self._add_token(token, number, path)
         # A loader gives new ids to the tokens that the vocabulary lacks, in this order.
         order = [(token, path) for token, _, path in tokens]
-        order += [(name, folder / SETTINGS_FILE) for name in _names(settings)]
+        order += [(name, folder / TOKENIZER_CONFIG_FILE) for name in _names(settings)]
         order += [(name, folder / SPECIAL_TOKENS_FILE) for name in _names(special)]
         if tokenizer.json is not None:
             vocabulary, size, added = self._add_json(tokenizer.json)

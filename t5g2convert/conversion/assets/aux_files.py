@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from t5g2convert.checkpoint.file_names import PROCESSOR_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.inputs import named, role_of
 from t5g2convert.checkpoint.manifest import encode_json
 from t5g2convert.checkpoint.tokenizer.chat_templates import held, is_template
-from t5g2convert.checkpoint.tokenizer.files import SETTINGS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_FILE, Tokenizer
+from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.conversion.assets.processor import processor_config
 from t5g2convert.conversion.assets.tokenizer import (
     TokenChange,
@@ -20,7 +21,7 @@ from t5g2convert.conversion.assets.tokenizer import (
 )
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.resolve import Resolution
-from t5g2convert.mapping.schema import PROCESSOR_FILE, TokenizerFiles, WeightMap
+from t5g2convert.mapping.schema import TokenizerFiles, WeightMap
 from t5g2convert.mapping.template import fill
 
 TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json")
@@ -154,11 +155,13 @@ def _settings(
     if settings is None and not source.holds(TOKENIZER_FILE):
         return
     additions = fill(declared.config, resolution.values, resolution.model.features)
-    config = tokenizer_config(settings or {}, additions, moves, special, source.path / SETTINGS_FILE)
+    config = tokenizer_config(settings or {}, additions, moves, special, source.path / TOKENIZER_CONFIG_FILE)
     if config != (settings or {}):
-        yield PlannedFile(SETTINGS_FILE, () if settings is None else (SETTINGS_FILE,), encode_json(config))
+        yield PlannedFile(
+            TOKENIZER_CONFIG_FILE, () if settings is None else (TOKENIZER_CONFIG_FILE,), encode_json(config)
+        )
     elif settings is not None:
-        yield copied(source, SETTINGS_FILE)
+        yield copied(source, TOKENIZER_CONFIG_FILE)
 
 
 def _notes(

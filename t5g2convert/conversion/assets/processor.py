@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from t5g2convert.checkpoint.file_names import PREPROCESSOR_FILE, PROCESSOR_FILE
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub.model import read_held
 from t5g2convert.errors import CheckpointError
-from t5g2convert.mapping.schema import PROCESSOR_FILE
 
-PREPROCESSOR_FILE: Final = "preprocessor_config.json"
 """The image processor before transformers 5; readers of T5Gemma 2 take it from processor_config.json."""
 
 

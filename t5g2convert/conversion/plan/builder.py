@@ -8,12 +8,12 @@ from typing import Any
 
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
 from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
-from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.assets.aux_files import plan_files
 from t5g2convert.conversion.assets.generation_config import generation_config, given_generation

@@ -6,12 +6,13 @@ from typing import Final
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES, element_bytes
 from t5g2convert.checkpoint.families.config_section import SourceModel
+from t5g2convert.checkpoint.file_names import GENERATION_FILE, TOKENIZER_CONFIG_FILE
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.hub.model import read_held, read_range
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Role
-from t5g2convert.checkpoint.tokenizer.files import SETTINGS_FILE, Tokenizer
+from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.checkpoint.tokenizer.ids_in_use import IdsInUse, UsedId
-from t5g2convert.checkpoint.tokenizer.special_ids import GENERATION_FILE, IMAGE_IDS, config_ids, generation_ids
+from t5g2convert.checkpoint.tokenizer.special_ids import IMAGE_IDS, config_ids, generation_ids
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.operations import TakeRows
@@ -95,8 +96,11 @@ def _special_ids(
         checkpoint = checkpoints[role]
         for field, number in config_ids(checkpoint.config, images=False):
             yield UsedId(number, field, checkpoint.path / "config.json")
-        settings = tokenizer.settings if role == SOURCE else read_held(checkpoint, SETTINGS_FILE)
-        for file, document in ((GENERATION_FILE, read_held(checkpoint, GENERATION_FILE)), (SETTINGS_FILE, settings)):
+        settings = tokenizer.settings if role == SOURCE else read_held(checkpoint, TOKENIZER_CONFIG_FILE)
+        for file, document in (
+            (GENERATION_FILE, read_held(checkpoint, GENERATION_FILE)),
+            (TOKENIZER_CONFIG_FILE, settings),
+        ):
             for field, number in generation_ids(document or {}):
                 # The tokenizer's own image token moves with the model's.
                 if number not in moved and (file == GENERATION_FILE or field not in IMAGE_IDS):
@@ -145,7 +149,7 @@ def _check_image_token(ids: IdsInUse, tokenizer: Tokenizer, *, donated: bool) ->
         (token, used), *_ = ids.at_moved.items()
         raise CheckpointError(
             f"image_token is {named!r}, the token that config.json means is {token!r}, {used.number}",
-            where=tokenizer.checkpoint.path / SETTINGS_FILE,
+            where=tokenizer.checkpoint.path / TOKENIZER_CONFIG_FILE,
         )
 
 
