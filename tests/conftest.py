@@ -1,13 +1,16 @@
 """Fixtures that all tests share."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from t5g2convert import convert
@@ -62,32 +65,43 @@ TwinFolder = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def twin_folder(tmp_path_factory: pytest.TempPathFactory) -> TwinFolder:
-    """The folder of a twin by its name, written on first use; not to be changed."""
-    root = tmp_path_factory.mktemp("twins")
-
-    def folder(name: str) -> Path:
-        # Imported here: transformers takes seconds, and most tests do without.
-        from tests.twins import BY_NAME, write_twin
-
-        if not (root / name).exists():
-            write_twin(BY_NAME[name], root / name)
-        return root / name
-
-    return folder
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def converted_twin(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFactory) -> TwinFolder:
-    """The folder of a twin's conversion by its name, written on first use; not to be changed."""
-    root = tmp_path_factory.mktemp("converted")
+def twin_folder(shared_folder: Path) -> TwinFolder:
+    """The folder of a twin by its name, written by the first worker that needs it; not to be changed."""
 
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            convert(twin_folder(name), root / name)
-        return root / name
+    def write(name: str, folder: Path) -> None:
+        # Imported here: transformers takes seconds, and most tests do without.
+        from tests.twins import BY_NAME, write_twin
 
-    return folder
+        write_twin(BY_NAME[name], folder)
+
+    return partial(_written_once, shared_folder / "twins", write)
+
+
+@pytest.fixture(scope="session")
+def converted_twin(twin_folder: TwinFolder, shared_folder: Path) -> TwinFolder:
+    """The folder of a twin's conversion by its name, written by the first worker that needs it; not to be changed."""
+
+    def write(name: str, folder: Path) -> None:
+        convert(twin_folder(name), folder)
+
+    return partial(_written_once, shared_folder / "converted", write)
+
+
+def _written_once(root: Path, write: Callable[[str, Path], object], name: str) -> Path:
+    root.mkdir(exist_ok=True)
+    with FileLock(root / f"{name}.lock"):
+        if not (root / f"{name}.written").exists():
+            shutil.rmtree(root / name, ignore_errors=True)
+            write(name, root / name)
+            (root / f"{name}.written").touch()
+    return root / name
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
