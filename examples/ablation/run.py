@@ -26,8 +26,7 @@ from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
-from t5g2convert.adaptation.train.loop import LoopConfig
-from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.settings import AdaptOptions
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -100,7 +99,8 @@ def pack_corpus(output: Path, documents: int | None) -> None:
 
 def train_and_evaluate(output: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train one model; return its parameters by part, training losses, and held-out losses by step."""
-    settings = Settings(
+    every = max(1, arguments.steps // arguments.checkpoints)
+    options = AdaptOptions(
         mixture=read_mixture(),
         encoder_length=arguments.length,
         decoder_length=arguments.length,
@@ -110,15 +110,19 @@ def train_and_evaluate(output: Path, name: str, arguments: argparse.Namespace) -
         warmup=arguments.steps // 10,
         seed=arguments.seed,
         precision="float32",
+        micro_batch=arguments.batch,
+        save_every=every,
+        keep=arguments.checkpoints + 1,
+        gradient_checkpointing=False,
+        resume=True,
+        export=False,
     )
-    every = max(1, arguments.steps // arguments.checkpoints)
-    loop = LoopConfig(micro=arguments.batch, save_every=every, keep=arguments.checkpoints + 1)
     run = output / f"run-{name}"
-    request = Request(output / name, output / TRAINING, run, settings, loop=loop, resume=True)
+    request = Request(output / name, output / TRAINING, run, options)
     done = adapt(request, begun=lambda _: None, report=lambda _: None)
     held_out: dict[int, Evaluation] = {}
     for step, checkpoint in {0: None, **complete_checkpoints(run)}.items():
-        found = evaluate(output / name, output / HELD_OUT, settings, samples=arguments.samples, checkpoint=checkpoint)
+        found = evaluate(output / name, output / HELD_OUT, options, samples=arguments.samples, checkpoint=checkpoint)
         held_out[step] = found
         line = f"held-out loss {found.loss:.3f}, with the encoder hidden {found.hidden_loss:.3f}"
         print(f"{name}, step {step}: {line}", flush=True)

@@ -1,8 +1,8 @@
-"""A whole run: checks, engine, weights, the loop, and what is made of its last checkpoint."""
+"""`t5g2 adapt`: a whole training run, from preflight to the exported model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,6 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
 )
 from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.distributed import (
-    Hardware,
     ReportedElsewhere,
     build_engine,
     early_launcher,
@@ -32,7 +31,7 @@ from t5g2convert.adaptation.train.distributed import (
 )
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
 from t5g2convert.adaptation.train.lock import locked
-from t5g2convert.adaptation.train.loop import LoopConfig, make_optimizer, train
+from t5g2convert.adaptation.train.loop import make_optimizer, train
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
@@ -48,9 +47,10 @@ from t5g2convert.adaptation.train.run_folder import (
     newest,
     write_description,
 )
-from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.settings import AdaptOptions, Settings
 from t5g2convert.adaptation.train.teacher import Teacher, check_teacher, load_teacher
 from t5g2convert.adaptation.ul2.dataset import task_names
+from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.conversion.write.output_path import check_apart
 from t5g2convert.errors import T5g2Error, UsageError
 
@@ -58,60 +58,50 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 LIBRARIES = ("torch", "transformers", "lightning_fabric", "numpy")
-"""Whose versions run.json has."""
+"""Libraries whose versions run.json records."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for.
+    """A requested run.
 
     Attributes:
         model: The folder of a converted model.
         data: The folder of packed data.
-        run: The folder of the run, absent or empty unless it is resumed.
-        settings: What decides the result; `teacher` is filled in.
-        teacher: The folder of a Gemma 3 to be distilled, if there is one.
-        rope_scaling: What the config must say of RoPE; None for whatever it says.
-        resume: Whether to go on from the newest checkpoint of the folder.
-        hardware: What it runs on.
-        loop: How it is cut into pieces.
-        chunk: Labels whose logits exist at once.
-        recompute: Whether activations are computed twice, to save memory.
-        export: Whether a model is made of the last checkpoint.
+        run: The run's folder; absent or empty, unless the run resumes.
+        options: The options of `t5g2 adapt`.
     """
 
     model: Path
     data: Path
     run: Path
-    settings: Settings
-    teacher: Path | None = None
-    rope_scaling: str | None = None
-    resume: bool = False
-    hardware: Hardware = field(default_factory=Hardware)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    chunk: int = 1024
-    recompute: bool = False
-    export: bool = False
+    options: AdaptOptions
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """All that is read, none of which may lie in the run's folder."""
-        return (self.model, self.data, *([] if self.teacher is None else [self.teacher]))
+        """All folders that are read; none may lie in the run's folder."""
+        teacher = self.options.kd
+        return (self.model, self.data, *([] if teacher is None else [teacher]))
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is a run to resume; --resume on an absent or empty folder starts one."""
+        return self.options.resume and (self.run / RUN_FILE).exists()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A run that was done.
+    """A completed run.
 
     Attributes:
-        first: Whether this is the first process, which alone tells of it.
-        start: Steps that were done before.
-        trained: Number of parameters that are trained.
+        first: Whether this process is rank 0, the only one that prints.
+        start: Steps completed before.
+        trained: Number of trained parameters.
         checkpoint: The last checkpoint.
-        steps: The whole log, on the first process.
-        plot: The picture of the losses.
-        settings: The run's, with the teacher's identity.
-        exported: The exported model, on rank 0, if --export was set.
+        steps: The whole log, on rank 0.
+        plot: The plot of the losses.
+        settings: The run's settings, with the teacher's identity.
+        exported: The exported model, on rank 0, if `export` is set.
     """
 
     first: bool
@@ -124,7 +114,7 @@ class Outcome:
     exported: Exported | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What `t5g2 adapt --json` prints."""
+        """Return what `t5g2 adapt --json` prints."""
         last = self.steps[-1]
         return {
             "steps": last.step,
@@ -139,22 +129,28 @@ class Outcome:
 
 
 def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: Callable[[Metrics], None]) -> Outcome:
-    """Train a model, or go on training it.
+    """Train a model, or resume its training.
+
+    ```python
+    options = AdaptOptions(lr=1e-4, steps=10_000, devices=8)
+    request = Request(Path("t5gemma-2"), Path("packed"), Path("run"), options)
+    adapt(request, begun=print, report=lambda metrics: print(metrics.line))
+    ```
 
     Args:
-        request: What is asked for.
-        begun: Told once, on the first process, of what was found.
-        report: Told of every step, on the first process.
+        request: The run.
+        begun: Called once with notes, on rank 0, before the first step.
+        report: Called with the metrics of every step, on rank 0.
 
     Raises:
-        DataError: The files of the data are not those that were packed; read when a run begins, not when it goes on.
-        T5g2Error: As `prepare`, `train` and `checkpoints`; on other ranks than 0 `ReportedElsewhere`, with the same
+        DataError: The data was modified after packing; checked when a run starts, not when it resumes.
+        T5g2Error: As in `prepare`, `train` and `checkpoints`; on other ranks than 0 `ReportedElsewhere`, with the same
             exit code.
     """
     try:
         require_extra()
         prepared = _prepare(request)
-        engine = build_engine(request.hardware, request.settings.precision)
+        engine = build_engine(request.options, request.options.precision)
     except T5g2Error as error:
         if early_rank() == 0:
             raise
@@ -169,39 +165,41 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         except BaseException:
             end_children(engine)
             raise
-        # The others may go; what follows takes one process.
+        # The export needs one process only.
         torch.distributed.destroy_process_group()
-        if not outcome.first or not request.export:
+        if not outcome.first or not request.options.export:
             return outcome
-        exported = export_checkpoint(request.run, outcome.checkpoint, request.model)
-    return replace(outcome, exported=exported)
+        return replace(outcome, exported=export_checkpoint(request.run, outcome.checkpoint, request.model))
 
 
 def foresee(request: Request) -> Forecast:
-    """Say what a run would do; everything that can be checked before it is started is.
+    """Forecast a run, after all checks that need no process group.
 
     Raises:
-        T5g2Error: As `prepare`.
+        T5g2Error: As in `prepare`.
     """
     require_extra()
-    hardware = request.hardware
-    devices = (hardware.devices or 1) * (hardware.nodes or 1)
-    return forecast(_prepare(request), devices=devices, micro=request.loop.micro, chunk=request.chunk)
+    options = request.options
+    devices = (options.devices or 1) * (options.nodes or 1)
+    return forecast(_prepare(request), devices=devices, micro=options.micro_batch, chunk=options.loss_chunk)
 
 
 def _prepare(request: Request) -> Prepared:
-    prepared = prepare(request.model, request.data, request.settings, rope_scaling=request.rope_scaling)
+    options = request.options
+    prepared = prepare(request.model, request.data, options, rope_scaling=options.rope_scaling)
+    if options.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
+        raise UsageError("only T5Gemma 2 can be exported", hint="--no-export leaves the checkpoints alone")
     check_apart(request.run, *request.inputs)
-    if request.teacher is not None:
-        if request.settings.image_every == 1:
-            raise UsageError("--kd teaches text alone, and with --image-every 1 there is none")
+    if options.kd is not None:
+        if options.image_every == 1:
+            raise UsageError("--kd applies only to text, but --image-every 1 leaves no text batches")
         longest = prepared.samples.longest + 1
-        check_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, longest=longest)
-    if not _goes_on(request) and early_launcher() is None and early_rank() == 0:
-        # Before other processes are started; those that torchrun or SLURM started wait to be told together.
+        check_teacher(options.kd, vocabulary=prepared.tokens.vocabulary, longest=longest)
+    if not request.resumes and early_launcher() is None and early_rank() == 0:
+        # Before other processes start; those that torchrun or SLURM started check this together.
         check_vacant(request.run)
-    if request.export and _goes_on(request) and request.settings.steps not in complete_checkpoints(request.run):
-        # Not after days of training; a run that is finished may have been exported, and is looked at then.
+    if options.export and request.resumes and options.steps not in complete_checkpoints(request.run):
+        # Now, not after days of training; a completed run may have been exported, which is checked later.
         check_export_place(request.run)
     return prepared
 
@@ -213,11 +211,11 @@ def _run(
     begun: Callable[[Sequence[str]], None],
     report: Callable[[Metrics], None],
 ) -> Outcome:
-    first = engine.global_rank == 0
+    on_rank_0 = engine.global_rank == 0
     known: dict[str, Any] = engine.broadcast(
-        run_on_all_ranks(engine, lambda: _identities(request, prepared) if first else {})
+        run_on_all_ranks(engine, lambda: _identities(request, prepared) if on_rank_0 else {})
     )
-    settings = request.settings.model_copy(update={"teacher": known["teacher"]})
+    settings = request.options.model_copy(update={"teacher": known["teacher"]})
     prepared.samples.settings = settings
     description = describe(
         settings,
@@ -226,28 +224,29 @@ def _run(
         data=prepared.samples.packed.sha256,
         versions=known["versions"],
     )
-    # As the first process sees it, before it writes anything.
-    goes_on = engine.broadcast(_goes_on(request))
-    if not goes_on:
+    # As rank 0 sees it, before it writes anything.
+    resumes = engine.broadcast(request.resumes)
+    if not resumes:
         packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
         run_on_all_ranks(engine, lambda: packed.check_bytes(part=rank, parts=world))
-    start, folder = run_on_all_ranks(engine, lambda: _start(engine, request, settings, description, goes_on=goes_on))
+    start, folder = run_on_all_ranks(engine, lambda: _start(engine, request, settings, description, resumes=resumes))
     module, state = run_on_all_ranks(engine, lambda: _build(engine, request, prepared, settings))
-    if not goes_on:
-        # Not before everything was looked at: a start that was refused leaves the folder to the next.
-        run_on_all_ranks(engine, lambda: write_description(request.run, description) if first else None)
+    if not resumes:
+        # After all checks: a refused start leaves the folder free for the next.
+        run_on_all_ranks(engine, lambda: write_description(request.run, description) if on_rank_0 else None)
     if folder is not None:
         run_on_all_ranks(engine, lambda: checkpoints.load(folder, state))
-    if first:
-        begun([*prepared.notes, *([f"{start:,} steps were done before"] if start else [])])
+    if on_rank_0:
+        begun([*prepared.notes, *([f"resuming after {start:,} steps"] if start else [])])
     if start < settings.steps:
-        train(engine, module, state, prepared.samples, run=request.run, start=start, loop=request.loop, report=report)
+        samples = prepared.samples
+        train(engine, module, state, samples, run=request.run, start=start, loop=request.options, report=report)
     engine.barrier()
-    steps = read_metrics(request.run / METRICS_FILE) if first else []
-    if first:
+    steps = read_metrics(request.run / METRICS_FILE) if on_rank_0 else []
+    if on_rank_0:
         plot_losses(steps, request.run / PLOT_FILE)
     return Outcome(
-        first=first,
+        first=on_rank_0,
         start=start,
         trained=sum(parameter.numel() for parameter in state.parameters.values()),
         checkpoint=checkpoint_path(request.run, settings.steps),
@@ -257,24 +256,20 @@ def _run(
     )
 
 
-def _goes_on(request: Request) -> bool:
-    """Whether there is a run to go on with; --resume on an absent or empty folder begins one."""
-    return request.resume and (request.run / RUN_FILE).exists()
-
-
 def _identities(request: Request, prepared: Prepared) -> dict[str, Any]:
+    teacher = request.options.kd
     return {
         "model": identity(request.model),
-        "teacher": None if request.teacher is None else identity(request.teacher),
+        "teacher": None if teacher is None else identity(teacher),
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
 def _start(
-    engine: "Fabric", request: Request, settings: Settings, description: Mapping[str, Any], *, goes_on: bool
+    engine: "Fabric", request: Request, settings: Settings, description: Mapping[str, Any], *, resumes: bool
 ) -> tuple[int, Path | None]:
-    """The steps that were done before, and the checkpoint to go on from."""
-    if not goes_on:
+    """Return the number of completed steps, and the checkpoint to resume from."""
+    if not resumes:
         if engine.global_rank == 0:
             check_vacant(request.run)
         return 0, None
@@ -284,12 +279,13 @@ def _start(
         checkpoints.clear_partial(request.run)
     start, folder = newest(request.run, settings)
     if folder is not None:
-        check_files(folder, read_checkpoint_manifest(folder), part=engine.global_rank, parts=engine.world_size)
+        manifest = read_checkpoint_manifest(folder)
+        check_files(folder, manifest, part=engine.global_rank, parts=engine.world_size)
     return start, folder
 
 
 def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Settings) -> tuple[nn.Module, State]:
-    """The sharded module, and what of it is trained."""
+    """Load and shard the model, and return it with its trained parameters and their optimizer."""
     checkpoint = prepared.checkpoint
     network = model.load_model(request.model, checkpoint.config)
     shapes = {name: tensor.entry.shape for name, tensor in checkpoint.tensors.items()}
@@ -297,29 +293,29 @@ def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Set
     if engine.global_rank == 0:
         model.compare_values(network, names, checkpoint)
     model.freeze(network, names, model.parts_of(checkpoint), images=prepared.images)
-    if request.recompute:
+    if request.options.gradient_checkpointing:
         model.recompute_activations(network)
-    denoiser = ModelWithLoss(
+    with_loss = ModelWithLoss(
         network,
         tasks=len(task_names(settings)),
         softcap=prepared.limits.softcap,
-        chunk=request.chunk,
+        chunk=request.options.loss_chunk,
         teacher=_teacher(request, prepared),
     )
-    module = engine.setup_module(denoiser)
+    module = engine.setup_module(with_loss)
     parameters = {
-        names[name]: parameter for name, parameter in denoiser.model.named_parameters() if parameter.requires_grad
+        names[name]: parameter for name, parameter in with_loss.model.named_parameters() if parameter.requires_grad
     }
     for pattern in settings.trainable:
         if not any(fnmatchcase(name, pattern) for name in parameters):
-            raise UsageError(f"--trainable {pattern} names none of the {len(parameters)} tensors that are trained")
-    # Saved under published names, in their order, whatever the class calls them and in whichever order.
+            raise UsageError(f"--trainable {pattern} matches none of the {len(parameters)} trained tensors")
+    # In the order of published names, whatever the class calls them.
     parameters = dict(sorted(parameters.items()))
     return module, State(parameters, make_optimizer(parameters, settings))
 
 
 def _teacher(request: Request, prepared: Prepared) -> Teacher | None:
-    if request.teacher is None:
+    if request.options.kd is None:
         return None
-    dtype = torch.bfloat16 if request.settings.precision == "bfloat16" else torch.float32
-    return load_teacher(request.teacher, vocabulary=prepared.tokens.vocabulary, dtype=dtype)
+    dtype = torch.bfloat16 if request.options.precision == "bfloat16" else torch.float32
+    return load_teacher(request.options.kd, vocabulary=prepared.tokens.vocabulary, dtype=dtype)

@@ -1,147 +1,96 @@
-"""`t5g2 adapt`."""
+"""`t5g2 adapt`, and the forecast that `--dry-run` prints."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from t5g2convert.cli.adapt_options import (
-    AcceleratorOption,
-    BatchOption,
-    Beta1Option,
-    Beta2Option,
-    ChunkOption,
-    ClipOption,
-    DecayOption,
-    DecoderLengthOption,
-    DevicesOption,
-    DryRunOption,
-    EncoderBosOption,
-    EncoderEosOption,
-    EncoderLengthOption,
-    EpsOption,
-    ExportOption,
-    FloorOption,
-    FreezeOption,
-    ImageEveryOption,
-    KeepOption,
-    LogOption,
-    LrOption,
-    MicroOption,
-    MixtureOption,
-    NodesOption,
-    PrecisionOption,
-    RecomputeOption,
-    ResumeOption,
-    RopeCheckOption,
-    SaveOption,
-    SeedOption,
-    StepsOption,
-    TeacherOption,
-    TrainableOption,
-    WarmupOption,
-    WorkersOption,
+from t5g2convert.adaptation.train.settings import RUN, AdaptOptions
+from t5g2convert.cli.command import Command
+from t5g2convert.cli.console import (
+    DebugOption,
+    JsonOption,
+    console,
+    emit_json,
+    parameter_table,
+    print_notes,
+    size_text,
+    table,
 )
-from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, parameter_table, print_notes
+from t5g2convert.cli.options import with_options
 from t5g2convert.errors import Interrupted
 from t5g2convert.interrupts import interruption, raise_interruption
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.adapt import Outcome, Request
+    from t5g2convert.adaptation.train.forecast import Forecast
     from t5g2convert.adaptation.train.metrics import Metrics
 
+LAUNCHING: Final = """\b
+One machine:
+  t5g2 adapt MODEL DATA OUT --lr 1e-4 --steps 10000 --devices 8
+Several machines, with torchrun on each:
+  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m t5g2convert \\
+    adapt MODEL DATA OUT --lr 1e-4 --steps 10000
+Several machines, with SLURM:
+  srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --kill-on-bad-exit t5g2 \\
+    adapt MODEL DATA OUT --lr 1e-4 --steps 10000
 
+All processes must see MODEL, DATA and OUT under the same paths. A run can resume with another number of processes.
+"""
+"""The end of the help."""
+
+
+class GroupedCommand(Command):
+    """A command whose help lists its options in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group, in order of first appearance."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                name = getattr(parameter, "rich_help_panel", None)
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(name or kind, []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+@with_options
 def adapt(
     model: Annotated[Path, typer.Argument(help="The converted folder to train.")],
     data: Annotated[Path, typer.Argument(help="The folder that `t5g2 pack` wrote with MODEL's tokenizer.")],
-    out: Annotated[Path, typer.Argument(help="The run's folder: checkpoints, logs, and the model that comes of it.")],
-    lr: LrOption,
-    steps: StepsOption,
-    mixture: MixtureOption = None,
-    encoder_length: EncoderLengthOption = 16_384,
-    decoder_length: DecoderLengthOption = 16_384,
-    encoder_bos: EncoderBosOption = True,
-    encoder_eos: EncoderEosOption = False,
-    image_every: ImageEveryOption = None,
-    kd: TeacherOption = None,
-    rope_scaling: RopeCheckOption = None,
-    batch_tokens: BatchOption = 256 * 16_384,
-    warmup: WarmupOption = 100,
-    lr_floor: FloorOption = 0.1,
-    beta1: Beta1Option = 0.9,
-    beta2: Beta2Option = 0.95,
-    eps: EpsOption = 1e-8,
-    weight_decay: DecayOption = 0.0,
-    clip: ClipOption = 1.0,
-    freeze_until: FreezeOption = 0,
-    trainable: TrainableOption = None,
-    seed: SeedOption = 0,
-    resume: ResumeOption = False,
-    save_every: SaveOption = 10_000,
-    keep: KeepOption = 5,
-    log_every: LogOption = 1,
-    dry_run: DryRunOption = False,
-    export: ExportOption = True,
-    accelerator: AcceleratorOption = "auto",
-    devices: DevicesOption = None,
-    nodes: NodesOption = None,
-    precision: PrecisionOption = "bfloat16",
-    micro_batch: MicroOption = 1,
-    gradient_checkpointing: RecomputeOption = True,
-    loss_chunk: ChunkOption = 1024,
-    workers: WorkersOption = 0,
+    out: Annotated[Path, typer.Argument(help="The run's folder: checkpoints, logs, and the trained model.")],
+    options: AdaptOptions,
+    log_every: Annotated[
+        int,
+        typer.Option(
+            "--log-every", min=1, help="Steps between printed lines; OUT/metrics.jsonl has all.", rich_help_panel=RUN
+        ),
+    ] = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what the run would do and an estimate of its cost; write nothing.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train a converted model further with UL2, on one device or many.
+    """Continue the training of a converted model with UL2, on one device or many.
 
-    AdamW on float32 weights; the learning rate rises in a line and falls along a cosine; the loss is summed over all
-    labels of a step, and divided by their number. SigLIP is never trained.
+    AdamW on float32 weights with linear warmup and cosine decay. The loss is summed over all labels of a step and
+    divided by their number. SigLIP is never trained.
     """
     from t5g2convert.adaptation.adapt import Request
-    from t5g2convert.adaptation.train.distributed import Hardware
-    from t5g2convert.adaptation.train.loop import LoopConfig
-    from t5g2convert.adaptation.train.settings import make_settings
-    from t5g2convert.adaptation.ul2.mixture import read_mixture
 
-    settings = make_settings(
-        mixture=read_mixture(mixture),
-        encoder_length=encoder_length,
-        decoder_length=decoder_length,
-        encoder_bos=encoder_bos,
-        encoder_eos=encoder_eos,
-        image_every=image_every,
-        seed=seed,
-        steps=steps,
-        batch_tokens=batch_tokens,
-        lr=lr,
-        lr_floor=lr_floor,
-        warmup=warmup,
-        betas=(beta1, beta2),
-        eps=eps,
-        weight_decay=weight_decay,
-        clip=clip,
-        precision=precision,
-        freeze_until=freeze_until,
-        trainable=tuple(trainable or ()),
-    )
-    request = Request(
-        model=model,
-        data=data,
-        run=out,
-        settings=settings,
-        teacher=kd,
-        rope_scaling=rope_scaling,
-        resume=resume,
-        hardware=Hardware(accelerator, devices, nodes),
-        loop=LoopConfig(micro=micro_batch, workers=workers, save_every=save_every, keep=keep),
-        chunk=loss_chunk,
-        recompute=gradient_checkpointing,
-        export=export,
-    )
+    request = Request(model, data, out, options)
     if dry_run:
         _foresee(request, as_json=as_json)
     else:
@@ -149,23 +98,52 @@ def adapt(
 
 
 def _foresee(request: "Request", *, as_json: bool) -> None:
-    """Say what would be done."""
     from t5g2convert.adaptation.adapt import foresee
-    from t5g2convert.cli.forecast import print_forecast
 
     found = foresee(request)
     if as_json:
         emit_json(found.to_json())
     else:
-        print_forecast(found)
+        _print_forecast(found)
+
+
+def _print_forecast(forecast: "Forecast") -> None:
+    """Print a table of the tasks, and lines for a step, a device and the whole run."""
+    out = console()
+    tasks = table("task", "of a block", "raw tokens", "encoder", "labels", "sentinels", right=(1, 2, 3, 4, 5))
+    for task in forecast.tasks:
+        counts = (task.weight, task.raw, task.encoder, task.labels, task.sentinels)
+        tasks.add_row(task.name, *(f"{count:,}" for count in counts))
+    images = f", {forecast.image_steps:,} of them on documents with images" if forecast.image_steps else ""
+    lines = {"steps": f"{forecast.steps:,} of {forecast.samples:,} samples{images}"}
+    if forecast.tasks:
+        out.print(tasks)
+        lines["text"] = f"{forecast.corpus:,} tokens, read {forecast.epochs:.3g} times"
+    lines["sentinels"] = "none" if forecast.sentinels is None else "ids {:,} down to {:,}".format(*forecast.sentinels)
+    if forecast.operations is not None:
+        lines["a step"] = f"{forecast.operations:.2e} operations of matrix products (estimate)"
+    held = forecast.memory
+    parts = {
+        "weights, gradients and moments": held.states,
+        "gathered": held.gathered,
+        "inputs of layers": held.inputs,
+        "softmax": held.softmax,
+    }
+    parts_text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    lines["a device"] = (
+        f"{size_text(held.total)} plus the activations of one layer (estimate, bfloat16, no teacher): {parts_text}"
+    )
+    for name, line in lines.items():
+        out.print(f"{name:<10} {line}", soft_wrap=True)
+    print_notes(forecast.notes)
 
 
 def _run(request: "Request", *, every: int, as_json: bool) -> None:
-    """Do it, and tell of it on the first process alone."""
+    """Run it; only rank 0 prints."""
     from t5g2convert.adaptation.adapt import adapt as run
     from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank
 
-    steps = request.settings.steps
+    steps = request.options.steps
     try:
         with _progress(steps) as advance:
 
@@ -173,20 +151,20 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
                 if not as_json and (step.step % every == 0 or step.step == steps):
                     typer.echo(step.line)
                 advance(step.step)
-                # A signal whose error was lost, in a destructor for example, stops the run here.
+                # A signal whose error was lost, for example in a destructor, stops the run here.
                 raise_interruption()
 
             outcome = run(request, begun=print_notes, report=report)
     except ReportedElsewhere as error:
         raise typer.Exit(error.exit_code) from None
     except Exception as error:
-        # Torch and the libraries around it make other errors of what a signal's handler raises.
+        # Torch and other libraries turn the error of a signal handler into their own.
         stopped = error if isinstance(error, Interrupted) else interruption()
         if stopped is None:
             raise
         if early_rank():
             raise typer.Exit(stopped.exit_code) from None
-        stopped.hint = "the same command with --resume goes on from the last checkpoint, if there is one"
+        stopped.hint = "the same command with --resume continues from the last checkpoint, if there is one"
         raise stopped from None
     if not outcome.first:
         return
@@ -202,14 +180,14 @@ def _print(outcome: "Outcome") -> None:
     out.print(f"checkpoint  {outcome.checkpoint}", soft_wrap=True)
     out.print(f"losses      {outcome.plot}", soft_wrap=True)
     if outcome.exported is not None:
-        how = "exported before, and left as it is" if outcome.exported.before else "which transformers loads whole"
+        how = "exported before, left unchanged" if outcome.exported.before else "loads in transformers"
         out.print(f"model       {outcome.exported.output}, {how}", soft_wrap=True)
         out.print(parameter_table(outcome.exported.inspection.parameters))
 
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, if that is a terminal and this is the first process."""
+    """Show a bar on stderr, if that is a terminal and this is rank 0."""
     from t5g2convert.adaptation.train.distributed import early_rank
 
     if not sys.stderr.isatty() or early_rank():
@@ -218,7 +196,7 @@ def _progress(steps: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("adapt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Lines go above the bar where both are on the terminal, and to stdout as they are where that is elsewhere.
+    # Lines go above the bar if stdout is the terminal too, and unchanged to stdout otherwise.
     redirect = sys.stdout.isatty()
     with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=redirect) as bar:
         task = bar.add_task("adapt", total=steps)

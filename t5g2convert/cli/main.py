@@ -29,7 +29,7 @@ from t5g2convert.cli import (
     upload,
     verify,
 )
-from t5g2convert.cli.adapt_options import LAUNCHING, GroupedCommand
+from t5g2convert.cli.adapt import LAUNCHING, GroupedCommand
 from t5g2convert.cli.command import Command
 from t5g2convert.cli.console import emit_json
 from t5g2convert.cli.streams import finish_streams, keep_working, prepare_streams, reader_left

@@ -17,15 +17,13 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.run_folder import identity
-from t5g2convert.adaptation.train.settings import make_settings
+from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.digest import sha256_of
 
 Tensors = Mapping[str, torch.Tensor]
 
-SETTINGS = make_settings(
-    mixture=read_mixture(), encoder_length=64, decoder_length=64, steps=200, batch_tokens=512, lr=1e-3
-)
+SETTINGS = Settings(mixture=read_mixture(), encoder_length=64, decoder_length=64, steps=200, batch_tokens=512, lr=1e-3)
 DATA = "c" * 64
 
 FACTS: dict[str, Any] = {

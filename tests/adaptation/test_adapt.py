@@ -24,13 +24,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
 from t5g2convert.adaptation.train import checkpoints, loop
 from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete_checkpoints, read_checkpoint_manifest
-from t5g2convert.adaptation.train.distributed import Hardware, ReportedElsewhere, early_rank, resolve
+from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank, resolve
 from t5g2convert.adaptation.train.lock import locked
-from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.preflight import check_rope, prepare, read_limits
 from t5g2convert.adaptation.train.run_folder import check_same, check_vacant, identity, newest
-from t5g2convert.adaptation.train.settings import Settings, make_settings
+from t5g2convert.adaptation.train.settings import AdaptOptions, Hardware, Settings
 from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.adaptation.ul2 import dataset
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task, read_mixture
@@ -58,13 +57,18 @@ def settings_of(**changes: Any) -> Settings:
         "lr": 1e-3,
         "warmup": 2,
     }
-    return make_settings(**{**values, **changes})
+    return Settings(**{**values, **changes})
 
 
 def request_of(small: Path, run: Path, settings: Settings, **changes: Any) -> Request:
-    loop = LoopConfig(micro=4, save_every=2, keep=2)
-    hardware = Hardware("cpu", 1, 1)
-    return Request(small / "model", small / "data", run, settings, hardware=hardware, loop=loop, **changes)
+    how = {"micro_batch": 4, "save_every": 2, "keep": 2, "accelerator": "cpu", "devices": 1, "nodes": 1}
+    defaults = {"export": False, "gradient_checkpointing": False}
+    options = AdaptOptions(**{**dict(settings), **how, **defaults, **changes})
+    return Request(small / "model", small / "data", run, options)
+
+
+def changed(request: Request, **changes: Any) -> Request:
+    return replace(request, options=request.options.replace(**changes))
 
 
 def run(request: Request) -> tuple[Outcome, list[Metrics]]:
@@ -144,7 +148,7 @@ def test_the_time_of_a_step_has_no_checkpoint_in_it_and_the_log_is_on_disk_befor
     monkeypatch.setattr(loop.time, "perf_counter", lambda: perf_counter() + clock[0])
     monkeypatch.setattr(os, "fsync", noted)
     request = request_of(small, tmp_path / "run", settings_of(steps=2, precision="float32"))
-    _, told = run(replace(request, loop=replace(request.loop, save_every=1)))
+    _, told = run(changed(request, save_every=1))
     assert told[1].tokens / told[1].tokens_per_second < 3600
 
 
@@ -161,7 +165,7 @@ def test_a_checkpoint_that_is_removed_is_complete_or_away(
         remove(folder, *args, **options)
 
     request = request_of(small, tmp_path / "run", settings_of(steps=4, precision="float32"))
-    request = replace(request, loop=replace(request.loop, keep=1))
+    request = changed(request, keep=1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", die)
         with pytest.raises(OutputError, match="Input/output error"):
@@ -174,7 +178,9 @@ def test_a_checkpoint_that_is_removed_is_complete_or_away(
 @pytest.mark.usefixtures("one_process")
 def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: Path, tmp_path: Path) -> None:
     settings = settings_of(image_every=3, lr=2e-3, steps=9, batch_tokens=512)
-    request = request_of(small, tmp_path / "run", settings, teacher=small / "parent", recompute=True, export=True)
+    request = request_of(
+        small, tmp_path / "run", settings, kd=small / "parent", gradient_checkpointing=True, export=True
+    )
     outcome, told = run(request)
     text = [step for step in told if step.kind == "text"]
     # Cross-entropy alone would start at log 256, 5.5; the parent is nearly as random as its child.
@@ -193,7 +199,7 @@ def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: 
 def test_recomputed_activations_change_nothing(small: Path, tmp_path: Path) -> None:
     settings = settings_of(precision="float32", steps=2)
     for name, recompute in (("plain", False), ("again", True)):
-        run(request_of(small, tmp_path / name, settings, recompute=recompute))
+        run(request_of(small, tmp_path / name, settings, gradient_checkpointing=recompute))
     plain, again = (tensors_of(tmp_path / name, 2) for name in ("plain", "again"))
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
@@ -229,16 +235,17 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
     request = request_of(small, tmp_path / "run", settings_of(image_every=2))
     told: list[Metrics] = []
     with pytest.raises(DataError, match="no such file"):
-        adapt(replace(request, loop=LoopConfig(micro=1)), begun=lambda notes: None, report=told.append)
+        adapt(changed(request, micro_batch=1), begun=lambda notes: None, report=told.append)
     assert [step.step for step in told] == [1]
     assert len(calls) == 4
 
 
 @pytest.mark.usefixtures("one_process")
 def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Path, tmp_path: Path) -> None:
+    from t5g2convert.cli.forecast import print_forecast
+
     from t5g2convert.adaptation.data.documents import read_files
     from t5g2convert.adaptation.data.pack import pack
-    from t5g2convert.cli.forecast import print_forecast
 
     pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
     request = replace(request_of(small, tmp_path / "run", settings_of(image_every=1)), data=tmp_path / "data")
@@ -247,8 +254,8 @@ def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Pa
     assert (told.steps, told.image_steps, told.tasks, told.corpus, told.epochs) == (4, 4, (), 0, 0.0)
     _, steps = run(request)
     assert [step.kind for step in steps] == ["images"] * 4
-    with pytest.raises(UsageError, match="--kd teaches text alone"):
-        foresee(replace(request, teacher=small / "parent"))
+    with pytest.raises(UsageError, match="--kd applies only to text"):
+        foresee(replace(request, kd=small / "parent"))
     with pytest.raises(DataError, match="the corpus has 0 tokens"):
         foresee(replace(request, settings=settings_of(image_every=2)))
 
@@ -526,21 +533,21 @@ def test_devices_that_are_not_there_or_were_not_started_are_refused(monkeypatch:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert resolve(Hardware()) == ("cpu", 1, 1)
     with pytest.raises(UsageError, match="this machine has 0 CUDA"):
-        resolve(Hardware("cuda", 2))
+        resolve(Hardware(accelerator="cuda", devices=2))
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5"}.items():
         monkeypatch.setenv(name, value)
     assert resolve(Hardware()) == ("cpu", 4, 2)
-    assert resolve(Hardware("cpu", 4, 2)) == ("cpu", 4, 2)
+    assert resolve(Hardware(accelerator="cpu", devices=4, nodes=2)) == ("cpu", 4, 2)
     with pytest.raises(UsageError, match="torchrun started 8 processes, but --devices 3 and --nodes 2 need 6"):
-        resolve(Hardware("cpu", 3, 2))
+        resolve(Hardware(accelerator="cpu", devices=3, nodes=2))
 
 
 def test_slurm_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}.items():
         monkeypatch.setenv(name, value)
-    assert resolve(Hardware("cpu")) == ("cpu", 2, 3)
+    assert resolve(Hardware(accelerator="cpu")) == ("cpu", 2, 3)
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert resolve(Hardware("cpu")) == ("cpu", 1, 1)
+    assert resolve(Hardware(accelerator="cpu")) == ("cpu", 1, 1)
 
 
 def test_which_process_this_is_says_the_launcher_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,7 +347,7 @@ def test_checkpoints_of_transformers_that_cannot_be_averaged_are_refused(trainer
     change(run / "checkpoint-100", lambda tensors: tensors.update({"score.out_proj.weight": tensors.pop(tower)}))
     with pytest.raises(CheckpointError, match="2 tensor") as error:
         average(run, 1, tmp_path / "out", model=trainer / "start")
-    assert set(error.value.details) == {f"{tower} is missing", "score.out_proj.weight is not one of the model"}
+    assert set(error.value.details) == {f"{tower} is missing", "score.out_proj.weight is not a tensor of the model"}
     with pytest.raises(OutputError, match="lies inside"):
         average(run, 1, run / "checkpoint-9/out", model=trainer / "start")
     assert not (tmp_path / "out").exists()

@@ -20,10 +20,9 @@ from t5g2convert import convert, inspect, plan, verify
 from t5g2convert.adaptation.adapt import Request, adapt
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
-from t5g2convert.adaptation.train.loop import LoopConfig
 from t5g2convert.adaptation.train.model import MODEL_LOADERS
 from t5g2convert.adaptation.train.preflight import prepare
-from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.settings import AdaptOptions, Settings
 from t5g2convert.adaptation.ul2.dataset import MicroBatch
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.registry import TARGETS
@@ -344,9 +343,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_text(folder / "texts")
     pack(folder / "model", folder / "data", read_files([folder / "texts"], "text", lambda _: None))
     before = dict(os.environ)
-    request = Request(
-        folder / "model", folder / "data", folder / "run", SETTINGS, loop=LoopConfig(micro=8, save_every=2, keep=2)
+    options = AdaptOptions(
+        **dict(SETTINGS), micro_batch=8, save_every=2, keep=2, gradient_checkpointing=False, export=False
     )
+    request = Request(folder / "model", folder / "data", folder / "run", options)
     adapt(request, begun=lambda _: None, report=lambda _: None)
     yield folder
     os.environ.clear()

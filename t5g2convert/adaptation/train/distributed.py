@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from t5g2convert.adaptation.train.settings import Hardware
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -20,29 +20,10 @@ if TYPE_CHECKING:
 
 EXTRA: Final = ("lightning_fabric", "matplotlib", "tensorboard", "transformers")
 
-Precision = Literal["bfloat16", "float32"]
-
 _RANK_VARIABLES: Final = {"torchrun": "RANK", "slurm": "SLURM_PROCID", None: "LOCAL_RANK"}
 """Environment variable with the rank, by launcher; without a launcher Fabric starts the processes."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """Hardware to train on; apart from rounding, the result does not depend on it.
-
-    Attributes:
-        accelerator: `cpu`, `cuda`, or `auto` for cuda if available.
-        devices: Processes per machine, one per device; None for the number that torchrun or SLURM started, else 1.
-        nodes: Machines; None for the number that torchrun or SLURM started, else 1.
-        timeout: Seconds that a process waits for the others.
-    """
-
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int | None = None
-    nodes: int | None = None
-    timeout: float = 1800.0
 
 
 class ReportedElsewhere(T5g2Error):  # noqa: N818 - the error is that of another process
@@ -88,7 +69,7 @@ def early_launcher() -> Literal["torchrun", "slurm"] | None:
     return None
 
 
-def build_engine(machines: Hardware, precision: Precision) -> "Fabric":
+def build_engine(hardware: Hardware, precision: str) -> "Fabric":
     """Create Fabric, without launching it.
 
     Raises:
@@ -98,28 +79,28 @@ def build_engine(machines: Hardware, precision: Precision) -> "Fabric":
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    accelerator, devices, nodes = resolve(machines)
+    accelerator, devices, nodes = resolve(hardware)
     strategy = ModelParallelStrategy(
         _sharding(precision),
         data_parallel_size=devices * nodes,
         tensor_parallel_size=1,
-        timeout=timedelta(seconds=machines.timeout),
+        timeout=timedelta(seconds=hardware.timeout),
     )
     # Master weights stay float32; FSDP2's policy computes in bfloat16.
     return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true")
 
 
-def resolve(machines: Hardware) -> tuple[str, int, int]:
-    """Return the accelerator, the devices per machine, and the number of machines.
+def resolve(hardware: Hardware) -> tuple[str, int, int]:
+    """Return the accelerator, the devices per machine, and the number of hardware.
 
     Raises:
         UsageError: The devices are not available, or torchrun or SLURM started another number of processes.
     """
     cuda = torch.cuda.device_count()
-    accelerator = ("cuda" if cuda else "cpu") if machines.accelerator == "auto" else machines.accelerator
+    accelerator = ("cuda" if cuda else "cpu") if hardware.accelerator == "auto" else hardware.accelerator
     local, total = _started()
-    devices = machines.devices or local or 1
-    nodes = machines.nodes or (1 if total is None else max(1, total // devices))
+    devices = hardware.devices or local or 1
+    nodes = hardware.nodes or (1 if total is None else max(1, total // devices))
     if total is not None and devices * nodes != total:
         raise UsageError(
             f"{early_launcher()} started {total} processes, but --devices {devices} and --nodes {nodes} need "
@@ -142,7 +123,7 @@ def _started() -> tuple[int | None, int | None]:
     return max(1, total // nodes), total
 
 
-def _sharding(precision: Precision) -> "Callable[[nn.Module, DeviceMesh], nn.Module]":
+def _sharding(precision: str) -> "Callable[[nn.Module, DeviceMesh], nn.Module]":
     """Return how to shard a model: each layer of each stack by itself; the rest, mainly the embedding, as the root."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32, reduce_dtype=torch.float32

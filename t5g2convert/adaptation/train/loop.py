@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere, raise_first_error
 from t5g2convert.adaptation.train.metrics import Log, Metrics, open_log
 from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
-from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.settings import LoopConfig, Settings
 from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, micro_batches, passes_of, task_names
 from t5g2convert.errors import DataError, T5g2Error
 
@@ -31,30 +30,13 @@ if TYPE_CHECKING:
 Report = Callable[[Metrics], None]
 
 
-@dataclass(frozen=True, slots=True)
-class LoopConfig:
-    """Settings of the loop that do not change the result.
-
-    Attributes:
-        micro: Samples per process and pass.
-        workers: Additional processes that prepare batches, per process.
-        save_every: Steps between checkpoints.
-        keep: Number of checkpoints to keep.
-    """
-
-    micro: int = 1
-    workers: int = 0
-    save_every: int = 10_000
-    keep: int = 5
-
-
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.AdamW:
     """Return AdamW; only matrices are decayed, since Gemma's norm weights are offsets from 1."""
     groups = [
         {"params": [each for each in parameters.values() if each.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [each for each in parameters.values() if each.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps)
 
 
 def train(
@@ -85,11 +67,11 @@ def train(
         OutputError: A checkpoint or a log cannot be written.
     """
     settings = samples.settings
-    passes = passes_of(settings, world=engine.world_size, micro=loop.micro)
+    passes = passes_of(settings, world=engine.world_size, micro=loop.micro_batch)
     batches = load_batches(
         samples,
         lambda: micro_batches(
-            settings, rank=engine.global_rank, world=engine.world_size, micro=loop.micro, start=start
+            settings, rank=engine.global_rank, world=engine.world_size, micro=loop.micro_batch, start=start
         ),
         workers=loop.workers,
     )

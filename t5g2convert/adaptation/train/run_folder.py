@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     CHECKPOINTS_FOLDER,
@@ -96,6 +96,15 @@ class History(ConfigSection):
     model: Digest
     model_folder: str
     data: Digest
+
+    @field_validator("settings", mode="wrap")
+    @classmethod
+    def _settings_are_valid(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Settings:
+        try:
+            settings: Settings = handler(value)
+        except UsageError as error:
+            raise ValueError(error.message) from None
+        return settings
 
     @model_validator(mode="after")
     def _settings_are_those_of_the_digest(self) -> Self:

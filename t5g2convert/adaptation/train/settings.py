@@ -1,127 +1,288 @@
-"""What decides the result of a run: every setting that a resumed run must share, in one frozen value.
+"""The options of `t5g2 adapt`: settings that decide the result, the loop, the hardware, and the run itself.
 
-What only decides how fast it comes, the devices, the size of a micro-batch, recomputed activations, is not among them.
+The command line, the Python API and run.json all read these models. Only `Settings` decides the result of a run: a
+resumed run must have the same. What only decides its speed is in `LoopConfig` and `Hardware`.
 """
 
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, model_validator
 
-from t5g2convert.adaptation.ul2.mixture import Mixture
+from t5g2convert.adaptation.ul2.mixture import Mixture, read_mixture
 from t5g2convert.checkpoint.manifest import digest_of
-from t5g2convert.errors import UsageError
+from t5g2convert.command_options import CommandOptions, Option
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
-_OBJECTIVE: Final = frozenset({"mixture", "encoder_length", "decoder_length", "encoder_bos", "encoder_eos", "teacher"})
-"""Settings that say what is learnt; weights that learnt different things are never averaged."""
+OURS: Final = "not established; our default"
+PAPER_MIXTURE: Final = "the paper's, 1:1:1:1:4"
+OBJECTIVE, OPTIMIZER, RUN, MACHINES = "Objective", "Optimizer", "Run", "Machines"
+"""Sections of the help."""
+
+_OBJECTIVE_FIELDS: Final = frozenset(
+    {"mixture", "encoder_length", "decoder_length", "encoder_bos", "encoder_eos", "teacher"}
+)
+"""Settings that define the objective; weights trained for different objectives are never averaged."""
 
 
-class Settings(BaseModel):
-    """All of them; `mixture` to `teacher` say what is learnt, the others how.
+def _mixture(text: str) -> Mixture:
+    return read_mixture() if text == PAPER_MIXTURE else read_mixture(Path(text))
+
+
+class Settings(CommandOptions):
+    """The settings that decide the result; `mixture` to `teacher` define the objective.
 
     Attributes:
-        mixture: The tasks.
-        encoder_length: Tokens of the encoder's input at most, its frame included.
-        decoder_length: Labels at most, the final eos included.
+        mixture: The UL2 tasks.
+        encoder_length: Longest encoder input in tokens, including bos and eos.
+        decoder_length: Most labels per sample, including the final eos.
         encoder_bos: Whether the encoder's input starts with bos.
         encoder_eos: Whether it ends with eos.
-        image_every: Every so many steps one is of documents with images; None for never.
-        teacher: The identity of the model that is distilled; None for none.
-        seed: Of the order of the data and of the noise.
-        steps: Of the whole run; the learning rate ends with them.
-        batch_tokens: Encoder tokens of a step, padding included.
-        lr: The highest learning rate.
-        lr_floor: Where the cosine ends, as a part of the highest rate.
-        warmup: Steps in which it rises.
-        betas: AdamW's.
-        eps: AdamW's.
-        weight_decay: AdamW's, of matrices; vectors are not decayed.
-        clip: The largest norm of the whole gradient.
-        precision: What is computed in; weights and optimizer are float32.
-        freeze_until: Until this step only what `trainable` names is trained.
-        trainable: Patterns of names in the published layout.
+        image_every: Every how many steps one uses documents with images; None for never.
+        teacher: Identity of the model that is distilled; None for none. Filled in by `adapt`.
+        seed: Seed of the order of the data and of the noise.
+        steps: Steps of the whole run; the learning rate schedule ends with them.
+        batch_tokens: Encoder tokens per step, including padding.
+        lr: Peak learning rate.
+        lr_floor: Final learning rate, as a fraction of the peak.
+        warmup: Steps of linear warmup.
+        beta1: AdamW's first beta.
+        beta2: AdamW's second beta.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's weight decay, for matrices; vectors are not decayed.
+        clip: Maximum norm of the whole gradient.
+        precision: Dtype of the computation; weights and optimizer are float32.
+        freeze_until: Before this step, only tensors that match `trainable` are trained.
+        trainable: Patterns of published tensor names.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
-    mixture: Mixture
-    encoder_length: Annotated[int, Field(gt=1)]
-    decoder_length: Annotated[int, Field(gt=1)]
-    encoder_bos: bool = True
-    encoder_eos: bool = False
-    image_every: Annotated[int, Field(gt=0)] | None = None
+    mixture: Annotated[
+        Mixture,
+        Option(
+            f"A YAML table of tasks. Of the paper's five, sentinels and mode tokens are {OURS}.",
+            metavar="PATH",
+            default=PAPER_MIXTURE,
+            group=OBJECTIVE,
+            parse=_mixture,
+        ),
+    ] = Field(default_factory=read_mixture)
+    encoder_length: Annotated[
+        int, Field(ge=2), Option("Longest encoder input in tokens; 16384 in the paper.", group=OBJECTIVE)
+    ] = 16_384
+    decoder_length: Annotated[
+        int, Field(ge=2), Option("Most labels per sample; 16384 in the paper.", group=OBJECTIVE)
+    ] = 16_384
+    encoder_bos: Annotated[bool, Option(f"Start the encoder's input with bos ({OURS}).", group=OBJECTIVE)] = True
+    encoder_eos: Annotated[
+        bool,
+        Option(f"End the encoder's input with eos ({OURS}).", flag="--encoder-eos/--no-encoder-eos", group=OBJECTIVE),
+    ] = False
+    image_every: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            f"Use documents with images in every K-th step, and train the projector ({OURS}).",
+            default="none",
+            metavar="K",
+            group=OBJECTIVE,
+        ),
+    ] = None
     teacher: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    steps: Annotated[int, Field(gt=0)]
-    batch_tokens: Annotated[int, Field(gt=0)]
-    lr: Positive
-    lr_floor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    warmup: Annotated[int, Field(ge=0)] = 100
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Positive = 1.0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    freeze_until: Annotated[int, Field(ge=0)] = 0
-    trainable: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    seed: Annotated[
+        int, Field(ge=0, lt=2**63), Option("Seed of the order of the data and of the noise.", group=OPTIMIZER)
+    ] = 0
+    steps: Annotated[
+        int,
+        Field(ge=1),
+        Option("Steps of the whole run; the learning rate ends with them, so they cannot change.", group=OPTIMIZER),
+    ]
+    batch_tokens: Annotated[
+        int,
+        Field(ge=1),
+        Option(
+            "Encoder tokens per step, over all devices: samples of --encoder-length; 4.2M in the paper.",
+            group=OPTIMIZER,
+        ),
+    ] = 256 * 16_384
+    lr: Annotated[Positive, Option("Peak learning rate; the paper's is not established.", group=OPTIMIZER)]
+    lr_floor: Annotated[
+        float, Field(ge=0, le=1), Option(f"Final learning rate, as a fraction of --lr ({OURS}).", group=OPTIMIZER)
+    ] = 0.1
+    warmup: Annotated[int, Field(ge=0), Option("Steps of linear warmup; 100 in the paper.", group=OPTIMIZER)] = 100
+    beta1: Annotated[Share, Option(f"AdamW's ({OURS}).", group=OPTIMIZER)] = 0.9
+    beta2: Annotated[Share, Option(f"AdamW's ({OURS}).", group=OPTIMIZER)] = 0.95
+    eps: Annotated[Positive, Option(f"AdamW's ({OURS}).", group=OPTIMIZER)] = 1e-8
+    weight_decay: Annotated[
+        float,
+        Field(ge=0),
+        Option(f"AdamW's, for matrices only ({OURS}).", group=OPTIMIZER),
+    ] = 0.0
+    clip: Annotated[Positive, Option("Maximum norm of the whole gradient; 1.0 in the paper.", group=OPTIMIZER)] = 1.0
+    precision: Annotated[
+        Literal["bfloat16", "float32"], Option("Dtype of the computation; weights stay float32.", group=MACHINES)
+    ] = "bfloat16"
+    freeze_until: Annotated[
+        int,
+        Field(ge=0),
+        Option("Before this step, train only tensors that match --trainable.", metavar="STEP", group=OPTIMIZER),
+    ] = 0
+    trainable: Annotated[
+        tuple[str, ...],
+        Field(strict=False),
+        Option(
+            "For --freeze-until: names on disk, for example 'model.encoder.*'; may be repeated.",
+            metavar="PATTERN",
+            group=OPTIMIZER,
+        ),
+    ] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_betas(cls, values: Any) -> Any:
+        # run.json and manifests have both in one list.
+        if isinstance(values, dict) and isinstance(betas := values.get("betas"), list | tuple) and len(betas) == 2:
+            rest = {name: value for name, value in values.items() if name != "betas"}
+            return {**rest, "beta1": betas[0], "beta2": betas[1]}
+        return values
 
     @property
     def samples(self) -> int:
-        """Samples of a step: 0 where a batch is smaller than one."""
+        """Samples per step; 0 if a batch is smaller than one sample."""
         return self.batch_tokens // self.encoder_length
 
     @property
     def sha256(self) -> str:
-        """Of all settings, hexadecimal."""
+        """sha256 of all settings, hexadecimal."""
         return digest_of(self.to_json())
 
     @property
     def objective_sha256(self) -> str:
-        """Of those that say what is learnt, hexadecimal."""
-        return digest_of({name: value for name, value in self.to_json().items() if name in _OBJECTIVE})
+        """sha256 of the settings of the objective, hexadecimal."""
+        return digest_of({name: value for name, value in self.to_json().items() if name in _OBJECTIVE_FIELDS})
 
     def to_json(self) -> dict[str, Any]:
-        """As run.json has them."""
-        return self.model_dump(mode="json")
+        """Return the settings as in run.json."""
+        values = self.model_dump(mode="json", include=set(Settings.model_fields))
+        document: dict[str, Any] = {}
+        for name, value in values.items():
+            if name == "beta1":
+                document["betas"] = [value, values["beta2"]]
+            elif name != "beta2":
+                document[name] = value
+        return document
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: up in a line, then down along half a cosine to the floor."""
+        """Return the learning rate of a step, counted from 0: linear warmup, then half a cosine to the floor."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * (self.lr_floor + (1 - self.lr_floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
     def is_image_step(self, step: int) -> bool:
-        """Whether a step is of documents with images: the last of every `image_every`."""
+        """Return whether a step uses documents with images: the last of every `image_every`."""
         return self.image_every is not None and (step + 1) % self.image_every == 0
 
     def first_sample(self, step: int) -> int:
-        """The first sample of a step, counted among the samples of its own kind."""
+        """Return the first sample of a step, counted among the samples of its kind."""
         images = 0 if self.image_every is None else step // self.image_every
         return (images if self.is_image_step(step) else step - images) * self.samples
 
 
-def make_settings(**values: Any) -> Settings:
-    """Settings of these values.
+class LoopConfig(CommandOptions):
+    """Settings of the training loop that do not change the result.
 
-    Raises:
-        UsageError: One is out of its range; told by the name of its option.
+    Attributes:
+        micro_batch: Samples per process and pass.
+        gradient_checkpointing: Compute activations twice, to save memory.
+        loss_chunk: Labels whose logits exist at once.
+        workers: Additional processes that prepare batches, per process.
+        save_every: Steps between checkpoints.
+        keep: Number of checkpoints to keep.
     """
-    try:
-        return Settings(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"--{option}: {first['msg']}, found {first['input']!r}") from None
+
+    save_every: Annotated[int, Field(ge=1), Option("Steps between checkpoints; 10000 in the paper.", group=RUN)] = (
+        10_000
+    )
+    keep: Annotated[int, Field(ge=1), Option("Checkpoints to keep; the paper averages 5.", group=RUN)] = 5
+    micro_batch: Annotated[int, Field(ge=1), Option("Samples per process and pass.", group=MACHINES)] = 1
+    gradient_checkpointing: Annotated[bool, Option("Compute activations twice, to save memory.", group=MACHINES)] = True
+    loss_chunk: Annotated[int, Field(ge=1), Option("Labels whose logits exist at once.", group=MACHINES)] = 1024
+    workers: Annotated[
+        int, Field(ge=0), Option("Additional processes that prepare batches, per process.", group=MACHINES)
+    ] = 0
+
+
+class Hardware(CommandOptions):
+    """The hardware to train on; apart from rounding, the result does not depend on it.
+
+    Attributes:
+        accelerator: `cpu`, `cuda`, or `auto` for cuda if available.
+        devices: Processes per machine, one per device; None for the number that torchrun or SLURM started, else 1.
+        nodes: Machines; None for the number that torchrun or SLURM started, else 1.
+        timeout: Seconds that a process waits for the others.
+    """
+
+    accelerator: Annotated[
+        Literal["auto", "cpu", "cuda"], Option("Where to train; auto is cuda if available.", group=MACHINES)
+    ] = "auto"
+    devices: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("Processes per machine.", default="1, or what torchrun or SLURM started", group=MACHINES),
+    ] = None
+    nodes: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("Number of machines.", default="1, or what torchrun or SLURM started", group=MACHINES),
+    ] = None
+    timeout: float = 1800.0
+
+
+class AdaptOptions(LoopConfig, Hardware, Settings):
+    """All options of a run.
+
+    Attributes:
+        kd: A Gemma 3 folder to distil.
+        rope_scaling: RoPE scaling that the config must have; None accepts any.
+        resume: Continue from the newest checkpoint of the run's folder.
+        export: Write the last checkpoint as a model.
+    """
+
+    kd: Annotated[
+        Path | None,
+        Option(
+            "Distil this Gemma 3 folder: labels that are raw tokens with a token before them are learnt from its "
+            "distribution (KL), all others by cross-entropy. Image steps use cross-entropy only.",
+            metavar="PARENT",
+            group=OBJECTIVE,
+        ),
+    ] = None
+    rope_scaling: Annotated[
+        str | None,
+        Option(
+            "linear:F that config.json must have; `t5g2 convert --rope-scaling` sets it.",
+            metavar="SCALING",
+            default="what config.json has",
+            group=OBJECTIVE,
+        ),
+    ] = None
+    resume: Annotated[
+        bool, Option("Continue from OUT's newest complete checkpoint; the settings must be the same.", group=RUN)
+    ] = False
+    export: Annotated[bool, Option("At the end, write the model to OUT/model and check that it loads.", group=RUN)] = (
+        True
+    )
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Each setting in which two runs differ, with both values: of the first, and of the second."""
+    """Return each setting in which two runs differ, with both values."""
     names = dict.fromkeys([*one, *other])
     return [
         f"{name} {_shown(one.get(name))}, now {_shown(other.get(name))}"

@@ -11,7 +11,7 @@ from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.train.forecast import forecast
 from t5g2convert.adaptation.train.loss import IGNORED
 from t5g2convert.adaptation.train.preflight import prepare
-from t5g2convert.adaptation.train.settings import Settings, differences, make_settings
+from t5g2convert.adaptation.train.settings import Settings, differences
 from t5g2convert.adaptation.ul2.corruption import Example
 from t5g2convert.adaptation.ul2.dataset import (
     Batch,
@@ -31,7 +31,7 @@ TOKENS = ModelTokens(300, bos=2, eos=1, pad=0, boi=290, eoi=291, image=292, per_
 
 def make(**changes: object) -> Settings:
     values = {"encoder_length": 64, "decoder_length": 64, "batch_tokens": 640, "steps": 100, "lr": 1e-3}
-    return make_settings(mixture=read_mixture(), **{**values, **changes})
+    return Settings(mixture=read_mixture(), **{**values, **changes})
 
 
 def example(*, encoder: int, labels: int, task: int) -> Example:
@@ -147,8 +147,8 @@ def test_settings_are_told_apart_by_their_sha256() -> None:
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"lr": 0.0}, "--lr: .* greater than 0"), ({"steps": 0}, "--steps"), ({"betas": (1.0, 0.9)}, "--betas"),
-     ({"lr": float("nan")}, "--lr"), ({"seed": -1}, "--seed"), ({"precision": "float16"}, "--precision")],
+    [({"lr": 0.0}, "lr: .* greater than 0"), ({"steps": 0}, "steps: "), ({"betas": (1.0, 0.9)}, "beta1: "),
+     ({"lr": float("nan")}, "lr: "), ({"seed": -1}, "seed: "), ({"precision": "float16"}, "precision: ")],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_told_by_its_option(change: dict[str, object], told: str) -> None:
     with pytest.raises(UsageError, match=told):
