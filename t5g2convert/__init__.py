@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from t5g2convert.parity.compare import Comparison, compare
     from t5g2convert.parity.reports.report import Report
     from t5g2convert.parity.verify import verify
-    from t5g2convert.reference.generation import write
+    from t5g2convert.reference.generation import generate
 
 __all__ = [
     "CheckpointError",
@@ -53,10 +53,10 @@ __all__ = [
     "__version__",
     "compare",
     "convert",
+    "generate",
     "inspect",
     "plan",
     "verify",
-    "write",
 ]
 
 _HOME = {
@@ -78,7 +78,7 @@ _HOME = {
     "inspect": "mapping.inspection",
     "plan": "conversion.plan.builder",
     "verify": "parity.verify",
-    "write": "reference.generation",
+    "generate": "reference.generation",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer, pipeline
 
-from t5g2convert import convert, verify, write
+from t5g2convert import convert, generate, verify
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.prompts import TextCodec, picture
@@ -123,7 +123,7 @@ def test_a_picture_and_a_text_become_a_text(output: Path, photo: Path) -> None:
 
 
 def test_the_reference_writes_with_the_same_files(output: Path, photo: Path) -> None:
-    assert isinstance("".join(write(output, "ab ab", image=photo, max_new_tokens=4)), str)
+    assert isinstance("".join(generate(output, "ab ab", image=photo, max_new_tokens=4)), str)
 
 
 def test_verification_passes(source: Path, output: Path, photo: Path) -> None:

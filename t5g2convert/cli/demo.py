@@ -64,7 +64,7 @@ def demo(
     from t5g2convert.conversion.write.output_path import check_target
     from t5g2convert.mapping.inspection import inspect
     from t5g2convert.parity.verify import verify
-    from t5g2convert.reference.generation import write
+    from t5g2convert.reference.generation import generate
 
     screen = console()
     with ExitStack() as stack:
@@ -99,7 +99,7 @@ def demo(
 
         screen.print("5  It writes", style="bold")
         screen.print("   nonsense: its weights are random, and a conversion has yet to learn to use its encoder\n")
-        written = "".join(write(output, "an encoder-decoder", max_new_tokens=24))
+        written = "".join(generate(output, "an encoder-decoder", max_new_tokens=24))
         screen.print(f"   {printable(written)}\n", soft_wrap=True)
         if out is not None:
             screen.print(f"kept in {printable(str(out))}", soft_wrap=True)

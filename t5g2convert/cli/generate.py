@@ -22,11 +22,13 @@ def generate(
     debug: DebugOption = False,
 ) -> None:
     """Write greedily with the reference encoder-decoder. A fresh conversion has yet to learn to use its encoder."""
-    from t5g2convert.reference.generation import write
+    from t5g2convert.reference import generation
 
     began = False
     try:
-        for piece in write(output, prompt, image=image, max_new_tokens=max_new_tokens, dtype=dtype, device=device):
+        for piece in generation.generate(
+            output, prompt, image=image, max_new_tokens=max_new_tokens, dtype=dtype, device=device
+        ):
             began = True
             sys.stdout.write(printable(piece, keep="\n"))
             sys.stdout.flush()

@@ -23,7 +23,7 @@ from t5g2convert.reference.overflow import overflow
 from t5g2convert.reference.prompts import TextCodec
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
-from t5g2convert.reference.weights import check_place
+from t5g2convert.reference.weights import check_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def compare(
         HubError: The Hub has no such model, does not give it out, or cannot be reached.
         UsageError: The text cannot be read or is too short, the two are of other widths, or float16 overflows.
     """
-    check_place(dtype, device)
+    check_device(dtype, device)
     progress = progress or (lambda _: None)
     child, sources = open_checkpoint(t5gemma2), Sources.open(gemma3)
     reads: dict[Role, list[str]] = {SOURCE: list(sources.source.files)}

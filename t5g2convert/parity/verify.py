@@ -26,7 +26,7 @@ from t5g2convert.parity.suites.t5gemma import ToT5Gemma
 from t5g2convert.parity.suites.t5gemma2 import ToT5Gemma2
 from t5g2convert.parity.suites.trained_elsewhere import is_trained_elsewhere, judge_trained_elsewhere
 from t5g2convert.progress import Steps, silent
-from t5g2convert.reference.weights import check_place
+from t5g2convert.reference.weights import check_device
 
 KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3(), Adapted())
 """The kinds of conversion that are known; the first is what a folder is taken for that is none of them."""
@@ -73,7 +73,7 @@ def verify(
         MappingError: The map is faulty.
         UsageError: An argument has no meaning.
     """
-    check_place(dtype, device)
+    check_device(dtype, device)
     if not 0 <= tolerance < 1:
         raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
     check_folder(output)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families import t5gemma
+from t5g2convert.checkpoint.families.text_and_vision import ImageTokens
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
 from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
@@ -16,11 +17,11 @@ from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma import T5GemmaReference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
-from t5g2convert.reference.weights import check_place
+from t5g2convert.reference.weights import check_device
 
 
 @torch.inference_mode()
-def write(
+def generate(
     folder: Path,
     prompt: str,
     *,
@@ -29,21 +30,26 @@ def write(
     dtype: str | None = None,
     device: str = "cpu",
 ) -> Iterator[str]:
-    """What the model of a folder writes to a prompt that its encoder reads, a piece of text at a time.
+    """Generate text greedily from a prompt that the encoder reads; yield it piece by piece.
+
+    ```python
+    for piece in generate(Path("t5gemma-2-270m-270m"), "Rain is", max_new_tokens=16):
+        print(piece, end="")
+    ```
 
     Args:
         folder: A T5Gemma or T5Gemma 2 folder with a tokenizer.
-        prompt: What the encoder reads.
-        image: A picture that stands before it.
-        max_new_tokens: Tokens at most.
-        dtype: Dtype to compute in (default: that of most parameters).
-        device: Device to compute on.
+        prompt: The encoder's input.
+        image: A picture that is put before the prompt.
+        max_new_tokens: The largest number of tokens.
+        dtype: The dtype to compute in (default: that of most parameters).
+        device: The device to compute on.
 
     Raises:
-        CheckpointError: The folder is not sound, has no tokenizer, or computes logits that are not finite.
-        UsageError: The model has no images, or nothing to start with, or float16 overflows.
+        CheckpointError: The folder is not sound, has no tokenizer, or its logits are not finite.
+        UsageError: The model has no vision tower, the prompt is empty, or float16 overflows.
     """
-    check_place(dtype, device)
+    check_device(dtype, device)
     checkpoint = open_checkpoint(folder)
     computed = getattr(torch, dtype or CONFIG_NAMES.get(checkpoint.dtype, "float32"))
     first = checkpoint.config.get("model_type") == t5gemma.MODEL_TYPE
@@ -51,30 +57,21 @@ def write(
     model: T5GemmaReference | T5Gemma2Reference = reference(
         checkpoint, dtype=computed, device=device, resident=True, kernel="sdpa"
     )
-    codec, features = TextCodec(folder, model.encoder.settings.vocab_size), None
+    codec = TextCodec(folder, model.encoder.settings.vocab_size)
     if image is None:
-        tokens = codec.encode(prompt)
-    elif not isinstance(model, T5Gemma2Reference) or model.vision is None:
-        raise UsageError(f"{folder} cannot see {image}: it has no vision tower")
-    else:
-        place = model.model.tokens
-        if place.image_token_index in codec.encode(prompt):
-            raise UsageError("the prompt has image tokens of its own; with --image they are put before it")
-        tokens = codec.encode_with_image(
-            prompt,
-            boi=place.boi_token_index,
-            eoi=place.eoi_token_index,
-            image=place.image_token_index,
-            count=place.mm_tokens_per_image,
-        )
+        tokens, features = codec.encode(prompt), None
+    elif isinstance(model, T5Gemma2Reference) and model.vision is not None:
+        tokens = _with_image(codec, prompt, model.vision.tokens)
         features = model.vision.features(picture(image, model.vision, folder, computed).to(device))
+    else:
+        raise UsageError(f"cannot read {image}: {folder} has no vision tower")
     start = model.model.decoder.bos_token_id
     if start is None:
-        raise UsageError("the decoder has no bos_token_id to start with", hint=f"see {folder}/config.json")
+        raise UsageError("the decoder's config has no bos_token_id to start from", hint=f"see {folder}/config.json")
     if not tokens:
         raise UsageError("the prompt is empty")
     ids_BT = torch.tensor([tokens], device=device)
-    steps = generate(
+    steps = greedy_tokens(
         model,
         ids_BT,
         torch.ones_like(ids_BT, dtype=torch.bool),
@@ -82,21 +79,38 @@ def write(
         max_new_tokens=max_new_tokens,
         features_ITC=features,
     )
-    written: list[int] = []
-    told = ""
-    for token in until_end(steps, end_tokens(model, folder)):
-        written.append(token)
-        text = codec.decode(written)
-        # A character of several tokens is whole only with the last of them.
-        if text.startswith(told) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(told) :]
-            told = text
-    if rest := codec.decode(written)[len(told) :]:
+    yield from _texts(codec, until_end(steps, end_tokens(model, folder)))
+
+
+def _with_image(codec: TextCodec, prompt: str, tokens: ImageTokens) -> list[int]:
+    """Return the ids of a prompt behind an image's tokens."""
+    if tokens.image_token_index in codec.encode(prompt):
+        raise UsageError("the prompt already has image tokens; --image puts its own before the prompt")
+    return codec.encode_with_image(
+        prompt,
+        boi=tokens.boi_token_index,
+        eoi=tokens.eoi_token_index,
+        image=tokens.image_token_index,
+        count=tokens.mm_tokens_per_image,
+    )
+
+
+def _texts(codec: TextCodec, tokens: Iterator[int]) -> Iterator[str]:
+    """Decode tokens as they come; a character of several tokens is yielded with the last of them."""
+    ids: list[int] = []
+    yielded = ""
+    for token in tokens:
+        ids.append(token)
+        text = codec.decode(ids)
+        if text.startswith(yielded) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(yielded) :]
+            yielded = text
+    if rest := codec.decode(ids)[len(yielded) :]:
         yield rest
 
 
 def end_tokens(model: EncoderDecoder, folder: Path) -> set[int]:
-    """The tokens that end a text: those of generation_config.json, or of the decoder's config where it names none."""
+    """Return the tokens that end a text: those of generation_config.json, or else of the decoder's config."""
     path = folder / "generation_config.json"
     ends = read_json_object(path).get("eos_token_id") if path.is_file() else None
     if ends is None:
@@ -105,7 +119,7 @@ def end_tokens(model: EncoderDecoder, folder: Path) -> set[int]:
 
 
 @torch.inference_mode()
-def generate(
+def greedy_tokens(
     model: EncoderDecoder,
     ids_BT: Tensor,
     kept_BT: Tensor,
@@ -115,21 +129,21 @@ def generate(
     features_ITC: Tensor | None = None,
     cached: bool = True,
 ) -> Iterator[Tensor]:
-    """The most probable next token of every sequence, again and again: [B], int64, one yield per step.
+    """Yield the most probable next token of every sequence, [B], int64, once per step.
 
-    The caller stops when it has seen what ends a sequence; see `until_end`.
+    The caller decides when a sequence ends; see `until_end`.
 
     Args:
         model: The encoder-decoder; `resident` makes it fast.
         ids_BT: The encoder's input.
         kept_BT: False at its padding.
         start_token: What the decoder starts with (`decoder.bos_token_id`).
-        max_new_tokens: Steps at most.
+        max_new_tokens: The largest number of steps.
         features_ITC: Soft tokens of the images in the encoder's input.
-        cached: Keep keys and values between steps; without, every step computes all tokens again.
+        cached: Keep keys and values between steps; otherwise every step computes all tokens again.
 
     Raises:
-        CheckpointError: The logits are not finite: the most probable token of NaN would be the first of the table.
+        CheckpointError: The logits are not finite: argmax would take the first token for NaN.
         UsageError: They are not, because float16 overflows.
     """
     memory_BMC = model.encode(ids_BT, kept_BT, features_ITC)
@@ -147,7 +161,7 @@ def generate(
 
 
 def until_end(tokens: Iterator[Tensor], ends: Collection[int]) -> Iterator[int]:
-    """The tokens of a single sequence up to the first one that ends it, which is not given."""
+    """Yield the tokens of a single sequence up to the first one that ends it, which is left out."""
     for token_B in tokens:
         token = int(token_B[0])
         if token in ends:

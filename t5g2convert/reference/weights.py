@@ -19,7 +19,7 @@ DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 """safetensors dtype to torch dtype: the dtypes that a model can be run in."""
 
 
-def check_place(dtype: str | None, device: str) -> None:
+def check_device(dtype: str | None, device: str) -> None:
     """Refuse a dtype that no model is run in, and a device that is not there.
 
     Raises:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import T5Gemma2ForConditionalGeneration
 
-from t5g2convert import CheckpointError, UsageError, convert, write
+from t5g2convert import CheckpointError, UsageError, convert, generate
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
@@ -117,11 +117,11 @@ def test_the_same_prompt_gives_the_same_and_another_another(t5g2: CommandLine, l
 
 
 def test_no_more_tokens_are_written_than_asked(lively: Path) -> None:
-    long = "".join(write(lively, PROMPT, max_new_tokens=12))
-    assert "".join(write(lively, PROMPT, max_new_tokens=5)) == decoded(
+    long = "".join(generate(lively, PROMPT, max_new_tokens=12))
+    assert "".join(generate(lively, PROMPT, max_new_tokens=5)) == decoded(
         lively, theirs(lively, TextCodec(lively).encode(PROMPT), 5)
     )
-    assert long.startswith("".join(write(lively, PROMPT, max_new_tokens=5)))
+    assert long.startswith("".join(generate(lively, PROMPT, max_new_tokens=5)))
 
 
 def set_ends(folder: Path, ends: int | list[int]) -> None:
@@ -144,7 +144,7 @@ def test_an_end_at_once_is_an_empty_line(t5g2: CommandLine, output: Path) -> Non
     (first,) = theirs(output, TextCodec(output).encode(PROMPT), 1)
     set_ends(output, first)
     assert t5g2("generate", output, "--prompt", PROMPT).out == "\n"
-    assert list(write(output, PROMPT)) == []
+    assert list(generate(output, PROMPT)) == []
 
 
 def test_without_a_generation_config_the_decoders_end_counts(t5g2: CommandLine, output: Path) -> None:
@@ -155,20 +155,20 @@ def test_without_a_generation_config_the_decoders_end_counts(t5g2: CommandLine, 
 
 
 def test_pieces_come_as_they_are_written(lively: Path) -> None:
-    pieces = list(write(lively, PROMPT, max_new_tokens=20))
+    pieces = list(generate(lively, PROMPT, max_new_tokens=20))
     assert len(pieces) > 10
     assert "".join(pieces) == decoded(lively, theirs(lively, TextCodec(lively).encode(PROMPT), 20))
-    assert next(write(lively, PROMPT, max_new_tokens=10**9)) == pieces[0]
+    assert next(generate(lively, PROMPT, max_new_tokens=10**9)) == pieces[0]
 
 
 def test_a_character_of_several_tokens_is_written_whole(lively: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bytes_of = "aé東🎉".encode()
     monkeypatch.setattr(
-        "t5g2convert.reference.generation.generate", lambda *_, **__: iter(torch.tensor([[n]]) for n in bytes_of)
+        "t5g2convert.reference.generation.greedy_tokens", lambda *_, **__: iter(torch.tensor([[n]]) for n in bytes_of)
     )
     monkeypatch.setattr(TextCodec, "decode", lambda _, tokens: bytes(tokens).decode(errors="replace"))
     monkeypatch.setattr("t5g2convert.reference.generation.until_end", lambda steps, _: (int(step) for step in steps))
-    assert list(write(lively, PROMPT)) == ["a", "é", "東", "🎉"]
+    assert list(generate(lively, PROMPT)) == ["a", "é", "東", "🎉"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -184,7 +184,7 @@ def test_what_a_terminal_would_obey_is_escaped(
     t5g2: CommandLine, lively: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "t5g2convert.reference.generation.write", lambda *_, **__: iter(["a\x1b[31m", "\x07\u202e", "b\nc"])
+        "t5g2convert.reference.generation.generate", lambda *_, **__: iter(["a\x1b[31m", "\x07\u202e", "b\nc"])
     )
     assert t5g2("generate", lively, "--prompt", PROMPT).out == "a\\x1b[31m\\x07\\u202eb\nc\n"
 
@@ -195,7 +195,7 @@ def test_what_a_terminal_would_obey_is_escaped(
 def test_an_empty_prompt_is_exit_2(t5g2: CommandLine, lively: Path) -> None:
     assert_one_line_error(t5g2("generate", lively, "--prompt", ""), 2)
     with pytest.raises(UsageError, match="empty"):
-        list(write(lively, ""))
+        list(generate(lively, ""))
 
 
 def test_a_folder_without_a_tokenizer_is_exit_3(t5g2: CommandLine, output: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_device_that_is_not_there_is_exit_2(t5g2: CommandLine, lively: Path) -
 
 def test_a_dtype_that_is_none_is_said(lively: Path) -> None:
     with pytest.raises(UsageError, match="int8"):
-        list(write(lively, PROMPT, dtype="int8"))
+        list(generate(lively, PROMPT, dtype="int8"))
 
 
 def test_a_missing_tensor_is_the_folders_fault(t5g2: CommandLine, output: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_missing_tensor_is_the_folders_fault(t5g2: CommandLine, output: Path) 
     assert_one_line_error(result, 3)
     assert "model.decoder.layers.3.mlp.up_proj.weight" in result.err
     with pytest.raises(CheckpointError):
-        list(write(output, PROMPT))
+        list(generate(output, PROMPT))
 
 
 # Numbers that are not finite
@@ -322,7 +322,7 @@ def test_what_was_written_before_an_overflow_ends_its_line(
         yield "so far"
         raise UsageError("float16 overflows")
 
-    monkeypatch.setattr("t5g2convert.reference.generation.write", pieces)
+    monkeypatch.setattr("t5g2convert.reference.generation.generate", pieces)
     result = t5g2("generate", output, "--prompt", PROMPT)
     assert (result.code, result.out) == (2, "so far\n")
 

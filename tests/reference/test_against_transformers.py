@@ -12,7 +12,7 @@ from torch import Tensor
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.gemma3 import Gemma3Reference
-from t5g2convert.reference.generation import generate
+from t5g2convert.reference.generation import greedy_tokens
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
 from tests.judge import load
@@ -167,7 +167,7 @@ def test_32_greedy_tokens_with_and_without_cache(case: Case) -> None:
     assert expected.shape == (3, 32)
     start = case.their_t5gemma.config.decoder.bos_token_id
     for cached in (True, False):
-        steps = generate(model, inputs.ids, inputs.kept, start_token=start, max_new_tokens=32, cached=cached)
+        steps = greedy_tokens(model, inputs.ids, inputs.kept, start_token=start, max_new_tokens=32, cached=cached)
         assert torch.stack(list(steps), dim=1).tolist() == expected.tolist()
 
 

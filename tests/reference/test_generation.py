@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import T5Gemma2ForConditionalGeneration
 
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.reference.generation import generate, until_end
+from t5g2convert.reference.generation import greedy_tokens, until_end
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.reference.models import IMAGE, Batch, loaded, padded_batch, pixels, with_images, write_t5gemma2
 from tests.twins import SIGLIP
@@ -35,7 +35,7 @@ def inputs() -> Batch:
 
 
 def steps(model: T5Gemma2Reference, inputs: Batch, count: int = 32, **options: object) -> list[Tensor]:
-    return list(generate(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=count, **options))
+    return list(greedy_tokens(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=count, **options))
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -86,7 +86,7 @@ def test_a_sequence_alone_writes_what_it_writes_beside_others(model: T5Gemma2Ref
 
 def test_the_start_token_counts(model: T5Gemma2Reference, inputs: Batch) -> None:
     def first(start: int) -> list[int]:
-        return next(generate(model, inputs.ids, inputs.kept, start_token=start, max_new_tokens=1)).tolist()
+        return next(greedy_tokens(model, inputs.ids, inputs.kept, start_token=start, max_new_tokens=1)).tolist()
 
     assert first(2) != first(150)
 
@@ -97,16 +97,16 @@ def test_steps_are_computed_when_they_are_asked_for(
     decoded = []
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda ids, *rest: decoded.append(ids.shape[1]) or decode(ids, *rest))
-    tokens = generate(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=1000)
+    tokens = greedy_tokens(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=1000)
     assert decoded == []
     assert len(list(islice(tokens, 3))) == 3
     assert decoded == [1, 1, 1]
-    list(islice(generate(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=9, cached=False), 3))
+    list(islice(greedy_tokens(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=9, cached=False), 3))
     assert decoded[3:] == [1, 2, 3]
 
 
 def test_tokens_are_no_part_of_a_graph_and_grad_is_left_as_it_was(model: T5Gemma2Reference, inputs: Batch) -> None:
-    tokens = generate(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=2)
+    tokens = greedy_tokens(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=2)
     next(tokens)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()

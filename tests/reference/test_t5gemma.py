@@ -15,7 +15,7 @@ from transformers import Gemma2ForCausalLM, T5GemmaConfig, T5GemmaForConditional
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.gemma2 import Gemma2Reference
-from t5g2convert.reference.generation import generate
+from t5g2convert.reference.generation import greedy_tokens
 from t5g2convert.reference.t5gemma import T5GemmaReference
 from tests.conftest import TwinFolder
 from tests.reference.models import Batch, difference, padded_batch
@@ -125,7 +125,7 @@ def test_greedy_tokens_with_and_without_cache(name: str, converted_twin: TwinFol
     )[:, 1:]
     assert expected.shape == (3, 32)
     for cached in (True, False):
-        steps = generate(ours, inputs.ids, inputs.kept, start_token=2, max_new_tokens=32, cached=cached)
+        steps = greedy_tokens(ours, inputs.ids, inputs.kept, start_token=2, max_new_tokens=32, cached=cached)
         assert torch.stack(list(steps), dim=1).tolist() == expected.tolist()
 
 
