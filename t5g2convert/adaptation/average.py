@@ -205,7 +205,7 @@ def _average_trainer(
         Folders(model),
         output,
         WriteOptions(overwrite=overwrite, progress=progress),
-        given=mean,
+        values=mean,
     )
 
 

@@ -22,7 +22,7 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import KEEP, Dtype, Judge, WriteOptions
 from t5g2convert.conversion.trained_model import plan_adapted
-from t5g2convert.conversion.write.computed_tensors import Given
+from t5g2convert.conversion.write.computed_tensors import TensorValues
 from t5g2convert.conversion.write.output_path import check_target, check_vacant
 from t5g2convert.conversion.write.ownership import is_intact, manifest_listing
 from t5g2convert.errors import CheckpointError, OutputError, VerificationError
@@ -30,7 +30,7 @@ from t5g2convert.mapping.inspection import Inspection, inspect
 from t5g2convert.progress import Progress
 
 
-class TrainedValues(Given, Protocol):
+class TrainedValues(TensorValues, Protocol):
     """Trained values and the shapes of their tensors: a checkpoint, or the mean of several."""
 
     @property
@@ -80,7 +80,7 @@ def export(
         raise CheckpointError("nothing was trained: there are no values to export", where=model)
     plan = plan_adapted(open_checkpoint(model), values.names, facts, dtype=dtype)
     options = WriteOptions(overwrite=overwrite, flush=flush, progress=progress, judge=judge)
-    return execute(plan, Folders(model), output, options, given=values)
+    return execute(plan, Folders(model), output, options, values=values)
 
 
 @dataclass(frozen=True, slots=True)

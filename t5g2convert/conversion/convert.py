@@ -16,7 +16,7 @@ from t5g2convert.conversion.options import ConvertOptions, WriteOptions
 from t5g2convert.conversion.plan.builder import build_plan, open_sources
 from t5g2convert.conversion.plan.types import Plan
 from t5g2convert.conversion.write.assets import write_assets
-from t5g2convert.conversion.write.computed_tensors import Given
+from t5g2convert.conversion.write.computed_tensors import TensorValues
 from t5g2convert.conversion.write.output_path import check_not_linked, check_target
 from t5g2convert.conversion.write.resources import ASSET_BYTES, check_space, disk_space
 from t5g2convert.conversion.write.resume import Journal
@@ -125,7 +125,12 @@ def prepare(
 
 
 def execute(
-    plan: Plan, folders: Folders, output: Path, options: WriteOptions | None = None, *, given: Given | None = None
+    plan: Plan,
+    folders: Folders,
+    output: Path,
+    options: WriteOptions | None = None,
+    *,
+    values: TensorValues | None = None,
 ) -> Conversion:
     """Write what a plan describes; see `convert`.
 
@@ -138,7 +143,7 @@ def execute(
     """
     options = options or WriteOptions()
     hashing, flush, resume, allow_nonfinite = options.hashing, options.flush, options.resume, options.allow_nonfinite
-    if given is not None and resume:
+    if values is not None and resume:
         raise UsageError("trained values cannot be resumed: a finished shard may hold other values")
     with Staging(output, overwrite=options.overwrite, flush=flush, resume=resume) as staging:
         journal = Journal(staging.folder, plan, allow_nonfinite=allow_nonfinite, flush=flush) if hashing else None
@@ -156,7 +161,7 @@ def execute(
                 allow_nonfinite=allow_nonfinite,
                 flush=flush,
                 progress=options.progress or silent,
-                given=given,
+                values=values,
             )
             _check_downloads(plan, folders, written)
             write_assets(plan, folders, staging.folder, written, flush=flush)

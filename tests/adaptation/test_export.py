@@ -105,7 +105,7 @@ def test_O9_a_link_in_the_place_of_the_export_is_not_followed(run: Path, model: 
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk/backup.tar").write_text("all")
     (run / "model").symlink_to(tmp_path / "disk")
-    with pytest.raises(OutputError, match="is a link, and what it leads to is not replaced"):
+    with pytest.raises(OutputError, match="is a link, and --overwrite does not follow links"):
         finished(run, model)
     assert contents(tmp_path / "disk") == {"backup.tar": b"all"}
 
@@ -386,7 +386,7 @@ def test_the_output_is_guarded_as_that_of_a_conversion(converted_twin: TwinFolde
     export(model, values, tmp_path / "out", facts=FACTS, overwrite=True)
     plan = plan_adapted(open_checkpoint(model), values.names, FACTS)
     with pytest.raises(UsageError, match="cannot be resumed"):
-        execute(plan, Folders(model), tmp_path / "again", WriteOptions(resume=True), given=values)
+        execute(plan, Folders(model), tmp_path / "again", WriteOptions(resume=True), values=values)
 
 
 def test_a_model_of_one_shard_with_an_index_becomes_one_file(converted_twin: TwinFolder, tmp_path: Path) -> None:

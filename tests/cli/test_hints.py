@@ -60,15 +60,15 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "give one with --decoder-from": PLANNED,
     "give one with --vision-from": PLANNED,
     "give --rope-scaling and --sliding-window themselves": PLANNED,
-    "give a larger --ridge, {} for instance": PLANNED,
-    "give a --ridge, 1e-6 for instance": PLANNED,
-    "move the token elsewhere with a map of your own (--mapping)": PLANNED,
+    "try a larger --ridge, such as {}": PLANNED,
+    "try a --ridge, such as 1e-6": PLANNED,
+    "write a map that moves the token elsewhere (--mapping)": PLANNED,
     "--keep-rows keeps them": PLANNED,
-    "save it with the tokenizers library, or move the token elsewhere with a map of your own (--mapping)": PLANNED,
+    "save it with the tokenizers library, or write a map that moves the token elsewhere (--mapping)": PLANNED,
     "--overwrite replaces it": (*WRITTEN, "average"),
-    "choose another folder; --overwrite replaces only an output of this tool": (*WRITTEN, "average", "pack"),
-    "the finished shards are kept, and --resume goes on with them": ("convert",),
-    "--allow-nonfinite converts them as they are": WRITTEN,
+    "choose another folder; --overwrite replaces only an output of t5g2": (*WRITTEN, "average", "pack"),
+    "finished shards are kept; continue with --resume": ("convert",),
+    "--allow-nonfinite copies them unchanged": WRITTEN,
     "give the T5Gemma 2 that was trained; t5g2 compare measures how far it is from a Gemma 3": ("compare",),
     "t5g2 upload {} {}": ("upload",),
     " --source-card {}": ("upload",),
@@ -188,7 +188,7 @@ def test_allow_nonfinite(command: str, t5g2: CommandLine, demo_source: Path, tmp
         followed(t5g2("convert", demo_source, tmp_path / "whole"))
         source, part = tmp_path / "whole", ("--part", "encoder")  # type: ignore[assignment]
     with_nan(source)
-    hinted(t5g2(command, source, tmp_path / "out", *part), "--allow-nonfinite converts them as they are")
+    hinted(t5g2(command, source, tmp_path / "out", *part), "--allow-nonfinite copies them unchanged")
     followed(t5g2(command, source, tmp_path / "out", *part, "--allow-nonfinite"))
 
 
@@ -228,7 +228,7 @@ def test_ridge(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> No
     save_file(tensors, tmp_path / "donor/model.safetensors", {"format": "pt"})
     command = ("convert", twin_folder("text-8"), tmp_path / "out", "--vision-from", tmp_path / "donor")
     command += ("--projector", "aligned")  # type: ignore[assignment]
-    hinted(t5g2(*command), "give a --ridge, 1e-6 for instance")
+    hinted(t5g2(*command), "try a --ridge, such as 1e-6")
     followed(t5g2(*command, "--ridge", "1e-6"))
 
 

@@ -724,7 +724,7 @@ def test_O3_with_resume_a_signal_leaves_what_is_finished_and_the_next_run_goes_o
         process.send_signal(number)
         _, err = process.communicate(timeout=300)
     assert process.returncode == code
-    hint = "the finished shards are kept, and --resume goes on with them"
+    hint = "finished shards are kept; continue with --resume"
     assert err == f"t5g2: stopped by signal {int(number)} ({hint})\n"
     again = t5g2("convert", demo_source, tmp_path / "out", *options, "--json")
     assert again.code == 0
@@ -751,7 +751,7 @@ def test_I9_nan_is_refused_by_name_and_let_through_on_demand(
     refused = t5g2("convert", demo_source, tmp_path / "out")
     assert refused.code == 3
     assert refused.err.splitlines() == [
-        f"t5g2: {demo_source}: 1 tensor(s) hold NaN or infinity (--allow-nonfinite converts them as they are)",
+        f"t5g2: {demo_source}: 1 tensor(s) hold NaN or infinity (--allow-nonfinite copies them unchanged)",
         "  language_model.model.layers.2.mlp.up_proj.weight[0, 1] is NaN",
     ]
     assert not (tmp_path / "out").exists()

@@ -102,9 +102,9 @@ def test_tables_with_fewer_rows_than_columns_are_refused_by_the_plan(tmp_path: P
     tokens = {"boi_token_index": 20, "eoi_token_index": 21, "image_token_index": 22, "mm_tokens_per_image": 4}
     write_twin(replace(narrow, text={**narrow.text, "vocab_size": 31}), tmp_path / "source")
     write_twin(replace(wide, text={**wide.text, "vocab_size": 31}, tokens=tokens), tmp_path / "donor")
-    with pytest.raises(CheckpointError, match="31 rows of width 32 determine no map") as caught:
+    with pytest.raises(CheckpointError, match="31 rows of width 32 do not determine the map") as caught:
         plan(tmp_path / "source", vision_from=tmp_path / "donor", projector="aligned")
-    assert caught.value.hint == "give a --ridge, 1e-6 for instance"
+    assert caught.value.hint == "try a --ridge, such as 1e-6"
     done = convert(
         tmp_path / "source", tmp_path / "out", vision_from=tmp_path / "donor", projector="aligned", ridge=1e-6
     )

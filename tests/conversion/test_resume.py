@@ -80,7 +80,7 @@ def test_finished_shards_are_kept_and_the_rest_is_written(
 ) -> None:
     target = tmp_path / "out"
     stop(source, target, error)
-    assert error.hint == "the finished shards are kept, and --resume goes on with them"
+    assert error.hint == "finished shards are kept; continue with --resume"
     staging = staging_of(target)
     finished = finished_in(staging)
     assert 4 < len(finished) < len([name for name in whole if name.endswith(".safetensors")])

@@ -16,7 +16,7 @@ from t5g2convert.conversion.write.staging import Staging
 from tests.faults.scene import SHARD_BYTES, beside, contents
 from tests.outputs import OLD, write_old
 
-HELD: Final = "another conversion is writing there"
+HELD: Final = "another conversion is writing to it"
 FILLED: Final = "exists and is not empty"
 
 STARTED_TOGETHER: Final = """

@@ -79,7 +79,7 @@ def write_adapted(model: Path, output: Path) -> None:
     names = {name: stored for name, stored in names.items() if "vision_tower" not in name}
     shapes = {name: stored.entry.shape for name, stored in names.items()}
     plan = plan_adapted(open_checkpoint(model), shapes, {**FACTS, "checkpoints": [60, 80, 100]})
-    execute(plan, Folders(model), output, WriteOptions(flush=False), given=Zeros(shapes))
+    execute(plan, Folders(model), output, WriteOptions(flush=False), values=Zeros(shapes))
 
 
 @dataclass(frozen=True)

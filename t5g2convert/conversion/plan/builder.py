@@ -280,9 +280,9 @@ def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap
     rows = shared_rows(resolution, weight_map, donor.rows)
     if rows < donor.width and not ridge:
         raise CheckpointError(
-            f"{rows} rows of width {donor.width} determine no map",
+            f"{rows} rows of width {donor.width} do not determine the map",
             where=resolution.checkpoints[VISION_FROM].path,
-            hint="give a --ridge, 1e-6 for instance",
+            hint="try a --ridge, such as 1e-6",
         )
     return PlannedAlignment(donor, target, rows, ridge)
 

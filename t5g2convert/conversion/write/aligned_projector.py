@@ -1,33 +1,32 @@
-"""The aligned projector: a donor's projector, carried into the embedding space of a model of another width.
+"""The aligned projector: a donor's projector, mapped to the embedding space of a model of another width.
 
 A donor's projector ends in the donor's embedding space, of width d; the target embeds the same vocabulary in width h.
-The rows of both embedding tables are the same tokens, so the tables tell how one space lies in the other: the map M
-[d, h] is the least-squares solution of E_d M = E_t, with E_d [rows, d] and E_t [rows, h],
+The rows of both embedding tables are the same tokens, so the tables define a map between the spaces: M [d, h] is the
+least-squares solution of E_d M = E_t, with E_d [rows, d] and E_t [rows, h],
 
     M = argmin ||E_d M - E_t||² + p ||M||²   (Frobenius norms),   so   (E_d' E_d + p I) M = E_d' E_t.
 
 `ridge` has no unit: p = ridge * trace(E_d' E_d) / d, ridge times the mean energy of a column of E_d. A table in other
-units, or with every row twice, gives the same map. The default is 0, where M is the least-squares solution itself and
-no choice of ours is in it. Where the rows do not determine M (fewer rows than columns, columns that depend on each
-other), this is refused, and a ridge makes it well-posed.
+units, or with every row twice, gives the same map. With the default, 0, M is the least-squares solution itself. Rows
+that do not determine M (fewer rows than columns, dependent columns) are refused; a ridge makes the problem well-posed.
 
-The scale: Gemma 3 multiplies token embeddings by the square root of their width and leaves image features as they are.
-Image features f P_d therefore lie among the rows of sqrt(d) E_d, and must come to lie among those of sqrt(h) E_t, which
-are about sqrt(h) E_d M: divide by sqrt(d), apply M, multiply by sqrt(h). As a matrix that is applied from the right,
+The scale: Gemma 3 multiplies token embeddings by the square root of their width, but not image features. Image features
+f P_d therefore lie among the rows of sqrt(d) E_d, and must be mapped among those of sqrt(h) E_t, which are about
+sqrt(h) E_d M: divide by sqrt(d), apply M, multiply by sqrt(h). As a matrix that is applied from the right,
 
     P = P_d M sqrt(h / d)   [vision width, h].
 
-These are the exact roots. A model that runs in bfloat16 scales by rounded ones, 25.25 for a width of 640, but in which
-dtype it will run is not known here.
+These are the exact roots. A model that runs in bfloat16 scales by rounded ones, 25.25 for a width of 640, but its dtype
+at run time is not known here.
 
-How it is computed: E_d' E_d and E_d' E_t are summed in float64 over blocks of rows, so that memory holds a few matrices
-[d, d] however many rows there are. Products of two bfloat16 are exact in float64. The normal equations square the
-condition number, and can afford it: float64 has 53 bits where the result is stored with 8, 11 or 24, and a table that
-would leave fewer is refused. Before they are solved the columns of E_d are scaled to equal energy; that keeps a few
-columns of large values from making a harmless table look ill-conditioned.
+The computation sums E_d' E_d and E_d' E_t in float64 over blocks of rows, so memory holds a few matrices [d, d] for any
+number of rows. Products of two bfloat16 are exact in float64. The normal equations square the condition number, which
+is harmless: float64 has 53 bits, the result is stored with 8, 11 or 24, and a table that would leave fewer is refused.
+The columns of E_d are scaled to equal energy first, so that a few columns of large values do not make a harmless table
+look ill-conditioned.
 
-The same bytes come out on every run with the same numpy on the same processor with as many BLAS threads. Elsewhere sums
-are ordered differently: an element may then be the other neighbour where the exact value lies as good as in the middle.
+The bytes are the same on every run with the same numpy, processor and number of BLAS threads. Other machines order sums
+differently, and may round an element to the other neighbour where the exact value is close to the middle.
 """
 
 import math
@@ -46,24 +45,25 @@ if TYPE_CHECKING:
     Matrix = NDArray[np.float64]
 
 LARGEST_CONDITION: Final = 1e9
-"""Of the scaled normal equations. The map's relative error is about 1e-16 times this: far below bfloat16's 2e-3."""
+"""Largest condition number of the scaled normal equations. The relative error of the map is about 1e-16 times this,
+far below the 2e-3 of bfloat16."""
 
 PROBES: Final = 16
-"""Random directions for the size of the inverse: too small by a factor of 4 less than once in a million tables."""
+"""Random directions that estimate the norm of the inverse: 4 times too small for less than one table in a million."""
 
 
 BLAS_BYTES: Final = 4 << 20
-"""What BLAS keeps beside the arrays that it is given."""
+"""Memory that BLAS keeps in addition to its arrays."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alignment:
-    """How a donor's embedding space lies in a target's.
+    """The map from a donor's embedding space to a target's.
 
     Attributes:
         map: M, [donor width, width], float64.
-        residual: ||E_d M - E_t|| / ||E_t||: 0 is a perfect fit, 1 is no better than a map of zeros.
-        rows: Rows of both tables that it was computed from.
+        residual: ||E_d M - E_t|| / ||E_t||: 0 is a perfect fit, 1 is as bad as a map of zeros.
+        rows: Number of rows of both tables that were used.
         ridge: Penalty on the size of the map, relative to the mean energy of a column of the donor's table.
     """
 
@@ -74,10 +74,10 @@ class Alignment:
 
 
 def peak_memory(donor_width: int, width: int, element: int) -> int:
-    """Bytes that `align` takes at its peak, by its arrays of those sizes; `element` is the bytes of a stored number.
+    """Return the bytes that `align` takes at its peak; `element` is the number of bytes of a stored value.
 
-    The three steps each free what the one before took: the sums of products over rows, with the rows that are read at
-    once; the solution, for which LAPACK copies both sides; and the residual. Measured: 0.96 to 1.02 of the arrays.
+    Each of the three steps frees the memory of the one before: the sums over blocks of rows, the solution, for which
+    LAPACK copies both sides, and the residual. Measured: 0.96 to 1.02 of the arrays.
     """
     square, oblong = 8 * donor_width**2, 8 * donor_width * (width + PROBES)
     rows = ROWS_AT_ONCE * ((8 + element) * (donor_width + width) + 4 * max(donor_width, width))
@@ -92,42 +92,42 @@ def align(
     ridge: float = 0.0,
     progress: Progress = silent,
 ) -> Alignment:
-    """The least-squares map from a donor's embedding table to a target's.
+    """Return the least-squares map from a donor's embedding table to a target's.
 
-    Both tables are read once, and a second time where the fit is so good that only differences of rows tell how good.
+    Both tables are read once, and again if the fit is so good that only differences of rows show the residual.
 
     Args:
         donor: The donor's table.
         target: The target's table; its rows are the same tokens.
-        rows: How many rows to use, from the first on.
+        rows: Number of rows to use, from the first.
         ridge: Penalty on the size of the map; 0 is plain least squares.
-        progress: Told the bytes of every block that was read.
+        progress: Called with the bytes of every block that was read.
 
     Raises:
-        CheckpointError: A table has fewer rows, cannot be read, holds NaN or infinity, or the rows determine no map.
-        UsageError: The ridge is no number from 0 on.
+        CheckpointError: A table has too few rows, cannot be read, or holds NaN or infinity; or the rows do not
+            determine the map.
+        UsageError: The ridge is not 0 or more.
     """
     if not (math.isfinite(ridge) and ridge >= 0):
-        raise UsageError(f"the ridge is {ridge}, expected a number from 0 on")
+        raise UsageError(f"the ridge must be 0 or more, got {ridge}")
     for table in (donor, target):
         if not 0 < rows <= table.rows:
-            raise CheckpointError(f"has {table.rows} rows, {rows} were asked for", where=table.where)
+            raise CheckpointError(f"has {table.rows} rows, expected {rows}", where=table.where)
     equations = _summed(donor, target, rows, progress)
     if not equations.energy:
-        raise CheckpointError(f"holds nothing but zeros in its first {rows} rows", where=target.where)
+        raise CheckpointError(f"holds only zeros in its first {rows} rows", where=target.where)
     penalty = ridge * float(equations.gram.trace()) / donor.width
     sizes, scaled_map, condition = _solved(equations, penalty)
     if not condition <= LARGEST_CONDITION:
-        advice = (
-            f"give a larger --ridge, {100 * ridge:g} for instance" if ridge else "give a --ridge, 1e-6 for instance"
-        )
+        advice = f"try a larger --ridge, such as {100 * ridge:g}" if ridge else "try a --ridge, such as 1e-6"
         raise CheckpointError(
-            f"{rows} rows determine no map: condition number {condition:.0e}, expected {LARGEST_CONDITION:.0e} at most",
+            f"{rows} rows do not determine the map: condition number {condition:.0e}, "
+            f"expected at most {LARGEST_CONDITION:.0e}",
             where=donor.where,
             hint=advice,
         )
     square = _squared_residual(equations, sizes, scaled_map, penalty)
-    # Not kept for the second reading: a few hundred megabytes where the donor is large.
+    # Freed before the second reading: a large donor takes a few hundred megabytes.
     energy, map_ = equations.energy, scaled_map * sizes[:, None]
     del equations
     if square is None:
@@ -136,13 +136,13 @@ def align(
 
 
 def carry(name: str, projector: bytes, dtype: str, alignment: Alignment, target: str) -> bytes:
-    """The donor's projector in the target's embedding space, [vision width, width], rounded once.
+    """Return the donor's projector in the target's embedding space, [vision width, width], rounded once.
 
     Args:
-        name: The tensor that it is for.
+        name: The target tensor, for errors.
         projector: Bytes of the donor's `mm_input_projection_weight`, [vision width, donor width].
         dtype: Its safetensors dtype.
-        alignment: Between donor and target.
+        alignment: From the donor to the target.
         target: The safetensors dtype of the result.
 
     Raises:
@@ -173,7 +173,7 @@ def _summed(donor: Table, target: Table, rows: int, progress: Progress) -> _Equa
     sums = _Equations(np.zeros((donor.width, donor.width)), np.zeros((donor.width, target.width)), 0.0)
     gram, cross = np.empty_like(sums.gram), np.empty_like(sums.cross)
     for from_, to in paired_blocks(donor, target, rows, progress):
-        # numpy hands a matrix times its own transpose to dsyrk, at half the price.
+        # For a matrix times its own transpose numpy calls dsyrk, which takes half the time.
         sums.gram += np.matmul(from_.T, from_, out=gram)
         sums.cross += np.matmul(from_.T, to, out=cross)
         sums.energy += float(np.vdot(to, to))
@@ -184,8 +184,8 @@ def _solved(equations: _Equations, penalty: float) -> tuple["Matrix", "Matrix", 
     """Scale and solve the equations, in place.
 
     Returns:
-        What the columns of E_d were multiplied by, [d]; the map for the scaled columns, [d, h]; and the condition
-        number of the scaled equations, in the Frobenius norm, infinite where they are singular.
+        The scale of the columns of E_d, [d]; the map of the scaled columns, [d, h]; and the condition number of the
+        scaled equations in the Frobenius norm, infinite if they are singular.
     """
     import numpy as np
 
@@ -196,7 +196,7 @@ def _solved(equations: _Equations, penalty: float) -> tuple["Matrix", "Matrix", 
     gram *= sizes[:, None]
     cross *= sizes[:, None]
     np.fill_diagonal(gram, energies > 0)
-    # For random signs s the mean of |A⁻¹ s|² is the square of A⁻¹'s Frobenius norm: one more right-hand side each.
+    # For random signs s, the mean of |A⁻¹ s|² is the square of the Frobenius norm of A⁻¹.
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (len(gram), PROBES))
     right = np.hstack([cross, signs])
     try:
@@ -209,9 +209,9 @@ def _solved(equations: _Equations, penalty: float) -> tuple["Matrix", "Matrix", 
 
 
 def _squared_residual(equations: _Equations, sizes: "Matrix", scaled_map: "Matrix", penalty: float) -> float | None:
-    """||E_d M - E_t||² of the sums: ||E_t||² - 2 <M, E_d' E_t> + <M, E_d' E_d M>; None where it drowns in rounding.
+    """Return ||E_d M - E_t||² as ||E_t||² - 2 <M, E_d' E_t> + <M, E_d' E_d M>; None if it is lost in rounding.
 
-    A perfect fit leaves about 1e-8 of ||E_t|| here, and more where large values of the map cancel each other.
+    A perfect fit leaves about 1e-8 of ||E_t||, and more if large values of the map cancel each other.
     """
     import numpy as np
 
@@ -220,12 +220,12 @@ def _squared_residual(equations: _Equations, sizes: "Matrix", scaled_map: "Matri
     square = energy - 2 * float(np.vdot(scaled_map, cross)) + float(np.vdot(scaled_map, gram @ scaled_map)) - shrunk
     magnitudes = np.abs(scaled_map)
     size = energy + shrunk + float(np.vdot(magnitudes, 2 * np.abs(cross) + np.abs(gram, out=gram) @ magnitudes))
-    # Sums of 262,144 products are good to about 6e-14 of what is added up; six digits of the residual shall be right.
+    # Sums of 262,144 products have an error of about 6e-14 of the summands; six digits of the residual must be right.
     return square if square > 3e-8 * size else None
 
 
 def _measured_residual(donor: Table, target: Table, rows: int, map_: "Matrix", progress: Progress) -> float:
-    """||E_d M - E_t||², row by row."""
+    """Return ||E_d M - E_t||², computed row by row."""
     import numpy as np
 
     square = 0.0

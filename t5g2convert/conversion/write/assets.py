@@ -1,4 +1,4 @@
-"""The files beside the weights: config, index, tokenizer files, manifest. Written in order, flushed, and hashed."""
+"""The output's files other than shards: config, index, tokenizer files, manifest; written, flushed, hashed."""
 
 import hashlib
 import os
@@ -37,12 +37,12 @@ PIECE_BYTES: Final = 1 << 18
 
 
 def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *, flush: bool) -> None:
-    """Write everything but the shards; the manifest comes last.
+    """Write all files but the shards; the manifest is the last.
 
     Values that were trained elsewhere get no manifest: nothing is known of their training.
 
     Raises:
-        CheckpointError: A file to be carried over cannot be read, or changed since it was planned.
+        CheckpointError: A file that is copied cannot be read, or changed since it was planned.
         OutputError: A file cannot be written.
     """
     hashing = bool(written.shards)
@@ -66,7 +66,7 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
 
 
 def _manifest(plan: Plan, written: Written, files: Mapping[str, FileRecord]) -> Manifest:
-    """What made this folder, from what. No timestamps and no local paths: the same input gives the same bytes."""
+    """Return the manifest, without timestamps or local paths: the same input gives the same bytes."""
     made: dict[str, Any] = {role: _read_from(source, written) for role, source in plan.sources.items()}
     if plan.mapping is not None and plan.mapping_sha256 is not None:
         made["mapping"] = MappingRecord(name=plan.mapping, sha256=plan.mapping_sha256)
@@ -88,7 +88,7 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, FileRecord]) -> 
 
 
 def _read_from(source: PlannedSource, written: Written) -> SourceRecord:
-    """A checkpoint that was read, and the sha256 of its files."""
+    """Return the record of a checkpoint that was read, with the sha256 of its files."""
     files = {
         plain_name(file.name): FileRecord(bytes=file.identity.size, sha256=written.sources.get(file.name))
         for file in source.files
@@ -139,7 +139,7 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir()
     except OSError as error:
-        raise OutputError(f"cannot be made: {error.strerror}", where=path) from error
+        raise OutputError(f"cannot be created: {error.strerror}", where=path) from error
 
 
 def _flush(folder: Path) -> None:
@@ -150,7 +150,7 @@ def _flush(folder: Path) -> None:
 
 
 def _write(path: Path, pieces: Iterable[bytes], *, flush: bool) -> tuple[int, str]:
-    """Write a file; its size in bytes and its sha256."""
+    """Write a file; return its size in bytes and its sha256."""
     size, digest = 0, hashlib.sha256()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

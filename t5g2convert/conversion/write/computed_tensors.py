@@ -1,5 +1,4 @@
-"""The tensors of a plan that are not copied from a range of a source: zeros, a scaled row, an aligned projector, and
-values that are given."""
+"""The tensors of a plan that are not copied: zeros, a scaled row, an aligned projector, and trained values."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,31 +17,34 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Given(Protocol):
-    """Where given values come from."""
+class TensorValues(Protocol):
+    """The values of tensors that no source holds, such as those of a training."""
 
     def pieces(self, name: str) -> Iterator["NDArray[np.float32] | NDArray[np.float64]"]:
-        """The values of a tensor by its name in the target, in order, a piece of any size and shape at a time."""
+        """Yield the values of a target tensor in order, in pieces of any size and shape."""
 
 
 def write_computed(
-    plan: Plan, sources: Mapping[str, int], shards: OpenShards, given: Given | None, progress: Progress
+    plan: Plan, sources: Mapping[str, int], shards: OpenShards, values: TensorValues | None, progress: Progress
 ) -> float | None:
-    """Write them to the shards that are not kept; the residual of an alignment, if one was computed.
+    """Write the computed tensors to the shards that are not kept.
 
     Args:
         plan: The plan.
-        sources: The files that are read, open, by name.
+        sources: Descriptors of the source files by name.
         shards: The shards, open.
-        given: The values that the plan says are given.
-        progress: Told of every tensor's work.
+        values: The values of tensors that no source holds, if the plan has such tensors.
+        progress: Called with the bytes of work done.
+
+    Returns:
+        The residual of an alignment; None if none was computed.
 
     Raises:
-        CheckpointError: A source cannot be read, its numbers cannot be computed with, or given values are no numbers.
+        CheckpointError: A source cannot be read, or values are NaN, infinite, or too large for the dtype.
         OutputError: The disk is full or fails.
     """
     residual = None
-    _write_given(plan, given, shards, progress)
+    _write_values(plan, values, shards, progress)
     for tensor in plan.tensors:
         content = tensor.content
         if content.kind in ("copy", "cast", "given") or tensor.shard not in shards.files:
@@ -60,7 +62,7 @@ def write_computed(
 
 
 def read_range(sources: Mapping[str, int], source: SourceRange, position: int, length: int) -> bytearray:
-    """`length` bytes of a range, from a position in it on.
+    """Read `length` bytes of a range, from a position in it.
 
     Raises:
         CheckpointError: The file cannot be read, or ends too early.
@@ -77,7 +79,7 @@ def _aligned(
     sources: Mapping[str, int],
     progress: Progress,
 ) -> tuple[bytes, float]:
-    """An aligned projector, and the residual of the alignment."""
+    """Compute an aligned projector; return its bytes and the residual of the alignment."""
     from t5g2convert.conversion.write.aligned_projector import align, carry
     from t5g2convert.conversion.write.embedding_tables import Table
 
@@ -90,48 +92,40 @@ def _aligned(
     )  # fmt: skip
     left = alignment.nbytes
 
-    def told(count: int) -> None:
-        # Tables that fit very well are read twice; that is not told.
+    def count_once(count: int) -> None:
+        # Tables that fit very well are read twice; the second time does not count.
         nonlocal left
         progress(min(count, left))
         left -= min(count, left)
 
-    found = align(donor, target, rows=alignment.rows, ridge=alignment.ridge, progress=told)
+    found = align(donor, target, rows=alignment.rows, ridge=alignment.ridge, progress=count_once)
     data = bytes(read_range(sources, projector, 0, projector.end - projector.start))
     return carry(tensor.name, data, tensor.content.dtype, found, tensor.dtype), found.residual
 
 
-def _write_given(plan: Plan, given: Given | None, shards: OpenShards, progress: Progress) -> None:
-    """Write the given tensors of a plan to the shards that are not kept.
-
-    Every value is rounded once, to the nearest that the tensor's dtype has, ties to even.
-
-    Args:
-        plan: The plan.
-        given: The values.
-        shards: The shards, open.
-        progress: Told of the bytes of every piece.
+def _write_values(plan: Plan, values: TensorValues | None, shards: OpenShards, progress: Progress) -> None:
+    """Write the tensors that no source holds, each value rounded once to the dtype: to nearest, ties to even.
 
     Raises:
-        CheckpointError: A value is NaN, infinite, or too large for the dtype, or there are more or fewer than the
-            tensor has; all tensors with NaN or infinity are named.
+        CheckpointError: Values are NaN, infinite, or too large for the dtype, or too many or too few; the error names
+            all tensors with NaN or infinity.
         OutputError: The disk is full or fails.
     """
     nonfinite: list[str] = []
     for tensor in plan.tensors:
         if tensor.content.kind == "given" and tensor.shard in shards.files:
-            assert given is not None, "a plan with given tensors is executed with their values"
-            nonfinite += _write_trained(tensor, given, shards.files[tensor.shard], progress)
+            assert values is not None, "a plan with such tensors is executed with their values"
+            nonfinite += _write_pieces(tensor, values, shards.files[tensor.shard], progress)
     if nonfinite:
         raise CheckpointError(f"{len(nonfinite)} trained tensor(s) hold NaN or infinity", details=nonfinite)
 
 
-def _write_trained(tensor: PlannedTensor, given: Given, fd: int, progress: Progress) -> list[str]:
-    """Write one tensor; a line for its first value that is no number, behind which nothing more of it is written."""
+def _write_pieces(tensor: PlannedTensor, values: TensorValues, fd: int, progress: Progress) -> list[str]:
+    """Write one tensor, up to its first NaN or infinity; return a line that names it, if there is one."""
     import numpy as np
 
     done = 0
-    for piece in given.pieces(tensor.name):
+    for piece in values.pieces(tensor.name):
         finite = np.isfinite(piece).reshape(-1)
         if not finite.all():
             element = done + int(finite.argmin())
@@ -139,12 +133,12 @@ def _write_trained(tensor: PlannedTensor, given: Given, fd: int, progress: Progr
             place = ", ".join(str(index) for index in np.unravel_index(element, tensor.shape))
             return [f"{tensor.name}[{place}] is {what}"]
         if done + piece.size > tensor.elements:
-            raise CheckpointError(f"was given more than its {tensor.elements} values", where=f"tensor {tensor.name}")
+            raise CheckpointError(f"got more than its {tensor.elements} values", where=f"tensor {tensor.name}")
         data = rounded(tensor.name, piece, tensor.dtype)
         with output_errors(Path(tensor.shard)):
             write_exactly(fd, memoryview(data), tensor.start + done * element_bytes(tensor.dtype))
         done += piece.size
         progress(len(data))
     if done != tensor.elements:
-        raise CheckpointError(f"was given {done} of its {tensor.elements} values", where=f"tensor {tensor.name}")
+        raise CheckpointError(f"got {done} of its {tensor.elements} values", where=f"tensor {tensor.name}")
     return []

@@ -1,4 +1,4 @@
-"""Copying byte ranges: read a chunk once, write it to every place that it goes to, on one thread or on two."""
+"""The copy loop: each chunk of a source is read once and written to all of its targets, on one thread or two."""
 
 import os
 import threading
@@ -17,26 +17,26 @@ from t5g2convert.errors import CheckpointError, OutputError
 from t5g2convert.progress import Progress
 
 CHUNK_BYTES: Final = 1 << 18
-"""Bytes read at once; a multiple of every element size."""
+"""Bytes of a read; a multiple of every element size."""
 
 BUFFERS: Final = 12
-"""Chunks in flight: read, being written, or waiting to be hashed."""
+"""Chunks in memory: being read, written, or hashed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One source range and the places that it goes to.
+    """A source range and its targets.
 
     Attributes:
         tensor: Name of the source tensor.
         dtype: Its safetensors dtype.
         file: Name of the source file.
-        fd: The source file, open.
+        fd: Descriptor of the source file.
         start: First byte of the range in the source file.
         end: The byte after the last.
-        targets: For each place the shard's name, the shard, open, and the position in it.
-        target_dtype: The safetensors dtype in all of these places.
-        cast: What makes the target's bytes of the source's, piece by piece; None copies them.
+        targets: Name, descriptor and position of each shard that the range goes to.
+        target_dtype: The safetensors dtype of all targets.
+        cast: Casts a chunk to the target's dtype; None copies it.
     """
 
     tensor: str
@@ -52,7 +52,7 @@ class Job:
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into an OutputError that names the file."""
+    """Raise an OutputError that names the file for an OSError in the block."""
     try:
         yield
     except OSError as error:
@@ -61,7 +61,7 @@ def output_errors(path: Path) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Buffer:
-    """A chunk's memory, back in the pool when the last reader has released it."""
+    """The memory of a chunk; it returns to the pool when its last user releases it."""
 
     pool: "LifoQueue[_Buffer]"
     data: bytearray = field(default_factory=lambda: bytearray(CHUNK_BYTES))
@@ -81,15 +81,15 @@ class _Buffer:
 
 
 class Copier:
-    """Runs jobs on one or more threads.
+    """Run jobs on one or more threads.
 
     Args:
         jobs: What to copy.
-        hashers: Are fed with every piece where given, which then must be copied in order, on one thread; a shard's is
-            closed when its last byte is written.
-        progress: Told of every piece.
-        allow_nonfinite: Copy on when a piece holds NaN or infinity. Otherwise nothing more is written, but the rest is
-            still read, so that all such tensors are known.
+        hashers: Get every chunk, in order, so that one thread must copy; a shard's hasher is closed when its last byte
+            is written. None hashes nothing.
+        progress: Called with the bytes written of every chunk.
+        allow_nonfinite: Copy NaN and infinity. Otherwise the first one ends the writing, but the rest is still read to
+            find all such tensors.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class Copier:
         self.pieces = _pieces(jobs)
         self.hashers, self.progress, self.allow_nonfinite = hashers, progress, allow_nonfinite
         self.nonfinite: dict[tuple[str, str], tuple[int, str]] = {}
-        """For each file and tensor that holds NaN or infinity the first such element, and which of both it is."""
+        """The first NaN or infinity of each tensor that holds one, by file and tensor: its element, and which it is."""
         self.missing: Counter[str] = Counter()
         for job in jobs:
             for shard, _, _ in job.targets:
                 self.missing[shard] += (job.end - job.start) // element_bytes(job.dtype)
-        # Last in, first out: the buffer that was used last is still in the processor's cache.
+        # Last in, first out: the last used buffer is still in the processor's cache.
         self.pool: LifoQueue[_Buffer] = LifoQueue()
         for _ in range(BUFFERS):
             self.pool.put(_Buffer(self.pool))
@@ -111,7 +111,7 @@ class Copier:
         self.failure: BaseException | None = None
 
     def run(self, threads: int) -> None:
-        """Copy everything; the first failure of any thread stops all and is raised."""
+        """Copy everything; the first failure of a thread stops all of them and is raised."""
         helpers = [threading.Thread(target=self._guarded, daemon=True) for _ in range(threads - 1)]
         for helper in helpers:
             helper.start()
@@ -120,7 +120,7 @@ class Copier:
             for helper in helpers:
                 helper.join()
         except BaseException as error:
-            # Also a signal that comes while a helper is waited for: it must stop before its files are closed.
+            # Also a signal during the wait: the helpers must stop before their files are closed.
             self.failure = self.failure or error
             for helper in helpers:
                 helper.join()
@@ -131,7 +131,7 @@ class Copier:
     def _guarded(self) -> None:
         try:
             self._work()
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that runs `run`
+        except BaseException as error:  # noqa: BLE001 - the thread of `run` raises it again
             self.failure = self.failure or error
 
     def _work(self) -> None:
@@ -188,7 +188,7 @@ def _pieces(jobs: Sequence[Job]) -> Iterator[tuple[Job, int, int]]:
 
 
 def read_exactly(fd: int, data: memoryview, offset: int, file: str) -> None:
-    """Fill `data` from a position of a source file.
+    """Fill `data` from a position in a source file.
 
     Raises:
         CheckpointError: The file cannot be read, or ends too early.
@@ -200,12 +200,12 @@ def read_exactly(fd: int, data: memoryview, offset: int, file: str) -> None:
         except OSError as error:
             raise CheckpointError(f"cannot be read: {error.strerror}", where=file) from error
         if count == 0:
-            raise CheckpointError(f"ends at byte {offset + done}", where=file, hint="it was cut while it was read")
+            raise CheckpointError(f"ends at byte {offset + done}", where=file, hint="it was truncated meanwhile")
         done += count
 
 
 def write_exactly(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` at a position of a file.
+    """Write all of `data` at a position in a file.
 
     Raises:
         OSError: The disk is full or fails.

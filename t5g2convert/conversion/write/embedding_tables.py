@@ -1,4 +1,4 @@
-"""The same rows of two embedding tables, read from their files in blocks, as float64."""
+"""Equal rows of two embedding tables, read from their files in blocks, as float64."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ROWS_AT_ONCE: Final = 2048
-"""Rows of a block: enough that adding up its products costs little beside computing them."""
+"""Rows of a block: enough that summing its products costs little compared to computing them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Table:
     Attributes:
         tensor: Its name.
         dtype: Its safetensors dtype: BF16, F16 or F32.
-        rows: Number of tokens.
-        width: Values of a token.
+        rows: Number of rows, one per token.
+        width: Number of columns.
         file: Name of the file.
-        fd: The file, open.
+        fd: Descriptor of the file.
         start: First byte of the table in the file.
     """
 
@@ -42,14 +42,14 @@ class Table:
 
     @property
     def where(self) -> str:
-        """The table in an error."""
+        """The table, for errors."""
         return f"{self.file}, tensor {self.tensor}"
 
 
 def paired_blocks(
     donor: Table, target: Table, rows: int, progress: Progress
 ) -> Iterator[tuple["NDArray[np.float64]", "NDArray[np.float64]"]]:
-    """The same rows of both tables, [n, donor width] and [n, width]; the arrays are used again for the next ones.
+    """Yield the same rows of both tables, [n, donor width] and [n, width]; the next block reuses the arrays.
 
     Raises:
         CheckpointError: A table cannot be read, or holds NaN or infinity.
@@ -68,7 +68,7 @@ def paired_blocks(
             found = first_nonfinite(data, table.dtype)
             if found is not None:
                 row = first + found[0] // table.width
-                raise CheckpointError(f"holds {found[1]} in row {row}, expected numbers", where=table.where)
+                raise CheckpointError(f"holds {found[1]} in row {row}, expected finite numbers", where=table.where)
             block[:count] = widened(data, table.dtype).reshape(count, table.width)
             progress(len(data))
         yield blocks[0][:count], blocks[1][:count]

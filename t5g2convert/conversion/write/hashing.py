@@ -1,7 +1,7 @@
-"""sha256 of files while they are copied, each on a thread of its own (hashlib lets other threads run).
+"""The sha256 of files while they are copied, each on its own thread (hashlib releases the interpreter's lock).
 
-A file's hash needs its bytes in order. Pieces arrive in the order of the copy, which is the file's order except where
-one file holds both stacks: a piece that does not follow on the last one is skipped then, and read back at the end.
+A hash needs the bytes of a file in order. Chunks arrive in the order of the copy, which differs from the file's order
+where one file holds both stacks: a chunk that does not follow the last one is skipped, and read back at the end.
 """
 
 import hashlib
@@ -15,24 +15,24 @@ from typing import Final
 READ_BACK_BYTES: Final = 1 << 18
 
 Piece = tuple[int, memoryview, Callable[[], None]]
-"""Offset in the file, the bytes, and what to call when they are no longer needed."""
+"""Offset in the file, the bytes, and a function to call when they are no longer needed."""
 
 
 class FileHasher:
-    """Hashes one file from the pieces that are fed to it.
+    """Hash one file from the chunks that are fed to it.
 
     Args:
-        fd: The file, open for reading.
+        fd: Descriptor of the file, open for reading.
         size: Its final size in bytes.
-        there: How many of its first bytes are there already, so that gaps among them can be read back at once.
-        finished: Called with the sha256, hexadecimal, from the thread, when the last byte is hashed.
+        written: Number of its first bytes that are written already: gaps among them can be read back at once.
+        finished: Called from the thread with the sha256, hexadecimal, when the last byte is hashed.
     """
 
-    def __init__(self, fd: int, size: int, *, there: int, finished: Callable[[str], None] | None = None) -> None:
-        self._fd, self._size, self._there, self._finished = fd, size, there, finished
+    def __init__(self, fd: int, size: int, *, written: int, finished: Callable[[str], None] | None = None) -> None:
+        self._fd, self._size, self._written, self._finished = fd, size, written, finished
         self._sha256 = hashlib.sha256()
         self._position = 0
-        self._room = bytearray(READ_BACK_BYTES)
+        self._memory = bytearray(READ_BACK_BYTES)
         self._pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self._failure: BaseException | None = None
         self._abandoned = False
@@ -40,28 +40,28 @@ class FileHasher:
         self._thread.start()
 
     def feed(self, offset: int, data: memoryview, done: Callable[[], None]) -> None:
-        """Hand over a piece; `done` is called once, from the thread, when its buffer may be used again."""
+        """Add a chunk; the thread calls `done` once, when its buffer may be used again."""
         self._pieces.put((offset, data, done))
 
     def close(self) -> None:
-        """No more pieces come: what was skipped may be read back now. Said twice, it counts once."""
+        """End the chunks: what was skipped is read back now. A second call does nothing."""
         self._pieces.put(None)
 
     def stop(self) -> None:
-        """Come to an end soon, without a result."""
+        """End soon, without a result."""
         self._abandoned = True
         self._pieces.put(None)
 
     def join(self) -> None:
-        """Wait until it has."""
+        """Wait until the thread has ended."""
         self._thread.join()
 
     def hexdigest(self) -> str:
-        """Wait for the thread; the sha256 of the whole file.
+        """Wait for the thread, and return the sha256 of the whole file.
 
         Raises:
             OSError: The file could not be read back.
-            OutputError: What was to be done with the finished file failed.
+            OutputError: `finished` failed.
         """
         self._thread.join()
         if self._failure is not None:
@@ -74,7 +74,7 @@ class FileHasher:
             try:
                 if self._failure is None and not self._abandoned:
                     self._take(offset, data)
-            except BaseException as error:  # noqa: BLE001 - the thread must go on handing buffers back
+            except BaseException as error:  # noqa: BLE001 - the thread must still release the buffers
                 self._failure = error
             finally:
                 del data, piece
@@ -84,11 +84,11 @@ class FileHasher:
                 self._read_back(self._size)
                 if self._finished is not None and not self._abandoned:
                     self._finished(self._sha256.hexdigest())
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that asks for the sha256
+        except BaseException as error:  # noqa: BLE001 - `hexdigest` raises it again
             self._failure = error
 
     def _take(self, offset: int, data: memoryview) -> None:
-        if self._position < offset <= self._there:
+        if self._position < offset <= self._written:
             self._read_back(offset)
         if offset == self._position:
             self._sha256.update(data)
@@ -96,7 +96,7 @@ class FileHasher:
 
     def _read_back(self, end: int) -> None:
         while self._position < end and not self._abandoned:
-            room = memoryview(self._room)[: min(READ_BACK_BYTES, end - self._position)]
+            room = memoryview(self._memory)[: min(READ_BACK_BYTES, end - self._position)]
             count = os.preadv(self._fd, [room], self._position)
             if not count:
                 raise OSError(f"ends at byte {self._position}, expected {end}")
@@ -112,12 +112,12 @@ class Hashers:
     shards: Mapping[str, FileHasher]
 
     def close(self) -> None:
-        """No more pieces come."""
+        """End the chunks of all files."""
         for hasher in (*self.sources.values(), *self.shards.values()):
             hasher.close()
 
     def abandon(self) -> None:
-        """Stop all; a hasher that is done already does not mind."""
+        """Stop all hashers, including finished ones, and wait for them."""
         hashers = (*self.sources.values(), *self.shards.values())
         for hasher in hashers:
             hasher.stop()

@@ -1,4 +1,4 @@
-"""The bytes of tensors that are not copied as they are: cast, or computed from one row, without torch."""
+"""Numbers in tensors without torch: NaN and infinity, casts, rounding, and the scaled row."""
 
 import math
 import struct
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 _STRUCT_CODES: Final = {"F16": "e", "F32": "f"}
 _WORDS: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}
 _FIRST: Final = {"BF16": 0xFF00, "F16": 0xF800, "F32": 0xFF00_0000}
-"""Infinity's bits without the sign, moved up by one; NaN's are higher, and every number's lower."""
+"""Infinity's bits without the sign, shifted left by one; those of NaN are higher, all others lower."""
 
 
 def first_nonfinite(piece: memoryview, dtype: str) -> tuple[int, str] | None:
-    """The first element that is no number, and what it is: NaN or infinity.
+    """Return the first NaN or infinity of a chunk: its element, and which it is.
 
     Args:
         piece: Whole elements, little-endian.
         dtype: BF16, F16 or F32.
     """
-    import numpy as np  # a plan does without
+    import numpy as np  # a plan needs no numpy
 
     words = np.frombuffer(piece, _WORDS[dtype])
     unsigned = words << 1
@@ -36,17 +36,17 @@ def first_nonfinite(piece: memoryview, dtype: str) -> tuple[int, str] | None:
 
 
 def caster(name: str, source: str, target: str) -> Callable[[memoryview], memoryview]:
-    """A function that casts a piece of a tensor, given as bytes of whole elements, to another dtype.
+    """Return a function that casts bytes of whole elements to another dtype.
 
-    Rounding is to nearest, ties to even, as in torch. NaN and infinity stay what they are.
+    Rounding is to nearest, ties to even, as in torch. NaN and infinity stay.
 
     Raises (the function):
-        CheckpointError: The piece holds a number that the target dtype cannot hold.
+        CheckpointError: A value is too large for the target dtype.
     """
     import ml_dtypes
     import numpy as np
 
-    # Little-endian as the format says, and as every platform is that torch runs on.
+    # Little-endian, like the format and every platform that torch runs on.
     dtypes = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
     source_dtype, target_dtype = dtypes[source], dtypes[target]
 
@@ -57,18 +57,18 @@ def caster(name: str, source: str, target: str) -> Callable[[memoryview], memory
             finite = np.isfinite(result)
             overflown = not finite.all() and np.isfinite(values[~finite]).any()
         if overflown:
-            raise CheckpointError(f"holds a number too large for {target}", where=f"tensor {name}")
+            raise CheckpointError(f"has a value too large for {target}", where=f"tensor {name}")
         return memoryview(result.view(np.uint8).data)
 
     return cast
 
 
 def scaled_row(row: bytes, source: str, target: str) -> bytes:
-    """A row of the embedding table times the square root of its width, in the target dtype.
+    """Return a row of the embedding table times the square root of its width, in the target dtype.
 
-    The product is rounded as transformers' Gemma3TextScaledWordEmbedding rounds it: the scale goes through float32 into
-    the dtype of the weights first (25.25 for a width of 640 in bfloat16), then the product is rounded to that dtype.
-    Python's doubles hold every such product exactly, so that each value is rounded once.
+    Rounding follows transformers' Gemma3TextScaledWordEmbedding: the scale is rounded through float32 to the dtype of
+    the weights (25.25 for a width of 640 in bfloat16), then the product is rounded to that dtype. Python's floats hold
+    every such product exactly, so each value is rounded once.
 
     Args:
         row: Bytes of one row.
@@ -83,15 +83,15 @@ def scaled_row(row: bytes, source: str, target: str) -> bytes:
         (scale,) = decode(_encode(decode(_encode([len(values) ** 0.5], "F32"), "F32"), target), target)
         return _encode([value * scale for value in values], target)
     except OverflowError:
-        raise CheckpointError(f"holds a number too large for {target}", where="the end-of-image embedding") from None
+        raise CheckpointError(f"has a value too large for {target}", where="the end-of-image embedding") from None
 
 
 def rounded(name: str, values: "NDArray[np.float32] | NDArray[np.float64]", target: str) -> bytes:
-    """Computed values in a stored dtype, each rounded once: to nearest, ties to even.
+    """Return computed values as bytes of a dtype, each rounded once: to nearest, ties to even.
 
     Args:
-        name: The tensor that they are for.
-        values: Finite, of any shape.
+        name: The tensor, for errors.
+        values: Finite values, of any shape.
         target: BF16, F16 or F32.
 
     Raises:
@@ -106,15 +106,15 @@ def rounded(name: str, values: "NDArray[np.float32] | NDArray[np.float64]", targ
         else:
             result = values.astype({"F16": np.float16, "F32": np.float32}[target])
     if not np.isfinite(result).all():
-        raise CheckpointError(f"comes to a number too large for {target}", where=f"tensor {name}")
+        raise CheckpointError(f"has a value too large for {target}", where=f"tensor {name}")
     return result.tobytes()
 
 
 def _rounded_to_odd(values: "NDArray[np.float32] | NDArray[np.float64]") -> "NDArray[np.float32]":
-    """float32, cut towards zero and given an odd last bit where anything was cut off.
+    """Return float32 values, truncated towards zero, with an odd last bit where anything was cut off.
 
-    ml_dtypes takes a double to bfloat16 by way of the nearest float32. That rounds twice: what lies just beyond the
-    middle between two bfloat16 lands on the middle first. With an odd last bit it never does.
+    ml_dtypes converts a double to bfloat16 through the nearest float32, which rounds twice: a value just past the
+    middle between two bfloat16 would first be rounded onto the middle. An odd last bit prevents that.
     """
     import numpy as np
 
@@ -127,7 +127,7 @@ def _rounded_to_odd(values: "NDArray[np.float32] | NDArray[np.float64]") -> "NDA
 
 
 def widened(data: memoryview, dtype: str) -> "NDArray[np.floating]":
-    """The numbers of stored bytes, exactly; a bfloat16 is the upper half of a float32."""
+    """Return the values of stored bytes, exactly; a bfloat16 is the upper half of a float32."""
     import numpy as np
 
     if dtype == "BF16":
@@ -137,7 +137,7 @@ def widened(data: memoryview, dtype: str) -> "NDArray[np.floating]":
 
 
 def decode(data: bytes, dtype: str) -> list[float]:
-    """The numbers of stored bytes of BF16, F16 or F32."""
+    """Return the values of bytes of BF16, F16 or F32."""
     if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
         halves = struct.unpack(f"<{len(data) // 2}H", data)
@@ -153,10 +153,10 @@ def _encode(values: list[float], dtype: str) -> bytes:
 
 
 def _upper_half(word: int, value: float) -> int:
-    """The bfloat16 of a float32's bits: to nearest, ties to even; a NaN has one form, as in torch."""
+    """Round the bits of a float32 to bfloat16: to nearest, ties to even; NaN has one form, as in torch."""
     if math.isnan(value):
         return 0x7FC0
-    # Add half of the unit that is cut off, less one if the kept part is even.
+    # Add half of the last kept bit, less one if the kept part is even.
     half = (word + 0x7FFF + (word >> 16 & 1)) >> 16
     if half & 0x7FFF == 0x7F80 and math.isfinite(value):
         raise OverflowError

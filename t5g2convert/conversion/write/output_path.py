@@ -1,7 +1,7 @@
-"""Whether a folder may be written: looked at before any work; nothing is changed here.
+"""Checks of the output path before any work; they change nothing.
 
-A target that is absent is made; one that is empty is filled, and keeps its mode, owner and place; one that holds an
-output of ours and nothing else is replaced with `overwrite`. Whatever else is there belongs to the user.
+A missing target is created. An empty one is filled, and keeps its mode, owner and place. With `overwrite`, one that
+holds an output of t5g2 and nothing else is replaced. Everything else belongs to the user.
 """
 
 import os
@@ -16,23 +16,23 @@ from t5g2convert.conversion.write.recovery import INSIDE, Names, leftovers, real
 from t5g2convert.errors import OutputError
 
 MAX_LINKS: Final = 40
-"""Links that are followed from one name, as Linux does."""
+"""Links that are followed from one path, as Linux does."""
 
 _OWN_NAME: Final = re.compile(rf"\..*{re.escape('.t5g2-')}(staging|old|removed(-\d+)?)|{re.escape(INSIDE)}", re.DOTALL)
 
 
 def check_target(target: Path, *inputs: Path, overwrite: bool, listing: Listing = manifest_listing) -> None:
-    """Refuse a target that must not be written, before any work.
+    """Refuse a target that must not be written.
 
     Args:
         target: The folder to be written.
         inputs: Folders and files that are read.
-        overwrite: Whether an output of ours that is there is replaced.
-        listing: Reads the list of its files from such an output.
+        overwrite: Whether an output of t5g2 is replaced.
+        listing: Returns the files of such an output.
 
     Raises:
-        OutputError: It is an address, a file, or a folder with something in it that is not ours; or it and what is
-            read contain each other, also behind links.
+        OutputError: It is an address, a file, or a folder with files that t5g2 did not write; or it contains an input
+            or lies inside one, also through links.
     """
     check_apart(target, *inputs)
     check_vacant(target, overwrite=overwrite, listing=listing)
@@ -41,21 +41,21 @@ def check_target(target: Path, *inputs: Path, overwrite: bool, listing: Listing 
 
 
 def check_apart(target: Path, *inputs: Path) -> None:
-    """Refuse a target that is, contains, or lies inside what is read; or that has a name which t5g2 uses itself.
+    """Refuse a target that is, contains, or lies inside an input, or whose name t5g2 reserves for its work.
 
     Raises:
-        OutputError: It does.
+        OutputError: It is such a target.
     """
     if scheme := scheme_of(target):
-        raise OutputError(f"an address ({scheme}//...) was given, expected a folder")
+        raise OutputError(f"expected a folder, got an address ({scheme}//...)")
     real = real_path(target)
     if taken := next((part for part in real.parts if _OWN_NAME.fullmatch(part)), None):
         raise OutputError(
-            f"{taken} is a name that t5g2 uses for its own work", where=target, hint="choose another folder"
+            f"{taken} is a name that t5g2 reserves for its work", where=target, hint="choose another folder"
         )
     cleared = (*_working(real), real / INSIDE)
     for given in inputs:
-        what = "the source folder" if not os.path.isfile(given) else f"{given}, which is read"  # noqa: PTH113
+        what = "the source folder" if not os.path.isfile(given) else f"{given}, which is an input"  # noqa: PTH113
         read = real_path(given)
         if real == read or read.is_relative_to(real) or real.is_relative_to(read):
             relation = "is" if real == read else "contains" if read.is_relative_to(real) else "lies inside"
@@ -63,21 +63,23 @@ def check_apart(target: Path, *inputs: Path) -> None:
         for folder in cleared:
             if read.is_relative_to(folder):
                 raise OutputError(
-                    f"would be written by way of {folder}, which is read", where=target, hint="choose another folder"
+                    f"cannot be written: t5g2 needs {folder} for its work, but it is an input",
+                    where=target,
+                    hint="choose another folder",
                 )
 
 
 def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_listing) -> None:
-    """Refuse a target that has something in it, but for an output of ours with `overwrite`.
+    """Refuse a target that is not empty, except for an output of t5g2 with `overwrite`.
 
     Raises:
-        OutputError: It has, or a name that is needed is taken.
+        OutputError: It is not empty, or a name that t5g2 needs is taken.
     """
     real = real_path(target)
     if not os.path.lexists(target):
         _check_names(real)
         return
-    if not os.path.isdir(target):  # noqa: PTH112 - False, and no error, for a name that no folder can have
+    if not os.path.isdir(target):  # noqa: PTH112 - False for a name that no folder can have
         raise OutputError("exists and is not a folder", where=target)
     try:
         found = set(os.listdir(real)) - leftovers(real)  # noqa: PTH208 - names are what is wanted
@@ -93,24 +95,24 @@ def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_l
         _check_replaceable(target, listing)
         hint = "--overwrite replaces it"
     except OutputError:
-        hint = "choose another folder; --overwrite replaces only an output of this tool"
+        hint = "choose another folder; --overwrite replaces only an output of t5g2"
         if is_mount_point(real):
             hint = "it is a mount point: choose a folder inside it"
     raise OutputError("exists and is not empty", where=target, hint=hint)
 
 
 def _check_replaceable(target: Path, listing: Listing) -> None:
-    """Refuse to replace a folder that is not an output of ours and nothing else, or that cannot be renamed."""
+    """Refuse to replace a folder that holds anything but an output of t5g2, or that cannot be renamed."""
     real = real_path(target)
     if os.path.islink(target):  # noqa: PTH114
         raise OutputError(
-            "is a link, and what it leads to is not replaced", where=target, hint=f"give that folder itself: {real}"
+            "is a link, and --overwrite does not follow links", where=target, hint=f"name the folder itself: {real}"
         )
     for folder, what in ((".", "the current folder"), ("~", "the home folder")):
         other = Path(os.path.realpath(os.path.expanduser(folder)))  # noqa: PTH111 - no error where there is none
         if other.is_relative_to(real):
             relation = "is" if other == real else "contains"
-            raise OutputError(f"{relation} {what}, and is not replaced", where=target, hint="choose another folder")
+            raise OutputError(f"{relation} {what} and is not replaced", where=target, hint="choose another folder")
     if is_mount_point(real):
         raise OutputError(
             "is a mount point, which cannot be replaced", where=target, hint="choose a folder inside it, or empty it"
@@ -121,16 +123,16 @@ def _check_replaceable(target: Path, listing: Listing) -> None:
         raise OutputError(f"cannot be read: {error.strerror}", where=target) from error
     if owner != os.geteuid():
         raise OutputError(
-            f"belongs to another user ({owner}), and is not replaced", where=target, hint="choose another folder"
+            f"belongs to another user ({owner}) and is not replaced", where=target, hint="choose another folder"
         )
     check_ours(target, listing, ignored=frozenset(leftovers(real)))
 
 
 def check_not_linked(target: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to replace a target that holds a file which is read through a link.
+    """Refuse to replace a target with a file that an input links to.
 
     Raises:
-        OutputError: It does.
+        OutputError: It has such a file.
     """
     real = real_path(target)
     if not real.is_dir():
@@ -140,37 +142,39 @@ def check_not_linked(target: Path, inputs: Iterable[Path]) -> None:
             for step in _steps(link):
                 if step.is_relative_to(real):
                     raise OutputError(
-                        f"contains {step.relative_to(real)}, which {link} leads to and which is read",
+                        f"contains {step.relative_to(real)}, an input through the link {link}",
                         where=target,
                         hint="choose another folder",
                     )
 
 
 def check_report(path: Path, *inputs: Path) -> None:
-    """Refuse to write a report over a file that is read.
+    """Refuse a report that would overwrite an input.
 
     Raises:
-        OutputError: It is one, or lies in a folder that is read and does not look like an older report.
+        OutputError: It is an input, or a file in an input folder that does not look like an older report.
     """
     real = real_path(path)
     for given in inputs:
         read = real_path(given)
         is_report = real.suffix.lower() in (".xml", ".html")
         if real == read or (real.exists() and not is_report and real.is_relative_to(read)):
-            raise OutputError("is read, and is not written over", where=path, hint="give another file")
+            raise OutputError("is an input, and is not overwritten", where=path, hint="choose another one")
         if any(step == real for link in _links(given) for step in _steps(link)):
-            raise OutputError("is read behind a link, and is not written over", where=path, hint="give another file")
+            raise OutputError(
+                "is an input through a link, and is not overwritten", where=path, hint="choose another one"
+            )
 
 
 def is_mount_point(folder: Path) -> bool:
-    """Whether something is mounted at a folder, also a part of the same disk."""
+    """Whether a folder is a mount point, also of a part of the same disk."""
     if os.path.ismount(folder):
         return True
     try:
         mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return False
-    # Blanks and line ends in names are octal there.
+    # It writes blanks and line feeds in names as octal numbers.
     places = (re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4]) for line in mounts)
     return os.fsencode(folder) in places
 
@@ -186,7 +190,7 @@ def _working(real: Path) -> tuple[Path, ...]:
 
 
 def _links(given: Path) -> Iterator[Path]:
-    """The links that may be followed where this is read: itself, and those below it."""
+    """Yield the links that reading a path may follow: itself, and those below it."""
     if os.path.islink(given):  # noqa: PTH114
         yield given
     if os.path.isdir(given):  # noqa: PTH112
@@ -195,7 +199,7 @@ def _links(given: Path) -> Iterator[Path]:
 
 
 def _steps(link: Path) -> Iterator[Path]:
-    """Where a link leads, and every link on the way."""
+    """Yield the target of a link, and every link on the way."""
     for _ in range(MAX_LINKS):
         if not link.is_symlink():
             break

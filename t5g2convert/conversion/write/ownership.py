@@ -1,4 +1,4 @@
-"""What is ours in a folder: `--overwrite` replaces nothing else, and what t5g2 left behind is known by its owner."""
+"""Which files of a folder t5g2 wrote: `--overwrite` replaces no others."""
 
 import os
 import stat
@@ -14,29 +14,29 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.errors import CheckpointError, DataError, OutputError
 
 THREADS: Final = 2
-"""Threads that hash what is about to be replaced."""
+"""Threads that hash the files to be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a file was when it was written; None where nobody noted it."""
+    """The size and sha256 of a file when it was written; None where they were not recorded."""
 
     nbytes: int | None = None
     sha256: str | None = None
 
 
 Listing = Callable[[Path], Mapping[str, Written]]
-"""Reads the list of its own files from a folder that this tool wrote; raises if it has no such list."""
+"""Returns the files that t5g2 wrote into a folder; raises if the folder does not list them."""
 
 Snapshot = Mapping[str, tuple[int, int, int]]
-"""By its path: inode, size and modification time of everything in a folder."""
+"""Inode, size and modification time of everything in a folder, by path."""
 
 
 def manifest_listing(folder: Path) -> dict[str, Written]:
-    """The files that `t5g2.json` lists, and itself.
+    """Return the files that t5g2.json lists, and t5g2.json itself.
 
     Raises:
-        CheckpointError: The folder has no manifest, or one that is not ours.
+        CheckpointError: The folder has no manifest, or an invalid one.
     """
     files = read_manifest(folder).files
     listed = {name: Written(file.bytes, file.sha256) for name, file in files.items()}
@@ -44,7 +44,7 @@ def manifest_listing(folder: Path) -> dict[str, Written]:
 
 
 def take_snapshot(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[str, tuple[int, int, int]]:
-    """Note what is in a folder, without following links.
+    """Return a snapshot of a folder, without following links.
 
     Raises:
         OSError: It cannot be read.
@@ -60,16 +60,16 @@ def take_snapshot(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[s
 def check_ours(
     folder: Path, listing: Listing, *, ignored: frozenset[str] = frozenset(), thoroughly: bool = False
 ) -> None:
-    """Refuse a folder that holds anything but files that this tool wrote there.
+    """Refuse a folder that holds anything but files that t5g2 wrote there.
 
     Args:
         folder: The folder.
-        listing: Reads the list of its own files.
-        ignored: Names at its top level that are not looked at.
-        thoroughly: Compare the sha256 of every file too, not names and sizes alone.
+        listing: Returns the files that t5g2 wrote.
+        ignored: Names at its top level to ignore.
+        thoroughly: Compare the sha256 of every file too, not only names and sizes.
 
     Raises:
-        OutputError: It has no list of ours, a file that is not in the list, or one that was changed; all are named.
+        OutputError: It has no list, or files that are not in the list or have changed; the error names all of them.
     """
     try:
         found = dict(_walk(folder, ignored))
@@ -81,16 +81,16 @@ def check_ours(
         top = [_shown(name, status) for name, status in found.items() if "/" not in name]
         name = Path(error.where or folder).name
         raise OutputError(
-            f"holds {some(top)}, and is not replaced: it is not a folder that t5g2 wrote ({name} {error.message})",
+            f"is not an output of t5g2 ({name} {error.message}) and is not replaced: it holds {some(top)}",
             where=folder,
             hint="choose another folder, or move it away",
         ) from None
     foreign = [_shown(name, status) for name, status in found.items() if not _is_listed(name, status, listed)]
     if foreign:
         raise OutputError(
-            f"holds more than the output that t5g2 wrote, and is not replaced: {some(foreign)}",
+            f"holds files that t5g2 did not write, and is not replaced: {some(foreign)}",
             where=folder,
-            hint="move that away, or choose another folder",
+            hint="move them away, or choose another folder",
             details=sorted(foreign) if len(foreign) > 1 else (),
         )
     changed = [name for name, status in found.items() if _has_other_size(status, listed.get(name))]
@@ -98,7 +98,7 @@ def check_ours(
         changed = _with_other_bytes(folder, found, listed)
     if changed:
         raise OutputError(
-            f"was changed since t5g2 wrote it, and is not replaced: {some(changed)}",
+            f"has changed since t5g2 wrote it, and is not replaced: {some(changed)}",
             where=folder,
             hint="move it away, or choose another folder",
             details=sorted(changed) if len(changed) > 1 else (),
@@ -106,7 +106,7 @@ def check_ours(
 
 
 def is_intact(folder: Path, listing: Listing) -> bool:
-    """Whether every file that a folder lists is there as it was written; others may stand beside them."""
+    """Whether every file that a folder lists is unchanged; it may hold other files too."""
     try:
         listed = listing(folder)
         found = {name: (folder / name).lstat() for name in listed}
@@ -119,10 +119,10 @@ def is_intact(folder: Path, listing: Listing) -> bool:
 
 
 def check_own_folder(path: Path) -> None:
-    """Refuse a name that t5g2 needs for its work if a link, a file, or another user's folder has it.
+    """Refuse a path that t5g2 needs for its work if it is a link, a file, or another user's folder.
 
     Raises:
-        OutputError: Something else is there; it is left alone.
+        OutputError: It is; it stays unchanged.
     """
     try:
         status = path.lstat()
@@ -133,17 +133,17 @@ def check_own_folder(path: Path) -> None:
     hint = "remove it, or choose another output"
     if not stat.S_ISDIR(status.st_mode):
         what = "a link" if stat.S_ISLNK(status.st_mode) else "not a folder"
-        raise OutputError(f"is {what}, and t5g2 needs this name for its work", where=path, hint=hint)
+        raise OutputError(f"is {what}, but t5g2 needs this name for its work", where=path, hint=hint)
     if status.st_uid != os.geteuid():
         raise OutputError(
-            f"belongs to another user ({status.st_uid}), and t5g2 needs this name for its work", where=path, hint=hint
+            f"belongs to another user ({status.st_uid}), but t5g2 needs this name for its work", where=path, hint=hint
         )
 
 
 def _walk(
     folder: Path, ignored: frozenset[str] = frozenset(), inside: str = ""
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Everything below a folder by its relative path, links as what they are."""
+    """Yield everything below a folder by relative path, without following links."""
     for item in sorted(os.scandir(folder / inside), key=lambda item: item.name):
         if not inside and item.name in ignored:
             continue

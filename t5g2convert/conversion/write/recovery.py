@@ -1,4 +1,4 @@
-"""What an interrupted run leaves at a target: its names, and how the next run tells and removes it."""
+"""The names of unfinished work at a target, and how the next run recovers from an interrupted one."""
 
 import json
 import os
@@ -20,23 +20,23 @@ OLD_SUFFIX: Final = ".t5g2-old"
 REMOVED_SUFFIX: Final = ".t5g2-removed"
 
 INSIDE: Final = STAGING_SUFFIX
-"""The staging folder in a target that is filled."""
+"""The staging folder inside a target that is filled."""
 
 MOVES_FILE: Final = ".t5g2-moves"
-"""In that folder, before the first file is moved out of it: which files those are."""
+"""In that folder: the list of files to move, written before the first one is moved."""
 
 JOURNAL_FILE: Final = ".t5g2-finished"
-"""In the staging folder; the shards that it names are worth keeping for a run that takes up where another stopped."""
+"""In the staging folder: the list of finished shards, which `--resume` keeps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What lies beside a target while it is written or replaced.
+    """The folders next to a target while it is written or replaced.
 
     Attributes:
         staging: The new folder, until it is complete.
-        old: The folder that is replaced, until the new one is in its place; put back if it never came there.
-        removed: What is being removed; never put back.
+        old: The replaced folder, until the new one is in its place; moved back if that never happens.
+        removed: A folder that is being removed; never moved back.
     """
 
     staging: Path
@@ -45,11 +45,11 @@ class Names:
 
     @classmethod
     def beside(cls, target: Path) -> "Names":
-        """Those of a target, which has no links in its path."""
+        """Return the folders of a target without links in its path."""
         return cls(*(target.parent / f".{target.name}{end}" for end in (STAGING_SUFFIX, OLD_SUFFIX, REMOVED_SUFFIX)))
 
     def all_removed(self) -> list[Path]:
-        """Every folder that is being removed or could not be."""
+        """Return all folders that are being removed or could not be removed."""
         pattern = re.compile(rf"{re.escape(self.removed.name)}(-\d+)?", re.DOTALL)
         try:
             found = [item for item in self.removed.parent.iterdir() if pattern.fullmatch(item.name)]
@@ -58,7 +58,7 @@ class Names:
         return sorted(found)
 
     def free_removed(self) -> Path:
-        """A name for the next."""
+        """Return an unused name for a folder to remove."""
         number, path = 1, self.removed
         while os.path.lexists(path):
             number += 1
@@ -77,28 +77,26 @@ class Names:
             except OutputError:
                 continue  # not ours
             except OSError as error:
-                notes.append(
-                    f"a folder that was replaced is still there, as {path}: cannot be removed: {error.strerror}"
-                )
+                notes.append(f"a replaced folder could not be removed and remains as {path}: {error.strerror}")
         return notes
 
 
 def fill(folder: Path, target: Path, *, last: Sequence[str], left: Collection[str], flush: bool) -> None:
     """Move everything in the staging folder into the target.
 
-    The file of moves is written first, so that the next run knows which files in the target are ours if this one is
-    killed. Without the last of them the target is not complete.
+    The list of moves is written first: if this run is killed, it tells the next one which files in the target to
+    remove. The target is not complete without the last file.
 
     Args:
         folder: The staging folder.
         target: The folder that is filled.
         last: Files that are moved last, in this order.
         left: Files that stay.
-        flush: Whether the disk has everything else before the last file is moved.
+        flush: Whether to flush everything else before the last file is moved.
 
     Raises:
-        OSError: A file cannot be moved; those that were are back.
-        OutputError: Somebody else wrote a file of that name.
+        OSError: A file cannot be moved; the others have been moved back.
+        OutputError: Another process wrote a file of the same name.
     """
     rank = {name: number for number, name in enumerate(last, start=1)}
     entries = sorted(item.name for item in folder.iterdir() if item.name not in (*left, MOVES_FILE))
@@ -116,7 +114,7 @@ def fill(folder: Path, target: Path, *, last: Sequence[str], left: Collection[st
             if name == order[-1] and flush:
                 flush_folder(target)
             if os.path.lexists(target / name):
-                raise OutputError(f"was written to meanwhile: {name}", where=target, hint="run again")
+                raise OutputError(f"was changed by another process: {name}", where=target, hint="run again")
             (folder / name).rename(target / name)
             moved.append(name)
     except BaseException:
@@ -126,7 +124,7 @@ def fill(folder: Path, target: Path, *, last: Sequence[str], left: Collection[st
 
 
 def take_back(target: Path) -> None:
-    """Remove what a run that was killed moved into a target that did not become complete.
+    """Remove the files that a killed run moved into a target before it was complete.
 
     Raises:
         OSError: A file cannot be removed.
@@ -141,13 +139,13 @@ def take_back(target: Path) -> None:
 
 
 def leftovers(target: Path) -> set[str]:
-    """Names in a target that a run which was killed left there, while it filled it.
+    """Return the names in a target that a killed run left while it filled it.
 
-    These are its staging folder, and files that it had moved out of it; none of those if it had moved all.
+    These are its staging folder and the files that it moved out of it, unless it moved all of them.
 
     Raises:
-        OSError: It cannot be read which files those are.
-        OutputError: The name of the staging folder is taken by something else.
+        OSError: The list of moves cannot be read.
+        OutputError: Something else has the name of the staging folder.
     """
     inside = target / INSIDE
     if not os.path.lexists(inside):
@@ -158,10 +156,10 @@ def leftovers(target: Path) -> set[str]:
 
 
 def moved_files(target: Path) -> list[str]:
-    """The files that a run which was killed had moved into a target, which is not complete without the last of them.
+    """Return the files that a killed run moved into a target; none if it moved all of them.
 
     Raises:
-        OSError: The file of moves cannot be read.
+        OSError: The list of moves cannot be read.
     """
     path = target / INSIDE / MOVES_FILE
     try:
@@ -172,12 +170,12 @@ def moved_files(target: Path) -> list[str]:
         inside = [move for move in moves if real_path(target / move[0]) == target / move[0]]
         moved = [name for name, *identity in inside if _identity(target / name) == identity]
     except (FileNotFoundError, ValueError, TypeError):
-        return []  # absent, or cut off while it was written: nothing was moved yet
+        return []  # missing, or cut off while it was written: nothing was moved yet
     return [] if moves and moved[-1:] == [moves[-1][0]] else moved
 
 
 def moves_of(folder: Path, order: Iterable[str]) -> bytes:
-    """What the file of moves holds: path, inode and size of every file, in the order in which they are moved.
+    """Return the list of moves: path, inode and size of every file, in the order of the moves.
 
     Raises:
         OSError: The folder cannot be read.
@@ -191,7 +189,7 @@ def moves_of(folder: Path, order: Iterable[str]) -> bytes:
 
 
 def real_path(path: Path) -> Path:
-    """The path without links; a link that leads nowhere, or to itself, stays as it is."""
+    """Return the path without links; broken links and loops stay."""
     return Path(os.path.realpath(path))
 
 

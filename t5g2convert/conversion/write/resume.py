@@ -1,8 +1,8 @@
-"""The journal of a conversion: which shards are finished, so that one that died need not start again.
+"""The journal of finished shards, with which `--resume` continues an interrupted conversion.
 
-It lies in the staging folder, a line for each shard, written when the shard has all its bytes, and goes before the
-folder is put in place. A line is believed only if it is of the same plan, of the same source files by their identity,
-and the shard still has the sha256 that the line says; so lines may be stale, torn or doubled without harm.
+It is a file in the staging folder, with a line for each shard that is complete, and is removed before the folder is
+moved into place. A line counts only if plan and source files are the same and the shard still has the sha256 in the
+line, so stale, torn and repeated lines do no harm.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from t5g2convert.errors import OutputError
 from t5g2convert.version import __version__
 
 THREADS: Final = 2
-"""Threads that hash kept shards."""
+"""Threads that hash shards to be kept."""
 
 
 class Journal:
-    """Finished shards of one plan, in one staging folder.
+    """The finished shards of one plan in one staging folder.
 
     Args:
         folder: The staging folder.
-        plan: The plan that is executed there.
+        plan: The plan that is executed.
         allow_nonfinite: Whether the shards may hold NaN or infinity.
         flush: Wait until the disk has each line.
     """
@@ -45,12 +45,12 @@ class Journal:
         self._lock = threading.Lock()
 
     def add(self, shard: str, sha256: str) -> None:
-        """Note a finished shard; called from any thread.
+        """Record a finished shard; from any thread.
 
         Raises:
             OutputError: The line cannot be written.
         """
-        # A line that was torn when a run died must not take this one with it.
+        # The line feed in front ends a line that an interrupted run left torn.
         line = "\n" + json.dumps({"plan": self._fingerprint, "shard": shard, "sha256": sha256}) + "\n"
         try:
             with self._lock, self.path.open("a") as file:
@@ -62,7 +62,7 @@ class Journal:
             raise OutputError(f"cannot be written: {error.strerror}", where=self.path) from error
 
     def salvage(self) -> dict[str, str]:
-        """The shards of an earlier run that can be kept, with their sha256; all else is removed from the folder.
+        """Return the shards of an earlier run that can be kept, by sha256, and remove everything else from the folder.
 
         Raises:
             OutputError: The folder cannot be read or cleared.
@@ -78,17 +78,17 @@ class Journal:
             for name in kept:
                 self._adopt(self.path.parent / name)
         except OSError as error:
-            raise OutputError(f"cannot be taken up again: {error.strerror}", where=self.path.parent) from error
+            raise OutputError(f"cannot be resumed: {error.strerror}", where=self.path.parent) from error
         return kept
 
     def prune(self) -> None:
-        """Leave nothing but the finished shards and this journal, and no journal where there are none."""
+        """Remove everything but the finished shards and this journal, which goes too if it lists none."""
         with suppress(OSError):
             noted = self._read()
             clear(self.path.parent, keep={JOURNAL_FILE, *noted} if noted else ())
 
     def remove(self) -> None:
-        """The folder is complete.
+        """Remove the journal from a complete folder.
 
         Raises:
             OutputError: The journal cannot be removed.
@@ -99,7 +99,7 @@ class Journal:
             raise OutputError(f"cannot be removed: {error.strerror}", where=self.path) from error
 
     def _read(self) -> dict[str, str]:
-        """sha256 by shard, of the lines that are whole and of this plan."""
+        """Return the sha256 by shard, from whole lines of this plan."""
         noted: dict[str, str] = {}
         if not _is_own_file(self.path):
             return noted
@@ -125,7 +125,7 @@ class Journal:
             return False  # written anew
 
     def _adopt(self, path: Path) -> None:
-        """Give a kept shard the usual permissions, and to the disk: the run that wrote it may not have waited."""
+        """Set the usual permissions of a kept shard, and flush it: the run that wrote it may not have."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             os.fchmod(fd, usual_mode(0o666))
@@ -136,13 +136,13 @@ class Journal:
 
 
 def _fingerprint(plan: Plan, *, allow_nonfinite: bool) -> str:
-    """sha256 of everything that decides a shard's bytes."""
-    # A note, or a file that stays behind, changes no shard.
+    """Return the sha256 of everything that decides the bytes of a shard."""
+    # Notes and files that are not copied change no shard.
     document = {key: value for key, value in plan.to_json().items() if key not in ("notes", "source_files")}
     decides = {
         "version": __version__,
         "plan": document,
-        # Not the device, whose number may be another after a restart.
+        # Without the device: its number may change with a restart.
         "source": [(file.name, *astuple(file.identity)[1:]) for file in plan.source_files],
         "allow_nonfinite": allow_nonfinite,
     }
@@ -150,7 +150,7 @@ def _fingerprint(plan: Plan, *, allow_nonfinite: bool) -> str:
 
 
 def _is_own_file(path: Path) -> bool:
-    """Whether a path is a regular file of this user and has no other name."""
+    """Whether a path is a regular file that belongs to this user and has no other name."""
     try:
         status = path.lstat()
     except FileNotFoundError:

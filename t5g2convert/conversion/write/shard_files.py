@@ -1,4 +1,4 @@
-"""The output's shards while they are written: created in their final size, flushed, noted as finished, closed."""
+"""The files of the output's shards while they are written: created in their final size, flushed, closed."""
 
 import errno
 import os
@@ -16,13 +16,13 @@ from t5g2convert.conversion.write.resume import Journal
 
 
 class OpenShards:
-    """All shards of a plan that are to be written, open, as a context.
+    """Context manager of the open shards of a plan.
 
     Args:
         plan: The plan.
-        folder: Where they are created.
-        kept: Names of those that are there already.
-        journal: Is told of every finished shard; None where nothing is hashed.
+        folder: The folder for the shards.
+        kept: Names of the shards that exist already.
+        journal: Records every finished shard; None where nothing is hashed.
         flush: Wait until the disk has every byte.
     """
 
@@ -35,7 +35,7 @@ class OpenShards:
         self._plan, self._folder, self._journal, self._flush = plan, folder, journal, flush
         self._flushing = {shard.name: threading.Lock() for shard in self.shards}
         self._flushed: dict[str, OSError | None] = {}
-        """What came of the flush, by name: asked again, a disk that has failed says that all is well."""
+        """The result of the flush by name: a failed disk reports success when it is flushed again."""
 
     def __enter__(self) -> Self:
         tensors: dict[str, list[PlannedTensor]] = {shard.name: [] for shard in self._plan.shards}
@@ -55,7 +55,7 @@ class OpenShards:
         self._abandon()
 
     def flush(self, name: str) -> None:
-        """A shard has all its bytes: wait until the disk has them, once; called from any thread.
+        """Wait until the disk has a shard that is complete; only once, from any thread.
 
         Raises:
             OutputError: The disk fails.
@@ -72,17 +72,17 @@ class OpenShards:
                     raise failure
 
     def finish(self, name: str, sha256: str) -> None:
-        """A shard has all its bytes, and this sha256; called from any thread.
+        """Flush a shard that is complete, and record it with its sha256; from any thread.
 
         Raises:
             OutputError: The disk fails.
         """
         self.flush(name)
-        assert self._journal is not None, "nothing is hashed without one"
+        assert self._journal is not None, "only runs with a journal compute hashes"
         self._journal.add(name, sha256)
 
     def close(self) -> None:
-        """Close all; some file systems tell only now that a write failed.
+        """Close all shards; some file systems report a failed write only now.
 
         Raises:
             OutputError: A file could not be closed.
@@ -98,7 +98,7 @@ class OpenShards:
                 os.close(self.files.popitem()[1])
 
     def _create(self, shard: Shard, tensors: list[PlannedTensor]) -> None:
-        """Create a shard in its final size, with its header."""
+        """Create a shard in its final size, and write its header."""
         header = encode_header(
             TensorEntry(
                 tensor.name,
@@ -109,7 +109,7 @@ class OpenShards:
             )
             for tensor in tensors
         )
-        assert len(header) == shard.header_size, "the plan counted this header"
+        assert len(header) == shard.header_size, "the plan has the size of this header"
         with output_errors(self._folder / shard.name):
             fd = os.open(self._folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self.files[shard.name] = fd
@@ -120,8 +120,8 @@ class OpenShards:
 def _reserve(fd: int, size: int) -> None:
     """Give a file its size and its blocks at once.
 
-    A full disk is told here, and two stacks that grow side by side do not cut each other into pieces: writing 1b to
-    ext4 took 1.5 s with it and 2.4 s without (medians of four rounds, not flushed).
+    A full disk is found here, and two stacks that grow in parallel do not fragment each other: writing 1b to ext4 took
+    1.5 s with it and 2.4 s without (medians of four rounds, not flushed).
     """
     if hasattr(os, "posix_fallocate"):
         try:

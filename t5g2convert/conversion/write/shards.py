@@ -1,6 +1,6 @@
-"""The writer: executes a plan's byte copies in bounded memory, and knows nothing but the plan.
+"""The shards of the output, written from a plan in bounded memory.
 
-A source range that serves both stacks is read once and written twice. Nothing is decoded unless it is cast.
+A source range that serves both stacks is read once and written twice. Only tensors that are cast are decoded.
 """
 
 import os
@@ -15,7 +15,7 @@ from t5g2convert.checkpoint.dtypes import BITS, CONFIG_NAMES
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.conversion.plan.types import Dropped, Plan, PlannedTensor, Repeated, SourceRange
-from t5g2convert.conversion.write.computed_tensors import Given, read_range, write_computed
+from t5g2convert.conversion.write.computed_tensors import TensorValues, read_range, write_computed
 from t5g2convert.conversion.write.copy import (
     CHUNK_BYTES,
     Copier,
@@ -30,24 +30,24 @@ from t5g2convert.errors import CheckpointError
 from t5g2convert.progress import Progress
 
 COPY_THREADS: Final = 2
-"""Threads that copy where nothing is hashed; hashing needs the bytes in order, so one copies then."""
+"""Threads that copy without hashing; hashing needs the bytes in order, and so a single thread."""
 
 
 WIDEST: Final = "F32"
-"""Every dtype that is converted goes into it exactly."""
+"""Holds the values of every dtype that can be converted."""
 
-HINT: Final = "the target has one matrix for both; an untied model cannot be converted exactly"
+HINT: Final = "the target has one matrix for both, so an untied model cannot be converted exactly"
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written.
+    """The result of writing the shards.
 
     Attributes:
-        sources: sha256 by file name, hexadecimal; empty where nothing was hashed.
-        shards: The same of the output's shards.
+        sources: sha256 by source file, hexadecimal; empty without hashing.
+        shards: sha256 by shard.
         nonfinite: A line for each tensor that holds NaN or infinity.
-        residual: How far the tables of an aligned projector are from fitting each other: 0 is exact, 1 not at all.
+        residual: The misfit of the tables of an aligned projector, from 0 (exact) to 1 (no fit).
     """
 
     sources: dict[str, str]
@@ -66,25 +66,25 @@ def write_shards(
     allow_nonfinite: bool,
     flush: bool,
     progress: Progress,
-    given: Given | None = None,
+    values: TensorValues | None = None,
 ) -> Written:
     """Write all shards of a plan.
 
     Args:
         plan: The plan.
-        folders: Where the checkpoints lie that were planned.
-        folder: A folder for the shards; none of them is there but those that are kept.
-        journal: Is told of every finished shard; where given, sha256 of all source and target files is computed in the
+        folders: The folders of the planned checkpoints.
+        folder: The folder for the shards; it holds none of them except those that are kept.
+        journal: Records every finished shard. With it, the sha256 of all source files and shards is computed in the
             same pass.
-        kept: sha256 by name of the shards that are there already.
-        allow_nonfinite: Copy NaN and infinity as they are.
+        kept: sha256 by name of the shards that exist already.
+        allow_nonfinite: Copy NaN and infinity.
         flush: Wait until the disk has every byte.
-        progress: Told of every piece that is done: written, kept, or read in vain.
+        progress: Called with the bytes done, from any thread.
         given: The values that the plan says are given, if it does.
 
     Raises:
-        CheckpointError: The source changed since it was planned, or holds NaN, infinity, or values that cannot be cast;
-            or what is given does.
+        CheckpointError: A source changed since it was planned; or a source or trained values hold NaN, infinity, or
+            values that are too large for the dtype.
         OutputError: The disk is full or fails.
     """
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def write_shards(
         if any(drop.must_equal is not None for drop in plan.dropped):
             _check_repeated(plan, sources)
         shards = stack.enter_context(OpenShards(plan, folder, kept, journal, flush=flush))
-        residual = write_computed(plan, sources, shards, given, progress)
+        residual = write_computed(plan, sources, shards, values, progress)
         hashers = _start_hashers(plan, sources, shards) if journal is not None else None
         if hashers is not None:
             stack.callback(hashers.abandon)
@@ -105,12 +105,12 @@ def write_shards(
             raise CheckpointError(
                 f"{len(nonfinite)} tensor(s) hold NaN or infinity",
                 where=" and ".join(holders),
-                hint="--allow-nonfinite converts them as they are",
+                hint="--allow-nonfinite copies them unchanged",
                 details=nonfinite,
             )
         if hashers is not None:
             hashers.close()
-        # While the hashers read back what they have skipped.
+        # The hashers read back what they skipped in the meantime.
         for shard in shards.shards:
             shards.flush(shard.name)
         written = Written({}, dict(kept), nonfinite, residual)
@@ -135,13 +135,13 @@ def _open_sources(plan: Plan, folders: Folders, stack: ExitStack) -> dict[str, i
 
 
 def _close_read(fd: int) -> None:
-    """Close a file that was only read; nothing can be lost by it."""
+    """Close a file that was only read: an error loses nothing."""
     with suppress(OSError):
         os.close(fd)
 
 
 def _nonfinite(copier: Copier, plan: Plan) -> Iterator[str]:
-    """The tensors that hold NaN or infinity, each with its first such element, in the order of the plan."""
+    """Yield the first NaN or infinity of each tensor that holds one, in the order of the plan."""
     if not copier.nonfinite:
         return
     import numpy as np
@@ -170,21 +170,21 @@ def _check_unchanged(plan: Plan, sources: dict[str, int], folders: Folders) -> N
 
 
 def _start_hashers(plan: Plan, sources: dict[str, int], shards: OpenShards) -> Hashers:
-    """A hasher for every source and target file; headers and computed tensors are written already."""
+    """Start a hasher for every source and shard; headers and computed tensors are written already."""
     first_copied = {shard.name: shard.size for shard in plan.shards}
     for tensor in plan.tensors:
         if tensor.content.kind in ("copy", "cast"):
             first_copied[tensor.shard] = min(first_copied[tensor.shard], tensor.start)
     return Hashers(
         sources={
-            file.name: FileHasher(sources[file.name], file.identity.size, there=file.identity.size)
+            file.name: FileHasher(sources[file.name], file.identity.size, written=file.identity.size)
             for file in plan.source_files
         },
         shards={
             shard.name: FileHasher(
                 shards.files[shard.name],
                 shard.size,
-                there=first_copied[shard.name],
+                written=first_copied[shard.name],
                 finished=partial(shards.finish, shard.name),
             )
             for shard in shards.shards
@@ -193,7 +193,7 @@ def _start_hashers(plan: Plan, sources: dict[str, int], shards: OpenShards) -> H
 
 
 def _digest(hashers: Hashers, folders: Folders, folder: Path, written: Written) -> None:
-    """Note the sha256 of all files."""
+    """Wait for the sha256 of all files."""
     for name, hasher in hashers.sources.items():
         try:
             written.sources[name] = hasher.hexdigest()
@@ -205,11 +205,11 @@ def _digest(hashers: Hashers, folders: Folders, folder: Path, written: Written) 
 
 
 def _jobs(plan: Plan, sources: dict[str, int], shards: OpenShards) -> list[Job]:
-    """One job for each source range, in the order of the source, with all of its targets that are to be written."""
+    """Return a job for each source range with all of its targets, in the order of the source."""
     by_source: dict[SourceRange, list[PlannedTensor]] = {}
     for tensor in plan.tensors:
         if tensor.content.kind in ("copy", "cast") and tensor.nbytes and tensor.shard in shards.files:
-            assert tensor.content.source is not None, "what is copied has a source"
+            assert tensor.content.source is not None, "a copied tensor has a source"
             by_source.setdefault(tensor.content.source, []).append(tensor)
     jobs = []
     for source in sorted(by_source, key=lambda item: (item.file, item.start)):
@@ -235,11 +235,7 @@ def _jobs(plan: Plan, sources: dict[str, int], shards: OpenShards) -> list[Job]:
 
 
 def _check_repeated(plan: Plan, sources: Mapping[str, int]) -> None:
-    """Compare all of a plan's dropped tensors that must repeat another, a chunk at a time.
-
-    Args:
-        plan: The plan.
-        sources: The files that are read, open, by name.
+    """Compare dropped tensors with those that they must repeat: bytes, or values where the dtypes differ.
 
     Raises:
         CheckpointError: A value differs, or a file cannot be read.
@@ -256,7 +252,7 @@ def _check_repeated(plan: Plan, sources: Mapping[str, int]) -> None:
 
 
 def _first_difference(drop: Dropped, other: Repeated, sources: Mapping[str, int]) -> int | None:
-    """The first element that differs; both tensors have as many, which the plan has seen."""
+    """Return the first element that differs; the plan has checked that the sizes are equal."""
     dtype = drop.dtype if drop.dtype == other.dtype else WIDEST
     sides = [
         (each.content if isinstance(each, Dropped) else each.source, each.dtype, _widener(each.dtype, dtype))
@@ -277,7 +273,7 @@ def _first_difference(drop: Dropped, other: Repeated, sources: Mapping[str, int]
 
 
 def _widener(source: str, target: str) -> Callable[[bytearray], bytes]:
-    """What makes the bytes of values of the one dtype those of the other, which holds them exactly."""
+    """Return a function that casts bytes to a dtype that holds their values exactly."""
     if source == target:
         return bytes
     cast = caster("", source, target)
@@ -285,7 +281,7 @@ def _widener(source: str, target: str) -> Callable[[bytearray], bytes]:
 
 
 def _place(element: int, shape: tuple[int, ...]) -> str:
-    """Where an element is, as `[3, 17]`."""
+    """Return the indices of an element, as `[3, 17]`."""
     place: list[int] = []
     for extent in reversed(shape):
         place.append(element % extent)
@@ -294,11 +290,11 @@ def _place(element: int, shape: tuple[int, ...]) -> str:
 
 
 def _values(drop: Dropped, other: Repeated, element: int, sources: Mapping[str, int]) -> str:
-    """What both hold there, for dtypes that are converted."""
+    """Return both values, for dtypes that can be converted."""
     if not {drop.dtype, other.dtype} <= CONFIG_NAMES.keys():
         return ""
     values = []
     for source, dtype in ((drop.content, drop.dtype), (other.source, other.dtype)):
         width = BITS[dtype] // 8
         values.append(decode(bytes(read_range(sources, source, element * width, width)), dtype)[0])
-    return f" ({values[0]:.9g}, there {values[1]:.9g})"
+    return f" ({values[0]:.9g}, expected {values[1]:.9g})"

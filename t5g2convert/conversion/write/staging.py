@@ -1,11 +1,11 @@
-"""The staging folder: everything is written there, and the target is complete by one rename, or not at all.
+"""The staging folder: all files are written there, and one rename makes the target complete.
 
 ::
 
     new        .OUT.t5g2-staging becomes OUT
     replaced   OUT becomes .OUT.t5g2-old, .OUT.t5g2-staging becomes OUT,
                .OUT.t5g2-old becomes .OUT.t5g2-removed, which is removed and never put back
-    filled     the files of OUT/.t5g2-staging are moved into OUT, the one that makes a checkpoint of it last
+    filled     the files of OUT/.t5g2-staging are moved into OUT; the last one makes it a checkpoint
 """
 
 import os
@@ -46,27 +46,32 @@ from t5g2convert.interrupts import uninterrupted
 
 LOCK_ATTEMPTS: Final = 100
 LAST_FILES: Final = (MANIFEST_FILE, "config.json")
-"""Moved last into a folder that is filled: without them it is not a checkpoint, for this tool or any other."""
+"""Moved last into a folder that is filled: without them no tool takes it for a checkpoint."""
 
 
 class Staging:
-    """A locked folder, as a context: removed on the way out unless it was put in place or is kept.
+    """Context manager of a locked staging folder, which is removed at the end unless it was committed or is kept.
 
-    It lies beside the target, or inside one that exists and is empty. The lock is on the folder itself, so that it goes
-    with the process that held it; whoever finds the folder without a lock may clear it away, if it is the same user's.
+    It is next to the target, or inside a target that exists and is empty. The lock is on the folder itself and ends
+    with the process; another run of the same user may remove a folder without a lock.
+
+    Example:
+        >>> with Staging(Path("out")) as staging:
+        ...     (staging.folder / "config.json").write_text("{}")
+        ...     staging.commit()
 
     Attributes:
-        target: The folder to be written, without links.
+        target: The folder to write, without links.
         folder: The staging folder.
-        notes: After the commit: folders that were replaced and could not be removed.
+        notes: After the commit: the replaced folders that could not be removed.
 
     Args:
-        target: The folder to be written.
-        overwrite: Whether an output of ours that is there is replaced.
-        flush: Whether the folder and its parent are flushed to the disk around the rename.
-        resume: Whether what an earlier run left in the folder stays there, and what this one finished stays when it is
-            stopped or the disk fails.
-        listing: Reads the list of its files from an output that is there.
+        target: The folder to write.
+        overwrite: Whether an output of t5g2 is replaced.
+        flush: Whether to flush the folder and its parent to the disk around the rename.
+        resume: Whether to keep what an earlier run left in the folder, and what this run has finished if it is stopped
+            or the disk fails.
+        listing: Returns the files of an output to replace.
         last: Files that are moved last into a target that is filled.
     """
 
@@ -96,7 +101,7 @@ class Staging:
         try:
             with uninterrupted():
                 self._take()
-            # Looked at again, now that nobody else can write: it may have been filled since.
+            # Again, under the lock: another run may have filled it since.
             check_vacant(self._given, overwrite=self._overwrite, listing=self._listing)
             if not self._fills and os.path.lexists(self.target):
                 self._note_replaced()
@@ -109,10 +114,10 @@ class Staging:
         return self
 
     def check_unchanged(self) -> None:
-        """Refuse to go on if somebody else wrote into the target since the start.
+        """Refuse to continue if another process has changed the target since the start.
 
         Raises:
-            OutputError: Somebody did; what is there is named, and stays.
+            OutputError: It has; the error names the files, and they stay.
         """
         try:
             there = os.path.lexists(self.target)
@@ -121,25 +126,25 @@ class Staging:
         except OSError as error:
             raise OutputError(f"cannot be read: {error.strerror}", where=self.target) from error
         if there and not self._fills and self._replaced is None:
-            raise OutputError("was made meanwhile by somebody else", where=self.target, hint="choose another folder")
+            raise OutputError("was created by another process", where=self.target, hint="choose another folder")
         expected: Snapshot = {}
         if self._replaced is not None:
             expected = self._replaced[1]
             found = found if inode == self._replaced[0] else {}
         if changed := [name for name in {*found, *expected} if found.get(name) != expected.get(name)]:
             raise OutputError(
-                f"was written to meanwhile: {some(changed)}",
+                f"was changed by another process: {some(changed)}",
                 where=self.target,
-                hint="move that away, and run again",
+                hint="move the files away, and run again",
                 details=sorted(changed) if len(changed) > 1 else (),
             )
 
     def commit(self) -> None:
-        """Flush the folder, put it in the target's place, flush the parent.
+        """Flush the folder, move it to the target, and flush the parent.
 
         Raises:
-            OutputError: Somebody else wrote there, or the rename failed, and the target is as it was; or the parent
-                could not be flushed.
+            OutputError: Another process has changed the target, or the rename failed, and the target is unchanged; or
+                the parent could not be flushed.
         """
         with uninterrupted():
             self.check_unchanged()
@@ -149,7 +154,7 @@ class Staging:
                 else:
                     self._put_in_place()
             except OSError as error:
-                raise OutputError(f"cannot be put in place: {error.strerror}", where=self.target) from error
+                raise OutputError(f"cannot be moved into place: {error.strerror}", where=self.target) from error
             finally:
                 if self._committed:
                     self.notes += self._names.clear_removed()
@@ -157,18 +162,18 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # After one signal the next must end the process at once, also in the middle of cleaning up.
+        # After one signal, the next must end the process at once, also during the cleanup.
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        # A disk that fails says nothing against what is finished; a source that is wrong does.
+        # A failed disk does not invalidate finished shards; a faulty source does.
         failed = isinstance(error, OutputError) or isinstance(getattr(error, "__cause__", None), OSError)
         keep = (stopped or failed) and self._is_worth_keeping()
         if keep and isinstance(error, T5g2Error):
-            error.hint = "the finished shards are kept, and --resume goes on with them"
+            error.hint = "finished shards are kept; continue with --resume"
         with nullcontext() if stopped else uninterrupted():
             self._leave(keep=keep)
 
     def _put_in_place(self) -> None:
-        """Rename the folder to the target, and what it replaces out of the way."""
+        """Rename the folder to the target, after moving away the folder that it replaces."""
         names, replaced = self._names, self._replaced is not None
         if replaced:
             os.fchmod(self._fd, stat.S_IMODE(self.target.stat().st_mode))
@@ -188,12 +193,12 @@ class Staging:
                 flush_folder(self.target.parent)
         finally:
             if replaced:
-                # What is being removed must never be taken for what a swap that was cut short left.
+                # A folder to remove must never look like one that an interrupted swap left.
                 with suppress(FileNotFoundError):
                     names.old.rename(names.free_removed())
 
     def _fill(self) -> None:
-        """Move everything into the target, the last files last."""
+        """Move everything into the target."""
         fill(self.folder, self.target, last=self._last, left=(JOURNAL_FILE,), flush=self._flush)
         self._committed = True
         try:
@@ -212,7 +217,7 @@ class Staging:
             self._made.insert(0, folder)
 
     def _take(self) -> None:
-        """Take the staging folder, inside the target where that is empty and beside it elsewhere."""
+        """Create and lock the staging folder, inside an empty target or else next to the target."""
         attempts = LOCK_ATTEMPTS
         while True:
             self._fills = self._is_empty()
@@ -220,7 +225,7 @@ class Staging:
             self._lock()
             if self._fills == self._is_empty() or not attempts:
                 break
-            # Another run has filled the target, or taken it away.
+            # Another run has filled or removed the target.
             attempts -= 1
             self._leave(keep=not self._made)
             self._made.clear()
@@ -233,16 +238,16 @@ class Staging:
             clear(self.folder)
 
     def _is_empty(self) -> bool:
-        """Whether the target is a folder that has nothing in it but what a killed run left."""
+        """Whether the target is a folder that holds nothing but what a killed run left."""
         try:
             return self.target.is_dir() and set(os.listdir(self.target)) <= leftovers(self.target)  # noqa: PTH208
         except OSError:
             return False
 
     def _settle_old(self) -> None:
-        """Put back a folder that was to be replaced when a run was killed; or see to it that it never comes back.
+        """Move back the folder that a killed run was replacing, or mark it for removal if it was replaced.
 
-        The staging folder lies beside it until the very rename that puts that into the target's place.
+        It was not replaced if the staging folder still exists: the rename to the target ends that.
         """
         old = self._names.old
         if not os.path.lexists(old):
@@ -252,28 +257,28 @@ class Staging:
             old.rename(self.target)
             return
         check_ours(old, self._listing)
-        with suppress(FileNotFoundError):  # the run that replaced it is just about to
+        with suppress(FileNotFoundError):  # the run that replaced it does the same
             old.rename(self._names.free_removed())
 
     def _note_replaced(self) -> None:
-        """Note what is in the target that is replaced; the new folder gets its mode, group and attributes."""
+        """Record the target that is replaced, and give the new folder its mode, group and attributes."""
         status = self.target.stat()
         self._replaced = status.st_ino, take_snapshot(self.target, frozenset({INSIDE}))
         if not self._replaced[1]:
-            raise OutputError("was made meanwhile by somebody else", where=self.target, hint="run again")
+            raise OutputError("was created by another process", where=self.target, hint="run again")
         check_ours(self.target, self._listing, ignored=frozenset(leftovers(self.target)), thoroughly=True)
         if os.fstat(self._fd).st_gid != status.st_gid:
             with suppress(PermissionError):
                 os.fchown(self._fd, -1, status.st_gid)
         if hasattr(os, "listxattr"):
-            with suppress(OSError):  # a disk without them
+            with suppress(OSError):  # a disk without attributes
                 for name in os.listxattr(self.target):
                     os.setxattr(self._fd, name, os.getxattr(self.target, name))
         # The owner must be able to write until the commit.
         os.fchmod(self._fd, stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
 
     def _lock(self) -> None:
-        """Take the folder; another process may rename or remove it between any two calls, so look again afterwards."""
+        """Lock the folder, and check it again: another process may rename or remove it between any two calls."""
         attempts = LOCK_ATTEMPTS
         while True:
             check_own_folder(self.folder)
@@ -284,11 +289,11 @@ class Staging:
                     self._made.insert(0, self.folder)
                 fd = lock_folder(self.folder, follow_links=False)
             except BlockingIOError:
-                # It is the other's now, even if it was made here: empty as it is, it must not be removed.
+                # It is the other run's now, even if this one created it, and must not be removed.
                 self._made = [folder for folder in self._made if folder != self.folder]
-                raise OutputError("another conversion is writing there", where=self.target) from None
+                raise OutputError("another conversion is writing to it", where=self.target) from None
             except FileNotFoundError:
-                # Another run has just removed what it had made; but some paths never come to be: /proc/no/such.
+                # Another run has just removed what it had created; but some paths can never exist: /proc/no/such.
                 attempts -= 1
                 if not attempts:
                     raise
@@ -303,7 +308,7 @@ class Staging:
         return self._resume and self._fd >= 0 and (self.folder / JOURNAL_FILE).exists()
 
     def _is_needed(self) -> bool:
-        """Whether the next run needs the folder to set right what a killed one left and this one could not."""
+        """Whether the next run needs the folder to recover what a killed one left and this one could not."""
         try:
             if self._fills:
                 return bool(moved_files(self.target))
@@ -316,7 +321,7 @@ class Staging:
         return self.folder in self._made
 
     def _leave(self, *, keep: bool) -> None:
-        """Remove what was made, unless it was put in place or is kept, and let go of the lock."""
+        """Remove what was created, unless it was committed or is kept, and release the lock."""
         if not self._committed and not keep:
             if self._fd >= 0 and not self._is_needed():
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -324,7 +329,7 @@ class Staging:
                 with suppress(OSError):
                     folder.rmdir()
         if self._fd >= 0:
-            # A folder's descriptor: nothing is lost with it, and the lock goes with the process at the latest.
+            # An error loses nothing: the lock ends with the process at the latest.
             with suppress(OSError):
                 os.close(self._fd)
             self._fd = -1

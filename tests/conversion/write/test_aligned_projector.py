@@ -172,9 +172,9 @@ def test_rows_that_determine_no_map_are_refused_and_told_in_a_line(
     target = random(500, 12, seed=1)
     with pytest.raises(CheckpointError) as caught:
         aligned(donor, target)
-    assert caught.value.message.startswith(f"{len(donor)} rows determine no map: condition number ")
+    assert caught.value.message.startswith(f"{len(donor)} rows do not determine the map: condition number ")
     assert caught.value.where == "donor, tensor donor.weight"
-    assert caught.value.hint == "give a --ridge, 1e-6 for instance"
+    assert caught.value.hint == "try a --ridge, such as 1e-6"
     assert "\n" not in str(caught.value)
     if donor.any():
         assert np.isfinite(aligned(donor, target, ridge=1e-6).map).all()
@@ -182,7 +182,7 @@ def test_rows_that_determine_no_map_are_refused_and_told_in_a_line(
 
 def test_a_ridge_that_is_too_small_to_help_is_told(aligned: Align) -> None:
     donor, target = dependent(random(500, 30, seed=0)), random(500, 12, seed=1)
-    with pytest.raises(CheckpointError, match=r"give a larger --ridge, 1e-18 for instance"):
+    with pytest.raises(CheckpointError, match=r"try a larger --ridge, such as 1e-18"):
         aligned(donor, target, ridge=1e-20)
 
 
@@ -204,20 +204,20 @@ def test_columns_of_very_different_size_are_no_reason_to_refuse(aligned: Align) 
 def test_a_target_of_zeros_is_refused(aligned: Align) -> None:
     target = torch.zeros(500, 12)
     target[400:] = 1
-    with pytest.raises(CheckpointError, match=r"target\.weight: holds nothing but zeros in its first 400 rows"):
+    with pytest.raises(CheckpointError, match=r"target\.weight: holds only zeros in its first 400 rows"):
         aligned(random(500, 30, seed=0), target, rows=400)
 
 
 @pytest.mark.parametrize(("rows", "table"), [(41, "target has 40"), (51, "donor has 50"), (0, "donor has 50")])
 def test_rows_that_a_table_does_not_have_are_refused(aligned: Align, rows: int, table: str) -> None:
     name, _, has = table.partition(" ")
-    with pytest.raises(CheckpointError, match=rf"tensor {name}\.weight: {has} rows, {rows} were asked for"):
+    with pytest.raises(CheckpointError, match=rf"tensor {name}\.weight: {has} rows, expected {rows}"):
         aligned(random(50, 3, seed=0), random(40, 3, seed=1), rows=rows)
 
 
 @pytest.mark.parametrize("ridge", [-1e-9, math.nan, math.inf])
 def test_a_ridge_that_is_no_number_from_0_on_is_refused(aligned: Align, ridge: float) -> None:
-    with pytest.raises(UsageError, match="expected a number from 0 on"):
+    with pytest.raises(UsageError, match="must be 0 or more"):
         aligned(random(50, 3, seed=0), random(50, 3, seed=1), ridge=ridge)
 
 
@@ -238,7 +238,7 @@ def test_no_number_in_the_donors_projector_is_refused(dtype: str) -> None:
 
 @pytest.mark.parametrize(("target", "value"), [("F16", 1e5), ("BF16", 3.4e38), ("F32", 4e38)])
 def test_a_projector_too_large_for_its_dtype_is_refused(target: str, value: float) -> None:
-    with pytest.raises(CheckpointError, match=f"tensor a: comes to a number too large for {target}"):
+    with pytest.raises(CheckpointError, match=f"tensor a: has a value too large for {target}"):
         carry("a", to_bytes(torch.ones(2, 1)), "F32", Alignment(np.array([[value]]), 0.0, 1, 0.0), target)
 
 

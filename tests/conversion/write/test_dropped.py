@@ -72,7 +72,7 @@ def test_I6_a_head_that_differs_is_told_with_the_place_and_both_values(
         convert(source, tmp_path / "out")
     value = (at[0] * 24 + at[1]) % 97 - 48
     assert caught.value.where == f"tensor {HEAD}"
-    assert caught.value.message.startswith(f"differs from {TABLE} at {list(at)} ({value + 1}, there {value})")
+    assert caught.value.message.startswith(f"differs from {TABLE} at {list(at)} ({value + 1}, expected {value})")
     assert "untied" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
 

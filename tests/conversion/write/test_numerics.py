@@ -45,7 +45,7 @@ def test_casting_float32_is_torchs_cast(target: str) -> None:
 )
 def test_I9_a_number_that_becomes_infinity_by_a_cast_names_the_tensor(source: str, target: str, value: float) -> None:
     piece = memoryview(to_bytes(torch.tensor([1.0, value, float("inf")], dtype=TORCH[source])))
-    with pytest.raises(CheckpointError, match=r"tensor a\.b: holds a number too large"):
+    with pytest.raises(CheckpointError, match=r"tensor a\.b: has a value too large"):
         caster("a.b", source, target)(piece)
 
 
@@ -139,7 +139,7 @@ def test_computed_values_in_float32_are_torchs_cast() -> None:
 )
 def test_a_computed_value_that_becomes_infinity_names_the_tensor(target: str, value: float) -> None:
     for number in (value, -value):
-        with pytest.raises(CheckpointError, match=r"tensor a\.b: comes to a number too large for"):
+        with pytest.raises(CheckpointError, match=r"tensor a\.b: has a value too large for"):
             rounded("a.b", np.array([[1.0, number]]), target)
 
 

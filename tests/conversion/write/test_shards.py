@@ -230,7 +230,7 @@ def test_I9_a_number_that_a_cast_makes_infinite_is_refused_even_if_infinity_is_a
     tensors = load_file(demo_source / "model.safetensors")
     tensors["language_model.model.layers.3.mlp.up_proj.weight"][5, 5] = 1e30
     save_file(tensors, demo_source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight: holds a number too large for F16"):
+    with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight: has a value too large for F16"):
         convert(demo_source, tmp_path / "out", dtype="float16", allow_nonfinite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-source"]
 

@@ -208,7 +208,7 @@ def test_O9_overwrite_never_goes_through_a_link_but_in_the_path_to_it(
     (tmp_path / "out").symlink_to("real")
     with pytest.raises(OutputError, match="not empty"):
         convert(source, tmp_path / "out")
-    with pytest.raises(OutputError, match="is a link, and what it leads to is not replaced"):
+    with pytest.raises(OutputError, match="is a link, and --overwrite does not follow links"):
         convert(source, tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "real") == OLD
     (tmp_path / "parent").symlink_to(".")
