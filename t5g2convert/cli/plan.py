@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from t5g2convert.conversion.assets.aux_files import PlannedFile
     from t5g2convert.conversion.plan.types import Plan, PlannedTensor
 
-_GIVES: Final[Mapping[Role, str]] = {
+_INPUTS: Final[Mapping[Role, str]] = {
     SOURCE: "",
     DECODER_FROM: "with the decoder of ",
     VISION_FROM: "with the tower of ",
 }
-"""What a checkpoint is to a plan, in front of its name."""
+"""What the plan reads each checkpoint for, as a prefix of its name in the title."""
 
 
 @with_options
@@ -47,13 +47,12 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """What convert would do, from headers and small files; of the Hub a tokenizer.json is downloaded too if needed."""
-    from t5g2convert.cli.drawing import draw_plan
     from t5g2convert.conversion.plan.builder import build_plan, open_sources
     from t5g2convert.conversion.write.resources import disk_space, free_bytes, peak_memory
 
-    checkpoints = open_sources(source, options)
-    made = build_plan(checkpoints, options)
-    needed = disk_space(made, checkpoints, output)
+    sources = open_sources(source, options)
+    made = build_plan(sources, options)
+    needed = disk_space(made, sources, output)
     resources = {
         "disk_needed": needed.output,
         "disk_free": free_bytes(output),
@@ -63,8 +62,19 @@ def plan(
     if as_json:
         emit_json(made.to_json() | resources)
         return
+    _show_plan(made)
+    _show_resources(**resources)
+    if tensors:
+        _show_tensors(made)
+    print_notes(made.notes)
+
+
+def _show_plan(made: "Plan") -> None:
+    """Print the parameters, the drawing, and the files."""
+    from t5g2convert.cli.drawing import draw_plan
+
     out = console()
-    title = " ".join(f"{_GIVES[role]}{printable(source.name)}" for role, source in made.sources.items())
+    title = " ".join(f"{_INPUTS[role]}{printable(source.name)}" for role, source in made.sources.items())
     out.print(parameter_table(made.parameters, title=f"{title}: {made.source.family} to {made.config['model_type']}"))
     out.print(draw_plan(made), soft_wrap=True)
     files = table("file", "tensors", "size", right=(1, 2), title="Files")
@@ -74,19 +84,19 @@ def plan(
     for file in made.files:
         files.add_row(printable(file.name), "", printable(_how(file, made)))
     out.print(files)
-    download = f"; downloads {size_text(needed.download)} first" if needed.download else ""
-    out.print(
-        f"needs {size_text(resources['disk_needed'])} of disk, {size_text(resources['disk_free'])} are free; "
-        f"about {size_text(resources['peak_memory'])} of memory{download}",
+
+
+def _show_resources(disk_needed: int, disk_free: int, download: int, peak_memory: int) -> None:
+    first = f"; downloads {size_text(download)} first" if download else ""
+    console().print(
+        f"needs {size_text(disk_needed)} of disk, {size_text(disk_free)} are free; "
+        f"about {size_text(peak_memory)} of memory{first}",
         soft_wrap=True,
     )
-    if tensors:
-        _show_tensors(made)
-    print_notes(made.notes)
 
 
 def _how(file: "PlannedFile", made: "Plan") -> str:
-    """How a file beside the weights comes about, with the names of the checkpoints that it is made from."""
+    """Return how a file is made, with the names of the checkpoints that it is made from."""
     if file.how != "made" or not file.reads:
         return file.how
     reads = (f"{plain_name(name)} of {made.sources[role_in(name)].name}" for name in file.reads)
@@ -94,7 +104,7 @@ def _how(file: "PlannedFile", made: "Plan") -> str:
 
 
 def _from(tensor: "PlannedTensor") -> str:
-    """The tensor that a target comes from, and what is done to it where it is not copied."""
+    """Return the source of a target tensor, and the operation if it is not a copy."""
     kind = tensor.content.kind
     if tensor.origin is None or tensor.content.source is None:
         return kind

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, element_bytes, tensor_bits
+from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
 from t5g2convert.checkpoint.families.registry import implied_tensors
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
-from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
+from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
 from t5g2convert.checkpoint.sources import Sources
@@ -19,30 +19,24 @@ from t5g2convert.conversion.assets.aux_files import plan_files
 from t5g2convert.conversion.assets.generation_config import generation_config, given_generation
 from t5g2convert.conversion.options import KEEP, TABLES, PlanOptions
 from t5g2convert.conversion.plan.changes import declared_changes
+from t5g2convert.conversion.plan.drafts import Draft, draft_tensor, whole_range
 from t5g2convert.conversion.plan.notes import has_head, plan_notes, tied
 from t5g2convert.conversion.plan.rows import kept_rows
-from t5g2convert.conversion.plan.sharding import Draft, lay_out
+from t5g2convert.conversion.plan.sharding import lay_out
 from t5g2convert.conversion.plan.source_files import account_for, left_notes
 from t5g2convert.conversion.plan.target_values import target_values
 from t5g2convert.conversion.plan.types import (
-    Content,
     Dropped,
-    Kind,
     Plan,
-    PlannedAlignment,
     PlannedSource,
-    PlannedTable,
     PlannedTensor,
     Repeated,
     SourceConfig,
     SourceFile,
-    SourceRange,
 )
-from t5g2convert.conversion.plan.vocabulary import check_names, shared_rows
+from t5g2convert.conversion.plan.vocabulary import check_names
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
-from t5g2convert.mapping.names import expand
-from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.resolve import Resolution, resolve
 from t5g2convert.mapping.row_resolution import Resolved
 from t5g2convert.mapping.schema import WeightMap, count_parameters
@@ -103,7 +97,7 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
     model_dtype = cast_to or _dominant_dtype(resolution.targets)
     values = target_values(resolution, options, weight_map, CONFIG_NAMES[model_dtype])
     config = fill(weight_map.config, values, resolution.model.features)
-    drafts = [_draft(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
+    drafts = [draft_tensor(item, resolution, weight_map, options, cast_to) for item in resolution.targets]
     drafts = [replace(draft, dtype=draft.dtype or model_dtype) for draft in drafts]
     _check_target(drafts, config, loaded)
     changes = tuple(declared_changes(resolution, drafts, config, loaded, model_dtype))
@@ -178,14 +172,14 @@ def _dropped(resolution: Resolution) -> Iterator[Dropped]:
         entry, other = drop.tensor.entry, drop.equals
         repeated = None
         if other is not None:
-            repeated = Repeated(named(drop.role, other.entry.name), _whole(other, drop.role), other.entry.dtype)
-        content = _whole(drop.tensor, drop.role)
+            repeated = Repeated(named(drop.role, other.entry.name), whole_range(other, drop.role), other.entry.dtype)
+        content = whole_range(drop.tensor, drop.role)
         yield Dropped(
             named(drop.role, entry.name), drop.drop.because, content, entry.dtype, entry.shape, must_equal=repeated
         )
     for left in resolution.unused_sources:
         entry = left.tensor.entry
-        yield Dropped(entry.name, left.because, _whole(left.tensor), entry.dtype, entry.shape)
+        yield Dropped(entry.name, left.because, whole_range(left.tensor), entry.dtype, entry.shape)
 
 
 def _effective(options: PlanOptions, resolution: Resolution) -> dict[str, Any]:
@@ -220,75 +214,6 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
         ),
         hub=checkpoint.hub,
     )
-
-
-def _draft(
-    item: Resolved, resolution: Resolution, weight_map: WeightMap, options: PlanOptions, cast_to: str | None
-) -> Draft:
-    """The content of one target. A constant gets the model's dtype later; everything else keeps or casts its own."""
-    operation = item.row.op
-    source_dtype = "" if item.source is None else item.source.entry.dtype
-    target_dtype = cast_to or source_dtype
-    match operation:
-        case Copy() | TakeRows():
-            assert item.source is not None, "the schema gives every row but zeros a source"
-            start = item.source.entry.start
-            kind: Kind = "copy" if target_dtype == source_dtype else "cast"
-            end = start + tensor_bits(source_dtype, item.shape) // 8
-            content = Content(kind, SourceRange(named(item.role, item.source.file), start, end), source_dtype)
-        case ScaledRow():
-            assert item.source is not None, "the schema gives every row but zeros a source"
-            content = _scaled_row(operation, item, item.source, resolution.dims)
-        case Zeros():
-            content = Content("zeros", None, target_dtype)
-        case Aligned():
-            assert item.source is not None, "the schema gives every row but zeros a source"
-            alignment = _alignment(operation, resolution, weight_map, options.ridge)
-            content = Content("aligned", _whole(item.source, item.role), source_dtype, alignment)
-        case _:
-            raise NotImplementedError(f"no content for {operation!r}")
-    return Draft(
-        item.target,
-        item.part,
-        target_dtype,
-        item.shape,
-        None if item.source is None else named(item.role, item.source.entry.name),
-        content,
-        item.row.merged_attention,
-    )
-
-
-def _scaled_row(operation: ScaledRow, item: Resolved, source: StoredTensor, dims: Mapping[str, int]) -> Content:
-    """The row of a token of the target's, in whichever checkpoint's table."""
-    token = operation.scaled_row
-    row = dims[token] if isinstance(token, str) else token
-    entry = source.entry
-    if not 0 <= row < entry.shape[0]:
-        return Content("zeros", None, entry.dtype)
-    width = entry.shape[1] * element_bytes(entry.dtype)
-    start = entry.start + row * width
-    return Content("scaled_row", SourceRange(named(item.role, source.file), start, start + width), entry.dtype)
-
-
-def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap, ridge: float) -> PlannedAlignment:
-    tables = []
-    for role in (VISION_FROM, resolution.table[0]):
-        ((_, name),) = expand(operation.aligned.tables, resolution.layouts[role], {})
-        stored = resolution.checkpoints[role].tensors[name]
-        tables.append(PlannedTable(name, _whole(stored, role), stored.entry.dtype, *stored.entry.shape))
-    donor, target = tables
-    rows = shared_rows(resolution, weight_map, donor.rows)
-    if rows < donor.width and not ridge:
-        raise CheckpointError(
-            f"{rows} rows of width {donor.width} do not determine the map",
-            where=resolution.checkpoints[VISION_FROM].path,
-            hint="try a --ridge, such as 1e-6",
-        )
-    return PlannedAlignment(donor, target, rows, ridge)
-
-
-def _whole(tensor: StoredTensor, role: Role = SOURCE) -> SourceRange:
-    return SourceRange(named(role, tensor.file), tensor.entry.start, tensor.entry.end)
 
 
 def _dominant_dtype(targets: Iterable[Resolved]) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Final
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families.registry import target_of
 from t5g2convert.checkpoint.inputs import DECODER_FROM, ROLES, SOURCE, VISION_FROM, Role, role_in
-from t5g2convert.conversion.plan.sharding import Draft
+from t5g2convert.conversion.plan.drafts import Draft
 from t5g2convert.conversion.plan.types import Change
 from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.weightmap import LoadedMap

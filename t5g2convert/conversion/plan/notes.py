@@ -15,8 +15,8 @@ from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Rol
 from t5g2convert.conversion.assets.generation_config import given_generation
 from t5g2convert.conversion.options import KEEP, SMALLEST_WINDOW, PlanOptions
 from t5g2convert.conversion.plan.changes import setting
+from t5g2convert.conversion.plan.drafts import Draft
 from t5g2convert.conversion.plan.layer_spec import with_full_attention, written
-from t5g2convert.conversion.plan.sharding import Draft
 from t5g2convert.conversion.plan.types import Change
 from t5g2convert.conversion.plan.vocabulary import has_names
 from t5g2convert.mapping.problems import flag

@@ -1,27 +1,14 @@
 """Where every target tensor lies: the shards, their names, and the byte ranges in them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from t5g2convert.checkpoint.dtypes import element_bytes, tensor_bits
 from t5g2convert.checkpoint.file_names import weight_files
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.checkpoint.inputs import role_in
-from t5g2convert.conversion.plan.types import Content, PlannedTensor, Shard
+from t5g2convert.conversion.plan.drafts import Draft
+from t5g2convert.conversion.plan.types import PlannedTensor, Shard
 from t5g2convert.mapping.schema import PARTS
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A target tensor that has no place in a shard yet."""
-
-    name: str
-    part: str
-    dtype: str
-    shape: tuple[int, ...]
-    origin: str | None
-    content: Content
-    merged_attention: bool
 
 
 def lay_out(drafts: Sequence[Draft], max_shard_bytes: int) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
