@@ -15,7 +15,7 @@ from t5g2convert.checkpoint.inputs import SOURCE, Role
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.batches import Batch, first_tokens
-from t5g2convert.parity.checks.text import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
+from t5g2convert.parity.checks.side_by_side import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
 from t5g2convert.parity.measures import Distributions
 from t5g2convert.parity.reports.report import Drift, writable
 from t5g2convert.reference.gemma3 import Gemma3Reference

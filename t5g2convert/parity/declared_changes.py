@@ -1,4 +1,4 @@
-"""Settings that a conversion changed on purpose, as its manifest declares: said in words, and put back to be judged."""
+"""Settings that a manifest declares as changed: remarks on them, and the config with the old values."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy

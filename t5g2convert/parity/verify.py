@@ -1,35 +1,47 @@
-"""`verify`: all checks of one folder, in order, and the report."""
+"""`verify`: choose the suite of a folder, make its checks in order, and report."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
-from t5g2convert.checkpoint.folder import Checkpoint, check_folder, read_json_object
-from t5g2convert.checkpoint.hub.model import Origin, parse_id
+import torch
+
+from t5g2convert.checkpoint.folder import check_folder
+from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest, SourceRecord
+from t5g2convert.checkpoint.manifest import Manifest, read_manifest
 from t5g2convert.checkpoint.sources import Sources, percent
 from t5g2convert.errors import CheckpointError, UsageError
-from t5g2convert.parity.batches import Inputs
-from t5g2convert.parity.checks.manifest_check import maker_remarks
-from t5g2convert.parity.checks.provenance import judge_provenance, planned, planned_adapted
-from t5g2convert.parity.mistaken_source import check_manifest_fits, remark_on_source
-from t5g2convert.parity.reports.record import record_report
-from t5g2convert.parity.reports.report import Check, Report
-from t5g2convert.parity.session import Judge
-from t5g2convert.parity.suites.adapted import Adapted
-from t5g2convert.parity.suites.base import Kind
-from t5g2convert.parity.suites.extracted import ToEncoder, ToGemma3
-from t5g2convert.parity.suites.t5gemma import ToT5Gemma
-from t5g2convert.parity.suites.t5gemma2 import ToT5Gemma2
-from t5g2convert.parity.suites.trained_elsewhere import is_trained_elsewhere, judge_trained_elsewhere
+from t5g2convert.interrupts import raise_interruption
+from t5g2convert.parity.batches import Inputs, read_inputs
+from t5g2convert.parity.checks.replay import check_options
+from t5g2convert.parity.reports.report import Check, Report, Skipped, record_report
+from t5g2convert.parity.session import COMPUTE_ERRORS, CheckFunction, Verification
+from t5g2convert.parity.suites.base import Suite
+from t5g2convert.parity.suites.selection import check_manifest_fits, check_sources, source_remarks, suite_for
+from t5g2convert.parity.suites.trained_elsewhere import TRAINED_ELSEWHERE, TrainingStart
 from t5g2convert.progress import Steps, silent
 from t5g2convert.reference.weights import check_device
 
-KINDS: Final[tuple[Kind[Any], ...]] = (ToT5Gemma2(), ToT5Gemma(), ToEncoder(), ToGemma3(), Adapted())
-"""The kinds of conversion that are known; the first is what a folder is taken for that is none of them."""
+WITHOUT_SOURCE: Final = ("integrity", "runs")
+"""Checks that are made without a source."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """The options of `verify`, see there."""
+
+    decoder_from: Origin | None
+    vision_from: Origin | None
+    mapping: str | None
+    dtype: str | None
+    device: str
+    tolerance: float
+    text: Path | None
+    image: Path | None
+    frozen: tuple[str, ...]
+    record: bool
 
 
 def verify(
@@ -51,177 +63,248 @@ def verify(
     """Judge a conversion with the reference passes.
 
     Args:
-        output: The converted folder to judge.
-        source: The folder that it was converted from; without it only integrity and runs are checked. A str may
-            also be a model of the Hub, which is downloaded.
-        decoder_from: The folder or model whose layers the decoder was given, if it was.
-        vision_from: The folder or model whose vision tower the conversion was given, if it was.
+        output: The folder to judge.
+        source: The folder, or model of the Hub, that it was made from; without it only integrity and runs are checked.
+        decoder_from: The folder or model that the decoder was made from, if not the source.
+        vision_from: The folder or model that the vision tower was taken from, if not the source.
         mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
         dtype: Dtype to compute in, `bfloat16`, `float16` or `float32` (default: the output's).
         device: Device to compute on, `cpu` or `cuda`.
         tolerance: Largest difference that passes, as a part of the largest value; 0 is exact.
         text: A text file to read in place of seeded tokens, with the output's tokenizer.
-        image: A picture file to look at in place of seeded pixels.
-        frozen: Of a folder that was trained elsewhere: parts or layers that were frozen on purpose; see
-            `judge_trained_elsewhere`.
+        image: A picture to read in place of seeded pixels.
+        frozen: For a folder that was trained elsewhere: parts or layers that were frozen on purpose; see
+            `TrainingStart`.
         record: Write the result into the output's t5g2.json.
-        progress: Told what is being done.
+        progress: Called with a few words at every step.
 
     Raises:
-        CheckpointError: The source is not sound, or the output is no folder.
-        HubError: The Hub does not have the source or give it out, or cannot be reached.
+        CheckpointError: The source is damaged, or the output is not a folder.
+        HubError: The Hub does not have or give out the source, or cannot be reached.
         MappingError: The map is faulty.
-        UsageError: An argument has no meaning.
+        UsageError: An argument is not valid.
+
+    Example:
+        >>> report = verify(Path("t5gemma-2-270m"), "google/gemma-3-270m")
+        >>> [check.name for check in report.failed]
+        []
     """
+    options = VerifyOptions(
+        decoder_from, vision_from, mapping, dtype, device, tolerance, text, image, tuple(frozen), record
+    )
+    progress = progress or silent
     check_device(dtype, device)
     if not 0 <= tolerance < 1:
-        raise UsageError(f"a tolerance of {tolerance} has no meaning", hint="0 is exact; 1e-3 lets pass a thousandth")
+        raise UsageError(f"--tolerance must be between 0 and 1, got {tolerance:g}", hint="0 is exact")
     check_folder(output)
-    # Faults of the source, of the map and of the inputs are not the output's: they end the work before any check.
+    # Faults of the source, of the map and of the inputs are not the output's: they are raised before any check.
     if source is None and (decoder_from, vision_from) != (None, None):
-        raise UsageError("another checkpoint was given, and no source")
+        raise UsageError("--decoder-from and --vision-from need --source")
     sources = None if source is None else Sources.open(source, decoder_from=decoder_from, vision_from=vision_from)
-    if sources is not None and is_trained_elsewhere(output, sources.source):
-        _check_unused({
-            "--decoder-from": decoder_from, "--vision-from": vision_from, "--mapping": mapping, "--text": text,
-            "--image": image, "--tolerance": tolerance or None,
-        })  # fmt: skip
-        return judge_trained_elsewhere(
-            output,
-            sources,
-            frozen=frozen,
-            dtype=dtype,
-            device=device,
-            inputs=Inputs(None, None),
-            progress=progress or silent,
+    suite = suite_for(output, None if sources is None else sources.source)
+    if suite is TRAINED_ELSEWHERE and sources is not None:
+        verification = _of_training(output, sources, options, progress)
+    else:
+        verification = _of_conversion(output, source, sources, suite, options, progress)
+    report = run_checks(suite, verification)
+    # A result without the source proves nothing worth keeping.
+    if verification.manifest is None or not (record and report.complete):
+        return report
+    return record_report(report, verification.manifest)
+
+
+def _of_training(output: Path, sources: Sources, options: VerifyOptions, progress: Steps) -> Verification[Any]:
+    """Prepare the verification of a folder that was trained elsewhere.
+
+    Raises:
+        CheckpointError: The source is damaged.
+        UsageError: An option does not apply to such a folder, or a frozen part is not one of the model.
+    """
+    applied = {
+        "--decoder-from": options.decoder_from, "--vision-from": options.vision_from, "--mapping": options.mapping,
+        "--text": options.text, "--image": options.image, "--tolerance": options.tolerance or None,
+    }  # fmt: skip
+    if used := [option for option, value in applied.items() if value is not None]:
+        raise UsageError(
+            f"{', '.join(used)} cannot be used for a folder that was trained elsewhere",
+            hint="--source is the T5Gemma 2 that was trained, and --frozen says which parts were not",
         )
-    if frozen:
+    return Verification(
+        output=output,
+        known_source=TrainingStart(sources, frozen=options.frozen, progress=progress),
+        manifest=None,
+        manifest_error=None,
+        replay=None,
+        read_config=TRAINED_ELSEWHERE.read_config,
+        inputs=Inputs(),
+        passes_dtype=options.dtype,
+        device=options.device,
+        tolerance=0.0,
+        progress=progress,
+    )
+
+
+def _of_conversion(
+    output: Path,
+    source: Origin | None,
+    sources: Sources | None,
+    suite: Suite,
+    options: VerifyOptions,
+    progress: Steps,
+) -> Verification[Any]:
+    """Prepare the verification of a folder that this tool wrote.
+
+    Raises:
+        CheckpointError: The source is damaged or of another family, or the manifest is of other files.
+        MappingError: The map is faulty.
+        UsageError: An option, the text or the picture does not fit, or other checkpoints were read.
+    """
+    if options.frozen:
         raise UsageError(
             "--frozen is for a folder that was trained elsewhere",
-            hint="give that folder, which has no t5g2.json, and the T5Gemma 2 that was trained as --source",
+            hint="pass that folder, which has no t5g2.json, and the T5Gemma 2 that was trained as --source",
         )
     if sources is not None:
         check_manifest_fits(output, sources.source)
-    kind = kind_of(output, None if sources is None else sources.source)
-    parent = None if sources is None else kind.parent(sources)
-    inputs = Inputs(text, image)
-    inputs.check(output, parent)
-    judge = Judge(output, parent, inputs, device, tolerance, progress or silent)
-    judge.read_manifest()
-    if sources is not None and (remark := remark_on_source(output, sources.source)):
-        judge.remarks.append(remark)
-    trained = judge.manifest is not None and judge.manifest.adaptation is not None
-    if sources is not None and trained and not isinstance(kind, Adapted):
-        raise UsageError(
-            f"it was trained further, from another model than {sources.source.name}",
-            hint="give the T5Gemma 2 that was trained; t5g2 compare measures how far it is from a Gemma 3",
-        )
-    origins = {SOURCE: source, DECODER_FROM: decoder_from, VISION_FROM: vision_from}
-    if sources is not None and judge.manifest is not None:
-        _check_roles(sources, judge.manifest)
-        for role, checkpoint in sources.by_role.items():
-            told = judge.manifest.sources[role]
-            _check_commit(origins[role], checkpoint, told)
-            if told.hub is not None and checkpoint.hub is None:
-                judge.remarks.append(
-                    f"that the {role} is {told.hub.repo} of the Hub was not looked at: a folder was given"
-                )
-    # Asked of the converter now, since a map that does not fit is no fault of the output either.
-    plan = lie = None
-    if parent is not None:
-        if isinstance(kind, Adapted):
-            plan, lie = planned_adapted(parent.sources, judge.manifest)
-        else:
-            plan, lie = planned(parent.sources, judge.manifest, mapping, kind.part)
-        size = parent.sources.size(parent.sources.missing(plan.reads))
-        parent.sources.fetch(plan.reads, percent("download", size, judge.progress))
-    judge.integrity()
-    target = judge.opened(kind.read, dtype, ("provenance", "tokenizer", *kind.parities, "runs"))
-    if target is not None:
-        if judge.dtype == "float16":
-            judge.remarks.append(
-                "computed in float16, which a real Gemma 3 may overflow with other inputs; --dtype float32 does not"
+    model = None if sources is None else suite.open_source(sources)
+    inputs = read_inputs(
+        options.text, options.image, output, None if model is None else model.vision, with_source=model is not None
+    )
+    manifest, manifest_error = _manifest_of(output)
+    remarks: tuple[str, ...] = ()
+    replay = None
+    if sources is not None and suite.replay is not None:
+        remarks = source_remarks(output, sources.source)
+        if manifest is not None and manifest.adaptation is not None and not suite.trained:
+            raise UsageError(
+                f"OUTPUT was trained after conversion, from another model than {sources.source.name}",
+                hint="pass the T5Gemma 2 that it was trained from; t5g2 compare measures how far it is from a Gemma 3",
             )
-        if parent is None or plan is None:
-            judge.skip(("provenance", "config", "tokenizer", *kind.parities), "no source was given")
-        else:
-            # A map of one's own is given by its file.
-            shipped = mapping is None or not (mapping.endswith((".yaml", ".yml")) or "/" in mapping)
-            prove = partial(judge_provenance, plan, parent, target, judge.manifest, judge.progress, shipped=shipped)
-            judge.remarks += [] if judge.manifest is None else maker_remarks(plan, judge.manifest)
-            judge.make(["provenance"], lambda: [prove() if lie is None else Check("provenance", False, lie)])
-            kind.against(judge, parent, target)
-        if not judge.unfit(["runs"], target):
-            judge.make(["runs"], lambda: [kind.runs(judge, target)])
-    report = judge.report()
-    # What was not compared with its source proves nothing that is worth keeping.
-    if judge.manifest is None or not (record and report.complete):
-        return report
-    return record_report(report, judge.manifest)
+        origins = {SOURCE: source, DECODER_FROM: options.decoder_from, VISION_FROM: options.vision_from}
+        if manifest is not None:
+            remarks = (*remarks, *check_sources(sources, origins, manifest))
+        replay = suite.replay(sources, manifest, options.mapping)
+        size = sources.size(sources.missing(replay.plan.reads))
+        sources.fetch(replay.plan.reads, percent("download", size, progress))
+    return Verification(
+        output=output,
+        known_source=model,
+        manifest=manifest,
+        manifest_error=manifest_error,
+        replay=replay,
+        read_config=suite.read_config,
+        inputs=inputs,
+        passes_dtype=options.dtype,
+        device=options.device,
+        tolerance=options.tolerance,
+        progress=progress,
+        remarks=remarks,
+    )
 
 
-def _check_unused(options: Mapping[str, object]) -> None:
-    """Refuse options that say nothing about a folder that was trained elsewhere; None means not given.
+def _manifest_of(output: Path) -> tuple[Manifest | None, CheckpointError | None]:
+    """Return the manifest that the checks rely on; None where it is not sound, with the reason."""
+    try:
+        manifest = read_manifest(output)
+        check_options(manifest)
+    except CheckpointError as error:
+        return None, error
+    return manifest, None
+
+
+def run_checks(suite: Suite, verification: Verification[Any]) -> Report:
+    """Make the checks of a suite in order, and report.
+
+    Where the folder cannot be read, `config` fails in place of all after integrity; without a source only
+    `WITHOUT_SOURCE` are made.
 
     Raises:
-        UsageError: One was given.
+        CheckpointError: The source is at fault.
+        UsageError: Memory or the dtype of the passes is, and no check has failed yet.
     """
-    if given := [option for option, value in options.items() if value is not None]:
-        raise UsageError(
-            f"{', '.join(given)} cannot be used for a folder that was trained elsewhere",
-            hint="--source is the T5Gemma 2 that was trained, and --frozen says what was not",
-        )
+    checks: list[Check] = []
+    skipped: dict[str, str] = {}
+    unreadable: CheckpointError | None = None
+    for name, function in suite.checks.items():
+        result: Check | Skipped | None
+        if unreadable is not None:
+            result = Skipped("the output cannot be read")
+            if name == "config":
+                result = Check("config", False, _message(unreadable, verification))
+        elif verification.known_source is None and name not in WITHOUT_SOURCE:
+            result = Skipped("no source was given")
+        else:
+            result = run_check(name, function, verification, any_failed=any(not check.passed for check in checks))
+        if isinstance(result, Check):
+            checks.append(result)
+        elif result is not None:
+            skipped[name] = result.because
+        if name == "integrity":
+            unreadable = _unreadable(verification)
+    readable = unreadable is None
+    remarks = [*verification.remarks, *(suite.remarks(verification) if readable else ())]
+    return Report(
+        output=verification.output,
+        source=None if verification.known_source is None else verification.known_source.folders.source,
+        dtype=verification.dtype if readable else None,
+        device=verification.device,
+        tolerance=verification.tolerance,
+        checks=tuple(checks),
+        skipped=skipped,
+        remarks=(*remarks, *(remark for check in checks for remark in check.remarks)),
+        parameters={} if verification.manifest is None else verification.manifest.parameters,
+    )
 
 
-def _check_roles(sources: Sources, manifest: Manifest) -> None:
-    """Refuse to judge with other checkpoints than a conversion read."""
-    for role, what in ((DECODER_FROM, "decoder"), (VISION_FROM, "vision tower")):
-        option = f"--{role.replace('_', '-')}"
-        if role in manifest.sources and role not in sources.others:
-            raise UsageError(f"its {what} is from another checkpoint", hint=f"give that one with {option}")
-        if role in sources.others and role not in manifest.sources:
-            raise UsageError(f"its {what} is from no other checkpoint", hint=f"leave {option} out")
+def run_check(
+    name: str, function: CheckFunction, verification: Verification[Any], *, any_failed: bool
+) -> Check | Skipped | None:
+    """Make one check; it fails where the output cannot be read or computed.
 
-
-def _check_commit(given: Origin | None, checkpoint: Checkpoint, told: SourceRecord) -> None:
-    """A branch that has moved on since a conversion is no fault of the conversion, and no proof of it either."""
-    hub, found = told.hub, checkpoint.hub
-    named = parse_id(given) if isinstance(given, str) else None
-    if named is None or named.revision is not None or found is None or hub is None or hub.repo != found.repo:
-        return
-    if hub.revision != found.revision:
-        raise UsageError(
-            f"it was made of commit {hub.revision} of {found.repo}, which is at {found.revision} now",
-            hint=f"if you trust that commit, give {found.repo}@{hub.revision}",
-        )
-
-
-def kind_of(output: Path, source: Checkpoint | None) -> Kind[Any]:
-    """The kind of conversion that a folder is judged as.
-
-    One that the source can have and that leads to such a folder, if there is one. Otherwise either the folder or the
-    source is another than it should be: the folder, where its manifest names a source of this family.
+    Raises:
+        CheckpointError: The source is at fault.
+        UsageError: Memory or the dtype of the passes is, and no check has failed yet.
     """
-    found, family = _told(output / "config.json", "model_type"), _told(output / MANIFEST_FILE, "source", "family")
-    leading = [kind for kind in KINDS if found in kind.targets]
-    adapted = _told(output / MANIFEST_FILE, "adaptation") is not None
-    if source is None:
-        return next((kind for kind in leading if isinstance(kind, Adapted) == adapted), (leading or KINDS)[0])
-    if not adapted and family not in (None, MODEL_TYPE):
-        # It was converted: a T5Gemma 2 is no source of it.
-        leading = [kind for kind in leading if not isinstance(kind, Adapted)]
-    model_type = source.config.get("model_type")
-    possible = [kind for kind in KINDS if model_type in kind.sources]
-    both = [kind for kind in leading if kind in possible]
-    return (both or (possible if family == model_type or not leading else leading) or KINDS)[0]
-
-
-def _told(path: Path, *keys: str) -> object:
-    """What a JSON file of the output says, None where it says nothing that can be read."""
     try:
-        node: Any = read_json_object(path)
-    except CheckpointError:
-        return None
-    for key in keys:
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
+        return function(verification)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _too_little_memory(error) from None
+    except CheckpointError as error:
+        source = verification.known_source
+        if source is not None and error.where is not None and source.holds(Path(error.where)):
+            raise
+        return Check(name, False, _message(error, verification))
+    except UsageError as error:
+        # With a failed check there is something to report.
+        if not any_failed:
+            raise
+        return Check(name, False, str(error))
+    except COMPUTE_ERRORS as error:
+        raise_interruption()
+        # The CPU's allocator has no error class of its own.
+        if "can't allocate memory" in str(error):
+            raise _too_little_memory(error) from None
+        reason = " ".join(str(error).split())[:300]
+        return Check(name, False, f"cannot be computed: {type(error).__name__}: {reason}")
+
+
+def _unreadable(verification: Verification[Any]) -> CheckpointError | None:
+    """Return why the folder's headers or config cannot be read; None where they can."""
+    try:
+        _ = verification.dtype
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def _message(error: CheckpointError, verification: Verification[Any]) -> str:
+    """Return an error of the output without its folder, since a record has no paths."""
+    if error.where in (None, str(verification.output)):
+        return error.message
+    return f"{Path(str(error.where)).name}: {error.message}"
+
+
+def _too_little_memory(error: BaseException) -> UsageError:
+    return UsageError(
+        f"there is too little memory for the passes: {str(error).splitlines()[0] if str(error) else 'none is left'}"
+    )

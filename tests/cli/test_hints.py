@@ -267,7 +267,7 @@ def test_verify_is_given_the_other_parent_or_not(t5g2: CommandLine, twin_folder:
     followed(t5g2("convert", source, tmp_path / "pair", *other))
     followed(t5g2("convert", source, tmp_path / "single"))
     refused = t5g2("verify", tmp_path / "pair", "--source", source)
-    assert (refused.code, "give that one with --decoder-from" in refused.err) == (2, True)
+    assert (refused.code, "pass that one with --decoder-from" in refused.err) == (2, True)
     followed(t5g2("verify", tmp_path / "pair", "--source", source, *other))
     refused = t5g2("verify", tmp_path / "single", "--source", source, *other)
     assert (refused.code, "leave --decoder-from out" in refused.err) == (2, True)

@@ -20,8 +20,7 @@ from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from t5g2convert.parity.batches import Batch, token_batch
 from t5g2convert.parity.checks.integrity import judge_integrity
-from t5g2convert.parity.checks.text import judge_text
-from t5g2convert.parity.expected_stacks import Ancestors
+from t5g2convert.parity.checks.text import ExpectedStacks, judge_text
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.parity.mutations import place_of
@@ -118,7 +117,9 @@ class Judge:
     def __call__(self) -> dict[str, str | None]:
         """The parities that fail, and where the two models depart."""
         target = T5Gemma2Reference(self.checkpoint)
-        checks = judge_text(Ancestors.both(self.gemma), target, self.batch, None, tolerance=0, progress=lambda _: None)
+        checks = judge_text(
+            ExpectedStacks.both(self.gemma), target, self.batch, None, tolerance=0, progress=lambda _: None
+        )
         return {
             check.name: None if check.figures is None else check.figures.departs for check in checks if not check.passed
         }

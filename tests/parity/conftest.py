@@ -11,12 +11,11 @@ from t5g2convert import convert
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.plan.types import Plan
-from t5g2convert.parity.checks.provenance import replay
+from t5g2convert.parity.checks.replay import replay_plan
 from t5g2convert.parity.reports.report import Check
-from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from tests.conftest import TwinFolder
-from tests.parity.mutations import CLOSED, Bench, Document, MakeBench
+from tests.parity.mutations import CLOSED, PARITIES, Bench, Document, MakeBench
 
 SUITE = "t5g2convert.parity.suites.t5gemma2"
 
@@ -50,12 +49,12 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: dict[Path, Plan] = {}
     references: dict[object, Gemma3Reference] = {}
 
-    def replayed(sources: Sources, manifest: Document, mapping: str | None, part: str | None = None) -> Plan:
+    def replayed(sources: Sources, recorded: Document, mapping: str | None, part: str | None = None) -> Plan:
         folder = sources.folders.source
-        if manifest.get("options") or mapping or part or sources.others:
-            return replay(sources, manifest, mapping, part)
+        if recorded or mapping or part or sources.others:
+            return replay_plan(sources, recorded, mapping, part)
         if folder not in plans:
-            plans[folder] = replay(sources, {}, None)
+            plans[folder] = replay_plan(sources, {}, None)
         return plans[folder]
 
     def opened(parent: Checkpoint, **options: Any) -> Gemma3Reference:
@@ -66,9 +65,9 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
             references[key] = Gemma3Reference(parent, resident=True, **options)
         return references[key]
 
-    monkeypatch.setattr("t5g2convert.parity.checks.provenance.replay", replayed)
+    monkeypatch.setattr("t5g2convert.parity.checks.replay.replay_plan", replayed)
     monkeypatch.setattr("t5g2convert.parity.suites.t5gemma2.Gemma3Reference", opened)
-    monkeypatch.setattr("t5g2convert.parity.parents.Gemma3Reference", opened)
+    monkeypatch.setattr("t5g2convert.parity.source_models.Gemma3Reference", opened)
 
 
 @pytest.fixture
@@ -84,4 +83,6 @@ def without_passes(without_use: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No help from the parities either."""
     sound = [Check(name, True, "not made") for name in PARITIES]
     monkeypatch.setattr(f"{SUITE}.judge_text", lambda *_, **__: sound[1:])
-    monkeypatch.setattr(f"{SUITE}.judge_vision", lambda *_, **__: (sound[0], torch.zeros(1, 4, 24)))
+    monkeypatch.setattr(
+        "t5g2convert.parity.suites.base.judge_vision", lambda *_, **__: (sound[0], torch.zeros(1, 4, 24))
+    )

@@ -20,12 +20,14 @@ from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, seal
 from t5g2convert.cli.verify import print_report
-from t5g2convert.parity.reports.html import page
+from t5g2convert.parity.reports.html import html
 from t5g2convert.parity.reports.junit import junit
 from t5g2convert.parity.reports.report import Check, Report
-from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from t5g2convert.parity.verify import verify
 from t5g2convert.reference.weights import DTYPES
+
+PARITIES = ("vision_parity", "decoder_parity", "encoder_parity")
+"""The checks that compare what both models compute."""
 
 Tensors = dict[str, Tensor]
 Document = dict[str, Any]
@@ -143,7 +145,7 @@ class Bench:
             json.dumps(report.to_json())
             print_report(report, Console(file=io.StringIO()))
             junit(report)
-            page(report)
+            html(report)
         return report
 
     def resealed(self, **options: Any) -> Report:

@@ -17,11 +17,12 @@ from t5g2convert.parity.batches import (
     first_tokens,
     image_ids,
     pixels,
+    read_inputs,
     read_text,
     text_batch,
     token_batch,
 )
-from t5g2convert.parity.parents import Gemma3Parent
+from t5g2convert.parity.source_models import Gemma3Source
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
@@ -105,9 +106,9 @@ def test_a_text_that_is_shorter_is_read_whole() -> None:
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_fewer_than_eight_tokens_are_no_text(count: int, demo_source: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * count)
-    parent = Gemma3Parent(Sources.open(demo_source))
-    with pytest.raises(UsageError, match=f"has {count} tokens, expected 8 at least"):
-        Inputs(tmp_path / "text").check(demo_source, parent)
+    vision = Gemma3Source(Sources.open(demo_source)).vision
+    with pytest.raises(UsageError, match=f"has {count} tokens, expected at least 8"):
+        read_inputs(tmp_path / "text", None, demo_source, vision, with_source=True)
 
 
 def test_a_text_that_cannot_be_read_is_said(tmp_path: Path) -> None:
@@ -157,26 +158,26 @@ def test_sequences_are_longer_than_the_larger_window(
 ) -> None:
     one = changed_config(converted_twin("images-8"), tmp_path / "one", "decoder", sliding_window=decoder)
     both = changed_config(one, tmp_path / "both", "encoder", sliding_window=encoder)
-    given = Inputs()
-    assert given.batch(opened(both)).ids_BT.shape == (2, max(decoder, encoder) + BEYOND_WINDOW)
-    assert given.remarks == []
+    batch = Inputs().batch(opened(both))
+    assert batch.ids_BT.shape == (2, max(decoder, encoder) + BEYOND_WINDOW)
+    assert batch.remarks == ()
 
 
 def test_the_end_of_image_token_is_read_in_the_dtype_that_its_row_was_rounded_in(converted_twin: TwinFolder) -> None:
     folder = converted_twin("images-8")
-    exact, widened = Inputs(), Inputs()
-    assert int((exact.batch(opened(folder)).ids_BT == 291).sum()) == 6
-    assert exact.remarks == []
-    assert 291 not in widened.batch(opened(folder, torch.float32)).ids_BT
+    exact, widened = Inputs().batch(opened(folder)), Inputs().batch(opened(folder, torch.float32))
+    assert int((exact.ids_BT == 291).sum()) == 6
+    assert exact.remarks == ()
+    assert 291 not in widened.ids_BT
     (remark,) = widened.remarks
     assert remark.startswith("the end-of-image token was left out: its row was scaled and rounded in bfloat16")
 
 
 def test_a_vocabulary_without_the_end_of_image_token_needs_no_remark(converted_twin: TwinFolder) -> None:
     folder = converted_twin("text-8")
-    given = Inputs()
-    assert int(given.batch(opened(folder, torch.float32)).ids_BT.max()) < 300
-    assert given.remarks == []
+    batch = Inputs().batch(opened(folder, torch.float32))
+    assert int(batch.ids_BT.max()) < 300
+    assert batch.remarks == ()
 
 
 @pytest.mark.parametrize(("longest", "remarks"), [(15, 1), (16, 1), (17, 0)])
@@ -185,10 +186,10 @@ def test_a_window_that_was_not_reached_is_said(
 ) -> None:
     folder = changed_config(converted_twin("text-8"), tmp_path / "out", "decoder", sliding_window=16)
     monkeypatch.setattr(module, "MAX_TOKENS", longest)
-    given = Inputs()
-    assert given.batch(opened(folder)).ids_BT.shape == (2, longest)
-    told = [f"the sequences have {longest} tokens: the sliding window of 16 was not reached"]
-    assert given.remarks == told * remarks
+    batch = Inputs().batch(opened(folder))
+    assert batch.ids_BT.shape == (2, longest)
+    expected = (f"the sequences have {longest} tokens, so the sliding window of 16 was not reached",)
+    assert batch.remarks == expected * remarks
 
 
 def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
@@ -201,8 +202,8 @@ def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
     Image.effect_noise((40, 30), 50).save(tmp_path / "picture.png")
     target = opened(folder)
     assert target.vision is not None
-    given = Inputs(tmp_path / "text", tmp_path / "picture.png")
-    given.check(folder, Gemma3Parent(Sources.open(demo_source)))
+    vision = Gemma3Source(Sources.open(demo_source)).vision
+    given = read_inputs(tmp_path / "text", tmp_path / "picture.png", folder, vision, with_source=True)
     expected = TextCodec(folder).encode("a text of my own, as long as it has to be")[: 5 + BEYOND_WINDOW]
     assert given.batch(target).ids_BT.tolist() == [expected] * 2
     found = given.pixels(target.vision)

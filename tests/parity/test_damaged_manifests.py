@@ -19,12 +19,12 @@ from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, read_manifest, seal
 from t5g2convert.mapping.library import find_map
 from t5g2convert.parity.checks.integrity import judge_integrity
-from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from t5g2convert.parity.verify import verify
 from t5g2convert.version import __version__
 from tests.conftest import TwinFolder
 from tests.parity.mutations import (
     MINIMA,
+    PARITIES,
     Bench,
     Document,
     MakeBench,

@@ -7,8 +7,8 @@ import pytest
 
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.parity.reports.report import Check
-from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from tests.parity.mutations import (
+    PARITIES,
     Document,
     MakeBench,
     Tally,
@@ -69,7 +69,7 @@ def seen_by_parity(report: Any) -> bool:
     return any(check.name in PARITIES for check in report.failed)
 
 
-def test_every_setting_is_judged(bench: MakeBench, without_use: None) -> None:
+def test_every_setting_has_tokenizer_files(bench: MakeBench, without_use: None) -> None:
     made, tally, unseen = bench("images-8"), Tally(), set()
     for file in ("config.json", "generation_config.json"):
         for path, value in list(leaves(read_json_object(made.folder / file))):
@@ -87,7 +87,7 @@ def test_every_setting_is_judged(bench: MakeBench, without_use: None) -> None:
     close(tally, "settings")
 
 
-def test_every_setting_of_a_text_only_target_is_judged(bench: MakeBench, without_passes: None) -> None:
+def test_every_setting_of_a_text_only_target_has_tokenizer_files(bench: MakeBench, without_passes: None) -> None:
     made, tally = bench("text-float32"), Tally()
     for path, value in list(leaves(read_json_object(made.folder / "config.json"))):
         made.edit("config.json", partial(put, path=path, value=plausible(path, value)))

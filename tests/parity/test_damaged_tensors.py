@@ -16,13 +16,13 @@ from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.batches import BEYOND_WINDOW, token_batch
-from t5g2convert.parity.suites.t5gemma2 import PARITIES
 from t5g2convert.parity.verify import verify
 from tests.conftest import TwinFolder
 from tests.parity.mutations import (
     EOI,
     LAYER_ORDER,
     OPERATORS,
+    PARITIES,
     PROJECTOR,
     TABLE,
     TOWER,
@@ -267,7 +267,7 @@ def test_what_is_no_number_on_both_sides_is_no_equality(where: str, twin_folder:
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     convert(source, tmp_path / "out", allow_nonfinite=True)
     for tolerance in (0.0, 0.999):
-        with pytest.raises(CheckpointError, match=r"own states behind .* are not finite in float32") as caught:
+        with pytest.raises(CheckpointError, match=r"own states after .* are not finite in float32") as caught:
             verify(tmp_path / "out", source, tolerance=tolerance)
         assert caught.value.where == str(source)
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.batches import token_batch
-from t5g2convert.parity.checks.text import causal_encoder_run, hidden_memory_run
-from t5g2convert.parity.first_difference import ATTENTION, first_departure
+from t5g2convert.parity.checks.side_by_side import causal_encoder_run, hidden_memory_run
+from t5g2convert.parity.first_difference import ATTENTION, first_difference
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.rope import Rotation
 from t5g2convert.reference.stack import Run
@@ -48,7 +48,7 @@ def departure(sides: Sides, change: Callable[[nn.Module, list[object]], object] 
     layer, given = deepcopy(layer), list(given)
     with torch.no_grad():
         change(layer, given)
-        return first_departure(*expected, layer, given, kept)
+        return first_difference(*expected, layer, given, kept)
 
 
 def parameters() -> list[str]:
@@ -117,7 +117,7 @@ def test_a_difference_in_padding_alone_is_none(sides: Sides) -> None:
     states = found[1][0]
     assert isinstance(states, Tensor)
     given = [torch.where(kept[..., None], states, 5.0), *found[1][1:]]
-    name = first_departure(*expected, found[0], given, None)
+    name = first_difference(*expected, found[0], given, None)
     assert name == "pre_self_attn_layernorm"
 
 

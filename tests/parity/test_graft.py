@@ -134,10 +134,10 @@ def test_a_donor_without_a_source_has_no_meaning(grafted: Grafted) -> None:
 
 def test_a_donor_for_a_conversion_without_one_is_refused(converted_twin: TwinFolder, twin_folder: TwinFolder) -> None:
     for name in ("text-8", "images-8"):
-        with pytest.raises(UsageError, match="is from no other checkpoint") as refused:
+        with pytest.raises(UsageError, match="is not from another checkpoint") as refused:
             verify(converted_twin(name), twin_folder(name), vision_from=twin_folder("images-13"), record=False)
         assert refused.value.hint == "leave --vision-from out"
-    with pytest.raises(UsageError, match="is from no other checkpoint"):
+    with pytest.raises(UsageError, match="is not from another checkpoint"):
         verify(converted_twin("text-8"), twin_folder("text-8"), decoder_from=twin_folder("text-13"), record=False)
 
 

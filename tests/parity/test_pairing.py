@@ -14,7 +14,7 @@ from t5g2convert import Report, UsageError, convert, verify
 from t5g2convert.checkpoint.families.gemma3 import Gemma3, read_gemma3
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.parity.checks.config import expected_config
-from t5g2convert.parity.parents import Stacks
+from t5g2convert.parity.source_models import StackSettings
 from tests.conftest import TwinFolder
 from tests.parity.mutations import (
     TABLE,
@@ -138,7 +138,7 @@ def test_a_parent_for_a_decoder_that_is_the_sources_is_refused(bench: MakeBench,
     made = bench("text-8")
     # Even where it is the same once more.
     for other in (twin_folder("text-sharded"), made.source):
-        with pytest.raises(UsageError, match="its decoder is from no other checkpoint"):
+        with pytest.raises(UsageError, match="its decoder is not from another checkpoint"):
             made.judge(decoder_from=other)
 
 
@@ -366,7 +366,7 @@ def test_V2_lies_about_what_was_made_whole(bench: MakeBench, twin_folder: TwinFo
 def test_V2_a_manifest_that_hides_the_decoders_parent(paired: tuple[Bench, Path, str]) -> None:
     made, other, _ = paired
     made.reseal(lambda manifest: (manifest.pop("decoder_from"), manifest["options"].pop("embedding_from", None)))
-    with pytest.raises(UsageError, match="its decoder is from no other checkpoint"):
+    with pytest.raises(UsageError, match="its decoder is not from another checkpoint"):
         made.judge(decoder_from=other)
     assert {"provenance", "config", "decoder_parity"} <= failed(made.judge())
 
@@ -402,7 +402,7 @@ def test_layers_that_no_parent_has_fail_what_relies_on_them(cut: Bench) -> None:
     assert failed(report) == {"provenance", "config", "decoder_parity", "encoder_parity"}
     assert "takes layer 13, the decoder's parent has 13 layers" in check_of(report, "provenance").detail
     for name in ("config", "decoder_parity", "encoder_parity"):
-        expected = "t5g2.json tells of layer 13, the decoder's parent has 13 layers"
+        expected = "t5g2.json names layer 13, but the decoder's parent has 13 layers"
         assert check_of(report, name).detail == expected
 
 
@@ -421,7 +421,7 @@ def gemma3(folder: Path) -> Gemma3:
 
 def test_the_expected_config_has_each_stack_of_its_own_parent(twin_folder: TwinFolder) -> None:
     source, other = gemma3(twin_folder("images-8")), gemma3(twin_folder("text-unlike-7"))
-    expected = expected_config(source, {}, Stacks(source.text, other.text, 300))
+    expected = expected_config(source, {}, StackSettings(source.text, other.text, 300))
     encoder, decoder = expected["encoder"]["text_config"], expected["decoder"]
     assert (encoder["head_dim"], decoder["head_dim"]) == (10, 12)
     assert (encoder["sliding_window"], decoder["sliding_window"]) == (5, 9)
@@ -434,7 +434,7 @@ def test_the_expected_config_has_each_stack_of_its_own_parent(twin_folder: TwinF
 def test_the_rows_are_those_of_the_table_that_is_taken(twin_folder: TwinFolder) -> None:
     source = gemma3(twin_folder("text-8"))
     for rows, changes, expected in ((262_144, {}, 262_144), (262_208, {"vocab_size": 262_144}, 262_144)):
-        config = expected_config(source, changes, replace(Stacks(source.text, source.text, 300), rows=rows))
+        config = expected_config(source, changes, replace(StackSettings(source.text, source.text, 300), rows=rows))
         stacks = config["encoder"]["text_config"], config["decoder"]
         assert [stack["vocab_size"] for stack in (config, *stacks)] == [expected] * 3
 

@@ -1,20 +1,24 @@
-"""config: the target's settings are the source's, but for declared changes.
+"""config: the settings, tensors and ids of the output are the source's, but for declared changes.
 
-What is expected stands here in code, written down from the two classes' configs, apart from the map that made it.
+The expected settings are written here in code, from the config classes of both models, apart from the map.
 """
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families.gemma3 import Gemma3, Gemma3Text
 from t5g2convert.checkpoint.families.registry import implied_tensors
-from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.families.text_and_vision import TextConfig
+from t5g2convert.checkpoint.file_names import GENERATION_FILE
+from t5g2convert.checkpoint.file_store import is_there
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.checks.token_ids import special_faults
-from t5g2convert.parity.parents import Stacks
-from t5g2convert.parity.reports.report import Check, refused
+from t5g2convert.parity.reports.report import Check, failed_check
+from t5g2convert.parity.source_models import StackSettings
 
 SHARED = (
     "attention_bias", "attention_dropout", "attn_logit_softcapping", "bos_token_id", "eos_token_id",
@@ -23,14 +27,20 @@ SHARED = (
     "num_key_value_heads", "pad_token_id", "query_pre_attn_scalar", "rms_norm_eps", "sliding_window", "use_cache",
     "vocab_size",
 )  # fmt: skip
-"""Settings that a stack has from its parent under the same name."""
+"""Settings that a stack takes from its parent under the same name."""
 
 STUB = {
     "attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 16, "image_size": 28,
     "intermediate_size": 16, "layer_norm_eps": 1e-6, "num_attention_heads": 1, "num_channels": 3,
     "num_hidden_layers": 0, "patch_size": 14,
 }  # fmt: skip
-"""The tower of no layers that stands for a source without images."""
+"""The tower without layers that a target has where its source does not read images."""
+
+ID_SETTINGS: Final = {
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids",
+    "sequence_bias",
+}  # fmt: skip
+"""Settings of generation_config.json that hold ids, besides those named `..._token_id`."""
 
 
 def judge_config(
@@ -40,15 +50,15 @@ def judge_config(
     *,
     generation: Iterable[str] = (),
     donated: bool = False,
-    stacks: Stacks | None = None,
+    stacks: StackSettings | None = None,
 ) -> Check:
-    """Compare config.json with what the source and the declared changes imply.
+    """Compare config.json with what follows from the source and the declared changes.
 
     Args:
-        source: The source's settings, with the tower that the target should have.
+        source: The source's settings, with the tower that the target must have.
         target: The converted folder.
         changes: New values from the manifest, by the source's name of a setting, or by its path in the target's config.
-        generation: What was found to be wrong in its generation_config.json.
+        generation: Faults of its generation_config.json.
         donated: Whether the vision tower is another checkpoint's.
         stacks: The settings of both text stacks, if they are not the source's.
     """
@@ -62,30 +72,30 @@ def judge_config(
 def judge_settings(
     expected: Mapping[str, Any], target: Checkpoint, generation: Iterable[str], declared: Collection[str]
 ) -> Check:
-    """Compare config.json with what is expected of it, and the tensors with what it implies.
+    """Compare config.json with the expected settings, and the tensors with what it implies.
 
     Args:
         expected: Settings by their paths; `dtype` is that of most bytes where it is left out.
         target: The folder.
-        generation: What was found to be wrong in its generation_config.json.
+        generation: Faults of its generation_config.json.
         declared: The changes among the expected settings.
     """
     wanted = {"dtype": CONFIG_NAMES.get(target.dtype), **expected}
     faults = list(differences(wanted, dict(flatten(target.config))))
     faults += [f"generation_config.json: {fault}" for fault in generation]
     try:
-        faults += [f"tensors: {fault}" for fault in (*tensor_faults(target), *_strangers(target))]
+        faults += [f"tensors: {fault}" for fault in (*tensor_faults(target), *_unknown_tensors(target))]
         faults += special_faults(target)
     except CheckpointError as error:
         faults.append(error.message)
     if faults:
-        return refused("config", "setting(s) that are not the source's", faults)
-    told = f" but for {', '.join(declared)}, as declared" if declared else ""
-    return Check("config", True, f"{len(wanted)} settings are the source's{told}")
+        return failed_check("config", "setting(s) that are not the source's", faults)
+    exceptions = f" but for {', '.join(declared)}, as declared" if declared else ""
+    return Check("config", True, f"{len(wanted)} settings are the source's{exceptions}")
 
 
 def main_dtype(target: Checkpoint, *, donated: bool) -> str:
-    """The safetensors dtype that most bytes of a folder have, a donor's tower not counted; config.json names one."""
+    """Return the safetensors dtype of most bytes of a folder, without a donor's tower; config.json names only one."""
     counted: Counter[str] = Counter()
     parts = {item.name: item.part for item in implied_tensors(target.config, target.path)} if donated else {}
     for name, stored in target.tensors.items():
@@ -94,18 +104,18 @@ def main_dtype(target: Checkpoint, *, donated: bool) -> str:
     return max(counted, key=lambda dtype: (counted[dtype], dtype), default="F32")
 
 
-def both_of(source: Gemma3) -> Stacks:
-    """Both stacks as the source is, whole."""
-    return Stacks(source.text, source.text, source.text.vocab_size)
+def both_of(source: Gemma3) -> StackSettings:
+    """Return the settings of two stacks that are the source as a whole."""
+    return StackSettings(source.text, source.text, source.text.vocab_size)
 
 
-def expected_config(source: Gemma3, changes: Mapping[str, Any], stacks: Stacks | None = None) -> dict[str, Any]:
-    """config.json of the target, without `dtype`."""
+def expected_config(source: Gemma3, changes: Mapping[str, Any], stacks: StackSettings | None = None) -> dict[str, Any]:
+    """Return config.json of the target, without `dtype`."""
     stacks = stacks or both_of(source)
-    told = {"vocab_size": stacks.rows, **{name: value for name, value in changes.items() if name != "dtype"}}
-    values = {**source.values, **told}
-    # What the model writes starts and ends as the decoder's parent has it.
-    writing = {**stacks.decoder.model_dump(), **told}
+    changed = {"vocab_size": stacks.rows, **{name: value for name, value in changes.items() if name != "dtype"}}
+    values = {**source.values, **changed}
+    # Texts that the model writes start and end as those of the decoder's parent.
+    writing = {**stacks.decoder.model_dump(), **changed}
     tokens = {name: values[name] for name in ("eoi_token_index", "image_token_index", "initializer_range")}
     vision = STUB if source.vision is None else source.vision.model_dump()
     return {
@@ -124,16 +134,16 @@ def expected_config(source: Gemma3, changes: Mapping[str, Any], stacks: Stacks |
             **tokens,
             "mm_tokens_per_image": 4 if source.vision is None else values["mm_tokens_per_image"],
             "tie_word_embeddings": True,
-            "text_config": {"model_type": "t5gemma2_text", **_expected_stack(stacks.encoder, told)},
+            "text_config": {"model_type": "t5gemma2_text", **_expected_stack(stacks.encoder, changed)},
             "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **vision},
         },
-        "decoder": {"model_type": "t5gemma2_decoder", **_expected_stack(stacks.decoder, told)},
+        "decoder": {"model_type": "t5gemma2_decoder", **_expected_stack(stacks.decoder, changed)},
     }
 
 
-def _expected_stack(text: Gemma3Text, told: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a text stack with this parent, but for those that are told."""
-    values = {**text.model_dump(), **told}
+def _expected_stack(text: Gemma3Text, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a text stack with this parent, and some changed."""
+    values = {**text.model_dump(), **changed}
     return {name: values[name] for name in SHARED} | {
         "dropout_rate": 0.0,
         "rope_parameters": {
@@ -147,9 +157,9 @@ def _expected_stack(text: Gemma3Text, told: Mapping[str, Any]) -> dict[str, Any]
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their path, `decoder.rope_parameters.full_attention.factor`; lists stay whole."""
+    """Yield settings by their path, such as `decoder.rope_parameters.full_attention.factor`; lists stay whole."""
     for key, value in node.items():
-        # A key with a dot of its own is no path.
+        # A key with a dot in it is not a path.
         name = prefix + (repr(key) if "." in key else key)
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{name}.")
@@ -158,18 +168,18 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    """Every setting that is missing, another, or one too many."""
+    """Yield every setting that is missing, different, or one too many."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             yield f"{name} is missing, expected {expected[name]!r}"
         elif name not in expected:
-            yield f"{name} is {found[name]!r}, no setting of this model"
+            yield f"{name} is {found[name]!r}, which is not a setting of this model"
         elif not _same(expected[name], found[name]):
             yield f"{name} is {found[name]!r}, expected {expected[name]!r}"
 
 
 def _same(expected: Any, found: Any) -> bool:
-    """Equal, and of one type: True == 1 == 1.0 in Python, but transformers refuses a type that is not declared."""
+    """Return whether values are equal and of one type: transformers refuses 1 for True."""
     if isinstance(expected, list) and isinstance(found, list):
         return len(expected) == len(found) and all(map(_same, expected, found))
     if isinstance(expected, dict) and isinstance(found, dict):
@@ -178,7 +188,7 @@ def _same(expected: Any, found: Any) -> bool:
 
 
 def tensor_faults(target: Checkpoint) -> Iterator[str]:
-    """Tensors that the folder's own config implies and that are not there, or in another shape."""
+    """Yield tensors that the folder's own config implies and that are missing, or have another shape."""
     for item in implied_tensors(target.config, target.path):
         stored = target.tensors.get(item.name)
         if stored is None:
@@ -187,7 +197,39 @@ def tensor_faults(target: Checkpoint) -> Iterator[str]:
             yield f"{item.name} has shape {list(stored.entry.shape)}, expected {list(item.shape)}"
 
 
-def _strangers(target: Checkpoint) -> Iterator[str]:
-    """Tensors that the folder's own config does not imply."""
+def _unknown_tensors(target: Checkpoint) -> Iterator[str]:
+    """Yield tensors that the folder's own config does not imply."""
     implied = {item.name for item in implied_tensors(target.config, target.path)}
-    yield from (f"{name} is not one of this model" for name in target.tensors if name not in implied)
+    yield from (f"{name} is not a tensor of this model" for name in target.tensors if name not in implied)
+
+
+def generation_faults(
+    folder: Path, target: Path, writes: TextConfig, move: tuple[int, int] | None = None
+) -> Iterator[str]:
+    """Yield everything in which a generation_config.json differs from the source's.
+
+    Args:
+        folder: The source's folder, or that of the decoder's parent.
+        target: The converted folder.
+        writes: The settings of the decoder, as its parent has them.
+        move: Old and new id of a token that has moved.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    expected = {name: getattr(writes, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if is_there(folder / GENERATION_FILE):
+        own = read_json_object(folder / GENERATION_FILE)
+        expected |= {name: value for name, value in own.items() if value is not None}
+    if move is not None:
+        for name in expected:
+            if name in ID_SETTINGS or name.endswith("_token_id"):
+                expected[name] = _with_new_id(expected[name], *move)
+    yield from differences(expected, read_json_object(target / GENERATION_FILE))
+
+
+def _with_new_id(value: Any, old: int, new: int) -> Any:
+    """Return a value with one id replaced, at any depth."""
+    if isinstance(value, list):
+        return [_with_new_id(item, old, new) for item in value]
+    return new if type(value) is int and value == old else value

@@ -1,8 +1,8 @@
-"""cross_parity: each cross-attention of T5Gemma beside the self-attention of Gemma 2 that it was started from.
+"""cross_parity: each cross-attention of T5Gemma is the self-attention of Gemma 2 that it was copied from.
 
-Attention that reads the very states that it asks with, all of them and none of them rotated, is the same in both; so
-are the norms around it. That is all that a cross-attention is: which of the encoder's output it may see, and that
-nothing is rotated, stands in no file.
+Both are applied to the same states, which serve as queries, keys and values, all visible and none rotated. Then they
+and the norms around them must give the same. No file says anything else about cross-attention: T5Gemma always leaves
+it unrotated, and lets it see the whole output of the encoder.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from t5g2convert.parity.batches import Batch
-from t5g2convert.parity.checks.text import Pair, Track, causal_encoder_run, judge_decoder, judge_encoder, walk
-from t5g2convert.parity.first_difference import first_departure
+from t5g2convert.parity.checks.side_by_side import Pair, Track, causal_encoder_run, walk
+from t5g2convert.parity.checks.text import judge_decoder, judge_encoder
+from t5g2convert.parity.first_difference import first_difference
 from t5g2convert.parity.measures import Difference
 from t5g2convert.parity.reports.report import Check, Drift
 from t5g2convert.reference.cross_attention import CrossDecoderLayer
@@ -27,7 +28,7 @@ from t5g2convert.reference.t5gemma import T5GemmaReference
 
 
 class SelfBranch(nn.Module):
-    """What the attention of a layer of Gemma 2 adds to its states, with nothing rotated."""
+    """The self-attention of a layer of Gemma 2 with its norms, without rotation."""
 
     def __init__(self, layer: GemmaLayer) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class SelfBranch(nn.Module):
 
 
 class CrossBranch(nn.Module):
-    """What the cross-attention of a layer of T5Gemma adds, where the encoder's output is what it asks with."""
+    """The cross-attention of a layer of T5Gemma with its norms, where the queries' states are the memory too."""
 
     def __init__(self, layer: CrossDecoderLayer) -> None:
         super().__init__()
@@ -52,12 +53,12 @@ class CrossBranch(nn.Module):
 
     def forward(self, x_BTC: Tensor, seen_BTT: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        asked_BTC = self.pre_cross_attn_layernorm(x_BTC)
-        return self.post_cross_attn_layernorm(self.cross_attn(asked_BTC, asked_BTC, seen_BTT))
+        queries_BTC = self.pre_cross_attn_layernorm(x_BTC)
+        return self.post_cross_attn_layernorm(self.cross_attn(queries_BTC, queries_BTC, seen_BTT))
 
 
-class CrossProbe:
-    """Compares both branches of every layer on the states that Gemma 2 has there; padding is not seen."""
+class CrossComparison:
+    """Compares both attentions of every layer on the states that Gemma 2 has there; padding is masked."""
 
     def __init__(self, kept_BT: Tensor) -> None:
         self.kept_BT = kept_BT
@@ -65,29 +66,29 @@ class CrossProbe:
         self.drifts: list[Drift] = []
         self.departs: str | None = None
 
-    def look(self, number: int, layer: nn.Module, other: nn.Module, states_BTC: Tensor) -> None:
-        """One layer of each; see `Probe`."""
+    def compare(self, number: int, layer: nn.Module, other: nn.Module, states_BTC: Tensor) -> None:
+        """Compare one layer of each; see `LayerComparison`."""
         assert isinstance(layer, GemmaLayer)
         assert isinstance(other, CrossDecoderLayer)
         branches = SelfBranch(layer), CrossBranch(other)
-        given = states_BTC, memory(states_BTC.shape[1], self.kept_BT)
-        expected_BTC, found_BTC = (branch(*given) for branch in branches)
+        inputs = states_BTC, memory(states_BTC.shape[1], self.kept_BT)
+        expected_BTC, found_BTC = (branch(*inputs) for branch in branches)
         here = Difference()
         here.add(expected_BTC[self.kept_BT], found_BTC[self.kept_BT])
         self.difference.add(expected_BTC[self.kept_BT], found_BTC[self.kept_BT])
         self.drifts.append(here.drift(f"layers.{number}"))
         if here.max_abs and self.departs is None:
-            inside = first_departure(branches[0], given, branches[1], given, self.kept_BT)
+            inside = first_difference(branches[0], inputs, branches[1], inputs, self.kept_BT)
             self.departs = f"decoder layers.{number}, {inside or 'the cross-attention'}"
 
     def check(self, tolerance: float) -> Check:
-        """cross_parity."""
+        """Return cross_parity, from all layers compared so far."""
         passed = self.difference.within(tolerance)
-        said = f"cross-attention on its own states in {len(self.drifts)} layers: {self.difference}"
+        detail = f"cross-attention on its own states in {len(self.drifts)} layers: {self.difference}"
         if not passed:
-            said += f"; departs at {self.departs}"
+            detail += f"; departs at {self.departs}"
         figures = self.difference.figures(departs=self.departs, drifts=tuple(self.drifts))
-        return Check("cross_parity", passed, said, figures=figures)
+        return Check("cross_parity", passed, detail, figures=figures)
 
 
 @torch.inference_mode()
@@ -98,40 +99,43 @@ def judge_first_generation(
     *,
     tolerance: float,
     progress: Callable[[str], None],
-) -> list[Check]:
-    """All three parities in one walk through the layers.
+) -> tuple[Check, Check, Check]:
+    """Make decoder_parity, encoder_parity and cross_parity in one walk through the layers.
 
     Args:
         source: Gemma 2.
         target: T5Gemma.
-        batch: What both stacks and Gemma 2 read.
+        batch: Tokens for both stacks and Gemma 2.
         tolerance: Largest relative difference that passes; 0 is exact.
-        progress: Told what is being done.
+        progress: Called with a few words at every layer.
 
     Raises:
-        CheckpointError: Gemma 2 itself does not give finite states.
+        CheckpointError: Gemma 2's own states are not finite.
         UsageError: float16 overflows.
     """
-    expected, probe = source.start(batch.ids_BT, batch.kept_BT), CrossProbe(batch.kept_BT)
+    expected, cross = source.start(batch.ids_BT, batch.kept_BT), CrossComparison(batch.kept_BT)
     alone = target.start_decoder(batch.ids_BT, batch.kept_BT, None, None)
     tracks = [
-        Track("decoder", target.decoder, [Pair(expected, alone, batch.kept_BT)], probe=probe),
+        Track("decoder", target.decoder, [Pair(expected, alone, batch.kept_BT)], also_compare=cross.compare),
         Track("encoder", target.encoder, [Pair(expected, causal_encoder_run(target, batch), batch.kept_BT)]),
     ]
     if unequal := walk(source, tracks, progress):
-        return [Check(f"{name}_parity", False, unequal) for name in ("decoder", "encoder", "cross")]
+        decoder, encoder, crossed = (
+            Check(f"{name}_parity", False, unequal) for name in ("decoder", "encoder", "cross")
+        )
+        return decoder, encoder, crossed
     decoder = judge_decoder(source.text, tracks[0], batch, tolerance, compared="logits without cross-attention")
     encoder = judge_encoder(source.text, tracks[1], batch, None, tolerance, besides=" and all rows of its table")
-    if not probe.difference.expected_finite:
-        raise not_finite("what the source's attention adds to its own states", source.weights)
+    if not cross.difference.expected_finite:
+        raise not_finite("the output of the source's attention on its own states", source.weights)
     # A tied softmax has read every row already.
     if target.decoder.head != target.decoder.table:
         decoder = with_table(decoder, source.text, tracks[0], tolerance)
-    return [decoder, with_table(encoder, source.text, tracks[1], tolerance), probe.check(tolerance)]
+    return decoder, with_table(encoder, source.text, tracks[1], tolerance), cross.check(tolerance)
 
 
 def with_table(check: Check, source: Stack, track: Track, tolerance: float) -> Check:
-    """A parity that holds for every row of the embedding matrix too; no batch has all tokens."""
+    """Return a parity that covers every row of the embedding table too, since no batch has all tokens."""
     difference, place = Difference(), ""
     for (start, ours), (_, theirs) in zip(source.table_chunks(), track.stack.table_chunks(), strict=True):
         difference.add(ours, theirs)

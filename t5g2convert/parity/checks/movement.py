@@ -91,7 +91,7 @@ class Movement:
         }
 
 
-def together(name: str, movements: Sequence[Movement]) -> Movement:
+def combined(name: str, movements: Sequence[Movement]) -> Movement:
     """Several as one."""
     return Movement(
         name,
@@ -178,7 +178,7 @@ def by_layer(found: Mapping[str, Movement], layer_of: Mapping[str, str]) -> dict
     names: dict[str, list[Movement]] = {}
     for name, each in found.items():
         names.setdefault(layer_of[name], []).append(each)
-    return {layer: together(layer, each) for layer, each in names.items()}
+    return {layer: combined(layer, each) for layer, each in names.items()}
 
 
 def differing(one: Checkpoint, name: str, other: Checkpoint, repeated: str) -> bool:

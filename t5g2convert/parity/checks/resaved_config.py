@@ -26,7 +26,7 @@ from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.parity.checks.config import flatten
-from t5g2convert.parity.reports.report import Check, refused
+from t5g2convert.parity.reports.report import Check, failed_check
 
 CLASSES: Final = ("T5Gemma2ForConditionalGeneration", "T5Gemma2Model", *HEADED)
 """Classes that save all of a T5Gemma 2; other ones leave parts out."""
@@ -73,8 +73,8 @@ class Found:
     remarks: tuple[str, ...]
 
 
-def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> tuple[Check, tuple[str, ...]]:
-    """config, with what a reader must know of the settings.
+def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> Check:
+    """Compare the settings with the start's.
 
     Raises:
         CheckpointError: A config cannot be read.
@@ -90,8 +90,8 @@ def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> tuple[Check, 
     faults = [fault for each in (*found, others, generation) for fault in each.faults]
     remarks = [remark for each in (*found, others, generation) for remark in each.remarks]
     if faults:
-        return refused("config", "setting(s) that are not the start's", faults), tuple(remarks)
-    return Check("config", True, f"{len(expected)} settings mean what the start's mean"), tuple(remarks)
+        return failed_check("config", "setting(s) that are not the start's", faults, remarks)
+    return Check("config", True, f"{len(expected)} settings mean what the start's mean", remarks=tuple(remarks))
 
 
 def meaning(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from t5g2convert.checkpoint.file_names import (
 )
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
-from t5g2convert.parity.reports.report import Check, refused
+from t5g2convert.parity.reports.report import Check, failed_check
 
 READ: Final = (
     TOKENIZER_FILE,
@@ -68,8 +68,8 @@ MOST: Final = 50
 """Faults of one kind that are listed."""
 
 
-def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> tuple[Check, tuple[str, ...]] | None:
-    """tokenizer, with what a reader must know of the files; None where the folder has none of its own.
+def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> Check | None:
+    """Compare the tokenizer with the start's; None where the folder has none.
 
     Args:
         start: The folder of what was trained.
@@ -83,7 +83,7 @@ def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> tu
         return None
     remarks: list[str] = []
     if not is_there(start / TOKENIZER_FILE):
-        return Check("tokenizer", False, f"{TOKENIZER_FILE} is there, the start has none"), ()
+        return Check("tokenizer", False, f"{TOKENIZER_FILE} is there, but the start has none")
     given, found = read_json_object(start / TOKENIZER_FILE), read_json_object(target.path / TOKENIZER_FILE)
     added, named = _added(found), frozenset(_named(_read(target.path, TOKENIZER_CONFIG_FILE)).values())
     faults = [
@@ -95,10 +95,10 @@ def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> tu
     faults += _template_faults(start, target.path)
     faults += _pixel_faults(start, target.path, remarks)
     if faults:
-        return refused("tokenizer", "token(s) or setting(s) that are not the start's", faults), tuple(remarks)
+        return failed_check("tokenizer", "token(s) or setting(s) that are not the start's", faults, remarks)
     count = len(_vocabulary(found))
-    told = f"{count} tokens have the start's ids, and every step does what the start's does"
-    return Check("tokenizer", True, told), tuple(remarks)
+    detail = f"{count} tokens have the start's ids, and every step does what the start's does"
+    return Check("tokenizer", True, detail, remarks=tuple(remarks))
 
 
 def _vocabulary(document: Mapping[str, Any]) -> Mapping[str, Any]:

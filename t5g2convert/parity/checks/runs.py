@@ -1,4 +1,4 @@
-"""runs: the converted model, used as what it is."""
+"""runs: the model by itself gives finite values, which depend on everything that it reads."""
 
 from collections.abc import Callable
 
@@ -18,15 +18,15 @@ DECODER_TOKENS = 12
 
 @torch.inference_mode()
 def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callable[[str], None]) -> Check:
-    """Logits must be finite, and must change when the encoder reads another text, or another image.
+    """Require finite logits that change with the text and the image that the encoder reads.
 
-    Three sequences with the same decoder input; the second has another image than the first (another text, where the
-    model has no images), the third another text.
+    Three sequences have the same decoder input; the second has another image than the first (another order of words,
+    where the model does not read images), the third another text.
 
     Args:
         target: The model.
-        blind: Whether its projector is declared to be zeros, so that all images are one to it.
-        progress: Told what is being done.
+        blind: Whether its projector is declared to be zeros, so that it cannot tell images apart.
+        progress: Called once, with a few words.
 
     Raises:
         UsageError: float16 overflows.
@@ -49,7 +49,7 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
         differing = {"text": 2}
         settings = target.encoder.settings
         if settings.sliding_window > 1 or "full_attention" in settings.layer_types:
-            # An encoder whose tokens see only themselves knows no order.
+            # An encoder whose tokens see only themselves does not depend on order.
             differing = {"order of words": 1, **differing}
     ids_BT = ids_BT.to(device)
     kept_BT = torch.ones_like(ids_BT, dtype=torch.bool)
@@ -58,14 +58,14 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
     states = target.decode(written_BT, torch.ones_like(written_BT, dtype=torch.bool), memory_BMC, kept_BT)
     logits = target.decoder.logits(states[:, -1])
     finite = all(bool(torch.isfinite(x).all()) for x in (memory_BMC, states, logits))
-    deaf = [what for what, row in differing.items() if torch.equal(logits[0], logits[row])]
+    unused = [what for what, row in differing.items() if torch.equal(logits[0], logits[row])]
     if not finite:
         what = "the logits of the encoder-decoder"
         if (error := overflow(what, target.weights)) is not None:
             raise error
         return Check("runs", False, f"{what} are not finite")
-    if deaf:
-        return Check("runs", False, f"the logits do not depend on the encoder's {' and '.join(deaf)}")
+    if unused:
+        return Check("runs", False, f"the logits do not depend on the encoder's {' and '.join(unused)}")
     return Check("runs", True, f"finite logits that depend on the encoder's {' and '.join(differing)}")
 
 
@@ -73,12 +73,12 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
 def judge_dependence(
     target: EncoderReference | Gemma3Reference, what: str, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 ) -> Check:
-    """What a model of one stack computes must be finite, and must change with the text, its order, and the image.
+    """Require finite values of a model with one stack, which change with the text, its order, and the image.
 
     Args:
         target: The model.
-        what: What it gives, in words.
-        compute: From token ids and those that are no padding, [B, T] both, and image features, to [B, T, C].
+        what: The name of the values, for the detail.
+        compute: From token ids and a mask that is False at padding, both [B, T], and image features, to [B, T, C].
 
     Raises:
         UsageError: float16 overflows.
@@ -86,15 +86,15 @@ def judge_dependence(
     vocab, device = target.stacks[0].settings.vocab_size, target.weights.device
     texts_BT = token_batch(vocab, ENCODER_TOKENS, never=target.reserved).ids_BT
     last = texts_BT[:1, -1:]
-    # Only what is read before the last token differs.
+    # Only tokens before the last differ.
     rows = {"": texts_BT[0, :-1], "order of words": texts_BT[0, :-1].flip(0), "text": texts_BT[1, :-1]}
     settings = target.stacks[0].settings
     if settings.sliding_window == 1 and "full_attention" not in settings.layer_types:
-        # Tokens that see only themselves depend on nothing else.
+        # Tokens that see only themselves depend on no other.
         rows = {"": texts_BT[0, :-1]}
-    given = torch.cat([torch.stack(list(rows.values())), last.expand(len(rows), -1)], dim=1).to(device)
-    found = compute(given, torch.ones_like(given, dtype=torch.bool), None)
-    deaf = [name for number, name in enumerate(rows) if number and torch.equal(found[0, -1], found[number, -1])]
+    ids_BT = torch.cat([torch.stack(list(rows.values())), last.expand(len(rows), -1)], dim=1).to(device)
+    found = compute(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), None)
+    unused = [name for number, name in enumerate(rows) if number and torch.equal(found[0, -1], found[number, -1])]
     finite, seen = bool(torch.isfinite(found).all()), [name for name in rows if name]
     if target.vision is not None:
         token, count = target.vision.tokens.image_token_index, target.vision.tokens.mm_tokens_per_image
@@ -105,11 +105,11 @@ def judge_dependence(
         found = compute(image_BT, torch.ones_like(image_BT, dtype=torch.bool), features)
         finite &= bool(torch.isfinite(found).all())
         seen.append("image")
-        deaf += ["image"] if torch.equal(found[0], found[1]) else []
+        unused += ["image"] if torch.equal(found[0], found[1]) else []
     if not finite:
         if (error := overflow(f"the {what}", target.weights)) is not None:
             raise error
         return Check("runs", False, f"the {what} are not finite")
-    if deaf:
-        return Check("runs", False, f"the {what} do not depend on the {' and '.join(deaf)}")
+    if unused:
+        return Check("runs", False, f"the {what} do not depend on the {' and '.join(unused)}")
     return Check("runs", True, f"finite {what}" + (f" that depend on the {' and '.join(seen)}" if seen else ""))

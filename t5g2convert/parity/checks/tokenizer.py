@@ -6,7 +6,7 @@ worked out anew from the source's. What is expected of the small files stands he
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -25,8 +25,7 @@ from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_
 from t5g2convert.checkpoint.inputs import VISION_FROM, Folders
 from t5g2convert.checkpoint.manifest import Manifest, TokenRecord
 from t5g2convert.parity.checks.token_ids import token_faults
-from t5g2convert.parity.reports.report import Check, refused
-from t5g2convert.parity.session import Judge
+from t5g2convert.parity.reports.report import Check, failed_check
 
 UNCHANGED: Final = (SPECIAL_TOKENS_FILE, TEMPLATE_FILE, OLDER_TEMPLATE_FILE)
 
@@ -50,21 +49,9 @@ PIXELS: Final = {
 MOST_FAULTS: Final = 50
 
 
-def is_judged(target: Path, manifest: Manifest | None) -> bool:
-    """Whether a folder has, or should have, any of the files that `tokenizer` judges."""
+def has_tokenizer_files(target: Path, manifest: Manifest | None) -> bool:
+    """Return whether a folder has, or must have, any of the files that `tokenizer` judges."""
     return bool(_names(target, manifest))
-
-
-def make_tokenizer_check(judge: Judge, target: Checkpoint, check: Callable[[], Check]) -> None:
-    """Make the check `tokenizer`, unless the output has nothing that it would judge."""
-
-    def checks() -> list[Check]:
-        if not is_judged(target.path, judge.manifest):
-            judge.skip(["tokenizer"], "the output has no tokenizer")
-            return []
-        return [check()]
-
-    judge.make(["tokenizer"], checks)
 
 
 def _names(target: Path, manifest: Manifest | None) -> list[str]:
@@ -130,7 +117,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
         )
     if faults:
         whose = "the source's" if VISION_FROM not in folders.by_role else "the source's or the donor's"
-        return refused("tokenizer", f"setting(s) or token(s) that are not {whose} or have no row", faults)
+        return failed_check("tokenizer", f"setting(s) or token(s) that are not {whose} or have no row", faults)
     moves = [f"{change.token}, now {change.target}" for change in changes if change.replaces is not None]
     declared = f" but for {'; '.join(moves)}, as declared" if moves else ""
     if PROCESSOR_FILE in names and VISION_FROM not in folders.by_role:
@@ -141,17 +128,25 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     return Check("tokenizer", True, f"{', '.join(names)}: {told}")
 
 
-def judge_carried(folders: Folders, target: Checkpoint, manifest: Manifest | None) -> Check:
-    """Compare the files of a part that was taken out with those of the whole: nothing of them changes.
+def judge_copied_tokenizer(folders: Folders, target: Checkpoint, manifest: Manifest | None) -> Check:
+    """Compare the tokenizer's files with the source's, of which none may change.
 
     Raises:
         CheckpointError: A file of either cannot be read.
     """
-    names = _names(target.path, manifest)
+    return judge_copied_files(_names(target.path, manifest), folders.source, target)
+
+
+def judge_copied_files(names: Sequence[str], source: Path, target: Checkpoint) -> Check:
+    """Require files that are the source's, byte for byte, and whose tokens have rows.
+
+    Raises:
+        CheckpointError: A file of either cannot be read.
+    """
     faults = [*token_faults(target)]
-    faults += [f"{name} is not the source's" for name in names if not same_bytes(name, folders.source, target)]
+    faults += [f"{name} is not the source's" for name in names if not same_bytes(name, source, target)]
     if faults:
-        return refused("tokenizer", "file(s) or token(s) that are not the source's or have no row", faults)
+        return failed_check("tokenizer", "file(s) or token(s) that are not the source's or have no row", faults)
     return Check("tokenizer", True, f"{', '.join(names)}: as the source has them")
 
 

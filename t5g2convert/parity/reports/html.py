@@ -29,8 +29,8 @@ FLOOR: Final = 1e-9
 PARTS: Final = ("embedding", "encoder", "decoder", "vision", "projector")
 
 
-def page(report: Report) -> str:
-    """The page; it loads nothing from anywhere."""
+def html(report: Report) -> str:
+    """Return the page; it loads nothing from anywhere else."""
     verdict = "passed" if report.passed else "failed"
     sections = [
         f'<h1 class="{verdict}">Verification {verdict}{"" if report.complete else ", without the source"}</h1>',

@@ -1,17 +1,20 @@
-"""What a verification found: frozen data that tables, JSON, JUnit and the HTML page are made of."""
+"""The result of a verification, as data: terminal, JSON, JUnit XML and HTML are made from it."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from t5g2convert.checkpoint.atomic_write import replace_file
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest
 
 if TYPE_CHECKING:
     from t5g2convert.parity.checks.movement import Movement
 
 
 def writable(node: Any) -> Any:
-    """A document as JSON can hold it: null for NaN and infinity, names of files that are no text escaped."""
+    """Return a document that JSON can hold: null for NaN and infinity, undecodable file names escaped."""
     if isinstance(node, dict):
         return {key: writable(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -23,12 +26,12 @@ def writable(node: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far two models are apart behind one layer.
+    """How far apart two models are after one layer.
 
     Attributes:
-        layer: Its name in the target, `layers.3`; also `embed_tokens` and `norm`.
+        layer: The layer's name in the target, such as `layers.3`; also `embed_tokens` and `norm`.
         max_abs: Largest absolute difference of a state.
-        relative: The same, divided by the largest state of the source.
+        relative: The same, divided by the source's largest state.
     """
 
     layer: str
@@ -38,16 +41,16 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a comparison of two passes measured.
+    """The measurements of a comparison of two passes.
 
     Attributes:
         max_abs: Largest absolute difference; infinite where a value is not finite.
-        relative: The same, divided by the largest value of the source.
-        compared: Values compared.
-        kl: Mean over tokens of KL(source || target), in nats; None where no distributions are compared.
-        agreement: Share of tokens whose most probable successor is the same; None likewise.
-        departs: The first layer and tensor where the two are apart; None where they are not.
-        drifts: Layer by layer.
+        relative: The same, divided by the source's largest value.
+        compared: Number of values compared.
+        kl: Mean over tokens of KL(source || target), in nats; None without distributions.
+        agreement: Share of tokens with the same most probable successor; None without distributions.
+        departs: The first layer and tensor that differ; None where none does.
+        drifts: The difference after every layer.
     """
 
     max_abs: float
@@ -61,7 +64,17 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: what it found in words, and in figures where it compared two passes, or a training with its start."""
+    """The result of one check.
+
+    Attributes:
+        name: The name of the check.
+        passed: Whether it passed.
+        detail: What it found, in a sentence.
+        offenders: Every fault that it found, where there are several of a kind.
+        figures: What it measured, where it compared two passes.
+        movements: How far tensors moved, where it compared a training with its start.
+        remarks: What a reader must know to read it right; `Report.remarks` has those of all checks.
+    """
 
     name: str
     passed: bool
@@ -69,9 +82,14 @@ class Check:
     offenders: tuple[str, ...] = ()
     figures: Figures | None = None
     movements: "tuple[Movement, ...]" = ()
+    remarks: tuple[str, ...] = ()
+
+    def remarked(self, remarks: Iterable[str]) -> "Check":
+        """Return the check with further remarks."""
+        return replace(self, remarks=(*self.remarks, *remarks))
 
     def to_json(self) -> dict[str, Any]:
-        """A member of `checks` in the JSON of a report."""
+        """Return the check as `t5g2 verify --json` prints it."""
         document: dict[str, Any] = {"name": self.name, "passed": self.passed, "detail": self.detail}
         if self.offenders:
             document["offenders"] = list(self.offenders)
@@ -82,23 +100,31 @@ class Check:
         return writable(document)
 
 
-def refused(name: str, what: str, offenders: Sequence[str]) -> Check:
-    """A check that failed on several things of a kind: their count and the first of them, and all of them apart."""
-    return Check(name, False, f"{len(offenders)} {what}, the first: {offenders[0]}", tuple(offenders))
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A check that was not made, with the reason."""
+
+    because: str
+
+
+def failed_check(name: str, what: str, offenders: Sequence[str], remarks: Sequence[str] = ()) -> Check:
+    """Return a check that failed on several things of a kind; its detail has their count and the first of them."""
+    detail = f"{len(offenders)} {what}, the first: {offenders[0]}"
+    return Check(name, False, detail, tuple(offenders), remarks=tuple(remarks))
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The judgement of one folder.
+    """The result of verifying one folder.
 
     Attributes:
-        output: The folder judged.
-        source: The folder that it was converted from; None where it was not given.
-        dtype: The dtype that the passes were computed in; None where none was.
+        output: The folder.
+        source: The folder that it was made from; None without one.
+        dtype: The dtype of the reference passes; None where none ran.
         device: The device that they ran on.
-        tolerance: Largest relative difference that was let pass; 0 is exact.
-        checks: In the order in which they were made.
-        skipped: Checks that were not made, by name, with the reason.
+        tolerance: Largest relative difference that passes; 0 is exact.
+        checks: The checks, in the order in which they were made.
+        skipped: The reasons for checks that were not made, by name.
         remarks: What a reader must know to read the checks right.
         parameters: Number of parameters by part, with `total`.
     """
@@ -115,12 +141,12 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether the folder was compared with its source."""
+        """True if the folder was compared with its source."""
         return self.source is not None
 
     @property
     def passed(self) -> bool:
-        """Whether every check that was made passed, and one was."""
+        """True if every check that was made passed, and at least one was made."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     @property
@@ -129,7 +155,7 @@ class Report:
         return tuple(check for check in self.checks if not check.passed)
 
     def to_json(self) -> dict[str, Any]:
-        """What `t5g2 verify --json` prints."""
+        """Return the report as `t5g2 verify --json` prints it."""
         return {
             "passed": self.passed,
             "complete": self.complete,
@@ -143,7 +169,7 @@ class Report:
         }
 
     def record(self) -> dict[str, Any]:
-        """What the manifest keeps: no paths, no figures of layers."""
+        """Return the part that the manifest keeps: no paths and no figures."""
         checks = [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in self.checks]
         return {
             "passed": self.passed,
@@ -155,3 +181,17 @@ class Report:
 
     def _conditions(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "device": self.device, "tolerance": self.tolerance}
+
+
+def record_report(report: Report, manifest: Manifest) -> Report:
+    """Write the result into the folder's manifest at once, or add a remark where that fails."""
+    path = report.output / MANIFEST_FILE
+    if path.is_symlink():
+        # In the Hub's cache files are shared, and not this tool's to write.
+        return replace(report, remarks=(*report.remarks, f"the result was not written: {MANIFEST_FILE} is a link"))
+    try:
+        replace_file(path, manifest.with_verification(report.record()).encode())
+    except OSError as error:
+        remark = f"the result could not be written into {MANIFEST_FILE}: {error.strerror}"
+        return replace(report, remarks=(*report.remarks, remark))
+    return report

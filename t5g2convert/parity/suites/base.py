@@ -1,55 +1,113 @@
-"""The kinds of conversion that can be judged: what each must keep, and the checks that show that it did.
+"""What a suite is, and the checks and remarks that several of them share."""
 
-A new kind is a class like those below, and its place in `parity.verify`.
-"""
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from torch import Tensor
 
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.manifest import Manifest
 from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.parity.parents import Parent
-from t5g2convert.parity.reports.report import Check
-from t5g2convert.parity.session import Judge
+from t5g2convert.parity.checks.integrity import judge_integrity, unreadable_manifest
+from t5g2convert.parity.checks.manifest_check import maker_remarks
+from t5g2convert.parity.checks.provenance import judge_provenance
+from t5g2convert.parity.checks.replay import Replay
+from t5g2convert.parity.checks.tokenizer import has_tokenizer_files, judge_copied_tokenizer
+from t5g2convert.parity.checks.vision import judge_vision
+from t5g2convert.parity.declared_changes import change_remarks
+from t5g2convert.parity.reports.report import Check, Skipped
+from t5g2convert.parity.session import CheckFunction, Verification
+from t5g2convert.parity.source_models import SourceModel
+from t5g2convert.reference.vision import VisionTower
 
-Made = TypeVar("Made", bound=Parent)
+RemarksFunction = Callable[[Verification[Any]], Iterator[str]]
+
+NO_IMAGES = Skipped("the source has no images")
+NO_TOKENIZER = Skipped("the output has no tokenizer")
 
 
-class Kind(ABC, Generic[Made]):
-    """Conversions of one family to one other.
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """The checks that judge one kind of folder.
 
     Attributes:
-        sources: The `model_type`s of what is converted.
-        targets: The `model_type`s of what comes of it.
-        parities: The checks that compare what both compute.
-        part: What is taken out of the source; None where it is converted whole.
+        sources: The `model_type`s of what such a folder is made from.
+        targets: The `model_type`s of such a folder.
+        trained: Whether such a folder was trained by `t5g2 adapt` or `t5g2 finetune`.
+        open_source: Opens the source as a model; raises CheckpointError where it is of another family.
+        read_config: Reads the folder's config; raises CheckpointError where it cannot.
+        replay: Plans the conversion again from its sources, its manifest and a map; None where there was none.
+        checks: The checks by name, in order; the first is integrity.
+        remarks: What a reader of the report must know, whatever the checks find.
     """
 
-    sources: ClassVar[tuple[str, ...]]
-    targets: ClassVar[tuple[str, ...]]
-    parities: ClassVar[tuple[str, ...]]
-    part: ClassVar[str | None] = None
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    trained: bool = False
+    open_source: Callable[[Sources], SourceModel]
+    read_config: Callable[[Checkpoint], object]
+    replay: Callable[[Sources, Manifest | None, str | None], Replay] | None
+    checks: Mapping[str, CheckFunction]
+    remarks: RemarksFunction
 
-    @abstractmethod
-    def parent(self, sources: Sources) -> Made:
-        """What was converted, understood.
 
-        Raises:
-            CheckpointError: It is of another family, or cannot be computed.
-        """
+def integrity(verification: Verification[Any]) -> Check:
+    """Compare the folder's files with its manifest."""
+    verification.progress("sha256 of all files")
+    if verification.manifest_error is not None:
+        return unreadable_manifest(verification.manifest_error)
+    assert verification.manifest is not None, "it is there, or there is a reason why not"
+    return judge_integrity(verification.output, verification.manifest.files)
 
-    @abstractmethod
-    def read(self, target: Checkpoint) -> object:
-        """The settings of a converted folder.
 
-        Raises:
-            CheckpointError: They cannot be read.
-        """
+def provenance(verification: Verification[Any]) -> Check:
+    """Compare the folder's bytes with the source's."""
+    assert verification.replay is not None, "a folder that is compared with its source has a plan"
+    return judge_provenance(
+        verification.replay,
+        verification.source,
+        verification.target,
+        verification.manifest,
+        verification.progress,
+    )
 
-    @abstractmethod
-    def against(self, judge: Judge, parent: Made, target: Checkpoint) -> None:
-        """Make the checks that compare a folder with its parent, but for provenance."""
 
-    @abstractmethod
-    def runs(self, judge: Judge, target: Checkpoint) -> Check:
-        """Whether the model does by itself what such a model is for."""
+def copied_tokenizer(verification: Verification[Any]) -> Check | Skipped:
+    """Compare the tokenizer's files with the source's, of which none may change."""
+    if not has_tokenizer_files(verification.output, verification.manifest):
+        return NO_TOKENIZER
+    return judge_copied_tokenizer(verification.source.folders, verification.target, verification.manifest)
+
+
+def compare_towers(
+    verification: Verification[Any],
+    source: VisionTower,
+    target: VisionTower | None,
+    *,
+    projected: bool = True,
+    normed: bool = True,
+) -> tuple[Check, Tensor | None]:
+    """Make vision_parity; return the source's image features with it, if both models have a tower."""
+    if target is None:
+        return Check("vision_parity", False, "the source has a vision tower, but the target has none"), None
+    return judge_vision(
+        source,
+        target,
+        verification.inputs.pixels(source).to(verification.device),
+        projected=projected,
+        normed=normed,
+        tolerance=verification.tolerance,
+        progress=verification.progress,
+    )
+
+
+def conversion_remarks(verification: Verification[Any]) -> Iterator[str]:
+    """Yield remarks on the dtype, on the version that made the folder, and on changes that it declares."""
+    if verification.dtype == "float16":
+        yield "computed in float16, which a real Gemma 3 may overflow with other inputs; --dtype float32 does not"
+    if verification.replay is None:
+        return
+    if verification.manifest is not None:
+        yield from maker_remarks(verification.replay.plan, verification.manifest)
+    yield from change_remarks(verification.target, verification.changes)

@@ -1,8 +1,8 @@
-"""How the parts are judged that were taken out of a T5Gemma 2: its encoder, and its decoder as Gemma 3."""
+"""The checks of a part that `t5g2 extract` took from a T5Gemma 2: its encoder, or its decoder as Gemma 3."""
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,159 +18,92 @@ from t5g2convert.checkpoint.families.t5gemma2 import (
     read_t5gemma2_encoder,
 )
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.parity.batches import ImageBatch
-from t5g2convert.parity.checks.config import SHARED, flatten, judge_settings
-from t5g2convert.parity.checks.generation_config import generation_faults
+from t5g2convert.parity.checks.config import SHARED, flatten, generation_faults, judge_settings
+from t5g2convert.parity.checks.replay import replay_conversion
 from t5g2convert.parity.checks.runs import judge_dependence
-from t5g2convert.parity.checks.text import (
-    Pair,
-    Track,
-    advance_side_by_side,
-    hidden_memory_run,
-    judge_decoder,
-    judge_encoder,
+from t5g2convert.parity.checks.side_by_side import Pair, Track, advance_side_by_side, hidden_memory_run
+from t5g2convert.parity.checks.text import judge_decoder, judge_encoder
+from t5g2convert.parity.reports.report import Check, Skipped
+from t5g2convert.parity.session import Shared, Verification
+from t5g2convert.parity.source_models import T5Gemma2Source
+from t5g2convert.parity.suites.base import (
+    NO_IMAGES,
+    Suite,
+    compare_towers,
+    conversion_remarks,
+    copied_tokenizer,
+    integrity,
+    provenance,
 )
-from t5g2convert.parity.checks.tokenizer import judge_carried, make_tokenizer_check
-from t5g2convert.parity.checks.vision import judge_vision
-from t5g2convert.parity.declared_changes import change_remarks
-from t5g2convert.parity.parents import Parent
-from t5g2convert.parity.reports.report import Check
-from t5g2convert.parity.session import Judge
-from t5g2convert.parity.suites.base import Kind
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.t5gemma2 import EncoderReference, T5Gemma2Reference
-from t5g2convert.reference.vision import VisionTower
 
 
-class T5Gemma2Parent(Parent):
-    """T5Gemma 2, as the source of what is taken out of it.
-
-    Attributes:
-        whole: What it computes.
-
-    Raises:
-        CheckpointError: It is not T5Gemma 2, or has a switch that the passes do not know.
-    """
-
-    def __init__(self, sources: Sources) -> None:
-        super().__init__(sources)
-        self.whole = T5Gemma2Reference(self.checkpoint)
-
-    @property
-    def vision(self) -> VisionTower | None:
-        """Its tower."""
-        return self.whole.vision
+@Shared
+def _whole(verification: Verification[T5Gemma2Source]) -> T5Gemma2Reference:
+    """The whole model, as the extraction cast it."""
+    return T5Gemma2Reference(verification.source.checkpoint, **verification.reading(rounded=True))
 
 
-class _Extracted(Kind[T5Gemma2Parent]):
-    """What both parts have in common."""
-
-    sources = (MODEL_TYPE,)
-
-    def parent(self, sources: Sources) -> T5Gemma2Parent:
-        """T5Gemma 2."""
-        return T5Gemma2Parent(sources)
-
-    def against(self, judge: Judge, parent: T5Gemma2Parent, target: Checkpoint) -> None:
-        """config, tokenizer and the parities."""
-        judge.make(["config"], lambda: [self.config(parent, target)])
-        make_tokenizer_check(judge, target, lambda: judge_carried(parent.folders, target, judge.manifest))
-        judge.remarks += change_remarks(target, judge.changes)
-        whole = T5Gemma2Reference(parent.checkpoint, **judge.reading(rounded=True))
-        if whole.vision is None:
-            judge.skip(["vision_parity"], "the source has no images")
-        if not judge.unfit(self.parities if whole.vision is not None else self.parities[1:], target):
-            judge.make(self.parities[1:], lambda: [self.passes(judge, whole, target)])
-
-    @abstractmethod
-    def config(self, parent: T5Gemma2Parent, target: Checkpoint) -> Check:
-        """config: the settings are those of the part."""
-
-    @abstractmethod
-    def passes(self, judge: Judge, whole: T5Gemma2Reference, target: Checkpoint) -> Check:
-        """The parities: that of the tower is made on the way, that of the text is returned."""
+@Shared
+def _encoder(verification: Verification[Any]) -> EncoderReference:
+    """The output as an encoder alone."""
+    verification.require_tensors()
+    return EncoderReference(verification.target, **verification.reading())
 
 
-class ToEncoder(_Extracted):
-    """T5Gemma 2 to its encoder alone."""
-
-    targets = (ENCODER_TYPE,)
-    parities = ("vision_parity", "encoder_parity")
-    part = "encoder"
-
-    def read(self, target: Checkpoint) -> T5Gemma2Encoder:
-        """T5Gemma 2's encoder."""
-        return read_t5gemma2_encoder(target.config, target.path / "config.json")
-
-    def config(self, parent: T5Gemma2Parent, target: Checkpoint) -> Check:
-        """config: the settings are those of the whole model's encoder."""
-        return judge_settings(dict(flatten(encoder_config(parent.whole.model))), target, (), ())
-
-    def passes(self, judge: Judge, whole: T5Gemma2Reference, target: Checkpoint) -> Check:
-        """encoder_parity: both encoders read the same under the masks that encoders have."""
-        alone = EncoderReference(target, **judge.reading())
-        features = look_alike(judge, whole.vision, alone.vision)
-        batch = judge.inputs.batch(alone)
-        images = None if features is None else judge.inputs.image_batch(alone, features)
-        pairs = [_pair(whole, alone, batch.ids_BT, batch.kept_BT)]
-        if images is not None:
-            pairs.append(_image_pair(whole, alone, images))
-        track = Track("encoder", alone.encoder, pairs)
-        _walk(whole.encoder, track, judge)
-        return judge_encoder(whole.encoder, track, batch, images, judge.tolerance, masks="its own masks")
-
-    def runs(self, judge: Judge, target: Checkpoint) -> Check:
-        """Finite states that depend on what is read."""
-        alone = EncoderReference(target, **judge.reading())
-        judge.progress("the encoder by itself")
-        return judge_dependence(alone, "states", alone.encode)
+@Shared
+def _gemma3(verification: Verification[Any]) -> Gemma3Reference:
+    """The output as Gemma 3."""
+    verification.require_tensors()
+    return Gemma3Reference(verification.target, **verification.reading())
 
 
-class ToGemma3(_Extracted):
-    """T5Gemma 2's decoder to Gemma 3."""
-
-    targets = (MULTIMODAL, TEXT_ONLY)
-    parities = ("vision_parity", "decoder_parity")
-    part = "decoder"
-
-    def read(self, target: Checkpoint) -> Gemma3:
-        """Gemma 3."""
-        return read_gemma3(target.config, target.path / "config.json")
-
-    def config(self, parent: T5Gemma2Parent, target: Checkpoint) -> Check:
-        """config: the settings are those of the decoder, and of the tower."""
-        model = parent.whole.model
-        faults = generation_faults(parent.writing, target.path, model.decoder)
-        return judge_settings(dict(flatten(gemma3_config(model))), target, faults, ())
-
-    def passes(self, judge: Judge, whole: T5Gemma2Reference, target: Checkpoint) -> Check:
-        """decoder_parity: Gemma 3 reads what the decoder reads with its memory hidden."""
-        gemma = Gemma3Reference(target, **judge.reading())
-        look_alike(judge, whole.vision, gemma.vision)
-        batch = judge.inputs.batch(gemma)
-        ending = gemma.model.tokens.eoi_token_index
-        if ending < gemma.text.settings.vocab_size:
-            judge.remarks.append(
-                "the end-of-image token was left out: Gemma 3 scales the row of its table, T5Gemma 2 keeps a vector"
-            )
-        expected = hidden_memory_run(whole, batch)
-        track = Track("decoder", gemma.text, [Pair(expected, gemma.start(batch.ids_BT, batch.kept_BT), batch.kept_BT)])
-        _walk(whole.decoder, track, judge)
-        return judge_decoder(whole.decoder, track, batch, judge.tolerance)
-
-    def runs(self, judge: Judge, target: Checkpoint) -> Check:
-        """Finite logits that depend on what is read."""
-        gemma = Gemma3Reference(target, **judge.reading())
-        judge.progress("Gemma 3 by itself")
-        return judge_dependence(gemma, "logits", gemma.logits)
-
-
-def _walk(source: Stack, track: Track, judge: Judge) -> None:
+def _walk(verification: Verification[Any], source: Stack, track: Track) -> None:
     track.compare_embeddings()
-    advance_side_by_side(source, [track], judge.progress)
-    judge.progress("the last norm")
+    advance_side_by_side(source, [track], verification.progress)
+    verification.progress("the last norm")
+
+
+# The encoder
+
+
+def _read_encoder(target: Checkpoint) -> T5Gemma2Encoder:
+    return read_t5gemma2_encoder(target.config, target.path / "config.json")
+
+
+def _encoder_settings(verification: Verification[T5Gemma2Source]) -> Check:
+    expected = encoder_config(verification.source.whole.model)
+    return judge_settings(dict(flatten(expected)), verification.target, (), ())
+
+
+@Shared
+def _encoder_seen(verification: Verification[T5Gemma2Source]) -> tuple[Check, Tensor | None]:
+    """vision_parity, and the image features of the whole model."""
+    source = _whole(verification).vision
+    assert source is not None, "the pass is made for a source with a tower"
+    return compare_towers(verification, source, _encoder(verification).vision)
+
+
+def _encoder_vision(verification: Verification[T5Gemma2Source]) -> Check | Skipped:
+    return NO_IMAGES if _whole(verification).vision is None else _encoder_seen(verification)[0]
+
+
+def _encoder_parity(verification: Verification[T5Gemma2Source]) -> Check:
+    """Compare the states of both encoders under the masks of an encoder."""
+    whole, alone = _whole(verification), _encoder(verification)
+    batch, seen = verification.inputs.batch(alone), _encoder_seen.if_known(verification)
+    features = None if seen is None else seen[1]
+    images = None if features is None else verification.inputs.image_batch(alone, features)
+    pairs = [_pair(whole, alone, batch.ids_BT, batch.kept_BT)]
+    if images is not None:
+        pairs.append(_image_pair(whole, alone, images))
+    track = Track("encoder", alone.encoder, pairs)
+    _walk(verification, whole.encoder, track)
+    check = judge_encoder(whole.encoder, track, batch, images, verification.tolerance, masks="its own masks")
+    return check.remarked(batch.remarks)
 
 
 def _pair(whole: EncoderReference, alone: EncoderReference, ids_BT: Tensor, kept_BT: Tensor) -> Pair:
@@ -179,7 +112,7 @@ def _pair(whole: EncoderReference, alone: EncoderReference, ids_BT: Tensor, kept
 
 
 def _image_pair(whole: EncoderReference, alone: EncoderReference, images: ImageBatch) -> Pair:
-    """Text with an image: both get the features of the whole model, so that a tower is told by its own check."""
+    """Start both on text with an image; both get the whole model's features, so that vision_parity judges the tower."""
     kept_BT = torch.ones_like(images.ids_BT, dtype=torch.bool)
     runs = []
     for model in (whole, alone):
@@ -188,41 +121,59 @@ def _image_pair(whole: EncoderReference, alone: EncoderReference, images: ImageB
     return Pair(runs[0], runs[1], kept_BT)
 
 
-def look_alike(
-    judge: Judge,
-    source: VisionTower | None,
-    target: VisionTower | None,
-    *,
-    projected: bool = True,
-    normed: bool = True,
-) -> Tensor | None:
-    """vision_parity; the image features of the source's tower, if both have one. See `judge_vision`."""
+def _encoder_runs(verification: Verification[Any]) -> Check:
+    encoder = _encoder(verification)
+    verification.progress("the encoder by itself")
+    return judge_dependence(encoder, "states", encoder.encode)
+
+
+# The decoder
+
+
+def _read_gemma3(target: Checkpoint) -> Gemma3:
+    return read_gemma3(target.config, target.path / "config.json")
+
+
+def _decoder_settings(verification: Verification[T5Gemma2Source]) -> Check:
+    model = verification.source.whole.model
+    faults = generation_faults(verification.source.generation_folder, verification.output, model.decoder)
+    return judge_settings(dict(flatten(gemma3_config(model))), verification.target, faults, ())
+
+
+def _decoder_vision(verification: Verification[T5Gemma2Source]) -> Check | Skipped:
+    source = _whole(verification).vision
     if source is None:
-        return None
-    features: list[Tensor] = []
+        return NO_IMAGES
+    return compare_towers(verification, source, _gemma3(verification).vision)[0]
 
-    def look() -> list[Check]:
-        if target is None:
-            return [Check("vision_parity", False, "the source has a vision tower, the target has none")]
-        seen = judge.inputs.pixels(source).to(judge.device)
-        check, found = judge_vision(
-            source,
-            target,
-            seen,
-            projected=projected,
-            normed=normed,
-            tolerance=judge.tolerance,
-            progress=judge.progress,
+
+def _decoder_parity(verification: Verification[T5Gemma2Source]) -> Check:
+    """Compare Gemma 3 with the decoder, while a mask hides the decoder's memory."""
+    whole, gemma = _whole(verification), _gemma3(verification)
+    batch, remarks = verification.inputs.batch(gemma), []
+    if gemma.model.tokens.eoi_token_index < gemma.text.settings.vocab_size:
+        remarks.append(
+            "the end-of-image token was left out: Gemma 3 scales the row of its table, T5Gemma 2 keeps a vector"
         )
-        features.append(found)
-        return [check]
+    expected = hidden_memory_run(whole, batch)
+    pair = Pair(expected, gemma.start(batch.ids_BT, batch.kept_BT), batch.kept_BT)
+    track = Track("decoder", gemma.text, [pair])
+    _walk(verification, whole.decoder, track)
+    check = judge_decoder(whole.decoder, track, batch, verification.tolerance)
+    return check.remarked([*remarks, *batch.remarks])
 
-    judge.make(["vision_parity"], look)
-    return features[0] if features else None
+
+def _decoder_runs(verification: Verification[Any]) -> Check:
+    gemma = _gemma3(verification)
+    verification.progress("Gemma 3 by itself")
+    return judge_dependence(gemma, "logits", gemma.logits)
+
+
+# The settings that a part must have
 
 
 def encoder_config(model: T5Gemma2) -> dict[str, Any]:
-    """config.json of the encoder alone, without `dtype`."""
+    """Return config.json of the encoder alone, without `dtype`."""
     return {
         "architectures": ["T5Gemma2Encoder"],
         "model_type": ENCODER_TYPE,
@@ -238,13 +189,13 @@ def encoder_config(model: T5Gemma2) -> dict[str, Any]:
 
 
 def gemma3_config(model: T5Gemma2) -> dict[str, Any]:
-    """config.json of the decoder as Gemma 3, without `dtype`."""
+    """Return config.json of the decoder as Gemma 3, without `dtype`."""
     stack = _stack(model.decoder)
     full, sliding = (stack["rope_parameters"][kind] for kind in DEFAULT_THETA)
     text = {
         "model_type": TEXT_ONLY,
         **stack,
-        # The same again for transformers 4.
+        # The same for transformers 4.
         "rope_theta": full["rope_theta"],
         "rope_scaling": {"rope_type": "linear", "factor": full["factor"]},
         "rope_local_base_freq": sliding["rope_theta"],
@@ -280,3 +231,42 @@ def _stack(stack: T5Gemma2Text) -> dict[str, Any]:
 
 def _tower(model: T5Gemma2) -> Mapping[str, Any]:
     return {"model_type": "siglip_vision_model", "vision_use_head": False, **model.vision.model_dump()}
+
+
+TO_ENCODER: Final = Suite(
+    sources=(MODEL_TYPE,),
+    targets=(ENCODER_TYPE,),
+    open_source=T5Gemma2Source,
+    read_config=_read_encoder,
+    replay=partial(replay_conversion, part="encoder"),
+    checks={
+        "integrity": integrity,
+        "provenance": provenance,
+        "config": _encoder_settings,
+        "tokenizer": copied_tokenizer,
+        "vision_parity": _encoder_vision,
+        "encoder_parity": _encoder_parity,
+        "runs": _encoder_runs,
+    },
+    remarks=conversion_remarks,
+)
+"""The encoder of a T5Gemma 2, alone."""
+
+TO_GEMMA3: Final = Suite(
+    sources=(MODEL_TYPE,),
+    targets=(MULTIMODAL, TEXT_ONLY),
+    open_source=T5Gemma2Source,
+    read_config=_read_gemma3,
+    replay=partial(replay_conversion, part="decoder"),
+    checks={
+        "integrity": integrity,
+        "provenance": provenance,
+        "config": _decoder_settings,
+        "tokenizer": copied_tokenizer,
+        "vision_parity": _decoder_vision,
+        "decoder_parity": _decoder_parity,
+        "runs": _decoder_runs,
+    },
+    remarks=conversion_remarks,
+)
+"""The decoder of a T5Gemma 2, as Gemma 3."""

@@ -1,4 +1,4 @@
-"""How T5Gemma 2 is judged that was made of Gemma 3."""
+"""The checks of a T5Gemma 2 that was converted from Gemma 3."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -8,133 +8,162 @@ from torch import Tensor
 from t5g2convert.checkpoint.families.gemma3 import MULTIMODAL, TEXT_ONLY
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.sources import Sources
-from t5g2convert.parity.checks.config import judge_config
-from t5g2convert.parity.checks.generation_config import generation_faults
+from t5g2convert.parity.checks.config import generation_faults, judge_config
+from t5g2convert.parity.checks.replay import replay_conversion
 from t5g2convert.parity.checks.runs import judge_runs
-from t5g2convert.parity.checks.text import judge_text
-from t5g2convert.parity.checks.tokenizer import judge_tokenizer, make_tokenizer_check
-from t5g2convert.parity.checks.vision import judge_vision
-from t5g2convert.parity.declared_changes import change_remarks, on_source_settings
-from t5g2convert.parity.expected_stacks import Ancestor, Ancestors
-from t5g2convert.parity.parents import Gemma3Parent, taken_layers
-from t5g2convert.parity.reports.report import Check
-from t5g2convert.parity.session import Judge
-from t5g2convert.parity.suites.base import Kind
+from t5g2convert.parity.checks.text import ExpectedStack, ExpectedStacks, judge_text
+from t5g2convert.parity.checks.tokenizer import has_tokenizer_files, judge_tokenizer
+from t5g2convert.parity.declared_changes import on_source_settings
+from t5g2convert.parity.reports.report import Check, Skipped
+from t5g2convert.parity.session import Shared, Verification
+from t5g2convert.parity.source_models import Gemma3Source, taken_layers
+from t5g2convert.parity.suites.base import (
+    NO_IMAGES,
+    NO_TOKENIZER,
+    Suite,
+    compare_towers,
+    conversion_remarks,
+    integrity,
+    provenance,
+)
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.vision import VisionTower
 
-PARITIES: Final = ("vision_parity", "decoder_parity", "encoder_parity")
+
+def _read_config(target: Checkpoint) -> T5Gemma2:
+    return read_t5gemma2(target.config, target.path / "config.json")
 
 
-class ToT5Gemma2(Kind[Gemma3Parent]):
-    """Gemma 3 to T5Gemma 2: both stacks are the parent's, the tower the parent's or a donor's."""
-
-    sources = (MULTIMODAL, TEXT_ONLY)
-    targets = (MODEL_TYPE,)
-    parities = PARITIES
-
-    def parent(self, sources: Sources) -> Gemma3Parent:
-        """Gemma 3."""
-        return Gemma3Parent(sources)
-
-    def read(self, target: Checkpoint) -> T5Gemma2:
-        """T5Gemma 2."""
-        return read_t5gemma2(target.config, target.path / "config.json")
-
-    def against(self, judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> None:
-        """config, tokenizer and the parities."""
-        changes, projector = judge.changes, judge.options.get("projector")
-        judge.make(["config"], lambda: [_config(judge, parent, target)])
-        make_tokenizer_check(
-            judge, target, lambda: judge_tokenizer(parent.folders, parent.model(projector), target, judge.manifest)
-        )
-        judge.remarks += change_remarks(target, changes)
-        reading = judge.reading(rounded=True)
-        tower = parent.tower(**reading)
-        if tower is None:
-            judge.skip(["vision_parity"], "the source has no images")
-        if judge.unfit(PARITIES if tower is not None else PARITIES[1:], target):
-            return
-
-        def passes() -> list[Check]:
-            parents = _ancestors(judge, parent)
-            judge.remarks += _pairing_remarks(judge.options, parents)
-            settled = read_t5gemma2(on_source_settings(target, changes), target.path / "config.json")
-            t5gemma = T5Gemma2Reference(target, model=settled, **judge.reading())
-            features = None if tower is None else _look(judge, tower, t5gemma)
-            batch = judge.inputs.batch(t5gemma)
-            # With a tower from elsewhere there is no Gemma 3 that reads text and images.
-            seen = features is not None and parent.donor is None
-            images = judge.inputs.image_batch(t5gemma, features) if seen and features is not None else None
-            return judge_text(parents, t5gemma, batch, images, tolerance=judge.tolerance, progress=judge.progress)
-
-        judge.make(PARITIES[1:], passes)
-
-    def runs(self, judge: Judge, target: Checkpoint) -> Check:
-        """Encoder and decoder together."""
-        blind = judge.options.get("projector") == "zeros"
-        return judge_runs(T5Gemma2Reference(target, **judge.reading()), blind=blind, progress=judge.progress)
+def _config(verification: Verification[Gemma3Source]) -> Check:
+    source = verification.source
+    model, stacks = source.model(verification.options.get("projector")), source.stacks(verification.options)
+    old, new = model.tokens.image_token_index, verification.new_values.get("image_token_index")
+    move = None if new is None else (old, new)
+    return judge_config(
+        model,
+        verification.target,
+        verification.new_values,
+        generation=generation_faults(source.generation_folder, verification.output, stacks.decoder, move),
+        donated=source.donor is not None,
+        stacks=stacks,
+    )
 
 
-def _ancestors(judge: Judge, parent: Gemma3Parent) -> Ancestors:
-    """What encoder and decoder should compute: each its own parent's layers, over the table that the target has."""
-    reading = judge.reading(rounded=True)
-    encoder = decoder = Gemma3Reference(parent.checkpoint, **reading)
-    if parent.decoder is not parent.checkpoint:
-        decoder = Gemma3Reference(parent.decoder, **reading)
-        if judge.options.get("embedding_from") == "decoder-from":
+def _tokenizer(verification: Verification[Gemma3Source]) -> Check | Skipped:
+    if not has_tokenizer_files(verification.output, verification.manifest):
+        return NO_TOKENIZER
+    source = verification.source
+    model = source.model(verification.options.get("projector"))
+    return judge_tokenizer(source.folders, model, verification.target, verification.manifest)
+
+
+@Shared
+def _tower(verification: Verification[Gemma3Source]) -> VisionTower | None:
+    """The tower of the source or donor, as the conversion cast it."""
+    return verification.source.tower(**verification.reading(rounded=True))
+
+
+@Shared
+def _model(verification: Verification[Gemma3Source]) -> T5Gemma2Reference:
+    """The output, with the settings that were changed on purpose put back."""
+    verification.require_tensors()
+    target = verification.target
+    settings = read_t5gemma2(on_source_settings(target, verification.changes), target.path / "config.json")
+    return T5Gemma2Reference(target, model=settings, **verification.reading())
+
+
+@Shared
+def _seen(verification: Verification[Gemma3Source]) -> tuple[Check, Tensor | None]:
+    """vision_parity, and the image features of the source's tower."""
+    tower, model = _tower(verification), _model(verification)
+    assert tower is not None, "the pass is made for a source with a tower"
+    if model.vision is None:
+        detail = "the source has a vision tower, but the target has a stub of no layers"
+        return Check("vision_parity", False, detail), None
+    projected = verification.options.get("projector") in (None, "copy")
+    return compare_towers(verification, tower, model.vision, projected=projected)
+
+
+def _vision_parity(verification: Verification[Gemma3Source]) -> Check | Skipped:
+    return NO_IMAGES if _tower(verification) is None else _seen(verification)[0]
+
+
+@Shared
+def _text_parities(verification: Verification[Gemma3Source]) -> tuple[Check, Check, tuple[str, ...]]:
+    """decoder_parity and encoder_parity, from one walk through the layers, and remarks on both."""
+    model, expected = _model(verification), _expected_stacks(verification)
+    batch = verification.inputs.batch(model)
+    seen = _seen.if_known(verification)
+    # With a donor's tower no Gemma 3 reads both the text and the images.
+    features = seen[1] if seen is not None and verification.source.donor is None else None
+    images = None if features is None else verification.inputs.image_batch(model, features)
+    decoder, encoder = judge_text(
+        expected, model, batch, images, tolerance=verification.tolerance, progress=verification.progress
+    )
+    return decoder, encoder, (*_pairing_remarks(verification.options, expected), *batch.remarks)
+
+
+def _decoder_parity(verification: Verification[Gemma3Source]) -> Check:
+    decoder, _, remarks = _text_parities(verification)
+    return decoder.remarked(remarks)
+
+
+def _encoder_parity(verification: Verification[Gemma3Source]) -> Check:
+    return _text_parities(verification)[1]
+
+
+def _runs(verification: Verification[Gemma3Source]) -> Check:
+    verification.require_tensors()
+    model = T5Gemma2Reference(verification.target, **verification.reading())
+    return judge_runs(model, blind=verification.options.get("projector") == "zeros", progress=verification.progress)
+
+
+def _expected_stacks(verification: Verification[Gemma3Source]) -> ExpectedStacks:
+    """Return what encoder and decoder must compute: the layers of each one's parent, over the target's table."""
+    reading, source, options = verification.reading(rounded=True), verification.source, verification.options
+    encoder = decoder = Gemma3Reference(source.checkpoint, **reading)
+    if source.decoder is not source.checkpoint:
+        decoder = Gemma3Reference(source.decoder, **reading)
+        if options.get("embedding_from") == "decoder-from":
             encoder = encoder.with_table_of(decoder)
         else:
             decoder = decoder.with_table_of(encoder)
-    return Ancestors(
-        Ancestor(encoder, taken_layers("encoder", len(encoder.text), judge.options)),
-        Ancestor(decoder, taken_layers("decoder", len(decoder.text), judge.options)),
+    return ExpectedStacks(
+        ExpectedStack(encoder, taken_layers("encoder", len(encoder.text), options)),
+        ExpectedStack(decoder, taken_layers("decoder", len(decoder.text), options)),
     )
 
 
-def _pairing_remarks(options: Mapping[str, Any], parents: Ancestors) -> Iterator[str]:
-    """What each stack is compared with, where it is not the source whole."""
-    if parents.encoder.gemma is not parents.decoder.gemma:
-        given, other = ("source", "decoder's parent")
+def _pairing_remarks(options: Mapping[str, Any], expected: ExpectedStacks) -> Iterator[str]:
+    """Yield what each stack is compared with, where it is not the source as a whole."""
+    if expected.encoder.gemma is not expected.decoder.gemma:
+        table, other = ("source", "decoder's parent")
         if options.get("embedding_from") == "decoder-from":
-            given, other = other, given
-        yield f"the {other} is computed with the embedding table of the {given}, which is the target's"
-    for part, ancestor in (("encoder", parents.encoder), ("decoder", parents.decoder)):
+            table, other = other, table
+        yield f"the {other} is computed with the embedding table of the {table}, which is the target's"
+    for part, stack in (("encoder", expected.encoder), ("decoder", expected.decoder)):
         if f"{part}_layers" in options:
-            taken = ", ".join(map(str, ancestor.layers))
-            yield f"the {part} is compared with these of its parent's {len(ancestor.gemma.text)} layers: {taken}"
+            taken = ", ".join(map(str, stack.layers))
+            yield f"the {part} is compared with these of its parent's {len(stack.gemma.text)} layers: {taken}"
 
 
-def _config(judge: Judge, parent: Gemma3Parent, target: Checkpoint) -> Check:
-    model, stacks = parent.model(judge.options.get("projector")), parent.stacks(judge.options)
-    old, new = model.tokens.image_token_index, judge.new_values.get("image_token_index")
-    move = None if new is None else (old, new)
-    faults = generation_faults(parent.writing, target.path, stacks.decoder, move)
-    return judge_config(
-        model, target, judge.new_values, generation=faults, donated=parent.donor is not None, stacks=stacks
-    )
-
-
-def _look(judge: Judge, tower: VisionTower, t5gemma: T5Gemma2Reference) -> Tensor | None:
-    """vision_parity; the image features of the source's tower, if the target has one too."""
-    pixels = judge.inputs.pixels(tower).to(judge.device)
-    features: list[Tensor] = []
-
-    def look() -> list[Check]:
-        if t5gemma.vision is None:
-            return [Check("vision_parity", False, "the source has a vision tower, the target a stub of no layers")]
-        check, seen = judge_vision(
-            tower,
-            t5gemma.vision,
-            pixels,
-            projected=judge.options.get("projector") in (None, "copy"),
-            tolerance=judge.tolerance,
-            progress=judge.progress,
-        )
-        features.append(seen)
-        return [check]
-
-    judge.make(["vision_parity"], look)
-    return features[0] if features else None
+TO_T5GEMMA2: Final = Suite(
+    sources=(MULTIMODAL, TEXT_ONLY),
+    targets=(MODEL_TYPE,),
+    open_source=Gemma3Source,
+    read_config=_read_config,
+    replay=replay_conversion,
+    checks={
+        "integrity": integrity,
+        "provenance": provenance,
+        "config": _config,
+        "tokenizer": _tokenizer,
+        "vision_parity": _vision_parity,
+        "decoder_parity": _decoder_parity,
+        "encoder_parity": _encoder_parity,
+        "runs": _runs,
+    },
+    remarks=conversion_remarks,
+)
+"""Both stacks are Gemma 3's, the vision tower is Gemma 3's or a donor's."""

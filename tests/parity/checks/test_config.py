@@ -148,7 +148,7 @@ def test_a_setting_too_few_and_one_too_many_are_faults(sound: tuple[Gemma3, Chec
         assert f"{path} is missing, expected {value!r}" in check.offenders
     for path in ("new", "encoder.text_config.use_bidirectional_attention", "decoder.rope_scaling"):
         check = judge_config(source, with_setting(target, path, True), {})
-        assert check.offenders == (f"{path} is True, no setting of this model",)
+        assert check.offenders == (f"{path} is True, which is not a setting of this model",)
 
 
 @pytest.mark.parametrize(("path", "value"), [("decoder.use_cache", 1), ("decoder.num_key_value_heads", True)])
@@ -208,7 +208,7 @@ def test_tensors_that_the_config_does_not_imply_are_faults(
     assert check.offenders == (
         "tensors: model.encoder.norm.weight has shape [300, 24], expected [24]",
         "tensors: model.decoder.norm.weight is missing",
-        "tensors: model.decoder.norm.bias is not one of this model",
+        "tensors: model.decoder.norm.bias is not a tensor of this model",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from t5g2convert.checkpoint.families.gemma3 import Gemma3Text, read_gemma3
-from t5g2convert.parity.checks.generation_config import generation_faults
+from t5g2convert.parity.checks.config import generation_faults
 
 GIVEN: dict[str, Any] = {
     "bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0, "do_sample": True, "top_k": 64, "top_p": 0.95,

@@ -6,7 +6,7 @@ import pytest
 
 from t5g2convert import CheckpointError, convert
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, FileRecord, read_manifest, seal
-from t5g2convert.parity.checks.integrity import fits_its_files, judge_integrity, unreadable_manifest
+from t5g2convert.parity.checks.integrity import judge_integrity, matches_its_files, unreadable_manifest
 from tests.conftest import TwinFolder
 
 
@@ -114,9 +114,9 @@ def test_a_manifest_that_lists_no_files_proves_nothing(folder: Path) -> None:
 @pytest.mark.parametrize("files", [None, {}, [], "model.safetensors", 3])
 def test_no_file_fits_a_list_that_is_none(folder: Path, files: object) -> None:
     document = read_manifest(folder).document()
-    assert fits_its_files(folder, document)
-    assert not fits_its_files(folder, document | {"files": files})
-    assert not fits_its_files(folder, {})
+    assert matches_its_files(folder, document)
+    assert not matches_its_files(folder, document | {"files": files})
+    assert not matches_its_files(folder, {})
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_no_file_fits_a_list_that_is_none(folder: Path, files: object) -> None:
 def test_a_record_without_a_size_and_a_sha256_is_a_fault(folder: Path, record: object) -> None:
     document = read_manifest(folder).document()
     document["files"]["config.json"] = record
-    assert not fits_its_files(folder, document)
+    assert not matches_its_files(folder, document)
     (folder / MANIFEST_FILE).write_bytes(seal(document))
     with pytest.raises(CheckpointError, match="files"):
         read_manifest(folder)

@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, convert
 from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.manifest import Manifest, read_manifest
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.plan.types import Plan
-from t5g2convert.parity.checks import provenance
-from t5g2convert.parity.checks.provenance import judge_provenance, replay
-from t5g2convert.parity.parents import Gemma3Parent
+from t5g2convert.parity.checks import stored_bytes
+from t5g2convert.parity.checks.provenance import judge_provenance
+from t5g2convert.parity.checks.replay import Replay, replay_plan
 from t5g2convert.parity.reports.report import Check
+from t5g2convert.parity.source_models import Gemma3Source
 from tests.conftest import TwinFolder
 from tests.twins import IMAGE_SPELLINGS, TWINS, Tensors, respell
 
@@ -45,12 +47,14 @@ class Conversion:
         return dict(json.loads((self.output / "t5g2.json").read_text()))
 
     def plan(self, mapping: str | None = None) -> Plan:
-        return replay(Sources.open(self.source), self.manifest, mapping)
+        return replay_plan(Sources.open(self.source), self.manifest["options"], mapping)
 
     def judge(self, plan: Plan | None = None, manifest: dict[str, Any] | None = None) -> Check:
-        source, target = Gemma3Parent(Sources.open(self.source)), open_checkpoint(self.output)
-        manifest = self.manifest if manifest is None else manifest
-        return judge_provenance(plan or self.plan(), source, target, manifest, silent)
+        """Judge with the folder's own manifest, another one, or none at all (an empty one)."""
+        source, target = Gemma3Source(Sources.open(self.source)), open_checkpoint(self.output)
+        document = self.manifest if manifest is None else manifest
+        parsed = Manifest.parse(document, self.output / "t5g2.json") if document else None
+        return judge_provenance(Replay(plan or self.plan()), source, target, parsed, silent)
 
     def flip(self, tensor: str, at: int, *, folder: Path | None = None) -> None:
         """Flip a bit in a byte of a tensor of the output, or of another folder."""
@@ -80,9 +84,9 @@ def made(twin_folder: TwinFolder, tmp_path: Path) -> Make:
 # Sound conversions
 
 
-@pytest.mark.parametrize("piece", [ROW, 1000, provenance.PIECE_BYTES])
+@pytest.mark.parametrize("piece", [ROW, 1000, stored_bytes.PIECE_BYTES])
 def test_pieces_of_any_size_find_the_same(piece: int, made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "PIECE_BYTES", piece)
+    monkeypatch.setattr(stored_bytes, "PIECE_BYTES", piece)
     check = made().judge()
     assert check.passed, check.offenders
 
@@ -114,7 +118,7 @@ def test_casts_are_computed_anew(
     name: str, dtype: str, rounded: bool, piece: int, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cast = made(name, dtype=dtype)
-    monkeypatch.setattr(provenance, "PIECE_BYTES", piece)
+    monkeypatch.setattr(stored_bytes, "PIECE_BYTES", piece)
     check = cast.judge()
     assert check.passed, check.offenders
     assert ("of the source were rounded" in check.detail) == rounded
@@ -140,7 +144,7 @@ def test_what_is_read_anew_is_the_sources_layout_of_today(made: Make, tmp_path: 
 def test_V1_one_bit_anywhere_in_a_tensor_names_its_element(
     name: str, piece: int, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provenance, "PIECE_BYTES", piece)
+    monkeypatch.setattr(stored_bytes, "PIECE_BYTES", piece)
     sound = made()
     shape = open_checkpoint(sound.output).tensors[name].entry.shape
     count = int(torch.tensor(shape).prod())
@@ -165,7 +169,7 @@ def test_zeros_that_are_none_are_found(made: Make) -> None:
 
 
 def test_every_faulty_tensor_is_listed_once(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "PIECE_BYTES", ROW)
+    monkeypatch.setattr(stored_bytes, "PIECE_BYTES", ROW)
     faulty = made()
     names = [f"model.{part}.layers.{layer}.mlp.up_proj.weight" for part in ("encoder", "decoder") for layer in (1, 4)]
     for name in names:
@@ -255,11 +259,18 @@ def test_a_head_of_another_dtype_must_be_a_copy_too(dtype: torch.dtype, made: Ma
     assert another.startswith("t5g2.json names another sha256")
 
 
-@pytest.mark.parametrize("key", ["dtype", "parameters", "changes"])
-def test_a_manifest_that_tells_of_something_else_is_found(key: str, made: Make) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", "other"),
+        ("parameters", {"total": 1}),
+        ("changes", [{"field": "decoder.sliding_window", "source": 1, "target": 2}]),
+    ],
+)
+def test_a_manifest_that_records_something_else_is_found(key: str, value: object, made: Make) -> None:
     sound = made()
-    (fault,) = sound.judge(manifest=sound.manifest | {key: "other"}, plan=sound.plan()).offenders
-    assert f"t5g2.json says {key} 'other'" in fault
+    (fault,) = sound.judge(manifest=sound.manifest | {key: value}, plan=sound.plan()).offenders
+    assert f"t5g2.json says {key} {value!r}" in fault
 
 
 def test_a_manifest_that_tells_of_another_dropped_tensor_is_found(made: Make) -> None:
@@ -287,16 +298,16 @@ def test_a_manifest_of_another_source_is_found(made: Make) -> None:
 
 def test_a_manifest_of_another_map_asks_for_that_map(made: Make) -> None:
     sound = made()
-    (fault,) = sound.judge(manifest=sound.manifest | {"mapping": {"name": "mine"}}).offenders
+    (fault,) = sound.judge(manifest=sound.manifest | {"mapping": {**sound.manifest["mapping"], "name": "mine"}}).offenders
     assert "'mine'" in fault
     assert "--mapping" in fault
 
 
 def test_without_a_manifest_the_bytes_are_judged_all_the_same(made: Make) -> None:
     sound = made()
-    assert sound.judge(plan=replay(Sources.open(sound.source), {}, None), manifest={}).passed
+    assert sound.judge(plan=replay_plan(Sources.open(sound.source), {}, None), manifest={}).passed
     sound.flip(TABLE, 77)
-    assert not sound.judge(plan=replay(Sources.open(sound.source), {}, None), manifest={}).passed
+    assert not sound.judge(plan=replay_plan(Sources.open(sound.source), {}, None), manifest={}).passed
 
 
 # replay
@@ -318,18 +329,18 @@ def test_a_source_that_cannot_be_planned_is_the_sources_fault(made: Make) -> Non
 def test_a_file_that_cannot_be_opened_is_said(made: Make) -> None:
     sound = made()
     plan = sound.plan()
-    source, target = Gemma3Parent(Sources.open(sound.source)), open_checkpoint(sound.output)
+    source, target = Gemma3Source(Sources.open(sound.source)), open_checkpoint(sound.output)
     (sound.output / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        judge_provenance(plan, source, target, sound.manifest, silent)
+        judge_provenance(Replay(plan), source, target, read_manifest(sound.output), silent)
 
 
 def test_a_file_that_has_become_shorter_is_said(made: Make) -> None:
     sound = made()
     plan = sound.plan()
-    source, target = Gemma3Parent(Sources.open(sound.source)), open_checkpoint(sound.output)
+    source, target = Gemma3Source(Sources.open(sound.source)), open_checkpoint(sound.output)
     os.truncate(sound.output / "model.safetensors", 200_000)
-    check = judge_provenance(plan, source, target, sound.manifest, silent)
+    check = judge_provenance(Replay(plan), source, target, read_manifest(sound.output), silent)
     assert not check.passed
     assert any("ends too early" in fault for fault in check.offenders)
 

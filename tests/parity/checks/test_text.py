@@ -14,16 +14,15 @@ from torch.nn import functional
 from t5g2convert import CheckpointError
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.batches import Batch, ImageBatch, image_ids, pixels, token_batch
-from t5g2convert.parity.checks.text import (
+from t5g2convert.parity.checks.side_by_side import (
     Pair,
     Track,
     advance_side_by_side,
     both_logits,
     causal_encoder_run,
     hidden_memory_run,
-    judge_text,
 )
-from t5g2convert.parity.expected_stacks import Ancestors
+from t5g2convert.parity.checks.text import ExpectedStacks, judge_text
 from t5g2convert.parity.reports.report import Check
 from t5g2convert.reference import stack
 from t5g2convert.reference.gemma3 import Gemma3Reference
@@ -49,7 +48,7 @@ class Models:
     def judge(self, tolerance: float = 0.0, *, images: bool = True, **options: Any) -> dict[str, Check]:
         """Both checks by name."""
         checks = judge_text(
-            Ancestors.both(self.source),
+            ExpectedStacks.both(self.source),
             self.target,
             self.batch,
             self.images if images else None,
@@ -230,7 +229,7 @@ def test_an_image_that_the_encoder_reads_alone_is_judged(models: Open) -> None:
     sound = both.judge()["encoder_parity"]
     both.images = ImageBatch(both.images.ids_BT, both.images.features_ITC * torch.nan)
     assert sound.passed
-    with pytest.raises(CheckpointError, match="source's own states behind embed_tokens are not finite"):
+    with pytest.raises(CheckpointError, match="source's own states after embed_tokens are not finite"):
         both.judge()
 
 
@@ -270,7 +269,7 @@ def test_padding_is_not_judged(models: Open) -> None:
 
 
 def test_stacks_of_other_depths_are_not_compared(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
-    parents = Ancestors.both(Gemma3Reference(open_checkpoint(twin_folder("text-8"))))
+    parents = ExpectedStacks.both(Gemma3Reference(open_checkpoint(twin_folder("text-8"))))
     target = T5Gemma2Reference(open_checkpoint(converted_twin("text-sharded")))
     other = T5Gemma2Reference(open_checkpoint(converted_twin("text-float16")), dtype=torch.bfloat16)
     batch = token_batch(300, 31, never=set())
@@ -280,7 +279,7 @@ def test_stacks_of_other_depths_are_not_compared(twin_folder: TwinFolder, conver
     for check in checks:
         assert not check.passed
         assert check.figures is None
-        assert "the source has 8 layers, the encoder 6" in check.detail
+        assert "the source has 8 layers, the encoder has 6" in check.detail
 
 
 def test_without_a_trace_no_layer_runs_twice(models: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +288,7 @@ def test_without_a_trace_no_layer_runs_twice(models: Open, monkeypatch: pytest.M
     def refuse(*_: object) -> str:
         raise AssertionError("a second run was asked for")
 
-    monkeypatch.setattr("t5g2convert.parity.checks.text.first_departure", refuse)
+    monkeypatch.setattr("t5g2convert.parity.checks.side_by_side.first_difference", refuse)
     expected = both.source.start(both.batch.ids_BT, both.batch.kept_BT)
     pair = Pair(expected, hidden_memory_run(both.target, both.batch), both.batch.kept_BT)
     track = Track("decoder", both.target.decoder, [pair])

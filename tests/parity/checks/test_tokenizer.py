@@ -17,7 +17,7 @@ from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
-from t5g2convert.parity.checks.tokenizer import is_judged, judge_tokenizer
+from t5g2convert.parity.checks.tokenizer import has_tokenizer_files, judge_tokenizer
 from t5g2convert.parity.reports.report import Check
 from tests.gemma_tokenizer import (
     TAGS,
@@ -417,7 +417,7 @@ def test_without_files_there_is_nothing_to_judge(make: Make) -> None:
                 path.unlink()
 
     made = make(images=False, change=remove)
-    assert not is_judged(made.folder, read_manifest(made.folder))
+    assert not has_tokenizer_files(made.folder, read_manifest(made.folder))
     assert made.judge().skipped["tokenizer"] == "the output has no tokenizer"
 
 

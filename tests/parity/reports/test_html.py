@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from t5g2convert.parity.reports.html import HEIGHT, page
+from t5g2convert.parity.reports.html import HEIGHT, html
 from t5g2convert.parity.reports.report import Check, Drift, Figures, Report
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=y>\x1b[31mred\x07"
@@ -71,7 +71,7 @@ def bars(text: str) -> list[float]:
 
 
 def test_the_page_loads_nothing() -> None:
-    text = page(report(measured(0.0, 0.5), Check("config", False, "x", offenders=("a", "b"))))
+    text = html(report(measured(0.0, 0.5), Check("config", False, "x", offenders=("a", "b"))))
     read = Page(text)
     assert text.startswith("<!doctype html>\n")
     assert not re.search(r"https?:|//|url\(|@import", text)
@@ -83,7 +83,7 @@ def test_the_page_loads_nothing() -> None:
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_verdict_and_every_check_are_told(passed: bool) -> None:
     checks = [Check("integrity", True, "files are sound"), Check("config", passed, "settings judged")]
-    read = Page(page(report(*checks, skipped={"vision_parity": "no images there"}, remarks=("mind the gap",))))
+    read = Page(html(report(*checks, skipped={"vision_parity": "no images there"}, remarks=("mind the gap",))))
     verdict = "passed" if passed else "failed"
     assert verdict in read.text("h1")
     assert verdict in read.text("title")
@@ -98,14 +98,14 @@ def test_the_verdict_and_every_check_are_told(passed: bool) -> None:
     [({"tolerance": 0.0}, "exactly"), ({"tolerance": 0.001}, "within 0.001"), ({"source": None}, "without its source")],
 )
 def test_the_conditions_are_told(changes: dict[str, Any], told: str) -> None:
-    shown = Page(page(report(Check("integrity", True, "x"), **changes))).text()
+    shown = Page(html(report(Check("integrity", True, "x"), **changes))).text()
     assert told in shown
     assert ("bfloat16 on cpu" in shown) == ("source" not in changes)
 
 
 def test_every_comparison_gets_a_plot_with_a_bar_for_each_layer() -> None:
     one, other = measured(*[0.0] * 10), measured(*[0.0] * 4, name="encoder_parity")
-    text = page(report(Check("integrity", True, "x"), one, other, Check("runs", True, "x")))
+    text = html(report(Check("integrity", True, "x"), one, other, Check("runs", True, "x")))
     read = Page(text)
     assert read.tags.count("svg") == 2
     assert len(bars(text)) == 14
@@ -117,7 +117,7 @@ def test_every_comparison_gets_a_plot_with_a_bar_for_each_layer() -> None:
 
 def test_bars_grow_with_the_difference_and_stay_in_the_plot() -> None:
     values = [0.0, 1e-12, 1e-9, 1e-6, 1e-3, 1.0, 50.0, math.inf]
-    heights = bars(page(report(measured(*values, departs="decoder layers.1 (full_attention), mlp"))))
+    heights = bars(html(report(measured(*values, departs="decoder layers.1 (full_attention), mlp"))))
     assert heights == sorted(heights)
     assert heights[:3] == [0, 0, 0]
     assert heights[3] == pytest.approx(HEIGHT / 3, abs=0.1)
@@ -126,21 +126,21 @@ def test_bars_grow_with_the_difference_and_stay_in_the_plot() -> None:
 
 
 def test_where_the_models_depart_is_told() -> None:
-    shown = Page(page(report(measured(0.0, 0.0, 0.5, departs="decoder layers.2 (full_attention)")))).text()
+    shown = Page(html(report(measured(0.0, 0.0, 0.5, departs="decoder layers.2 (full_attention)")))).text()
     assert "2 of 3" in shown
     assert "decoder layers.2 (full_attention)" in shown
 
 
 def test_all_offenders_are_listed_up_to_a_bound() -> None:
     names = tuple(f"tensor-{number}" for number in range(300))
-    text = page(report(Check("config", False, "300 faults", offenders=names)))
+    text = html(report(Check("config", False, "300 faults", offenders=names)))
     read = Page(text)
     assert 100 <= read.tags.count("li") <= 300
     assert "tensor-0" in read.text("code")
 
 
 def test_parameters_are_counted_by_part() -> None:
-    shown = Page(page(report(Check("integrity", True, "x")))).text()
+    shown = Page(html(report(Check("integrity", True, "x")))).text()
     assert "embedding3030.0%" in shown
     assert "total100" in shown
 
@@ -149,7 +149,7 @@ def test_parameters_are_counted_by_part() -> None:
     "parameters", [{}, {"encoder": "<b>"}, {"<b>": 5}, {"encoder": None, "total": 5}, {"encoder": True}], ids=str
 )
 def test_parameters_that_are_none_are_left_out(parameters: dict[str, Any]) -> None:
-    text = page(report(Check("integrity", True, "x"), parameters=parameters))
+    text = html(report(Check("integrity", True, "x"), parameters=parameters))
     Page(text)
     assert "Parameters" not in text
 
@@ -173,7 +173,7 @@ PLACES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", PLACES, ids=lambda changes: "-".join(changes))
 def test_markup_from_outside_stays_text(changes: dict[str, Any]) -> None:
-    read = Page(page(report(**({"checks": (Check("integrity", True, "x"),)} | changes))))
+    read = Page(html(report(**({"checks": (Check("integrity", True, "x"),)} | changes))))
     assert not {"script", "img"} & set(read.tags)
     assert not any(name.startswith("on") for _, name, _ in read.attributes)
     everything = read.text() + "".join(value for _, _, value in read.attributes)
@@ -182,10 +182,10 @@ def test_markup_from_outside_stays_text(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", PLACES, ids=lambda changes: "-".join(changes))
 def test_no_control_character_gets_into_the_page(changes: dict[str, Any]) -> None:
-    text = page(report(**({"checks": (Check("integrity", True, "x"),)} | changes)))
+    text = html(report(**({"checks": (Check("integrity", True, "x"),)} | changes)))
     assert [letter for letter in text if letter != "\n" and not letter.isprintable()] == []
 
 
 def test_a_path_that_is_no_text_can_be_written() -> None:
-    text = page(report(Check("integrity", True, "x"), output=Path("out-\udcff")))
+    text = html(report(Check("integrity", True, "x"), output=Path("out-\udcff")))
     assert "out-" in text.encode("utf-8").decode()

@@ -7,8 +7,7 @@ import pytest
 
 from t5g2convert import verify
 from t5g2convert.checkpoint.manifest import read_manifest, seal
-from t5g2convert.parity.reports.record import record_report
-from t5g2convert.parity.reports.report import Check, Report
+from t5g2convert.parity.reports.report import Check, Report, record_report
 from tests.conftest import TwinFolder
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, UsageError, convert, verify
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.parity.reports.html import page
+from t5g2convert.parity.reports.html import html
 from t5g2convert.parity.reports.junit import junit
 from t5g2convert.parity.reports.report import Check, Report
-from t5g2convert.parity.suites.trained_elsewhere import is_trained_elsewhere
+from t5g2convert.parity.suites.selection import is_trained_elsewhere
 from tests.parity.elsewhere import (
     CLASSES,
     DECODER,
@@ -69,7 +69,7 @@ def test_a_sound_one_passes_and_says_how_far_each_part_moved(start: Path, traine
     assert report.passed, report.failed
     assert report.complete
     assert [check.name for check in report.checks] == ALL
-    assert report.skipped == {"integrity": "trained elsewhere: no t5g2.json tells of these files"}
+    assert report.skipped == {"integrity": "trained elsewhere: no t5g2.json records these files"}
     assert report.remarks[0].startswith("trained elsewhere")
     by_name = {check.name: check for check in report.checks}
     assert by_name["vision"].detail == "37 tensors are the start's, bit for bit"
@@ -80,7 +80,7 @@ def test_a_sound_one_passes_and_says_how_far_each_part_moved(start: Path, traine
     assert layers["decoder.layers.3"]["distance"] == pytest.approx(0.01, rel=0.05)
     assert not (trained / "t5g2.json").exists()
     assert "skipped" in junit(report)
-    assert "how far" in page(report)
+    assert "how far" in html(report)
 
 
 @pytest.mark.parametrize("kind", ["inner", "classifier"])
@@ -217,7 +217,7 @@ MUTANTS: dict[str, tuple[Callable[[Tensors, Tensors], Any], dict[str, str]]] = {
     ),
     "a tensor too many": (
         lambda tensors, _: tensors.update({"optimizer.step": torch.zeros(1)}),
-        {"tensors": "optimizer.step is not one of this model"},
+        {"tensors": "optimizer.step is not a tensor of this model"},
     ),
     "another shape": (one(UP, lambda tensor: tensor.T), {"tensors": f"{UP} has shape", "runs": f"{UP} has shape"}),
     "NaN": (

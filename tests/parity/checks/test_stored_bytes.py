@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import save_file
 
 from t5g2convert.checkpoint.header import read_header
-from t5g2convert.parity.checks.repeated_tensors import Stored, repeats
+from t5g2convert.parity.checks.stored_bytes import StoredNumbers, repeats
 
 
-def stored(path: Path, values: torch.Tensor) -> Stored:
+def stored(path: Path, values: torch.Tensor) -> StoredNumbers:
     save_file({"a": torch.zeros(3), "b": values}, path)
     entry = read_header(path).tensors["b"]
-    return Stored(path, entry.start, entry.end, entry.dtype)
+    return StoredNumbers(path, entry.start, entry.end, entry.dtype)
 
 
 def read(path: Path, start: int, size: int) -> bytes:

@@ -1,0 +1,118 @@
+"""The plan of a conversion or training, made again from its source and the options in its manifest.
+
+Only provenance and its files ask the converter for anything: which tensor comes from where. They read the bytes
+themselves.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t5g2convert.checkpoint.manifest import Manifest
+from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.conversion.options import PlanOptions
+from t5g2convert.conversion.plan.builder import build_plan, open_sources
+from t5g2convert.conversion.plan.types import Plan
+from t5g2convert.conversion.trained_model import named_by, plan_adapted
+from t5g2convert.errors import CheckpointError, MappingError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What the converter would do with a source today.
+
+    Attributes:
+        plan: Its plan.
+        mismatch: Why the plan is not the one that the manifest records; None where it may be.
+        shipped: Whether the map is one that ships with this tool, and so may change from version to version.
+    """
+
+    plan: Plan
+    mismatch: str | None = None
+    shipped: bool = True
+
+
+def replay_conversion(
+    sources: Sources, manifest: Manifest | None, mapping: str | None, part: str | None = None
+) -> Replay:
+    """Plan a conversion again; without the recorded options, where no conversion can have had them.
+
+    Args:
+        sources: What was converted.
+        manifest: The manifest of the conversion, if the folder has one.
+        mapping: The map, if not the shipped one for the source.
+        part: The part that was extracted, if the source was not converted whole.
+
+    Raises:
+        CheckpointError: The source is not what its config implies.
+        MappingError: The map is faulty, or does not fill the target.
+    """
+    # A map of one's own is given by its file.
+    shipped = mapping is None or not (mapping.endswith((".yaml", ".yml")) or "/" in mapping)
+    recorded = {} if manifest is None else manifest.options
+    try:
+        return Replay(replay_plan(sources, recorded, mapping, part), None, shipped)
+    except (CheckpointError, MappingError, UsageError) as error:
+        with_heads = None if manifest is None else _without_heads(sources, recorded, mapping, part)
+        if with_heads is not None:
+            mismatch = "t5g2.json does not record drop_heads, but without that option this source is refused"
+            return Replay(with_heads, mismatch, shipped)
+        if not recorded:
+            raise
+        # A source that cannot be planned without options either is not the manifest's fault.
+        plan = replay_plan(sources, {}, mapping, part)
+        mismatch = f"t5g2.json records options that this source cannot have been converted with: {error.message}"
+        return Replay(plan, mismatch, shipped)
+
+
+def replay_plan(sources: Sources, recorded: Mapping[str, Any], mapping: str | None, part: str | None = None) -> Plan:
+    """Return the plan that the converter makes today with the recorded options; see `replay_conversion`."""
+    options = PlanOptions.of_record(recorded, mapping=mapping, part=part, **sources.other_origins)
+    return build_plan(open_sources(sources.origin, options), options)
+
+
+def _without_heads(sources: Sources, recorded: Mapping[str, Any], mapping: str | None, part: str | None) -> Plan | None:
+    """Return the plan with drop_heads, which the manifest does not record; None where that is not possible either."""
+    if recorded.get("drop_heads"):
+        return None
+    try:
+        return replay_plan(sources, {**recorded, "drop_heads": True}, mapping, part)
+    except (CheckpointError, MappingError, UsageError):
+        return None
+
+
+def replay_training(sources: Sources, manifest: Manifest | None, _mapping: str | None = None) -> Replay:
+    """Plan again how trained values were put into a model.
+
+    Raises:
+        CheckpointError: The source is not what its config implies.
+    """
+    source = sources.source
+    if manifest is None or manifest.adaptation is None:
+        return Replay(plan_adapted(source, {}, None), "t5g2.json records no adaptation")
+    recorded = {key: value for key, value in manifest.adaptation.document().items() if key not in ("trained", "frozen")}
+    names = named_by(manifest.adaptation.trained, source.tensors)
+    dtype = PlanOptions.of_record(manifest.options).dtype
+    shapes = {name: source.tensors[name].entry.shape if name in source.tensors else () for name in names}
+    try:
+        return Replay(plan_adapted(source, shapes, recorded, dtype=dtype))
+    except CheckpointError as error:
+        # A source that cannot be planned without training either is not the manifest's fault.
+        reason = error.details[0] if error.details else error.message
+        mismatch = f"t5g2.json records a training that this source cannot have had: {reason}"
+        return Replay(plan_adapted(source, {}, None), mismatch)
+
+
+def check_options(manifest: Manifest) -> None:
+    """Refuse a manifest that records options which no conversion can have had.
+
+    Raises:
+        CheckpointError: An option is not valid.
+    """
+    others = {"decoder_from": manifest.decoder_from, "vision_from": manifest.vision_from}
+    origins = {role: Path() for role, record in others.items() if record is not None}
+    try:
+        PlanOptions.of_record(manifest.options, **origins)
+    except UsageError as error:
+        raise CheckpointError(f"records an option that is not valid: {error.message}") from None
