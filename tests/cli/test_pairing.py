@@ -94,7 +94,7 @@ def test_a_verification_asks_for_the_parent_that_it_lacks(
     lacking = t5g2("verify", tmp_path / "out", "--source", source)
     assert (lacking.code, lacking.out) == (2, "")
     assert "its decoder is from another checkpoint (pass that one with --decoder-from)" in lacking.err
-    assert "no source" in t5g2("verify", tmp_path / "out", "--decoder-from", other).err
+    assert "need --source" in t5g2("verify", tmp_path / "out", "--decoder-from", other).err
     wrong = t5g2("verify", tmp_path / "out", "--source", source, "--decoder-from", twin_folder("text-13"))
     assert wrong.code == 6
     # Without any source the files are looked at, and the model runs.

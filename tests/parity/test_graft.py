@@ -128,7 +128,7 @@ def test_another_donor_is_refused(grafted: Grafted, twin_folder: TwinFolder) -> 
 
 
 def test_a_donor_without_a_source_has_no_meaning(grafted: Grafted) -> None:
-    with pytest.raises(UsageError, match="no source"):
+    with pytest.raises(UsageError, match="need --source"):
         verify(grafted.output, vision_from=grafted.donor, record=False)
 
 

@@ -117,7 +117,7 @@ def test_without_the_decoders_parent_there_is_nothing_to_judge_by(paired: tuple[
     made, other, _ = paired
     with pytest.raises(UsageError, match="--decoder-from"):
         made.judge()
-    with pytest.raises(UsageError, match="no source"):
+    with pytest.raises(UsageError, match="need --source"):
         verify(made.folder, decoder_from=other, record=False)
 
 

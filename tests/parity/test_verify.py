@@ -486,7 +486,7 @@ def test_inputs_of_ones_own_that_are_none_end_the_work(
         with pytest.raises(UsageError):
             verify(tmp_path / "out", demo_source, **options)
     assert (tmp_path / "out/t5g2.json").read_bytes() == before
-    with pytest.raises(UsageError, match="has no images"):
+    with pytest.raises(UsageError, match="does not read images"):
         verify(converted_twin("text-8"), twin_folder("text-8"), image=tmp_path / "text", record=False)
 
 

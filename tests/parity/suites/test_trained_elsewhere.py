@@ -144,12 +144,12 @@ def test_V5_an_encoder_that_a_resume_has_lost_is_found(start: Path, trained: Pat
     resume(start, trained).save_pretrained(tmp_path / "resumed")
     report = verify(tmp_path / "resumed", start)
     assert failed(report).keys() == {"encoder"}
-    assert "while the decoder has moved" in told(report, "encoder")
+    assert "but the decoder has moved" in told(report, "encoder")
     assert "transformers#48805" in told(report, "encoder")
     assert "--frozen encoder" in told(report, "encoder")
     # Frozen on purpose it is sound, and then it must be the start's.
     assert verify(tmp_path / "resumed", start, frozen=["encoder"]).passed
-    assert "was frozen, and is 1.00% away" in told(verify(trained, start, frozen=["encoder"]), "encoder")
+    assert "was frozen, but is 1.00% away" in told(verify(trained, start, frozen=["encoder"]), "encoder")
 
 
 def put_back(prefix: str) -> Callable[[Tensors, Tensors], None]:
@@ -205,7 +205,7 @@ MUTANTS: dict[str, tuple[Callable[[Tensors, Tensors], Any], dict[str, str]]] = {
     ),
     "the tower moved": (
         lambda tensors, _: [tensors[name].mul_(1.01) for name in tensors if name.startswith(TOWER)],
-        {"vision": "was frozen, and is 1.00% away from the start's"},
+        {"vision": "was frozen, but is 1.00% away from the start's"},
     ),
     "one bias of the tower moved": (
         one(f"{TOWER}post_layernorm.bias", lambda tensor: tensor + 1e-6),
@@ -545,7 +545,7 @@ def test_what_is_probably_meant_is_said_where_folder_and_source_do_not_belong_to
     assert "LoRA" not in told(report, "vision")
     # The model that the start came from, in place of the start.
     report = verify(trained, start.parent / "parent")
-    assert any("give the T5Gemma 2 that was trained" in remark for remark in report.remarks)
+    assert any("pass the T5Gemma 2 that was trained" in remark for remark in report.remarks)
     # The encoder alone, in place of the whole; the remark's command helps.
     from transformers import T5Gemma2ForConditionalGeneration
 
@@ -561,7 +561,7 @@ def test_a_manifest_of_other_files_is_named_and_not_the_source(start: Path, trai
     manifest = json.loads((start / "t5g2.json").read_text())
     manifest["files"]["config.json"]["bytes"] += 1
     (trained / "t5g2.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="not of the files beside it") as error:
+    with pytest.raises(CheckpointError, match="matches neither the files") as error:
         verify(trained, start)
     assert "move this file away" in str(error.value)
     for damaged in ("{}", "no JSON"):
