@@ -177,7 +177,8 @@ def _of_conversion(
         remarks = source_remarks(output, sources.source)
         if manifest is not None and manifest.adaptation is not None and not suite.trained:
             raise UsageError(
-                f"OUTPUT was trained after conversion; pass the T5Gemma 2 it was trained from, not {sources.source.name}",
+                "OUTPUT was trained after conversion; "
+                f"pass the T5Gemma 2 it was trained from, not {sources.source.name}",
                 hint="t5g2 compare measures how far it is from a Gemma 3",
             )
         origins = {SOURCE: source, DECODER_FROM: options.decoder_from, VISION_FROM: options.vision_from}

@@ -298,7 +298,8 @@ def test_a_manifest_of_another_source_is_found(made: Make) -> None:
 
 def test_a_manifest_of_another_map_asks_for_that_map(made: Make) -> None:
     sound = made()
-    (fault,) = sound.judge(manifest=sound.manifest | {"mapping": {**sound.manifest["mapping"], "name": "mine"}}).offenders
+    mapping = {**sound.manifest["mapping"], "name": "mine"}
+    (fault,) = sound.judge(manifest=sound.manifest | {"mapping": mapping}).offenders
     assert "'mine'" in fault
     assert "--mapping" in fault
 
