@@ -73,6 +73,7 @@ _M_co = TypeVar("_M_co", bound=CommandOptions, covariant=True)
 _P = ParamSpec("_P")
 _A = TypeVar("_A")
 _B = TypeVar("_B")
+_C = TypeVar("_C")
 _R = TypeVar("_R")
 
 
@@ -81,6 +82,8 @@ class _Unfold(Protocol[_M_co, _P]):
     def __call__(self, function: Callable[[_A, _M_co], _R], /) -> Callable[Concatenate[_A, _P], _R]: ...
     @overload
     def __call__(self, function: Callable[[_A, _B, _M_co], _R], /) -> Callable[Concatenate[_A, _B, _P], _R]: ...
+    @overload
+    def __call__(self, function: Callable[[_A, _B, _C, _M_co], _R], /) -> Callable[Concatenate[_A, _B, _C, _P], _R]: ...
 
 
 def takes_options(model: Callable[_P, _M]) -> _Unfold[_M, _P]:

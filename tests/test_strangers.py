@@ -151,7 +151,7 @@ def commands(stage: Path) -> dict[str, Write]:
         "convert": partial(convert, stage / "gemma", overwrite=True, flush=False),
         "extract": partial(convert, model, part="decoder", overwrite=True, flush=False),
         "pack": lambda target: pack(model, target, [Document("a", "b")], overwrite=True, flush=False),
-        "average": lambda target: average(run, 2, target, model=model, overwrite=True),
+        "average": lambda target: average(run, target, last=2, model=model, overwrite=True),
         "export": lambda target: export(
             model, CheckpointReader(last), target, facts=FACTS, overwrite=True, flush=False
         ),

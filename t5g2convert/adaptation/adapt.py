@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from t5g2convert.adaptation.export import Exported, check_export_place, export_checkpoint
+from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train import checkpoints, model
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     check_files,
@@ -47,7 +48,7 @@ from t5g2convert.adaptation.train.run_folder import (
     newest,
     write_description,
 )
-from t5g2convert.adaptation.train.settings import AdaptOptions, Settings
+from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import Teacher, check_teacher, load_teacher
 from t5g2convert.adaptation.ul2.dataset import task_names
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from t5g2convert.adaptation.export import export
+from t5g2convert.adaptation.options import AverageOptions
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     CHECKPOINTS_FOLDER,
     check_files,
@@ -34,12 +35,12 @@ from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, some
 from t5g2convert.checkpoint.inputs import Folders
+from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.convert import Conversion, execute
-from t5g2convert.conversion.options import KEEP, Dtype, WriteOptions
+from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.trained_model import FROZEN, plan_adapted
 from t5g2convert.conversion.write.output_path import check_target
 from t5g2convert.errors import CheckpointError, UsageError
-from t5g2convert.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,58 +48,40 @@ if TYPE_CHECKING:
 
     from t5g2convert.reference.weights import Weights
 
-LAST: Final = 5
-"""Number of checkpoints that the paper averages."""
-
 PIECE: Final = 1 << 20
 """Elements of a Trainer checkpoint read at once."""
 
 _TRAINER_CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 
 
-def average(
-    run: Path,
-    last: int,
-    output: Path,
-    *,
-    model: Path | None = None,
-    dtype: Dtype = KEEP,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Conversion:
+def average_checkpoints(run: Path, output: Path, options: AverageOptions) -> Conversion:
     """Write the mean of the last checkpoints of a run as a model in the published layout.
 
-    Memory holds a few rows of one tensor, whatever the size of the model and the number of checkpoints.
+    Memory holds a few rows of one tensor, whatever the size of the model and the number of checkpoints. `average` is
+    the same with the options as keyword arguments:
 
     ```python
-    average(Path("run"), 5, Path("t5gemma-2-averaged"))
+    average(Path("run"), Path("t5gemma-2-averaged"), last=3)
     ```
 
     Args:
         run: The folder of a run; or one with checkpoints of transformers' Trainer (`checkpoint-100`, ...), whose mean
-            is a model without a manifest.
-        last: Number of checkpoints, counted from the last; all must share the run's settings and objective.
+            is a model without a manifest. All checkpoints must share the run's settings and objective.
         output: The folder to write. An empty folder is filled, and keeps its mode and owner.
-        model: The model that was trained, if it was moved, or if Trainer saved the checkpoints.
-        dtype: `keep` for the model's own dtypes, or `bfloat16`, `float16` or `float32` for all tensors.
-        overwrite: Replace an existing output of this tool at the end; nothing else is ever replaced.
-        progress: Called with the number of bytes just written.
+        options: The options of `t5g2 average`.
 
     Raises:
         CheckpointError: There are too few checkpoints; one is damaged or has other settings or tensors; or the model
             is not the one that was trained.
         OutputError: The output exists or cannot be written.
-        UsageError: `last` is below 1, or the model is needed and was not found.
+        UsageError: The model is needed and was not found.
     """
-    if last < 1:
-        raise UsageError(f"--last must be at least 1, got {last}")
+    last, overwrite = options.last, options.overwrite
     if not (run / RUN_FILE).exists() and (saved := trainer_checkpoints(run)):
-        return _average_trainer(
-            run, saved, last, output, model=model, dtype=dtype, overwrite=overwrite, progress=progress
-        )
+        return _average_trainer(run, saved, output, options)
     history, found = read_history(run), complete_checkpoints(run)
     _check_count(len(found), last, run / CHECKPOINTS_FOLDER)
-    model = Path(history.model_folder) if model is None else model
+    model = Path(history.model_folder) if options.model is None else options.model
     if not os.path.isdir(model):  # noqa: PTH112 - Path.is_dir raises for names that are too long
         raise UsageError(f"{model} no longer exists", hint="pass the model that was trained with --model")
     check_target(output, model, *parts_of_run(run), overwrite=overwrite)
@@ -112,11 +95,14 @@ def average(
         Mean(checkpoints),
         output,
         facts=history.facts(steps, tokens_until(read_metrics(log), steps[-1], log)),
-        dtype=dtype,
+        dtype=options.dtype,
         overwrite=overwrite,
-        progress=progress,
+        progress=options.progress,
         judge=lambda folder: check_bytes(model, folder),
     )
+
+
+average = takes_options(AverageOptions)(average_checkpoints)
 
 
 def _check_count(found: int, last: int, where: Path) -> None:
@@ -179,18 +165,9 @@ def trainer_checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted((int(name[1]), path) for path, name in found.items() if name is not None))
 
 
-def _average_trainer(
-    run: Path,
-    found: Mapping[int, Path],
-    last: int,
-    output: Path,
-    *,
-    model: Path | None,
-    dtype: Dtype,
-    overwrite: bool,
-    progress: Progress | None,
-) -> Conversion:
+def _average_trainer(run: Path, found: Mapping[int, Path], output: Path, options: AverageOptions) -> Conversion:
     """Write the mean of Trainer's checkpoints, without a manifest: nothing records how they were trained."""
+    model, last = options.model, options.last
     _check_count(len(found), last, run)
     if model is None:
         raise UsageError(
@@ -198,13 +175,13 @@ def _average_trainer(
             hint="pass the T5Gemma 2 that was trained with --model",
         )
     start = open_checkpoint(model)
-    check_target(output, model, *found.values(), overwrite=overwrite)
+    check_target(output, model, *found.values(), overwrite=options.overwrite)
     mean = Mean([TrainerCheckpoint(folder, start) for folder in list(found.values())[-last:]])
     return execute(
-        plan_adapted(start, mean.names, None, dtype=dtype),
+        plan_adapted(start, mean.names, None, dtype=options.dtype),
         Folders(model),
         output,
-        WriteOptions(overwrite=overwrite, progress=progress),
+        WriteOptions(overwrite=options.overwrite, progress=options.progress),
         values=mean,
     )
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from t5g2convert.adaptation.train.settings import RUN, AdaptOptions
+from t5g2convert.adaptation.options import AdaptOptions
+from t5g2convert.adaptation.train.settings import RUN
 from t5g2convert.cli.command import Command
 from t5g2convert.cli.console import (
     DebugOption,

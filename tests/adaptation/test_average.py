@@ -47,7 +47,7 @@ class Run:
         return self.folder / "checkpoints" / f"step-{step:08d}"
 
     def average(self, last: int, output: Path, **options: Any) -> Conversion:
-        return average(self.folder, last, output, **{"model": self.model, **options})
+        return average(self.folder, output, last=last, **{"model": self.model, **options})
 
 
 Runs = Callable[..., Run]
@@ -212,7 +212,7 @@ def test_too_few_checkpoints_are_refused(run_of: Runs, tmp_path: Path) -> None:
     (run.folder / "checkpoints" / ".step-00000060.partial").mkdir()
     with pytest.raises(CheckpointError, match="has 2 checkpoints, but --last is 3"):
         run.average(3, tmp_path / "out")
-    with pytest.raises(UsageError, match="--last must be at least 1, got 0"):
+    with pytest.raises(UsageError, match=r"last: .* greater than or equal to 1"):
         run.average(0, tmp_path / "out")
 
 
@@ -279,7 +279,7 @@ def test_a_folder_that_is_no_run_is_refused(damage: str, run_of: Runs, tmp_path:
     with pytest.raises(CheckpointError, match=r"run\.json: "):
         run.average(1, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"has no run\.json, expected the folder of a training run"):
-        average(tmp_path / "nowhere", 1, tmp_path / "out", model=run.model)
+        average(tmp_path / "nowhere", tmp_path / "out", last=1, model=run.model)
 
 
 def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_mean_of_checkpoints_of_transformers_is_trained_elsewhere(trainer: Path, tmp_path: Path) -> None:
-    average(trainer / "run", 2, tmp_path / "out", model=trainer / "start", dtype="float32")
+    average(trainer / "run", tmp_path / "out", last=2, model=trainer / "start", dtype="float32")
     found = load_file(tmp_path / "out/model.safetensors")
     assert found["model.decoder.norm.weight"].tolist() == [55.0] * 48, "steps 10 and 100, by number"
     name = "model.encoder.layers.3.mlp.up_proj.weight"
@@ -337,17 +337,17 @@ def test_the_mean_of_checkpoints_of_transformers_is_trained_elsewhere(trainer: P
 def test_checkpoints_of_transformers_that_cannot_be_averaged_are_refused(trainer: Path, tmp_path: Path) -> None:
     run = copied(trainer / "run", tmp_path / "run")
     with pytest.raises(UsageError, match="do not record what was trained"):
-        average(run, 2, tmp_path / "out")
+        average(run, tmp_path / "out", last=2)
     with pytest.raises(CheckpointError, match="has 3 checkpoints, but --last is 4"):
-        average(run, 4, tmp_path / "out", model=trainer / "start")
+        average(run, tmp_path / "out", last=4, model=trainer / "start")
     tower = "model.encoder.vision_tower.vision_model.post_layernorm.weight"
     change(run / "checkpoint-10", lambda tensors: tensors.update({tower: tensors[tower] + 1}))
     with pytest.raises(CheckpointError, match="vision tower was trained too"):
-        average(run, 2, tmp_path / "out", model=trainer / "start")
+        average(run, tmp_path / "out", last=2, model=trainer / "start")
     change(run / "checkpoint-100", lambda tensors: tensors.update({"score.out_proj.weight": tensors.pop(tower)}))
     with pytest.raises(CheckpointError, match="2 tensor") as error:
-        average(run, 1, tmp_path / "out", model=trainer / "start")
+        average(run, tmp_path / "out", last=1, model=trainer / "start")
     assert set(error.value.details) == {f"{tower} is missing", "score.out_proj.weight is not a tensor of the model"}
     with pytest.raises(OutputError, match="lies inside"):
-        average(run, 1, run / "checkpoint-9/out", model=trainer / "start")
+        average(run, run / "checkpoint-9/out", last=1, model=trainer / "start")
     assert not (tmp_path / "out").exists()

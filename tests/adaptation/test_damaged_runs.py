@@ -247,7 +247,7 @@ def test_T5_strange_files_in_a_run_are_named_and_not_waited_for(
     STRANGE[kind](run / name)
     monkeypatch.setattr("t5g2convert.adaptation.average.check_model", lambda *_: None)
     with pytest.raises(CheckpointError, match=Path(name).name):
-        average(run, 1, tmp_path / "out", model=converted_twin("text-8"))
+        average(run, tmp_path / "out", last=1, model=converted_twin("text-8"))
 
 
 @pytest.mark.parametrize(

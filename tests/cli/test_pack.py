@@ -76,8 +76,8 @@ def test_no_torch_is_loaded(model: Path, inputs: Path, tmp_path: Path) -> None:
 def test_without_json_a_line_tells_it(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
     run = t5g2("pack", model, tmp_path / "out", inputs / "a.txt", inputs / "b.jsonl")
     assert (run.code, run.err) == (0, "")
-    assert f"wrote 2 documents of 14 tokens and 1 with pictures of 12 to {tmp_path}/out\n" in run.out
-    assert "1 empty documents were left out" in run.out
+    assert f"packed 2 documents (14 tokens; 1 more with images, 12 tokens) into {tmp_path}/out\n" in run.out
+    assert "skipped 1 empty documents" in run.out
 
 
 def test_a_data_set_in_place_of_files(t5g2: CommandLine, model: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_data_set_in_place_of_files(t5g2: CommandLine, model: Path, tmp_path: 
 def test_what_to_pack_is_said_once(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
     assert t5g2("pack", model, tmp_path / "out").code == 2
     run = t5g2("pack", model, tmp_path / "out", inputs, "--dataset", "x/y")
-    assert (run.code, run.err) == (2, "t5g2: give files or folders to pack, or --dataset, not both\n")
+    assert (run.code, run.err) == (2, "t5g2: pass either files and folders to pack, or --dataset, not both\n")
 
 
 def test_bad_documents_are_listed_and_nothing_is_left(

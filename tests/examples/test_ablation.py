@@ -20,9 +20,10 @@ from t5g2convert import convert, inspect, plan, verify
 from t5g2convert.adaptation.adapt import Request, adapt
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
+from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.model import MODEL_LOADERS
 from t5g2convert.adaptation.train.preflight import prepare
-from t5g2convert.adaptation.train.settings import AdaptOptions, Settings
+from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.dataset import MicroBatch
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.registry import TARGETS

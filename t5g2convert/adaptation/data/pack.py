@@ -27,14 +27,13 @@ from t5g2convert.adaptation.data.packed import (
 )
 from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles
 from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder, read_tokens
+from t5g2convert.adaptation.options import PackOptions
+from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.write.output_path import check_apart, check_target
 from t5g2convert.conversion.write.ownership import Written
 from t5g2convert.conversion.write.recovery import leftovers
 from t5g2convert.conversion.write.staging import Staging
 from t5g2convert.errors import DataError, OutputError, UsageError
-
-SHARD_TOKENS: Final = 1 << 28
-"""Tokens of a shard, which is 1 GiB then."""
 
 BATCH_CHARACTERS: Final = 1 << 20
 """Characters that are made into tokens together, at most one document more."""
@@ -81,49 +80,40 @@ class Packing:
         }
 
 
-def pack(
-    model: Path,
-    output: Path,
-    documents: Iterable[Document | Fault],
-    *,
-    sources: Sequence[Path] = (),
-    bos: bool = False,
-    shard_tokens: int = SHARD_TOKENS,
-    overwrite: bool = False,
-    flush: bool = True,
-) -> Packing:
+def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fault], options: PackOptions) -> Packing:
     """Write documents as packed data, in a folder that appears when it is complete.
 
+    `pack` is the same with the options as keyword arguments:
+
+    ```python
+    pack(Path("t5gemma-2"), Path("packed"), [Document("greeting", "Hello, world")], bos=True)
+    ```
+
     Args:
-        model: The folder of the model that is to be trained: its tokenizer, and the ids of its config.
-        output: The folder to write. One that is empty is filled, and keeps its mode, owner and place.
-        documents: What to pack, in this order.
-        sources: Files and folders that the documents come from; the output must not be among them.
-        bos: Whether each document begins with the model's bos. Each ends with its eos.
-        shard_tokens: Tokens of a shard, at most.
-        overwrite: Replace packed data that is there, at the very end; nothing else is ever replaced.
-        flush: Wait until the disk has everything.
+        model: The folder of the model to train: its tokenizer and token ids are used.
+        output: The folder to write. An empty folder is filled, and keeps its mode and owner.
+        documents: The documents, in order.
+        options: The options of `t5g2 pack`.
 
     Raises:
-        CheckpointError: The model has no tokenizer, or its config is none.
-        DataError: Documents cannot be packed (`details` names them), or there is none.
-        OutputError: The output is there already, or is replaced and no packed data; or the disk is full or fails.
-        UsageError: A shard has no tokens.
+        CheckpointError: The model has no tokenizer, or its config is not valid.
+        DataError: Documents cannot be packed (`details` lists them), or there are none.
+        OutputError: The output exists and is not replaced, or the disk is full or fails.
+        UsageError: `bos` is set, but the model has no bos.
     """
-    if shard_tokens < 1:
-        raise UsageError(f"--shard-tokens is {shard_tokens}, expected 1 or more")
+    bos, overwrite, flush = options.bos, options.overwrite, options.flush
     tokens = read_tokens(model)
-    check_apart(output, model, *sources)
+    check_apart(output, model, *options.sources)
     _check_packed(output)
-    check_target(output, model, *sources, overwrite=overwrite, listing=packed_listing)
+    check_target(output, model, *options.sources, overwrite=overwrite, listing=packed_listing)
     if bos and tokens.bos is None:
-        raise UsageError("the model has no bos token: --bos has nothing to put in front")
+        raise UsageError("--bos needs a model with a bos token")
     encoder = TextEncoder(model, tokens)
     with (
         Staging(output, overwrite=overwrite, flush=flush, listing=packed_listing, last=[INDEX_FILE]) as staging,
         ExitStack() as stack,
     ):
-        files = _Files(staging.folder, shard_tokens, stack, flush=flush)
+        files = _Files(staging.folder, options.shard_tokens, stack, flush=flush)
         packer = _Packer(files, encoder, tokens, bos=bos)
         packer.run(documents)
         index = packer.finish()
@@ -133,6 +123,9 @@ def pack(
             file.finish(flush=flush)
         staging.commit()
     return Packing(output, index, hashlib.sha256(text).hexdigest(), tuple(staging.notes))
+
+
+pack = takes_options(PackOptions)(pack_documents)
 
 
 def _check_packed(output: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from t5g2convert.adaptation.train.settings import Hardware
+from t5g2convert.adaptation.options import Hardware
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:

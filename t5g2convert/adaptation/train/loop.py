@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train import checkpoints
 from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere, raise_first_error
 from t5g2convert.adaptation.train.metrics import Log, Metrics, open_log
 from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
-from t5g2convert.adaptation.train.settings import LoopConfig, Settings
+from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, micro_batches, passes_of, task_names
 from t5g2convert.errors import DataError, T5g2Error
 

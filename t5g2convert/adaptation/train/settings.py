@@ -1,7 +1,7 @@
-"""The options of `t5g2 adapt`: settings that decide the result, the loop, the hardware, and the run itself.
+"""The settings that decide the result of a run; a resumed run must have the same.
 
-The command line, the Python API and run.json all read these models. Only `Settings` decides the result of a run: a
-resumed run must have the same. What only decides its speed is in `LoopConfig` and `Hardware`.
+The command line, the Python API and run.json all read this model. Options that only decide the speed of a run are in
+`adaptation.options`.
 """
 
 import json
@@ -193,92 +193,6 @@ class Settings(CommandOptions):
         """Return the first sample of a step, counted among the samples of its kind."""
         images = 0 if self.image_every is None else step // self.image_every
         return (images if self.is_image_step(step) else step - images) * self.samples
-
-
-class LoopConfig(CommandOptions):
-    """Settings of the training loop that do not change the result.
-
-    Attributes:
-        micro_batch: Samples per process and pass.
-        gradient_checkpointing: Compute activations twice, to save memory.
-        loss_chunk: Labels whose logits exist at once.
-        workers: Additional processes that prepare batches, per process.
-        save_every: Steps between checkpoints.
-        keep: Number of checkpoints to keep.
-    """
-
-    save_every: Annotated[int, Field(ge=1), Option("Steps between checkpoints; 10000 in the paper.", group=RUN)] = (
-        10_000
-    )
-    keep: Annotated[int, Field(ge=1), Option("Checkpoints to keep; the paper averages 5.", group=RUN)] = 5
-    micro_batch: Annotated[int, Field(ge=1), Option("Samples per process and pass.", group=MACHINES)] = 1
-    gradient_checkpointing: Annotated[bool, Option("Compute activations twice, to save memory.", group=MACHINES)] = True
-    loss_chunk: Annotated[int, Field(ge=1), Option("Labels whose logits exist at once.", group=MACHINES)] = 1024
-    workers: Annotated[
-        int, Field(ge=0), Option("Additional processes that prepare batches, per process.", group=MACHINES)
-    ] = 0
-
-
-class Hardware(CommandOptions):
-    """The hardware to train on; apart from rounding, the result does not depend on it.
-
-    Attributes:
-        accelerator: `cpu`, `cuda`, or `auto` for cuda if available.
-        devices: Processes per machine, one per device; None for the number that torchrun or SLURM started, else 1.
-        nodes: Machines; None for the number that torchrun or SLURM started, else 1.
-        timeout: Seconds that a process waits for the others.
-    """
-
-    accelerator: Annotated[
-        Literal["auto", "cpu", "cuda"], Option("Where to train; auto is cuda if available.", group=MACHINES)
-    ] = "auto"
-    devices: Annotated[
-        int | None,
-        Field(ge=1),
-        Option("Processes per machine.", default="1, or what torchrun or SLURM started", group=MACHINES),
-    ] = None
-    nodes: Annotated[
-        int | None,
-        Field(ge=1),
-        Option("Number of machines.", default="1, or what torchrun or SLURM started", group=MACHINES),
-    ] = None
-    timeout: float = 1800.0
-
-
-class AdaptOptions(LoopConfig, Hardware, Settings):
-    """All options of a run.
-
-    Attributes:
-        kd: A Gemma 3 folder to distil.
-        rope_scaling: RoPE scaling that the config must have; None accepts any.
-        resume: Continue from the newest checkpoint of the run's folder.
-        export: Write the last checkpoint as a model.
-    """
-
-    kd: Annotated[
-        Path | None,
-        Option(
-            "Distil this Gemma 3 folder: labels that are raw tokens with a token before them are learnt from its "
-            "distribution (KL), all others by cross-entropy. Image steps use cross-entropy only.",
-            metavar="PARENT",
-            group=OBJECTIVE,
-        ),
-    ] = None
-    rope_scaling: Annotated[
-        str | None,
-        Option(
-            "linear:F that config.json must have; `t5g2 convert --rope-scaling` sets it.",
-            metavar="SCALING",
-            default="what config.json has",
-            group=OBJECTIVE,
-        ),
-    ] = None
-    resume: Annotated[
-        bool, Option("Continue from OUT's newest complete checkpoint; the settings must be the same.", group=RUN)
-    ] = False
-    export: Annotated[bool, Option("At the end, write the model to OUT/model and check that it loads.", group=RUN)] = (
-        True
-    )
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

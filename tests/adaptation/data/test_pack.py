@@ -203,7 +203,7 @@ def test_a_model_without_eyes_takes_no_pictures(model: Path, tmp_path: Path, mix
         pack(tmp_path / "model", tmp_path / "out", mixed, flush=False)
     assert failed.value.details[0] == "p:0: has pictures, and the model has no vision tower"
     assert pack(tmp_path / "model", tmp_path / "out", mixed[:5], flush=False).index.text.documents == 5
-    with pytest.raises(UsageError, match="the model has no bos token"):
+    with pytest.raises(UsageError, match="--bos needs a model with a bos token"):
         pack(tmp_path / "model", tmp_path / "other", mixed[:5], bos=True, flush=False)
 
 
@@ -300,5 +300,5 @@ def test_O2_any_call_that_fails_leaves_nothing(
 
 
 def test_a_shard_has_a_token_at_least(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--shard-tokens is 0, expected 1 or more"):
+    with pytest.raises(UsageError, match="shard_tokens: Input should be greater"):
         pack_texts(model, tmp_path / "out", ["a"], shard_tokens=0)

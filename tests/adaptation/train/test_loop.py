@@ -122,7 +122,7 @@ def test_resumed_on_as_many_processes_it_goes_on_bit_for_bit(killed: Path, small
     assert [step["step"] for step in before] == list(range(1, 41))
     options = (*RUN_OPTIONS, "--devices", "2", "--micro-batch", "3", "--no-export", "--resume")
     done = adapt(small, killed / "run", *options)
-    assert "20 steps were done before" in done.stderr
+    assert "resuming after 20 steps" in done.stderr
     after = steps_of(killed / "run")
     assert after[:40] == before
     assert [step["step"] for step in after] == list(range(1, 61))

@@ -1,0 +1,154 @@
+"""The options of `adapt`, `pack` and `average`, for the command line and the Python API."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from t5g2convert.adaptation.train.settings import MACHINES, OBJECTIVE, RUN, Settings
+from t5g2convert.command_options import CommandOptions, Option
+from t5g2convert.conversion.options import KEEP, Dtype
+
+LAST: Final = 5
+"""Number of checkpoints that the paper averages."""
+
+SHARD_TOKENS: Final = 1 << 28
+"""Tokens per shard: 1 GiB."""
+
+REPLACE: Final = "Replace an existing output of t5g2 at the very end; a folder with anything else in it is refused."
+
+
+class LoopConfig(CommandOptions):
+    """Settings of the training loop that do not change the result.
+
+    Attributes:
+        micro_batch: Samples per process and pass.
+        gradient_checkpointing: Compute activations twice, to save memory.
+        loss_chunk: Labels whose logits exist at once.
+        workers: Additional processes that prepare batches, per process.
+        save_every: Steps between checkpoints.
+        keep: Number of checkpoints to keep.
+    """
+
+    save_every: Annotated[int, Field(ge=1), Option("Steps between checkpoints; 10000 in the paper.", group=RUN)] = (
+        10_000
+    )
+    keep: Annotated[int, Field(ge=1), Option("Checkpoints to keep; the paper averages 5.", group=RUN)] = LAST
+    micro_batch: Annotated[int, Field(ge=1), Option("Samples per process and pass.", group=MACHINES)] = 1
+    gradient_checkpointing: Annotated[bool, Option("Compute activations twice, to save memory.", group=MACHINES)] = True
+    loss_chunk: Annotated[int, Field(ge=1), Option("Labels whose logits exist at once.", group=MACHINES)] = 1024
+    workers: Annotated[
+        int, Field(ge=0), Option("Additional processes that prepare batches, per process.", group=MACHINES)
+    ] = 0
+
+
+class Hardware(CommandOptions):
+    """The hardware to train on; apart from rounding, the result does not depend on it.
+
+    Attributes:
+        accelerator: `cpu`, `cuda`, or `auto` for cuda if available.
+        devices: Processes per machine, one per device; None for the number that torchrun or SLURM started, else 1.
+        nodes: Machines; None for the number that torchrun or SLURM started, else 1.
+        timeout: Seconds that a process waits for the others.
+    """
+
+    accelerator: Annotated[
+        Literal["auto", "cpu", "cuda"], Option("Where to train; auto is cuda if available.", group=MACHINES)
+    ] = "auto"
+    devices: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("Processes per machine.", default="1, or what torchrun or SLURM started", group=MACHINES),
+    ] = None
+    nodes: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("Number of machines.", default="1, or what torchrun or SLURM started", group=MACHINES),
+    ] = None
+    timeout: float = 1800.0
+
+
+class AdaptOptions(LoopConfig, Hardware, Settings):
+    """All options of a run.
+
+    Attributes:
+        kd: A Gemma 3 folder to distil.
+        rope_scaling: RoPE scaling that the config must have; None accepts any.
+        resume: Continue from the newest checkpoint of the run's folder.
+        export: Write the last checkpoint as a model.
+    """
+
+    kd: Annotated[
+        Path | None,
+        Option(
+            "Distil this Gemma 3 folder: labels that are raw tokens with a token before them are learnt from its "
+            "distribution (KL), all others by cross-entropy. Image steps use cross-entropy only.",
+            metavar="PARENT",
+            group=OBJECTIVE,
+        ),
+    ] = None
+    rope_scaling: Annotated[
+        str | None,
+        Option(
+            "linear:F that config.json must have; `t5g2 convert --rope-scaling` sets it.",
+            metavar="SCALING",
+            default="what config.json has",
+            group=OBJECTIVE,
+        ),
+    ] = None
+    resume: Annotated[
+        bool, Option("Continue from OUT's newest complete checkpoint; the settings must be the same.", group=RUN)
+    ] = False
+    export: Annotated[bool, Option("At the end, write the model to OUT/model and check that it loads.", group=RUN)] = (
+        True
+    )
+
+
+class PackOptions(CommandOptions):
+    """The options of packing.
+
+    Attributes:
+        bos: Start each document with the model's bos; each ends with its eos.
+        shard_tokens: Most tokens per file.
+        flush: Wait until all bytes are on disk before the output appears.
+        overwrite: Replace existing packed data at the very end; nothing else is ever replaced.
+        sources: Files and folders that the documents come from; the output must not be among them.
+    """
+
+    bos: Annotated[
+        bool,
+        Option(
+            "Start each document with `<bos>`. Whether the releases did is not established; our default is not to. "
+            "Each document ends with `<eos>`.",
+            flag="--bos/--no-bos",
+        ),
+    ] = False
+    shard_tokens: Annotated[int, Field(ge=1), Option("Tokens per file, 4 bytes each.")] = SHARD_TOKENS
+    flush: Annotated[bool, Option("Wait until all bytes are on disk, against power loss.")] = True
+    overwrite: Annotated[bool, Option(REPLACE)] = False
+    sources: Annotated[tuple[Path, ...], Field(strict=False)] = ()
+
+
+class AverageOptions(CommandOptions):
+    """The options of averaging.
+
+    Attributes:
+        model: The model that was trained, if it was moved, or if transformers' Trainer saved the checkpoints.
+        last: Number of checkpoints, counted from the last.
+        dtype: `keep` for the model's own dtypes, or the dtype that all tensors are cast to.
+        overwrite: Replace an existing output of this tool at the very end; nothing else is ever replaced.
+        progress: Called with the number of bytes just written.
+    """
+
+    model: Annotated[
+        Path | None,
+        Option(
+            "The model that was trained, with its frozen tensors; required for checkpoints of Trainer.",
+            default="where it was",
+        ),
+    ] = None
+    last: Annotated[int, Field(ge=1), Option("Number of checkpoints, counted from the last; 5 in the paper.")] = LAST
+    dtype: Annotated[Dtype, Option("keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")] = KEEP
+    overwrite: Annotated[bool, Option(REPLACE)] = False
+    progress: Callable[[int], None] | None = None
