@@ -105,10 +105,10 @@ def _foresee(request: "Request", *, as_json: bool) -> None:
     if as_json:
         emit_json(found.to_json())
     else:
-        _print_forecast(found)
+        print_forecast(found)
 
 
-def _print_forecast(forecast: "Forecast") -> None:
+def print_forecast(forecast: "Forecast") -> None:
     """Print a table of the tasks, and lines for a step, a device and the whole run."""
     out = console()
     tasks = table("task", "of a block", "raw tokens", "encoder", "labels", "sentinels", right=(1, 2, 3, 4, 5))

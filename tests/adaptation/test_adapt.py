@@ -193,7 +193,7 @@ def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: 
     manifest = json.loads((tmp_path / "run/model/t5g2.json").read_text())
     assert manifest["adaptation"]["settings"]["teacher"] == teacher
     with pytest.raises(UsageError, match=r"teacher sha256 .*, now null"):
-        run(replace(request, teacher=None, resume=True))
+        run(changed(request, kd=None, resume=True))
 
 
 @pytest.mark.usefixtures("one_process")
@@ -243,20 +243,19 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
 
 @pytest.mark.usefixtures("one_process")
 def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Path, tmp_path: Path) -> None:
-    from t5g2convert.cli.adapt import _print_forecast
-
     from t5g2convert.adaptation.data.documents import read_files
     from t5g2convert.adaptation.data.pack import pack
+    from t5g2convert.cli.adapt import print_forecast
 
     pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
     request = replace(request_of(small, tmp_path / "run", settings_of(image_every=1)), data=tmp_path / "data")
     told = foresee(request)
-    _print_forecast(told)
+    print_forecast(told)
     assert (told.steps, told.image_steps, told.tasks, told.corpus, told.epochs) == (4, 4, (), 0, 0.0)
     _, steps = run(request)
     assert [step.kind for step in steps] == ["images"] * 4
     with pytest.raises(UsageError, match="--kd applies only to text"):
-        foresee(replace(request, kd=small / "parent"))
+        foresee(changed(request, kd=small / "parent"))
     with pytest.raises(DataError, match="the corpus has 0 tokens"):
         foresee(replace(request, settings=settings_of(image_every=2)))
 
