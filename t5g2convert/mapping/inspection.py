@@ -1,7 +1,7 @@
-"""What a checkpoint is, from its config and headers: `t5g2 inspect`.
+"""Describe a checkpoint from its config and headers, for `t5g2 inspect`.
 
-A source is read through the rows of its map, a T5Gemma or T5Gemma 2 folder against the tensors that its config
-implies. Unlike a plan, an inspection describes what is wrong instead of refusing it.
+A source is compared with the rows of its map, a T5Gemma or T5Gemma 2 folder with the tensors that its config implies.
+Unlike a plan, an inspection lists problems instead of refusing the checkpoint.
 """
 
 from collections import Counter
@@ -26,16 +26,16 @@ from t5g2convert.mapping.row_resolution import dropped_names
 from t5g2convert.mapping.schema import Row, WeightMap, count_parameters
 
 DROPPED: Final = "dropped"
-"""Part of a tensor that the map leaves behind, and that is no parameter of its own."""
+"""Part of a tensor that the map drops."""
 
 TIED: Final = "tied copy"
-"""Part of an encoder-decoder's tensor that repeats the embedding."""
+"""Part of an encoder-decoder's tensor that repeats the embedding table."""
 
 UNEXPECTED: Final = "unexpected"
-"""Part of a tensor that neither map nor config knows."""
+"""Part of a tensor that neither the map nor the config implies."""
 
 HEAD: Final = "head"
-"""Part of a tensor that another class puts on top, as a classifier's head."""
+"""Part of a tensor that another class adds, such as a classifier's head."""
 
 _TARGET_PREFIXES: Final = {
     "lm_head.": TIED,
@@ -49,7 +49,7 @@ _TARGET_PREFIXES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class InspectedTensor:
-    """A tensor of the checkpoint, and the part that it belongs to."""
+    """A tensor of the checkpoint, and its part."""
 
     name: str
     part: str
@@ -60,22 +60,22 @@ class InspectedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a checkpoint is.
+    """The description of a checkpoint.
 
     Attributes:
-        path: The folder; of a model of the Hub, that in the Hub's cache.
+        path: The folder; for a model of the Hub, its folder in the Hub's cache.
         family: The `model_type` of its config.
-        layout: Root to the spelling found; for an encoder-decoder `{"names": "published"}`, the spelling of each root
-            where loaders take other names too, or `another than the published one` where tensors are missing.
+        layout: The spelling of each root. For an encoder-decoder `{"names": "published"}`, the spelling of each root if
+            loaders also accept other names, or `another than the published one` if tensors are missing.
         parameters: Number of parameters by part, with `total`; tied copies are not counted.
         dtypes: Number of parameters by safetensors dtype.
         files: Bytes by safetensors file.
         facts: The settings that decide what the model computes, by their names in config.json.
-        missing: Names that the config implies and that are not there.
-        unexpected: Names that neither map nor config knows.
+        missing: Names that the config implies and the checkpoint lacks.
+        unexpected: Names that neither the map nor the config implies.
         tensors: All tensors, in the order of their names.
-        notes: What else was found.
-        hub: The model of the Hub that it is, if it is one.
+        notes: Other findings.
+        hub: The model of the Hub, if it is one.
     """
 
     path: Path
@@ -93,12 +93,12 @@ class Inspection:
 
     @property
     def title(self) -> str:
-        """What it is and where it is from."""
+        """Return the family and origin."""
         place = str(self.path) if self.hub is None else f"{self.hub.repo}@{self.hub.revision}"
         return f"{self.family} in {place}"
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
-        """What `t5g2 inspect --json` prints."""
+        """Return the document of `t5g2 inspect --json`."""
         document: dict[str, Any] = {
             "path": str(self.path),
             "family": self.family,
@@ -128,14 +128,17 @@ class Inspection:
 
 
 def inspect(source: Path | str) -> Inspection:
-    """Describe a Gemma, T5Gemma or T5Gemma 2 checkpoint; no tensor's bytes are read.
+    """Describe a Gemma, T5Gemma or T5Gemma 2 checkpoint without reading any weights.
+
+    Example:
+        >>> inspect("google/gemma-3-270m").parameters["total"]
 
     Args:
-        source: A folder; a str may also be a model of the Hub, org/name[@revision].
+        source: A folder; a str may also name a model of the Hub, org/name[@revision].
 
     Raises:
-        CheckpointError: It is not a sound checkpoint, or of a family that is not known.
-        HubError: The Hub has no such model, does not give it out, or cannot be reached.
+        CheckpointError: The checkpoint is damaged, or its family is unknown.
+        HubError: The Hub does not have the model, refuses it, or cannot be reached.
     """
     checkpoint = open_source(source, allow_unheld=True)
     target = TARGETS.get(str(checkpoint.config.get("model_type")))
@@ -184,12 +187,12 @@ def _rope_facts(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _source_part(row: Row) -> str:
-    """A decoder-only source is all decoder: what serves both stacks counts there."""
+    """Return the part of a row in a decoder-only source: a tensor of both stacks counts as decoder."""
     return "decoder" if "decoder" in row.to else next(iter(row.to))
 
 
 def _dropped_names(weight_map: WeightMap, model: SourceModel, layout: Mapping[str, str]) -> set[str]:
-    """The names of what the map leaves behind, by itself or as an option asks."""
+    """Return the names that the map drops, with or without an option."""
     drops = (drop for drop in weight_map.drop if drop.applies(model.features))
     return {name for drop in drops for _, name in dropped_names(drop, layout, model.dims)}
 

@@ -1,14 +1,17 @@
 """Name patterns. The grammar, in full:
 
     pattern     = [ root ] literal { index literal }
-    root        = "{text}" | "{vision}" | ...      a key of the map's `roots`, first in the pattern, stands for one of
-                                                   its spellings
-    index       = "{layer}" | "{vision_layer}"     digits without leading zeros, below the depth that the config says;
-                | "{encoder_layer}" | ...          the stacks of a source that is an encoder-decoder have each its own
-    literal     = any characters but braces        matched as they are
+    root        = "{text}" | "{vision}" | ...      a key of the map's `roots`, only at the start of the pattern; one of
+                                                   its spellings replaces it
+    index       = "{layer}" | "{vision_layer}"     a layer's number without leading zeros, less than the config's depth;
+                | "{encoder_layer}" | ...          an encoder-decoder has an index for each stack
+    literal     = any characters except braces     matched exactly
 
-Nothing is ever searched: a pattern is *expanded* over the layers of the model at hand into whole names, which are
-looked up. So a name can't match by accident, and a layer too many or too few is a name that is left over.
+No name is searched for: a pattern is *expanded* over the layers of the model into whole names, which are looked up. So
+a name cannot match by accident, and a layer too many or too few is an unused or a missing name.
+
+    >>> [name for _, name in expand("{text}layers.{layer}.mlp", {"text": "model."}, {"layers": 2})]
+    ['model.layers.0.mlp', 'model.layers.1.mlp']
 """
 
 import re
@@ -21,34 +24,34 @@ INDEX_RANGES: Final = {
     "decoder_layer": "decoder_layers",
     "vision_layer": "vision_layers",
 }
-"""Index placeholder to the dim that says how far it counts."""
+"""Index placeholder to the dimension that limits it."""
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 def placeholders(pattern: str) -> list[str]:
-    """The names in braces, in order."""
+    """Return the names in braces, in order."""
     return _PLACEHOLDER.findall(pattern)
 
 
 def root_of(pattern: str) -> str | None:
-    """The root of a pattern, if it has one."""
+    """Return the root of a pattern, if it has one."""
     first = _PLACEHOLDER.match(pattern)
     return first[1] if first and first[1] not in INDEX_RANGES else None
 
 
 def index_of(pattern: str) -> str | None:
-    """The index placeholder of a pattern, if it has one."""
+    """Return the index placeholder of a pattern, if it has one."""
     return next((name for name in placeholders(pattern) if name in INDEX_RANGES), None)
 
 
 def unknown_placeholder(pattern: str, roots: Mapping[str, object]) -> str | None:
-    """The first name in braces that is neither root nor index."""
+    """Return the first name in braces that is neither a root nor an index."""
     return next((name for name in placeholders(pattern) if name not in INDEX_RANGES and name not in roots), None)
 
 
 def pattern_fault(pattern: str, roots: Mapping[str, object], dims: Collection[str]) -> str | None:
-    """Why a pattern is not of the grammar, or None; `dims` are those that the source's family has."""
+    """Return why a pattern is not valid for a source with these dimensions, or None."""
     names = placeholders(pattern)
     if "{" in _PLACEHOLDER.sub("", pattern) or "}" in _PLACEHOLDER.sub("", pattern):
         return "unbalanced braces"
@@ -69,13 +72,13 @@ def pattern_fault(pattern: str, roots: Mapping[str, object], dims: Collection[st
 def expand(
     pattern: str, roots: Mapping[str, str], dims: Mapping[str, int], layers: Iterable[int] | None = None
 ) -> Iterator[tuple[int | None, str]]:
-    """All names that a pattern stands for, each with its layer (None for a pattern without index).
+    """Yield all names of a pattern, each with its layer (None for a pattern without an index).
 
     Args:
         pattern: The pattern.
         roots: The spelling of each root.
-        dims: Sizes; they say how far an index counts.
-        layers: What the index counts, if not all layers.
+        dims: The model's sizes, which limit the index.
+        layers: The layers to expand; None for all.
     """
     root = root_of(pattern)
     if root is not None:

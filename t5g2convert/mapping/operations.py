@@ -1,8 +1,7 @@
-"""The closed set of operations: how a target tensor's bytes come about from the source tensor that its row names.
+"""The closed set of operations that make a target tensor from the source tensor of its row.
 
-An operation stands in a row as one key, `op: {take_rows: vocab}`; a row without `op` is a copy. Each class is both the
-schema of that key and the rule for the target's shape; the bytes are made by `conversion.contents`, which has one rule
-for each class (a test compares the two lists).
+A row has an operation as one key, `op: {take_rows: vocab}`; without `op` it is a copy. Each class is the schema of its
+key and the rule for the target's shape; `conversion` has one rule for the bytes of each class (a test compares them).
 """
 
 from collections.abc import Iterator
@@ -16,49 +15,47 @@ Size = Annotated[int, Field(ge=0)] | str
 
 def _only_true(value: bool) -> bool:
     if not value:
-        raise ValueError("expected true; without zeros leave the operation out")
+        raise ValueError("expected true; leave the operation out for a copy")
     return value
 
 
 class Operation(BaseModel):
-    """What all operations share."""
+    """The base of all operations."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     carries: ClassVar[bool] = True
-    """Whether the source tensor is accounted for by this row (False: it is only looked at)."""
+    """Whether the row uses the source tensor up; if False, another row must use it too."""
 
     def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
-        """The target's shape, from the row's `shape`."""
+        """Return the target's shape, from the row's `shape`."""
         return source
 
     def sizes(self) -> Iterator[Size]:
-        """The sizes that the operation itself names."""
+        """Yield the sizes that the operation itself names."""
         yield from ()
 
 
 class Copy(Operation):
-    """All bytes as they are (cast first where the conversion changes the dtype)."""
+    """All values unchanged, cast first if the conversion changes the dtype."""
 
 
 class TakeRows(Operation):
-    """The first rows of a table, `take_rows: COUNT`; the rest is left behind."""
+    """The first rows of a table, `take_rows: COUNT`; the rest is not used."""
 
     take_rows: Size
 
     def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
-        """The first axis becomes the row count."""
         return (self.take_rows, *source[1:])
 
     def sizes(self) -> Iterator[Size]:
-        """The row count."""
         yield self.take_rows
 
 
 class ScaledRow(Operation):
     """One row of a table times the square root of its width, `scaled_row: TOKEN`, rounded as the source model rounds.
 
-    A vector of zeros where the table has no such row.
+    If the table has no such row, a vector of zeros.
     """
 
     carries: ClassVar[bool] = False
@@ -66,16 +63,14 @@ class ScaledRow(Operation):
     scaled_row: Size
 
     def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
-        """The row axis goes."""
         return source[1:]
 
     def sizes(self) -> Iterator[Size]:
-        """The row's number."""
         yield self.scaled_row
 
 
 class Zeros(Operation):
-    """A constant tensor of zeros that needs no source, `zeros: true`; the row has no `from`."""
+    """A tensor of zeros, `zeros: true`; the row has no `from`."""
 
     carries: ClassVar[bool] = False
 
@@ -83,30 +78,28 @@ class Zeros(Operation):
 
 
 class AlignedWith(BaseModel):
-    """Where an aligned matrix leads, and the tables that say how."""
+    """The target width of an aligned matrix, and the tables that it is computed from."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    to: Size = Field(description="The width that it leads to.")
-    tables: str = Field(description="Pattern of the embedding table, in the donor and in the source.")
+    to: Size = Field(description="Width of the result.")
+    tables: str = Field(description="Pattern of the embedding table of both donor and source.")
 
 
 class Aligned(Operation):
-    """A projector of the donor carried into the source's space, `aligned: {to: WIDTH, tables: PATTERN}`.
+    """A donor's projector mapped into the source's space, `aligned: {to: WIDTH, tables: PATTERN}`.
 
-    The map between the spaces is the least-squares one between both embedding tables.
+    The linear map between the spaces is the least-squares fit of one embedding table to the other.
     """
 
     aligned: AlignedWith
 
     def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
-        """The last axis becomes the width."""
         return (*source[:-1], self.aligned.to)
 
     def sizes(self) -> Iterator[Size]:
-        """The width."""
         yield self.aligned.to
 
 
 AnyOperation = TakeRows | ScaledRow | Zeros | Aligned
-"""What `op:` may hold; without it a row is a `Copy`."""
+"""The values of `op:`; a row without it is a `Copy`."""

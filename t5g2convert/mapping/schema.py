@@ -1,4 +1,4 @@
-"""What a weight map may say: its YAML as frozen types. `mapping.weightmap` loads one from a file, with all checks."""
+"""The schema of weight maps, as frozen types; `mapping.weightmap` loads a map from a file and checks it."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from t5g2convert.mapping.source_families import FAMILIES, source_variants
 
 Part = Literal["embedding", "encoder", "decoder", "vision", "projector"]
 PARTS: tuple[Part, ...] = get_args(Part)
-"""The parts of the target, in the order of tables."""
+"""The parts of a target, in the order of tables."""
 
 _BY_KEY: dict[str, type[Operation]] = {
     "take_rows": TakeRows,
@@ -36,13 +36,13 @@ _BY_KEY: dict[str, type[Operation]] = {
 
 
 class Declaration(BaseModel):
-    """Frozen, strictly typed, and closed: an unknown key is an error."""
+    """The base of all sections of a map: frozen, strictly typed, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 def _operation(value: object) -> object:
-    """Choose the operation by its key, so that a wrong one gets one error and not one for each class."""
+    """Choose the operation by its key, so that a wrong one gives one error instead of one for each class."""
     if value is None or isinstance(value, Operation):
         return value or Copy()
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in _BY_KEY:
@@ -54,7 +54,7 @@ def _names(value: object) -> object:
     if not isinstance(value, str) and not (
         isinstance(value, list) and value and all(isinstance(name, str) for name in value)
     ):
-        raise ValueError("expected the pattern of a name, or a list of such patterns")
+        raise ValueError("expected a name pattern, or a list of name patterns")
     return value
 
 
@@ -70,13 +70,13 @@ def _file_name(name: str) -> str:
 
 def _spelling(prefix: str) -> str:
     if "{" in prefix or "}" in prefix:
-        raise ValueError("a spelling is a prefix as it stands, without braces")
+        raise ValueError("a spelling is a literal prefix; it has no braces")
     return prefix
 
 
 def _token_text(token: str) -> str:
     if not re.fullmatch(r'[^\s,:\[\]{}"\\\x00-\x1f][^"\\\x00-\x1f]*', token):
-        raise ValueError("expected a token that JSON writes as it stands")
+        raise ValueError("expected a token that JSON writes without escapes")
     return token
 
 
@@ -88,10 +88,10 @@ TokenText = Annotated[str, AfterValidator(_token_text)]
 Spelling = Annotated[str, AfterValidator(_spelling)]
 
 DropOption = Literal["drop_heads"]
-"""Options that a drop may wait for."""
+"""Options that a drop may depend on."""
 
 RESERVED_FILES = frozenset({"config.json", "generation_config.json", "t5g2.json", INDEX_FILE})
-"""What a conversion writes, and so carries over from no source."""
+"""Files that a conversion writes itself, and so never copies from a source."""
 
 
 class Source(Declaration):
@@ -106,91 +106,91 @@ class Target(Declaration):
     """The target family."""
 
     model_type: Annotated[TargetType | list[TargetType], BeforeValidator(_names)] = Field(
-        description="The model_type of its config.json, or those that it may be."
+        description="The model_type of the target's config.json, or a list if the config decides."
     )
     architecture: str = Field(description="The class that loads the output.")
     roots: dict[str, Any] = Field(
         default_factory=dict,
-        description="Name of a prefix of target names to the prefix, which may be a case as in config.",
+        description="Name of a root of target names to its prefix, which may be a case as in config.",
     )
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """All of them."""
+        """Return all of them."""
         return (self.model_type,) if isinstance(self.model_type, str) else tuple(self.model_type)
 
 
 class Vocabulary(Declaration):
-    """Which rows of the embedding table are real."""
+    """The rows of the embedding table that the target keeps."""
 
     cut: dict[PositiveInt, PositiveInt] = Field(
         default_factory=dict,
-        description="Rows in the source to rows in the target, where no id in use lies in those that go; "
+        description="Rows in the source to rows in the target, applied if no id in use is in the rows that are cut; "
         "tables of other lengths are kept.",
     )
     moved: dict[str, NonNegativeInt] = Field(
         default_factory=dict,
-        description="Token id by the name of its config value, used where the source's lies past the cut.",
+        description="Name of a config value to the token id that replaces the source's if that is past the cut.",
     )
 
 
 class Row(Declaration):
-    """One distinct tensor: where it comes from, where it goes, its shape, and the operation if it is no copy."""
+    """One tensor: its source, its targets, its shape, and the operation if it is not a copy."""
 
     from_: str | None = Field(default=None, alias="from", description="Pattern of the source tensor's name.")
     to: dict[Part, Names] = Field(
         min_length=1, description="Part of the target to pattern of the target tensor's name, or to several patterns."
     )
     tied: list[str] = Field(
-        default_factory=list, description="Parameters that share the first target's storage and so are not written."
+        default_factory=list, description="Parameters that share the first target's storage and are not written."
     )
     shape: list[Size] = Field(description="The source tensor's shape, as numbers and dimensions.")
     op: Annotated[AnyOperation | Copy, BeforeValidator(_operation)] = Field(
-        default=Copy(), description="take_rows, scaled_row, zeros or aligned; a copy without it."
+        default=Copy(), description="take_rows, scaled_row, zeros or aligned; a copy by default."
     )
     merged_attention: bool = Field(
-        default=False, description="The decoder's joint self- and cross-attention reads this self-attention tensor."
+        default=False, description="The decoder's merged self- and cross-attention uses this self-attention tensor."
     )
-    when: Feature | None = Field(default=None, description="The row holds only for such sources.")
+    when: Feature | None = Field(default=None, description="The row applies only to sources with this feature.")
 
     @property
     def targets(self) -> tuple[tuple[Part, str], ...]:
-        """Part and pattern of every target."""
+        """Return the part and pattern of every target."""
         return tuple(
             (part, name) for part, names in self.to.items() for name in ([names] if isinstance(names, str) else names)
         )
 
     @property
     def target_shape(self) -> tuple[Size, ...]:
-        """Shape of every target, as numbers and dimensions."""
+        """Return the shape of every target, as numbers and dimensions."""
         return self.op.target_shape(tuple(self.shape))
 
     def applies(self, features: frozenset[str]) -> bool:
-        """Whether the row holds for a source."""
+        """Return whether the row applies to a source with these features."""
         return self.when is None or self.when in features
 
 
 class Drop(Declaration):
-    """Source tensors that are left behind on purpose, for one reason."""
+    """Source tensors that are dropped on purpose, for one reason."""
 
     from_: Names = Field(alias="from", description="Pattern of the source tensor's name, or several patterns.")
     because: str = Field(description="The reason, shown in every plan.")
     must_equal: str | None = Field(
         default=None,
-        description="Pattern of a tensor that it must repeat value by value; the conversion is refused otherwise.",
+        description="Pattern of a tensor that must have the same values; the conversion is refused otherwise.",
     )
     option: DropOption | None = Field(
-        default=None, description="The drop holds only where this option is given; such a tensor is refused otherwise."
+        default=None, description="The drop applies only with this option; without it such a tensor is refused."
     )
-    when: Feature | None = Field(default=None, description="The drop holds only for such sources.")
+    when: Feature | None = Field(default=None, description="The drop applies only to sources with this feature.")
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """All patterns."""
+        """Return all patterns."""
         return (self.from_,) if isinstance(self.from_, str) else tuple(self.from_)
 
     def applies(self, features: frozenset[str]) -> bool:
-        """Whether the drop holds for a source, if its option is given."""
+        """Return whether the drop applies to a source with these features, if its option is given."""
         return self.when is None or self.when in features
 
 
@@ -198,15 +198,15 @@ Length = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
 
 
 class PresetSettings(Declaration):
-    """What a preset may set, by the names of config values: what a plan declares as changed, and nothing else."""
+    """The config values that a preset may set; a plan declares each as changed."""
 
-    rope_full_factor: Positive | None = Field(default=None, description="Full layers divide positions by it.")
+    rope_full_factor: Positive | None = Field(default=None, description="Factor that full layers divide positions by.")
     rope_full_theta: Positive | None = Field(default=None, description="Base of the frequencies of full layers.")
-    rope_sliding_theta: Positive | None = Field(default=None, description="The same of sliding layers.")
-    rope_factor: Positive | None = Field(default=None, description="All layers divide positions by it.")
+    rope_sliding_theta: Positive | None = Field(default=None, description="Base of the frequencies of sliding layers.")
+    rope_factor: Positive | None = Field(default=None, description="Factor that all layers divide positions by.")
     rope_theta: Positive | None = Field(default=None, description="Base of the frequencies of all layers.")
     sliding_window: Length | None = Field(default=None, description="Tokens that a sliding layer sees.")
-    max_position_embeddings: Length | None = Field(default=None, description="Tokens of the longest input.")
+    max_position_embeddings: Length | None = Field(default=None, description="Length of the longest input, in tokens.")
 
     @model_validator(mode="after")
     def _sets_something(self) -> Self:
@@ -216,51 +216,51 @@ class PresetSettings(Declaration):
 
     @property
     def given(self) -> Mapping[str, Any]:
-        """Those that stand there."""
+        """Return the settings that the preset has."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
 
 class Preset(Declaration):
-    """Settings that go together, by the names of config values."""
+    """Settings that belong together, by the names of config values."""
 
     requires: dict[str, int | float] = Field(description="Config values that the source must have.")
     settings: PresetSettings = Field(description="Config values of the target.")
     assumed: list[str] = Field(
-        default_factory=list, description="Those of the settings that are ours; the plan says which."
+        default_factory=list, description="Settings that no publication confirms; the plan names them."
     )
 
 
 class MovedToken(Declaration):
-    """What the tokenizer calls a token whose id moves, and the token that gives way to it."""
+    """A token with an id that moves, and the token that it replaces."""
 
-    id: str = Field(description="Name of the config value that moves, one of vocabulary.moved.")
+    id: str = Field(description="Name of the config value, one of vocabulary.moved.")
     token: TokenText = Field(description="The token.")
-    replaces: TokenText = Field(description="The token that has the new id in the source's tokenizer, and goes.")
+    replaces: TokenText = Field(description="The token that has the new id in the source's tokenizer; it is removed.")
 
 
 class TokenizerFiles(Declaration):
-    """tokenizer.json and tokenizer_config.json, made from the source's."""
+    """How tokenizer.json and tokenizer_config.json are made from the source's."""
 
     moved: list[MovedToken] = Field(default_factory=list, description="One for each of vocabulary.moved.")
-    special: list[TokenText] = Field(default_factory=list, description="Tokens that become special where one moves.")
+    special: list[TokenText] = Field(default_factory=list, description="Tokens that become special if a token moves.")
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="Keys that tokenizer_config.json gets where the source's lacks them; null takes one away.",
+        description="Keys added to tokenizer_config.json if the source's lacks them; null removes a key.",
     )
 
 
 class Files(Declaration):
-    """What stands beside the weights."""
+    """The files next to the weights."""
 
     carry: list[FileName] = Field(
         default_factory=list,
-        description=f"File names, copied where the source has them; {TEMPLATES_FOLDER} stands for its *.jinja.",
+        description=f"Files to copy if the source has them; {TEMPLATES_FOLDER} means its *.jinja files.",
     )
-    tokenizer: TokenizerFiles | None = Field(default=None, description="Makes the tokenizer's files.")
+    tokenizer: TokenizerFiles | None = Field(default=None, description="How the tokenizer's files are made.")
     processor: dict[str, Any] | None = Field(
         default=None,
-        description="Makes processor_config.json for a source with images, in the form of config; "
-        "the source's own settings of the image processor win.",
+        description="processor_config.json for a source with images, a template as config; "
+        "the source's own settings of the image processor take precedence.",
     )
 
 
@@ -286,34 +286,34 @@ class WeightMap(Declaration):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="What --mapping and the manifest call it.")
     title: str = Field(description="One line for lists.")
     extracts: Literal["encoder", "decoder"] | None = Field(
-        default=None, description="The part of an encoder-decoder that the map takes out; `t5g2 extract --part`."
+        default=None, description="The part that the map extracts from an encoder-decoder; `t5g2 extract --part`."
     )
     source: Source
     target: Target
     requires: dict[str, Any] = Field(
         default_factory=dict,
-        description="Config values that the source must have, the target having no others, in the form of config.",
+        description="Config values that the source must have, because the target has no others; a template as config.",
     )
     roots: dict[str, Annotated[list[Spelling], Field(min_length=1)]] = Field(
-        description="Name of a family of tensors to the spellings of its prefix; one of them is in a checkpoint."
+        description="Name of a root to the spellings of its prefix; a checkpoint has exactly one of them."
     )
     vocabulary: Vocabulary = Field(default=Vocabulary())
     weights: list[Row] = Field(min_length=1)
     drop: list[Drop] = Field(default_factory=list)
-    presets: dict[str, Preset] = Field(default_factory=dict, description="What --preset may name.")
+    presets: dict[str, Preset] = Field(default_factory=dict, description="The presets of --preset.")
     config: dict[str, Any] = Field(
-        description="config.json of the target; $name is a value of the source's config, $encoder.name and "
-        "$decoder.name are values of that stack's own parent."
+        description="config.json of the target, a template; $name is a value of the source's config, $encoder.name "
+        "and $decoder.name are values of that stack's own parent."
     )
     generation_config: dict[str, Any] | None = Field(
         default=None,
-        description="What generation_config.json of the target gets where the source has none, in the same form; "
-        "all else in it is carried. None for what writes no text.",
+        description="Keys added to generation_config.json if the source's lacks them, a template as config; all "
+        "other keys are copied. None for a target that does not generate.",
     )
     files: Files = Field(default=Files())
 
 
 def count_parameters(counted: Mapping[str, int]) -> dict[str, int]:
-    """Parameters by part, in the order of tables, with their total."""
+    """Return the number of parameters by part, in the order of tables, with the total."""
     by_part: dict[str, int] = {part: counted.get(part, 0) for part in PARTS}
     return {**by_part, "total": sum(by_part.values())}

@@ -1,6 +1,6 @@
-"""The families that a map may convert from: for each `model_type`, the reader of its config and the terms it defines.
+"""The families that a map can convert from: the reader of each `model_type`'s config, and the terms that maps may use.
 
-A new family is a reader in `t5g2convert.checkpoint` that returns a `SourceModel`, and an entry here.
+To add a family, add a reader to `t5g2convert.checkpoint.families` that returns a `SourceModel`, and an entry here.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -14,15 +14,15 @@ from t5g2convert.checkpoint.families.config_section import SourceModel
 
 
 @dataclass(frozen=True)
-class Family:
-    """How to read the configs of one family.
+class SourceFamily:
+    """A family of sources.
 
     Attributes:
-        read: From the config and its path to the model.
-        example: The smallest config that `read` accepts; the terms that maps may use are taken from it.
-        variants: The sets of features that hold together; `when:` and `case:` may ask for any of them.
-        read_held: The same as `read`, with the names of the checkpoint's tensors, for a family whose config alone does
-            not say what a checkpoint is.
+        read: Reads the model from its config and the config's path.
+        example: The smallest config that `read` accepts; it defines the terms that maps may use.
+        variants: The sets of features that a source can have; `when:` and `case:` may name any of them.
+        read_held: Reads the model from its config, the config's path and the names of the checkpoint's tensors, for a
+            family with configs that are ambiguous without these names.
     """
 
     read: Callable[[Mapping[str, Any], Path], SourceModel]
@@ -32,7 +32,7 @@ class Family:
 
     @cached_property
     def terms(self) -> SourceModel:
-        """A model of this family, asked only for the names of its dims and values."""
+        """Return a model of this family that has the names of its dimensions and values."""
         return self.read(self.example, Path("example"))
 
 
@@ -50,20 +50,20 @@ _T5GEMMA2_TOWER: Final = {
     "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1, "image_size": 1, "patch_size": 1,
 }  # fmt: skip
 
-FAMILIES: Final[Mapping[str, Family]] = {
-    gemma3.MULTIMODAL: Family(
+FAMILIES: Final[Mapping[str, SourceFamily]] = {
+    gemma3.MULTIMODAL: SourceFamily(
         gemma3.read_gemma3,
         {"model_type": gemma3.MULTIMODAL, "text_config": {}, "vision_config": {}, "mm_tokens_per_image": 49},
         _GEMMA3_VARIANTS,
         read_held=gemma3.read_gemma3,
     ),
-    gemma3.TEXT_ONLY: Family(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}, _GEMMA3_VARIANTS),
-    gemma2.MODEL_TYPE: Family(
+    gemma3.TEXT_ONLY: SourceFamily(gemma3.read_gemma3, {"model_type": gemma3.TEXT_ONLY}, _GEMMA3_VARIANTS),
+    gemma2.MODEL_TYPE: SourceFamily(
         gemma2.read_gemma2,
         {"model_type": gemma2.MODEL_TYPE},
         (frozenset({"text_only", "tied"}), frozenset({"text_only", "untied"})),
     ),
-    t5gemma2.MODEL_TYPE: Family(
+    t5gemma2.MODEL_TYPE: SourceFamily(
         t5gemma2.read_t5gemma2,
         {
             "model_type": t5gemma2.MODEL_TYPE,
@@ -77,5 +77,5 @@ FAMILIES: Final[Mapping[str, Family]] = {
 
 
 def source_variants(model_types: Iterable[str]) -> tuple[frozenset[str], ...]:
-    """The sets of features that may hold for a source of these families."""
+    """Return the sets of features that a source of these families can have."""
     return tuple(dict.fromkeys(variant for name in model_types for variant in FAMILIES[name].variants))

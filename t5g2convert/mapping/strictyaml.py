@@ -1,7 +1,7 @@
 """A strict YAML reader: plain mappings, lists and scalars, with the position of every node.
 
-YAML as PyYAML reads it has traps: a key given twice wins silently, `no` is a boolean, `12:30` is 750, `010` is 8, a tag
-builds an object, an alias multiplies. All are refused here with `file:line:column` and a caret.
+YAML as PyYAML reads it has traps: of two equal keys the last one wins silently, `no` is a boolean, `12:30` is 750,
+`010` is 8, a tag builds an object, aliases grow exponentially. All are refused with `file:line:column` and a caret.
 """
 
 import re
@@ -18,13 +18,13 @@ from t5g2convert.printable import printable
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 32
 MAX_DIGITS: Final = 18
-"""Digits of a number; every such number fits into 64 bits."""
+"""Most digits of a number; every such number fits into 64 bits."""
 
 SHOWN_COLUMNS: Final = 200
-"""Columns of a line that an error shows."""
+"""Most columns of a line that an error shows."""
 
 NodePath = tuple[str | int, ...]
-"""Where a node stands in the document: the keys and list positions that lead to it."""
+"""The place of a node in the document: the keys and list positions that lead to it."""
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)\Z")
@@ -42,7 +42,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A parsed file: plain Python data, and where each node of it stands."""
+    """A parsed file: plain Python data, and the position of each node."""
 
     path: Path
     text: str
@@ -50,7 +50,7 @@ class Document:
     positions: dict[NodePath, Position] = field(repr=False)
 
     def error(self, reason: str, at: NodePath = (), *, hint: str | None = None) -> MappingError:
-        """An error at a node: the nearest enclosing one that has a position."""
+        """Return an error that points at a node, or at the nearest enclosing node with a position."""
         while at and at not in self.positions:
             at = at[:-1]
         return _error(self.path, self.text, self.positions[at], reason, hint)
@@ -85,7 +85,7 @@ def load_yaml(path: Path, *, until: str | None = None) -> Document:
 
 
 def _position(text: str, index: int) -> Position:
-    """The line and column of a character."""
+    """Return the line and column of a character."""
     line_start = text.rfind("\n", 0, index) + 1
     return Position(text.count("\n", 0, index), index - line_start)
 
@@ -98,12 +98,12 @@ def _error(path: Path, text: str, at: Position, reason: str, hint: str | None = 
         character if character.isprintable() or character == "\t" else "\N{REPLACEMENT CHARACTER}" for character in line
     )
     caret = f"\n  {shown[start : start + SHOWN_COLUMNS]}\n  {' ' * (at.column - start)}^"
-    # The only line ends of an error are those of the excerpt.
+    # The excerpt's line ends are the only ones in an error.
     return MappingError(printable(reason) + caret, where=f"{path}:{at.line + 1}:{at.column + 1}", hint=hint)
 
 
 class _Reader:
-    """Builds data from PyYAML's events, which come without resolving tags, aliases or types."""
+    """Builds data from PyYAML's events; their tags, aliases and types are not resolved."""
 
     def __init__(self, path: Path, text: str, until: str | None = None) -> None:
         self.path, self.text, self.until = path, text, until
@@ -123,7 +123,7 @@ class _Reader:
                 self._next()
                 self._next()
                 if not isinstance(self.event, yaml.StreamEndEvent):
-                    raise self._refuse("a second document; a map is one")
+                    raise self._refuse("a second document; expected one")
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             at = Position(mark.line, mark.column) if mark else Position(0, 0)
@@ -143,17 +143,17 @@ class _Reader:
         return _error(self.path, self.text, Position(mark.line, mark.column), reason, hint)
 
     def _node(self, at: NodePath, depth: int) -> Any:
-        """The node that starts at the current event; on return the current event is its last."""
+        """Return the node that starts at the current event; afterwards the current event is the node's last."""
         event = self.event
         self.positions[at] = Position(event.start_mark.line, event.start_mark.column)
         if depth > MAX_DEPTH:
             raise self._refuse(f"nested more than {MAX_DEPTH} deep")
         if isinstance(event, yaml.AliasEvent):
-            raise self._refuse("an alias; maps have none, write it out")
+            raise self._refuse("an alias is not allowed; write it out")
         if event.anchor is not None:
-            raise self._refuse("an anchor; maps have none")
+            raise self._refuse("an anchor is not allowed")
         if event.tag is not None:
-            raise self._refuse(f"a tag, {event.tag}; maps have none")
+            raise self._refuse(f"a tag is not allowed: {event.tag}")
         if isinstance(event, yaml.MappingStartEvent):
             return self._mapping(at, depth)
         if isinstance(event, yaml.SequenceStartEvent):
@@ -168,13 +168,13 @@ class _Reader:
             key = self._node((*at, "<key>"), depth + 1)
             if type(key) not in (str, int):
                 self.event = key_event
-                raise self._refuse(f"the key {key!r}; keys are names")
+                raise self._refuse(f"the key {key!r} is not a name")
             if not at and key == self.until:
                 break
             if key == "<<":
-                raise self._refuse("a merge key; maps have none, write it out")
+                raise self._refuse("a merge key is not allowed; write it out")
             if key in result:
-                raise self._refuse(f"the key {key!r} again; a key stands once")
+                raise self._refuse(f"the key {key!r} is duplicated")
             key_position = self.positions.pop((*at, "<key>"))
             self._next()
             result[key] = self._node((*at, key), depth + 1)

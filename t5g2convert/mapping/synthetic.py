@@ -1,7 +1,7 @@
-"""A made source checkpoint: every tensor that a map asks of a config, with seeded random weights or none at all.
+"""Synthetic source checkpoints: every tensor that a map needs for a config, with seeded random weights or none.
 
-The demo and the benchmark convert such folders; with `seed=None` the weights are holes in a sparse file, which is
-enough to plan a model of any size.
+The demo and the benchmarks convert such folders. With `seed=None` the files are sparse and take no space, so a model of
+any size can be planned.
 """
 
 import json
@@ -18,7 +18,7 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.source_families import FAMILIES
 
 BLOCK_ELEMENTS: Final = 1 << 22
-"""Random numbers drawn at most; larger tensors repeat them, each from another position."""
+"""Most random numbers drawn; larger tensors repeat them, each from another position."""
 
 
 def write_synthetic_source(
@@ -33,9 +33,9 @@ def write_synthetic_source(
 
     Args:
         folder: An existing folder.
-        weight_map: The map whose rows say which tensors there are.
-        config: config.json of the source, written as it is.
-        seed: Seed of the weights (normal, standard deviation 0.05); None leaves them as holes that read as zeros.
+        weight_map: The map; its rows define the tensors.
+        config: config.json of the source, written unchanged.
+        seed: Seed of the weights (normal, standard deviation 0.05); None leaves holes that read as zeros.
         max_shard_bytes: Largest size of one file's tensors, in bytes.
     """
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -57,7 +57,7 @@ def write_synthetic_source(
 
 
 def source_tensors(weight_map: WeightMap, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that a map asks of a source with this config."""
+    """Yield the name and shape of every tensor that a map needs of a source with this config."""
     model = FAMILIES[config["model_type"]].read(config, Path("config.json"))
     layout = {root: spellings[0] for root, spellings in weight_map.roots.items()}
     if "text_only" in model.features:

@@ -1,8 +1,8 @@
-"""The target's config as a map writes it: plain JSON in which some values stand for values of the source.
+"""Templates of the target's files: plain JSON with placeholders for the source's values.
 
-* `$name` is the source's value of that name; `$vocab` and `$dtype` belong to the target.
+* `$name` is the source's value; `$vocab` and `$dtype` are the target's.
 * `$encoder.name` and `$decoder.name` are the values of that stack's own parent, with the layers that the stack takes.
-* `{case: {vision: X, text_only: Y}}` is X or Y, by which of the features holds for the source.
+* `{case: {vision: X, text_only: Y}}` is X or Y, depending on the source's features.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -12,17 +12,17 @@ from t5g2convert.checkpoint.inputs import STACKS
 from t5g2convert.mapping.strictyaml import NodePath
 
 TARGET_VALUES = ("vocab", "dtype")
-"""Names that are settled while planning, not read from the source's config."""
+"""Names of values that planning decides; they are not read from the source's config."""
 
 
 def value_names(names: Collection[str]) -> set[str]:
-    """What may stand behind a dollar sign in a config, for a family whose values have these names."""
+    """Return the names that may follow a dollar sign in a config, for a family with values of these names."""
     plain = [name for name in names if "." not in name]
     return {*names, *(f"{part}.{name}" for part in STACKS for name in plain), *TARGET_VALUES}
 
 
 def has_value(node: Any, name: str) -> bool:
-    """Whether a template asks for a value, by its name."""
+    """Return whether a template uses a value."""
     if isinstance(node, dict | list):
         return any(has_value(item, name) for item in (node.values() if isinstance(node, dict) else node))
     return bool(node == f"${name}")
@@ -31,13 +31,13 @@ def has_value(node: Any, name: str) -> bool:
 def template_faults(
     node: Any, names: set[str], variants: Collection[frozenset[str]], at: NodePath
 ) -> Iterator[tuple[str, NodePath, str | None]]:
-    """Every fault of a template: the reason, where it stands, and the unknown name if that is the reason.
+    """Yield every fault of a template: the reason, its place, and the unknown name if that is the reason.
 
     Args:
         node: The template.
-        names: What may stand behind a dollar sign.
-        variants: The sets of features that may hold; of the names of a case one must hold in each.
-        at: Where the template stands.
+        names: The names that may follow a dollar sign.
+        variants: The sets of features that a source can have; exactly one name of a case must be in each.
+        at: The template's place in the map.
     """
     if isinstance(node, str) and node.startswith("$"):
         if node[1:] not in names:
@@ -46,15 +46,19 @@ def template_faults(
         for position, item in enumerate(node):
             yield from template_faults(item, names, variants, (*at, position))
     elif isinstance(node, dict):
-        if "case" in node and (len(node) != 1 or not _settles(node["case"], variants)):
+        if "case" in node and (len(node) != 1 or not _covers(node["case"], variants)):
             known = ", ".join(sorted(frozenset().union(*variants)))
-            yield f"case must stand alone, and one of its names must hold for every source, of {known}", at, None
+            yield (
+                f"case must be the only key, and must have exactly one of its names for every source: {known}",
+                at,
+                None,
+            )
         for key, item in node.items():
             yield from template_faults(item, names, variants, (*at, key))
 
 
-def _settles(cases: Any, variants: Collection[frozenset[str]]) -> bool:
-    """Whether one of the cases holds in every variant, and each of them somewhere."""
+def _covers(cases: Any, variants: Collection[frozenset[str]]) -> bool:
+    """Return whether exactly one case applies in every variant, and every case in some variant."""
     if not isinstance(cases, dict):
         return False
     return all(len(variant & cases.keys()) == 1 for variant in variants) and cases.keys() <= frozenset().union(
@@ -63,7 +67,7 @@ def _settles(cases: Any, variants: Collection[frozenset[str]]) -> bool:
 
 
 def fill(node: Any, values: Mapping[str, Any], features: frozenset[str]) -> Any:
-    """The JSON that a template stands for; templates are checked when the map is loaded, so this cannot fail."""
+    """Return a template with its values. This cannot fail: templates are checked when the map is loaded."""
     if isinstance(node, str) and node.startswith("$"):
         return values[node[1:]]
     if isinstance(node, list):

@@ -1,4 +1,4 @@
-"""A weight map from its file, checked for everything that can be known without a model."""
+"""Load a weight map from its file, and check everything that can be checked without a model."""
 
 import hashlib
 from collections import defaultdict
@@ -23,7 +23,7 @@ from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults, v
 
 @dataclass(frozen=True, slots=True)
 class LoadedMap:
-    """A map, the file it came from, the sha256 of that file's bytes, and where everything stands in it."""
+    """A map, its file, the sha256 of the file, and the parsed file with the position of everything in it."""
 
     map: WeightMap
     path: Path
@@ -48,25 +48,25 @@ def load_map(path: Path) -> LoadedMap:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """A hint with the nearest known name, if one is near."""
+    """Return a hint with the nearest known name, if one is near."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else None
 
 
 Variants = tuple[frozenset[str], ...]
-"""The sets of features that may hold for a source of a map."""
+"""The sets of features that a source of a map can have."""
 
 Fault = tuple[str, NodePath, str | None]
-"""A reason, where it stands, and a hint."""
+"""A reason, its place, and a hint."""
 
 
 def _schema_error(document: Document, error: ValidationError) -> MappingError:
-    # A misspelt key is also a missing one; the spelling is what helps.
+    # A misspelt key is reported as missing and as unknown; the second helps more.
     errors = error.errors()
     first = errors[0]
     if first["type"] == "missing":
-        beside = (item for item in errors if item["loc"][:-1] == first["loc"][:-1])
-        first = next((item for item in beside if item["type"] == "extra_forbidden"), first)
+        siblings = (item for item in errors if item["loc"][:-1] == first["loc"][:-1])
+        first = next((item for item in siblings if item["type"] == "extra_forbidden"), first)
     at: NodePath = first["loc"]
     if first["type"] == "extra_forbidden":
         name = str(at[-1])
@@ -85,7 +85,7 @@ def _schema_error(document: Document, error: ValidationError) -> MappingError:
 
 
 def _known_keys(at: NodePath) -> list[str]:
-    """The keys of the declaration at a path of the schema."""
+    """Return the keys of the section at a path of the schema."""
     model: Any = WeightMap
     steps = iter(at[:-1])
     for step in steps:
@@ -104,7 +104,7 @@ def _known_keys(at: NodePath) -> list[str]:
 
 
 def _faults(weight_map: WeightMap) -> Iterator[Fault]:
-    """Everything wrong that the schema alone cannot see, in the order of the file."""
+    """Yield every fault that the schema cannot express, in the order of the file."""
     for position, model_type in enumerate(weight_map.source.model_type):
         if model_type not in FAMILIES:
             hint = did_you_mean(model_type, FAMILIES) or f"known: {', '.join(FAMILIES)}"
@@ -138,7 +138,7 @@ def _faults(weight_map: WeightMap) -> Iterator[Fault]:
 
 
 def _target_faults(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]:
-    """A target that no conversion leads to; a prefix that is none."""
+    """Yield unknown targets, and roots that are not plain prefixes."""
     for position, model_type in enumerate(weight_map.target.model_types):
         if model_type not in TARGETS:
             at: NodePath = ("target", "model_type", position)
@@ -151,17 +151,19 @@ def _target_faults(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]
         for variant in variants:
             if isinstance(prefix := fill(template, {}, variant), str) and not {"{", "}"} & set(prefix):
                 continue
-            yield "expected a prefix as it stands, without braces", at, None
+            yield "expected a literal prefix without braces", at, None
             break
 
 
 def _made_type_faults(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]:
-    """A config of another family than the target's."""
+    """Yield a fault if config.json would have another model_type than the target."""
     for variant in variants:
         made = fill(weight_map.config, defaultdict(lambda: None), variant).get("model_type")
         if made not in weight_map.target.model_types:
-            told = f"config.json would have model_type {made!r}, expected {' or '.join(weight_map.target.model_types)}"
-            yield told, ("config", "model_type"), None
+            reason = (
+                f"config.json would have model_type {made!r}, expected {' or '.join(weight_map.target.model_types)}"
+            )
+            yield reason, ("config", "model_type"), None
             return
 
 
@@ -174,13 +176,13 @@ def _condition_faults(items: Iterable[Row | Drop], variants: Variants, key: str)
 
 
 def _file_faults(weight_map: WeightMap, values: set[str], variants: Variants) -> Iterator[Fault]:
-    """What cannot be made of the files beside the weights."""
+    """Yield the faults of `files`."""
     files, at = weight_map.files, ("files",)
     made = [TOKENIZER_FILE, TOKENIZER_CONFIG_FILE] if files.tokenizer is not None else []
     made += [PROCESSOR_FILE, "preprocessor_config.json"] if files.processor is not None else []
     for position, name in enumerate(files.carry):
         if name in made:
-            yield f"{name} is made, and so not carried over", (*at, "carry", position), None
+            yield f"{name} is made by the conversion, and cannot be carried", (*at, "carry", position), None
     templates: dict[tuple[str, ...], Mapping[str, Any]] = {}
     if files.tokenizer is not None:
         yield from _moved_faults(files.tokenizer, weight_map.vocabulary.moved)
@@ -195,7 +197,7 @@ def _file_faults(weight_map: WeightMap, values: set[str], variants: Variants) ->
 
 
 def _moved_faults(tokenizer: TokenizerFiles, moved: Mapping[str, int]) -> Iterator[Fault]:
-    """Every value that moves has a token, and no token is named twice."""
+    """Yield values that move without a token, and tokens that are named twice."""
     at = ("files", "tokenizer", "moved")
     taken: set[str] = set()
     for position, item in enumerate(tokenizer.moved):
@@ -207,14 +209,14 @@ def _moved_faults(tokenizer: TokenizerFiles, moved: Mapping[str, int]) -> Iterat
             )
         for key, token in (("id", item.id), ("token", item.token), ("replaces", item.replaces)):
             if token in taken:
-                yield f"{token!r} again", (*at, position, key), None
+                yield f"{token!r} is duplicated", (*at, position, key), None
             taken.add(token)
     for name in moved:
         if name not in taken:
-            yield f"vocabulary.moved has {name!r}, which has no token here", at, None
+            yield f"vocabulary.moved has {name!r}, but no token is listed for it", at, None
     for position, token in enumerate(tokenizer.special):
         if token in taken:
-            yield f"{token!r} again", (*at[:2], "special", position), None
+            yield f"{token!r} is duplicated", (*at[:2], "special", position), None
 
 
 def _vocabulary_faults(weight_map: WeightMap, numbers: set[str]) -> Iterator[Fault]:
@@ -236,7 +238,7 @@ def _preset_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
         for position, name in enumerate(declared.assumed):
             if name not in declared.settings.given:
                 at = ("presets", preset, "assumed", position)
-                yield f"{name!r} is none of the settings", at, did_you_mean(name, declared.settings.given)
+                yield f"{name!r} is not one of the settings", at, did_you_mean(name, declared.settings.given)
 
 
 def _placeholder_hint(pattern: str, roots: Mapping[str, object]) -> str | None:
@@ -248,7 +250,7 @@ def _row_faults(row: Row, weight_map: WeightMap, dims: set[str], at: NodePath) -
     roots = weight_map.roots
     constant = isinstance(row.op, Zeros)
     if constant == (row.from_ is not None):
-        yield "a row of zeros has no from" if constant else "from is missing", at, None
+        yield "a row with zeros must not have from" if constant else "from is missing", at, None
     if row.from_ is not None and (fault := pattern_fault(row.from_, roots, dims)):
         yield fault, (*at, "from"), _placeholder_hint(row.from_, roots)
     for part, pattern in row.targets:
@@ -260,22 +262,22 @@ def _row_faults(row: Row, weight_map: WeightMap, dims: set[str], at: NodePath) -
         if isinstance(size, str) and size not in dims:
             yield f"unknown dimension {size!r}", (*at, "op"), did_you_mean(size, dims)
     if isinstance(row.op, ScaledRow) and len(row.shape) != 2:
-        yield "scaled_row takes a row of a table; a table's shape has two sizes", (*at, "shape"), None
+        yield "scaled_row needs a table: a shape of two sizes", (*at, "shape"), None
     if isinstance(row.op, Aligned):
         if len(row.shape) != 2:
-            yield "aligned takes a matrix; its shape has two sizes", (*at, "shape"), None
+            yield "aligned needs a matrix: a shape of two sizes", (*at, "shape"), None
         if fault := pattern_fault(row.op.aligned.tables, roots, dims):
             yield fault, (*at, "op"), _placeholder_hint(row.op.aligned.tables, roots)
         elif index_of(row.op.aligned.tables) is not None:
-            yield "an embedding table has no layers", (*at, "op"), None
+            yield "an embedding table has no layer index", (*at, "op"), None
     if isinstance(row.op, TakeRows) and not row.shape:
-        yield "take_rows takes rows of a table; the shape has no sizes", (*at, "shape"), None
+        yield "take_rows needs a table: a shape of at least one size", (*at, "shape"), None
     if row.merged_attention and not {"encoder", "decoder"} <= row.to.keys():
-        yield "merged_attention is for tensors of both stacks", (*at, "merged_attention"), None
+        yield "merged_attention needs targets in both stacks", (*at, "merged_attention"), None
 
 
 def _drop_faults(drop: Drop, roots: Mapping[str, list[str]], dims: set[str], at: NodePath) -> Iterator[Fault]:
-    """What is wrong with the names of a drop."""
+    """Yield the faults of a drop's patterns."""
     places = [((*at, "from", number), pattern) for number, pattern in enumerate(drop.patterns)]
     if drop.must_equal is not None:
         places.append(((*at, "must_equal"), drop.must_equal))
@@ -284,22 +286,22 @@ def _drop_faults(drop: Drop, roots: Mapping[str, list[str]], dims: set[str], at:
         if fault := pattern_fault(pattern, roots, dims):
             yield fault, place, _placeholder_hint(pattern, roots)
         elif pattern == drop.must_equal and index_of(pattern) not in (None, *(indices if len(indices) == 1 else ())):
-            yield f"{{{index_of(pattern)}}} stands on one side only", place, None
+            yield f"{{{index_of(pattern)}}} is on one side only", place, None
 
 
 def _name_faults(row: Row, pattern: str, weight_map: WeightMap, dims: set[str], at: NodePath) -> Iterator[Fault]:
-    """What is wrong with the name of a target."""
+    """Yield the faults of a target's pattern."""
     prefixes, index = weight_map.target.roots, index_of(row.from_ or "")
     if fault := pattern_fault(pattern, {**weight_map.roots, **prefixes}, dims):
         yield fault, at, _placeholder_hint(pattern, prefixes)
     elif (root := root_of(pattern)) is not None and root not in prefixes:
         yield f"{{{root}}} is not a root of the target", at, f"target.roots has {', '.join(prefixes) or 'none'}"
     elif index_of(pattern) != index:
-        yield f"{{{index_of(pattern) or index}}} stands on one side only", at, None
+        yield f"{{{index_of(pattern) or index}}} is on one side only", at, None
 
 
 def _repeated(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]:
-    """A target that two rows fill, a source tensor that two rows carry, for a source that both rows hold for."""
+    """Yield targets that two rows fill and source tensors that two rows carry, if both rows apply to one source."""
     for features in variants:
         targets: set[str] = set()
         carried: set[str] = set()

@@ -313,7 +313,7 @@ def test_tables_of_equal_rows_behind_the_cut_fit(
 def test_what_is_taken_out_has_no_other_parent_and_no_selection(part: str, converted_twin: TwinFolder) -> None:
     whole = converted_twin("text-8")
     for options in ({"decoder_from": converted_twin("text-sharded")}, {f"{part}_layers": "first:2"}):
-        with pytest.raises(MappingError, match="cannot be used with mapping|is for decoder-only"):
+        with pytest.raises(MappingError, match=r"cannot be used with mapping|is for decoder-only"):
             plan(whole, part=part, **options)  # type: ignore[arg-type]
 
 

@@ -95,7 +95,7 @@ WRONG_TYPES = [
         "model_type: [gemma3, gemma3_text]", "model_type: gemma3", "gemma3}", "model_type", id="text-for-list"
     ),
     pytest.param("model_type: [gemma3, gemma3_text]", "model_type: []", "[]", "model_type", id="no-model-type"),
-    pytest.param("model_type: t5gemma2", "model_type: 5", "5,", "expected the pattern", id="target-number"),
+    pytest.param("model_type: t5gemma2", "model_type: 5", "5,", "expected a name pattern", id="target-number"),
     pytest.param("{262208: 262144}", "{262208: many}", "many", "", id="rows-text"),
     pytest.param("{image_token_index: 256001}", '{image_token_index: "256001"}', '"256001"', "", id="token-text"),
     pytest.param("shape: [key_value, hidden]", "shape: key_value", "key_value", "shape", id="shape-text"),
@@ -114,7 +114,7 @@ WRONG_TYPES = [
         id="op-two",
     ),
     pytest.param(f"from: {UP_FROM}", "from: 3", "3", "from", id="pattern-number"),
-    pytest.param(f"encoder: {UP_TO}", f"encoder: [{UP_TO}, 3]", "[", "expected the pattern", id="target-list"),
+    pytest.param(f"encoder: {UP_TO}", f"encoder: [{UP_TO}, 3]", "[", "expected a name pattern", id="target-list"),
     pytest.param(f"encoder: {UP_TO}", f"encodr: {UP_TO}", "encodr", "unknown part 'encodr'", id="part"),
     pytest.param('because: "the softmax', 'because: 3  # "', "3", "because", id="reason-number"),
     pytest.param("    - chat_template.json\n", "    - {tokenizer: model}\n", "{tokenizer", "", id="file-mapping"),
@@ -143,7 +143,7 @@ FAULTS = [
         "architecture: T5Gemma2ForConditionalGeneration}",
         'architecture: T5Gemma2ForConditionalGeneration, roots: {text: "{layer}"}}',
         '"{layer}"',
-        "expected a prefix as it stands",
+        "expected a literal prefix",
         None,
         id="target-root",
     ),
@@ -263,7 +263,7 @@ FAULTS = [
         'from: ["qa_outputs.weight", "qa_outputs.bias"]',
         "from: []",
         "[]",
-        "expected the pattern of a name, or a list of such patterns",
+        "expected a name pattern, or a list of name patterns",
         None,
         id="drop-of-nothing",
     ),
@@ -279,7 +279,7 @@ FAULTS = [
         'must_equal: "{text}embed_tokens.weight"',
         'must_equal: "{text}layers.{layer}.input_layernorm.weight"',
         '"{text}layers',
-        "{layer} stands on one side only",
+        "{layer} is on one side only",
         None,
         id="equal-index",
     ),
@@ -317,7 +317,7 @@ FAULTS = [
         UP_TO,
         '"model.encoder.layers.0.mlp.up_proj.weight"',
         '"model.',
-        "{layer} stands on one side only",
+        "{layer} is on one side only",
         None,
         id="layer-in-source-only",
     ),
@@ -325,7 +325,7 @@ FAULTS = [
         UP_TO,
         '"model.encoder.layers.{vision_layer}.mlp.up_proj.weight"',
         '"model.',
-        "stands on one side only",
+        "is on one side only",
         None,
         id="other-index",
     ),
@@ -333,7 +333,7 @@ FAULTS = [
         '"model.encoder.norm.weight", decoder',
         '"model.encoder.norm.{layer}.weight", decoder',
         '"model.',
-        "{layer} stands on one side only",
+        "{layer} is on one side only",
         None,
         id="layer-in-target-only",
     ),
@@ -405,7 +405,7 @@ FAULTS = [
         '    moved:\n      - {id: image_token_index, token: "<image_soft_token>", replaces: "<unused99>"}\n',
         "    moved: []\n",
         "[]",
-        "vocabulary.moved has 'image_token_index', which has no token here",
+        "vocabulary.moved has 'image_token_index', but no token is listed for it",
         None,
         id="file-moved-without-token",
     ),
@@ -413,18 +413,23 @@ FAULTS = [
         'replaces: "<unused99>"',
         'replaces: "<image_soft_token>"',
         '"<image_soft_token>"}',
-        "'<image_soft_token>' again",
+        "'<image_soft_token>' is duplicated",
         None,
         id="file-token-twice",
     ),
     pytest.param(
-        'special: ["<mask>"]', 'special: ["<unused99>"]', '"<unused99>"', "'<unused99>' again", None, id="file-special"
+        'special: ["<mask>"]',
+        'special: ["<unused99>"]',
+        '"<unused99>"',
+        "'<unused99>' is duplicated",
+        None,
+        id="file-special",
     ),
     pytest.param(
         "    - chat_template.json\n",
         "    - tokenizer.json\n",
         "tokenizer.json",
-        "tokenizer.json is made, and so not carried over",
+        "tokenizer.json is made by the conversion, and cannot be carried",
         None,
         id="file-made-and-carried",
     ),
@@ -432,7 +437,7 @@ FAULTS = [
         "    - chat_template.json\n",
         "    - preprocessor_config.json\n",
         "preprocessor_config.json",
-        "preprocessor_config.json is made, and so not carried over",
+        "preprocessor_config.json is made by the conversion, and cannot be carried",
         None,
         id="file-of-the-processor",
     ),
@@ -491,7 +496,7 @@ FAULTS = [
         "{case: {vision: $mm_tokens_per_image, text_only: 4}}",
         "{case: {vision: $mm_tokens_per_image}}",
         "{case",
-        "case must stand alone, and one of its names must hold for every source, of projector_aligned,",
+        "case must be the only key, and must have exactly one of its names for every source: projector_aligned,",
         None,
         id="case-missing",
     ),
@@ -499,7 +504,7 @@ FAULTS = [
         "{case: {vision: $mm_tokens_per_image, text_only: 4}}",
         "{case: {vision: $mm_tokens_per_image, text_only: 4, audio: 5}}",
         "{case",
-        "case must stand alone",
+        "case must be the only key",
         None,
         id="case-too-many",
     ),
@@ -507,7 +512,7 @@ FAULTS = [
         "{case: {vision: $mm_tokens_per_image, text_only: 4}}",
         "{case: {vision: $mm_tokens_per_image, text_only: 4}, other: 5}",
         "{case",
-        "case must stand alone",
+        "case must be the only key",
         None,
         id="case-beside",
     ),
@@ -515,7 +520,7 @@ FAULTS = [
         "{case: {vision: $mm_tokens_per_image, text_only: 4}}",
         "{case: [4, 256]}",
         "{case",
-        "case must stand alone",
+        "case must be the only key",
         None,
         id="case-list",
     ),
@@ -547,14 +552,14 @@ def test_C2_a_row_without_a_source_is_refused(tmp_path: Path) -> None:
 def test_C2_a_row_of_zeros_with_a_source_is_refused(tmp_path: Path) -> None:
     text = edited(STUB, STUB.replace("  - to:", '  - from: "{text}other"\n    to:'))
     error = refusal(tmp_path / "map.yaml", text)
-    assert error.message.startswith("a row of zeros has no from\n")
+    assert error.message.startswith("a row with zeros must not have from\n")
     assert_points_at(error, tmp_path / "map.yaml", text, "from")
 
 
 def test_C2_a_row_of_zeros_for_every_layer_is_refused(tmp_path: Path) -> None:
     text = edited(STUB, STUB.replace("mm_soft_emb_norm", "{layer}.mm_soft_emb_norm"))
     error = refusal(tmp_path / "map.yaml", text)
-    assert "{layer} stands on one side only" in error.message
+    assert "{layer} is on one side only" in error.message
     assert_points_at(error, tmp_path / "map.yaml", text, '"model.')
 
 
@@ -562,7 +567,7 @@ def test_C2_merged_attention_outside_the_stacks_is_refused(tmp_path: Path) -> No
     row = '    to: {projector: "model.encoder.multi_modal_projector.mm_soft_emb_norm.weight"}\n'
     text = edited(row, row + "    merged_attention: true\n")
     error = refusal(tmp_path / "map.yaml", text)
-    assert "merged_attention is for tensors of both stacks" in error.message
+    assert "merged_attention needs targets in both stacks" in error.message
     assert error.where == f"{tmp_path}/map.yaml:{row_line(text, row) + 1}:23"
 
 
@@ -647,7 +652,7 @@ def test_every_setting_of_a_preset_may_be_set_that_the_family_has(name: str, tmp
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        pytest.param("text_only: {tokenizer_class", "text: {tokenizer_class", "case must stand alone", id="case"),
+        pytest.param("text_only: {tokenizer_class", "text: {tokenizer_class", "case must be the only key", id="case"),
         pytest.param(
             "    image_processor:", "    pixels:", "expected the settings of an image_processor", id="processor"
         ),
