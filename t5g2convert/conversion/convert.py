@@ -1,4 +1,4 @@
-"""`convert`: plan, write, put in place."""
+"""`convert`: make the plan, write it to a staging folder, and put that in place."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.progress import Progress, silent
 
 Downloading = Callable[[int], Progress]
-"""Called with the bytes that will be downloaded; gives the function that is told of each piece."""
+"""Called with the bytes that will be downloaded; returns the progress of the download."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,15 @@ class Conversion:
 
     Attributes:
         output: The folder written.
-        mapping: Name of the map used; None where trained values were put into a model.
+        mapping: Name of the map used; None if trained values were put into a model.
         tensors: Number of tensors written.
         nbytes: Bytes of all shards.
         shards: sha256 by shard name, hexadecimal; None where hashing was switched off.
         parameters: Number of parameters by part, with `total`.
-        notes: What a user should know of this conversion.
-        kept: Names of the shards that an earlier run had finished.
-        residual: How far the tables of an aligned projector are from fitting each other, 0 exactly and 1 not at all;
-            None without one, or where it stands in a shard that was kept.
+        notes: What a user should know about this conversion.
+        kept: Names of the shards that an earlier run finished.
+        residual: How badly the embedding tables behind an aligned projector fit each other, from 0 (exactly) to 1 (not
+            at all). None without such a projector, or if an earlier run wrote it.
     """
 
     output: Path
@@ -57,7 +57,7 @@ class Conversion:
     residual: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What `t5g2 convert --json` prints."""
+        """Return what `t5g2 convert --json` prints."""
         return {
             "output": str(self.output),
             "mapping": self.mapping,
@@ -105,6 +105,9 @@ def prepare(
         output: As in `convert`.
         options: As in `convert`.
         downloading: Shows the download, if there is one.
+
+    Returns:
+        The plan, and the checkpoints with all files that it reads on this machine.
     """
     folders = given_folders(source, options.decoder_from, options.vision_from)
     mapping = Path(options.mapping or "")
@@ -114,7 +117,7 @@ def prepare(
     sources = open_sources(source, options)
     plan = build_plan(sources, options)
     if options.overwrite:
-        # The Hub's cache is known by now, and its links.
+        # Only now the links of the Hub's cache are known.
         check_not_linked(output, sources.folders.all)
     needed = disk_space(plan, sources, output)
     if needed.download:
@@ -136,10 +139,10 @@ def execute(
 
     Args:
         plan: The plan.
-        folders: The folders of the checkpoints that it was made of.
+        folders: The folders of the checkpoints that it reads.
         output: As in `convert`.
         options: How the output is written.
-        given: The trained values of a plan that puts such values into a model (`plan_adapted`).
+        values: The trained values of a plan that puts such values into a model (`plan_adapted`).
     """
     options = options or WriteOptions()
     hashing, flush, resume, allow_nonfinite = options.hashing, options.flush, options.resume, options.allow_nonfinite
@@ -175,6 +178,13 @@ def execute(
         if journal is not None:
             journal.remove()
         staging.commit()
+    notes = (*plan.notes, *_notes(plan, kept, written, begun=begun), *staging.notes)
+    return _conversion(plan, output, written, kept, notes)
+
+
+def _conversion(
+    plan: Plan, output: Path, written: Written, kept: Mapping[str, str], notes: tuple[str, ...]
+) -> Conversion:
     return Conversion(
         output=output,
         mapping=plan.mapping,
@@ -182,20 +192,20 @@ def execute(
         nbytes=plan.nbytes,
         shards={shard.name: written.shards.get(shard.name) for shard in plan.shards},
         parameters=plan.parameters,
-        notes=(*plan.notes, *_notes(plan, kept, written, begun=begun), *staging.notes),
+        notes=notes,
         kept=tuple(kept),
         residual=written.residual,
     )
 
 
 def _check_downloads(plan: Plan, folders: Folders, written: Written) -> None:
-    """What was read of a model of the Hub must have the sha256 that the Hub tells, where it tells one."""
+    """Refuse files of the Hub that do not have the sha256 that the Hub gives for them."""
     read = [(source.hub, file) for source in plan.sources.values() for file in source.files]
     for hub, file in read if written.sources else ():
         expected = None if hub is None else hub.files[plain_name(file.name)].sha256
         if expected not in (None, written.sources[file.name]):
             raise CheckpointError(
-                f"has sha256 {written.sources[file.name]}, the Hub tells {expected}",
+                f"has sha256 {written.sources[file.name]}, the Hub gives {expected}",
                 where=folders.path(file.name),
                 hint=download_again(folders.path(file.name)),
             )
@@ -203,13 +213,13 @@ def _check_downloads(plan: Plan, folders: Folders, written: Written) -> None:
 
 def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool) -> Iterator[str]:
     if kept:
-        yield f"{len(kept)} of {len(plan.shards)} shards were finished by an earlier run, and kept"
+        yield f"kept {len(kept)} of {len(plan.shards)} shards, which an earlier run finished"
     elif begun:
-        yield "an earlier run had finished nothing of this very conversion: all was written anew"
+        yield "no shard of an earlier run belongs to this conversion: all were written"
     if written.residual is not None:
         yield f"residual of the aligned embedding tables: {written.residual:.3g} (0: they fit exactly, 1: not at all)"
     elif any(tensor.content.alignment is not None for tensor in plan.tensors):
-        yield "the aligned projector is in a shard that was kept; verify tells the residual"
+        yield "the aligned projector is in a shard that was kept; verify reports its residual"
     if written.nonfinite:
         where = " in the shards written now" if kept else ""
         yield f"{len(written.nonfinite)} tensor(s){where} hold NaN or infinity, copied as they are: " + some(

@@ -1,7 +1,7 @@
-"""The plan that puts trained values into a T5Gemma 2: the model's own files again, with other values in some tensors.
+"""The plan that puts trained values into a T5Gemma 2: the model's own files, with other values in some tensors.
 
-Nothing else changes: names, shards, the order of headers and of bytes, dtypes, settings and the files beside the
-weights are the model's, and tensors that were not trained are copied byte for byte.
+Nothing else changes: names, shards, the order of headers and bytes, dtypes, settings and all other files are the
+model's, and tensors that were not trained are copied byte for byte.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ from t5g2convert.mapping.schema import count_parameters
 
 TABLE: Final = "model.encoder.embed_tokens.weight"
 TIED: Final = ("model.decoder.embed_tokens.weight", "lm_head.out_proj.weight")
-"""Other names of the table, which the published layout has once."""
+"""Other names of the embedding table, which the published layout stores once."""
 
 CARRIED: Final = (
     GENERATION_FILE,
@@ -54,10 +54,10 @@ CARRIED: Final = (
     PREPROCESSOR_FILE,
     TEMPLATES_FOLDER,
 )
-"""Files that go along as they are, where the model has them."""
+"""Files that are copied if the model has them."""
 
 FROZEN: Final = "vision"
-"""The part that no training changes: SigLIP."""
+"""The part that training never changes: SigLIP."""
 
 _LAYER: Final = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
@@ -65,19 +65,19 @@ _LAYER: Final = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 def plan_adapted(
     model: Checkpoint, trained: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any] | None, *, dtype: Dtype = KEEP
 ) -> Plan:
-    """Plan a folder that is a model with trained values in some of its tensors.
+    """Plan a copy of a model with trained values in some of its tensors.
 
     Args:
         model: A T5Gemma 2 in the published layout, open.
-        trained: The tensors whose values are given, by name, with their shapes.
-        facts: What the manifest shall tell of the training, without which tensors were trained and which parts frozen;
-            None where there was none.
+        trained: The shapes of the trained tensors, by name.
+        facts: What the manifest is to record of the training, without the trained tensors and the frozen parts; None
+            without a training of ours.
         dtype: `keep`, or `bfloat16`, `float16` or `float32` for all tensors.
 
     Raises:
-        CheckpointError: The model is another or in another layout, or what was trained is not of this model; the
-            details are all such tensors.
-        UsageError: The dtype is none.
+        CheckpointError: The model is of another family or layout, or trained tensors are not of this model; the details
+            list all such tensors.
+        UsageError: The dtype is unknown.
     """
     options = PlanOptions(dtype=dtype)
     refuse_unheld(model)
@@ -109,46 +109,47 @@ def plan_adapted(
         config=_with_dtype(model.config, CONFIG_NAMES[main], top=True) if cast_to is not None else model.config,
         generation_config=None,
         notes=model.notes,
-        adaptation=None if facts is None else _told(facts, trained, parts),
+        adaptation=None if facts is None else _adaptation_record(facts, trained, parts),
     )
 
 
-def _told(facts: Mapping[str, Any], trained: Collection[str], parts: Mapping[str, ImpliedTensor]) -> AdaptationRecord:
-    """What the manifest tells of the training."""
+def _adaptation_record(
+    facts: Mapping[str, Any], trained: Collection[str], parts: Mapping[str, ImpliedTensor]
+) -> AdaptationRecord:
     frozen = sorted({item.part for item in parts.values()} - {parts[name].part for name in trained})
-    told = {**facts, "trained": patterns_of(trained, parts), "frozen": frozen}
-    return parse_section(AdaptationRecord, told, Path(MANIFEST_FILE), "adaptation")
+    record = {**facts, "trained": patterns_of(trained, parts), "frozen": frozen}
+    return parse_section(AdaptationRecord, record, Path(MANIFEST_FILE), "adaptation")
 
 
 def patterns_of(names: Iterable[str], every: Collection[str]) -> list[str]:
-    """Names of tensors in few words: `{layer}` in place of the number where the tensors of all layers are named."""
+    """Abbreviate names of tensors: `{layer}` stands for the number if the tensors of all layers are named."""
     wanted = set(names)
     by_pattern: dict[str, list[str]] = {}
     for name in every:
         by_pattern.setdefault(_LAYER.sub("{layer}", name), []).append(name)
-    told: list[str] = []
+    patterns: list[str] = []
     for pattern, members in by_pattern.items():
-        told += [pattern] if wanted.issuperset(members) else [name for name in members if name in wanted]
-    return told
+        patterns += [pattern] if wanted.issuperset(members) else [name for name in members if name in wanted]
+    return patterns
 
 
 def named_by(patterns: Iterable[str], every: Collection[str]) -> list[str]:
-    """The names that patterns stand for; a pattern that stands for none is a name of its own."""
-    told = dict.fromkeys(patterns)
-    found = [name for name in every if name in told or _LAYER.sub("{layer}", name) in told]
+    """Return the names that patterns match; a pattern that matches none is returned as it is."""
+    wanted = dict.fromkeys(patterns)
+    found = [name for name in every if name in wanted or _LAYER.sub("{layer}", name) in wanted]
     known = {*found, *(_LAYER.sub("{layer}", name) for name in found)}
-    return [*found, *(pattern for pattern in told if pattern not in known)]
+    return [*found, *(pattern for pattern in wanted if pattern not in known)]
 
 
 def _published(model: Checkpoint) -> Iterator[ImpliedTensor]:
-    """Every tensor of the model, which must have the names and shapes of the published layout.
+    """Yield every tensor of the model, which must have the names and shapes of the published layout.
 
     Raises:
-        CheckpointError: It has others; the details are all of them.
+        CheckpointError: The model has others; the details list all of them.
     """
     if model.config.get("model_type") != MODEL_TYPE:
-        told = f"{describe_model_type(model.config)} cannot be adapted, expected {MODEL_TYPE}"
-        raise CheckpointError(told, where=model.path, hint="t5g2 convert makes one of Gemma 3")
+        message = f"{describe_model_type(model.config)} cannot be adapted, expected {MODEL_TYPE}"
+        raise CheckpointError(message, where=model.path, hint="convert a Gemma 3 with t5g2 convert first")
     implied = {item.name: item for item in implied_tensors(model.config, model.path / "config.json")}
     faults = [f"missing: {name}" for name in implied if name not in model.tensors]
     for name, stored in model.tensors.items():
@@ -167,11 +168,11 @@ def _published(model: Checkpoint) -> Iterator[ImpliedTensor]:
 
 def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, ImpliedTensor]) -> Iterator[str]:
     if name in TIED:
-        yield f"{name} is {TABLE} by another name, which is the one that counts"
+        yield f"{name} is another name of {TABLE}; use that one"
     elif name not in parts:
-        yield f"{name} is not one of this model"
+        yield f"{name} is not a tensor of this model"
     elif parts[name].part == FROZEN:
-        yield f"{name} is of the vision tower, which stays frozen"
+        yield f"{name} belongs to the vision tower, which stays frozen"
     elif shape != parts[name].shape:
         yield f"{name} has shape {list(shape)}, expected {list(parts[name].shape)}"
 
@@ -179,7 +180,7 @@ def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, Impli
 def _laid_out(
     model: Checkpoint, trained: Collection[str], parts: Mapping[str, ImpliedTensor], cast_to: str | None
 ) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
-    """The model's own shards, under the names that published ones have: headers and bytes in its order."""
+    """Lay out the model's own shards, under published names: headers and bytes in its order."""
     tensors: list[PlannedTensor] = []
     shards: list[Shard] = []
     for name, header in zip(weight_files(len(model.files)), model.files.values(), strict=True):
@@ -230,14 +231,14 @@ def _source(model: Checkpoint) -> PlannedSource:
 
 
 def _changes(model: Checkpoint, main: str) -> Iterator[Change]:
-    """The dtype, where tensors were of others."""
+    """Yield the change of dtype, if tensors had others."""
     found = sorted({stored.entry.dtype for stored in model.tensors.values()} - {main})
     if found:
         yield Change("dtype", ", ".join(CONFIG_NAMES[dtype] for dtype in found), CONFIG_NAMES[main])
 
 
 def _with_dtype(section: Mapping[str, Any], dtype: str, *, top: bool = False) -> dict[str, Any]:
-    """A config with another dtype, in the sections that name one and at the top."""
+    """Return a config with another dtype, in the sections that name one and at the top."""
     named = {
         key: _with_dtype(value, dtype) if isinstance(value, dict) else dtype if key in _DTYPE_KEYS else value
         for key, value in section.items()

@@ -319,10 +319,10 @@ def test_what_is_not_of_the_model_is_refused_all_of_it(converted_twin: TwinFolde
     with pytest.raises(CheckpointError, match=r"4 trained tensor\(s\) are not of this model") as caught:
         export(converted_twin("images-8"), InMemory(trained), tmp_path / "out", facts=FACTS)
     assert caught.value.details == (
-        "model.decoder.norm.bias is not one of this model",
+        "model.decoder.norm.bias is not a tensor of this model",
         "model.encoder.norm.weight has shape [25], expected [24]",
-        "lm_head.out_proj.weight is model.encoder.embed_tokens.weight by another name, which is the one that counts",
-        "model.encoder.vision_tower.vision_model.post_layernorm.weight is of the vision tower, which stays frozen",
+        "lm_head.out_proj.weight is another name of model.encoder.embed_tokens.weight; use that one",
+        "model.encoder.vision_tower.vision_model.post_layernorm.weight belongs to the vision tower, which stays frozen",
     )
     with pytest.raises(CheckpointError, match="nothing was trained"):
         export(converted_twin("images-8"), InMemory({}), tmp_path / "out", facts=FACTS)

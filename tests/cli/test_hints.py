@@ -53,13 +53,13 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "lower --lr, or check the data": ("adapt",),
     "the same command with --resume continues from the last checkpoint, if there is one": ("adapt",),
     "--projector zeros or aligned": PLANNED,
-    "--projector zeros asks for no common vocabulary": PLANNED,
+    "--projector zeros does not need a common vocabulary": PLANNED,
     "run again with --debug and report what it prints": ("*",),
     "see {} --help": ("*",),
-    "t5g2 convert makes one of Gemma 3": ("convert",),
+    "convert a Gemma 3 with t5g2 convert first": ("convert",),
     "give one with --decoder-from": PLANNED,
     "give one with --vision-from": PLANNED,
-    "give --rope-scaling and --sliding-window themselves": PLANNED,
+    "use --rope-scaling and --sliding-window instead": PLANNED,
     "try a larger --ridge, such as {}": PLANNED,
     "try a --ridge, such as 1e-6": PLANNED,
     "write a map that moves the token elsewhere (--mapping)": PLANNED,
@@ -243,7 +243,7 @@ def test_another_parent_and_a_donor(t5g2: CommandLine, twin_folder: TwinFolder) 
 
 def test_preset(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
     command = ("plan", twin_folder("text-8"))
-    hinted(t5g2(*command, "--preset", "t5gemma-2-270m-270m"), "give --rope-scaling and --sliding-window themselves")
+    hinted(t5g2(*command, "--preset", "t5gemma-2-270m-270m"), "use --rope-scaling and --sliding-window instead")
     followed(t5g2(*command, "--rope-scaling", "linear:8", "--sliding-window", "9"))
 
 
@@ -277,7 +277,7 @@ def test_verify_is_given_the_other_parent_or_not(t5g2: CommandLine, twin_folder:
 def test_one_number_of_layers(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
     command = ("plan", twin_folder("text-8"), "--decoder-layers")
     refused = t5g2(*command, "3")
-    assert "first:3 for the first 3 layers, 3:4 for this one alone" in refused.err
+    assert "first:3 for the first 3 layers, 3:4 for only this one" in refused.err
     for selection in ("first:3", "3:4"):
         followed(t5g2(*command, selection))
 

@@ -352,7 +352,7 @@ def test_a_download_that_is_not_what_the_hub_tells_is_refused(scene: Scene, demo
     scene.hub.faults.append(Fault("/lfs/", 1, before=lambda: files.update({SINGLE_FILE: wrong})))
     done = scene(f"convert {REPO} out")
     assert done.returncode == 3
-    assert "the Hub tells" in done.stderr
+    assert "the Hub gives" in done.stderr
     assert not (scene.folder / "out").exists()
 
 

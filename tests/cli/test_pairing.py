@@ -61,10 +61,10 @@ def test_layers_of_one_source_that_both_stacks_take_are_read_once(t5g2: CommandL
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (["--decoder-layers", "12"], 2, "first:12 for the first 12 layers, 12:13 for this one alone"),
-        (["--encoder-layers", "3:1"], 2, "--encoder-layers '3:1' takes no layer"),
-        (["--encoder-layers", "0,0"], 2, "layer 0 is taken twice"),
-        (["--decoder-layers", "-1"], 2, "is no layers"),
+        (["--decoder-layers", "12"], 2, "first:12 for the first 12 layers, 12:13 for only this one"),
+        (["--encoder-layers", "3:1"], 2, "--encoder-layers '3:1' selects no layer"),
+        (["--encoder-layers", "0,0"], 2, "layer 0 is selected twice"),
+        (["--decoder-layers", "-1"], 2, "is not a selection of layers"),
         (["--decoder-layers", "first:9"], 4, "--decoder-layers takes layer 8, the decoder's parent has 8 layers"),
         (["--embedding-from", "decoder-from"], 2, "give one with --decoder-from"),
         (["--embedding-from", "neither"], 2, "--embedding-from"),

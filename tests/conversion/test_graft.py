@@ -154,7 +154,7 @@ def test_a_resumed_graft_has_the_same_bytes(twin_folder: TwinFolder, tmp_path: P
     resumed, plain = run("resumed", counts=counts[0]), run("plain", counts=counts[1])
     assert sum(counts[0]) == sum(counts[1])
     assert resumed.residual is None
-    assert "the aligned projector is in a shard that was kept; verify tells the residual" in resumed.notes
+    assert "the aligned projector is in a shard that was kept; verify reports its residual" in resumed.notes
     assert plain.residual is not None
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("resumed", "plain"))
     assert one == two

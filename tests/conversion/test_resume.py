@@ -101,7 +101,7 @@ def test_finished_shards_are_kept_and_the_rest_is_written(
     done = convert(source, target, max_shard_bytes=SHARD, resume=True, progress=progressed.append)
     assert contents(target) == whole
     assert set(done.kept) == finished
-    assert f"{len(finished)} of {len(done.shards)} shards were finished by an earlier run, and kept" in done.notes
+    assert f"kept {len(finished)} of {len(done.shards)} shards, which an earlier run finished" in done.notes
     assert inodes <= {path.stat().st_ino for path in target.iterdir()}
     assert written == done.nbytes - sum(len(whole[name]) for name in finished)
     assert sum(progressed) == sum(tensor.nbytes for tensor in plan(source, max_shard_bytes=SHARD).tensors)
@@ -329,7 +329,7 @@ def test_another_conversion_says_that_nothing_was_kept(source: Path, tmp_path: P
     target = tmp_path / "out"
     stop(source, target)
     done = convert(source, target, max_shard_bytes=90_000, resume=True)
-    assert any(note.startswith("an earlier run had finished nothing of this very conversion") for note in done.notes)
+    assert any(note.startswith("no shard of an earlier run belongs to this conversion") for note in done.notes)
 
 
 def test_O5_kept_shards_are_flushed_if_the_run_that_wrote_them_did_not_wait(

@@ -1,4 +1,4 @@
-"""From a map and a checkpoint's headers to a plan."""
+"""Make the plan of a conversion from a map and the headers of the checkpoints."""
 
 import hashlib
 from collections import Counter
@@ -140,7 +140,7 @@ def _find_map(source: Checkpoint, options: PlanOptions) -> LoadedMap:
 
 
 def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: PlanOptions) -> None:
-    """What the target cannot be otherwise, and what cannot be asked of a part that is taken out."""
+    """Refuse sources that the map cannot convert, and options that cannot be used when a part is extracted."""
     parents = {SOURCE: resolution.values, resolution.role_of("decoder"): resolution.stacks["decoder"]}
     for name, template in loaded.map.requires.items():
         for role, values in parents.items():
@@ -152,22 +152,22 @@ def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Plan
                 )
     asked = options.record().keys() - {"dtype", "max_shard_bytes"}
     if loaded.map.extracts is not None and asked:
-        raise MappingError(f"{', '.join(sorted(asked))}: what is taken out of a model keeps its settings")
+        raise MappingError(f"{', '.join(sorted(asked))}: cannot be used when extracting an encoder or decoder")
 
 
 def _check_heads(resolution: Resolution) -> None:
-    """Refuse a model with a head of its own, by its config, that is not there: it is not the embedding."""
+    """Refuse a model without the head of its own that its config describes."""
     for role, checkpoint in resolution.checkpoints.items():
         if role != VISION_FROM and not tied(resolution, role) and not has_head(resolution, role):
             raise CheckpointError(
-                "tie_word_embeddings is false, but there is no lm_head.weight: transformers makes a random head",
+                "tie_word_embeddings is false, but there is no lm_head.weight: transformers would make a random head",
                 where=checkpoint.path / "config.json",
                 hint="remove tie_word_embeddings if the head is the embedding, or add the head's weights",
             )
 
 
 def _dropped(resolution: Resolution) -> Iterator[Dropped]:
-    """What is left behind, by the map and by options."""
+    """Yield the tensors that the map and the options leave behind."""
     for drop in resolution.drops:
         entry, other = drop.tensor.entry, drop.equals
         repeated = None
@@ -183,7 +183,7 @@ def _dropped(resolution: Resolution) -> Iterator[Dropped]:
 
 
 def _effective(options: PlanOptions, resolution: Resolution) -> dict[str, Any]:
-    """The options that the manifest keeps: with the choices that were left to the tool, without idle ones."""
+    """Return the options that the manifest records: with the choices made for the user, without idle options."""
     made = (name.removeprefix("projector_") for name in resolution.model.features if name.startswith("projector_"))
     idle = {f"{part}_layers" for part in STACKS if part not in resolution.layers}
     idle |= options.drops - {drop.drop.option for drop in resolution.drops}
@@ -192,7 +192,7 @@ def _effective(options: PlanOptions, resolution: Resolution) -> dict[str, Any]:
 
 
 def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]) -> PlannedSource:
-    """A checkpoint as the plan reads it: the source whole, of another only the files with something for the target."""
+    """Return a checkpoint as the plan reads it: all files of the source, of others only those that the target needs."""
     checkpoint = resolution.checkpoints[role]
     read = {span.file for tensor in tensors for span in tensor.content.spans}
     # What must repeat another tensor is compared with it.
@@ -217,7 +217,7 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
 
 
 def _dominant_dtype(targets: Iterable[Resolved]) -> str:
-    """The dtype that most of the parents' bytes have; config.json can name only one, and a tower does not decide it."""
+    """Return the dtype of most of the parents' bytes, without the tower: config.json can name only one."""
     counted: Counter[str] = Counter()
     for item in targets:
         if item.source is not None and item.role != VISION_FROM:
@@ -226,7 +226,7 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
 
 
 def _generation(resolution: Resolution, weight_map: WeightMap, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """generation_config.json: that of the decoder's parent, which is the one that writes."""
+    """Return generation_config.json: that of the decoder's parent, since the decoder generates."""
     if weight_map.generation_config is None:
         return None
     checkpoint = resolution.checkpoints[resolution.role_of("decoder")]
@@ -242,9 +242,9 @@ def _generation(resolution: Resolution, weight_map: WeightMap, values: Mapping[s
 
 
 def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap) -> None:
-    """Every tensor that the target's config implies must be filled exactly once, in its shape.
+    """Refuse a plan that does not fill every tensor that the target's config implies exactly once, in its shape.
 
-    The list of implied tensors does not come from the map, so a map that forgets a tensor is found out here.
+    The list of implied tensors does not come from the map, so this finds tensors that a map forgets.
     """
     implied = {item.name: item for item in implied_tensors(config, loaded.path)}
     filled = Counter(draft.name for draft in drafts)

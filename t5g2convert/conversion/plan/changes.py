@@ -1,4 +1,4 @@
-"""What a target does not have from its source: verification takes these changes for declared."""
+"""The settings in which the target differs from its source; verification accepts exactly these."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -15,7 +15,7 @@ from t5g2convert.mapping.weightmap import LoadedMap
 def declared_changes(
     resolution: Resolution, drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap, model_dtype: str
 ) -> Iterator[Change]:
-    """What the target's config does not have from the source, or a stack's settings not from its parent.
+    """Yield the settings in which the target differs from the source, or a stack from its parent.
 
     Args:
         resolution: The map applied to the source.
@@ -47,7 +47,7 @@ _OWNERS: Final[Mapping[Role, str]] = {
     DECODER_FROM: "the decoder's parent's ",
     VISION_FROM: "the donor's ",
 }
-"""Whose a dtype is, in front of its name."""
+"""The owner of a dtype, as a prefix of its name."""
 
 _WRITTEN_OUT: Final = {
     "rope_parameters.full_attention.factor": "rope_full_factor",
@@ -58,11 +58,11 @@ _WRITTEN_OUT: Final = {
     "sliding_window": "sliding_window",
     "max_position_embeddings": "max_position_embeddings",
 }
-"""Settings of a stack, by path, that a map may write out in place of the source's: those of long contexts."""
+"""Settings of a stack, by path, that a map may set itself: those of long contexts."""
 
 
 def setting(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a path of keys in a config, None where there is none."""
+    """Return the value at a path of keys in a config, None if there is none."""
     node: Any = config
     for key in path.split("."):
         node = node.get(key) if isinstance(node, dict) else None

@@ -1,9 +1,9 @@
-"""The layers that `--encoder-layers` and `--decoder-layers` take of a parent. The grammar, in full:
+"""The grammar of `--encoder-layers` and `--decoder-layers`, which select layers of a parent:
 
-    SPEC    = "first:" N | item { "," item }       a list of one number is written as a range
-    item    = number | A ":" B [ ":" STEP ]        from A on and below B, as Python's range
+    SPEC    = "first:" N | item { "," item }       a single number is refused: write N:N+1
+    item    = number | A ":" B [ ":" STEP ]        from A to below B, as Python's range
 
-Numbers count the parent's layers from 0, and go up.
+Numbers count the parent's layers from 0, and increase.
 """
 
 import re
@@ -15,33 +15,33 @@ from t5g2convert.checkpoint.families.config_section import MAX_DEPTH
 from t5g2convert.errors import UsageError
 
 LayerSpec = str | Sequence[int]
-"""What the API takes: a SPEC, or the numbers themselves."""
+"""What the Python API accepts: a SPEC, or the numbers themselves."""
 
 FORMS: Final = "expected first:N, a range A:B or A:B:STEP, or a list as 0,3,5:12"
 
 
 def parse_layers(spec: LayerSpec, option: str) -> tuple[int, ...]:
-    """The numbers of the layers that are taken, in their order.
+    """Return the numbers of the selected layers, in order.
 
     Args:
-        spec: The layers.
-        option: The option's name, for errors.
+        spec: The selection.
+        option: The name of the option, for errors.
 
     Raises:
-        UsageError: It is of another form, takes nothing, or takes a layer twice or out of order.
+        UsageError: The selection is malformed or empty, or has a layer twice or out of order.
     """
     if not isinstance(spec, str | Sequence):
         raise UsageError(f"{option}: {spec!r} is not a selection of layers", hint=FORMS)
     layers = _numbers(spec, option) if isinstance(spec, str) else tuple(spec)
     for layer in layers:
         if type(layer) is not int or not 0 <= layer < MAX_DEPTH:
-            raise UsageError(f"{option}: {layer!r} is no layer's number", hint="layers are counted from 0")
+            raise UsageError(f"{option}: {layer!r} is not the number of a layer", hint="layers are counted from 0")
     if not layers:
-        raise UsageError(f"{option} {_shown(spec)} takes no layer", hint="a stack has one at least")
+        raise UsageError(f"{option} {_shown(spec)} selects no layer", hint="a stack has at least one")
     for before, after in pairwise(layers):
         if after <= before:
-            told = "is taken twice" if after == before else f"stands behind {before}"
-            raise UsageError(f"{option}: layer {after} {told}", hint="layers keep their order, and each is taken once")
+            fault = "is selected twice" if after == before else f"comes after {before}"
+            raise UsageError(f"{option}: layer {after} {fault}", hint="layers keep their order, each at most once")
     return layers
 
 
@@ -49,8 +49,8 @@ def _numbers(spec: str, option: str) -> tuple[int, ...]:
     if re.fullmatch(r"[0-9]+", spec):
         number = _number(spec, option)
         raise UsageError(
-            f"{option} {spec} is one number",
-            hint=f"first:{number} for the first {number} layers, {number}:{number + 1} for this one alone",
+            f"{option} {spec} is a single number",
+            hint=f"first:{number} for the first {number} layers, {number}:{number + 1} for only this one",
         )
     first = re.fullmatch(r"first:([0-9]+)", spec)
     if first is not None:
@@ -58,18 +58,18 @@ def _numbers(spec: str, option: str) -> tuple[int, ...]:
     taken: list[int] = []
     for item in spec.split(","):
         if re.fullmatch(r"[0-9]+(:[0-9]+){0,2}", item) is None:
-            raise UsageError(f"{option}: {item!r} in {_shown(spec)} is no layers", hint=FORMS)
+            raise UsageError(f"{option}: {item!r} in {_shown(spec)} is not a selection of layers", hint=FORMS)
         numbers = [_number(text, option) for text in item.split(":")]
         if len(numbers) == 3 and numbers[2] == 0:
-            raise UsageError(f"{option}: the step of {item} is 0", hint="1 or more")
+            raise UsageError(f"{option}: the step of {item} is 0", hint="expected 1 or more")
         taken += range(*numbers) if len(numbers) > 1 else numbers
     return tuple(taken)
 
 
 def _number(text: str, option: str) -> int:
-    """A number that may be one of a model's layers, or the end of them."""
+    """Parse a number of a layer, or the end of a range of layers."""
     if len(text) > len(str(MAX_DEPTH)) or int(text) > MAX_DEPTH:
-        raise UsageError(f"{option}: no model has {text[:20]} layers", hint=f"{MAX_DEPTH} at most")
+        raise UsageError(f"{option}: no model has {text[:20]} layers", hint=f"at most {MAX_DEPTH}")
     return int(text)
 
 
@@ -78,7 +78,7 @@ def _shown(spec: LayerSpec) -> str:
 
 
 def written(layers: Sequence[int], depth: int) -> str:
-    """Return the SPEC of some of a parent's `depth` layers, a range where they are evenly spaced.
+    """Return the SPEC of some of a parent's `depth` layers: a range if they are evenly spaced.
 
     >>> written([1, 3, 5], 6)
     '1:6:2'
@@ -91,17 +91,17 @@ def written(layers: Sequence[int], depth: int) -> str:
 
 
 def with_full_attention(layers: Sequence[int], kinds: Sequence[str]) -> tuple[int, ...] | None:
-    """Return as many layers, chosen as nearly alike as can be, that keep layers of full attention.
+    """Return the most similar selection of the same size that keeps full-attention layers.
 
-    The selection is moved as a whole, by the least that keeps most of them; where it cannot be moved, one layer gives
-    place to the nearest of full attention.
+    The selection is shifted as a whole, by the smallest shift that keeps the most full-attention layers. If none keeps
+    any, one layer is replaced by the nearest full-attention layer.
 
     Args:
-        layers: A selection without such a layer.
+        layers: A selection without full-attention layers.
         kinds: The kind of each of the parent's layers.
 
     Returns:
-        None where the parent has no such layer.
+        None if the parent has no such layer.
     """
     full = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
     if not full:

@@ -1,4 +1,4 @@
-"""Where every target tensor lies: the shards, their names, and the byte ranges in them."""
+"""The place of every target tensor: the shards, their names, and the byte ranges in them."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from t5g2convert.mapping.schema import PARTS
 
 
 def lay_out(drafts: Sequence[Draft], max_shard_bytes: int) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
-    """Give every tensor its shard and bytes.
+    """Assign every tensor its shard and its bytes.
 
-    Two streams in the order of the source, so that reading and writing both go forwards: first everything that has one
-    copy or is the first of two, then the decoder. Where one file does not hold both, the decoder starts a file of its
-    own, so that two files can be hashed side by side while they are written. Where all comes of one checkpoint and
-    nothing is written twice there is one stream, in the order of names, as the safetensors library writes it: what was
-    taken apart and put together again is the same file. Within a file wider dtypes come first, which keeps every tensor
-    aligned.
+    There are two streams in the order of the source, so that reading and writing both go forwards: first all tensors
+    with one copy and the first of two copies, then the decoder. If one file does not hold both, the decoder starts a
+    file of its own, so that two files can be hashed in parallel while they are written. If all tensors come from one
+    checkpoint and none is written twice, there is one stream in the order of names, as the safetensors library writes
+    it: a model that was taken apart and put together again is the same file. Within a file wider dtypes come first,
+    which keeps every tensor aligned.
     """
     streams: dict[bool, list[Draft]] = {False: [], True: []}
     ranges = [draft.content.source for draft in drafts if draft.content.source is not None]
@@ -73,7 +73,7 @@ def _nbytes(draft: Draft) -> int:
 
 
 def _source_position(draft: Draft) -> tuple[str, int, int]:
-    """Computed tensors first: they are small, and so are in place before anything is streamed."""
+    """Sort computed tensors first: they are small, and are in place before anything is streamed."""
     source = draft.content.source
     if source is None or draft.content.kind == "scaled_row":
         return "", 0, [str(part) for part in PARTS].index(draft.part)

@@ -1,4 +1,4 @@
-"""What becomes of every file of a source folder: read, carried, made anew, left behind, or named in a note."""
+"""What happens to each file of a source folder: read, carried, made anew, left behind, or named in a note."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ READ: Final[Mapping[str, str]] = {
     "generation_config.json": "the settings of what it writes",
     INDEX_FILE: "which file holds which tensor",
 }
-"""Files that every conversion reads where they are, and what they tell."""
+"""Files that every conversion reads if they exist, and what they hold."""
 
 LEFT_BEHIND: Final[Mapping[str, tuple[str, ...]]] = {
     "hidden: no loader reads it": (".*", ".*/", "Thumbs.db", "desktop.ini", "__pycache__/", "lost+found/"),
@@ -50,12 +50,12 @@ LEFT_BEHIND: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "the manifest of the source; the output has its own": (MANIFEST_FILE,),
 }  # fmt: skip
-"""Files that are known and stay behind: the reason, and patterns of their names. Folders end with a slash."""
+"""Known files that are left behind: the reason, and patterns of their names. Folders end with a slash."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """A file or folder of the source, what becomes of it, and why or how."""
+    """A file or folder of the source, what happens to it, and why or how."""
 
     name: str
     fate: Fate
@@ -63,11 +63,11 @@ class SourceItem:
 
 
 def account_for(source: Checkpoint, planned: Sequence[PlannedFile]) -> tuple[SourceItem, ...]:
-    """Tell what becomes of everything in a source folder, in the order of the names.
+    """Return what happens to everything in a source folder, ordered by name.
 
     Args:
         source: The source.
-        planned: The files that the output gets beside the weights.
+        planned: The files that the output gets in addition to the weights.
 
     Raises:
         CheckpointError: The folder cannot be read.
@@ -86,7 +86,7 @@ def account_for(source: Checkpoint, planned: Sequence[PlannedFile]) -> tuple[Sou
 
 
 def left_notes(items: Sequence[SourceItem]) -> Iterator[str]:
-    """One note that names the files of which nothing is known; nothing where all are."""
+    """Yield one note that names the unknown files, if there are any."""
     unknown = [item.name for item in items if item.fate == "unknown"]
     if unknown:
         yield f"not carried: {some(unknown)}"
@@ -100,7 +100,7 @@ def _left(name: str) -> SourceItem:
 
 
 def _names(source: Checkpoint, fates: Mapping[str, SourceItem]) -> Iterator[str]:
-    """Everything at the top of the folder, and what is in the folder of chat templates where it is carried."""
+    """Yield everything at the top of the folder, and the chat templates in their folder if they are carried."""
     paths = source.hub.paths if source.hub is not None and source.hub.paths else _listed(source)
     carried = {name for name in fates if name.startswith(TEMPLATES_FOLDER)}
     for path in paths:
@@ -114,7 +114,7 @@ def _names(source: Checkpoint, fates: Mapping[str, SourceItem]) -> Iterator[str]
 
 
 def _listed(source: Checkpoint) -> set[str]:
-    """The names in the folder, and those in its folder of chat templates."""
+    """Return the names in the folder and in its folder of chat templates."""
     try:
         found = listed(source.path)
         if TEMPLATES_FOLDER in found:

@@ -1,6 +1,6 @@
-"""The plan of a conversion: frozen data that says of every byte of the output where it comes from.
+"""The plan of a conversion: frozen data that gives the origin of every byte of the output.
 
-Dry run, tables, writer, manifest and tests all read this one object. Nothing here opens a file.
+The dry run, the tables, the writer, the manifest and the tests all read this one object. Nothing here opens a file.
 """
 
 import math
@@ -23,10 +23,10 @@ Kind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]
 
 @dataclass(frozen=True, slots=True)
 class SourceRange:
-    """Bytes of a file that is read; both positions count from its start.
+    """A range of bytes in a source file, counted from its start.
 
     Attributes:
-        file: The name of a file of the source, or of another checkpoint behind its role: `decoder_from/NAME`.
+        file: The name of a file of the source; for another checkpoint its role is in front: `decoder_from/NAME`.
         start: The first byte.
         end: The byte after the last.
     """
@@ -38,7 +38,7 @@ class SourceRange:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTable:
-    """An embedding table: its tensor's name, its bytes, their safetensors dtype, its rows, and the elements of one."""
+    """An embedding table: its tensor, its bytes and their safetensors dtype, its number of rows, and their width."""
 
     tensor: str
     source: SourceRange
@@ -49,13 +49,13 @@ class PlannedTable:
 
 @dataclass(frozen=True, slots=True)
 class PlannedAlignment:
-    """What an aligned projector is made with; see `conversion.alignment`.
+    """The inputs of an aligned projector; see `conversion.write.aligned_projector`.
 
     Attributes:
-        donor: The table of the donor, whose space the projector leads to.
-        target: The table of the source, whose space it shall lead to.
-        rows: How many rows both have, and are aligned by.
-        ridge: Weight of the penalty on large maps.
+        donor: The table of the donor, whose space the projector maps to.
+        target: The table of the source, whose space it is to map to.
+        rows: The number of rows that both tables share.
+        ridge: The weight of the penalty on large maps.
     """
 
     donor: PlannedTable
@@ -71,7 +71,7 @@ class PlannedAlignment:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """How a target tensor's bytes come about.
+    """What a target tensor is filled with.
 
     Attributes:
         kind: copy (the range as it is), cast (the range, element by element), scaled_row (the range is one row), zeros,
@@ -79,7 +79,7 @@ class Content:
             to the writer; see `conversion.given`).
         source: The bytes to read; None for zeros and for what is given.
         dtype: The safetensors dtype of those bytes.
-        alignment: What an aligned projector is made with.
+        alignment: The inputs of an aligned projector.
     """
 
     kind: Kind
@@ -89,7 +89,7 @@ class Content:
 
     @property
     def spans(self) -> tuple[SourceRange, ...]:
-        """All bytes that it takes."""
+        """All ranges that are read."""
         own = () if self.source is None else (self.source,)
         tables = () if self.alignment is None else (self.alignment.donor.source, self.alignment.target.source)
         return own + tables
@@ -99,7 +99,7 @@ class Content:
 class PlannedTensor:
     """A target tensor: its name, type and shape, the bytes of the shard that it fills, and its content.
 
-    `origin` is the source tensor that it comes of, behind its role like a file where that is another checkpoint's.
+    `origin` is the source tensor; for another checkpoint its role is in front, as for files.
     """
 
     name: str
@@ -120,7 +120,7 @@ class PlannedTensor:
 
     @property
     def work(self) -> int:
-        """Bytes of which progress is told: those in the shard, and the tables that are read for an alignment."""
+        """Bytes that progress counts: those in the shard, and the tables that an alignment reads."""
         return self.nbytes + (0 if self.content.alignment is None else self.content.alignment.nbytes)
 
     @property
@@ -140,7 +140,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file that will be read, named as in a `SourceRange`, as it was when its header was read."""
+    """A file to read, named as in a `SourceRange`, with its identity when its header was read."""
 
     name: str
     identity: FileIdentity
@@ -148,7 +148,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """The config.json that the plan was made from: its size in bytes and its sha256."""
+    """The config.json that was read: its size in bytes and its sha256."""
 
     size: int
     sha256: str
@@ -163,8 +163,8 @@ class PlannedSource:
         family: The `model_type` of its config.
         layout: The spelling of each root.
         config: Its config.json.
-        files: Its weight files that are read.
-        hub: The model of the Hub that it is, if it is one.
+        files: The weight files to read.
+        hub: The model of the Hub, if it is one.
     """
 
     name: str
@@ -175,14 +175,14 @@ class PlannedSource:
     hub: HubOrigin | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What `t5g2 plan --json` prints of it."""
+        """Return what `t5g2 plan --json` prints about it."""
         hub = {} if self.hub is None else {"hub": self.hub.to_json()}
         return {"name": self.name, "family": self.family, "layout": dict(self.layout), **hub}
 
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """A tensor that a dropped one must repeat, value by value: its name, its bytes and their safetensors dtype."""
+    """A tensor that a dropped one must equal, value by value: its name, its bytes and their safetensors dtype."""
 
     name: str
     source: SourceRange
@@ -191,9 +191,9 @@ class Repeated:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A source tensor that is left behind, and the tensor that it must repeat for that to be allowed.
+    """A source tensor that is left behind, and the tensor that it must equal for that to be allowed.
 
-    One of another checkpoint is named behind its role, and only where it must repeat another or an option drops it.
+    Tensors of another checkpoint are listed only if they must equal another tensor, or if an option drops them.
     """
 
     name: str
@@ -206,7 +206,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting that the target does not have from the source, by its name in config.json, and both its values."""
+    """A setting of config.json that differs from the source's, with both values."""
 
     field: str
     source: Any
@@ -217,8 +217,8 @@ class Change:
 class Plan:
     """All of a conversion before its first byte is written.
 
-    `mapping` is the map that it follows; None where trained values are put into a model, with what `adaptation` tells
-    of the training. `source_items` is everything in the folder of the source, with what becomes of it.
+    `mapping` is the map that it follows; None if trained values are put into a model, whose training `adaptation`
+    describes. `source_items` is everything in the folder of the source, with what becomes of it.
     """
 
     mapping: str | None
@@ -247,12 +247,12 @@ class Plan:
 
     @property
     def source_files(self) -> tuple[SourceFile, ...]:
-        """All weight files that are read."""
+        """All weight files to read."""
         return tuple(file for source in self.sources.values() for file in source.files)
 
     @property
     def reads(self) -> Mapping[Role, tuple[str, ...]]:
-        """The files of each checkpoint that are read, by their names in it."""
+        """The files of each checkpoint to read, by their names in it."""
         weights = [file.name for source in self.sources.values() for file in source.files]
         names = dict.fromkeys([*weights, *(name for file in self.files for name in file.reads)])
         return {role: tuple(plain_name(name) for name in names if role_in(name) == role) for role in self.sources}
@@ -280,11 +280,11 @@ class Plan:
 
     @property
     def work(self) -> int:
-        """Bytes of which progress is told."""
+        """Bytes that progress counts."""
         return sum(tensor.work for tensor in self.tensors)
 
     def to_json(self) -> dict[str, Any]:
-        """What `t5g2 plan --json` prints."""
+        """Return what `t5g2 plan --json` prints."""
         return {
             "output": None,
             "mapping": self.mapping,

@@ -1,4 +1,4 @@
-"""Whether two checkpoints embed the same tokens, without which the rows of their tables say nothing of each other."""
+"""Check that two checkpoints embed the same tokens, so that the rows of their tables correspond."""
 
 import json
 import re
@@ -19,31 +19,31 @@ from t5g2convert.mapping.schema import WeightMap
 PIECE_BYTES: Final = 1 << 18
 
 MOST_RENAMED: Final = 0.01
-"""Part of the tokens that may have other names: unused ones are often given one, and weigh little in a fit of all."""
+"""Fraction of the tokens that may have other names: unused tokens are often renamed, and weigh little in a fit."""
 
-HINT: Final = "--projector zeros asks for no common vocabulary"
+HINT: Final = "--projector zeros does not need a common vocabulary"
 
 _VOCABULARY: Final = re.compile(rb'"vocab"\s*:\s*\{')
 _TOKEN: Final = re.compile(rb'\s*,?\s*"((?:[^"\\]|\\.)*+)"\s*:\s*(\d++)(?=.)', re.DOTALL)
 
 
 def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> int:
-    """How many rows of both embedding tables are the same tokens: all that the map keeps of tables of their size.
+    """Return how many rows of both embedding tables are the same tokens: all that the map keeps of such tables.
 
-    The names of the tokens are compared where both checkpoints have a tokenizer.json.
+    The names of the tokens are compared if both checkpoints have a tokenizer.json.
 
     Args:
         resolution: The map applied to source and donor.
         weight_map: The map, which says what is cut from tables.
-        donated: Rows of the donor's table.
+        donated: Number of rows of the donor's table.
 
     Raises:
         CheckpointError: A tokenizer.json cannot be read, or has no vocabulary.
-        HubError: The Hub does not give one out, or cannot be reached.
-        MappingError: The tables have other counts of rows, or their tokens other names.
+        HubError: The Hub refuses a tokenizer.json, or cannot be reached.
+        MappingError: The tables have different numbers of rows, or their tokens different names.
     """
     cut, vocab = weight_map.vocabulary.cut, resolution.dims["vocab"]
-    # Rows behind the cut are each model's own, also where they are kept.
+    # Rows after the cut are each model's own, even if they are kept.
     rows, kept = cut.get(vocab, vocab), cut.get(donated, donated)
     if kept != rows:
         raise MappingError(f"the donor embeds {kept} tokens, the source {rows}: no common vocabulary", hint=HINT)
@@ -52,12 +52,12 @@ def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> 
 
 
 def check_names(resolution: Resolution, role: Role, whose: str, *, hint: str | None = None) -> None:
-    """Refuse a checkpoint whose tokens have other names than the source's, where both have a tokenizer.json.
+    """Refuse a checkpoint with other names of tokens than the source's, if both have a tokenizer.json.
 
     Raises:
         CheckpointError: A tokenizer.json cannot be read, or has no vocabulary.
-        HubError: The Hub does not give one out, or cannot be reached.
-        MappingError: More than a hundredth of the tokens have other names.
+        HubError: The Hub refuses a tokenizer.json, or cannot be reached.
+        MappingError: More than 1% of the tokens have other names.
     """
     if not has_names(resolution, role):
         return
@@ -73,12 +73,12 @@ def check_names(resolution: Resolution, role: Role, whose: str, *, hint: str | N
 
 
 def has_names(resolution: Resolution, role: Role) -> bool:
-    """Whether the source and another checkpoint tell the names of their tokens."""
+    """Whether both the source and another checkpoint have the names of their tokens."""
     return all(resolution.checkpoints[each].holds(TOKENIZER_FILE) for each in (role, SOURCE))
 
 
 def _names(checkpoint: Checkpoint, rows: int, hint: str | None) -> "array[int]":
-    """A checksum of the name of every token, by its id, 0 where there is none: the names take twenty times as much."""
+    """Return a checksum of each token's name, by id, 0 for no token; the names would take 20 times the memory."""
     fetch(checkpoint, [TOKENIZER_FILE])
     path, names = checkpoint.path / TOKENIZER_FILE, array("Q", bytes(8 * rows))
     try:
@@ -96,19 +96,19 @@ def _names(checkpoint: Checkpoint, rows: int, hint: str | None) -> "array[int]":
 
 
 def vocabulary_of(file: BufferedReader) -> Iterator[tuple[bytes, int]]:
-    """The tokens of `model.vocab` with their ids; the file is read in pieces, since its objects would fill memory."""
+    """Yield the tokens of `model.vocab` with their ids. It reads pieces: the whole would fill memory."""
     text, at = b"", None
     while piece := file.read(PIECE_BYTES):
         text += piece
         if at is None:
-            # What looks like it in a string has a backslash before its quotes, or no brace behind them.
+            # Inside a string, such quotes have a backslash in front or no brace behind.
             found = _VOCABULARY.search(text)
             text, at = (text[found.end() :], 0) if found else (text[-100:], None)
         if at is None:
             continue
         while found := _TOKEN.match(text, at):
             name, at = found[1], found.end()
-            # The same name may be spelt with escapes and without.
+            # The same name may be written with and without escapes.
             yield json.loads(b'"%s"' % name).encode(errors="surrogatepass") if b"\\" in name else name, int(found[2])
         text, at = text[at:], 0
         if text.lstrip().startswith(b"}"):

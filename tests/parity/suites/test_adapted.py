@@ -66,11 +66,11 @@ def test_what_training_left_alone_is_proved_and_the_rest_is_named(bench: Bench) 
     detail = check_of(report, "provenance").detail
     manifest = read_manifest(bench.folder).document()
     assert "41 tensors are the source's byte for byte" in detail
-    assert "210 were trained, and are finite; nothing here judges their values" in detail
-    assert f"1 of those still have the source's values: {KEPT}" in detail
+    assert "210 were trained, and hold numbers that nothing here judges" in detail
+    assert f"1 of those are the source's still: {KEPT}" in detail
     assert manifest["adaptation"]["frozen"] == ["projector", "vision"]
     assert "difference 0" in check_of(report, "vision_parity").detail
-    assert any("trained values are not judged" in remark and "t5g2.json alone" in remark for remark in report.remarks)
+    assert any("the word of t5g2.json" in remark and "judged by nothing" in remark for remark in report.remarks)
     assert any("step 100" in remark and "51200 tokens" in remark for remark in report.remarks)
 
 
@@ -87,7 +87,7 @@ def test_the_result_is_kept(bench: Bench) -> None:
 
 
 def test_its_gemma_3_is_no_source_of_it(scene: tuple[Path, Path, Path]) -> None:
-    with pytest.raises(UsageError, match="it was trained from, not parent"):
+    with pytest.raises(UsageError, match="was trained further, from another model than parent"):
         verify(scene[2], scene[0], record=False)
 
 
@@ -179,13 +179,13 @@ def _drop(manifest: Document) -> None:
 LIES: dict[str, tuple[Callable[[Document], object], str]] = {
     "that the tower was trained": (
         _trained(f"{TOWER}post_layernorm.weight"),
-        "is of the vision tower, which stays frozen",
+        "belongs to the vision tower, which stays frozen",
     ),
     "that a tensor was trained which is not there": (
         _trained("model.decoder.norm.bias"),
-        "is not one of this model",
+        "is not a tensor of this model",
     ),
-    "that the softmax was trained": (_trained("lm_head.out_proj.weight"), f"is {TABLE} by another name"),
+    "that the softmax was trained": (_trained("lm_head.out_proj.weight"), f"is another name of {TABLE}"),
     "that a trained tensor was not": (_untold, "model.decoder.norm.weight[0] is not model.decoder.norm.weight"),
     "that nothing is frozen": (
         lambda manifest: manifest["adaptation"].update(frozen=[]),
@@ -195,7 +195,7 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
         lambda manifest: manifest["options"].update(dtype="float32"),
         "is BF16",
     ),
-    "that it was converted": (_drop, "t5g2.json records no adaptation"),
+    "that it was converted": (_drop, "t5g2.json tells of no adaptation"),
     "of another source": (
         lambda manifest: manifest["source"]["files"]["model.safetensors"].update(bytes=7),
         "was made from files of other names or sizes",
@@ -270,7 +270,7 @@ def test_a_projector_of_zeros_is_blind_until_it_is_trained(
     adapt(model, trained_from(model, text_only), tmp_path / "out", tmp_path / "step")
     report = verify(tmp_path / "out", model, record=False)
     assert report.passed, report.failed
-    assert any("its projector is zeros and was not trained" in remark for remark in report.remarks)
+    assert any("its projector is zeros, and was not trained" in remark for remark in report.remarks)
 
 
 def test_text_alone_has_no_tower_to_be_compared(converted_twin: Callable[[str], Path], tmp_path: Path) -> None:
