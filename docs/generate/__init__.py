@@ -1,15 +1,16 @@
-"""Make the pages and the parts of pages that tell what the code says itself; `make docs` runs it, a test compares.
+"""The pages and parts of pages that are generated from the code; `make docs` writes them, and a test compares them.
 
-    docs/commands/NAME.md       from the help of each command, with the examples below
+    docs/commands/NAME.md       each command, from its help
     docs/commands/README.md     the list of them
     docs/README.md              the list of all pages, from their titles and first sentences
     docs/weight-map.md          the reference, from the schema of maps and the families
     docs/architecture.md        the packages and their modules, from their docstrings
-    docs/adaptation.md          what training costs, from the shapes of the released sizes
-    docs/settings.md            what becomes of every setting, from the list of the known ones
+    docs/adaptation.md          the cost of training, from the shapes of the released sizes
+    docs/adding-a-family.md     the files that Gemma 2 took, with their lines
+    docs/settings.md            every known setting, from their list
     docs/ci.md                  inputs and outputs of the parity action, from action.yml
 
-A part stands between `<!-- NAME: made by make docs -->` and `<!-- end of NAME -->`; all else is written by hand.
+A generated part is between `<!-- NAME: made by make docs -->` and `<!-- end of NAME -->`; the rest is written by hand.
 """
 
 import re
@@ -22,6 +23,7 @@ from typer.main import get_command
 
 from docs.generate.commands import command_page
 from docs.generate.cost import cost_table
+from docs.generate.family import family_table
 from docs.generate.settings import settings_tables
 from docs.generate.tables import first_sentence, table
 from docs.generate.weight_map import weight_map_reference
@@ -32,7 +34,7 @@ DOCS: Final = ROOT / "docs"
 
 
 def pages() -> dict[Path, str]:
-    """Every file that is made, whole, and its text."""
+    """Return the complete text of every generated file."""
     root: Any = get_command(app)
     made = {DOCS / f"commands/{name}.md": command_page(name, command) for name, command in root.commands.items()}
     parts: dict[str, Callable[[], str]] = {
@@ -44,6 +46,7 @@ def pages() -> dict[Path, str]:
         "architecture.md": packages,
         "ci.md": action_tables,
         "adaptation.md": cost_table,
+        "adding-a-family.md": family_table,
         "settings.md": settings_tables,
         "README.md": page_list,
     }
@@ -51,17 +54,17 @@ def pages() -> dict[Path, str]:
 
 
 def _filled(path: Path, part: str) -> str:
-    """A page with its part made anew."""
+    """Return a page with its generated part replaced."""
     text = path.read_text(encoding="utf-8")
     found = re.search(r"<!-- (.+): made by make docs -->\n", text)
-    assert found, f"{path} has no part that is made"
+    assert found, f"{path} has no generated part"
     end = f"<!-- end of {found[1]} -->\n"
     assert text.count(end) == 1, f"{path} lacks {end}"
     return f"{text[: found.end()]}\n{part.strip()}\n\n{text[text.index(end) :]}"
 
 
 def packages() -> str:
-    """Each package with its modules, by the first line of their docstrings."""
+    """Return the table of packages and modules, with the first lines of their docstrings."""
     rows: list[tuple[str, str]] = []
     for init in sorted((ROOT / "t5g2convert").glob("*/**/__init__.py")):
         rows.append((f"**{init.parent.relative_to(ROOT / 't5g2convert')}/**", f"**{_first_line(init)}**"))
@@ -71,14 +74,14 @@ def packages() -> str:
 
 
 def _first_line(path: Path) -> str:
-    """The first paragraph of a module's docstring."""
-    said = re.match(r'"""(.*?)(?:"""|\n\n)', path.read_text(encoding="utf-8"), re.DOTALL)
-    assert said, f"{path} has no docstring"
-    return " ".join(said[1].split())
+    """Return the first paragraph of a module's docstring."""
+    found = re.match(r'"""(.*?)(?:"""|\n\n)', path.read_text(encoding="utf-8"), re.DOTALL)
+    assert found, f"{path} has no docstring"
+    return " ".join(found[1].split())
 
 
 def action_tables() -> str:
-    """What goes into the parity action, and what comes out."""
+    """Return the tables of inputs and outputs of the parity action."""
     action = yaml.safe_load((ROOT / ".github/actions/parity/action.yml").read_text(encoding="utf-8"))
     inputs = []
     for name, it in action["inputs"].items():
@@ -89,12 +92,12 @@ def action_tables() -> str:
 
 
 def page_list() -> str:
-    """The pages of this folder, by their titles and first sentences."""
+    """Return the list of pages, with their titles and first sentences."""
     rows = []
     for path in sorted([*DOCS.glob("*.md"), DOCS / "commands/README.md"]):
         if path == DOCS / "README.md":
             continue
         title, _, rest = path.read_text(encoding="utf-8").partition("\n")
-        told = first_sentence(rest.strip().partition("\n\n")[0])
-        rows.append((f"[{title.removeprefix('# ')}]({path.relative_to(DOCS)})", told))
-    return table(("page", "what it tells"), iter(rows))
+        sentence = first_sentence(rest.strip().partition("\n\n")[0])
+        rows.append((f"[{title.removeprefix('# ')}]({path.relative_to(DOCS)})", sentence))
+    return table(("page", "contents"), iter(rows))

@@ -25,11 +25,11 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "mappings check": ("t5g2 mappings check gemma3 --against gemma-3-4b-pt",),
     "mappings schema": ("t5g2 mappings schema > weight-map.schema.json",),
 }
-"""Commands of the pages; the tests of the documentation run them."""
+"""Example commands; tests/test_docs.py runs them."""
 
 
 def command_page(name: str, command: Any) -> str:
-    """The page of a command, or of a group and all of its commands."""
+    """Return the page of a command, or of a group with all its commands."""
     inner: Mapping[str, Any] = getattr(command, "commands", {})
     sections = [f"# t5g2 {name}", command.help if inner else _command(name, command)]
     for verb, each in inner.items():

@@ -1,4 +1,4 @@
-"""What training costs at the three sizes that were released, for docs/adaptation.md: estimates from shapes alone."""
+"""The cost of training at the three released sizes, for docs/adaptation.md: estimates from shapes alone."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -18,23 +18,23 @@ from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 
 BUDGETS: Final = (4096, 16_384)
-"""Tokens that the encoder reads at most, and labels at most."""
+"""The maximum number of encoder tokens, and of labels."""
 
 DEVICES: Final = 8
 CHUNK: Final = 1024
-"""Labels whose logits exist at once: the default of `--loss-chunk`."""
+"""Labels whose logits exist at the same time: the default of `--loss-chunk`."""
 
 GIGABYTE: Final = 1e9
 PEAK: Final = 989e12
-"""bfloat16 operations a second of an H100 SXM without sparsity, by its data sheet."""
+"""bfloat16 operations per second of an H100 SXM without sparsity, from its data sheet."""
 
 SHARE: Final = 0.3
-"""Of the peak, that training is taken to reach: an assumption."""
+"""The share of the peak that training is assumed to reach."""
 
 
 @cache
 def cost_table() -> str:
-    """One row for each size and budget."""
+    """Return one row for each size and budget."""
     head = (
         "size", "tokens in and out", "weights, gradients, moments", "held by one device", f"by each of {DEVICES}",
         "operations for 1B tokens", "device hours",
@@ -75,7 +75,7 @@ def _gigabytes(count: int) -> str:
 
 
 def _plans() -> Iterator[tuple[str, Plan]]:
-    """A plan of each size, from headers: the smaller ones with the tower of the largest, as they were released."""
+    """Yield a plan for each size, from headers; the smaller ones get the tower of the largest, as in the releases."""
     with TemporaryDirectory() as name:
         folders = {size: Path(name) / size for size in ("4b", "270m", "1b")}
         for size, folder in folders.items():

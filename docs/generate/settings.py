@@ -6,7 +6,7 @@ from t5g2convert.checkpoint.families.settings import Section, Setting
 
 
 def settings_tables() -> str:
-    """One table for each section of each file; what every section of config.json may have is listed once."""
+    """Return a table for each section of each file; settings of every section of config.json are listed once."""
     shared = Section("Every section of config.json", EVERY_CONFIG, "transformers")
     own = [
         Section(section.title, tuple(it for it in section.settings if it not in EVERY_CONFIG), section.owner)

@@ -8,11 +8,11 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.source_families import FAMILIES
 
 SIZE: Final = [{"minimum": 0, "type": "integer"}, {"type": "string"}]
-"""What the schema calls a size of a tensor."""
+"""The schema's type of a tensor's size."""
 
 
 def weight_map_reference() -> str:
-    """Every declaration of the schema, and the terms that maps of each family may use."""
+    """Return every declaration of the schema, and the terms that maps of each family may use."""
     schema = WeightMap.model_json_schema(by_alias=True)
     definitions: dict[str, Any] = schema["$defs"]
     order: list[str] = []
@@ -53,7 +53,7 @@ def _reference(entry: Mapping[str, Any]) -> str:
 
 
 def _type(entry: Mapping[str, Any]) -> str:
-    """A type in words."""
+    """Return a type in words."""
     if name := _reference(entry):
         return f"[{name}](#{name.lower()})"
     if entry.get("anyOf") == SIZE:
