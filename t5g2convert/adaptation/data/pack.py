@@ -30,7 +30,7 @@ from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder, read_to
 from t5g2convert.adaptation.options import PackOptions
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.write.output_path import check_apart, check_target
-from t5g2convert.conversion.write.ownership import Written
+from t5g2convert.conversion.write.ownership import ListedFile
 from t5g2convert.conversion.write.recovery import leftovers
 from t5g2convert.conversion.write.staging import Staging
 from t5g2convert.errors import DataError, OutputError, UsageError
@@ -269,20 +269,20 @@ def _refusal(faults: Sequence[Fault]) -> DataError:
     )
 
 
-def packed_listing(folder: Path) -> dict[str, Written]:
+def packed_listing(folder: Path) -> dict[str, ListedFile]:
     """The files of packed data, as its index and its list of pictures have them; see `conversion.ownership`.
 
     Raises:
         DataError: It has no index, or names a picture that cannot be one.
     """
     index, _ = read_index(folder)
-    listed = {INDEX_FILE: Written()}
+    listed = {INDEX_FILE: ListedFile()}
     for name, stream in (("text", index.text), ("image", index.image)):
-        listed[f"{name}.doc"] = Written(sha256=stream.ends)
+        listed[f"{name}.doc"] = ListedFile(sha256=stream.ends)
         for number, shard in enumerate(stream.shards):
-            listed[shard_name(name, number)] = Written(shard.tokens * TOKEN.itemsize, shard.sha256)
-    listed[COUNTS_FILE] = Written(index.tokens.vocabulary * END.itemsize, index.counts)
-    listed[PICTURES_FILE] = Written(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
+            listed[shard_name(name, number)] = ListedFile(shard.tokens * TOKEN.itemsize, shard.sha256)
+    listed[COUNTS_FILE] = ListedFile(index.tokens.vocabulary * END.itemsize, index.counts)
+    listed[PICTURES_FILE] = ListedFile(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
     for place in mapped_array(folder / PICTURES_FILE, PICTURE, (index.pictures.places,)):
-        listed[f"{PICTURES_FOLDER}/{picture_name(place)}"] = Written(sha256=bytes(place["sha256"]).hex())
+        listed[f"{PICTURES_FOLDER}/{picture_name(place)}"] = ListedFile(sha256=bytes(place["sha256"]).hex())
     return listed

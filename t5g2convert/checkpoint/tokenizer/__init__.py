@@ -1,1 +1,1 @@
-"""Tokenizer files: the ids they use, special ids, chat templates."""
+"""Tokenizer files: the ids in use, special ids, chat templates."""

@@ -1,4 +1,4 @@
-"""Further chat templates: the files of one folder, which transformers loads beside the tokenizer's own template."""
+"""Additional chat templates: the files of one folder, which transformers loads with the tokenizer's own template."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -13,27 +13,27 @@ SUFFIX: Final = ".jinja"
 
 
 def is_output_name(name: str) -> bool:
-    """Whether a conversion may write a file of that name: a plain one, or that of a template in its folder."""
+    """Whether an output may have a file of this name: a plain name, or that of a template in its folder."""
     return is_plain_name(name.removeprefix(TEMPLATES_FOLDER) if is_template(name) else name)
 
 
 def is_template(name: str) -> bool:
-    """Whether a path is that of a further chat template, whatever characters its name has."""
+    """Whether a path is that of an additional chat template; its name may have any characters."""
     return name.startswith(TEMPLATES_FOLDER) and name.endswith(SUFFIX)
 
 
 def templates_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The paths of a checkpoint's further chat templates, in the order of their names.
+    """Return the paths of a checkpoint's additional chat templates, sorted.
 
     Raises:
-        CheckpointError: One is not a regular file, or has a name that an output cannot have.
+        CheckpointError: A template is not a regular file, or has a name that an output cannot have.
     """
     names = sorted(filter(is_template, checkpoint.hub.files if checkpoint.hub is not None else _in_folder(checkpoint)))
     for name in names:
         own = name.removeprefix(TEMPLATES_FOLDER)
         if own.startswith(".") or not (is_plain_name(own) and own.isprintable() and is_text(own)):
             raise CheckpointError(
-                f"{own!a} is not a name for a chat template",
+                f"{own!a} is not a valid name of a chat template",
                 where=checkpoint.path / TEMPLATES_FOLDER,
                 hint="rename it to letters, digits, dots, dashes and underscores",
             )
@@ -43,7 +43,7 @@ def templates_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def held(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    """The files that a checkpoint has of a list of names, which may have the folder of templates in it."""
+    """Return the names of a list that a checkpoint has; the folder of templates counts as the files in it."""
     found: list[str] = []
     for name in names:
         if name == TEMPLATES_FOLDER:
@@ -58,7 +58,7 @@ def _in_folder(checkpoint: Checkpoint) -> list[str]:
     try:
         if not folder.is_dir():
             return []
-        # A folder by such a name is not a regular file, and refused as one.
+        # A folder with such a name is refused later: it is not a regular file.
         return [f"{TEMPLATES_FOLDER}{name.rstrip('/')}" for name in listed(folder)]
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder) from None

@@ -1,7 +1,7 @@
-"""The pieces of a SentencePiece model: its protobuf is walked through, and nothing of it is computed.
+"""The pieces of a SentencePiece model, read from its protobuf.
 
-A model is a `ModelProto`: field 1 is a piece, as often as there are pieces, and a piece's id is its place among them.
-In a piece, field 1 is its text. All other fields are settings, and are passed over.
+A model is a `ModelProto`. Its repeated field 1 holds the pieces, in the order of their ids, and field 1 of a piece is
+its text. All other fields are settings, and are skipped.
 """
 
 from collections.abc import Iterator
@@ -40,11 +40,11 @@ def _text(data: bytes, start: int, end: int) -> bytes:
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the number of every field of bytes, and where they start and end.
+    """Yield the number, start and end of every field of bytes.
 
     Raises:
-        ValueError: This is not a protobuf message.
-        IndexError: It ends too early.
+        ValueError: The data is not a protobuf message.
+        IndexError: The data ends too early.
     """
     while at < end:
         tag, at = _varint(data, at)
@@ -63,7 +63,7 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
         else:
             raise ValueError(f"wire type {kind}")
     if at != end:
-        raise ValueError("a field goes beyond its message")
+        raise ValueError("a field ends after its message")
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

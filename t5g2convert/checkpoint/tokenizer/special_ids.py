@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 SECTIONS: Final = ((), ("text_config",), ("encoder",), ("encoder", "text_config"), ("decoder",))
-"""Where a config.json of Gemma or T5Gemma names tokens."""
+"""The sections of config.json that name tokens, in Gemma and T5Gemma."""
 
 IMAGE_IDS: Final = frozenset(
     {
         "boi_token_index", "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id", "image_token_id",
     }
 )  # fmt: skip
-"""Tokens that a model needs only if it reads images; configs without images may name ids that no table has."""
+"""Tokens that a model needs only if it reads images; configs without images may name ids past the table."""
 
 GENERATED_IDS: Final = frozenset(
     {
@@ -19,17 +19,17 @@ GENERATED_IDS: Final = frozenset(
         "sequence_bias",
     }
 )  # fmt: skip
-"""Settings of generation_config.json that hold token ids under other names than `..._token_id`."""
+"""Settings of generation_config.json that hold token ids, with names other than `..._token_id`."""
 
 
 def config_ids(config: Mapping[str, Any], *, images: bool) -> Iterator[tuple[str, int]]:
-    """Yield the fields of a config.json that name tokens, by their path, each with its ids.
+    """Yield the ids of tokens in config.json, each with the path of its field.
 
-    Null and negative numbers name no token.
+    Null and negative numbers are not ids.
 
     Args:
         config: config.json.
-        images: Whether the model reads images; if not, the tokens of images are left out.
+        images: Whether the model reads images; otherwise image tokens are left out.
 
     Example:
         >>> list(config_ids({"eos_token_id": [1, 106], "text_config": {"pad_token_id": 0}}, images=False))
@@ -49,7 +49,7 @@ def config_ids(config: Mapping[str, Any], *, images: bool) -> Iterator[tuple[str
 
 
 def generation_ids(generation: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield the fields of a generation_config.json that name tokens, each with its ids."""
+    """Yield the ids of tokens in generation_config.json, each with its field."""
     for name in filter(has_ids, generation):
         found: list[Any] = []
         with_ids(name, generation[name], found.append)
@@ -57,17 +57,17 @@ def generation_ids(generation: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def has_ids(name: str) -> bool:
-    """Whether a setting of generation_config.json is made of token ids."""
+    """Whether a setting of generation_config.json holds token ids."""
     return name.endswith("_token_id") or name in GENERATED_IDS
 
 
 def with_ids(name: str, value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return the value of a setting of generation_config.json with each of its token ids changed.
+    """Return the value of a setting of generation_config.json with a function applied to each token id.
 
     Args:
         name: The setting.
         value: Its value; lists may be nested.
-        change: Given each id, or what is there in place of one.
+        change: Called with each id, or with the value in place of one.
 
     Example:
         >>> with_ids("sequence_bias", [[[5, 7], 7.0]], lambda number: number + 1)
@@ -88,7 +88,7 @@ def with_ids(name: str, value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:
-    """Yield the whole numbers from 0 on of a value, which may be a list of lists."""
+    """Yield the integers from 0 in a value, which may be a nested list."""
     if isinstance(value, list):
         for item in value:
             yield from _whole_numbers(item)

@@ -1,1 +1,1 @@
-"""The files besides the weights: config, generation config, tokenizer, processor."""
+"""The auxiliary files: config, tokenizer, processor."""

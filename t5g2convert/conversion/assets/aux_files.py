@@ -1,4 +1,4 @@
-"""The files beside the weights: which are copied from the source, which are made, and from what."""
+"""The auxiliary files (tokenizer, processor, chat templates): which are copied, which are made, and from what."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json")
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A file beside the weights.
+    """An auxiliary file of the output.
 
     Attributes:
         name: Its name in the output.
@@ -53,7 +53,7 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True)
 class AuxFiles:
-    """The files beside the weights, the tokens that change in them, and notes."""
+    """The auxiliary files, the tokens that change in them, and notes."""
 
     files: tuple[PlannedFile, ...]
     tokens: tuple[TokenChange, ...]
@@ -61,7 +61,7 @@ class AuxFiles:
 
 
 def plan_files(weight_map: WeightMap, resolution: Resolution, tokenizer: Tokenizer) -> AuxFiles:
-    """Plan the files beside the weights: the source's tokenizer, and the image processor of the tower's checkpoint.
+    """Plan the auxiliary files: the source's tokenizer, and the image processor of the tower's checkpoint.
 
     Args:
         weight_map: The map, which says what is copied and what is made.

@@ -1,4 +1,4 @@
-"""generation_config.json of the output: the source's, whole, with the ids of tokens that move moved."""
+"""generation_config.json of the output: the source's, with the new ids of tokens that move."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +20,11 @@ CACHES: Final = (
     "static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid",
     "offloaded_hybrid_chunked", "dynamic", "offloaded", "quantized", "paged",
 )  # fmt: skip
-"""What cache_implementation may be: transformers loads no model with another."""
+"""The values of cache_implementation: transformers refuses to load a model with any other."""
 
 
 class _Known(ConfigSection):
-    """The keys that keep transformers from loading a model where their type is another."""
+    """The keys whose type transformers checks when it loads a model."""
 
     eos_token_id: Token | Ids | None = None
     bos_token_id: Token | None = None
@@ -56,10 +56,11 @@ class _Known(ConfigSection):
 
 
 def given_generation(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The generation_config.json of a source, without nulls; empty where it has none.
+    """Return the generation_config.json of a source, without nulls; empty where it has none.
 
     Raises:
         CheckpointError: It is not a JSON object, or a known key has a value that transformers does not load.
+        HubError: The Hub does not provide it, or cannot be reached.
     """
     given = read_held(checkpoint, GENERATION_FILE) or {}
     parse_section(_Known, given, checkpoint.path / GENERATION_FILE)
@@ -69,17 +70,17 @@ def given_generation(checkpoint: Checkpoint) -> dict[str, Any]:
 def generation_config(
     given: Mapping[str, Any], gaps: Mapping[str, Any], moves: Mapping[int, int], rows: int, where: Path
 ) -> dict[str, Any]:
-    """Make generation_config.json of the output.
+    """Return generation_config.json of the output.
 
     Args:
-        given: The source's, without nulls: every key is carried, known or not.
-        gaps: What the map adds where the source's lacks it.
-        moves: New id by old id, of the tokens that move.
-        rows: Rows of the output's table.
+        given: The source's, without nulls; every key is kept.
+        gaps: Keys that are added where the source lacks them.
+        moves: The new id of each token that moves, by its old id.
+        rows: Number of rows of the output's table.
         where: The source's file, for errors.
 
     Raises:
-        CheckpointError: An id lies past the table, or is one that another token moves to.
+        CheckpointError: An id is past the table, or is the new id of another token.
     """
     check_tokens(given, moves, rows, where)
 
@@ -90,31 +91,31 @@ def generation_config(
 
 
 def check_tokens(document: Mapping[str, Any], moves: Mapping[int, int], rows: int, where: Path) -> None:
-    """Refuse ids that no row is kept of, and those that another token moves to; all are named in one error.
+    """Refuse ids past the table, and ids that another token moves to; one error names them all.
 
     Args:
-        document: Settings, of which those with ids are looked at.
-        moves: New id by old id, of the tokens that move.
-        rows: Rows of the output's table.
+        document: Settings; only those with ids are checked.
+        moves: The new id of each token that moves, by its old id.
+        rows: Number of rows of the output's table.
         where: The file, for errors.
 
     Raises:
-        CheckpointError: There are such ids, or what should be an id is not a whole number.
+        CheckpointError: There are such ids, or an id is not an integer.
     """
     faults: list[str] = []
     for key in filter(has_ids, document):
 
-        def look(token: Any, key: str = key) -> None:
+        def check(token: Any, key: str = key) -> None:
             if token is None:
                 return
             if type(token) is not int:
                 faults.append(f"{key} has {token!r}, expected a token id")
             elif token in moves.values() and token not in moves:
-                faults.append(f"{key} has token {token}, which gives way to the one that moves there")
+                faults.append(f"{key} has token {token}, the new id of a token that moves")
             elif not 0 <= moves.get(token, token) < rows:
                 faults.append(f"{key} has token {token}, but the embedding table keeps {rows} rows")
 
-        with_ids(key, document[key], look)
+        with_ids(key, document[key], check)
     if faults:
         hint = "correct the id, or remove the key"
         raise CheckpointError(faults[0], where=where, hint=hint, details=faults if len(faults) > 1 else ())

@@ -1,1 +1,1 @@
-"""Execute a plan: copy bytes, compute a few tensors, stage, rename."""
+"""Writing a planned output: shards, the other files, and the staging folder."""

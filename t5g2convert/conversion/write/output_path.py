@@ -12,7 +12,7 @@ from typing import Final
 
 from t5g2convert.checkpoint.folder import scheme_of
 from t5g2convert.conversion.write.ownership import Listing, check_ours, check_own_folder, manifest_listing
-from t5g2convert.conversion.write.recovery import INSIDE, Names, leftovers, real_path
+from t5g2convert.conversion.write.recovery import INSIDE, WorkFolders, leftovers, real_path
 from t5g2convert.errors import OutputError
 
 MAX_LINKS: Final = 40
@@ -185,8 +185,8 @@ def _check_names(real: Path) -> None:
 
 
 def _working(real: Path) -> tuple[Path, ...]:
-    names = Names.beside(real)
-    return names.staging, names.old
+    work = WorkFolders.of(real)
+    return work.staging, work.old
 
 
 def _links(given: Path) -> Iterator[Path]:

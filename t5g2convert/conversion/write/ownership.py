@@ -18,29 +18,29 @@ THREADS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class ListedFile:
     """The size and sha256 of a file when it was written; None where they were not recorded."""
 
     nbytes: int | None = None
     sha256: str | None = None
 
 
-Listing = Callable[[Path], Mapping[str, Written]]
+Listing = Callable[[Path], Mapping[str, ListedFile]]
 """Returns the files that t5g2 wrote into a folder; raises if the folder does not list them."""
 
 Snapshot = Mapping[str, tuple[int, int, int]]
 """Inode, size and modification time of everything in a folder, by path."""
 
 
-def manifest_listing(folder: Path) -> dict[str, Written]:
+def manifest_listing(folder: Path) -> dict[str, ListedFile]:
     """Return the files that t5g2.json lists, and t5g2.json itself.
 
     Raises:
         CheckpointError: The folder has no manifest, or an invalid one.
     """
     files = read_manifest(folder).files
-    listed = {name: Written(file.bytes, file.sha256) for name, file in files.items()}
-    return {**listed, MANIFEST_FILE: Written()}
+    listed = {name: ListedFile(file.bytes, file.sha256) for name, file in files.items()}
+    return {**listed, MANIFEST_FILE: ListedFile()}
 
 
 def take_snapshot(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[str, tuple[int, int, int]]:
@@ -65,7 +65,7 @@ def check_ours(
     Args:
         folder: The folder.
         listing: Returns the files that t5g2 wrote.
-        ignored: Names at its top level to ignore.
+        ignored: WorkFolders at its top level to ignore.
         thoroughly: Compare the sha256 of every file too, not only names and sizes.
 
     Raises:
@@ -153,17 +153,17 @@ def _walk(
             yield from _walk(folder, inside=f"{name}/")
 
 
-def _is_listed(name: str, status: os.stat_result, listed: Mapping[str, Written]) -> bool:
+def _is_listed(name: str, status: os.stat_result, listed: Mapping[str, ListedFile]) -> bool:
     if stat.S_ISDIR(status.st_mode):
         return any(other.startswith(f"{name}/") for other in listed)
     return stat.S_ISREG(status.st_mode) and name in listed
 
 
-def _has_other_size(status: os.stat_result, written: Written | None) -> bool:
+def _has_other_size(status: os.stat_result, written: ListedFile | None) -> bool:
     return written is not None and written.nbytes not in (None, status.st_size)
 
 
-def _with_other_bytes(folder: Path, found: Mapping[str, os.stat_result], listed: Mapping[str, Written]) -> list[str]:
+def _with_other_bytes(folder: Path, found: Mapping[str, os.stat_result], listed: Mapping[str, ListedFile]) -> list[str]:
     noted = {name: listed[name].sha256 for name in found if name in listed and listed[name].sha256 is not None}
     try:
         with ThreadPoolExecutor(THREADS) as pool:

@@ -30,7 +30,7 @@ JOURNAL_FILE: Final = ".t5g2-finished"
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class WorkFolders:
     """The folders next to a target while it is written or replaced.
 
     Attributes:
@@ -44,7 +44,7 @@ class Names:
     removed: Path
 
     @classmethod
-    def beside(cls, target: Path) -> "Names":
+    def of(cls, target: Path) -> "WorkFolders":
         """Return the folders of a target without links in its path."""
         return cls(*(target.parent / f".{target.name}{end}" for end in (STAGING_SUFFIX, OLD_SUFFIX, REMOVED_SUFFIX)))
 

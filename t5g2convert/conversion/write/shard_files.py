@@ -21,7 +21,7 @@ class OpenShards:
     Args:
         plan: The plan.
         folder: The folder for the shards.
-        kept: Names of the shards that exist already.
+        kept: WorkFolders of the shards that exist already.
         journal: Records every finished shard; None where nothing is hashed.
         flush: Wait until the disk has every byte.
     """

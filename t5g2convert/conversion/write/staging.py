@@ -34,7 +34,7 @@ from t5g2convert.conversion.write.recovery import (
     INSIDE,
     JOURNAL_FILE,
     MOVES_FILE,
-    Names,
+    WorkFolders,
     fill,
     leftovers,
     moved_files,
@@ -86,8 +86,8 @@ class Staging:
         last: Sequence[str] = LAST_FILES,
     ) -> None:
         self._given, self.target = target, real_path(target)
-        self._names = Names.beside(self.target)
-        self.folder = self._names.staging
+        self._work = WorkFolders.of(self.target)
+        self.folder = self._work.staging
         self.notes: list[str] = []
         self._overwrite, self._flush, self._resume = overwrite, flush, resume
         self._listing, self._last = listing, last
@@ -157,7 +157,7 @@ class Staging:
                 raise OutputError(f"cannot be moved into place: {error.strerror}", where=self.target) from error
             finally:
                 if self._committed:
-                    self.notes += self._names.clear_removed()
+                    self.notes += self._work.clear_removed()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -174,18 +174,18 @@ class Staging:
 
     def _put_in_place(self) -> None:
         """Rename the folder to the target, after moving away the folder that it replaces."""
-        names, replaced = self._names, self._replaced is not None
+        work, replaced = self._work, self._replaced is not None
         if replaced:
             os.fchmod(self._fd, stat.S_IMODE(self.target.stat().st_mode))
         if self._flush:
             os.fsync(self._fd)
         if replaced:
-            self.target.rename(names.old)
+            self.target.rename(work.old)
         try:
             self.folder.rename(self.target)
         except OSError:
             if replaced:
-                names.old.rename(self.target)
+                work.old.rename(self.target)
             raise
         self._committed = True
         try:
@@ -195,7 +195,7 @@ class Staging:
             if replaced:
                 # A folder to remove must never look like one that an interrupted swap left.
                 with suppress(FileNotFoundError):
-                    names.old.rename(names.free_removed())
+                    work.old.rename(work.free_removed())
 
     def _fill(self) -> None:
         """Move everything into the target."""
@@ -221,7 +221,7 @@ class Staging:
         attempts = LOCK_ATTEMPTS
         while True:
             self._fills = self._is_empty()
-            self.folder = self.target / INSIDE if self._fills else self._names.staging
+            self.folder = self.target / INSIDE if self._fills else self._work.staging
             self._lock()
             if self._fills == self._is_empty() or not attempts:
                 break
@@ -249,7 +249,7 @@ class Staging:
 
         It was not replaced if the staging folder still exists: the rename to the target ends that.
         """
-        old = self._names.old
+        old = self._work.old
         if not os.path.lexists(old):
             return
         check_own_folder(old)
@@ -258,7 +258,7 @@ class Staging:
             return
         check_ours(old, self._listing)
         with suppress(FileNotFoundError):  # the run that replaced it does the same
-            old.rename(self._names.free_removed())
+            old.rename(self._work.free_removed())
 
     def _note_replaced(self) -> None:
         """Record the target that is replaced, and give the new folder its mode, group and attributes."""
@@ -312,7 +312,7 @@ class Staging:
         try:
             if self._fills:
                 return bool(moved_files(self.target))
-            return os.path.lexists(self._names.old) and not os.path.lexists(self.target) and not self._made_folder
+            return os.path.lexists(self._work.old) and not os.path.lexists(self.target) and not self._made_folder
         except OSError:
             return True
 

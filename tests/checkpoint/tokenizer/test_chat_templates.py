@@ -67,7 +67,7 @@ def test_a_source_without_the_folder_has_none(demo_source: Path) -> None:
 @pytest.mark.parametrize("name", [".hidden.jinja", "a\nb.jinja", "a\\b.jinja", b"a\xff.jinja"], ids=ascii)
 def test_a_name_that_cannot_be_written_is_refused(name: str | bytes, demo_source: Path) -> None:
     give(demo_source, os.fsdecode(name))
-    with pytest.raises(CheckpointError, match="is not a name for a chat template") as refused:
+    with pytest.raises(CheckpointError, match="is not a valid name of a chat template") as refused:
         plan(demo_source)
     assert "\n" not in str(refused.value)
 

@@ -46,7 +46,7 @@ def test_ids_move_and_other_numbers_do_not() -> None:
         ("forced_decoder_ids", [[1, 300_000]], "forced_decoder_ids has token 300000"),
         ("decoder_start_token_id", "<bos>", "decoder_start_token_id has '<bos>', expected a token id"),
         ("forced_eos_token_id", 1.0, "forced_eos_token_id has 1.0, expected a token id"),
-        ("suppress_tokens", [256_001], "suppress_tokens has token 256001, which gives way"),
+        ("suppress_tokens", [256_001], "suppress_tokens has token 256001, the new id"),
         ("image_token_id", True, "image_token_id has True"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 
 from t5g2convert import OutputError, UsageError, convert
 from t5g2convert.conversion.write.output_path import check_target, is_mount_point
-from t5g2convert.conversion.write.recovery import Names
+from t5g2convert.conversion.write.recovery import WorkFolders
 from t5g2convert.conversion.write.staging import Staging
 from tests.outputs import OLD, manifest_of, write_old
 
@@ -176,7 +176,7 @@ def test_O9_names_beside_the_output_that_are_not_ours_are_left_alone(tmp_path: P
 
 def test_O9_a_folder_being_removed_that_is_another_users_is_left_alone(old: Path) -> None:
     needs_root()
-    theirs = Names.beside(old).removed
+    theirs = WorkFolders.of(old).removed
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("precious")
     os.chown(theirs, NOBODY, NOBODY)
@@ -367,7 +367,7 @@ def test_O11_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Names, "clear_removed", die)
+        patch.setattr(WorkFolders, "clear_removed", die)
         with pytest.raises(KeyboardInterrupt):
             write(old)
     assert names(old) == {"config.json"}
@@ -381,7 +381,7 @@ def test_O11_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.M
 
 
 def test_O11_the_same_between_the_renames(old: Path) -> None:
-    old.rename(Names.beside(old).old)
+    old.rename(WorkFolders.of(old).old)
     with Staging(old) as staging:
         assert not old.exists(), "without its staging folder the swap was complete, and the output went later"
         (staging.folder / "config.json").write_text("new")
@@ -391,7 +391,7 @@ def test_O11_the_same_between_the_renames(old: Path) -> None:
 
 def test_O11_an_old_folder_with_strangers_in_it_is_not_removed(old: Path) -> None:
     (old / "thesis.tex").write_text("precious")
-    left = old.rename(Names.beside(old).old)
+    left = old.rename(WorkFolders.of(old).old)
     with pytest.raises(OutputError, match=r"thesis\.tex"), Staging(old):
         raise AssertionError
     assert contents(left) == {**OLD, "thesis.tex": b"precious"}
