@@ -20,6 +20,8 @@ from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine, Result
 
+pytestmark = pytest.mark.sampled
+
 PAYLOADS: Final = {
     # Colours, a window title, a link, C1, bell and backspaces, NUL, bidi, the other line ends, what has no width.
     "controls": "\x1b[31mred\x1b]0;title\x07\x1b]8;;https://example.org\x1b\\x\x9b31m\x85\x08\x7f\x0b\x0c\t\x00\u202egpj"

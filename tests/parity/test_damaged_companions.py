@@ -12,7 +12,7 @@ from t5g2convert import convert
 from t5g2convert.checkpoint.folder import read_json_object
 from tests.parity.mutations import Bench, Document, Tally, close, leaves, parent_of, plausible, put, setting_name
 
-pytestmark = pytest.mark.usefixtures("same_source", "without_passes")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source", "without_passes")]
 
 GENERATION: Final[Document] = {
     "bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0, "cache_implementation": "hybrid", "do_sample": True,

@@ -27,7 +27,7 @@ from tests.parity.mutations import (
     told,
 )
 
-pytestmark = pytest.mark.usefixtures("same_source")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
 
 PARITIES = ("decoder_parity", "encoder_parity", "cross_parity")
 TWINS = ["gemma2-5", "gemma2-untied-float32"]

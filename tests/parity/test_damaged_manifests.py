@@ -39,7 +39,7 @@ from tests.parity.mutations import (
 )
 from tests.twins import BY_NAME, write_twin
 
-pytestmark = pytest.mark.usefixtures("same_source")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
 
 
 # Naive damage

@@ -24,7 +24,7 @@ from tests.parity.mutations import (
     told,
 )
 
-pytestmark = pytest.mark.usefixtures("same_source")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
 
 
 UNSEEN = {

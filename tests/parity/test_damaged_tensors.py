@@ -49,7 +49,7 @@ from tests.parity.mutations import (
 )
 from tests.twins import BY_NAME
 
-pytestmark = pytest.mark.usefixtures("same_source")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
 
 
 @pytest.mark.parametrize("name", ["images-13", "images-8", "text-float32", "text-with-fill", "images-with-fill"])

@@ -49,6 +49,7 @@ def parity_of(name: str, part: str) -> str:
     return "vision_parity" if "vision_tower" in name or "multi_modal_projector" in name else PARTS[part]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["text-8", "text-13", "text-float32", "text-sharded", "images-8", "images-float32"])
 def test_a_part_that_was_taken_out_passes_exactly(name: str, part: str, extract: MakeExtract) -> None:
@@ -67,6 +68,7 @@ def test_a_part_that_was_taken_out_passes_exactly(name: str, part: str, extract:
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_part_that_was_cast_passes(part: str, dtype: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
@@ -142,6 +144,7 @@ def test_a_part_of_an_unbalanced_pair_passes(
     assert text["sliding_window"] == {"encoder": 7, "decoder": 6}[part]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_use")
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["text-float32", "images-8"])
@@ -187,6 +190,7 @@ def test_the_first_layer_that_departs_is_named(part: str, extract: MakeExtract) 
     assert departs(bench.resealed(), PARTS[part]).startswith("embed_tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_layers_that_change_places_are_caught(part: str, extract: MakeExtract) -> None:
     bench, tally = extract("images-8", part), Tally()
@@ -203,6 +207,7 @@ def test_layers_that_change_places_are_caught(part: str, extract: MakeExtract) -
     close(tally, f"{part} taken out, exchanged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["text-8", "images-8"])
 def test_every_setting_of_a_part_is_judged(name: str, part: str, extract: MakeExtract) -> None:
@@ -231,6 +236,7 @@ LIES: dict[str, Callable[[Document], object]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lie", LIES)
 def test_a_manifest_that_lies_of_a_part_is_caught(lie: str, extract: MakeExtract) -> None:
     bench = extract("images-8", "decoder")
