@@ -1,4 +1,4 @@
-"""Files that are put in place whole; folders that are flushed or emptied; the permissions of what is new."""
+"""Write files atomically, flush and empty folders, and set the permissions of new files."""
 
 import errno
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file under another name, wait until the disk has it, and rename it once.
+    """Replace a file atomically: write another, flush it, and rename it.
 
     Args:
-        path: The file; what is there is replaced at the end, and is untouched if anything fails. Its mode stays, and
-            its owner where that is permitted.
-        data: All of it.
+        path: The file; one that exists stays untouched if anything fails, and keeps its mode, and its owner if
+            permitted.
+        data: Its new content.
 
     Raises:
-        OSError: It cannot be written; nothing is left behind.
+        OSError: It cannot be written; no temporary file is left.
     """
     with _staged(path) as (staged, fd):
         with os.fdopen(fd, "wb", closefd=False) as file:
@@ -31,7 +31,7 @@ def check_replaceable(path: Path) -> None:
     """Refuse a file that `replace_file` could not put in place, before the work that fills it.
 
     Raises:
-        OSError: There is a folder of that name, its folder cannot be written to, or it is protected itself.
+        OSError: It is a folder or write-protected, or its folder cannot be written to.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -43,7 +43,7 @@ def check_replaceable(path: Path) -> None:
 
 @contextmanager
 def _staged(path: Path) -> Iterator[tuple[Path, int]]:
-    """An empty file beside another, with that one's owner and mode if it is there; removed at the end, or renamed."""
+    """Make an empty file next to another, with the owner and mode of that one; it is removed unless it was renamed."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -53,12 +53,12 @@ def _staged(path: Path) -> Iterator[tuple[Path, int]]:
         finally:
             os.close(fd)
     finally:
-        # Also one that a killed process of the same number has left.
+        # Also removes a file that a killed process with the same id left.
         staged.unlink(missing_ok=True)
 
 
 def _keep_mode(path: Path, fd: int) -> None:
-    """Give a new file the owner and the mode of the one that it will replace, if there is one."""
+    """Give a new file the owner and the mode of the file that it will replace."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -70,10 +70,10 @@ def _keep_mode(path: Path, fd: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the disk has what a folder's entries are called, which renames change.
+    """Flush the entries of a folder to disk, as is needed after a rename.
 
     Raises:
-        OSError: It cannot be.
+        OSError: The disk fails.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -83,7 +83,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:
-    """Remove everything in a folder but the names to be kept.
+    """Remove everything in a folder except some names.
 
     Raises:
         OSError: Something cannot be removed.
@@ -98,7 +98,7 @@ def clear(folder: Path, keep: Collection[str] = ()) -> None:
 
 
 def usual_mode(mode: int) -> int:
-    """The permissions less the umask, as a new file or folder has them."""
+    """Return permissions without those that the umask removes."""
     umask = os.umask(0o077)
     os.umask(umask)
     return mode & ~umask

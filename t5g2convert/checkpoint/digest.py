@@ -8,7 +8,7 @@ PIECE_BYTES: Final = 1 << 20
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, hexadecimal, in bounded memory.
+    """Return the sha256 of a file, hexadecimal, in bounded memory.
 
     Raises:
         OSError: The file cannot be read.

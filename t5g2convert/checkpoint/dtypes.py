@@ -1,4 +1,4 @@
-"""The dtypes of safetensors files, and the names that config.json gives to some of them."""
+"""The dtypes of safetensors files, and their names in config.json."""
 
 import math
 from typing import Final
@@ -19,10 +19,10 @@ BY_CONFIG_NAME: Final = {name: dtype for dtype, name in CONFIG_NAMES.items()}
 
 
 def element_bytes(dtype: str) -> int:
-    """Bytes of one element of a floating dtype that is converted (BF16, F16, F32)."""
+    """Return the bytes of one element of BF16, F16 or F32."""
     return BITS[dtype] // 8
 
 
 def tensor_bits(dtype: str, shape: tuple[int, ...]) -> int:
-    """Size of a tensor in bits; exact for any shape, since Python integers do not overflow."""
+    """Return the size of a tensor in bits."""
     return BITS[dtype] * math.prod(shape)

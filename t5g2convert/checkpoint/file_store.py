@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are: a folder of this machine, or a commit of a model of the Hub."""
+"""The store that holds the files of a checkpoint: a local folder, or one commit of a model on the Hub."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.header import Header, read_header
 from t5g2convert.errors import CheckpointError, T5g2Error
 
 MOST_NAMES: Final = 10_000
-"""Names in a folder that are looked at to say what it is."""
+"""Names that are read of a folder to recognise its format."""
 
 MOST_CHARACTERS: Final = 96
 """Characters of an owner's or a model's name on the Hub."""
@@ -47,7 +47,7 @@ def is_commit(revision: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a model of the Hub: its size in bytes, and its sha256 where the Hub tells it."""
+    """A file of a model on the Hub: its size in bytes, and its sha256 if the Hub states one."""
 
     size: int
     sha256: str | None
@@ -55,13 +55,13 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class HubOrigin:
-    """The model of the Hub that a checkpoint is.
+    """The commit on the Hub that a checkpoint was read from.
 
     Attributes:
-        repo: Its name, `org/name`.
+        repo: The model, `org/name`.
         revision: The sha of the commit.
-        files: Every file at its top level, and its further chat templates; offline, those in the cache.
-        paths: All that it has, folders with a slash behind; nothing where that is not known.
+        files: The files at its top level and its additional chat templates; offline, those in the cache.
+        paths: All its files and folders, folders with a trailing slash; empty if not known.
     """
 
     repo: str
@@ -70,49 +70,48 @@ class HubOrigin:
     paths: frozenset[str] = frozenset()
 
     def to_json(self) -> dict[str, str]:
-        """What is told of it, and kept in manifests."""
         return {"repo": self.repo, "revision": self.revision}
 
 
 class FileStore(Protocol):
-    """Where the files of a checkpoint are; JSON files that exist can be read in `path`."""
+    """What holds the files of a checkpoint; its JSON files can be read in `path`."""
 
     @property
     def path(self) -> Path:
-        """The folder where they lie, or will."""
+        """The folder that holds them, now or once they are fetched."""
 
     def has(self, name: str) -> bool:
-        """Whether anything is there under that name."""
+        """Return whether anything has that name."""
 
     def names(self) -> Iterable[str]:
-        """Everything that is there."""
+        """Return all names at the top level."""
 
     def paths(self) -> frozenset[str]:
-        """Everything that is there and one level down, with a slash behind the names of folders."""
+        """Return all paths of the first two levels; folders end with a slash."""
 
     def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
-        """The headers of safetensors files."""
+        """Read the headers of safetensors files."""
 
     def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
-        """The error that weights are not there; `missing` are the files that are known to be wanted."""
+        """Return the error for absent weights; `missing` are the files that are known to be absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder of this machine, as a place."""
+    """A local folder."""
 
     path: Path
 
     def has(self, name: str) -> bool:
-        """Whether there is a file or anything else of that name, be it a link that leads nowhere."""
+        """Return whether anything has that name, even a broken symlink."""
         return os.path.lexists(self.path / name)
 
     def names(self) -> Iterable[str]:
-        """Everything in the folder."""
+        """Return all names at the top level."""
         return [item.name for item in self.path.iterdir()]
 
     def paths(self) -> frozenset[str]:
-        """Everything in the folder and one level down; of hidden folders only their names.
+        """Return all paths of the first two levels, without the contents of hidden folders.
 
         Raises:
             CheckpointError: The folder cannot be read.
@@ -122,22 +121,22 @@ class Folder:
         except OSError as error:
             raise CheckpointError(f"cannot be read: {error.strerror}", where=self.path) from None
         for folder in [name for name in found if name.endswith("/") and not name.startswith(".")]:
-            # What is in a folder that cannot be read does not say what this one is.
+            # An unreadable subfolder does not help to recognise the format.
             with suppress(OSError):
                 found |= {f"{folder}{name}" for name in listed(self.path / folder)}
         return frozenset(found)
 
     def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
-        """The headers of safetensors files."""
+        """Read the headers of safetensors files."""
         return {name: read_header(regular_file(self.path / name)) for name in names}
 
     def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
-        """The error that weights are not there."""
+        """Return the error for absent weights."""
         return CheckpointError(reason, where=self.path, hint=hint)
 
 
 def listed(folder: Path) -> set[str]:
-    """The names in a folder, with a slash behind those of folders, links followed; the first of very many.
+    """Return the names in a folder, `MOST_NAMES` at most; folders, and links to folders, end with a slash.
 
     Raises:
         OSError: The folder cannot be read.
@@ -154,7 +153,7 @@ def _is_folder(item: os.DirEntry[str]) -> bool:
 
 
 def folders_of(names: Iterable[str]) -> frozenset[str]:
-    """Paths of files and of all folders that they imply, the folders with a slash behind."""
+    """Return file paths together with their parent folders, which end with a slash."""
     found: set[str] = set()
     for name in names:
         found.add(name)
@@ -164,11 +163,15 @@ def folders_of(names: Iterable[str]) -> frozenset[str]:
 
 
 def regular_file(path: Path) -> Path:
-    """`path` itself if it is, through symbolic links as in the Hub cache, a regular file."""
+    """Return `path` if it is a regular file; symlinks, as in the Hub's cache, are followed.
+
+    Raises:
+        CheckpointError: It is missing, a broken symlink, or not a regular file.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        found = "a dangling link" if path.is_symlink() else "missing"
+        found = "a broken symlink" if path.is_symlink() else "missing"
         raise CheckpointError(f"is {found}", where=path) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
@@ -178,10 +181,10 @@ def regular_file(path: Path) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file is there.
+    """Return whether a file exists.
 
     Raises:
-        CheckpointError: It is there and is not a file, like a link that leads nowhere; or the disk cannot tell.
+        CheckpointError: It is a broken symlink or not a regular file, or the disk cannot be read.
     """
     try:
         path.lstat()

@@ -1,4 +1,4 @@
-"""A checkpoint: config.json, and one safetensors file or several with an index, in a folder or on the Hub."""
+"""A checkpoint folder: config.json, and one safetensors file or several with an index."""
 
 import re
 import stat
@@ -35,17 +35,17 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose headers were read and agree with each other.
+    """A checkpoint that was opened: its config, and the headers of its weights, which agree with each other.
 
     Attributes:
-        path: Its folder; of a model of the Hub, the folder in the Hub's cache where files lie once they are fetched.
+        path: Its folder; for a model on the Hub, the folder in the Hub's cache that files are fetched to.
         config: config.json.
-        config_text: The same as it was read.
-        files: Headers by the names of the safetensors files.
-        tensors: All tensors by name.
-        notes: What was found odd.
-        hub: Where it is from, if it is a model of the Hub.
-        unheld: Names in the index that no shard holds; see `refuse_unheld`.
+        config_text: The bytes of config.json.
+        files: The headers of the safetensors files, by name.
+        tensors: All tensors, by name.
+        notes: Oddities that a user should know.
+        hub: The commit on the Hub that it was read from; None for a folder.
+        unheld: Tensors that the index lists and no shard holds; see `refuse_unheld`.
     """
 
     path: Path
@@ -59,20 +59,20 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What it is called: the name of the folder, or that of the model."""
+        """The name of the folder, or of the model on the Hub."""
         return self.path.resolve().name if self.hub is None else self.hub.repo
 
     def holds(self, name: str) -> bool:
-        """Whether it has a file of that name, fetched or not.
+        """Return whether it has a file of that name, fetched or not.
 
         Raises:
-            CheckpointError: What is there is no file, like a link that leads nowhere; or the disk cannot tell.
+            CheckpointError: It is a broken symlink or not a regular file, or the disk cannot be read.
         """
         return name in self.hub.files if self.hub is not None else is_there(self.path / name)
 
     @property
     def dtype(self) -> str:
-        """The safetensors dtype that most of the tensors' bytes have; F32 where there are none."""
+        """The safetensors dtype of most of the tensors' bytes; F32 if there are none."""
         counted: Counter[str] = Counter()
         for tensor in self.tensors.values():
             counted[tensor.entry.dtype] += tensor.entry.nbytes
@@ -80,19 +80,24 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The size of all tensors in bytes."""
         return sum(tensor.entry.nbytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(path: Path, *, allow_unheld: bool = False) -> Checkpoint:
-    """Read the config and all headers of a checkpoint folder; no tensor's bytes are read.
+    """Open a checkpoint folder: read its config and all headers, but no tensors.
+
+    ```python
+    checkpoint = open_checkpoint(Path("gemma-3-270m"))
+    checkpoint.tensors["model.norm.weight"].entry.shape
+    ```
 
     Args:
         path: The folder.
-        allow_unheld: Accept an index that names tensors which no shard holds; the caller judges `unheld`.
+        allow_unheld: Accept an index that lists tensors that no shard holds; the caller checks `unheld`.
 
     Raises:
-        CheckpointError: Not a folder, no config, no safetensors weights, or headers and index disagree.
+        CheckpointError: It is not a folder, has no config or safetensors weights, or headers and index disagree.
     """
     check_folder(path)
     checkpoint = read_checkpoint(Folder(path))
@@ -102,35 +107,35 @@ def open_checkpoint(path: Path, *, allow_unheld: bool = False) -> Checkpoint:
 
 
 def refuse_unheld(checkpoint: Checkpoint, droppable: Collection[str] = ()) -> None:
-    """Refuse an index that names tensors which no shard holds.
+    """Refuse an index that lists tensors that no shard holds.
 
     Args:
         checkpoint: The checkpoint.
-        droppable: Names that may be absent: a conversion would leave such tensors behind anyway.
+        droppable: Tensors that may be absent, because a conversion drops them anyway.
 
     Raises:
-        CheckpointError: Other names are absent.
+        CheckpointError: Other tensors are absent.
     """
     if names := [name for name in checkpoint.unheld if name not in droppable]:
         raise CheckpointError(_no_shard_holds(names), where=checkpoint.path / INDEX_FILE)
 
 
-def read_checkpoint(place: FileStore, hub: HubOrigin | None = None) -> Checkpoint:
-    """Read the config and all headers of a checkpoint, wherever it is; the caller judges what is `unheld`.
+def read_checkpoint(store: FileStore, hub: HubOrigin | None = None) -> Checkpoint:
+    """Read the config and all headers of a checkpoint from a folder or the Hub; the caller checks `unheld`.
 
     Raises:
-        CheckpointError: As `open_checkpoint`, but for tensors of the index that no shard holds.
+        CheckpointError: As `open_checkpoint`, except for tensors that the index lists and no shard holds.
     """
-    path = place.path
-    if not place.has(SINGLE_FILE) and not place.has(INDEX_FILE):
+    path = store.path
+    if not store.has(SINGLE_FILE) and not store.has(INDEX_FILE):
         from t5g2convert.checkpoint.recognition import no_weights
 
-        raise no_weights(place, hub)
+        raise no_weights(store, hub)
     config_text = read_json_file(path / "config.json")
     config = parse_object(config_text, path / "config.json")
-    names, index, notes = _weight_files(place)
-    _check_preferred(place, config)
-    files = place.headers(names)
+    names, index, notes = _weight_files(store)
+    _check_preferred(store, config)
+    files = store.headers(names)
     tensors: dict[str, StoredTensor] = {}
     for name, header in files.items():
         for entry in header.tensors.values():
@@ -144,20 +149,20 @@ def read_checkpoint(place: FileStore, hub: HubOrigin | None = None) -> Checkpoin
 
 
 def scheme_of(path: Path) -> str | None:
-    """The scheme, as `https:`, of an address that was given for a path; what stands behind it may hold a token."""
+    """Return the scheme (`https:`) of an address in store of a path; the rest of it may hold a token."""
     found = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:(?=/)", str(path))
     return found[0] if found else None
 
 
 def check_folder(path: Path) -> None:
-    """Refuse what is no folder.
+    """Refuse a path that is not a folder.
 
     Raises:
-        CheckpointError: It is missing, a file, cannot be read, or is an address.
+        CheckpointError: It is missing, a file or an address, or cannot be read.
     """
     if scheme := scheme_of(path):
-        message = f"an address ({scheme}//...) was given, expected a folder"
-        raise CheckpointError(message, hint="a model of the Hub is given by its name, as org/name")
+        message = f"expected a folder, got an address ({scheme}//...)"
+        raise CheckpointError(message, hint="name a model on the Hub as org/name")
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -184,7 +189,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_json_file(path: Path) -> bytes:
-    """The bytes of a file that is small enough to be parsed.
+    """Return the bytes of a JSON file that is small enough to be parsed.
 
     Raises:
         CheckpointError: The file is missing, too large, or cannot be read.
@@ -199,47 +204,54 @@ def read_json_file(path: Path) -> bytes:
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names and the count of the rest, for an error message."""
+    """Return the first few names and the count of the rest, for an error message.
+
+    >>> some(["c", "a", "b"], limit=2)
+    'a, b and 1 more'
+    """
     ordered = sorted(names)
     shown = ", ".join(ordered[:limit])
     return shown if len(ordered) <= limit else f"{shown} and {len(ordered) - limit} more"
 
 
-def _weight_files(place: FileStore) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
-    """The safetensors files to read, the index if it counts, and notes."""
-    has_single = place.has(SINGLE_FILE)
-    if not place.has(INDEX_FILE):
+def _weight_files(store: FileStore) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
+    """Return the safetensors files to read, the index if it counts, and notes."""
+    has_single = store.has(SINGLE_FILE)
+    if not store.has(INDEX_FILE):
         return [SINGLE_FILE], None, ()
-    index = _read_index(place.path / INDEX_FILE)
+    index = _read_index(store.path / INDEX_FILE)
     shards = sorted(set(index.values()))
     if SINGLE_FILE in shards and len(shards) > 1:
         raise CheckpointError(
             f"{INDEX_FILE} names {SINGLE_FILE} and {len(shards) - 1} more: transformers reads {SINGLE_FILE} alone",
-            where=place.path,
+            where=store.path,
             hint="give the shards other names, there and in the index",
         )
     if not has_single or SINGLE_FILE in shards:
-        absent = [name for name in shards if not place.has(name)]
+        absent = [name for name in shards if not store.has(name)]
         if len(absent) > 1:
-            raise place.incomplete(f"{INDEX_FILE} names files that are missing: {some(absent)}", missing=absent)
+            raise store.incomplete(f"{INDEX_FILE} names files that are missing: {some(absent)}", missing=absent)
         return shards, index, ()
-    present = [name for name in shards if place.has(name)]
+    present = [name for name in shards if store.has(name)]
     if present:
         raise CheckpointError(
-            f"holds {SINGLE_FILE} and an index whose shards are there as well ({some(present)})",
-            where=place.path,
-            hint="remove the set that is out of date",
+            f"holds {SINGLE_FILE} and also shards that its index lists ({some(present)})",
+            where=store.path,
+            hint="remove the outdated ones",
         )
-    return [SINGLE_FILE], None, (f"{INDEX_FILE} was ignored: none of the files it names are here",)
+    return [SINGLE_FILE], None, (f"{INDEX_FILE} was ignored: it lists only files that are not here",)
 
 
 def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = None) -> "Found | None":
-    """What a folder, or a model of the Hub, is that has no safetensors checkpoint; None where it is not known.
+    """Recognise the format of a folder, or a model on the Hub, without a safetensors checkpoint.
 
     Args:
-        paths: What is in it; see `FileStore.paths`.
-        path: Where its JSON files lie; None where none of them is here.
-        hub: The model of the Hub that it is, if it is one.
+        paths: Its contents; see `FileStore.paths`.
+        path: The folder of its JSON files; None if none is here.
+        hub: The commit on the Hub, for a model on the Hub.
+
+    Returns:
+        The format and what to do; None if it is not known.
     """
 
     def read(name: str) -> Mapping[str, Any] | None:
@@ -262,18 +274,18 @@ def _read_beside(path: Path) -> Mapping[str, Any] | None:
         return None
 
 
-def _check_preferred(place: FileStore, config: Mapping[str, Any]) -> None:
-    """Refuse what a loader would read in place of the weights and the config, or on top of them.
+def _check_preferred(store: FileStore, config: Mapping[str, Any]) -> None:
+    """Refuse files that a loader would read instead of the weights and the config, or in addition to them.
 
     Raises:
         CheckpointError: transformers would load another model.
     """
-    if place.has(ADAPTER_FILE):
+    if store.has(ADAPTER_FILE):
         from t5g2convert.checkpoint.recognition import adapter_beside
 
-        found = adapter_beside(lambda name: _read_beside(place.path / name))
-        raise CheckpointError(found.what, where=place.path, hint=found.step)
-    where = place.path / "config.json"
+        found = adapter_beside(lambda name: _read_beside(store.path / name))
+        raise CheckpointError(found.what, where=store.path, hint=found.step)
+    where = store.path / "config.json"
     named = config.get("transformers_weights")
     if named not in (None, SINGLE_FILE, INDEX_FILE):
         raise CheckpointError(
@@ -303,12 +315,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name stays in its folder: no path, nothing that a path could be made of."""
+    """Return whether a name is that of a file in the same folder, and not a path."""
     return name not in {"", ".", ".."} and not any(character in name for character in "/\\\0")
 
 
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], path: Path) -> tuple[str, ...]:
-    """Compare index and headers; the names that no shard holds are returned if nothing else is wrong."""
+    """Compare index and headers; return the tensors that no shard holds if nothing else is wrong."""
     unheld = sorted(index.keys() - tensors.keys())
     differences = {
         "the shards hold, but the index lacks,": tensors.keys() - index.keys(),
@@ -316,9 +328,9 @@ def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], 
             name for name, shard in index.items() if name in tensors and tensors[name].file != shard
         },
     }
-    told = [f"{what} {len(names)} tensor(s): {some(names)}" for what, names in differences.items() if names]
-    if told:
-        raise CheckpointError("; ".join([_no_shard_holds(unheld), *told] if unheld else told), where=path)
+    reasons = [f"{what} {len(names)} tensor(s): {some(names)}" for what, names in differences.items() if names]
+    if reasons:
+        raise CheckpointError("; ".join([_no_shard_holds(unheld), *reasons] if unheld else reasons), where=path)
     return tuple(unheld)
 
 

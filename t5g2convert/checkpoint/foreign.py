@@ -1,4 +1,4 @@
-"""What was done to weights that are not a plain model's: quantised, wrapped, renamed; and the way to plain ones.
+"""Recognise weights that are not a plain model's (quantised, wrapped, renamed), and say how to get plain ones.
 
 config.json says it first, the metadata of the headers next, dtypes and shapes after them, names of tensors last.
 """
@@ -27,10 +27,10 @@ METHODS: Final[Mapping[str, str]] = {
     "fp8": LOADED.format(config="FineGrainedFP8Config"),
     "mlx": MLX,
 }
-"""The way out by `quant_method`, where there is one; the original is always better."""
+"""What to do, by `quant_method`; the original model is always better."""
 
 CONFIG_KEYS: Final = ("quantization_config", "quantization", "compression_config")
-"""Where a config says that weights are quantised; `quantization` is MLX's."""
+"""Keys of configs of quantised models; `quantization` is MLX's."""
 
 DETAILS: Final = ("quant_algo", "format", "quant_type", "fmt", "bnb_4bit_quant_type")
 SWITCHES: Final = {"load_in_4bit": "4 bits", "load_in_8bit": "8 bits"}
@@ -71,17 +71,16 @@ NAMES: Final[Mapping[str, str]] = {
         "named as Google's own code names tensors: give the model in the layout of transformers"
     ),
 }
-"""Patterns of tensor names that say what was done to a checkpoint, with what to do first. The first that fits any name
-counts."""
+"""Patterns of tensor names of changed checkpoints, with what to do. The first that matches any name counts."""
 
 METADATA: Final = {"tensor_names": "torchao", "_quantization_metadata": "ComfyUI"}
-"""Keys of a header's metadata that only who quantises writes."""
+"""Keys of a header's metadata that only quantised models have."""
 
 PLAIN: Final = frozenset(CONFIG_NAMES) | {"F64"}
 """Dtypes of weights that are not quantised."""
 
 UNWEIGHED: Final = frozenset({"BOOL", "I64"})
-"""Dtypes of buffers, which say nothing of the weights."""
+"""Dtypes of buffers, not of weights."""
 
 _PATCHES: Final = re.compile(r"patch_embedding\.weight$")
 _SCALES: Final = re.compile("|".join(pattern for pattern, what in NAMES.items() if what.startswith("quantised")))
@@ -90,7 +89,7 @@ _BUFFERS: Final = re.compile(r"(position_ids|spiece_model)$")
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """What says so, in words that end with what the weights are, and the way to plain ones."""
+    """The reason, which ends with what the weights are, and how to get plain ones."""
 
     evidence: str
     step: str
@@ -100,7 +99,7 @@ class Foreign:
 
 
 def quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """How a config says that its model is quantised: the key, and the method with its details; None if it does not."""
+    """Return the key and the method by which a config says that its model is quantised; None if it does not."""
     for prefix, section in (("", config), ("text_config.", config.get("text_config"))):
         if not isinstance(section, Mapping):
             continue
@@ -111,12 +110,12 @@ def quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
-    """Refuse weights that are quantised or empty, by what config.json, headers and dtypes say.
+    """Refuse quantised or empty weights, as config.json, headers and dtypes show them.
 
     A `quantization_config` that was left behind on weights of full precision says nothing.
 
     Raises:
-        CheckpointError: They are; with what says so, and the way out.
+        CheckpointError: They are; with the reason and what to do.
     """
     found = _empty(checkpoint) or _quantised(checkpoint)
     if found is not None:
@@ -124,11 +123,11 @@ def check_plain(checkpoint: Checkpoint) -> None:
 
 
 def describe(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
-    """What was done to a checkpoint that does not fit, with the way out.
+    """Return what was done to a checkpoint that does not fit its config, and what to do.
 
     Args:
         checkpoint: The checkpoint.
-        names: The tensors that are at odds with its config.
+        names: The tensors that do not fit its config.
 
     Returns:
         A sentence; None where nothing says it.
@@ -138,7 +137,7 @@ def describe(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
 
 
 def remarks(checkpoint: Checkpoint) -> Iterator[str]:
-    """Notes: that config.json still says quantised of weights that are not; or what makes the weights foreign."""
+    """Yield notes: config.json says quantised although the weights are not, or what makes the weights foreign."""
     said = quantisation(checkpoint.config)
     if said is not None and _first_odd(checkpoint) is None:
         yield f"config.json has a {said[0]} ({said[1]}), but the weights are not quantised: it is ignored"
@@ -147,7 +146,7 @@ def remarks(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _described(key: str, fields: Mapping[str, Any]) -> Iterator[str]:
-    """The method, then what else says how."""
+    """Return the method, then its details."""
     yield _method(key, fields)
     for name in DETAILS:
         if isinstance(value := fields.get(name), str):
@@ -167,7 +166,7 @@ def _method(key: str, fields: Mapping[str, Any]) -> str:
 
 
 def _quantised(checkpoint: Checkpoint) -> Foreign | None:
-    """What config.json and the headers' metadata say; nothing where all weights are plain.
+    """Return what config.json and the headers' metadata say; None if all weights are plain.
 
     A config may be left from before the weights were dequantised, and MLX's metadata are there in full precision too.
     """
@@ -192,7 +191,7 @@ def _said_by_metadata(checkpoint: Checkpoint) -> Iterator[Foreign]:
 
 
 def _first_odd(checkpoint: Checkpoint) -> str | None:
-    """The first tensor that is not a plain weight: of a packed dtype, or a scale of another; None where all are."""
+    """Return the first tensor of a packed dtype, or that scales another; None if there is none."""
     odd = (name for name, stored in checkpoint.tensors.items() if _is_packed(stored) or _SCALES.search(name))
     return next(odd, None)
 
@@ -227,7 +226,7 @@ def _channels_last(checkpoint: Checkpoint) -> Foreign | None:
 
 
 def _cast(checkpoint: Checkpoint) -> Foreign | None:
-    """Weights of a packed dtype of which nothing else tells."""
+    """Weights of a packed dtype that nothing else describes."""
     packed = [name for name, stored in checkpoint.tensors.items() if _is_packed(stored)]
     if not packed or _named(checkpoint.tensors) is not None:
         return None
@@ -239,7 +238,7 @@ def _cast(checkpoint: Checkpoint) -> Foreign | None:
 
 
 def _named(names: Iterable[str]) -> str | None:
-    """What names of tensors say."""
+    """Return what the names of tensors show."""
     every = list(names)
     for pattern, what in NAMES.items():
         search = re.compile(pattern).search

@@ -19,17 +19,17 @@ from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
 
 MAX_HEADER_BYTES: Final = 100_000_000
-"""The library's own limit."""
+"""The limit of the safetensors library."""
 
 
 MAX_DIMENSIONS: Final = 64
-"""More than the tensors of any model have."""
+"""More dimensions than any model's tensors have."""
 
 MAX_EXTENT: Final = 2**64 - 1
-"""Largest number that readers can hold."""
+"""The largest number that readers can hold."""
 
 Read = Callable[[int, int], bytes]
-"""Gives so many bytes of a file from a position on; fewer at its end."""
+"""Reads (count, position): returns that many bytes of a file, fewer at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
+        """The size of the tensor in bytes."""
         return self.end - self.start
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -64,19 +64,19 @@ class FileIdentity:
 
     @classmethod
     def of(cls, file: int | Path) -> "FileIdentity":
-        """The identity of an open file, or of one by its path."""
+        """Return the identity of a file, open or by its path."""
         status = file.stat() if isinstance(file, Path) else os.fstat(file)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     @classmethod
     def elsewhere(cls, size: int) -> "FileIdentity":
-        """The identity of a file that is not on this machine: only its size in bytes is known."""
+        """Return the identity of a remote file, which has only a size in bytes."""
         return cls(0, 0, size, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A safetensors header that was read and found sound."""
+    """A safetensors header that was read and checked."""
 
     path: Path
     identity: FileIdentity
@@ -86,10 +86,10 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file; its tensors' bytes are not read.
+    """Read and check the header of a safetensors file, without reading its tensors.
 
     Raises:
-        CheckpointError: The file is no safetensors file, is truncated, or its header lies about its contents.
+        CheckpointError: It is not a safetensors file, is truncated, or its header does not match its contents.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -106,12 +106,12 @@ def read_header(path: Path) -> Header:
 
 
 def read_header_elsewhere(read: Read, size: int, path: Path) -> Header:
-    """Read and check the header of a safetensors file that is not on this machine.
+    """Read and check the header of a remote safetensors file.
 
     Args:
-        read: Gives so many bytes, fewer at the end of the file, from a position on; its errors are passed on.
-        size: Bytes of the whole file.
-        path: Where the file would lie; for errors, and the header's own.
+        read: Reads (count, position), fewer bytes at the end of the file; its errors are passed on.
+        size: The size of the whole file in bytes.
+        path: The path that the file would have, for errors and for the header.
 
     Raises:
         CheckpointError: As `read_header`.
@@ -131,7 +131,7 @@ def _parse_header(text: bytes, identity: FileIdentity, path: Path) -> Header:
 
 
 def encode_header(tensors: Iterable[TensorEntry]) -> bytes:
-    """The first bytes of a safetensors file, for tensors whose `start` and `end` count from 0 at the data section.
+    """Return the first bytes of a safetensors file; `start` and `end` of the tensors count from the data section.
 
     The metadata says `format: pt`, without which transformers refuses the file; padding aligns the data to 8 bytes.
     """
@@ -195,7 +195,7 @@ def _parse_entry(name: str, fields: object, data_start: int, path: Path) -> Tens
 
 
 def _check_coverage(tensors: Iterable[TensorEntry], data_start: int, size: int, path: Path) -> None:
-    """The tensors must cover the data section exactly once."""
+    """Refuse tensors that overlap or leave gaps in the data section."""
     position = data_start
     for tensor in sorted(tensors, key=lambda entry: (entry.start, entry.end)):
         if tensor.start != position:
@@ -205,4 +205,4 @@ def _check_coverage(tensors: Iterable[TensorEntry], data_start: int, size: int, 
     if position > size:
         raise CheckpointError(f"expected {position} bytes, found {size}", where=path, hint="download again")
     if position < size:
-        raise CheckpointError(f"{size - position} bytes after the last tensor belong to nothing", where=path)
+        raise CheckpointError(f"{size - position} bytes follow the last tensor, expected none", where=path)

@@ -1,4 +1,4 @@
-"""The checkpoints that one conversion may read, and which of them a part of the target comes from."""
+"""The inputs of a conversion by name, and the input that each part of the target is read from."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,10 +10,10 @@ SOURCE: Final = "source"
 """The checkpoint that is converted."""
 
 DECODER_FROM: Final = "decoder_from"
-"""Another parent for the decoder."""
+"""Another parent for the decoder (`--decoder-from`)."""
 
 VISION_FROM: Final = "vision_from"
-"""The donor of a vision tower to a source that has none."""
+"""The donor of a vision tower for a source without one (`--vision-from`)."""
 
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
@@ -21,22 +21,22 @@ STACKS: Final = ("encoder", "decoder")
 """The parts of the target that are text stacks."""
 
 EMBEDDING: Final = "embedding"
-"""The part that both stacks share: either parent may give it."""
+"""The part that both stacks share; it comes from either parent."""
 
 _GIVEN: Final[Mapping[Role, frozenset[str]]] = {
     DECODER_FROM: frozenset({"decoder"}),
     VISION_FROM: frozenset({"vision", "projector"}),
 }
-"""The parts of the target that come from another checkpoint than the source, where there is one."""
+"""The parts of the target that another input replaces."""
 
 
 def role_of(part: str, roles: Collection[Role], *, table: Role = SOURCE) -> Role:
-    """The role of the checkpoint that a part of the target is read from.
+    """Return the input that a part of the target is read from.
 
     Args:
         part: The part.
-        roles: The roles that there are.
-        table: Which of them gives the embedding table.
+        roles: The inputs that there are.
+        table: The input that the embedding table comes from.
     """
     if part == EMBEDDING:
         return table
@@ -44,27 +44,30 @@ def role_of(part: str, roles: Collection[Role], *, table: Role = SOURCE) -> Role
 
 
 def named(role: Role, name: str) -> str:
-    """A file or tensor of the checkpoint in a role, as plans name it: the source's own as it is, others behind their
-    role."""
+    """Return the name of a file or tensor in a plan: those of other inputs than the source have its name in front.
+
+    >>> named("source", "config.json"), named("vision_from", "config.json")
+    ('config.json', 'vision_from/config.json')
+    """
     return name if role == SOURCE else f"{role}/{name}"
 
 
 def role_in(file: str) -> Role:
-    """The role of the checkpoint that a file is of, by its name in a plan."""
+    """Return the input of a file, from its name in a plan."""
     return next((role for role in ROLES if role != SOURCE and file.startswith(f"{role}/")), SOURCE)
 
 
 def plain_name(file: str) -> str:
-    """The name in its checkpoint of a file as plans name it."""
+    """Return the name of a file in its own checkpoint, from its name in a plan."""
     return file.removeprefix(named(role_in(file), ""))
 
 
 class Folders:
-    """Where the checkpoints of a conversion lie.
+    """The folders of a conversion's inputs.
 
     Attributes:
         source: The folder of the source.
-        by_role: All of them.
+        by_role: All folders, by input.
 
     Args:
         source: The folder of the source.
@@ -78,7 +81,7 @@ class Folders:
         self.by_role: Mapping[Role, Path] = {role: folder for role, folder in given.items() if folder is not None}
 
     def path(self, file: str) -> Path:
-        """The path of a file by its name in a plan, which was made from these folders."""
+        """Return the path of a file, from its name in a plan of these folders."""
         return self.by_role[role_in(file)] / plain_name(file)
 
     @property

@@ -162,7 +162,7 @@ FORMATS: Final = (
 """The first that fits counts: names that leave no doubt come before names that only hint."""
 
 NOT_MERGED: Final = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"})
-"""Kinds of peft's adapters that are tokens of their own, and become no part of the weights."""
+"""Kinds of peft adapters that are tokens of their own and cannot be merged into the weights."""
 
 FILES: Final[Mapping[str, tuple[str, str]]] = {
     ".safetensors": ("is a single file of weights", "give the folder that holds it and config.json"),
@@ -182,19 +182,19 @@ FILES: Final[Mapping[str, tuple[str, str]]] = {
     ".json": ("is a JSON file", "give the folder that holds config.json"),
     ".yaml": ("is a YAML file", "give the folder that holds config.json"),
 }
-"""A single file that is given for a folder, by its suffix."""
+"""By suffix: what a single file is, and what to pass instead."""
 
 
 def recognise(paths: Collection[str], folder: str, read: ReadJson) -> Found | None:
-    """What a folder is that has neither model.safetensors nor its index.
+    """Recognise the format of a folder that has neither model.safetensors nor its index.
 
     Args:
-        paths: What is in it, and one level down; folders end with a slash.
-        folder: What it is called, for commands.
-        read: Reads a JSON file of it.
+        paths: The paths of its first two levels; folders end with a slash.
+        folder: Its name in commands.
+        read: Reads one of its JSON files.
 
     Returns:
-        The format; None where it is none of the table.
+        The format; None if it is not in the table.
     """
     ordered = sorted(paths)
     if not any(not path.startswith(".") for path in ordered) and ".metadata" not in paths:
@@ -210,7 +210,7 @@ def recognise(paths: Collection[str], folder: str, read: ReadJson) -> Found | No
 
 
 def adapter_beside(read: ReadJson) -> Found:
-    """What a folder is that has an adapter beside the weights: transformers loads both."""
+    """Describe a folder with an adapter next to the weights: transformers loads both."""
     config = read(ADAPTER_FILE) or {}
     return Found(
         f"holds {_adapter(config)} beside the weights ({ADAPTER_FILE}): transformers loads both",
@@ -220,7 +220,7 @@ def adapter_beside(read: ReadJson) -> Found:
 
 
 def recognise_file(path: Path) -> Found:
-    """What a single file is that was given in place of a folder."""
+    """Describe a single file that was passed instead of a folder."""
     what, step = FILES.get(path.suffix.lower(), ("", "give the folder that holds config.json"))
     if path.suffix.lower() in (".safetensors", ".json") and (path.parent / "config.json").is_file():
         step = f"give its folder, which holds config.json: {path.parent}"
@@ -228,7 +228,7 @@ def recognise_file(path: Path) -> Found:
 
 
 def spelling_hint(text: str) -> str:
-    """What an argument may have been meant as that names no folder: a model of the Hub, in another spelling."""
+    """Return a hint for an argument that is not a folder, such as a misspelt model of the Hub."""
     hint = "give the folder that holds config.json"
     if found := re.fullmatch(rf"({REPO_ID}):([\w./-]+)", text, re.ASCII):
         return f"{hint}; a model of the Hub and its revision are given as {found[1]}@{found[2]}"
@@ -245,7 +245,7 @@ def spelling_hint(text: str) -> str:
 
 
 def _matching(pattern: str, ordered: list[str]) -> list[str]:
-    """The paths that a pattern matches; a star stays within its folder."""
+    """Return the paths that a pattern matches; a star does not match a slash."""
     depth = pattern.rstrip("/").count("/")
     return [
         path
@@ -261,7 +261,7 @@ def _filled(template: str, words: Mapping[str, str]) -> str:
 
 
 def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[str, str]:
-    """What a sentence may say beside the file: another model that the folder names, or a folder in it.
+    """Return the words for a format's placeholders: the models and folders that a folder names.
 
     `folder` is quoted for a shell, `plain` is not.
     """
@@ -289,7 +289,7 @@ def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[
 
 
 def _adapter(config: Mapping[str, Any]) -> str:
-    """What an adapter is called; most are LoRA, and some files do not say."""
+    """Name the kind of an adapter; a file that does not say is LoRA."""
     kind = _text(config.get("peft_type")) or "LORA"
     return {"LORA": "a LoRA adapter", "IA3": "an IA3 adapter"}.get(kind, f"an adapter of peft ({kind})")
 
@@ -299,7 +299,7 @@ def _text(value: object) -> str | None:
 
 
 def _newest(ordered: list[str], models: list[str]) -> str:
-    """The folder of the last step, of those with a config.json if any has one."""
+    """Return the folder of the last step, preferring folders with a config.json."""
     names = [path.rstrip("/") for path in _matching("checkpoint-*/", ordered)]
     whole = [name for name in names if name in models] or names or ["checkpoint-N"]
     numbered = {name: re.fullmatch(r"checkpoint-(\d{1,18})", name) for name in whole}
@@ -307,7 +307,7 @@ def _newest(ordered: list[str], models: list[str]) -> str:
 
 
 def _snapshot(ordered: list[str], folder: str) -> str:
-    """How a model of the Hub's cache is given: by its name, or by the folder of a commit."""
+    """Say how to pass a model of the Hub's cache: by its name, or as the folder of a commit."""
     names = [path.rstrip("/") for path in _matching("snapshots/*/", ordered)]
     repo = _repo(Path(folder).name)
     commits = ", ".join(f"{folder}/{name}" for name in names[:2])
@@ -315,32 +315,32 @@ def _snapshot(ordered: list[str], folder: str) -> str:
 
 
 def _repo(name: str) -> str:
-    """The model that a folder of the cache is named after."""
+    """Return the model that a folder of the cache is named after."""
     kind, *parts = name.split("--")
     return printable("/".join(parts)) if kind == "models" and len(parts) == 2 else "org/name"
 
 
-def no_weights(place: FileStore, hub: HubOrigin | None) -> T5g2Error:
-    """What the place is that has no safetensors checkpoint."""
-    if found := found_in(place.paths(), place.path, hub):
-        return place.incomplete(found.what, found.step)
-    names = list(place.names())
+def no_weights(store: FileStore, hub: HubOrigin | None) -> T5g2Error:
+    """Return the error for a folder or model without a safetensors checkpoint."""
+    if found := found_in(store.paths(), store.path, hub):
+        return store.incomplete(found.what, found.step)
+    names = list(store.names())
     shards = [name for name in names if Path(name).suffix == ".safetensors"]
     if len(shards) == 1 and re.search(r"-\d+-of-\d+", shards[0]) is None:
-        return place.incomplete(
+        return store.incomplete(
             f"found {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}",
             f"if it is the whole model, rename it to {SINGLE_FILE}",
         )
     if shards:
-        return place.incomplete(
+        return store.incomplete(
             f"found {some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}",
             f"copy {INDEX_FILE} as well",
         )
     others = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".pkl"}]
     if others:
-        return place.incomplete(
+        return store.incomplete(
             f"has no safetensors weights, only {some(others)}, which are never unpickled",
             "load it in transformers and call save_pretrained",
         )
     more = "" if "config.json" in names else "no config.json, and "
-    return place.incomplete(f"has {more}neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder of a whole model")
+    return store.incomplete(f"has {more}neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder of a whole model")

@@ -1,20 +1,20 @@
-"""The checkpoints that a conversion reads, open by their headers; what is on the Hub of them is fetched when needed."""
+"""The opened checkpoints of a conversion; files on the Hub are fetched when they are needed."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict, Unpack
 
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub.model import Origin, again, fetch, missing, open_source, size_of
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Folders, Role
-from t5g2convert.progress import Progress
+from t5g2convert.progress import Progress, Steps
 
 Reads = Mapping[Role, Iterable[str]]
-"""Files by their names in the checkpoint of each role."""
+"""The names of files, by input."""
 
 
 class OtherOrigins(TypedDict, total=False):
-    """What the checkpoints beside the source are opened from, by their roles."""
+    """Where the other inputs of a conversion come from."""
 
     decoder_from: Origin | None
     vision_from: Origin | None
@@ -22,18 +22,18 @@ class OtherOrigins(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The checkpoints of a conversion: the source, and the others by their roles."""
+    """The checkpoints of a conversion: the source, and the other inputs by name."""
 
     source: Checkpoint
     others: Mapping[Role, Checkpoint] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: Origin, **others: Unpack[OtherOrigins]) -> "Sources":
-        """Open all of them by their headers; what of their indices no shard holds is left to who applies a map.
+        """Open all inputs by their headers; the caller checks what is `unheld`.
 
         Raises:
-            CheckpointError: One is not sound.
-            HubError: The Hub does not have one or give it out, or cannot be reached.
+            CheckpointError: An input is not sound.
+            HubError: The Hub does not have an input or refuses it, or cannot be reached.
         """
         given: dict[Role, Origin | None] = {
             DECODER_FROM: others.get("decoder_from"),
@@ -46,22 +46,22 @@ class Sources:
 
     @property
     def by_role(self) -> dict[Role, Checkpoint]:
-        """All of them."""
+        """All inputs by name, the source first."""
         return {SOURCE: self.source, **self.others}
 
     @property
     def folders(self) -> Folders:
-        """Where they lie, or will."""
+        """The folders of all inputs."""
         return Folders(self.source.path, **{role: checkpoint.path for role, checkpoint in self.others.items()})
 
     @property
     def origin(self) -> Origin:
-        """What to open the source from again."""
+        """What opens the source again."""
         return again(self.source)
 
     @property
     def other_origins(self) -> OtherOrigins:
-        """What to open the others from again."""
+        """What opens the other inputs again."""
         return {
             "decoder_from": again(self.others[DECODER_FROM]) if DECODER_FROM in self.others else None,
             "vision_from": again(self.others[VISION_FROM]) if VISION_FROM in self.others else None,
@@ -69,39 +69,39 @@ class Sources:
 
     @property
     def opened(self) -> OtherOrigins:
-        """The others as they are open."""
+        """The other inputs, opened."""
         return {"decoder_from": self.others.get(DECODER_FROM), "vision_from": self.others.get(VISION_FROM)}
 
     def missing(self, reads: Reads) -> dict[Role, list[str]]:
-        """Those of the files that are on the Hub and not yet here."""
+        """Return those of the files that are on the Hub and not yet in its cache."""
         found = {role: missing(checkpoint, reads[role]) for role, checkpoint in self.by_role.items()}
         return {role: names for role, names in found.items() if names}
 
     def size(self, reads: Reads) -> int:
-        """Bytes of files that are on the Hub."""
+        """Return the size in bytes of files that are on the Hub."""
         return sum(size_of(checkpoint, reads.get(role, ())) for role, checkpoint in self.by_role.items())
 
     def fetch(self, reads: Reads, progress: Progress | None = None) -> "Sources":
-        """Make sure that files are on this machine.
+        """Download files that are on the Hub.
 
         Args:
             reads: The files.
-            progress: Told of the bytes just downloaded.
+            progress: Called with the bytes just downloaded.
 
         Returns:
-            The checkpoints as they are here now.
+            The same checkpoints, with these files in the cache.
 
         Raises:
             CheckpointError: A file has another header than was read on the Hub.
-            HubError: The Hub does not give a file out, or cannot be reached.
-            OutputError: The cache's disk has too little room or fails.
+            HubError: The Hub refuses a file, or cannot be reached.
+            OutputError: The disk of the cache is too full or fails.
         """
         fetched = {role: fetch(checkpoint, reads[role], progress=progress) for role, checkpoint in self.by_role.items()}
         return Sources(fetched.pop(SOURCE), fetched)
 
 
-def percent(what: str, total: int, told: Callable[[str], None]) -> Progress:
-    """A progress that is told in words, whenever the percentage has changed."""
+def percent(what: str, total: int, report: Steps) -> Progress:
+    """Return a progress that reports `what` and its percentage whenever that changes."""
     done, shown = 0, -1
 
     def progress(count: int) -> None:
@@ -109,6 +109,6 @@ def percent(what: str, total: int, told: Callable[[str], None]) -> Progress:
         done += count
         if done * 100 // max(total, 1) > shown:
             shown = done * 100 // max(total, 1)
-            told(f"{what}, {shown}%")
+            report(f"{what}, {shown}%")
 
     return progress

@@ -1,4 +1,4 @@
-"""JSON as checkpoints hold it, read without mercy: one object, every key once."""
+"""A strict JSON parser for the files of checkpoints: one object, every key once, finite numbers."""
 
 import codecs
 import json
@@ -20,7 +20,7 @@ OTHER_ENCODINGS: Final = {
     b"{\0": ("utf-16-le", "is UTF-16 text"),
     b"\0{": ("utf-16-be", "is UTF-16 text"),
 }
-"""First bytes of JSON that Windows' editors and shells save: its encoding, and what it is called. The first counts."""
+"""First bytes of JSON in other encodings, as editors on Windows save it: the encoding, and words for an error."""
 
 _HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 """The start of an escape for half of a surrogate pair."""
@@ -61,7 +61,7 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
 
 
 def _other_encoding(text: bytes) -> str | None:
-    """What text is called that is not plain UTF-8 and can be read otherwise."""
+    """Describe text in an encoding other than plain UTF-8; None if it is in none of the known ones."""
     for start, (encoding, found) in OTHER_ENCODINGS.items():
         if text.startswith(start):
             try:
@@ -73,7 +73,7 @@ def _other_encoding(text: bytes) -> str | None:
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON can spell half of a surrogate pair, which cannot."""
+    """Return whether a string can be encoded as UTF-8; half of a surrogate pair, which JSON can spell, cannot."""
     if text.isascii():
         return True
     try:
@@ -84,12 +84,12 @@ def is_text(text: str) -> bool:
 
 
 def _integer(text: str) -> int | float:
-    """A whole number; `-0` is a float to other readers of JSON."""
+    """Parse a whole number; `-0` is a float to other parsers."""
     return -0.0 if text == "-0" else int(text)
 
 
 def _finite(text: str) -> float:
-    """A number; NaN and Infinity are none in JSON, and readers of the output would refuse them."""
+    """Parse a number; NaN and Infinity are not JSON, and readers of the output would refuse them."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text[:60]} is not a finite number")
     return number
@@ -102,7 +102,7 @@ class _DuplicateKeyError(ValueError):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ."""
+    """Make an object, and refuse a key that is there twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -114,7 +114,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ and whose texts can be written again."""
+    """Make an object, and refuse texts that cannot be encoded again."""
     for key, value in pairs:
         if not (is_text(key) and _is_writable(value)):
             raise ValueError("a text holds half of a surrogate pair")
@@ -122,7 +122,7 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_writable(value: object) -> bool:
-    """Whether a value is no text that cannot be written, nor a list with one; objects were looked at before."""
+    """Return whether a text, or all texts of a list, can be encoded; objects were checked before."""
     if isinstance(value, list):
         return all(map(_is_writable, value))
     return not isinstance(value, str) or is_text(value)

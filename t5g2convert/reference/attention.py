@@ -1,4 +1,4 @@
-"""Softmax attention over one set of keys, or over two that share one softmax (merged attention).
+"""Softmax attention over one set of keys, or over two under one softmax (merged attention).
 
 The eager kernel follows transformers' `eager_attention_forward`: scores in the dtype of the weights, softmax in
 float32, probabilities rounded back before they meet the values. A softcap of the scores is applied where the config
@@ -15,7 +15,7 @@ Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""
 
 BLOCK_SCORES: Final = 1 << 20
-"""Scores that are held at once, which a processor's cache can take; more are done a block of queries at a time."""
+"""Scores that are computed at once, to fit a processor's cache; more are computed in blocks of queries."""
 
 
 class Keys(NamedTuple):
@@ -28,9 +28,9 @@ class Keys(NamedTuple):
 
 
 def attend(q_BHTD: Tensor, groups: list[Keys], *, scale: float, softcap: float | None) -> Tensor:
-    """Attention over the keys of all groups together, [B, H, T, D].
+    """Attend to the keys of all groups together; return [B, H, T, D].
 
-    Groups of which every query sees something stand in one row of scores, as in transformers. Where a query sees
+    Groups that every query sees something of are in one row of scores, as in transformers. Where a query sees
     nothing of a group, each group gets a softmax of its own and a share by the weight of its scores: softmax([a, b]) is
     [softmax(a) * A / (A + B), softmax(b) * B / (A + B)], A and B being the sums of the exponentials. A hidden group has
     the share 0, and leaves the others *exactly* as they are without it, at any length and on any device; in one long
@@ -49,7 +49,7 @@ def attend(q_BHTD: Tensor, groups: list[Keys], *, scale: float, softcap: float |
 
 
 def attend_fused(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen_BTS: Tensor | None, *, scale: float) -> Tensor:
-    """Attention by torch's fused kernel, [B, H, T, D]."""
+    """Attend with torch's fused kernel; return [B, H, T, D]."""
     grouped = q_BHTD.shape[1] != k_BKSD.shape[1]
     return functional.scaled_dot_product_attention(
         q_BHTD, k_BKSD, v_BKSD, attn_mask=seen_BTS, scale=scale, enable_gqa=grouped
@@ -85,7 +85,7 @@ def _attend_block(q_BHTD: Tensor, groups: list[Keys], scale: float, softcap: flo
 
 
 def _shares(scores: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """The part of each group in the softmax over all, [B, H, T, groups], float32.
+    """Return the share of each group in the softmax over all, [B, H, T, groups], float32.
 
     The largest weight of a group is 1 / (sum of its exponentials, relative to its largest score): no logarithm needed.
     """
@@ -96,7 +96,7 @@ def _shares(scores: list[Tensor], weights: list[Tensor]) -> Tensor:
 
 
 def _scores(q_BHTD: Tensor, group: Keys, scale: float, softcap: float | None) -> Tensor:
-    """Scaled scores, [B, H, T, S]; what may not be seen has the lowest number there is."""
+    """Return scaled scores, [B, H, T, S]; hidden keys get the lowest number of the dtype."""
     batch, heads, queries, width = q_BHTD.shape
     # The query heads of one key-value head are rows of one product; nothing is repeated in memory.
     q_BKGD = q_BHTD.reshape(batch, group.k_BKSD.shape[1], -1, width)
@@ -109,7 +109,7 @@ def _scores(q_BHTD: Tensor, group: Keys, scale: float, softcap: float | None) ->
 
 
 def _weighted(weights_BHTS: Tensor, v_BKSD: Tensor) -> Tensor:
-    """Sum of the values by their weights, [B, H, T, D]."""
+    """Return the weighted sum of the values, [B, H, T, D]."""
     batch, heads, queries, keys = weights_BHTS.shape
     grouped = weights_BHTS.view(batch, v_BKSD.shape[1], -1, keys)
     return torch.matmul(grouped, v_BKSD).view(batch, heads, queries, -1)

@@ -1,11 +1,11 @@
-"""The key-value cache of one decoder layer: the memory computed once, the decoder's own tokens growing behind it."""
+"""The key-value cache of one decoder layer: the encoder's output, then the decoder's own tokens."""
 
 import torch
 from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer in one buffer, [memory | own tokens | room]; it doubles when it is full.
+    """Keys and values of one layer in one buffer, [memory | own tokens | free]; it doubles when it is full.
 
     Merged attention reads both together, T5Gemma's two attentions one part each.
     """
@@ -17,11 +17,11 @@ class LayerCache:
 
     @property
     def started(self) -> bool:
-        """Whether the memory's keys and values are here."""
+        """Whether the memory's keys and values were stored."""
         return self._buffer_2BKSD is not None
 
     def start(self, k_BKMD: Tensor, v_BKMD: Tensor) -> None:
-        """Take the memory's keys and values."""
+        """Store the memory's keys and values."""
         self._buffer_2BKSD = torch.stack((k_BKMD, v_BKMD))
         self.length = self.memory_length = k_BKMD.shape[2]
 
@@ -33,7 +33,7 @@ class LayerCache:
         return k_BKMD, v_BKMD
 
     def append(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Add tokens; all keys and all values, the memory's first."""
+        """Add tokens; return all keys and all values, the memory's first."""
         assert self._buffer_2BKSD is not None, "start comes first"
         end = self.length + k_BKTD.shape[2]
         if end > self._buffer_2BKSD.shape[3]:

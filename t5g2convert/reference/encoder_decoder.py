@@ -1,4 +1,4 @@
-"""What both generations of T5Gemma are to those who run them: an encoder that sees both ways, and a decoder."""
+"""The encoder-decoder that both generations of T5Gemma share: a bidirectional encoder and a causal decoder."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from t5g2convert.reference.weights import Weights
 
 
 class Encoding:
-    """A folder's encoder; its subclasses read the folder.
+    """An encoder of a folder, which subclasses read.
 
     Attributes:
         weights: The folder's tensors.
@@ -35,15 +35,15 @@ class Encoding:
 
     @property
     def reserved(self) -> frozenset[int]:
-        """Ids that stand for something else than themselves."""
+        """Ids that are not embedded like other tokens."""
         return frozenset()
 
     def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
-        """The masks that the encoder has: both ways, in sliding layers within the window."""
+        """Return the encoder's masks: bidirectional, and within the window in sliding layers."""
         raise NotImplementedError
 
     def embed(self, ids_BT: Tensor, features_ITC: Tensor | None) -> Tensor:
-        """What the encoder's first layer gets, [B, T, C]."""
+        """Return the input of the encoder's first layer, [B, T, C]."""
         if features_ITC is not None:
             raise NotImplementedError("this model has no images")
         return self.encoder.embed(ids_BT)
@@ -51,7 +51,7 @@ class Encoding:
     def start_encoder(
         self, ids_BT: Tensor, masks: Mapping[LayerType, Tensor], features_ITC: Tensor | None = None
     ) -> Run:
-        """An encoder batch before its first layer, under masks of the caller's choice.
+        """Return an encoder batch before its first layer, with any masks.
 
         Args:
             ids_BT: Token ids, int64.
@@ -63,12 +63,12 @@ class Encoding:
 
     @torch.inference_mode()
     def encode(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
-        """The encoder's output, [B, T, C]."""
+        """Return the encoder's output, [B, T, C]."""
         return self.start_encoder(ids_BT, self.encoder_masks(kept_BT), features_ITC).through(self.encoder)
 
 
 class EncoderDecoder(Encoding):
-    """A folder's encoder-decoder; its subclasses read the folder.
+    """An encoder-decoder of a folder, which subclasses read.
 
     Attributes:
         model: Its settings.
@@ -91,7 +91,7 @@ class EncoderDecoder(Encoding):
         memory_kept_BM: Tensor | None,
         caches: list[LayerCache] | None = None,
     ) -> Run:
-        """A decoder batch before its first layer.
+        """Return a decoder batch before its first layer.
 
         Args:
             ids_BT: Token ids, int64; with caches, those that they do not hold yet.
@@ -118,5 +118,5 @@ class EncoderDecoder(Encoding):
         memory_kept_BM: Tensor,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """The decoder's normed states, [B, T, C]; `decoder.logits` makes logits of them."""
+        """Return the decoder's normed states, [B, T, C]; `decoder.logits` turns them into logits."""
         return self.start_decoder(ids_BT, kept_BS, memory_BMC, memory_kept_BM, caches).through(self.decoder)

@@ -15,7 +15,7 @@ from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 
 
 class Gemma2Reference:
-    """What a Gemma 2 folder computes.
+    """The model of a Gemma 2 folder.
 
     Attributes:
         model: Its settings.
@@ -23,7 +23,7 @@ class Gemma2Reference:
 
     Args:
         checkpoint: The folder; the spelling of its names is taken from it.
-        kernel: How attention is computed.
+        kernel: The attention kernel.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:

@@ -17,7 +17,7 @@ from t5g2convert.reference.weights import ReadOptions, Weights, only_prefix
 
 
 class Gemma3Reference:
-    """What a Gemma 3 folder computes.
+    """The model of a Gemma 3 folder.
 
     Attributes:
         model: Its settings.
@@ -26,7 +26,7 @@ class Gemma3Reference:
 
     Args:
         checkpoint: The folder; the spelling of its names is taken from it.
-        kernel: How attention is computed.
+        kernel: The attention kernel.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
@@ -74,7 +74,7 @@ class Gemma3Reference:
 
     @property
     def reserved(self) -> frozenset[int]:
-        """Ids that stand for something else than themselves: those of an image, and of its end."""
+        """Ids that are not embedded like other tokens: those of an image, and of its end."""
         return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
 
     def with_table_of(self, other: "Gemma3Reference") -> "Gemma3Reference":

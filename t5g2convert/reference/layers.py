@@ -145,7 +145,7 @@ class SelfAttention(Projections):
     """Gemma's attention and the encoder's: tokens see each other as the mask allows."""
 
     def forward(self, x_BTC: Tensor, turn: Rotation, seen_BTS: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, C] to [B, T, C]; with a cache, the tokens that it holds stand before these."""
+        """[B, T, C] to [B, T, C]; with a cache, its tokens come before these."""
         q_BHTD, k_BKSD, v_BKSD = self.project(x_BTC, turn)
         if cache is not None:
             k_BKSD, v_BKSD = (both[:, :, cache.memory_length :] for both in cache.append(k_BKSD, v_BKSD))

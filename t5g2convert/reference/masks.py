@@ -12,7 +12,7 @@ from t5g2convert.checkpoint.families.rope_config import LayerType
 def causal(
     kind: LayerType, window: int, kept_BS: Tensor, *, queries: int | None = None, blocks_BS: Tensor | None = None
 ) -> Tensor:
-    """Gemma 3's mask and that of the decoder's own tokens: nothing ahead; in sliding layers `window` tokens back.
+    """Return the causal mask of Gemma 3 and of a decoder's own tokens; sliding layers see `window` tokens back.
 
     A token counts itself, so that a window of 3 sees itself and two before it::
 
@@ -27,7 +27,7 @@ def causal(
         kind: The kind of layer.
         window: `sliding_window` of the config.
         kept_BS: False at padding, [B, S].
-        queries: How many of the last tokens ask, where earlier ones stand in a cache (default: all).
+        queries: The number of queries, the last of the tokens; earlier ones are in a cache (default: all).
         blocks_BS: Number of the image that a token belongs to, 0 for text. Within an image Gemma 3 sees both ways, in
             sliding layers inside the window.
     """
@@ -42,7 +42,7 @@ def causal(
 
 
 def bidirectional(kind: LayerType, window: int, kept_BS: Tensor) -> Tensor:
-    """The encoder's mask: everything; in sliding layers (w + 1) // 2 - 1 tokens back and w // 2 ahead.
+    """Return the encoder's mask: everything; in sliding layers (w + 1) // 2 - 1 tokens back and w // 2 ahead.
 
     ::
 
@@ -64,7 +64,7 @@ def bidirectional(kind: LayerType, window: int, kept_BS: Tensor) -> Tensor:
 
 
 def around(kind: LayerType, window: int, kept_BT: Tensor) -> Tensor:
-    """The mask of T5Gemma's encoder: everything; in sliding layers `window` tokens back and as many ahead.
+    """Return the mask of T5Gemma's encoder: everything; in sliding layers `window` tokens back and ahead.
 
     ::
 
@@ -86,7 +86,7 @@ def around(kind: LayerType, window: int, kept_BT: Tensor) -> Tensor:
 
 
 def memory(queries: int, kept_BM: Tensor) -> Tensor:
-    """The decoder's view of the encoder's output: all of it but padding, in every layer, from every token.
+    """Return the decoder's mask on the encoder's output: all of it except padding, in every layer.
 
     Beside the causal mask it makes the merged mask, here for 3 tokens and a memory of 4 that ends with padding::
 
@@ -99,6 +99,6 @@ def memory(queries: int, kept_BM: Tensor) -> Tensor:
 
 
 def _distance(queries: int, keys: int, device: torch.device) -> Tensor:
-    """How far before its query each key stands, [T, S]; the queries are the last of the keys."""
+    """Return the distance from each query back to each key, [T, S]; the queries are the last of the keys."""
     positions = torch.arange(keys, device=device, dtype=torch.int32)
     return positions[keys - queries :, None] - positions[None, :]

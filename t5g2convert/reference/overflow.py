@@ -1,4 +1,4 @@
-"""Values that are not finite: whether the dtype of a pass overflowed, or the checkpoint holds NaN or infinity itself.
+"""Errors for values that are not finite: a pass overflowed, or the checkpoint holds NaN or infinity.
 
 The activations of a real Gemma 3 exceed 65,504, the largest float16; the same weights are right in
 bfloat16 and float32.
@@ -10,7 +10,7 @@ from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.reference.weights import DTYPES, Weights
 
 PIECE_ELEMENTS = 1 << 24
-"""Elements that are looked at at once: 64 MiB in float32."""
+"""Elements that are checked at once: 64 MiB in float32."""
 
 
 def not_finite(what: str, weights: Weights) -> UsageError | CheckpointError:
@@ -41,7 +41,7 @@ def _dtype_name(weights: Weights) -> str:
 
 
 def _all_finite(weights: Weights) -> bool:
-    """Whether every number that a pass may read is finite as it is stored."""
+    """Return whether all stored values that a pass may read are finite."""
     stored = Weights(weights.checkpoint, device=weights.device)
     return all(
         bool(torch.isfinite(piece).all())

@@ -1,4 +1,4 @@
-"""Texts and pictures made into what a model reads, with the tokenizer and the image processor of its folder."""
+"""Encode texts and pictures for a model, with the tokenizer and the image processor of its folder."""
 
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,8 @@ class TextCodec:
     """The tokenizer of a folder.
 
     Args:
-        folder: Where tokenizer.json is.
-        vocab: Rows of the embedding table; a token beyond them is refused.
+        folder: The folder of tokenizer.json.
+        vocab: The number of rows of the embedding table; a token beyond them is refused.
 
     Raises:
         CheckpointError: The folder has no tokenizer.json, or the tokenizers library cannot read it.
@@ -30,20 +30,20 @@ class TextCodec:
         self._vocab = vocab
         self._path = path = folder / TOKENIZER_FILE
         if not path.is_file():
-            raise CheckpointError("is missing: without it there is no text", where=path)
+            raise CheckpointError("is missing, but needed to encode text", where=path)
         from tokenizers import Tokenizer
 
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise_interruption()
-            raise CheckpointError(f"is no tokenizer that the tokenizers library reads: {error}", where=path) from None
+            raise CheckpointError(f"cannot be read by the tokenizers library: {error}", where=path) from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text, with the tokens that the tokenizer puts around it if `special`.
+        """Return the token ids of a text, with the special tokens around it if `special`.
 
         Raises:
-            CheckpointError: The embedding table has no row for one.
+            CheckpointError: The embedding table has no row for a token.
         """
         try:
             text.encode()
@@ -57,18 +57,18 @@ class TextCodec:
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """Return the text of token ids, without special tokens."""
         return str(self._tokenizer.decode(tokens))
 
     def encode_with_image(self, text: str, *, boi: int, eoi: int, image: int, count: int) -> list[int]:
-        """A text behind an image, as Gemma 3's processor writes it: blank lines around the image's tokens.
+        """Return the ids of an image and a text as Gemma 3's processor encodes them, with blank lines around the image.
 
         Args:
-            text: What stands behind the image.
+            text: The text after the image.
             boi: The begin-of-image token.
             eoi: The end-of-image token.
             image: The image token.
-            count: How many of it stand for the image.
+            count: The number of image tokens.
         """
         return [
             *self.encode("\n\n"),
@@ -80,13 +80,13 @@ class TextCodec:
 
 
 def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) -> Tensor:
-    """Pixels of a picture file, [1, channels, side, side], with the mean and deviation of the folder's processor.
+    """Return the pixels of a picture, [1, channels, side, side], normalised as the folder's processor says.
 
     Where the folder has no processor, as Gemma 3's does: bilinear, mean and standard deviation 0.5.
 
     Raises:
-        CheckpointError: The processor's settings are none.
-        UsageError: The file is no picture.
+        CheckpointError: The processor's settings are not valid.
+        UsageError: The file is not a picture.
     """
     from PIL import Image
 
@@ -105,7 +105,7 @@ def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) ->
 
 
 class _Processor(ConfigSection):
-    """How pictures become pixels; the defaults are those of Gemma 3's image processor."""
+    """Settings of an image processor, with the defaults of Gemma 3's."""
 
     resample: Literal[0, 1, 2, 3, 4, 5] = 2
     image_mean: list[float] = Field(default=[0.5, 0.5, 0.5], min_length=3, max_length=3)

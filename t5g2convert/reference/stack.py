@@ -1,4 +1,4 @@
-"""A text stack run a layer at a time: the embedding, one layer after the other, the last norm, the softmax.
+"""A text stack, run one layer at a time: the embedding, the layers, the last norm, the softmax.
 
 `Stack` knows where the parameters are; a `Run` is one batch on its way through. They are apart so that two models can
 advance side by side, with one layer of each in memory.
@@ -22,7 +22,7 @@ from t5g2convert.reference.rope import Rotation, rotation
 from t5g2convert.reference.weights import Weights
 
 HEAD_ROWS: Final = 16_384
-"""Rows of its matrix that the softmax reads at once."""
+"""Rows of the softmax's matrix that are read at once."""
 
 
 class Stack:
@@ -30,14 +30,14 @@ class Stack:
 
     Args:
         weights: The checkpoint's tensors.
-        settings: What the config says of this stack.
+        settings: The stack's config.
         layer_class: Makes a layer without parameters: Gemma's, the encoder's or the decoder's.
-        prefix: What stands before `layers.N.` and `norm.weight` in the checkpoint.
-        table: Name of the embedding matrix.
-        head: Name of the softmax's matrix, where that is another.
+        prefix: The prefix of `layers.N.` and `norm.weight` in the checkpoint.
+        table: The name of the embedding matrix.
+        head: The name of the softmax's matrix (default: the embedding matrix).
         eoi_token: The id of the end-of-image token; None for a model without images.
-        eoi: Name of the vector that replaces the scaled embedding of the end-of-image token, if there is one.
-        kernel: How attention is computed.
+        eoi: The name of the vector that replaces the scaled embedding of the end-of-image token, if there is one.
+        kernel: The attention kernel.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class Stack:
         self.kernel = kernel
 
     def __len__(self) -> int:
-        """Number of layers."""
+        """Return the number of layers."""
         return len(self.settings.layer_types)
 
     def with_table_of(self, other: "Stack") -> "Stack":
-        """This stack with the embedding matrix and the softmax of another of the same width."""
+        """Return this stack with the embedding matrix and the softmax of another of the same width."""
         changed = copy(self)
         changed.table_weights, changed.table, changed.head = other.table_weights, other.table, other.head
         return changed
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Scaled embeddings, [B, T, C]: the scale is rounded to the dtype of the table, then the product."""
+        """Return scaled embeddings, [B, T, C]: the scale is rounded to the dtype of the table, then the product."""
         rows_BTC = self.table_weights.gather(self.table, ids_BT)
         scale = torch.tensor(self.settings.hidden_size**0.5, device=rows_BTC.device).to(rows_BTC.dtype)
         embedded_BTC = rows_BTC * scale
@@ -84,24 +84,24 @@ class Stack:
         return embedded_BTC
 
     def table_chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """The embedding matrix a slice at a time: the first row's number, and the rows as they are stored."""
+        """Yield the embedding matrix in slices: the number of the first row, and the unscaled rows."""
         for start in range(0, self.settings.vocab_size, HEAD_ROWS):
             yield start, self.weights.rows(self.table, start, min(start + HEAD_ROWS, self.settings.vocab_size))
 
     def layer(self, number: int) -> nn.Module:
-        """A layer with its parameters."""
+        """Return a layer with its parameters."""
         return self.weights.module(
             lambda: self.layer_class(self.settings, self.kernel), f"{self.prefix}layers.{number}."
         )
 
     def norm(self, x_BTC: Tensor) -> Tensor:
-        """The norm behind the last layer."""
+        """Apply the norm after the last layer."""
         settings = self.settings
         norm = self.weights.module(lambda: RMSNorm(settings.hidden_size, settings.rms_norm_eps), f"{self.prefix}norm.")
         return norm(x_BTC)
 
     def rotations(self, start: int, stop: int, dtype: torch.dtype) -> dict[LayerType, Rotation]:
-        """Rotations of the positions from `start` to `stop`, by kind of layer."""
+        """Return the rotations of positions `start` to `stop`, by kind of layer."""
         positions = torch.arange(start, stop, device=self.weights.device)
         settings = self.settings
         return {
@@ -110,12 +110,12 @@ class Stack:
         }
 
     def logits(self, x_NC: Tensor, rows: int | None = None) -> Tensor:
-        """Logits of normed states over the first `rows` of the vocabulary (default: all of it)."""
+        """Return the logits of normed states over the first `rows` of the vocabulary (default: all of it)."""
         chunks = [chunk for _, chunk in self.logit_chunks(x_NC, rows)]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
 
     def logit_chunks(self, x_NC: Tensor, rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The same a slice of the matrix at a time: the first row's number, and the logits of its slice."""
+        """Yield the logits in slices of the vocabulary: the number of the first row, and the slice's logits."""
         rows = self.settings.vocab_size if rows is None else rows
         step = rows if self.weights.resident else HEAD_ROWS
         softcap = self.settings.final_logit_softcapping
@@ -130,15 +130,15 @@ def _capped(logits_NV: Tensor, softcap: float | None) -> Tensor:
 
 @dataclass
 class Run:
-    """A batch on its way through a stack.
+    """A batch that passes through a stack, layer by layer.
 
     Attributes:
-        hidden_BTC: The states behind the last layer that was passed.
+        hidden_BTC: The states after the last layer that was passed.
         rotations: By kind of layer.
-        masks: What own tokens may see of each other, by kind of layer.
+        masks: Which of a stack's own tokens each may see, by kind of layer.
         memory_BMC: The encoder's output, for a decoder.
-        memory_seen_BTM: What may be seen of it.
-        caches: One for each layer, for a decoder that writes a token at a time.
+        memory_seen_BTM: Which of it each token may see.
+        caches: One for each layer, for a decoder that generates one token at a time.
     """
 
     hidden_BTC: Tensor
@@ -153,7 +153,7 @@ class Run:
         self.hidden_BTC = layer(self.hidden_BTC, *self.arguments(kind, number))
 
     def arguments(self, kind: LayerType, number: int) -> list[object]:
-        """What a layer takes besides the states."""
+        """Return the arguments of a layer after the states."""
         arguments: list[object] = [self.rotations[kind], self.masks[kind]]
         if self.memory_BMC is not None:
             arguments += [self.memory_BMC, self.memory_seen_BTM]
@@ -161,7 +161,7 @@ class Run:
         return arguments
 
     def through(self, stack: Stack) -> Tensor:
-        """Pass all layers and the last norm; the normed states, [B, T, C]."""
+        """Pass all layers and the last norm; return the normed states, [B, T, C]."""
         for number, kind in enumerate(stack.settings.layer_types):
             self.advance(stack.layer(number), kind, number)
         return stack.norm(self.hidden_BTC)

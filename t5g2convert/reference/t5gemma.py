@@ -18,12 +18,12 @@ from t5g2convert.reference.weights import ReadOptions, Weights
 
 
 class T5GemmaReference(EncoderDecoder):
-    """What a T5Gemma folder computes.
+    """The model of a T5Gemma folder.
 
     Args:
         checkpoint: The folder.
-        kernel: How attention is computed.
-        model: Settings to use in place of those of the folder's config.json.
+        kernel: The attention kernel.
+        model: Settings to use instead of those of the folder's config.json.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:

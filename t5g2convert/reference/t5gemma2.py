@@ -18,7 +18,7 @@ from t5g2convert.reference.weights import ReadOptions, Weights
 
 
 class EncoderReference(Encoding):
-    """What the encoder of a T5Gemma 2 computes, from a folder of its own.
+    """The encoder of a T5Gemma 2, from its own folder.
 
     Attributes:
         model: Its settings.
@@ -28,13 +28,13 @@ class EncoderReference(Encoding):
 
     Args:
         checkpoint: The folder.
-        kernel: How attention is computed.
-        model: Settings to use in place of those of the folder's config.json.
-        root: What stands before the published names of the encoder.
+        kernel: The attention kernel.
+        model: Settings to use instead of those of the folder's config.json.
+        root: The prefix of the encoder's published names.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is not of such an encoder, or a tensor is there in two spellings.
+        CheckpointError: The config is of another model, or a tensor has two spellings.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class EncoderReference(Encoding):
 
 
 class T5Gemma2Reference(EncoderReference, EncoderDecoder):
-    """What a T5Gemma 2 folder computes.
+    """The model of a T5Gemma 2 folder.
 
     Attributes:
         model: Its settings.
@@ -102,12 +102,12 @@ class T5Gemma2Reference(EncoderReference, EncoderDecoder):
 
     Args:
         checkpoint: The folder.
-        kernel: How attention is computed.
-        model: Settings to use in place of those of the folder's config.json.
+        kernel: The attention kernel.
+        model: Settings to use instead of those of the folder's config.json.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is not T5Gemma 2's, or a tensor is there in two spellings.
+        CheckpointError: The config is not T5Gemma 2's, or a tensor has two spellings.
     """
 
     model: T5Gemma2

@@ -1,4 +1,4 @@
-"""A vision tower of a checkpoint, run a layer at a time."""
+"""The vision tower of a checkpoint, run one layer at a time."""
 
 from collections.abc import Iterator
 
@@ -17,11 +17,11 @@ class VisionTower:
 
     Args:
         weights: The checkpoint's tensors.
-        settings: What the config says of the tower.
-        tokens: What the config says of the tokens of images.
-        text_width: Hidden width of the text stack that the soft tokens go to.
-        tower: What stands before the tower's names, `...vision_model.`
-        projector: What stands before the projector's, `...multi_modal_projector.`
+        settings: The tower's config.
+        tokens: The config of image tokens.
+        text_width: The hidden width of the text stack.
+        tower: The prefix of the tower's names, `...vision_model.`
+        projector: The prefix of the projector's names, `...multi_modal_projector.`
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class VisionTower:
         self.projector = projector
 
     def stages(self, *, projected: bool = True, normed: bool = True) -> Iterator[tuple[str, nn.Module]]:
-        """The modules in the order in which an image passes them, each read when it is its turn, with their names.
+        """Yield the modules with their names in the order in which an image passes them; each is read in its turn.
 
         Args:
             projected: Whether the last is the projector; otherwise it is its norm, and the matrix is not read:
@@ -76,7 +76,7 @@ class VisionTower:
             )
 
     def features(self, pixels_BNYX: Tensor, *, projected: bool = True) -> Tensor:
-        """Soft tokens of images, [B, mm_tokens_per_image, text width]; pixels in the dtype of the weights.
+        """Return the soft tokens of images, [B, mm_tokens_per_image, text width]; pixels have the dtype of the weights.
 
         Without the projector the normed states of the patches, [B, patches, vision width].
         """
@@ -88,18 +88,18 @@ class VisionTower:
         return state
 
     def pixel_shape(self, images: int) -> tuple[int, int, int, int]:
-        """The shape of a batch of images."""
+        """Return the shape of a batch of images."""
         side = self.settings.image_size
         return images, self.settings.num_channels, side, side
 
 
 def text_only(ids_BT: Tensor, image_token: int) -> Tensor:
-    """The ids with 0 for image tokens: they may stand behind the table's end, and their rows are replaced anyway."""
+    """Return the ids with 0 for image tokens, which may be beyond the table; their rows are replaced anyway."""
     return torch.where(ids_BT == image_token, 0, ids_BT)
 
 
 def scatter_images(embedded_BTC: Tensor, ids_BT: Tensor, image_token: int, features_ITC: Tensor) -> Tensor:
-    """Embeddings with those of the image tokens replaced by soft tokens, in order.
+    """Replace the embeddings of image tokens by soft tokens, in order.
 
     Raises:
         CheckpointError: The counts differ.

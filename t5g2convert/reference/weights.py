@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint folder, read when they are asked for and dropped when nobody holds them.
+"""Tensors of a checkpoint, read when they are needed and dropped when nothing holds them.
 
 Bytes are read, not mapped: mapped pages would count as this process's memory until the kernel wants them back, and a
 file that shrinks would kill the process. Every tensor starts on memory that torch aligned, so that a kernel cannot
@@ -20,7 +20,7 @@ DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 
 
 def check_device(dtype: str | None, device: str) -> None:
-    """Refuse a dtype that no model is run in, and a device that is not there.
+    """Refuse a dtype that models are not run in, and a device that is not available.
 
     Raises:
         UsageError: Either.
@@ -37,13 +37,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class ReadOptions(TypedDict, total=False):
-    """How tensors are read.
+    """Options for reading tensors.
 
     Attributes:
-        dtype: Every tensor is cast to it (default: it stays as it is stored).
-        device: Where the tensors go (default: the CPU).
-        resident: Keep what was read, for a model that is run many times; otherwise memory holds what is in use.
-        rounded_to: A dtype that every tensor is cast to before `dtype`: a model is judged as a conversion rounded it.
+        dtype: The dtype that every tensor is cast to (default: its own).
+        device: The device of the tensors (default: the CPU).
+        resident: Keep tensors in memory, for a model that is run many times; otherwise they are read for each use.
+        rounded_to: A dtype that every tensor is cast to before `dtype`, to round a model as a conversion did.
     """
 
     dtype: torch.dtype | None
@@ -65,14 +65,14 @@ class Weights:
         self._modules: dict[str, nn.Module] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header."""
+        """Return the shape of a tensor, from the header."""
         return self._stored(name).entry.shape
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor.
+        """Return a whole tensor.
 
         Raises:
-            CheckpointError: There is none, its dtype is not a floating one, or its file has become shorter.
+            CheckpointError: It does not exist, its dtype is not a floating one, or its file has become shorter.
         """
         if name in self._tensors:
             return self._tensors[name]
@@ -83,34 +83,34 @@ class Weights:
         return tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a table, [stop - start, width].
+        """Return rows `start` to `stop` of a table, [stop - start, width].
 
         Raises:
-            CheckpointError: The table has fewer.
+            CheckpointError: The table has fewer rows.
         """
         if self.resident:
             return self.tensor(name)[start:stop]
         stored = self._stored(name)
         if not 0 <= start <= stop <= stored.entry.shape[0]:
             raise CheckpointError(
-                f"tensor {name!r} has {stored.entry.shape[0]} rows, rows {start} to {stop} were asked for",
+                f"tensor {name!r} has {stored.entry.shape[0]} rows, expected at least {stop}",
                 where=self.checkpoint.path,
             )
         width = stored.entry.nbytes // stored.entry.shape[0]
         return self._read(stored, start * width, stop * width).view(stop - start, *stored.entry.shape[1:])
 
     def pieces(self, name: str, elements: int) -> Iterator[Tensor]:
-        """A tensor in flat pieces of at most `elements` elements, so that memory stays bounded."""
+        """Yield a tensor in flat pieces of at most `elements` elements, to bound the memory."""
         stored = self._stored(name)
         step = elements * DTYPES[stored.entry.dtype].itemsize
         for start in range(0, stored.entry.nbytes, step):
             yield self._read(stored, start, min(start + step, stored.entry.nbytes))
 
     def gather(self, name: str, ids: Tensor) -> Tensor:
-        """The rows of a table with these numbers, [*ids.shape, width]; each distinct row is read once.
+        """Return rows of a table by number, [*ids.shape, width]; each distinct row is read once.
 
         Raises:
-            IndexError: The table has no such row.
+            IndexError: The table does not have a row.
         """
         if self.resident:
             return self.tensor(name)[ids]
@@ -121,7 +121,7 @@ class Weights:
         return torch.cat(rows)[inverse]
 
     def module(self, make: Callable[[], Module], prefix: str) -> Module:
-        """A module whose every parameter is the tensor of its own name behind `prefix`.
+        """Return a module with each parameter from the tensor of its name after `prefix`.
 
         Raises:
             CheckpointError: A tensor is missing or has another shape than the module's parameter.
@@ -157,7 +157,7 @@ class Weights:
         return stored
 
     def _read(self, stored: StoredTensor, start: int, end: int) -> Tensor:
-        """Bytes `start` to `end` of a tensor as a flat tensor in the dtype and on the device of these weights."""
+        """Return bytes `start` to `end` of a tensor, flat, in the dtype and on the device of these weights."""
         buffer = torch.empty(end - start, dtype=torch.uint8)
         read_exactly(self.checkpoint, stored, start, buffer)
         tensor = buffer.view(DTYPES[stored.entry.dtype]).to(device=self.device, dtype=self.rounded_to)
@@ -165,7 +165,7 @@ class Weights:
 
 
 def read_exactly(checkpoint: Checkpoint, stored: StoredTensor, start: int, buffer: Tensor) -> None:
-    """Fill a byte tensor from a stored tensor, beginning at its byte `start`.
+    """Fill a byte tensor from a stored tensor, starting at its byte `start`.
 
     Raises:
         CheckpointError: The file cannot be read, or has become shorter than its header says.
@@ -185,10 +185,10 @@ def read_exactly(checkpoint: Checkpoint, stored: StoredTensor, start: int, buffe
 
 
 def only_prefix(names: Sequence[str], anchor: str, checkpoint: Checkpoint) -> str:
-    """What stands before `anchor` in the one tensor name that ends with it: the spelling of a family of names.
+    """Return the prefix of the only tensor name that ends with `anchor`.
 
     Raises:
-        CheckpointError: No name ends with it, or several do.
+        CheckpointError: No name, or more than one, ends with it.
     """
     found = [name for name in names if name == anchor or name.endswith(f".{anchor}")]
     if len(found) != 1:

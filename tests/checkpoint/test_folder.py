@@ -106,7 +106,7 @@ def test_I12_a_dangling_link_is_refused_as_one(name: str, sharded: Path) -> None
     (sharded / name).unlink()
     (sharded / name).symlink_to("../../blobs/gone")
     error = refusal(sharded)
-    assert error.message == "is a dangling link"
+    assert error.message == "is a broken symlink"
     assert error.where == str(sharded / name)
 
 
@@ -209,7 +209,7 @@ def test_I3_a_single_file_beside_indexed_shards_is_refused(present: list[str], s
     error = refusal(sharded)
     assert SINGLE_FILE in error.message
     assert all(shard in error.message for shard in present)
-    assert "out of date" in (error.hint or "")
+    assert "outdated" in (error.hint or "")
 
 
 def test_I3_a_stray_index_beside_a_single_file_is_noted(single: Path) -> None:

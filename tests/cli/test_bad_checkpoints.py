@@ -133,7 +133,7 @@ BROKEN: Final[dict[str, tuple[Damage, str]]] = {
     "deep": (replaced(struct.pack("<Q", len(DEEP)) + DEEP), "the header is nested too deeply"),
     "overlap": (edited(shifted(-2)), "overlaps the tensor before it"),
     "hole": (edited(shifted(2)), "leaves a hole before it"),
-    "trailing": (edited(lambda header: None, tail=b"123"), "3 bytes after the last tensor belong to nothing"),
+    "trailing": (edited(lambda header: None, tail=b"123"), "3 bytes follow the last tensor, expected none"),
     "truncated": (edited(lambda header: None, cut=10), "(download again)"),
     "past-the-end": (edited(lambda header: None, cut=100_000), "(download again)"),
     "shape-against-offsets": (edited(entry(UP, shape=[96, 47])), f"'{UP}': BF16 of shape [96, 47] takes 9024 bytes"),
@@ -226,7 +226,7 @@ DISAGREEING: Final[dict[str, tuple[Callable[[Path, dict[str, str]], object], lis
     "missing-shard": (lambda source, index: (source / SHARDS[1]).unlink(), [f"{SHARDS[1]}: is missing"]),
     "both-directions": (stale_index, ["no shard holds", "1 tensor(s): gone.weight", "the index lacks", UP]),
     "two-shards": (same_in_two, [SHARDS[0], SHARDS[1], "is in"]),
-    "single-and-index": (single_beside_shards, [SINGLE, SHARDS[0], "(remove the set that is out of date)"]),
+    "single-and-index": (single_beside_shards, [SINGLE, SHARDS[0], "(remove the outdated ones)"]),
 }
 
 

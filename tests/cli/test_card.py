@@ -97,7 +97,7 @@ def _dangling(path: Path) -> None:
     ("make", "reason"),
     [
         (_link, "is a link"),
-        (_dangling, "is a dangling link"),
+        (_dangling, "is a broken symlink"),
         (Path.mkdir, "is not a regular file"),
         (os.mkfifo, "is not a regular file"),
         (lambda path: path.write_bytes(b"\xff"), "is not UTF-8"),

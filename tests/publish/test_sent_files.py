@@ -108,7 +108,7 @@ def test_H5_what_is_no_file_is_refused_without_waiting(out: Path) -> None:
     (out / "tokenizer.json").symlink_to("gone")
     with pytest.raises(CheckpointError) as error:
         manifest_files(out)
-    assert set(error.value.details) == {"config.json is not a regular file", "tokenizer.json is a dangling link"}
+    assert set(error.value.details) == {"config.json is not a regular file", "tokenizer.json is a broken symlink"}
 
 
 def damage_a_byte(out: Path) -> None:

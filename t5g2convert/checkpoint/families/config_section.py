@@ -1,4 +1,4 @@
-"""What the config readers of all families share: strict fields, one error, and the words for other models."""
+"""The base of all config readers: strict fields, one error for all faults, and names of other models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from t5g2convert.errors import CheckpointError
 
 MAX_INTEGER: Final = 2**31 - 1
-"""Largest size and largest token id that makes sense."""
+"""The largest size and token id that are accepted."""
 
 
 def whole(value: object) -> object:
-    """256 for 256.0: JSON knows one kind of number, strict readers of the output ask for an int."""
+    """Return 256 for 256.0: JSON has one kind of number, but strict readers of the output expect an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -26,7 +26,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Scalar = int | float | bool | str | list[Any] | None
-"""A value of config.json that is carried as it is."""
+"""A value of config.json that is copied unchanged."""
 
 KNOWN_MODELS: Final = {
     "gemma": "the first Gemma",
@@ -41,11 +41,11 @@ KNOWN_MODELS: Final = {
     "t5gemma": "T5Gemma, the first generation, an encoder-decoder already",
     "t5gemma2": "T5Gemma 2, an encoder-decoder already",
 }
-"""Model types that people try, with what they are."""
+"""Other model types that people try, and what they are."""
 
 
 class ConfigSection(BaseModel):
-    """A section of config.json: known fields are typed strictly, unknown ones are left alone."""
+    """A section of config.json: known fields are typed strictly, unknown ones are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", protected_namespaces=())
 
@@ -55,7 +55,7 @@ Section = TypeVar("Section", bound=ConfigSection)
 
 @dataclass(frozen=True, slots=True)
 class ImpliedTensor:
-    """A tensor that a config implies, and the part of the model that it belongs to."""
+    """A tensor that a config implies, with the part of the model that it belongs to."""
 
     name: str
     part: str
@@ -63,7 +63,7 @@ class ImpliedTensor:
 
 
 class SourceModel(Protocol):
-    """What a family's reader tells about a source model; maps speak of it in these terms."""
+    """A source model in the terms that maps use."""
 
     @property
     def family(self) -> str:
@@ -87,10 +87,10 @@ class SourceModel(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of its config: the settings that are left behind."""
+        """Notes on its config for the user, such as settings that are left out."""
 
     def with_vision_of(self, donor: Self, projector: str | None) -> Self:
-        """This model with the vision tower of another of its family.
+        """Return this model with the vision tower of another of its family.
 
         Args:
             donor: The other model.
@@ -98,12 +98,12 @@ class SourceModel(Protocol):
                 that is possible without computing.
 
         Raises:
-            MappingError: This model has a tower already, the donor has none, or the projector cannot be had so.
+            MappingError: This model has a tower already, the donor has none, or the projector does not fit.
         """
 
 
 def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path, section: str = "") -> Section:
-    """Validate one section; `section` is its name in config.json, for errors.
+    """Validate a section; `section` is its name in config.json, for errors.
 
     Raises:
         CheckpointError: A field has the wrong type or an impossible value; all such fields are named.
@@ -122,7 +122,7 @@ def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path, 
 
 
 def _field_path(location: tuple[int | str, ...]) -> str:
-    """The field and the list positions in it, without pydantic's names of the types that it tried.
+    """Return the field and list positions of an error, without the names of the types that pydantic tried.
 
     A fault of several fields together has no field.
     """
@@ -132,7 +132,7 @@ def _field_path(location: tuple[int | str, ...]) -> str:
 
 
 def refuse_bidirectional(fields: Mapping[str, Any], where: Path, section: str = "") -> None:
-    """Refuse a decoder whose masks are open both ways, by whichever switch; `section` is its name in config.json.
+    """Refuse a decoder with bidirectional masks; `section` is its name in config.json, for errors.
 
     Raises:
         CheckpointError: It is one.
@@ -148,10 +148,10 @@ def refuse_bidirectional(fields: Mapping[str, Any], where: Path, section: str = 
 
 
 def subsection(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
-    """The object under `key`, which must be there.
+    """Return the object under a key.
 
     Raises:
-        CheckpointError: It is missing or is no object.
+        CheckpointError: It is missing or not an object.
     """
     value = config.get(key)
     if not isinstance(value, dict):
@@ -160,7 +160,7 @@ def subsection(config: Mapping[str, Any], key: str, where: Path) -> dict[str, An
 
 
 def describe_model_type(config: Mapping[str, Any]) -> str:
-    """The model type of a config, with what it is where that is known."""
+    """Describe the model type of a config, for errors."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return "a config without model_type"

@@ -1,6 +1,6 @@
 """The tensors that a config implies, by family.
 
-They stand here in code, apart from any weight map, so that a map that forgets one is found out.
+The lists are code, independent of any weight map, so that a map that forgets a tensor is caught.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig
 
 
 def t5gemma2_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
-    """Every tensor of the published layout, once; no tied copy, no rotary buffer.
+    """Yield every tensor of the published layout, without tied copies and rotary buffers.
 
     Raises:
         CheckpointError: As `read_t5gemma2`.
@@ -31,7 +31,7 @@ def t5gemma2_tensors(config: Mapping[str, Any], where: Path) -> Iterator[Implied
 
 
 def t5gemma2_encoder_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
-    """Every tensor of T5Gemma 2's encoder alone, under the names that all versions of transformers take.
+    """Yield every tensor of T5Gemma 2's encoder alone, under names that all versions of transformers accept.
 
     Raises:
         CheckpointError: As `read_t5gemma2_encoder`.
@@ -40,7 +40,7 @@ def t5gemma2_encoder_tensors(config: Mapping[str, Any], where: Path) -> Iterator
 
 
 def gemma3_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
-    """Every tensor of Gemma 3 as the Hub's repositories name them; no tied copy, no pooling head.
+    """Yield every tensor of Gemma 3 as repositories on the Hub name them, without tied copies and pooling heads.
 
     Raises:
         CheckpointError: As `read_gemma3`.
@@ -65,7 +65,7 @@ def _encoder_tensors(model: T5Gemma2Encoder, root: str) -> Iterator[ImpliedTenso
 
 
 def _vision_tensors(tower: SiglipConfig, hidden: int, root: str) -> Iterator[ImpliedTensor]:
-    """The tower, and the projector to the text stack's width."""
+    """Yield the tensors of the tower and the projector."""
     for name, shape in _tower_tensors(tower):
         yield ImpliedTensor(f"{root}vision_tower.vision_model.{name}", "vision", shape)
     projector = f"{root}multi_modal_projector."
@@ -74,7 +74,7 @@ def _vision_tensors(tower: SiglipConfig, hidden: int, root: str) -> Iterator[Imp
 
 
 def stack_tensors(stack: T5Gemma2Text | Gemma3Text, norms: tuple[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names behind the stack's root; `norms` stand before and behind attention."""
+    """Yield the tensors of a stack without its root; `norms` are those before and after attention."""
     hidden, ffn = stack.hidden_size, stack.intermediate_size
     layer_tensors = {
         **attention_tensors(stack, "self_attn", norms),
@@ -93,7 +93,7 @@ def stack_tensors(stack: T5Gemma2Text | Gemma3Text, norms: tuple[str, str]) -> I
 def attention_tensors(
     stack: T5Gemma2Text | Gemma3Text, name: str, norms: tuple[str, str]
 ) -> dict[str, tuple[int, ...]]:
-    """One attention of a layer that is called `name`, and the norms before and behind it."""
+    """Return the tensors of an attention called `name`, and of the norms before and after it."""
     hidden, head = stack.hidden_size, stack.head_dim
     query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
     biases = {"q": query, "k": key_value, "v": key_value, "o": hidden} if stack.attention_bias else {}

@@ -1,4 +1,4 @@
-"""Gemma 2's config.json in all its dialects, as one set of values.
+"""Gemma 2's config.json, in all its dialects, as one typed config.
 
 Dialects, by the transformers version that writes them: 4.42 to 4.5x `rope_theta`, no `layer_types`, sometimes
 `cache_implementation` and `hidden_act`, which the model does not read; later ones list `layer_types`; 5.x has
@@ -63,7 +63,7 @@ class Gemma2:
     Attributes:
         text: Its settings.
         family: The `model_type` of its config.
-        notes: What a user should know of the config.
+        notes: Notes on the config for the user.
     """
 
     text: Gemma2Text
@@ -72,7 +72,7 @@ class Gemma2:
 
     @property
     def features(self) -> frozenset[str]:
-        """`text_only`, and `tied` or `untied` as the softmax reads the embedding matrix or one of its own."""
+        """`text_only`, and `tied` if the softmax reads the embedding matrix, else `untied`."""
         return frozenset({"text_only", "tied" if self.text.tie_word_embeddings else "untied"})
 
     def with_vision_of(self, donor: "Gemma2", projector: str | None) -> "Gemma2":
@@ -87,7 +87,7 @@ class Gemma2:
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """Where the dims stand in config.json."""
+        """The fields of config.json of each dimension."""
         return {"rows": "vocab_size", "hidden": "hidden_size", **stack_fields("")}
 
     @property
@@ -97,7 +97,7 @@ class Gemma2:
 
 
 def read_gemma2(config: Mapping[str, Any], where: Path) -> Gemma2:
-    """Settle the dialect of a Gemma 2 config and fill its defaults.
+    """Read a Gemma 2 config in any dialect, and fill in its defaults.
 
     Raises:
         CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a switch
@@ -114,7 +114,7 @@ def read_gemma2(config: Mapping[str, Any], where: Path) -> Gemma2:
 
 
 def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gemma2Text:
-    """The settings of Gemma 2, or of a stack of T5Gemma, which has the same under the same names.
+    """Read the settings of Gemma 2, or of a stack of T5Gemma, which has the same.
 
     Args:
         fields: A section of config.json.
@@ -138,7 +138,7 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gem
 
 
 def _layer_types(fields: Mapping[str, Any]) -> object:
-    """The listed kinds, or sliding and full by turns where none are listed."""
+    """Return the listed kinds of layers; by default sliding and full alternate."""
     if fields.get("layer_types") is not None:
         return fields["layer_types"]
     depth = whole(fields.get("num_hidden_layers", 26))

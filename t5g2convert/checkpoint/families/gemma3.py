@@ -1,4 +1,4 @@
-"""Gemma 3's config.json in all its dialects, as one set of values.
+"""Gemma 3's config.json, in all its dialects, as one typed config.
 
 Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta`, `rope_local_base_freq`,
 `rope_scaling`, `sliding_window_pattern`; 4.57 adds `layer_types` and `_sliding_window_pattern`; 5.x nests
@@ -49,13 +49,13 @@ TOWERLESS: Final = (
     f"model_type is {MULTIMODAL}, but no tensor of a vision tower is there (mlx-lm saves such models): it is read as a "
     "text-only model, and --vision-from gives it a tower"
 )
-"""What a reader should know of a multimodal model without its tower."""
+"""The note on a multimodal model without its tower."""
 TOWER_MODULES: Final = frozenset({"vision_tower", "multi_modal_projector"})
-"""Modules of a multimodal Gemma 3 that only images need, as they appear in tensor names of every spelling."""
+"""Modules of a multimodal Gemma 3 that only images need, as all spellings of tensor names have them."""
 
 
 OWN_TOKENS: Final[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Ids that the published files have at the top, and leave out of text_config."""
+"""Ids that published files have at the top and not in text_config."""
 
 
 class Gemma3Text(GemmaText):
@@ -101,10 +101,10 @@ class Gemma3:
         family: The `model_type` of its config.
         text: Its text model.
         vision: Its vision tower; None for a text-only model.
-        tokens: How images stand among its tokens.
-        projector: Where the projector comes from: `copy`, or for the tower of a donor `zeros` or `aligned`.
-        projected_width: Hidden width that the projector leads to as it is stored, in elements.
-        notes: What a user should know of the config.
+        tokens: Its image tokens.
+        projector: How the projector is made: `copy`, or for a donor's tower also `zeros` or `aligned`.
+        projected_width: The output width of the stored projector, in elements.
+        notes: Notes on the config for the user.
     """
 
     family: str
@@ -117,11 +117,11 @@ class Gemma3:
 
     @property
     def features(self) -> frozenset[str]:
-        """`text_only`, or `vision` and where the projector comes from."""
+        """`text_only`, or `vision` and how the projector is made."""
         return frozenset({"text_only"} if self.vision is None else {"vision", f"projector_{self.projector}"})
 
     def with_vision_of(self, donor: "Gemma3", projector: str | None) -> "Gemma3":
-        """This text-only model with the vision tower of another; see `SourceModel`."""
+        """Return this text-only model with the vision tower of another; see `SourceModel`."""
         if self.vision is not None:
             raise MappingError("--vision-from is for sources without images; this one has a vision tower of its own")
         if donor.vision is None:
@@ -138,7 +138,7 @@ class Gemma3:
         return replace(self, vision=donor.vision, tokens=donor.tokens, projector=projector, projected_width=width)
 
     def _check_tokens(self, donor: "Gemma3") -> None:
-        """Refuse a donor that marks images with other tokens than this model, whose config says which it knows."""
+        """Refuse a donor that marks images with other tokens than this model."""
         differing = [
             f"{name} is {getattr(donor.tokens, name)}, the source's {getattr(self.tokens, name)}"
             for name in ("boi_token_index", "eoi_token_index", "image_token_index")
@@ -162,7 +162,7 @@ class Gemma3:
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """Where the dims stand in config.json."""
+        """The fields of config.json of each dimension."""
         text = "text_config." if self.family == MULTIMODAL else ""
         sizes = {"rows": f"{text}vocab_size", "hidden": f"{text}hidden_size"}
         return {**sizes, **stack_fields(text), **tower_fields("vision_config.")}
@@ -179,7 +179,7 @@ class Gemma3:
 
 
 def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str] | None = None) -> Gemma3:
-    """Settle the dialect of a Gemma 3 config and fill its defaults.
+    """Read a Gemma 3 config in any dialect, and fill in its defaults.
 
     Args:
         config: config.json.
@@ -240,12 +240,12 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
 
 
 def is_towerless(model: SourceModel) -> bool:
-    """Whether a model has the model_type of one with images, and no tower."""
+    """Return whether a model has the model_type of one with images, but no tower."""
     return model.family == MULTIMODAL and "text_only" in model.features
 
 
 def has_tower(tensors: Collection[str]) -> bool:
-    """Whether any tensor belongs to a vision tower or its projector.
+    """Return whether any tensor belongs to a vision tower or its projector.
 
     >>> has_tower(["language_model.model.norm.weight"]), has_tower(["model.vision_tower.post_layernorm.bias"])
     (False, True)
@@ -257,7 +257,7 @@ _NO_VISION: Final = Gemma3Vision()
 
 
 def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
-    """The listed kinds, or five sliding and one full repeating where only a pattern is given."""
+    """Return the listed kinds of layers, or those of the pattern: by default five sliding, one full."""
     if fields.get("layer_types") is not None:
         return fields["layer_types"]
     pattern = whole(fields.get("sliding_window_pattern", 6))
@@ -276,7 +276,7 @@ def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
 
 
 def _notes(config: Mapping[str, Any], fields: Mapping[str, Any], text: Gemma3Text, section: str) -> Iterator[str]:
-    """Settings that say other than the ones that win over them."""
+    """Yield notes on settings that contradict others, which win over them."""
     dot = f"{section}." if section else ""
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
         pattern = whole(fields.get(name))
@@ -297,14 +297,14 @@ def _notes(config: Mapping[str, Any], fields: Mapping[str, Any], text: Gemma3Tex
 
 
 def _kinds(pattern: object, depth: int) -> list[str]:
-    """The kinds of layers that a pattern stands for; nothing where it is not one."""
+    """Return the kinds of layers of a pattern; an empty list if it is not valid."""
     if type(pattern) is not int or pattern < 1:
         return []
     return ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(depth)]
 
 
 def _renamed(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The ids of images under the names that transformers' own config class also has for them."""
+    """Return the ids of image tokens under the other names that transformers' config class has for them."""
     found: dict[str, Any] = {}
     for name in ("boi_token", "eoi_token", "image_token"):
         index, other = f"{name}_index", f"{name}_id"

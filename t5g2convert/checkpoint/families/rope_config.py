@@ -38,7 +38,7 @@ class Rope(ConfigSection):
 
     @property
     def linear_factor(self) -> float:
-        """The factor that counts: a default embedding has none, whatever stands there."""
+        """The factor that applies: that of a default embedding is 1, whatever the config says."""
         return self.factor if self.rope_type == "linear" else 1.0
 
 

@@ -1,4 +1,4 @@
-"""What becomes of every setting of a source: a list of the known ones, and the account of those in a config.
+"""What becomes of every setting of a config: the rules, applied to a section.
 
 The lists themselves are data, in `known_settings`; docs/settings.md is made from them.
 """
@@ -13,33 +13,33 @@ from typing import Any, Final
 from t5g2convert.errors import CheckpointError
 
 MOST_NAMED: Final = 50
-"""Settings that one note names."""
+"""Settings that one note lists."""
 
 
 class Outcome(StrEnum):
     """What becomes of a setting."""
 
     USED = "used"
-    """Read; it decides the output, or is compared with what decides it."""
+    """Read: it decides the output, or is compared with what does."""
     CARRIED = "carried"
-    """Written to the output as it is."""
+    """Written to the output unchanged."""
     REFUSED = "refused"
-    """Would change what is computed, and cannot be converted."""
+    """Refused: it would change what is computed, and cannot be converted."""
     NOTED = "noted"
-    """Left behind, and named in one note."""
+    """Left out, and named in a note."""
     ABOUT = "left behind"
-    """Says who wrote the file, and nothing of the model."""
+    """Ignored: it says who wrote the file, and nothing about the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A setting that is known.
+    """A known setting.
 
     Attributes:
         name: Its key.
         outcome: What becomes of it.
         because: Why, in a few words.
-        neutral: Values beside null that change nothing: they are neither refused nor noted.
+        neutral: Values that change nothing, like null: they are neither refused nor noted.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Setting:
     neutral: tuple[Any, ...] = ()
 
     def is_neutral(self, value: object) -> bool:
-        """Whether a value changes nothing. Numbers are compared as numbers, but True is not 1."""
+        """Return whether a value changes nothing. Numbers are compared as numbers, but True is not 1."""
         numbers = (int, float)
         return any(
             value == other and (type(value) is type(other) or (type(value) in numbers and type(other) in numbers))
@@ -58,13 +58,13 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """An object of a file, and the settings that it may have.
+    """A section of a file, with its known settings.
 
     Attributes:
-        title: What the page calls it.
-        settings: Those that are known.
+        title: Its title on the page docs/settings.md.
+        settings: The known settings.
         owner: The model that has these settings, for errors.
-        closed: Every unknown key is refused, whatever its name says.
+        closed: Whether every unknown key is refused, whatever its name.
     """
 
     title: str
@@ -73,24 +73,24 @@ class Section:
     closed: bool = False
 
     def get(self, name: str) -> Setting | None:
-        """The setting of a name, None if it is unknown."""
+        """Return a setting by its name; None if it is unknown."""
         return next((setting for setting in self.settings if setting.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A setting that is left behind: where it is, and whether it is known."""
+    """A setting that is left out: its place, and whether it is known."""
 
     place: str
     known: bool
 
 
 NULL_IS_A_VALUE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
-"""Settings that null switches off, in all readers; Gemma 2 has them on where they are absent."""
+"""Settings that null turns off for all readers; Gemma 2 turns them on if they are absent."""
 
 
 def present(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without its nulls: null is absent, in every section, except where it switches something off."""
+    """Return a config without nulls, which mean absent, except where null turns something off."""
     return {
         key: present(value) if isinstance(value, dict) else value
         for key, value in node.items()
@@ -99,11 +99,11 @@ def present(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def account(section: Section, fields: Mapping[str, Any], where: Path, place: str = "") -> tuple[Left, ...]:
-    """Account for every setting of a section; see `known_settings` for what is known.
+    """Check every setting of a section, and yield those that are left out; see `known_settings`.
 
     Args:
-        section: What is known.
-        fields: The section as it was read, without nulls.
+        section: Its known settings.
+        fields: The section, without nulls.
         where: The file, for errors.
         place: The section's name in the file, with a dot behind it.
 
@@ -139,7 +139,7 @@ def account(section: Section, fields: Mapping[str, Any], where: Path, place: str
 
 
 def left_note(left: Iterable[Left]) -> Iterator[str]:
-    """One note of all settings that are left behind, if there are any."""
+    """Yield a note that lists all settings that are left out, if there are any."""
     items = tuple(left)
     known, unknown = (_some([item.place for item in items if item.known is which]) for which in (True, False))
     told = [known] if known else []
@@ -149,7 +149,7 @@ def left_note(left: Iterable[Left]) -> Iterator[str]:
 
 
 def decides(name: str) -> bool:
-    """Whether the name of an unknown setting speaks of what is computed."""
+    """Return whether the name of an unknown setting is about what is computed."""
     words = set(re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
     return bool(words & COMPUTING) and not words & TRAINING
 
@@ -177,7 +177,7 @@ TRAINING: Final = _words(
 
 
 def _is_off(value: object) -> bool:
-    """A switch that is off, an empty list: nothing was asked for."""
+    """Return whether a value asks for nothing: a switch that is off, or an empty list."""
     return value is False or value in ("", [], {})
 
 

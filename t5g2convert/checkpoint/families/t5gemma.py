@@ -1,6 +1,6 @@
-"""T5Gemma's config.json (the first generation), and the tensors that it implies as transformers saves them.
+"""T5Gemma's config.json (the first generation), and the tensors that it implies.
 
-The list of tensors stands here in code, apart from any weight map, so that a map that forgets one is found out.
+The list of tensors is code, independent of any weight map, so that a map that forgets a tensor is caught.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ class T5Gemma:
 
 
 def read_t5gemma(config: Mapping[str, Any], where: Path) -> T5Gemma:
-    """Read what decides which tensors a T5Gemma folder holds and what they compute.
+    """Read the config of a T5Gemma.
 
     Raises:
         CheckpointError: Another model, or a field that is missing or of the wrong type.
@@ -55,7 +55,7 @@ def read_t5gemma(config: Mapping[str, Any], where: Path) -> T5Gemma:
 
 
 def implied_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
-    """Every tensor that transformers saves, once; a tied softmax and rotary buffers are not.
+    """Yield every tensor that transformers saves, without a tied softmax and rotary buffers.
 
     Raises:
         CheckpointError: As `read_t5gemma`.
@@ -88,7 +88,7 @@ def _layer_tensors(stack: Gemma2Text) -> dict[str, tuple[int, ...]]:
 
 
 def _attention_tensors(name: str, stack: Gemma2Text, memory: int) -> dict[str, tuple[int, ...]]:
-    """One attention and the norms around it; `memory` is the width of what its keys and values are made of."""
+    """Return an attention and its norms; `memory` is the width that its keys and values are projected from."""
     hidden, head = stack.hidden_size, stack.head_dim
     query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
     return {

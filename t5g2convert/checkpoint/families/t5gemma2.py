@@ -1,4 +1,4 @@
-"""T5Gemma 2's config.json, of the whole model and of its encoder alone, as one set of values."""
+"""T5Gemma 2's config.json, of the whole model or of its encoder alone, as one typed config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ MODEL_TYPE: Final = "t5gemma2"
 ENCODER_TYPE: Final = "t5gemma2_encoder"
 
 DEFAULT_THETA: Final[Mapping[LayerType, float]] = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
-"""What transformers' T5Gemma2TextConfig has for a kind of layer that a config says nothing of."""
+"""transformers' defaults for a kind of layer that a config does not have."""
 
 
 class T5Gemma2Text(TextConfig):
-    """One text stack, encoder or decoder; where a default stands, it is that of transformers' T5Gemma2TextConfig."""
+    """The text stack of an encoder or decoder, with the defaults of transformers' T5Gemma2TextConfig."""
 
     rope_parameters: dict[LayerType, Rope]
     dropout_rate: Number = 0.0
@@ -45,7 +45,7 @@ class T5Gemma2Text(TextConfig):
 
 
 class T5Gemma2Tokens(ImageTokens):
-    """How images stand among the tokens; the defaults are those of transformers' T5Gemma2Config."""
+    """The tokens of images, with the defaults of transformers' T5Gemma2Config."""
 
     image_token_index: Token = 256_001
 
@@ -89,7 +89,7 @@ class T5Gemma2(T5Gemma2Encoder):
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """Where the dims stand in config.json."""
+        """The fields of config.json of each dimension."""
         fields = {"rows": "encoder.text_config.vocab_size", "hidden": "encoder.text_config.hidden_size"}
         for stack, path in (("encoder", "encoder.text_config"), ("decoder", "decoder")):
             fields |= {f"{stack}_{dim}": field for dim, field in stack_fields(f"{path}.").items()}
@@ -97,7 +97,7 @@ class T5Gemma2(T5Gemma2Encoder):
 
     @property
     def values(self) -> Mapping[str, Scalar]:
-        """The fields of a stack behind its name and a dot, those of the tower behind `vision_`, and the tokens."""
+        """The fields of the stacks as `encoder.` and `decoder.`, those of the tower as `vision_`, and the tokens."""
         values: dict[str, Scalar] = self.tokens.model_dump()
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             fields = stack.model_dump(exclude={"rope_parameters"})
@@ -109,12 +109,12 @@ class T5Gemma2(T5Gemma2Encoder):
         return values | {f"vision_{field}": value for field, value in self.vision.model_dump().items()}
 
     def with_vision_of(self, donor: "T5Gemma2", projector: str | None) -> "T5Gemma2":
-        """See `SourceModel`: not for what has a place for a tower of its own."""
+        """Refuse a donor; see `SourceModel`."""
         raise MappingError("--vision-from is for decoder-only sources")
 
 
 def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
-    """Read what decides which tensors a T5Gemma 2 folder holds and what they compute.
+    """Read the config of a T5Gemma 2.
 
     Raises:
         CheckpointError: Another model, or a field that is missing or of the wrong type.
@@ -132,7 +132,7 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
 
 
 def read_t5gemma2_encoder(config: Mapping[str, Any], where: Path) -> T5Gemma2Encoder:
-    """Read what decides which tensors the folder of an encoder alone holds and what they compute.
+    """Read the config of a T5Gemma 2's encoder alone.
 
     Raises:
         CheckpointError: Another model, or a field that is missing or of the wrong type.
@@ -152,7 +152,7 @@ def _top_image_token(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_stack(fields: Mapping[str, Any], where: Path, section: str) -> T5Gemma2Text:
-    """Read one text stack; `section` is its name in config.json, for errors. That of a decoder is `decoder`.
+    """Read one text stack; `section` is its name in config.json, which is `decoder` for a decoder.
 
     Raises:
         CheckpointError: A field is missing, of the wrong type, or does not fit another.

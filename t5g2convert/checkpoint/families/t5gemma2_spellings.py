@@ -1,4 +1,4 @@
-"""How T5Gemma 2's tensors are spelled: every spelling that loaders take, read as the published one.
+"""The spellings of T5Gemma 2's tensor names that loaders accept, read as the published one.
 
 | saved by | encoder | vision tower | decoder |
 |---|---|---|---|
@@ -46,12 +46,12 @@ COPIES: Final[Mapping[str, str]] = {
     "model.decoder.embed_tokens.eoi_embedding": EOI,
     "lm_head.out_proj.weight": TABLE,
 }
-"""Tied copies, and what they repeat."""
+"""Tied copies, and the tensors that they repeat."""
 
 HEADS: Final = (
     "score.out_proj.weight", "score.out_proj.bias", "v_head.summary.weight", "v_head.summary.bias",
 )  # fmt: skip
-"""Heads that other classes put on top: T5Gemma2ForSequenceClassification and -TokenClassification; TRL's value head."""
+"""Heads of other classes: T5Gemma2ForSequenceClassification and -TokenClassification; TRL's value head."""
 
 HEADED: Final = ("T5Gemma2ForSequenceClassification", "T5Gemma2ForTokenClassification")
 """Classes that save a head."""
@@ -83,15 +83,15 @@ class Published:
 
     @property
     def respelled(self) -> bool:
-        """Whether any tensor has another name than the published one."""
+        """Whether any tensor has a name other than the published one."""
         return any(name != spelled for name, spelled in self.spelled.items())
 
 
 def as_published(checkpoint: Checkpoint) -> Published:
-    """Read the names of a T5Gemma 2, or of its encoder alone, in any spelling.
+    """Read the tensor names of a T5Gemma 2, or of its encoder alone, in any spelling.
 
     Raises:
-        CheckpointError: A tensor is there in two spellings, or the config is not one of these models.
+        CheckpointError: A tensor has two spellings, or the config is of another model.
     """
     where = checkpoint.path / "config.json"
     implied = {item.name for item in implied_tensors(checkpoint.config, where)}
@@ -121,7 +121,7 @@ def as_published(checkpoint: Checkpoint) -> Published:
 
 
 def published_name(name: str, *, alone: bool = False) -> str:
-    """The published name of a tensor; what no root fits stays as it is.
+    """Return the published name of a tensor; a name without a known root stays the same.
 
     >>> published_name("encoder.text_model.layers.0.mlp.up_proj.weight")
     'model.encoder.layers.0.mlp.up_proj.weight'
@@ -134,12 +134,12 @@ def published_name(name: str, *, alone: bool = False) -> str:
 
 
 def _root_of(name: str, *, alone: bool) -> tuple[str, str] | None:
-    """The root of a name and its spelling, the longest that fits; None where none does."""
+    """Return the root of a name and its longest spelling that matches; None if none does."""
     roots = ALONE_ROOTS if alone else ROOTS
     fitting = [(root, each) for root, spellings in roots.items() for each in spellings if name.startswith(each)]
     return max(fitting, key=lambda pair: len(pair[1]), default=None)
 
 
 def is_t5gemma2(checkpoint: Checkpoint) -> bool:
-    """Whether it is a T5Gemma 2, or its encoder alone."""
+    """Return whether a checkpoint is a T5Gemma 2, or its encoder alone."""
     return checkpoint.config.get("model_type") in (MODEL_TYPE, ENCODER_TYPE)

@@ -1,4 +1,4 @@
-"""What the configs of all families say of a text stack and of a vision tower, under the same names."""
+"""The config of a text stack and of a vision tower, as all families share them."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,11 @@ Activation = Literal[
     "gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "hardswish", "leaky_relu", "linear", "mish",
     "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh",
 ]  # fmt: skip
-"""The activation functions of transformers that the reference passes compute; what they cannot judge is refused."""
+"""The activation functions that the reference passes compute; others are refused."""
 
 
 class TextConfig(ConfigSection):
-    """One text stack; a default stands where the classes of transformers have one and the same."""
+    """One text stack; a field has a default if all classes of transformers have the same."""
 
     vocab_size: Size
     hidden_size: Size
@@ -55,7 +55,7 @@ class TextConfig(ConfigSection):
 
     @property
     def dims(self) -> Mapping[str, int]:
-        """The sizes of a layer in elements, and the depth, by the names that maps use."""
+        """The sizes of a layer in elements, and the number of layers, by the names that maps use."""
         return {
             "intermediate": self.intermediate_size,
             "query": self.num_attention_heads * self.head_dim,
@@ -66,7 +66,7 @@ class TextConfig(ConfigSection):
 
 
 class GemmaText(TextConfig):
-    """A decoder-only Gemma; where a default stands, Gemma2Config and Gemma3TextConfig of transformers have the same."""
+    """A decoder-only Gemma, with the defaults that transformers' Gemma2Config and Gemma3TextConfig share."""
 
     hidden_size: Size = 2304
     intermediate_size: Size = 9216
@@ -78,7 +78,7 @@ class GemmaText(TextConfig):
 
 
 class SiglipConfig(ConfigSection):
-    """A SigLIP tower; a default stands where the classes of transformers have one and the same."""
+    """A SigLIP tower; a field has a default if all classes of transformers have the same."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -105,7 +105,7 @@ class SiglipConfig(ConfigSection):
 
 
 class ImageTokens(ConfigSection):
-    """How images stand among the tokens; a default stands where the classes of transformers have one and the same."""
+    """The tokens of images; a field has a default if all classes of transformers have the same."""
 
     mm_tokens_per_image: Size = 256
     boi_token_index: Token = 255_999
@@ -114,7 +114,7 @@ class ImageTokens(ConfigSection):
 
 
 def stack_fields(path: str) -> Mapping[str, str]:
-    """Where the sizes of a stack's layers stand in config.json; `path` is its section, with a dot behind."""
+    """Return the fields of config.json with the sizes of a stack; `path` is its section with a final dot."""
     return {
         "intermediate": f"{path}intermediate_size",
         "query": f"{path}num_attention_heads * {path}head_dim",
@@ -124,7 +124,7 @@ def stack_fields(path: str) -> Mapping[str, str]:
 
 
 def tower_fields(path: str) -> Mapping[str, str]:
-    """Where the sizes of a tower stand in config.json; `path` is its section, with a dot behind."""
+    """Return the fields of config.json with the sizes of a tower; `path` is its section with a final dot."""
     return {
         "vision_hidden": f"{path}hidden_size",
         "vision_intermediate": f"{path}intermediate_size",
@@ -135,10 +135,10 @@ def tower_fields(path: str) -> Mapping[str, str]:
 
 
 def check_stack(stack: TextConfig, where: Path, section: str = "") -> None:
-    """Refuse a stack that contradicts itself; `section` is its name in config.json.
+    """Refuse a stack that contradicts itself; `section` is its name in config.json, for errors.
 
     Raises:
-        CheckpointError: It lists more or fewer layers than it has, or its heads share no whole number of queries.
+        CheckpointError: The number of layers or of heads does not fit.
     """
     dot = f"{section}." if section else ""
     if len(stack.layer_types) != stack.num_hidden_layers:
@@ -150,7 +150,7 @@ def check_stack(stack: TextConfig, where: Path, section: str = "") -> None:
 
 
 def activation_note(fields: Mapping[str, Any], activation: str, dot: str = "") -> Iterator[str]:
-    """A note of an older `hidden_act` that is another than the activation that is read; `dot` is the section's name."""
+    """Yield a note if `hidden_act`, which is not read, differs from the activation; `dot` is the section's name."""
     other = fields.get("hidden_act")
     if other is not None and other != activation:
         yield (
@@ -160,10 +160,10 @@ def activation_note(fields: Mapping[str, Any], activation: str, dot: str = "") -
 
 
 def check_images(tokens: ImageTokens, tower: SiglipConfig, where: Path) -> None:
-    """Refuse images that the projector cannot make the stated tokens of, and tokens of images without an id.
+    """Refuse images that cannot be pooled to mm_tokens_per_image tokens, and image tokens without an id.
 
     Raises:
-        CheckpointError: The patches do not pool to mm_tokens_per_image, or an id is negative.
+        CheckpointError: The patches cannot be pooled so, or an id is negative.
     """
     across, wanted = tower.image_size // tower.patch_size, tokens.mm_tokens_per_image
     side = math.isqrt(wanted)
@@ -178,10 +178,10 @@ def check_images(tokens: ImageTokens, tower: SiglipConfig, where: Path) -> None:
 
 
 def check_multiple(section: ConfigSection, multiple: str, divisor: str, where: Path, prefix: str = "") -> None:
-    """Refuse two sizes of which the first is not a multiple of the second; `prefix` stands before the first.
+    """Refuse a size that is not a multiple of another; `prefix` is written before the first.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: It is not.
     """
     one, other = getattr(section, multiple), getattr(section, divisor)
     if one % other:

@@ -1,4 +1,4 @@
-"""What the Hub and its client say, in our words: one line, what to do next, and never a token.
+"""Errors of the Hub and its client as ours: one line, what to do next, and never a token.
 
 Nothing of the client's own messages is repeated: they hold addresses, which may be signed.
 """
@@ -17,20 +17,20 @@ OFFLINE_HINT = "unset it to ask the Hub"
 LOGIN_HINT = "hf auth login, or set HF_TOKEN"
 
 _CLIENTS: Final = frozenset({"aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3"})
-"""Libraries that talk over the network; their errors hold addresses and what a server said."""
+"""Network libraries, whose errors hold addresses and texts of servers."""
 
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None = None, *, absent: str = "no such model on the Hub") -> Iterator[None]:
-    """Turn what the Hub's client raises in this context into our errors.
+    """Turn errors of the Hub's client inside the block into ours.
 
     Args:
-        repo: The model that is asked for, `org/name`.
-        revision: The branch, tag or commit that is asked for.
-        absent: What is said of a model that is not there.
+        repo: The requested model, `org/name`.
+        revision: The requested branch, tag or commit.
+        absent: The message for a model that does not exist.
 
     Raises:
-        HubError: The Hub has no such model, does not give it out, or cannot be reached.
+        HubError: The Hub has no such model, refuses it, or cannot be reached.
         OutputError: The client's cache cannot be written.
     """
     try:
@@ -43,12 +43,12 @@ def hub_errors(repo: str, revision: str | None = None, *, absent: str = "no such
 
 
 def network_error(error: BaseException, repo: str, *, absent: str) -> T5g2Error | None:
-    """Return our error for what a library raised that reads from the Hub, if the Hub or the network is behind it.
+    """Return our error for one of a library that reads from the Hub; None if neither Hub nor network caused it.
 
     Args:
-        error: What it raised.
-        repo: The data set or model that was asked for.
-        absent: What is said of one that is not there.
+        error: The library's error.
+        repo: The requested data set or model.
+        absent: The message for one that does not exist.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -65,7 +65,7 @@ def network_error(error: BaseException, repo: str, *, absent: str) -> T5g2Error 
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and all that are behind it; of those that are errors of the client the first is the most exact."""
+    """Return an error and its causes; the first of the client's own is the most exact."""
     seen: list[BaseException] = []
     behind: BaseException | None = error
     while behind is not None and behind not in seen:
@@ -75,13 +75,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def without_token(text: str) -> str:
-    """A text of a library, with the token taken out that it may repeat."""
+    """Return a library's text without the token that it may repeat."""
     token = _token()
     return text.replace(token, "***") if token else text
 
 
 def transport_error() -> type[Exception]:
-    """The base of what the HTTP client raises: of httpx, or of its successor, by the version of huggingface_hub."""
+    """Return the base class of the HTTP client's errors, which depends on the version of huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
     base: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -89,7 +89,7 @@ def transport_error() -> type[Exception]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What was behind an error of the client's cache, which says only that a file is not in it."""
+    """Return the cause of an error of the client's cache, which says only that a file is absent."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
@@ -107,7 +107,7 @@ def _explained(error: BaseException, repo: str, revision: str | None, absent: st
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo, revision, absent)
     if isinstance(error, FileMetadataError | ValueError | LookupError | TypeError):
-        return HubError(f"{_host()} does not answer as the Hub does", where=repo, hint="look at HF_ENDPOINT")
+        return HubError(f"{_host()} does not answer as the Hub does", where=repo, hint="check HF_ENDPOINT")
     if isinstance(error, OSError) and error.errno is not None:
         return OutputError(
             f"the Hub's cache cannot be written: {error.strerror}",
@@ -125,7 +125,7 @@ def _explained(error: BaseException, repo: str, revision: str | None, absent: st
 
 
 def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> HubError:
-    """The error for an answer that is a refusal, by the kind of refusal first and by its status then."""
+    """Return the error for a refusal, by its kind first and by its status second."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", 0)
@@ -153,7 +153,7 @@ def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> 
             told, hint = "the token may not read it", f"give it the permission, or another one: {LOGIN_HINT}"
         case _ if status == 429:
             told, hint = (
-                f"{_host()} was asked too often",
+                f"{_host()} has had too many requests",
                 f"wait; with a token more is allowed: {LOGIN_HINT}",
             )
     return HubError(told, where=repo, hint=hint)
@@ -164,7 +164,7 @@ def _has_token() -> bool:
 
 
 def _token() -> str | None:
-    """The token that the client sends, if there is one."""
+    """Return the token that the client sends; None if there is none."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import OIDCError
 
@@ -175,22 +175,22 @@ def _token() -> str | None:
 
 
 def _bad_token(repo: str) -> HubError | None:
-    """The error that a token cannot be sent, if there is one that cannot: the client has no word for that."""
+    """Return the error for a token that cannot be sent, which the client does not report; None if it can."""
     token = _token()
     if not token or re.fullmatch(r"[!-~]+", token):
         return None
-    return HubError("the token holds characters that no token has", where=repo, hint=f"copy it again: {LOGIN_HINT}")
+    return HubError("the token has invalid characters", where=repo, hint=f"copy it again: {LOGIN_HINT}")
 
 
 def _host() -> str:
-    """The Hub's host; HF_ENDPOINT may hold a password."""
+    """Return the Hub's host, without a password in HF_ENDPOINT."""
     from huggingface_hub import constants
 
     return urlsplit(constants.ENDPOINT).hostname or "the Hub"
 
 
 def endpoint() -> str:
-    """The Hub's address, without a password that HF_ENDPOINT may hold."""
+    """Return the Hub's address, without a password in HF_ENDPOINT."""
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)

@@ -37,14 +37,14 @@ from t5g2convert.errors import CheckpointError, HubError, OutputError, UsageErro
 from t5g2convert.progress import Progress
 
 Origin = str | Path | Checkpoint
-"""What a checkpoint is opened from: a folder; a str may also name a model of the Hub; or it is open already."""
+"""What a checkpoint is opened from: a folder, a model on the Hub (as a str), or an open checkpoint."""
 
 _ID: Final = re.compile(r"([^\s@]+)(?:@([^\s@]+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A model of the Hub, `org/name`, and a branch, tag or commit of it if one was given."""
+    """A model on the Hub, `org/name`, and optionally a branch, tag or commit."""
 
     repo: str
     revision: str | None = None
@@ -54,7 +54,7 @@ class HubId:
 
 
 def parse_id(text: str) -> HubId | None:
-    """The model of the Hub that an argument names: it reads org/name[@revision], and is no path that exists."""
+    """Parse org/name[@revision]; return None for anything else, and for a path that exists."""
     found = _ID.fullmatch(text)
     if found is None or not is_repo_id(found[1]) or os.path.lexists(text):
         return None
@@ -62,7 +62,7 @@ def parse_id(text: str) -> HubId | None:
 
 
 def given_folders(*sources: Origin | None) -> list[Path]:
-    """The folders among what was given; nothing is opened."""
+    """Return the folders among some origins, without opening them."""
     for source in sources:
         _check_given(source)
     paths = (source.path if isinstance(source, Checkpoint) else source for source in sources if source is not None)
@@ -70,10 +70,10 @@ def given_folders(*sources: Origin | None) -> list[Path]:
 
 
 def _check_given(source: Origin | None) -> None:
-    """Refuse a source without a name: it would be the current folder.
+    """Refuse an empty name, which would be the current folder.
 
     Raises:
-        UsageError: It has none.
+        UsageError: It is empty.
     """
     if isinstance(source, str) and not source.strip():
         raise UsageError("the source is empty, expected a folder or a model of the Hub")
@@ -83,12 +83,12 @@ def open_source(source: Origin, *, allow_unheld: bool = False) -> Checkpoint:
     """Open a checkpoint by its headers alone.
 
     Args:
-        source: A folder; a str may also be a model of the Hub, org/name[@revision]; what is open is returned as it is.
-        allow_unheld: Accept an index that names tensors which no shard holds; the caller judges `Checkpoint.unheld`.
+        source: A folder, or as a str also a model on the Hub, org/name[@revision]; an open checkpoint is returned.
+        allow_unheld: Accept an index that lists tensors that no shard holds; the caller checks `Checkpoint.unheld`.
 
     Raises:
         CheckpointError: It is not sound; see `open_checkpoint`.
-        HubError: The Hub has no such model, does not give it out, or cannot be reached.
+        HubError: The Hub has no such model, refuses it, or cannot be reached.
         OutputError: The Hub's cache cannot be written.
     """
     checkpoint = _opened(source)
@@ -110,38 +110,38 @@ def _opened(source: Origin) -> Checkpoint:
 
 
 def again(checkpoint: Checkpoint) -> Path | Checkpoint:
-    """What to open it from again: a folder is read anew; of a model of the Hub the branch may have moved."""
+    """Return what opens a checkpoint again: a folder is read anew; on the Hub the branch may have moved."""
     return checkpoint.path if checkpoint.hub is None else checkpoint
 
 
 def missing(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    """Those of the files that are on the Hub and not yet here."""
+    """Return those of the files that are on the Hub and not yet in its cache."""
     if checkpoint.hub is None:
         return []
     return [name for name in dict.fromkeys(names) if not (checkpoint.path / name).exists()]
 
 
 def size_of(checkpoint: Checkpoint, names: Iterable[str]) -> int:
-    """Bytes of files of a model of the Hub; 0 for a folder, of which nothing is fetched."""
+    """Return the size in bytes of files on the Hub; 0 for a folder."""
     return sum(checkpoint.hub.files[name].size for name in names) if checkpoint.hub is not None else 0
 
 
 def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | None = None) -> Checkpoint:
-    """Make sure that files of a checkpoint are on this machine, in `checkpoint.path`.
+    """Fetch files of a checkpoint into `checkpoint.path`.
 
     Args:
-        checkpoint: A checkpoint; one in a folder of this machine is returned as it is.
+        checkpoint: A checkpoint; one in a local folder is returned as it is.
         names: The files that will be read. They come from the commit that was opened; what is in the cache already
             is not asked for again.
-        progress: Told of the bytes just downloaded.
+        progress: Called with the bytes just downloaded.
 
     Returns:
         The checkpoint, with the identities of the files that are now here.
 
     Raises:
         CheckpointError: A file has another header than was read on the Hub.
-        HubError: The Hub does not give a file out, cannot be reached, or must not be asked.
-        OutputError: The cache's disk has too little room or fails.
+        HubError: The Hub refuses a file, cannot be reached, or is disabled (HF_HUB_OFFLINE).
+        OutputError: The disk of the cache is too full or fails.
     """
     hub = checkpoint.hub
     if hub is None:
@@ -168,11 +168,11 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
 
 
 def read_held(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
-    """A JSON file of a checkpoint, which is fetched if it is on the Hub; None where there is none.
+    """Read a JSON file of a checkpoint, from the Hub if need be; return None if there is none.
 
     Raises:
-        CheckpointError: It is no JSON, or no file.
-        HubError: The Hub does not give it out, or cannot be reached.
+        CheckpointError: It is not JSON, or not a regular file.
+        HubError: The Hub refuses it, or cannot be reached.
     """
     if not checkpoint.holds(name):
         return None
@@ -181,11 +181,11 @@ def read_held(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
 
 
 def read_range(checkpoint: Checkpoint, name: str, start: int, end: int) -> bytes:
-    """Read some bytes of a checkpoint's file, from `start` to `end`; one that is on the Hub is not fetched for them.
+    """Read bytes `start` to `end` of a checkpoint's file, without fetching the rest of it from the Hub.
 
     Raises:
         CheckpointError: The file cannot be read, or ends too early.
-        HubError: The Hub does not give it out, or cannot be reached.
+        HubError: The Hub refuses it, or cannot be reached.
     """
     path, hub = checkpoint.path / name, checkpoint.hub
     if hub is not None and not path.exists():
@@ -196,12 +196,12 @@ def read_range(checkpoint: Checkpoint, name: str, start: int, end: int) -> bytes
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
     if len(data) != end - start:
-        raise CheckpointError("has changed while it was read: it is shorter", where=path)
+        raise CheckpointError("has become shorter while it was read", where=path)
     return data
 
 
 def _check_room(checkpoint: Checkpoint, need: int) -> None:
-    """Refuse a download that the cache's disk cannot hold."""
+    """Refuse a download that the disk of the cache cannot hold."""
     have = shutil.disk_usage(checkpoint.path).free
     if have < need:
         raise OutputError(
@@ -212,18 +212,18 @@ def _check_room(checkpoint: Checkpoint, need: int) -> None:
 
 
 def _open_online(hub_id: HubId) -> Checkpoint:
-    """Ask the Hub for the commit and its files, read the small ones, and the headers of the others."""
+    """Open a model online: find the commit, fetch its small files, and read the headers of its weights."""
     # A branch may move between the two questions that are asked of it. Or the Hub fails at the second, and its client
     # falls back on a commit that was fetched before.
     place = _pinned(hub_id) or _pinned(hub_id)
     if place is None:
-        raise HubError("the commit of the branch cannot be told", where=str(hub_id), hint="try again, or give a commit")
+        raise HubError("the commit of the branch is not known", where=str(hub_id), hint="try again, or give a commit")
     place.fetch_small()
     return read_checkpoint(place, place.hub)
 
 
 def _pinned(hub_id: HubId) -> Repository | None:
-    """The commit that the Hub names, with its config.json in the cache; None if that is of another commit."""
+    """Find the commit and fetch its config.json; return None if the branch moved meanwhile."""
     from huggingface_hub import constants
 
     api, config = hub_api(), "config.json"
@@ -247,7 +247,7 @@ def _pinned(hub_id: HubId) -> Repository | None:
 
 
 def _no_model(hub: HubOrigin, where: str) -> CheckpointError:
-    """What a model of the Hub is that has no config.json."""
+    """Return the error for a model on the Hub without a config.json."""
     folder = None
     if ADAPTER_FILE in hub.files:
         with hub_errors(hub.repo, hub.revision):
@@ -259,7 +259,7 @@ def _no_model(hub: HubOrigin, where: str) -> CheckpointError:
 
 
 def _listed(siblings: Iterable[Any] | None) -> dict[str, HubFile]:
-    """The files at the top level of a model, and its further chat templates, of the answer to `model_info`."""
+    """Return the files at the top level of a model and its additional chat templates, from `model_info`."""
     return {
         item.rfilename: HubFile(int(item.size), None if item.lfs is None else item.lfs.sha256)
         for item in siblings or ()
@@ -268,7 +268,7 @@ def _listed(siblings: Iterable[Any] | None) -> dict[str, HubFile]:
 
 
 def _open_cached(hub_id: HubId) -> Checkpoint:
-    """Open what is in the cache, without asking the Hub."""
+    """Open a model offline, from the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     with hub_errors(hub_id.repo, hub_id.revision):

@@ -1,4 +1,4 @@
-"""Headers of safetensors files on the Hub, read by range requests: the weights stay where they are."""
+"""Read headers and byte ranges of files on the Hub by range requests."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,10 +11,10 @@ from t5g2convert.errors import HubError
 from t5g2convert.version import __version__
 
 FIRST_BYTES: Final = 100_000
-"""Asked for at once: one request too few costs more than some thousand bytes too many."""
+"""Bytes of the first request: one request more costs more than some thousand bytes more."""
 
 ATTEMPTS: Final = 3
-"""Requests for one range; a connection may be cut."""
+"""Attempts for one range, as a connection may be cut."""
 
 
 def read_remote_header(repo: str, revision: str, name: str, size: int, path: Path) -> Header:
@@ -24,12 +24,12 @@ def read_remote_header(repo: str, revision: str, name: str, size: int, path: Pat
         repo: The model, `org/name`.
         revision: The sha of the commit.
         name: The file.
-        size: Its bytes, as the Hub lists them.
-        path: Where it will lie.
+        size: Its size in bytes, as the Hub lists it.
+        path: The path that it will have in the cache.
 
     Raises:
-        CheckpointError: It is no sound safetensors file.
-        HubError: The Hub does not give it out, cannot be reached, or gives other bytes than it lists.
+        CheckpointError: It is not a sound safetensors file.
+        HubError: The Hub refuses it, cannot be reached, or sends other bytes than it lists.
     """
     from huggingface_hub import hf_hub_url
 
@@ -41,7 +41,7 @@ def read_remote_range(repo: str, revision: str, name: str, size: int, start: int
     """Read the bytes of a file on the Hub from `start` to `end`; see `read_remote_header`.
 
     Raises:
-        HubError: The Hub does not give it out, cannot be reached, or gives other bytes than it lists.
+        HubError: The Hub refuses it, cannot be reached, or sends other bytes than it lists.
     """
     from huggingface_hub import hf_hub_url
 
@@ -49,7 +49,7 @@ def read_remote_range(repo: str, revision: str, name: str, size: int, start: int
 
 
 class _RemoteFile:
-    """A file on the Hub, to be called as `os.pread`: bytes wanted, position."""
+    """A file on the Hub, called like `os.pread` with a count and a position."""
 
     def __init__(self, repo: str, url: str, size: int, *, first: int = FIRST_BYTES) -> None:
         self._repo, self._url, self._size = repo, url, size
@@ -105,7 +105,7 @@ class _RemoteFile:
         return data[skipped:]
 
     def _check_range(self, status: int, headers: Mapping[str, str], start: int) -> None:
-        """The answer must be of the file that the Hub lists, and of the range that was asked for."""
+        """Refuse an answer for another file or another range."""
         if status == 206:
             told = headers.get("Content-Range", "")
             found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", told)
@@ -120,7 +120,7 @@ class _RemoteFile:
 
 
 class _CutError(HubError):
-    """An answer that ended before it was complete; worth another request."""
+    """An answer that ended too early; it is requested again."""
 
     def __init__(self, repo: str, told: str) -> None:
         super().__init__(
@@ -129,7 +129,7 @@ class _CutError(HubError):
 
 
 def _first(pieces: Iterator[bytes], count: int) -> bytes:
-    """The first bytes of an answer, without waiting for the rest."""
+    """Return the first bytes of an answer, without waiting for the rest."""
     data = bytearray()
     for piece in pieces:
         data += piece

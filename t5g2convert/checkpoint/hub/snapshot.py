@@ -1,4 +1,4 @@
-"""The files of one commit on the Hub, as a place: asked for there, or found in the cache."""
+"""File stores for one commit on the Hub: online, or offline from the cache."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,43 +19,43 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SMALL_BYTES: Final = 4_000_000
-"""JSON files up to this size are fetched when a model is opened; a tokenizer.json is larger and waits."""
+"""JSON files up to this size are fetched when a model is opened; a tokenizer.json is larger."""
 
 THREADS: Final = 8
-"""Requests at once, for headers and small files."""
+"""Concurrent requests for headers and small files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A commit of a model on the Hub, as a place; files that are in the cache are read there."""
+    """A commit of a model on the Hub; files in the cache are read from there."""
 
     path: Path
     hub: HubOrigin
 
     def has(self, name: str) -> bool:
-        """Whether the commit has a file of that name."""
+        """Return whether the commit has a file of that name."""
         return name in self.hub.files
 
     def names(self) -> Iterable[str]:
-        """All files at the top level of the commit."""
+        """Return all files at the top level."""
         return self.hub.files
 
     def paths(self) -> frozenset[str]:
-        """All files and folders of the commit."""
+        """Return all files and folders."""
         return self.hub.paths
 
     def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
-        """The headers of safetensors files."""
+        """Read the headers of safetensors files."""
         ordered = list(names)
         with ThreadPoolExecutor(THREADS) as pool:
             return dict(zip(ordered, pool.map(self._header, ordered), strict=True))
 
     def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
-        """The error that weights are not there."""
+        """Return the error for absent weights."""
         return CheckpointError(reason, where=self.hub.repo, hint=hint)
 
     def fetch_small(self) -> None:
-        """Fetch the JSON files that say what the model is."""
+        """Fetch the small JSON files."""
         small = [
             name
             for name, file in self.hub.files.items()
@@ -82,12 +82,12 @@ class Repository:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Folder):
-    """What the cache has of a commit, as a place; what is not there may be on the Hub."""
+    """The cached files of a commit, for offline use; other files may be on the Hub."""
 
     hub: HubOrigin
 
     def headers(self, names: Iterable[str]) -> Mapping[str, Header]:
-        """The headers of safetensors files."""
+        """Read the headers of safetensors files."""
         ordered = list(names)
         absent = [name for name in ordered if not self.has(name)]
         if absent:
@@ -95,7 +95,7 @@ class Snapshot(Folder):
         return Folder.headers(self, ordered)
 
     def incomplete(self, reason: str, hint: str | None = None, *, missing: Sequence[str] = ()) -> T5g2Error:
-        """The error that weights are not there."""
+        """Return the error for absent weights."""
         hint = OFFLINE_HINT
         if missing:
             hint = f"HF_HUB_OFFLINE=0 hf download {self.hub.repo} {' '.join(missing)} --revision {self.hub.revision}"
@@ -110,7 +110,7 @@ def download(hub: HubOrigin, name: str, progress: Progress | None = None) -> str
     """Fetch a file into the cache, unless it is there, and return its path.
 
     Raises:
-        HubError: The Hub does not give it out, or cannot be reached.
+        HubError: The Hub refuses it, or cannot be reached.
         OutputError: The cache cannot be written.
     """
     with hub_errors(hub.repo, hub.revision):
@@ -125,7 +125,7 @@ def hub_api() -> "HfApi":
 
 
 def silent_bar(progress: Progress | None = None) -> type[Any]:
-    """A progress bar for huggingface_hub that shows nothing and tells the bytes."""
+    """Return a progress bar for huggingface_hub that shows nothing and reports the bytes."""
     from huggingface_hub.utils import tqdm
 
     class Counter(tqdm):
@@ -138,14 +138,14 @@ def silent_bar(progress: Progress | None = None) -> type[Any]:
                 progress(int(n or 0))
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Bytes of the network, of which the files are then made: told once, as bytes of files."""
+            """Ignore bytes of the network; the files that are made of them are counted once."""
 
         def set_transfer_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-            """The rate of the network, which goes with `update_transfer`."""
+            """Ignore the rate of the network."""
 
     return Counter
 
 
 def download_again(path: Path) -> str:
-    """Return what to do with a damaged file of the Hub's cache: the name there is a link, its bytes lie elsewhere."""
+    """Return what to do with a damaged file of the Hub's cache: its name there is a symlink to the bytes."""
     return f"remove {path.resolve()} and run again: it is downloaded anew"

@@ -283,7 +283,7 @@ REFUSALS: Final = {
         "another model",
         fault=Fault(INFO, 9, status=403, headers={"X-Error-Message": "Access to this resource is disabled."}),
     ),
-    "too many requests": Refusal("was asked too often", "wait", fault=Fault(INFO, 9, status=429)),
+    "too many requests": Refusal("has had too many requests", "wait", fault=Fault(INFO, 9, status=429)),
     "no token at all": Refusal("the Hub wants a token", "hf auth login", fault=Fault(FILES, 99, status=401)),
     "broken": Refusal("answers with status 500", "try again later", fault=Fault(INFO, 9, status=500)),
     "broken, later": Refusal("answers with status 503", "try again later", fault=Fault(SINGLE_FILE, 99, status=503)),
@@ -362,7 +362,7 @@ def test_H1_a_token_that_cannot_be_sent_is_said_and_not_shown(
 ) -> None:
     hub.add(REPO, single)
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(HubError, match=r"the token holds characters that no token has \(copy it again: ") as found:
+    with pytest.raises(HubError, match=r"the token has invalid characters \(copy it again: ") as found:
         open_source(REPO)
     assert token not in str(found.value)
 
@@ -489,7 +489,7 @@ def test_a_commit_that_was_fetched_before_is_not_taken_for_the_branch(hub: Hub, 
     open_source(REPO)
     hub.repos[REPO].commit({"config.json": b"{}", SINGLE_FILE: weights(["c"])})
     hub.faults.append(Fault("resolve/main", 99, status=503, method="HEAD"))
-    with pytest.raises(HubError, match="the commit of the branch cannot be told"):
+    with pytest.raises(HubError, match="the commit of the branch is not known"):
         open_source(REPO)
 
 
