@@ -119,8 +119,8 @@ def test_I1_a_shape_past_every_number_type_is_refused(extents: list[int], tmp_pa
         pytest.param({"a": tensor([3], [0, 3]), "b": tensor([3], [0, 3])}, 3, "'b' overlaps", id="same-range"),
         pytest.param({"a": tensor([2], [0, 2]), "b": tensor([2], [3, 5])}, 5, "'b' leaves a hole", id="hole"),
         pytest.param({"a": tensor([2], [1, 3])}, 3, "'a' leaves a hole", id="hole-at-start"),
-        pytest.param({"a": tensor([2], [0, 2])}, 5, "3 bytes after the last tensor", id="trailing-bytes"),
-        pytest.param({}, 1, "1 bytes after the last tensor", id="bytes-of-no-tensor"),
+        pytest.param({"a": tensor([2], [0, 2])}, 5, "3 bytes follow the last tensor", id="trailing-bytes"),
+        pytest.param({}, 1, "1 bytes follow the last tensor", id="bytes-of-no-tensor"),
         pytest.param({"a": tensor([2], [0, 2]), "b": tensor([0], [1, 1])}, 2, "'b' overlaps", id="empty-inside"),
     ],
 )
