@@ -272,7 +272,7 @@ def test_I22_a_head_is_refused_with_the_option_that_drops_it(
     made = plan(source, drop_heads=True)
     assert made.options == {"drop_heads": True}
     (note,) = (note for note in made.notes if name in note)
-    assert note.endswith("as --drop-heads asks")
+    assert note.endswith("as --drop-heads requests")
 
 
 def test_a_reward_model_is_converted_without_its_head(twin_folder: TwinFolder, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_head_of_another_checkpoint_needs_the_option_too(role: str, twin_folde
 def test_an_option_without_a_head_is_noted_and_not_recorded(twin_folder: TwinFolder) -> None:
     made = plan(twin_folder("text-8"), drop_heads=True)
     assert made.options == {}
-    assert "--drop-heads changes nothing: no such tensor is there" in made.notes
+    assert "--drop-heads has no effect: there is no such tensor" in made.notes
 
 
 def test_a_map_without_such_drops_refuses_the_option(converted_twin: TwinFolder) -> None:

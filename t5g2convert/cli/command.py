@@ -1,4 +1,4 @@
-"""What all commands have in common: a path that is empty, as of a variable that is not set, is refused."""
+"""The base of all commands, which refuses empty paths: they come from variables that are not set."""
 
 from pathlib import Path
 from typing import Any, Final, get_args, get_type_hints
@@ -7,11 +7,11 @@ import typer
 from typer.core import TyperCommand
 
 ORIGINS: Final = {"source", "decoder_from", "vision_from", "mapping", "dataset", "against"}
-"""Options that take a folder, a file, or something else by its name."""
+"""Options that take the name of a folder, a file, or a model of the Hub, but are not of type Path."""
 
 
 class Command(TyperCommand):
-    """A command that takes no empty path: `pathlib` would make the current folder of it."""
+    """A command that refuses empty paths: `pathlib` would turn them into the current folder."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line.

@@ -1,4 +1,4 @@
-"""A drawing of a plan: which tensors of the source go where in the target."""
+"""The drawing of a plan: which tensors of the source go where in the target."""
 
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ _OWNERS: dict[Role, str] = {DECODER_FROM: "the other parent's", VISION_FROM: "th
 
 
 def draw_plan(plan: "Plan") -> "Text":
-    """One line for every part of the target, joined to the source tensors that fill it."""
+    """Draw a line for each part of the target, joined to the source tensors that fill it."""
     from rich.text import Text
 
     parts_of: dict[str | None, set[str]] = {}

@@ -29,7 +29,7 @@ def inspect(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """What a checkpoint is: family, layout, parameters by part, dtypes, RoPE, windows."""
+    """Show what a checkpoint is: family, layout, parameters by part, dtypes, RoPE, windows."""
     from t5g2convert.mapping.inspection import inspect as inspect_source
 
     inspection = inspect_source(source)
@@ -64,7 +64,7 @@ def show_inspection(inspection: "Inspection", *, tensors: bool = False) -> None:
 
 
 def _fact_rows(facts: dict[str, Any] | Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Settings as rows; long lists of layer kinds are counted."""
+    """Return settings as rows of a table; layer kinds are counted, not listed."""
     rows: list[tuple[str, str]] = []
     for name, value in facts.items():
         if isinstance(value, dict):

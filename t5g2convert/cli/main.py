@@ -1,4 +1,4 @@
-"""`t5g2`: the application, its exit codes, and the one place where errors become text."""
+"""The application `t5g2`: its commands, its exit codes, and the one place where errors become text."""
 
 import os
 import signal
@@ -39,15 +39,15 @@ from t5g2convert.printable import printable
 from t5g2convert.version import __version__
 
 SHOWN_DETAILS: Final = 20
-"""Offenders of one error that are printed; `--json` has all."""
+"""Offenders of one error that are printed; `--json` lists all."""
 
-# The base of what typer raises for a wrong command line: click's, or that of the click inside typer, by its version.
+# The base of the errors that typer raises for a wrong command line: from click, or from the click inside newer typer.
 CommandLineError: Final[type[Exception]] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 
 PRINTING: Final = frozenset({"card", "generate", "inspect", "mappings", "plan", "probe-sentinels"})
-"""Commands whose result is what they print: they end where stdout cannot be written. The others go on."""
+"""Commands whose result is what they print: they stop if stdout cannot be written. The others go on."""
 
 ABOUT: Final = "Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly, and train it further."
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     forget()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-    # What the Hub's client meets and overcomes is not worth a line; it reads this when it is imported.
+    # Problems that the Hub's client overcomes are not worth a line; it reads this when it is imported.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         code = app(arguments, prog_name="t5g2", standalone_mode=False)
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     lost = finish_streams()
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if lost is not None and command is not None and command not in PRINTING:
-        # The exit code tells of the work; only what it would have told of that is lost.
+        # The exit code is that of the work; only its report is lost.
         report(OutputError(f"the result cannot be printed: {lost.strerror}"), as_json=False, debug=False)
         finish_streams()
     elif lost is not None and not code:
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Print an error, on one line where it has no list of offenders, and return its exit code."""
-    # Typer and rich make an exit of a pipe whose reader has left; that is not an error.
+    # Typer and rich turn a pipe whose reader has left into an exit; that is not an error.
     left = isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
     if left and reader_left() and not isinstance(error, T5g2Error):
         return 0
@@ -145,14 +145,14 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
             return UsageError.exit_code
         known: T5g2Error = _usage_error(error)
     elif (stopped := interruption()) is not None and not isinstance(error, Interrupted):
-        # A class that is being built when a signal comes makes another error of it, as libraries do: RuntimeError, say.
+        # A signal while a class is being built becomes another error, such as RuntimeError; libraries do the same.
         if isinstance(error, OutputError | HubError):
             stopped.hint = str(error)
         known = stopped
     elif isinstance(error, T5g2Error):
         known = error
     elif isinstance(error, OSError):
-        # What reads and writes checkpoints tells of its own failures; left are the streams and the system itself.
+        # Code that reads and writes checkpoints reports its own failures; only streams and the system are left.
         known = OutputError(f"the system says: {error.strerror or error}", where=error.filename)
     else:
         known = T5g2Error(
@@ -174,7 +174,7 @@ def _usage_error(error: Any) -> UsageError:
 
 
 def _text(error: T5g2Error) -> str:
-    # Only a map's error has lines of its own: the place in the file, with a caret.
+    # Only the error of a map has several lines: its position in the file, with a caret.
     first = printable(f"t5g2: {error}", keep="\n" if isinstance(error, MappingError) else "")
     lines = [first, *(f"  {printable(detail)}" for detail in error.details[:SHOWN_DETAILS])]
     if len(error.details) > SHOWN_DETAILS:
@@ -183,10 +183,10 @@ def _text(error: T5g2Error) -> str:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """The first signal lets the work clean up after itself; the second ends the process at once."""
+    """Let the work clean up after the first signal; the second ends the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Python complains of a signal that came with this one and has lost its handler.
+    # Python complains about a signal that arrived with this one and lost its handler.
     sys.unraisablehook = lambda _: None
     note(number)
     raise Interrupted(number)

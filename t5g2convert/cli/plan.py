@@ -46,7 +46,7 @@ def plan(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """What convert would do, from headers and small files; of the Hub a tokenizer.json is downloaded too if needed."""
+    """Show what convert would do, from headers and small files; a tokenizer.json on the Hub is downloaded if needed."""
     from t5g2convert.conversion.plan.builder import build_plan, open_sources
     from t5g2convert.conversion.write.resources import disk_space, free_bytes, peak_memory
 

@@ -28,7 +28,7 @@ def test_a_head_is_refused_and_its_hint_followed(t5g2: CommandLine, twin_folder:
     assert json.loads(planned.out)["options"] == {"drop_heads": True}
     done = t5g2("convert", source, tmp_path / "out", "--drop-heads", "--verify")
     assert done.code == 0, done.err
-    assert "note: score.weight is dropped: a head for classification or rewards, as --drop-heads asks" in done.err
+    assert "note: score.weight is dropped: a head for classification or rewards, as --drop-heads requests" in done.err
     assert t5g2("verify", tmp_path / "out", "--source", source).code == 0
     assert t5g2("inspect", source).code == 0
 

@@ -1,4 +1,4 @@
-"""What a user should know of a conversion before it is made, in sentences."""
+"""The notes of a plan: what a user should know about a conversion, in sentences."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,14 +26,14 @@ from t5g2convert.mapping.schema import WeightMap
 
 LENGTH: Final = "max_position_embeddings"
 FAILING: Final[Mapping[str, tuple[Any, ...]]] = {"guidance_scale": (1, 1.0), "prefill_chunk_size": ()}
-"""Settings of generation_config.json with which transformers 5.24 writes from Gemma 3 and fails with an encoder, and
-their values that ask for nothing."""
+"""Settings of generation_config.json with which transformers 5.24 generates from Gemma 3 but fails with an encoder, and
+the values that switch them off."""
 
 FACTORS: Final[Mapping[str, str]] = {
     "rope_parameters.full_attention.factor": "full layers",
     "rope_parameters.factor": "all layers",
 }
-"""Linear factors of RoPE, and the layers that they count in."""
+"""Linear factors of RoPE, and the layers that they apply to."""
 
 
 def plan_notes(
@@ -44,7 +44,7 @@ def plan_notes(
     weight_map: WeightMap,
     config: Mapping[str, Any],
 ) -> Iterator[str]:
-    """All notes of a plan, in the order in which they are shown; `config` is the target's."""
+    """Yield all notes of a plan, in the order in which they are shown; `config` is the target's."""
     for checkpoint in resolution.checkpoints.values():
         yield from checkpoint.notes
         yield from remarks(checkpoint)
@@ -59,7 +59,7 @@ def plan_notes(
     yield from _decoder(resolution)
     yield from _images(resolution, drafts)
     if config["model_type"] == t5gemma.MODEL_TYPE and resolution.values.get("attn_logit_softcapping"):
-        yield "load it with attn_implementation='eager': what transformers 5.0 takes otherwise computes something else"
+        yield "load it with attn_implementation='eager': the default of transformers 5.0 computes something else"
     yield from _windows(config)
     if config["dtype"] == "float16":
         yield _half(config)
@@ -69,40 +69,40 @@ def plan_notes(
     yield from _drops(resolution)
     yield from _generation(resolution)
     for option in sorted(options.drops - {drop.drop.option for drop in resolution.drops}):
-        yield f"{flag(option)} changes nothing: no such tensor is there"
+        yield f"{flag(option)} has no effect: there is no such tensor"
 
 
 def _generation(resolution: Resolution) -> Iterator[str]:
-    """Settings that are carried and that an encoder-decoder cannot be used with."""
+    """Yield settings that are carried but do not work with an encoder-decoder."""
     given = given_generation(resolution.checkpoints[resolution.role_of("decoder")])
     for name, neutral in FAILING.items():
         if name in given and given[name] not in neutral:
             yield (
-                f"generation_config.json: {name} is carried, but transformers generates nothing with it from a model "
-                "that has an encoder: remove it there"
+                f"generation_config.json: {name} is carried, but transformers cannot generate with it from a model "
+                "with an encoder: remove it there"
             )
 
 
 def _towerless(resolution: Resolution) -> Iterator[str]:
-    """Text stacks that were found where their config speaks of images."""
+    """Yield text models whose config describes images."""
     for role, model in resolution.models.items():
         if is_towerless(model):
             yield f"{named(role, 'config.json')}: {TOWERLESS}"
 
 
 def tied(resolution: Resolution, role: Role) -> bool:
-    """Whether a checkpoint's config says that its softmax reads the embedding, or has a head that is converted."""
+    """Whether a checkpoint's config ties its softmax to the embedding, or describes a head that is converted."""
     model = resolution.models[role]
     return model.values.get("tie_word_embeddings", True) is True or "untied" in model.features
 
 
 def has_head(resolution: Resolution, role: Role) -> bool:
-    """Whether a checkpoint has a head that must repeat the embedding."""
+    """Whether a checkpoint has a head that must equal the embedding."""
     return any(drop.role == role and drop.equals is not None for drop in resolution.drops)
 
 
 def _configs(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
-    """What the sources' configs say that the target's does not."""
+    """Yield what the sources' configs say and the target's does not."""
     for role, model in resolution.models.items():
         checkpoint = resolution.checkpoints[role]
         owner = "" if role == SOURCE else f"{SUBJECTS[role]}: "
@@ -110,14 +110,14 @@ def _configs(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]
         stored = CONFIG_NAMES.get(checkpoint.dtype)
         for place, said in _dtypes(checkpoint.config):
             if said != stored:
-                yield f"{owner}{place} is {said}, but most tensors are {stored}: what is stored counts"
+                yield f"{owner}{place} is {said}, but most tensors are {stored}: the stored dtype is used"
         if role != VISION_FROM and not tied(resolution, role):
             yield f"{owner}tie_word_embeddings is false: convert refuses a head that is not the embedding"
     yield from _dropouts(config)
 
 
 def _dtypes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The dtypes that a config names, with their places."""
+    """Yield the dtypes that a config names, with their keys."""
     for section in ("", "text_config", "vision_config", "encoder", "decoder"):
         fields = config if not section else config.get(section)
         if isinstance(fields, dict):
@@ -127,7 +127,7 @@ def _dtypes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
-    """T5Gemma 2's class takes one dropout of attention for all of its parts."""
+    """Yield dropouts of attention that transformers ignores: its T5Gemma 2 uses one for all parts."""
     if config["model_type"] != t5gemma2.MODEL_TYPE:
         return
     for path in ("encoder.text_config", "encoder.vision_config", "decoder"):
@@ -140,7 +140,7 @@ def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _windows(config: Mapping[str, Any]) -> Iterator[str]:
-    """Windows that transformers cannot generate with."""
+    """Yield sliding windows that transformers cannot generate with."""
     for part, stack in target_of(config, Path("config.json")).stacks.items():
         kinds, window = (setting(config, f"{stack}{name}") for name in ("layer_types", "sliding_window"))
         if part == "decoder" and kinds and "sliding_attention" in kinds and window < SMALLEST_WINDOW:
@@ -151,41 +151,41 @@ def _windows(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _half(config: Mapping[str, Any]) -> str:
-    """What float16 means for a model that is loaded in it, as it is by default."""
+    """Return what float16 means for a model that is loaded in its stored dtype, the default."""
     first = config["model_type"] == t5gemma.MODEL_TYPE
-    told = "activations may exceed" if first else "the activations of a real Gemma 3 exceed"
+    activations = "activations may exceed" if first else "the activations of a real Gemma 3 exceed"
     return (
-        f"the tensors are float16: {told} its largest value, 65504, and then all logits are NaN; load the output with "
-        "dtype=torch.float32 or dtype=torch.bfloat16"
+        f"the tensors are float16: {activations} its largest value, 65504, and then all logits are NaN; load the "
+        "output with dtype=torch.float32 or dtype=torch.bfloat16"
     )
 
 
 def _drops(resolution: Resolution) -> Iterator[str]:
-    """What is left behind, a note for each reason; and what an index names that would be."""
+    """Yield a note for each reason to drop tensors, and one for dropped names in an index without tensors."""
     by_reason: dict[str, list[ResolvedDrop]] = {}
     for drop in resolution.drops:
         by_reason.setdefault(drop.drop.because, []).append(drop)
     for because, drops in by_reason.items():
         first = drops[0]
         name = named(first.role, first.tensor.entry.name)
-        told = f"{name} is" if len(drops) == 1 else f"{len(drops)} tensors, the first of them {name}, are"
-        asked = "" if first.drop.option is None else f", as {flag(first.drop.option)} asks"
-        yield f"{told} dropped: {because}{asked}{_comparison(first)}"
+        subject = f"{name} is" if len(drops) == 1 else f"{len(drops)} tensors, the first of them {name}, are"
+        asked = "" if first.drop.option is None else f", as {flag(first.drop.option)} requests"
+        yield f"{subject} dropped: {because}{asked}{_comparison(first)}"
     for role, checkpoint in resolution.checkpoints.items():
         if checkpoint.unheld:
             yield (
-                f"{named(role, INDEX_FILE)} names {some(checkpoint.unheld)}, which no shard holds: the map would drop "
-                "what is there under such a name"
+                f"{named(role, INDEX_FILE)} names {some(checkpoint.unheld)}, which no shard holds; the map drops "
+                "tensors with such names"
             )
 
 
 def _comparison(drop: ResolvedDrop) -> str:
-    """What headers cannot tell of a tensor that must repeat another, and who finds it out."""
+    """Return the comparison of values that a dropped tensor still has to pass, if any."""
     if drop.equals is None:
         return ""
     one, other = drop.tensor.entry, drop.equals.entry
     dtypes = "" if one.dtype == other.dtype else f" ({one.dtype} against {other.dtype}, by value)"
-    return f"; it must repeat {named(drop.role, other.name)}{dtypes}, which convert looks at before it writes"
+    return f"; it must equal {named(drop.role, other.name)}{dtypes}, which convert checks before it writes"
 
 
 def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequence[Change]) -> Iterator[str]:
@@ -200,11 +200,11 @@ def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequen
 
 
 def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]:
-    """Settings that are not the source's: one note for all stacks where they agree."""
+    """Yield settings that differ from the source's: one note for all stacks if they agree."""
     by_setting: dict[str, list[Change]] = {}
     for change in changes:
         if change.field in ("dtype", "vocab_size"):
-            continue  # they are the whole model's, and told by themselves
+            continue  # settings of the whole model have their own notes
         stack = next((stack for stack in stacks if change.field.startswith(stack)), None)
         if stack is not None:
             setting = change.field.removeprefix(stack)
@@ -218,17 +218,17 @@ def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]
 
 
 def _effect(setting: str, source: Any, target: Any) -> str:
-    """What it means that a setting is not the source's."""
+    """Return the effect of a setting that differs from the source's."""
     if type(target) in (int, float):
         if setting == LENGTH:
             return "longer inputs are allowed" if target > source else "shorter inputs are allowed"
         if setting in FACTORS:
             return f"positions in {FACTORS[setting]} are divided by {target:g}"
-    return "that changes what is computed"
+    return "this changes what is computed"
 
 
 def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
-    """What the stacks take of their parents' layers."""
+    """Yield the layers that the stacks take from their parents."""
     stacks = target_of(config, Path("config.json")).stacks
     for part, layers in resolution.layers.items():
         parent = resolution.models[resolution.role_of(part)]
@@ -248,11 +248,11 @@ def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
             "became 1.3e7 with 1:18:2 and 4.5e7 with 0:18:2"
         )
     if unused := resolution.unused_sources:
-        yield f"{len(unused)} tensor(s) of the source are left behind: the target has nothing of them"
+        yield f"{len(unused)} tensor(s) of the source are left behind: the target has no place for them"
 
 
 def _keeping(layers: Sequence[int], kinds: Sequence[str]) -> str:
-    """The selection that keeps layers of full attention, and how many."""
+    """Return the selection that keeps full-attention layers, and their number."""
     chosen = with_full_attention(layers, kinds)
     if chosen is None:
         return "its parent has none"
@@ -261,7 +261,7 @@ def _keeping(layers: Sequence[int], kinds: Sequence[str]) -> str:
 
 
 def _decoder(resolution: Resolution) -> Iterator[str]:
-    """What another parent of the decoder means."""
+    """Yield what a decoder from another parent means."""
     if DECODER_FROM not in resolution.checkpoints:
         return
     yield _taken(DECODER_FROM, "the decoder's parent", resolution)
@@ -270,12 +270,12 @@ def _decoder(resolution: Resolution) -> Iterator[str]:
     else:
         yield "the one embedding table is the decoder's parent's: the source computes with its own"
     if not has_names(resolution, DECODER_FROM):
-        yield "that both parents have the same tokens was not looked at: a tokenizer.json is missing"
-    yield "the tokenizer is the source's, the tokens that start and end what is written are the decoder's parent's"
+        yield "not checked: that both parents share a vocabulary (no tokenizer.json)"
+    yield "the tokenizer is the source's; generated text starts and ends with the tokens of the decoder's parent"
 
 
 def _taken(role: Role, whose: str, resolution: Resolution) -> str:
-    """How much of another checkpoint is taken, its tensors counted once."""
+    """Return how many tensors of another checkpoint are taken, each counted once."""
     taken = {item.source.entry.name for item in resolution.targets if item.role == role and item.source is not None}
     left = len(resolution.checkpoints[role].tensors) - len(taken)
     return f"{len(taken)} tensors are {whose}'s; its other {left} are left behind"
@@ -288,10 +288,10 @@ def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
     if VISION_FROM in resolution.checkpoints:
         yield _taken(VISION_FROM, "the donor", resolution)
     if "projector_zeros" in features:
-        yield "the projector is zeros: images mean nothing until it is trained"
+        yield "the projector is zeros: images have no effect until it is trained"
     for alignment in (draft.content.alignment for draft in drafts):
         if alignment is not None:
             rows = f"{alignment.rows} rows of both embedding tables"
             yield f"the projector is the donor's, carried over by least squares between {rows}"
             if not has_names(resolution, VISION_FROM):
-                yield f"that the {rows} are the same tokens was not looked at: a tokenizer.json is missing"
+                yield f"not checked: that the {rows} are the same tokens (no tokenizer.json)"

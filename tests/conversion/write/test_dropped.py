@@ -48,7 +48,7 @@ def test_I6_an_equal_head_of_any_dtype_is_dropped(
     source = headed(twin_folder("text-8"), tmp_path / "source", head, table)
     done = convert(source, tmp_path / "out")
     (note,) = (note for note in done.notes if note.startswith(HEAD))
-    assert f"it must repeat {TABLE}" in note
+    assert f"it must equal {TABLE}" in note
     assert ("by value" in note) == (head != table)
     assert verify(tmp_path / "out", source, record=False).passed
 
