@@ -11,14 +11,13 @@ from typing import Any, Final, Literal
 
 from t5g2convert.checkpoint.families.config_section import (
     ConfigSection,
-    ImpliedTensor,
+    ExpectedTensor,
     describe_model_type,
     parse_section,
     subsection,
 )
-from t5g2convert.checkpoint.families.expected_tensors import attention_tensors, stack_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, T5Gemma2Tokens, read_stack
-from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig
+from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig, attention_tensors, stack_tensors
 from t5g2convert.errors import CheckpointError
 
 MODEL_TYPE: Final = "t5g2_research"
@@ -86,7 +85,7 @@ def read_research(config: Mapping[str, Any], where: Path) -> ResearchConfig:
     return model
 
 
-def research_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
+def research_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ExpectedTensor]:
     """Yield every tensor of a research model once; a tied table is the encoder's.
 
     Raises:
@@ -94,15 +93,15 @@ def research_tensors(config: Mapping[str, Any], where: Path) -> Iterator[Implied
     """
     model = read_research(config, where)
     table = (model.encoder.vocab_size, model.encoder.hidden_size)
-    yield ImpliedTensor("model.encoder.embed_tokens.weight", "embedding", table)
+    yield ExpectedTensor("model.encoder.embed_tokens.weight", "embedding", table)
     if not model.variant.tied:
-        yield ImpliedTensor("model.decoder.embed_tokens.weight", "embedding", table)
+        yield ExpectedTensor("model.decoder.embed_tokens.weight", "embedding", table)
     for part, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
         for name, shape in stack_tensors(stack, NORMS):
-            yield ImpliedTensor(f"model.{part}.{name}", part, shape)
+            yield ExpectedTensor(f"model.{part}.{name}", part, shape)
     for layer in filter(model.has_cross_attention, range(model.decoder.num_hidden_layers)):
         for name, shape in attention_tensors(model.decoder, "cross_attn", CROSS_NORMS).items():
-            yield ImpliedTensor(f"model.decoder.layers.{layer}.{name}", "decoder", shape)
+            yield ExpectedTensor(f"model.decoder.layers.{layer}.{name}", "decoder", shape)
 
 
 def research_settings(config: Mapping[str, Any], where: Path) -> dict[str, Any]:

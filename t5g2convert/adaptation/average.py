@@ -30,7 +30,7 @@ from t5g2convert.adaptation.train.run_folder import (
     parts_of_run,
     read_history,
 )
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, some
@@ -213,7 +213,7 @@ class TrainerCheckpoint:
             raise CheckpointError(f"is a {raw.config.get('model_type')}, expected {MODEL_TYPE}", where=folder)
         published = as_published(raw)
         self._weights = Weights(published.checkpoint)
-        items = list(implied_tensors(model.config, model.path / "config.json"))
+        items = list(expected_tensors(model.config, model.path / "config.json"))
         faults = [f"{name} is not a tensor of the model" for name in (*published.unexpected, *published.heads)]
         for item in items:
             stored = published.checkpoint.tensors.get(item.name)

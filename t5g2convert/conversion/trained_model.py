@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
-from t5g2convert.checkpoint.families.config_section import ImpliedTensor, describe_model_type, parse_section
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.config_section import ExpectedTensor, describe_model_type, parse_section
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.file_names import (
     GENERATION_FILE,
@@ -114,7 +114,7 @@ def plan_adapted(
 
 
 def _adaptation_record(
-    facts: Mapping[str, Any], trained: Collection[str], parts: Mapping[str, ImpliedTensor]
+    facts: Mapping[str, Any], trained: Collection[str], parts: Mapping[str, ExpectedTensor]
 ) -> AdaptationRecord:
     frozen = sorted({item.part for item in parts.values()} - {parts[name].part for name in trained})
     record = {**facts, "trained": patterns_of(trained, parts), "frozen": frozen}
@@ -141,7 +141,7 @@ def named_by(patterns: Iterable[str], every: Collection[str]) -> list[str]:
     return [*found, *(pattern for pattern in wanted if pattern not in known)]
 
 
-def _published(model: Checkpoint) -> Iterator[ImpliedTensor]:
+def _published(model: Checkpoint) -> Iterator[ExpectedTensor]:
     """Yield every tensor of the model, which must have the names and shapes of the published layout.
 
     Raises:
@@ -150,7 +150,7 @@ def _published(model: Checkpoint) -> Iterator[ImpliedTensor]:
     if model.config.get("model_type") != MODEL_TYPE:
         message = f"{describe_model_type(model.config)} cannot be adapted, expected {MODEL_TYPE}"
         raise CheckpointError(message, where=model.path, hint="convert a Gemma 3 with t5g2 convert first")
-    implied = {item.name: item for item in implied_tensors(model.config, model.path / "config.json")}
+    implied = {item.name: item for item in expected_tensors(model.config, model.path / "config.json")}
     faults = [f"missing: {name}" for name in implied if name not in model.tensors]
     for name, stored in model.tensors.items():
         if name not in implied:
@@ -166,7 +166,7 @@ def _published(model: Checkpoint) -> Iterator[ImpliedTensor]:
     yield from implied.values()
 
 
-def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, ImpliedTensor]) -> Iterator[str]:
+def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, ExpectedTensor]) -> Iterator[str]:
     if name in TIED:
         yield f"{name} is another name of {TABLE}; use that one"
     elif name not in parts:
@@ -178,7 +178,7 @@ def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, Impli
 
 
 def _laid_out(
-    model: Checkpoint, trained: Collection[str], parts: Mapping[str, ImpliedTensor], cast_to: str | None
+    model: Checkpoint, trained: Collection[str], parts: Mapping[str, ExpectedTensor], cast_to: str | None
 ) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
     """Lay out the model's own shards, under published names: headers and bytes in its order."""
     tensors: list[PlannedTensor] = []

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.families.gemma3 import TOWERLESS, is_towerless
-from t5g2convert.checkpoint.families.registry import TARGETS, implied_tensors
+from t5g2convert.checkpoint.families.registry import TARGETS, expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_t5gemma2
 from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.file_store import HubOrigin
@@ -198,7 +198,7 @@ def _dropped_names(weight_map: WeightMap, model: SourceModel, layout: Mapping[st
 
 
 def _inspect_target(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Inspection:
-    implied = {item.name: item.part for item in implied_tensors(checkpoint.config, checkpoint.path / "config.json")}
+    implied = {item.name: item.part for item in expected_tensors(checkpoint.config, checkpoint.path / "config.json")}
     if is_t5gemma2(checkpoint):
         published = as_published(checkpoint)
         parts = {stored: implied[name] for name, stored in published.spelled.items()}

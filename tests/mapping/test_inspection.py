@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from t5g2convert import CheckpointError, Inspection, Plan, convert, inspect, plan
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -222,7 +222,7 @@ def test_a_release_of_any_size_has_its_published_total(size: str, tmp_path: Path
         "encoder": {"text_config": stack, "vision_config": SIGLIP},
         "decoder": stack,
     }
-    implied = implied_tensors(config, tmp_path / "config.json")
+    implied = expected_tensors(config, tmp_path / "config.json")
     write_hollow(tmp_path / "out", config, [(item.name, item.shape) for item in implied])
     found = inspect(tmp_path / "out")
     assert_complete(found)

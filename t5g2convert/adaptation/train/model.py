@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from t5g2convert.checkpoint.families.config_section import describe_model_type
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.folder import Checkpoint, some
 from t5g2convert.conversion.trained_model import FROZEN
@@ -145,7 +145,7 @@ def compare_values(model: nn.Module, names: Mapping[str, str], checkpoint: Check
 
 def parts_of(checkpoint: Checkpoint) -> Mapping[str, str]:
     """The part that each tensor of a model is of, by its name on disk."""
-    return {item.name: item.part for item in implied_tensors(checkpoint.config, checkpoint.path / "config.json")}
+    return {item.name: item.part for item in expected_tensors(checkpoint.config, checkpoint.path / "config.json")}
 
 
 def freeze(model: nn.Module, names: Mapping[str, str], parts: Mapping[str, str], *, images: bool) -> None:

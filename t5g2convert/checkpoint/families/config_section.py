@@ -54,7 +54,7 @@ Section = TypeVar("Section", bound=ConfigSection)
 
 
 @dataclass(frozen=True, slots=True)
-class ImpliedTensor:
+class ExpectedTensor:
     """A tensor that a config implies, with the part of the model that it belongs to."""
 
     name: str

@@ -1,4 +1,4 @@
-"""Gemma 3's config.json, in all its dialects, as one typed config.
+"""Gemma 3's config.json, in all its dialects, as one typed config, and the tensors that it implies.
 
 Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta`, `rope_local_base_freq`,
 `rope_scaling`, `sliding_window_pattern`; 4.57 adds `layer_types` and `_sliding_window_pattern`; 5.x nests
@@ -16,6 +16,7 @@ from pydantic import Field
 from t5g2convert.checkpoint.families.config_section import (
     MAX_DEPTH,
     Depth,
+    ExpectedTensor,
     Positive,
     Scalar,
     Size,
@@ -39,7 +40,9 @@ from t5g2convert.checkpoint.families.text_and_vision import (
     check_multiple,
     check_stack,
     stack_fields,
+    stack_tensors,
     tower_fields,
+    vision_tensors,
 )
 from t5g2convert.errors import CheckpointError, MappingError
 
@@ -325,3 +328,19 @@ def _refuse_model_type(fields: Mapping[str, Any], known: tuple[str, ...], where:
     model_type = fields.get("model_type", known[0])
     if model_type not in known:
         raise CheckpointError(f"{section}.model_type is {model_type!r}, expected {known[0]!r}", where=where)
+
+
+def gemma3_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ExpectedTensor]:
+    """Yield every tensor of Gemma 3 as repositories on the Hub name them, without tied copies and pooling heads.
+
+    Raises:
+        CheckpointError: As `read_gemma3`.
+    """
+    model = read_gemma3(config, where)
+    root = "model." if model.vision is None else "language_model.model."
+    text = model.text
+    yield ExpectedTensor(f"{root}embed_tokens.weight", "embedding", (text.vocab_size, text.hidden_size))
+    for name, shape in stack_tensors(text, ("input_layernorm", "post_attention_layernorm")):
+        yield ExpectedTensor(root + name, "decoder", shape)
+    if model.vision is not None:
+        yield from vision_tensors(model.vision, text.hidden_size, "")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.families import gemma3, t5gemma, t5gemma2
-from t5g2convert.checkpoint.families.config_section import ImpliedTensor, describe_model_type
-from t5g2convert.checkpoint.families.expected_tensors import gemma3_tensors, t5gemma2_encoder_tensors, t5gemma2_tensors
+from t5g2convert.checkpoint.families.config_section import ExpectedTensor, describe_model_type
 from t5g2convert.errors import CheckpointError
 
 ReadSettings = Callable[[Mapping[str, Any], Path], dict[str, Any]]
@@ -21,13 +20,13 @@ class TargetFamily:
     """A family that a conversion can produce.
 
     Attributes:
-        implied: Yields every tensor of such a folder once, from config.json and its path.
+        tensors: Yields every tensor of such a folder once, from config.json and its path.
         stacks: The sections of config.json that hold the settings of the text stacks, by part, each with a final dot.
         read_settings: Reads what `t5g2 inspect` shows of config.json; None for a family that is inspected as a source.
         read_trainable: Reads the config of a model that can be trained; None for a family that cannot.
     """
 
-    implied: Callable[[Mapping[str, Any], Path], Iterator[ImpliedTensor]]
+    tensors: Callable[[Mapping[str, Any], Path], Iterator[ExpectedTensor]]
     stacks: Mapping[str, str]
     read_settings: ReadSettings | None = None
     read_trainable: Callable[[Mapping[str, Any], Path], t5gemma2.T5Gemma2] | None = None
@@ -52,19 +51,19 @@ def _t5gemma2_encoder_settings(config: Mapping[str, Any], where: Path) -> dict[s
 
 TARGETS: Final[dict[str, TargetFamily]] = {
     t5gemma.MODEL_TYPE: TargetFamily(
-        t5gemma.implied_tensors, {"encoder": "encoder.", "decoder": "decoder."}, _t5gemma_settings
+        t5gemma.expected_tensors, {"encoder": "encoder.", "decoder": "decoder."}, _t5gemma_settings
     ),
     t5gemma2.MODEL_TYPE: TargetFamily(
-        t5gemma2_tensors,
+        t5gemma2.t5gemma2_tensors,
         {"encoder": "encoder.text_config.", "decoder": "decoder."},
         _t5gemma2_settings,
         t5gemma2.read_t5gemma2,
     ),
     t5gemma2.ENCODER_TYPE: TargetFamily(
-        t5gemma2_encoder_tensors, {"encoder": "text_config."}, _t5gemma2_encoder_settings
+        t5gemma2.t5gemma2_encoder_tensors, {"encoder": "text_config."}, _t5gemma2_encoder_settings
     ),
-    gemma3.MULTIMODAL: TargetFamily(gemma3_tensors, {"decoder": "text_config."}),
-    gemma3.TEXT_ONLY: TargetFamily(gemma3_tensors, {"decoder": ""}),
+    gemma3.MULTIMODAL: TargetFamily(gemma3.gemma3_tensors, {"decoder": "text_config."}),
+    gemma3.TEXT_ONLY: TargetFamily(gemma3.gemma3_tensors, {"decoder": ""}),
 }
 """`model_type` to family. Code outside this package may add its own family before it loads a map or a model."""
 
@@ -81,13 +80,13 @@ def target_of(config: Mapping[str, Any], where: Path) -> TargetFamily:
     return target
 
 
-def implied_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
+def expected_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ExpectedTensor]:
     """Yield every tensor that the config of a converted folder implies, once.
 
     Raises:
         CheckpointError: The config cannot be read, or no conversion produces such a model.
     """
-    return target_of(config, where).implied(config, where)
+    return target_of(config, where).tensors(config, where)
 
 
 def read_trainable(config: Mapping[str, Any], where: Path) -> t5gemma2.T5Gemma2:

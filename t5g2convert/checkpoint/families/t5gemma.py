@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.families.config_section import (
     ConfigSection,
-    ImpliedTensor,
+    ExpectedTensor,
     describe_model_type,
     parse_section,
     subsection,
@@ -54,7 +54,7 @@ def read_t5gemma(config: Mapping[str, Any], where: Path) -> T5Gemma:
     return T5Gemma(encoder, decoder, parse_section(Top, config, where).tie_word_embeddings)
 
 
-def implied_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedTensor]:
+def expected_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ExpectedTensor]:
     """Yield every tensor that transformers saves, without a tied softmax and rotary buffers.
 
     Raises:
@@ -62,17 +62,17 @@ def implied_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ImpliedT
     """
     model = read_t5gemma(config, where)
     for part, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
-        yield ImpliedTensor(f"model.{part}.embed_tokens.weight", "embedding", (stack.vocab_size, stack.hidden_size))
+        yield ExpectedTensor(f"model.{part}.embed_tokens.weight", "embedding", (stack.vocab_size, stack.hidden_size))
         layer = _layer_tensors(stack)
         if part == "decoder":
             layer |= _attention_tensors("cross_attn", stack, model.encoder.hidden_size)
         for number in range(stack.num_hidden_layers):
             for name, shape in layer.items():
-                yield ImpliedTensor(f"model.{part}.layers.{number}.{name}.weight", part, shape)
-        yield ImpliedTensor(f"model.{part}.norm.weight", part, (stack.hidden_size,))
+                yield ExpectedTensor(f"model.{part}.layers.{number}.{name}.weight", part, shape)
+        yield ExpectedTensor(f"model.{part}.norm.weight", part, (stack.hidden_size,))
     if not model.tied:
         shape = (model.decoder.vocab_size, model.decoder.hidden_size)
-        yield ImpliedTensor("lm_head.out_proj.weight", "embedding", shape)
+        yield ExpectedTensor("lm_head.out_proj.weight", "embedding", shape)
 
 
 def _layer_tensors(stack: Gemma2Text) -> dict[str, tuple[int, ...]]:

@@ -1,11 +1,12 @@
-"""T5Gemma 2's config.json, of the whole model or of its encoder alone, as one typed config."""
+"""T5Gemma 2's config.json, of the whole model or of its encoder alone, and the tensors that it implies."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.families.config_section import (
+    ExpectedTensor,
     Number,
     Scalar,
     Token,
@@ -21,7 +22,9 @@ from t5g2convert.checkpoint.families.text_and_vision import (
     TextConfig,
     check_stack,
     stack_fields,
+    stack_tensors,
     tower_fields,
+    vision_tensors,
 )
 from t5g2convert.errors import CheckpointError, MappingError
 
@@ -164,3 +167,33 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str) -> T5Gemma2
     if unsettled := set(stack.layer_types) - stack.rope_parameters.keys():
         raise CheckpointError(f"{section}.rope_parameters lacks {', '.join(sorted(unsettled))}", where=where)
     return stack
+
+
+def t5gemma2_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ExpectedTensor]:
+    """Yield every tensor of the published layout, without tied copies and rotary buffers.
+
+    Raises:
+        CheckpointError: As `read_t5gemma2`.
+    """
+    model = read_t5gemma2(config, where)
+    yield from _encoder_tensors(model, "model.encoder.")
+    for name, shape in stack_tensors(model.decoder, ("pre_self_attn_layernorm", "post_self_attn_layernorm")):
+        yield ExpectedTensor(f"model.decoder.{name}", "decoder", shape)
+
+
+def t5gemma2_encoder_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ExpectedTensor]:
+    """Yield every tensor of T5Gemma 2's encoder alone, under names that all versions of transformers accept.
+
+    Raises:
+        CheckpointError: As `read_t5gemma2_encoder`.
+    """
+    yield from _encoder_tensors(read_t5gemma2_encoder(config, where), "")
+
+
+def _encoder_tensors(model: T5Gemma2Encoder, root: str) -> Iterator[ExpectedTensor]:
+    vocab, hidden = model.encoder.vocab_size, model.encoder.hidden_size
+    yield ExpectedTensor(f"{root}embed_tokens.weight", "embedding", (vocab, hidden))
+    yield ExpectedTensor(f"{root}embed_tokens.eoi_embedding", "embedding", (hidden,))
+    for name, shape in stack_tensors(model.encoder, ("pre_self_attn_layernorm", "post_self_attn_layernorm")):
+        yield ExpectedTensor(root + name, "encoder", shape)
+    yield from vision_tensors(model.vision, hidden, root)

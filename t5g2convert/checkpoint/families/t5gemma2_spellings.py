@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, some
 from t5g2convert.errors import CheckpointError
@@ -94,7 +94,7 @@ def as_published(checkpoint: Checkpoint) -> Published:
         CheckpointError: A tensor has two spellings, or the config is of another model.
     """
     where = checkpoint.path / "config.json"
-    implied = {item.name for item in implied_tensors(checkpoint.config, where)}
+    implied = {item.name for item in expected_tensors(checkpoint.config, where)}
     alone = checkpoint.config.get("model_type") == ENCODER_TYPE
     tensors: dict[str, StoredTensor] = {}
     copies: dict[str, str] = {}

@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, Size, Token
+from t5g2convert.checkpoint.families.config_section import (
+    ConfigSection,
+    Depth,
+    ExpectedTensor,
+    Number,
+    Positive,
+    Size,
+    Token,
+)
 from t5g2convert.checkpoint.families.rope_config import LayerType, Rope
 from t5g2convert.errors import CheckpointError
 
@@ -186,3 +194,64 @@ def check_multiple(section: ConfigSection, multiple: str, divisor: str, where: P
     one, other = getattr(section, multiple), getattr(section, divisor)
     if one % other:
         raise CheckpointError(f"{prefix}{multiple} {one} is not a multiple of {divisor} {other}", where=where)
+
+
+def stack_tensors(stack: TextConfig, norms: tuple[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the tensors of a stack without its root; `norms` are those before and after attention."""
+    hidden, ffn = stack.hidden_size, stack.intermediate_size
+    layer_tensors = {
+        **attention_tensors(stack, "self_attn", norms),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+        "pre_feedforward_layernorm.weight": (hidden,),
+        "post_feedforward_layernorm.weight": (hidden,),
+    }
+    for layer in range(stack.num_hidden_layers):
+        for name, shape in layer_tensors.items():
+            yield f"layers.{layer}.{name}", shape
+    yield "norm.weight", (hidden,)
+
+
+def attention_tensors(stack: TextConfig, name: str, norms: tuple[str, str]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of an attention called `name`, and of the norms before and after it."""
+    hidden, head = stack.hidden_size, stack.head_dim
+    query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
+    biases = {"q": query, "k": key_value, "v": key_value, "o": hidden} if stack.attention_bias else {}
+    return {
+        **{f"{name}.{projection}_proj.bias": (size,) for projection, size in biases.items()},
+        f"{name}.q_proj.weight": (query, hidden),
+        f"{name}.k_proj.weight": (key_value, hidden),
+        f"{name}.v_proj.weight": (key_value, hidden),
+        f"{name}.o_proj.weight": (hidden, query),
+        f"{name}.q_norm.weight": (head,),
+        f"{name}.k_norm.weight": (head,),
+        **{f"{norm}.weight": (hidden,) for norm in norms},
+    }
+
+
+def vision_tensors(tower: SiglipConfig, hidden: int, root: str) -> Iterator[ExpectedTensor]:
+    """Yield the tensors of the tower and the projector."""
+    for name, shape in _tower_tensors(tower):
+        yield ExpectedTensor(f"{root}vision_tower.vision_model.{name}", "vision", shape)
+    projector = f"{root}multi_modal_projector."
+    yield ExpectedTensor(projector + "mm_input_projection_weight", "projector", (tower.hidden_size, hidden))
+    yield ExpectedTensor(projector + "mm_soft_emb_norm.weight", "projector", (tower.hidden_size,))
+
+
+def _tower_tensors(tower: SiglipConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, ffn, patch = tower.hidden_size, tower.intermediate_size, tower.patch_size
+    yield "embeddings.patch_embedding.weight", (hidden, tower.num_channels, patch, patch)
+    yield "embeddings.patch_embedding.bias", (hidden,)
+    yield "embeddings.position_embedding.weight", ((tower.image_size // patch) ** 2, hidden)
+    projections = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
+    projections |= {"mlp.fc1": (ffn, hidden), "mlp.fc2": (hidden, ffn)}
+    for layer in range(tower.num_hidden_layers):
+        for name, shape in projections.items():
+            yield f"encoder.layers.{layer}.{name}.weight", shape
+            yield f"encoder.layers.{layer}.{name}.bias", shape[:1]
+        for norm in ("layer_norm1", "layer_norm2"):
+            yield f"encoder.layers.{layer}.{norm}.weight", (hidden,)
+            yield f"encoder.layers.{layer}.{norm}.bias", (hidden,)
+    yield "post_layernorm.weight", (hidden,)
+    yield "post_layernorm.bias", (hidden,)

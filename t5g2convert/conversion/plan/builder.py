@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub.model import Origin
@@ -246,7 +246,7 @@ def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: Lo
 
     The list of implied tensors does not come from the map, so this finds tensors that a map forgets.
     """
-    implied = {item.name: item for item in implied_tensors(config, loaded.path)}
+    implied = {item.name: item for item in expected_tensors(config, loaded.path)}
     filled = Counter(draft.name for draft in drafts)
     details = [f"filled {count} times: {name}" for name, count in filled.items() if count > 1]
     unfilled = [name for name in implied if name not in filled]

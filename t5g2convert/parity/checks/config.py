@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families.gemma3 import Gemma3, Gemma3Text
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.text_and_vision import TextConfig
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
@@ -97,7 +97,7 @@ def judge_settings(
 def main_dtype(target: Checkpoint, *, donated: bool) -> str:
     """Return the safetensors dtype of most bytes of a folder, without a donor's tower; config.json names only one."""
     counted: Counter[str] = Counter()
-    parts = {item.name: item.part for item in implied_tensors(target.config, target.path)} if donated else {}
+    parts = {item.name: item.part for item in expected_tensors(target.config, target.path)} if donated else {}
     for name, stored in target.tensors.items():
         if parts.get(name) not in ("vision", "projector"):
             counted[stored.entry.dtype] += stored.entry.nbytes
@@ -189,7 +189,7 @@ def _same(expected: Any, found: Any) -> bool:
 
 def tensor_faults(target: Checkpoint) -> Iterator[str]:
     """Yield tensors that the folder's own config implies and that are missing, or have another shape."""
-    for item in implied_tensors(target.config, target.path):
+    for item in expected_tensors(target.config, target.path):
         stored = target.tensors.get(item.name)
         if stored is None:
             yield f"{item.name} is missing"
@@ -199,7 +199,7 @@ def tensor_faults(target: Checkpoint) -> Iterator[str]:
 
 def _unknown_tensors(target: Checkpoint) -> Iterator[str]:
     """Yield tensors that the folder's own config does not imply."""
-    implied = {item.name for item in implied_tensors(target.config, target.path)}
+    implied = {item.name for item in expected_tensors(target.config, target.path)}
     yield from (f"{name} is not a tensor of this model" for name in target.tensors if name not in implied)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from t5g2convert.checkpoint.families.config_section import ImpliedTensor
+from t5g2convert.checkpoint.families.config_section import ExpectedTensor
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.reference.weights import DTYPES, Weights
 
@@ -162,8 +162,8 @@ def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
 
 
 def movements(
-    parts: Sequence[ImpliedTensor], start: Checkpoint, found: Checkpoint
-) -> Iterator[tuple[ImpliedTensor, Movement]]:
+    parts: Sequence[ExpectedTensor], start: Checkpoint, found: Checkpoint
+) -> Iterator[tuple[ExpectedTensor, Movement]]:
     """Compare all tensors that both have, in shapes that differ at most in rows, and in dtypes that are run."""
     for item in parts:
         one, other = start.tensors.get(item.name), found.tensors.get(item.name)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import HEADED, Published, as_published
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
@@ -81,7 +81,7 @@ def frozen_names(frozen: Sequence[str], start: Checkpoint) -> frozenset[str]:
     Raises:
         UsageError: An entry is not a part or layer of the model.
     """
-    items = list(implied_tensors(start.config, start.path / "config.json"))
+    items = list(expected_tensors(start.config, start.path / "config.json"))
     held = [*([] if NONE in frozen else FROZEN), *(each for each in frozen if each != NONE)]
     found: set[str] = set()
     for each in held:
@@ -152,7 +152,7 @@ def _tokenizer(verification: Verification[TrainingStart]) -> Check | Skipped:
 def _movements(verification: Verification[TrainingStart]) -> Mapping[str, Mapping[str, Movement]]:
     """The movement of every tensor by name, for every part that the model has."""
     start, target = verification.source.start, _published(verification).checkpoint
-    items = list(implied_tensors(start.config, start.path / "config.json"))
+    items = list(expected_tensors(start.config, start.path / "config.json"))
     found: dict[str, dict[str, Movement]] = {part: {} for part in PARTS if any(item.part == part for item in items)}
     for number, (item, each) in enumerate(movements(items, start, target)):
         if number % 20 == 0:
@@ -201,7 +201,7 @@ def _runs(verification: Verification[TrainingStart]) -> Check | Skipped:
 
 def _is_blind(checkpoint: Checkpoint) -> bool:
     """Return whether a projector is zeros."""
-    items = implied_tensors(checkpoint.config, checkpoint.path / "config.json")
+    items = expected_tensors(checkpoint.config, checkpoint.path / "config.json")
     projector = next(each for each in items if each.name.endswith(PROJECTOR))
     ((_, movement),) = movements([projector], checkpoint, checkpoint)
     return not movement.found

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
 
-from t5g2convert.checkpoint.families.t5gemma import implied_tensors, read_t5gemma
+from t5g2convert.checkpoint.families.t5gemma import expected_tensors, read_t5gemma
 from t5g2convert.errors import CheckpointError
 from tests.checkpoint.families.test_gemma2 import PUBLISHED
 
@@ -48,13 +48,13 @@ def test_the_tensors_are_those_that_transformers_saves(tied: bool, encoder: Conf
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:
         assert theirs.pop("lm_head.out_proj.weight") == theirs["model.decoder.embed_tokens.weight"]
-    ours = list(implied_tensors(document, WHERE))
+    ours = list(expected_tensors(document, WHERE))
     assert len(ours) == len(theirs)
     assert {item.name: item.shape for item in ours} == theirs
 
 
 def test_every_tensor_has_its_part() -> None:
-    parts = {item.name: item.part for item in implied_tensors(config(tie_word_embeddings=False), WHERE)}
+    parts = {item.name: item.part for item in expected_tensors(config(tie_word_embeddings=False), WHERE)}
     embedding = {name for name, part in parts.items() if part == "embedding"}
     assert embedding == {
         "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.out_proj.weight",
@@ -67,7 +67,7 @@ def test_a_balanced_2b_has_the_parameters_of_the_published_ablation() -> None:
     # arXiv 2512.14856, the ablation's baseline of Gemma 2 2B: 4417M model and 1180M embedding parameters.
     document = {"model_type": "t5gemma", "encoder": dict(PUBLISHED["2b"]), "decoder": dict(PUBLISHED["2b"])}
     parts: Counter[str] = Counter()
-    for item in implied_tensors(document, WHERE):
+    for item in expected_tensors(document, WHERE):
         parts[item.part] += prod(item.shape)
     assert round((parts["encoder"] + parts["decoder"]) / 1e6) == 4417
     assert round(parts["embedding"] / 1e6) == 1180

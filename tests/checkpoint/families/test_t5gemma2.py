@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from t5g2convert.checkpoint.families.config_section import KNOWN_MODELS
-from t5g2convert.checkpoint.families.registry import implied_tensors
+from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.rope_config import Rope
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2Text, read_t5gemma2
 from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig
@@ -70,7 +70,7 @@ def refusal(document: Config) -> CheckpointError:
 
 def counted(document: Config) -> Counter[str]:
     parts: Counter[str] = Counter()
-    for item in implied_tensors(document, WHERE):
+    for item in expected_tensors(document, WHERE):
         parts[item.part] += prod(item.shape)
     return parts
 
@@ -96,14 +96,14 @@ def test_parameters_by_part_are_the_published_ones(size: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_name_is_implied_once(size: str) -> None:
-    names = Counter(item.name for item in implied_tensors(config(size), WHERE))
+    names = Counter(item.name for item in expected_tensors(config(size), WHERE))
     layers = SIZES[size][0]
     assert set(names.values()) == {1}
     assert len(names) == 2 + 2 * (13 * layers + 1) + (3 + 27 * 16 + 2) + 2
 
 
 def test_names_are_those_of_the_published_layout() -> None:
-    implied = {item.name: item for item in implied_tensors(config(), WHERE)}
+    implied = {item.name: item for item in expected_tensors(config(), WHERE)}
     assert implied["model.encoder.embed_tokens.weight"].shape == (262144, 640)
     assert implied["model.encoder.embed_tokens.eoi_embedding"].shape == (640,)
     assert implied["model.encoder.norm.weight"].shape == (640,)
@@ -139,7 +139,7 @@ def test_a_stub_tower_is_seven_small_tensors() -> None:
     stub = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 0, "image_size": 28, "patch_size": 14}
     shapes = {
         item.name.rpartition("vision_model.")[2].removeprefix("model.encoder."): item.shape
-        for item in implied_tensors(config(vision=stub), WHERE)
+        for item in expected_tensors(config(vision=stub), WHERE)
         if item.part in ("vision", "projector")
     }
     assert shapes == {
@@ -157,7 +157,7 @@ def test_stacks_of_different_depth_and_width_keep_their_own_shapes() -> None:
     document = config()
     document["decoder"] |= {"num_hidden_layers": 3, "intermediate_size": 99, "num_attention_heads": 2, "head_dim": 8}
     document["decoder"]["layer_types"] = ["full_attention"] * 3
-    implied = {item.name: item.shape for item in implied_tensors(document, WHERE)}
+    implied = {item.name: item.shape for item in expected_tensors(document, WHERE)}
     assert implied["model.encoder.layers.17.mlp.up_proj.weight"] == (2048, 640)
     assert implied["model.decoder.layers.2.mlp.up_proj.weight"] == (99, 640)
     assert implied["model.decoder.layers.2.self_attn.q_proj.weight"] == (16, 640)
@@ -217,7 +217,7 @@ def test_I10_another_model_is_refused_saying_what_it_is(model_type: str | None) 
 def test_reading_leaves_the_config_as_it_is() -> None:
     document = config()
     before = deepcopy(document)
-    list(implied_tensors(document, WHERE))
+    list(expected_tensors(document, WHERE))
     assert json.dumps(document) == json.dumps(before)
 
 
