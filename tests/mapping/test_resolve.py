@@ -24,6 +24,8 @@ FIRST_SPELLINGS = {
 }
 COUNTS = {"layers": 8, "vision_layers": 2}
 ROWS = [row for row in find_map("gemma3").map.weights if row.from_ is not None and row.op.carries]
+SOME_ROWS = [next(row for row in ROWS if part in row.to) for part in ("embedding", "decoder", "vision", "projector")]
+"""A row of each kind; test_closed_world does the same to every tensor."""
 
 
 def name_of(row: Row) -> str:
@@ -44,14 +46,14 @@ def refusal(source: Path) -> CheckpointError:
     return caught.value
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.from_)
+@pytest.mark.parametrize("row", SOME_ROWS, ids=lambda row: row.from_)
 def test_I5_a_dropped_tensor_is_named(row: Row, demo_source: Path) -> None:
     name = name_of(row)
     edit(demo_source, lambda tensors: tensors.pop(name))
     assert refusal(demo_source).details == (f"missing: {name}",)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.from_)
+@pytest.mark.parametrize("row", SOME_ROWS, ids=lambda row: row.from_)
 def test_I5_a_renamed_tensor_is_named_with_the_nearest_name(row: Row, demo_source: Path) -> None:
     name = name_of(row)
     wrong = f"{name}s"
@@ -62,7 +64,7 @@ def test_I5_a_renamed_tensor_is_named_with_the_nearest_name(row: Row, demo_sourc
     )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.from_)
+@pytest.mark.parametrize("row", SOME_ROWS, ids=lambda row: row.from_)
 def test_I5_a_tensor_too_many_is_named(row: Row, demo_source: Path) -> None:
     name = name_of(row)
     twin = name.replace(".7.", ".8.").replace("layers.1.", "layers.2.") if "layers." in name else f"{name}_copy"
@@ -70,7 +72,7 @@ def test_I5_a_tensor_too_many_is_named(row: Row, demo_source: Path) -> None:
     assert refusal(demo_source).details == (f"unused: {twin}",)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.from_)
+@pytest.mark.parametrize("row", SOME_ROWS, ids=lambda row: row.from_)
 def test_I8_a_misshapen_tensor_is_named_with_both_shapes(row: Row, demo_source: Path) -> None:
     name = name_of(row)
     found: list[list[int]] = []
