@@ -170,7 +170,9 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
 def _usage_error(error: Any) -> UsageError:
     context = getattr(error, "ctx", None)
     hint = None if context is None else f"see {context.command_path} --help"
-    return UsageError(" ".join(error.format_message().split()), hint=hint)
+    # Newer versions of typer validate choices with pydantic, and show its prefix.
+    message = error.format_message().replace("Value error, ", "")
+    return UsageError(" ".join(message.split()), hint=hint)
 
 
 def _text(error: T5g2Error) -> str:

@@ -77,7 +77,7 @@ def test_options_of_the_writer_are_heard(t5g2: CommandLine, whole: Path, tmp_pat
 def test_a_part_that_there_is_not_is_refused(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
     result = t5g2("extract", whole, tmp_path / "out", "--part", "tower")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "'tower' is not one of" in result.err
+    assert "t5g2: Invalid value for '--part': 'tower' is not one of" in result.err
     assert "'encoder', 'decoder'" in result.err
     missing = t5g2("extract", whole, tmp_path / "out")
     assert missing.code == 2
