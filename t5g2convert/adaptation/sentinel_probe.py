@@ -1,13 +1,13 @@
-"""Which rows of the embedding table moved between a Gemma 3 and a T5Gemma 2: what tokens a release was trained with.
+"""Probing sentinels: which rows of the embedding table moved between a Gemma 3 and a T5Gemma 2.
 
-Sentinels and mode tokens of Google's training are not established. But a token that was read or written has moved its
-row far more than one that never was. Rows of tokens without a use of their own are therefore compared: `<unused…>`, and
-every id from 256000 on; without a tokenizer, all rows.
+The sentinels and mode tokens of Google's training are not established. But the row of a token that was read or written
+has moved far more than that of an unused token. The probe compares rows of tokens without a use of their own,
+`<unused...>` and every id from 256000 on; without a tokenizer, all rows.
 
-A row's distance is ||t - g|| / ||g||, of the T5Gemma 2's row t from the Gemma 3's row g. With one matrix for embedding
-and softmax every row drifts a little in training, used or not. So a row counts as moved where its distance is more than
-`factor` times what the stillest tenth of the compared rows stays below; where more than a tenth of them are exactly
-equal, any other row counts. Thousands of sentinels may thus have moved, and do not hide each other.
+The distance of a row is ||t - g|| / ||g||, with the T5Gemma 2's row t and the Gemma 3's row g. Embedding and softmax
+share one matrix, so every row drifts a little in training. A row counts as moved if its distance exceeds `factor` times
+the 10% quantile of the compared distances; if more than 10% of the rows are exactly equal, any other row counts.
+Thousands of moved sentinels do not hide each other.
 """
 
 import os
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FIRST_RESERVED: Final = 256_000
-"""From here on Gemma 3's table has rows that no text uses."""
+"""From this id on, Gemma 3's table has rows that no text uses."""
 
 FACTOR: Final = 10.0
-"""How many times the drift of still rows a row must have moved; not established, our default."""
+"""Multiple of the drift of still rows that counts as moved; not established, our default."""
 
 STILL: Final = 0.1
-"""The share of the compared rows that is taken to be still."""
+"""Share of the compared rows that is assumed to be still."""
 
 KNOWN: Final = {
     255_999: "begin of image", 256_000: "end of image", 256_001: "the image token of T5Gemma 2",
@@ -47,7 +47,7 @@ KNOWN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class MovedRange:
-    """Rows side by side that moved: the first and last id, their count, and their median and largest distance."""
+    """Adjacent rows that moved: first and last id, count, and median and largest distance."""
 
     first: int
     last: int
@@ -59,18 +59,18 @@ class MovedRange:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What was found.
+    """The result of a probe.
 
     Attributes:
         rows: Rows that both tables have.
-        compared: Those that were looked at, as they have no use of their own.
-        equal: Those of them that are exactly the same.
-        still: Distance that the stillest tenth of the compared rows stays below.
+        compared: Compared rows, without a use of their own.
+        equal: Exactly equal rows among them.
+        still: 10% quantile of their distances.
         median: Median of their distances.
-        largest: The largest of them.
+        largest: Largest of their distances.
         threshold: Distance above which a row counts as moved.
-        ranges: The rows that moved, by runs of ids, the last first: sentinels would descend from the last id.
-        notes: What a reader must know.
+        ranges: Moved rows as runs of ids, last first, since sentinels would descend from the last id.
+        notes: Notes for the reader.
     """
 
     rows: int
@@ -85,11 +85,11 @@ class Probe:
 
     @property
     def moved(self) -> int:
-        """How many rows moved."""
+        """Number of moved rows."""
         return sum(item.count for item in self.ranges)
 
     def to_json(self) -> dict[str, Any]:
-        """What `t5g2 probe-sentinels --json` prints; a row of zeros that moved has no distance, which is null."""
+        """Return what `t5g2 probe-sentinels --json` prints; an infinite distance, of a row of zeros, is null."""
         document = {**asdict(self), "moved": self.moved, "ranges": [asdict(item) for item in self.ranges]}
         return {**_finite(document), "ranges": [_finite(item) for item in document["ranges"]]}
 
@@ -98,26 +98,26 @@ def probe(gemma3: Origin, t5gemma2: Origin, *, factor: float = FACTOR, progress:
     """Compare the embedding tables of two checkpoints, a block of rows at a time.
 
     Args:
-        gemma3: A folder; as a str also a model of the Hub, of which the file with the table is downloaded.
-        t5gemma2: The same, of what was made of it and trained; or any later checkpoint.
-        factor: How many times the distance of the stillest tenth of rows a row must have moved.
-        progress: Told of the bytes that were read.
+        gemma3: A folder, or as a str also a model of the Hub; only the file with the table is downloaded.
+        t5gemma2: The same for the trained model, or any later checkpoint.
+        factor: Multiple of the 10% quantile that counts as moved.
+        progress: Called with the number of bytes just read.
 
     Raises:
-        CheckpointError: A checkpoint is not sound, has no table or another width, or holds NaN or infinity there.
-        HubError: The Hub does not have a model or give it out, or cannot be reached.
-        UsageError: The factor has no meaning.
+        CheckpointError: A checkpoint is damaged, has no table or another width, or has NaN or infinity in it.
+        HubError: The Hub does not have a model, denies access, or cannot be reached.
+        UsageError: The factor is negative.
     """
     import numpy as np
 
     if not factor >= 0:
-        raise UsageError(f"a factor of {factor} has no meaning", hint="0 or more")
+        raise UsageError(f"--factor must be 0 or more, got {factor}")
     checkpoints = [open_source(origin) for origin in (gemma3, t5gemma2)]
     found = [_table_of(checkpoint) for checkpoint in checkpoints]
     sizes = [stored.entry.shape for _, stored in found]
     if sizes[0][1] != sizes[1][1]:
         raise CheckpointError(
-            f"its rows have {sizes[1][1]} values, those of {checkpoints[0].name} {sizes[0][1]}: no common space",
+            f"its rows have {sizes[1][1]} values, but those of {checkpoints[0].name} have {sizes[0][1]}",
             where=checkpoints[1].path,
         )
     rows = min(sizes[0][0], sizes[1][0])
@@ -145,13 +145,13 @@ def probe(gemma3: Origin, t5gemma2: Origin, *, factor: float = FACTOR, progress:
 
 
 def _table_of(checkpoint: Checkpoint) -> tuple[str, StoredTensor]:
-    """The name of the embedding table, and where it lies; of an encoder-decoder that has it twice the encoder's."""
+    """Return the name and location of the embedding table; of two in an encoder-decoder, the encoder's."""
     found = {name: stored for name, stored in checkpoint.tensors.items() if name.endswith("embed_tokens.weight")}
     encoders = {name: stored for name, stored in found.items() if "decoder." not in name}
     found = encoders or found
     if len(found) != 1:
-        told = "no embedding table" if not found else f"{len(found)} embedding tables"
-        raise CheckpointError(f"has {told}, expected one embed_tokens.weight", where=checkpoint.path)
+        count = "no embedding table" if not found else f"{len(found)} embedding tables"
+        raise CheckpointError(f"has {count}, expected one embed_tokens.weight", where=checkpoint.path)
     ((name, stored),) = found.items()
     if len(stored.entry.shape) != 2 or stored.entry.dtype not in CONFIG_NAMES:
         raise CheckpointError(f"{name} is {stored.entry.dtype} {list(stored.entry.shape)}", where=checkpoint.path)
@@ -171,12 +171,12 @@ def _opened(checkpoint: Checkpoint, name: str, stored: StoredTensor, stack: Exit
 
 
 def _candidates(checkpoints: list[Checkpoint], rows: int) -> tuple["NDArray[np.bool_]", list[str]]:
-    """The rows of tokens without a use of their own; all, where no checkpoint tells the names of its tokens."""
+    """Return the rows of tokens without a use of their own; all rows without a tokenizer."""
     import numpy as np
 
     named = next((each for each in checkpoints if each.holds(TOKENIZER_FILE)), None)
     if named is None:
-        return np.ones(rows, np.bool_), ["neither has a tokenizer.json: all rows are compared, used or not"]
+        return np.ones(rows, np.bool_), ["neither has a tokenizer.json, so all rows are compared"]
     fetch(named, [TOKENIZER_FILE])
     path = named.path / TOKENIZER_FILE
     chosen = np.arange(rows) >= FIRST_RESERVED
@@ -193,12 +193,12 @@ def _candidates(checkpoints: list[Checkpoint], rows: int) -> tuple["NDArray[np.b
 
 
 def _distances(before: Table, after: Table, rows: int, progress: Progress) -> "NDArray[np.float64]":
-    """||after - before|| / ||before|| by row; infinite where a row of zeros has moved."""
+    """Return ||after - before|| / ||before|| by row; infinite if a row of zeros moved."""
     import numpy as np
 
     distances, at = np.empty(rows), 0
     for one, other in paired_blocks(before, after, rows, progress):
-        # Before the square: a difference of small numbers is not to vanish in it.
+        # Subtract before squaring, so that small differences do not vanish.
         size, way = np.linalg.norm(one, axis=1), np.linalg.norm(other - one, axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             distances[at : at + len(one)] = np.where((one == other).all(axis=1), 0.0, way / size)
@@ -207,7 +207,7 @@ def _distances(before: Table, after: Table, rows: int, progress: Progress) -> "N
 
 
 def _ranges(moved: "NDArray[np.int64]", distances: "NDArray[np.float64]") -> Iterator[MovedRange]:
-    """Runs of ids that moved, in their order; one that is known for something stands alone."""
+    """Yield runs of moved ids in order; an id with a known meaning is its own run."""
     import numpy as np
 
     breaks = [

@@ -10,25 +10,24 @@ if TYPE_CHECKING:
     from t5g2convert.adaptation.sentinel_probe import Probe
 
 SHOWN_RANGES = 40
-"""Ranges that are printed; `--json` has all."""
+"""Ranges printed; `--json` lists all."""
 
 
 def probe_sentinels(
     gemma3: Annotated[str, typer.Argument(help="A Gemma 3 folder, or a model of the Hub: org/name[@revision].")],
-    t5gemma2: Annotated[str, typer.Argument(help="A T5Gemma 2 that was made of it and trained; a folder or model.")],
+    t5gemma2: Annotated[str, typer.Argument(help="A T5Gemma 2 trained from it: a folder or model.")],
     factor: Annotated[
         float,
         typer.Option(
             "--factor",
-            help="A row moved if its distance is more than so many times that of the stillest tenth. Not established; "
-            "our default.",
+            help="A row moved if its distance exceeds this multiple of the 10% quantile. Not established; our default.",
             min=0,
         ),
     ] = 10.0,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Which unused rows of the embedding moved between two checkpoints: what tokens a release was trained with."""
+    """Find the unused rows of the embedding that moved between two checkpoints: the sentinels of a training."""
     from t5g2convert.adaptation.sentinel_probe import probe
 
     found = probe(gemma3, t5gemma2, factor=factor)
@@ -41,12 +40,11 @@ def probe_sentinels(
 def _print(found: "Probe") -> None:
     out = console()
     out.print(
-        f"{found.compared:,} of {found.rows:,} rows were compared; {found.equal:,} of them are exactly equal, "
-        f"{found.moved:,} moved",
+        f"{found.compared:,} of {found.rows:,} rows compared; {found.equal:,} are exactly equal, {found.moved:,} moved",
         soft_wrap=True,
     )
     out.print(
-        f"distance of a row: {found.still:.3g} for the stillest tenth, median {found.median:.3g}, largest "
+        f"distance of a row: 10% quantile {found.still:.3g}, median {found.median:.3g}, largest "
         f"{found.largest:.3g}; moved is more than {found.threshold:.3g}",
         soft_wrap=True,
     )
@@ -57,5 +55,5 @@ def _print(found: "Probe") -> None:
             shown.add_row(ids, f"{item.count:,}", f"{item.median:.3g}", f"{item.largest:.3g}", item.known or "")
         out.print(shown)
     if len(found.ranges) > SHOWN_RANGES:
-        out.print(f"and {len(found.ranges) - SHOWN_RANGES:,} ranges more; --json lists all")
+        out.print(f"and {len(found.ranges) - SHOWN_RANGES:,} more ranges; --json lists all")
     print_notes(found.notes)

@@ -263,7 +263,7 @@ def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Pa
 @pytest.mark.usefixtures("one_process")
 def test_a_folder_that_another_process_trains_into_is_refused(small: Path, tmp_path: Path) -> None:
     request = request_of(small, tmp_path / "run", settings_of(steps=2))
-    with locked(tmp_path / "run"), pytest.raises(OutputError, match="another process is training into this folder"):
+    with locked(tmp_path / "run"), pytest.raises(OutputError, match="another process is training in this folder"):
         run(changed(request, resume=True))
     run(request)
     check_same(tmp_path / "run", json.loads((tmp_path / "run/run.json").read_text()))
@@ -336,7 +336,7 @@ def description(trained: Path) -> dict[str, Any]:
         (_no_record, "is missing"),
         (_edited("settings_sha256", "0" * 64), "settings_sha256 is 0000"),
         (_edited("objective_sha256", "0" * 64), "objective_sha256 is 0000"),
-        (_edited("step", 40), "says that it is of step 40"),
+        (_edited("step", 40), "is the checkpoint of step 40, renamed"),
         (_edited("format", 3), "format"),
         (_edited("format", 1), r"has format 1 \(t5g2convert 0\.1\.0\)"),
     ],
@@ -412,10 +412,10 @@ def test_another_run_is_not_gone_on_with_and_the_difference_is_named(
 
 def test_a_changed_run_json_is_refused(copied: Path, description: dict[str, Any]) -> None:
     (copied / "run.json").write_text(json.dumps({**description, "settings_sha256": "0" * 64}))
-    with pytest.raises(CheckpointError, match="does not fit its settings"):
+    with pytest.raises(CheckpointError, match="does not match the settings"):
         check_same(copied, description)
     (copied / "run.json").unlink()
-    with pytest.raises(CheckpointError, match="no run to go on with"):
+    with pytest.raises(CheckpointError, match="there is no run to resume"):
         check_same(copied, description)
 
 
@@ -523,9 +523,9 @@ def test_a_teacher_that_does_not_fit_is_refused(small: Path, twin_folder: TwinFo
     check_teacher(twin_folder("images-with-fill"), vocabulary=262_144, longest=100)
     with pytest.raises(CheckpointError, match="a vocabulary of 256"):
         check_teacher(small / "parent", vocabulary=300, longest=10)
-    with pytest.raises(CheckpointError, match="reads 512 tokens at most"):
+    with pytest.raises(CheckpointError, match="reads at most 512 tokens"):
         check_teacher(small / "parent", vocabulary=256, longest=513)
-    with pytest.raises(CheckpointError, match="is no teacher"):
+    with pytest.raises(CheckpointError, match="cannot be distilled: expected a Gemma 3"):
         check_teacher(small / "model", vocabulary=256, longest=10)
 
 

@@ -225,7 +225,7 @@ def test_another_model_than_the_one_that_was_trained_is_refused(run_of: Runs, tm
     data = bytearray((model / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (model / "model.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what t5g2\.json beside it tells of"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors differs from its sha256 in t5g2\.json"):
         run.average(1, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
 

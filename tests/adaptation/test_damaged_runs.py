@@ -140,7 +140,7 @@ def test_T5_a_setting_that_was_edited_is_named(run: Path) -> None:
         document = describe(SETTINGS, model="a" * 64, model_folder=run, data=DATA, versions={})
         document["settings"][name] = value
         path.write_text(json.dumps(document))
-        with pytest.raises(CheckpointError, match=r"run\.json: settings: one( of the objective)? was changed after"):
+        with pytest.raises(CheckpointError, match=r"run\.json: settings: one( of the objective)? was modified after"):
             read_history(run)
         document["settings"][name] = "x"
         path.write_text(json.dumps(document))

@@ -138,7 +138,7 @@ def test_weights_that_were_damaged_since_are_refused(run: Path, model: Path) -> 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    refused(run, model, CheckpointError, r"model\.safetensors is not what t5g2\.json beside it tells of")
+    refused(run, model, CheckpointError, r"model\.safetensors differs from its sha256 in t5g2\.json")
 
 
 def test_a_damaged_checkpoint_is_refused(run: Path, model: Path) -> None:

@@ -66,7 +66,7 @@ def test_nothing_moved_gives_none(twin_folder: TwinFolder, converted_twin: TwinF
     assert found.ranges == ()
     assert (found.moved, found.equal, found.largest) == (0, found.compared, 0.0)
     assert found.compared == 262_144
-    assert found.notes == ("neither has a tokenizer.json: all rows are compared, used or not",)
+    assert found.notes == ("neither has a tokenizer.json, so all rows are compared",)
 
 
 def test_most_of_the_rows_may_have_moved(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> None:
@@ -128,9 +128,9 @@ def test_a_row_of_zeros_that_moved_is_infinitely_far(
 def test_models_without_a_common_space_are_refused(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="its rows have 24 values, those of donor-wide 32: no common space"):
+    with pytest.raises(CheckpointError, match="its rows have 24 values, but those of donor-wide have 32"):
         probe(twin_folder("donor-wide"), converted_twin("text-8"))
-    with pytest.raises(UsageError, match="a factor of -1 has no meaning"):
+    with pytest.raises(UsageError, match="--factor must be 0 or more, got -1"):
         probe(twin_folder("text-8"), converted_twin("text-8"), factor=-1)
     bad = trained(converted_twin("text-8"), tmp_path / "bad", [])
     tensors = load_file(bad / "model.safetensors")

@@ -19,7 +19,7 @@ def test_the_ranges_are_shown(
     output = trained(converted_twin("text-8"), tmp_path / "out", [280, 298, 299])
     shown = t5g2("probe-sentinels", twin_folder("text-8"), output)
     assert shown.code == 0
-    assert "300 of 300 rows were compared; 297 of them are exactly equal, 3 moved" in shown.out
+    assert "300 of 300 rows compared; 297 are exactly equal, 3 moved" in shown.out
     assert "299 down to 298" in shown.out
     assert "neither has a tokenizer.json" in shown.err
     document = json.loads(t5g2("probe-sentinels", twin_folder("text-8"), output, "--json").out)
@@ -32,5 +32,5 @@ def test_nothing_is_shown_where_nothing_moved(
     twin_folder: TwinFolder, converted_twin: TwinFolder, t5g2: CommandLine
 ) -> None:
     shown = t5g2("probe-sentinels", twin_folder("text-8"), converted_twin("text-8"))
-    assert "300 of them are exactly equal, 0 moved" in shown.out
+    assert "300 are exactly equal, 0 moved" in shown.out
     assert "ids that moved" not in shown.out

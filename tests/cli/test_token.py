@@ -153,7 +153,7 @@ def test_H6_a_token_in_an_address_given_for_a_folder_is_not_repeated(
     """Errors end up in logs; the argument itself is known to whoever typed it."""
     done = run(work, token, " ".join([line.replace("URL", form.format(token)), *option]))
     assert done.returncode == (5 if line.endswith("SOURCE URL") else 3)
-    assert "an address (https://...)" in done.stderr
+    assert "got an address (https://...)" in done.stderr
     assert token not in done.stdout + done.stderr
     assert holders(work, token) == []
 

@@ -1,4 +1,4 @@
-"""Documents of text files, JSONL, Parquet and data sets, one at a time, in the order of their files."""
+"""Documents from text files, JSONL, Parquet and data sets, one at a time, in file order."""
 
 import json
 import logging
@@ -18,24 +18,24 @@ from t5g2convert.progress import Progress
 SUFFIXES: Final = (".txt", ".jsonl", ".parquet")
 
 LONGEST: Final = 16 << 20
-"""Bytes of a document, or of a line of JSON, at most: the tokenizer takes a document as a whole, and about 120 bytes of
-memory a character, so 2 GB here (measured, tokenizers 0.23)."""
+"""Most bytes of a document, or of a line of JSON. The tokenizer takes whole documents and needs about 120 bytes of
+memory per character, 2 GB at this limit (measured with tokenizers 0.23)."""
 
 ROWS: Final = 64
-"""Rows of a Parquet file that are decoded at once."""
+"""Rows of a Parquet file decoded at once."""
 
 COLUMN_BYTES: Final = 1 << 20
-"""Bytes of a column that are read from a Parquet file at once."""
+"""Bytes of a Parquet column read at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text, and the pictures that it is about.
+    """A text with its images.
 
     Attributes:
-        where: The file, and the line or row in it, for errors.
+        where: The file with the line or row, for errors.
         text: The text.
-        images: Files of its pictures, in the order of their places.
+        images: Image files, in the order of their positions.
     """
 
     where: str
@@ -52,12 +52,12 @@ class Fault:
 
 
 def files_of(inputs: Iterable[Path]) -> Iterator[Path]:
-    """The files to read: those given, and in a folder all that end in .txt, .jsonl or .parquet, ordered by name.
+    """Yield the files to read: in a folder, all that end in .txt, .jsonl or .parquet, ordered by name.
 
-    Hidden files and folders are left out, and links to folders are not followed.
+    Hidden files and folders are skipped, and links to folders are not followed.
 
     Raises:
-        DataError: An input is missing, cannot be read, is of another kind, or is a folder without such files.
+        DataError: An input is missing, cannot be read, or is a folder without such files.
         UsageError: A file has another ending.
     """
     for given in inputs:
@@ -67,7 +67,7 @@ def files_of(inputs: Iterable[Path]) -> Iterator[Path]:
                 found = True
                 yield path
             if not found:
-                raise DataError(f"holds no file that ends in {', '.join(SUFFIXES)}", where=given)
+                raise DataError(f"has no file that ends in {', '.join(SUFFIXES)}", where=given)
         elif not given.exists():
             raise DataError("no such file or folder", where=given)
         elif given.suffix.lower() not in SUFFIXES:
@@ -92,17 +92,17 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _regular(path: Path) -> Path:
     if not path.is_file():
-        raise DataError("is not a readable file" if path.exists() else "is a broken link", where=path)
+        raise DataError("is not a readable file" if path.exists() else "is a broken symlink", where=path)
     return path
 
 
 def read_files(inputs: Iterable[Path], column: str, progress: Progress) -> Iterator[Document | Fault]:
-    """All documents of all inputs, and in the place of those that cannot be read, why.
+    """Yield all documents of all inputs; a document that cannot be read is replaced by a `Fault`.
 
     Args:
         inputs: Files and folders; see `files_of`.
-        column: The key or column that holds the text, in JSONL and Parquet.
-        progress: Told of what is read.
+        column: Key or column with the text, in JSONL and Parquet.
+        progress: Called with the number of bytes just read.
 
     Raises:
         DataError: A file cannot be read at all, or a Parquet file lacks the column.
@@ -121,24 +121,24 @@ def read_files(inputs: Iterable[Path], column: str, progress: Progress) -> Itera
 
 
 def read_dataset(name: str, split: str, column: str, subset: str | None = None) -> Iterator[Document | Fault]:
-    """All documents of a data set of the Hub, or of a folder that the datasets library reads, streamed.
+    """Stream the documents of a data set of the Hub, or of a folder that the datasets library reads.
 
     Args:
         name: `org/name`, or a folder.
-        split: As `train`.
-        column: The column that holds the text.
-        subset: The configuration, where the data set has several.
+        split: For example `train`.
+        column: Column with the text.
+        subset: Configuration, if the data set has several.
 
     Raises:
         DataError: The library cannot read it, or it lacks the column.
-        HubError: The Hub does not have it or give it out, or cannot be reached.
+        HubError: The Hub does not have it, denies access, or cannot be reached.
         UsageError: The library is not installed.
     """
     datasets = _imported("datasets")
     where = f"{name}[{split}]"
     try:
         datasets.disable_progress_bars()
-        # What it says while it tries again holds addresses.
+        # Its messages about retries contain addresses.
         datasets.logging.set_verbosity(logging.CRITICAL)
         rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
         for number, row in enumerate(rows, 1):
@@ -154,36 +154,36 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
 
 
 def _dataset_error(error: Exception, name: str, where: str, datasets: Any) -> T5g2Error:
-    """The error for what the datasets library raised; of a data set of the Hub none of its text is repeated.
+    """Translate an error of the datasets library; for a data set of the Hub, its text is not repeated.
 
-    Servers are quoted in it, and these may quote the token.
+    It quotes servers, which may quote the token.
     """
     local = Path(name).exists()
     absent = "no such folder, and no such data set on the Hub"
     if (known := network_error(error, name if local else f"datasets/{name}", absent=absent)) is not None:
         return known
-    told = " ".join(without_token(str(error)).split())
+    text = " ".join(without_token(str(error)).split())
     if local:
-        return DataError(f"cannot be read as a data set: {told or type(error).__name__}", where=where)
+        return DataError(f"cannot be read as a data set: {text or type(error).__name__}", where=where)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return DataError(absent, where=where)
-    # Names of splits and configurations are no text of a server.
-    names = ", ".join(re.findall(r"'([\w.-]{1,60})'", told.partition("[")[2])) or "those that its page on the Hub lists"
-    if "Unknown split" in told:
+    # Names of splits and configurations do not come from a server.
+    names = ", ".join(re.findall(r"'([\w.-]{1,60})'", text.partition("[")[2])) or "those that its page on the Hub lists"
+    if "Unknown split" in text:
         return DataError("has no such split", where=where, hint=f"--split takes one of {names}")
-    if "Config name is missing" in told or "BuilderConfig" in told:
-        reason = "has several configurations, or none of that name"
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        reason = "has several configurations, or none with that name"
         return DataError(reason, where=where, hint=f"--subset takes one of {names}")
     return DataError(f"cannot be read as a data set ({type(error).__name__})", where=where)
 
 
 def _read_text(path: Path, progress: Progress) -> Document | Fault:
-    """A whole file as one document."""
+    """Read a whole file as one document."""
     with path.open("rb") as file:
         data = file.read(LONGEST + 1)
     progress(path.stat().st_size)
     if len(data) > LONGEST:
-        return Fault(str(path), f"is longer than {LONGEST} bytes, the most that a document may have; split it")
+        return Fault(str(path), f"is longer than {LONGEST} bytes, the limit for a document; split it")
     try:
         return _checked(str(path), data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -199,7 +199,7 @@ def _read_lines(path: Path, column: str, progress: Progress) -> Iterator[Documen
             progress(len(line))
             where = f"{path}:{number}"
             if len(line) > LONGEST:
-                yield Fault(where, f"is longer than {LONGEST} bytes, the most that a line may have; split it")
+                yield Fault(where, f"is longer than {LONGEST} bytes, the limit for a line; split it")
                 while line and not line.endswith(b"\n"):
                     line = file.readline(LONGEST)
                     progress(len(line))
@@ -228,13 +228,13 @@ def _row(line: bytes, where: str, folder: Path, column: str) -> Document | Fault
     for name in images:
         path = Path(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-            return Fault(where, f"the picture {name!r} is not a file below the folder of the JSONL")
+            return Fault(where, f"the image {name!r} is not a file below the folder of the JSONL")
     return _checked(where, row[column], tuple(folder / name for name in images))
 
 
 def _read_parquet(path: Path, column: str, progress: Progress) -> Iterator[Document | Fault]:
     pyarrow, parquet = _imported("pyarrow"), _imported("pyarrow.parquet")
-    size, told = path.stat().st_size, 0
+    size, reported = path.stat().st_size, 0
     try:
         with parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=COLUMN_BYTES) as file:
             names = file.schema_arrow.names
@@ -246,8 +246,8 @@ def _read_parquet(path: Path, column: str, progress: Progress) -> Iterator[Docum
                 for value in batch.column(0):
                     number += 1
                     yield _parquet_row(f"{path}:{number}", value)
-                progress(size * number // rows - told)
-                told = size * number // rows
+                progress(size * number // rows - reported)
+                reported = size * number // rows
     except pyarrow.ArrowException as error:
         raise DataError(f"cannot be read as Parquet: {' '.join(str(error).split())}", where=path) from None
 
@@ -260,21 +260,21 @@ def _parquet_row(where: str, value: Any) -> Document | Fault:
 
 
 def _checked(where: str, text: object, images: tuple[Path, ...] = ()) -> Document | Fault:
-    """A document, if its text is one."""
+    """Return a document, or a fault if its text is not valid."""
     if not isinstance(text, str):
         return Fault(where, f"the text is {'null' if text is None else f'of type {type(text).__name__}'}")
     if "\0" in text:
-        return Fault(where, f"holds NUL at character {text.index(chr(0))}: this is not text")
+        return Fault(where, f"contains NUL at character {text.index(chr(0))}: it is not text")
     if not is_text(text):
-        return Fault(where, "holds half of a surrogate pair")
+        return Fault(where, "contains half of a surrogate pair")
     if len(text) > LONGEST:
-        return Fault(where, f"is longer than {LONGEST} characters, the most that a document may have; split it")
+        return Fault(where, f"is longer than {LONGEST} characters, the limit for a document; split it")
     return Document(where, text, images)
 
 
 def _refuse_images(columns: Iterable[str], where: str) -> None:
     if "images" in columns:
-        raise DataError("has a column 'images': pictures are read from JSONL alone", where=where)
+        raise DataError("has a column 'images', but images are read only from JSONL", where=where)
 
 
 def _named(columns: Iterable[str]) -> str:
@@ -288,4 +288,4 @@ def _imported(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise UsageError(f"{name} needs the extra: pip install 't5g2convert[adapt]'") from None
+        raise UsageError(f"{name} is not installed: pip install 't5g2convert[adapt]'") from None

@@ -1,4 +1,4 @@
-"""Pictures: their places in a document, whether they can be read, and the pixels that the model looks at."""
+"""Images: their positions in a document, checks of their files, and their pixels for the model."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PLACEHOLDER: Final = "<start_of_image>"
-"""Stands in a text where a picture does."""
+"""Marks the position of an image in a text."""
 
 ENDINGS: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff", "PPM": "ppm"}
-"""Kinds of pictures that are read; no others, since pillow starts other programs for some."""
+"""Supported formats and their extensions; pillow starts other programs for some others."""
 
 
 def text_pieces(text: str, images: int) -> list[str]:
-    """The texts before, between and behind the pictures of a document, with the blank lines that Gemma 3 has there.
+    """Split a document into the texts around its images, with the blank lines that Gemma 3 puts there.
 
     Raises:
-        ValueError: The text has places for another number of pictures, or nothing behind the last.
+        ValueError: The text has another number of placeholders, or nothing after the last.
     """
     places = text.count(PLACEHOLDER)
     if not places:
         text, places = PLACEHOLDER * images + text, images
     if places != images:
-        raise ValueError(f"has {images} picture(s), and {PLACEHOLDER} {places} time(s)")
+        raise ValueError(f"has {images} image(s), but {PLACEHOLDER} {places} time(s)")
     pieces = text.split(PLACEHOLDER)
     if not pieces[-1].strip():
-        raise ValueError("ends with a picture: nothing is left to be learnt")
+        raise ValueError("ends with an image: no text is left to learn")
     blank = "\n\n"
     return f"{blank}{PLACEHOLDER}{blank}".join(pieces).split(PLACEHOLDER)
 
 
 def with_images(pieces: Sequence[NDArray[np.uint32]], tokens: ModelTokens) -> NDArray[np.uint32]:
-    """The pieces of a document with the tokens of a picture between each two, [tokens]."""
+    """Join the pieces of a document with the tokens of an image between them, [tokens]."""
     picture = np.array([tokens.boi, *[tokens.image] * tokens.per_image, tokens.eoi], dtype=np.uint32)
     joined = [pieces[0]]
     for piece in pieces[1:]:
@@ -55,10 +55,10 @@ def with_images(pieces: Sequence[NDArray[np.uint32]], tokens: ModelTokens) -> ND
 
 
 def check_picture(path: Path) -> str:
-    """Decode a picture to see whether it can be; the ending that its file should have.
+    """Decode an image, and return the extension for its file.
 
     Raises:
-        ValueError: It is missing, damaged, of another kind, or so large that it would take gigabytes.
+        ValueError: It is missing, damaged, of another format, or so large that it would take gigabytes.
     """
     with _opened(path) as image:
         kind = image.format or ""
@@ -67,21 +67,20 @@ def check_picture(path: Path) -> str:
 
 
 def pixel_values(paths: Sequence[Path], model: Path) -> NDArray[np.float32]:
-    """The pixels of pictures as transformers' image processor of the model's folder gives them, bit for bit.
+    """Return the pixels of images exactly as transformers' pillow-based image processor for the model's folder.
 
-    This is its processor for pillow, given the paths. With torchvision installed, transformers resizes by other
-    arithmetic, and is not followed.
+    With torchvision installed, transformers resizes with other arithmetic, which is not reproduced.
 
     Args:
-        paths: Picture files.
+        paths: Image files.
         model: The folder of a converted model.
 
     Returns:
-        [pictures, 3, side, side].
+        [images, 3, side, side].
 
     Raises:
-        CheckpointError: The processor's settings are none, or ask for what is not done here.
-        DataError: A file is no picture.
+        CheckpointError: The processor's settings are missing or not supported.
+        DataError: A file is not an image.
     """
     settings = _processor(model)
     result = np.empty((len(paths), 3, settings.height, settings.width), dtype=np.float32)
@@ -101,7 +100,7 @@ def _opened(path: Path) -> Iterator["Image"]:
     if not path.is_file():
         raise ValueError("is not a file" if path.exists() else "no such file")
     with warnings.catch_warnings():
-        # Pillow warns of a picture that is suspiciously large, and refuses one that is twice so.
+        # Pillow warns about a very large image, and refuses one of twice that size.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -109,16 +108,16 @@ def _opened(path: Path) -> Iterator["Image"]:
                 yield image
         except UnidentifiedImageError:
             raise_interruption()
-            raise ValueError(f"is no picture that is read here: {', '.join(ENDINGS)}") from None
+            raise ValueError(f"is not an image of a supported format ({', '.join(ENDINGS)})") from None
         except (ValueError, T5g2Error):
             raise
-        except Exception as error:  # noqa: BLE001 - pillow's readers raise whatever a damaged file makes them raise
+        except Exception as error:  # noqa: BLE001 - pillow's readers raise anything for a damaged file
             raise_interruption()
-            raise ValueError(f"cannot be read as a picture: {error}") from None
+            raise ValueError(f"cannot be read as an image: {error}") from None
 
 
 def _upright(image: "Image") -> "Image":
-    """Turned as its EXIF says, in RGB; a colour that is declared transparent becomes white, as in transformers 5.23."""
+    """Return an image in RGB, rotated as its EXIF data says; transparency becomes white, as in transformers 5.23."""
     from PIL import Image, ImageOps
 
     turned = ImageOps.exif_transpose(image).convert("RGB")
@@ -134,7 +133,7 @@ class _Size(ConfigSection):
 
 
 class _Processor(ConfigSection):
-    """The settings of Gemma 3's image processor; a default is what it has where a file says nothing."""
+    """The settings of Gemma 3's image processor, with its defaults."""
 
     do_resize: Literal[True, None] = True
     do_rescale: Literal[True, None] = True
@@ -155,11 +154,11 @@ class _Processor(ConfigSection):
         return self.size.width
 
     def apply(self, image: "Image") -> NDArray[np.float32]:
-        """Pixels of a picture in RGB, [3, height, width]."""
+        """Return the pixels of an RGB image, [3, height, width]."""
         from PIL import Image
 
         resized = image.resize((self.width, self.height), Image.Resampling(self.resample))
-        # In float64 first, and rounded once: so transformers does it.
+        # In float64 and rounded once, as in transformers.
         scaled = (np.asarray(resized).astype(np.float64) * float(self.rescale_factor)).astype(np.float32)
         mean, deviation = (np.array(each, dtype=np.float32) for each in (self.image_mean, self.image_std))
         pixels: NDArray[np.float32] = (scaled - mean) / deviation
@@ -177,8 +176,8 @@ def _processor(model: Path) -> _Processor:
                 found = parse_section(_Processor, section, path, key or "")
                 if (found.height, found.width) != (side, side):
                     raise CheckpointError(
-                        f"resizes to {found.width} x {found.height}, the vision tower looks at {side} x {side}",
+                        f"resizes to {found.width} x {found.height}, but the vision tower expects {side} x {side}",
                         where=path,
                     )
                 return found
-    raise CheckpointError("has no processor_config.json: nothing tells how pictures become pixels", where=model)
+    raise CheckpointError("has no processor_config.json, which defines the pixels of images", where=model)

@@ -1,4 +1,4 @@
-"""index.json of packed data: what there is, for which model, with the sha256 of every file."""
+"""index.json of packed data: its contents, the model it was packed for, and the sha256 of every file."""
 
 import hashlib
 import os
@@ -35,7 +35,7 @@ class ShardEntry(_Section):
 
 
 class StreamEntry(_Section):
-    """Documents, one behind the other in shards."""
+    """Documents, concatenated in shards."""
 
     documents: Count
     tokens: Count
@@ -44,7 +44,7 @@ class StreamEntry(_Section):
 
 
 class PicturesEntry(_Section):
-    """The pictures: places in documents, files, and bytes of all files."""
+    """Images: positions in documents, files, and bytes of all files."""
 
     places: Count
     files: Count
@@ -53,7 +53,7 @@ class PicturesEntry(_Section):
 
 
 class TokensEntry(_Section):
-    """The ids of the model that the data was packed for."""
+    """Token ids of the model that the data was packed for."""
 
     vocabulary: Size
     bos: Id | None
@@ -83,16 +83,16 @@ class Index(_Section):
 
 
 def read_index(folder: Path) -> tuple[Index, str]:
-    """Read index.json; it and its sha256, hexadecimal.
+    """Read index.json; return it and its sha256, hexadecimal.
 
     Raises:
-        DataError: It is missing, or is none.
+        DataError: It is missing or not valid.
     """
     if scheme := scheme_of(folder):
-        raise DataError(f"an address ({scheme}//...) was given, expected a folder that t5g2 pack wrote")
+        raise DataError(f"expected a folder written by t5g2 pack, got an address ({scheme}//...)")
     path = folder / INDEX_FILE
     if not os.path.lexists(path):
-        raise DataError("is missing: no folder of packed data", where=path, hint="t5g2 pack writes one")
+        raise DataError("is missing: this is not a folder of packed data", where=path, hint="t5g2 pack writes one")
     check_regular(path)
     try:
         with path.open("rb") as file:
@@ -115,10 +115,10 @@ def read_index(folder: Path) -> tuple[Index, str]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is not a file: a pipe or a device would be waited for.
+    """Refuse a path that is not a regular file: reading a pipe or a device would block.
 
     Raises:
-        DataError: It is none, or cannot be read.
+        DataError: It is not a regular file, or cannot be read.
     """
     try:
         regular_file(path)
@@ -127,5 +127,5 @@ def check_regular(path: Path) -> None:
 
 
 def tokens_entry(tokens: ModelTokens) -> TokensEntry:
-    """A model's ids, as the index has them."""
+    """Return a model's token ids as an entry of the index."""
     return TokensEntry(**{name: getattr(tokens, name) for name in TokensEntry.model_fields})

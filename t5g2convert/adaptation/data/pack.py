@@ -1,4 +1,4 @@
-"""Packing: documents become token ids in memory-mapped shards, once, so that training only reads."""
+"""Packing: documents are tokenized once, into memory-mapped shards that training reads."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -36,23 +36,23 @@ from t5g2convert.conversion.write.staging import Staging
 from t5g2convert.errors import DataError, OutputError, UsageError
 
 BATCH_CHARACTERS: Final = 1 << 20
-"""Characters that are made into tokens together, at most one document more."""
+"""Characters tokenized at once, plus at most one document."""
 
 BATCH_DOCUMENTS: Final = 4096
 
 MAX_FAULTS: Final = 100
-"""Documents that cannot be packed, after which no more are looked at."""
+"""Faulty documents after which packing stops."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """What was packed.
+    """The result of packing.
 
     Attributes:
         output: The folder.
         index: Its index.
-        sha256: Of index.json: the identity of the data.
-        notes: What a user should know of this packing.
+        sha256: sha256 of index.json, the identity of the data.
+        notes: Notes for the user.
     """
 
     output: Path
@@ -61,7 +61,7 @@ class Packing:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `t5g2 pack --json`."""
+        """Return what `t5g2 pack --json` prints."""
         index = self.index
         return {
             "output": str(self.output),
@@ -129,19 +129,19 @@ pack = takes_options(PackOptions)(pack_documents)
 
 
 def _check_packed(output: Path) -> None:
-    """Refuse what no packing wrote: a forgotten argument makes an output of a folder of texts."""
+    """Refuse a folder that is not packed data: with a forgotten argument, OUTPUT is a folder of texts."""
     if not output.is_dir() or (output / INDEX_FILE).is_file():
         return
     if {item.name for item in output.iterdir()} - leftovers(output):
         raise OutputError(
-            "has something in it that is no packed data, and is not replaced",
+            "contains other files than packed data, and is not replaced",
             where=output,
             hint="the arguments are MODEL OUTPUT INPUT...",
         )
 
 
 class _Files:
-    """All files of the output but its index."""
+    """All files of the output except its index."""
 
     def __init__(self, folder: Path, shard_tokens: int, stack: ExitStack, *, flush: bool) -> None:
         self.flush = flush
@@ -153,7 +153,7 @@ class _Files:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """A document that is to be made into tokens: its texts, before, between and behind its pictures."""
+    """A document to tokenize: the texts before, between and after its images."""
 
     where: str
     texts: list[str]
@@ -161,7 +161,7 @@ class _Pieces:
 
 
 class _Packer:
-    """Makes documents into tokens, some at once, and writes them; memory does not depend on how many there are."""
+    """Tokenizes documents in batches and writes them; memory does not depend on their number."""
 
     def __init__(self, files: _Files, encoder: TextEncoder, tokens: ModelTokens, *, bos: bool) -> None:
         self._files, self._encoder, self._tokens, self._bos = files, encoder, tokens, bos
@@ -177,7 +177,7 @@ class _Packer:
         """Pack all documents.
 
         Raises:
-            DataError: Some cannot be packed, or there is none.
+            DataError: Some cannot be packed, or there are none.
         """
         for document in documents:
             if isinstance(document, Fault):
@@ -190,7 +190,7 @@ class _Packer:
         if self._faults:
             raise _refusal(self._faults)
         if not self._files.text.documents + self._files.image.documents:
-            raise DataError(f"there is no document with text in it ({self._empty} empty)", hint="give other input")
+            raise DataError(f"no document has text ({self._empty} empty)", hint="pass other input")
 
     def _take(self, document: Document) -> None:
         if not document.images and not document.text.strip():
@@ -200,7 +200,7 @@ class _Packer:
         try:
             if document.images:
                 if not self._tokens.pictures:
-                    raise ValueError("has pictures, and the model has no vision tower")
+                    raise ValueError("has images, but the model has no vision tower")
                 texts = text_pieces(document.text, len(document.images))
                 for image in document.images:
                     self._files.pictures.add(image)
@@ -239,7 +239,7 @@ class _Packer:
         return tokens
 
     def finish(self) -> Index:
-        """Close all files; their index."""
+        """Close all files and return their index."""
         files = self._files
         files.counts.write(self._counts.astype(END))
         present = np.flatnonzero(self._counts)
@@ -270,10 +270,10 @@ def _refusal(faults: Sequence[Fault]) -> DataError:
 
 
 def packed_listing(folder: Path) -> dict[str, ListedFile]:
-    """The files of packed data, as its index and its list of pictures have them; see `conversion.ownership`.
+    """List the files of packed data, from its index and its list of images.
 
     Raises:
-        DataError: It has no index, or names a picture that cannot be one.
+        DataError: The index is missing, or an image has an invalid name.
     """
     index, _ = read_index(folder)
     listed = {INDEX_FILE: ListedFile()}

@@ -1,15 +1,15 @@
-"""Packed data, as training reads it: memory-mapped token ids, where documents end, and pictures as files.
+"""Reading packed data: memory-mapped token ids, the ends of documents, and images as files.
 
 ::
 
-    index.json          what there is, with the sha256 of every file
-    text-00000.bin      uint32, little-endian: the tokens of all documents without pictures, one behind the other
-    text.doc            uint64: where each of these documents ends, counted in tokens from the first
-    image-00000.bin     the tokens of all documents with pictures
-    image.doc           uint64 [documents, 2]: where each ends in the tokens, and in image.pic
-    image.pic           40 bytes for each place of a picture: its sha256, and the ending of its name
-    images/             the pictures, each once, named by its sha256
-    counts.bin          uint64 [vocabulary]: how often each token stands in all of the documents
+    index.json          the contents, with the sha256 of every file
+    text-00000.bin      uint32, little-endian: the tokens of all documents without images, concatenated
+    text.doc            uint64: the end of each of these documents, in tokens from the start
+    image-00000.bin     the tokens of all documents with images
+    image.doc           uint64 [documents, 2]: the end of each in the tokens, and in image.pic
+    image.pic           40 bytes per image of a document: its sha256, and the extension of its file
+    images/             the images, each once, named by its sha256
+    counts.bin          uint64 [vocabulary]: occurrences of each token in all documents
 """
 
 import math
@@ -43,19 +43,19 @@ TOKEN: Final = np.dtype("<u4")
 END: Final = np.dtype("<u8")
 PICTURE: Final = np.dtype([("sha256", "V32"), ("ending", "S8")])
 CHECKED_AT_ONCE: Final = 1 << 20
-"""Ends of documents that are compared at once."""
+"""Ends of documents compared at once."""
 
 
 class TokenStream:
-    """Documents, one behind the other, in memory-mapped shards.
+    """Concatenated documents in memory-mapped shards.
 
     Args:
-        folder: Where they are.
-        name: What the names of their files begin with.
-        entry: What the index says of them.
+        folder: The folder of packed data.
+        name: Prefix of the file names: `text` or `image`.
+        entry: The entry in the index.
 
     Raises:
-        DataError: A file is missing or of another size.
+        DataError: A file is missing or has another size.
     """
 
     def __init__(self, folder: Path, name: str, entry: StreamEntry) -> None:
@@ -63,7 +63,7 @@ class TokenStream:
         total = sum(shard.tokens for shard in entry.shards)
         if total != entry.tokens:
             raise DataError(
-                f"the shards of {name} hold {total} tokens together, the index says {entry.tokens}",
+                f"the shards of {name} have {total} tokens, but the index says {entry.tokens}",
                 where=folder / INDEX_FILE,
             )
         self.paths = tuple(folder / shard_name(name, number) for number in range(len(entry.shards)))
@@ -73,10 +73,10 @@ class TokenStream:
         self._starts = np.cumsum([0, *(shard.tokens for shard in entry.shards)])
 
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
-        """The tokens from `start` to `stop`, [stop - start]: a copy.
+        """Return a copy of the tokens from `start` to `stop`, [stop - start].
 
         Raises:
-            IndexError: There are no such tokens.
+            IndexError: The range is out of bounds.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
@@ -93,12 +93,12 @@ class TokenStream:
 
 @dataclass(frozen=True, slots=True)
 class ImageDocument:
-    """A document with pictures.
+    """A document with images.
 
     Attributes:
-        tokens: Its token ids, with its eos.
-        images: The files of its pictures, in the order of the text.
-        split: Where the target starts: behind the end-of-image token of the last picture.
+        tokens: Token ids, including eos.
+        images: Image files, in the order of the text.
+        split: Start of the target: after the end-of-image token of the last image.
     """
 
     tokens: NDArray[np.uint32]
@@ -107,7 +107,7 @@ class ImageDocument:
 
 
 class ImageDocuments(Sequence[ImageDocument]):
-    """All documents with pictures, each read when it is asked for."""
+    """All documents with images, read on access."""
 
     def __init__(self, stream: TokenStream, ends: NDArray[Any], places: NDArray[Any], folder: Path, eoi: int) -> None:
         self._stream, self._ends, self._places, self._folder, self._eoi = stream, ends, places, folder, eoi
@@ -133,7 +133,7 @@ class ImageDocuments(Sequence[ImageDocument]):
         closed = np.flatnonzero(tokens == self._eoi)
         if len(closed) != len(images):
             raise DataError(
-                f"has {len(images)} pictures and {len(closed)} end-of-image tokens",
+                f"has {len(images)} images and {len(closed)} end-of-image tokens",
                 where=f"{self._folder.parent}: document {number}",
                 hint="pack the data again",
             )
@@ -145,12 +145,12 @@ class Packed:
     """A folder of packed data.
 
     Attributes:
-        folder: Where it is.
+        folder: The folder.
         index: index.json.
-        sha256: Of index.json, which holds the sha256 of all else: the identity of the data.
-        text: The documents without pictures.
-        images: The documents with pictures.
-        counts: How often each token stands in all of the documents, uint64 [vocabulary].
+        sha256: sha256 of index.json, which lists the sha256 of all files: the identity of the data.
+        text: The documents without images.
+        images: The documents with images.
+        counts: Occurrences of each token in all documents, uint64 [vocabulary].
     """
 
     folder: Path
@@ -162,22 +162,22 @@ class Packed:
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False, sha256: str | None = None) -> Self:
-        """Open a folder that `t5g2 pack` wrote; the sizes of all files and the order of all ends are checked.
+        """Open a folder written by `t5g2 pack`, and check the sizes of all files and the order of all ends.
 
         Args:
             folder: The folder.
-            verify: Also read every file and compare its sha256.
-            sha256: What the index's must be, where the data was read before.
+            verify: Also compare the sha256 of every file.
+            sha256: Expected sha256 of the index, if the data was opened before.
 
         Raises:
-            DataError: It is missing, damaged, or other data.
+            DataError: The data is missing, damaged, or has another sha256.
         """
         index, found = read_index(folder)
         if sha256 not in (None, found):
             raise DataError(
-                f"is other data: its sha256 is {found}, expected {sha256}",
+                f"has sha256 {found}, expected {sha256}",
                 where=folder / INDEX_FILE,
-                hint="give the data that the run began with",
+                hint="use the data that the run started with",
             )
         text, image = TokenStream(folder, "text", index.text), TokenStream(folder, "image", index.image)
         ends = mapped_array(folder / "text.doc", END, (index.text.documents,))
@@ -195,30 +195,30 @@ class Packed:
         return packed
 
     def check_bytes(self, *, part: int = 0, parts: int = 1) -> None:
-        """Read files and compare their sha256; `part` of `parts` looks at its share of them.
+        """Compare the sha256 of all files, or with `parts` of this part's share of them.
 
         Raises:
-            DataError: A file cannot be read, or is not what was packed; all such files are named.
+            DataError: A file cannot be read or was modified; all such files are listed.
         """
         _verify(self.folder, self.index, part, parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the folder again, where a pickled array would be a copy of all of the data."""
+        """Let another process open the folder again, instead of pickling a copy of all data."""
         return _reopen, (self.folder, self.sha256)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the documents without pictures."""
+        """Number of tokens in the documents without images."""
         return self.text.tokens
 
     @property
     def highest(self) -> int:
-        """The highest token id in any document; -1 where there is none."""
+        """The highest token id in any document; -1 without documents."""
         return self.index.highest
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding table that the data was packed for."""
+        """Rows of the embedding table of the model that the data was packed for."""
         return self.index.tokens.vocabulary
 
     @property
@@ -227,7 +227,7 @@ class Packed:
         return self.index.tokenizer_sha256
 
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
-        """Tokens of the documents without pictures, from `start` to `stop`: a copy, [stop - start]."""
+        """Return a copy of the tokens `start` to `stop` of the documents without images, [stop - start]."""
         return self.text.read(start, stop)
 
 
@@ -236,16 +236,16 @@ def _reopen(folder: Path, sha256: str) -> Packed:
 
 
 def check_tokenizer(packed: Packed, model: Path) -> None:
-    """Refuse data that was packed with another tokenizer than a model's, or for other special tokens.
+    """Refuse data that was packed with another tokenizer than the model's, or for other special tokens.
 
     Raises:
-        DataError: It was.
+        DataError: The tokenizer or the tokens differ.
         CheckpointError: The model has no config or no tokenizer.
     """
     found = tokenizer_sha256(model)
     if found != packed.tokenizer_sha256:
         raise DataError(
-            f"was packed with the tokenizer {packed.tokenizer_sha256[:16]}, {model} has {found[:16]}",
+            f"was packed with the tokenizer {packed.tokenizer_sha256[:16]}, but {model} has {found[:16]}",
             where=packed.folder,
             hint="pack the data again, with this model",
         )
@@ -259,31 +259,37 @@ def check_tokenizer(packed: Packed, model: Path) -> None:
 
 
 def shard_name(stream: str, number: int) -> str:
-    """The name of a file of tokens."""
+    """Return the file name of a shard of tokens."""
     return f"{stream}-{number:05d}.bin"
 
 
 def picture_name(place: Any) -> str:
-    """The name of a picture's file, from its record.
+    """Return the file name of an image, from its record.
 
     Raises:
-        DataError: The record has an ending that no picture has.
+        DataError: The record has an unknown extension.
     """
     ending = place["ending"].decode("latin-1")
     if ending not in ENDINGS.values():
-        raise DataError(f"names a picture that ends in {ending!r}", where=PICTURES_FILE, hint="pack the data again")
+        raise DataError(f"names an image that ends in {ending!r}", where=PICTURES_FILE, hint="pack the data again")
     return f"{bytes(place['sha256']).hex()}.{ending}"
 
 
 def mapped_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """A file as an array that is read where it is looked at."""
+    """Memory-map a file as an array.
+
+    Raises:
+        DataError: The file is missing or has another size.
+    """
     expected = math.prod(shape) * dtype.itemsize
     check_regular(path)
     try:
         size = path.stat().st_size
         if size != expected:
             raise DataError(
-                f"has {size} bytes, the index says {expected}", where=path, hint="copy it again, or pack the data again"
+                f"has {size} bytes, but the index says {expected}",
+                where=path,
+                hint="copy it again, or pack the data again",
             )
         # An empty file cannot be mapped.
         return np.memmap(path, dtype, "r", shape=shape) if expected else np.empty(shape, dtype)
@@ -301,7 +307,7 @@ def _check_ascending(ends: NDArray[Any], total: int, where: Path) -> None:
             raise DataError(f"document {number} ends before it begins", where=where, hint="pack the data again")
         last = int(piece[-1])
     if last != total:
-        raise DataError(f"the last document ends at {last}, the index says {total}", where=where)
+        raise DataError(f"the last document ends at {last}, but the index says {total}", where=where)
 
 
 def _check_pictures(folder: Path, entry: PicturesEntry) -> None:
@@ -309,13 +315,15 @@ def _check_pictures(folder: Path, entry: PicturesEntry) -> None:
         files = nbytes = 0
         for item in sorted(folder.iterdir()) if entry.files or folder.exists() else ():
             if item.is_symlink() or not item.is_file():
-                raise DataError("is a link or no file", where=item, hint="copy it again, or pack the data again")
+                raise DataError(
+                    "is a link or not a regular file", where=item, hint="copy it again, or pack the data again"
+                )
             files, nbytes = files + 1, nbytes + item.stat().st_size
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=folder) from None
     if (files, nbytes) != (entry.files, entry.nbytes):
         raise DataError(
-            f"has {files} pictures of {nbytes} bytes, the index says {entry.files} of {entry.nbytes}",
+            f"has {files} images of {nbytes} bytes, but the index says {entry.files} of {entry.nbytes}",
             where=folder,
             hint="copy it again, or pack the data again",
         )
@@ -337,7 +345,7 @@ def _verify(folder: Path, index: Index, part: int, parts: int) -> None:
         raise DataError(f"cannot be read: {error.strerror}", where=error.filename) from None
     if wrong:
         raise DataError(
-            f"{len(wrong)} file(s) are not those that were packed: their sha256 differs",
+            f"{len(wrong)} file(s) were modified after packing: their sha256 differs",
             where=folder,
             hint="copy them again, or pack the data again",
             details=wrong,

@@ -1,4 +1,4 @@
-"""The files of packed data as they are written: tokens in shards of a given size, and records beside them."""
+"""Writing the files of packed data: tokens in shards of a given size, the ends of documents, and images."""
 
 import hashlib
 import os
@@ -29,10 +29,10 @@ BUFFER_BYTES: Final = 1 << 20
 
 
 class HashedFile:
-    """A file that is written from its first byte to its last, with its sha256.
+    """A file that is written sequentially, with its sha256.
 
     Raises:
-        OutputError: The disk is full or fails; so do all of its methods.
+        OutputError: The disk is full or fails; the methods raise it too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class HashedFile:
             self._file: BinaryIO | None = path.open("xb", buffering=BUFFER_BYTES)
 
     def write(self, values: NDArray[Any] | bytes) -> None:
-        """Append an array's bytes."""
+        """Append the bytes of an array."""
         assert self._file is not None, "the file is open"
         data = values if isinstance(values, bytes) else np.ascontiguousarray(values).tobytes()
         self._sha256.update(data)
@@ -51,7 +51,7 @@ class HashedFile:
             self._file.write(data)
 
     def finish(self, *, flush: bool) -> str:
-        """Close it, on the disk if `flush`; its sha256, hexadecimal."""
+        """Close the file, after a flush to disk if `flush`, and return its sha256, hexadecimal."""
         assert self._file is not None, "the file is open"
         with output_errors(self.path):
             self._file.flush()
@@ -68,19 +68,19 @@ class HashedFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._file is not None:
-            # It is thrown away: what the disk says to its last bytes does not matter.
+            # The file is discarded, so errors of its last bytes do not matter.
             with suppress(OSError):
                 self._file.close()
 
 
 class StreamFiles:
-    """The shards of a stream of documents, and where each document ends.
+    """The shards of concatenated documents, and the end of each document.
 
     Args:
-        folder: Where they are written.
-        name: What the names of the files begin with.
-        shard_tokens: Tokens of each shard but the last.
-        flush: Wait until the disk has every byte.
+        folder: The folder to write to.
+        name: Prefix of the file names: `text` or `image`.
+        shard_tokens: Tokens per shard, except the last.
+        flush: Wait until all bytes are on disk.
     """
 
     def __init__(self, folder: Path, name: str, shard_tokens: int, *, flush: bool) -> None:
@@ -91,7 +91,7 @@ class StreamFiles:
         self.tokens = self.documents = 0
 
     def add(self, document: NDArray[np.uint32], *more: int) -> None:
-        """Append a document of one token or more; `more` goes beside its end."""
+        """Append a document of at least one token; `more` is recorded with its end."""
         self.tokens += len(document)
         self.documents += 1
         self._ends.write(np.array([self.tokens, *more], END))
@@ -110,7 +110,7 @@ class StreamFiles:
         self._shard = None
 
     def finish(self) -> StreamEntry:
-        """Close all files; what the index says of them."""
+        """Close all files and return their entry for the index."""
         if self._shard is not None:
             self._finish_shard(self._shard)
         ends = self._ends.finish(flush=self._flush)
@@ -128,11 +128,11 @@ class StreamFiles:
 
 
 class PictureFiles:
-    """The folder of pictures, each kept once, and which of them stands in which place.
+    """The folder of images, each stored once, and the list of the images of all documents.
 
     Args:
-        folder: Where the folder of pictures and the list of places are written.
-        flush: Wait until the disk has every byte.
+        folder: The folder to write to.
+        flush: Wait until all bytes are on disk.
     """
 
     def __init__(self, folder: Path, *, flush: bool) -> None:
@@ -144,15 +144,15 @@ class PictureFiles:
         self._places = HashedFile(folder / PICTURES_FILE)
 
     def add(self, path: Path) -> None:
-        """Copy a picture, unless it is there already, and note it for the next place.
+        """Copy an image unless it is already stored, and append it to the list.
 
         Raises:
-            ValueError: It is missing or no picture.
+            ValueError: It is missing or not an image.
             OutputError: The disk is full or fails.
         """
         try:
             digest, nbytes = self._copy(path)
-            # What is looked at is the copy: the file may change meanwhile.
+            # Check the copy: the file may change meanwhile.
             ending = check_picture(self._partial)
         except ValueError as error:
             raise ValueError(f"{path} {error}") from None
@@ -186,7 +186,7 @@ class PictureFiles:
         return sha256.digest(), nbytes
 
     def finish(self) -> PicturesEntry:
-        """Close the list of places; what the index says of the pictures."""
+        """Close the list and return the entry for the index."""
         with output_errors(self._folder):
             if not self._files:
                 self._folder.rmdir()

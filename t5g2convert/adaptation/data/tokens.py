@@ -1,4 +1,4 @@
-"""The tokens of a model: its ids, and text made into ids in which no special token hides."""
+"""The token ids of a model, and a tokenizer that never turns text into special tokens."""
 
 import json
 import re
@@ -18,22 +18,22 @@ from t5g2convert.errors import CheckpointError
 from t5g2convert.interrupts import raise_interruption
 
 UNUSED: Final = re.compile(r"<unused\d+>")
-"""Names of Gemma's spare tokens: sentinels are taken from them."""
+"""Names of Gemma's unused tokens, which serve as sentinels."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTokens:
-    """The ids that a model's config names.
+    """The token ids in a model's config.
 
     Attributes:
         vocabulary: Rows of the embedding table.
-        bos: Begin of text; None where the model has none.
-        eos: End of text; the first, where there are several.
-        pad: Padding; None where the model has none.
+        bos: Begin of text, if the model has it.
+        eos: End of text; the first, if there are several.
+        pad: Padding, if the model has it.
         boi: Begin of image.
         eoi: End of image.
-        image: What stands for a part of an image.
-        per_image: How many of it stand for an image.
+        image: Placeholder for a part of an image.
+        per_image: Number of placeholders per image.
         pictures: Whether the model has a vision tower.
     """
 
@@ -49,16 +49,16 @@ class ModelTokens:
 
     @property
     def reserved(self) -> frozenset[int]:
-        """All of these ids that the table has a row for."""
+        """All of these ids that have a row in the table."""
         named = (self.bos, self.eos, self.pad, self.boi, self.eoi, self.image)
         return frozenset(token for token in named if token is not None and 0 <= token < self.vocabulary)
 
 
 def read_tokens(model: Path) -> ModelTokens:
-    """The ids of a converted model.
+    """Read the token ids of a converted model.
 
     Raises:
-        CheckpointError: The folder has no config.json, it is of another model, or it names no token that ends a text.
+        CheckpointError: config.json is missing, describes another kind of model, or names no end of text.
     """
     check_folder(model)
     where = model / "config.json"
@@ -66,7 +66,7 @@ def read_tokens(model: Path) -> ModelTokens:
     text, tokens = settings.decoder, settings.tokens
     eos = text.eos_token_id[:1] if isinstance(text.eos_token_id, list) else [text.eos_token_id]
     if not eos or eos[0] is None:
-        raise CheckpointError("decoder.eos_token_id is missing: nothing would end a document", where=where)
+        raise CheckpointError("decoder.eos_token_id is missing, but every document ends with it", where=where)
     found = ModelTokens(
         settings.encoder.vocab_size, text.bos_token_id, eos[0], text.pad_token_id,
         boi=tokens.boi_token_index, eoi=tokens.eoi_token_index, image=tokens.image_token_index,
@@ -84,19 +84,19 @@ def _check_rows(tokens: ModelTokens, where: Path) -> None:
         needed |= {"boi_token_index": tokens.boi, "eoi_token_index": tokens.eoi, "image_token_index": tokens.image}
     if outside := [f"{name} {token}" for name, token in needed.items() if not 0 <= token < tokens.vocabulary]:
         raise CheckpointError(
-            f"the embedding table has {tokens.vocabulary} rows, none for {', '.join(outside)}", where=where
+            f"the embedding table has {tokens.vocabulary} rows, but no row for {', '.join(outside)}", where=where
         )
 
 
 def tokenizer_sha256(model: Path) -> str:
-    """sha256 of a folder's tokenizer.json, hexadecimal.
+    """Return the sha256 of a folder's tokenizer.json, hexadecimal.
 
     Raises:
         CheckpointError: It is missing or cannot be read.
     """
     path = model / TOKENIZER_FILE
     if not path.is_file():
-        raise CheckpointError("is missing: without it there is no text", where=path)
+        raise CheckpointError("is missing, but text needs it", where=path)
     try:
         return sha256_of(path)
     except OSError as error:
@@ -104,19 +104,19 @@ def tokenizer_sha256(model: Path) -> str:
 
 
 class TextEncoder:
-    """The tokenizer of a folder, for text that may hold anything.
+    """The tokenizer of a folder, for untrusted text.
 
-    The tokenizers library makes a token of every added token's name that it finds in a text. Those that mean something
-    to the model or to the objective are taken from its list, so that `<eos>` in a text is read as five characters; what
-    is only a word, like Gemma's runs of line ends, stays. (Its `encode_special_tokens` would do this for the tokens
-    that are marked special; `<unused99>` is not.)
+    The tokenizers library turns the name of any added token in a text into that token. Tokens with a meaning for the
+    model or the objective are removed from its list, so `<eos>` in a text is read as five characters; plain words, like
+    Gemma's runs of line breaks, stay. (`encode_special_tokens` of the library does this only for tokens marked special,
+    and `<unused99>` is not.)
 
     Args:
         model: The folder.
-        tokens: What `read_tokens` tells of it.
+        tokens: Its token ids, from `read_tokens`.
 
     Raises:
-        CheckpointError: The folder has no tokenizer.json, or the tokenizers library cannot read it.
+        CheckpointError: tokenizer.json is missing, or the tokenizers library cannot read it.
     """
 
     def __init__(self, model: Path, tokens: ModelTokens) -> None:
@@ -130,44 +130,42 @@ class TextEncoder:
             self._tokenizer = Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise_interruption()
-            raise CheckpointError(
-                f"is no tokenizer that the tokenizers library reads: {error}", where=self.path
-            ) from None
-        # A file may ask for both, and texts would be cut without a word.
+            raise CheckpointError(f"cannot be read by the tokenizers library: {error}", where=self.path) from None
+        # A file may enable both, and texts would be cut silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._vocabulary = tokens.vocabulary
         self.special: Mapping[int, str] = {
             **{token: self._tokenizer.id_to_token(token) or "" for token in tokens.reserved}, **hidden
         }  # fmt: skip
-        """Ids that no text gives, but that of the unknown token, and their names."""
+        """Ids and names of tokens that text never becomes, except the unknown token."""
         unknown = document.get("model", {}).get("unk_token")
         allowed = {self._tokenizer.token_to_id(unknown)} if isinstance(unknown, str) else set()
         self._refused = np.zeros(tokens.vocabulary, dtype=bool)
         self._refused[[token for token in self.special if token < tokens.vocabulary and token not in allowed]] = True
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Token ids of each text, without tokens around it; in parallel, as the tokenizers library does it."""
+        """Return the token ids of each text, without bos and eos; the library works in parallel."""
         return [
             np.array(encoding.ids, dtype=np.uint32)
             for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         ]
 
     def fault(self, tokens: NDArray[np.uint32]) -> str | None:
-        """What is wrong with the ids of a text: a special token in it, or one without a row; None for nothing."""
+        """Return what is wrong with the ids of a text: a special token, or an id without a row; None if nothing."""
         if not len(tokens):
             return None
         if (highest := int(tokens.max())) >= self._vocabulary:
-            return f"gives token {highest}, the embedding table has {self._vocabulary} rows"
+            return f"contains token {highest}, but the embedding table has {self._vocabulary} rows"
         refused = tokens[self._refused[tokens]]
         if len(refused):
             token = int(refused[0])
-            return f"gives the special token {token} ({self.special[token]}), although its name was read as text"
+            return f"contains the special token {token} ({self.special[token]}), although its name was read as text"
         return None
 
 
 def _take_out(document: dict[str, Any], reserved: frozenset[int]) -> dict[int, str]:
-    """Take the tokens that text must not give from a tokenizer's list of added tokens; their ids and names."""
+    """Remove the tokens that text must not become from a tokenizer's added tokens; return their ids and names."""
     entries = document.get("added_tokens")
     hidden: dict[int, str] = {}
     kept = []

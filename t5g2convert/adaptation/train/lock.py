@@ -44,7 +44,7 @@ def _lock(run: Path, made: list[Path]) -> int:
             fd = lock_folder(run)
         except BlockingIOError:
             raise OutputError(
-                "another process is training into this folder", where=run, hint="end it first, or choose another folder"
+                "another process is training in this folder", where=run, hint="stop it first, or choose another folder"
             ) from None
         if fd is not None:
             return fd

@@ -18,19 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from t5g2convert.adaptation.train.teacher import Teacher
 
 IGNORED: Final = -100
-"""A label that does not count: padding, as transformers and torch have it."""
+"""Label of padding, ignored as in transformers and torch."""
 
 
 class ModelWithLoss(nn.Module):
-    """A model, and the summed loss of what it writes.
+    """A model together with its summed loss.
 
     Args:
-        model: Takes and gives what transformers' T5Gemma2ForConditionalGeneration does: `model.model(...)` gives the
-            decoder's last hidden state, `model.lm_head(...)` logits of it.
-        tasks: Number of tasks; the losses of each are summed apart.
-        softcap: The decoder's `final_logit_softcapping`, which the class applies outside of its head.
+        model: A model with the interface of transformers' T5Gemma2ForConditionalGeneration: `model.model(...)` returns
+            the decoder's last hidden state, and `model.lm_head(...)` its logits.
+        tasks: Number of tasks; the loss of each is summed separately.
+        softcap: The decoder's `final_logit_softcapping`, which the class applies outside its head.
         chunk: Labels whose logits exist at once.
-        teacher: Whose distribution the labels that are raw tokens are learnt from.
+        teacher: The model to distil: labels that are raw tokens are learnt from its distribution.
     """
 
     model: Any
@@ -44,14 +44,14 @@ class ModelWithLoss(nn.Module):
         self.tasks, self.softcap, self.chunk = tasks, softcap, chunk
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of a micro-batch.
+        """Compute the losses of a micro-batch.
 
         Args:
-            batch: As `samples.collate` makes it.
+            batch: From `ul2.dataset.collate`.
 
         Returns:
-            The sum of all losses; their sums by task, [T], without gradient; labels by task, [T]. In float32, and the
-            counts in int64.
+            The sum of all losses; the sums by task, [T], without gradient; and the number of labels by task, [T].
+            Losses are float32, counts int64.
         """
         pixels = {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
         hidden_BDC = self.model.model(
@@ -65,7 +65,7 @@ class ModelWithLoss(nn.Module):
         taught_NC, is_taught_N = self._taught(batch, counted_BD)
         tasks_N = batch["tasks"][:, None].expand_as(counted_BD)[counted_BD]
         if not len(tasks_N):
-            # All is padding: the pass is made all the same, since the other processes wait for its gradients.
+            # All is padding; the pass is still needed, because the other processes wait for its gradients.
             nothing = self._chunk(hidden_BDC[:1, 0], batch["labels"].new_zeros(1), None, None).sum() * 0.0
             return nothing, nothing.detach().new_zeros(self.tasks), tasks_N.new_zeros(self.tasks)
         loss_N = self._losses(hidden_BDC[counted_BD], batch["labels"][counted_BD], taught_NC, is_taught_N)
@@ -73,7 +73,7 @@ class ModelWithLoss(nn.Module):
         return loss_N.sum(), sums_T, torch.bincount(tasks_N, minlength=self.tasks)
 
     def _taught(self, batch: Mapping[str, Tensor], counted_BD: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The teacher's states that predict the labels that count, [N, C], and which labels have one, [N]."""
+        """Return the teacher's states that predict the counted labels, [N, C], and which labels have one, [N]."""
         if self.teacher is None or "raw_ids" not in batch:
             return None, None
         at_BD = batch["teacher_positions"]
@@ -85,7 +85,7 @@ class ModelWithLoss(nn.Module):
     def _losses(
         self, hidden_NC: Tensor, labels_N: Tensor, taught_NC: Tensor | None, is_taught_N: Tensor | None
     ) -> Tensor:
-        """The loss of each label, float32 [N]."""
+        """Return the loss of each label, float32 [N]."""
         pieces = [hidden_NC.new_zeros(0, dtype=torch.float32)]
         for start in range(0, len(labels_N), self.chunk):
             piece = slice(start, start + self.chunk)

@@ -1,8 +1,8 @@
-"""The models that are trained, and what their parameters are called in the published layout.
+"""Loading a model for training, and the published names of its parameters.
 
-transformers' modules have other names than the checkpoint (`encoder.text_model.layers`, `vision_tower.encoder`), and
-other ones by version. A run's checkpoints and exports use the names on disk alone, so the correspondence is proved
-before the first step: every parameter has exactly one tensor of MODEL, of its shape and with its values.
+Parameters of transformers' modules have other names than tensors on disk (`encoder.text_model.layers`,
+`vision_tower.encoder`), and these names change between versions. Checkpoints and exports use only the names on disk, so
+the mapping is verified before the first step: every parameter matches exactly one tensor of MODEL in shape and values.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,25 +22,27 @@ from t5g2convert.conversion.trained_model import FROZEN
 from t5g2convert.errors import CheckpointError, UsageError
 
 OPTIONAL_PARTS: Final = ("text_model.", "vision_model.")
-"""Levels of modules that some versions have in their names, and some have not."""
+"""Parts of module names that only some versions have."""
 
 PROJECTOR: Final = "projector"
-"""The part that only documents with images train."""
+"""The part that only image steps train."""
 
 
 def load_model(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The model of a folder in float32, for training, with nothing missing and nothing left over.
+    """Load a model in float32 for training, and refuse missing or unexpected tensors.
 
     Args:
         folder: A converted model.
         config: Its config.json.
 
     Raises:
-        CheckpointError: Another kind of model, or its files are not all that the class has.
+        CheckpointError: The model is of another kind, or its tensors do not fit the class.
     """
     load = MODEL_LOADERS.get(str(config.get("model_type")))
     if load is None:
-        raise CheckpointError(f"{describe_model_type(config)} is no model that is adapted: T5Gemma 2", where=folder)
+        raise CheckpointError(
+            f"cannot be trained: expected a T5Gemma 2 checkpoint, found {describe_model_type(config)}", where=folder
+        )
     return load(folder)
 
 
@@ -51,7 +53,7 @@ def _load_t5gemma2(folder: Path) -> nn.Module:
     )
     refuse_incomplete(found, folder)
     for part in (model.config, model.config.encoder.text_config, model.config.decoder):
-        # Nothing is generated here, and with gradient checkpointing the class warns of it.
+        # Training generates nothing, and the class warns about a cache with gradient checkpointing.
         part.use_cache = False
     return model
 
@@ -61,29 +63,29 @@ MODEL_LOADERS: Final[dict[str, Callable[[Path], nn.Module]]] = {MODEL_TYPE: _loa
 
 
 def quiet_transformers() -> Any:
-    """The transformers library, without progress bars of its own."""
+    """Import transformers, without its progress bars."""
     transformers: Any = import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
 def refuse_incomplete(found: Mapping[str, Any], folder: Path) -> None:
-    """Refuse what transformers loads without an error: tensors that are missing, left over or of another shape."""
+    """Refuse missing, unexpected or misshapen tensors, which transformers loads without an error."""
     names = {what: {str(name) for name in found[f"{what}_keys"]} for what in ("missing", "unexpected", "mismatched")}
-    if told := [f"{what}: {some(which)}" for what, which in names.items() if which]:
-        raise CheckpointError(f"does not load in transformers: {'; '.join(told)}", where=folder)
+    if problems := [f"{what}: {some(which)}" for what, which in names.items() if which]:
+        raise CheckpointError(f"does not load in transformers: {'; '.join(problems)}", where=folder)
 
 
 def published_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, str]:
-    """Names of a model's parameters, as the module has them, to their names on disk; tied ones once.
+    """Map the names of a model's parameters to the names of their tensors on disk; tied parameters appear once.
 
     Args:
         model: The model, before it is sharded.
-        shapes: Names and shapes of all tensors on disk.
+        shapes: Shapes of all tensors on disk, by name.
         where: Its folder, for errors.
 
     Raises:
-        CheckpointError: A parameter has no tensor, several, or one of another shape; or a tensor has no parameter.
+        CheckpointError: A parameter matches no tensor, several, or one with another shape; or a tensor is left over.
     """
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -100,11 +102,11 @@ def published_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], whe
         else:
             names[name] = candidates[0]
     taken = list(names.values())
-    wrong += [f"{tensor}: two parameters have it" for tensor in sorted(set(taken)) if taken.count(tensor) > 1]
-    wrong += [f"{tensor}: no parameter has it" for tensor in sorted(shapes.keys() - set(taken))]
+    wrong += [f"{tensor}: matches two parameters" for tensor in sorted(set(taken)) if taken.count(tensor) > 1]
+    wrong += [f"{tensor}: matches no parameter" for tensor in sorted(shapes.keys() - set(taken))]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} tensor(s) and parameters of the class do not correspond, first {wrong[0]}",
+            f"{len(wrong)} tensor(s) do not match the parameters of the class, first {wrong[0]}",
             where=where,
             details=wrong,
         )
@@ -112,7 +114,7 @@ def published_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], whe
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """What a parameter may be called on disk: with and without the levels that come and go between versions."""
+    """Yield the possible names of a parameter on disk: with and without the parts that vary between versions."""
     yield name
     for part in OPTIONAL_PARTS:
         yield name.replace(part, "")
@@ -120,12 +122,12 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def compare_values(model: nn.Module, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Refuse a model whose parameters do not have the values on disk, one tensor in memory at a time.
+    """Refuse a model whose parameters differ from the values on disk; one tensor is in memory at a time.
 
-    Two layers' tensors have equal shapes, so shapes alone prove no correspondence.
+    Tensors of two layers have equal shapes, so shapes alone do not prove the mapping.
 
     Raises:
-        CheckpointError: With all parameters that differ.
+        CheckpointError: Parameters differ; all are listed.
     """
     parameters = dict(model.named_parameters())
     by_file: dict[str, list[str]] = {}
@@ -149,13 +151,13 @@ def parts_of(checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def freeze(model: nn.Module, names: Mapping[str, str], parts: Mapping[str, str], *, images: bool) -> None:
-    """Let no gradient be computed for what is never trained: the tower, and without images the projector.
+    """Disable gradients of parts that are never trained: the vision tower, and without images the projector.
 
     Args:
         model: The model.
-        names: Its parameters' names to their names on disk.
+        names: Names on disk, by parameter name.
         parts: The part of each tensor; see `parts_of`.
-        images: Whether there are steps of images.
+        images: Whether there are image steps.
     """
     frozen = {FROZEN} if images else {FROZEN, PROJECTOR}
     for name, parameter in model.named_parameters():
@@ -163,18 +165,18 @@ def freeze(model: nn.Module, names: Mapping[str, str], parts: Mapping[str, str],
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Keep the layers' inputs alone for the backward pass, which computes the rest again; results do not change.
+    """Keep only the layers' inputs for the backward pass, which recomputes the rest; results do not change.
 
     Raises:
-        UsageError: The model cannot.
+        UsageError: The model does not support it.
     """
-    # The second name is the older one; newer versions warn of it.
+    # The second name is the older one; newer versions warn about it.
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if (enable := getattr(model, f"{name}_enable", None)) is not None:
             enable(**{f"{name}_kwargs": {"use_reentrant": False}})
-            # transformers then has the inputs of both stacks and of the tower want gradients, which only the older way
-            # of recomputing needs: the frozen tower would be computed twice, and backwards.
+            # transformers also enables gradients of the inputs of both stacks and of the tower, which only reentrant
+            # recomputation needs: the frozen tower would be computed twice, and backwards.
             if (disable := getattr(model, "disable_input_require_grads", None)) is not None:
                 disable()
             return
-    raise UsageError("this model cannot compute its activations twice", hint="leave out --gradient-checkpointing")
+    raise UsageError("this model does not support gradient checkpointing", hint="pass --no-gradient-checkpointing")

@@ -1,4 +1,4 @@
-"""A run's folder: what it is of, run.json, whether another start may go on with it, and what comes after may know."""
+"""The folder of a run: run.json, which identifies the run, and the checks before it is resumed or exported."""
 
 import hashlib
 import json
@@ -33,13 +33,13 @@ FORMAT: Final = 1
 
 
 def identity(folder: Path) -> str:
-    """What tells a model from all others: its manifest's sha256, or one of the sha256 of its config and weights.
+    """Return the identity of a model: the sha256 of its manifest, or a hash over its config and weights.
 
-    A verification that was recorded in the manifest makes no other model of it. A manifest that has no sha256 of its
-    files (`t5g2 convert --no-hash`) would be that of every model of this config.
+    A verification recorded in the manifest does not change the identity. A manifest without sha256 of the files (from
+    `t5g2 convert --no-hash`) does not identify a model, so its files are hashed.
 
     Raises:
-        CheckpointError: Its files cannot be read.
+        CheckpointError: A file cannot be read.
     """
     manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
     if manifest is not None and manifest.hashed:
@@ -55,14 +55,14 @@ def identity(folder: Path) -> str:
 def describe(
     settings: Settings, *, model: str, model_folder: Path, data: str, versions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """run.json.
+    """Return the document for run.json.
 
     Args:
-        settings: The run's.
-        model: The identity of the model that it starts from.
-        model_folder: Where it is.
-        data: The identity of the packed data.
-        versions: Of the libraries that it was started with.
+        settings: The run's settings.
+        model: Identity of the model that it starts from.
+        model_folder: Folder of that model.
+        data: Identity of the packed data.
+        versions: Versions of the libraries at the start.
     """
     return {
         "format": FORMAT,
@@ -78,15 +78,15 @@ def describe(
 
 
 class History(ConfigSection):
-    """What run.json tells.
+    """run.json.
 
     Attributes:
-        settings: The run's.
-        settings_sha256: Of all of them.
-        objective_sha256: Of those that say what is learnt.
-        model: The identity of the model that is trained.
-        model_folder: Where it was.
-        data: The identity of the data.
+        settings: The run's settings.
+        settings_sha256: sha256 of all settings.
+        objective_sha256: sha256 of the settings of the objective.
+        model: Identity of the model that is trained.
+        model_folder: Folder of that model at the start.
+        data: Identity of the data.
     """
 
     format: Literal[1] = FORMAT
@@ -110,11 +110,13 @@ class History(ConfigSection):
     def _settings_are_those_of_the_digest(self) -> Self:
         if self.settings.sha256 != self.settings_sha256:
             part = "" if self.settings.objective_sha256 == self.objective_sha256 else " of the objective"
-            raise ValueError(f"settings: one{part} was changed after the run wrote them: settings_sha256 does not fit")
+            raise ValueError(
+                f"settings: one{part} was modified after the run wrote them: settings_sha256 does not match"
+            )
         return self
 
     def facts(self, steps: Sequence[int], tokens: int) -> Mapping[str, Any]:
-        """What a manifest tells of the training up to the last of these steps; see `export`."""
+        """Return what a manifest records of the training up to the last of these steps; see `export`."""
         return {
             "steps": steps[-1],
             "checkpoints": list(steps),
@@ -126,10 +128,10 @@ class History(ConfigSection):
 
 
 def read_history(run: Path) -> History:
-    """What run.json of a run tells.
+    """Read run.json.
 
     Raises:
-        CheckpointError: There is none, or it tells something else.
+        CheckpointError: It is missing or not valid.
     """
     if not (run / RUN_FILE).exists():
         raise CheckpointError(f"has no {RUN_FILE}, expected the folder of a training run", where=run)
@@ -138,10 +140,10 @@ def read_history(run: Path) -> History:
 
 
 def check_own_files(run: Path) -> None:
-    """Refuse a run's folder in which something else has the place of what a run writes: nothing is written through it.
+    """Refuse a run's folder with links, pipes or other things in place of the run's files: nothing is written through.
 
     Raises:
-        OutputError: It is a link, a pipe, a folder in place of a file, or a file in place of a folder.
+        OutputError: A file of the run is not a regular file, or a folder is not a folder.
     """
     expected = {
         RUN_FILE: stat.S_ISREG, METRICS_FILE: stat.S_ISREG, PLOT_FILE: stat.S_ISREG,
@@ -152,76 +154,78 @@ def check_own_files(run: Path) -> None:
             path = run / name
             if os.path.lexists(path) and not is_right(path.lstat().st_mode):
                 kind = "folder" if is_right is stat.S_ISDIR else "file"
-                raise OutputError(f"is not a {kind} of the run's own", where=path, hint="move it away, and start again")
+                raise OutputError(
+                    f"is not a {kind} of the run's own", where=path, hint="move it away, then start again"
+                )
         for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER):
             linked = [item for item in (run / name).glob("*") if item.is_symlink()]
             if linked:
-                raise OutputError("is a link, which a run has none of", where=linked[0], hint="move it away")
+                raise OutputError("is a link, but a run contains none", where=linked[0], hint="move it away")
     except OSError as error:
         raise OutputError(f"cannot be read: {error.strerror}", where=run) from None
 
 
 def check_model(history: History, model: Path) -> None:
-    """Refuse another model than the one that was trained, by what it tells of itself.
+    """Refuse a model that is not the one that was trained.
 
     Raises:
-        CheckpointError: It is another, or was changed since.
+        CheckpointError: It is another model, or was modified since.
     """
     if history.model != identity(model):
         raise CheckpointError(
-            "is not the model that was trained", where=model, hint="an export needs that model, as the run found it"
+            "is not the model that was trained", where=model, hint="an export needs that model, unmodified"
         )
 
 
 def check_bytes(model: Path, exported: Path) -> None:
-    """Refuse an export for which other bytes were read than the model's own manifest tells of, if it has one.
+    """Refuse an export if the bytes read from the model differ from the model's manifest, if it has one.
 
     Raises:
-        CheckpointError: They were others.
+        CheckpointError: They differ.
     """
     if not (model / MANIFEST_FILE).is_file():
         return
-    told = read_manifest(model).files
+    recorded = read_manifest(model).files
     for name, file in read_manifest(exported).source.files.items():
-        expected = told[name].sha256 if name in told else ""
+        expected = recorded[name].sha256 if name in recorded else ""
         if expected is not None and file.sha256 != expected:
             raise CheckpointError(
-                f"{name} is not what {MANIFEST_FILE} beside it tells of", where=model, hint="it was changed or damaged"
+                f"{name} differs from its sha256 in {MANIFEST_FILE}", where=model, hint="it was modified or damaged"
             )
 
 
 def parts_of_run(run: Path) -> tuple[Path, ...]:
-    """What no output may take the place of, in a run's folder; an export or a mean may stand beside them."""
+    """Return the parts of a run's folder that no output may replace."""
     return tuple(run / name for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, RUN_FILE, METRICS_FILE))
 
 
 def check_vacant(run: Path) -> None:
-    """Refuse a folder that has something in it.
+    """Refuse a folder that is not empty.
 
     Raises:
-        OutputError: It has, or is no folder.
+        OutputError: It is not empty, or not a folder.
     """
     try:
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise OutputError(
-                "exists and is not an empty folder", where=run, hint="--resume goes on with a run that stopped"
+                "exists and is not an empty folder", where=run, hint="--resume continues a run that stopped"
             )
     except OSError as error:
         raise OutputError(f"cannot be read: {error.strerror}", where=run) from None
 
 
 def check_same(run: Path, description: Mapping[str, Any]) -> None:
-    """Refuse to go on with another run: one of other settings, another model or other data.
+    """Refuse to resume a run with other settings, another model or other data.
 
     Raises:
-        UsageError: The run is another; names what differs.
-        CheckpointError: It has no run.json, or one that cannot be read.
+        UsageError: Something differs; the message names it.
+        CheckpointError: run.json is missing or not valid.
     """
     path = run / RUN_FILE
     try:
         found = read_json_object(path)
     except T5g2Error as error:
-        raise CheckpointError(f"{error.message}: no run to go on with", where=path) from None
+        raise CheckpointError(f"{error.message}: there is no run to resume", where=path) from None
     if found.get("format") != FORMAT or not isinstance(found.get("settings"), dict):
         raise CheckpointError(f"has format {found.get('format')!r}, expected {FORMAT}", where=path)
     wrong = differences(found["settings"], description["settings"])
@@ -230,15 +234,15 @@ def check_same(run: Path, description: Mapping[str, Any]) -> None:
             wrong.append(f"{what} {str(found.get(name))[:16]}, now {description[name][:16]}")
     if wrong:
         raise UsageError(
-            f"{run}: was started otherwise, so it cannot be resumed: {wrong[0]}",
-            hint="give the same settings, or another folder",
+            f"{run} cannot be resumed with these options: {wrong[0]}",
+            hint="use the options it was started with, or another folder",
         )
     if found.get("settings_sha256") != description["settings_sha256"]:
-        raise CheckpointError("its settings_sha256 does not fit its settings", where=path)
+        raise CheckpointError("settings_sha256 does not match the settings", where=path)
 
 
 def newest(run: Path, settings: Settings) -> tuple[int, Path | None]:
-    """The step and the folder of the newest complete checkpoint; 0 and None where there is none yet.
+    """Return the step and the folder of the newest complete checkpoint; 0 and None without one.
 
     Raises:
         CheckpointError: It was written with other settings.
@@ -247,12 +251,14 @@ def newest(run: Path, settings: Settings) -> tuple[int, Path | None]:
     if not found:
         return 0, None
     step, folder = max(found.items())
-    record = read_checkpoint_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     for name, expected in (("settings_sha256", settings.sha256), ("objective_sha256", settings.objective_sha256)):
-        if getattr(record, name) != expected:
-            raise CheckpointError(f"{name} is {getattr(record, name)[:16]}, the run's is {expected[:16]}", where=folder)
-    if record.step != step:
-        raise CheckpointError(f"says that it is of step {record.step}", where=folder)
+        if getattr(manifest, name) != expected:
+            raise CheckpointError(
+                f"{name} is {getattr(manifest, name)[:16]}, but the run has {expected[:16]}", where=folder
+            )
+    if manifest.step != step:
+        raise CheckpointError(f"is the checkpoint of step {manifest.step}, renamed", where=folder)
     return step, folder
 
 

@@ -1,4 +1,4 @@
-"""The parent as a live teacher: Gemma 3 reads the raw text, and says at each place what it would expect next."""
+"""The teacher for distillation: Gemma 3 reads the raw text and predicts each next token."""
 
 from pathlib import Path
 from typing import Any, Final, Self
@@ -13,17 +13,17 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError
 
 FILL_ROWS: Final = 64
-"""Rows of random fill at the end of Gemma 3's table, 262208 in all, that a conversion cuts off."""
+"""Unused rows at the end of Gemma 3's table of 262208 rows, which a conversion cuts off."""
 
 
 class Teacher(nn.Module):
-    """A decoder-only model that is never trained.
+    """A frozen decoder-only model.
 
     Args:
-        stack: Token ids to last hidden states.
-        lm_head: Hidden states to logits.
-        vocabulary: Rows of the student's table; the teacher's rows of fill behind them are left out.
-        softcap: `final_logit_softcapping`, if it has one.
+        stack: Module from token ids to last hidden states.
+        lm_head: Module from hidden states to logits.
+        vocabulary: Rows of the student's table; the teacher's further rows are ignored.
+        softcap: `final_logit_softcapping`, if set.
     """
 
     def __init__(self, stack: nn.Module, lm_head: nn.Module, *, vocabulary: int, softcap: float | None) -> None:
@@ -34,17 +34,17 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        """It stays as it is: what contains it may be trained."""
+        """Stay in evaluation mode, even if the module that contains this one is trained."""
         return super().train(False)
 
     @torch.no_grad()
     def states(self, ids_BR: Tensor, mask_BR: Tensor) -> Tensor:
-        """Last hidden states, [B, R, width]; the state at a place is what the next token is predicted from."""
+        """Return the last hidden states, [B, R, width]; each predicts the next token."""
         return self.stack(input_ids=ids_BR, attention_mask=mask_BR, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def logits(self, states_NC: Tensor) -> Tensor:
-        """Logits over the student's vocabulary, float32 [N, V]."""
+        """Return logits over the student's vocabulary, float32 [N, V]."""
         logits_NV = self.lm_head(states_NC)[:, : self.vocabulary]
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
@@ -52,36 +52,38 @@ class Teacher(nn.Module):
 
 
 def check_teacher(folder: Path, *, vocabulary: int, longest: int) -> None:
-    """Refuse a teacher that cannot teach a model, from its config alone.
+    """Refuse a teacher that does not fit the student, from its config alone.
 
     Args:
         folder: A Gemma 3 folder.
         vocabulary: Rows of the student's table.
-        longest: Tokens of the longest text that it will read.
+        longest: Tokens of the longest sample.
 
     Raises:
-        CheckpointError: It is no Gemma 3, has another vocabulary, or reads only shorter texts.
+        CheckpointError: It is not a Gemma 3, has another vocabulary, or too few positions.
     """
     config = open_checkpoint(folder).config
     where = folder / "config.json"
     if config.get("model_type") not in (MULTIMODAL, TEXT_ONLY):
-        raise CheckpointError(f"{describe_model_type(config)} is no teacher: Gemma 3", where=where)
+        raise CheckpointError(
+            f"cannot be distilled: expected a Gemma 3, found {describe_model_type(config)}", where=where
+        )
     text = read_gemma3(config, where).text
     if text.vocab_size not in (vocabulary, vocabulary + FILL_ROWS):
         raise CheckpointError(
-            f"has a vocabulary of {text.vocab_size}, the model that it is to teach one of {vocabulary}", where=where
+            f"has a vocabulary of {text.vocab_size}, but the model to train has {vocabulary}", where=where
         )
     if text.max_position_embeddings < longest:
         raise CheckpointError(
-            f"reads {text.max_position_embeddings} tokens at most, samples have up to {longest}", where=where
+            f"reads at most {text.max_position_embeddings} tokens, but samples have up to {longest}", where=where
         )
 
 
 def load_teacher(folder: Path, *, vocabulary: int, dtype: torch.dtype) -> Teacher:
-    """The text stack of a Gemma 3 folder, frozen.
+    """Load the text stack of a Gemma 3 folder, frozen.
 
     Raises:
-        CheckpointError: Its files are not all that the class has.
+        CheckpointError: Its tensors do not fit the class.
     """
     transformers: Any = quiet_transformers()
     config = open_checkpoint(folder).config

@@ -1,14 +1,14 @@
-"""A text taken apart for an encoder-decoder: span corruption by T5's rule, and a prefix with its continuation.
+"""UL2 corruption: a text becomes the encoder's input and the labels, by T5's span corruption or as a prefix task.
 
 ::
 
-    raw        a b [c d] e f g [h i j]              kept and taken pieces alternate, kept first and taken last
-    encoder    bos mode a b s0 e f g s1 eos         bos, mode, eos: where frame and task have them
+    raw        a b [c d] e f g [h i j]              kept and removed pieces alternate, the first kept, the last removed
+    encoder    bos mode a b s0 e f g s1 eos         bos, mode and eos only if frame and task have them
     labels     s0 c d s1 h i j eos
     positions  -1 2 3 -1 7 8 9 -1
 
-Every raw token stands once, in the encoder's input or in the labels. Sentinels descend, s_k = s_0 - k; the prefix task
-has none unless it asks for one. No length depends on chance: the raw length that fills the budgets is known beforehand.
+Every raw token occurs once, in the encoder's input or in the labels. Sentinels descend, s_k = s_0 - k; the prefix task
+uses one only on request. No length is random, so the raw length that fills the budgets is known in advance.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from t5g2convert.adaptation.ul2.sentinels import Sentinels
 from t5g2convert.errors import DataError, UsageError
 
 NO_POSITION = -1
-"""Position of a label that is no raw token: a sentinel, or the final eos."""
+"""Position of a label that is not a raw token: a sentinel, or the final eos."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class Example:
 
     Attributes:
         encoder: uint32 [E], the encoder's input.
-        labels: uint32 [D], what the decoder is to write; the last is eos.
-        positions: int64 [D], where in `raw` a label stands, -1 for a sentinel and for the final eos.
+        labels: uint32 [D], the decoder's target; the last is eos.
+        positions: int64 [D], position of each label in `raw`; -1 for sentinels and the final eos.
         raw: uint32 [L], the text.
-        task: The number of the task in its mixture.
+        task: Number of the task in its mixture.
     """
 
     encoder: NDArray[np.uint32]
@@ -53,7 +53,7 @@ class Example:
 
 
 def spans(length: int, task: Task) -> tuple[int, int]:
-    """Noise tokens and spans of a text, by T5's rule.
+    """Return the number of noise tokens and spans of a text, by T5's rule.
 
     noise = round(length * rate), at least 1 and at most length - 1; spans = round(noise / mean_span), at least 1. Both
     are computed in float64 and rounded half to even. (In float32, as TensorFlow computes, 0.15 is a little more, and a
@@ -63,14 +63,15 @@ def spans(length: int, task: Task) -> tuple[int, int]:
         length: Raw tokens, at least 2.
 
     Raises:
-        DataError: The text is too short, or has fewer tokens to keep than spans to keep apart.
+        DataError: The text is too short, or too few tokens remain to separate the spans.
     """
     if length < 2:
-        raise DataError(f"task {task.name!r} takes apart texts of at least 2 tokens, found {length}")
+        raise DataError(f"task {task.name!r} needs texts of at least 2 tokens, got {length}")
     noise, pieces = _counts(length, task)
     if pieces > length - noise:
         raise DataError(
-            f"task {task.name!r} takes {pieces} spans out of {length} tokens, and keeps {length - noise} to part them",
+            f"task {task.name!r} removes {pieces} spans from {length} tokens, but only {length - noise} remain between "
+            "them",
             hint="give the task a longer mean_span or a lower rate",
         )
     return noise, pieces
@@ -82,10 +83,10 @@ def _counts(length: int, task: Task) -> tuple[int, int]:
 
 
 def lengths(length: int, task: Task, frame: Frame) -> tuple[int, int]:
-    """Encoder tokens and labels that `corrupt` makes of `length` raw tokens, whatever the chance.
+    """Return the number of encoder tokens and labels that `corrupt` makes from `length` raw tokens.
 
     Raises:
-        DataError: As `spans`.
+        DataError: As in `spans`.
     """
     return _lengths(length, *spans(length, task), task, frame)
 
@@ -97,13 +98,13 @@ def _lengths(length: int, noise: int, pieces: int, task: Task, frame: Frame) -> 
 
 
 def longest(task: Task, frame: Frame, *, encoder: int, decoder: int) -> int:
-    """The most raw tokens for which the encoder's input and the labels both stay within their budgets.
+    """Return the most raw tokens for which the encoder's input and the labels stay within their budgets.
 
-    Neither length falls as the text grows, so that one more token breaks one of them.
+    Neither length decreases with the text, so one more token exceeds a budget.
 
     Raises:
-        UsageError: Two tokens do not fit.
-        DataError: As `spans`, for the length found.
+        UsageError: Not even two tokens fit.
+        DataError: As in `spans`, for the result.
     """
 
     def fits(length: int) -> bool:
@@ -114,9 +115,9 @@ def longest(task: Task, frame: Frame, *, encoder: int, decoder: int) -> int:
         needed = lengths(2, task, frame)
         raise UsageError(
             f"task {task.name!r} needs at least {needed[0]} encoder tokens and {needed[1]} labels, "
-            f"found {encoder} and {decoder}"
+            f"got {encoder} and {decoder}"
         )
-    # Every raw token takes a place in one of both.
+    # Every raw token takes a place in one of the two.
     low, high = 2, encoder + decoder + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -126,16 +127,16 @@ def longest(task: Task, frame: Frame, *, encoder: int, decoder: int) -> int:
 
 
 def needed_sentinels(mixture: Mixture, raw_lengths: tuple[int, ...]) -> int:
-    """The most sentinels in a sample, of the raw length of each task."""
+    """Return the most sentinels in a sample, for the raw length of each task."""
     pairs = zip(mixture.tasks, raw_lengths, strict=True)
     return max(spans(length, task)[1] if task.sentinel else 0 for task, length in pairs)
 
 
 def composition(total: int, pieces: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Lengths of `pieces` non-empty pieces of `total`, int64 [pieces]; every such list is equally likely.
+    """Split `total` into `pieces` non-empty pieces, uniformly at random; return their lengths, int64 [pieces].
 
-    A list is a choice of pieces - 1 of the total - 1 places between two tokens: those with the lowest of as many random
-    keys. The keys are the bit generator's raw words, whose sequence is the same in every numpy, unlike the methods'.
+    A split chooses pieces - 1 of the total - 1 gaps between tokens: those with the lowest random keys. The keys are raw
+    words of the bit generator, whose sequence is the same in every version of numpy, unlike that of its methods.
     """
     if pieces == 1:
         return np.array([total])
@@ -150,15 +151,15 @@ def composition(total: int, pieces: int, rng: np.random.Generator) -> NDArray[np
 def corrupt(
     raw: NDArray[np.uint32], task: Task, sentinels: Sentinels, frame: Frame, rng: np.random.Generator, *, index: int = 0
 ) -> Example:
-    """Take a text apart.
+    """Corrupt a text: make a sample of a spans or prefix task.
 
     Args:
         raw: uint32 [L], L at least 2.
-        rng: Where chance comes from; of a generator on the same bits the same sample comes.
-        index: The task's number in its mixture.
+        rng: Source of randomness; the same state gives the same sample.
+        index: Number of the task in its mixture.
 
     Raises:
-        DataError: As `spans`; or a token of the text is a sentinel, or there are fewer sentinels than spans.
+        DataError: As in `spans`; or a token of the text is a sentinel, or there are too few sentinels.
     """
     noise, pieces = spans(raw.size, task)
     taken = composition(noise, pieces, rng)
@@ -169,18 +170,18 @@ def corrupt(
 def split_prefix(
     raw: NDArray[np.uint32], at: int, frame: Frame, *, task: Task, sentinels: Sentinels, index: int = 0
 ) -> Example:
-    """The prefix task with a given prefix, raw[:at]; with images it ends with the last of them.
+    """Make a sample of the prefix task with the prefix raw[:at].
 
     Args:
         raw: uint32 [L].
-        at: Tokens of the prefix.
-        task: Says whether a sentinel stands for the rest, and the mode token.
+        at: Tokens in the prefix.
+        task: Gives the mode token, and whether a sentinel replaces the rest.
 
     Raises:
-        DataError: The prefix or the rest is empty; or as `corrupt`.
+        DataError: The prefix or the rest is empty; or as in `corrupt`.
     """
     if not 0 < at < raw.size:
-        raise DataError(f"expected a prefix of 1 to {raw.size - 1} tokens of {raw.size}, found one of {at}")
+        raise DataError(f"the prefix of {raw.size} tokens must have 1 to {raw.size - 1}, got {at}")
     kept, taken = np.array([at]), np.array([raw.size - at])
     return _assemble(raw, kept, taken, frame, sentinels, marks=task.sentinel, mode_token=task.mode_token, index=index)
 
@@ -196,7 +197,7 @@ def _assemble(
     mode_token: int | None,
     index: int,
 ) -> Example:
-    """The sample in which kept and taken pieces alternate, kept first."""
+    """Build the sample from alternating kept and removed pieces; the first is kept."""
     _check_raw(raw, sentinels)
     is_taken = np.repeat(np.tile([False, True], kept.size), np.stack([kept, taken], axis=1).ravel())
     inputs, positions = raw[~is_taken], np.flatnonzero(is_taken)
@@ -204,7 +205,7 @@ def _assemble(
     if marks:
         if kept.size > sentinels.count:
             raise DataError(
-                f"{kept.size} sentinels are needed for a sample of {raw.size} tokens, {sentinels.count} are available"
+                f"a sample of {raw.size} tokens needs {kept.size} sentinels, but {sentinels.count} are available"
             )
         ids = np.arange(sentinels.first, sentinels.first - kept.size, -1).astype(np.uint32)
         before = np.cumsum(taken) - taken
@@ -225,11 +226,11 @@ def _ids(*tokens: int | None) -> NDArray[np.uint32]:
 
 def _check_raw(raw: NDArray[np.uint32], sentinels: Sentinels) -> None:
     if raw.dtype != np.uint32 or raw.ndim != 1:
-        raise DataError(f"expected tokens as uint32 in one dimension, found {raw.dtype} of shape {raw.shape}")
-    # Unsigned numbers wrap below 0, so that one comparison finds what lies from the last sentinel to the first.
+        raise DataError(f"expected uint32 tokens in one dimension, got {raw.dtype} of shape {raw.shape}")
+    # Unsigned subtraction wraps, so one comparison covers the whole range.
     among = raw - np.uint32(sentinels.last) < np.uint32(sentinels.count)
     if among.any():
         at = int(np.argmax(among))
         raise DataError(
-            f"token {raw[at]} of the text, at {at} of the sample, is a sentinel ({sentinels.last} to {sentinels.first})"
+            f"token {raw[at]} at position {at} of the sample is a sentinel ({sentinels.last} to {sentinels.first})"
         )

@@ -1,4 +1,4 @@
-"""The tasks of UL2 and how often each comes, from a table in YAML."""
+"""The UL2 mixture: its tasks and their weights, from a YAML table."""
 
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -11,42 +11,44 @@ from t5g2convert.mapping.strictyaml import Document, load_yaml
 from t5g2convert.mapping.weightmap import did_you_mean
 
 DEFAULT_MIXTURE: Final = Path(__file__).with_name("ul2.yaml")
-"""The paper's table, which ships with the tool."""
+"""The paper's mixture."""
 
 MAX_WEIGHT: Final = 1000
-"""A block of samples is permuted in memory; no table needs a finer share."""
+"""A block of samples is permuted in memory; finer shares are not needed."""
 
 
 class Task(Declaration):
-    """One way to take a text apart.
+    """One way to corrupt a text.
 
-    `spans` replaces `rate` of the tokens, in spans of `mean_span` tokens on average, by a sentinel each. `prefix` gives
-    the end of the text, `rate` of it, to the decoder: one span, whose sentinel may be left out.
+    `spans` replaces spans of `mean_span` tokens on average, `rate` of all tokens, by one sentinel each. `prefix` leaves
+    the last `rate` of the text to the decoder: one span, with or without a sentinel.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="What logs call it.")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Name in logs.")
     kind: Literal["spans", "prefix"]
-    rate: float = Field(gt=0, lt=1, description="Share of the raw tokens that the decoder is to write.")
-    mean_span: float | None = Field(default=None, ge=1, description="Tokens; of spans alone.")
-    weight: int = Field(ge=1, le=MAX_WEIGHT, description="Samples of this task in a block of the mixture.")
-    mode_token: NonNegativeInt | None = Field(
-        default=None, description="Token id that the encoder's input starts with, after its bos."
+    rate: float = Field(gt=0, lt=1, description="Share of the raw tokens that the decoder writes.")
+    mean_span: float | None = Field(
+        default=None, ge=1, description="Mean length of a span in tokens; only for kind: spans."
     )
-    sentinel: bool = Field(default=True, description="Whether a sentinel marks where a span was.")
+    weight: int = Field(ge=1, le=MAX_WEIGHT, description="Samples of this task per block of the mixture.")
+    mode_token: NonNegativeInt | None = Field(
+        default=None, description="Token id at the start of the encoder's input, after bos."
+    )
+    sentinel: bool = Field(default=True, description="Whether a sentinel marks the position of a span.")
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
         if self.kind == "prefix":
             if self.mean_span is not None:
-                raise ValueError("a prefix task has one span; mean_span is for spans")
+                raise ValueError("a prefix task has one span; mean_span is only for spans")
             return self
         if self.mean_span is None:
             raise ValueError("spans need a mean_span")
         if not self.sentinel:
-            raise ValueError("spans cannot be told apart without sentinels; expected sentinel: true")
+            raise ValueError("spans need sentinels; expected sentinel: true")
         if self.rate / self.mean_span > 1 - self.rate:
             raise ValueError(
-                f"spans of {self.mean_span:g} tokens that are {self.rate:g} of a text leave too few tokens between them"
+                f"spans of {self.mean_span:g} tokens at rate {self.rate:g} leave too few tokens between them"
             )
         return self
 
@@ -63,17 +65,17 @@ class Mixture(Declaration):
         names = [task.name for task in tasks]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two tasks are named {name!r}")
+                raise ValueError(f"two tasks have the name {name!r}")
         return tasks
 
     @property
     def block(self) -> int:
-        """Samples of a block: the sum of the weights."""
+        """Samples per block: the sum of the weights."""
         return sum(task.weight for task in self.tasks)
 
     @property
     def cycle(self) -> tuple[int, ...]:
-        """The tasks of a block by their number, each as often as its weight, not yet permuted."""
+        """The task numbers of a block, each as often as its weight, in order."""
         return tuple(number for number, task in enumerate(self.tasks) for _ in range(task.weight))
 
     @property
@@ -83,10 +85,10 @@ class Mixture(Declaration):
 
 
 def read_mixture(path: Path | None = None) -> Mixture:
-    """A mixture from its file; the paper's, 1:1:1:1:4, without one.
+    """Read a mixture; without a path, the paper's, 1:1:1:1:4.
 
     Raises:
-        MappingError: With `file:line:column` and a caret at the first fault.
+        MappingError: The file is not valid; shows `file:line:column` and a caret at the first fault.
     """
     document = load_yaml(DEFAULT_MIXTURE if path is None else path)
     try:
@@ -96,7 +98,7 @@ def read_mixture(path: Path | None = None) -> Mixture:
 
 
 def _fault(document: Document, error: ValidationError) -> MappingError:
-    # A misspelt key is also a missing one; the spelling is what helps.
+    # A misspelt key is also missing; reporting the spelling helps more.
     errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     at, message = errors[0]["loc"], str(errors[0]["msg"])
     if errors[0]["type"] == "extra_forbidden":

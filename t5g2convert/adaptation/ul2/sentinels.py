@@ -1,7 +1,7 @@
-"""Which token ids stand for the spans that were taken out: a run of unused ids at the end of the vocabulary.
+"""Sentinels: the token ids that replace spans, a run of unused ids at the end of the vocabulary.
 
-The k-th span of a sample, counted from 0, gets `first - k`. A run that is too short for all spans is an error: nothing
-is clamped or wrapped, which would lose text.
+The k-th span of a sample, counted from 0, is replaced by `first - k`. If the run is too short for all spans, that is an
+error: clamping or wrapping would lose text.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from typing import Self
 from t5g2convert.errors import DataError
 
 SHOWN_IDS = 5
-"""Offending ids that an error names."""
+"""Offending ids listed in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Sentinels:
 
     def __post_init__(self) -> None:
         if not 0 <= self.count <= self.first + 1:
-            raise DataError(f"expected 0 to {self.first + 1} sentinels from id {self.first} down, found {self.count}")
+            raise DataError(f"expected 0 to {self.first + 1} sentinels from id {self.first} down, got {self.count}")
 
     def __contains__(self, token: int) -> bool:
         return self.first - self.count < token <= self.first
@@ -35,7 +35,7 @@ class Sentinels:
 
     @classmethod
     def available(cls, *, vocabulary: int, reserved: Collection[int]) -> Self:
-        """The highest run of ids below `vocabulary` without a reserved one: 262143 to 256002 for Gemma 3, 6,142 ids."""
+        """Return the highest run of ids below `vocabulary` that are not reserved: 262143 to 256002 for Gemma 3."""
         first = vocabulary - 1
         while first in reserved:
             first -= 1
@@ -44,12 +44,12 @@ class Sentinels:
 
     @classmethod
     def of(cls, *, vocabulary: int, reserved: Collection[int], needed: int) -> Self:
-        """The `needed` highest ids of the highest run that has no reserved id.
+        """Return the `needed` highest ids of the highest run without a reserved id.
 
         Args:
             vocabulary: Rows of the embedding table.
-            reserved: Ids that are no sentinels: bos, eos, pad, the image tokens, mode tokens.
-            needed: The most spans that a sample may have, `needed_sentinels`.
+            reserved: Ids that cannot be sentinels: bos, eos, pad, the image tokens, mode tokens.
+            needed: Most spans of a sample, from `needed_sentinels`.
 
         Raises:
             DataError: The run is too short.
@@ -57,9 +57,9 @@ class Sentinels:
         run = cls.available(vocabulary=vocabulary, reserved=reserved)
         if run.count < needed:
             raise DataError(
-                f"{needed} sentinels are needed for a sample of these lengths, {run.count} are available: "
+                f"samples of these lengths need {needed} sentinels, but {run.count} are available: "
                 f"{_range(run)} of a vocabulary of {vocabulary}",
-                hint="train with shorter inputs, or with a mixture of longer spans",
+                hint="reduce the lengths, or use a mixture with longer spans",
             )
         return cls(run.first, needed)
 
@@ -73,38 +73,38 @@ def check_reserved(
     occurrences: Mapping[int, int],
     absent: Collection[str] = (),
 ) -> None:
-    """Say before training whether sentinels, special tokens, mode tokens and the data get in each other's way.
+    """Refuse sentinels, special tokens and mode tokens that collide with each other or with the data.
 
     Args:
-        sentinels: Those that samples will use.
-        special: Name to id of the model's special tokens: bos, eos, pad, boi, eoi, image.
-        mode_tokens: Those of the mixture.
-        highest: The highest token id of the data.
-        occurrences: How often an id occurs in the data; it must tell of every id from the last sentinel on, and of the
-            special and mode tokens. What it does not name does not occur.
-        absent: Names of special tokens that must not occur in this data; the image tokens and pad, for text.
+        sentinels: The sentinels of the samples.
+        special: Ids of the model's special tokens by name: bos, eos, pad, boi, eoi, image.
+        mode_tokens: Mode tokens of the mixture.
+        highest: Highest token id in the data.
+        occurrences: Occurrences by id in the data, for all ids from the last sentinel on and for special and mode
+            tokens; absent ids do not occur.
+        absent: Names of special tokens that must not occur in the data.
 
     Raises:
-        DataError: They do; names the ids.
+        DataError: Ids collide; the message names them.
     """
     _check_apart(sentinels, special, mode_tokens)
     among = {token for token in (highest, *occurrences) if token in sentinels}
     taken = dict.fromkeys(among, f"a sentinel, {_range(sentinels)}")
     taken |= dict.fromkeys(mode_tokens, "a mode token")
-    taken |= {special[name]: f"{name}, which must not stand in this data" for name in absent}
+    taken |= {special[name]: f"{name}, which must not occur in this data" for name in absent}
     found = sorted((token for token in taken if occurrences.get(token) or token == highest), reverse=True)
     if found:
         others = f", and {_counted(len(found) - 1, 'more such id')}" if len(found) > 1 else ""
         known = [token for token in found if token in occurrences]
         raise DataError(
             f"token {found[0]} of the data is {taken[found[0]]}{others}",
-            hint="pack the text without special tokens, or choose ids for sentinels and modes that it does not use",
+            hint="pack the text without special tokens, or choose unused ids for mode tokens",
             details=[f"id {token} occurs {_counted(occurrences[token], 'time')}" for token in known[:SHOWN_IDS]],
         )
 
 
 def _check_apart(sentinels: Sentinels, special: Mapping[str, int], mode_tokens: Collection[int]) -> None:
-    """No id may have two meanings."""
+    """Refuse ids with two meanings."""
     names = {token: name for name, token in special.items()}
     for token in names:
         if token in sentinels:
@@ -112,7 +112,7 @@ def _check_apart(sentinels: Sentinels, special: Mapping[str, int], mode_tokens: 
     for token in mode_tokens:
         if token in sentinels or token in names:
             other = names.get(token, "a sentinel")
-            raise DataError(f"the mode token {token} is also {other}", hint="choose an id that nothing else uses")
+            raise DataError(f"the mode token {token} is also {other}", hint="choose an unused id")
 
 
 def _counted(number: int, noun: str) -> str:

@@ -67,8 +67,8 @@ def test_pictures_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
         (b'{"a": 1, "b": 2}', "has no 'text', but 'a', 'b'"),
         (b'{"text": null}', "the text is null"),
         (b'{"text": 3}', "the text is of type int"),
-        (b'{"text": "a\\u0000b"}', "holds NUL at character 1: this is not text"),
-        (b'{"text": "\\ud83d"}', "holds half of a surrogate pair"),
+        (b'{"text": "a\\u0000b"}', "contains NUL at character 1: it is not text"),
+        (b'{"text": "\\ud83d"}', "contains half of a surrogate pair"),
         (b'{"text": "a\xffb"}', "is not UTF-8: invalid start byte at byte 11 of the line"),
         (b'{"text": "a", "images": "a.png"}', "'images' is not a list of file names"),
         (b'{"text": "a", "images": [1]}', "'images' is not a list of file names"),
@@ -88,7 +88,7 @@ def test_a_text_that_is_none_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\xff\n")
     assert reason(read(tmp_path / "a.txt")) == f"{tmp_path}/a.txt:2: is not UTF-8: invalid start byte at byte 7"
     (tmp_path / "b.txt").write_bytes(b"\x7fELF\0\0")
-    assert "holds NUL at character 4" in reason(read(tmp_path / "b.txt"))
+    assert "contains NUL at character 4" in reason(read(tmp_path / "b.txt"))
 
 
 def test_what_is_too_long_is_left_out_without_being_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_parquet_without_the_column_or_damaged_is_refused(table: Path) -> None:
 
 def test_pictures_in_parquet_are_not_left_out_silently(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": ["a"], "images": [["a.png"]]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="has a column 'images': pictures are read from JSONL alone"):
+    with pytest.raises(DataError, match="has a column 'images', but images are read only from JSONL"):
         read(tmp_path / "a.parquet")
 
 
@@ -167,7 +167,7 @@ def test_folders_give_their_files_in_the_order_of_their_names(tmp_path: Path) ->
 
 def special_files(folder: Path) -> Iterator[tuple[Path, type[Exception], str]]:
     (folder / "empty").mkdir()
-    yield folder / "empty", DataError, "holds no file that ends in .txt, .jsonl, .parquet"
+    yield folder / "empty", DataError, "has no file that ends in .txt, .jsonl, .parquet"
     yield folder / "absent", DataError, "no such file or folder"
     (folder / "a.csv").touch()
     yield folder / "a.csv", UsageError, "ends in .csv, expected .txt, .jsonl, .parquet"
@@ -175,7 +175,7 @@ def special_files(folder: Path) -> Iterator[tuple[Path, type[Exception], str]]:
     yield folder / "a.txt", DataError, "is not a readable file"
     (folder / "broken").mkdir()
     (folder / "broken/b.txt").symlink_to("nowhere")
-    yield folder / "broken", DataError, "is a broken link"
+    yield folder / "broken", DataError, "is a broken symlink"
 
 
 def test_what_cannot_be_an_input_is_refused(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_without_the_extra_one_line_tells_what_to_install(tmp_path: Path, monkey
     import sys
 
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"datasets needs the extra: pip install 't5g2convert\[adapt\]'"):
+    with pytest.raises(UsageError, match=r"datasets is not installed: pip install 't5g2convert\[adapt\]'"):
         list(read_dataset(str(tmp_path), "train", "text"))
 
 
@@ -222,7 +222,7 @@ CONFIGS = ValueError("Config name is missing.\nPlease pick one among the availab
     [
         (RuntimeError("you sent Bearer hf_secretsecret"), DataError, r"cannot be read as a data set \(RuntimeError\)$"),
         (SPLITS, DataError, r"has no such split \(--split takes one of train\)$"),
-        (CONFIGS, DataError, r"several configurations, or none of that name \(--subset takes one of en, de\)$"),
+        (CONFIGS, DataError, r"several configurations, or none with that name \(--subset takes one of en, de\)$"),
         (raised(ConnectionError("hf_secretsecret"), ValueError("no data")), HubError, r"\(ConnectionError\)"),
     ],
 )

@@ -105,7 +105,7 @@ def test_other_means_and_sizes_are_followed_or_refused(model: Path, pictures: Pa
     assert np.array_equal(pixel_values([photo], other), theirs)
     assert not np.array_equal(pixel_values([photo], model), theirs)
     say(size={"height": 56, "width": 55})
-    with pytest.raises(CheckpointError, match="resizes to 55 x 56, the vision tower looks at 56 x 56"):
+    with pytest.raises(CheckpointError, match="resizes to 55 x 56, but the vision tower expects 56 x 56"):
         pixel_values([photo], other)
     for field in ({"do_pan_and_scan": True}, {"do_normalize": False}, {"do_resize": False}, {"do_rescale": False}):
         say(**field)
@@ -150,11 +150,11 @@ def test_a_text_without_places_has_its_pictures_first() -> None:
 @pytest.mark.parametrize(
     ("text", "images", "told"),
     [
-        ("a<start_of_image>b", 2, "has 2 picture(s), and <start_of_image> 1 time(s)"),
-        ("<start_of_image><start_of_image>b", 1, "has 1 picture(s), and <start_of_image> 2 time(s)"),
-        ("a<start_of_image>", 1, "ends with a picture: nothing is left to be learnt"),
-        ("a<start_of_image> \n", 1, "ends with a picture"),
-        ("", 1, "ends with a picture"),
+        ("a<start_of_image>b", 2, "has 2 image(s), but <start_of_image> 1 time(s)"),
+        ("<start_of_image><start_of_image>b", 1, "has 1 image(s), but <start_of_image> 2 time(s)"),
+        ("a<start_of_image>", 1, "ends with an image: no text is left to learn"),
+        ("a<start_of_image> \n", 1, "ends with an image"),
+        ("", 1, "ends with an image"),
     ],
 )
 def test_a_document_whose_places_do_not_fit_is_refused(text: str, images: int, told: str) -> None:
@@ -165,10 +165,10 @@ def test_a_document_whose_places_do_not_fit_is_refused(text: str, images: int, t
 def test_pictures_that_cannot_be_read_are_refused(pictures: Path, tmp_path: Path) -> None:
     whole = (pictures / "rgb.png").read_bytes()
     made = {
-        "cut.png": (whole[: len(whole) // 2], "cannot be read as a picture: "),
-        "text.png": (b"a picture", "is no picture that is read here: PNG, JPEG"),
-        "empty.png": (b"", "is no picture that is read here"),
-        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "is no picture that is read here"),
+        "cut.png": (whole[: len(whole) // 2], "cannot be read as an image: "),
+        "text.png": (b"a picture", "is not an image of a supported format \\(PNG, JPEG"),
+        "empty.png": (b"", "is not an image of a supported format"),
+        "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "is not an image of a supported format"),
     }
     for name, (data, told) in made.items():
         (tmp_path / name).write_bytes(data)
@@ -184,7 +184,7 @@ def test_pictures_that_cannot_be_read_are_refused(pictures: Path, tmp_path: Path
 def test_a_picture_that_would_take_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     colours(100, 100).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="cannot be read as a picture: Image size"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="cannot be read as an image: Image size"):
         check_picture(tmp_path / "a.png")
 
 

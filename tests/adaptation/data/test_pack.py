@@ -127,7 +127,7 @@ def test_empty_documents_are_left_out_and_counted(model: Path, tmp_path: Path) -
     done = pack_texts(model, tmp_path / "out", ["", "a", " \n\t", "b"])
     assert (done.index.empty, done.index.text.documents) == (2, 2)
     for texts in ([], ["", " "]):
-        with pytest.raises(DataError, match=rf"there is no document with text in it \({len(texts)} empty\)"):
+        with pytest.raises(DataError, match=rf"no document has text \({len(texts)} empty\)"):
             pack_texts(model, tmp_path / "other", texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -144,7 +144,7 @@ def with_tokenizer(model: Path, folder: Path, section: str, value: dict[str, obj
 
 def test_a_text_that_gives_a_special_token_all_the_same_is_named(model: Path, tmp_path: Path) -> None:
     other = with_tokenizer(model, tmp_path / "model", "model", {"ignore_merges": True})
-    with pytest.raises(DataError, match=r"texts:2: gives the special token 1 \(<eos>\)"):
+    with pytest.raises(DataError, match=r"texts:2: contains the special token 1 \(<eos>\)"):
         pack_texts(other, tmp_path / "out", ["a", "<eos>", "b"])
 
 
@@ -170,8 +170,8 @@ def test_all_documents_that_cannot_be_packed_are_named(model: Path, tmp_path: Pa
     first, *others = failed.value.details
     assert first.startswith(f"a:1: {cut} ")
     assert others == [
-        "a:2: has 2 picture(s), and <start_of_image> 1 time(s)",
-        "a:3: ends with a picture: nothing is left to be learnt",
+        "a:2: has 2 image(s), but <start_of_image> 1 time(s)",
+        "a:3: ends with an image: no text is left to learn",
         f"a:4: {tmp_path}/in/absent.png is missing",
         "a:5: is not UTF-8",
     ]
@@ -201,7 +201,7 @@ def test_a_model_without_eyes_takes_no_pictures(model: Path, tmp_path: Path, mix
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="7 documents cannot be packed") as failed:
         pack(tmp_path / "model", tmp_path / "out", mixed, flush=False)
-    assert failed.value.details[0] == "p:0: has pictures, and the model has no vision tower"
+    assert failed.value.details[0] == "p:0: has images, but the model has no vision tower"
     assert pack(tmp_path / "model", tmp_path / "out", mixed[:5], flush=False).index.text.documents == 5
     with pytest.raises(UsageError, match="--bos needs a model with a bos token"):
         pack(tmp_path / "model", tmp_path / "other", mixed[:5], bos=True, flush=False)
@@ -229,7 +229,7 @@ def test_a_folder_that_no_packing_wrote_is_never_replaced(model: Path, tmp_path:
     texts.mkdir()
     (texts / "novel.txt").write_text("Call me Ishmael.")
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="is no packed data, and is not replaced"):
+        with pytest.raises(OutputError, match="other files than packed data, and is not replaced"):
             pack(model, texts, [Document("a", "b")], overwrite=overwrite, flush=False)
     assert (texts / "novel.txt").read_text() == "Call me Ishmael."
 

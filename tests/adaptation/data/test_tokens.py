@@ -109,7 +109,7 @@ def test_a_special_token_that_a_tokenizer_gives_all_the_same_is_a_fault(model: P
     change(model / "tokenizer.json", lambda document: document["model"].update(ignore_merges=True))
     encoder = TextEncoder(model, read_tokens(model))
     (bad, good) = encoder.encode(["<eos>", "a<eos>"])
-    assert encoder.fault(bad) == "gives the special token 1 (<eos>), although its name was read as text"
+    assert encoder.fault(bad) == "contains the special token 1 (<eos>), although its name was read as text"
     assert encoder.fault(good) is None
 
 
@@ -125,14 +125,14 @@ def test_a_token_without_a_row_is_a_fault(model: Path) -> None:
     change(model / "tokenizer.json", lambda document: document["model"]["vocab"].update({"ä": 256}))
     encoder = TextEncoder(model, read_tokens(model))
     (tokens,) = encoder.encode(["ä"])
-    assert encoder.fault(tokens) == "gives token 256, the embedding table has 256 rows"
+    assert encoder.fault(tokens) == "contains token 256, but the embedding table has 256 rows"
 
 
 def test_a_folder_without_what_is_needed_is_refused(model: Path, tmp_path: Path) -> None:
     assert tokenizer_sha256(model) == sha256_of(model / "tokenizer.json")
     tokens = read_tokens(model)
     (model / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no tokenizer that the tokenizers library reads"):
+    with pytest.raises(CheckpointError, match="cannot be read by the tokenizers library"):
         TextEncoder(model, tokens)
     (model / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is missing"):
@@ -148,5 +148,5 @@ def test_a_folder_without_what_is_needed_is_refused(model: Path, tmp_path: Path)
         read_tokens(model)
     config.write_text(before)
     change(config, lambda document: document["encoder"].update(eoi_token_index=256))
-    with pytest.raises(CheckpointError, match="the embedding table has 256 rows, none for eoi_token_index 256"):
+    with pytest.raises(CheckpointError, match="the embedding table has 256 rows, but no row for eoi_token_index 256"):
         read_tokens(model)

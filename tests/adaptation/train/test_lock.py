@@ -22,7 +22,7 @@ def test_a_run_has_its_folder_to_itself_until_its_process_is_dead(tmp_path: Path
     other.start()
     assert has_it.wait(60)
     with (
-        pytest.raises(OutputError, match="run: another process is training into this folder"),
+        pytest.raises(OutputError, match="run: another process is training in this folder"),
         locked(tmp_path / "run"),
     ):
         pass

@@ -169,13 +169,13 @@ def test_budgets_that_hold_nothing_are_refused() -> None:
     # Two tokens: bos, one kept, its sentinel; sentinel, one taken, eos.
     assert longest(TASKS[0], FRAME, encoder=3, decoder=3) == 2
     for encoder, decoder in ((2, 3), (3, 2), (0, 0)):
-        with pytest.raises(UsageError, match=f"at least 3 encoder tokens and 3 labels, found {encoder} and {decoder}"):
+        with pytest.raises(UsageError, match=f"at least 3 encoder tokens and 3 labels, got {encoder} and {decoder}"):
             longest(TASKS[0], FRAME, encoder=encoder, decoder=decoder)
 
 
 @pytest.mark.parametrize("length", [-1, 0, 1])
 def test_less_than_two_tokens_are_refused(length: int) -> None:
-    with pytest.raises(DataError, match=f"at least 2 tokens, found {length}"):
+    with pytest.raises(DataError, match=f"at least 2 tokens, got {length}"):
         lengths(length, TASKS[0], FRAME)
 
 
@@ -183,12 +183,12 @@ def test_spans_that_would_touch_are_refused() -> None:
     dense = Task(name="dense", kind="spans", rate=0.5, mean_span=1, weight=1)
     # round(7 * 0.5) is 4, and 4 spans of one token are parted by 4 tokens; 3 are left.
     assert spans(6, dense) == (3, 3)
-    with pytest.raises(DataError, match="takes 4 spans out of 7 tokens, and keeps 3"):
+    with pytest.raises(DataError, match="removes 4 spans from 7 tokens, but only 3"):
         spans(7, dense)
     # The longest that fits 7 and 9 is such a text; it is told rather than used.
     frame = Frame(None, None, EOS)
     assert longest(dense, frame, encoder=6, decoder=9) == 6
-    with pytest.raises(DataError, match="takes 4 spans out of 7 tokens"):
+    with pytest.raises(DataError, match="removes 4 spans from 7 tokens"):
         longest(dense, frame, encoder=7, decoder=9)
 
 
@@ -332,7 +332,7 @@ def test_a_text_is_split_after_its_last_image(at: int) -> None:
 
 @pytest.mark.parametrize("at", [-1, 0, 50, 51])
 def test_an_empty_side_is_refused(at: int) -> None:
-    with pytest.raises(DataError, match=f"prefix of 1 to 49 tokens of 50, found one of {at}"):
+    with pytest.raises(DataError, match=f"prefix of 50 tokens must have 1 to 49, got {at}"):
         split_prefix(text(50), at, FRAME, task=TASKS[4], sentinels=SENTINELS)
 
 
@@ -341,7 +341,7 @@ def test_an_empty_side_is_refused(at: int) -> None:
 def test_a_sentinel_in_the_text_is_refused(task: Task, token: int) -> None:
     raw = text(100)
     raw[63] = token
-    with pytest.raises(DataError, match=rf"token {token} of the text, at 63 .* is a sentinel \(260779 to 262143\)"):
+    with pytest.raises(DataError, match=rf"token {token} at position 63 .* is a sentinel \(260779 to 262143\)"):
         corrupt(raw, task, SENTINELS, FRAME, philox(0))
     with pytest.raises(DataError, match="is a sentinel"):
         split_prefix(raw, 50, FRAME, task=TASKS[4], sentinels=SENTINELS)
@@ -360,13 +360,13 @@ def test_ids_beside_the_sentinels_are_text(token: int) -> None:
 def test_too_few_sentinels_are_refused() -> None:
     count = spans(400, TASKS[1])[1]
     corrupt(text(400), TASKS[1], Sentinels(262_143, count), FRAME, philox(0))
-    with pytest.raises(DataError, match=rf"{count} sentinels are needed .* {count - 1} are available"):
+    with pytest.raises(DataError, match=rf"needs {count} sentinels, but {count - 1} are available"):
         corrupt(text(400), TASKS[1], Sentinels(262_143, count - 1), FRAME, philox(0))
 
 
 @pytest.mark.parametrize("raw", [text(10).astype(np.int64), text(10).reshape(2, 5), text(10).astype(">u4")])
 def test_other_arrays_are_refused(raw: NDArray[np.uint32]) -> None:
-    with pytest.raises(DataError, match="expected tokens as uint32 in one dimension, found"):
+    with pytest.raises(DataError, match="expected uint32 tokens in one dimension, got"):
         corrupt(raw, TASKS[0], SENTINELS, FRAME, philox(0))
 
 
@@ -377,7 +377,7 @@ def test_16384_in_and_out_need_1260_sentinels() -> None:
     # The densest task: 30,246 tokens, 15,123 of them taken, in spans of 12.
     assert spans(30_246, TASKS[1]) == (15_123, 1260)
     # T5's own number of sentinels, which other code wraps or clamps at.
-    with pytest.raises(DataError, match="1260 sentinels are needed for a sample of these lengths, 100 are available"):
+    with pytest.raises(DataError, match="samples of these lengths need 1260 sentinels, but 100 are available"):
         Sentinels.of(vocabulary=262_144, reserved={262_043}, needed=1260)
 
 

@@ -221,26 +221,26 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 41])
 def test_a_corpus_smaller_than_a_chunk_is_refused(tokens: int) -> None:
-    with pytest.raises(DataError, match=rf"has {tokens} tokens; a block of 8 samples takes 42"):
+    with pytest.raises(DataError, match=rf"has {tokens} tokens, but a block of 8 samples needs 42"):
         Sampler(MIXTURE, RAW_LENGTHS, tokens, seed=0)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
-    with pytest.raises(UsageError, match=f"expected a seed of 0 to {2**64 - 1}, found {seed}"):
+    with pytest.raises(UsageError, match=f"seed must be between 0 and {2**64 - 1}, got {seed}"):
         Sampler(MIXTURE, RAW_LENGTHS, 4200, seed)
 
 
 def test_a_length_for_each_task_is_needed() -> None:
-    with pytest.raises(UsageError, match="a raw length for each of 5 tasks, found 4"):
+    with pytest.raises(UsageError, match="expected 5 raw lengths, one per task, got 4"):
         Sampler(MIXTURE, RAW_LENGTHS[:4], 4200, seed=0)
 
 
 @pytest.mark.parametrize("i", [-1, 2**64])
-@pytest.mark.parametrize("ask", ["task", "stretch", "rng", "document"])
+@pytest.mark.parametrize("ask", ["task", "text_range", "rng", "document"])
 def test_a_number_out_of_range_is_refused(ask: str, i: int) -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, 4200, seed=0)
-    with pytest.raises(UsageError, match=f"number of a sample, 0 to {2**64 - 1}, found {i}"):
+    with pytest.raises(UsageError, match=f"sample number must be between 0 and {2**64 - 1}, got {i}"):
         document_of(0, i, 3) if ask == "document" else getattr(schedule, ask)(i)
 
 
