@@ -27,8 +27,8 @@ def declared_changes(
     given = {(role_in(span.file), draft.content.dtype) for draft in drafts for span in draft.content.spans[:1]}
     cast = sorted((ROLES.index(role), CONFIG_NAMES[dtype]) for role, dtype in given if dtype != model_dtype)
     if cast and all(draft.dtype == model_dtype for draft in drafts):
-        told = ", ".join(f"{_OWNERS[ROLES[number]]}{dtype}" for number, dtype in cast)
-        yield Change("dtype", told, CONFIG_NAMES[model_dtype])
+        found = ", ".join(f"{_OWNERS[ROLES[number]]}{dtype}" for number, dtype in cast)
+        yield Change("dtype", found, CONFIG_NAMES[model_dtype])
     rows, vocab = resolution.table[1], resolution.dims["vocab"]
     if vocab != rows:
         yield Change("vocab_size", rows, vocab)

@@ -9,7 +9,7 @@ from t5g2convert.checkpoint.inputs import SOURCE, VISION_FROM, Role, named
 from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.conversion.plan.types import (
     Content,
-    Kind,
+    ContentKind,
     PlannedAlignment,
     PlannedTable,
     SourceRange,
@@ -47,7 +47,7 @@ def draft_tensor(
         case Copy() | TakeRows():
             assert item.source is not None, "the schema gives every row but zeros a source"
             start = item.source.entry.start
-            kind: Kind = "copy" if target_dtype == source_dtype else "cast"
+            kind: ContentKind = "copy" if target_dtype == source_dtype else "cast"
             end = start + tensor_bits(source_dtype, item.shape) // 8
             content = Content(kind, SourceRange(named(item.role, item.source.file), start, end), source_dtype)
         case ScaledRow():

@@ -80,17 +80,17 @@ def kept_rows(
     if "vision" in tokens.features:
         _check_image_token(ids, tokenizer, donated=seeing != SOURCE)
     if keep:
-        told = f"all {rows} rows of the embedding table are kept, as asked" if cut != rows else "no row would be cut"
-        return KeptRows(rows, (*remarks, f"--keep-rows: {told}{_image_token(tokens, cut, rows)}"))
+        reason = f"all {rows} rows of the embedding table are kept, as asked" if cut != rows else "no row would be cut"
+        return KeptRows(rows, (*remarks, f"--keep-rows: {reason}{_image_token(tokens, cut, rows)}"))
     if cut == rows:
         return KeptRows(rows, remarks)
     if ids.spare is not None:
-        told = f"all {rows} rows of the embedding table are kept, not {cut}: {ids.spare}"
-        return KeptRows(rows, (*remarks, told + _image_token(tokens, cut, rows)))
+        reason = f"all {rows} rows of the embedding table are kept, not {cut}: {ids.spare}"
+        return KeptRows(rows, (*remarks, reason + _image_token(tokens, cut, rows)))
     if ids.has_vocabulary:
         return KeptRows(cut, remarks)
-    kept, told = _look_at_spare_rows(weight_map, checkpoints[table], cut, rows)
-    return KeptRows(rows if kept else cut, (*remarks, told + (_image_token(tokens, cut, rows) if kept else "")))
+    kept, reason = _compare_spare_rows(weight_map, checkpoints[table], cut, rows)
+    return KeptRows(rows if kept else cut, (*remarks, reason + (_image_token(tokens, cut, rows) if kept else "")))
 
 
 def _special_ids(
@@ -164,7 +164,7 @@ def _check_image_token(ids: IdsInUse, tokenizer: Tokenizer, *, donated: bool) ->
         )
 
 
-def _look_at_spare_rows(weight_map: WeightMap, checkpoint: Checkpoint, cut: int, rows: int) -> tuple[bool, str]:
+def _compare_spare_rows(weight_map: WeightMap, checkpoint: Checkpoint, cut: int, rows: int) -> tuple[bool, str]:
     """Decide from their values whether to keep rows that no file mentions, and explain it in a note."""
     stored = _find_table(weight_map, checkpoint, rows)
     if stored is None or stored.entry.dtype not in CONFIG_NAMES:

@@ -18,7 +18,7 @@ from t5g2convert.conversion.assets.aux_files import PlannedFile
 from t5g2convert.conversion.assets.tokenizer import TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem
 
-Kind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]
+ContentKind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Content:
         alignment: The inputs of an aligned projector.
     """
 
-    kind: Kind
+    kind: ContentKind
     source: SourceRange | None
     dtype: str
     alignment: PlannedAlignment | None = None
