@@ -93,7 +93,7 @@ def resolve(
     stack_sources: StackSources = SOURCE_ONLY,
     *,
     subject: str = "the source",
-    given: Collection[str] = (),
+    drop_options: Collection[str] = (),
 ) -> Resolution:
     """Apply a map to a checkpoint.
 
@@ -102,7 +102,7 @@ def resolve(
         checkpoint: The source.
         stack_sources: The other checkpoints, and what the target takes of each.
         subject: The checkpoint's name in errors.
-        given: Options of drops that were given, by their names in the map.
+        drop_options: The options of drops that the user gave, by their names in the map.
 
     Raises:
         CheckpointError: A checkpoint is not what its config implies; `details` lists every tensor concerned.
@@ -110,7 +110,7 @@ def resolve(
             each other.
     """
     weight_map = loaded.map
-    for option in given:
+    for option in drop_options:
         if all(drop.option != option for drop in weight_map.drop):
             raise MappingError(f"{flag(option)} cannot be used with mapping {weight_map.name!r}: it has no such drop")
     model = read_model(weight_map, checkpoint, subject=subject)
@@ -118,7 +118,9 @@ def resolve(
     check_map(weight_map, stack_sources)
     # Each other checkpoint is resolved as a source first, so that whatever is refused of a source is refused of it too.
     others = {
-        role: resolve(loaded, other, StackSources(rows=stack_sources.rows), subject=SUBJECTS[role], given=given)
+        role: resolve(
+            loaded, other, StackSources(rows=stack_sources.rows), subject=SUBJECTS[role], drop_options=drop_options
+        )
         for role, other in stack_sources.others.items()
     }
     if VISION_FROM in others:
@@ -135,7 +137,7 @@ def resolve(
     rows = [row for row in weight_map.weights if row.applies(model.features)]
     drops = [drop for drop in weight_map.drop if drop.applies(model.features)]
     views = _views(loaded, rows, drops, checkpoints, models, dims, others)
-    targets, dropped = _resolve_rows(loaded, model, rows, drops, views, stack_sources.table, layers, given)
+    targets, dropped = _resolve_rows(loaded, model, rows, drops, views, stack_sources.table, layers, drop_options)
     return Resolution(
         model=model,
         checkpoints=checkpoints,
@@ -194,7 +196,7 @@ def _resolve_rows(
     views: Mapping[Role, SourceView],
     table: Role,
     layers: Layers,
-    given: Collection[str],
+    drop_options: Collection[str],
 ) -> tuple[tuple[Resolved, ...], tuple[ResolvedDrop, ...]]:
     """Return every target tensor, and the source's dropped tensors.
 
@@ -207,7 +209,7 @@ def _resolve_rows(
     tensors = {name: tensor for view in views.values() for name, tensor in view.problems.checkpoint.tensors.items()}
     refuse_overlaps(loaded, model.features, layout, prefixes, views[SOURCE].dims, tensors)
     targets = tuple(_targets(rows, views, prefixes, table, layers))
-    dropped = tuple(_dropped(drops, views[SOURCE], given))
+    dropped = tuple(_dropped(drops, views[SOURCE], drop_options))
     for role, view in views.items():
         view.problems.raise_any(loaded.map, whole=role == SOURCE)
     return targets, dropped
@@ -226,13 +228,13 @@ def _targets(
             yield from resolve_target(row, part, pattern, views[role], prefixes, layers.get(part))
 
 
-def _dropped(drops: Iterable[Drop], source: SourceView, given: Collection[str]) -> Iterator[ResolvedDrop]:
+def _dropped(drops: Iterable[Drop], source: SourceView, drop_options: Collection[str]) -> Iterator[ResolvedDrop]:
     """Yield the source's dropped tensors; refuse names of its index that no shard holds and no drop matches."""
     problems, droppable = source.problems, set[str]()
     for drop in drops:
         names = {name: drop for _, name in dropped_names(drop, source.layout, source.dims)}
         droppable.update(names)
-        if drop.option is None or drop.option in given:
+        if drop.option is None or drop.option in drop_options:
             yield from resolve_drop(drop, source)
         else:
             problems.optional |= names

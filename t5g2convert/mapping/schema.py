@@ -210,12 +210,12 @@ class PresetSettings(Declaration):
 
     @model_validator(mode="after")
     def _sets_something(self) -> Self:
-        if not self.model_fields_set or None in self.given.values():
+        if not self.model_fields_set or None in self.chosen.values():
             raise ValueError("expected at least one setting, and a value for each")
         return self
 
     @property
-    def given(self) -> Mapping[str, Any]:
+    def chosen(self) -> Mapping[str, Any]:
         """Return the settings that the preset has."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 

@@ -230,15 +230,15 @@ def _vocabulary_faults(weight_map: WeightMap, numbers: set[str]) -> Iterator[Fau
 
 def _preset_faults(weight_map: WeightMap, values: set[str]) -> Iterator[Fault]:
     for preset, declared in weight_map.presets.items():
-        for key, names in (("requires", declared.requires), ("settings", declared.settings.given)):
+        for key, names in (("requires", declared.requires), ("settings", declared.settings.chosen)):
             for name in names:
                 if name not in values:
                     at: NodePath = ("presets", preset, key, name, "<key>")
                     yield f"unknown value {name!r}", at, did_you_mean(name, values)
         for position, name in enumerate(declared.assumed):
-            if name not in declared.settings.given:
+            if name not in declared.settings.chosen:
                 at = ("presets", preset, "assumed", position)
-                yield f"{name!r} is not one of the settings", at, did_you_mean(name, declared.settings.given)
+                yield f"{name!r} is not one of the settings", at, did_you_mean(name, declared.settings.chosen)
 
 
 def _placeholder_hint(pattern: str, roots: Mapping[str, object]) -> str | None:

@@ -646,7 +646,7 @@ def test_every_setting_of_a_preset_may_be_set_that_the_family_has(name: str, tmp
         assert f"unknown value {name!r}" in refusal(path, text).message
         return
     path.write_text(text.replace("    assumed: [max_position_embeddings]\n", "", 1))
-    assert load_map(path).map.presets["t5gemma-2-270m-270m"].settings.given == {name: 7}
+    assert load_map(path).map.presets["t5gemma-2-270m-270m"].settings.chosen == {name: 7}
 
 
 @pytest.mark.parametrize(

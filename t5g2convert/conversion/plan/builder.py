@@ -88,7 +88,7 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
     tokenizer = Tokenizer(sources.source)
     kept = kept_rows(weight_map, sources.by_role, table, tokenizer, keep=options.keep_rows)
     stack_sources = StackSources(sources.others, options.projector, table, options.layers, kept.rows)
-    resolution = resolve(loaded, sources.source, stack_sources, given=options.drops)
+    resolution = resolve(loaded, sources.source, stack_sources, drop_options=options.drops)
     _check_requirements(loaded, resolution, options)
     _check_heads(resolution)
     if DECODER_FROM in resolution.checkpoints:

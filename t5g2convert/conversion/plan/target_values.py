@@ -78,4 +78,4 @@ def _preset(name: str, values: Mapping[str, Any], weight_map: WeightMap, owner: 
                 f"preset {name} is for {field} {needed}, {owner} has {values[field]}",
                 hint="use --rope-scaling and --sliding-window instead",
             )
-    return dict(preset.settings.given)
+    return dict(preset.settings.chosen)
