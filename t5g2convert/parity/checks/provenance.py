@@ -11,7 +11,7 @@ from typing import Final
 from t5g2convert.checkpoint.folder import Checkpoint, some
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Folders, Role, role_in
 from t5g2convert.checkpoint.manifest import Manifest
-from t5g2convert.conversion.plan.types import Kind, Plan
+from t5g2convert.conversion.plan.types import ContentKind, Plan
 from t5g2convert.parity.checks.manifest_check import (
     file_faults,
     header_faults,
@@ -123,11 +123,11 @@ def _summary(
     unmoved: Sequence[str],
 ) -> str:
     """Return a sentence on what the output is made of, and what became of the source."""
-    kinds: Counter[tuple[Kind, Role]] = Counter()
+    kinds: Counter[tuple[ContentKind, Role]] = Counter()
     for tensor in plan.tensors:
         source = tensor.content.source
         kinds[tensor.content.kind, SOURCE if source is None else role_in(source.file)] += 1
-    phrases: dict[Kind, str] = {
+    phrases: dict[ContentKind, str] = {
         "copy": "tensors are {owner} byte for byte",
         "cast": f"are {{owner}} in {plan.dtype}, as declared",
         "scaled_row": "is a row of {it}, scaled",
