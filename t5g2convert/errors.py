@@ -1,18 +1,18 @@
-"""Everything that can go wrong, and the exit code that it gets.
+"""The exceptions of this package, and their exit codes.
 
 ::
 
     T5g2Error                 1   never raised itself
-    ├── UsageError            2   the command was called wrongly
-    ├── CheckpointError       3   the input checkpoint is damaged, incomplete or of another kind
-    ├── MappingError          4   the weight map is wrong, or it does not describe this model
-    ├── OutputError           5   the output folder or the disk
+    ├── UsageError            2   wrong usage of a command or function
+    ├── CheckpointError       3   the input checkpoint is damaged, incomplete or not supported
+    ├── MappingError          4   the weight map is wrong, or does not fit this model
+    ├── OutputError           5   the output folder or the disk cannot be written
     ├── DataError             3   the training data is missing, damaged, or does not fit the model
     ├── VerificationError     6   a conversion does not compute what its source computes
-    ├── HubError              7   the Hub: not found, not allowed, not reached
+    ├── HubError              7   the Hub: not found, not allowed, not reachable
     └── Interrupted      130/143  SIGINT or SIGTERM
 
-Library code raises these and nothing else on purpose; only `t5g2convert.cli` turns them into text and exit codes.
+Library code raises only these on purpose; `t5g2convert.cli` alone turns them into text and exit codes.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,17 @@ from t5g2convert.printable import printable
 
 
 class T5g2Error(Exception):
-    """A failure that the user can understand and act on.
+    """A failure that a user can understand and fix.
 
     Args:
         message: What was expected and what was found, in one line.
-        where: The file, tensor or map position concerned.
+        where: The file, tensor or position in a map.
         hint: What to do next.
-        details: All offenders, a line each, where there are several.
+        details: All problems, one per line, if there are several.
+
+    Example:
+        >>> str(CheckpointError("is missing", where="model.safetensors", hint="download again"))
+        'model.safetensors: is missing (download again)'
     """
 
     exit_code = 1
@@ -49,11 +53,11 @@ class T5g2Error(Exception):
         self.details = tuple(details)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Other processes get it as it is: exceptions are pickled by their arguments, of which ours have more.
+        # Exceptions are pickled by their arguments alone; other processes need the other fields too.
         return _restored, (type(self), self.args, self.__dict__)
 
     def __str__(self) -> str:
-        # A traceback shows it too: the only line ends are those of a map's error, in front of its line and its caret.
+        # Tracebacks show it too. Only the error of a map has line ends, before its excerpt and its caret.
         reason, *excerpt = self.message.rsplit("\n  ", 2) if isinstance(self, MappingError) else [self.message]
         text = printable(reason if self.where is None else f"{self.where}: {reason}")
         text = "\n  ".join([text, *excerpt])
@@ -61,19 +65,19 @@ class T5g2Error(Exception):
 
 
 class UsageError(T5g2Error):
-    """The command or function was called wrongly."""
+    """A command or function was used wrongly."""
 
     exit_code = 2
 
 
 class CheckpointError(T5g2Error):
-    """The input checkpoint is damaged, incomplete, or not what the tool converts."""
+    """The input checkpoint is damaged, incomplete, or not supported."""
 
     exit_code = 3
 
 
 class MappingError(T5g2Error):
-    """The weight map is wrong, or does not describe this model."""
+    """The weight map is wrong, or does not fit this model."""
 
     exit_code = 4
 
@@ -91,19 +95,19 @@ class DataError(T5g2Error):
 
 
 class VerificationError(T5g2Error):
-    """A conversion was judged and found wrong; `details` has every check that failed."""
+    """A conversion failed its verification; `details` lists every failed check."""
 
     exit_code = 6
 
 
 class HubError(T5g2Error):
-    """The Hub has no such model, does not give it out, or cannot be reached."""
+    """The Hub has no such model, denies access, or cannot be reached."""
 
     exit_code = 7
 
 
-class Interrupted(T5g2Error):  # noqa: N818 - a signal is no error
-    """A signal stopped the work; what was staged is removed on the way out, or kept to be taken up again."""
+class Interrupted(T5g2Error):  # noqa: N818 - a signal is not an error
+    """A signal stopped the work; staged files are removed, or kept for `--resume`."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")
@@ -111,7 +115,7 @@ class Interrupted(T5g2Error):  # noqa: N818 - a signal is no error
 
 
 def _restored(kind: type[T5g2Error], arguments: tuple[object, ...], fields: dict[str, object]) -> T5g2Error:
-    """An error that was pickled."""
+    """Return an unpickled error."""
     error = kind.__new__(kind, *arguments)
     error.__dict__.update(fields)
     return error

@@ -1,4 +1,4 @@
-"""The signal that stops the work: remembered, as libraries make errors of their own of it; and put off."""
+"""Signals that stop the work: remembered, because libraries turn them into their own errors, and delayed."""
 
 import signal
 import threading
@@ -17,22 +17,22 @@ def note(number: int) -> None:
 
 
 def forget() -> None:
-    """Forget all signals: other work begins."""
+    """Forget all signals before other work starts."""
     _came.clear()
 
 
 def interruption() -> Interrupted | None:
-    """Return the error for the first signal that came; None if none did."""
+    """Return the error for the first signal; None if there was none."""
     return Interrupted(_came[0]) if _came else None
 
 
 def raise_interruption() -> None:
-    """Stop if a signal came, whatever was made of it.
+    """Raise if there was a signal.
 
-    To be called where the error of a library is turned into one of ours: the signal may be what is behind it.
+    Call it where the error of a library becomes one of ours: the signal may have caused it.
 
     Raises:
-        Interrupted: A signal came.
+        Interrupted: There was a signal.
     """
     stopped = interruption()
     if stopped is not None:
@@ -41,10 +41,10 @@ def raise_interruption() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put off SIGINT and SIGTERM: what the block does to the disk and what it notes of it belong together.
+    """Delay SIGINT and SIGTERM until the block ends, so that a change on disk and its record stay together.
 
-    A mask would not do: other threads, of numpy or of a progress bar, take the signal then, and Python's handler still
-    runs in the main thread.
+    Blocking the signals in this thread is not enough: another thread, of numpy or a progress bar, would receive them,
+    and Python's handler would still run in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers run in the main thread only

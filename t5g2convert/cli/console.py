@@ -1,4 +1,4 @@
-"""How results are shown: tables for people, JSON for scripts, and nothing from outside that a terminal would obey."""
+"""Output: tables for people, JSON for scripts, and no control characters from outside."""
 
 import json
 import sys
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON document on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Add the traceback to an error.")]
 
 PLAIN_WIDTH: Final = 400
-"""Columns at most of a table that does not go to a terminal: enough for every name to stand whole."""
+"""The width of tables that do not go to a terminal: enough for complete names."""
 
 PART_STYLES: Final = {
     "embedding": "yellow", "encoder": "cyan", "decoder": "magenta", "vision": "green", "projector": "blue",
@@ -31,7 +31,7 @@ def emit_json(document: Mapping[str, Any]) -> None:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """A rich console that honours NO_COLOR, reads no markup, and does not fold tables in a pipe."""
+    """Return a rich console that honours NO_COLOR, ignores markup, and does not wrap tables in a pipe."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -40,7 +40,7 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 def table(*columns: str, title: str | None = None, right: Iterable[int] = ()) -> "Table":
-    """An empty table; the columns numbered in `right` hold numbers."""
+    """Return an empty table; the columns with the numbers in `right` are right-aligned."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -51,7 +51,7 @@ def table(*columns: str, title: str | None = None, right: Iterable[int] = ()) ->
 
 
 def parameter_table(parameters: Mapping[str, int], title: str = "Parameters") -> "Table":
-    """Parameters by part, with their share and a bar."""
+    """Return a table of parameters by part, with shares and bars."""
     from rich.text import Text
 
     result = table("part", "parameters", "share", "", title=title, right=(1, 2))
@@ -67,7 +67,7 @@ def parameter_table(parameters: Mapping[str, int], title: str = "Parameters") ->
 
 
 def size_text(count: int) -> str:
-    """Bytes as people read them, in powers of 1000 as the Hub counts."""
+    """Return a number of bytes as text, in powers of 1000 like the Hub."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
@@ -77,6 +77,6 @@ def size_text(count: int) -> str:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Notes on stderr: they are about the result, not the result."""
+    """Print notes on stderr, as they are about the result."""
     for note in notes:
         print(f"note: {printable(note)}", file=sys.stderr)  # noqa: T201

@@ -1,4 +1,4 @@
-"""`t5g2 demo`: the whole tool on a model of a quarter of a million parameters, without network."""
+"""`t5g2 demo`: the whole tool on a tiny model, without network."""
 
 import json
 from contextlib import ExitStack
@@ -45,7 +45,7 @@ DEMO_CONFIG: Final[dict[str, Any]] = {
         "vision_use_head": False,
     },
 }
-"""A Gemma 3 with images, seven sliding layers and a full one, and two layers of SigLIP."""
+"""A Gemma 3 with images: seven sliding layers and one full layer, and two layers of SigLIP."""
 
 
 def demo(
@@ -54,7 +54,7 @@ def demo(
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Build a tiny Gemma 3 with images, convert it, verify it, write with it; no network, seconds."""
+    """Build a tiny Gemma 3 with images, convert it, verify it, generate with it. Takes seconds, without network."""
     from tempfile import TemporaryDirectory
 
     from t5g2convert.checkpoint.inputs import Folders
@@ -75,14 +75,14 @@ def demo(
         check_target(output, source, overwrite=False)
         build_demo_source(source)
 
-        screen.print("1  A tiny Gemma 3 with images, of seeded random weights", style="bold")
+        screen.print("1  A tiny Gemma 3 with images and seeded random weights", style="bold")
         parent = inspect(source)
         screen.print(f"   {len(parent.tensors)} tensors, {size_text(sum(parent.files.values()))}\n")
         screen.print(parameter_table(parent.parameters, title="Gemma 3"))
 
         plan = make_plan(source)
         screen.print("2  Which tensors go where", style="bold")
-        screen.print("   the source is read once; what serves both stacks is written twice\n")
+        screen.print("   the source is read once; tensors for both stacks are written twice\n")
         screen.print(draw_plan(plan), soft_wrap=True)
 
         execute(plan, Folders(source), output)
@@ -97,8 +97,8 @@ def demo(
         print_report(report, screen)
         require_passed(report, output)
 
-        screen.print("5  It writes", style="bold")
-        screen.print("   nonsense: its weights are random, and a conversion has yet to learn to use its encoder\n")
+        screen.print("5  It generates", style="bold")
+        screen.print("   nonsense: its weights are random, and a fresh conversion has not learned to use its encoder\n")
         written = "".join(generate(output, "an encoder-decoder", max_new_tokens=24))
         screen.print(f"   {printable(written)}\n", soft_wrap=True)
         if out is not None:
@@ -107,20 +107,20 @@ def demo(
 
 
 def _check_absent(folder: Path) -> None:
-    """Refuse to write into a folder that has something in it.
+    """Refuse to write into a folder that is not empty.
 
     Raises:
-        OutputError: It has, or it is a link or no folder.
+        OutputError: It is not empty, is a link, or is not a folder.
     """
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise OutputError("exists and is not an empty folder", where=folder, hint="give --out another folder")
+        raise OutputError("exists and is not an empty folder", where=folder, hint="use another folder for --out")
 
 
 def build_demo_source(folder: Path) -> None:
     """Write the tiny Gemma 3 and its tokenizer.
 
     Raises:
-        OutputError: The folder cannot be made.
+        OutputError: The folder cannot be written.
     """
     from t5g2convert.mapping.library import find_map
     from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -150,7 +150,7 @@ _TOKENIZER_CONFIG: Final = {
 
 
 def _tokenizer() -> dict[str, Any]:
-    """A BPE tokenizer of single characters, with Gemma's word mark and special tokens; every id below 256 is taken."""
+    """Return a BPE tokenizer of single characters, with Gemma's space symbol and special tokens and exactly 256 ids."""
     vocabulary = {token: number for number, token in _SPECIAL.items()}
     characters = ["▁", *(chr(code) for code in range(33, 127))]
     free = [number for number in range(256) if number not in _SPECIAL]

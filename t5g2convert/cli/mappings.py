@@ -1,4 +1,4 @@
-"""`t5g2 mappings`: list, show, check, schema."""
+"""`t5g2 mappings`: list, show and check weight maps, and print their JSON Schema."""
 
 from typing import Annotated
 
@@ -7,14 +7,14 @@ import typer
 from t5g2convert.cli.console import PART_STYLES, DebugOption, JsonOption, console, emit_json, table
 from t5g2convert.printable import printable
 
-app = typer.Typer(help="The weight maps: list, show, check, and their JSON Schema.", no_args_is_help=True)
+app = typer.Typer(help="List, show and check weight maps, and print their JSON Schema.", no_args_is_help=True)
 
 NameArgument = Annotated[str, typer.Argument(help="A shipped mapping's name, or the path of a file.")]
 
 
 @app.command("list")
 def list_mappings(as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """The mappings that ship with the tool."""
+    """List the shipped mappings."""
     from t5g2convert.mapping.library import shipped_maps
 
     maps = shipped_maps()
@@ -41,7 +41,7 @@ def list_mappings(as_json: JsonOption = False, debug: DebugOption = False) -> No
 
 @app.command("show")
 def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """A mapping as a table."""
+    """Show a mapping as a table."""
     from rich.text import Text
 
     from t5g2convert.mapping.library import find_map
@@ -80,12 +80,12 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
 def check_mapping(
     name: NameArgument,
     against: Annotated[
-        str | None, typer.Option("--against", help="A checkpoint folder or model that it must convert.")
+        str | None, typer.Option("--against", help="A checkpoint folder or a model on the Hub to plan with it.")
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Whether a mapping is sound, by itself or against a checkpoint's headers."""
+    """Check a mapping, by itself or against the headers of a checkpoint."""
     from t5g2convert.conversion.plan.builder import plan
     from t5g2convert.mapping.library import find_map
 
@@ -104,7 +104,7 @@ def check_mapping(
 
 @app.command("schema")
 def show_schema(debug: DebugOption = False) -> None:
-    """The JSON Schema of mappings, for editors."""
+    """Print the JSON Schema of mappings, for editors."""
     from t5g2convert.mapping.schema import WeightMap
 
     schema = WeightMap.model_json_schema(by_alias=True)

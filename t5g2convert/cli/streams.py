@@ -1,7 +1,7 @@
-"""stdout and stderr, which may be closed, full, or without a reader while the work goes on.
+"""stdout and stderr that may be closed, on a full disk, or without a reader.
 
-Descriptors 0 to 2 that are closed are opened on the null device, so that no file of ours can get their numbers. stderr
-never raises. stdout raises until `keep_working` says that the work counts for more than what is printed of it.
+Closed descriptors 0 to 2 are opened on the null device, so that no other file gets their numbers. stderr never raises.
+stdout raises until `keep_working` is called, because the work matters more than its printed result.
 """
 
 import errno
@@ -14,10 +14,10 @@ _NAMES: Final = ("stdin", "stdout", "stderr")
 
 
 class _Stream(io.FileIO):
-    """A descriptor that remembers the first write that failed.
+    """A descriptor that remembers its first failed write.
 
     Attributes:
-        survives: Whether what cannot be written is dropped, in place of an error.
+        survives: Whether to drop output that cannot be written instead of raising an error.
         lost: The first error; None if there was none.
     """
 
@@ -25,7 +25,7 @@ class _Stream(io.FileIO):
     lost: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        """Write as `FileIO` does."""
+        """Write like `FileIO`."""
         size = memoryview(data).nbytes
         if self.lost is not None and self.survives:
             return size
@@ -39,13 +39,13 @@ class _Stream(io.FileIO):
 
 
 _raw: Final[dict[str, _Stream]] = {}
-"""The streams that were prepared, by their names in `sys`."""
+"""The prepared streams, by their names in `sys`."""
 
 
 def prepare_streams() -> None:
-    """Open closed standard descriptors, and put streams in `sys` that behave as this module says.
+    """Open closed standard descriptors, and replace the streams in `sys`.
 
-    To be called before any other file is opened. Streams that somebody else has put in `sys` are left alone.
+    Call it before any other file is opened. Streams that somebody else has put in `sys` are left alone.
     """
     _raw.clear()
     for number, name in enumerate(_NAMES):
@@ -57,11 +57,11 @@ def prepare_streams() -> None:
 
 
 def _opened(number: int, *, taken: bool) -> int:
-    """The descriptor to be used for a standard stream: its own, opened on the null device if it was closed.
+    """Return the descriptor for a standard stream: its own, opened on the null device if it was closed.
 
     Args:
-        number: Its own.
-        taken: Whether a descriptor that is open belongs to a file which got a number that was free.
+        number: Its own descriptor.
+        taken: Whether that descriptor, if it is open, belongs to another file.
     """
     try:
         os.fstat(number)
@@ -89,7 +89,7 @@ def _prepare(name: str, descriptor: int) -> None:
     raw.survives = name == "stderr"
     unbuffered = found is not None and found.write_through
     stream = io.TextIOWrapper(
-        # As Python itself does under -u.
+        # Like Python itself with -u.
         cast(BinaryIO, raw) if unbuffered else io.BufferedWriter(raw),
         encoding="utf-8" if found is None else found.encoding,
         errors="replace",
@@ -101,21 +101,21 @@ def _prepare(name: str, descriptor: int) -> None:
 
 
 def keep_working() -> None:
-    """Let no failure of stdout end the work, whose exit code tells how it went."""
+    """Ignore failures of stdout from now on: the exit code reports the work."""
     if "stdout" in _raw:
         _raw["stdout"].survives = True
 
 
 def reader_left() -> bool:
-    """Whether nobody reads stdout any more."""
+    """Return whether nobody reads stdout any more."""
     lost = _raw["stdout"].lost if "stdout" in _raw else None
     return lost is not None and lost.errno == errno.EPIPE
 
 
 def finish_streams() -> OSError | None:
-    """Flush both streams, so that nothing fails when Python flushes them on exit; what was lost of stdout, if anything.
+    """Flush both streams, so that Python's own flush on exit cannot fail; return the first error of stdout.
 
-    A reader that left has lost nothing that it wanted.
+    A reader that has left is not an error.
     """
     failed: OSError | None = None
     for stream in (sys.stdout, sys.stderr):
