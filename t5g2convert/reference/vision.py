@@ -1,15 +1,110 @@
-"""The vision tower of a checkpoint, run one layer at a time."""
+"""SigLIP's vision tower (arXiv 2303.15343) and its projector to soft tokens, run one layer at a time.
+
+Names as in the published layout: `vision_tower.vision_model.` and `multi_modal_projector.`
+"""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from t5g2convert.checkpoint.families.text_and_vision import ImageTokens, SiglipConfig
 from t5g2convert.errors import CheckpointError
-from t5g2convert.reference.layers import RMSNorm
-from t5g2convert.reference.siglip import Projector, VisionEmbeddings, VisionLayer
+from t5g2convert.reference.attention import attend_fused
+from t5g2convert.reference.layers import ACTIVATIONS, RMSNorm
 from t5g2convert.reference.weights import Weights
+
+
+class VisionEmbeddings(nn.Module):
+    """An image cut into patches, each projected and given its position."""
+
+    def __init__(self, settings: SiglipConfig) -> None:
+        super().__init__()
+        patch, side = settings.patch_size, settings.image_size // settings.patch_size
+        self.patch_embedding = nn.Conv2d(settings.num_channels, settings.hidden_size, patch, stride=patch)
+        self.position_embedding = nn.Embedding(side * side, settings.hidden_size)
+
+    def forward(self, pixels_BNYX: Tensor) -> Tensor:
+        """[B, channels, height, width] to [B, P, C]."""
+        return self.patch_embedding(pixels_BNYX).flatten(2).transpose(1, 2) + self.position_embedding.weight
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention over all patches, with biases.
+
+    Always fused: both towers compute the same shapes, and 4,096 patches make it four times as fast as the eager order.
+    """
+
+    def __init__(self, settings: SiglipConfig) -> None:
+        super().__init__()
+        hidden, self.heads = settings.hidden_size, settings.num_attention_heads
+        if hidden % self.heads:
+            raise CheckpointError(
+                f"the vision tower's hidden_size {hidden} is not a multiple of num_attention_heads {self.heads}"
+            )
+        self.q_proj = nn.Linear(hidden, hidden)
+        self.k_proj = nn.Linear(hidden, hidden)
+        self.v_proj = nn.Linear(hidden, hidden)
+        self.out_proj = nn.Linear(hidden, hidden)
+
+    def forward(self, x_BPC: Tensor) -> Tensor:
+        """[B, P, C] to [B, P, C]."""
+        q, k, v = (
+            project(x_BPC).view(*x_BPC.shape[:2], self.heads, -1).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        output = attend_fused(q, k, v, None, scale=q.shape[-1] ** -0.5)
+        return self.out_proj(output.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    """Feed-forward block with biases."""
+
+    def __init__(self, settings: SiglipConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(settings.hidden_size, settings.intermediate_size)
+        self.fc2 = nn.Linear(settings.intermediate_size, settings.hidden_size)
+        self.activation = ACTIVATIONS[settings.hidden_act]
+
+    def forward(self, x_BPC: Tensor) -> Tensor:
+        """[B, P, C] to [B, P, C]."""
+        return self.fc2(self.activation(self.fc1(x_BPC)))
+
+
+class VisionLayer(nn.Module):
+    """A layer of SigLIP: pre-norm attention and MLP."""
+
+    def __init__(self, settings: SiglipConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
+        self.self_attn = VisionAttention(settings)
+        self.layer_norm2 = nn.LayerNorm(settings.hidden_size, settings.layer_norm_eps)
+        self.mlp = VisionMLP(settings)
+
+    def forward(self, x_BPC: Tensor) -> Tensor:
+        """[B, P, C] to [B, P, C]."""
+        x_BPC = x_BPC + self.self_attn(self.layer_norm1(x_BPC))
+        return x_BPC + self.mlp(self.layer_norm2(x_BPC))
+
+
+class Projector(nn.Module):
+    """Patch states, averaged over squares (4 x 4 of 64 x 64 to 256 tokens), normed, brought to the text's width."""
+
+    def __init__(self, settings: SiglipConfig, image_tokens: int, text_width: int) -> None:
+        super().__init__()
+        self.mm_soft_emb_norm = RMSNorm(settings.hidden_size, settings.layer_norm_eps)
+        self.mm_input_projection_weight = nn.Parameter(torch.empty(settings.hidden_size, text_width))
+        self.side = settings.image_size // settings.patch_size
+        self.kernel = self.side // int(image_tokens**0.5)
+
+    def forward(self, x_BPC: Tensor) -> Tensor:
+        """[B, P, vision width] to [B, mm_tokens_per_image, text width]."""
+        grid_BCYX = x_BPC.transpose(1, 2).reshape(x_BPC.shape[0], -1, self.side, self.side)
+        pooled_BCYX = functional.avg_pool2d(grid_BCYX, self.kernel, self.kernel)
+        return torch.matmul(
+            self.mm_soft_emb_norm(pooled_BCYX.flatten(2).transpose(1, 2)), self.mm_input_projection_weight
+        )
 
 
 class VisionTower:
