@@ -75,11 +75,23 @@ _A = TypeVar("_A")
 _B = TypeVar("_B")
 _C = TypeVar("_C")
 _R = TypeVar("_R")
+_A_contra = TypeVar("_A_contra", contravariant=True)
+_B_contra = TypeVar("_B_contra", contravariant=True)
+_R_co = TypeVar("_R_co", covariant=True)
+
+
+class _SecondOptional(Protocol[_A_contra, _B_contra, _P, _R_co]):
+    @overload
+    def __call__(self, first: _A_contra, /, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
+    @overload
+    def __call__(self, first: _A_contra, second: _B_contra, /, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
 
 
 class _Unfold(Protocol[_M_co, _P]):
     @overload
     def __call__(self, function: Callable[[_A, _M_co], _R], /) -> Callable[Concatenate[_A, _P], _R]: ...
+    @overload
+    def __call__(self, function: Callable[[_A, _B | None, _M_co], _R], /) -> _SecondOptional[_A, _B | None, _P, _R]: ...
     @overload
     def __call__(self, function: Callable[[_A, _B, _M_co], _R], /) -> Callable[Concatenate[_A, _B, _P], _R]: ...
     @overload

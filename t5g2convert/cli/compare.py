@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, table
-from t5g2convert.cli.options import DeviceOption, PassDtypeOption
+from t5g2convert.cli.options import with_options
 from t5g2convert.cli.verify import shown_progress
 from t5g2convert.errors import VerificationError
+from t5g2convert.parity.options import CompareOptions
 
 if TYPE_CHECKING:
     from t5g2convert.parity.compare import Comparison
 
 
+@with_options
 def compare(
     gemma3: Annotated[str, typer.Argument(help="A Gemma 3 folder, or a model of the Hub: org/name[@revision].")],
     t5gemma2: Annotated[Path, typer.Argument(help="A T5Gemma 2 folder that was trained further.")],
+    *,
     text: Annotated[Path, typer.Option("--text", help="The text file to read, with T5GEMMA2's tokenizer.")],
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", help="Exit 6 if the decoder's mean KL is larger, in nats.", min=0)
@@ -25,9 +28,7 @@ def compare(
         float | None,
         typer.Option("--min-agreement", help="Exit 6 if the decoder's top-1 agreement is smaller.", min=0, max=1),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of the text to read at most.", min=8)] = 1024,
-    dtype: PassDtypeOption = None,
-    device: DeviceOption = "cpu",
+    options: CompareOptions,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -35,13 +36,13 @@ def compare(
     from t5g2convert.parity.compare import compare as measure
 
     with shown_progress() as progress:
-        found = measure(gemma3, t5gemma2, text, dtype=dtype, device=device, max_tokens=max_tokens, progress=progress)
+        found = measure(gemma3, t5gemma2, text, **dict(options.replace(progress=progress)))
     if as_json:
         emit_json(found.to_json())
     else:
         _print(found)
     alone = found.decoder_alone
-    # Written so that a figure that is no number fails the gate.
+    # `not <=` rather than `>`: NaN fails the gate too.
     failed = []
     if max_kl is not None and not alone.kl <= max_kl:
         failed.append(f"the decoder's KL is {alone.kl:.4g}, more than {max_kl:g}")

@@ -74,9 +74,10 @@ def write_folder(
 
 def _verified(folder: Path, plan: "Plan", sources: "Sources", mapping: str | None) -> "Report":
     from t5g2convert.parity.verify import verify
+    from t5g2convert.reference.options import PassDtype
 
     # The activations of a real model overflow float16; its weights are judged in float32 as exactly.
-    dtype = "float32" if plan.dtype == "float16" else None
+    dtype: PassDtype | None = "float32" if plan.dtype == "float16" else None
     with shown_progress() as progress:
         return verify(folder, sources.origin, **sources.other_origins, mapping=mapping, dtype=dtype, progress=progress)
 

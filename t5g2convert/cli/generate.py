@@ -7,18 +7,17 @@ from typing import Annotated
 import typer
 
 from t5g2convert.cli.console import DebugOption
-from t5g2convert.cli.options import DeviceOption, PassDtypeOption
+from t5g2convert.cli.options import with_options
 from t5g2convert.errors import T5g2Error
 from t5g2convert.printable import printable
+from t5g2convert.reference.options import GenerateOptions
 
 
+@with_options
 def generate(
     output: Annotated[Path, typer.Argument(help="A T5Gemma 2 or T5Gemma folder with a tokenizer.")],
     prompt: Annotated[str, typer.Option("--prompt", help="What the encoder reads.")],
-    image: Annotated[Path | None, typer.Option("--image", help="A picture that the encoder sees first.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.", min=1)] = 64,
-    dtype: PassDtypeOption = None,
-    device: DeviceOption = "cpu",
+    options: GenerateOptions,
     debug: DebugOption = False,
 ) -> None:
     """Write greedily with the reference encoder-decoder. A fresh conversion has yet to learn to use its encoder."""
@@ -26,14 +25,12 @@ def generate(
 
     began = False
     try:
-        for piece in generation.generate(
-            output, prompt, image=image, max_new_tokens=max_new_tokens, dtype=dtype, device=device
-        ):
+        for piece in generation.generate(output, prompt, **dict(options)):
             began = True
             sys.stdout.write(printable(piece, keep="\n"))
             sys.stdout.flush()
     except T5g2Error:
-        # The reason starts on a line of its own; where nothing was written, no empty line is.
+        # The error starts on a line of its own, without an empty line where nothing was written.
         sys.stdout.write("\n" * began)
         raise
     sys.stdout.write("\n")

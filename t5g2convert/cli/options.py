@@ -4,8 +4,7 @@ import inspect
 import types
 from collections.abc import Callable, Collection
 from functools import wraps
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, overload
+from typing import Annotated, Any, Union, get_args, get_origin, overload
 
 import typer
 from pydantic.fields import FieldInfo
@@ -131,19 +130,6 @@ def _value(given: Any, field: FieldInfo) -> Any:
     return given
 
 
-DeviceOption = Annotated[
-    Literal["cpu", "cuda"], typer.Option("--device", help="Where the passes run; parity is exact on the CPU.")
-]
-PassDtypeOption = Annotated[
-    Literal["bfloat16", "float16", "float32"] | None,
-    typer.Option("--dtype", help="What the passes compute in.", show_default="the output's"),
-]
-TextOption = Annotated[
-    Path | None, typer.Option("--text", help="A text file to read in place of seeded tokens, with OUTPUT's tokenizer.")
-]
-ImageOption = Annotated[
-    Path | None, typer.Option("--image", help="A picture file to look at in place of seeded pixels.")
-]
 OverwriteOption = Annotated[
     bool,
     typer.Option(
@@ -156,10 +142,4 @@ SourceArgument = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
-]
-DecoderParentOption = Annotated[
-    str | None, typer.Option("--decoder-from", help="The checkpoint that its decoder was made of, if it was another.")
-]
-TowerDonorOption = Annotated[
-    str | None, typer.Option("--vision-from", help="The checkpoint that its vision tower was taken from, if it was.")
 ]

@@ -10,15 +10,9 @@ import typer
 
 from t5g2convert.checkpoint.atomic_write import check_replaceable, replace_file
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes, table
-from t5g2convert.cli.options import (
-    DecoderParentOption,
-    DeviceOption,
-    ImageOption,
-    PassDtypeOption,
-    TextOption,
-    TowerDonorOption,
-)
+from t5g2convert.cli.options import with_options
 from t5g2convert.errors import OutputError, UsageError, VerificationError
+from t5g2convert.parity.options import VerifyOptions
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
@@ -26,49 +20,27 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from t5g2convert.checkpoint.hub.model import Origin
     from t5g2convert.parity.reports.report import Report
 
 SHOWN_OFFENDERS: Final = 20
-"""Offenders of one check that are printed."""
+"""Most faults of one check that are printed."""
 
 
+@with_options
 def verify(
     output: Annotated[
         Path, typer.Argument(help="The folder to judge, which t5g2 wrote or which was trained elsewhere.")
     ],
+    *,
     source: Annotated[
         str | None,
         typer.Option(
             "--source",
-            help="The folder or model that it was made of, or trained from; without it little can be checked.",
+            help="The folder or model that it was made or trained from; without it little can be checked.",
         ),
     ] = None,
-    decoder_from: DecoderParentOption = None,
-    vision_from: TowerDonorOption = None,
-    mapping: Annotated[
-        str | None,
-        typer.Option(
-            "--mapping", help="The map it was made with.", show_default="the shipped one for the source's model_type"
-        ),
-    ] = None,
-    dtype: PassDtypeOption = None,
-    device: DeviceOption = "cpu",
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Largest difference that passes, as a part of the largest value.")
-    ] = 0.0,
-    text: TextOption = None,
-    image: ImageOption = None,
-    frozen: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--frozen",
-            help="Of a folder trained elsewhere: a part or layer that was frozen on purpose (encoder, decoder, "
-            "embedding, projector, encoder.layers.0), or none where the vision tower was trained too. May be repeated.",
-            metavar="PART",
-            show_default="vision",
-        ),
-    ] = None,
-    record: Annotated[bool, typer.Option("--record/--no-record", help="Write the result into t5g2.json.")] = True,
+    options: VerifyOptions,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write the checks as JUnit XML.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained HTML page.")] = None,
     as_json: JsonOption = False,
@@ -77,24 +49,11 @@ def verify(
     """Judge a conversion: files, bytes, settings, and what both models compute. Exits 6 if anything is wrong."""
     from t5g2convert.parity.verify import verify as judge
 
-    # A verification takes minutes; a report that cannot be written is refused before.
-    check_reports(junit, html, [output, source, decoder_from, vision_from, mapping, text, image])
+    inputs = [output, source, options.decoder_from, options.vision_from, options.mapping, options.text, options.image]
+    # A verification takes minutes, so a report that cannot be written is refused before.
+    check_reports(junit, html, inputs)
     with shown_progress() as progress:
-        report = judge(
-            output,
-            source,
-            decoder_from=decoder_from,
-            vision_from=vision_from,
-            mapping=mapping,
-            dtype=dtype,
-            device=device,
-            tolerance=tolerance,
-            text=text,
-            image=image,
-            frozen=tuple(frozen or ()),
-            record=record,
-            progress=progress,
-        )
+        report = judge(output, source, **dict(options.replace(progress=progress)))
     write_reports(report, junit, html)
     if as_json:
         emit_json(report.to_json())
@@ -105,7 +64,7 @@ def verify(
 
 
 def write_reports(report: "Report", junit: Path | None, html: Path | None) -> None:
-    """Write the report's files that were asked for.
+    """Write the report as JUnit XML and HTML, where a path is given.
 
     Raises:
         OutputError: A file cannot be written.
@@ -118,44 +77,46 @@ def write_reports(report: "Report", junit: Path | None, html: Path | None) -> No
             write_text(path, render(report))
 
 
-def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Path | str | None]") -> None:
-    """Refuse files that no report can be written to; those that are there stay as they are.
+def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Origin | None]") -> None:
+    """Refuse paths that a report cannot be written to, without touching existing files.
 
     Args:
-        junit: The one report, if it is asked for.
-        html: The other.
-        inputs: What is read: folders, files, and models of the Hub.
+        junit: Where the JUnit XML goes, if anywhere.
+        html: Where the HTML page goes, if anywhere.
+        inputs: Folders, files and models of the Hub that are read.
 
     Raises:
-        OutputError: A file cannot be written, or is read.
-        UsageError: Both are the same file, or one would be a part of a model.
+        OutputError: A file cannot be written, or is an input.
+        UsageError: Both are the same file, or a loader would read one as a part of a model.
     """
     from t5g2convert.checkpoint.hub.model import parse_id
     from t5g2convert.conversion.write.output_path import check_report
     from t5g2convert.parity.checks.integrity import READ_BY_LOADERS
 
     if junit is not None and html is not None and junit.resolve() == html.resolve():
-        raise UsageError(f"--junit and --html are the same file, {junit}", hint="give each a name of its own")
-    read = [Path(given) for given in inputs if given is not None and parse_id(str(given)) is None]
+        raise UsageError(f"--junit and --html are the same file, {junit}", hint="use two file names")
+    read = [Path(str(each)) for each in inputs if each is not None and parse_id(str(each)) is None]
     there = [path for path in read if os.path.exists(path)]  # noqa: PTH110 - no error for a name that is too long
     for path in (path for path in (junit, html) if path is not None):
         check_report(path, *there)
         target = path.resolve()
         if target.suffix.lower() in READ_BY_LOADERS and (target.parent / "config.json").exists():
-            raise UsageError(f"{path} would be read as a part of the model in that folder", hint="name it otherwise")
+            raise UsageError(
+                f"{path} would be read as a part of the model in that folder", hint="use another file name"
+            )
         if not _is_written_directly(path):
-            with _told(path):
+            with _as_output_error(path):
                 check_replaceable(target)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole, or leave it as it was; a device or a pipe is written as it is.
+    """Write a file at once, or leave it as it was; write directly to a device or a pipe.
 
     Raises:
         OutputError: It cannot be written.
     """
     data = text.encode()
-    with _told(path):
+    with _as_output_error(path):
         if _is_written_directly(path):
             path.write_bytes(data)
         else:
@@ -163,7 +124,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _is_written_directly(path: Path) -> bool:
-    """Whether a path is a device or a pipe, or another name of an open file, as /dev/stdout is."""
+    """Return whether a path is a device or a pipe, or names an open file, as /dev/stdout does."""
     named = path.absolute()
     if any(named.is_relative_to(folder) for folder in ("/dev", "/proc")):
         return True
@@ -171,7 +132,7 @@ def _is_written_directly(path: Path) -> bool:
 
 
 @contextmanager
-def _told(path: Path) -> "Iterator[None]":
+def _as_output_error(path: Path) -> "Iterator[None]":
     try:
         yield
     except OSError as error:
@@ -179,7 +140,7 @@ def _told(path: Path) -> "Iterator[None]":
 
 
 def print_report(report: "Report", out: "Console") -> None:
-    """The table of checks, what failed in full, and the verdict."""
+    """Print the table of checks, every fault of the failed ones, and the verdict."""
     from rich.text import Text
 
     shown = table("", "check", "what was compared and found")
@@ -201,7 +162,7 @@ def print_report(report: "Report", out: "Console") -> None:
     elif report.complete:
         verdict = Text("verified", "bold green")
     else:
-        verdict = Text("intact, but not compared with its source: give it with --source", "bold yellow")
+        verdict = Text("intact, but not compared with its source: pass it with --source", "bold yellow")
     if report.dtype is not None:
         verdict.append(f" in {report.dtype} on {report.device}", "not bold default")
     out.print(verdict)
@@ -209,10 +170,10 @@ def print_report(report: "Report", out: "Console") -> None:
 
 
 def require_passed(report: "Report", output: Path) -> None:
-    """Go on if a report passed.
+    """Refuse a report with a failed check.
 
     Raises:
-        VerificationError: It did not; the details are the checks that failed.
+        VerificationError: A check failed; the details name the failed ones.
     """
     if not report.passed:
         names = ", ".join(check.name for check in report.failed)
@@ -225,7 +186,7 @@ def require_passed(report: "Report", output: Path) -> None:
 
 @contextmanager
 def shown_progress() -> "Iterator[Callable[[str], None] | None]":
-    """A line on stderr that says what is being done, if that is a terminal."""
+    """Show progress in a line on stderr, if that is a terminal."""
     import sys
 
     if not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""`compare`: Gemma 3 beside a T5Gemma 2 that was trained further, on a text; where equality is no longer expected."""
+"""`compare`: how far a trained T5Gemma 2 has moved from Gemma 3, measured on a text."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,17 +13,20 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.inputs import SOURCE, Role
 from t5g2convert.checkpoint.sources import Sources, percent
+from t5g2convert.command_options import takes_options
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.batches import Batch, first_tokens
 from t5g2convert.parity.checks.side_by_side import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
 from t5g2convert.parity.measures import Distributions
+from t5g2convert.parity.options import CompareOptions
 from t5g2convert.parity.reports.report import Drift, writable
+from t5g2convert.progress import silent
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.overflow import overflow
 from t5g2convert.reference.prompts import TextCodec
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
-from t5g2convert.reference.weights import check_device
+from t5g2convert.reference.weights import ReadOptions, check_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Reading:
     Attributes:
         tokens: Predicted tokens.
         kl: Mean of KL(Gemma 3 || T5Gemma 2) over tokens, in nats.
-        agreement: Share of tokens for which both find the same successor most probable.
+        agreement: Share of tokens with the same most probable successor.
         gemma3_perplexity: Perplexity of the text under Gemma 3.
         t5gemma2_perplexity: The same under T5Gemma 2.
     """
@@ -47,13 +50,13 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
         decoder_alone: The decoder reads the text, its memory hidden, as Gemma 3 does.
         prefix_in_encoder: The encoder reads the first half; decoder and Gemma 3 predict the second.
-        drifts: How far the decoder's states are from Gemma 3's, layer by layer, in the first reading; where the two
-            have other depths, those of the embeddings alone.
+        drifts: How far the decoder's states are from Gemma 3's after every layer of the first reading; of the
+            embeddings alone where the depths differ.
     """
 
     decoder_alone: Reading
@@ -61,53 +64,43 @@ class Comparison:
     drifts: tuple[Drift, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What `t5g2 compare --json` prints."""
+        """Return the comparison as `t5g2 compare --json` prints it."""
         return writable(asdict(self))
 
 
+@takes_options(CompareOptions)
 @torch.inference_mode()
-def compare(
-    gemma3: Origin,
-    t5gemma2: Path,
-    text: Path,
-    *,
-    dtype: str | None = None,
-    device: str = "cpu",
-    max_tokens: int = 1024,
-    progress: Callable[[str], None] | None = None,
-) -> Comparison:
+def compare(gemma3: Origin, t5gemma2: Path, text: Path, options: CompareOptions) -> Comparison:
     """Compare two models on a text; nothing has to be equal.
+
+    Example:
+        >>> compare("google/gemma-3-270m", Path("trained"), Path("text.txt")).decoder_alone.kl
 
     Args:
         gemma3: The Gemma 3 folder; a str may also be a model of the Hub, which is downloaded.
         t5gemma2: The T5Gemma 2 folder; its tokenizer reads the text.
         text: A UTF-8 text file.
-        dtype: Dtype to compute in (default: T5Gemma 2's).
-        device: Device to compute on.
-        max_tokens: Tokens of the text that are read at most.
-        progress: Told what is being done.
+        options: As keyword arguments; see `CompareOptions`.
 
     Raises:
-        CheckpointError: A folder is not sound.
-        HubError: The Hub has no such model, does not give it out, or cannot be reached.
-        UsageError: The text cannot be read or is too short, the two are of other widths, or float16 overflows.
+        CheckpointError: A folder is damaged.
+        HubError: The Hub does not have or give out the model, or cannot be reached.
+        UsageError: The text cannot be read or is too short, the widths differ, or float16 overflows.
     """
-    check_device(dtype, device)
-    progress = progress or (lambda _: None)
+    check_device(options.dtype, options.device)
+    progress = options.progress or silent
     child, sources = open_checkpoint(t5gemma2), Sources.open(gemma3)
     reads: dict[Role, list[str]] = {SOURCE: list(sources.source.files)}
     size = sources.size(sources.missing(reads))
     parent = sources.fetch(reads, percent("download", size, progress)).source
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, dtype or CONFIG_NAMES.get(child.dtype, "float32")),
-        "device": device,
-    }
-    source, target = Gemma3Reference(parent, **options), T5Gemma2Reference(child, **options)
+    dtype = getattr(torch, options.dtype or CONFIG_NAMES.get(child.dtype, "float32"))
+    reading: ReadOptions = {"dtype": dtype, "device": options.device}
+    source, target = Gemma3Reference(parent, **reading), T5Gemma2Reference(child, **reading)
     _check_pair(source, target)
-    tokens = first_tokens(TextCodec(t5gemma2, target.decoder.settings.vocab_size), text, max_tokens)
+    tokens = first_tokens(TextCodec(t5gemma2, target.decoder.settings.vocab_size), text, options.max_tokens)
     if len(tokens) < 8:
-        raise UsageError(f"{text} has {len(tokens)} tokens, expected 8 at least")
-    ids_BT = torch.tensor([tokens], device=device)
+        raise UsageError(f"{text} has {len(tokens)} tokens, expected at least 8")
+    ids_BT = torch.tensor([tokens], device=options.device)
     everything = torch.ones_like(ids_BT, dtype=torch.bool)
     expected = source.start(ids_BT, everything)
     found = hidden_memory_run(target, Batch(ids_BT, everything))
@@ -145,18 +138,18 @@ def _check_pair(source: Gemma3Reference, target: T5Gemma2Reference) -> None:
 
 
 def _advance(stack: Stack, run: Run, progress: Callable[[str], None]) -> None:
-    """Take a batch through all layers of a stack alone."""
+    """Take a batch through all layers of one stack."""
     for number, kind in enumerate(stack.settings.layer_types):
         progress(f"layer {number + 1} of {len(stack)}")
         run.advance(stack.layer(number), kind, number)
 
 
 def _continue(target: T5Gemma2Reference, ids_BT: Tensor, half: int) -> Tensor:
-    """Normed decoder states that predict the second half of the text, the first being the encoder's, [T, C]."""
+    """Return the normed decoder states, [T, C], that predict the second half of a text; the encoder reads the first."""
     prefix_BT, rest_BT = ids_BT[:, :half], ids_BT[:, half:]
     start = target.model.decoder.bos_token_id
     if start is None:
-        raise UsageError("the decoder has no bos_token_id to start with")
+        raise UsageError("the decoder's config has no bos_token_id to start from")
     written_BT = torch.cat((torch.full_like(rest_BT[:, :1], start), rest_BT[:, :-1]), dim=1)
     kept_BT = torch.ones_like(prefix_BT, dtype=torch.bool)
     memory_BMC = target.encode(prefix_BT, kept_BT)
@@ -169,7 +162,7 @@ def _reading(
     tokens = Distributions(len(labels_N), labels_N)
     for start, expected_NV, found_NV in both_logits(source.text, target.decoder, expected_NC, found_NC):
         for model, logits_NV in ((source, expected_NV), (target, found_NV)):
-            # A model that diverged in training is compared all the same; a dtype that overflows says nothing of it.
+            # A model that diverged in training is compared all the same, but not one that float16 makes overflow.
             if not bool(torch.isfinite(logits_NV).all()) and (error := overflow("the logits", model.weights)):
                 raise error
         tokens.add(start, expected_NV, found_NV)

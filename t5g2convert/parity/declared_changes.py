@@ -10,11 +10,11 @@ from t5g2convert.checkpoint.manifest import ChangeRecord
 from t5g2convert.errors import CheckpointError
 
 LENGTH: Final = "max_position_embeddings"
-"""A setting that nothing is computed with."""
+"""A setting that no computation depends on."""
 
 
 def change_remarks(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> Iterator[str]:
-    """What a reader of a report must know of the changes, by field."""
+    """Yield remarks on the changes."""
     if "dtype" in changes:
         yield (
             f"weights were cast from {changes['dtype'].source} to {changes['dtype'].target}, as declared: "
@@ -23,13 +23,13 @@ def change_remarks(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> I
     for setting, (before, after) in stack_changes(
         changes, tuple(target_of(target.config, target.path).stacks.values())
     ).items():
-        told = f"{setting} was changed from {before} to {after}, as declared"
-        yield told if LENGTH in setting else f"{told}: the parities are judged with {before}"
+        remark = f"{setting} was changed from {before} to {after}, as declared"
+        yield remark if LENGTH in setting else f"{remark}: the parities are judged with {before}"
 
 
 def stack_changes(changes: Mapping[str, ChangeRecord], stacks: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Old and new value of every setting that was changed, under its path in a stack where all changed alike."""
-    told: dict[str, tuple[Any, Any]] = {}
+    """Return old and new values by setting; one name for a setting that changed alike in all stacks."""
+    found: dict[str, tuple[Any, Any]] = {}
     for field, change in changes.items():
         values = change.source, change.target
         stack = next((stack for stack in stacks if field.startswith(stack)), "")
@@ -37,15 +37,15 @@ def stack_changes(changes: Mapping[str, ChangeRecord], stacks: Sequence[str]) ->
         others = [changes.get(stack + setting) for stack in stacks]
         alike = all(other is not None and (other.source, other.target) == values for other in others)
         if "." in field:
-            told[f"{setting} of both stacks" if alike else field] = values
-    return told
+            found[f"{setting} of both stacks" if alike else field] = values
+    return found
 
 
 def on_source_settings(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> dict[str, Any]:
-    """The target's config.json, with the settings that were changed on purpose put back.
+    """Return the target's config.json with the old values of declared changes.
 
     Raises:
-        CheckpointError: A change is declared of a setting that is not there.
+        CheckpointError: config.json lacks a setting that is declared as changed.
     """
     config = deepcopy(dict(target.config))
     for field, change in changes.items():

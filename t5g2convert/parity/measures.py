@@ -1,4 +1,4 @@
-"""Measures of how far two passes are apart, gathered a piece at a time."""
+"""Measures of how far apart two passes are, gathered a piece at a time."""
 
 import math
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from t5g2convert.parity.reports.report import Drift, Figures
 
 BLOCK_TOKENS = 256
-"""Tokens whose logits are widened to float64 at once."""
+"""Tokens whose logits are converted to float64 at once."""
 
 
 class Difference:
-    """Largest difference of all pieces so far; a value that is not finite makes it infinite.
+    """The largest difference of all pieces so far; infinite where a value is not finite.
 
-    `expected_finite` says whether all expected values were finite: where they were not, nothing is said of the others.
+    `expected_finite` is False once an expected value was not finite; the difference then says nothing of the target.
     """
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class Difference:
         return self.max_abs / self.peak if self.peak and math.isfinite(self.max_abs) else self.max_abs
 
     def within(self, tolerance: float) -> bool:
-        """Whether something was compared and nothing is further apart than `tolerance` times the largest value."""
+        """Return whether anything was compared, and no difference exceeds `tolerance` times the largest value."""
         return self.compared > 0 and math.isfinite(self.max_abs) and self.max_abs <= tolerance * self.peak
 
     def drift(self, layer: str) -> Drift:
-        """The difference behind a layer."""
+        """Return the difference after a layer."""
         return Drift(layer, self.max_abs, self.relative)
 
     def figures(
@@ -64,19 +64,19 @@ class Difference:
         kl: float | None = None,
         agreement: float | None = None,
     ) -> Figures:
-        """The difference as a part of a check."""
+        """Return the difference with what else a check measured."""
         return Figures(self.max_abs, self.relative, self.compared, kl, agreement, departs, drifts)
 
 
 class Distributions:
-    """Two distributions over the vocabulary for every token, from logits that come a slice of the vocabulary at a time.
+    """Compares two distributions over the vocabulary for every token, a slice of the vocabulary at a time.
 
     With p and q the softmaxes of the logits a and b, KL(p || q) = sum p (a - b) - log Z_a + log Z_b; all three sums are
     kept relative to the largest logit so far and scaled down when a larger one comes. Sums are float64.
 
     Args:
         tokens: How many tokens.
-        labels_N: The token that truly follows each, for perplexities.
+        labels_N: The tokens that follow in the text, for perplexities.
     """
 
     def __init__(self, tokens: int, labels_N: Tensor | None = None) -> None:
@@ -86,7 +86,7 @@ class Distributions:
         self._label_logits_2N = torch.full((2, tokens), math.nan, dtype=torch.float64)
 
     def add(self, start: int, a_NV: Tensor, b_NV: Tensor) -> None:
-        """Take the logits of the vocabulary from row `start` on."""
+        """Add the logits of a slice of the vocabulary, which begins at row `start`."""
         for first in range(0, a_NV.shape[0], BLOCK_TOKENS):
             at = slice(first, first + BLOCK_TOKENS)
             a, b = a_NV[at].double().cpu(), b_NV[at].double().cpu()
@@ -101,7 +101,7 @@ class Distributions:
 
     @property
     def kl_of_each(self) -> Tensor:
-        """KL(p || q) of every token, in nats."""
+        """KL(p || q) of each token, in nats."""
         return self._difference_N / self._a.sum_N - self._a.log + self._b.log
 
     @property
@@ -111,7 +111,7 @@ class Distributions:
 
     @property
     def agreement(self) -> float:
-        """Share of tokens for which both have the same most probable successor."""
+        """Share of tokens with the same most probable successor."""
         return float((self._a.best_N == self._b.best_N).double().mean())
 
     @property
@@ -125,7 +125,7 @@ class Distributions:
 
 
 class _LogSum:
-    """The sum of exponentials of logits relative to the largest so far, and where that one stands."""
+    """The sum of exponentials of logits relative to the largest so far, and the index of that."""
 
     def __init__(self, tokens: int) -> None:
         self.top_N = torch.full((tokens,), -math.inf, dtype=torch.float64)
@@ -138,7 +138,7 @@ class _LogSum:
         return self.top_N + self.sum_N.log()
 
     def add(self, at: slice, start: int, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Take more logits; the factor by which older sums shrink, [n], and the new exponentials, [n, v]."""
+        """Add logits; return the factor by which older sums shrink, [n], and the new exponentials, [n, v]."""
         peak, where = logits_NV.max(-1)
         self.best_N[at] = torch.where(peak > self.top_N[at], where + start, self.best_N[at])
         top = torch.maximum(self.top_N[at], peak)

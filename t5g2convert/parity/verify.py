@@ -1,7 +1,5 @@
 """`verify`: choose the suite of a folder, make its checks in order, and report."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,109 +9,67 @@ from t5g2convert.checkpoint.folder import check_folder
 from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM
 from t5g2convert.checkpoint.manifest import Manifest, read_manifest
-from t5g2convert.checkpoint.sources import Sources, percent
+from t5g2convert.checkpoint.sources import OtherOrigins, Sources, percent
+from t5g2convert.command_options import takes_options
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.interrupts import raise_interruption
 from t5g2convert.parity.batches import Inputs, read_inputs
 from t5g2convert.parity.checks.replay import check_options
+from t5g2convert.parity.options import VerifyOptions
 from t5g2convert.parity.reports.report import Check, Report, Skipped, record_report
 from t5g2convert.parity.session import COMPUTE_ERRORS, CheckFunction, Verification
 from t5g2convert.parity.suites.base import Suite
 from t5g2convert.parity.suites.selection import check_manifest_fits, check_sources, source_remarks, suite_for
 from t5g2convert.parity.suites.trained_elsewhere import TRAINED_ELSEWHERE, TrainingStart
-from t5g2convert.progress import Steps, silent
+from t5g2convert.progress import silent
 from t5g2convert.reference.weights import check_device
 
 WITHOUT_SOURCE: Final = ("integrity", "runs")
 """Checks that are made without a source."""
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyOptions:
-    """The options of `verify`, see there."""
-
-    decoder_from: Origin | None
-    vision_from: Origin | None
-    mapping: str | None
-    dtype: str | None
-    device: str
-    tolerance: float
-    text: Path | None
-    image: Path | None
-    frozen: tuple[str, ...]
-    record: bool
-
-
-def verify(
-    output: Path,
-    source: Origin | None = None,
-    *,
-    decoder_from: Origin | None = None,
-    vision_from: Origin | None = None,
-    mapping: str | None = None,
-    dtype: str | None = None,
-    device: str = "cpu",
-    tolerance: float = 0.0,
-    text: Path | None = None,
-    image: Path | None = None,
-    frozen: Sequence[str] = (),
-    record: bool = True,
-    progress: Steps | None = None,
-) -> Report:
+@takes_options(VerifyOptions)
+def verify(output: Path, source: Origin | None = None, options: VerifyOptions = VerifyOptions()) -> Report:  # noqa: B008 - frozen
     """Judge a conversion with the reference passes.
+
+    Example:
+        >>> report = verify(Path("t5gemma-2-270m"), "google/gemma-3-270m", dtype="float32")
+        >>> [check.name for check in report.failed]
+        []
 
     Args:
         output: The folder to judge.
         source: The folder, or model of the Hub, that it was made from; without it only integrity and runs are checked.
-        decoder_from: The folder or model that the decoder was made from, if not the source.
-        vision_from: The folder or model that the vision tower was taken from, if not the source.
-        mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
-        dtype: Dtype to compute in, `bfloat16`, `float16` or `float32` (default: the output's).
-        device: Device to compute on, `cpu` or `cuda`.
-        tolerance: Largest difference that passes, as a part of the largest value; 0 is exact.
-        text: A text file to read in place of seeded tokens, with the output's tokenizer.
-        image: A picture to read in place of seeded pixels.
-        frozen: For a folder that was trained elsewhere: parts or layers that were frozen on purpose; see
-            `TrainingStart`.
-        record: Write the result into the output's t5g2.json.
-        progress: Called with a few words at every step.
+        options: As keyword arguments; see `VerifyOptions`.
 
     Raises:
         CheckpointError: The source is damaged, or the output is not a folder.
         HubError: The Hub does not have or give out the source, or cannot be reached.
         MappingError: The map is faulty.
         UsageError: An argument is not valid.
-
-    Example:
-        >>> report = verify(Path("t5gemma-2-270m"), "google/gemma-3-270m")
-        >>> [check.name for check in report.failed]
-        []
     """
-    options = VerifyOptions(
-        decoder_from, vision_from, mapping, dtype, device, tolerance, text, image, tuple(frozen), record
-    )
-    progress = progress or silent
-    check_device(dtype, device)
-    if not 0 <= tolerance < 1:
-        raise UsageError(f"--tolerance must be between 0 and 1, got {tolerance:g}", hint="0 is exact")
+    check_device(options.dtype, options.device)
+    if not 0 <= options.tolerance < 1:
+        raise UsageError(f"--tolerance must be between 0 and 1, got {options.tolerance:g}", hint="0 is exact")
     check_folder(output)
     # Faults of the source, of the map and of the inputs are not the output's: they are raised before any check.
-    if source is None and (decoder_from, vision_from) != (None, None):
+    others: OtherOrigins = {"decoder_from": options.decoder_from, "vision_from": options.vision_from}
+    if source is None and any(origin is not None for origin in others.values()):
         raise UsageError("--decoder-from and --vision-from need --source")
-    sources = None if source is None else Sources.open(source, decoder_from=decoder_from, vision_from=vision_from)
+    sources = None if source is None else Sources.open(source, **others)
     suite = suite_for(output, None if sources is None else sources.source)
     if suite is TRAINED_ELSEWHERE and sources is not None:
-        verification = _of_training(output, sources, options, progress)
+        verification = _of_training(output, sources, options)
     else:
-        verification = _of_conversion(output, source, sources, suite, options, progress)
+        verification = _of_conversion(output, source, sources, suite, options)
     report = run_checks(suite, verification)
     # A result without the source proves nothing worth keeping.
-    if verification.manifest is None or not (record and report.complete):
+    if verification.manifest is None or not (options.record and report.complete):
         return report
     return record_report(report, verification.manifest)
 
 
-def _of_training(output: Path, sources: Sources, options: VerifyOptions, progress: Steps) -> Verification[Any]:
+def _of_training(output: Path, sources: Sources, options: VerifyOptions) -> Verification[Any]:
     """Prepare the verification of a folder that was trained elsewhere.
 
     Raises:
@@ -131,7 +87,7 @@ def _of_training(output: Path, sources: Sources, options: VerifyOptions, progres
         )
     return Verification(
         output=output,
-        known_source=TrainingStart(sources, frozen=options.frozen, progress=progress),
+        known_source=TrainingStart(sources, frozen=options.frozen, progress=options.progress or silent),
         manifest=None,
         manifest_error=None,
         replay=None,
@@ -140,7 +96,7 @@ def _of_training(output: Path, sources: Sources, options: VerifyOptions, progres
         passes_dtype=options.dtype,
         device=options.device,
         tolerance=0.0,
-        progress=progress,
+        progress=options.progress or silent,
     )
 
 
@@ -150,7 +106,6 @@ def _of_conversion(
     sources: Sources | None,
     suite: Suite,
     options: VerifyOptions,
-    progress: Steps,
 ) -> Verification[Any]:
     """Prepare the verification of a folder that this tool wrote.
 
@@ -186,7 +141,7 @@ def _of_conversion(
             remarks = (*remarks, *check_sources(sources, origins, manifest))
         replay = suite.replay(sources, manifest, options.mapping)
         size = sources.size(sources.missing(replay.plan.reads))
-        sources.fetch(replay.plan.reads, percent("download", size, progress))
+        sources.fetch(replay.plan.reads, percent("download", size, options.progress or silent))
     return Verification(
         output=output,
         known_source=model,
@@ -198,7 +153,7 @@ def _of_conversion(
         passes_dtype=options.dtype,
         device=options.device,
         tolerance=options.tolerance,
-        progress=progress,
+        progress=options.progress or silent,
         remarks=remarks,
     )
 

@@ -10,9 +10,11 @@ from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families import t5gemma
 from t5g2convert.checkpoint.families.text_and_vision import ImageTokens
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
+from t5g2convert.command_options import takes_options
 from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.encoder_decoder import EncoderDecoder
+from t5g2convert.reference.options import GenerateOptions
 from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma import T5GemmaReference
@@ -20,16 +22,9 @@ from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.weights import check_device
 
 
+@takes_options(GenerateOptions)
 @torch.inference_mode()
-def generate(
-    folder: Path,
-    prompt: str,
-    *,
-    image: Path | None = None,
-    max_new_tokens: int = 64,
-    dtype: str | None = None,
-    device: str = "cpu",
-) -> Iterator[str]:
+def generate(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[str]:
     """Generate text greedily from a prompt that the encoder reads; yield it piece by piece.
 
     ```python
@@ -40,18 +35,16 @@ def generate(
     Args:
         folder: A T5Gemma or T5Gemma 2 folder with a tokenizer.
         prompt: The encoder's input.
-        image: A picture that is put before the prompt.
-        max_new_tokens: The largest number of tokens.
-        dtype: The dtype to compute in (default: that of most parameters).
-        device: The device to compute on.
+        options: As keyword arguments; see `GenerateOptions`.
 
     Raises:
         CheckpointError: The folder is not sound, has no tokenizer, or its logits are not finite.
         UsageError: The model has no vision tower, the prompt is empty, or float16 overflows.
     """
-    check_device(dtype, device)
+    image, device = options.image, options.device
+    check_device(options.dtype, device)
     checkpoint = open_checkpoint(folder)
-    computed = getattr(torch, dtype or CONFIG_NAMES.get(checkpoint.dtype, "float32"))
+    computed = getattr(torch, options.dtype or CONFIG_NAMES.get(checkpoint.dtype, "float32"))
     first = checkpoint.config.get("model_type") == t5gemma.MODEL_TYPE
     reference = T5GemmaReference if first else T5Gemma2Reference
     model: T5GemmaReference | T5Gemma2Reference = reference(
@@ -76,7 +69,7 @@ def generate(
         ids_BT,
         torch.ones_like(ids_BT, dtype=torch.bool),
         start_token=start,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
         features_ITC=features,
     )
     yield from _texts(codec, until_end(steps, end_tokens(model, folder)))

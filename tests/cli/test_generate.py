@@ -274,7 +274,7 @@ def test_a_device_that_is_not_there_is_exit_2(t5g2: CommandLine, lively: Path) -
 
 
 def test_a_dtype_that_is_none_is_said(lively: Path) -> None:
-    with pytest.raises(UsageError, match="int8"):
+    with pytest.raises(UsageError, match="dtype: Input should be"):
         list(generate(lively, PROMPT, dtype="int8"))
 
 

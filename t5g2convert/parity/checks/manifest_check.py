@@ -1,4 +1,4 @@
-"""What a converted folder says of itself, for provenance: its headers, the names of its files, and its manifest."""
+"""The headers, file names and manifest of an output, compared with its plan, for provenance."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ THREADS: Final = 2
 
 
 def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
-    """Names, dtypes and shapes first."""
+    """Yield tensors whose name, dtype or shape is not the planned one."""
     planned = {tensor.name: tensor for tensor in plan.tensors}
     yield from (f"{name} is missing" for name in planned if name not in target.tensors)
     for name, stored in target.tensors.items():
@@ -31,7 +31,7 @@ def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
 
 
 def file_faults(plan: Plan, target: Checkpoint, manifest: Manifest | None) -> Iterator[str]:
-    """The files are those that a conversion writes: a loader takes up whatever else it knows the name of."""
+    """Yield files that a conversion does not write, though a loader may read them, and files that are missing."""
     count = len(target.files)
     weights = {*weight_files(count), *([] if count == 1 else [INDEX_FILE])}
     settings = {"config.json"} if plan.generation_config is None else {"config.json", "generation_config.json"}
@@ -50,20 +50,20 @@ def file_faults(plan: Plan, target: Checkpoint, manifest: Manifest | None) -> It
 
 
 def manifest_faults(plan: Plan, manifest: Manifest | None) -> Iterator[str]:
-    """What the manifest tells of the source and of what was left behind."""
+    """Yield differences between the manifest and the plan."""
     if manifest is None:
         return
-    told, document = manifest.document(), plan.to_json()
+    recorded, document = manifest.document(), plan.to_json()
     made_with = None if manifest.mapping is None else manifest.mapping.name
     if made_with != plan.mapping:
-        yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: give that one with --mapping"
-    if told.get("adaptation") != document.get("adaptation"):
-        yield "t5g2.json tells of the training otherwise than a training of this source would: its names or its parts"
+        yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: pass that one with --mapping"
+    if recorded.get("adaptation") != document.get("adaptation"):
+        yield "t5g2.json records names or parts that a training of this source cannot have"
     for key in ("dtype", "parameters", "options", "changes", "tokens"):
-        if told[key] != document[key]:
-            yield f"t5g2.json says {key} {told[key]!r}, expected {document[key]!r}"
-    # By name: why a tensor is dropped may be worded anew.
-    dropped, expected = ([drop["name"] for drop in each["dropped"]] for each in (told, document))
+        if recorded[key] != document[key]:
+            yield f"t5g2.json says {key} {recorded[key]!r}, expected {document[key]!r}"
+    # By name only, since the reasons may be reworded.
+    dropped, expected = ([drop["name"] for drop in each["dropped"]] for each in (recorded, document))
     if dropped != expected:
         yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
     for role, source in plan.sources.items():
@@ -71,11 +71,11 @@ def manifest_faults(plan: Plan, manifest: Manifest | None) -> Iterator[str]:
 
 
 def mapping_faults(plan: Plan, manifest: Manifest | None, *, shipped: bool) -> Iterator[str]:
-    """The map that the manifest names is the one that was followed now; a shipped one may change with the version."""
+    """Yield that the manifest names another map than the plan; a shipped map may change with the version."""
     told = _map_digest(manifest)
     if manifest is None or told in (None, plan.mapping_sha256) or (shipped and manifest.tool.version != __version__):
         return
-    yield f"t5g2.json says that mapping {plan.mapping} has sha256 {told}, it has {plan.mapping_sha256}"
+    yield f"t5g2.json says that mapping {plan.mapping} has sha256 {told}, but it has {plan.mapping_sha256}"
 
 
 def _map_digest(manifest: Manifest | None) -> str | None:
@@ -83,7 +83,7 @@ def _map_digest(manifest: Manifest | None) -> str | None:
 
 
 def maker_remarks(plan: Plan, manifest: Manifest) -> list[str]:
-    """What a reader must know of the version that made a folder."""
+    """Return what a reader must know of the version that wrote the manifest."""
     made_by = manifest.tool.version
     if made_by == __version__:
         return []
@@ -93,14 +93,14 @@ def maker_remarks(plan: Plan, manifest: Manifest) -> list[str]:
     told = _map_digest(manifest)
     if told is not None and told != plan.mapping_sha256:
         remarks.append(
-            f"that it was made with mapping {plan.mapping} of sha256 {told[:16]} was not looked at: t5g2convert "
-            f"{made_by} had another than this, {__version__}, which makes the same bytes"
+            f"not checked: that it was made with mapping {plan.mapping} of sha256 {told[:16]}; t5g2convert {made_by} "
+            f"had another map than this version, {__version__}, which gives the same bytes"
         )
     return remarks
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, in the order of versions."""
+    """Return the numbers of a version, so that versions compare in order."""
     found = re.match(r"[0-9]+(\.[0-9]+)*", version)
     numbers = [int(number) for number in found[0].split(".")] if found else []
     while numbers and not numbers[-1]:
@@ -109,7 +109,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def weights_faults(plan: Plan, folders: Folders, manifest: Manifest | None) -> Iterator[str]:
-    """The weights of all checkpoints that were read are those whose sha256 the manifest names, where it names any."""
+    """Yield source weights whose sha256 is not the one in the manifest, where it has any."""
     unhashed = manifest is None or all(file.sha256 is None for file in manifest.files.values())
     recorded = {} if manifest is None else manifest.sources
     named = []
@@ -125,25 +125,22 @@ def weights_faults(plan: Plan, folders: Folders, manifest: Manifest | None) -> I
         found = pool.map(lambda item: sha256_of(folders.path(item[1])), named)
         for (role, name, digest), actual in zip(named, found, strict=True):
             if actual != digest:
-                yield (
-                    f"t5g2.json names another sha256 for {plain_name(name)} of the {role} than the one given has: "
-                    f"{digest}, not {actual}"
-                )
+                yield (f"t5g2.json names sha256 {digest} for {plain_name(name)} of the {role}, but it has {actual}")
 
 
 def _source_faults(role: str, planned: PlannedSource, told: SourceRecord | None) -> Iterator[str]:
-    """What the manifest tells of a checkpoint that was read."""
+    """Yield differences between the record of a source and the source."""
     if told is None:
-        yield f"t5g2.json does not tell of a {role}"
+        yield f"t5g2.json does not record a {role}"
         return
     found = {"family": (told.family, planned.family), "layout": (told.layout, dict(planned.layout))}
     for key, (actual, expected) in found.items():
         if actual != expected:
             yield f"t5g2.json says {role} {key} {actual!r}, expected {expected!r}"
-    # What was made from a model of the Hub may be judged by a copy of it, and the other way round.
+    # An output of a model of the Hub may be compared with a copy of it, and the other way round.
     made_of, opened = (None if hub is None else f"{hub.repo}@{hub.revision}" for hub in (told.hub, planned.hub))
     if made_of is not None and opened is not None and made_of != opened:
-        yield f"t5g2.json was made from {role} {made_of}, and {opened} was opened: give the one that it was made from"
+        yield f"t5g2.json was made from {role} {made_of}, but {opened} was opened: pass the one that it was made from"
     files = told.files
     sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
     sizes["config.json"] = planned.config.size

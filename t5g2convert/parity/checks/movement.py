@@ -1,7 +1,7 @@
-"""How far trained tensors are from the start of their training: streamed, a piece of one tensor at a time.
+"""How far trained tensors have moved from the start of their training, read a piece at a time.
 
-Two things tell a tensor that was trained from one that was not: it is not the start any more, bit for bit, and it is
-still near it. What a library fills anew, where it finds no value for a name, is not near its start.
+A tensor that was trained differs from its start, and is still near it. One that a library filled with random values,
+because it found none under a name, is not near its start.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,39 +16,38 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.reference.weights import DTYPES, Weights
 
 PIECE: Final = 1 << 20
-"""Elements that are compared at once."""
+"""Elements to compare at once."""
 
 RELATED: Final = 0.5
 """The smallest cosine between a matrix and its start that training explains.
 
 The cosine of two unrelated matrices of n elements lies around 0 with a standard deviation of 1/sqrt(n): for n = 64,
-the fewest that are judged, 0.5 is 4 of them away, and for a matrix of a real model hundreds. From the other side, a
-training must add 1.7 times a matrix's own length of something unrelated to bring its cosine to 0.5; fine-tuning adds
-hundredths.
+the fewest that are judged, 0.5 is 4 deviations away, and for a matrix of a real model hundreds. A training would have
+to add 1.7 times a matrix's own length of something unrelated to bring its cosine to 0.5; fine-tuning adds hundredths.
 """
 
 JUDGED: Final = 64
-"""Elements of the smallest matrix of which the cosine says anything."""
+"""Elements of the smallest matrix whose cosine is meaningful."""
 
 ROW: Final = "eoi_embedding"
-"""The one vector that the cosine tells something of: those of norms and biases may turn as they like."""
+"""The only vector whose cosine is meaningful; norms and biases may turn in any direction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """One tensor, or several as one, beside their start.
+    """How far one tensor, or several as one, moved from the start.
 
     Attributes:
-        name: The published name, or that of a layer or part.
+        name: The published name, or the name of a layer or part.
         tensors: How many tensors.
         unmoved: How many of them are the start's, bit for bit, in the dtype that both have.
         difference: Sum of the squares of the differences.
         start: Sum of the squares of the start's values.
-        found: The same of the values found.
+        found: Sum of the squares of the values found.
         product: Sum of the products of both.
-        unrelated: Matrices whose cosine with their start no training explains.
-        emptied: Tensors that are zeros, where the start has values.
-        broken: Tensors with NaN or infinity, with the first such element.
+        unrelated: Matrices whose cosine with their start is too small for a training.
+        emptied: Tensors that are zeros, where the start's are not.
+        broken: Tensors with NaN or infinity, and the first such element.
     """
 
     name: str
@@ -64,24 +63,24 @@ class Movement:
 
     @property
     def still(self) -> bool:
-        """Whether all of it is the start's."""
+        """True if no tensor moved."""
         return self.unmoved == self.tensors
 
     @property
     def distance(self) -> float:
-        """Length of the difference, as a part of the start's; infinite where that has none."""
+        """Length of the difference as a part of the start's; infinite where the start is zeros."""
         if self.difference == 0:
             return 0.0
         return sqrt(self.difference / self.start) if self.start else float("inf")
 
     @property
     def cosine(self) -> float | None:
-        """The cosine between start and values found; None where either has no length."""
+        """The cosine between the start and the values found; None where either is zeros."""
         length = sqrt(self.start) * sqrt(self.found)
         return self.product / length if length else None
 
     def to_json(self) -> dict[str, Any]:
-        """A member of `movements` in the JSON of a check."""
+        """Return the movement as `t5g2 verify --json` prints it."""
         return {
             "name": self.name,
             "tensors": self.tensors,
@@ -92,7 +91,7 @@ class Movement:
 
 
 def combined(name: str, movements: Sequence[Movement]) -> Movement:
-    """Several as one."""
+    """Return the movement of several tensors as one."""
     return Movement(
         name,
         sum(each.tensors for each in movements),
@@ -108,19 +107,19 @@ def combined(name: str, movements: Sequence[Movement]) -> Movement:
 
 
 def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
-    """Compare one tensor with its start; of a table that has grown, the rows that both have.
+    """Compare one tensor with its start; of a table with added rows, the rows that both have.
 
     Args:
         name: Its name in both.
-        start: What was trained.
-        found: What came of it.
+        start: The model before the training.
+        found: The trained model.
 
     Raises:
         CheckpointError: A file cannot be read.
     """
     one, other = start.tensors[name], found.tensors[name]
     dtype = DTYPES[other.entry.dtype]
-    # A start in float32 may have been trained in 16 bits, and saved in 32.
+    # A start in float32 may have been trained in 16 bits, and saved in float32.
     roundings = [
         dtype,
         *(each for each in (torch.bfloat16, torch.float16) if each != dtype and one.entry.dtype == "F32"),
@@ -145,8 +144,8 @@ def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
         measured += float(new.square().sum())
         product += float((old * new).sum())
     if broken is not None:
-        return Movement(name, broken=(f"{name} holds no number at element {broken}",))
-    # The vector of the end of an image stands for a row of the table.
+        return Movement(name, broken=(f"{name} is not finite at element {broken}",))
+    # The end-of-image vector takes the place of a row of the table.
     matrix = (len(one.entry.shape) > 1 or name.endswith(ROW)) and elements >= JUDGED
     related = not (length and measured and matrix) or product / (sqrt(length) * sqrt(measured)) >= RELATED
     return Movement(
@@ -164,7 +163,7 @@ def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
 def movements(
     parts: Sequence[ExpectedTensor], start: Checkpoint, found: Checkpoint
 ) -> Iterator[tuple[ExpectedTensor, Movement]]:
-    """Compare all tensors that both have, in shapes that differ at most in rows, and in dtypes that are run."""
+    """Yield the movements of all tensors that both have, in shapes that differ at most in rows."""
     for item in parts:
         one, other = start.tensors.get(item.name), found.tensors.get(item.name)
         if one is None or other is None or one.entry.shape[1:] != other.entry.shape[1:]:
@@ -174,7 +173,7 @@ def movements(
 
 
 def by_layer(found: Mapping[str, Movement], layer_of: Mapping[str, str]) -> dict[str, Movement]:
-    """Movements of tensors by name, put together by layer."""
+    """Return the movements of layers from those of their tensors."""
     names: dict[str, list[Movement]] = {}
     for name, each in found.items():
         names.setdefault(layer_of[name], []).append(each)
@@ -182,7 +181,7 @@ def by_layer(found: Mapping[str, Movement], layer_of: Mapping[str, str]) -> dict
 
 
 def differing(one: Checkpoint, name: str, other: Checkpoint, repeated: str) -> bool:
-    """Whether two tensors differ in shape or in any value."""
+    """Return whether two tensors differ in shape or in any value."""
     first, second = one.tensors[name], other.tensors[repeated]
     if first.entry.shape != second.entry.shape or not {first.entry.dtype, second.entry.dtype} <= DTYPES.keys():
         return True

@@ -1,7 +1,7 @@
 """config of a folder that `save_pretrained` wrote: the settings mean what the start's mean.
 
-transformers writes keys that a conversion leaves out, and sorts all of them anew. What decides what is computed is
-compared as the readers of this tool understand it; every other key must be the start's, or one of those below, which
+transformers writes keys that a conversion leaves out, and sorts them. Settings that decide what is computed are
+compared as this tool's readers understand them; every other key must be the start's, or one of those below, which
 compute nothing.
 """
 
@@ -67,7 +67,7 @@ _ROPE: Final = re.compile(r"\.rope_parameters\.\w+\.(rope_type|type|rope_theta|f
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the settings differ in: what is wrong, and what a reader must know."""
+    """Differences between settings: faults, and remarks for the report."""
 
     faults: tuple[str, ...]
     remarks: tuple[str, ...]
@@ -95,7 +95,7 @@ def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> Check:
 
 
 def meaning(checkpoint: Checkpoint) -> dict[str, Any]:
-    """All settings that this tool's readers know, by their paths in config.json, defaults filled in.
+    """Return all settings that this tool's readers know, by their paths in config.json, with defaults filled in.
 
     Raises:
         CheckpointError: The config cannot be read.
@@ -165,7 +165,7 @@ def _others(start: Checkpoint, target: Checkpoint, known: frozenset[str]) -> Fou
         elif path in expected or name in IDLE:
             faults.append(f"{path} is {value!r}, expected {wanted!r}")
         elif value is not None:
-            faults.append(f"{path} is {value!r}, and what it computes is not known here")
+            faults.append(f"{path} is {value!r}, whose effect is unknown")
     faults += _class_faults(target)
     return Found(tuple(faults), tuple(remarks))
 

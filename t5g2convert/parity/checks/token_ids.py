@@ -1,6 +1,6 @@
-"""Ids and rows: no id that a folder's own tokenizer makes, or that its configs name, lies beyond its embedding table.
+"""Token ids of an output's tokenizer and configs, each of which needs a row in the embedding table.
 
-What the converter finds in a source by reading in pieces is found here in the output by parsing its files.
+The converter reads a source's files in pieces; here the output's files are parsed whole.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: the verdict, the checks, the difference layer by layer, the parameters."""
+"""The report as one self-contained HTML page."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; 
 WIDTH: Final = 900
 HEIGHT: Final = 150
 FLOOR: Final = 1e-9
-"""Relative differences below this stand at the foot of a plot; 0 has no bar."""
+"""Relative differences below this are drawn at the foot of a plot; 0 has no bar."""
 
 PARTS: Final = ("embedding", "encoder", "decoder", "vision", "projector")
 
@@ -75,26 +75,26 @@ def _checks(report: Report) -> str:
 
 def _check_row(check: Check) -> str:
     verdict = "passed" if check.passed else "failed"
-    told = _escaped(check.detail)
+    cell = _escaped(check.detail)
     if len(check.offenders) > 1:
         listed = "".join(f"<li><code>{_escaped(name)}</code></li>" for name in check.offenders[:200])
-        told += f"<details><summary>all {len(check.offenders)}</summary><ul>{listed}</ul></details>"
-    return f'<tr><td class="{verdict}">{verdict}</td><td>{_escaped(check.name)}</td><td>{told}</td></tr>'
+        cell += f"<details><summary>all {len(check.offenders)}</summary><ul>{listed}</ul></details>"
+    return f'<tr><td class="{verdict}">{verdict}</td><td>{_escaped(check.name)}</td><td>{cell}</td></tr>'
 
 
 def _plot(check: Check) -> str:
-    """The relative difference behind every layer, on a logarithmic scale; equality shows as an empty plot."""
+    """Plot the relative difference after every layer on a logarithmic scale; equality is an empty plot."""
     assert check.figures is not None
     drifts = check.figures.drifts
     step = WIDTH / len(drifts)
     bars = "".join(_bars(drifts, step))
     equal = sum(drift.max_abs == 0 for drift in drifts)
-    told = f"{equal} of {len(drifts)} stages equal"
+    caption = f"{equal} of {len(drifts)} stages equal"
     if check.figures.departs is not None:
-        told += f"; departs at {check.figures.departs}"
+        caption += f"; departs at {check.figures.departs}"
     return (
-        f"<h2>{_escaped(check.name)}, layer by layer</h2><p>{_escaped(told)}</p>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 20}" role="img" aria-label="{_escaped(told)}">'
+        f"<h2>{_escaped(check.name)}, layer by layer</h2><p>{_escaped(caption)}</p>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 20}" role="img" aria-label="{_escaped(caption)}">'
         f'<line x1="0" y1="{HEIGHT}" x2="{WIDTH}" y2="{HEIGHT}" stroke="currentColor"/>{bars}'
         f'<text x="0" y="{HEIGHT + 14}">{_escaped(drifts[0].layer)}</text>'
         f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end">{_escaped(drifts[-1].layer)}</text>'
@@ -148,5 +148,5 @@ def _parameters(parameters: Mapping[str, int]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text from outside as text of the page."""
+    """Return text from outside, safe within the page."""
     return escape(printable(text))

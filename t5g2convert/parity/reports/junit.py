@@ -1,4 +1,4 @@
-"""A report as JUnit XML, so that a CI system shows every check."""
+"""The report as JUnit XML, so that a CI system shows every check."""
 
 from xml.etree import ElementTree
 
@@ -7,7 +7,7 @@ from t5g2convert.printable import printable
 
 
 def junit(report: Report) -> str:
-    """One test suite; a check is a test case, a skipped check a skipped one, remarks are the suite's output."""
+    """Return one test suite: a test case for every check, skipped ones included, with remarks as the suite's output."""
     suite = ElementTree.Element(
         "testsuite",
         name="t5g2 verify",

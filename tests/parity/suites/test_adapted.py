@@ -189,7 +189,7 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
     "that a trained tensor was not": (_untold, "model.decoder.norm.weight[0] is not model.decoder.norm.weight"),
     "that nothing is frozen": (
         lambda manifest: manifest["adaptation"].update(frozen=[]),
-        "tells of the training otherwise",
+        "records names or parts that a training of this source cannot have",
     ),
     "that it was cast": (
         lambda manifest: manifest["options"].update(dtype="float32"),

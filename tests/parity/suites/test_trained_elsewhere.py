@@ -179,11 +179,11 @@ def one(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[T
 UP = "model.encoder.layers.4.mlp.up_proj.weight"
 
 MUTANTS: dict[str, tuple[Callable[[Tensors, Tensors], Any], dict[str, str]]] = {
-    "the encoder as at the start": (put_back(ENCODER), {"encoder": "every tensor is still the start's, while the dec"}),
-    "the decoder as at the start": (put_back(DECODER), {"decoder": "every tensor is still the start's, while the enc"}),
+    "the encoder as at the start": (put_back(ENCODER), {"encoder": "every tensor is still the start's, but the dec"}),
+    "the decoder as at the start": (put_back(DECODER), {"decoder": "every tensor is still the start's, but the enc"}),
     "one layer of the encoder": (
         put_back(f"{ENCODER}layers.5."),
-        {"encoder": "encoder.layers.5 is still the start's, while most layers have moved"},
+        {"encoder": "encoder.layers.5 is still the start's, but most layers have moved"},
     ),
     "most layers of the decoder": (
         lambda tensors, old: [put_back(f"{DECODER}layers.{layer}.")(tensors, old) for layer in range(6)],
@@ -222,11 +222,11 @@ MUTANTS: dict[str, tuple[Callable[[Tensors, Tensors], Any], dict[str, str]]] = {
     "another shape": (one(UP, lambda tensor: tensor.T), {"tensors": f"{UP} has shape", "runs": f"{UP} has shape"}),
     "NaN": (
         one(UP, lambda tensor: tensor.index_put((torch.tensor(3), torch.tensor(2)), torch.tensor(float("nan")))),
-        {"encoder": f"{UP} holds no number at element", "runs": "not finite"},
+        {"encoder": f"{UP} is not finite at element", "runs": "not finite"},
     ),
     "infinity in the table": (
         one(TABLE, lambda tensor: tensor.index_put((torch.tensor(9), torch.tensor(0)), torch.tensor(float("inf")))),
-        {"embedding": f"{TABLE} holds no number at element 432", "runs": "not finite"},
+        {"embedding": f"{TABLE} is not finite at element 432", "runs": "not finite"},
     ),
     "another class's head": (
         lambda tensors, _: tensors.update({"score.out_proj.weight": torch.zeros(2, 48)}),
@@ -348,10 +348,10 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "untied decoder": (at("decoder.tie_word_embeddings", False), "decoder.tie_word_embeddings is False"),
     "two sizes of a table": (at("decoder.vocab_size", 264), "encoder and decoder have vocab_size [256, 264]"),
     "quantised": (
-        lambda document: document.update(quantization_config={"bits": 4}), "quantization_config.bits is 4, and what",
+        lambda document: document.update(quantization_config={"bits": 4}), "quantization_config.bits is 4, whose effect",
     ),
     "code of its own": (lambda document: document.update(auto_map={"AutoModel": "x.Y"}), "auto_map"),
-    "an unknown key": (at("decoder.use_something_new", True), "use_something_new is True, and what it computes"),
+    "an unknown key": (at("decoder.use_something_new", True), "use_something_new is True, whose effect"),
     "an unknown rope key": (
         at("decoder.rope_parameters.full_attention.attention_factor", 2.0), "attention_factor is 2.0",
     ),

@@ -1,0 +1,38 @@
+"""The options of the reference passes and of `generate`, for the command line and the Python functions."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from t5g2convert.command_options import CommandOptions, Option
+
+PassDtype = Literal["bfloat16", "float16", "float32"]
+"""A dtype that a model can be run in."""
+
+Device = Literal["cpu", "cuda"]
+"""A device that a model can be run on."""
+
+
+class PassOptions(CommandOptions):
+    """How a reference pass computes.
+
+    Attributes:
+        dtype: The dtype to compute in; None for the model's own.
+        device: The device to compute on.
+    """
+
+    dtype: Annotated[PassDtype | None, Option("What the passes compute in.", default="the output's")] = None
+    device: Annotated[Device, Option("Where the passes run; parity is exact on the CPU.")] = "cpu"
+
+
+class GenerateOptions(PassOptions):
+    """The options of `generate`.
+
+    Attributes:
+        image: A picture that is put before the prompt.
+        max_new_tokens: The largest number of tokens.
+    """
+
+    image: Annotated[Path | None, Option("A picture that the encoder sees first.")] = None
+    max_new_tokens: Annotated[int, Field(ge=1), Option("Tokens to write at most.")] = 64
