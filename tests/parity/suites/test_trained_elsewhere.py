@@ -348,7 +348,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "untied decoder": (at("decoder.tie_word_embeddings", False), "decoder.tie_word_embeddings is False"),
     "two sizes of a table": (at("decoder.vocab_size", 264), "encoder and decoder have vocab_size [256, 264]"),
     "quantised": (
-        lambda document: document.update(quantization_config={"bits": 4}), "quantization_config.bits is 4, whose effect",
+        lambda document: document.update(quantization_config={"bits": 4}), "quantization_config.bits is 4, whose",
     ),
     "code of its own": (lambda document: document.update(auto_map={"AutoModel": "x.Y"}), "auto_map"),
     "an unknown key": (at("decoder.use_something_new", True), "use_something_new is True, whose effect"),
