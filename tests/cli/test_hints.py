@@ -47,6 +47,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "t5g2 pack writes one": ("pack",),
     "pass --no-gradient-checkpointing": ("adapt",),
     "pass --no-encoder-bos": ("adapt",),
+    "pack more text, or reduce --encoder-length and --decoder-length": ("adapt",),
     "omit --image-every": ("adapt",),
     "pack more text, or reduce --encoder-length and --decoder-length": ("adapt",),
     "remove it: t5g2 adapt --resume then continues from the checkpoint before": ("adapt",),
