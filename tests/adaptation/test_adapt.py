@@ -257,7 +257,7 @@ def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Pa
     with pytest.raises(UsageError, match="--kd applies only to text"):
         foresee(changed(request, kd=small / "parent"))
     with pytest.raises(DataError, match="the corpus has 0 tokens"):
-        foresee(replace(request, settings=settings_of(image_every=2)))
+        foresee(changed(request, image_every=2))
 
 
 @pytest.mark.usefixtures("one_process")
