@@ -49,7 +49,6 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "pass --no-encoder-bos": ("adapt",),
     "pack more text, or reduce --encoder-length and --decoder-length": ("adapt",),
     "omit --image-every": ("adapt",),
-    "pack more text, or reduce --encoder-length and --decoder-length": ("adapt",),
     "remove it: t5g2 adapt --resume then continues from the checkpoint before": ("adapt",),
     "--resume continues a run that stopped": ("adapt",),
     "lower --lr, or check the data": ("adapt",),
