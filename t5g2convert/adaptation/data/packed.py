@@ -276,11 +276,7 @@ def picture_name(place: Any) -> str:
 
 
 def mapped_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Memory-map a file as an array.
-
-    Raises:
-        DataError: The file is missing or has another size.
-    """
+    """Memory-map a file as an array, and refuse another size than the index implies."""
     expected = math.prod(shape) * dtype.itemsize
     check_regular(path)
     try:
