@@ -87,7 +87,9 @@ def test_the_result_is_kept(bench: Bench) -> None:
 
 
 def test_its_gemma_3_is_no_source_of_it(scene: tuple[Path, Path, Path]) -> None:
-    with pytest.raises(UsageError, match="was trained after conversion; pass the T5Gemma 2 it was trained from, not parent"):
+    with pytest.raises(
+        UsageError, match="was trained after conversion; pass the T5Gemma 2 it was trained from, not parent"
+    ):
         verify(scene[2], scene[0], record=False)
 
 
