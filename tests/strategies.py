@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from t5g2convert.checkpoint.dtypes import BITS
+from t5g2convert.checkpoint.header import BITS
 
 Json = Any
 Path = tuple[str | int, ...]

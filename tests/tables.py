@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from t5g2convert.conversion.write.embedding_tables import Table
+from t5g2convert.conversion.write.aligned_projector import Table
 
 TORCH: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

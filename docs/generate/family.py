@@ -12,7 +12,6 @@ FILES: Final = {
     "t5g2convert/checkpoint/families/gemma2.py": "config adapter: `config.json` in every dialect, as one set of values",
     "t5g2convert/checkpoint/families/t5gemma.py": "the target's config, and every tensor that it implies",
     "t5g2convert/reference/gemma2.py": "reference: the parent's pass",
-    "t5g2convert/reference/cross_attention.py": "reference block: the decoder's layer",
     "t5g2convert/reference/t5gemma.py": "reference: the target's pass",
     "t5g2convert/parity/checks/cross_attention.py": "a check of its own, `cross_parity`",
     "t5g2convert/parity/suites/t5gemma.py": "which checks judge it, and what its config must say",

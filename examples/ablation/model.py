@@ -24,11 +24,10 @@ from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.text_and_vision import TextConfig
 from t5g2convert.checkpoint.folder import open_checkpoint, some
 from t5g2convert.errors import CheckpointError
-from t5g2convert.reference.attention import Kernel
-from t5g2convert.reference.cross_attention import CrossDecoderLayer
+from t5g2convert.reference.attention import Kernel, Rotation, rotation
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer, RMSNorm, StackLayer
 from t5g2convert.reference.masks import bidirectional, causal, memory
-from t5g2convert.reference.rope import Rotation, rotation
+from t5g2convert.reference.t5gemma import CrossDecoderLayer
 from t5g2convert.reference.weights import Weights
 
 

@@ -31,7 +31,6 @@ from t5g2convert.adaptation.train.distributed import (
     run_on_all_ranks,
 )
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
-from t5g2convert.adaptation.train.lock import locked
 from t5g2convert.adaptation.train.loop import make_optimizer, train
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics
@@ -45,6 +44,7 @@ from t5g2convert.adaptation.train.run_folder import (
     check_vacant,
     describe,
     identity,
+    locked,
     newest,
     write_description,
 )

@@ -34,7 +34,7 @@ from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, some
-from t5g2convert.checkpoint.inputs import Folders
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import WriteOptions

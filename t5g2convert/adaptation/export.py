@@ -17,8 +17,8 @@ from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
 from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_bytes, check_model, read_history
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import KEEP, Dtype, Judge, WriteOptions
 from t5g2convert.conversion.trained_model import plan_adapted

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.file_names import TOKENIZER_FILE
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
+from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.hub.model import Origin, fetch, open_source
 from t5g2convert.conversion.plan.vocabulary import vocabulary_of
-from t5g2convert.conversion.write.embedding_tables import Table, paired_blocks
+from t5g2convert.conversion.write.aligned_projector import Table, paired_blocks
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.progress import Progress, silent
 

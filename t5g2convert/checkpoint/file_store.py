@@ -1,5 +1,6 @@
 """The store that holds the files of a checkpoint: a local folder, or one commit of a model on the Hub."""
 
+import hashlib
 import os
 import re
 import stat
@@ -194,3 +195,20 @@ def is_there(path: Path) -> bool:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from error
     regular_file(path)
     return True
+
+
+PIECE_BYTES: Final = 1 << 20
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, hexadecimal, in bounded memory.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(PIECE_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()

@@ -21,9 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, parse_section
 from t5g2convert.checkpoint.folder import read_json_file
+from t5g2convert.checkpoint.header import BY_CONFIG_NAME
 from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
 

@@ -57,7 +57,7 @@ def demo(
     """Build a tiny Gemma 3 with images, convert it, verify it, generate with it. Takes seconds, without network."""
     from tempfile import TemporaryDirectory
 
-    from t5g2convert.checkpoint.inputs import Folders
+    from t5g2convert.checkpoint.sources import Folders
     from t5g2convert.cli.drawing import draw_plan
     from t5g2convert.conversion.convert import execute
     from t5g2convert.conversion.plan.builder import plan as make_plan

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from t5g2convert.checkpoint.inputs import DECODER_FROM, VISION_FROM, Role, role_in
+from t5g2convert.checkpoint.sources import DECODER_FROM, VISION_FROM, Role, role_in
 from t5g2convert.cli.console import PART_STYLES, size_text
 
 if TYPE_CHECKING:

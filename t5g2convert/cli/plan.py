@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Role, plain_name, role_in
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, Role, plain_name, role_in
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,

@@ -70,7 +70,7 @@ def write_reports(report: "Report", junit: Path | None, html: Path | None) -> No
         OutputError: A file cannot be written.
     """
     from t5g2convert.parity.reports.html import html as as_html
-    from t5g2convert.parity.reports.junit import junit as as_junit
+    from t5g2convert.parity.reports.report import junit as as_junit
 
     for path, render in ((junit, as_junit), (html, as_html)):
         if path is not None:

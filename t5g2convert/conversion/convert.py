@@ -9,8 +9,7 @@ from typing import Any
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.hub.model import Origin, given_folders
 from t5g2convert.checkpoint.hub.snapshot import download_again
-from t5g2convert.checkpoint.inputs import Folders, plain_name
-from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.sources import Folders, Sources, plain_name
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.options import ConvertOptions, WriteOptions
 from t5g2convert.conversion.plan.builder import build_plan, open_sources

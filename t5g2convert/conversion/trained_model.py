@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
 from t5g2convert.checkpoint.families.config_section import ExpectedTensor, describe_model_type, parse_section
 from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
@@ -23,9 +22,9 @@ from t5g2convert.checkpoint.file_names import (
     weight_files,
 )
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, refuse_unheld
-from t5g2convert.checkpoint.header import TensorEntry, encode_header
-from t5g2convert.checkpoint.inputs import SOURCE
+from t5g2convert.checkpoint.header import BY_CONFIG_NAME, CONFIG_NAMES, TensorEntry, encode_header, tensor_bits
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, AdaptationRecord
+from t5g2convert.checkpoint.sources import SOURCE
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, held
 from t5g2convert.conversion.assets.aux_files import copied
 from t5g2convert.conversion.options import KEEP, Dtype, PlanOptions

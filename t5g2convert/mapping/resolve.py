@@ -11,7 +11,7 @@ from typing import Any, Final
 from t5g2convert.checkpoint.families.config_section import SourceModel, describe_model_type
 from t5g2convert.checkpoint.folder import Checkpoint, refuse_unheld, some
 from t5g2convert.checkpoint.foreign import check_plain, describe
-from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.problems import Problems, flag, refuse_overlaps

@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.folder import StoredTensor
-from t5g2convert.checkpoint.header import TensorEntry
-from t5g2convert.checkpoint.inputs import EMBEDDING, SOURCE, Role
+from t5g2convert.checkpoint.header import CONFIG_NAMES, TensorEntry
+from t5g2convert.checkpoint.sources import EMBEDDING, SOURCE, Role
 from t5g2convert.errors import MappingError
 from t5g2convert.mapping.names import expand, root_of
 from t5g2convert.mapping.operations import Size, TakeRows

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, Role
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, STACKS, Role
 from t5g2convert.errors import MappingError
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.template import has_value

@@ -8,7 +8,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from t5g2convert.checkpoint.inputs import STACKS
+from t5g2convert.checkpoint.sources import STACKS
 from t5g2convert.mapping.strictyaml import NodePath
 
 TARGET_VALUES = ("vocab", "dtype")

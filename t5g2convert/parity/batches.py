@@ -8,7 +8,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
+from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.stack import Stack

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.hub.model import Origin
-from t5g2convert.checkpoint.inputs import SOURCE, Role
-from t5g2convert.checkpoint.sources import Sources, percent
+from t5g2convert.checkpoint.sources import SOURCE, Role, Sources, percent
 from t5g2convert.command_options import takes_options
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.batches import Batch, first_tokens
@@ -22,11 +21,10 @@ from t5g2convert.parity.options import CompareOptions
 from t5g2convert.parity.reports.report import Drift, writable
 from t5g2convert.progress import silent
 from t5g2convert.reference.gemma3 import Gemma3Reference
-from t5g2convert.reference.overflow import overflow
 from t5g2convert.reference.prompts import TextCodec
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
-from t5g2convert.reference.weights import ReadOptions, check_device
+from t5g2convert.reference.weights import ReadOptions, check_device, overflow
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import Any, Final, Generic, TypeVar
 
 import torch
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.manifest import ChangeRecord, Manifest
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.batches import Inputs

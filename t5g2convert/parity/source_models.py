@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from t5g2convert.checkpoint.families.gemma3 import Gemma3, Gemma3Text
-from t5g2convert.checkpoint.inputs import DECODER_FROM, VISION_FROM
-from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.sources import DECODER_FROM, VISION_FROM, Sources
 from t5g2convert.errors import CheckpointError
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.gemma3 import Gemma3Reference

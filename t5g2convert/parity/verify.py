@@ -7,9 +7,8 @@ import torch
 
 from t5g2convert.checkpoint.folder import check_folder
 from t5g2convert.checkpoint.hub.model import Origin
-from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM
 from t5g2convert.checkpoint.manifest import Manifest, read_manifest
-from t5g2convert.checkpoint.sources import OtherOrigins, Sources, percent
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, OtherOrigins, Sources, percent
 from t5g2convert.command_options import takes_options
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.interrupts import raise_interruption

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Number, parse_section
+from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.manifest import (
     MANIFEST_FILE,
     AdaptationRecord,

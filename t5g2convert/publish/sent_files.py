@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5g2convert.checkpoint.digest import sha256_of
-from t5g2convert.checkpoint.file_store import is_commit, regular_file
+from t5g2convert.checkpoint.file_store import is_commit, regular_file, sha256_of
 from t5g2convert.checkpoint.folder import check_folder, open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, FileRecord, read_manifest
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template

@@ -1,4 +1,4 @@
-"""Softmax attention over one set of keys, or over two under one softmax (merged attention).
+"""RoPE, and softmax attention over one set of keys, or over two under one softmax (merged attention).
 
 The eager kernel follows transformers' `eager_attention_forward`: scores in the dtype of the weights, softmax in
 float32, probabilities rounded back before they meet the values. A softcap of the scores is applied where the config
@@ -10,6 +10,37 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from t5g2convert.checkpoint.families.rope_config import Rope
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of every position and channel, each [T, D]."""
+
+    cos_TD: Tensor
+    sin_TD: Tensor
+
+
+def rotation(rope: Rope, head_dim: int, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
+    """Return the rotation of each position: wavelengths in float32, the result rounded to `dtype`.
+
+    This is rotary position embedding (RoPE; Su et al., arXiv 2104.09864), with linear interpolation of positions.
+
+    Channel d and channel d + D/2 form a pair that turns by position / (factor * theta ** (2 d / D)).
+    """
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device)
+    frequencies = 1.0 / rope.rope_theta ** (channels / head_dim) / rope.linear_factor
+    angles = positions_T.float()[:, None] * frequencies
+    angles_TD = torch.cat((angles, angles), dim=-1)
+    return Rotation(angles_TD.cos().to(dtype), angles_TD.sin().to(dtype))
+
+
+def rotate(x_BHTD: Tensor, turn: Rotation) -> Tensor:
+    """Turn every pair of channels by its angle."""
+    half = x_BHTD.shape[-1] // 2
+    turned = torch.cat((-x_BHTD[..., half:], x_BHTD[..., :half]), dim=-1)
+    return x_BHTD * turn.cos_TD + turned * turn.sin_TD
+
 
 Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""

@@ -6,20 +6,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families import t5gemma
 from t5g2convert.checkpoint.families.text_and_vision import ImageTokens
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
+from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.command_options import takes_options
 from t5g2convert.errors import UsageError
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.encoder_decoder import EncoderDecoder
 from t5g2convert.reference.options import GenerateOptions
-from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma import T5GemmaReference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
-from t5g2convert.reference.weights import check_device
+from t5g2convert.reference.weights import check_device, not_finite
 
 
 @takes_options(GenerateOptions)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from t5g2convert.checkpoint.families.text_and_vision import Activation, TextConfig
-from t5g2convert.reference.attention import Kernel, Keys, attend, attend_fused
+from t5g2convert.reference.attention import Kernel, Keys, Rotation, attend, attend_fused, rotate
 from t5g2convert.reference.cache import LayerCache
-from t5g2convert.reference.rope import Rotation, rotate
 
 
 def _gelu_new(x: Tensor) -> Tensor:

@@ -15,10 +15,9 @@ from torch.nn import functional
 
 from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.text_and_vision import TextConfig
-from t5g2convert.reference.attention import Kernel
+from t5g2convert.reference.attention import Kernel, Rotation, rotation
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.layers import RMSNorm
-from t5g2convert.reference.rope import Rotation, rotation
 from t5g2convert.reference.weights import Weights
 
 HEAD_ROWS: Final = 16_384

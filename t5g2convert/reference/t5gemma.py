@@ -3,18 +3,78 @@
 from functools import partial
 from typing import Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.t5gemma import T5Gemma, read_t5gemma
+from t5g2convert.checkpoint.families.text_and_vision import TextConfig
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.reference.attention import Kernel
-from t5g2convert.reference.cross_attention import CrossDecoderLayer
+from t5g2convert.reference.attention import Kernel, Rotation
+from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.encoder_decoder import EncoderDecoder
-from t5g2convert.reference.layers import EncoderLayer
+from t5g2convert.reference.layers import EncoderLayer, Projections, RMSNorm, StackLayer
 from t5g2convert.reference.masks import around
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.weights import ReadOptions, Weights
+
+
+class CrossAttention(Projections):
+    """Queries from the decoder, keys and values from the encoder's output; nothing is rotated, no window holds."""
+
+    def __init__(self, settings: TextConfig, kernel: Kernel, *, memory_size: int) -> None:
+        super().__init__(settings, kernel)
+        key_value, bias = self.k_proj.out_features, settings.attention_bias
+        self.k_proj = nn.Linear(memory_size, key_value, bias=bias)
+        self.v_proj = nn.Linear(memory_size, key_value, bias=bias)
+
+    def forward(
+        self, x_BTC: Tensor, memory_BMC: Tensor, memory_seen_BTM: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[B, T, C] to [B, T, C]; a cache holds the memory's keys and values already."""
+        q_BHTD = self.q_norm(self.heads(self.q_proj(x_BTC)))
+        k_BKMD, v_BKMD = self.project_memory(memory_BMC) if cache is None else cache.memory
+        return self.attended(q_BHTD, k_BKMD, v_BKMD, memory_seen_BTM)
+
+
+class CrossDecoderLayer(StackLayer):
+    """Self-attention, attention to the encoder's output, MLP; a norm before and after each.
+
+    `memory_size` is the width of the encoder's output.
+    """
+
+    def __init__(self, settings: TextConfig, kernel: Kernel, *, memory_size: int) -> None:
+        super().__init__(settings, kernel)
+        norm = partial(RMSNorm, settings.hidden_size, settings.rms_norm_eps)
+        self.pre_cross_attn_layernorm = norm()
+        self.cross_attn = CrossAttention(settings, kernel, memory_size=memory_size)
+        self.post_cross_attn_layernorm = norm()
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        turn: Rotation,
+        seen_BTS: Tensor,
+        memory_BMC: Tensor | None = None,
+        memory_seen_BTM: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """[B, T, C] to [B, T, C].
+
+        Args:
+            x_BTC: The tokens that ask; with a cache, those that it does not hold yet.
+            turn: Their rotation.
+            seen_BTS: Which own tokens each may see, those in the cache first.
+            memory_BMC: The encoder's output; None leaves the attention to it out.
+            memory_seen_BTM: Which of it each may see.
+            cache: Holds the memory's keys and values, computed once, and those of the tokens seen so far.
+        """
+        if cache is not None and memory_BMC is not None and not cache.started:
+            cache.start(*self.cross_attn.project_memory(memory_BMC))
+        x_BTC = self.through_attention(x_BTC, turn, seen_BTS, cache)
+        if memory_BMC is not None:
+            attended = self.cross_attn(self.pre_cross_attn_layernorm(x_BTC), memory_BMC, memory_seen_BTM, cache)
+            x_BTC = x_BTC + self.post_cross_attn_layernorm(attended)
+        return self.through_mlp(x_BTC)
 
 
 class T5GemmaReference(EncoderDecoder):

@@ -11,8 +11,8 @@ from typing import Final, TypedDict, TypeVar, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
+from t5g2convert.checkpoint.header import BY_CONFIG_NAME
 from t5g2convert.errors import CheckpointError, UsageError
 
 DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -194,3 +194,53 @@ def only_prefix(names: Sequence[str], anchor: str, checkpoint: Checkpoint) -> st
     if len(found) != 1:
         raise CheckpointError(f"has {len(found)} tensors named ...{anchor}, expected one", where=checkpoint.path)
     return found[0].removesuffix(anchor)
+
+
+PIECE_ELEMENTS = 1 << 24
+"""Elements that are checked at once: 64 MiB in float32."""
+
+
+def not_finite(what: str, weights: Weights) -> UsageError | CheckpointError:
+    """Return the error for values that are not finite: it names the dtype if that overflowed, else the checkpoint.
+
+    The activations of a real Gemma 3 exceed 65,504, the largest float16; the same weights are right in bfloat16 and
+    float32.
+
+    Args:
+        what: The values.
+        weights: The weights that they were computed with.
+    """
+    return overflow(what, weights) or CheckpointError(
+        f"{what} are not finite in {_dtype_name(weights)}",
+        where=weights.checkpoint.path,
+        hint="nothing can be computed with them: the weights hold NaN, infinity or numbers that are too large",
+    )
+
+
+def overflow(what: str, weights: Weights) -> UsageError | None:
+    """Return the error for a float16 pass over a checkpoint of finite weights; None for any other pass."""
+    if _dtype(weights) != torch.float16 or not _all_finite(weights):
+        return None
+    return UsageError(
+        f"float16 overflows at 65504: {what} are not finite, though all weights are",
+        hint="compute with --dtype float32",
+    )
+
+
+def _dtype(weights: Weights) -> torch.dtype:
+    return weights.dtype or DTYPES.get(weights.checkpoint.dtype, torch.float32)
+
+
+def _dtype_name(weights: Weights) -> str:
+    return str(_dtype(weights)).removeprefix("torch.")
+
+
+def _all_finite(weights: Weights) -> bool:
+    """Return whether all stored values that a pass may read are finite."""
+    stored = Weights(weights.checkpoint, device=weights.device)
+    return all(
+        bool(torch.isfinite(piece).all())
+        for name, tensor in weights.checkpoint.tensors.items()
+        if tensor.entry.dtype in DTYPES
+        for piece in stored.pieces(name, PIECE_ELEMENTS)
+    )

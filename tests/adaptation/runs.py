@@ -19,7 +19,7 @@ from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.run_folder import identity
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.mixture import read_mixture
-from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.file_store import sha256_of
 
 Tensors = Mapping[str, torch.Tensor]
 

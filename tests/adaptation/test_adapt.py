@@ -26,10 +26,9 @@ from t5g2convert.adaptation.options import AdaptOptions, Hardware
 from t5g2convert.adaptation.train import checkpoints, loop
 from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete_checkpoints, read_checkpoint_manifest
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank, resolve
-from t5g2convert.adaptation.train.lock import locked
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.preflight import check_rope, prepare, read_limits
-from t5g2convert.adaptation.train.run_folder import check_same, check_vacant, identity, newest
+from t5g2convert.adaptation.train.run_folder import check_same, check_vacant, identity, locked, newest
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.adaptation.ul2 import dataset

@@ -19,8 +19,8 @@ from t5g2convert.adaptation import export as finishing
 from t5g2convert.adaptation.export import Exported, export, export_checkpoint
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
-from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.convert import execute
 from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.trained_model import named_by, patterns_of, plan_adapted

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import CheckpointError, UsageError, convert
 from t5g2convert.adaptation.sentinel_probe import MovedRange, Probe, probe
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
-from t5g2convert.conversion.write import embedding_tables
+from t5g2convert.conversion.write import aligned_projector
 from tests.conftest import TwinFolder
 
 TABLE = "model.encoder.embed_tokens.weight"
@@ -99,7 +99,7 @@ def test_blocks_of_rows_change_nothing(
 ) -> None:
     output = trained(converted_twin("text-8"), tmp_path / "out", [3, 64, 299], drift=1e-3)
     whole = probe(twin_folder("text-8"), output)
-    monkeypatch.setattr(embedding_tables, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(aligned_projector, "ROWS_AT_ONCE", at_once)
     assert probe(twin_folder("text-8"), output) == whole
     before, after = load_file(twin_folder("text-8") / "model.safetensors"), load_file(output / "model.safetensors")
     one, other = before["model.embed_tokens.weight"].double(), after[TABLE].double()

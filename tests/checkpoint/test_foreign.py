@@ -9,9 +9,8 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import convert, inspect, plan
-from t5g2convert.checkpoint.dtypes import BITS
 from t5g2convert.checkpoint.foreign import NAMES, quantisation
-from t5g2convert.checkpoint.header import read_header
+from t5g2convert.checkpoint.header import BITS, read_header
 from t5g2convert.errors import CheckpointError
 
 Tensors = dict[str, tuple[str, list[int]]]

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save_file
 
-from t5g2convert.checkpoint.dtypes import BITS
-from t5g2convert.checkpoint.header import MAX_HEADER_BYTES, FileIdentity, TensorEntry, encode_header, read_header
+from t5g2convert.checkpoint.header import BITS, MAX_HEADER_BYTES, FileIdentity, TensorEntry, encode_header, read_header
 from t5g2convert.errors import CheckpointError
 
 Fields = dict[str, Any]

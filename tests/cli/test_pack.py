@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from t5g2convert import convert
 from t5g2convert.adaptation.data.packed import Packed
-from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.cli.demo import build_demo_source
 from tests.cli.commandline import CommandLine
 from tests.memory import run_and_measure

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, Conversion, MappingError, OutputError, convert, inspect, plan, verify
-from t5g2convert.checkpoint.inputs import Folders
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.convert import execute
 from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.plan.types import Change
@@ -127,7 +127,7 @@ def test_progress_counts_the_tables_of_an_alignment(
         source = tmp_path / "source"
     counts: list[int] = []
     made = plan(source, vision_from=donor, projector="aligned")
-    monkeypatch.setattr("t5g2convert.conversion.write.embedding_tables.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("t5g2convert.conversion.write.aligned_projector.ROWS_AT_ONCE", 64)
     options = WriteOptions(progress=counts.append, flush=False)
     execute(made, Folders(source, vision_from=donor), tmp_path / "out", options)
     tables = 300 * (32 + 24) * 2

@@ -21,8 +21,7 @@ from t5g2convert.checkpoint.header import read_header
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, seal
 from t5g2convert.cli.verify import print_report
 from t5g2convert.parity.reports.html import html
-from t5g2convert.parity.reports.junit import junit
-from t5g2convert.parity.reports.report import Check, Report
+from t5g2convert.parity.reports.report import Check, Report, junit
 from t5g2convert.parity.verify import verify
 from t5g2convert.reference.weights import DTYPES
 

@@ -40,7 +40,7 @@ def failed(output: Path, source: Path) -> dict[str, str]:
 
 def reseal(output: Path) -> None:
     """Write a manifest that tells of what is there now."""
-    from t5g2convert.checkpoint.digest import sha256_of
+    from t5g2convert.checkpoint.file_store import sha256_of
 
     manifest = read_manifest(output).document()
     paths = [path for path in output.rglob("*") if path.is_file() and path.name != MANIFEST_FILE]

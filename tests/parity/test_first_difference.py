@@ -10,8 +10,8 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.batches import token_batch
 from t5g2convert.parity.checks.side_by_side import causal_encoder_run, hidden_memory_run
 from t5g2convert.parity.first_difference import ATTENTION, first_difference
+from t5g2convert.reference.attention import Rotation
 from t5g2convert.reference.gemma3 import Gemma3Reference
-from t5g2convert.reference.rope import Rotation
 from t5g2convert.reference.stack import Run
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder

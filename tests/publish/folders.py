@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from t5g2convert import convert
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.conversion.convert import execute
 from t5g2convert.conversion.options import WriteOptions

@@ -32,7 +32,7 @@ from t5g2convert.adaptation.data.index import (
     tokens_entry,
 )
 from t5g2convert.adaptation.data.tokens import read_tokens, tokenizer_sha256
-from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.errors import DataError
 
 COUNTS_FILE: Final = "counts.bin"

@@ -10,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.families.registry import read_trainable
 from t5g2convert.checkpoint.file_names import TOKENIZER_FILE
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
 from t5g2convert.errors import CheckpointError
 from t5g2convert.interrupts import raise_interruption

@@ -8,8 +8,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, PositiveInt
 
-from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.manifest import Digest
 from t5g2convert.errors import CheckpointError

@@ -36,7 +36,7 @@ from t5g2convert.adaptation.train.checkpoint_reader import MODEL, OPTIMIZER, rea
 from t5g2convert.adaptation.train.distributed import run_on_all_ranks
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.checkpoint.atomic_write import flush_folder, replace_file
-from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.manifest import encode_json
 from t5g2convert.errors import CheckpointError, Interrupted, OutputError, T5g2Error
 

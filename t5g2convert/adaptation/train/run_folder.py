@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -16,9 +17,9 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     read_checkpoint_manifest,
 )
 from t5g2convert.adaptation.train.settings import Settings, differences
-from t5g2convert.checkpoint.atomic_write import replace_file
-from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.atomic_write import lock_folder, replace_file
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Digest, encode_json, read_manifest
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
@@ -273,3 +274,44 @@ def write_description(run: Path, description: Mapping[str, Any]) -> None:
         replace_file(run / RUN_FILE, encode_json(description))
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", where=run / RUN_FILE) from error
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run's folder, made if there is none, for as long as the block runs; what stayed empty is removed then.
+
+    The lock is on the folder itself and goes with the process that holds it, or with the last of its data workers. It
+    is seen on other machines too, if their file system has locks.
+
+    Raises:
+        OutputError: Another process holds it, or it is no folder that can be made and locked.
+    """
+    made: list[Path] = []
+    try:
+        fd = _lock(run, made)
+    except OSError as error:
+        raise OutputError(f"cannot be locked: {error.strerror}", where=run) from error
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever waits for it sees that it is another than the one of that name.
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        os.close(fd)
+
+
+def _lock(run: Path, made: list[Path]) -> int:
+    while True:
+        for folder in (*reversed(run.parents), run):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                made.insert(0, folder)
+        try:
+            fd = lock_folder(run)
+        except BlockingIOError:
+            raise OutputError(
+                "another process is training in this folder", where=run, hint="stop it first, or choose another folder"
+            ) from None
+        if fd is not None:
+            return fd

@@ -129,7 +129,7 @@ class IdsInUse:
 
     def _add_pieces(self, path: Path) -> tuple[Mapping[str, int], int]:
         """Add the ids of tokenizer.model; return its vocabulary and the size of that."""
-        from t5g2convert.checkpoint.tokenizer.sentencepiece import read_pieces
+        from t5g2convert.checkpoint.tokenizer.files import read_pieces
 
         if (pieces := read_pieces(path)) is None:
             self.remarks.append(f"{PIECES_FILE} is not a SentencePiece model and was not read")

@@ -6,25 +6,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from t5g2convert.checkpoint.dtypes import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
 from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.header import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
 from t5g2convert.checkpoint.hub.model import Origin
-from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, named
-from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, Sources, named
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.assets.aux_files import plan_files
 from t5g2convert.conversion.assets.generation_config import generation_config, given_generation
 from t5g2convert.conversion.options import KEEP, TABLES, PlanOptions
-from t5g2convert.conversion.plan.changes import declared_changes
+from t5g2convert.conversion.plan.changes import declared_changes, target_values
 from t5g2convert.conversion.plan.drafts import Draft, draft_tensor, whole_range
 from t5g2convert.conversion.plan.notes import has_head, plan_notes, tied
 from t5g2convert.conversion.plan.rows import kept_rows
 from t5g2convert.conversion.plan.sharding import lay_out
 from t5g2convert.conversion.plan.source_files import account_for, left_notes
-from t5g2convert.conversion.plan.target_values import target_values
 from t5g2convert.conversion.plan.types import (
     Dropped,
     Plan,

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from t5g2convert.checkpoint.dtypes import element_bytes, tensor_bits
 from t5g2convert.checkpoint.folder import StoredTensor
-from t5g2convert.checkpoint.inputs import SOURCE, VISION_FROM, Role, named
+from t5g2convert.checkpoint.header import element_bytes, tensor_bits
+from t5g2convert.checkpoint.sources import SOURCE, VISION_FROM, Role, named
 from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.conversion.plan.types import (
     Content,

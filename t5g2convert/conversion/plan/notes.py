@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families import t5gemma, t5gemma2
 from t5g2convert.checkpoint.families.gemma3 import TOWERLESS, is_towerless
 from t5g2convert.checkpoint.families.registry import target_of
 from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.foreign import remarks
-from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Role, named
+from t5g2convert.checkpoint.header import CONFIG_NAMES
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.conversion.assets.generation_config import given_generation
 from t5g2convert.conversion.options import KEEP, SMALLEST_WINDOW, PlanOptions
 from t5g2convert.conversion.plan.changes import setting

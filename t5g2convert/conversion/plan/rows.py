@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES, element_bytes
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.file_names import GENERATION_FILE, TOKENIZER_CONFIG_FILE
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
+from t5g2convert.checkpoint.header import CONFIG_NAMES, element_bytes
 from t5g2convert.checkpoint.hub.model import read_held, read_range
-from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Role
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, Role
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.checkpoint.tokenizer.ids_in_use import IdsInUse, UsedId
 from t5g2convert.checkpoint.tokenizer.special_ids import IMAGE_IDS, config_ids, generation_ids

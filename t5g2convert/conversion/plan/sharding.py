@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from t5g2convert.checkpoint.dtypes import element_bytes, tensor_bits
 from t5g2convert.checkpoint.file_names import weight_files
-from t5g2convert.checkpoint.header import TensorEntry, encode_header
-from t5g2convert.checkpoint.inputs import role_in
+from t5g2convert.checkpoint.header import TensorEntry, element_bytes, encode_header, tensor_bits
+from t5g2convert.checkpoint.sources import role_in
 from t5g2convert.conversion.plan.drafts import Draft
 from t5g2convert.conversion.plan.types import PlannedTensor, Shard
 from t5g2convert.mapping.schema import PARTS

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.file_store import HubOrigin
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.inputs import SOURCE, Role, plain_name, role_in
+from t5g2convert.checkpoint.header import FileIdentity, element_bytes
 from t5g2convert.checkpoint.manifest import AdaptationRecord
+from t5g2convert.checkpoint.sources import SOURCE, Role, plain_name, role_in
 from t5g2convert.conversion.assets.aux_files import PlannedFile
 from t5g2convert.conversion.assets.tokenizer import TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem

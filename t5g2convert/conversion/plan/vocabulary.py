@@ -11,7 +11,7 @@ from typing import Final
 from t5g2convert.checkpoint.file_names import TOKENIZER_FILE
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.hub.model import fetch
-from t5g2convert.checkpoint.inputs import SOURCE, VISION_FROM, Role
+from t5g2convert.checkpoint.sources import SOURCE, VISION_FROM, Role
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.resolve import Resolution
 from t5g2convert.mapping.schema import WeightMap

@@ -30,10 +30,12 @@ differently, and may round an element to the other neighbour where the exact val
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from t5g2convert.conversion.write.embedding_tables import ROWS_AT_ONCE, Table, paired_blocks
+from t5g2convert.checkpoint.header import element_bytes
+from t5g2convert.conversion.write.copy import read_exactly
 from t5g2convert.conversion.write.numerics import first_nonfinite, rounded, widened
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.progress import Progress, silent
@@ -43,6 +45,69 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Matrix = NDArray[np.float64]
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+ROWS_AT_ONCE: Final = 2048
+"""Rows of a block: enough that summing its products costs little compared to computing them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An embedding table in an open safetensors file.
+
+    Attributes:
+        tensor: Its name.
+        dtype: Its safetensors dtype: BF16, F16 or F32.
+        rows: Number of rows, one per token.
+        width: Number of columns.
+        file: Name of the file.
+        fd: Descriptor of the file.
+        start: First byte of the table in the file.
+    """
+
+    tensor: str
+    dtype: str
+    rows: int
+    width: int
+    file: str
+    fd: int
+    start: int
+
+    @property
+    def where(self) -> str:
+        """The table, for errors."""
+        return f"{self.file}, tensor {self.tensor}"
+
+
+def paired_blocks(
+    donor: Table, target: Table, rows: int, progress: Progress
+) -> Iterator[tuple["NDArray[np.float64]", "NDArray[np.float64]"]]:
+    """Yield the same rows of both tables, [n, donor width] and [n, width]; the next block reuses the arrays.
+
+    Raises:
+        CheckpointError: A table cannot be read, or holds NaN or infinity.
+    """
+    import numpy as np
+
+    tables = donor, target
+    raw = [bytearray(ROWS_AT_ONCE * table.width * element_bytes(table.dtype)) for table in tables]
+    blocks = [np.empty((ROWS_AT_ONCE, table.width)) for table in tables]
+    for first in range(0, rows, ROWS_AT_ONCE):
+        count = min(ROWS_AT_ONCE, rows - first)
+        for table, memory, block in zip(tables, raw, blocks, strict=True):
+            row_bytes = table.width * element_bytes(table.dtype)
+            data = memoryview(memory)[: count * row_bytes]
+            read_exactly(table.fd, data, table.start + first * row_bytes, table.file)
+            found = first_nonfinite(data, table.dtype)
+            if found is not None:
+                row = first + found[0] // table.width
+                raise CheckpointError(f"holds {found[1]} in row {row}, expected finite numbers", where=table.where)
+            block[:count] = widened(data, table.dtype).reshape(count, table.width)
+            progress(len(data))
+        yield blocks[0][:count], blocks[1][:count]
+
 
 LARGEST_CONDITION: Final = 1e9
 """Largest condition number of the scaled normal equations. The relative error of the map is about 1e-16 times this,

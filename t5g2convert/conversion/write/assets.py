@@ -11,7 +11,6 @@ from typing import Any, Final
 from t5g2convert.checkpoint.atomic_write import flush_folder
 from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.inputs import Folders, plain_name
 from t5g2convert.checkpoint.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -26,6 +25,7 @@ from t5g2convert.checkpoint.manifest import (
     ToolRecord,
     encode_json,
 )
+from t5g2convert.checkpoint.sources import Folders, plain_name
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_template
 from t5g2convert.conversion.assets.aux_files import PlannedFile
 from t5g2convert.conversion.plan.types import Plan, PlannedSource

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from t5g2convert.checkpoint.dtypes import element_bytes
+from t5g2convert.checkpoint.header import element_bytes
 from t5g2convert.conversion.plan.types import Plan, PlannedAlignment, PlannedTensor, SourceRange
 from t5g2convert.conversion.write.copy import output_errors, read_exactly, write_exactly
 from t5g2convert.conversion.write.numerics import rounded, scaled_row
@@ -80,8 +80,7 @@ def _aligned(
     progress: Progress,
 ) -> tuple[bytes, float]:
     """Compute an aligned projector; return its bytes and the residual of the alignment."""
-    from t5g2convert.conversion.write.aligned_projector import align, carry
-    from t5g2convert.conversion.write.embedding_tables import Table
+    from t5g2convert.conversion.write.aligned_projector import Table, align, carry
 
     donor, target = (
         Table(

@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import Final
 
-from t5g2convert.checkpoint.dtypes import element_bytes
+from t5g2convert.checkpoint.header import element_bytes
 from t5g2convert.conversion.write.hashing import Hashers
 from t5g2convert.conversion.write.numerics import first_nonfinite
 from t5g2convert.errors import CheckpointError, OutputError

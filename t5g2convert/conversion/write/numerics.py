@@ -5,7 +5,7 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from t5g2convert.checkpoint.dtypes import element_bytes
+from t5g2convert.checkpoint.header import element_bytes
 from t5g2convert.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.errors import CheckpointError, DataError, OutputError

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from t5g2convert.checkpoint.dtypes import element_bytes
 from t5g2convert.checkpoint.file_names import TOKENIZER_FILE
-from t5g2convert.checkpoint.inputs import named
-from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.header import element_bytes
+from t5g2convert.checkpoint.sources import Sources, named
 from t5g2convert.conversion.plan.types import Plan
 from t5g2convert.conversion.write.copy import BUFFERS, CHUNK_BYTES
 from t5g2convert.errors import OutputError

@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from t5g2convert.checkpoint.dtypes import BITS, CONFIG_NAMES
-from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.inputs import Folders
+from t5g2convert.checkpoint.header import BITS, CONFIG_NAMES, FileIdentity
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.plan.types import Dropped, Plan, PlannedTensor, Repeated, SourceRange
 from t5g2convert.conversion.write.computed_tensors import TensorValues, read_range, write_computed
 from t5g2convert.conversion.write.copy import (

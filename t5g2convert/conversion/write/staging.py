@@ -17,9 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from t5g2convert.checkpoint.atomic_write import clear, flush_folder, usual_mode
+from t5g2convert.checkpoint.atomic_write import clear, flush_folder, lock_folder, usual_mode
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.folder_lock import lock_folder
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.conversion.write.output_path import check_vacant
 from t5g2convert.conversion.write.ownership import (

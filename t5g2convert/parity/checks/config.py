@@ -8,13 +8,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.dtypes import CONFIG_NAMES
 from t5g2convert.checkpoint.families.gemma3 import Gemma3, Gemma3Text
 from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.text_and_vision import TextConfig
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
+from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.checks.token_ids import special_faults
 from t5g2convert.parity.reports.report import Check, failed_check

@@ -17,14 +17,13 @@ from t5g2convert.parity.checks.text import judge_decoder, judge_encoder
 from t5g2convert.parity.first_difference import first_difference
 from t5g2convert.parity.measures import Difference
 from t5g2convert.parity.reports.report import Check, Drift
-from t5g2convert.reference.cross_attention import CrossDecoderLayer
+from t5g2convert.reference.attention import Rotation
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.layers import GemmaLayer
 from t5g2convert.reference.masks import memory
-from t5g2convert.reference.overflow import not_finite
-from t5g2convert.reference.rope import Rotation
 from t5g2convert.reference.stack import Stack
-from t5g2convert.reference.t5gemma import T5GemmaReference
+from t5g2convert.reference.t5gemma import CrossDecoderLayer, T5GemmaReference
+from t5g2convert.reference.weights import not_finite
 
 
 class SelfBranch(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, FileRecord
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, is_output_name, is_template
 from t5g2convert.errors import CheckpointError

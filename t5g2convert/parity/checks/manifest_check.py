@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from t5g2convert.checkpoint.digest import sha256_of
 from t5g2convert.checkpoint.file_names import INDEX_FILE, weight_files
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
-from t5g2convert.checkpoint.inputs import Folders, plain_name
 from t5g2convert.checkpoint.manifest import Manifest, SourceRecord
+from t5g2convert.checkpoint.sources import Folders, plain_name
 from t5g2convert.conversion.plan.types import Plan, PlannedSource
 from t5g2convert.version import __version__
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from t5g2convert.checkpoint.folder import Checkpoint, some
-from t5g2convert.checkpoint.inputs import DECODER_FROM, SOURCE, VISION_FROM, Folders, Role, role_in
 from t5g2convert.checkpoint.manifest import Manifest
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, Folders, Role, role_in
 from t5g2convert.conversion.plan.types import ContentKind, Plan
 from t5g2convert.parity.checks.manifest_check import (
     file_faults,

@@ -9,8 +9,8 @@ from t5g2convert.parity.batches import image_ids, pixels, token_batch
 from t5g2convert.parity.reports.report import Check
 from t5g2convert.reference.encoder_decoder import EncoderDecoder
 from t5g2convert.reference.gemma3 import Gemma3Reference
-from t5g2convert.reference.overflow import overflow
 from t5g2convert.reference.t5gemma2 import EncoderReference
+from t5g2convert.reference.weights import overflow
 
 ENCODER_TOKENS = 24
 DECODER_TOKENS = 12

@@ -15,10 +15,9 @@ from t5g2convert.reference.encoder_decoder import EncoderDecoder
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.masks import causal
-from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.stack import Run, Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
-from t5g2convert.reference.weights import Weights
+from t5g2convert.reference.weights import Weights, not_finite
 
 LayerComparison = Callable[[int, nn.Module, nn.Module, Tensor], None]
 """Number of a layer, the source's layer, the target's, and the states [B, T, C] that the source's was applied to."""

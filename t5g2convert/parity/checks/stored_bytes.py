@@ -14,9 +14,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.dtypes import BITS, element_bytes
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.inputs import Folders
+from t5g2convert.checkpoint.header import BITS, element_bytes
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.plan.types import Content, Plan, PlannedAlignment, PlannedTable, PlannedTensor
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.checks.aligned_projector import aligned_projector, projector_faults

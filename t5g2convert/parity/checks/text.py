@@ -20,9 +20,9 @@ from t5g2convert.parity.checks.side_by_side import (
 from t5g2convert.parity.measures import Difference, Distributions
 from t5g2convert.parity.reports.report import Check
 from t5g2convert.reference.gemma3 import Gemma3Reference, image_blocks
-from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from t5g2convert.reference.weights import not_finite
 
 
 @dataclass(frozen=True)

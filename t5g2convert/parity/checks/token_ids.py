@@ -17,7 +17,7 @@ from t5g2convert.checkpoint.file_names import (
 )
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
-from t5g2convert.checkpoint.tokenizer.sentencepiece import read_pieces
+from t5g2convert.checkpoint.tokenizer.files import read_pieces
 from t5g2convert.checkpoint.tokenizer.special_ids import IMAGE_IDS, SECTIONS, config_ids, generation_ids
 
 TABLE: Final = "embed_tokens.weight"

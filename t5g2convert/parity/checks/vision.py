@@ -8,8 +8,8 @@ from torch import Tensor
 from t5g2convert.parity.first_difference import first_difference
 from t5g2convert.parity.measures import Difference
 from t5g2convert.parity.reports.report import Check, Drift
-from t5g2convert.reference.overflow import not_finite
 from t5g2convert.reference.vision import VisionTower
+from t5g2convert.reference.weights import not_finite
 
 
 @torch.inference_mode()

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest
+from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
     from t5g2convert.parity.checks.movement import Movement
@@ -195,3 +197,28 @@ def record_report(report: Report, manifest: Manifest) -> Report:
         remark = f"the result could not be written into {MANIFEST_FILE}: {error.strerror}"
         return replace(report, remarks=(*report.remarks, remark))
     return report
+
+
+def junit(report: Report) -> str:
+    """Return one test suite: a test case for every check, skipped ones included, with remarks as the suite's output."""
+    suite = ElementTree.Element(
+        "testsuite",
+        name="t5g2 verify",
+        tests=str(len(report.checks) + len(report.skipped)),
+        failures=str(len(report.failed)),
+        errors="0",
+        skipped=str(len(report.skipped)),
+    )
+    for check in report.checks:
+        case = ElementTree.SubElement(suite, "testcase", classname="t5g2.verify", name=check.name)
+        if check.passed:
+            ElementTree.SubElement(case, "system-out").text = printable(check.detail)
+        else:
+            failure = ElementTree.SubElement(case, "failure", message=printable(check.detail))
+            failure.text = printable("\n".join(check.offenders), keep="\n")
+    for name, because in report.skipped.items():
+        case = ElementTree.SubElement(suite, "testcase", classname="t5g2.verify", name=name)
+        ElementTree.SubElement(case, "skipped", message=printable(because))
+    ElementTree.SubElement(suite, "system-out").text = printable("\n".join(report.remarks), keep="\n")
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"

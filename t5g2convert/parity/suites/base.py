@@ -1,21 +1,23 @@
-"""What a suite is, and the checks and remarks that several of them share."""
+"""What a suite is, and the checks, remarks and rules on declared changes that several of them share."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
+from t5g2convert.checkpoint.families.registry import target_of
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.manifest import Manifest
+from t5g2convert.checkpoint.manifest import ChangeRecord, Manifest
 from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.checks.integrity import judge_integrity, unreadable_manifest
 from t5g2convert.parity.checks.manifest_check import maker_remarks
 from t5g2convert.parity.checks.provenance import judge_provenance
 from t5g2convert.parity.checks.replay import Replay
 from t5g2convert.parity.checks.tokenizer import has_tokenizer_files, judge_copied_tokenizer
 from t5g2convert.parity.checks.vision import judge_vision
-from t5g2convert.parity.declared_changes import change_remarks
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import CheckFunction, Verification
 from t5g2convert.parity.source_models import SourceModel
@@ -111,3 +113,54 @@ def conversion_remarks(verification: Verification[Any]) -> Iterator[str]:
     if verification.manifest is not None:
         yield from maker_remarks(verification.replay.plan, verification.manifest)
     yield from change_remarks(verification.target, verification.changes)
+
+
+LENGTH: Final = "max_position_embeddings"
+"""A setting that no computation depends on."""
+
+
+def change_remarks(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> Iterator[str]:
+    """Yield remarks on the changes."""
+    if "dtype" in changes:
+        yield (
+            f"weights were cast from {changes['dtype'].source} to {changes['dtype'].target}, as declared: "
+            "the parities are judged on the source with its weights so cast"
+        )
+    for setting, (before, after) in stack_changes(
+        changes, tuple(target_of(target.config, target.path).stacks.values())
+    ).items():
+        remark = f"{setting} was changed from {before} to {after}, as declared"
+        yield remark if LENGTH in setting else f"{remark}: the parities are judged with {before}"
+
+
+def stack_changes(changes: Mapping[str, ChangeRecord], stacks: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+    """Return old and new values by setting; one name for a setting that changed alike in all stacks."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for field, change in changes.items():
+        values = change.source, change.target
+        stack = next((stack for stack in stacks if field.startswith(stack)), "")
+        setting = field.removeprefix(stack)
+        others = [changes.get(stack + setting) for stack in stacks]
+        alike = all(other is not None and (other.source, other.target) == values for other in others)
+        if "." in field:
+            found[f"{setting} of both stacks" if alike else field] = values
+    return found
+
+
+def on_source_settings(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> dict[str, Any]:
+    """Return the target's config.json with the old values of declared changes.
+
+    Raises:
+        CheckpointError: config.json lacks a setting that is declared as changed.
+    """
+    config = deepcopy(dict(target.config))
+    for field, change in changes.items():
+        *path, last = field.split(".")
+        section: Any = config
+        for key in path:
+            section = section.get(key) if isinstance(section, dict) else None
+        if path and not (isinstance(section, dict) and last in section):
+            raise CheckpointError(f"t5g2.json declares a change of {field}, which config.json lacks")
+        if path:
+            section[last] = change.source
+    return config

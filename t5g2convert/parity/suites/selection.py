@@ -9,9 +9,8 @@ from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.hub.model import Origin, parse_id
-from t5g2convert.checkpoint.inputs import DECODER_FROM, VISION_FROM
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, HubRecord, Manifest, unverified
-from t5g2convert.checkpoint.sources import Sources
+from t5g2convert.checkpoint.sources import DECODER_FROM, VISION_FROM, Sources
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.checks.integrity import matches_its_files
 from t5g2convert.parity.suites.adapted import ADAPTED

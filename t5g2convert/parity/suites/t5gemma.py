@@ -14,11 +14,17 @@ from t5g2convert.parity.checks.cross_attention import judge_first_generation
 from t5g2convert.parity.checks.replay import replay_conversion
 from t5g2convert.parity.checks.runs import judge_runs
 from t5g2convert.parity.checks.tokenizer import judge_copied_files, template_names
-from t5g2convert.parity.declared_changes import on_source_settings
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import Shared, Verification
 from t5g2convert.parity.source_models import Gemma2Source
-from t5g2convert.parity.suites.base import NO_TOKENIZER, Suite, conversion_remarks, integrity, provenance
+from t5g2convert.parity.suites.base import (
+    NO_TOKENIZER,
+    Suite,
+    conversion_remarks,
+    integrity,
+    on_source_settings,
+    provenance,
+)
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.t5gemma import T5GemmaReference
 

@@ -13,7 +13,6 @@ from t5g2convert.parity.checks.replay import replay_conversion
 from t5g2convert.parity.checks.runs import judge_runs
 from t5g2convert.parity.checks.text import ExpectedStack, ExpectedStacks, judge_text
 from t5g2convert.parity.checks.tokenizer import has_tokenizer_files, judge_tokenizer
-from t5g2convert.parity.declared_changes import on_source_settings
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import Shared, Verification
 from t5g2convert.parity.source_models import Gemma3Source, taken_layers
@@ -24,6 +23,7 @@ from t5g2convert.parity.suites.base import (
     compare_towers,
     conversion_remarks,
     integrity,
+    on_source_settings,
     provenance,
 )
 from t5g2convert.reference.gemma3 import Gemma3Reference

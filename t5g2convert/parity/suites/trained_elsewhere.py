@@ -16,9 +16,8 @@ from t5g2convert.checkpoint.families.t5gemma2_spellings import HEADED, Published
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.inputs import SOURCE
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.checkpoint.sources import Sources, percent
+from t5g2convert.checkpoint.sources import SOURCE, Sources, percent
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.checks.config import tensor_faults
 from t5g2convert.parity.checks.movement import Movement, differing, movements

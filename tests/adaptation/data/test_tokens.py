@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from t5g2convert import convert
 from t5g2convert.adaptation.data.tokens import TextEncoder, read_tokens, tokenizer_sha256
-from t5g2convert.checkpoint.digest import sha256_of
+from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import CheckpointError
 from tests.conftest import TwinFolder

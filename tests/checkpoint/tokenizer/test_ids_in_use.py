@@ -9,9 +9,8 @@ import pytest
 import tokenizers
 
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.tokenizer.files import Tokenizer
+from t5g2convert.checkpoint.tokenizer.files import Tokenizer, read_pieces
 from t5g2convert.checkpoint.tokenizer.ids_in_use import IdsInUse, UsedId
-from t5g2convert.checkpoint.tokenizer.sentencepiece import read_pieces
 from t5g2convert.errors import CheckpointError
 
 START, ROWS = 6, 9

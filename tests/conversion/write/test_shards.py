@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, convert, plan
-from t5g2convert.checkpoint.inputs import Folders
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.convert import execute
 from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.write import computed_tensors, copy

@@ -11,8 +11,8 @@ import pytest
 from t5g2convert import convert, verify
 from t5g2convert.checkpoint.families.gemma3 import read_gemma3
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.inputs import Folders
 from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import WeightMap

@@ -2,10 +2,11 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from t5g2convert.parity.reports.report import Check, Drift, Figures, Report
+from t5g2convert.parity.reports.report import Check, Drift, Figures, Report, junit
 
 FIGURES = Figures(0.5, 0.25, 100, kl=0.125, agreement=0.75, departs="layers.1", drifts=(Drift("layers.1", 0.5, 0.25),))
 PASSED = Check("integrity", True, "sound")
@@ -114,3 +115,58 @@ def test_a_record_has_the_conditions_and_the_findings_but_no_paths() -> None:
 def test_reports_are_values() -> None:
     assert report(PASSED, MEASURED) == report(PASSED, MEASURED)
     assert report(PASSED) != report(FAILED)
+
+
+HOSTILE = "<b>&\"'\x1b[31mred\x00\x07\x9b\u202e\ud800\ufffe]]>é"
+
+
+def parsed(given: Report) -> ElementTree.Element:
+    text = junit(given)
+    assert text.startswith('<?xml version="1.0" encoding="UTF-8"?>\n')
+    assert text.endswith("\n")
+    return ElementTree.fromstring(text.encode("utf-8"))
+
+
+def test_every_check_is_a_case_and_is_counted() -> None:
+    suite = parsed(
+        report(
+            Check("integrity", True, "all sound"),
+            Check("config", False, "two settings", offenders=("a is 1", "b is 2")),
+            Check("runs", False, "deaf"),
+            skipped={"vision_parity": "no images", "provenance": "no source"},
+            remarks=("one", "two"),
+        )
+    )
+    assert suite.tag == "testsuite"
+    counts = {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": "5", "failures": "2", "errors": "0", "skipped": "2"}
+    cases = {case.get("name"): case for case in suite.findall("testcase")}
+    assert list(cases) == ["integrity", "config", "runs", "vision_parity", "provenance"]
+    assert [name for name, case in cases.items() if case.find("failure") is not None] == ["config", "runs"]
+    assert [name for name, case in cases.items() if case.find("skipped") is not None] == ["vision_parity", "provenance"]
+    failure, skipped = cases["config"].find("failure"), cases["provenance"].find("skipped")
+    assert failure is not None
+    assert (failure.get("message"), failure.text) == ("two settings", "a is 1\nb is 2")
+    assert skipped is not None
+    assert skipped.get("message") == "no source"
+    assert cases["integrity"].findtext("system-out") == "all sound"
+    assert suite.findtext("system-out") == "one\ntwo"
+
+
+@pytest.mark.parametrize("place", ["detail", "offender", "skipped", "remark", "passed"])
+def test_text_from_outside_stays_text(place: str) -> None:
+    given = {
+        "detail": report(Check("config", False, HOSTILE)),
+        "offender": report(Check("config", False, "x", offenders=(HOSTILE, HOSTILE))),
+        "skipped": report(Check("config", True, "x"), skipped={"runs": HOSTILE}),
+        "remark": report(Check("config", True, "x"), remarks=(HOSTILE,)),
+        "passed": report(Check("config", True, HOSTILE)),
+    }[place]
+    suite = parsed(given)
+    assert {element.tag for element in suite.iter()} <= {"testsuite", "testcase", "failure", "skipped", "system-out"}
+    texts = [text for element in suite.iter() for text in (element.text, *element.attrib.values()) if text]
+    (shown,) = {line for text in texts for line in text.split("\n") if "red" in line}
+    assert shown.startswith("<b>&\"'")
+    assert shown.endswith("]]>é")
+    assert shown.isprintable()
+    assert not set("\x1b\x00\x07\x9b\u202e\ud800\ufffe") & set(junit(given))

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import CheckpointError, UsageError, convert, verify
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.reports.html import html
-from t5g2convert.parity.reports.junit import junit
-from t5g2convert.parity.reports.report import Check, Report
+from t5g2convert.parity.reports.report import Check, Report, junit
 from t5g2convert.parity.suites.selection import is_trained_elsewhere
 from tests.parity.elsewhere import (
     CLASSES,

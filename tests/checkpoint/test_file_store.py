@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from t5g2convert.checkpoint.digest import PIECE_BYTES, sha256_of
+from t5g2convert.checkpoint.file_store import PIECE_BYTES, sha256_of
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 7])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from t5g2convert.adaptation.train.lock import locked
+from t5g2convert.adaptation.train.run_folder import locked
 from t5g2convert.errors import OutputError
 
 

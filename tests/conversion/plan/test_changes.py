@@ -6,7 +6,7 @@ import pytest
 from t5g2convert import MappingError
 from t5g2convert.checkpoint.families.gemma3 import Gemma3, read_gemma3
 from t5g2convert.conversion.options import PlanOptions
-from t5g2convert.conversion.plan.target_values import changed_values
+from t5g2convert.conversion.plan.changes import changed_values
 from t5g2convert.mapping.schema import WeightMap
 from tests.sizes import FIELDS, SIZES
 
