@@ -2,7 +2,7 @@
 
 from docs.generate.tables import table
 from t5g2convert.checkpoint.families.known_settings import CONFIG_SECTIONS, EVERY_CONFIG, GENERATION, PAGE, TOKENIZER
-from t5g2convert.checkpoint.families.settings import Section, Setting
+from t5g2convert.checkpoint.families.setting_rules import Section, Setting
 
 
 def settings_tables() -> str:

@@ -14,14 +14,13 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from t5g2convert.checkpoint.file_names import TOKENIZER_FILE
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.hub.model import Origin, fetch, open_source
-from t5g2convert.conversion.plan.vocabulary import vocabulary_of
+from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.conversion.write.aligned_projector import Table, paired_blocks
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.progress import Progress, silent
@@ -174,21 +173,13 @@ def _candidates(checkpoints: list[Checkpoint], rows: int) -> tuple["NDArray[np.b
     """Return the rows of tokens without a use of their own; all rows without a tokenizer."""
     import numpy as np
 
-    named = next((each for each in checkpoints if each.holds(TOKENIZER_FILE)), None)
-    if named is None:
+    found = next((tokenizer for each in checkpoints if (tokenizer := Tokenizer(each).json) is not None), None)
+    if found is None:
         return np.ones(rows, np.bool_), ["neither has a tokenizer.json, so all rows are compared"]
-    fetch(named, [TOKENIZER_FILE])
-    path = named.path / TOKENIZER_FILE
     chosen = np.arange(rows) >= FIRST_RESERVED
-    try:
-        with path.open("rb") as file:
-            unused = [number for name, number in vocabulary_of(file) if name.startswith(b"<unused")]
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
-    except ValueError as error:
-        raise CheckpointError(f"is not valid JSON: {error}", where=path) from None
+    unused = [number for token, number in found.vocabulary().items() if token.startswith("<unused")]
     chosen[[number for number in unused if number < rows]] = True
-    told = [] if chosen.any() else [f"{Path(path).name} names no unused token, and there is no id from 256000 on"]
+    told = [] if chosen.any() else [f"{TOKENIZER_FILE} names no unused token, and there is no id from 256000 on"]
     return chosen, told
 
 

@@ -203,6 +203,11 @@ def read_json_file(path: Path) -> bytes:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
 
 
+def read_json_if_there(folder: Path, name: str) -> dict[str, Any]:
+    """Return a JSON object from a file of a folder; an empty one if there is no such file."""
+    return read_json_object(folder / name) if is_there(folder / name) else {}
+
+
 def some(names: Iterable[str], limit: int = 5) -> str:
     """Return the first few names and the count of the rest, for an error message.
 

@@ -156,11 +156,6 @@ class Sources:
             "vision_from": again(self.others[VISION_FROM]) if VISION_FROM in self.others else None,
         }
 
-    @property
-    def opened(self) -> OtherOrigins:
-        """The other inputs, opened."""
-        return {"decoder_from": self.others.get(DECODER_FROM), "vision_from": self.others.get(VISION_FROM)}
-
     def missing(self, reads: Reads) -> dict[Role, list[str]]:
         """Return those of the files that are on the Hub and not yet in its cache."""
         found = {role: missing(checkpoint, reads[role]) for role, checkpoint in self.by_role.items()}
@@ -189,8 +184,8 @@ class Sources:
         return Sources(fetched.pop(SOURCE), fetched)
 
 
-def percent(what: str, total: int, report: Steps) -> Progress:
-    """Return a progress that reports `what` and its percentage whenever that changes."""
+def download_progress(total: int, report: Steps) -> Progress:
+    """Return a progress that reports the percentage of a download whenever that changes."""
     done, shown = 0, -1
 
     def progress(count: int) -> None:
@@ -198,6 +193,6 @@ def percent(what: str, total: int, report: Steps) -> Progress:
         done += count
         if done * 100 // max(total, 1) > shown:
             shown = done * 100 // max(total, 1)
-            report(f"{what}, {shown}%")
+            report(f"download, {shown}%")
 
     return progress

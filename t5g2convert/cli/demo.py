@@ -58,7 +58,7 @@ def demo(
     from tempfile import TemporaryDirectory
 
     from t5g2convert.checkpoint.sources import Folders
-    from t5g2convert.cli.drawing import draw_plan
+    from t5g2convert.cli.plan import draw_plan
     from t5g2convert.conversion.convert import execute
     from t5g2convert.conversion.plan.builder import plan as make_plan
     from t5g2convert.conversion.write.output_path import check_target

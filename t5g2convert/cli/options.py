@@ -10,7 +10,6 @@ import typer
 from pydantic.fields import FieldInfo
 
 from t5g2convert.command_options import CommandOptions, Option
-from t5g2convert.conversion.options import Dtype
 
 
 @overload
@@ -130,16 +129,6 @@ def _value(given: Any, field: FieldInfo) -> Any:
     return given
 
 
-OverwriteOption = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        help="Replace an output of t5g2 that is there, at the very end; a folder with anything else in it is refused.",
-    ),
-]
 SourceArgument = Annotated[
     str, typer.Argument(help="A Gemma 3 or Gemma 2 checkpoint folder, or a model of the Hub: org/name[@revision].")
-]
-DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", help="keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.hub.model import Origin
-from t5g2convert.checkpoint.sources import SOURCE, Role, Sources, percent
+from t5g2convert.checkpoint.sources import SOURCE, Role, Sources, download_progress
 from t5g2convert.command_options import takes_options
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.batches import Batch, first_tokens
@@ -90,7 +90,7 @@ def compare(gemma3: Origin, t5gemma2: Path, text: Path, options: CompareOptions)
     child, sources = open_checkpoint(t5gemma2), Sources.open(gemma3)
     reads: dict[Role, list[str]] = {SOURCE: list(sources.source.files)}
     size = sources.size(sources.missing(reads))
-    parent = sources.fetch(reads, percent("download", size, progress)).source
+    parent = sources.fetch(reads, download_progress(size, progress)).source
     dtype = getattr(torch, options.dtype or CONFIG_NAMES.get(child.dtype, "float32"))
     reading: ReadOptions = {"dtype": dtype, "device": options.device}
     source, target = Gemma3Reference(parent, **reading), T5Gemma2Reference(child, **reading)

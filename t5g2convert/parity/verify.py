@@ -8,7 +8,7 @@ import torch
 from t5g2convert.checkpoint.folder import check_folder
 from t5g2convert.checkpoint.hub.model import Origin
 from t5g2convert.checkpoint.manifest import Manifest, read_manifest
-from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, OtherOrigins, Sources, percent
+from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, OtherOrigins, Sources, download_progress
 from t5g2convert.command_options import takes_options
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.interrupts import raise_interruption
@@ -140,7 +140,7 @@ def _of_conversion(
             remarks = (*remarks, *check_sources(sources, origins, manifest))
         replay = suite.replay(sources, manifest, options.mapping)
         size = sources.size(sources.missing(replay.plan.reads))
-        sources.fetch(replay.plan.reads, percent("download", size, options.progress or silent))
+        sources.fetch(replay.plan.reads, download_progress(size, options.progress or silent))
     return Verification(
         output=output,
         known_source=model,

@@ -15,6 +15,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, overload
 
@@ -204,7 +205,7 @@ class Packed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process open the folder again, instead of pickling a copy of all data."""
-        return _reopen, (self.folder, self.sha256)
+        return partial(Packed.open, sha256=self.sha256), (self.folder,)
 
     @property
     def tokens(self) -> int:
@@ -229,10 +230,6 @@ class Packed:
     def read(self, start: int, stop: int) -> NDArray[np.uint32]:
         """Return a copy of the tokens `start` to `stop` of the documents without images, [stop - start]."""
         return self.text.read(start, stop)
-
-
-def _reopen(folder: Path, sha256: str) -> Packed:
-    return Packed.open(folder, sha256=sha256)
 
 
 def check_tokenizer(packed: Packed, model: Path) -> None:

@@ -22,7 +22,7 @@ from t5g2convert.checkpoint.families.config_section import (
 )
 from t5g2convert.checkpoint.families.known_settings import GEMMA2
 from t5g2convert.checkpoint.families.rope_config import LayerType, Rope, read_rope
-from t5g2convert.checkpoint.families.settings import account, left_note, present
+from t5g2convert.checkpoint.families.setting_rules import account, left_note, present
 from t5g2convert.checkpoint.families.text_and_vision import (
     GemmaText,
     activation_note,

@@ -30,7 +30,7 @@ from t5g2convert.checkpoint.families.config_section import (
 )
 from t5g2convert.checkpoint.families.known_settings import GEMMA3, GEMMA3_TEXT, SIGLIP
 from t5g2convert.checkpoint.families.rope_config import LayerType, Rope, read_layer_ropes
-from t5g2convert.checkpoint.families.settings import Left, account, left_note, present
+from t5g2convert.checkpoint.families.setting_rules import Left, account, left_note, present
 from t5g2convert.checkpoint.families.text_and_vision import (
     GemmaText,
     ImageTokens,

@@ -7,7 +7,7 @@ listed nowhere is refused where its name speaks of what is computed, and noted o
 from collections.abc import Mapping
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families.settings import Outcome, Section, Setting
+from t5g2convert.checkpoint.families.setting_rules import Outcome, Section, Setting
 
 USED, CARRIED, REFUSED, NOTED, ABOUT = Outcome
 

@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Positive
 from t5g2convert.checkpoint.families.known_settings import ROPE
-from t5g2convert.checkpoint.families.settings import Left, account
+from t5g2convert.checkpoint.families.setting_rules import Left, account
 from t5g2convert.errors import CheckpointError
 
 LayerType = Literal["sliding_attention", "full_attention"]

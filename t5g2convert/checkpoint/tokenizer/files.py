@@ -64,6 +64,17 @@ class TokenizerJson:
         text = self.text if found is None else self.text[: found.start(1)] + self.text[found.end(1) :]
         return parse_object(text, self.path)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the ids of `model.vocab` by token; none where the tokens have no ids of their own.
+
+        Raises:
+            CheckpointError: As `parse`.
+        """
+        model = self.parse().get("model")
+        found = model.get("vocab") if isinstance(model, dict) else None
+        tokens = found.items() if isinstance(found, dict) else ()
+        return {token: number for token, number in tokens if type(number) is int}
+
 
 class Tokenizer:
     """The tokenizer files of a checkpoint; those of a model on the Hub are downloaded when they are first needed.

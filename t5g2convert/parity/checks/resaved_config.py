@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from t5g2convert.checkpoint.families.known_settings import EVERY_CONFIG
-from t5g2convert.checkpoint.families.settings import Outcome
+from t5g2convert.checkpoint.families.setting_rules import Outcome
 from t5g2convert.checkpoint.families.t5gemma2 import (
     DEFAULT_THETA,
     ENCODER_TYPE,
@@ -24,7 +24,7 @@ from t5g2convert.checkpoint.families.t5gemma2 import (
 from t5g2convert.checkpoint.families.t5gemma2_spellings import HEADED
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
-from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_if_there, read_json_object
 from t5g2convert.parity.checks.config import flatten
 from t5g2convert.parity.reports.report import Check, failed_check
 
@@ -185,7 +185,7 @@ def _generation(start: Checkpoint, target: Checkpoint) -> Found:
             (), (f"it has no {GENERATION_FILE}: copy the start's",) if is_there(start.path / GENERATION_FILE) else ()
         )
     found = read_json_object(target.path / GENERATION_FILE)
-    expected = read_json_object(start.path / GENERATION_FILE) if is_there(start.path / GENERATION_FILE) else {}
+    expected = read_json_if_there(start.path, GENERATION_FILE)
     faults, changed = [], []
     for name in sorted({*found, *expected} - ABOUT - {"_from_model_config"}):
         if found.get(name) == expected.get(name):

@@ -21,7 +21,7 @@ from t5g2convert.checkpoint.file_names import (
     TOKENIZER_FILE,
 )
 from t5g2convert.checkpoint.file_store import is_there
-from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_if_there, read_json_object
 from t5g2convert.parity.reports.report import Check, failed_check
 
 READ: Final = (
@@ -85,7 +85,7 @@ def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> Ch
     if not is_there(start / TOKENIZER_FILE):
         return Check("tokenizer", False, f"{TOKENIZER_FILE} is there, but the start has none")
     given, found = read_json_object(start / TOKENIZER_FILE), read_json_object(target.path / TOKENIZER_FILE)
-    added, named = _added(found), frozenset(_named(_read(target.path, TOKENIZER_CONFIG_FILE)).values())
+    added, named = _added(found), frozenset(_named(read_json_if_there(target.path, TOKENIZER_CONFIG_FILE)).values())
     faults = [
         f"{TOKENIZER_FILE}: {fault}"
         for fault in (*_token_faults(given, found, rows, named, remarks), *_step_faults(given, found))
@@ -224,13 +224,13 @@ def _leftovers(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _settings_faults(start: Path, target: Path, added: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """The tokens that have a meaning of their own, in all files that name them."""
-    given, found = _read(start, TOKENIZER_CONFIG_FILE), _read(target, TOKENIZER_CONFIG_FILE)
+    given, found = read_json_if_there(start, TOKENIZER_CONFIG_FILE), read_json_if_there(target, TOKENIZER_CONFIG_FILE)
     before, after = _named(given), _named(found)
     for name, content in before.items():
         if found and after.get(name) != content and not (name not in after and name not in NAMED[:4]):
             yield f"{TOKENIZER_CONFIG_FILE}: {name} is {after.get(name)!r}, expected {content!r}"
-    expected = {**_named(_read(start, SPECIAL_TOKENS_FILE)), **before}
-    for name, content in _named(_read(target, SPECIAL_TOKENS_FILE)).items():
+    expected = {**_named(read_json_if_there(start, SPECIAL_TOKENS_FILE)), **before}
+    for name, content in _named(read_json_if_there(target, SPECIAL_TOKENS_FILE)).items():
         if expected.get(name, content) != content:
             yield f"{SPECIAL_TOKENS_FILE}: {name} is {content!r}, expected {expected[name]!r}"
     for switch in SWITCHES:
@@ -269,8 +269,8 @@ def _template(folder: Path) -> Any:
     """The template that loaders take: a file of its own before the settings."""
     if is_there(folder / TEMPLATE_FILE):
         return read_json_file(folder / TEMPLATE_FILE).decode(errors="replace")
-    found = _read(folder, OLDER_TEMPLATE_FILE).get(
-        "chat_template", _read(folder, TOKENIZER_CONFIG_FILE).get("chat_template")
+    found = read_json_if_there(folder, OLDER_TEMPLATE_FILE).get(
+        "chat_template", read_json_if_there(folder, TOKENIZER_CONFIG_FILE).get("chat_template")
     )
     if isinstance(found, list):
         # Several by their names, of which newer versions write all but one into a folder.
@@ -288,13 +288,8 @@ def _pixel_faults(start: Path, target: Path, remarks: list[str]) -> Iterator[str
 
 
 def _pixels(folder: Path) -> Mapping[str, Any]:
-    image = _read(folder, PROCESSOR_FILE).get("image_processor")
-    return image if isinstance(image, dict) else _read(folder, PREPROCESSOR_FILE)
-
-
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file, nothing where there is none."""
-    return read_json_object(folder / name) if is_there(folder / name) else {}
+    image = read_json_if_there(folder, PROCESSOR_FILE).get("image_processor")
+    return image if isinstance(image, dict) else read_json_if_there(folder, PREPROCESSOR_FILE)
 
 
 def _short(value: Any) -> str:

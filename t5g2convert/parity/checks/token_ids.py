@@ -16,7 +16,7 @@ from t5g2convert.checkpoint.file_names import (
     TOKENIZER_FILE,
 )
 from t5g2convert.checkpoint.file_store import is_there
-from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_if_there, read_json_object
 from t5g2convert.checkpoint.tokenizer.files import read_pieces
 from t5g2convert.checkpoint.tokenizer.special_ids import IMAGE_IDS, SECTIONS, config_ids, generation_ids
 
@@ -81,7 +81,7 @@ def _reads_images(config: Mapping[str, Any]) -> bool:
 def _tokens(folder: Path) -> Iterator[tuple[Any, str, str]]:
     """Yield every id of a folder's tokenizer, its token, and the file that it is from; an id may be anything."""
     document, settings, listed, special = (
-        read_json_object(folder / name) if is_there(folder / name) else {}
+        read_json_if_there(folder, name)
         for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE)
     )
     vocabulary = _vocabulary(document)

@@ -21,7 +21,7 @@ from t5g2convert.checkpoint.file_names import (
     TOKENIZER_FILE,
 )
 from t5g2convert.checkpoint.file_store import is_there
-from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_object
+from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_if_there, read_json_object
 from t5g2convert.checkpoint.manifest import Manifest, TokenRecord
 from t5g2convert.checkpoint.sources import VISION_FROM, Folders
 from t5g2convert.parity.checks.token_ids import token_faults
@@ -97,7 +97,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     found = _Tokenizer({})
     if TOKENIZER_FILE in names:
         found = _Tokenizer(read_json_object(target.path / TOKENIZER_FILE))
-        given = _read(source, TOKENIZER_FILE)
+        given = read_json_if_there(source, TOKENIZER_FILE)
         faults += [] if is_there(source / TOKENIZER_FILE) else [f"{TOKENIZER_FILE} is there, the source has none"]
         known = _Tokenizer(given).added
         faults += _tokenizer_faults(given, found, changes)
@@ -108,7 +108,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     moved = move[0] != move[1] and (TOKENIZER_FILE not in names or known_there)
     if TOKENIZER_CONFIG_FILE in names:
         expected = _expected_settings(
-            _read(source, TOKENIZER_CONFIG_FILE), move if moved else None, found.added, images=images
+            read_json_if_there(source, TOKENIZER_CONFIG_FILE), move if moved else None, found.added, images=images
         )
         faults += _told(TOKENIZER_CONFIG_FILE, expected, read_json_object(target.path / TOKENIZER_CONFIG_FILE))
     if PROCESSOR_FILE in names:
@@ -159,11 +159,6 @@ def same_bytes(name: str, source: Path, target: Checkpoint) -> bool:
     if not (is_there(source / name) and is_there(target.path / name)):
         return False
     return read_json_file(source / name) == read_json_file(target.path / name)
-
-
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the source, nothing where it has none."""
-    return read_json_object(folder / name) if is_there(folder / name) else {}
 
 
 class _Tokenizer:
@@ -251,8 +246,8 @@ def _expected_settings(
 
 def _expected_processor(source: Path, model: Gemma3) -> dict[str, Any]:
     """processor_config.json; transformers before 5 kept the image processor in preprocessor_config.json."""
-    given = _read(source, PROCESSOR_FILE)
-    image = given.get("image_processor") or _read(source, "preprocessor_config.json")
+    given = read_json_if_there(source, PROCESSOR_FILE)
+    image = given.get("image_processor") or read_json_if_there(source, "preprocessor_config.json")
     side = None if model.vision is None else model.vision.image_size
     own = {key: value for key, value in image.items() if key != "processor_class"}
     return {

@@ -17,7 +17,7 @@ from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.checkpoint.sources import SOURCE, Sources, percent
+from t5g2convert.checkpoint.sources import SOURCE, Sources, download_progress
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.checks.config import tensor_faults
 from t5g2convert.parity.checks.movement import Movement, differing, movements
@@ -66,7 +66,7 @@ class TrainingStart(SourceModel):
         self.frozen = frozen_names(frozen, whole)
         names = [*sources.source.files, *(name for name in (*READ, GENERATION_FILE) if sources.source.holds(name))]
         size = sources.size(sources.missing({SOURCE: names}))
-        super().__init__(sources.fetch({SOURCE: names}, percent("download", size, progress)))
+        super().__init__(sources.fetch({SOURCE: names}, download_progress(size, progress)))
         self.start = as_published(self.checkpoint).checkpoint
 
 

@@ -14,7 +14,15 @@ import pytest
 from t5g2convert import plan
 from t5g2convert.checkpoint.families.gemma3 import read_gemma3
 from t5g2convert.checkpoint.families.known_settings import CONFIG_SECTIONS, GEMMA2, GEMMA3, GEMMA3_TEXT, ROPE, SIGLIP
-from t5g2convert.checkpoint.families.settings import Outcome, Section, Setting, account, decides, left_note, present
+from t5g2convert.checkpoint.families.setting_rules import (
+    Outcome,
+    Section,
+    Setting,
+    account,
+    decides,
+    left_note,
+    present,
+)
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.cli.demo import DEMO_CONFIG
 from t5g2convert.conversion.plan.types import Plan
