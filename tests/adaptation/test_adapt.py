@@ -328,6 +328,7 @@ def description(trained: Path) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("damage", "told"),
     [

@@ -126,6 +126,7 @@ def test_the_mean_of_one_checkpoint_five_times_is_that_checkpoint(
     assert all(torch.equal(found[name], tensor) for name, tensor in values.items())
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes_by_one_process_or_two(
     run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:

@@ -239,6 +239,7 @@ def test_the_manifest_tells_of_the_training_and_of_the_model(converted_twin: Twi
     assert str(tmp_path) not in (tmp_path / "out" / "t5g2.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_values_give_the_same_bytes_from_one_process_and_from_two(
     converted_twin: TwinFolder, tmp_path: Path
 ) -> None:

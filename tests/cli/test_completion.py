@@ -63,6 +63,7 @@ def test_zsh_is_told_commands_with_what_they_do() -> None:
     assert '"--ridge"' in told
 
 
+@pytest.mark.slow
 def test_the_tab_key_completes_in_bash(tmp_path: Path) -> None:
     # bash calls the function as it does on tab: with the command, the word and the one before it.
     (tmp_path / "bin").mkdir()

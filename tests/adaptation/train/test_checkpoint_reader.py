@@ -61,6 +61,7 @@ def test_a_checkpoint_is_what_was_saved(folder: Path) -> None:
         assert torch.equal(trained.read(name), tensor), name
 
 
+@pytest.mark.slow
 def test_two_processes_save_what_one_reads(by_two: Path) -> None:
     assert len(list(by_two.glob("shard-*"))) == 2
     trained, expected = CheckpointReader(by_two), by_torch(by_two)

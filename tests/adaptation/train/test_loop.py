@@ -106,6 +106,7 @@ def assert_close(one: Path, other: Path, step: int) -> None:
         assert (first[name] - second[name]).abs().max() < TOLERANCE, name
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_a_kill_leaves_the_older_checkpoint(killed: Path, trained: Path) -> None:
     run = killed / "other"
     assert list(complete_checkpoints(run)) == [20]
@@ -117,6 +118,7 @@ def test_two_processes_equal_one_and_a_kill_leaves_the_older_checkpoint(killed: 
         assert ours["tasks"] == pytest.approx(theirs["tasks"], abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_resumed_on_as_many_processes_it_goes_on_bit_for_bit(killed: Path, small: Path, trained: Path) -> None:
     before = steps_of(killed / "run")
     assert [step["step"] for step in before] == list(range(1, 41))
@@ -138,6 +140,7 @@ def test_resumed_on_one_process_it_equals_the_uninterrupted(killed: Path, small:
     assert [step["labels"] for step in ours] == [step["labels"] for step in theirs]
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_with_its_own_code(small: Path, tmp_path: Path) -> None:
     import os
     import subprocess
@@ -170,6 +173,7 @@ def test_an_error_is_told_once_and_all_processes_end_with_its_code(small: Path, 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_of_the_second_process_is_told_once_with_its_code(small: Path, tmp_path: Path) -> None:
     options = (*OPTIONS, "--devices", "2", "--micro-batch", "1", "--no-export")
     done = adapt(small, tmp_path / "run", *options, code=3, module="tests.adaptation.faulty")

@@ -144,6 +144,7 @@ def in_place(document: Document) -> None:
     document["model"]["vocab"]["<image_soft_token>"] = document["model"]["vocab"].pop("<unused99>")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("images", [True, False])
 @pytest.mark.parametrize("label", SOURCES)
 def test_a_conversion_of_a_sound_source_passes(label: str, images: bool, make: Make) -> None:
