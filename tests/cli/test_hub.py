@@ -149,7 +149,7 @@ def test_a_branch_that_moved_on_is_told_with_the_commit_that_was_converted(scene
     scene.hub.repos[REPO].commit({**contents(demo_source), "notes.txt": b"something else"})
     done = scene(f"verify out --source {REPO}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"it was made of commit {sha} of {REPO}" in done.stderr
+    assert f"it was made from commit {sha} of {REPO}" in done.stderr
     assert f"{REPO}@{sha}" in done.stderr
     assert scene.json(f"verify out --source {REPO}@{sha}")["passed"]
 
@@ -176,7 +176,7 @@ def test_another_commit_than_it_was_made_from_is_told(scene: Scene, demo_source:
     path.write_bytes(seal(lie))
     done = scene(f"verify out --source {REPO}")
     assert done.returncode == 6
-    assert f"was made from source google/other@{'0' * 40}, and {REPO}@{sha} was opened" in done.stdout.replace(
+    assert f"was made from source google/other@{'0' * 40}, but {REPO}@{sha} was opened" in done.stdout.replace(
         "\n", " "
     )
     # A copy in a folder has no commit.
@@ -321,7 +321,7 @@ def test_H1_a_target_that_cannot_be_written_is_told_before_the_hub_is_asked(scen
 def test_a_run_that_cannot_be_resumed_is_told_before_the_hub_is_asked(scene: Scene) -> None:
     done = scene(f"convert {REPO} out --resume --no-hash")
     assert done.returncode == 2
-    assert "only with sha256" in done.stderr
+    assert "--resume needs sha256" in done.stderr
     assert scene.hub.log == []
 
 

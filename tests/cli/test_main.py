@@ -520,6 +520,7 @@ def test_help_names_every_command_and_is_plain_text() -> None:
     assert not unsafe(run.stdout)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("command", ["plan", "mappings"])
 def test_a_terminal_without_unicode_gets_an_answer(demo_source: Path, command: str, encoding: str) -> None:
@@ -553,6 +554,7 @@ def run_without_reader(*arguments: str | Path, unbuffered: bool) -> subprocess.C
         os.close(writing)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("options", [["--tensors"], ["--tensors", "--json"], []], ids=" ".join)
 def test_a_reader_that_leaves_early_is_no_error(demo_source: Path, options: list[str], unbuffered: bool) -> None:
@@ -561,6 +563,7 @@ def test_a_reader_that_leaves_early_is_no_error(demo_source: Path, options: list
     assert run.returncode == 0, "1 is a bug in this tool"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
 def test_an_error_whose_reader_has_left_keeps_its_code(tmp_path: Path, unbuffered: bool) -> None:
     run = run_without_reader("inspect", tmp_path / "nothing", "--json", unbuffered=unbuffered)
@@ -625,6 +628,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 SIGNALS: Final = [pytest.param(signal.SIGINT, 130, id="SIGINT"), pytest.param(signal.SIGTERM, 143, id="SIGTERM")]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [[], ["--no-hash"], ["--json"]], ids=["hash", "no-hash", "json"])
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_O3_a_signal_removes_everything(
@@ -644,6 +648,7 @@ def test_O3_a_signal_removes_everything(
         assert out == ""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_O3_a_signal_leaves_the_old_folder_as_it_was(
     demo_source: Path, tmp_path: Path, number: signal.Signals, code: int
@@ -713,6 +718,7 @@ def test_O3_a_second_signal_ends_the_process_at_once(demo_source: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_O3_with_resume_a_signal_leaves_what_is_finished_and_the_next_run_goes_on(
     t5g2: CommandLine, demo_source: Path, tmp_path: Path, number: signal.Signals, code: int
