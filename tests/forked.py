@@ -36,10 +36,9 @@ class Preload(StrEnum):
 
 
 MODULES: Final[Mapping[Preload, tuple[str, ...]]] = {
-    Preload.TOOL: ("torch", "tokenizers", "PIL.Image", "t5g2convert.cli.main", "t5g2convert.parity.verify"),
+    Preload.TOOL: ("torch", "tokenizers", "PIL.Image", "t5g2convert.parity.verify"),
     Preload.TRANSFORMERS: (
         "torch",
-        "t5g2convert.cli.main",
         "t5g2convert.adaptation.adapt",
         "lightning_fabric",
         "transformers",
@@ -109,8 +108,13 @@ def _start(preload: Preload) -> "subprocess.Popen[bytes]":
 
 def _serve(preload: Preload) -> None:
     """Answer each request with the id of its process, then with its exit code."""
+    from t5g2convert.cli.command import load
+    from t5g2convert.cli.main import COMMANDS
+
     for name in MODULES[preload]:
         import_module(name)
+    for name in COMMANDS:
+        load(name)
     if preload is Preload.TOOL:
         assert not {"huggingface_hub", "transformers"} & set(sys.modules)
     for line in sys.stdin.buffer:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import t5g2convert
+from t5g2convert.cli.main import COMMANDS
 
 PACKAGE = Path(t5g2convert.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -68,6 +69,11 @@ def calls_of(text: str, name: str) -> list[int]:
 
 def modules_after(arguments: list[str], folder: Path) -> set[str]:
     """Top-level modules that are loaded when a command has ended well."""
+    return {name.partition(".")[0] for name in loaded_after(arguments, folder)}
+
+
+def loaded_after(arguments: list[str], folder: Path) -> set[str]:
+    """Dotted names of all modules that are loaded when a command has ended well."""
     script = (
         "import json, sys\n"
         "from t5g2convert.cli.main import main\n"
@@ -80,7 +86,7 @@ def modules_after(arguments: list[str], folder: Path) -> set[str]:
     subprocess.run([sys.executable, "-c", script, str(report), *arguments], check=True, capture_output=True)
     code, modules = json.loads(report.read_text())
     assert code == 0
-    return {name.partition(".")[0] for name in modules}
+    return set(modules)
 
 
 def test_every_exported_name_is_there() -> None:
@@ -197,6 +203,33 @@ def test_the_package_itself_is_cheap_to_import() -> None:
 def test_a_command_loads_no_heavy_library(arguments: list[str], demo_source: Path, tmp_path: Path) -> None:
     places = {"SOURCE": str(demo_source), "OUTPUT": str(tmp_path / "out")}
     assert not modules_after([places.get(item, item) for item in arguments], tmp_path) & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "commands", "rooms"),
+    [
+        (["--version"], set[str](), set[str]()),
+        (["--help"], set[str](), set[str]()),
+        (["inspect", "SOURCE"], {"inspect"}, {"checkpoint", "mapping"}),
+        (["plan", "SOURCE"], {"plan"}, {"checkpoint", "mapping", "conversion"}),
+        (["mappings", "list"], {"mappings"}, {"checkpoint", "mapping"}),
+        (["convert", "--help"], {"convert", "upload", "verify"}, {"checkpoint", "conversion", "parity", "reference"}),
+        (["adapt", "--help"], {"adapt"}, {"checkpoint", "mapping", "conversion", "adaptation"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_loads_its_own_module_and_the_rooms_that_it_needs(
+    arguments: list[str], commands: set[str], rooms: set[str], demo_source: Path, tmp_path: Path
+) -> None:
+    names = loaded_after([str(demo_source) if item == "SOURCE" else item for item in arguments], tmp_path)
+    modules = {name.replace("-", "_") for name in COMMANDS}
+    assert {name for name in modules if f"t5g2convert.cli.{name}" in names} == commands
+    assert {name for name in BELOW["cli"] - LEAVES if f"t5g2convert.{name}" in names} == rooms
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_the_version_and_the_list_of_commands_need_typer_alone(option: str, tmp_path: Path) -> None:
+    assert not modules_after([option], tmp_path) & (HEAVY | {"pydantic", "yaml", "rich"})
 
 
 @pytest.mark.parametrize("options", [[], ["--no-hash", "--json"], ["--dtype", "float32"]], ids=" ".join)

@@ -16,10 +16,9 @@ A generated part is between `<!-- NAME: made by make docs -->` and `<!-- end of 
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
-from typer.main import get_command
 
 from docs.generate.commands import command_page
 from docs.generate.cost import cost_table
@@ -27,7 +26,8 @@ from docs.generate.family import family_table
 from docs.generate.settings import settings_tables
 from docs.generate.tables import first_sentence, table
 from docs.generate.weight_map import weight_map_reference
-from t5g2convert.cli.main import app
+from t5g2convert.cli.command import load
+from t5g2convert.cli.main import COMMANDS
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 DOCS: Final = ROOT / "docs"
@@ -35,12 +35,12 @@ DOCS: Final = ROOT / "docs"
 
 def pages() -> dict[Path, str]:
     """Return the complete text of every generated file."""
-    root: Any = get_command(app)
-    made = {DOCS / f"commands/{name}.md": command_page(name, command) for name, command in root.commands.items()}
+    commands = {name: load(name) for name in COMMANDS}
+    made = {DOCS / f"commands/{name}.md": command_page(name, command) for name, command in commands.items()}
     parts: dict[str, Callable[[], str]] = {
         "commands/README.md": lambda: table(
             ("command", "what it does"),
-            ((f"[`t5g2 {name}`]({name}.md)", first_sentence(it.help)) for name, it in root.commands.items()),
+            ((f"[`t5g2 {name}`]({name}.md)", first_sentence(it.help)) for name, it in commands.items()),
         ),
         "weight-map.md": weight_map_reference,
         "architecture.md": packages,

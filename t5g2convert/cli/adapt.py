@@ -4,13 +4,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.settings import RUN
-from t5g2convert.cli.command import Command
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from t5g2convert.adaptation.train.forecast import Forecast
     from t5g2convert.adaptation.train.metrics import Metrics
 
-LAUNCHING: Final = """\b
+EPILOG: Final = """\b
 One machine:
   t5g2 adapt MODEL DATA OUT --lr 1e-4 --steps 10000 --devices 8
 Several machines, with torchrun on each:
@@ -43,22 +42,6 @@ Several machines, with SLURM:
 All processes must see MODEL, DATA and OUT under the same paths. A run can resume with another number of processes.
 """
 """The end of the help."""
-
-
-class GroupedCommand(Command):
-    """A command whose help lists its options in groups."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a section for each group, in order of first appearance."""
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
-                name = getattr(parameter, "rich_help_panel", None)
-                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                groups.setdefault(name or kind, []).append(record)
-        for name, records in groups.items():
-            with formatter.section(name):
-                formatter.write_dl(records)
 
 
 @with_options

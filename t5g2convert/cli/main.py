@@ -4,33 +4,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from t5g2convert.cli import (
-    adapt,
-    average,
-    card,
-    compare,
-    convert,
-    demo,
-    doctor,
-    extract,
-    generate,
-    inspect,
-    mappings,
-    pack,
-    plan,
-    probe,
-    upload,
-    verify,
-)
-from t5g2convert.cli.adapt import LAUNCHING, GroupedCommand
-from t5g2convert.cli.command import Command
+from t5g2convert.cli.command import LazyCommand
 from t5g2convert.cli.console import emit_json
 from t5g2convert.cli.streams import finish_streams, keep_working, prepare_streams, reader_left
 from t5g2convert.errors import HubError, Interrupted, MappingError, OutputError, T5g2Error, UsageError
@@ -48,6 +29,35 @@ CommandLineError: Final[type[Exception]] = next(
 
 PRINTING: Final = frozenset({"card", "generate", "inspect", "mappings", "plan", "probe-sentinels"})
 """Commands whose result is what they print: they stop if stdout cannot be written. The others go on."""
+
+COMMANDS: Final[Mapping[str, str]] = {
+    "demo": "Build a tiny Gemma 3 with images, convert it, verify it, generate with it.",
+    "inspect": "Show what a checkpoint is: family, layout, parameters by part, dtypes, RoPE, windows.",
+    "plan": (
+        "Show what convert would do, from headers and small files; a tokenizer.json on the Hub is downloaded if needed."
+    ),
+    "convert": "Convert a Gemma 3 checkpoint into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma.",
+    "extract": "Take the encoder out of a T5Gemma 2 folder, or its decoder as the Gemma 3 that it is without memory.",
+    "verify": "Judge a conversion: files, bytes, settings, and what both models compute.",
+    "compare": "Measure how far a trained T5Gemma 2 has moved from its Gemma 3; the options make it a gate for CI.",
+    "generate": "Write greedily with the reference encoder-decoder.",
+    "pack": "Tokenize text and images into the files that `t5g2 adapt` trains on.",
+    "adapt": "Continue the training of a converted model with UL2, on one device or many.",
+    "average": "Average the last checkpoints of a training run into a model, as T5Gemma 2 was finished.",
+    "probe-sentinels": (
+        "Find the unused rows of the embedding that moved between two checkpoints: the sentinels of a training."
+    ),
+    "card": (
+        "Print the model card of a folder, made from its t5g2.json: what it is, how it was made, which checks it "
+        "passed."
+    ),
+    "upload": "Upload a folder to the Hub in one commit, and compare the checksums before and after.",
+    "doctor": (
+        "Check the installation: library versions, the Hub's cache and free disk, where the token is, CUDA, the maps."
+    ),
+    "mappings": "List, show and check weight maps, and print their JSON Schema.",
+}
+"""The commands in the order of `--help`, each with the first sentence of its own help."""
 
 ABOUT: Final = "Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly, and train it further."
 
@@ -78,25 +88,8 @@ def _options(
         keep_working()
 
 
-app.command("demo")(demo.demo)
-app.command("inspect")(inspect.inspect)
-app.command("plan")(plan.plan)
-app.command("convert")(convert.convert)
-app.command("extract")(extract.extract)
-app.command("verify")(verify.verify)
-app.command("compare")(compare.compare)
-app.command("generate")(generate.generate)
-app.command("pack")(pack.pack)
-app.command("adapt", cls=GroupedCommand, epilog=LAUNCHING)(adapt.adapt)
-app.command("average")(average.average)
-app.command("probe-sentinels")(probe.probe_sentinels)
-app.command("card")(card.card)
-app.command("upload")(upload.upload)
-app.command("doctor")(doctor.doctor)
-app.add_typer(mappings.app, name="mappings")
-for registered in (*app.registered_commands, *mappings.app.registered_commands):
-    if not issubclass(registered.cls or Command, Command):
-        registered.cls = Command
+for name, summary in COMMANDS.items():
+    app.command(name, cls=LazyCommand, help=summary)(lambda: None)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -4,15 +4,22 @@ from typing import Annotated
 
 import typer
 
+from t5g2convert.cli.command import Command
 from t5g2convert.cli.console import PART_STYLES, DebugOption, JsonOption, console, emit_json, table
 from t5g2convert.printable import printable
 
-app = typer.Typer(help="List, show and check weight maps, and print their JSON Schema.", no_args_is_help=True)
+app = typer.Typer(
+    name="mappings",
+    help="List, show and check weight maps, and print their JSON Schema.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 NameArgument = Annotated[str, typer.Argument(help="A shipped mapping's name, or the path of a file.")]
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_mappings(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the shipped mappings."""
     from t5g2convert.mapping.library import shipped_maps
@@ -39,7 +46,7 @@ def list_mappings(as_json: JsonOption = False, debug: DebugOption = False) -> No
     console().print(listing)
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Show a mapping as a table."""
     from rich.text import Text
@@ -76,7 +83,7 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
     out.print(roots)
 
 
-@app.command("check")
+@app.command("check", cls=Command)
 def check_mapping(
     name: NameArgument,
     against: Annotated[
@@ -102,7 +109,7 @@ def check_mapping(
     console().print(text, soft_wrap=True)
 
 
-@app.command("schema")
+@app.command("schema", cls=Command)
 def show_schema(debug: DebugOption = False) -> None:
     """Print the JSON Schema of mappings, for editors."""
     from t5g2convert.mapping.schema import WeightMap

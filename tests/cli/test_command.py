@@ -1,15 +1,38 @@
-"""What all commands have in common: empty arguments, and the folders that they leave alone."""
+"""What all commands have in common: the list of them, empty arguments, and the folders that they leave alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from t5g2convert import cli
+from t5g2convert.cli.command import Command, load
+from t5g2convert.cli.main import COMMANDS, app
 from tests.cli.commandline import CommandLine
 
 
 @pytest.fixture
 def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
     return CommandLine(capsys)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_has_the_help_of_each(name: str) -> None:
+    root: Any = get_command(app)
+    listed, command = root.commands[name], load(name)
+    assert command.name == name
+    assert COMMANDS[name] == command.get_short_help_str(10_000)
+    for width in range(10, 200):
+        assert listed.get_short_help_str(width) == command.get_short_help_str(width)
+    assert (listed.hidden, listed.deprecated) == (command.hidden, command.deprecated)
+    assert all(isinstance(each, Command) for each in getattr(command, "commands", {name: command}).values())
+
+
+def test_every_module_of_a_command_is_listed() -> None:
+    modules = {path.stem for path in Path(next(iter(cli.__path__))).glob("*.py")}
+    others = {"__init__", "command", "console", "drawing", "main", "options", "streams"}
+    assert {name.replace("-", "_") for name in COMMANDS} == modules - others
 
 
 EMPTY = [

@@ -9,8 +9,9 @@ from typing import Final
 
 import pytest
 
+from t5g2convert.cli.main import COMMANDS
 from tests.forked import run_t5g2
-from tests.test_package import HEAVY, modules_after
+from tests.test_package import HEAVY, loaded_after, modules_after
 
 COMMAND: Final = [sys.executable, "-m", "t5g2convert"]
 
@@ -111,3 +112,10 @@ def test_completion_loads_no_heavy_library(
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert not modules_after([], tmp_path) & HEAVY
+
+
+def test_completion_of_a_commands_name_loads_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_T5G2_COMPLETE", "complete_zsh")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "t5g2 ")
+    names = loaded_after([], tmp_path)
+    assert not {name for name in COMMANDS if f"t5g2convert.cli.{name.replace('-', '_')}" in names}

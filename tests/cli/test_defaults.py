@@ -10,7 +10,7 @@ from t5g2convert.adaptation.sentinel_probe import FACTOR
 from t5g2convert.cli.adapt import adapt
 from t5g2convert.cli.average import average
 from t5g2convert.cli.pack import pack
-from t5g2convert.cli.probe import probe_sentinels
+from t5g2convert.cli.probe_sentinels import probe_sentinels
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from typing import Final
 
 import click
 import pytest
-import typer
 from safetensors.torch import load_file, save_file
 
 import t5g2convert
-from t5g2convert.cli.main import app
+from t5g2convert.cli.command import load
+from t5g2convert.cli.main import COMMANDS
 from tests.cli.commandline import CommandLine, Result
 from tests.conftest import TwinFolder
 from tests.overflowing import make_overflow
@@ -125,8 +125,7 @@ def hints() -> dict[str, str]:
 
 
 def commands() -> dict[str, click.Command]:
-    group = typer.main.get_command(app)
-    return dict(getattr(group, "commands"))  # noqa: B009 - typer has click's classes under other names
+    return {name: load(name) for name in COMMANDS}
 
 
 def options(command: click.Command) -> set[str]:

@@ -21,7 +21,8 @@ PR_SET_PTRACER: Final = 0x59616D61
 
 def warm_up(source: str) -> None:
     """Import all that a conversion imports."""
-    import_module("t5g2convert.conversion.convert")
+    for name in ("cli.convert", "conversion.convert"):
+        import_module(f"t5g2convert.{name}")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(SystemExit):
         main(["plan", source])
 
