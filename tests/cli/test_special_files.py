@@ -17,7 +17,7 @@ from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
 from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine
 
-pytestmark = pytest.mark.usefixtures("soon")
+pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("soon")]
 
 
 class WaitedError(BaseException):

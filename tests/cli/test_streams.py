@@ -13,6 +13,7 @@ from tests.faults.scene import contents
 
 FULL = Path("/dev/full")
 
+pytestmark = pytest.mark.sampled
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 
 CLOSED = [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"]

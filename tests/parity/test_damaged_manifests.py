@@ -113,7 +113,10 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
     "no parameters": (lambda it: it.pop("parameters"), "parameters"),
     "dropped more": (lambda it: it["dropped"].append({"name": "lm_head.weight", "because": "tied"}), "dropped"),
     "dropped none": (lambda it: it.pop("dropped"), "dropped"),
-    "source weights": (lambda it: it["source"]["files"]["model.safetensors"].update(sha256="c" * 64), "another sha256"),
+    "source weights": (
+        lambda it: it["source"]["files"]["model.safetensors"].update(sha256="c" * 64),
+        "names sha256 cccc",
+    ),
     "source weights unhashed": (
         lambda it: it["source"]["files"]["model.safetensors"].update(sha256=None),
         "names no sha256",
