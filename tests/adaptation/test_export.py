@@ -29,6 +29,7 @@ from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, Verifica
 from t5g2convert.mapping.inspection import Inspection, inspect
 from tests.adaptation.runs import FACTS, SHARD, text_only, trained_from, write_by_two, write_checkpoint, write_run
 from tests.conftest import TwinFolder
+from tests.contents import contents
 
 
 @pytest.fixture
@@ -50,10 +51,6 @@ def run(model: Path, tmp_path: Path) -> Path:
 def step_of(folder: Path) -> int:
     """The step that an export is of."""
     return int(read_manifest(folder).document()["adaptation"]["steps"])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def finished(run: Path, model: Path) -> Exported:

@@ -34,3 +34,27 @@ class CommandLine:
             main([str(argument) for argument in arguments])
         assert isinstance(end.value.code, int)
         return Result(end.value.code, *self.capsys.readouterr())
+
+
+def document(result: Result) -> dict[str, Any]:
+    """The only document on stdout, in numbers that every reader of JSON knows."""
+
+    def refuse(number: str) -> None:
+        raise AssertionError(f"{number} is not JSON")
+
+    return dict(json.loads(result.out, parse_constant=refuse))
+
+
+def assert_one_line_error(result: Result, code: int, *, printed: bool = False) -> None:
+    """Require an exit code, one line on stderr that is not about a bug, and a result on stdout only if `printed`."""
+    assert result.code == code, result.err
+    assert bool(result.out) == printed
+    assert result.err.startswith("t5g2: ")
+    assert result.err.endswith("\n")
+    assert result.err.count("\n") == 1
+    assert "a bug in t5g2" not in result.err
+
+
+def unsafe(text: str) -> set[str]:
+    """Characters of a text that should never reach a terminal; line ends are our own."""
+    return {character for character in text if character != "\n" and not character.isprintable()}

@@ -3,6 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cli.commandline import CommandLine
+
 
 @pytest.fixture(autouse=True)
 def restored_signals() -> Iterator[None]:
@@ -11,3 +13,8 @@ def restored_signals() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capsys)

@@ -11,11 +11,6 @@ from tests.cli.commandline import CommandLine
 
 
 @pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture
 def model(demo_source: Path, tmp_path: Path) -> Path:
     """A conversion, and beside it `run`, with two checkpoints of one tensor."""
     model = tmp_path / "model"

@@ -14,11 +14,6 @@ SOURCE_CARD = "---\nlicense: gemma\n---\n# Gemma 3\n"
 
 
 @pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture
 def work(tmp_path: Path) -> Path:
     build_demo_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", flush=False)

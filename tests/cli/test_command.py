@@ -12,11 +12,6 @@ from t5g2convert.cli.main import COMMANDS, app
 from tests.cli.commandline import CommandLine
 
 
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_list_of_commands_has_the_help_of_each(name: str) -> None:
     root: Any = get_command(app)
@@ -31,7 +26,7 @@ def test_the_list_of_commands_has_the_help_of_each(name: str) -> None:
 
 def test_every_module_of_a_command_is_listed() -> None:
     modules = {path.stem for path in Path(next(iter(cli.__path__))).glob("*.py")}
-    others = {"__init__", "command", "console", "drawing", "main", "options", "streams"}
+    others = {"__init__", "command", "console", "main", "options", "streams"}
     assert {name.replace("-", "_") for name in COMMANDS} == modules - others
 
 

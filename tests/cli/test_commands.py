@@ -14,6 +14,7 @@ from t5g2convert.conversion.write.resources import ASSET_BYTES
 from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine, Result
 from tests.conftest import TwinFolder
+from tests.contents import contents
 
 PARTS: Final = ["embedding", "encoder", "decoder", "vision", "projector"]
 WIDTHS: Final = {"BF16": 2, "F16": 2, "F32": 4}
@@ -41,10 +42,6 @@ def t5g2(capsys: pytest.CaptureFixture[str]) -> Successful:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -285,12 +282,6 @@ def test_many_shards_have_a_complete_index(t5g2: Successful, demo_source: Path, 
     with safe_open(tmp_path / "one/model.safetensors", "np") as whole:
         assert set(whole.keys()) == set(held)
     assert not (tmp_path / "one/model.safetensors.index.json").exists()
-
-
-def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
-    document = t5g2.json("convert", demo_source, tmp_path / "out", "--max-shard-size", "1")
-    assert len(document["shards"]) == document["tensors"] == 251
-    assert t5g2.json("inspect", tmp_path / "out")["missing"] == []
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("keep", "BF16")])

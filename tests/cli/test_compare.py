@@ -2,21 +2,15 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from t5g2convert import compare, convert
-from tests.cli.commandline import CommandLine, Result
+from tests.cli.commandline import CommandLine, assert_one_line_error, document
 
 TEXT = "The quick brown fox jumps over the lazy dog."
-
-
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
 
 
 @pytest.fixture
@@ -40,22 +34,6 @@ def train(output: Path, amount: float) -> None:
             noise = torch.randn(tensors[name].shape, generator=generator) * amount
             tensors[name] = tensors[name] + noise.to(tensors[name].dtype)
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
-
-
-def document(result: Result) -> dict[str, Any]:
-    """The only document on stdout, in numbers that every reader of JSON knows."""
-
-    def refuse(number: str) -> None:
-        raise AssertionError(f"{number} is no JSON")
-
-    return dict(json.loads(result.out, parse_constant=refuse))
-
-
-def assert_one_line_error(result: Result, code: int) -> None:
-    assert result.code == code, result.err
-    assert result.err.startswith("t5g2: ")
-    assert result.err.count("\n") == 1
-    assert "a bug in t5g2" not in result.err
 
 
 def test_a_fresh_conversion_has_not_moved(t5g2: CommandLine, demo_source: Path, output: Path, text: Path) -> None:
@@ -90,14 +68,14 @@ def test_gates_are_exit_6_and_say_what_is_wrong(t5g2: CommandLine, demo_source: 
     assert t5g2(*run, "--max-kl", str(alone.kl * 1.01), "--min-agreement", str(alone.agreement)).code == 0
     for gate, value, word in (("--max-kl", alone.kl * 0.99, "KL"), ("--min-agreement", 1, "agreement")):
         result = t5g2(*run, gate, str(value))
-        assert_one_line_error(result, 6)
+        assert_one_line_error(result, 6, printed=True)
         assert word in result.err
         assert "decoder alone" in result.out
         as_json = t5g2(*run, gate, str(value), "--json")
         assert (as_json.code, as_json.err) == (6, "")
         assert document(as_json)["decoder_alone"]["kl"] == alone.kl
     both = t5g2(*run, "--max-kl", "0", "--min-agreement", "1")
-    assert_one_line_error(both, 6)
+    assert_one_line_error(both, 6, printed=True)
     assert "KL" in both.err
     assert "agreement" in both.err
 

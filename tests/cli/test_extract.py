@@ -11,11 +11,6 @@ from tests.conftest import TwinFolder
 
 
 @pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture
 def whole(converted_twin: TwinFolder) -> Path:
     return converted_twin("images-8")
 

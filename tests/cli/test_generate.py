@@ -15,7 +15,7 @@ from t5g2convert import CheckpointError, UsageError, convert, generate
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
-from tests.cli.commandline import CommandLine, Result
+from tests.cli.commandline import CommandLine, assert_one_line_error
 from tests.conftest import TwinFolder
 from tests.overflowing import make_overflow
 from tests.reference.models import loaded
@@ -72,14 +72,6 @@ def theirs(folder: Path, ids: list[int], count: int, pixels: torch.Tensor | None
 
 def decoded(folder: Path, tokens: list[int]) -> str:
     return Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens)
-
-
-def assert_one_line_error(result: Result, code: int) -> None:
-    assert result.code == code, result.err
-    assert result.out == ""
-    assert result.err.startswith("t5g2: ")
-    assert result.err.count("\n") == 1
-    assert "a bug in t5g2" not in result.err
 
 
 # What is written

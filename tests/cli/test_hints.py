@@ -152,11 +152,6 @@ def test_what_a_hint_names_is_there(text: str) -> None:
 # Followed: a command ends with a hint, and with what the hint says it succeeds.
 
 
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
 def hinted(result: Result, hint: str) -> None:
     assert result.code not in (0, 1), result
     assert hint in result.err

@@ -18,7 +18,7 @@ from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.mapping.library import mappings_folder
-from tests.cli.commandline import CommandLine, Result
+from tests.cli.commandline import CommandLine, Result, unsafe
 
 pytestmark = pytest.mark.sampled
 
@@ -99,11 +99,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(sound: Path, tmp_path: Path) -> Path:
     """The same, free to be changed."""
     return shutil.copytree(sound, tmp_path / "work")
-
-
-def unsafe(text: str) -> set[str]:
-    """What should never reach a terminal; the lines are our own."""
-    return {character for character in text if character != "\n" and not character.isprintable()}
 
 
 def source_calls(work: Path, source: Path | None = None) -> list[list[str | Path]]:

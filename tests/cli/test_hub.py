@@ -19,6 +19,7 @@ from t5g2convert.checkpoint.hub.ranges import FIRST_BYTES
 from t5g2convert.checkpoint.hub.snapshot import SMALL_BYTES
 from t5g2convert.checkpoint.manifest import seal
 from tests.conftest import TwinFolder
+from tests.contents import contents
 from tests.forked import run_t5g2
 from tests.hub_server import Fault, Hub, running
 
@@ -48,10 +49,6 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     with running() as hub:
         (tmp_path / "work").mkdir()
         yield Scene(hub, tmp_path / "work")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def without_hub(manifest: bytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from t5g2convert.conversion.write.recovery import JOURNAL_FILE, STAGING_SUFFIX
 from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
-from tests.cli.commandline import CommandLine, Result
+from tests.cli.commandline import CommandLine, Result, unsafe
 from tests.forked import run_t5g2
 from tests.outputs import OLD, write_old
 
@@ -33,22 +33,12 @@ HOSTILE: Final = {
 MARKUP: Final = ["[bold]x", "[/]", "[link=https://example.org]y", ":smile:"]
 
 
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
 def assert_one_line_error(result: Result, code: int) -> None:
     assert result.code == code, result.err
     assert result.out == ""
     assert result.err.startswith("t5g2: ")
     assert result.err.endswith("\n")
     assert result.err.count("\n") == 1
-
-
-def unsafe(text: str) -> set[str]:
-    """What of a text should never reach a terminal; our own line ends are fine."""
-    return {character for character in text if character != "\n" and not character.isprintable()}
 
 
 def rewrite_names(folder: Path, names: dict[str, str], extra: tuple[str, ...] = ()) -> None:

@@ -17,11 +17,6 @@ from tests.cli.commandline import CommandLine
 from tests.small_shards import SMALLEST_FOR_USERS
 
 
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
 @pytest.mark.parametrize("size", ["1", "5", "500", "30KB", "0.9M", "999999", "976KiB"])
 def test_a_shard_below_1_mb_is_exit_2_and_says_how_sizes_are_written(
     t5g2: CommandLine, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str

@@ -29,11 +29,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture
 def inputs(tmp_path: Path) -> Path:
     """A folder with a text, a JSONL with and without pictures, and a Parquet file."""
     folder = tmp_path / "in"

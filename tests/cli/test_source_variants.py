@@ -3,17 +3,11 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
 from tests.twins import respell
-
-
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def test_a_head_is_refused_and_its_hint_followed(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:

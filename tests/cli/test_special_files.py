@@ -58,11 +58,6 @@ KINDS: Final[dict[str, Callable[[Path], object]]] = {
 
 
 @pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture
 def source(demo_source: Path, tmp_path: Path) -> Path:
     """The demo's source in two files, all of them links as in the Hub's cache."""
     convert_to_shards(demo_source)

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -16,16 +15,12 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import convert
 from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.mapping.library import mappings_folder
-from tests.cli.commandline import CommandLine, Result
+from tests.cli.commandline import CommandLine, Result, assert_one_line_error, document, unsafe
 from tests.conftest import TwinFolder
+from tests.contents import contents
 
 CHECKS = ["integrity", "provenance", "config", "tokenizer", "vision_parity", "decoder_parity", "encoder_parity", "runs"]
 HOSTILE = ["<script>alert(1)</script>", "\x1b[31mred\x07", "[bold]markup[/]", "\u202eoverride", "a\nt5g2: line"]
-
-
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +33,6 @@ def output(converted_twin: TwinFolder, tmp_path: Path) -> Path:
     """A conversion of `source`, free to be damaged."""
     shutil.copytree(converted_twin("images-8"), tmp_path / "out")
     return tmp_path / "out"
-
-
-def document(result: Result) -> dict[str, Any]:
-    """The only document on stdout, in numbers that every reader of JSON knows."""
-
-    def refuse(number: str) -> None:
-        raise AssertionError(f"{number} is no JSON")
-
-    return dict(json.loads(result.out, parse_constant=refuse))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def unsafe(text: str) -> set[str]:
-    return {character for character in text if character != "\n" and not character.isprintable()}
-
-
-def assert_one_line_error(result: Result, code: int) -> None:
-    assert result.code == code, result.err
-    assert result.out == ""
-    assert result.err.startswith("t5g2: ")
-    assert result.err.count("\n") == 1
-    assert "a bug in t5g2" not in result.err
 
 
 def damage(output: Path, name: str = "model.decoder.layers.5.mlp.gate_proj.weight", value: float = 0.5) -> None:

@@ -20,6 +20,7 @@ from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError, Interrupted, OutputError, UsageError
+from tests.contents import contents
 
 EOS, BOS = 1, 2
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)
@@ -73,10 +74,6 @@ def test_bos_stands_before_each_document_if_asked_for(model: Path, tmp_path: Pat
     assert packed.read(0, packed.tokens).tolist() == [BOS, 69, 70, EOS, BOS, 71, EOS]
     assert packed.index.bos
     assert json.loads((tmp_path / "out/index.json").read_text())["special"] == {"1": 2, "2": 2}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

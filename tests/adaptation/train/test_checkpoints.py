@@ -1,8 +1,6 @@
-import json
 import pickle
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +12,7 @@ from torch import nn
 from t5g2convert.adaptation.train import checkpoints
 from t5g2convert.adaptation.train.checkpoints import State, load, save
 from t5g2convert.errors import CheckpointError
-from tests.adaptation.runs import SETTINGS, SHARD, write_manifest
+from tests.adaptation.runs import SETTINGS, write_manifest
 
 NAMES = ("model.encoder.norm.weight", "model.decoder.norm.weight")
 ENGINE: Any = SimpleNamespace(global_rank=0, world_size=1)
@@ -69,36 +67,6 @@ def test_nothing_is_ever_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch
     for module, name in ((pickle, "loads"), (pickle, "load"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
     load(folder, state_of(steps=0))
-
-
-def _link(folder: Path) -> None:
-    shutil.move(folder / SHARD, folder.parent / "elsewhere")
-    (folder / SHARD).symlink_to(folder.parent / "elsewhere")
-
-
-def _strange(folder: Path) -> None:
-    (folder / "weights.pt").touch()
-
-
-def _old(folder: Path) -> None:
-    document = json.loads((folder / "checkpoint.json").read_text())
-    (folder / "checkpoint.json").write_text(json.dumps({**document, "format": 1, "files": {".metadata": "0" * 64}}))
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (_link, f"{SHARD}: is a link or not a regular file"),
-        (_strange, "weights.pt: is not a file of this checkpoint"),
-        (_old, r"has format 1 \(t5g2convert 0\.1\.0\), expected format 2"),
-    ],
-)
-def test_a_folder_that_is_not_a_valid_checkpoint_is_refused(
-    harm: Callable[[Path], None], message: str, folder: Path
-) -> None:
-    harm(folder)
-    with pytest.raises(CheckpointError, match=message):
-        load(folder, state_of(steps=0))
 
 
 def test_other_tensors_are_refused(folder: Path) -> None:

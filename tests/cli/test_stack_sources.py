@@ -9,11 +9,6 @@ from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
 
 
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
 def test_a_pair_is_planned_converted_and_verified(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:
     source, other = twin_folder("text-8"), twin_folder("text-unlike-7")
     options = ["--decoder-from", other, "--embedding-from", "decoder-from", "--encoder-layers", "first:6"]
