@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from t5g2convert.checkpoint.file_names import TOKENIZER_FILE
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.header import CONFIG_NAMES
-from t5g2convert.checkpoint.hub.model import Origin, fetch, open_source
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin, fetch, open_source
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.conversion.write.aligned_projector import Table, paired_blocks
 from t5g2convert.errors import CheckpointError, UsageError

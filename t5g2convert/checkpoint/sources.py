@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, Literal, TypedDict, Unpack, get_args
 
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.hub.model import Origin, again, fetch, missing, open_source, size_of
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin, again, fetch, missing, open_source, size_of
 from t5g2convert.progress import Progress, Steps
 
 Role = Literal["source", "decoder_from", "vision_from"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from t5g2convert.checkpoint.hub.model import Origin
+    from t5g2convert.checkpoint.hub.open_and_fetch import Origin
     from t5g2convert.parity.reports.report import Report
 
 SHOWN_OFFENDERS: Final = 20
@@ -89,7 +89,7 @@ def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Origi
         OutputError: A file cannot be written, or is an input.
         UsageError: Both are the same file, or a loader would read one as a part of a model.
     """
-    from t5g2convert.checkpoint.hub.model import parse_id
+    from t5g2convert.checkpoint.hub.open_and_fetch import parse_id
     from t5g2convert.conversion.write.output_path import check_report
     from t5g2convert.parity.checks.integrity import READ_BY_LOADERS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.hub.model import Origin, given_folders
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin, given_folders
 from t5g2convert.checkpoint.hub.snapshot import download_again
 from t5g2convert.checkpoint.sources import Folders, Sources, plain_name
 from t5g2convert.command_options import takes_options

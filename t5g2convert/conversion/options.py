@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from t5g2convert.checkpoint.families.config_section import MAX_INTEGER
-from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, Role
 from t5g2convert.command_options import CommandOptions, Option
 from t5g2convert.conversion.plan.layer_spec import LayerSpec, parse_layers

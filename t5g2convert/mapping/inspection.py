@@ -18,7 +18,7 @@ from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.file_store import HubOrigin
 from t5g2convert.checkpoint.folder import Checkpoint, refuse_unheld, some
 from t5g2convert.checkpoint.foreign import remarks
-from t5g2convert.checkpoint.hub.model import open_source
+from t5g2convert.checkpoint.hub.open_and_fetch import open_source
 from t5g2convert.mapping.library import map_for
 from t5g2convert.mapping.names import expand
 from t5g2convert.mapping.resolve import find_layout, read_model

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.header import CONFIG_NAMES
-from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.checkpoint.sources import SOURCE, Role, Sources, download_progress
 from t5g2convert.command_options import takes_options
 from t5g2convert.errors import UsageError

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.command_options import Option
 from t5g2convert.progress import Steps
 from t5g2convert.reference.options import PassOptions

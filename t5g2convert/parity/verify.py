@@ -6,7 +6,7 @@ from typing import Any, Final
 import torch
 
 from t5g2convert.checkpoint.folder import check_folder
-from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.checkpoint.manifest import Manifest, read_manifest
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, OtherOrigins, Sources, download_progress
 from t5g2convert.command_options import takes_options

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.file_store import is_commit, is_repo_id
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.hub.error_messages import LOGIN_HINT
+from t5g2convert.checkpoint.hub.hub_errors import LOGIN_HINT
 from t5g2convert.checkpoint.hub.snapshot import hub_api, silent_bar
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.tokenizer.chat_templates import is_template

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from t5g2convert.checkpoint.hub.error_messages import LOGIN_HINT, hub_errors, transport_error
+from t5g2convert.checkpoint.hub.hub_errors import LOGIN_HINT, hub_errors, transport_error
 from t5g2convert.errors import CheckpointError, HubError, T5g2Error
 
 WAITS: Final = (1.0, 2.0, 4.0, 8.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.hub.error_messages import endpoint
+from t5g2convert.checkpoint.hub.hub_errors import endpoint
 from t5g2convert.checkpoint.hub.snapshot import hub_api
 from t5g2convert.errors import HubError, T5g2Error, UsageError
 from t5g2convert.publish.repository import MAIN, branch_head, check_access, list_files

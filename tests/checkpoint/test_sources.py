@@ -1,4 +1,4 @@
-"""What a conversion fetches before it begins; the Hub itself is in tests/checkpoint/hub/test_model.py."""
+"""What a conversion fetches before it begins; the Hub itself is in tests/checkpoint/hub/test_open_and_fetch.py."""
 
 import json
 import shutil
@@ -103,7 +103,7 @@ def test_the_plan_is_made_of_the_files_that_were_fetched(
     def download(hub: HubOrigin, name: str, progress: object) -> None:
         (demo_source / name).write_bytes(data)
 
-    monkeypatch.setattr("t5g2convert.checkpoint.hub.model.download", download)
+    monkeypatch.setattr("t5g2convert.checkpoint.hub.open_and_fetch.download", download)
     made, sources = prepare(
         model, tmp_path / "out", ConvertOptions(), downloading=lambda total: told.append(total) or told.append
     )

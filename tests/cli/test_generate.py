@@ -24,11 +24,6 @@ PROMPT = "Tell me a story"
 EOS, BOI, EOI, IMAGE = 1, 253, 254, 255
 
 
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
 @pytest.fixture(scope="module")
 def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's T5Gemma 2 in float32; not to be changed."""

@@ -15,7 +15,7 @@ import pytest
 
 from t5g2convert import convert, plan
 from t5g2convert.checkpoint.file_names import SINGLE_FILE
-from t5g2convert.checkpoint.hub.ranges import FIRST_BYTES
+from t5g2convert.checkpoint.hub.range_requests import FIRST_BYTES
 from t5g2convert.checkpoint.hub.snapshot import SMALL_BYTES
 from t5g2convert.checkpoint.manifest import seal
 from tests.conftest import TwinFolder

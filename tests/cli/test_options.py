@@ -8,7 +8,7 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner
 
-from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.cli.options import with_options
 from t5g2convert.command_options import CommandOptions, Option
 from t5g2convert.conversion import options

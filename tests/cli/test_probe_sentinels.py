@@ -1,16 +1,9 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.adaptation.test_sentinel_probe import trained
 from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
-
-
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def test_the_ranges_are_shown(

@@ -11,11 +11,6 @@ from tests.cli.commandline import CommandLine
 from tests.parity.elsewhere import ENCODER, Tensors, change, copied, names, train, write_start
 
 
-@pytest.fixture
-def t5g2(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
-
-
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`parent`, a Gemma 3; `start`, its conversion; and that trained and saved from three classes."""

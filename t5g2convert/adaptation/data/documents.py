@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.hub.error_messages import network_error, without_token
+from t5g2convert.checkpoint.hub.hub_errors import network_error, without_token
 from t5g2convert.checkpoint.strictjson import is_text
 from t5g2convert.errors import DataError, T5g2Error, UsageError
 from t5g2convert.interrupts import raise_interruption

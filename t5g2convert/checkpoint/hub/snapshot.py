@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.file_store import Folder, HubOrigin, regular_file
 from t5g2convert.checkpoint.header import Header, read_header
-from t5g2convert.checkpoint.hub.error_messages import OFFLINE_HINT, hub_errors
-from t5g2convert.checkpoint.hub.ranges import read_remote_header
+from t5g2convert.checkpoint.hub.hub_errors import OFFLINE_HINT, hub_errors
+from t5g2convert.checkpoint.hub.range_requests import read_remote_header
 from t5g2convert.errors import CheckpointError, HubError, T5g2Error
 from t5g2convert.progress import Progress
 from t5g2convert.version import __version__

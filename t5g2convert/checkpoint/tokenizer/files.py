@@ -16,7 +16,7 @@ from t5g2convert.checkpoint.file_names import (
 from t5g2convert.checkpoint.file_store import regular_file
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_file
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.hub.model import fetch, read_held
+from t5g2convert.checkpoint.hub.open_and_fetch import fetch, read_held
 from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.families.config_section import MAX_INTEGER
 from t5g2convert.checkpoint.file_names import ADDED_TOKENS_FILE, PIECES_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE
-from t5g2convert.checkpoint.hub.model import fetch
+from t5g2convert.checkpoint.hub.open_and_fetch import fetch
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer, TokenizerJson
 from t5g2convert.errors import CheckpointError
 

@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.file_names import (
 )
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity
-from t5g2convert.checkpoint.hub.model import read_held
+from t5g2convert.checkpoint.hub.open_and_fetch import read_held
 from t5g2convert.checkpoint.manifest import encode_json
 from t5g2convert.checkpoint.sources import named, role_of
 from t5g2convert.checkpoint.tokenizer.chat_templates import held, is_template

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Number, Token, parse_section
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.folder import Checkpoint
-from t5g2convert.checkpoint.hub.model import read_held
+from t5g2convert.checkpoint.hub.open_and_fetch import read_held
 from t5g2convert.checkpoint.tokenizer.special_ids import has_ids, with_ids
 from t5g2convert.errors import CheckpointError
 

@@ -10,7 +10,7 @@ from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.file_names import GENERATION_FILE
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import BY_CONFIG_NAME, CONFIG_NAMES, tensor_bits
-from t5g2convert.checkpoint.hub.model import Origin
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, Sources, named
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.command_options import takes_options

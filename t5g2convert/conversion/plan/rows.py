@@ -12,7 +12,7 @@ from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.file_names import GENERATION_FILE, TOKENIZER_CONFIG_FILE
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.header import CONFIG_NAMES, element_bytes
-from t5g2convert.checkpoint.hub.model import read_held, read_range
+from t5g2convert.checkpoint.hub.open_and_fetch import read_held, read_range
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, Role
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.checkpoint.tokenizer.ids_in_use import IdsInUse, UsedId

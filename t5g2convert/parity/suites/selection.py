@@ -8,7 +8,7 @@ from typing import Any, Final
 from t5g2convert.checkpoint.families.t5gemma2 import ENCODER_TYPE, MODEL_TYPE
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
-from t5g2convert.checkpoint.hub.model import Origin, parse_id
+from t5g2convert.checkpoint.hub.open_and_fetch import Origin, parse_id
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, HubRecord, Manifest, unverified
 from t5g2convert.checkpoint.sources import DECODER_FROM, VISION_FROM, Sources
 from t5g2convert.errors import CheckpointError, UsageError

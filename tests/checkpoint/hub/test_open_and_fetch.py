@@ -17,8 +17,8 @@ from huggingface_hub import constants
 from t5g2convert.checkpoint.file_names import INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
-from t5g2convert.checkpoint.hub.model import HubId, fetch, missing, open_source, parse_id, size_of
-from t5g2convert.checkpoint.hub.ranges import FIRST_BYTES
+from t5g2convert.checkpoint.hub.open_and_fetch import HubId, fetch, missing, open_source, parse_id, size_of
+from t5g2convert.checkpoint.hub.range_requests import FIRST_BYTES
 from t5g2convert.checkpoint.hub.snapshot import silent_bar
 from t5g2convert.conversion.plan.builder import plan
 from t5g2convert.errors import CheckpointError, HubError, OutputError, T5g2Error
@@ -602,7 +602,7 @@ def test_the_bytes_of_a_download_in_pieces_are_told_once() -> None:
 
 
 def test_errors_of_our_own_pass_as_they_are() -> None:
-    from t5g2convert.checkpoint.hub.error_messages import hub_errors
+    from t5g2convert.checkpoint.hub.hub_errors import hub_errors
 
     with pytest.raises(T5g2Error, match="ours"), hub_errors(REPO):
         raise CheckpointError("ours")

@@ -22,8 +22,8 @@ from t5g2convert.checkpoint.folder import (
     refuse_unheld,
 )
 from t5g2convert.checkpoint.header import read_header
-from t5g2convert.checkpoint.hub.error_messages import OFFLINE_HINT, hub_errors
-from t5g2convert.checkpoint.hub.ranges import read_remote_range
+from t5g2convert.checkpoint.hub.hub_errors import OFFLINE_HINT, hub_errors
+from t5g2convert.checkpoint.hub.range_requests import read_remote_range
 from t5g2convert.checkpoint.hub.snapshot import (
     Repository,
     Snapshot,

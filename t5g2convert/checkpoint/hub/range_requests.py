@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from t5g2convert.checkpoint.header import Header, read_header_elsewhere
-from t5g2convert.checkpoint.hub.error_messages import hub_errors, transport_error
+from t5g2convert.checkpoint.hub.hub_errors import hub_errors, transport_error
 from t5g2convert.errors import HubError
 from t5g2convert.version import __version__
 
