@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig
 
-from t5g2convert import convert, verify, write
+from t5g2convert import convert, generate, verify
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.checks.config import SHARED
 from t5g2convert.reference.prompts import TextCodec
@@ -238,9 +238,9 @@ def test_the_reference_writes_what_transformers_writes(
     ids = torch.tensor([codec.encode("Tell me a story")])
     theirs = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, 1:].tolist()
     expected = codec.decode(theirs[: theirs.index(1)] if 1 in theirs else theirs)
-    assert "".join(write(tmp_path / "out", "Tell me a story", max_new_tokens=12)) == expected != ""
+    assert "".join(generate(tmp_path / "out", "Tell me a story", max_new_tokens=12)) == expected != ""
     with pytest.raises(UsageError, match="no vision tower"):
-        list(write(tmp_path / "out", "Tell me", image=tmp_path / "picture.png"))
+        list(generate(tmp_path / "out", "Tell me", image=tmp_path / "picture.png"))
 
 
 def test_nan_in_the_parent_is_no_fault_of_the_conversion(twin_folder: TwinFolder, tmp_path: Path) -> None:

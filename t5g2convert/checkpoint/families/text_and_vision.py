@@ -200,7 +200,7 @@ def stack_tensors(stack: TextConfig, norms: tuple[str, str]) -> Iterator[tuple[s
     """Yield the tensors of a stack without its root; `norms` are those before and after attention."""
     hidden, ffn = stack.hidden_size, stack.intermediate_size
     layer_tensors = {
-        **_attention_tensors(stack, norms),
+        **attention_tensors(stack, "self_attn", norms),
         "mlp.gate_proj.weight": (ffn, hidden),
         "mlp.up_proj.weight": (ffn, hidden),
         "mlp.down_proj.weight": (hidden, ffn),
@@ -213,19 +213,19 @@ def stack_tensors(stack: TextConfig, norms: tuple[str, str]) -> Iterator[tuple[s
     yield "norm.weight", (hidden,)
 
 
-def _attention_tensors(stack: TextConfig, norms: tuple[str, str]) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of the self-attention, and of the norms before and after it."""
+def attention_tensors(stack: TextConfig, name: str, norms: tuple[str, str]) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of an attention called `name`, and of the norms before and after it."""
     hidden, head = stack.hidden_size, stack.head_dim
     query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
     biases = {"q": query, "k": key_value, "v": key_value, "o": hidden} if stack.attention_bias else {}
     return {
-        **{f"self_attn.{projection}_proj.bias": (size,) for projection, size in biases.items()},
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key_value, hidden),
-        "self_attn.v_proj.weight": (key_value, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-        "self_attn.q_norm.weight": (head,),
-        "self_attn.k_norm.weight": (head,),
+        **{f"{name}.{projection}_proj.bias": (size,) for projection, size in biases.items()},
+        f"{name}.q_proj.weight": (query, hidden),
+        f"{name}.k_proj.weight": (key_value, hidden),
+        f"{name}.v_proj.weight": (key_value, hidden),
+        f"{name}.o_proj.weight": (hidden, query),
+        f"{name}.q_norm.weight": (head,),
+        f"{name}.k_norm.weight": (head,),
         **{f"{norm}.weight": (hidden,) for norm in norms},
     }
 
