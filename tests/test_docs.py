@@ -224,6 +224,7 @@ def bash(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=named)
 def test_the_commands_of_a_page_run_and_print_what_it_shows(path: Path, workplace: Path) -> None:
     for why, text in blocks(path):

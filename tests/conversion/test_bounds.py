@@ -165,6 +165,7 @@ def peak(*arguments: str | Path) -> int:
     return int(json.loads(run.stdout))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("arguments", ["inspect", "plan", "convert", "convert --no-hash"])
 def test_peak_memory_is_the_same_for_a_model_of_ten_times_the_size(
     arguments: str, make_source: Callable[..., Path], tmp_path: Path

@@ -40,6 +40,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_I14_100000_tensors_are_inspected_and_planned_in_bounded_memory(many: Path) -> None:
     printed, peak = run_and_measure("inspect", many, "--json")
     found = json.loads(printed)
@@ -51,6 +52,7 @@ def test_I14_100000_tensors_are_inspected_and_planned_in_bounded_memory(many: Pa
     assert peak < PLAN_LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-hash"]], ids=["hash", "no-hash"])
 def test_I14_100000_tensors_are_converted_in_bounded_memory(options: list[str], many: Path, tmp_path: Path) -> None:
     printed, peak = run_and_measure("convert", many, tmp_path / "out", "--no-flush", "--json", *options)
