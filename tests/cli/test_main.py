@@ -696,6 +696,7 @@ def test_O3_a_signal_while_a_library_loads_a_file_is_no_fault_of_the_file(
     assert (result.code, result.err) == (130, "t5g2: stopped by signal 2\n")
 
 
+@pytest.mark.sampled
 def test_O3_a_second_signal_ends_the_process_at_once(demo_source: Path, tmp_path: Path) -> None:
     marker = tmp_path / "cleaning"
     with start(STUCK_CLEANING + SLOW_WRITES, marker, "convert", demo_source, tmp_path / "out") as process:

@@ -284,6 +284,7 @@ def test_a_cast_is_declared_of_whose_tensors_it_was(small_text: Path, twin_folde
     assert remark.startswith("weights were cast from the donor's float32 to bfloat16, as declared")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("donor_width", "width"), [(512, 256), (1024, 512), (512, 1024)])
 def test_an_alignment_takes_the_memory_that_its_plan_tells(
     donor_width: int, width: int, demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path

@@ -51,6 +51,7 @@ def one_line(stderr: str) -> bool:
     return len(stderr.splitlines()) == 1 and stderr.startswith("t5g2: ") and "a bug in t5g2" not in stderr
 
 
+@pytest.mark.slow
 def test_O2_a_disk_that_fills_up_at_any_page(
     source: Path, clean: dict[str, bytes], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

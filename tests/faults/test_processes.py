@@ -74,6 +74,7 @@ def check(ended: list[tuple[int, str]], target: Path, clean: dict[str, bytes], *
     assert beside(target) == set()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 @pytest.mark.parametrize("count", [2, 8])
 def test_O6_processes_started_at_once(
@@ -87,6 +88,7 @@ def test_O6_processes_started_at_once(
         check(run_together(count, [source, target, *options]), target, clean, overwrite=overwrite)
 
 
+@pytest.mark.slow
 def test_O6_eight_find_what_a_killed_one_left(source: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     target = tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", DIES, str(target)], check=False, timeout=300)

@@ -67,6 +67,7 @@ def flipped(path: Path, place: int, bits: int) -> Iterator[None]:
             file.write(bytes([byte]))
 
 
+@pytest.mark.slow
 def test_V2_one_byte_at_200_random_places_of_a_real_folder_names_the_file(
     converted: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -91,6 +92,7 @@ def test_V2_one_byte_at_200_random_places_of_a_real_folder_names_the_file(
     record_property("faults", {"bytes flipped": tried})
 
 
+@pytest.mark.slow
 def test_V2_one_byte_anywhere_in_a_real_manifest_is_found(
     converted: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -140,6 +142,7 @@ def of_each_class(checkpoint: Checkpoint) -> dict[str, str]:
     return {kind: rng.choice(names) for kind, names in sorted(classes.items())}
 
 
+@pytest.mark.slow
 def test_V1_one_bit_in_each_class_of_tensor_of_a_real_folder_is_named_by_its_parity(
     judge: Judge, record_property: Callable[[str, object], None]
 ) -> None:
@@ -180,6 +183,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_V3_a_real_folder_is_verified_by_a_process_that_may_take_three_fifths_of_its_size(
     source: Path, converted: Path
 ) -> None:

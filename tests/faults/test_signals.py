@@ -66,6 +66,7 @@ def wrong_after(target: Path, number: int, code: int, stderr: str, finished: dic
     return wrong
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("when", ["starting", "writing"])
 def test_O3_a_signal_at_any_moment(
@@ -95,6 +96,7 @@ def test_O3_a_signal_at_any_moment(
     assert stopped > times // 3, "most came too late"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_O3_a_second_signal_ends_it_at_once_and_the_next_run_cleans_up(
     large: Path, finished: dict[str, bytes], tmp_path: Path, first: signal.Signals
@@ -118,6 +120,7 @@ def test_O3_a_second_signal_ends_it_at_once_and_the_next_run_cleans_up(
         assert beside(target) == set()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("when", [0.0, 0.02, 0.05])
 def test_O3_both_signals_at_one_moment(large: Path, finished: dict[str, bytes], tmp_path: Path, when: float) -> None:
     """Both wait when the process goes on, as when a supervisor's SIGTERM meets a ^C."""

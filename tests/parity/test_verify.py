@@ -87,6 +87,7 @@ def test_every_twin_is_verified_exactly(
     assert len(report.remarks) == len(left_out) + (report.dtype == "float16")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("passes", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("target", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["text-float32", "text-float16", "images-8"])
@@ -121,6 +122,7 @@ def test_a_source_of_several_dtypes_is_verified(twin_folder: TwinFolder, tmp_pat
         assert_exact(verify(tmp_path / "out", source, dtype=dtype, record=False), images=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spelling"),
     [("images-8", spelling) for spelling in IMAGE_SPELLINGS] + [("text-8", spelling) for spelling in TEXT_SPELLINGS],
@@ -133,6 +135,7 @@ def test_every_spelling_of_the_source_is_verified(
     assert_exact(verify(tmp_path / "out", tmp_path / "source", record=False), images=name == "images-8")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("name", ["text-13", "images-13", "text-8"])
 def test_every_dialect_of_the_config_is_verified(
@@ -552,6 +555,7 @@ def write_text_model(folder: Path, weight_map: WeightMap, **sizes: int) -> None:
     write_synthetic_source(folder, weight_map, config, seed=0)
 
 
+@pytest.mark.slow
 def test_V3_a_model_is_verified_in_a_small_part_of_its_own_size(gemma3_map: WeightMap, tmp_path: Path) -> None:
     peaks, written = {}, {}
     sizes = {

@@ -130,6 +130,7 @@ def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
     assert ("A Gemma 2 converted" in card) == (kind == "t5gemma")
 
 
+@pytest.mark.slow
 def test_the_code_of_the_cards_runs(kinds: Path) -> None:
     """Loaded and written with, in transformers; where the card has a step of training, that too."""
     script = (

@@ -26,6 +26,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", REFUSED)
 def test_H1_who_may_not_write_is_told_before_anything_is_sent(scene: Scene, case: str) -> None:
     scene.hub.orgs["ann"] = {"lab"}
@@ -85,6 +86,7 @@ BUSY = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", BUSY)
 def test_H2_a_hub_that_is_busy_is_asked_again(scene: Scene, case: str) -> None:
     (scene.out / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -222,6 +224,7 @@ def test_a_file_that_changes_while_it_is_sent_is_noticed(scene: Scene) -> None:
     assert "has other bytes than the folder: config.json" in scene.refused(UPLOAD)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("transport", ["lfs", "xet"])
 def test_a_signal_ends_an_upload(scene: Scene, transport: str) -> None:
     scene.settings["HF_HUB_DISABLE_XET"] = "0" if transport == "xet" else "1"
@@ -241,6 +244,7 @@ def test_a_signal_ends_an_upload(scene: Scene, transport: str) -> None:
     assert scene.there() == scene.expected()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("option", ["", " --debug", " --json"], ids=["plain", "debug", "json"])
 @pytest.mark.parametrize("transport", ["lfs", "xet"])
 def test_H6_the_token_is_in_nothing_that_an_upload_prints_or_writes(scene: Scene, option: str, transport: str) -> None:
