@@ -47,7 +47,7 @@ class Pairing:
         decoder_from: The folder of the decoder's parent.
         embedding_from: Whose table the target has, `source` or `decoder-from`.
         encoder_layers: The numbers of the source's layers that the encoder has.
-        decoder_layers: The same of the decoder and its parent.
+        decoder_layers: The same for the decoder.
     """
 
     decoder_from: str | None = None

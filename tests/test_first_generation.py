@@ -223,7 +223,7 @@ def test_one_of_them_that_is_another_fails_the_check(
         file.write(" ")
     report = verify(tmp_path / "out", tmp_path / "source", record=False)
     assert [check.name for check in report.failed] == ["provenance", "tokenizer"]
-    assert report.failed[1].offenders == ("tokenizer.json is not the source's",)
+    assert report.failed[1].offenders == ("tokenizer.json differs from the source's",)
 
 
 def test_the_reference_writes_what_transformers_writes(

@@ -77,14 +77,14 @@ def test_I23_a_text_stack_saved_as_gemma3_is_converted(
     if not vision_config:
         edit_config(source, lambda config: config.pop("vision_config"))
     done = convert(source, tmp_path / "out")
-    (note,) = (note for note in done.notes if "no tensor of a vision tower is there" in note)
+    (note,) = (note for note in done.notes if "it has no vision tower tensors" in note)
     assert "--vision-from" in note
     manifest = json.loads((tmp_path / "out/t5g2.json").read_text())
     assert manifest["source"]["family"] == "gemma3"
     assert_sound(source, tmp_path / "out")
     judgement = judge(as_text_model(source, tmp_path / "text"), tmp_path / "out", torch.float32)
     assert (judgement.complaints, judgement.decoder, judgement.encoder) == ([], 0.0, 0.0)
-    assert any("no tensor of a vision tower" in note for note in inspect(source).notes)
+    assert any("no vision tower tensors" in note for note in inspect(source).notes)
 
 
 def test_the_head_that_mlx_writes_is_dropped(twin_folder: TwinFolder, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_head_that_mlx_writes_is_dropped(twin_folder: TwinFolder, tmp_path: 
 def test_a_towerless_source_is_given_a_tower(donor: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
     source = changed(twin_folder("images-8"), tmp_path / "source", without_tower)
     done = convert(source, tmp_path / "out", vision_from=twin_folder(donor))
-    assert not [note for note in done.notes if "no tensor of a vision tower" in note]
+    assert not [note for note in done.notes if "no vision tower tensors" in note]
     assert_sound(source, tmp_path / "out", vision_from=twin_folder(donor))
 
 
@@ -137,7 +137,7 @@ def test_I23_a_part_of_a_tower_is_not_taken_for_none(
         }
 
     source = changed(tmp_path / "spelled", tmp_path / "source", strip)
-    with pytest.raises(CheckpointError, match=r"not those of mapping|holds no (vision|projector) tensors"):
+    with pytest.raises(CheckpointError, match=r"do not match mapping|holds no (vision|projector) tensors"):
         plan(source)
     edit_config(source, lambda config: config.pop("vision_config"))
     with pytest.raises(CheckpointError, match="vision_config is missing"):
@@ -158,7 +158,7 @@ def test_a_tower_under_unknown_names_is_left_over_and_named(twin_folder: TwinFol
 def test_a_cap_that_only_one_of_both_classes_reads_is_refused(twin_folder: TwinFolder, tmp_path: Path) -> None:
     source = changed(twin_folder("images-8"), tmp_path / "source", without_tower)
     edit_config(source, lambda config: config["text_config"].update(final_logit_softcapping=30.0))
-    with pytest.raises(CheckpointError, match=r"final_logit_softcapping is 30\.0: the class with images ignores it"):
+    with pytest.raises(CheckpointError, match=r"final_logit_softcapping is 30\.0: the multimodal class ignores it"):
         plan(source)
 
 
@@ -266,7 +266,7 @@ def test_I22_a_head_is_refused_with_the_option_that_drops_it(
         plan(source)
     assert caught.value.hint is not None
     assert caught.value.hint.startswith(f"{name} is a head for ")
-    assert "--drop-heads leaves it out" in caught.value.hint
+    assert "--drop-heads drops it" in caught.value.hint
     (detail,) = caught.value.details
     assert detail.startswith(f"unused: {name} (a head for ")
     made = plan(source, drop_heads=True)
@@ -318,7 +318,7 @@ def test_a_head_of_another_checkpoint_needs_the_option_too(role: str, twin_folde
 def test_an_option_without_a_head_is_noted_and_not_recorded(twin_folder: TwinFolder) -> None:
     made = plan(twin_folder("text-8"), drop_heads=True)
     assert made.options == {}
-    assert "--drop-heads has no effect: there is no such tensor" in made.notes
+    assert "--drop-heads has no effect: the source has no such tensor" in made.notes
 
 
 def test_a_map_without_such_drops_refuses_the_option(converted_twin: TwinFolder) -> None:

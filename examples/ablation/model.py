@@ -215,7 +215,7 @@ def load(folder: Path, *, kernel: Kernel = "sdpa", dtype: torch.dtype = torch.fl
     for name in names:
         if (found := weights.shape(name)) != (expected := tuple(parameters[name].shape)):
             raise CheckpointError(
-                f"tensor {name!r} has shape {list(found)}, its config implies {list(expected)}", where=folder
+                f"tensor {name!r} has shape {list(found)}, but its config implies {list(expected)}", where=folder
             )
     # A tied tensor is stored once, so its other names are missing.
     model.load_state_dict({name: weights.tensor(name) for name in names}, assign=True, strict=False)

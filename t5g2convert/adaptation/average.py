@@ -83,7 +83,7 @@ def average_checkpoints(run: Path, output: Path, options: AverageOptions) -> Con
     _check_count(len(found), last, run / CHECKPOINTS_FOLDER)
     model = Path(history.model_folder) if options.model is None else options.model
     if not os.path.isdir(model):  # noqa: PTH112 - Path.is_dir raises for names that are too long
-        raise UsageError(f"{model} no longer exists", hint="pass the model that was trained with --model")
+        raise UsageError(f"{model} no longer exists", hint="pass the trained model with --model")
     check_target(output, model, *parts_of_run(run), overwrite=overwrite)
     check_model(history, model)
     checkpoints = [CheckpointReader(folder) for folder in list(found.values())[-last:]]
@@ -172,7 +172,7 @@ def _average_trainer(run: Path, found: Mapping[int, Path], output: Path, options
     if model is None:
         raise UsageError(
             f"{run} has checkpoints of transformers' Trainer, which do not record what was trained",
-            hint="pass the T5Gemma 2 that was trained with --model",
+            hint="pass the trained T5Gemma 2 with --model",
         )
     start = open_checkpoint(model)
     check_target(output, model, *found.values(), overwrite=options.overwrite)

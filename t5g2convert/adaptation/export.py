@@ -77,7 +77,7 @@ def export(
     """
     check_target(output, model, overwrite=overwrite)
     if not values.names:
-        raise CheckpointError("nothing was trained: there are no values to export", where=model)
+        raise CheckpointError("nothing was trained, so nothing can be exported", where=model)
     plan = plan_adapted(open_checkpoint(model), values.names, facts, dtype=dtype)
     options = WriteOptions(overwrite=overwrite, flush=flush, progress=progress, judge=judge)
     return execute(plan, Folders(model), output, options, values=values)

@@ -16,16 +16,16 @@ LAST: Final = 5
 SHARD_TOKENS: Final = 1 << 28
 """Tokens per shard: 1 GiB."""
 
-REPLACE: Final = "Replace an existing output of t5g2 at the very end; a folder with anything else in it is refused."
+REPLACE: Final = "Replace an existing t5g2 output at the very end; a folder that contains anything else is refused."
 
 
 class LoopConfig(CommandOptions):
     """Settings of the training loop that do not change the result.
 
     Attributes:
-        micro_batch: Samples per process and pass.
-        gradient_checkpointing: Compute activations twice, to save memory.
-        loss_chunk: Labels whose logits exist at once.
+        micro_batch: Samples per process and forward pass.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        loss_chunk: Labels per chunk of logits, to limit memory.
         workers: Additional processes that prepare batches, per process.
         save_every: Steps between checkpoints.
         keep: Number of checkpoints to keep.
@@ -35,9 +35,9 @@ class LoopConfig(CommandOptions):
         10_000
     )
     keep: Annotated[int, Field(ge=1), Option("Checkpoints to keep; the paper averages 5.", group=RUN)] = LAST
-    micro_batch: Annotated[int, Field(ge=1), Option("Samples per process and pass.", group=MACHINES)] = 1
-    gradient_checkpointing: Annotated[bool, Option("Compute activations twice, to save memory.", group=MACHINES)] = True
-    loss_chunk: Annotated[int, Field(ge=1), Option("Labels whose logits exist at once.", group=MACHINES)] = 1024
+    micro_batch: Annotated[int, Field(ge=1), Option("Samples per process and forward pass.", group=MACHINES)] = 1
+    gradient_checkpointing: Annotated[bool, Option("Recompute activations in the backward pass, to save memory.", group=MACHINES)] = True
+    loss_chunk: Annotated[int, Field(ge=1), Option("Labels per chunk of logits, to limit memory.", group=MACHINES)] = 1024
     workers: Annotated[
         int, Field(ge=0), Option("Additional processes that prepare batches, per process.", group=MACHINES)
     ] = 0
@@ -125,7 +125,7 @@ class PackOptions(CommandOptions):
         ),
     ] = False
     shard_tokens: Annotated[int, Field(ge=1), Option("Tokens per file, 4 bytes each.")] = SHARD_TOKENS
-    flush: Annotated[bool, Option("Wait until all bytes are on disk, against power loss.")] = True
+    flush: Annotated[bool, Option("Flush all bytes to disk, to survive power loss.")] = True
     overwrite: Annotated[bool, Option(REPLACE)] = False
     sources: Annotated[tuple[Path, ...], Field(strict=False)] = ()
 
@@ -149,6 +149,6 @@ class AverageOptions(CommandOptions):
         ),
     ] = None
     last: Annotated[int, Field(ge=1), Option("Number of checkpoints, counted from the last; 5 in the paper.")] = LAST
-    dtype: Annotated[Dtype, Option("keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE")] = KEEP
+    dtype: Annotated[Dtype, Option("Dtype of the output: keep, bfloat16, float16 or float32.", metavar="DTYPE")] = KEEP
     overwrite: Annotated[bool, Option(REPLACE)] = False
     progress: Callable[[int], None] | None = None

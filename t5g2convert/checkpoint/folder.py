@@ -161,8 +161,8 @@ def check_folder(path: Path) -> None:
         CheckpointError: It is missing, a file or an address, or cannot be read.
     """
     if scheme := scheme_of(path):
-        message = f"expected a folder, got an address ({scheme}//...)"
-        raise CheckpointError(message, hint="name a model on the Hub as org/name")
+        message = f"expected a folder, got a URL ({scheme}//...)"
+        raise CheckpointError(message, hint="pass a model on the Hub as org/name")
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -228,9 +228,9 @@ def _weight_files(store: FileStore) -> tuple[list[str], dict[str, str] | None, t
     shards = sorted(set(index.values()))
     if SINGLE_FILE in shards and len(shards) > 1:
         raise CheckpointError(
-            f"{INDEX_FILE} names {SINGLE_FILE} and {len(shards) - 1} more: transformers reads {SINGLE_FILE} alone",
+            f"{INDEX_FILE} names {SINGLE_FILE} and {len(shards) - 1} more: transformers reads only {SINGLE_FILE}",
             where=store.path,
-            hint="give the shards other names, there and in the index",
+            hint="rename the shards, and update the index",
         )
     if not has_single or SINGLE_FILE in shards:
         absent = [name for name in shards if not store.has(name)]
@@ -240,11 +240,11 @@ def _weight_files(store: FileStore) -> tuple[list[str], dict[str, str] | None, t
     present = [name for name in shards if store.has(name)]
     if present:
         raise CheckpointError(
-            f"holds {SINGLE_FILE} and also shards that its index lists ({some(present)})",
+            f"has both {SINGLE_FILE} and shards that its index lists ({some(present)})",
             where=store.path,
             hint="remove the outdated ones",
         )
-    return [SINGLE_FILE], None, (f"{INDEX_FILE} was ignored: it lists only files that are not here",)
+    return [SINGLE_FILE], None, (f"{INDEX_FILE} was ignored: all files it lists are missing",)
 
 
 def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = None) -> "Found | None":
@@ -294,14 +294,14 @@ def _check_preferred(store: FileStore, config: Mapping[str, Any]) -> None:
     named = config.get("transformers_weights")
     if named not in (None, SINGLE_FILE, INDEX_FILE):
         raise CheckpointError(
-            f"transformers_weights names {named!r}: transformers reads that file and no other",
+            f"transformers_weights names {named!r}: transformers reads only that file",
             where=where,
             hint=f"rename it to {SINGLE_FILE}, and remove the key",
         )
     versions = config.get("configuration_files")
     if isinstance(versions, list) and (others := [name for name in versions if name != "config.json"]):
         raise CheckpointError(
-            f"configuration_files names {some(map(str, others))}: transformers reads the one of its own version",
+            f"configuration_files names {some(map(str, others))}: transformers reads the one for its own version",
             where=where,
             hint="rename the right one to config.json, and remove the key",
         )
@@ -314,7 +314,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not is_plain_name(shard) or not is_text(shard):
             raise CheckpointError(
-                f"{tensor!r} points to {shard!r}, expected the name of a file beside the index", where=path
+                f"{tensor!r} points to {shard!r}, expected the name of a file next to the index", where=path
             )
     return weight_map
 

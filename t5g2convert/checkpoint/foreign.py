@@ -12,7 +12,7 @@ from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
 from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.errors import CheckpointError
 
-ORIGINAL: Final = "give the model that it was quantised from"
+ORIGINAL: Final = "pass the original, unquantised model"
 DEQUANTISE: Final = f"dequantise it first, or {ORIGINAL}"
 MLX: Final = f"dequantise it first: mlx_lm.convert -d --hf-path FOLDER --mlx-path OUT; or {ORIGINAL}"
 BNB: Final = f"dequantise it first: model.dequantize().save_pretrained(OUT) in transformers; or {ORIGINAL}"
@@ -35,17 +35,17 @@ CONFIG_KEYS: Final = ("quantization_config", "quantization", "compression_config
 DETAILS: Final = ("quant_algo", "format", "quant_type", "fmt", "bnb_4bit_quant_type")
 SWITCHES: Final = {"load_in_4bit": "4 bits", "load_in_8bit": "8 bits"}
 
-STRIP: Final = "take that part out of the names: safetensors.torch.load_file, rename, save_file"
+STRIP: Final = "remove that part of the names: safetensors.torch.load_file, rename, save_file"
 MERGE: Final = "merge the adapter into its base model first (peft: merge_and_unload), and save_pretrained"
 
 NAMES: Final[Mapping[str, str]] = {
     r"lora_": "a LoRA adapter: merge it into its base model first (peft: merge_and_unload)",
-    r"\.(base_layer|modules_to_save|original_module)\.": f"saved from a model of peft: {MERGE}",
-    r"^base_model\.model\.": f"saved from a model of peft: {MERGE}; without an adapter, {STRIP}",
+    r"\.(base_layer|modules_to_save|original_module)\.": f"saved from a peft model: {MERGE}",
+    r"^base_model\.model\.": f"saved from a peft model: {MERGE}; without an adapter, {STRIP}",
     r"_orig_mod\.": f"saved from a torch.compile wrapper: save the unwrapped model (model._orig_mod), or {STRIP}",
     r"_fsdp_wrapped_module\.|_flat_param": "saved from an FSDP wrapper: save a full state dict",
-    r"_checkpoint_wrapped_module\.": f"saved from a wrapper of activation checkpointing: {STRIP}",
-    r"^_forward_module\.": f"saved from a wrapper of Lightning: {STRIP}",
+    r"_checkpoint_wrapped_module\.": f"saved from an activation checkpointing wrapper: {STRIP}",
+    r"^_forward_module\.": f"saved from a Lightning wrapper: {STRIP}",
     r"^module\.": f"saved from a DDP or DeepSpeed wrapper: save model.module, or {STRIP}",
     r"\.(q_weight|trellis)$": f"quantised (ExLlama): {ORIGINAL}",
     r"qweight|\.qzeros$": f"quantised (GPTQ or AWQ): {DEQUANTISE}",
@@ -60,15 +60,15 @@ NAMES: Final[Mapping[str, str]] = {
         f"quantised (FP8 with scales): {DEQUANTISE}"
     ),
     r"\.(scales|biases)$": f"quantised (MLX): {MLX}",
-    r"^(blk\.\d|token_embd\.)": "named as llama.cpp names tensors: give the model in the layout of transformers",
+    r"^(blk\.\d|token_embd\.)": "stored with llama.cpp's tensor names: pass the model in the transformers layout",
     r"^spiece_model$|^vision_model\.|^text_encoders\.": (
-        "a single file of ComfyUI, with the names of its own: give the model that it was made from, "
-        "such as google/gemma-3-12b-it of the Hub"
+        "a ComfyUI single file, with its own tensor names: pass the original model, "
+        "such as google/gemma-3-12b-it from the Hub"
     ),
-    r"(qkv|gate_up)_proj\.": "fused by an engine or by gemma_pytorch: give the model in the layout of transformers",
-    r"linear_(qkv|fc1)\.": "named as Megatron names tensors: export it to Hugging Face's format",
+    r"(qkv|gate_up)_proj\.": "fused by an inference engine or by gemma_pytorch: pass the model in the transformers layout",
+    r"linear_(qkv|fc1)\.": "stored with Megatron's tensor names: export it to the Hugging Face format",
     r"^(params/|transformer/|embedder\.)": (
-        "named as Google's own code names tensors: give the model in the layout of transformers"
+        "stored with the tensor names of Google's own code: pass the model in the transformers layout"
     ),
 }
 """Patterns of tensor names of changed checkpoints, with what to do. The first that matches any name counts."""
@@ -140,7 +140,7 @@ def remarks(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield notes: config.json says quantised although the weights are not, or what makes the weights foreign."""
     said = quantisation(checkpoint.config)
     if said is not None and _first_odd(checkpoint) is None:
-        yield f"config.json has a {said[0]} ({said[1]}), but the weights are not quantised: it is ignored"
+        yield f"config.json has a {said[0]} ({said[1]}), but the weights are not quantised: ignored"
     elif (found := _empty(checkpoint) or _quantised(checkpoint)) is not None:
         yield str(found)
 
@@ -162,7 +162,7 @@ def _method(key: str, fields: Mapping[str, Any]) -> str:
         return method[:100]
     if key == "quantization":
         return "mlx"
-    return "bitsandbytes" if fields.keys() & SWITCHES.keys() else "method not named"
+    return "bitsandbytes" if fields.keys() & SWITCHES.keys() else "unknown method"
 
 
 def _quantised(checkpoint: Checkpoint) -> Foreign | None:
@@ -176,13 +176,13 @@ def _quantised(checkpoint: Checkpoint) -> Foreign | None:
         return None
     if said is not None:
         step = METHODS.get(said[1].partition(", ")[0], DEQUANTISE)
-        return Foreign(f"config.json says that this is quantised ({said[1]})", step)
+        return Foreign(f"config.json says that the model is quantised ({said[1]})", step)
     return metadata
 
 
 def _said_by_metadata(checkpoint: Checkpoint) -> Iterator[Foreign]:
     for name, header in checkpoint.files.items():
-        evidence = f"the metadata of {name} say that this is quantised"
+        evidence = f"the metadata of {name} say that the model is quantised"
         if header.metadata.get("format") == "mlx":
             yield Foreign(f"{evidence} (mlx)", MLX)
         for key, what in METADATA.items():
@@ -219,8 +219,8 @@ def _channels_last(checkpoint: Checkpoint) -> Foreign | None:
         shape = stored.entry.shape
         if _PATCHES.search(name) and len(shape) == 4 and shape[1] == shape[2] != shape[3]:
             return Foreign(
-                f"{name} has shape {list(shape)}, with the channels last: this is a model in the layout of MLX",
-                "give the model that it was made from, or store that tensor again as weight.permute(0, 3, 1, 2)",
+                f"{name} has shape {list(shape)}, with the channels last: the model has the MLX layout",
+                "pass the original model, or store this tensor as weight.permute(0, 3, 1, 2)",
             )
     return None
 
@@ -232,9 +232,9 @@ def _cast(checkpoint: Checkpoint) -> Foreign | None:
         return None
     dtype = checkpoint.tensors[packed[0]].entry.dtype
     if dtype.startswith("F8_"):
-        step = "store it again as bfloat16: safetensors.torch.load_file, .to(torch.bfloat16), save_file"
-        return Foreign(f"{packed[0]} is {dtype}: this is quantised (FP8 without scales)", f"{step}; or {ORIGINAL}")
-    return Foreign(f"{packed[0]} is {dtype}: this is quantised", DEQUANTISE)
+        step = "store it as bfloat16: safetensors.torch.load_file, .to(torch.bfloat16), save_file"
+        return Foreign(f"{packed[0]} is {dtype}: the model is quantised (FP8 without scales)", f"{step}; or {ORIGINAL}")
+    return Foreign(f"{packed[0]} is {dtype}: the model is quantised", DEQUANTISE)
 
 
 def _named(names: Iterable[str]) -> str | None:
@@ -243,5 +243,5 @@ def _named(names: Iterable[str]) -> str | None:
     for pattern, what in NAMES.items():
         search = re.compile(pattern).search
         if (name := next(filter(search, every), None)) is not None:
-            return f"{name} says that this is {what}"
+            return f"{name} shows that the model is {what}"
     return None

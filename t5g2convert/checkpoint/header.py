@@ -182,7 +182,7 @@ def _read_json_bytes(read: Read, size: int, path: Path) -> bytes:
     length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"is not a safetensors file: its first 8 bytes promise a header of {length} bytes", where=path
+            f"is not a safetensors file: its first 8 bytes declare a header of {length} bytes", where=path
         )
     if 8 + length > size:
         raise CheckpointError(
@@ -223,7 +223,7 @@ def _check_coverage(tensors: Iterable[TensorEntry], data_start: int, size: int, 
     position = data_start
     for tensor in sorted(tensors, key=lambda entry: (entry.start, entry.end)):
         if tensor.start != position:
-            what = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
+            what = "overlaps the tensor before it" if tensor.start < position else "leaves a gap before it"
             raise CheckpointError(f"tensor {tensor.name!r} {what}", where=path)
         position = tensor.end
     if position > size:

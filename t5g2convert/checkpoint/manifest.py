@@ -323,7 +323,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         sealed = seal(document)
     except UnicodeEncodeError:
-        raise CheckpointError("holds text that cannot be written again", where=path) from None
+        raise CheckpointError("contains text that cannot be encoded", where=path) from None
     if sealed != text:
         raise CheckpointError("was changed after it was written: its sha256 does not match its contents", where=path)
     return Manifest.parse(document, path)

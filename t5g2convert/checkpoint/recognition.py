@@ -23,8 +23,8 @@ from t5g2convert.printable import printable
 ReadJson = Callable[[str], Mapping[str, Any] | None]
 """Reads a small JSON file of the folder; None where it is not there or not JSON."""
 
-ORIGINAL: Final = "give the original model in safetensors"
-RELEASED: Final = "give the same model in safetensors, such as google/gemma-3-270m of the Hub"
+ORIGINAL: Final = "pass the original model in safetensors"
+RELEASED: Final = "pass the same model in safetensors, such as google/gemma-3-270m from the Hub"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,50 +50,50 @@ class Format:
     step: str
 
 
-THEN: Final = "then put config.json and the tokenizer into OUT"
+THEN: Final = "then copy config.json and the tokenizer into OUT"
 TORCH_SAVE: Final = "load it in PyTorch and save its tensors with safetensors.torch.save_file"
 VERL: Final = "run: python -m verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir OUT"
 DEEPSPEED: Final = f"run: python {{folder}}/zero_to_fp32.py {{folder}} OUT --safe_serialization; {THEN}"
 MERGE: Final = f"run: accelerate merge-weights {{folder}} OUT; {THEN}"
 MERGE_INNER: Final = MERGE.replace("{folder}", "{folder}/{inner}")
-MEGATRON: Final = "export it to Hugging Face's format (Megatron-Bridge: AutoBridge's export_ckpt)"
+MEGATRON: Final = "export it to the Hugging Face format (Megatron-Bridge: AutoBridge's export_ckpt)"
 GGUF_STEP: Final = (
-    "give the model that it was quantised from, or dequantise its text model with transformers: "
+    "pass the original, unquantised model, or dequantise its text model with transformers: "
     "AutoModelForCausalLM.from_pretrained({folder_text!r}, gguf_file={file!r}).save_pretrained(OUT)"
 )
 
 FORMATS: Final = (
     Format(("adapters.safetensors",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
     Format(("adapters.npz",), "is a LoRA adapter of MLX{base}, not a model", "{fuse}"),
-    Format(("run.json", "checkpoints/"), "is a run of t5g2 adapt", "give the model that it exported: {folder}/model"),
+    Format(("run.json", "checkpoints/"), "is a run of t5g2 adapt", "pass the model that it exported: {folder}/model"),
     Format((ADAPTER_FILE,), "is {adapter}{base}, not a model", "{merge}"),
     Format(("adapter_model.*",), "is {adapter}{base}, not a model", "{merge}"),
     Format(
-        ("model_index.json",), "is a diffusers pipeline", "give the folder of its text encoder: {folder}/text_encoder"
+        ("model_index.json",), "is a diffusers pipeline", "pass its text encoder: {folder}/text_encoder"
     ),
     Format(("snapshots/", "refs/"), "is a model in the Hub's cache", "give {snapshot}"),
     Format(("snapshots/", "blobs/"), "is a model in the Hub's cache", "give {snapshot}"),
-    Format(("models--*/",), "is the Hub's cache", "give a model of it by its name, as {cached}"),
+    Format(("models--*/",), "is the Hub's cache", "pass a model in it by name, as {cached}"),
     Format(("zero_to_fp32.py",), "is a DeepSpeed checkpoint", DEEPSPEED),
     Format(
         ("global_step*/",),
         "is a DeepSpeed checkpoint without its zero_to_fp32.py",
         f"copy that file from DeepSpeed (deepspeed/utils); {DEEPSPEED}",
     ),
-    Format(("*_model_states.pt",), "is one step of a DeepSpeed checkpoint: {file}", "give the folder above it"),
+    Format(("*_model_states.pt",), "is one step of a DeepSpeed checkpoint: {file}", "pass its parent folder"),
     Format(("pytorch_model_fsdp*/",), "is an FSDP checkpoint: {file}", MERGE_INNER),
-    Format((".metadata",), "is a distributed checkpoint of PyTorch (DCP)", MERGE),
+    Format((".metadata",), "is a PyTorch distributed checkpoint (DCP)", MERGE),
     Format(
-        ("*.distcp",), "is a part of a distributed checkpoint of PyTorch (DCP), without its .metadata", "copy it whole"
+        ("*.distcp",), "is part of a PyTorch distributed checkpoint (DCP), without its .metadata", "copy all of it"
     ),
-    Format(("*/.metadata",), "is a distributed checkpoint of PyTorch (DCP): {file}", MERGE_INNER),
-    Format(("model_world_size_*_rank_*.pt",), "is an FSDP checkpoint of verl", VERL),
+    Format(("*/.metadata",), "is a PyTorch distributed checkpoint (DCP): {file}", MERGE_INNER),
+    Format(("model_world_size_*_rank_*.pt",), "is a verl FSDP checkpoint", VERL),
     Format(("latest_checkpointed_iteration.txt",), "is a Megatron checkpoint", MEGATRON),
     Format(("mp_rank_*/",), "is a Megatron checkpoint", MEGATRON),
     Format(("*.nemo",), "is a NeMo checkpoint: {file}", MEGATRON),
     Format(("model_config.yaml", "model_weights*"), "is a NeMo checkpoint", MEGATRON),
     Format(("weights/", "context/"), "is a NeMo checkpoint", MEGATRON),
-    Format(("*.gguf",), "holds weights of llama.cpp (GGUF): {file}", GGUF_STEP),
+    Format(("*.gguf",), "holds llama.cpp weights (GGUF): {file}", GGUF_STEP),
     Format(("_CHECKPOINT_METADATA",), "is a JAX checkpoint (Orbax)", RELEASED),
     Format(("manifest.ocdbt",), "is a JAX checkpoint (Orbax)", RELEASED),
     Format(("_METADATA",), "is a JAX checkpoint (Orbax)", RELEASED),
@@ -116,48 +116,48 @@ FORMATS: Final = (
     Format(("*.keras",), "is a Keras model: {file}", "load it in Keras and call export_to_transformers(OUT)"),
     Format(
         ("*.ckpt",),
-        "holds {file}, a checkpoint of gemma_pytorch or Lightning, a pickle, which is never unpickled",
+        "holds {file}, a pickled checkpoint of gemma_pytorch or Lightning, which is never unpickled",
         f"{RELEASED}, or {TORCH_SAVE}",
     ),
-    Format(("openvino*.xml",), "is a model for OpenVINO: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("model.bin", "*vocabulary.*"), "is a model for CTranslate2", f"that is an export: {ORIGINAL}"),
-    Format(("*.onnx",), "is a model in ONNX: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("onnx/*.onnx",), "is a model in ONNX: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("*.engine",), "is an engine of TensorRT: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("rank[0-9]*.safetensors",), "is a checkpoint of TensorRT-LLM: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("*.tflite",), "is a model for LiteRT: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("*.task",), "is a model for MediaPipe: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("*.litertlm",), "is a model for LiteRT-LM: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("*.pte",), "is a model for ExecuTorch: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("*.mlpackage/",), "is a model for Core ML: {file}", f"that is an export: {ORIGINAL}"),
-    Format(("mlc-chat-config.json",), "is a model for MLC", f"that is an export: {ORIGINAL}"),
+    Format(("openvino*.xml",), "is an OpenVINO model: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("model.bin", "*vocabulary.*"), "is a CTranslate2 model", f"it is an export: {ORIGINAL}"),
+    Format(("*.onnx",), "is an ONNX model: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("onnx/*.onnx",), "is an ONNX model: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("*.engine",), "is a TensorRT engine: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("rank[0-9]*.safetensors",), "is a TensorRT-LLM checkpoint: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("*.tflite",), "is a LiteRT model: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("*.task",), "is a MediaPipe model: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("*.litertlm",), "is a LiteRT-LM model: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("*.pte",), "is an ExecuTorch model: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("*.mlpackage/",), "is a Core ML model: {file}", f"it is an export: {ORIGINAL}"),
+    Format(("mlc-chat-config.json",), "is an MLC model", f"it is an export: {ORIGINAL}"),
     Format(
         ("weights*.npz",),
         "holds MLX weights in NumPy's format: {file}",
-        "convert it anew: newer mlx-lm writes safetensors; better, give the model that it was made from",
+        "convert it again (newer mlx-lm writes safetensors), or better, pass the original model",
     ),
     Format(("*.npz",), "holds arrays in NumPy's format: {file}", ORIGINAL),
     Format(
         ("consolidated*.safetensors",),
-        "holds weights with the names of their maker's own code: {file}",
-        "give the same model in the layout of transformers: config.json and model.safetensors",
+        "holds weights named by their author's own code: {file}",
+        "pass the same model in the transformers layout: config.json and model.safetensors",
     ),
-    Format(("*.incomplete",), "holds a download that has not finished: {file}", "download it again"),
-    Format(("*.crdownload",), "holds a download that has not finished: {file}", "download it again"),
-    Format(("*.aria2",), "holds a download that has not finished: {file}", "download it again"),
-    Format(("checkpoint-*/",), "holds the checkpoints of a training", "give the newest: {folder}/{newest}"),
-    Format(("*/config.json",), "holds no model itself", "give the folder of one: {models}"),
+    Format(("*.incomplete",), "holds an unfinished download: {file}", "download it again"),
+    Format(("*.crdownload",), "holds an unfinished download: {file}", "download it again"),
+    Format(("*.aria2",), "holds an unfinished download: {file}", "download it again"),
+    Format(("checkpoint-*/",), "holds training checkpoints", "pass the newest: {folder}/{newest}"),
+    Format(("*/config.json",), "holds no model, only folders with models", "pass one of them: {models}"),
     Format(
         ("*/adapter_config.json",),
-        "holds an adapter and no model: {file}",
+        "holds an adapter but no model: {file}",
         "merge it into its base model first (peft: merge_and_unload)",
     ),
-    Format(("*/*.gguf",), "holds weights of llama.cpp (GGUF): {file}", GGUF_STEP),
+    Format(("*/*.gguf",), "holds llama.cpp weights (GGUF): {file}", GGUF_STEP),
     Format(("*/_METADATA",), "is a JAX checkpoint (Orbax): {file}", RELEASED),
-    Format(("*.zip",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
-    Format(("*.tar",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
-    Format(("*.tar.*",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
-    Format(("*.tgz",), "holds an archive: {file}", "unpack it, and give the folder that has config.json"),
+    Format(("*.zip",), "holds an archive: {file}", "unpack it, and pass the folder with config.json"),
+    Format(("*.tar",), "holds an archive: {file}", "unpack it, and pass the folder with config.json"),
+    Format(("*.tar.*",), "holds an archive: {file}", "unpack it, and pass the folder with config.json"),
+    Format(("*.tgz",), "holds an archive: {file}", "unpack it, and pass the folder with config.json"),
 )
 """The first that fits counts: names that leave no doubt come before names that only hint."""
 
@@ -165,22 +165,22 @@ NOT_MERGED: Final = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TU
 """Kinds of peft adapters that are tokens of their own and cannot be merged into the weights."""
 
 FILES: Final[Mapping[str, tuple[str, str]]] = {
-    ".safetensors": ("is a single file of weights", "give the folder that holds it and config.json"),
-    ".gguf": ("is a file of llama.cpp (GGUF)", "give the folder of the model that it was quantised from"),
-    ".ckpt": ("is a pickle, which is never unpickled", "give a folder with safetensors and config.json"),
-    ".bin": ("is a pickle, which is never unpickled", "give a folder with safetensors and config.json"),
-    ".pt": ("is a pickle, which is never unpickled", "give a folder with safetensors and config.json"),
-    ".pth": ("is a pickle, which is never unpickled", "give a folder with safetensors and config.json"),
-    ".npz": ("is a file of NumPy arrays", "give a folder with safetensors and config.json"),
-    ".zip": ("is an archive", "unpack it, and give the folder that holds config.json"),
-    ".tar": ("is an archive", "unpack it, and give the folder that holds config.json"),
-    ".gz": ("is an archive", "unpack it, and give the folder that holds config.json"),
-    ".tgz": ("is an archive", "unpack it, and give the folder that holds config.json"),
-    ".nemo": ("is a NeMo checkpoint", MEGATRON + ", and give its folder with config.json"),
+    ".safetensors": ("is a single weights file", "pass the folder with it and config.json"),
+    ".gguf": ("is a llama.cpp file (GGUF)", "pass the folder of the original, unquantised model"),
+    ".ckpt": ("is a pickle, which is never unpickled", "pass a folder with safetensors and config.json"),
+    ".bin": ("is a pickle, which is never unpickled", "pass a folder with safetensors and config.json"),
+    ".pt": ("is a pickle, which is never unpickled", "pass a folder with safetensors and config.json"),
+    ".pth": ("is a pickle, which is never unpickled", "pass a folder with safetensors and config.json"),
+    ".npz": ("is a file with NumPy arrays", "pass a folder with safetensors and config.json"),
+    ".zip": ("is an archive", "unpack it, and pass the folder with config.json"),
+    ".tar": ("is an archive", "unpack it, and pass the folder with config.json"),
+    ".gz": ("is an archive", "unpack it, and pass the folder with config.json"),
+    ".tgz": ("is an archive", "unpack it, and pass the folder with config.json"),
+    ".nemo": ("is a NeMo checkpoint", MEGATRON + ", and pass the folder with config.json"),
     ".keras": ("is a Keras model", "export_to_transformers(OUT) writes a folder with config.json"),
-    ".onnx": ("is a model in ONNX, an export", "give the folder of the original, with config.json"),
-    ".json": ("is a JSON file", "give the folder that holds config.json"),
-    ".yaml": ("is a YAML file", "give the folder that holds config.json"),
+    ".onnx": ("is an ONNX model, an export", "pass the folder of the original model, with config.json"),
+    ".json": ("is a JSON file", "pass the folder with config.json"),
+    ".yaml": ("is a YAML file", "pass the folder with config.json"),
 }
 """By suffix: what a single file is, and what to pass instead."""
 
@@ -198,7 +198,7 @@ def recognise(paths: Collection[str], folder: str, read: ReadJson) -> Found | No
     """
     ordered = sorted(paths)
     if not any(not path.startswith(".") for path in ordered) and ".metadata" not in paths:
-        return Found("is empty", "give the folder that holds config.json")
+        return Found("is empty", "pass the folder with config.json")
     for form in FORMATS:
         matched = [_matching(pattern, ordered) for pattern in form.files]
         if all(matched):
@@ -213,7 +213,7 @@ def adapter_beside(read: ReadJson) -> Found:
     """Describe a folder with an adapter next to the weights: transformers loads both."""
     config = read(ADAPTER_FILE) or {}
     return Found(
-        f"holds {_adapter(config)} beside the weights ({ADAPTER_FILE}): transformers loads both",
+        f"holds {_adapter(config)} next to the weights ({ADAPTER_FILE}): transformers loads both",
         f"move {ADAPTER_FILE} and adapter_model.* into a folder A; then convert the model without them, or merge it "
         "first with peft: PeftModel.from_pretrained(model, A).merge_and_unload().save_pretrained(OUT)",
     )
@@ -221,26 +221,26 @@ def adapter_beside(read: ReadJson) -> Found:
 
 def recognise_file(path: Path) -> Found:
     """Describe a single file that was passed instead of a folder."""
-    what, step = FILES.get(path.suffix.lower(), ("", "give the folder that holds config.json"))
+    what, step = FILES.get(path.suffix.lower(), ("", "pass the folder with config.json"))
     if path.suffix.lower() in (".safetensors", ".json") and (path.parent / "config.json").is_file():
-        step = f"give its folder, which holds config.json: {path.parent}"
+        step = f"pass its folder, which has config.json: {path.parent}"
     return Found(f"{what or 'is a file'}, expected a checkpoint folder", step)
 
 
 def spelling_hint(text: str) -> str:
     """Return a hint for an argument that is not a folder, such as a misspelt model of the Hub."""
-    hint = "give the folder that holds config.json"
+    hint = "pass the folder with config.json"
     if found := re.fullmatch(rf"({REPO_ID}):([\w./-]+)", text, re.ASCII):
-        return f"{hint}; a model of the Hub and its revision are given as {found[1]}@{found[2]}"
+        return f"{hint}; pass a model on the Hub and its revision as {found[1]}@{found[2]}"
     if found := re.fullmatch(rf"({REPO_ID})/(?:tree|resolve|blob)/([\w.-]+)/?", text, re.ASCII):
-        return f"{hint}; a model of the Hub and its revision are given as {found[1]}@{found[2]}"
+        return f"{hint}; pass a model on the Hub and its revision as {found[1]}@{found[2]}"
     if found := re.fullmatch(rf"({REPO_ID})/(\w[\w./-]*?)/?", text, re.ASCII):
         return (
-            f"{hint}; a folder inside a model of the Hub is downloaded first: "
-            f"hf download {found[1]} --include '{found[2]}/*' --local-dir DIR, then give DIR/{found[2]}"
+            f"{hint}; download a folder inside a Hub model first: "
+            f"hf download {found[1]} --include '{found[2]}/*' --local-dir DIR, then pass DIR/{found[2]}"
         )
     if re.fullmatch(r"\w[\w.-]*", text, re.ASCII):
-        return f"{hint}; a model of the Hub is given with its owner, as org/{text}"
+        return f"{hint}; pass a model on the Hub with its owner, as org/{text}"
     return hint
 
 
@@ -273,7 +273,7 @@ def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[
     )
     merge += f", where base is {where} loaded in transformers; save the tokenizer there too"
     if config.get("peft_type") in NOT_MERGED:
-        merge = f"it cannot be merged into weights: give its base model{f', {base}' if base else ''}"
+        merge = f"it cannot be merged into weights: pass its base model{f', {base}' if base else ''}"
     models = [path.removesuffix("/config.json") for path in _matching("*/config.json", ordered)]
     return {
         "base": f" of {base}" if base else "",
@@ -291,7 +291,7 @@ def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[
 def _adapter(config: Mapping[str, Any]) -> str:
     """Name the kind of an adapter; a file that does not say is LoRA."""
     kind = _text(config.get("peft_type")) or "LORA"
-    return {"LORA": "a LoRA adapter", "IA3": "an IA3 adapter"}.get(kind, f"an adapter of peft ({kind})")
+    return {"LORA": "a LoRA adapter", "IA3": "an IA3 adapter"}.get(kind, f"a peft adapter ({kind})")
 
 
 def _text(value: object) -> str | None:
@@ -329,7 +329,7 @@ def no_weights(store: FileStore, hub: HubOrigin | None) -> T5g2Error:
     if len(shards) == 1 and re.search(r"-\d+-of-\d+", shards[0]) is None:
         return store.incomplete(
             f"found {shards[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}",
-            f"if it is the whole model, rename it to {SINGLE_FILE}",
+            f"if it is the complete model, rename it to {SINGLE_FILE}",
         )
     if shards:
         return store.incomplete(
@@ -343,4 +343,4 @@ def no_weights(store: FileStore, hub: HubOrigin | None) -> T5g2Error:
             "load it in transformers and call save_pretrained",
         )
     more = "" if "config.json" in names else "no config.json, and "
-    return store.incomplete(f"has {more}neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder of a whole model")
+    return store.incomplete(f"has {more}neither {SINGLE_FILE} nor {INDEX_FILE}", "pass the folder of a complete model")

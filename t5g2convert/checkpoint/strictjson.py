@@ -117,7 +117,7 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object, and refuse texts that cannot be encoded again."""
     for key, value in pairs:
         if not (is_text(key) and _is_writable(value)):
-            raise ValueError("a text holds half of a surrogate pair")
+            raise ValueError("a string contains half of a surrogate pair")
     return _once(pairs)
 
 

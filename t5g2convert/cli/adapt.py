@@ -148,7 +148,7 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
             raise
         if early_rank():
             raise typer.Exit(stopped.exit_code) from None
-        stopped.hint = "the same command with --resume continues from the last checkpoint, if there is one"
+        stopped.hint = "repeat the command with --resume to continue from the last checkpoint, if any"
         raise stopped from None
     if not outcome.first:
         return
@@ -164,7 +164,7 @@ def _print(outcome: "Outcome") -> None:
     out.print(f"checkpoint  {outcome.checkpoint}", soft_wrap=True)
     out.print(f"losses      {outcome.plot}", soft_wrap=True)
     if outcome.exported is not None:
-        how = "exported before, left unchanged" if outcome.exported.before else "loads in transformers"
+        how = "already exported, unchanged" if outcome.exported.before else "loads in transformers"
         out.print(f"model       {outcome.exported.output}, {how}", soft_wrap=True)
         out.print(parameter_table(outcome.exported.inspection.parameters))
 

@@ -28,7 +28,7 @@ def card(
     ] = None,
     repo: Annotated[str, typer.Option("--repo", help="The name on the Hub, org/name.")] = "",
     replace: Annotated[
-        bool, typer.Option("--replace", help="Rewrite all of an existing README.md, not only the part that t5g2 wrote.")
+        bool, typer.Option("--replace", help="Rewrite the whole README.md, not only the part that t5g2 wrote.")
     ] = False,
     write: Annotated[
         bool, typer.Option("--write", help="Save it in the folder as README.md; t5g2 verify ignores that file.")
@@ -84,7 +84,7 @@ def _write(path: Path, text: str) -> None:
         OutputError: It cannot be written, or a link is in its place.
     """
     if path.is_symlink():
-        raise OutputError("is a link, expected a file or nothing", where=path, hint="remove it, and start again")
+        raise OutputError("is a link, expected a file or no file", where=path, hint="remove it, and run again")
     try:
         replace_file(path, text.encode())
     except OSError as error:

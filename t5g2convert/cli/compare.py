@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @with_options
 def compare(
-    gemma3: Annotated[str, typer.Argument(help="A Gemma 3 folder, or a model of the Hub: org/name[@revision].")],
-    t5gemma2: Annotated[Path, typer.Argument(help="A T5Gemma 2 folder that was trained further.")],
+    gemma3: Annotated[str, typer.Argument(help="A Gemma 3 folder, or a model on the Hub: org/name[@revision].")],
+    t5gemma2: Annotated[Path, typer.Argument(help="The fine-tuned T5Gemma 2 folder.")],
     *,
     text: Annotated[Path, typer.Option("--text", help="The text file to read, with T5GEMMA2's tokenizer.")],
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", help="Exit 6 if the decoder's mean KL is larger, in nats.", min=0)
+        float | None, typer.Option("--max-kl", help="Exit 6 if the decoder's mean KL (in nats) is larger.", min=0)
     ] = None,
     min_agreement: Annotated[
         float | None,

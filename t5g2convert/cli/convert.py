@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from t5g2convert.publish.upload import Upload
 
 VerifyOption = Annotated[
-    bool, typer.Option("--verify", help="Judge the result before it appears; nothing is left if it fails.")
+    bool, typer.Option("--verify", help="Verify the result before it appears; if this fails, nothing is written.")
 ]
 
 

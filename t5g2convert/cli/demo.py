@@ -75,14 +75,14 @@ def demo(
         check_target(output, source, overwrite=False)
         build_demo_source(source)
 
-        screen.print("1  A tiny Gemma 3 with images and seeded random weights", style="bold")
+        screen.print("1  A tiny multimodal Gemma 3 with seeded random weights", style="bold")
         parent = inspect(source)
         screen.print(f"   {len(parent.tensors)} tensors, {size_text(sum(parent.files.values()))}\n")
         screen.print(parameter_table(parent.parameters, title="Gemma 3"))
 
         plan = make_plan(source)
         screen.print("2  Which tensors go where", style="bold")
-        screen.print("   the source is read once; tensors for both stacks are written twice\n")
+        screen.print("   the source is read once; tensors used by both stacks are written twice\n")
         screen.print(draw_plan(plan), soft_wrap=True)
 
         execute(plan, Folders(source), output)
@@ -92,13 +92,13 @@ def demo(
         screen.print(parameter_table(child.parameters, title="T5Gemma 2"))
 
         screen.print("4  The proof", style="bold")
-        screen.print("   both models run side by side; decoder and encoder must compute what Gemma 3 computes\n")
+        screen.print("   both models run side by side; decoder and encoder must match Gemma 3\n")
         report = verify(output, source)
         print_report(report, screen)
         require_passed(report, output)
 
         screen.print("5  It generates", style="bold")
-        screen.print("   nonsense: its weights are random, and a fresh conversion has not learned to use its encoder\n")
+        screen.print("   nonsense: the weights are random, and a new conversion has not learned to use its encoder\n")
         written = "".join(generate(output, "an encoder-decoder", max_new_tokens=24))
         screen.print(f"   {printable(written)}\n", soft_wrap=True)
         if out is not None:
@@ -113,7 +113,7 @@ def _check_absent(folder: Path) -> None:
         OutputError: It is not empty, is a link, or is not a folder.
     """
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise OutputError("exists and is not an empty folder", where=folder, hint="use another folder for --out")
+        raise OutputError("exists and is not an empty folder", where=folder, hint="choose another folder for --out")
 
 
 def build_demo_source(folder: Path) -> None:

@@ -107,14 +107,14 @@ def _check_hub(problems: list[T5g2Error]) -> dict[str, Any] | None:
     if address and not _is_address(address):
         # The value is not repeated: it may be a token in the wrong variable.
         problems.append(
-            HubError("HF_ENDPOINT is not an address, expected https://...", hint="unset it to use huggingface.co")
+            HubError("HF_ENDPOINT is not a URL, expected https://...", hint="unset it to use huggingface.co")
         )
         return None
     try:
         from huggingface_hub import constants
     except ImportError as error:
         if _version("huggingface-hub") is not None:
-            problems.append(UsageError(f"huggingface-hub cannot be imported: {error}", hint="install it again"))
+            problems.append(UsageError(f"huggingface-hub cannot be imported: {error}", hint="reinstall it"))
         return None
     cache = Path(constants.HF_HUB_CACHE)
     existing = next((path for path in (cache, *cache.parents) if os.path.lexists(path)), cache)
@@ -129,7 +129,7 @@ def _check_hub(problems: list[T5g2Error]) -> dict[str, Any] | None:
     return {"token_from": _token_location(), "cache": str(cache), "cache_free": free}
 
 
-_MOVE: Final = "HF_HOME moves it"
+_MOVE: Final = "set HF_HOME to move it"
 
 
 def _is_address(text: str) -> bool:
@@ -165,7 +165,7 @@ def _check_cuda(problems: list[T5g2Error]) -> dict[str, Any]:
             import torch
         except (ImportError, OSError) as error:
             if _version("torch") is not None:
-                problems.append(UsageError(f"torch cannot be imported: {error}", hint="install it again"))
+                problems.append(UsageError(f"torch cannot be imported: {error}", hint="reinstall it"))
             return {"torch": None, "devices": [], "warning": None}
         # A driver that is too old is only a warning.
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -14,11 +14,11 @@ from t5g2convert.conversion.options import ConvertOptions
 
 @with_options(only={"dtype", "max_shard_bytes", "overwrite", "allow_nonfinite"})
 def extract(
-    source: Annotated[str, typer.Argument(help="A T5Gemma 2 folder, or a model of the Hub as org/name[@revision].")],
+    source: Annotated[str, typer.Argument(help="A T5Gemma 2 folder, or a model on the Hub: org/name[@revision].")],
     dest: Annotated[Path, typer.Argument(help="The folder to write.")],
     part: Annotated[
         Literal["encoder", "decoder"],
-        typer.Option("--part", help="encoder: T5Gemma 2's encoder alone; decoder: back to Gemma 3."),
+        typer.Option("--part", help="encoder: only T5Gemma 2's encoder; decoder: a Gemma 3."),
     ],
     options: ConvertOptions,
     verify: VerifyOption = False,

@@ -16,7 +16,7 @@ from t5g2convert.reference.options import GenerateOptions
 @with_options
 def generate(
     output: Annotated[Path, typer.Argument(help="A T5Gemma 2 or T5Gemma folder with a tokenizer.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="What the encoder reads.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="The text for the encoder.")],
     options: GenerateOptions,
     debug: DebugOption = False,
 ) -> None:

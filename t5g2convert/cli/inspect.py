@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def inspect(
     source: Annotated[
         str,
-        typer.Argument(help="A Gemma 2, Gemma 3, T5Gemma or T5Gemma 2 folder, or a model of the Hub."),
+        typer.Argument(help="A Gemma 2, Gemma 3, T5Gemma or T5Gemma 2 folder, or a model on the Hub."),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: JsonOption = False,

@@ -16,7 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-NameArgument = Annotated[str, typer.Argument(help="A shipped mapping's name, or the path of a file.")]
+NameArgument = Annotated[str, typer.Argument(help="Name of a shipped mapping, or path of a file.")]
 
 
 @app.command("list", cls=Command)
@@ -87,7 +87,7 @@ def show_mapping(name: NameArgument, as_json: JsonOption = False, debug: DebugOp
 def check_mapping(
     name: NameArgument,
     against: Annotated[
-        str | None, typer.Option("--against", help="A checkpoint folder or a model on the Hub to plan with it.")
+        str | None, typer.Option("--against", help="Also plan the conversion of this folder or Hub model.")
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -103,7 +103,7 @@ def check_mapping(
             {"mapping": loaded.map.name, "sha256": loaded.sha256, "rows": len(loaded.map.weights), "tensors": tensors}
         )
         return
-    text = f"{printable(name)} is sound: {len(loaded.map.weights)} rows, {len(loaded.map.drop)} drops"
+    text = f"{printable(name)} is valid: {len(loaded.map.weights)} rows, {len(loaded.map.drop)} drops"
     if against is not None:
         text += f"; it makes {tensors} tensors of {printable(against)}"
     console().print(text, soft_wrap=True)

@@ -28,7 +28,7 @@ def pack(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", help="Instead of INPUT: a data set of the Hub or a folder, read by datasets."),
+        typer.Option("--dataset", help="Instead of INPUT: a data set on the Hub or in a folder, loaded with the datasets library."),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Split of --dataset.")] = "train",
     subset: Annotated[

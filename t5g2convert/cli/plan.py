@@ -43,7 +43,7 @@ def plan(
     source: SourceArgument,
     *,
     output: Annotated[
-        Path, typer.Option("--output", help="Where the output would go; its disk's free space is shown.")
+        Path, typer.Option("--output", help="Planned output folder; shows the free space of its disk.")
     ] = Path(),
     options: PlanOptions,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every target tensor.")] = False,

@@ -14,7 +14,7 @@ SHOWN_RANGES = 40
 
 
 def probe_sentinels(
-    gemma3: Annotated[str, typer.Argument(help="A Gemma 3 folder, or a model of the Hub: org/name[@revision].")],
+    gemma3: Annotated[str, typer.Argument(help="A Gemma 3 folder, or a model on the Hub: org/name[@revision].")],
     t5gemma2: Annotated[str, typer.Argument(help="A T5Gemma 2 trained from it: a folder or model.")],
     factor: Annotated[
         float,

@@ -31,8 +31,8 @@ def upload(
         str | None,
         typer.Option("--revision", help="The branch, created if it does not exist; or refs/pr/1.", show_default="main"),
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Make a pull request.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files that would be sent; send nothing.")] = False,
     card: Annotated[
         Literal["update", "replace", "keep"],
         typer.Option("--card", help="How to write README.md: update our part of it, replace it, or keep it."),
@@ -125,7 +125,7 @@ def print_upload(done: "Upload", out: "Console") -> None:
         kind = "" if plan.access.private is None else " (private)" if plan.access.private else " (public)"
         out.print(f"sent {count}, to {target}{kind}: {done.url}", soft_wrap=True)
     else:
-        out.print(f"all {len(plan.files)} files are already there: {done.url}", soft_wrap=True)
+        out.print(f"all {len(plan.files)} files are already on the Hub: {done.url}", soft_wrap=True)
     print_notes(plan.notes)
 
 

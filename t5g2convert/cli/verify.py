@@ -30,14 +30,14 @@ SHOWN_OFFENDERS: Final = 20
 @with_options
 def verify(
     output: Annotated[
-        Path, typer.Argument(help="The folder to judge, which t5g2 wrote or which was trained elsewhere.")
+        Path, typer.Argument(help="The folder to verify, written by t5g2 or trained elsewhere.")
     ],
     *,
     source: Annotated[
         str | None,
         typer.Option(
             "--source",
-            help="The folder or model that it was made or trained from; without it little can be checked.",
+            help="The folder or model it was converted or trained from; without it, only the files are checked.",
         ),
     ] = None,
     options: VerifyOptions,
@@ -94,7 +94,7 @@ def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Origi
     from t5g2convert.parity.checks.integrity import READ_BY_LOADERS
 
     if junit is not None and html is not None and junit.resolve() == html.resolve():
-        raise UsageError(f"--junit and --html are the same file, {junit}", hint="use two file names")
+        raise UsageError(f"--junit and --html are the same file, {junit}", hint="choose different file names")
     read = [Path(str(each)) for each in inputs if each is not None and parse_id(str(each)) is None]
     there = [path for path in read if os.path.exists(path)]  # noqa: PTH110 - no error for a name that is too long
     for path in (path for path in (junit, html) if path is not None):
@@ -102,7 +102,7 @@ def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Origi
         target = path.resolve()
         if target.suffix.lower() in READ_BY_LOADERS and (target.parent / "config.json").exists():
             raise UsageError(
-                f"{path} would be read as a part of the model in that folder", hint="use another file name"
+                f"{path} would be loaded as part of the model in that folder", hint="choose another file name"
             )
         if not _is_written_directly(path):
             with _as_output_error(path):
@@ -162,7 +162,7 @@ def print_report(report: "Report", out: "Console") -> None:
     elif report.complete:
         verdict = Text("verified", "bold green")
     else:
-        verdict = Text("intact, but not compared with its source: pass it with --source", "bold yellow")
+        verdict = Text("intact, but not compared with its source; use --source", "bold yellow")
     if report.dtype is not None:
         verdict.append(f" in {report.dtype} on {report.device}", "not bold default")
     out.print(verdict)

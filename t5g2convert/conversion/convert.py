@@ -146,7 +146,7 @@ def execute(
     options = options or WriteOptions()
     hashing, flush, resume, allow_nonfinite = options.hashing, options.flush, options.resume, options.allow_nonfinite
     if values is not None and resume:
-        raise UsageError("trained values cannot be resumed: a finished shard may hold other values")
+        raise UsageError("an export of trained values cannot be resumed: a finished shard may hold other values")
     with Staging(output, overwrite=options.overwrite, flush=flush, resume=resume) as staging:
         journal = Journal(staging.folder, plan, allow_nonfinite=allow_nonfinite, flush=flush) if hashing else None
         begun = journal is not None and journal.path.exists()
@@ -214,11 +214,11 @@ def _notes(plan: Plan, kept: Mapping[str, str], written: Written, *, begun: bool
     if kept:
         yield f"kept {len(kept)} of {len(plan.shards)} shards, which an earlier run finished"
     elif begun:
-        yield "no shard of an earlier run belongs to this conversion: all were written"
+        yield "no shards of an earlier run match this conversion: all were written"
     if written.residual is not None:
         yield f"residual of the aligned embedding tables: {written.residual:.3g} (0: they fit exactly, 1: not at all)"
     elif any(tensor.content.alignment is not None for tensor in plan.tensors):
-        yield "the aligned projector is in a shard that was kept; verify reports its residual"
+        yield "the aligned projector is in a kept shard; verify reports its residual"
     if written.nonfinite:
         where = " in the shards written now" if kept else ""
         yield f"{len(written.nonfinite)} tensor(s){where} hold NaN or infinity, copied as they are: " + some(

@@ -53,15 +53,15 @@ def parse_shard_size(text: str) -> int:
     Raises:
         UsageError: The text is not a size, or no file is cut to that size.
     """
-    hint = "write 5G, 500MB or 4GiB"
+    hint = "use a form like 5G, 500MB or 4GiB"
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError(f"--max-shard-size {text!r} is not a size", hint=hint)
     size = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     if size < SMALLEST_SHARD:
-        raise UsageError(f"--max-shard-size {text!r} is below 1 MB, the smallest file", hint=hint)
+        raise UsageError(f"--max-shard-size {text!r} is below the minimum, 1 MB", hint=hint)
     if size >= 2**63:
-        raise UsageError(f"--max-shard-size {text!r} is more than a file can hold", hint=hint)
+        raise UsageError(f"--max-shard-size {text!r} exceeds the largest file size", hint=hint)
     return size
 
 
@@ -98,39 +98,39 @@ class PlanOptions(CommandOptions):
     """
 
     mapping: Annotated[
-        str | None, Option("A shipped mapping's name, or the file of your own.", default="by the source's model_type")
+        str | None, Option("Name of a shipped mapping, or path of your own.", default="by the source's model_type")
     ] = None
     part: Annotated[
-        Literal["encoder", "decoder"] | None, Option("What extract would take out: encoder or decoder.")
+        Literal["encoder", "decoder"] | None, Option("Plan an extraction of this part: encoder or decoder.")
     ] = None
     decoder_from: Annotated[
         Origin | None,
         Option(
-            "A Gemma 3 folder or model of the same width and vocabulary whose layers the decoder gets.",
+            "Take the decoder's layers from this Gemma 3 folder or model, of the same width and vocabulary.",
             default="SOURCE",
         ),
     ] = None
-    embedding_from: Annotated[Literal["source", "decoder-from"], Option("Whose embedding table both stacks get.")] = (
+    embedding_from: Annotated[Literal["source", "decoder-from"], Option("The parent that provides the embedding table of both stacks.")] = (
         "source"
     )
     encoder_layers: Annotated[
         LayerSpec | None,
         Option(
-            "Layers of its parent that the encoder takes, from 0: first:N, A:B, A:B:STEP (below B), or 0,3,5:12.",
+            "Parent layers to use for the encoder, counted from 0: first:N, A:B, A:B:STEP (B excluded), or 0,3,5:12.",
             default="all",
             metavar="SPEC",
         ),
     ] = None
     decoder_layers: Annotated[
-        LayerSpec | None, Option("The same of the decoder and its parent.", default="all", metavar="SPEC")
+        LayerSpec | None, Option("The same for the decoder.", default="all", metavar="SPEC")
     ] = None
     vision_from: Annotated[
-        Origin | None, Option("A Gemma 3 folder or model whose vision tower a source without images gets.")
+        Origin | None, Option("Take the vision tower for a text-only source from this Gemma 3 folder or model.")
     ] = None
     projector: Annotated[
         Literal["copy", "zeros", "aligned"] | None,
         Option(
-            "The projector: copy (the donor's, for equal widths), zeros (to be trained), or aligned (the donor's, by "
+            "The projector: copy (the donor's, for equal widths), zeros (untrained), or aligned (the donor's, mapped by "
             "least squares between both embeddings).",
             default="copy for equal widths, else zeros",
         ),
@@ -138,18 +138,18 @@ class PlanOptions(CommandOptions):
     ridge: Annotated[
         float,
         Option(
-            "For --projector aligned: penalty on large maps, as 1e-6; needed where the embeddings determine no map."
+            "For --projector aligned: ridge penalty, for example 1e-6; needed if the embeddings do not determine the map."
         ),
     ] = 0.0
     rope_scaling: Annotated[
         str,
         Option(
-            "keep, or linear:F: in full layers positions are divided by F, and inputs may be as much longer.",
+            "keep, or linear:F: divide positions in full layers by F, for inputs F times longer.",
             metavar="SCALING",
         ),
     ] = KEEP
-    sliding_window: Annotated[int | None, Option("Tokens that a sliding layer sees.", default="the source's")] = None
-    preset: Annotated[str | None, Option("The settings of a release, as t5gemma-2-270m-270m.", metavar="NAME")] = None
+    sliding_window: Annotated[int | None, Option("Window of sliding layers, in tokens.", default="the source's")] = None
+    preset: Annotated[str | None, Option("Use the settings of a release, for example t5gemma-2-270m-270m.", metavar="NAME")] = None
     keep_rows: Annotated[
         bool,
         Option(
@@ -162,13 +162,13 @@ class PlanOptions(CommandOptions):
     )
     dtype: Annotated[
         Dtype,
-        Option("keep, bfloat16, float16 or float32; all tensors are cast.", metavar="DTYPE"),
+        Option("Dtype of the output: keep, bfloat16, float16 or float32.", metavar="DTYPE"),
     ] = KEEP
     max_shard_bytes: Annotated[
         int,
         Field(ge=1),
         Option(
-            "Largest sum of tensors in one file, as 5G, 500MB or 4GiB; 1MB at least.",
+            "Maximum size of tensors per file, for example 5G, 500MB or 4GiB; at least 1MB.",
             flag="--max-shard-size",
             metavar="SIZE",
             parse=parse_shard_size,
@@ -191,13 +191,13 @@ class PlanOptions(CommandOptions):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.decoder_from is None and self.embedding_from != "source":
-            raise UsageError("--embedding-from decoder-from is for another parent", hint="give one with --decoder-from")
+            raise UsageError("--embedding-from decoder-from requires --decoder-from", hint="pass the decoder's parent with --decoder-from")
         if self.vision_from is None and self.projector is not None:
-            raise UsageError("--projector is for the tower of a donor", hint="give one with --vision-from")
+            raise UsageError("--projector requires --vision-from", hint="pass the donor of the tower with --vision-from")
         if not 0 <= self.ridge < math.inf:
-            raise UsageError(f"--ridge must be 0 or more, got {self.ridge}", hint="1e-6 is little")
+            raise UsageError(f"--ridge must be 0 or more, got {self.ridge}", hint="1e-6 is a small penalty")
         if self.ridge and self.projector != "aligned":
-            raise UsageError("--ridge is for --projector aligned")
+            raise UsageError("--ridge applies only to --projector aligned")
         if self.sliding_window is not None and not SMALLEST_WINDOW <= self.sliding_window <= MAX_INTEGER:
             raise UsageError(
                 f"--sliding-window must be between {SMALLEST_WINDOW} and {MAX_INTEGER}, got {self.sliding_window}"
@@ -232,7 +232,7 @@ class PlanOptions(CommandOptions):
         """
         options = cls(**record, **others)
         if options.record() != record:
-            raise UsageError(f"the options {dict(record)} are not as a conversion records them")
+            raise UsageError(f"the options {dict(record)} are not options that a conversion records")
         return options
 
 
@@ -258,24 +258,24 @@ class WriteOptions(CommandOptions):
     """
 
     hashing: Annotated[
-        bool, Option("Record sha256 of all files, and compare downloads with the Hub's.", flag="--hash/--no-hash")
+        bool, Option("Record the sha256 of all files, and check downloads against the Hub's.", flag="--hash/--no-hash")
     ] = True
-    flush: Annotated[bool, Option("Wait until the disk has everything, against power loss.")] = True
+    flush: Annotated[bool, Option("Flush all files to disk, to survive power loss.")] = True
     overwrite: Annotated[
         bool,
         Option(
-            "Replace an output of t5g2 that is there, at the very end; a folder with anything else in it is refused."
+            "Replace an existing t5g2 output at the very end; a folder that contains anything else is refused."
         ),
     ] = False
-    resume: Annotated[bool, Option("Keep the shards that an earlier run finished; leave them if stopped.")] = False
-    allow_nonfinite: Annotated[bool, Option("Copy NaN and infinity as they are.")] = False
+    resume: Annotated[bool, Option("Keep the shards that an earlier run finished; keep finished shards if interrupted.")] = False
+    allow_nonfinite: Annotated[bool, Option("Copy NaN and infinity instead of refusing them.")] = False
     progress: Progress | None = None
     judge: Judge | None = None
 
     @model_validator(mode="after")
     def _resumes_by_sha256(self) -> Self:
         if self.resume and not self.hashing:
-            raise UsageError("--resume needs sha256, by which it knows what was finished; leave out --no-hash")
+            raise UsageError("--resume needs sha256 to recognise finished shards; leave out --no-hash")
         return self
 
 
@@ -297,7 +297,7 @@ def parse_rope_scaling(scaling: str) -> float | None:
     except ValueError:
         factor = math.nan
     if math.isnan(factor):
-        raise UsageError(f"unknown --rope-scaling {scaling!r}", hint=f"expected {KEEP}, or linear:F as linear:8")
+        raise UsageError(f"unknown --rope-scaling {scaling!r}", hint=f"expected {KEEP}, or linear:F, for example linear:8")
     if not 1 / MAX_INTEGER <= factor <= MAX_INTEGER:
         raise UsageError(
             f"the factor of --rope-scaling must be between 1/{MAX_INTEGER} and {MAX_INTEGER}, got {factor}"

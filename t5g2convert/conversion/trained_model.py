@@ -83,7 +83,7 @@ def plan_adapted(
     parts = {item.name: item for item in _published(model)}
     faults = [fault for name, shape in trained.items() for fault in _trained_faults(name, shape, parts)]
     if faults:
-        message = f"{len(faults)} trained tensor(s) are not of this model"
+        message = f"{len(faults)} trained tensor(s) do not belong to this model"
         raise CheckpointError(message, where=model.path, details=faults)
     cast_to = None if dtype == KEEP else BY_CONFIG_NAME[dtype]
     tensors, shards = _laid_out(model, trained.keys(), parts, cast_to)
@@ -160,14 +160,14 @@ def _published(model: Checkpoint) -> Iterator[ExpectedTensor]:
             faults.append(f"{name} has dtype {stored.entry.dtype}, expected one of {', '.join(CONFIG_NAMES)}")
     if faults:
         raise CheckpointError(
-            f"{len(faults)} tensor(s) are not those of the published layout", where=model.path, details=faults
+            f"{len(faults)} tensor(s) do not match the published layout", where=model.path, details=faults
         )
     yield from implied.values()
 
 
 def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, ExpectedTensor]) -> Iterator[str]:
     if name in TIED:
-        yield f"{name} is another name of {TABLE}; use that one"
+        yield f"{name} is another name of {TABLE}; use {TABLE}"
     elif name not in parts:
         yield f"{name} is not a tensor of this model"
     elif parts[name].part == FROZEN:

@@ -66,7 +66,7 @@ class Inspection:
         path: The folder; for a model of the Hub, its folder in the Hub's cache.
         family: The `model_type` of its config.
         layout: The spelling of each root. For an encoder-decoder `{"names": "published"}`, the spelling of each root if
-            loaders also accept other names, or `another than the published one` if tensors are missing.
+            loaders also accept other names, or `different from the published one` if tensors are missing.
         parameters: Number of parameters by part, with `total`; tied copies are not counted.
         dtypes: Number of parameters by safetensors dtype.
         files: Bytes by safetensors file.
@@ -209,7 +209,7 @@ def _inspect_target(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Inspect
     else:
         parts = {name: _target_part(name) for name in checkpoint.tensors} | implied
         missing = [name for name in implied if name not in checkpoint.tensors]
-    layout = "another than the published one" if missing else "published"
+    layout = "different from the published one" if missing else "published"
     return _inspection(checkpoint, {"names": layout}, parts, missing, facts)
 
 

@@ -25,7 +25,7 @@ def mappings_folder() -> Path:
     checkout = package.parent
     if (checkout / "pyproject.toml").is_file() and (checkout / "mappings").is_dir():
         return checkout / "mappings"
-    raise MappingError("the shipped mappings are missing", where=package, hint="install t5g2convert again")
+    raise MappingError("the shipped mappings are missing", where=package, hint="reinstall t5g2convert")
 
 
 def shipped_paths() -> dict[str, Path]:
@@ -48,7 +48,7 @@ def find_map(name: str) -> LoadedMap:
         return load_map(Path(name))
     paths = shipped_paths()
     if name not in paths:
-        hint = did_you_mean(name, paths) or f"shipped: {', '.join(paths)}; a file of yours needs its .yaml ending"
+        hint = did_you_mean(name, paths) or f"shipped: {', '.join(paths)}; your own file needs its .yaml suffix"
         raise MappingError(f"there is no mapping {name!r}", hint=hint)
     return load_map(paths[name])
 

@@ -61,7 +61,7 @@ class Problems:
         counts = {"missing": len(self.missing), "unused": len(unused), "misshapen": len(self.misshapen)}
         summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         raise CheckpointError(
-            f"its tensors are not those of mapping {weight_map.name!r} and its config: {summary}",
+            f"its tensors do not match mapping {weight_map.name!r} and its config: {summary}",
             where=self.checkpoint.path,
             hint=describe(self.checkpoint, unused) or self._drop_hint(unused),
             details=details,
@@ -75,7 +75,7 @@ class Problems:
         for name in unused:
             drop = self.optional.get(name)
             if drop is not None and drop.option is not None:
-                return f"{name} is {drop.because}: {flag(drop.option)} leaves it out, and what it learned is lost"
+                return f"{name} is {drop.because}: {flag(drop.option)} drops it, and loses what it learned"
         return None
 
 

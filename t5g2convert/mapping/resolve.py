@@ -81,8 +81,8 @@ class Resolution:
 
 
 SUBJECTS: Final[Mapping[Role, str]] = {
-    DECODER_FROM: "the decoder's parent of --decoder-from",
-    VISION_FROM: "the donor of --vision-from",
+    DECODER_FROM: "the decoder's parent (--decoder-from)",
+    VISION_FROM: "the donor (--vision-from)",
 }
 """Names of the other checkpoints in errors."""
 
@@ -332,7 +332,7 @@ def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int, checkpo
         if values[name] >= vocab:
             if "vision" in model.features and token >= vocab:
                 raise CheckpointError(
-                    f"{name} is {values[name]}, past the {vocab} rows of the embedding table",
+                    f"{name} is {values[name]}, beyond the {vocab} rows of the embedding table",
                     where=checkpoint.path / "config.json",
                 )
             values[name] = token

@@ -159,7 +159,7 @@ def resolve_drop(drop: Drop, view: SourceView) -> Iterator[ResolvedDrop]:
             equals = tensors.get(other)
             if equals is None:
                 raise MappingError(
-                    f"{name} can be dropped only if it equals {other}, which does not exist",
+                    f"{name} can be dropped only if it equals {other}, which is missing",
                     where=problems.checkpoint.path,
                 )
             problems.misshapen += _incomparable(tensors[name].entry, equals.entry)

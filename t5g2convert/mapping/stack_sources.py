@@ -73,7 +73,7 @@ def check_fit(
         MappingError: The parents differ, with all values that differ; or the source is an encoder-decoder.
     """
     if "layers" not in sizes:
-        raise MappingError("--decoder-from is for decoder-only sources")
+        raise MappingError("--decoder-from applies only to decoder-only sources")
     differing = [
         f"{what} {decoder_sizes[name]}, not {sizes[name]}"
         for name, what in SHARED_SIZES.items()
@@ -86,7 +86,7 @@ def check_fit(
     ]
     if differing:
         raise MappingError(
-            f"the checkpoint given by --decoder-from does not fit the source: it has {', '.join(differing)}",
+            f"the --decoder-from checkpoint does not fit the source: it has {', '.join(differing)}",
             hint="both stacks share the embedding table and the width of their states",
         )
 
@@ -105,11 +105,11 @@ def check_layers(layers: Layers, depths: Mapping[str, int | None]) -> Layers:
     for part in (part for part in STACKS if part in layers):
         depth = depths[part]
         if depth is None:
-            raise MappingError(f"--{part}-layers is for decoder-only sources")
+            raise MappingError(f"--{part}-layers applies only to decoder-only sources")
         if layers[part][-1] >= depth:
             raise MappingError(
                 f"--{part}-layers takes layer {layers[part][-1]}, the {part}'s parent has {depth} layers",
-                hint=f"they are counted from 0 to {depth - 1}",
+                hint=f"layers are counted from 0 to {depth - 1}",
             )
         if len(layers[part]) < depth:
             taken[part] = layers[part]

@@ -98,7 +98,7 @@ class Inputs:
             batch = text_batch(tokens, length)
         longest = batch.ids_BT.shape[1]
         if longest <= window:
-            unreached = f"the sequences have {longest} tokens, so the sliding window of {window} was not reached"
+            unreached = f"the sequences have {longest} tokens, so the sliding window of {window} was not exceeded"
             remarks = (*remarks, unreached)
         device = target.weights.device
         return Batch(batch.ids_BT.to(device), batch.kept_BT.to(device), remarks)
@@ -144,7 +144,7 @@ def read_inputs(
         UsageError: There is no source, or the text or the picture cannot be used.
     """
     if not with_source and (text or image) is not None:
-        raise UsageError("--text and --image are read by both models, but no source was given")
+        raise UsageError("--text and --image require --source: both models read them")
     tokens: list[int] = []
     seen = None
     try:
@@ -154,7 +154,7 @@ def read_inputs(
                 raise UsageError(f"{text} has {len(tokens)} tokens, expected at least {SHORTEST}")
         if image is not None:
             if vision is None:
-                raise UsageError(f"{image} cannot be used: the source does not read images")
+                raise UsageError(f"{image} cannot be used: the source has no vision tower")
             seen = picture(image, vision, folder, torch.float32)
     except CheckpointError as error:
         raise UsageError(f"the text or the picture cannot be read: {error}") from None
@@ -171,7 +171,7 @@ def _exact_eoi(target: TokenModel) -> tuple[int | None, tuple[str, ...]]:
     if stored is None or DTYPES.get(stored.entry.dtype) == target.weights.dtype:
         return token, ()
     return None, (
-        "the end-of-image token was left out: its row was scaled and rounded in "
+        "the end-of-image token was left out: its row is scaled and rounded in "
         f"{CONFIG_NAMES[stored.entry.dtype]} and is exact in that dtype only; provenance judges its bytes",
     )
 
@@ -249,7 +249,7 @@ def read_text(path: Path, size: int) -> str:
     """
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} cannot be read: it is not a file")
+            raise UsageError(f"{path} cannot be read: not a file")
         with path.open(encoding="utf-8") as file:
             return file.read(size)
     except (OSError, UnicodeDecodeError) as error:

@@ -28,19 +28,19 @@ class VerifyOptions(PassOptions):
     """
 
     decoder_from: Annotated[
-        Origin | None, Option("The checkpoint that its decoder was made from, if it was another.")
+        Origin | None, Option("The checkpoint its decoder was made from, if not SOURCE.")
     ] = None
     vision_from: Annotated[
-        Origin | None, Option("The checkpoint that its vision tower was taken from, if it was another.")
+        Origin | None, Option("The checkpoint its vision tower was taken from, if not SOURCE.")
     ] = None
     mapping: Annotated[
-        str | None, Option("The map it was made with.", default="the shipped one for the source's model_type")
+        str | None, Option("The weight map it was made with.", default="the shipped map for the source's model_type")
     ] = None
-    tolerance: Annotated[float, Option("Largest difference that passes, as a part of the largest value.")] = 0.0
-    text: Annotated[Path | None, Option("A text file to read in place of seeded tokens, with OUTPUT's tokenizer.")] = (
+    tolerance: Annotated[float, Option("Largest difference allowed, as a fraction of the largest value.")] = 0.0
+    text: Annotated[Path | None, Option("Text file to use instead of seeded tokens, with OUTPUT's tokenizer.")] = (
         None
     )
-    image: Annotated[Path | None, Option("A picture file to read in place of seeded pixels.")] = None
+    image: Annotated[Path | None, Option("Image file to use instead of seeded pixels.")] = None
     frozen: Annotated[
         tuple[str, ...],
         Option(
@@ -63,9 +63,9 @@ class CompareOptions(PassOptions):
     """The options of `compare`, with those of the reference passes.
 
     Attributes:
-        max_tokens: Tokens of the text to read at most.
+        max_tokens: Maximum number of tokens of the text to use.
         progress: Called with a few words at every step.
     """
 
-    max_tokens: Annotated[int, Field(ge=8), Option("Tokens of the text to read at most.")] = 1024
+    max_tokens: Annotated[int, Field(ge=8), Option("Maximum number of tokens of the text to use.")] = 1024
     progress: Steps | None = None

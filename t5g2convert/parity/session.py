@@ -63,7 +63,7 @@ class Verification(Generic[Source]):
     @property
     def source(self) -> Source:
         """The model that the folder was made from; only checks that run without a source must not read it."""
-        assert self.known_source is not None, "this check is not made without a source"
+        assert self.known_source is not None, "this check needs a source"
         return self.known_source
 
     @cached_property
@@ -112,7 +112,7 @@ class Verification(Generic[Source]):
             CheckpointError: A tensor is missing or has another shape.
         """
         if fault := next(tensor_faults(self.target), None):
-            raise CheckpointError(f"cannot be computed: its tensors are not those that its config implies: {fault}")
+            raise CheckpointError(f"cannot be computed: its tensors do not match its config: {fault}")
 
 
 CheckFunction = Callable[[Verification[Any]], Check | Skipped | None]

@@ -82,7 +82,7 @@ def _of_training(output: Path, sources: Sources, options: VerifyOptions) -> Veri
     if used := [option for option, value in applied.items() if value is not None]:
         raise UsageError(
             f"{', '.join(used)} cannot be used for a folder that was trained elsewhere",
-            hint="--source is the T5Gemma 2 that was trained, and --frozen says which parts were not",
+            hint="--source is the T5Gemma 2 that was trained; use --frozen for parts that were not",
         )
     return Verification(
         output=output,
@@ -115,8 +115,8 @@ def _of_conversion(
     """
     if options.frozen:
         raise UsageError(
-            "--frozen is for a folder that was trained elsewhere",
-            hint="pass that folder, which has no t5g2.json, and the T5Gemma 2 that was trained as --source",
+            "--frozen applies only to folders that were trained elsewhere",
+            hint="pass such a folder, without t5g2.json, and the T5Gemma 2 it was trained from as --source",
         )
     if sources is not None:
         check_manifest_fits(output, sources.source)
@@ -133,7 +133,7 @@ def _of_conversion(
             raise UsageError(
                 "OUTPUT was trained after conversion; "
                 f"pass the T5Gemma 2 it was trained from, not {sources.source.name}",
-                hint="t5g2 compare measures how far it is from a Gemma 3",
+                hint="to compare it with a Gemma 3, use t5g2 compare",
             )
         origins = {SOURCE: source, DECODER_FROM: options.decoder_from, VISION_FROM: options.vision_from}
         if manifest is not None:
@@ -261,5 +261,5 @@ def _message(error: CheckpointError, verification: Verification[Any]) -> str:
 
 def _too_little_memory(error: BaseException) -> UsageError:
     return UsageError(
-        f"there is too little memory for the passes: {str(error).splitlines()[0] if str(error) else 'none is left'}"
+        f"not enough memory for the passes: {str(error).splitlines()[0] if str(error) else 'none is left'}"
     )

@@ -188,26 +188,26 @@ def _check_trained_from(trained: Checkpoint, start: Checkpoint, start_manifest: 
     if not is_t5gemma2(start) or trained_type != start_type:
         raise UsageError(
             f"{trained.name} is a {trained_type}, but {start.name} is a {start_type}",
-            hint="--source is the T5Gemma 2 that was trained elsewhere",
+            hint="pass the T5Gemma 2 it was trained from as --source",
         )
     has_manifest = is_there(trained.path / MANIFEST_FILE)
     if trained.path.samefile(start.path):
         raise UsageError(
             f"--source names the trained folder itself, {start.name}",
-            hint="leave --source out"
+            hint="omit --source"
             if has_manifest
             else "pass the T5Gemma 2 from before the training: converting the same Gemma 3 again makes it",
         )
     if {*as_published(trained).checkpoint.tensors} != {*as_published(start).checkpoint.tensors}:
         raise UsageError(
             f"{trained.name} was not trained from {start.name}: their tensors differ",
-            hint="--source is the T5Gemma 2 that was trained elsewhere",
+            hint="pass the T5Gemma 2 it was trained from as --source",
         )
     if has_manifest and (
         start_manifest is None or read_manifest(trained.path).unverified() != start_manifest.unverified()
     ):
         raise UsageError(
-            f"{trained.name} was written by this tool: it has its own {MANIFEST_FILE}", hint="leave --source out"
+            f"{trained.name} was written by this tool: it has its own {MANIFEST_FILE}", hint="omit --source"
         )
 
 

@@ -24,7 +24,7 @@ from t5g2convert.publish.markdown import code, fenced, table
 
 NOT_ESTABLISHED: Final = (
     "learning rate", "weight decay", "optimizer", "sentinel and mode tokens", "packing",
-    "begin and end tokens of what the encoder reads",
+    "begin and end tokens of the encoder's input",
 )  # fmt: skip
 """What is not known about Google's training of T5Gemma 2: a run uses its user's choice or a default of this tool."""
 
@@ -267,7 +267,7 @@ def _verification(record: RecordedVerification | None, *, elsewhere: bool) -> It
         [code(check.name), "passed" if check.passed else "**FAILED**", code(check.detail)] for check in record.checks
     ]
     rows += [[code(name), "skipped", code(because)] for name, because in record.skipped.items()]
-    yield table(["check", "result", "what was compared, and the outcome"], rows)
+    yield table(["check", "result", "what was compared, and the result"], rows)
     if record.remarks:
         yield "\n".join(f"- {code(remark)}" for remark in record.remarks)
 

@@ -104,7 +104,7 @@ def check_access(repo: str, *, create_pr: bool = False) -> Access:
         try:
             whoami = retry(api.whoami)
         except LocalTokenNotFoundError:
-            raise HubError("uploading needs a token, and there is none", where=repo, hint=LOGIN_HINT) from None
+            raise HubError("uploading needs a token, but none is set", where=repo, hint=LOGIN_HINT) from None
         user = str(whoami["name"])
         if not create_pr:
             _check_role(whoami, repo)
@@ -122,7 +122,7 @@ def check_access(repo: str, *, create_pr: bool = False) -> Access:
 def _check_role(whoami: Mapping[str, Any], repo: str) -> None:
     token = (whoami.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise HubError("the token may only read", where=repo, hint=f"use one that may write: {LOGIN_HINT}")
+        raise HubError("the token is read-only", where=repo, hint=f"use a token with write access: {LOGIN_HINT}")
 
 
 def _check_namespace(whoami: Mapping[str, Any], repo: str) -> None:
@@ -186,7 +186,7 @@ def read_text(repo: str, revision: str, name: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        hint = "--card replace makes a new one, --card keep leaves it" if name == CARD_FILE else "fix it"
+        hint = "use --card replace for a new card, or --card keep to leave it" if name == CARD_FILE else "fix it"
         raise HubError(f"{name} is not UTF-8", where=repo, hint=hint) from None
 
 
@@ -208,9 +208,9 @@ def outdated_files(repo: str, remote: RemoteFiles, files: Sequence[LocalFile]) -
     weights = [name for name in others if name not in listed and name.endswith(WEIGHTS)]
     if weights:
         raise HubError(
-            f"has weights of another model, which a loader would read: {some(weights)}",
+            f"has weights of another model, which would be loaded: {some(weights)}",
             where=repo,
-            hint="remove them there, or choose another name or --revision",
+            hint="delete them on the Hub, or choose another name or --revision",
         )
     return [name for name in others if name in listed]
 

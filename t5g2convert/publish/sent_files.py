@@ -78,7 +78,7 @@ def trained_elsewhere_files(folder: Path, report: Callable[[str], None] | None =
             list all of them.
     """
     named = [(name, None) for name in loaded_files(open_checkpoint(folder))]
-    return tuple(_check_all(folder, named, report, hint="nothing was sent; replace links by the files themselves"))
+    return tuple(_check_all(folder, named, report, hint="nothing was sent; replace links with the files"))
 
 
 def local_card(folder: Path) -> str | None:
@@ -122,7 +122,7 @@ def _check_all(
 def _check(folder: Path, name: str, entry: FileRecord | None) -> LocalFile:
     """Compare a file with its entry in the manifest; None is for a file without an entry."""
     if not is_sent_name(name) or (entry is not None and name in (MANIFEST_FILE, CARD_FILE)):
-        raise CheckpointError("is not a name that a conversion writes")
+        raise CheckpointError("is not a file name that a conversion writes")
     path = _resolved(folder, name)
     try:
         size, sha256 = path.stat().st_size, sha256_of(path)
@@ -144,12 +144,12 @@ def _resolved(folder: Path, name: str) -> Path:
     """Return the path of a file. A link would send another file: it is refused, except in the Hub's cache."""
     path = folder / name
     if is_template(name) and (folder / TEMPLATES_FOLDER).is_symlink():
-        raise CheckpointError("is in a linked folder: only files in the folder itself are sent", where=path)
+        raise CheckpointError("is in a linked folder: only files in the folder are sent", where=path)
     if not path.is_symlink():
         return regular_file(path)
     target = regular_file(path).resolve()
     if not any(target.is_relative_to(store) for store in _stores(folder.resolve())):
-        raise CheckpointError("is a link to another place: only files in the folder itself are sent", where=path)
+        raise CheckpointError("is a link out of the folder: only files in the folder are sent", where=path)
     return target
 
 

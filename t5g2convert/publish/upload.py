@@ -116,7 +116,7 @@ def upload(
     if create_pr and revision not in (None, MAIN):
         raise UsageError("use --create-pr or --revision, not both: a pull request goes to main")
     step = report or _ignore
-    step("check the access")
+    step("check access")
     access = check_access(repo, create_pr=create_pr)
     with _client_output(bars) as warned:
         plan = plan_upload(
@@ -143,7 +143,7 @@ def upload(
         commit, number = _make_commit(plan, operations, create_pr=create_pr)
         step("compare the checksums")
         _compare(plan, commit if number is None else f"refs/pr/{number}")
-    notes = (*plan.notes, *(f"the Hub says about README.md: {text}" for text in warned))
+    notes = (*plan.notes, *(f"the Hub reports about README.md: {text}" for text in warned))
     return Upload(replace(plan, notes=notes), dry_run=False, commit=commit, pull_request=number)
 
 
@@ -285,7 +285,7 @@ def _compare(plan: UploadPlan, revision: str) -> None:
     differing = [file.name for file in list_files(plan.access.repo, revision).differing(plan.files)]
     if differing:
         raise HubError(
-            f"{revision} has other bytes than the folder: {some(differing)}", where=plan.access.repo, hint=AGAIN_HINT
+            f"{revision} differs from the folder: {some(differing)}", where=plan.access.repo, hint=AGAIN_HINT
         )
 
 

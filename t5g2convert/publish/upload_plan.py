@@ -140,7 +140,7 @@ def _card(
     if text is not None:
         yield LocalFile.of_text(CARD_FILE, text)
     if here is not None and here not in (text, there):
-        notes.append("README.md in the folder is not sent as is: the card is made from the Hub's, or from scratch")
+        notes.append("README.md in the folder is not sent unchanged: the card is built from the Hub's, or from scratch")
 
 
 def _download_source_card(folder: Path, notes: list[str]) -> str | None:

@@ -77,7 +77,7 @@ def generate(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[st
 def _with_image(codec: TextCodec, prompt: str, tokens: ImageTokens) -> list[int]:
     """Return the ids of a prompt behind an image's tokens."""
     if tokens.image_token_index in codec.encode(prompt):
-        raise UsageError("the prompt already has image tokens; --image puts its own before the prompt")
+        raise UsageError("the prompt already has image tokens; --image adds its own before the prompt")
     return codec.encode_with_image(
         prompt,
         boi=tokens.boi_token_index,

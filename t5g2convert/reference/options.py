@@ -22,8 +22,8 @@ class PassOptions(CommandOptions):
         device: The device to compute on.
     """
 
-    dtype: Annotated[PassDtype | None, Option("What the passes compute in.", default="the output's")] = None
-    device: Annotated[Device, Option("Where the passes run; parity is exact on the CPU.")] = "cpu"
+    dtype: Annotated[PassDtype | None, Option("Dtype to compute in.", default="the output's")] = None
+    device: Annotated[Device, Option("Device to compute on; parity is exact on the CPU.")] = "cpu"
 
 
 class GenerateOptions(PassOptions):
@@ -34,5 +34,5 @@ class GenerateOptions(PassOptions):
         max_new_tokens: The largest number of tokens.
     """
 
-    image: Annotated[Path | None, Option("A picture that the encoder sees first.")] = None
-    max_new_tokens: Annotated[int, Field(ge=1), Option("Tokens to write at most.")] = 64
+    image: Annotated[Path | None, Option("Image file for the encoder, before the text.")] = None
+    max_new_tokens: Annotated[int, Field(ge=1), Option("Maximum number of tokens to generate.")] = 64

@@ -48,11 +48,11 @@ class TextCodec:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UsageError("the text holds half of a surrogate pair, or bytes that are not UTF-8") from None
+            raise UsageError("the text contains half of a surrogate pair, or bytes that are not UTF-8") from None
         tokens = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         if self._vocab is not None and max(tokens, default=0) >= self._vocab:
             raise CheckpointError(
-                f"gives token {max(tokens)}, the embedding table has {self._vocab} rows", where=self._path
+                f"gives token {max(tokens)}, but the embedding table has {self._vocab} rows", where=self._path
             )
         return tokens
 
@@ -92,13 +92,13 @@ def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) ->
 
     settings, side = _processor(folder), tower.settings.image_size
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} cannot be read as a picture: it is not a file")
+        raise UsageError(f"{path} cannot be read as an image: not a file")
     try:
         with Image.open(path) as image:
             resized = image.convert("RGB").resize((side, side), Image.Resampling(settings.resample))
     except Exception as error:  # noqa: BLE001 - pillow's readers raise whatever a damaged file makes them raise
         raise_interruption()
-        raise UsageError(f"{path} cannot be read as a picture: {error}") from None
+        raise UsageError(f"{path} cannot be read as an image: {error}") from None
     values = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(side, side, 3).float() / 255.0
     normalised = (values - torch.tensor(settings.image_mean)) / torch.tensor(settings.image_std)
     return normalised.permute(2, 0, 1)[None].to(dtype)

@@ -202,7 +202,7 @@ def scatter_images(embedded_BTC: Tensor, ids_BT: Tensor, image_token: int, featu
     at = ids_BT == image_token
     count = features_ITC.shape[0] * features_ITC.shape[1]
     if int(at.sum()) != count:
-        raise CheckpointError(f"the input has {int(at.sum())} image tokens, the images give {count}")
+        raise CheckpointError(f"the input has {int(at.sum())} image tokens, but the images need {count}")
     replaced = embedded_BTC.clone()
     replaced[at] = torch.flatten(features_ITC, 0, 1).to(embedded_BTC.dtype)
     return replaced

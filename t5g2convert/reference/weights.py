@@ -135,7 +135,7 @@ class Weights:
             found, expected = self.shape(prefix + name), tuple(parameter.shape)
             if found != expected:
                 raise CheckpointError(
-                    f"tensor {prefix + name!r} has shape {list(found)}, its config implies {list(expected)}",
+                    f"tensor {prefix + name!r} has shape {list(found)}, but its config implies {list(expected)}",
                     where=self.checkpoint.path,
                 )
             state[name] = self.tensor(prefix + name)
@@ -178,7 +178,7 @@ def read_exactly(checkpoint: Checkpoint, stored: StoredTensor, start: int, buffe
             while todo:
                 count = file.readinto(todo)
                 if not count:
-                    raise CheckpointError("has become shorter while it was read", where=path)
+                    raise CheckpointError("was truncated while it was read", where=path)
                 todo = todo[count:]
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None

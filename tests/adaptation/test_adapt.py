@@ -415,7 +415,7 @@ def test_a_changed_run_json_is_refused(copied: Path, description: dict[str, Any]
     with pytest.raises(CheckpointError, match="does not match the settings"):
         check_same(copied, description)
     (copied / "run.json").unlink()
-    with pytest.raises(CheckpointError, match="there is no run to resume"):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
         check_same(copied, description)
 
 

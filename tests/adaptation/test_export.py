@@ -314,12 +314,12 @@ def test_what_is_not_of_the_model_is_refused_all_of_it(converted_twin: TwinFolde
         "lm_head.out_proj.weight": torch.ones(300, 24),
         "model.encoder.vision_tower.vision_model.post_layernorm.weight": torch.ones(20),
     }
-    with pytest.raises(CheckpointError, match=r"4 trained tensor\(s\) are not of this model") as caught:
+    with pytest.raises(CheckpointError, match=r"4 trained tensor\(s\) do not belong to this model") as caught:
         export(converted_twin("images-8"), InMemory(trained), tmp_path / "out", facts=FACTS)
     assert caught.value.details == (
         "model.decoder.norm.bias is not a tensor of this model",
         "model.encoder.norm.weight has shape [25], expected [24]",
-        "lm_head.out_proj.weight is another name of model.encoder.embed_tokens.weight; use that one",
+        "lm_head.out_proj.weight is another name of model.encoder.embed_tokens.weight; use model.encoder.embed_tokens.weight",
         "model.encoder.vision_tower.vision_model.post_layernorm.weight belongs to the vision tower, which stays frozen",
     )
     with pytest.raises(CheckpointError, match="nothing was trained"):
@@ -364,7 +364,7 @@ def test_a_model_in_another_layout_is_refused(
     del tensors["model.encoder.norm.weight"]
     save_file(tensors, raw / "model.safetensors", {"format": "pt"})
     values = InMemory({"model.decoder.norm.weight": torch.ones(24)})
-    with pytest.raises(CheckpointError, match="are not those of the published layout") as caught:
+    with pytest.raises(CheckpointError, match="do not match the published layout") as caught:
         export(raw, values, tmp_path / "out", facts=FACTS)
     assert caught.value.details == (
         "missing: model.encoder.norm.weight",

@@ -128,7 +128,7 @@ def test_a_row_of_zeros_that_moved_is_infinitely_far(
 def test_models_without_a_common_space_are_refused(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="its rows have 24 values, but those of donor-wide have 32"):
+    with pytest.raises(CheckpointError, match="its rows have 24 values, but the rows of donor-wide have 32"):
         probe(twin_folder("donor-wide"), converted_twin("text-8"))
     with pytest.raises(UsageError, match="--factor must be 0 or more, got -1"):
         probe(twin_folder("text-8"), converted_twin("text-8"), factor=-1)

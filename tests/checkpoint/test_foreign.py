@@ -110,7 +110,7 @@ QUANTISED: Final[dict[str, tuple[Change, dict[str, Any], str, str]]] = {
         nvfp4,
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
         "(modelopt, NVFP4)",
-        "quantised from",
+        "the original, unquantised model",
     ),
     "bnb 4 bits": (bnb4, {"quantization_config": {"load_in_4bit": True}}, "(bitsandbytes, 4 bits)", "dequantize()"),
     "bnb 8 bits": (
@@ -119,11 +119,11 @@ QUANTISED: Final[dict[str, tuple[Change, dict[str, Any], str, str]]] = {
         "(bitsandbytes, 8 bits)",
         "dequantize()",
     ),
-    "gptq": (gptq, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(gptq, 4 bits)", "quantised from"),
-    "awq": (gptq, {"quantization_config": {"quant_method": "awq"}}, "(awq)", "quantised from"),
-    "hqq": (hqq, {"quantization_config": {"quant_method": "hqq"}}, "(hqq)", "quantised from"),
-    "torchao": (torchao, {"quantization_config": {"quant_method": "torchao"}}, "(torchao)", "quantised from"),
-    "no method": (fp8, {"quantization_config": {"group_size": 3}}, "(method not named)", "dequantise"),
+    "gptq": (gptq, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(gptq, 4 bits)", "the original, unquantised model"),
+    "awq": (gptq, {"quantization_config": {"quant_method": "awq"}}, "(awq)", "the original, unquantised model"),
+    "hqq": (hqq, {"quantization_config": {"quant_method": "hqq"}}, "(hqq)", "the original, unquantised model"),
+    "torchao": (torchao, {"quantization_config": {"quant_method": "torchao"}}, "(torchao)", "the original, unquantised model"),
+    "no method": (fp8, {"quantization_config": {"group_size": 3}}, "(unknown method)", "dequantise"),
 }
 
 
@@ -135,12 +135,12 @@ def test_I7_what_config_says_is_quantised_is_refused_in_one_line(case: str, demo
     for read in (plan, lambda folder: convert(folder, tmp_path / "out")):
         with pytest.raises(CheckpointError) as refused:
             read(demo_source)
-        assert refused.value.message == f"config.json says that this is quantised {method}"
+        assert refused.value.message == f"config.json says that the model is quantised {method}"
         assert step in (refused.value.hint or "")
         assert refused.value.details == ()
     assert not (tmp_path / "out").exists()
     told = [note for note in inspect(demo_source).notes if "quantised" in note]
-    assert told == [f"config.json says that this is quantised {method}: {refused.value.hint}"]
+    assert told == [f"config.json says that the model is quantised {method}: {refused.value.hint}"]
 
 
 @pytest.mark.parametrize("place", ["top", "text_config"])
@@ -151,7 +151,7 @@ def test_a_config_that_was_left_on_plain_weights_is_noted_and_not_carried(
     config = json.loads((demo_source / "config.json").read_text())
     set_config(demo_source, **(left if place == "top" else {"text_config": config["text_config"] | left}))
     key = "quantization_config" if place == "top" else "text_config.quantization_config"
-    note = f"config.json has a {key} (bitsandbytes, 4 bits), but the weights are not quantised: it is ignored"
+    note = f"config.json has a {key} (bitsandbytes, 4 bits), but the weights are not quantised: ignored"
     assert note in plan(demo_source).notes
     assert note in inspect(demo_source).notes
     convert(demo_source, tmp_path / "out", flush=False)
@@ -167,11 +167,11 @@ def test_a_left_config_does_not_hide_what_else_is_wrong(demo_source: Path) -> No
 
 
 BY_METADATA: Final[dict[str, tuple[Change, dict[str, str], str]]] = {
-    "mlx": (mlx4, {"format": "mlx"}, "the metadata of model.safetensors say that this is quantised (mlx)"),
+    "mlx": (mlx4, {"format": "mlx"}, "the metadata of model.safetensors say that the model is quantised (mlx)"),
     "torchao": (
         torchao,
         {"tensor_names": "[]"},
-        "the metadata of model.safetensors say that this is quantised (torchao)",
+        "the metadata of model.safetensors say that the model is quantised (torchao)",
     ),
 }
 
@@ -219,13 +219,13 @@ def test_the_layout_of_mlx_is_told_by_the_shape_of_its_patches(demo_source: Path
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     hint = refusal(demo_source)
-    assert "channels last: this is a model in the layout of MLX" in hint
+    assert "channels last: the model has the MLX layout" in hint
     assert "permute(0, 3, 1, 2)" in hint
 
 
 def test_fp8_of_which_nothing_tells_is_told_by_its_dtype(demo_source: Path) -> None:
     rewrite(demo_source, fp8)
-    assert "is F8_E4M3: this is quantised (FP8 without scales)" in refusal(demo_source)
+    assert "is F8_E4M3: the model is quantised (FP8 without scales)" in refusal(demo_source)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_fp8_of_which_nothing_tells_is_told_by_its_dtype(demo_source: Path) -> N
 )
 def test_names_tell_where_nothing_else_does(change: Change, says: str, demo_source: Path) -> None:
     rewrite(demo_source, change)
-    assert f"says that this is {says}" in refusal(demo_source)
+    assert f"shows that the model is {says}" in refusal(demo_source)
 
 
 def renamed(folder: Path, rename: Callable[[str], str]) -> None:
@@ -260,20 +260,20 @@ def renamed(folder: Path, rename: Callable[[str], str]) -> None:
     ("rename", "says"),
     [
         (lambda name: f"module.{name}", "a DDP or DeepSpeed wrapper: save model.module"),
-        (lambda name: f"_forward_module.{name}", "a wrapper of Lightning"),
+        (lambda name: f"_forward_module.{name}", "a Lightning wrapper"),
         (lambda name: f"_orig_mod.{name}", "a torch.compile wrapper"),
         (lambda name: f"_fsdp_wrapped_module.{name}", "an FSDP wrapper"),
-        (lambda name: f"base_model.model.{name}", "saved from a model of peft: merge"),
-        (lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight"), "saved from a model of peft: merge"),
+        (lambda name: f"base_model.model.{name}", "saved from a peft model: merge"),
+        (lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight"), "saved from a peft model: merge"),
         (
             lambda name: name.replace("embed_tokens.weight", "embed_tokens.modules_to_save.default.weight"),
-            "saved from a model of peft: merge",
+            "saved from a peft model: merge",
         ),
         (
             lambda name: name.replace("language_model.model.", "model.").replace("vision_tower.", "vision_model."),
-            "a single file of ComfyUI",
+            "a ComfyUI single file",
         ),
-        (lambda name: name.replace("language_model.model.layers.", "blk."), "named as llama.cpp"),
+        (lambda name: name.replace("language_model.model.layers.", "blk."), "stored with llama.cpp's"),
         (lambda name: name.replace("q_proj", "qkv_proj"), "fused"),
         (lambda name: f"_orig_mod.module.{name}", "a torch.compile wrapper"),
     ],

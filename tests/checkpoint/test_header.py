@@ -61,9 +61,9 @@ def test_the_undamaged_file_of_these_tests_is_read(tmp_path: Path) -> None:
             struct.pack("<Q", 100) + b"{}", "expected 108 bytes for the header, found 10", id="length-over-file"
         ),
         pytest.param(
-            struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "promise a header of 100000001", id="over-100-MB"
+            struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "declare a header of 100000001", id="over-100-MB"
         ),
-        pytest.param(struct.pack("<Q", 2**63) + b"{}", f"promise a header of {2**63}", id="length-2-to-63"),
+        pytest.param(struct.pack("<Q", 2**63) + b"{}", f"declare a header of {2**63}", id="length-2-to-63"),
         pytest.param(framed(b'{"a":'), "not valid JSON", id="bad-json"),
         pytest.param(framed(b""), "not valid JSON", id="no-json"),
         pytest.param(framed(b"{}\0\0"), "not valid JSON", id="nul-padding"),
@@ -116,8 +116,8 @@ def test_I1_a_shape_past_every_number_type_is_refused(extents: list[int], tmp_pa
     [
         pytest.param({"a": tensor([3], [0, 3]), "b": tensor([3], [2, 5])}, 5, "'b' overlaps", id="overlap"),
         pytest.param({"a": tensor([3], [0, 3]), "b": tensor([3], [0, 3])}, 3, "'b' overlaps", id="same-range"),
-        pytest.param({"a": tensor([2], [0, 2]), "b": tensor([2], [3, 5])}, 5, "'b' leaves a hole", id="hole"),
-        pytest.param({"a": tensor([2], [1, 3])}, 3, "'a' leaves a hole", id="hole-at-start"),
+        pytest.param({"a": tensor([2], [0, 2]), "b": tensor([2], [3, 5])}, 5, "'b' leaves a gap", id="hole"),
+        pytest.param({"a": tensor([2], [1, 3])}, 3, "'a' leaves a gap", id="hole-at-start"),
         pytest.param({"a": tensor([2], [0, 2])}, 5, "3 bytes follow the last tensor", id="trailing-bytes"),
         pytest.param({}, 1, "1 bytes follow the last tensor", id="bytes-of-no-tensor"),
         pytest.param({"a": tensor([2], [0, 2]), "b": tensor([0], [1, 1])}, 2, "'b' overlaps", id="empty-inside"),

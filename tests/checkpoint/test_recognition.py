@@ -35,15 +35,15 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
     "an adapter without its config": ({"adapter_model.safetensors": ""}, "is a LoRA adapter, not a model", "BASE"),
     "soft prompts": (
         {"adapter_config.json": '{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "a/b"}'},
-        "is an adapter of peft (PROMPT_TUNING) of a/b",
-        "it cannot be merged into weights: give its base model, a/b",
+        "is a peft adapter (PROMPT_TUNING) of a/b",
+        "it cannot be merged into weights: pass its base model, a/b",
     ),
     "mlx adapter": (
         {"adapter_config.json": '{"model": "google/gemma-3-1b-it"}', "adapters.safetensors": ""},
         "is a LoRA adapter of MLX of google/gemma-3-1b-it",
         "mlx_lm.fuse --model google/gemma-3-1b-it",
     ),
-    "adapters of several steps": ({"best/adapter_config.json": PEFT}, "holds an adapter and no model", "merge"),
+    "adapters of several steps": ({"best/adapter_config.json": PEFT}, "holds an adapter but no model", "merge"),
     "accelerate's FSDP": (
         {"pytorch_model_fsdp_0/.metadata": "", "pytorch_model_fsdp_0/__0_0.distcp": ""},
         "is an FSDP checkpoint: pytorch_model_fsdp_0/",
@@ -51,12 +51,12 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
     ),
     "DCP": (
         {"config.json": CONFIG, ".metadata": "", "__0_0.distcp": ""},
-        "is a distributed checkpoint of PyTorch (DCP)",
+        "is a PyTorch distributed checkpoint (DCP)",
         "accelerate merge-weights FOLDER OUT",
     ),
     "DCP alone": ({".metadata": ""}, "(DCP)", "accelerate merge-weights"),
-    "a part of DCP": ({"__0_0.distcp": ""}, "without its .metadata", "copy it whole"),
-    "verl": ({"model_world_size_2_rank_0.pt": "", "huggingface/config.json": CONFIG}, "of verl", "verl.model_merger"),
+    "a part of DCP": ({"__0_0.distcp": ""}, "without its .metadata", "copy all of it"),
+    "verl": ({"model_world_size_2_rank_0.pt": "", "huggingface/config.json": CONFIG}, "verl FSDP checkpoint", "verl.model_merger"),
     "DeepSpeed": (
         {"config.json": CONFIG, "latest": "", "zero_to_fp32.py": "", "global_step5/mp_rank_00_model_states.pt": ""},
         "is a DeepSpeed checkpoint",
@@ -67,12 +67,12 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
         "is a DeepSpeed checkpoint without its zero_to_fp32.py",
         "--safe_serialization",
     ),
-    "a step of DeepSpeed": ({"mp_rank_00_model_states.pt": ""}, "one step of a DeepSpeed checkpoint", "folder above"),
+    "a step of DeepSpeed": ({"mp_rank_00_model_states.pt": ""}, "one step of a DeepSpeed checkpoint", "parent folder"),
     "Megatron": ({"latest_checkpointed_iteration.txt": "5", "iter_0000005/x": ""}, "Megatron", "export_ckpt"),
     "NeMo": ({"weights/x": "", "context/y": ""}, "NeMo", "export_ckpt"),
     "GGUF": (
         {"gemma-3-4b-it-Q4_K_M.gguf": "", "mmproj-model-f16.gguf": ""},
-        "holds weights of llama.cpp (GGUF): gemma-3-4b-it-Q4_K_M.gguf",
+        "holds llama.cpp weights (GGUF): gemma-3-4b-it-Q4_K_M.gguf",
         "gguf_file='gemma-3-4b-it-Q4_K_M.gguf'",
     ),
     "Orbax": ({"_METADATA": "", "manifest.ocdbt": "", "d/0": ""}, "is a JAX checkpoint (Orbax)", "safetensors"),
@@ -85,24 +85,24 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
         "export_to_transformers",
     ),
     "Kaggle's PyTorch": ({"model.ckpt": "", "tokenizer.model": ""}, "holds model.ckpt", "safetensors"),
-    "ONNX": ({"config.json": CONFIG, "onnx/model.onnx": "", "onnx/model.onnx_data": ""}, "in ONNX", "original"),
+    "ONNX": ({"config.json": CONFIG, "onnx/model.onnx": "", "onnx/model.onnx_data": ""}, "an ONNX model", "original"),
     "OpenVINO": (
         {"config.json": CONFIG, "openvino_model.xml": "", "openvino_model.bin": ""},
-        "is a model for OpenVINO",
-        "give the original model",
+        "is an OpenVINO model",
+        "pass the original model",
     ),
     "CTranslate2": (
         {"config.json": '{"bos_token": "<bos>"}', "model.bin": "", "vocabulary.json": "[]"},
-        "is a model for CTranslate2",
-        "give the original model",
+        "is a CTranslate2 model",
+        "pass the original model",
     ),
-    "TensorRT-LLM": ({"config.json": "{}", "rank0.engine": ""}, "is an engine of TensorRT", "original"),
-    "a checkpoint of TensorRT-LLM": ({"config.json": "{}", "rank0.safetensors": ""}, "TensorRT-LLM", "original"),
+    "TensorRT-LLM": ({"config.json": "{}", "rank0.engine": ""}, "is a TensorRT engine", "original"),
+    "a TensorRT-LLM checkpoint": ({"config.json": "{}", "rank0.safetensors": ""}, "TensorRT-LLM", "original"),
     "MLX in NumPy": ({"config.json": CONFIG, "weights.npz": ""}, "holds MLX weights in NumPy's format", "mlx-lm"),
     "a maker's own names": (
         {"params.json": "{}", "consolidated.safetensors": ""},
-        "names of their maker's own code: consolidated.safetensors",
-        "layout of transformers",
+        "named by their author's own code: consolidated.safetensors",
+        "the transformers layout",
     ),
     "diffusers": (
         {"model_index.json": "{}", "text_encoder/config.json": CONFIG},
@@ -112,12 +112,12 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
     "a run of ours": ({"run.json": "{}", "checkpoints/step-1/x": ""}, "is a run of t5g2 adapt", "FOLDER/model"),
     "checkpoints": (
         {"checkpoint-500/config.json": CONFIG, "checkpoint-1000/config.json": CONFIG, "checkpoint-2000/x": ""},
-        "holds the checkpoints of a training",
-        "give the newest: FOLDER/checkpoint-1000",
+        "holds training checkpoints",
+        "pass the newest: FOLDER/checkpoint-1000",
     ),
-    "a folder of one model": ({"gemma/config.json": CONFIG}, "holds no model itself", "FOLDER/gemma"),
+    "a folder of one model": ({"gemma/config.json": CONFIG}, "holds no model, only folders with models", "FOLDER/gemma"),
     "an archive": ({"gemma.tar.gz": ""}, "holds an archive: gemma.tar.gz", "unpack it"),
-    "half a download": ({"config.json": CONFIG, "model.safetensors.incomplete": ""}, "not finished", "again"),
+    "half a download": ({"config.json": CONFIG, "model.safetensors.incomplete": ""}, "unfinished", "again"),
     "empty": ({".cache/x": ""}, "is empty", "config.json"),
     "another name": (
         {"config.json": CONFIG, "gemma.safetensors": ""},
@@ -130,7 +130,7 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
         "copy model.safetensors.index.json as well",
     ),
     "a pickle": ({"config.json": CONFIG, "pytorch_model.bin": ""}, "never unpickled", "save_pretrained"),
-    "nothing known": ({"notes.txt": ""}, "has no config.json, and neither model.safetensors nor", "whole model"),
+    "nothing known": ({"notes.txt": ""}, "has no config.json, and neither model.safetensors nor", "complete model"),
 }
 
 
@@ -223,7 +223,7 @@ def test_I17_what_transformers_prefers_is_refused(changes: dict[str, object], sa
 @pytest.mark.parametrize(
     ("name", "what", "step"),
     [
-        ("gemma.gguf", "is a file of llama.cpp (GGUF), expected a checkpoint folder", "quantised from"),
+        ("gemma.gguf", "is a llama.cpp file (GGUF), expected a checkpoint folder", "the original, unquantised model"),
         ("model.ckpt", "never unpickled", "safetensors"),
         ("gemma.zip", "is an archive", "unpack it"),
         ("gemma.tar.gz", "is an archive", "unpack it"),
@@ -243,7 +243,7 @@ def test_a_file_of_a_whole_folder_leads_to_it(name: str, demo_source: Path) -> N
     with pytest.raises(CheckpointError) as refused:
         open_checkpoint(demo_source / name)
     hint = refused.value.hint or ""
-    assert hint == f"give its folder, which holds config.json: {demo_source}"
+    assert hint == f"pass its folder, which has config.json: {demo_source}"
     open_checkpoint(Path(hint.rpartition(": ")[2]))
 
 
@@ -263,7 +263,7 @@ def test_another_spelling_of_a_model_of_the_hub_is_told(text: str, says: str) ->
 
 @pytest.mark.parametrize("text", ["/models/gemma", "./gemma", "~/gemma", "a b/c", "../x/y/z", ""])
 def test_a_path_is_not_taken_for_a_model_of_the_hub(text: str) -> None:
-    assert spelling_hint(text) == "give the folder that holds config.json"
+    assert spelling_hint(text) == "pass the folder with config.json"
 
 
 def test_a_folder_with_very_many_names_and_odd_ones_is_looked_at_in_bounded_time(tmp_path: Path) -> None:

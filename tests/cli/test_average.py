@@ -47,5 +47,5 @@ def test_the_model_is_where_the_run_says_and_the_mean_in_the_run(
     assert (tmp_path / "run/average/t5g2.json").is_file()
     moved = model.rename(tmp_path / "moved")
     gone = t5g2("average", tmp_path / "run", tmp_path / "out", "--last", "2")
-    assert (gone.code, "model no longer exists (pass the model that was trained with --model" in gone.err) == (2, True)
+    assert (gone.code, "model no longer exists (pass the trained model with --model" in gone.err) == (2, True)
     assert t5g2("average", tmp_path / "run", tmp_path / "out", "--last", "2", "--model", moved).code == 0

@@ -132,7 +132,7 @@ BROKEN: Final[dict[str, tuple[Damage, str]]] = {
     "json-list": (replaced(struct.pack("<Q", 2) + b"[]"), "the header is a JSON list, expected an object"),
     "deep": (replaced(struct.pack("<Q", len(DEEP)) + DEEP), "the header is nested too deeply"),
     "overlap": (edited(shifted(-2)), "overlaps the tensor before it"),
-    "hole": (edited(shifted(2)), "leaves a hole before it"),
+    "hole": (edited(shifted(2)), "leaves a gap before it"),
     "trailing": (edited(lambda header: None, tail=b"123"), "3 bytes follow the last tensor, expected none"),
     "truncated": (edited(lambda header: None, cut=10), "(download again)"),
     "past-the-end": (edited(lambda header: None, cut=100_000), "(download again)"),
@@ -250,7 +250,7 @@ def test_I4_an_index_that_leaves_the_folder_is_refused_by_every_command(
     write_index(demo_source, {**index, UP: target})
     for result in refusals(t5g2, demo_source, sound_output):
         assert f"{demo_source / INDEX}: " in result.err
-        assert "expected the name of a file beside the index" in result.err
+        assert "expected the name of a file next to the index" in result.err
 
 
 @pytest.mark.parametrize("layers", [7, 9])

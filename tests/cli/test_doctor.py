@@ -95,7 +95,7 @@ def test_H6_a_secret_in_the_endpoint_is_not_shown(
         assert (done.code, done.err) == (0, "")
     else:
         assert (done.code, done.err.count("\n")) == (7, 1)
-        assert "HF_ENDPOINT is not an address" in done.err
+        assert "HF_ENDPOINT is not a URL" in done.err
 
 
 def test_a_cache_that_cannot_be_created_is_a_problem(hub: Hub, tmp_path: Path) -> None:

@@ -150,6 +150,6 @@ def test_a_cap_that_a_gemma_3_with_images_leaves_out_is_refused(
 def test_a_part_and_a_map_of_another_are_refused(t5g2: CommandLine, whole: Path, twin_folder: TwinFolder) -> None:
     result = t5g2("plan", whole, "--part", "encoder", "--mapping", "t5gemma2-decoder")
     assert (result.code, result.err.count("\n")) == (4, 1)
-    assert "mapping 't5gemma2-decoder' takes out the decoder, and not the encoder" in result.err
+    assert "mapping 't5gemma2-decoder' extracts the decoder, not the encoder" in result.err
     result = t5g2("plan", twin_folder("text-8"), "--part", "encoder", "--mapping", "gemma3")
-    assert "mapping 'gemma3' converts a model whole, and not the encoder" in result.err
+    assert "mapping 'gemma3' converts whole models, not the encoder" in result.err

@@ -29,21 +29,21 @@ WRITTEN: Final = ("convert", "extract")
 HINTS: Final[dict[str, tuple[str, ...]]] = {
     "--no-export leaves the checkpoints alone": ("adapt",),
     "--last {} takes all": ("average",),
-    "pass the model that was trained with --model": ("average",),
-    "pass the T5Gemma 2 that was trained with --model": ("average",),
+    "pass the trained model with --model": ("average",),
+    "pass the trained T5Gemma 2 with --model": ("average",),
     "move it away; or t5g2 average {} OUTPUT --last 1 writes the model elsewhere": ("average",),
     "t5g2 verify {} --source {} shows how far it moved": ("verify",),
-    "use another folder for --out": ("demo",),
+    "choose another folder for --out": ("demo",),
     "--split takes one of {}": ("pack",),
     "--subset takes one of {}": ("pack",),
-    "pass that folder, which has no t5g2.json, and the T5Gemma 2 that was trained as --source": ("verify",),
-    "--source is the T5Gemma 2 that was trained, and --frozen says which parts were not": ("verify",),
+    "pass such a folder, without t5g2.json, and the T5Gemma 2 it was trained from as --source": ("verify",),
+    "--source is the T5Gemma 2 that was trained; use --frozen for parts that were not": ("verify",),
     "for a model that was trained elsewhere, pass the T5Gemma 2 it was trained from with --source": ("card", "upload"),
-    "--source is the T5Gemma 2 that was trained elsewhere": ("card", "upload"),
+    "pass the T5Gemma 2 it was trained from as --source": ("card", "upload"),
     "extract its encoder with t5g2 extract START ENCODER --part encoder, and pass ENCODER": ("extract",),
-    "leave --source out": ("card", "upload"),
+    "omit --source": ("card", "upload"),
     "omit --devices and --nodes, or make them match": ("adapt",),
-    "t5g2 convert --rope-scaling {} makes such a model": ("convert",),
+    "t5g2 convert --rope-scaling {} makes one": ("convert",),
     "t5g2 pack writes one": ("pack",),
     "pass --no-gradient-checkpointing": ("adapt",),
     "pass --no-encoder-bos": ("adapt",),
@@ -52,32 +52,32 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "remove it: t5g2 adapt --resume then continues from the checkpoint before": ("adapt",),
     "--resume continues a run that stopped": ("adapt",),
     "lower --lr, or check the data": ("adapt",),
-    "the same command with --resume continues from the last checkpoint, if there is one": ("adapt",),
+    "repeat the command with --resume to continue from the last checkpoint, if any": ("adapt",),
     "--projector zeros or aligned": PLANNED,
-    "--projector zeros does not need a common vocabulary": PLANNED,
-    "run again with --debug and report what it prints": ("*",),
+    "use --projector zeros, which does not need a common vocabulary": PLANNED,
+    "run again with --debug and report the output": ("*",),
     "see {} --help": ("*",),
     "convert a Gemma 3 with t5g2 convert first": ("convert",),
-    "give one with --decoder-from": PLANNED,
-    "give one with --vision-from": PLANNED,
+    "pass the decoder's parent with --decoder-from": PLANNED,
+    "pass the donor of the tower with --vision-from": PLANNED,
     "use --rope-scaling and --sliding-window instead": PLANNED,
-    "try a larger --ridge, such as {}": PLANNED,
-    "try a --ridge, such as 1e-6": PLANNED,
-    "write a map that moves the token elsewhere (--mapping)": PLANNED,
+    "try a larger --ridge, for example {}": PLANNED,
+    "try --ridge 1e-6": PLANNED,
+    "use a map that moves the token elsewhere (--mapping)": PLANNED,
     "--keep-rows keeps them": PLANNED,
-    "save it with the tokenizers library, or write a map that moves the token elsewhere (--mapping)": PLANNED,
+    "save it with the tokenizers library, or use a map that moves the token elsewhere (--mapping)": PLANNED,
     "--overwrite replaces it": (*WRITTEN, "average"),
     "choose another folder; --overwrite replaces only an output of t5g2": (*WRITTEN, "average", "pack"),
     "finished shards are kept; continue with --resume": ("convert",),
     "--allow-nonfinite copies them unchanged": WRITTEN,
-    "t5g2 compare measures how far it is from a Gemma 3": ("compare",),
+    "to compare it with a Gemma 3, use t5g2 compare": ("compare",),
     "t5g2 upload {} {}": ("upload",),
     " --source-card {}": ("upload",),
     # huggingface_hub's own command.
     "HF_HUB_OFFLINE=0 hf download {} {} --revision {}": (),
-    "fix them, or --card replace": ("upload",),
-    "--card replace makes a new one, --card keep leaves it": ("upload",),
-    "remove them there, or choose another name or --revision": ("upload",),
+    "fix them, or use --card replace": ("upload",),
+    "use --card replace for a new card, or --card keep to leave it": ("upload",),
+    "delete them on the Hub, or choose another name or --revision": ("upload",),
     "compute with --dtype float32": ("verify", "generate", "compare"),
 }
 """By its text, {} for what is filled in, the commands that end with it, or that it names; * is every command."""
@@ -193,7 +193,7 @@ def test_drop_heads(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> Non
     tensors["v_head.summary.weight"] = tensors["language_model.model.norm.weight"][None].clone()
     save_file(tensors, path, {"format": "pt"})
     refused = t5g2("plan", demo_source)
-    assert (refused.code, "--drop-heads leaves it out" in refused.err) == (3, True)
+    assert (refused.code, "--drop-heads drops it" in refused.err) == (3, True)
     followed(t5g2("plan", demo_source, "--drop-heads"))
     followed(t5g2("convert", demo_source, tmp_path / "out", "--drop-heads", "--verify"))
 
@@ -223,16 +223,16 @@ def test_ridge(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> No
     save_file(tensors, tmp_path / "donor/model.safetensors", {"format": "pt"})
     command = ("convert", twin_folder("text-8"), tmp_path / "out", "--vision-from", tmp_path / "donor")
     command += ("--projector", "aligned")  # type: ignore[assignment]
-    hinted(t5g2(*command), "try a --ridge, such as 1e-6")
+    hinted(t5g2(*command), "try --ridge 1e-6")
     followed(t5g2(*command, "--ridge", "1e-6"))
 
 
 def test_another_parent_and_a_donor(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
     command = ("plan", twin_folder("text-8"))
-    hinted(t5g2(*command, "--embedding-from", "decoder-from"), "give one with --decoder-from")
+    hinted(t5g2(*command, "--embedding-from", "decoder-from"), "pass the decoder's parent with --decoder-from")
     other = ("--decoder-from", twin_folder("text-unlike-7"))
     followed(t5g2(*command, "--embedding-from", "decoder-from", *other))
-    hinted(t5g2(*command, "--projector", "zeros"), "give one with --vision-from")
+    hinted(t5g2(*command, "--projector", "zeros"), "pass the donor of the tower with --vision-from")
     followed(t5g2(*command, "--projector", "zeros", "--vision-from", twin_folder("donor-wide")))
 
 
@@ -262,7 +262,7 @@ def test_verify_is_given_the_other_parent_or_not(t5g2: CommandLine, twin_folder:
     followed(t5g2("convert", source, tmp_path / "pair", *other))
     followed(t5g2("convert", source, tmp_path / "single"))
     refused = t5g2("verify", tmp_path / "pair", "--source", source)
-    assert (refused.code, "pass that one with --decoder-from" in refused.err) == (2, True)
+    assert (refused.code, "pass that checkpoint with --decoder-from" in refused.err) == (2, True)
     followed(t5g2("verify", tmp_path / "pair", "--source", source, *other))
     refused = t5g2("verify", tmp_path / "single", "--source", source, *other)
     assert (refused.code, "leave --decoder-from out" in refused.err) == (2, True)

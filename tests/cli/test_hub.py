@@ -137,7 +137,7 @@ def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
     scene.hub.repos[REPO].commit({**contents(demo_source), "chat_template.jinja": other})
     done = scene(f"verify out --source {REPO}")
     assert done.returncode == 6
-    assert "chat_template.jinja is not the source's" in done.stdout
+    assert "chat_template.jinja differs from the source's" in done.stdout
 
 
 def test_a_branch_that_moved_on_is_told_with_the_commit_that_was_converted(scene: Scene, demo_source: Path) -> None:
@@ -255,7 +255,7 @@ def test_H1_a_gated_model_is_told_before_any_work(scene: Scene, demo_source: Pat
     scene.hub.users[TOKEN] = "ann"
     convert(demo_source, scene.folder / "done", flush=False)
     line = command.replace("SOURCE", REPO).replace("DONE", "done")
-    for token, told in ("", "no token was given"), (TOKEN, "the token's user has no access"):
+    for token, told in ("", "no token was given"), (TOKEN, "the token's user does not have access"):
         done = scene(line, **({"HF_TOKEN": token} if token else {}))
         assert done.returncode == 7
         assert done.stdout == ""

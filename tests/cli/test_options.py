@@ -29,8 +29,8 @@ def test_a_shard_below_1_mb_is_exit_2_and_says_how_sizes_are_written(
     ):
         result = t5g2(*command, "--max-shard-size", size)
         assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
-        assert f"{size!r} is below 1 MB" in result.err
-        assert "write 5G, 500MB or 4GiB" in result.err
+        assert f"{size!r} is below the minimum, 1 MB" in result.err
+        assert "use a form like 5G, 500MB or 4GiB" in result.err
     assert not (tmp_path / "out").exists()
 
 

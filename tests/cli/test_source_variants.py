@@ -16,7 +16,7 @@ def test_a_head_is_refused_and_its_hint_followed(t5g2: CommandLine, twin_folder:
     for command in (["plan", source], ["convert", source, tmp_path / "out"]):
         refused = t5g2(*command)
         assert refused.code == 3
-        assert "score.weight is a head for classification or rewards: --drop-heads leaves it out" in refused.err
+        assert "score.weight is a head for classification or rewards: --drop-heads drops it" in refused.err
     assert not (tmp_path / "out").exists()
     planned = t5g2("plan", source, "--drop-heads", "--json")
     assert json.loads(planned.out)["options"] == {"drop_heads": True}
@@ -34,7 +34,7 @@ def test_shieldgemma_is_called_what_it_is(t5g2: CommandLine, twin_folder: TwinFo
     (source / "config.json").write_text(json.dumps({**config, "model_type": "shieldgemma2"}))
     refused = t5g2("plan", source)
     assert refused.code == 3
-    assert "(ShieldGemma 2, a Gemma 3 made into a classifier of images, which writes no text)" in refused.err
+    assert "(ShieldGemma 2, an image classifier made from a Gemma 3, which does not generate text)" in refused.err
 
 
 def test_a_map_is_shown_with_the_options_that_its_drops_wait_for(t5g2: CommandLine) -> None:

@@ -23,7 +23,7 @@ def test_a_pair_is_planned_converted_and_verified(t5g2: CommandLine, twin_folder
     assert decoder.startswith("53 tensors")
     assert decoder.endswith("53 tensors   the other parent's: merged attention over [decoder states; encoder output]")
     assert encoder.startswith("79 tensors")
-    assert encoder.endswith("79 tensors   attends both ways")
+    assert encoder.endswith("79 tensors   bidirectional attention")
     assert "the other parent's: one matrix" in planned.out
     document = json.loads(t5g2("plan", source, *options, "--json").out)
     assert document["options"] == {
@@ -41,7 +41,7 @@ def test_a_pair_is_planned_converted_and_verified(t5g2: CommandLine, twin_folder
     judged = t5g2("verify", tmp_path / "out", "--source", source, "--decoder-from", other)
     assert judged.code == 0, judged.err
     assert "the decoder is compared with these of its parent's 7 layers: 0, 2, 4, 6" in judged.err
-    assert "the source is computed with the embedding table of the decoder's parent" in judged.err
+    assert "the source is computed with the decoder's parent's embedding table" in judged.err
 
 
 def test_layers_of_one_source_that_both_stacks_take_are_read_once(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
@@ -61,7 +61,7 @@ def test_layers_of_one_source_that_both_stacks_take_are_read_once(t5g2: CommandL
         (["--encoder-layers", "0,0"], 2, "layer 0 is selected twice"),
         (["--decoder-layers", "-1"], 2, "is not a selection of layers"),
         (["--decoder-layers", "first:9"], 4, "--decoder-layers takes layer 8, the decoder's parent has 8 layers"),
-        (["--embedding-from", "decoder-from"], 2, "give one with --decoder-from"),
+        (["--embedding-from", "decoder-from"], 2, "pass the decoder's parent with --decoder-from"),
         (["--embedding-from", "neither"], 2, "--embedding-from"),
         (["--decoder-from", "nowhere"], 3, "nowhere"),
         (["--decoder-from", "WIDE"], 4, "it has hidden_size 32, not 24"),
@@ -88,7 +88,7 @@ def test_a_verification_asks_for_the_parent_that_it_lacks(
     assert t5g2("convert", source, tmp_path / "out", "--decoder-from", other).code == 0
     lacking = t5g2("verify", tmp_path / "out", "--source", source)
     assert (lacking.code, lacking.out) == (2, "")
-    assert "its decoder is from another checkpoint (pass that one with --decoder-from)" in lacking.err
+    assert "its decoder is from another checkpoint (pass that checkpoint with --decoder-from)" in lacking.err
     assert "need --source" in t5g2("verify", tmp_path / "out", "--decoder-from", other).err
     wrong = t5g2("verify", tmp_path / "out", "--source", source, "--decoder-from", twin_folder("text-13"))
     assert wrong.code == 6

@@ -85,9 +85,9 @@ BAD: Final = {
 }
 
 ECHOES: Final = {
-    401: "datasets/org/name: the Hub does not accept the token",
+    401: "datasets/org/name: the Hub rejected the token",
     403: "datasets/org/name: the token may not read it",
-    307: "cannot be reached, or cut the connection (TooManyRedirects)",
+    307: "cannot be reached, or closed the connection (TooManyRedirects)",
 }
 
 

@@ -352,7 +352,7 @@ def beside(folder: Path) -> list[str]:
 
 def test_convert_verify_records_the_result(t5g2: CommandLine, source: Path, tmp_path: Path) -> None:
     result = t5g2("convert", source, tmp_path / "out", "--verify")
-    assert (result.code, result.err) == (0, "note: the source has no tokenizer.json: the output cannot read text\n")
+    assert (result.code, result.err) == (0, "note: the source has no tokenizer.json: the output cannot tokenize text\n")
     for check in CHECKS:
         assert f" {check} " in result.out
     assert "verified in bfloat16 on cpu" in result.out

@@ -98,13 +98,13 @@ def test_what_no_stack_takes_is_dropped_by_name_and_counted(twin_folder: TwinFol
     assert {drop.name.split(".")[2] for drop in made.dropped} == {"7"}
     assert {drop.because for drop in made.dropped} == {"no stack takes layer 7"}
     assert len(made.dropped) == 13
-    assert "13 tensor(s) of the source are left behind: the target has no place for them" in made.notes
+    assert "13 source tensor(s) are not used: the target has no place for them" in made.notes
     assert "the encoder takes 6 of its parent's 8 layers: 0, 1, 2, 3, 4, 5" in made.notes
     assert "the decoder takes 3 of its parent's 8 layers: 0, 3, 6" in made.notes
     # One layer of full attention is in the encoder, none in the decoder.
     told = [note for note in made.notes if "full-attention" in note]
     assert told == [
-        "--decoder-layers 0:8:3 keeps no full-attention layer: each layer of the decoder sees 7 tokens only; "
+        "--decoder-layers 0:8:3 keeps no full-attention layer: each layer of the decoder sees only 7 tokens; "
         "0,3,5 keeps 1"
     ]
 
@@ -227,7 +227,7 @@ def test_of_a_sharded_parent_only_the_files_with_its_layers_are_read(twin_folder
     read = set(made.reads["decoder_from"])
     assert 0 < len(read) < len(list(twin_folder("text-sharded").glob("*.safetensors")))
     # 13 of the layer, and the last norm.
-    assert "14 tensors are the decoder's parent's; its other 92 are left behind" in made.notes
+    assert "14 tensors are the decoder's parent's; its other 92 are not used" in made.notes
 
 
 def test_a_table_that_is_not_taken_is_dropped(twin_folder: TwinFolder) -> None:
@@ -313,7 +313,7 @@ def test_tables_of_equal_rows_behind_the_cut_fit(
 def test_what_is_taken_out_has_no_other_parent_and_no_selection(part: str, converted_twin: TwinFolder) -> None:
     whole = converted_twin("text-8")
     for options in ({"decoder_from": converted_twin("text-sharded")}, {f"{part}_layers": "first:2"}):
-        with pytest.raises(MappingError, match=r"cannot be used with mapping|is for decoder-only"):
+        with pytest.raises(MappingError, match=r"cannot be used with mapping|applies only to decoder-only"):
             plan(whole, part=part, **options)  # type: ignore[arg-type]
 
 
@@ -366,7 +366,7 @@ def test_an_untied_parent_of_the_decoder_is_refused(table: str, twin_folder: Twi
     done = convert(source, tmp_path / "out", decoder_from=tmp_path / "tied", embedding_from=table)
     told = (
         "decoder_from/lm_head.weight is dropped: the softmax is tied to embed_tokens; it must equal "
-        "decoder_from/model.embed_tokens.weight, which convert checks before it writes"
+        "decoder_from/model.embed_tokens.weight, which convert checks before writing"
     )
     assert told in done.notes
     assert "decoder_from/lm_head.weight" in {drop["name"] for drop in manifest(tmp_path / "out")["dropped"]}
@@ -395,14 +395,14 @@ def test_a_preset_is_for_both_stacks_as_they_are(demo_source: Path, tmp_path: Pa
     (tmp_path / "mine.yaml").write_text(asked.sub("requires: {num_hidden_layers: 8}\n    settings", text))
     options: dict[str, Any] = {"mapping": str(tmp_path / "mine.yaml"), "preset": "t5gemma-2-270m-270m"}
     assert plan(demo_source, **options).config["decoder"]["rope_parameters"]["full_attention"]["factor"] == 8.0
-    with pytest.raises(MappingError, match="is for num_hidden_layers 8, the decoder has 4"):
+    with pytest.raises(MappingError, match="requires num_hidden_layers 8, but the decoder has 4"):
         plan(demo_source, decoder_layers="first:4", **options)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"embedding_from": "decoder-from"}, "give one with --decoder-from"),
+        ({"embedding_from": "decoder-from"}, "pass the decoder's parent with --decoder-from"),
         ({"decoder_from": "x", "embedding_from": "both"}, "embedding_from: Input should be 'source' or 'decoder-from'"),
         ({"decoder_layers": "3"}, "first:3 for the first 3 layers"),
         ({"encoder_layers": ""}, "--encoder-layers"),

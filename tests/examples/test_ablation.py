@@ -217,7 +217,7 @@ def damaged(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], ob
         (lambda tensors: tensors.update(other=torch.zeros(2)), "tensors that its config does not imply: other"),
         (
             lambda tensors: tensors.update({"model.decoder.norm.weight": torch.zeros(2)}),
-            "tensor 'model.decoder.norm.weight' has shape [2], its config implies [24]",
+            "tensor 'model.decoder.norm.weight' has shape [2], but its config implies [24]",
         ),
     ],
 )

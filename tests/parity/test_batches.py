@@ -170,7 +170,7 @@ def test_the_end_of_image_token_is_read_in_the_dtype_that_its_row_was_rounded_in
     assert exact.remarks == ()
     assert 291 not in widened.ids_BT
     (remark,) = widened.remarks
-    assert remark.startswith("the end-of-image token was left out: its row was scaled and rounded in bfloat16")
+    assert remark.startswith("the end-of-image token was left out: its row is scaled and rounded in bfloat16")
 
 
 def test_a_vocabulary_without_the_end_of_image_token_needs_no_remark(converted_twin: TwinFolder) -> None:
@@ -188,7 +188,7 @@ def test_a_window_that_was_not_reached_is_said(
     monkeypatch.setattr(module, "MAX_TOKENS", longest)
     batch = Inputs().batch(opened(folder))
     assert batch.ids_BT.shape == (2, longest)
-    expected = (f"the sequences have {longest} tokens, so the sliding window of 16 was not reached",)
+    expected = (f"the sequences have {longest} tokens, so the sliding window of 16 was not exceeded",)
     assert batch.remarks == expected * remarks
 
 

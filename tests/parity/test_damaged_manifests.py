@@ -71,7 +71,7 @@ def test_V2_any_byte_of_any_file(name: str, bench: MakeBench, without_use: None)
             at, damaged = chance.randrange(len(sound)), bytearray(sound)
             damaged[at] ^= chance.randrange(1, 256)
             path.write_bytes(damaged)
-            assert judge_integrity(made.folder, files).offenders == (f"{file} has another sha256",)
+            assert judge_integrity(made.folder, files).offenders == (f"{file} has a different sha256",)
         made.restore()
     assert set(tally.caught) >= {"integrity"}
     assert tally.caught["integrity"] == tally.tried
@@ -119,7 +119,7 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
     ),
     "source weights unhashed": (
         lambda it: it["source"]["files"]["model.safetensors"].update(sha256=None),
-        "names no sha256",
+        "records no sha256",
     ),
     "source weights odd": (lambda it: it["source"]["files"]["model.safetensors"].update(sha256="c0ffee"), "source"),
     "the map's sha256": (lambda it: it["mapping"].update(sha256="d" * 64), "mapping gemma3 has sha256 dddd"),

@@ -33,7 +33,7 @@ def test_parity_holds_on_the_sources_settings_and_the_report_says_so(
     if "sliding_window" in options:
         assert f"sliding_window of both stacks was changed from {changed[1]} to {options['sliding_window']}" in told
     # The length is no part of what is computed.
-    assert all("judged with" not in remark for remark in report.remarks if "max_position_embeddings" in remark)
+    assert all("parity checks use" not in remark for remark in report.remarks if "max_position_embeddings" in remark)
 
 
 def test_a_factor_that_is_the_sources_changes_nothing(twin_folder: TwinFolder, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_text_and_a_picture_of_ones_own_are_judged(demo_source: Path, tmp_path
     (tmp_path / "text").write_text("a short text")
     short = verify(tmp_path / "out", demo_source, text=tmp_path / "text", record=False)
     assert_exact(short, images=True)
-    assert any("sliding window of 16 was not reached" in remark for remark in short.remarks)
+    assert any("sliding window of 16 was not exceeded" in remark for remark in short.remarks)
 
 
 @pytest.mark.parametrize("given", ["text", "image"])
@@ -264,7 +264,7 @@ def test_a_setting_that_the_map_writes_out_is_declared_and_parity_judged_without
     (remark,) = (remark for remark in report.remarks if remark.startswith(f"{key} of both stacks"))
     assert str(source) in remark
     assert str(target) in remark
-    assert "judged with" in remark
+    assert "parity checks use" in remark
     shipped = verify(tmp_path / "out", twin_folder("images-8"), record=False)
     assert "provenance" in [check.name for check in shipped.failed]
 

@@ -93,8 +93,8 @@ def test_provenance_tells_what_is_whose_and_how_well_the_tables_fit(grafted: Gra
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        (None, ": pixels are the donor's"),
-        ("special_tokens_map.json", ": tokens are the source's, pixels are the donor's"),
+        (None, ": pixels match the donor's"),
+        ("special_tokens_map.json", ": tokens match the source's, pixels match the donor's"),
     ],
 )
 def test_the_pixels_of_a_graft_are_told_to_be_the_donors(
@@ -193,7 +193,7 @@ def test_a_manifest_that_lies_about_the_projector_is_found(grafted: Grafted) -> 
     for lie in DONORS.keys() - {grafted.projector}:
         grafted.edit_manifest(options={"projector": lie})
         if lie == "copy":
-            with pytest.raises(MappingError, match="leads to width 32"):
+            with pytest.raises(MappingError, match="has output width 32"):
                 grafted.verify()
         else:
             assert "provenance" in grafted.failed()

@@ -273,7 +273,7 @@ def test_a_map_of_one_s_own_is_told(converted: Path) -> None:
     change_manifest(converted, lambda manifest: manifest["mapping"].update(sha256="0" * 64))
     assert "$ t5g2 convert SOURCE OUTPUT --mapping MAP.yaml" in made(converted)
     change_manifest(converted, lambda manifest: manifest["tool"].update(version="0.0.1"))
-    assert "--mapping" not in made(converted), "that of another version has another sha256"
+    assert "--mapping" not in made(converted), "that of another version has a different sha256"
     change_manifest(converted, lambda manifest: manifest["mapping"].update(name="../mine"))
     assert "--mapping MAP.yaml" in made(converted)
 

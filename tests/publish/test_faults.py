@@ -13,13 +13,13 @@ from tests.publish.scene import HASTY, RUN, Scene
 UPLOAD = "upload out ann/model --card keep"
 COMMIT = "/api/models/ann/model/commit/"
 REFUSED = {
-    "no token": ("ann/model", "uploading needs a token, and there is none"),
-    "wrong token": ("ann/model", "the Hub does not accept the token"),
-    "a token that reads": ("ann/model", "the token may only read"),
+    "no token": ("ann/model", "uploading needs a token, but none is set"),
+    "wrong token": ("ann/model", "the Hub rejected the token"),
+    "a token that reads": ("ann/model", "the token is read-only"),
     "foreign namespace": ("bo/new", "ann may create models only under ann, lab"),
-    "foreign public model": ("bo/open", "the token may not write to it"),
+    "foreign public model": ("bo/open", "the token does not have write access"),
     "foreign private model": ("bo/closed", "no such model, and ann may create models only under"),
-    "gated model": ("bo/gated --create-pr", "is gated, and the token's user has no access"),
+    "gated model": ("bo/gated --create-pr", "is gated, and the token's user does not have access"),
     "missing model": ("bo/new --create-pr", "no such model on the Hub"),
     "missing pull request": ("ann/there --revision refs/pr/9", "has no revision 'refs/pr/9'"),
     "offline": ("ann/model", "cannot upload while HF_HUB_OFFLINE is set"),
@@ -52,7 +52,7 @@ def test_H1_a_gated_model_is_not_taken_for_one_that_is_missing(scene: Scene) -> 
     scene.hub.repos["ann/gated"].commit({})
     gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model ann/gated is restricted"}
     scene.hub.faults.append(Fault("/auth-check/write", 1, status=403, headers=gated))
-    assert "is gated, and the token's user has no access" in scene.refused("upload out ann/gated")
+    assert "is gated, and the token's user does not have access" in scene.refused("upload out ann/gated")
     assert scene.hub.asked("") == []
 
 
@@ -62,7 +62,7 @@ def test_H1_another_server_or_none_is_told(scene: Scene) -> None:
         Fault("/auth-check", 1, status=200),
         Fault("/api/models/ann/model$", 1, status=200, body=b"[]"),
     ]
-    assert "does not answer as the Hub does" in scene.refused(UPLOAD, script=HASTY.replace("(0.0, 0.0)", "()"))
+    assert "did not answer like the Hub" in scene.refused(UPLOAD, script=HASTY.replace("(0.0, 0.0)", "()"))
     assert "cannot be reached" in scene.refused(UPLOAD, script=HASTY, HF_ENDPOINT="http://127.0.0.1:9")
 
 
@@ -112,7 +112,7 @@ def test_H2_what_was_sent_before_a_failure_is_not_sent_again(scene: Scene) -> No
     scene.hub.faults = [Fault("/lfs-put/", 1, method="PUT")]
     scene.hub.faults.append(Fault("/lfs-put/", 999, status=503, method="PUT", headers={"Retry-After": "0"}))
     told = scene.refused(line, script=HASTY)
-    assert "answers with status 503" in told
+    assert "answered with status 503" in told
     assert len(scene.hub.objects) == 1
     assert scene.there() == {}
     scene.hub.faults.clear()
@@ -155,7 +155,7 @@ def test_H3_where_it_cannot_be_settled_running_again_is_safe(scene: Scene, propo
     assert "running again is safe" in told
     scene.hub.faults.clear()
     scene.hub.log.clear()
-    assert "all 7 files are already there" in scene.good(line)
+    assert "all 7 files are already on the Hub" in scene.good(line)
     assert scene.hub.asked(COMMIT) == []
     assert len(scene.hub.repos["ann/model"].commits) == 2
 
@@ -212,7 +212,7 @@ def test_other_bytes_on_the_hub_are_noticed_after_the_commit(scene: Scene) -> No
     scene.hub.repos["ann/model"].commit({})
     scene.hub.faults.append(Fault("/tree/", 1, before=spoil))
     told = scene.refused(UPLOAD)
-    assert "has other bytes than the folder: config.json, model.safetensors" in told
+    assert "differs from the folder: config.json, model.safetensors" in told
     scene.good(UPLOAD)
     assert scene.there() == scene.expected()
 
@@ -221,7 +221,7 @@ def test_a_file_that_changes_while_it_is_sent_is_noticed(scene: Scene) -> None:
     changed = scene.out / "config.json"
     other = changed.read_bytes().replace(b"1", b"2", 1)
     scene.hub.faults.append(Fault("/preupload/", 1, method="POST", before=lambda: changed.write_bytes(other)))
-    assert "has other bytes than the folder: config.json" in scene.refused(UPLOAD)
+    assert "differs from the folder: config.json" in scene.refused(UPLOAD)
 
 
 @pytest.mark.sampled

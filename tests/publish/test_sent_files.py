@@ -69,7 +69,7 @@ def test_H5_a_link_is_refused_though_its_target_has_the_right_bytes(out: Path, n
     (out / name).symlink_to(out.parent / "elsewhere")
     with pytest.raises(CheckpointError) as error:
         manifest_files(out)
-    assert "is a link to another place" in str([error.value.message, *error.value.details])
+    assert "is a link out of the folder" in str([error.value.message, *error.value.details])
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -97,7 +97,7 @@ def test_H5_links_that_only_look_like_the_caches_are_refused(out: Path, place: s
     else:
         snapshot.parents[1].rename(snapshot.parents[2] / "ann--model")
         snapshot = snapshot.parents[2] / f"ann--model/snapshots/{SHA}"
-    with pytest.raises(CheckpointError, match=r"cannot be sent|is a link to another place"):
+    with pytest.raises(CheckpointError, match=r"cannot be sent|is a link out of the folder"):
         manifest_files(snapshot)
 
 
@@ -159,7 +159,7 @@ def test_H5_names_that_no_conversion_writes_are_refused(out: Path, name: str) ->
     (out / "t5g2.json").write_bytes(seal(manifest))
     with pytest.raises(CheckpointError) as error:
         manifest_files(out)
-    assert error.value.details == (f"{name} is not a name that a conversion writes",)
+    assert error.value.details == (f"{name} is not a file name that a conversion writes",)
 
 
 def test_a_folder_without_hashes_gets_them(demo_folders: Path, tmp_path: Path) -> None:
@@ -180,5 +180,5 @@ def test_the_card_of_a_folder(out: Path) -> None:
         local_card(out)
     (out / "README.md").unlink()
     (out / "README.md").symlink_to("/etc/passwd")
-    with pytest.raises(CheckpointError, match="is a link to another place"):
+    with pytest.raises(CheckpointError, match="is a link out of the folder"):
         local_card(out)

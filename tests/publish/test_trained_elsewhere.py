@@ -119,7 +119,7 @@ def test_H5_only_what_loaders_read_of_it_is_sent(converted: Path, tmp_path: Path
     with pytest.raises(CheckpointError) as error:
         trained_elsewhere_files(folder)
     assert error.value.details == (
-        "tokenizer.json is a link to another place: only files in the folder itself are sent",
+        "tokenizer.json is a link out of the folder: only files in the folder are sent",
     )
 
 

@@ -66,7 +66,7 @@ def test_H5_an_upload_is_one_commit_of_the_manifests_files_by_either_transport(
     again = document(scene, "upload out ann/model")
     assert (sent(again), again["commit"], again["created"]) == (set(), told["commit"], False)
     assert [request for request in scene.hub.log if request.method not in {"GET", "HEAD"}] == []
-    assert "all 7 files are already there" in scene.good("upload out ann/model --card keep")
+    assert "all 7 files are already on the Hub" in scene.good("upload out ann/model --card keep")
     # And it comes back, and is read by its name, by the transport that it was sent by.
     script = "from huggingface_hub import snapshot_download; print(snapshot_download('ann/model'))"
     done = scene.python(["-c", script])
@@ -173,7 +173,7 @@ def test_shards_of_an_earlier_upload_do_not_stay_behind(scene: Scene) -> None:
     # Weights that are not ours are not removed: it is refused before anything is sent.
     scene.hub.repos["ann/model"].commit({**files, "adapter.safetensors": b"x"})
     scene.hub.log.clear()
-    assert "weights of another model, which a loader would read: adapter.safetensors" in scene.refused(
+    assert "weights of another model, which would be loaded: adapter.safetensors" in scene.refused(
         "upload sharded ann/model"
     )
     assert scene.hub.asked("") == []
@@ -217,7 +217,7 @@ def test_the_card_of_the_folder_is_sent_where_there_is_none(scene: Scene) -> Non
 def test_metadata_that_the_hub_refuses_are_told(scene: Scene) -> None:
     (scene.out / "README.md").write_text("---\nlicense: [\n---\n# Written here\n")
     told = scene.refused("upload out ann/model --card keep")
-    assert "the Hub refuses the metadata of README.md" in told
+    assert "the Hub rejected the metadata of README.md" in told
     assert list(scene.hub.repos["ann/model"].files()) == [".gitattributes"]
     (scene.out / "README.md").write_text("no metadata")
     notes = document(scene, "upload out ann/model --card keep")["notes"]

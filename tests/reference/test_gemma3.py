@@ -59,7 +59,7 @@ def test_too_few_images_are_refused(twin_folder: TwinFolder) -> None:
     assert model.vision is not None
     batch, count = with_images(padded_batch(23, seed=1), IMAGE)
     features = model.vision.features(pixels(count - 1, torch.bfloat16))
-    with pytest.raises(CheckpointError, match=f"has {4 * count} image tokens, the images give {4 * count - 4}"):
+    with pytest.raises(CheckpointError, match=f"has {4 * count} image tokens, but the images need {4 * count - 4}"):
         model.logits(batch.ids, batch.kept, features)
 
 

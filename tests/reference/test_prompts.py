@@ -132,7 +132,7 @@ def test_what_is_no_picture_is_said(tower: VisionTower, tmp_path: Path) -> None:
     noise(90, 90).save(stream, "PNG")
     (tmp_path / "cut").write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
     for name in ("text", "empty", "folder", "cut", "missing"):
-        with pytest.raises(UsageError, match=f"{name} cannot be read as a picture"):
+        with pytest.raises(UsageError, match=f"{name} cannot be read as an image"):
             picture(tmp_path / name, tower, tmp_path, torch.float32)
 
 
@@ -164,7 +164,7 @@ def test_a_picture_larger_than_pillow_reads_is_refused(
 ) -> None:
     noise(40, 40).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(UsageError, match=r"x\.png cannot be read as a picture"):
+    with pytest.raises(UsageError, match=r"x\.png cannot be read as an image"):
         picture(tmp_path / "x.png", tower, tmp_path, torch.float32)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 

@@ -24,5 +24,5 @@ def test_soft_tokens_take_the_dtype_of_the_embeddings() -> None:
 
 @pytest.mark.parametrize(("features", "given"), [(FEATURES[:2], 4), (FEATURES.repeat(2, 1, 1), 12)])
 def test_a_count_that_differs_is_refused(features: torch.Tensor, given: int) -> None:
-    with pytest.raises(CheckpointError, match=f"the input has 6 image tokens, the images give {given}"):
+    with pytest.raises(CheckpointError, match=f"the input has 6 image tokens, but the images need {given}"):
         scatter_images(torch.zeros(2, 4, 2), IDS, 9, features)

@@ -168,7 +168,7 @@ def _dataset_error(error: Exception, name: str, where: str, datasets: Any) -> T5
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return DataError(absent, where=where)
     # Names of splits and configurations do not come from a server.
-    names = ", ".join(re.findall(r"'([\w.-]{1,60})'", text.partition("[")[2])) or "those that its page on the Hub lists"
+    names = ", ".join(re.findall(r"'([\w.-]{1,60})'", text.partition("[")[2])) or "the splits listed on its Hub page"
     if "Unknown split" in text:
         return DataError("has no such split", where=where, hint=f"--split takes one of {names}")
     if "Config name is missing" in text or "BuilderConfig" in text:

@@ -126,7 +126,7 @@ def check_rope(limits: ModelLimits, expected: str | None) -> None:
         found = "different factors" if limits.rope_factor is None else f"linear:{limits.rope_factor:g}"
         raise UsageError(
             f"--rope-scaling is {expected}, but config.json has {found}",
-            hint=f"t5g2 convert --rope-scaling {expected} makes such a model",
+            hint=f"t5g2 convert --rope-scaling {expected} makes one",
         )
 
 

@@ -226,7 +226,7 @@ def check_same(run: Path, description: Mapping[str, Any]) -> None:
     try:
         found = read_json_object(path)
     except T5g2Error as error:
-        raise CheckpointError(f"{error.message}: there is no run to resume", where=path) from None
+        raise CheckpointError(f"{error.message}: nothing to resume", where=path) from None
     if found.get("format") != FORMAT or not isinstance(found.get("settings"), dict):
         raise CheckpointError(f"has format {found.get('format')!r}, expected {FORMAT}", where=path)
     wrong = differences(found["settings"], description["settings"])
@@ -236,7 +236,7 @@ def check_same(run: Path, description: Mapping[str, Any]) -> None:
     if wrong:
         raise UsageError(
             f"{run} cannot be resumed with these options: {wrong[0]}",
-            hint="use the options it was started with, or another folder",
+            hint="use the options of the first start, or another folder",
         )
     if found.get("settings_sha256") != description["settings_sha256"]:
         raise CheckpointError("settings_sha256 does not match the settings", where=path)

@@ -37,7 +37,7 @@ KNOWN_MODELS: Final = {
     "gemma4_text": "Gemma 4",
     "paligemma": "PaliGemma",
     "recurrent_gemma": "RecurrentGemma",
-    "shieldgemma2": "ShieldGemma 2, a Gemma 3 made into a classifier of images, which writes no text",
+    "shieldgemma2": "ShieldGemma 2, an image classifier made from a Gemma 3, which does not generate text",
     "t5gemma": "T5Gemma, the first generation, an encoder-decoder already",
     "t5gemma2": "T5Gemma 2, an encoder-decoder already",
 }

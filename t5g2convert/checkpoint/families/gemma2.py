@@ -77,7 +77,7 @@ class Gemma2:
 
     def with_vision_of(self, donor: "Gemma2", projector: str | None) -> "Gemma2":
         """T5Gemma has no images; see `SourceModel`."""
-        raise MappingError("--vision-from is for sources that become T5Gemma 2; Gemma 2 becomes T5Gemma without images")
+        raise MappingError("--vision-from does not apply to Gemma 2: it becomes T5Gemma, which has no vision tower")
 
     @property
     def dims(self) -> Mapping[str, int]:
@@ -130,7 +130,7 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gem
     settled = {"layer_types": _layer_types(fields), "rope_theta": rope.rope_theta, "rope_factor": rope.factor}
     stack = parse_section(Gemma2Text, {**fields, **settled}, where, section)
     if stack.attention_bias:
-        raise CheckpointError(f"{dot}attention_bias is true; biases are not converted", where=where)
+        raise CheckpointError(f"{dot}attention_bias is true; biases are not supported", where=where)
     # transformers 5.23 refuses it.
     check_multiple(stack, "hidden_size", "num_attention_heads", where, dot)
     check_stack(stack, where, section)

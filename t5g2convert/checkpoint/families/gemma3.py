@@ -49,7 +49,7 @@ from t5g2convert.errors import CheckpointError, MappingError
 MULTIMODAL: Final = "gemma3"
 TEXT_ONLY: Final = "gemma3_text"
 TOWERLESS: Final = (
-    f"model_type is {MULTIMODAL}, but no tensor of a vision tower is there (mlx-lm saves such models): it is read as a "
+    f"model_type is {MULTIMODAL}, but it has no vision tower tensors (mlx-lm saves models this way): it is read as a "
     "text-only model, and --vision-from gives it a tower"
 )
 """The note on a multimodal model without its tower."""
@@ -126,16 +126,16 @@ class Gemma3:
     def with_vision_of(self, donor: "Gemma3", projector: str | None) -> "Gemma3":
         """Return this text-only model with the vision tower of another; see `SourceModel`."""
         if self.vision is not None:
-            raise MappingError("--vision-from is for sources without images; this one has a vision tower of its own")
+            raise MappingError("--vision-from applies only to sources without images; this one has its own vision tower")
         if donor.vision is None:
-            raise MappingError("the checkpoint given by --vision-from has no vision tower")
+            raise MappingError("the --vision-from checkpoint has no vision tower")
         if self.family == MULTIMODAL:
             self._check_tokens(donor)
         width, same = donor.text.hidden_size, donor.text.hidden_size == self.text.hidden_size
         projector = projector or ("copy" if same else "zeros")
         if projector == "copy" and not same:
             raise MappingError(
-                f"the donor's projector leads to width {width}, the source has {self.text.hidden_size}",
+                f"the donor's projector has output width {width}, the source has {self.text.hidden_size}",
                 hint="--projector zeros or aligned",
             )
         return replace(self, vision=donor.vision, tokens=donor.tokens, projector=projector, projected_width=width)
@@ -148,7 +148,7 @@ class Gemma3:
             if getattr(donor.tokens, name) != getattr(self.tokens, name)
         ]
         if differing:
-            raise MappingError(f"the donor of --vision-from marks images with other tokens: {'; '.join(differing)}")
+            raise MappingError(f"the --vision-from checkpoint marks images with different tokens: {'; '.join(differing)}")
 
     @property
     def dims(self) -> Mapping[str, int]:
@@ -229,10 +229,10 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
     check_stack(text, where, section)
     if family == MULTIMODAL and vision is None and text.final_logit_softcapping is not None:
         raise CheckpointError(
-            f"text_config.final_logit_softcapping is {text.final_logit_softcapping}: the class with images ignores it, "
+            f"text_config.final_logit_softcapping is {text.final_logit_softcapping}: the multimodal class ignores it, "
             "the text-only class does not",
             where=where,
-            hint="set it to null in a copy of config.json to convert what the class with images computes",
+            hint="set it to null in a copy of config.json to convert the model as the multimodal class computes it",
         )
     if vision is not None:
         check_multiple(vision, "hidden_size", "num_attention_heads", where, "vision ")
@@ -268,7 +268,7 @@ def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
         raise CheckpointError(
             f"_sliding_window_pattern is {fields['_sliding_window_pattern']!r}, which readers take for {pattern!r}",
             where=where,
-            hint="list the kinds in layer_types",
+            hint="list the layer kinds in layer_types",
         )
     depth = whole(fields.get("num_hidden_layers", 26))
     if type(depth) is not int or depth > MAX_DEPTH:
@@ -317,7 +317,7 @@ def _renamed(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{index} is {config[index]!r} but {other} is {config[other]!r}",
                 where=where,
-                hint="remove the wrong one",
+                hint="remove the incorrect one",
             )
         found[index] = config[other]
     return found

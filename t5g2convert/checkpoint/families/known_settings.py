@@ -29,46 +29,46 @@ EVERY_CONFIG: Final = (
     *_all(
         ABOUT, "transformers_version _name_or_path name_or_path _commit_hash unsloth_version unsloth_fixed "
         "_unsloth_fixed _diffusers_version _sentence_transformers_version auto_map custom_pipelines",
-        "says who wrote the file, or names code that is never run",
+        "metadata about the file's author, or the name of code that is never run",
     ),
-    *_all(USED, "dtype torch_dtype", "the tensors' own dtype decides; noted where the file says another"),
+    *_all(USED, "dtype torch_dtype", "the tensors' stored dtype is used; noted if config.json differs"),
     *_switch(
-        REFUSED, "this is not the decoder-only model that is converted", is_encoder_decoder=False,
+        REFUSED, "not a decoder-only model", is_encoder_decoder=False,
         add_cross_attention=False,
     ),
-    Setting("cross_attention_hidden_size", REFUSED, "this is not the decoder-only model that is converted"),
-    Setting("pruned_heads", REFUSED, "heads that are pruned at loading are not converted", ({},)),
-    Setting("per_layer_config", REFUSED, "layers with settings of their own are not converted", ({},)),
-    Setting("is_causal", REFUSED, "an encoder with other masks is not converted", (True,)),
+    Setting("cross_attention_hidden_size", REFUSED, "not a decoder-only model"),
+    Setting("pruned_heads", REFUSED, "pruning heads at load time is not supported", ({},)),
+    Setting("per_layer_config", REFUSED, "per-layer settings are not supported", ({},)),
+    Setting("is_causal", REFUSED, "encoders with other attention masks are not supported", (True,)),
     Setting(
-        "layer_idx_mapping", REFUSED, "layers in another order than the tensors' names say are not converted", ({}, []),
+        "layer_idx_mapping", REFUSED, "a layer order that differs from the tensor names is not supported", ({}, []),
     ),
     *_all(
         USED, "quantization_config quantization compression_config",
-        "quantised weights are refused; noted where the weights are plain",
+        "quantised weights are refused; noted if the weights are not quantised",
     ),
-    Setting("sparsity_config", REFUSED, "quantised weights are not converted"),
+    Setting("sparsity_config", REFUSED, "quantised weights are not supported"),
     *_switch(
-        NOTED, "decides what transformers returns, not what it computes", output_hidden_states=False,
+        NOTED, "affects what transformers returns, not what it computes", output_hidden_states=False,
         output_attentions=False, return_dict=True, use_return_dict=True, tie_last_hidden_states=False,
         output_router_logits=False,
     ),
     *_switch(
-        NOTED, "a switch of older transformers that these models do not read", chunk_size_feed_forward=0,
+        NOTED, "an option of older transformers versions that these models do not read", chunk_size_feed_forward=0,
         torchscript=False, use_bfloat16=False, tf_legacy_loss=False, is_decoder=False, tie_encoder_decoder=False,
     ),
-    Setting("id2label", NOTED, "the labels of a classifier", (_TWO_LABELS, {})),
-    Setting("label2id", NOTED, "the labels of a classifier", ({"LABEL_0": 0, "LABEL_1": 1}, {})),
-    Setting("num_labels", NOTED, "the labels of a classifier", (2,)),
-    *_all(NOTED, "problem_type classifier_dropout finetuning_task task_specific_params", "a task of its own", {}),
-    *_all(NOTED, "tokenizer_class prefix processor_class sep_token_id", "the tokenizer's own files decide"),
+    Setting("id2label", NOTED, "classifier labels", (_TWO_LABELS, {})),
+    Setting("label2id", NOTED, "classifier labels", ({"LABEL_0": 0, "LABEL_1": 1}, {})),
+    Setting("num_labels", NOTED, "classifier labels", (2,)),
+    *_all(NOTED, "problem_type classifier_dropout finetuning_task task_specific_params", "task-specific", {}),
+    *_all(NOTED, "tokenizer_class prefix processor_class sep_token_id", "the tokenizer files take precedence"),
     *_all(
         NOTED, "attn_implementation _attn_implementation _attn_implementation_internal _experts_implementation "
-        "_experts_implementation_internal", "the attention kernel is chosen at loading",
+        "_experts_implementation_internal", "the attention kernel is chosen at load time",
     ),
-    Setting("_attn_implementation_autoset", NOTED, "the attention kernel is chosen at loading", (False, True)),
+    Setting("_attn_implementation_autoset", NOTED, "the attention kernel is chosen at load time", (False, True)),
     *_switch(
-        NOTED, "transformers reads how to write from generation_config.json", max_length=20, min_length=0,
+        NOTED, "transformers reads generation settings from generation_config.json", max_length=20, min_length=0,
         do_sample=False, early_stopping=False, num_beams=1, num_beam_groups=1, diversity_penalty=0.0, temperature=1.0,
         top_k=50, top_p=1.0, typical_p=1.0, repetition_penalty=1.0, length_penalty=1.0, no_repeat_ngram_size=0,
         encoder_no_repeat_ngram_size=0,
@@ -79,7 +79,7 @@ EVERY_CONFIG: Final = (
         NOTED, "decoder_start_token_id bad_words_ids begin_suppress_tokens suppress_tokens forced_bos_token_id "
         "forced_eos_token_id exponential_decay_length_penalty max_new_tokens min_new_tokens stop_strings "
         "encoder_repetition_penalty epsilon_cutoff eta_cutoff min_p guidance_scale",
-        "transformers reads how to write from generation_config.json",
+        "transformers reads generation settings from generation_config.json",
     ),
 )  # fmt: skip
 """What any config of transformers may have, in each of its sections."""
@@ -87,7 +87,7 @@ EVERY_CONFIG: Final = (
 
 def _architectures(*classes: str) -> Setting:
     """The class that the source is loaded with: the target has its own."""
-    return Setting("architectures", NOTED, "the target names its own class", tuple([name] for name in classes))
+    return Setting("architectures", NOTED, "replaced by the target's class", tuple([name] for name in classes))
 
 
 _SIZES: Final = (
@@ -101,15 +101,15 @@ _STACK: Final = (
         "attn_logit_softcapping attention_dropout initializer_range use_cache",
         "the same in both stacks",
     ),
-    *_all(CARRIED, "bos_token_id eos_token_id pad_token_id", "the same in both stacks; refused past the table"),
-    Setting("hidden_act", USED, "noted where it is another than hidden_activation, which is the one that is read"),
-    Setting("layer_types", CARRIED, "which layers have a window"),
-    Setting("attention_bias", USED, "true is refused: biases are not converted"),
-    Setting("use_bidirectional_attention", REFUSED, "an encoder with other masks is not converted", (False,)),
-    *_switch(REFUSED, "only whole heads are rotated", partial_rotary_factor=1.0),
-    *_all(USED, "rope_theta rope_scaling rope_parameters", "read in every dialect; both spellings must agree"),
-    Setting("mlp_bias", REFUSED, "biases are not converted", (False,)),
-    *_switch(REFUSED, "these models norm queries and keys as their family does", use_qk_norm=True, qk_norm=True),
+    *_all(CARRIED, "bos_token_id eos_token_id pad_token_id", "the same in both stacks; refused beyond the embedding table"),
+    Setting("hidden_act", USED, "hidden_activation is read instead; noted if they differ"),
+    Setting("layer_types", CARRIED, "selects the layers with a sliding window"),
+    Setting("attention_bias", USED, "true is refused: biases are not supported"),
+    Setting("use_bidirectional_attention", REFUSED, "encoders with other attention masks are not supported", (False,)),
+    *_switch(REFUSED, "partial rotation is not supported", partial_rotary_factor=1.0),
+    *_all(USED, "rope_theta rope_scaling rope_parameters", "read in every spelling; all spellings must agree"),
+    Setting("mlp_bias", REFUSED, "biases are not supported", (False,)),
+    *_switch(REFUSED, "query and key norms are fixed by the model family", use_qk_norm=True, qk_norm=True),
 )  # fmt: skip
 
 GEMMA3_TEXT: Final = Section(
@@ -119,15 +119,15 @@ GEMMA3_TEXT: Final = Section(
         _architectures("Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3Model", "Gemma3TextForCausalLM"),
         *_STACK,
         Setting(
-            "final_logit_softcapping", CARRIED, "the decoder's; refused in a model with images, which leaves it out"
+            "final_logit_softcapping", CARRIED, "applies to the decoder; refused in a multimodal model, which ignores it"
         ),
-        Setting("rope_local_base_freq", USED, "theta of the layers with a window"),
+        Setting("rope_local_base_freq", USED, "theta of the sliding-window layers"),
         *_all(
             USED,
             "sliding_window_pattern _sliding_window_pattern",
-            "read where layer_types is absent; noted where it says something else",
+            "read if layer_types is absent; noted if they differ",
         ),
-        Setting("tie_word_embeddings", USED, "false needs a head that equals the embedding"),
+        Setting("tie_word_embeddings", USED, "false requires a head that equals the embedding"),
         *_all(
             NOTED,
             "boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id "
@@ -143,22 +143,22 @@ GEMMA3: Final = Section(
     (
         *EVERY_CONFIG,
         _architectures("Gemma3ForConditionalGeneration", "Gemma3Model"),
-        *_all(USED, "text_config vision_config", "read; see below"),
+        *_all(USED, "text_config vision_config", "read; see the sections below"),
         *_all(
             CARRIED,
             "boi_token_index eoi_token_index image_token_index mm_tokens_per_image",
-            "how images are placed among the tokens; the image token moves where its row is cut",
+            "position of images among the tokens; the image token gets a new id if its row is cut",
         ),
         *_all(
             USED,
             "boi_token_id eoi_token_id image_token_id",
-            "the names that transformers has for the same ids: both spellings must agree",
+            "transformers' names for the same ids: both spellings must agree",
         ),
-        *_all(USED, "bos_token_id eos_token_id pad_token_id", "win over those of text_config"),
+        *_all(USED, "bos_token_id eos_token_id pad_token_id", "take precedence over text_config"),
         Setting(
-            "tie_word_embeddings", USED, "wins over that of text_config; false needs a head that equals the embedding"
+            "tie_word_embeddings", USED, "takes precedence over text_config; false requires a head that equals the embedding"
         ),
-        Setting("initializer_range", USED, "that of text_config is carried; noted where this is another"),
+        Setting("initializer_range", USED, "text_config's value is carried; noted if this one differs"),
         *_all(
             NOTED,
             "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -169,11 +169,11 @@ GEMMA3: Final = Section(
             REFUSED,
             "rope_theta rope_scaling rope_parameters rope_local_base_freq layer_types attn_logit_softcapping "
             "final_logit_softcapping rms_norm_eps query_pre_attn_scalar hidden_activation attention_bias",
-            "no reader takes it from here; it belongs in text_config",
+            "not read at this level; it belongs in text_config",
         ),
         *_switch(
             REFUSED,
-            "an encoder with other masks is not converted",
+            "encoders with other attention masks are not supported",
             use_bidirectional_attention=False,
             use_bidirectional=False,
         ),
@@ -191,14 +191,14 @@ SIGLIP: Final = Section(
             "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size",
             "compared with the tensors, and carried",
         ),
-        *_all(CARRIED, "hidden_act layer_norm_eps", "the tower computes with it"),
-        Setting("attention_dropout", CARRIED, "the target takes the text's for all parts, in training only: noted"),
-        Setting("vision_use_head", NOTED, "image features do not pass through the pooling head", (False,)),
-        *_all(NOTED, "initializer_range initializer_factor dropout", "in training only"),
+        *_all(CARRIED, "hidden_act layer_norm_eps", "used by the tower"),
+        Setting("attention_dropout", CARRIED, "used only in training, where the target has one value (text_config's) for all parts"),
+        Setting("vision_use_head", NOTED, "image features bypass the pooling head", (False,)),
+        *_all(NOTED, "initializer_range initializer_factor dropout", "used only in training"),
         *_all(
             NOTED,
             "projection_dim projection_size num_image_tokens projector_hidden_act",
-            "Gemma 3's projector has none of it",
+            "Gemma 3's projector does not have it",
         ),
         *_switch(REFUSED, "the tower's attention has biases, and is not causal", attention_bias=True, qkv_bias=True),
     ),
@@ -212,24 +212,24 @@ GEMMA2: Final = Section(
         _architectures("Gemma2ForCausalLM", "Gemma2Model"),
         *_STACK,
         Setting("final_logit_softcapping", CARRIED, "the decoder's"),
-        Setting("tie_word_embeddings", CARRIED, "false has a head of its own, which is converted"),
-        Setting("sliding_window_size", NOTED, "sliding_window is read"),
+        Setting("tie_word_embeddings", CARRIED, "with false, the separate head is converted"),
+        Setting("sliding_window_size", NOTED, "sliding_window is read instead"),
     ),
     "Gemma 2",
 )
 
 ROPE: Final = Section(
-    "`rope_parameters`, `rope_scaling` and the layer types in them",
+    "`rope_parameters`, `rope_scaling` and their layer types",
     (
         Setting("rope_type", USED, "default or linear; anything else is refused"),
         Setting(
-            "type", USED, "the older spelling of rope_type; refused in Gemma 3's rope_scaling, where readers differ"
+            "type", USED, "older spelling of rope_type; refused in Gemma 3's rope_scaling, because readers differ"
         ),
-        Setting("factor", USED, "positions are divided by it where the type is linear; refused without a type"),
-        Setting("rope_theta", USED, "must agree with the other places that say it"),
-        *_switch(REFUSED, "only whole heads are rotated", partial_rotary_factor=1.0),
-        *_switch(REFUSED, "neither default nor linear scales attention", attention_factor=1.0),
-        Setting("original_max_position_embeddings", NOTED, "neither default nor linear reads it"),
+        Setting("factor", USED, "divides positions if the type is linear; refused without a type"),
+        Setting("rope_theta", USED, "must agree with its other occurrences"),
+        *_switch(REFUSED, "partial rotation is not supported", partial_rotary_factor=1.0),
+        *_switch(REFUSED, "default and linear do not scale attention", attention_factor=1.0),
+        Setting("original_max_position_embeddings", NOTED, "default and linear do not read it"),
     ),
     "a default or linear rotary embedding",
     closed=True,
@@ -246,14 +246,14 @@ _GENERATION_IDS: Final = (
 GENERATION: Final = Section(
     "generation_config.json",
     (
-        *_all(CARRIED, _GENERATION_IDS, "ids move as the tokens do; an id past the table is refused"),
+        *_all(CARRIED, _GENERATION_IDS, "ids follow moved tokens; an id beyond the embedding table is refused"),
         *_all(
             CARRIED,
             "cache_implementation do_sample max_length max_new_tokens repetition_penalty stop_strings temperature "
             "top_k top_p use_cache",
-            "as it is",
+            "unchanged",
         ),
-        Setting("every other key", CARRIED, "as it is, known to us or not"),
+        Setting("every other key", CARRIED, "unchanged, known to t5g2 or not"),
     ),
     "transformers",
 )
@@ -261,22 +261,22 @@ GENERATION: Final = Section(
 TOKENIZER: Final = Section(
     "tokenizer_config.json",
     (
-        Setting("processor_class", NOTED, "kept for a model with images; a text-only target has no processor"),
-        Setting("added_tokens_decoder", CARRIED, "the image token moves where its row is cut"),
-        Setting("boi_token", CARRIED, "added where it is absent and the image token moves"),
-        Setting("eoi_token", CARRIED, "added where it is absent and the image token moves"),
-        Setting("image_token", CARRIED, "added where it is absent and the image token moves"),
-        Setting("tokenizer_class", CARRIED, "added where it is absent and the image token moves"),
-        Setting("every other key", CARRIED, "as it is; a key that names a token that gives way is refused"),
+        Setting("processor_class", NOTED, "kept for a multimodal model; a text-only target has no processor"),
+        Setting("added_tokens_decoder", CARRIED, "the image token gets a new id if its row is cut"),
+        Setting("boi_token", CARRIED, "added if absent and the image token moves"),
+        Setting("eoi_token", CARRIED, "added if absent and the image token moves"),
+        Setting("image_token", CARRIED, "added if absent and the image token moves"),
+        Setting("tokenizer_class", CARRIED, "added if absent and the image token moves"),
+        Setting("every other key", CARRIED, "unchanged; a key that names a replaced token is refused"),
     ),
     "transformers",
 )
 
 PAGE: Final[Mapping[str, str]] = {
-    "used": "read: it decides the output, or is compared with what decides it",
+    "used": "read: it determines the output, or is compared with a setting that does",
     "carried": "written to the output",
     "refused": "the conversion is refused, except at the values in brackets",
     "noted": "left behind, and named in one note, except at the values in brackets",
-    "left behind": "says nothing of the model",
+    "left behind": "has no effect on the model",
 }
-"""What the outcomes mean, in the words of the page."""
+"""Explanations of the outcomes for docs/settings.md."""

@@ -69,7 +69,7 @@ def read_rope(
     names = [f"{section}rope_parameters", f"{section}rope_scaling"]
     nodes = [object_of(fields, key, where, section) for key in ("rope_parameters", "rope_scaling")]
     for name, node in zip(names, nodes, strict=True):
-        _refuse_layer_types(name, node, where, "this model has one embedding for all layers")
+        _refuse_layer_types(name, node, where, "this model has one rotary embedding for all layers")
     factors = {f"{name}.factor": stated_factor(name, node, where) for name, node in zip(names, nodes, strict=True)}
     left = [left for name, node in zip(names, nodes, strict=True) for left in account(ROPE, node, where, f"{name}.")]
     thetas = {f"{section}rope_theta": fields.get("rope_theta"), f"{names[0]}.rope_theta": nodes[0].get("rope_theta")}
@@ -93,7 +93,7 @@ def read_layer_ropes(fields: Mapping[str, Any], where: Path, section: str = "") 
     parameters, scaling = f"{section}rope_parameters", f"{section}rope_scaling"
     given = object_of(fields, "rope_scaling", where, section)
     nested = object_of(fields, "rope_parameters", where, section)
-    _refuse_layer_types(scaling, given, where, "readers take rope_scaling for that of full layers")
+    _refuse_layer_types(scaling, given, where, "readers apply rope_scaling to full layers only")
     full, sliding = (object_of(nested, kind, where, f"{parameters}.") for kind in LAYER_TYPES)
     names = [f"{parameters}.{kind}" for kind in LAYER_TYPES]
     full_factors = {
@@ -135,7 +135,7 @@ def agreed(spellings: Mapping[str, object], default: float, where: Path) -> floa
             raise CheckpointError(f"{name} is {value!r}, expected a positive number", where=where)
     if len(set(given.values())) > 1:
         told = " but ".join(f"{name} says {value}" for name, value in given.items())
-        raise CheckpointError(told, where=where, hint="remove the wrong one")
+        raise CheckpointError(told, where=where, hint="remove the incorrect one")
     return float(next(iter(given.values()), default))  # type: ignore[arg-type]
 
 
@@ -154,7 +154,7 @@ def stated_factor(name: str, section: Mapping[str, Any], where: Path, *, bare_ty
     kind, older = section.get("rope_type"), section.get("type")
     if kind is not None and older is not None and kind != older:
         raise CheckpointError(
-            f"{name}.rope_type is {kind!r} but {name}.type is {older!r}", where=where, hint="remove the wrong one"
+            f"{name}.rope_type is {kind!r} but {name}.type is {older!r}", where=where, hint="remove the incorrect one"
         )
     stated = kind if kind is not None else older
     if stated not in (None, "default", "linear"):
@@ -168,7 +168,7 @@ def stated_factor(name: str, section: Mapping[str, Any], where: Path, *, bare_ty
                 f"{name}.type is 'linear' without a rope_type: transformers 4 divides by the factor {factor!r}, "
                 "transformers 5 does not",
                 where=where,
-                hint="name it rope_type if the factor is meant, or remove it",
+                hint="rename it to rope_type if the factor is intended, or remove it",
             )
         return factor
     if factor is not None and factor != 1:
@@ -176,7 +176,7 @@ def stated_factor(name: str, section: Mapping[str, Any], where: Path, *, bare_ty
         raise CheckpointError(
             f"{name}.factor is {factor!r}, but {name} {said}: readers ignore the factor",
             where=where,
-            hint="set rope_type to linear if the factor is meant, or remove it",
+            hint="set rope_type to linear if the factor is intended, or remove it",
         )
     return 1.0 if stated is not None or factor is not None else None
 
@@ -214,18 +214,18 @@ def _refuse_flat(name: str, nested: Mapping[str, Any], full_theta: float, where:
     for key, value in nested.items():
         if key not in LAYER_TYPES and not (key in same and value == same[key]):
             raise CheckpointError(
-                f"{name}.{key} is {value!r}, outside of a layer type: transformers ignores it in a Gemma 3",
+                f"{name}.{key} is {value!r}, not under a layer type: transformers ignores it in Gemma 3",
                 where=where,
                 hint=f"move it into {name}.full_attention, or remove it",
             )
 
 
 def _agree_theta(name: str, scaling: Mapping[str, Any], theta: float, where: Path) -> None:
-    """Refuse a theta in rope_scaling that is another than the one beside it: transformers 5 takes it, 4 does not."""
+    """Refuse a theta in rope_scaling that is different from the value next to it: transformers 5 uses it, 4 does not."""
     given = scaling.get("rope_theta")
     if given is not None and agreed({f"{name}.rope_theta": given}, theta, where) != theta:
         raise CheckpointError(
-            f"{name}.rope_theta is {given!r}, and {theta!r} without it: transformers 5 takes it, 4 does not",
+            f"{name}.rope_theta is {given!r}, but {theta!r} elsewhere: transformers 5 uses it, 4 does not",
             where=where,
-            hint="write the theta that is meant as rope_theta outside of rope_scaling, and remove the other",
+            hint="write the intended theta as rope_theta outside rope_scaling, and remove the other",
         )

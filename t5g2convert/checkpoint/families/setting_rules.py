@@ -131,9 +131,9 @@ def account(section: Section, fields: Mapping[str, Any], where: Path, place: str
             left.append(Left(at, known=True))
     if refused:
         first, *others = refused
-        more = f" (and {len(others)} more setting(s) that are refused)" if others else ""
+        more = f" (and {len(others)} more refused settings)" if others else ""
         raise CheckpointError(
-            first + more, where=where, hint="remove it if it changes nothing", details=refused if others else ()
+            first + more, where=where, hint="remove it if it has no effect", details=refused if others else ()
         )
     return tuple(left)
 

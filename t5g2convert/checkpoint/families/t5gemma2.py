@@ -113,7 +113,7 @@ class T5Gemma2(T5Gemma2Encoder):
 
     def with_vision_of(self, donor: "T5Gemma2", projector: str | None) -> "T5Gemma2":
         """Refuse a donor; see `SourceModel`."""
-        raise MappingError("--vision-from is for decoder-only sources")
+        raise MappingError("--vision-from applies only to decoder-only sources")
 
 
 def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:

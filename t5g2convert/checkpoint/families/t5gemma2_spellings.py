@@ -112,9 +112,9 @@ def as_published(checkpoint: Checkpoint) -> Published:
             (heads if name in HEADS else unexpected).append(name)
     if twice:
         raise CheckpointError(
-            f"spells {len(twice)} tensor(s) in two ways: {some(twice)}",
+            f"spells {len(twice)} tensor(s) under two names each: {some(twice)}",
             where=checkpoint.path,
-            hint="remove the tensors that are out of date",
+            hint="remove the outdated tensors",
         )
     spelled = {name: stored.entry.name for name, stored in tensors.items()}
     return Published(replace(checkpoint, tensors=tensors), spelled, copies, tuple(heads), tuple(unexpected))

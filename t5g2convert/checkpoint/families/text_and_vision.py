@@ -162,8 +162,8 @@ def activation_note(fields: Mapping[str, Any], activation: str, dot: str = "") -
     other = fields.get("hidden_act")
     if other is not None and other != activation:
         yield (
-            f"{dot}hidden_act is {other!r}, which these models do not read: "
-            f"{dot}hidden_activation is {activation!r}, and taken"
+            f"{dot}hidden_act is {other!r}, which these models ignore: "
+            f"{dot}hidden_activation {activation!r} is used"
         )
 
 
@@ -177,7 +177,7 @@ def check_images(tokens: ImageTokens, tower: SiglipConfig, where: Path) -> None:
     side = math.isqrt(wanted)
     if side > across or across // (across // side) != side or side * side != wanted:
         raise CheckpointError(
-            f"mm_tokens_per_image is {wanted}, which {across} x {across} patches of an image cannot be pooled to",
+            f"mm_tokens_per_image is {wanted}, which {across} x {across} image patches cannot be pooled to",
             where=where,
         )
     for name in ("boi_token_index", "eoi_token_index", "image_token_index"):

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from t5g2convert.errors import HubError, OutputError, T5g2Error
 from t5g2convert.interrupts import raise_interruption
 
-OFFLINE_HINT = "unset it to ask the Hub"
+OFFLINE_HINT = "unset it to access the Hub"
 LOGIN_HINT = "hf auth login, or set HF_TOKEN"
 
 _CLIENTS: Final = frozenset({"aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3"})
@@ -59,7 +59,7 @@ def network_error(error: BaseException, repo: str, *, absent: str) -> T5g2Error 
                 found.hint = "try again"  # what is read in passing is not kept
             return found
         if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.partition(".")[0] in _CLIENTS:
-            told = f"could not be read from {_host()} or from where it keeps its files ({type(cause).__name__})"
+            told = f"could not be read from {_host()} or from its file storage ({type(cause).__name__})"
             return _bad_token(repo) or HubError(told, where=repo, hint="try again")
     return None
 
@@ -103,25 +103,25 @@ def _explained(error: BaseException, repo: str, revision: str | None, absent: st
     if (wrong := _bad_token(repo)) is not None:
         return wrong
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        return HubError("HF_HUB_OFFLINE is set, and the Hub's cache lacks it", where=repo, hint=OFFLINE_HINT)
+        return HubError("HF_HUB_OFFLINE is set, and it is not in the Hub's cache", where=repo, hint=OFFLINE_HINT)
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo, revision, absent)
     if isinstance(error, FileMetadataError | ValueError | LookupError | TypeError):
-        return HubError(f"{_host()} does not answer as the Hub does", where=repo, hint="check HF_ENDPOINT")
+        return HubError(f"{_host()} did not answer like the Hub", where=repo, hint="check HF_ENDPOINT")
     if isinstance(error, OSError) and error.errno is not None:
         return OutputError(
             f"the Hub's cache cannot be written: {error.strerror}",
             where=Path(constants.HF_HUB_CACHE),
-            hint="HF_HOME moves it",
+            hint="set HF_HOME to move it",
         )
     name = type(error).__name__
     if "Timeout" in name:
         told = f"{_host()} did not answer in time ({name})"
     elif isinstance(error, transport_error()):
-        told = f"{_host()} cannot be reached, or cut the connection ({name})"
+        told = f"{_host()} cannot be reached, or closed the connection ({name})"
     else:
         told = f"could not be downloaded from {_host()} ({name})"
-    return HubError(told, where=repo, hint="try again: files that are complete are kept; HF_HUB_OFFLINE=1 uses those")
+    return HubError(told, where=repo, hint="try again: complete files are kept; HF_HUB_OFFLINE=1 uses only those")
 
 
 def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> HubError:
@@ -130,31 +130,31 @@ def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> 
 
     status = getattr(getattr(error, "response", None), "status_code", 0)
     known = _has_token()
-    told, hint = f"{_host()} answers with status {status}", "try again later"
+    told, hint = f"{_host()} answered with status {status}", "try again later"
     match error:
         case errors.GatedRepoError():
-            told = "is gated, and the token's user has no access" if known else "is gated, and no token was given"
+            told = "is gated, and the token's user does not have access" if known else "is gated, and no token was given"
             hint = f"accept the terms at {endpoint()}/{repo}, then: {LOGIN_HINT}"
         case errors.RevisionNotFoundError():
-            told, hint = f"has no revision {revision or 'main'!r}", "give a branch, a tag or a commit after the @"
+            told, hint = f"has no revision {revision or 'main'!r}", "pass a branch, a tag or a commit after the @"
         case errors.RepositoryNotFoundError() if known:
             told = f"{absent}, or the token may not read it"
-            hint = f"look at the name; another token: {LOGIN_HINT}"
+            hint = f"check the name; to use another token: {LOGIN_HINT}"
         case errors.RepositoryNotFoundError():
             told = f"{absent}, or it is private and no token was given"
-            hint = f"look at the name; for a private model: {LOGIN_HINT}"
+            hint = f"check the name; for a private model: {LOGIN_HINT}"
         case errors.EntryNotFoundError():
-            told, hint = "lacks a file that it lists", "try again"
+            told, hint = "is missing a file that it lists", "try again"
         case _ if status == 401:
-            told, hint = "the Hub does not accept the token" if known else "the Hub wants a token", LOGIN_HINT
+            told, hint = "the Hub rejected the token" if known else "the Hub requires a token", LOGIN_HINT
         case errors.DisabledRepoError():
             told, hint = "was disabled on the Hub", "choose another model"
         case _ if status == 403:
-            told, hint = "the token may not read it", f"give it the permission, or another one: {LOGIN_HINT}"
+            told, hint = "the token may not read it", f"add the permission, or use another token: {LOGIN_HINT}"
         case _ if status == 429:
             told, hint = (
-                f"{_host()} has had too many requests",
-                f"wait; with a token more is allowed: {LOGIN_HINT}",
+                f"{_host()} received too many requests",
+                f"wait; the limit is higher with a token: {LOGIN_HINT}",
             )
     return HubError(told, where=repo, hint=hint)
 
@@ -179,7 +179,7 @@ def _bad_token(repo: str) -> HubError | None:
     token = _token()
     if not token or re.fullmatch(r"[!-~]+", token):
         return None
-    return HubError("the token has invalid characters", where=repo, hint=f"copy it again: {LOGIN_HINT}")
+    return HubError("the token has invalid characters", where=repo, hint=f"set it again: {LOGIN_HINT}")
 
 
 def _host() -> str:

@@ -76,7 +76,7 @@ def _check_given(source: Origin | None) -> None:
         UsageError: It is empty.
     """
     if isinstance(source, str) and not source.strip():
-        raise UsageError("the source is empty, expected a folder or a model of the Hub")
+        raise UsageError("the source is empty, expected a folder or a model on the Hub")
 
 
 def open_source(source: Origin, *, allow_unheld: bool = False) -> Checkpoint:
@@ -160,7 +160,7 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
             planned.metadata,
         ):
             raise CheckpointError(
-                "has another header than the Hub has",
+                "has a different header than on the Hub",
                 where=checkpoint.path / name,
                 hint=download_again(checkpoint.path / name),
             )
@@ -196,7 +196,7 @@ def read_range(checkpoint: Checkpoint, name: str, start: int, end: int) -> bytes
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path) from None
     if len(data) != end - start:
-        raise CheckpointError("has become shorter while it was read", where=path)
+        raise CheckpointError("was truncated while it was read", where=path)
     return data
 
 
@@ -207,7 +207,7 @@ def _check_room(checkpoint: Checkpoint, need: int) -> None:
         raise OutputError(
             f"the disk of the Hub's cache has {have:,} bytes free, the download needs {need:,}",
             where=checkpoint.path,
-            hint="HF_HOME moves the cache",
+            hint="set HF_HOME to move the cache",
         )
 
 
@@ -217,7 +217,7 @@ def _open_online(hub_id: HubId) -> Checkpoint:
     # falls back on a commit that was fetched before.
     place = _pinned(hub_id) or _pinned(hub_id)
     if place is None:
-        raise HubError("the commit of the branch is not known", where=str(hub_id), hint="try again, or give a commit")
+        raise HubError("the commit of the branch is unknown", where=str(hub_id), hint="try again, or pass a commit")
     place.fetch_small()
     return read_checkpoint(place, place.hub)
 
@@ -254,7 +254,7 @@ def _no_model(hub: HubOrigin, where: str) -> CheckpointError:
             folder = Path(download(hub, ADAPTER_FILE)).parent
     found = found_in(hub.paths, folder, hub)
     if found is None:
-        return CheckpointError("has no config.json", where=where, hint="is it a model in safetensors?")
+        return CheckpointError("has no config.json", where=where, hint="check that it is a safetensors model")
     return CheckpointError(found.what, where=where, hint=found.step)
 
 

@@ -124,7 +124,7 @@ class _CutError(HubError):
 
     def __init__(self, repo: str, told: str) -> None:
         super().__init__(
-            f"the connection was cut while a part of a file was read ({told})", where=repo, hint="try again"
+            f"the connection was closed while part of a file was read ({told})", where=repo, hint="try again"
         )
 
 

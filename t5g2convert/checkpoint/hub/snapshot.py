@@ -100,7 +100,7 @@ class Snapshot(Folder):
         if missing:
             hint = f"HF_HUB_OFFLINE=0 hf download {self.hub.repo} {' '.join(missing)} --revision {self.hub.revision}"
         return HubError(
-            f"HF_HUB_OFFLINE is set, and the Hub's cache has not all of the model: {reason}",
+            f"HF_HUB_OFFLINE is set, and the model is incomplete in the Hub's cache: {reason}",
             where=self.path,
             hint=hint,
         )
@@ -148,4 +148,4 @@ def silent_bar(progress: Progress | None = None) -> type[Any]:
 
 def download_again(path: Path) -> str:
     """Return what to do with a damaged file of the Hub's cache: its name there is a symlink to the bytes."""
-    return f"remove {path.resolve()} and run again: it is downloaded anew"
+    return f"remove {path.resolve()} and run again: it is downloaded again"

@@ -176,7 +176,7 @@ def _notes(
 ) -> Iterator[str]:
     names = {file.name for file in files}
     if TOKENIZER_FILE not in names:
-        yield "the source has no tokenizer.json: the output cannot read text"
+        yield "the source has no tokenizer.json: the output cannot tokenize text"
     for change in tokens:
         if change.replaces is not None:
             yield f"tokenizer.json: {change.token} replaces {change.replaces}, id {change.target}"

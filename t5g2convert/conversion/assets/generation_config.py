@@ -111,7 +111,7 @@ def check_tokens(document: Mapping[str, Any], moves: Mapping[int, int], rows: in
             if type(token) is not int:
                 faults.append(f"{key} has {token!r}, expected a token id")
             elif token in moves.values() and token not in moves:
-                faults.append(f"{key} has token {token}, the new id of a token that moves")
+                faults.append(f"{key} has token {token}, which is the new id of a moved token")
             elif not 0 <= moves.get(token, token) < rows:
                 faults.append(f"{key} has token {token}, but the embedding table keeps {rows} rows")
 

@@ -154,7 +154,7 @@ def _move(move: TokenMove, token: _Places, replaced: _Places, edit: _Edit, path:
             f"expected {move.token} as added token {move.source} or not at all, and {move.replaces} as added token "
             f"{move.target} and in the vocabulary; found {move.token}: {token}; {move.replaces}: {replaced}",
             where=path,
-            hint="save it with the tokenizers library, or write a map that moves the token elsewhere (--mapping)",
+            hint="save it with the tokenizers library, or use a map that moves the token elsewhere (--mapping)",
         )
     (entry,), ((_, start, end),) = replaced.added, replaced.keys
     edit.substitutions |= {span: _quoted(move.token) for span in (entry.name, (start, end))}
@@ -263,7 +263,7 @@ def refuse_replaced(document: Mapping[str, Any], moves: Sequence[TokenMove], whe
                 raise CheckpointError(
                     f"{key} uses {move.replaces}, which {move.token} replaces",
                     where=where,
-                    hint="write a map that moves the token elsewhere (--mapping)",
+                    hint="use a map that moves the token elsewhere (--mapping)",
                 )
 
 

@@ -80,8 +80,8 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
         loaded = _find_map(sources.source, options)
     weight_map = loaded.map
     if options.part is not None and options.part != weight_map.extracts:
-        takes = f"takes out the {weight_map.extracts}" if weight_map.extracts else "converts a model whole"
-        raise MappingError(f"mapping {weight_map.name!r} {takes}, and not the {options.part}")
+        takes = f"extracts the {weight_map.extracts}" if weight_map.extracts else "converts whole models"
+        raise MappingError(f"mapping {weight_map.name!r} {takes}, not the {options.part}")
     table = TABLES[options.embedding_from]
     tokenizer = Tokenizer(sources.source)
     kept = kept_rows(weight_map, sources.by_role, table, tokenizer, keep=options.keep_rows)
@@ -158,9 +158,9 @@ def _check_heads(resolution: Resolution) -> None:
     for role, checkpoint in resolution.checkpoints.items():
         if role != VISION_FROM and not tied(resolution, role) and not has_head(resolution, role):
             raise CheckpointError(
-                "tie_word_embeddings is false, but there is no lm_head.weight: transformers would make a random head",
+                "tie_word_embeddings is false, but lm_head.weight is missing: transformers would initialize a random head",
                 where=checkpoint.path / "config.json",
-                hint="remove tie_word_embeddings if the head is the embedding, or add the head's weights",
+                hint="remove tie_word_embeddings if the head is tied to the embedding, or add the head's weights",
             )
 
 
@@ -254,10 +254,10 @@ def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: Lo
     for draft, expected in ((draft, implied[draft.name]) for draft in drafts if draft.name in implied):
         if (draft.shape, draft.part) != (expected.shape, expected.part):
             found, wanted = (f"{item.part} {list(item.shape)}" for item in (draft, expected))
-            details.append(f"misshapen: {draft.name} would be {found}, expected {wanted}")
+            details.append(f"wrong shape: {draft.name} would be {found}, expected {wanted}")
     if details:
         raise MappingError(
-            f"mapping {loaded.map.name!r} does not fill the target that its config describes: {len(details)} fault(s)",
+            f"mapping {loaded.map.name!r} does not match the target's config: {len(details)} fault(s)",
             where=loaded.path,
             details=details,
         )

@@ -96,7 +96,7 @@ def _alignment(operation: Aligned, resolution: Resolution, weight_map: WeightMap
         raise CheckpointError(
             f"{rows} rows of width {donor.width} do not determine the map",
             where=resolution.checkpoints[VISION_FROM].path,
-            hint="try a --ridge, such as 1e-6",
+            hint="try --ridge 1e-6",
         )
     return PlannedAlignment(donor, target, rows, ridge)
 

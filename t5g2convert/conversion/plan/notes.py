@@ -54,12 +54,12 @@ def plan_notes(
     yield from _settings(changes, tuple(target_of(config, Path("config.json")).stacks.values()))
     if options.preset is not None:
         for name in weight_map.presets[options.preset].assumed:
-            yield f"preset {options.preset}: what the release has for {name} is not established"
+            yield f"preset {options.preset}: the release's {name} is not established"
     yield from _layers(resolution, config)
     yield from _decoder(resolution)
     yield from _images(resolution, drafts)
     if config["model_type"] == t5gemma.MODEL_TYPE and resolution.values.get("attn_logit_softcapping"):
-        yield "load it with attn_implementation='eager': the default of transformers 5.0 computes something else"
+        yield "load it with attn_implementation='eager': the default in transformers 5.0 computes something else"
     yield from _windows(config)
     if config["dtype"] == "float16":
         yield _half(config)
@@ -69,7 +69,7 @@ def plan_notes(
     yield from _drops(resolution)
     yield from _generation(resolution)
     for option in sorted(options.drops - {drop.drop.option for drop in resolution.drops}):
-        yield f"{flag(option)} has no effect: there is no such tensor"
+        yield f"{flag(option)} has no effect: the source has no such tensor"
 
 
 def _generation(resolution: Resolution) -> Iterator[str]:
@@ -134,7 +134,7 @@ def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
         own = setting(config, f"{path}.attention_dropout")
         if own != config["attention_dropout"]:
             yield (
-                f"{path}.attention_dropout is {own}, but transformers trains all parts with that at the top, "
+                f"{path}.attention_dropout is {own}, but transformers trains all parts with the top-level value, "
                 f"{config['attention_dropout']}"
             )
 
@@ -145,7 +145,7 @@ def _windows(config: Mapping[str, Any]) -> Iterator[str]:
         kinds, window = (setting(config, f"{stack}{name}") for name in ("layer_types", "sliding_window"))
         if part == "decoder" and kinds and "sliding_attention" in kinds and window < SMALLEST_WINDOW:
             yield (
-                f"sliding_window is {window}: generate fails in transformers with a cache; give it use_cache=False, or "
+                f"sliding_window is {window}: transformers' generate fails with a cache; use use_cache=False, or "
                 f"convert with --sliding-window {SMALLEST_WINDOW}"
             )
 
@@ -185,7 +185,7 @@ def _comparison(drop: ResolvedDrop) -> str:
         return ""
     one, other = drop.tensor.entry, drop.equals.entry
     dtypes = "" if one.dtype == other.dtype else f" ({one.dtype} against {other.dtype}, by value)"
-    return f"; it must equal {named(drop.role, other.name)}{dtypes}, which convert checks before it writes"
+    return f"; it must equal {named(drop.role, other.name)}{dtypes}, which convert checks before writing"
 
 
 def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequence[Change]) -> Iterator[str]:
@@ -196,7 +196,7 @@ def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequen
             yield f"{change.field} moves from {change.source} to {change.target}"
     for draft in drafts:
         if draft.content.kind == "zeros" and draft.origin is not None:
-            yield f"{draft.name} is zeros: the vocabulary has no such token"
+            yield f"{draft.name} is zeros: the vocabulary lacks the token"
 
 
 def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]:
@@ -239,16 +239,16 @@ def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
             window = setting(config, f"{stacks[part]}sliding_window")
             yield (
                 f"--{part}-layers {written(layers, depth)} keeps no full-attention layer: each layer of the {part} "
-                f"sees {window} tokens only; {_keeping(layers, kinds)}"
+                f"sees only {window} tokens; {_keeping(layers, kinds)}"
             )
     if resolution.layers:
         # Measured on the real 270M, its decoder alone.
         yield (
-            "a stack that lacks layers of its parent must be trained before use: Gemma 3 270M's perplexity of 41.8 "
+            "a stack with fewer layers than its parent must be trained before use: Gemma 3 270M's perplexity of 41.8 "
             "became 1.3e7 with 1:18:2 and 4.5e7 with 0:18:2"
         )
     if unused := resolution.unused_sources:
-        yield f"{len(unused)} tensor(s) of the source are left behind: the target has no place for them"
+        yield f"{len(unused)} source tensor(s) are not used: the target has no place for them"
 
 
 def _keeping(layers: Sequence[int], kinds: Sequence[str]) -> str:
@@ -266,19 +266,19 @@ def _decoder(resolution: Resolution) -> Iterator[str]:
         return
     yield _taken(DECODER_FROM, "the decoder's parent", resolution)
     if resolution.table[0] == SOURCE:
-        yield "the one embedding table is the source's: the decoder's parent computes with its own"
+        yield "both stacks use the source's embedding table: the decoder's parent has another"
     else:
-        yield "the one embedding table is the decoder's parent's: the source computes with its own"
+        yield "both stacks use the embedding table of the decoder's parent: the source has another"
     if not has_names(resolution, DECODER_FROM):
-        yield "not checked: that both parents share a vocabulary (no tokenizer.json)"
-    yield "the tokenizer is the source's; generated text starts and ends with the tokens of the decoder's parent"
+        yield "not checked: whether both parents share a vocabulary (no tokenizer.json)"
+    yield "the tokenizer is the source's; generated text starts and ends with the decoder parent's tokens"
 
 
 def _taken(role: Role, whose: str, resolution: Resolution) -> str:
     """Return how many tensors of another checkpoint are taken, each counted once."""
     taken = {item.source.entry.name for item in resolution.targets if item.role == role and item.source is not None}
     left = len(resolution.checkpoints[role].tensors) - len(taken)
-    return f"{len(taken)} tensors are {whose}'s; its other {left} are left behind"
+    return f"{len(taken)} tensors are {whose}'s; its other {left} are not used"
 
 
 def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
@@ -292,6 +292,6 @@ def _images(resolution: Resolution, drafts: Sequence[Draft]) -> Iterator[str]:
     for alignment in (draft.content.alignment for draft in drafts):
         if alignment is not None:
             rows = f"{alignment.rows} rows of both embedding tables"
-            yield f"the projector is the donor's, carried over by least squares between {rows}"
+            yield f"the projector is the donor's, mapped by least squares between {rows}"
             if not has_names(resolution, VISION_FROM):
-                yield f"not checked: that the {rows} are the same tokens (no tokenizer.json)"
+                yield f"not checked: whether the {rows} are the same tokens (no tokenizer.json)"

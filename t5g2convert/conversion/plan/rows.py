@@ -80,7 +80,7 @@ def kept_rows(
     if "vision" in tokens.features:
         _check_image_token(ids, tokenizer, donated=seeing != SOURCE)
     if keep:
-        reason = f"all {rows} rows of the embedding table are kept, as asked" if cut != rows else "no row would be cut"
+        reason = f"all {rows} rows of the embedding table are kept, as requested" if cut != rows else "no row would be cut"
         return KeptRows(rows, (*remarks, f"--keep-rows: {reason}{_image_token(tokens, cut, rows)}"))
     if cut == rows:
         return KeptRows(rows, remarks)
@@ -128,11 +128,11 @@ def _number(model: SourceModel, name: str) -> int:
 
 def _no_row(used: UsedId, rows: int) -> CheckpointError:
     hint = (
-        "resize the table, model.resize_token_embeddings(len(tokenizer)), or take the token out of the tokenizer files"
+        "resize the table, model.resize_token_embeddings(len(tokenizer)), or remove the token from the tokenizer files"
     )
     if "token " not in used.what:
-        hint = f"give {used.what} the id of a token that has a row"
-    return CheckpointError(f"{used.finding}, the embedding table has {rows} rows", where=used.where, hint=hint)
+        hint = f"set {used.what} to the id of a token that has a row"
+    return CheckpointError(f"{used.finding}, but the embedding table has {rows} rows", where=used.where, hint=hint)
 
 
 def _image_token(tokens: SourceModel, cut: int, rows: int) -> str:
@@ -153,7 +153,7 @@ def _check_image_token(ids: IdsInUse, tokenizer: Tokenizer, *, donated: bool) ->
         raise CheckpointError(
             f"{others[0].finding}, which {elsewhere}",
             where=others[0].where,
-            hint="give the token an id of its own",
+            hint="use a unique id for the token",
         )
     named = (tokenizer.settings or {}).get("image_token")
     if ids.at_moved and type(named) is str and named not in ids.at_moved:
@@ -169,7 +169,7 @@ def _compare_spare_rows(weight_map: WeightMap, checkpoint: Checkpoint, cut: int,
     stored = _find_table(weight_map, checkpoint, rows)
     if stored is None or stored.entry.dtype not in CONFIG_NAMES:
         # The map does not fit this checkpoint; planning refuses it later.
-        return False, "the spare rows of the embedding table were not looked at"
+        return False, "the spare rows of the embedding table were not checked"
     width = stored.entry.shape[1]
     size = width * element_bytes(stored.entry.dtype)
     start = stored.entry.start + cut * size

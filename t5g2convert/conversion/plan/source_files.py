@@ -16,39 +16,39 @@ from t5g2convert.errors import CheckpointError
 Fate = Literal["read", "carried", "made anew", "left behind", "unknown"]
 
 READ: Final[Mapping[str, str]] = {
-    "config.json": "the settings of the model",
-    "generation_config.json": "the settings of what it writes",
-    INDEX_FILE: "which file holds which tensor",
+    "config.json": "model settings",
+    "generation_config.json": "generation settings",
+    INDEX_FILE: "index of the tensors' files",
 }
 """Files that every conversion reads if they exist, and what they hold."""
 
 LEFT_BEHIND: Final[Mapping[str, tuple[str, ...]]] = {
-    "hidden: no loader reads it": (".*", ".*/", "Thumbs.db", "desktop.ini", "__pycache__/", "lost+found/"),
-    "text about the model": (
+    "hidden file, not read by loaders": (".*", ".*/", "Thumbs.db", "desktop.ini", "__pycache__/", "lost+found/"),
+    "documentation": (
         "README*", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.png", "*.jpg", "*.gif", "*.svg",
         "*.pdf", "mergekit_config.yml", "Modelfile", "model_card*",
     ),
-    "of the tokenizer, of which tokenizer.json is read": (
+    "tokenizer file; tokenizer.json is used instead": (
         "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json",
         "merges.txt",
     ),
-    "settings of an image processor, of which this output has none": (
+    "image processor settings; this output has no image processor": (
         "preprocessor_config.json", "processor_config.json",
     ),
-    "a chat template, which this output does not use": (
+    "chat template; not used by this output": (
         "chat_template.jinja", "chat_template.json", TEMPLATES_FOLDER,
     ),
-    "the weights in another format; the safetensors are read": (
+    "weights in another format; the safetensors are used instead": (
         "pytorch_model*", "tf_model*", "flax_model*", "*.gguf", "consolidated*", "params.json", "original/", "onnx/",
         "*.onnx", "*.onnx_data", "openvino*", "openvino*/", "coreml/",
     ),
-    "the state or a log of a training": (
+    "training state or log": (
         "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states_*", "sampler*.bin", "trainer_state.json",
         "trainer_log.jsonl", "training_args.*", "*_results.json", "runs/", "wandb/", "logs/", "*.tfevents.*",
         "checkpoint-*/", "global_step*/", "zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt",
         "pytorch_model_fsdp*/",
     ),
-    "the manifest of the source; the output has its own": (MANIFEST_FILE,),
+    "the source's manifest; the output has its own": (MANIFEST_FILE,),
 }  # fmt: skip
 """Known files that are left behind: the reason, and patterns of their names. Folders end with a slash."""
 
@@ -81,7 +81,7 @@ def account_for(source: Checkpoint, planned: Sequence[PlannedFile]) -> tuple[Sou
         if file.name in file.reads and file.how == "copied":
             fates[file.name] = SourceItem(file.name, "carried", "byte for byte")
         elif file.name in file.reads:
-            fates[file.name] = SourceItem(file.name, "made anew", "from the source's, with changes")
+            fates[file.name] = SourceItem(file.name, "made anew", "from the source's, modified")
     return tuple(fates.get(name) or _left(name) for name in sorted(_names(source, fates)))
 
 
@@ -96,7 +96,7 @@ def _left(name: str) -> SourceItem:
     for because, patterns in LEFT_BEHIND.items():
         if any(name.endswith("/") == pattern.endswith("/") and fnmatchcase(name, pattern) for pattern in patterns):
             return SourceItem(name, "left behind", because)
-    return SourceItem(name, "unknown", "not known to the conversion, and not carried")
+    return SourceItem(name, "unknown", "unknown to the conversion; not carried")
 
 
 def _names(source: Checkpoint, fates: Mapping[str, SourceItem]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from t5g2convert.mapping.schema import WeightMap
 MOST_RENAMED: Final = 0.01
 """Fraction of the tokens that may have other names: unused tokens are often renamed, and weigh little in a fit."""
 
-HINT: Final = "--projector zeros does not need a common vocabulary"
+HINT: Final = "use --projector zeros, which does not need a common vocabulary"
 
 
 def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> int:

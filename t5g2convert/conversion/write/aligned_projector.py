@@ -184,7 +184,7 @@ def align(
     penalty = ridge * float(equations.gram.trace()) / donor.width
     sizes, scaled_map, condition = _solved(equations, penalty)
     if not condition <= LARGEST_CONDITION:
-        advice = f"try a larger --ridge, such as {100 * ridge:g}" if ridge else "try a --ridge, such as 1e-6"
+        advice = f"try a larger --ridge, for example {100 * ridge:g}" if ridge else "try --ridge 1e-6"
         raise CheckpointError(
             f"{rows} rows do not determine the map: condition number {condition:.0e}, "
             f"expected at most {LARGEST_CONDITION:.0e}",

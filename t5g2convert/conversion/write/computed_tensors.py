@@ -113,7 +113,7 @@ def _write_values(plan: Plan, values: TensorValues | None, shards: OpenShards, p
     nonfinite: list[str] = []
     for tensor in plan.tensors:
         if tensor.content.kind == "given" and tensor.shard in shards.files:
-            assert values is not None, "a plan with such tensors is executed with their values"
+            assert values is not None, "a plan with computed tensors needs their values"
             nonfinite += _write_pieces(tensor, values, shards.files[tensor.shard], progress)
     if nonfinite:
         raise CheckpointError(f"{len(nonfinite)} trained tensor(s) hold NaN or infinity", details=nonfinite)

@@ -47,11 +47,11 @@ def check_apart(target: Path, *inputs: Path) -> None:
         OutputError: It is such a target.
     """
     if scheme := scheme_of(target):
-        raise OutputError(f"expected a folder, got an address ({scheme}//...)")
+        raise OutputError(f"expected a folder, got a URL ({scheme}//...)")
     real = real_path(target)
     if taken := next((part for part in real.parts if _OWN_NAME.fullmatch(part)), None):
         raise OutputError(
-            f"{taken} is a name that t5g2 reserves for its work", where=target, hint="choose another folder"
+            f"{taken} is a name reserved by t5g2", where=target, hint="choose another folder"
         )
     cleared = (*_working(real), real / INSIDE)
     for given in inputs:
@@ -63,7 +63,7 @@ def check_apart(target: Path, *inputs: Path) -> None:
         for folder in cleared:
             if read.is_relative_to(folder):
                 raise OutputError(
-                    f"cannot be written: t5g2 needs {folder} for its work, but it is an input",
+                    f"cannot be written: t5g2 needs {folder} as a work folder, but it is an input",
                     where=target,
                     hint="choose another folder",
                 )
@@ -97,7 +97,7 @@ def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_l
     except OutputError:
         hint = "choose another folder; --overwrite replaces only an output of t5g2"
         if is_mount_point(real):
-            hint = "it is a mount point: choose a folder inside it"
+            hint = "it is a mount point; choose a folder inside it"
     raise OutputError("exists and is not empty", where=target, hint=hint)
 
 
@@ -106,7 +106,7 @@ def _check_replaceable(target: Path, listing: Listing) -> None:
     real = real_path(target)
     if os.path.islink(target):  # noqa: PTH114
         raise OutputError(
-            "is a link, and --overwrite does not follow links", where=target, hint=f"name the folder itself: {real}"
+            "is a link, and --overwrite does not follow links", where=target, hint=f"pass the folder itself: {real}"
         )
     for folder, what in ((".", "the current folder"), ("~", "the home folder")):
         other = Path(os.path.realpath(os.path.expanduser(folder)))  # noqa: PTH111 - no error where there is none
@@ -159,10 +159,10 @@ def check_report(path: Path, *inputs: Path) -> None:
         read = real_path(given)
         is_report = real.suffix.lower() in (".xml", ".html")
         if real == read or (real.exists() and not is_report and real.is_relative_to(read)):
-            raise OutputError("is an input, and is not overwritten", where=path, hint="choose another one")
+            raise OutputError("is an input, and would be overwritten", where=path, hint="choose another path")
         if any(step == real for link in _links(given) for step in _steps(link)):
             raise OutputError(
-                "is an input through a link, and is not overwritten", where=path, hint="choose another one"
+                "is an input through a link, and would be overwritten", where=path, hint="choose another path"
             )
 
 

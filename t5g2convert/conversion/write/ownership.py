@@ -81,14 +81,14 @@ def check_ours(
         top = [_shown(name, status) for name, status in found.items() if "/" not in name]
         name = Path(error.where or folder).name
         raise OutputError(
-            f"is not an output of t5g2 ({name} {error.message}) and is not replaced: it holds {some(top)}",
+            f"is not an output of t5g2 ({name} {error.message}) and is not replaced: it contains {some(top)}",
             where=folder,
             hint="choose another folder, or move it away",
         ) from None
     foreign = [_shown(name, status) for name, status in found.items() if not _is_listed(name, status, listed)]
     if foreign:
         raise OutputError(
-            f"holds files that t5g2 did not write, and is not replaced: {some(foreign)}",
+            f"contains files that t5g2 did not write, and is not replaced: {some(foreign)}",
             where=folder,
             hint="move them away, or choose another folder",
             details=sorted(foreign) if len(foreign) > 1 else (),
@@ -133,10 +133,10 @@ def check_own_folder(path: Path) -> None:
     hint = "remove it, or choose another output"
     if not stat.S_ISDIR(status.st_mode):
         what = "a link" if stat.S_ISLNK(status.st_mode) else "not a folder"
-        raise OutputError(f"is {what}, but t5g2 needs this name for its work", where=path, hint=hint)
+        raise OutputError(f"is {what}, but t5g2 needs it as a work folder", where=path, hint=hint)
     if status.st_uid != os.geteuid():
         raise OutputError(
-            f"belongs to another user ({status.st_uid}), but t5g2 needs this name for its work", where=path, hint=hint
+            f"belongs to another user ({status.st_uid}), but t5g2 needs it as a work folder", where=path, hint=hint
         )
 
 

@@ -134,7 +134,7 @@ class Staging:
             raise OutputError(
                 f"was changed by another process: {some(changed)}",
                 where=self.target,
-                hint="move the files away, and run again",
+                hint="move them away, and run again",
                 details=sorted(changed) if len(changed) > 1 else (),
             )
 

@@ -89,9 +89,9 @@ def judge_settings(
     except CheckpointError as error:
         faults.append(error.message)
     if faults:
-        return failed_check("config", "setting(s) that are not the source's", faults)
+        return failed_check("config", "setting(s) that differ from the source's", faults)
     exceptions = f" but for {', '.join(declared)}, as declared" if declared else ""
-    return Check("config", True, f"{len(wanted)} settings are the source's{exceptions}")
+    return Check("config", True, f"{len(wanted)} settings match the source's{exceptions}")
 
 
 def main_dtype(target: Checkpoint, *, donated: bool) -> str:

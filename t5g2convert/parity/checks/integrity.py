@@ -72,7 +72,7 @@ def _unlisted(folder: Path, files: Mapping[str, Any]) -> list[str]:
 
 def _fault(folder: Path, name: str, expected: FileRecord) -> str | None:
     if not is_output_name(name):
-        return f"{name!r} is not the name of a file in this folder"
+        return f"{name!r} is not a valid name for a file in this folder"
     path = folder / name
     try:
         if not path.is_file():
@@ -81,7 +81,7 @@ def _fault(folder: Path, name: str, expected: FileRecord) -> str | None:
         if size != expected.bytes:
             return f"{name} has {size} bytes, expected {expected.bytes}"
         if expected.sha256 is not None and sha256_of(path) != expected.sha256:
-            return f"{name} has another sha256"
+            return f"{name} has a different sha256"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return None

@@ -58,7 +58,7 @@ def manifest_faults(plan: Plan, manifest: Manifest | None) -> Iterator[str]:
     if made_with != plan.mapping:
         yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: pass that one with --mapping"
     if recorded.get("adaptation") != document.get("adaptation"):
-        yield "t5g2.json records names or parts that a training of this source cannot have"
+        yield "t5g2.json records trained names or parts that this source does not have"
     for key in ("dtype", "parameters", "options", "changes", "tokens"):
         if recorded[key] != document[key]:
             yield f"t5g2.json says {key} {recorded[key]!r}, expected {document[key]!r}"
@@ -89,12 +89,12 @@ def maker_remarks(plan: Plan, manifest: Manifest) -> list[str]:
         return []
     remarks = []
     if _release(made_by) > _release(__version__):
-        remarks.append(f"t5g2.json was written by t5g2convert {made_by}, which is newer than this, {__version__}")
+        remarks.append(f"t5g2.json was written by t5g2convert {made_by}, which is newer than this version, {__version__}")
     told = _map_digest(manifest)
     if told is not None and told != plan.mapping_sha256:
         remarks.append(
             f"not checked: that it was made with mapping {plan.mapping} of sha256 {told[:16]}; t5g2convert {made_by} "
-            f"had another map than this version, {__version__}, which gives the same bytes"
+            f"had a different map than this version, {__version__}, which gives the same bytes"
         )
     return remarks
 
@@ -120,12 +120,12 @@ def weights_faults(plan: Plan, folders: Folders, manifest: Manifest | None) -> I
             if record is not None and record.sha256 is not None:
                 named.append((role, file.name, record.sha256))
             elif not unhashed:
-                yield f"t5g2.json names no sha256 for {plain_name(file.name)} of the {role}, but for other files"
+                yield f"t5g2.json records no sha256 for {plain_name(file.name)} of the {role}, but for other files"
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda item: sha256_of(folders.path(item[1])), named)
         for (role, name, digest), actual in zip(named, found, strict=True):
             if actual != digest:
-                yield (f"t5g2.json names sha256 {digest} for {plain_name(name)} of the {role}, but it has {actual}")
+                yield (f"t5g2.json records sha256 {digest} for {plain_name(name)} of the {role}, but it has {actual}")
 
 
 def _source_faults(role: str, planned: PlannedSource, told: SourceRecord | None) -> Iterator[str]:
@@ -140,11 +140,11 @@ def _source_faults(role: str, planned: PlannedSource, told: SourceRecord | None)
     # An output of a model of the Hub may be compared with a copy of it, and the other way round.
     made_of, opened = (None if hub is None else f"{hub.repo}@{hub.revision}" for hub in (told.hub, planned.hub))
     if made_of is not None and opened is not None and made_of != opened:
-        yield f"t5g2.json was made from {role} {made_of}, but {opened} was opened: pass the one that it was made from"
+        yield f"t5g2.json was made from {role} {made_of}, but {opened} was passed: pass the one it was made from"
     files = told.files
     sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
     sizes["config.json"] = planned.config.size
     if {name: file.bytes for name, file in files.items()} != sizes:
-        yield f"t5g2.json was made from files of other names or sizes: {', '.join(files) or 'none'}"
+        yield f"t5g2.json was made from files with other names or sizes: {', '.join(files) or 'none'}"
     elif files["config.json"].sha256 != planned.config.sha256:
-        yield f"t5g2.json was made from a {role} with another config.json"
+        yield f"t5g2.json was made from a {role} with a different config.json"

@@ -67,7 +67,7 @@ def judge_provenance(
         faults += weights_faults(plan, folders, manifest)
         faults += _copied_file_faults(plan, folders, target.path)
     coverage = source_coverage(plan, source.checkpoint)
-    faults += [f"{name} of the source cannot be rebuilt, and that is not declared" for name in coverage["lost"]]
+    faults += [f"{name} of the source cannot be reconstructed, and the manifest does not declare this" for name in coverage["lost"]]
     if faults:
         return failed_check("provenance", "fault(s)", faults)
     return Check("provenance", True, _summary(plan, coverage, bytes_found.residuals, bytes_found.unmoved))
@@ -78,7 +78,7 @@ def _copied_file_faults(plan: Plan, folders: Folders, target: Path) -> Iterator[
     for name in (file.name for file in plan.files if file.how == "copied"):
         try:
             if folders.path(name).read_bytes() != (target / name).read_bytes():
-                yield f"{name} is not the source's"
+                yield f"{name} differs from the source's"
         except OSError as error:
             yield f"{name} cannot be read: {error.strerror}"
 
@@ -133,7 +133,7 @@ def _summary(
         "scaled_row": "is a row of {it}, scaled",
         "zeros": "is zeros" if kinds["zeros", SOURCE] == 1 else "are zeros",
         "aligned": f"is {{owner}}, aligned ({', '.join(map(_residual, residuals))})",
-        "given": "tensors were trained, and are finite; nothing here judges their values",
+        "given": "tensors were trained and are finite; their values are not judged",
     }
     parts = [
         f"{kinds[kind, role]} {phrase.format(owner=owner, it=it)}"
@@ -143,13 +143,13 @@ def _summary(
     ]
     summary = ", ".join([*parts[:1], *(part.replace(" tensors ", " ", 1) for part in parts[1:])])
     if unmoved:
-        summary += f"; {len(unmoved)} of those still have the source's values: {some(unmoved)}"
+        summary += f"; {len(unmoved)} of them still have the source's values: {some(unmoved)}"
     if coverage["whole"]:
-        summary += f"; {len(coverage['whole'])} of the source can be rebuilt"
+        summary += f"; {len(coverage['whole'])} of the source can be reconstructed"
     if coverage["rounded"]:
         summary += f"; {len(coverage['rounded'])} of the source were rounded"
     if coverage["cut"]:
-        summary += f"; the rows cut from {', '.join(coverage['cut'])} are left out, as declared"
+        summary += f"; the rows cut from {', '.join(coverage['cut'])} are omitted, as declared"
     if coverage["dropped"]:
         summary += f"; {len(coverage['dropped'])} were dropped, as declared"
     return summary

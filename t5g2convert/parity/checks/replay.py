@@ -56,13 +56,13 @@ def replay_conversion(
     except (CheckpointError, MappingError, UsageError) as error:
         with_heads = None if manifest is None else _without_heads(sources, recorded, mapping, part)
         if with_heads is not None:
-            mismatch = "t5g2.json does not record drop_heads, but without that option this source is refused"
+            mismatch = "t5g2.json does not record drop_heads, but this source cannot be converted without it"
             return Replay(with_heads, mismatch, shipped)
         if not recorded:
             raise
         # A source that cannot be planned without options either is not the manifest's fault.
         plan = replay_plan(sources, {}, mapping, part)
-        mismatch = f"t5g2.json records options that this source cannot have been converted with: {error.message}"
+        mismatch = f"t5g2.json records options that do not apply to this source: {error.message}"
         return Replay(plan, mismatch, shipped)
 
 
@@ -100,7 +100,7 @@ def replay_training(sources: Sources, manifest: Manifest | None, _mapping: str |
     except CheckpointError as error:
         # A source that cannot be planned without training either is not the manifest's fault.
         reason = error.details[0] if error.details else error.message
-        mismatch = f"t5g2.json records a training that this source cannot have had: {reason}"
+        mismatch = f"t5g2.json records a training that does not fit this source: {reason}"
         return Replay(plan_adapted(source, {}, None), mismatch)
 
 
@@ -115,4 +115,4 @@ def check_options(manifest: Manifest) -> None:
     try:
         PlanOptions.of_record(manifest.options, **origins)
     except UsageError as error:
-        raise CheckpointError(f"records an option that is not valid: {error.message}") from None
+        raise CheckpointError(f"records an invalid option: {error.message}") from None

@@ -1,4 +1,4 @@
-"""config of a folder that `save_pretrained` wrote: the settings mean what the start's mean.
+"""config of a folder that `save_pretrained` wrote: the settings have the same meaning as the start's.
 
 transformers writes keys that a conversion leaves out, and sorts them. Settings that decide what is computed are
 compared as this tool's readers understand them; every other key must be the start's, or one of those below, which
@@ -85,13 +85,13 @@ def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> Check:
     generation = _generation(start, target)
     sizes = [given[name] for name in ("encoder.text_config.vocab_size", "decoder.vocab_size") if name in given]
     if len(set(sizes)) > 1:
-        told = f"encoder and decoder have vocab_size {sizes}, and one table"
+        told = f"encoder and decoder share one table, but have vocab_size {sizes}"
         others = Found((*others.faults, told), others.remarks)
     faults = [fault for each in (*found, others, generation) for fault in each.faults]
     remarks = [remark for each in (*found, others, generation) for remark in each.remarks]
     if faults:
-        return failed_check("config", "setting(s) that are not the start's", faults, remarks)
-    return Check("config", True, f"{len(expected)} settings mean what the start's mean", remarks=tuple(remarks))
+        return failed_check("config", "setting(s) that differ from the start's", faults, remarks)
+    return Check("config", True, f"{len(expected)} settings have the same meaning as the start's", remarks=tuple(remarks))
 
 
 def meaning(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _compared(path: str, expected: Any, found: Any) -> Found:
     if expected == found or (name == "eos_token_id" and _ends(expected) == _ends(found)):
         return Found((), ())
     if name in TRAINING:
-        return Found((), (f"{path} is {found!r}, the start's is {expected!r}: only training reads it",))
+        return Found((), (f"{path} is {found!r}, the start's is {expected!r}: used only in training",))
     if name == "vocab_size" and isinstance(found, int) and isinstance(expected, int) and found > expected:
         return Found((), (f"{path} is {found}, the start's is {expected}: rows were added to the table",))
     return Found((f"{path} is {found!r}, expected {expected!r}",), ())
@@ -159,13 +159,13 @@ def _others(start: Checkpoint, target: Checkpoint, known: frozenset[str]) -> Fou
         elif name == "vocab_size" and isinstance(value, int) and isinstance(wanted, int) and value > wanted:
             continue
         elif name in TRAINING:
-            remarks.append(f"{path} is {value!r}, the start's is {wanted!r}: only training reads it")
+            remarks.append(f"{path} is {value!r}, the start's is {wanted!r}: used only in training")
         elif path not in found:
             faults.append(f"{path} is missing, expected {wanted!r}")
         elif path in expected or name in IDLE:
             faults.append(f"{path} is {value!r}, expected {wanted!r}")
         elif value is not None:
-            faults.append(f"{path} is {value!r}, whose effect is unknown")
+            faults.append(f"{path} is {value!r}, a key with an unknown effect")
     faults += _class_faults(target)
     return Found(tuple(faults), tuple(remarks))
 
@@ -182,7 +182,7 @@ def _generation(start: Checkpoint, target: Checkpoint) -> Found:
     """Ids decide where texts end; how tokens are chosen is the user's."""
     if not is_there(target.path / GENERATION_FILE):
         return Found(
-            (), (f"it has no {GENERATION_FILE}: copy the start's",) if is_there(start.path / GENERATION_FILE) else ()
+            (), (f"{GENERATION_FILE} is missing: copy the start's",) if is_there(start.path / GENERATION_FILE) else ()
         )
     found = read_json_object(target.path / GENERATION_FILE)
     expected = read_json_if_there(start.path, GENERATION_FILE)
@@ -196,7 +196,7 @@ def _generation(start: Checkpoint, target: Checkpoint) -> Found:
         elif found.get(name) != IDLE.get(name):
             changed.append(f"{name} {found.get(name)!r}, not {expected.get(name)!r}")
     remarks = (
-        (f"{GENERATION_FILE} chooses tokens in another way than the start's: {'; '.join(changed)}",) if changed else ()
+        (f"{GENERATION_FILE} chooses tokens differently from the start's: {'; '.join(changed)}",) if changed else ()
     )
     return Found(tuple(faults), remarks)
 

@@ -83,7 +83,7 @@ def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> Ch
         return None
     remarks: list[str] = []
     if not is_there(start / TOKENIZER_FILE):
-        return Check("tokenizer", False, f"{TOKENIZER_FILE} is there, but the start has none")
+        return Check("tokenizer", False, f"{TOKENIZER_FILE} exists, but the start has none")
     given, found = read_json_object(start / TOKENIZER_FILE), read_json_object(target.path / TOKENIZER_FILE)
     added, named = _added(found), frozenset(_named(read_json_if_there(target.path, TOKENIZER_CONFIG_FILE)).values())
     faults = [
@@ -95,9 +95,9 @@ def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> Ch
     faults += _template_faults(start, target.path)
     faults += _pixel_faults(start, target.path, remarks)
     if faults:
-        return failed_check("tokenizer", "token(s) or setting(s) that are not the start's", faults, remarks)
+        return failed_check("tokenizer", "token(s) or setting(s) that differ from the start's", faults, remarks)
     count = len(_vocabulary(found))
-    detail = f"{count} tokens have the start's ids, and every step does what the start's does"
+    detail = f"{count} tokens have the start's ids, and every step works as the start's does"
     return Check("tokenizer", True, detail, remarks=tuple(remarks))
 
 
@@ -128,16 +128,16 @@ def _token_faults(
     more |= {token: number for token, number in after.items() if token not in ids}
     for token, number in sorted(more.items(), key=lambda item: str(item[1])):
         if not isinstance(number, int) or number >= rows:
-            yield f"{token!r} was added with id {number}, and the table has {rows} rows"
+            yield f"{token!r} was added with id {number}, but the table has {rows} rows"
         elif number in taken and taken[number] in after:
-            yield f"{token!r} was added with id {number}, which is that of {taken[number]!r}"
+            yield f"{token!r} was added with id {number}, which {taken[number]!r} already has"
     if more:
         shown = ", ".join(f"{token!r} {number}" for token, number in islice(more.items(), 5))
         remarks.append(f"{len(more)} token(s) were added: {shown}{', ...' if len(more) > 5 else ''}")
     merges, others = (_merges(document) for document in (given, found))
     if merges != others:
         first = next((n for n, pair in enumerate(zip(merges, others, strict=False)) if pair[0] != pair[1]), None)
-        at = f"the first that differs is number {first}" if first is not None else "one is the start of the other"
+        at = f"the first difference is at number {first}" if first is not None else "one is a prefix of the other"
         yield f"has {len(others)} merges, the start's has {len(merges)}; {at}"
     models = [{**IDLE, **_without_tokens(document)} for document in (given, found)]
     for key in sorted(models[0].keys() | models[1].keys()):
@@ -151,7 +151,7 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]
         return
     for token, number in before.items():
         if token not in after:
-            yield f"token {token!r} is gone, its id was {number}"
+            yield f"token {token!r} is missing, its id was {number}"
         elif after[token] != number:
             yield f"token {token!r} has id {after[token]}, expected {number}"
 
@@ -162,7 +162,7 @@ def _marked(
     for content, entry in known.items():
         other = added.get(content)
         if other is None:
-            yield f"added token {content!r} is gone"
+            yield f"added token {content!r} is missing"
             continue
         if other.get("id") != entry.get("id"):
             yield f"added token {content!r} has id {other.get('id')}, expected {entry.get('id')}"
@@ -217,9 +217,9 @@ def _leftovers(found: Mapping[str, Any]) -> Iterator[str]:
     truncation, padding = found.get("truncation"), found.get("padding")
     if isinstance(truncation, dict):
         cut = truncation.get("max_length")
-        yield f"{TOKENIZER_FILE} cuts texts after {cut} tokens, where transformers does not read it"
+        yield f"{TOKENIZER_FILE} truncates texts after {cut} tokens outside transformers"
     if isinstance(padding, dict):
-        yield f"{TOKENIZER_FILE} pads texts, where transformers does not read it"
+        yield f"{TOKENIZER_FILE} pads texts outside transformers"
 
 
 def _settings_faults(start: Path, target: Path, added: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -245,7 +245,7 @@ def _settings_faults(start: Path, target: Path, added: Mapping[str, Mapping[str,
     for number, entry in listed.items() if isinstance(listed, dict) else ():
         token = entry.get("content") if isinstance(entry, dict) else None
         if str(added.get(str(token), {}).get("id")) != number:
-            yield f"{TOKENIZER_CONFIG_FILE}: added_tokens_decoder has {token!r} as {number}, {TOKENIZER_FILE} has not"
+            yield f"{TOKENIZER_CONFIG_FILE}: added_tokens_decoder has {token!r} as {number}, {TOKENIZER_FILE} does not"
 
 
 def _named(document: Mapping[str, Any]) -> dict[str, str]:
@@ -262,7 +262,7 @@ def _template_faults(start: Path, target: Path) -> Iterator[str]:
     one, other = _template(start), _template(target)
     if one != other:
         told = "is gone" if other is None else "is another" if one is not None else "is new"
-        yield f"the chat template {told}: copy the start's, or take one out that was not there"
+        yield f"the chat template {told}: copy the start's, or remove a template that it does not have"
 
 
 def _template(folder: Path) -> Any:
@@ -281,7 +281,7 @@ def _template(folder: Path) -> Any:
 def _pixel_faults(start: Path, target: Path, remarks: list[str]) -> Iterator[str]:
     given, found = _pixels(start), _pixels(target)
     if given and not found:
-        remarks.append(f"it has no {PROCESSOR_FILE}: copy the start's, to read pictures")
+        remarks.append(f"{PROCESSOR_FILE} is missing: copy the start's to process images")
     for key in PIXELS if given and found else ():
         if (given.get(key) or None) != (found.get(key) or None):
             yield f"{PROCESSOR_FILE}: {key} is {_short(found.get(key))}, expected {_short(given.get(key))}"

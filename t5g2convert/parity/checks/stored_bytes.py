@@ -234,7 +234,7 @@ def _repeated_faults(plan: Plan, folders: Folders, read: ReadRange) -> Iterator[
                 for span, dtype in ((drop.content, drop.dtype), (drop.must_equal.source, drop.must_equal.dtype))
             )
             if not repeats(one, other, read, PIECE_BYTES):
-                yield f"{drop.name} of the source was dropped as a copy and is not one"
+                yield f"{drop.name} of the source was dropped as a copy, but is not one"
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def token_faults(target: Checkpoint) -> Iterator[str]:
             yield f"{name}: the token {token!r} has id {number!r}, which is not a whole number"
         elif number >= rows and name not in seen:
             seen.add(name)
-            yield f"{name}: the token {token!r} has id {number}, the embedding table has {rows} rows"
+            yield f"{name}: the token {token!r} has id {number}, but the embedding table has {rows} rows"
 
 
 def special_faults(target: Checkpoint) -> Iterator[str]:
@@ -66,7 +66,7 @@ def special_faults(target: Checkpoint) -> Iterator[str]:
             named += [(f"{name}: ", *item) for item in found if name == GENERATION_FILE or item[0] not in IMAGE_IDS]
     for file, field, number in named:
         if number >= rows:
-            yield f"{file}{field} is {number}, the embedding table has {rows} rows"
+            yield f"{file}{field} is {number}, but the embedding table has {rows} rows"
 
 
 def _reads_images(config: Mapping[str, Any]) -> bool:

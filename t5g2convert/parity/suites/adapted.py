@@ -63,7 +63,7 @@ def _runs(verification: Verification[T5Gemma2Source]) -> Check:
         and _is_zeros(verification.target, PROJECTOR)
     )
     check = judge_runs(model, blind=blind, progress=verification.progress)
-    return check.remarked(["its projector is zeros and was not trained, so no image changes anything"] if blind else [])
+    return check.remarked(["its projector is zeros and was not trained, so images have no effect"] if blind else [])
 
 
 def _trained(verification: Verification[Any]) -> set[str]:
@@ -86,7 +86,7 @@ def _remarks(verification: Verification[Any]) -> Iterator[str]:
     adaptation = None if verification.manifest is None else verification.manifest.adaptation
     if verification.known_source is None or adaptation is None:
         return
-    yield "trained values are not judged: that training made them, and how, is known from t5g2.json alone"
+    yield "trained values are not judged: only t5g2.json records that and how they were trained"
     checkpoints = len(adaptation.checkpoints)
     yield (
         f"it records step {adaptation.steps}"

@@ -107,7 +107,7 @@ def compare_towers(
 def conversion_remarks(verification: Verification[Any]) -> Iterator[str]:
     """Yield remarks on the dtype, on the version that made the folder, and on changes that it declares."""
     if verification.dtype == "float16":
-        yield "computed in float16, which a real Gemma 3 may overflow with other inputs; --dtype float32 does not"
+        yield "computed in float16, which a real Gemma 3 may overflow with other inputs; use --dtype float32"
     if verification.replay is None:
         return
     if verification.manifest is not None:

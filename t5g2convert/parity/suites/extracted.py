@@ -123,7 +123,7 @@ def _image_pair(whole: EncoderReference, alone: EncoderReference, images: ImageB
 
 def _encoder_runs(verification: Verification[Any]) -> Check:
     encoder = _encoder(verification)
-    verification.progress("the encoder by itself")
+    verification.progress("the encoder alone")
     return judge_dependence(encoder, "states", encoder.encode)
 
 
@@ -153,7 +153,7 @@ def _decoder_parity(verification: Verification[T5Gemma2Source]) -> Check:
     batch, remarks = verification.inputs.batch(gemma), []
     if gemma.model.tokens.eoi_token_index < gemma.text.settings.vocab_size:
         remarks.append(
-            "the end-of-image token was left out: Gemma 3 scales the row of its table, T5Gemma 2 keeps a vector"
+            "the end-of-image token was left out: Gemma 3 scales its embedding row, T5Gemma 2 stores a separate vector"
         )
     expected = hidden_memory_run(whole, batch)
     pair = Pair(expected, gemma.start(batch.ids_BT, batch.kept_BT), batch.kept_BT)
@@ -165,7 +165,7 @@ def _decoder_parity(verification: Verification[T5Gemma2Source]) -> Check:
 
 def _decoder_runs(verification: Verification[Any]) -> Check:
     gemma = _gemma3(verification)
-    verification.progress("Gemma 3 by itself")
+    verification.progress("Gemma 3 alone")
     return judge_dependence(gemma, "logits", gemma.logits)
 
 

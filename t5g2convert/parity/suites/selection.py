@@ -84,7 +84,7 @@ def check_manifest_fits(output: Path, source: Checkpoint) -> None:
         return
     if "source" in manifest and not matches_its_files(output, manifest):
         raise CheckpointError(
-            "matches neither the files of its folder nor the source",
+            "matches neither the files in its folder nor the source",
             where=output / MANIFEST_FILE,
             hint="if the folder was trained elsewhere, move this file away and run again",
         )
@@ -133,15 +133,15 @@ def check_sources(sources: Sources, origins: Mapping[str, Origin | None], manife
     for role, what in ((DECODER_FROM, "decoder"), (VISION_FROM, "vision tower")):
         option = f"--{role.replace('_', '-')}"
         if role in manifest.sources and role not in sources.others:
-            raise UsageError(f"its {what} is from another checkpoint", hint=f"pass that one with {option}")
+            raise UsageError(f"its {what} is from another checkpoint", hint=f"pass that checkpoint with {option}")
         if role in sources.others and role not in manifest.sources:
-            raise UsageError(f"its {what} is not from another checkpoint", hint=f"leave {option} out")
+            raise UsageError(f"its {what} is not from another checkpoint", hint=f"omit {option}")
     remarks = []
     for role, checkpoint in sources.by_role.items():
         recorded = manifest.sources[role].hub
         _check_commit(origins[role], checkpoint, recorded)
         if recorded is not None and checkpoint.hub is None:
-            remarks.append(f"not checked: that the {role} is {recorded.repo} of the Hub (a folder was given)")
+            remarks.append(f"not checked: whether the {role} is {recorded.repo} on the Hub (a folder was passed)")
     return remarks
 
 
@@ -153,7 +153,7 @@ def _check_commit(origin: Origin | None, checkpoint: Checkpoint, recorded: HubRe
         return
     if recorded.repo == found.repo and recorded.revision != found.revision:
         raise UsageError(
-            f"it was made from commit {recorded.revision} of {found.repo}, which is at {found.revision} now",
+            f"it was made from commit {recorded.revision} of {found.repo}, which is now at {found.revision}",
             hint=f"if you trust that commit, pass {found.repo}@{recorded.revision}",
         )
 

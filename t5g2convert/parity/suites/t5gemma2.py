@@ -141,7 +141,7 @@ def _pairing_remarks(options: Mapping[str, Any], expected: ExpectedStacks) -> It
         table, other = ("source", "decoder's parent")
         if options.get("embedding_from") == "decoder-from":
             table, other = other, table
-        yield f"the {other} is computed with the embedding table of the {table}, which is the target's"
+        yield f"the {other} is computed with the {table}'s embedding table, as in the target"
     for part, stack in (("encoder", expected.encoder), ("decoder", expected.decoder)):
         if f"{part}_layers" in options:
             taken = ", ".join(map(str, stack.layers))

@@ -37,7 +37,7 @@ FROZEN: Final = ("vision",)
 
 PROJECTOR: Final = "mm_input_projection_weight"
 
-NOT_ONE_MODEL: Final = Skipped("its tensors are not those of one model")
+NOT_ONE_MODEL: Final = Skipped("its tensors do not form one model")
 
 
 class TrainingStart(SourceModel):
@@ -61,7 +61,7 @@ class TrainingStart(SourceModel):
     def __init__(self, sources: Sources, *, frozen: Sequence[str], progress: Callable[[str], None]) -> None:
         whole = as_published(sources.source).checkpoint
         if fault := next(tensor_faults(whole), None):
-            message = f"its tensors are not those that its config implies: {fault}"
+            message = f"its tensors do not match its config: {fault}"
             raise CheckpointError(message, where=sources.source.path)
         self.frozen = frozen_names(frozen, whole)
         names = [*sources.source.files, *(name for name in (*READ, GENERATION_FILE) if sources.source.holds(name))]
@@ -95,7 +95,7 @@ def frozen_names(frozen: Sequence[str], start: Checkpoint) -> frozenset[str]:
 
 
 def _integrity(verification: Verification[TrainingStart]) -> Skipped:
-    copied = " (that is the start's, copied along)" if is_there(verification.output / MANIFEST_FILE) else ""
+    copied = " (this is a copy of the start's)" if is_there(verification.output / MANIFEST_FILE) else ""
     return Skipped(f"trained elsewhere: no {MANIFEST_FILE} records these files{copied}")
 
 
@@ -124,7 +124,7 @@ def _tensors(verification: Verification[TrainingStart]) -> Check:
         if repeated in target.tensors and differing(raw, name, target, repeated):
             faults.append(f"{name} is a tied copy of {repeated}, but has other values")
     if faults:
-        return failed_check("tensors", "tensor(s) that are not those of the model", faults)
+        return failed_check("tensors", "tensor(s) that do not belong to the model", faults)
     heads = f", and {len(published.heads)} of a head that no other class loads" if published.heads else ""
     respelled = "" if not published.respelled else ", under other names than the published ones"
     return Check("tensors", True, f"{len(target.tensors)} tensors, each once{respelled}{heads}")
@@ -144,7 +144,7 @@ def _tokenizer(verification: Verification[TrainingStart]) -> Check | Skipped:
     target = published.checkpoint
     table = next(stored for name, stored in target.tensors.items() if name.endswith("embed_tokens.weight"))
     found = judge_resaved_tokenizer(verification.source.checkpoint.path, target, rows=table.entry.shape[0])
-    return Skipped("it has no tokenizer.json: copy the start's tokenizer") if found is None else found
+    return Skipped("tokenizer.json is missing: copy the start's tokenizer") if found is None else found
 
 
 @Shared
@@ -178,7 +178,7 @@ def _unrelated_remarks(verification: Verification[TrainingStart]) -> Iterator[st
     judged = [found[part].values() for part in ("embedding", *TRAINED) if found.get(part)]
     if all(any(each.unrelated for each in movements) for movements in judged):
         name = verification.source.start.name
-        yield f"no part of it is near {name}: if it was trained from another model, pass that as --source"
+        yield f"no part of it is close to {name}: if it was trained from another model, pass that as --source"
 
 
 def _runs(verification: Verification[TrainingStart]) -> Check | Skipped:
@@ -187,7 +187,7 @@ def _runs(verification: Verification[TrainingStart]) -> Check | Skipped:
         return NOT_ONE_MODEL
     target, start = published.checkpoint, verification.source.start
     if fault := next(tensor_faults(target), None):
-        detail = f"cannot be computed: its tensors are not those that its config implies: {fault}"
+        detail = f"cannot be computed: its tensors do not match its config: {fault}"
         return Check("runs", False, detail)
     if target.config.get("model_type") == ENCODER_TYPE:
         alone = EncoderReference(target, **verification.reading())
@@ -195,7 +195,7 @@ def _runs(verification: Verification[TrainingStart]) -> Check | Skipped:
     model = T5Gemma2Reference(target, **verification.reading())
     blind = model.vision is not None and _is_blind(target) and _is_blind(start)
     check = judge_runs(model, blind=blind, progress=verification.progress)
-    return check.remarked(["its projector is zeros, as at the start: no image changes anything"] if blind else [])
+    return check.remarked(["its projector is zeros, as at the start: images have no effect"] if blind else [])
 
 
 def _is_blind(checkpoint: Checkpoint) -> bool:
@@ -207,7 +207,7 @@ def _is_blind(checkpoint: Checkpoint) -> bool:
 
 
 def _remarks(_: Verification[Any]) -> Iterator[str]:
-    yield "trained elsewhere: what it was trained on, and how well, is not judged"
+    yield "trained elsewhere: neither the training data nor the quality of the model is judged"
 
 
 TRAINED_ELSEWHERE: Final = Suite(

@@ -160,7 +160,7 @@ def test_a_signal_ends_it_with_its_own_code(small: Path, tmp_path: Path) -> None
             break
     _, told = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, told
-    assert "stopped by signal 15 (the same command with --resume continues from the last checkpoint" in told
+    assert "stopped by signal 15 (repeat the command with --resume to continue from the last checkpoint" in told
     last = max(complete_checkpoints(run))
     assert last >= 2
     assert tensors_of(run, last)

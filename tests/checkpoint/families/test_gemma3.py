@@ -320,7 +320,7 @@ def test_dialects_that_contradict_each_other_are_refused(
 ) -> None:
     error = refusal(make(**SIZES, **NESTED, **fields))
     assert all(name in error.message for name in names)
-    assert "remove the wrong one" in (error.hint or "")
+    assert "remove the incorrect one" in (error.hint or "")
 
 
 @pytest.mark.parametrize("make", [text_only, multimodal])
@@ -530,7 +530,7 @@ def test_a_config_alone_is_read_as_it_stands_and_names_decide_beside_it() -> Non
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"mm_tokens_per_image": 5}, "mm_tokens_per_image is 5, which 4 x 4 patches of an image cannot be pooled to"),
+        ({"mm_tokens_per_image": 5}, "mm_tokens_per_image is 5, which 4 x 4 image patches cannot be pooled to"),
         ({"mm_tokens_per_image": 9}, "mm_tokens_per_image is 9, which"),
         ({"mm_tokens_per_image": 25}, "mm_tokens_per_image is 25, which"),
         ({"eoi_token_index": -1}, "eoi_token_index is -1, expected a token id"),

@@ -99,7 +99,7 @@ def test_a_base_of_rope_stands_where_older_versions_write_it() -> None:
             config(None, {"layer_types": ["full_attention"]}),
             "decoder.layer_types lists 1 layers, num_hidden",
         ),
-        (config(None, {"attention_bias": True}), "decoder.attention_bias is true; biases are not converted"),
+        (config(None, {"attention_bias": True}), "decoder.attention_bias is true; biases are not supported"),
         (config(None, {"num_attention_heads": 5}), "decoder.hidden_size 24 is not a multiple of num_attention_heads 5"),
         (
             config({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}),

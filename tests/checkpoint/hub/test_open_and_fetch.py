@@ -259,7 +259,7 @@ INFO, FILES = "/api/models/", "/resolve/"
 REFUSALS: Final = {
     "gated, no token": Refusal("is gated, and no token was given", "accept the terms at", access={"gated_to": {"bo"}}),
     "gated, not to this user": Refusal(
-        "is gated, and the token's user has no access", "accept the terms at", TOKEN, access={"gated_to": {"bo"}}
+        "is gated, and the token's user does not have access", "accept the terms at", TOKEN, access={"gated_to": {"bo"}}
     ),
     "private, no token": Refusal(
         "no such folder, and no such model on the Hub, or it is private and no token was given",
@@ -268,35 +268,35 @@ REFUSALS: Final = {
     ),
     "private, another's": Refusal(
         "no such folder, and no such model on the Hub, or the token may not read it",
-        "look at the name",
+        "check the name",
         TOKEN,
         access={"private_to": {"bo"}},
     ),
-    "missing, no token": Refusal("no such folder, and no such model on the Hub", "look at the name", source="a/b"),
-    "missing": Refusal("no such folder, and no such model on the Hub", "look at the name", TOKEN, source="a/b"),
-    "wrong token": Refusal("the Hub does not accept the token", "hf auth login, or set HF_TOKEN", "hf_nobody"),
-    "missing branch": Refusal("has no revision 'v9'", "give a branch, a tag or a commit", source=f"{REPO}@v9"),
-    "missing commit": Refusal("has no revision '0{40}'", "give a branch", source=f"{REPO}@{'0' * 40}"),
+    "missing, no token": Refusal("no such folder, and no such model on the Hub", "check the name", source="a/b"),
+    "missing": Refusal("no such folder, and no such model on the Hub", "check the name", TOKEN, source="a/b"),
+    "wrong token": Refusal("the Hub rejected the token", "hf auth login, or set HF_TOKEN", "hf_nobody"),
+    "missing branch": Refusal("has no revision 'v9'", "pass a branch, a tag or a commit", source=f"{REPO}@v9"),
+    "missing commit": Refusal("has no revision '0{40}'", "pass a branch", source=f"{REPO}@{'0' * 40}"),
     "a token too weak": Refusal("the token may not read it", "permission", TOKEN, fault=Fault(INFO, 9, status=403)),
     "disabled": Refusal(
         "was disabled",
         "another model",
         fault=Fault(INFO, 9, status=403, headers={"X-Error-Message": "Access to this resource is disabled."}),
     ),
-    "too many requests": Refusal("has had too many requests", "wait", fault=Fault(INFO, 9, status=429)),
-    "no token at all": Refusal("the Hub wants a token", "hf auth login", fault=Fault(FILES, 99, status=401)),
-    "broken": Refusal("answers with status 500", "try again later", fault=Fault(INFO, 9, status=500)),
-    "broken, later": Refusal("answers with status 503", "try again later", fault=Fault(SINGLE_FILE, 99, status=503)),
+    "too many requests": Refusal("received too many requests", "wait", fault=Fault(INFO, 9, status=429)),
+    "no token at all": Refusal("the Hub requires a token", "hf auth login", fault=Fault(FILES, 99, status=401)),
+    "broken": Refusal("answered with status 500", "try again later", fault=Fault(INFO, 9, status=500)),
+    "broken, later": Refusal("answered with status 503", "try again later", fault=Fault(SINGLE_FILE, 99, status=503)),
     "a file that went": Refusal(
-        "lacks a file",
+        "is missing a file",
         "try again",
         fault=Fault(SINGLE_FILE, 9, status=404, headers={"X-Error-Code": "EntryNotFound"}),
     ),
     "another web server": Refusal(
-        "does not answer as the Hub", "HF_ENDPOINT", fault=Fault(INFO, 9, 200, body=b"<html>")
+        "did not answer like the Hub", "HF_ENDPOINT", fault=Fault(INFO, 9, 200, body=b"<html>")
     ),
     "half an answer": Refusal(
-        "does not answer as the Hub",
+        "did not answer like the Hub",
         "HF_ENDPOINT",
         fault=Fault(INFO, 9, 200, body=b'{"id": 1, "siblings": [{"rfilename": "config.json"}]}'),
     ),
@@ -306,15 +306,15 @@ REFUSALS: Final = {
         fault=Fault("/lfs/", 9, 206, headers={"Content-Range": "bytes 0-9/10"}),
     ),
     "less than was asked for": Refusal(
-        "was cut while a part of a file was read .10 of 100000 bytes",
+        "was closed while part of a file was read .10 of 100000 bytes",
         "try again",
         fault=Fault("/lfs/", 9, 206, headers={"Content-Range": "bytes 0-9/*"}, body=bytes(10)),
     ),
     "another size": Refusal("answers with '3'", "try again later", fault=Fault("/lfs/", 9, 200, body=b"abc")),
     "cut again and again": Refusal(
-        "was cut while a part of a file was read", "try again", fault=Fault("/lfs/", 9, cut_after=9)
+        "was closed while part of a file was read", "try again", fault=Fault("/lfs/", 9, cut_after=9)
     ),
-    "cut at once": Refusal("cannot be reached, or cut the", "try again", fault=Fault(INFO, 9, cut_after=3)),
+    "cut at once": Refusal("cannot be reached, or closed the", "try again", fault=Fault(INFO, 9, cut_after=3)),
 }
 
 
@@ -362,7 +362,7 @@ def test_H1_a_token_that_cannot_be_sent_is_said_and_not_shown(
 ) -> None:
     hub.add(REPO, single)
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(HubError, match=r"the token has invalid characters \(copy it again: ") as found:
+    with pytest.raises(HubError, match=r"the token has invalid characters \(set it again: ") as found:
         open_source(REPO)
     assert token not in str(found.value)
 
@@ -404,7 +404,7 @@ def test_H1_offline_with_headers_alone_in_the_cache(hub: Hub, sharded: Path, mon
         with monkeypatch.context() as online:
             online.setattr(constants, "HF_HUB_OFFLINE", False)
             fetch(checkpoint, fetched)
-        with pytest.raises(HubError, match=f"the Hub's cache has not all of the model: .*{told}") as caught:
+        with pytest.raises(HubError, match=f"the model is incomplete in the Hub's cache: .*{told}") as caught:
             open_source(REPO)
         absent = " ".join(name for name in (FIRST, SECOND) if name not in fetched)
         command = f"HF_HUB_OFFLINE=0 hf download {REPO} {absent} --revision {checkpoint.path.name}"
@@ -489,7 +489,7 @@ def test_a_commit_that_was_fetched_before_is_not_taken_for_the_branch(hub: Hub, 
     open_source(REPO)
     hub.repos[REPO].commit({"config.json": b"{}", SINGLE_FILE: weights(["c"])})
     hub.faults.append(Fault("resolve/main", 99, status=503, method="HEAD"))
-    with pytest.raises(HubError, match="the commit of the branch is not known"):
+    with pytest.raises(HubError, match="the commit of the branch is unknown"):
         open_source(REPO)
 
 
@@ -530,7 +530,7 @@ def test_H2_files_that_are_complete_are_kept(hub: Hub, sharded: Path) -> None:
     hub.add(REPO, sharded)
     checkpoint = open_source(REPO)
     hub.faults.append(Fault(f"/lfs/.*{SECOND}", 99, cut_after=10))
-    with pytest.raises(HubError, match="cannot be reached, or cut the connection"):
+    with pytest.raises(HubError, match="cannot be reached, or closed the connection"):
         fetch(checkpoint, checkpoint.files)
     assert missing(checkpoint, checkpoint.files) == [SECOND]
     hub.faults.clear()
@@ -544,7 +544,7 @@ def test_a_file_with_another_header_than_was_planned_is_refused(hub: Hub, single
     sha = hub.add(REPO, single)
     checkpoint = open_source(REPO)
     hub.repos[REPO].commits[sha][SINGLE_FILE] = weights(["a", "c"])
-    with pytest.raises(CheckpointError, match="has another header than the Hub has"):
+    with pytest.raises(CheckpointError, match="has a different header than on the Hub"):
         fetch(checkpoint, checkpoint.files)
 
 
@@ -555,7 +555,7 @@ def test_a_file_of_the_cache_that_is_not_the_hubs_is_refused(hub: Hub, single: P
     with pytest.raises(CheckpointError, match=r"model.safetensors: has \d+ bytes, the Hub's has") as caught:
         open_source(REPO)
     # What the hint names is the file itself and not the link to it: removing the link alone would change nothing.
-    found = re.fullmatch(r"remove (.+) and run again: it is downloaded anew", caught.value.hint or "")
+    found = re.fullmatch(r"remove (.+) and run again: it is downloaded again", caught.value.hint or "")
     assert found is not None
     Path(found[1]).unlink()
     again = fetch(open_source(REPO), [SINGLE_FILE])
@@ -636,14 +636,14 @@ def test_a_listing_of_json_is_read(hub: Hub, single: Path) -> None:
 
 
 NO_MODELS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
-    "gguf": ({"gemma-Q4_0.gguf": "", "README.md": ""}, "holds weights of llama.cpp (GGUF)", "hf download"),
+    "gguf": ({"gemma-Q4_0.gguf": "", "README.md": ""}, "holds llama.cpp weights (GGUF)", "hf download"),
     "adapter": (
         {"adapter_config.json": '{"base_model_name_or_path": "google/gemma-3-1b"}', "adapter_model.safetensors": ""},
         "is a LoRA adapter of google/gemma-3-1b",
         f"hf download {REPO} --local-dir FOLDER, then merge it first",
     ),
-    "onnx": ({"config.json": "{}", "onnx/model.onnx": ""}, "is a model in ONNX: onnx/model.onnx", "original"),
-    "a folder inside": ({"4b/config.json": "{}"}, "holds no model itself", "FOLDER/4b"),
+    "onnx": ({"config.json": "{}", "onnx/model.onnx": ""}, "is an ONNX model: onnx/model.onnx", "original"),
+    "a folder inside": ({"4b/config.json": "{}"}, "holds no model, only folders with models", "FOLDER/4b"),
     "orbax": ({"_METADATA": "", "d/0/1": ""}, "is a JAX checkpoint (Orbax)", "safetensors"),
     "nothing known": ({"README.md": ""}, "has no config.json", "safetensors"),
 }

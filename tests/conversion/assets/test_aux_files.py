@@ -120,7 +120,7 @@ def test_a_text_only_model_has_no_processor(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("images", [True, False])
 def test_a_folder_without_a_tokenizer_is_converted_with_a_note(images: bool, make: Make, tmp_path: Path) -> None:
     done = convert(make(images=images), tmp_path / "out")
-    assert "the source has no tokenizer.json: the output cannot read text" in done.notes
+    assert "the source has no tokenizer.json: the output cannot tokenize text" in done.notes
     assert not list((tmp_path / "out").glob("*token*"))
 
 
@@ -265,7 +265,7 @@ FAULTS: dict[str, tuple[str, Damage, str]] = {
     "size": (
         "preprocessor_config.json",
         lambda path: edit(path, size={"height": 896, "width": 896}),
-        "size is {'height': 896, 'width': 896}, the model that config.json describes needs {'height': 56, 'width': 56}",
+        "size is {'height': 896, 'width': 896}, but config.json requires {'height': 56, 'width': 56}",
     ),
     "length": ("processor_config.json", lambda path: edit(path, image_seq_length=256), "image_seq_length is 256"),
     "length-inside": (

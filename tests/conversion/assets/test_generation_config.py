@@ -46,7 +46,7 @@ def test_ids_move_and_other_numbers_do_not() -> None:
         ("forced_decoder_ids", [[1, 300_000]], "forced_decoder_ids has token 300000"),
         ("decoder_start_token_id", "<bos>", "decoder_start_token_id has '<bos>', expected a token id"),
         ("forced_eos_token_id", 1.0, "forced_eos_token_id has 1.0, expected a token id"),
-        ("suppress_tokens", [256_001], "suppress_tokens has token 256001, the new id"),
+        ("suppress_tokens", [256_001], "suppress_tokens has token 256001, which is the new id"),
         ("image_token_id", True, "image_token_id has True"),
     ],
 )
@@ -73,7 +73,7 @@ def test_a_plan_has_the_sources_settings(demo_source: Path) -> None:
 
 def test_a_plan_refuses_an_id_past_its_table(demo_source: Path) -> None:
     (demo_source / "generation_config.json").write_text('{"suppress_tokens": [1, 99999999]}')
-    with pytest.raises(CheckpointError, match="has suppress_tokens as 99999999, the embedding table has 256 rows"):
+    with pytest.raises(CheckpointError, match="has suppress_tokens as 99999999, but the embedding table has 256 rows"):
         plan(demo_source)
 
 

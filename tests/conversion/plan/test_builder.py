@@ -154,7 +154,7 @@ def test_an_unscaled_rope_is_written_as_linear_with_factor_one(demo_source: Path
 def test_an_image_token_past_the_table_is_refused(demo_source: Path) -> None:
     path = demo_source / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_token_index": 256}))
-    with pytest.raises(CheckpointError, match="image_token_index is 256, past the 256 rows"):
+    with pytest.raises(CheckpointError, match="image_token_index is 256, beyond the 256 rows"):
         plan(demo_source)
 
 
@@ -346,6 +346,6 @@ def test_a_source_with_a_window_of_1_is_noted(twin_folder: TwinFolder, tmp_path:
     config = json.loads((tmp_path / "source/config.json").read_text()) | {"sliding_window": 1}
     (tmp_path / "source/config.json").write_text(json.dumps(config))
     (told,) = [note for note in plan(tmp_path / "source").notes if "generate fails" in note]
-    assert told.endswith("give it use_cache=False, or convert with --sliding-window 2")
+    assert told.endswith("use use_cache=False, or convert with --sliding-window 2")
     assert not any("generate fails" in note for note in plan(tmp_path / "source", sliding_window=2).notes)
     assert not any("generate fails" in note for note in plan(twin_folder("text-8")).notes)

@@ -73,10 +73,10 @@ def test_options_win_over_a_preset(gemma3_map: WeightMap) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"sliding_window": 513}, "is for sliding_window 512, the source has 513"),
-        ({"rope_theta": 5e5}, "is for rope_full_theta 1000000, the source has 500000.0"),
-        ({"rope_local_base_freq": 2e4}, "is for rope_sliding_theta 10000, the source has 20000.0"),
-        ({"num_hidden_layers": 19}, "is for num_hidden_layers 18, the source has 19"),
+        ({"sliding_window": 513}, "requires sliding_window 512, but the source has 513"),
+        ({"rope_theta": 5e5}, "requires rope_full_theta 1000000, but the source has 500000.0"),
+        ({"rope_local_base_freq": 2e4}, "requires rope_sliding_theta 10000, but the source has 20000.0"),
+        ({"num_hidden_layers": 19}, "requires num_hidden_layers 18, but the source has 19"),
     ],
 )
 def test_what_a_release_has_of_its_parent_is_asked_of_the_source(
@@ -87,7 +87,7 @@ def test_what_a_release_has_of_its_parent_is_asked_of_the_source(
 
 
 def test_a_preset_of_another_size_is_refused(gemma3_map: WeightMap) -> None:
-    with pytest.raises(MappingError, match="is for hidden_size 1152, the source has 640"):
+    with pytest.raises(MappingError, match="requires hidden_size 1152, but the source has 640"):
         changed_values(PlanOptions(preset="t5gemma-2-1b-1b"), model().values, gemma3_map)
 
 

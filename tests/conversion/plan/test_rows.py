@@ -180,7 +180,7 @@ def test_keep_rows_keeps_them_whatever_is_in_use(images: bool, make: Make) -> No
     made = plan(source, keep_rows=True)
     check_kept(made)
     assert made.options["keep_rows"] is True
-    told = "--keep-rows: all 262208 rows of the embedding table are kept, as asked"
+    told = "--keep-rows: all 262208 rows of the embedding table are kept, as requested"
     assert told + ("; image_token_index stays 262144" if images else "") in made.notes
     assert "--keep-rows: no row would be cut" in plan(make("other", rows=300), keep_rows=True).notes
 
@@ -222,13 +222,13 @@ BEYOND: dict[str, tuple[Change, str, str]] = {
     "added": (
         added_token,
         "tokenizer.json",
-        "has the token '[PAD]' as 262145, the embedding table has 262144 rows",
+        "has the token '[PAD]' as 262145, but the embedding table has 262144 rows",
     ),
-    "vocabulary": (vocab_entry, "tokenizer.json", "has the token '▁qzx' as 262150, the embedding table"),
-    "name": (new_name, "tokenizer_config.json", "'[PAD]' (loaders assign it the id 262145), the embedding table"),
+    "vocabulary": (vocab_entry, "tokenizer.json", "has the token '▁qzx' as 262150, but the embedding table"),
+    "name": (new_name, "tokenizer_config.json", "'[PAD]' (loaders assign it the id 262145), but the embedding table"),
     "added-file": (only_added_file, "added_tokens.json", "has the token '<tool_call>' as 262145"),
     "pieces": (only_pieces, "tokenizer.model", "has the token 'w262144' as 262144"),
-    "pad": (set_config(pad_token_id=300_000), "config.json", "has pad_token_id as 300000, the embedding table has"),
+    "pad": (set_config(pad_token_id=300_000), "config.json", "has pad_token_id as 300000, but the embedding table has"),
     "eos": (set_config(eos_token_id=[1, 262_144]), "config.json", "has eos_token_id as 262144"),
     "generation": (set_generation(pad_token_id=262_150), "generation_config.json", "has pad_token_id as 262150"),
 }
@@ -251,7 +251,7 @@ def test_I16_an_id_without_any_row_is_refused_with_the_file_and_the_token(case: 
 
 @pytest.mark.parametrize("field", ["boi_token_index", "eoi_token_index"])
 def test_tokens_of_images_need_rows_only_where_images_are_read(field: str, make: Make) -> None:
-    with pytest.raises(CheckpointError, match=f"has {field} as 300000, the embedding table has 262208 rows"):
+    with pytest.raises(CheckpointError, match=f"has {field} as 300000, but the embedding table has 262208 rows"):
         plan(make(images=True, **{field: 300_000}))
     assert plan(make("text", **{field: 300_000})).tensors
     made = plan(make("spare", images=True, **{field: 262_150}))
@@ -306,7 +306,7 @@ def test_a_decoders_parent_has_ids_too(make: Make) -> None:
     assert plan(source, decoder_from=make("large", pad_token_id=262_150)).config["vocab_size"] == ALL
     small = make("small", rows=CUT)
     write_tokenizer(small)
-    with pytest.raises(CheckpointError, match="has pad_token_id as 262150, the embedding table has 262144 rows"):
+    with pytest.raises(CheckpointError, match="has pad_token_id as 262150, but the embedding table has 262144 rows"):
         plan(small, decoder_from=make("other", pad_token_id=262_150))
 
 
@@ -379,7 +379,7 @@ def test_following_the_hint_of_a_field_without_a_row_does_too(make: Make) -> Non
     source = make(pad_token_id=300_000)
     with pytest.raises(CheckpointError) as caught:
         plan(source)
-    assert caught.value.hint == "give pad_token_id the id of a token that has a row"
+    assert caught.value.hint == "set pad_token_id to the id of a token that has a row"
     edit(source / "config.json", lambda document: document.update(pad_token_id=0))
     assert plan(source).tensors
 

@@ -77,7 +77,7 @@ def test_names_of_rows_that_are_not_there_do_not_count(make: Make) -> None:
 def test_without_both_tokenizers_a_note_tells_that_nothing_was_compared(role: str, make: Make) -> None:
     folders = {"source": make("source"), "donor": make("donor")}
     write_names(folders[role], NAMES)
-    assert any("not checked: that the 300 rows of both embedding tables are the same tokens" in note
+    assert any("not checked: whether the 300 rows of both embedding tables are the same tokens" in note
                for note in aligned(**folders).notes)  # fmt: skip
 
 

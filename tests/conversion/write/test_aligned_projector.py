@@ -239,7 +239,7 @@ def test_rows_that_determine_no_map_are_refused_and_told_in_a_line(
         aligned(donor, target)
     assert caught.value.message.startswith(f"{len(donor)} rows do not determine the map: condition number ")
     assert caught.value.where == "donor, tensor donor.weight"
-    assert caught.value.hint == "try a --ridge, such as 1e-6"
+    assert caught.value.hint == "try --ridge 1e-6"
     assert "\n" not in str(caught.value)
     if donor.any():
         assert np.isfinite(aligned(donor, target, ridge=1e-6).map).all()
@@ -247,7 +247,7 @@ def test_rows_that_determine_no_map_are_refused_and_told_in_a_line(
 
 def test_a_ridge_that_is_too_small_to_help_is_told(aligned: Align) -> None:
     donor, target = dependent(random(500, 30, seed=0)), random(500, 12, seed=1)
-    with pytest.raises(CheckpointError, match=r"try a larger --ridge, such as 1e-18"):
+    with pytest.raises(CheckpointError, match=r"try a larger --ridge, for example 1e-18"):
         aligned(donor, target, ridge=1e-20)
 
 

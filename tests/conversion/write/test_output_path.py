@@ -114,7 +114,7 @@ def test_O9_a_folder_with_anything_else_in_it_is_not_replaced(old: Path, strange
 def test_O9_all_strangers_are_named(old: Path) -> None:
     (old / "data").mkdir()
     (old / "thesis.tex").touch()
-    with pytest.raises(OutputError, match=r"holds files that t5g2 did not write, .*: data/, thesis\.tex") as error:
+    with pytest.raises(OutputError, match=r"contains files that t5g2 did not write, .*: data/, thesis\.tex") as error:
         check_target(old, overwrite=True)
     assert error.value.details == ("data/", "thesis.tex")
     assert error.value.hint == "move them away, or choose another folder"
@@ -166,10 +166,10 @@ def test_O9_names_beside_the_output_that_are_not_ours_are_left_alone(tmp_path: P
         os.chown(path, NOBODY, NOBODY)
     before = contents(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="t5g2 needs this name for its work") as error:
+        with pytest.raises(OutputError, match="t5g2 needs it as a work folder") as error:
             check_target(tmp_path / "out", overwrite=overwrite)
         assert error.value.where == str(path)
-        with pytest.raises(OutputError, match="t5g2 needs this name"), Staging(tmp_path / "out", overwrite=overwrite):
+        with pytest.raises(OutputError, match="t5g2 needs it"), Staging(tmp_path / "out", overwrite=overwrite):
             raise AssertionError
     assert contents(tmp_path) == before
 
@@ -187,7 +187,7 @@ def test_O9_a_folder_being_removed_that_is_another_users_is_left_alone(old: Path
 
 def test_names_of_our_own_work_are_no_outputs(tmp_path: Path) -> None:
     for name in (".out.t5g2-staging", ".out.t5g2-old", ".out.t5g2-removed-2", ".t5g2-staging/below"):
-        with pytest.raises(OutputError, match="is a name that t5g2 reserves for its work"):
+        with pytest.raises(OutputError, match="is a name reserved by t5g2"):
             check_target(tmp_path / name, overwrite=False)
 
 
@@ -295,7 +295,7 @@ def test_O10_a_mount_point_that_is_not_empty_is_refused_before_any_work(disk: Pa
     write_old(disk)
     with pytest.raises(OutputError, match="is a mount point, which cannot be replaced"):
         check_target(disk, overwrite=True)
-    with pytest.raises(OutputError, match="it is a mount point: choose a folder inside it"):
+    with pytest.raises(OutputError, match="it is a mount point; choose a folder inside it"):
         check_target(disk, overwrite=False)
 
 

@@ -326,7 +326,7 @@ def test_another_conversion_says_that_nothing_was_kept(source: Path, tmp_path: P
     target = tmp_path / "out"
     stop(source, target)
     done = convert(source, target, max_shard_bytes=90_000, resume=True)
-    assert any(note.startswith("no shard of an earlier run belongs to this conversion") for note in done.notes)
+    assert any(note.startswith("no shards of an earlier run match this conversion") for note in done.notes)
 
 
 def test_O5_kept_shards_are_flushed_if_the_run_that_wrote_them_did_not_wait(

@@ -37,7 +37,7 @@ def test_V2_one_changed_byte_of_any_file_names_the_file(folder: Path) -> None:
             damaged = bytearray(sound)
             damaged[at] ^= 1
             (folder / name).write_bytes(damaged)
-            assert judge_integrity(folder, files).offenders == (f"{name} has another sha256",)
+            assert judge_integrity(folder, files).offenders == (f"{name} has a different sha256",)
         (folder / name).write_bytes(sound)
     assert judge_integrity(folder, files).passed
 

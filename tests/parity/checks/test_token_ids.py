@@ -93,7 +93,7 @@ def test_an_id_without_a_row_fails_in_every_kind_of_conversion(kind: str, kinds:
             bench.edit(file, damage)
             found = check_of(bench.resealed(), check)
             assert not found.passed, name
-            assert f"{says}, the embedding table has {rows} rows" in told(found), name
+            assert f"{says}, but the embedding table has {rows} rows" in told(found), name
 
 
 def test_a_source_with_the_same_token_excuses_nothing(kinds: MakeKind) -> None:
@@ -105,7 +105,7 @@ def test_a_source_with_the_same_token_excuses_nothing(kinds: MakeKind) -> None:
         (folder / "tokenizer.json").write_text(json.dumps(text))
     found = check_of(bench.judge(), "tokenizer")
     (bench.source / "tokenizer.json").write_bytes(sound)
-    assert found.offenders == ("tokenizer.json: the token '<x>' has id 5000, the embedding table has 256 rows",)
+    assert found.offenders == ("tokenizer.json: the token '<x>' has id 5000, but the embedding table has 256 rows",)
 
 
 # Every file by itself
@@ -174,7 +174,7 @@ def test_each_file_is_read(case: str, folder: Path) -> None:
         else:
             (folder / name).write_text(json.dumps(document))
     found = list(token_faults(open_checkpoint(folder)))
-    assert found == [f"{fault}, the embedding table has 256 rows" for fault in faults]
+    assert found == [f"{fault}, but the embedding table has 256 rows" for fault in faults]
 
 
 def test_an_id_that_is_not_a_number_is_a_fault(folder: Path) -> None:
@@ -192,4 +192,4 @@ def test_the_smallest_of_table_and_config_counts(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     target = open_checkpoint(folder)
     assert table_rows(target) == 200
-    assert "image_token_index is 255, the embedding table has 200 rows" in list(special_faults(target))
+    assert "image_token_index is 255, but the embedding table has 200 rows" in list(special_faults(target))

@@ -157,7 +157,7 @@ def test_a_conversion_of_a_sound_source_passes(label: str, images: bool, make: M
 def test_what_moved_is_told(make: Make) -> None:
     assert judged(make()).detail == (
         "tokenizer.json, tokenizer_config.json, processor_config.json, special_tokens_map.json, chat_template.jinja: "
-        "tokens and pixels are the source's but for <image_soft_token>, now 256001, as declared"
+        "tokens and pixels match the source's but for <image_soft_token>, now 256001, as declared"
     )
 
 
@@ -270,7 +270,7 @@ MUTATIONS: dict[str, tuple[str, Change, str]] = {
     "the old id among the settings": (
         "tokenizer_config.json",
         lambda it: it["added_tokens_decoder"].update({"262144": {}}),
-        "added_tokens_decoder.262144 is {}, which the source has not",
+        "added_tokens_decoder.262144 is {}, which the source does not have",
     ),
     "the old name among the settings": (
         "tokenizer_config.json",
@@ -295,7 +295,7 @@ MUTATIONS: dict[str, tuple[str, Change, str]] = {
     "another name among special tokens": (
         "special_tokens_map.json",
         lambda it: it.update(eos_token="<pad>"),
-        "special_tokens_map.json is not the source's",
+        "special_tokens_map.json differs from the source's",
     ),
     "another mean": (
         "processor_config.json",
@@ -398,7 +398,7 @@ def test_a_tokenizer_that_the_source_has_not_is_named(make: Make) -> None:
     made = make(change=lambda source: (source / "tokenizer.json").unlink())
     for text in ("{}", '{"added_tokens": []}'):
         (made.folder / "tokenizer.json").write_text(text)
-        assert "tokenizer.json is there, the source has none" in refusal(made)
+        assert "tokenizer.json exists, but the source has none" in refusal(made)
 
 
 # Verification as a whole
