@@ -68,7 +68,7 @@ fmt: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(INSTALLED)  ## make the pages that tell what the code says itself
+docs: $(INSTALLED)  ## make the pages that come from the code
 	$(BIN)/python -m docs.generate
 
 bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each against its yardstick, and UL2

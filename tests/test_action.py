@@ -140,8 +140,8 @@ def test_a_trained_model_is_compared_with_limits(runner: Runner, workspace: Path
 @pytest.mark.parametrize(
     ("given", "code", "says"),
     [
-        ({"source": ""}, 2, "source: expected a folder or a model of the Hub, found nothing"),
-        ({"output": ""}, 2, "output: expected a folder or a model of the Hub, found nothing"),
+        ({"source": ""}, 2, "source: expected a folder or a model on the Hub, found nothing"),
+        ({"output": ""}, 2, "output: expected a folder or a model on the Hub, found nothing"),
         ({"output": "no/such/folder"}, 2, "is no folder here, and no model of the Hub"),
         ({"mode": "verfy"}, 2, "expected verify or compare, found 'verfy'"),
         ({"mode": "compare", "text": "text.txt"}, 2, "cannot fail"),

@@ -14,7 +14,7 @@ FILES: Final = {
     "t5g2convert/reference/gemma2.py": "reference: the parent's pass",
     "t5g2convert/reference/t5gemma.py": "reference: the target's pass",
     "t5g2convert/parity/checks/cross_attention.py": "a check of its own, `cross_parity`",
-    "t5g2convert/parity/suites/t5gemma.py": "which checks judge it, and what its config must say",
+    "t5g2convert/parity/suites/t5gemma.py": "the suite of checks, and the expected config",
 }
 """The files of the family, with what each says."""
 

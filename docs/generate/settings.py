@@ -12,7 +12,7 @@ def settings_tables() -> str:
         Section(section.title, tuple(it for it in section.settings if it not in EVERY_CONFIG), section.owner)
         for section in CONFIG_SECTIONS
     ]
-    words = table(("outcome", "what it means"), PAGE.items())
+    words = table(("outcome", "meaning"), PAGE.items())
     return "\n".join([words, *(_section(section) for section in (*own, shared, GENERATION, TOKENIZER))])
 
 
@@ -21,7 +21,7 @@ def _section(section: Section) -> str:
     for setting in section.settings:
         rows.setdefault((str(setting.outcome), setting.because), []).append(_name(setting))
     cells = ((", ".join(names), outcome, because) for (outcome, because), names in rows.items())
-    return f"### {section.title}\n\n{table(('setting', 'what becomes of it', 'why'), cells)}"
+    return f"### {section.title}\n\n{table(('setting', 'treatment', 'why'), cells)}"
 
 
 def _name(setting: Setting) -> str:

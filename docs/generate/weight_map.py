@@ -53,7 +53,7 @@ def _reference(entry: Mapping[str, Any]) -> str:
 
 
 def _type(entry: Mapping[str, Any]) -> str:
-    """Return a type in words."""
+    """Return a type as text."""
     if name := _reference(entry):
         return f"[{name}](#{name.lower()})"
     if entry.get("anyOf") == SIZE:
@@ -82,7 +82,7 @@ def _type(entry: Mapping[str, Any]) -> str:
 
 def _terms() -> Iterator[str]:
     yield "## Terms of each family"
-    yield "By the `model_type` of the source: what may stand in `shape:`, behind `$`, and in `when:` and `case:`."
+    yield "By the `model_type` of the source: names allowed in `shape:`, after `$`, and in `when:` and `case:`."
     told: dict[tuple[str, ...], list[str]] = {}
     for name, family in FAMILIES.items():
         variants = " or ".join(" and ".join(f"`{it}`" for it in sorted(variant)) for variant in family.variants)

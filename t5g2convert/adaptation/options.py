@@ -36,8 +36,12 @@ class LoopConfig(CommandOptions):
     )
     keep: Annotated[int, Field(ge=1), Option("Checkpoints to keep; the paper averages 5.", group=RUN)] = LAST
     micro_batch: Annotated[int, Field(ge=1), Option("Samples per process and forward pass.", group=MACHINES)] = 1
-    gradient_checkpointing: Annotated[bool, Option("Recompute activations in the backward pass, to save memory.", group=MACHINES)] = True
-    loss_chunk: Annotated[int, Field(ge=1), Option("Labels per chunk of logits, to limit memory.", group=MACHINES)] = 1024
+    gradient_checkpointing: Annotated[
+        bool, Option("Recompute activations in the backward pass, to save memory.", group=MACHINES)
+    ] = True
+    loss_chunk: Annotated[int, Field(ge=1), Option("Labels per chunk of logits, to limit memory.", group=MACHINES)] = (
+        1024
+    )
     workers: Annotated[
         int, Field(ge=0), Option("Additional processes that prepare batches, per process.", group=MACHINES)
     ] = 0

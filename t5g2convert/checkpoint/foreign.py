@@ -65,7 +65,7 @@ NAMES: Final[Mapping[str, str]] = {
         "a ComfyUI single file, with its own tensor names: pass the original model, "
         "such as google/gemma-3-12b-it from the Hub"
     ),
-    r"(qkv|gate_up)_proj\.": "fused by an inference engine or by gemma_pytorch: pass the model in the transformers layout",
+    r"(qkv|gate_up)_proj\.": "fused by an engine or gemma_pytorch: pass the model in the transformers layout",
     r"linear_(qkv|fc1)\.": "stored with Megatron's tensor names: export it to the Hugging Face format",
     r"^(params/|transformer/|embedder\.)": (
         "stored with the tensor names of Google's own code: pass the model in the transformers layout"

@@ -68,9 +68,7 @@ FORMATS: Final = (
     Format(("run.json", "checkpoints/"), "is a run of t5g2 adapt", "pass the model that it exported: {folder}/model"),
     Format((ADAPTER_FILE,), "is {adapter}{base}, not a model", "{merge}"),
     Format(("adapter_model.*",), "is {adapter}{base}, not a model", "{merge}"),
-    Format(
-        ("model_index.json",), "is a diffusers pipeline", "pass its text encoder: {folder}/text_encoder"
-    ),
+    Format(("model_index.json",), "is a diffusers pipeline", "pass its text encoder: {folder}/text_encoder"),
     Format(("snapshots/", "refs/"), "is a model in the Hub's cache", "give {snapshot}"),
     Format(("snapshots/", "blobs/"), "is a model in the Hub's cache", "give {snapshot}"),
     Format(("models--*/",), "is the Hub's cache", "pass a model in it by name, as {cached}"),
@@ -83,9 +81,7 @@ FORMATS: Final = (
     Format(("*_model_states.pt",), "is one step of a DeepSpeed checkpoint: {file}", "pass its parent folder"),
     Format(("pytorch_model_fsdp*/",), "is an FSDP checkpoint: {file}", MERGE_INNER),
     Format((".metadata",), "is a PyTorch distributed checkpoint (DCP)", MERGE),
-    Format(
-        ("*.distcp",), "is part of a PyTorch distributed checkpoint (DCP), without its .metadata", "copy all of it"
-    ),
+    Format(("*.distcp",), "is part of a PyTorch distributed checkpoint (DCP), without its .metadata", "copy all of it"),
     Format(("*/.metadata",), "is a PyTorch distributed checkpoint (DCP): {file}", MERGE_INNER),
     Format(("model_world_size_*_rank_*.pt",), "is a verl FSDP checkpoint", VERL),
     Format(("latest_checkpointed_iteration.txt",), "is a Megatron checkpoint", MEGATRON),

@@ -28,7 +28,10 @@ def pack(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", help="Instead of INPUT: a data set on the Hub or in a folder, loaded with the datasets library."),
+        typer.Option(
+            "--dataset",
+            help="Instead of INPUT: a data set on the Hub or in a folder, loaded with the datasets library.",
+        ),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Split of --dataset.")] = "train",
     subset: Annotated[

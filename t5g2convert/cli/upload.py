@@ -32,7 +32,9 @@ def upload(
         typer.Option("--revision", help="The branch, created if it does not exist; or refs/pr/1.", show_default="main"),
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the files that would be sent; send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the files that would be sent; send nothing.")
+    ] = False,
     card: Annotated[
         Literal["update", "replace", "keep"],
         typer.Option("--card", help="How to write README.md: update our part of it, replace it, or keep it."),

@@ -29,9 +29,7 @@ SHOWN_OFFENDERS: Final = 20
 
 @with_options
 def verify(
-    output: Annotated[
-        Path, typer.Argument(help="The folder to verify, written by t5g2 or trained elsewhere.")
-    ],
+    output: Annotated[Path, typer.Argument(help="The folder to verify, written by t5g2 or trained elsewhere.")],
     *,
     source: Annotated[
         str | None,

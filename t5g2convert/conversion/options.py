@@ -110,9 +110,9 @@ class PlanOptions(CommandOptions):
             default="SOURCE",
         ),
     ] = None
-    embedding_from: Annotated[Literal["source", "decoder-from"], Option("The parent that provides the embedding table of both stacks.")] = (
-        "source"
-    )
+    embedding_from: Annotated[
+        Literal["source", "decoder-from"], Option("The parent that provides the embedding table of both stacks.")
+    ] = "source"
     encoder_layers: Annotated[
         LayerSpec | None,
         Option(
@@ -121,25 +121,23 @@ class PlanOptions(CommandOptions):
             metavar="SPEC",
         ),
     ] = None
-    decoder_layers: Annotated[
-        LayerSpec | None, Option("The same for the decoder.", default="all", metavar="SPEC")
-    ] = None
+    decoder_layers: Annotated[LayerSpec | None, Option("The same for the decoder.", default="all", metavar="SPEC")] = (
+        None
+    )
     vision_from: Annotated[
         Origin | None, Option("Take the vision tower for a text-only source from this Gemma 3 folder or model.")
     ] = None
     projector: Annotated[
         Literal["copy", "zeros", "aligned"] | None,
         Option(
-            "The projector: copy (the donor's, for equal widths), zeros (untrained), or aligned (the donor's, mapped by "
-            "least squares between both embeddings).",
+            "The projector: copy (the donor's, for equal widths), zeros (untrained), or aligned (the donor's, mapped "
+            "by least squares between both embeddings).",
             default="copy for equal widths, else zeros",
         ),
     ] = None
     ridge: Annotated[
         float,
-        Option(
-            "For --projector aligned: ridge penalty, for example 1e-6; needed if the embeddings do not determine the map."
-        ),
+        Option("For --projector aligned: ridge penalty, for example 1e-6; needed if the embeddings determine no map."),
     ] = 0.0
     rope_scaling: Annotated[
         str,
@@ -149,7 +147,9 @@ class PlanOptions(CommandOptions):
         ),
     ] = KEEP
     sliding_window: Annotated[int | None, Option("Window of sliding layers, in tokens.", default="the source's")] = None
-    preset: Annotated[str | None, Option("Use the settings of a release, for example t5gemma-2-270m-270m.", metavar="NAME")] = None
+    preset: Annotated[
+        str | None, Option("Use the settings of a release, for example t5gemma-2-270m-270m.", metavar="NAME")
+    ] = None
     keep_rows: Annotated[
         bool,
         Option(
@@ -191,9 +191,14 @@ class PlanOptions(CommandOptions):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.decoder_from is None and self.embedding_from != "source":
-            raise UsageError("--embedding-from decoder-from requires --decoder-from", hint="pass the decoder's parent with --decoder-from")
+            raise UsageError(
+                "--embedding-from decoder-from requires --decoder-from",
+                hint="pass the decoder's parent with --decoder-from",
+            )
         if self.vision_from is None and self.projector is not None:
-            raise UsageError("--projector requires --vision-from", hint="pass the donor of the tower with --vision-from")
+            raise UsageError(
+                "--projector requires --vision-from", hint="pass the donor of the tower with --vision-from"
+            )
         if not 0 <= self.ridge < math.inf:
             raise UsageError(f"--ridge must be 0 or more, got {self.ridge}", hint="1e-6 is a small penalty")
         if self.ridge and self.projector != "aligned":
@@ -263,11 +268,11 @@ class WriteOptions(CommandOptions):
     flush: Annotated[bool, Option("Flush all files to disk, to survive power loss.")] = True
     overwrite: Annotated[
         bool,
-        Option(
-            "Replace an existing t5g2 output at the very end; a folder that contains anything else is refused."
-        ),
+        Option("Replace an existing t5g2 output at the very end; a folder that contains anything else is refused."),
     ] = False
-    resume: Annotated[bool, Option("Keep the shards that an earlier run finished; keep finished shards if interrupted.")] = False
+    resume: Annotated[
+        bool, Option("Keep the shards that an earlier run finished; keep finished shards if interrupted.")
+    ] = False
     allow_nonfinite: Annotated[bool, Option("Copy NaN and infinity instead of refusing them.")] = False
     progress: Progress | None = None
     judge: Judge | None = None
@@ -297,7 +302,9 @@ def parse_rope_scaling(scaling: str) -> float | None:
     except ValueError:
         factor = math.nan
     if math.isnan(factor):
-        raise UsageError(f"unknown --rope-scaling {scaling!r}", hint=f"expected {KEEP}, or linear:F, for example linear:8")
+        raise UsageError(
+            f"unknown --rope-scaling {scaling!r}", hint=f"expected {KEEP}, or linear:F, for example linear:8"
+        )
     if not 1 / MAX_INTEGER <= factor <= MAX_INTEGER:
         raise UsageError(
             f"the factor of --rope-scaling must be between 1/{MAX_INTEGER} and {MAX_INTEGER}, got {factor}"

@@ -27,19 +27,15 @@ class VerifyOptions(PassOptions):
         progress: Called with a few words at every step.
     """
 
-    decoder_from: Annotated[
-        Origin | None, Option("The checkpoint its decoder was made from, if not SOURCE.")
-    ] = None
-    vision_from: Annotated[
-        Origin | None, Option("The checkpoint its vision tower was taken from, if not SOURCE.")
-    ] = None
+    decoder_from: Annotated[Origin | None, Option("The checkpoint its decoder was made from, if not SOURCE.")] = None
+    vision_from: Annotated[Origin | None, Option("The checkpoint its vision tower was taken from, if not SOURCE.")] = (
+        None
+    )
     mapping: Annotated[
         str | None, Option("The weight map it was made with.", default="the shipped map for the source's model_type")
     ] = None
     tolerance: Annotated[float, Option("Largest difference allowed, as a fraction of the largest value.")] = 0.0
-    text: Annotated[Path | None, Option("Text file to use instead of seeded tokens, with OUTPUT's tokenizer.")] = (
-        None
-    )
+    text: Annotated[Path | None, Option("Text file to use instead of seeded tokens, with OUTPUT's tokenizer.")] = None
     image: Annotated[Path | None, Option("Image file to use instead of seeded pixels.")] = None
     frozen: Annotated[
         tuple[str, ...],

@@ -115,7 +115,9 @@ def _explained(error: Exception, repo: str) -> T5g2Error | None:
     if status in {400, 413, 422}:
         return HubError(f"the Hub rejected the upload, with status {status}", where=repo, hint="check the name")
     if isinstance(error, ValueError) and "metadata in README.md" in str(error):
-        return HubError("the Hub rejected the metadata of README.md", where=repo, hint="fix them, or use --card replace")
+        return HubError(
+            "the Hub rejected the metadata of README.md", where=repo, hint="fix them, or use --card replace"
+        )
     theirs = type(error).__module__.startswith("huggingface_hub") or isinstance(error, transport_error())
     if isinstance(error, OSError) and error.filename is not None and not theirs:
         return CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename))
@@ -128,5 +130,7 @@ def _explained(error: Exception, repo: str) -> T5g2Error | None:
 def stale(repo: str) -> HubError:
     """Return the error for a commit that somebody else made meanwhile."""
     return HubError(
-        "has a new commit since the upload began: nothing was overwritten", where=repo, hint="check the commit, and run again"
+        "has a new commit since the upload began: nothing was overwritten",
+        where=repo,
+        hint="check the commit, and run again",
     )

@@ -319,7 +319,8 @@ def test_what_is_not_of_the_model_is_refused_all_of_it(converted_twin: TwinFolde
     assert caught.value.details == (
         "model.decoder.norm.bias is not a tensor of this model",
         "model.encoder.norm.weight has shape [25], expected [24]",
-        "lm_head.out_proj.weight is another name of model.encoder.embed_tokens.weight; use model.encoder.embed_tokens.weight",
+        "lm_head.out_proj.weight is another name of model.encoder.embed_tokens.weight; use "
+        "model.encoder.embed_tokens.weight",
         "model.encoder.vision_tower.vision_model.post_layernorm.weight belongs to the vision tower, which stays frozen",
     )
     with pytest.raises(CheckpointError, match="nothing was trained"):

@@ -119,10 +119,20 @@ QUANTISED: Final[dict[str, tuple[Change, dict[str, Any], str, str]]] = {
         "(bitsandbytes, 8 bits)",
         "dequantize()",
     ),
-    "gptq": (gptq, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "(gptq, 4 bits)", "the original, unquantised model"),
+    "gptq": (
+        gptq,
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "(gptq, 4 bits)",
+        "the original, unquantised model",
+    ),
     "awq": (gptq, {"quantization_config": {"quant_method": "awq"}}, "(awq)", "the original, unquantised model"),
     "hqq": (hqq, {"quantization_config": {"quant_method": "hqq"}}, "(hqq)", "the original, unquantised model"),
-    "torchao": (torchao, {"quantization_config": {"quant_method": "torchao"}}, "(torchao)", "the original, unquantised model"),
+    "torchao": (
+        torchao,
+        {"quantization_config": {"quant_method": "torchao"}},
+        "(torchao)",
+        "the original, unquantised model",
+    ),
     "no method": (fp8, {"quantization_config": {"group_size": 3}}, "(unknown method)", "dequantise"),
 }
 

@@ -56,7 +56,11 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
     ),
     "DCP alone": ({".metadata": ""}, "(DCP)", "accelerate merge-weights"),
     "a part of DCP": ({"__0_0.distcp": ""}, "without its .metadata", "copy all of it"),
-    "verl": ({"model_world_size_2_rank_0.pt": "", "huggingface/config.json": CONFIG}, "verl FSDP checkpoint", "verl.model_merger"),
+    "verl": (
+        {"model_world_size_2_rank_0.pt": "", "huggingface/config.json": CONFIG},
+        "verl FSDP checkpoint",
+        "verl.model_merger",
+    ),
     "DeepSpeed": (
         {"config.json": CONFIG, "latest": "", "zero_to_fp32.py": "", "global_step5/mp_rank_00_model_states.pt": ""},
         "is a DeepSpeed checkpoint",
@@ -115,7 +119,11 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
         "holds training checkpoints",
         "pass the newest: FOLDER/checkpoint-1000",
     ),
-    "a folder of one model": ({"gemma/config.json": CONFIG}, "holds no model, only folders with models", "FOLDER/gemma"),
+    "a folder of one model": (
+        {"gemma/config.json": CONFIG},
+        "holds no model, only folders with models",
+        "FOLDER/gemma",
+    ),
     "an archive": ({"gemma.tar.gz": ""}, "holds an archive: gemma.tar.gz", "unpack it"),
     "half a download": ({"config.json": CONFIG, "model.safetensors.incomplete": ""}, "unfinished", "again"),
     "empty": ({".cache/x": ""}, "is empty", "config.json"),

@@ -86,9 +86,7 @@ def test_the_other_parent_is_judged_with_the_table_that_the_target_has(paired: t
     report = made.judge(decoder_from=other)
     assert report.passed, report.failed
     whose = {"source": ("decoder's parent", "source"), "decoder-from": ("source", "decoder's parent")}[table]
-    assert f"the {whose[0]} is computed with the {whose[1]}'s embedding table, as in the target" in (
-        report.remarks
-    )
+    assert f"the {whose[0]} is computed with the {whose[1]}'s embedding table, as in the target" in (report.remarks)
     detail = check_of(report, "provenance").detail
     assert "are the source's byte for byte" in detail
     assert "are the decoder's parent's byte for byte" in detail

@@ -118,9 +118,7 @@ def test_H5_only_what_loaders_read_of_it_is_sent(converted: Path, tmp_path: Path
     (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
     with pytest.raises(CheckpointError) as error:
         trained_elsewhere_files(folder)
-    assert error.value.details == (
-        "tokenizer.json is a link out of the folder: only files in the folder are sent",
-    )
+    assert error.value.details == ("tokenizer.json is a link out of the folder: only files in the folder are sent",)
 
 
 def test_H5_an_upload_of_it_takes_the_manifest_of_its_start_away(scene: Scene) -> None:

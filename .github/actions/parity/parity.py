@@ -1,6 +1,6 @@
-"""Judge a T5Gemma 2 for CI: `t5g2 verify` or `t5g2 compare`, told as a job summary, JUnit and the HTML page.
+"""Run `t5g2 verify` or `t5g2 compare` in CI, with a job summary, JUnit and an HTML page.
 
-What is judged and how comes in the environment, PARITY_SOURCE, PARITY_OUTPUT and so on, as action.yml gives it. The
+The inputs are environment variables, PARITY_SOURCE, PARITY_OUTPUT and so on, set by action.yml. The
 exit code is the command's. GITHUB_STEP_SUMMARY and GITHUB_OUTPUT are written where they are set, so that this runs
 anywhere.
 
@@ -37,7 +37,7 @@ class Refused(Exception):  # noqa: N818 - an answer to the caller
 
 
 def command(given: Mapping[str, str], output: Path, reports: Path) -> list[str]:
-    """The command line that judges.
+    """Return the command line.
 
     Raises:
         Refused: The inputs do not go together.
@@ -67,13 +67,15 @@ def fetched(output: str) -> Path:
     """The folder of an output: itself, or the snapshot of a model of the Hub, org/name[@revision].
 
     Raises:
-        Refused: There is no such folder, and no such model can be read.
+        Refused: It is neither a folder nor a readable model on the Hub.
     """
     if Path(output).is_dir():
         return Path(output)
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", output, re.ASCII)
     if found is None:
-        raise Refused(USAGE, f"output: {output!r} is no folder here, and no model of the Hub: org/name[@revision]")
+        raise Refused(
+            USAGE, f"output: {output!r} is not a folder here, and not a model on the Hub: org/name[@revision]"
+        )
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import disable_progress_bars
@@ -82,15 +84,17 @@ def fetched(output: str) -> Path:
         return Path(snapshot_download(found[1], revision=found[2]))
     except ImportError:
         raise Refused(
-            HUB, f"output: {output!r} is no folder here, and there is no huggingface_hub to fetch it"
+            HUB, f"output: {output!r} is not a folder here, and huggingface_hub is not installed to download it"
         ) from None
     except Exception as error:  # noqa: BLE001 - those of its HTTP library come through the client
         first = str(error).strip().partition("\n")[0]
-        raise Refused(HUB, f"output: {output!r} is no folder here, and the Hub does not give it: {first}") from None
+        raise Refused(
+            HUB, f"output: {output!r} is not a folder here, and cannot be downloaded from the Hub: {first}"
+        ) from None
 
 
 def rows_of(document: Mapping[str, Any], given: Mapping[str, str]) -> list[Row]:
-    """What the command's JSON tells, line by line."""
+    """Return the rows of the summary from the command's JSON."""
     if "error" in document:
         error = document["error"]
         said = [error["message"], *(f"{error[key]}" for key in ("where", "hint") if error.get(key))]
@@ -137,7 +141,7 @@ def run(given: Mapping[str, str], reports: Path) -> tuple[int, dict[str, Any]]:
     """
     for name in ("source", "output"):
         if not given.get(name):
-            raise Refused(USAGE, f"{name}: expected a folder or a model of the Hub, found nothing")
+            raise Refused(USAGE, f"{name}: expected a folder or a model on the Hub, found nothing")
     # A usage that cannot be is told before anything is fetched.
     command(given, Path(given["output"]), reports)
     line = command(given, fetched(given["output"]), reports)
@@ -155,7 +159,7 @@ def run(given: Mapping[str, str], reports: Path) -> tuple[int, dict[str, Any]]:
 
 
 def judge(given: Mapping[str, str], reports: Path) -> int:
-    """Judge and tell everyone; the exit code."""
+    """Run the command, write all reports, and return the exit code."""
     mode = given.get("mode") or "verify"
     reports.mkdir(parents=True, exist_ok=True)
     for name in ("parity.json", "parity.xml", "parity.html"):
@@ -196,7 +200,7 @@ def _append(variable: str, text: str) -> None:
 
 
 def main() -> None:
-    """Judge what the environment names."""
+    """Run with the inputs in the environment."""
     names = ("source", "output", "mode", *LIMITS, *SHARED, "arguments")
     given = {name: os.environ.get(f"PARITY_{name.upper().replace('-', '_')}", "") for name in names}
     with commands_stopped():

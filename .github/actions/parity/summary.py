@@ -1,4 +1,4 @@
-"""What was judged, as the Markdown of a job summary and as JUnit XML; text from outside is shown and not obeyed."""
+"""The result as Markdown for a job summary and as JUnit XML; text from outside is escaped."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Final
 from xml.etree import ElementTree
 
 LONGEST_DETAIL: Final = 1000
-"""Characters of one detail in a summary, of which GitHub shows 1 MiB; parity.json has all."""
+"""Maximum characters of one detail: GitHub shows 1 MiB per summary; parity.json has all."""
 
 
 @dataclass(frozen=True)

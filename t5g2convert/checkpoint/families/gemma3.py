@@ -126,7 +126,9 @@ class Gemma3:
     def with_vision_of(self, donor: "Gemma3", projector: str | None) -> "Gemma3":
         """Return this text-only model with the vision tower of another; see `SourceModel`."""
         if self.vision is not None:
-            raise MappingError("--vision-from applies only to sources without images; this one has its own vision tower")
+            raise MappingError(
+                "--vision-from applies only to sources without images; this one has its own vision tower"
+            )
         if donor.vision is None:
             raise MappingError("the --vision-from checkpoint has no vision tower")
         if self.family == MULTIMODAL:
@@ -148,7 +150,9 @@ class Gemma3:
             if getattr(donor.tokens, name) != getattr(self.tokens, name)
         ]
         if differing:
-            raise MappingError(f"the --vision-from checkpoint marks images with different tokens: {'; '.join(differing)}")
+            raise MappingError(
+                f"the --vision-from checkpoint marks images with different tokens: {'; '.join(differing)}"
+            )
 
     @property
     def dims(self) -> Mapping[str, int]:

@@ -101,7 +101,7 @@ _STACK: Final = (
         "attn_logit_softcapping attention_dropout initializer_range use_cache",
         "the same in both stacks",
     ),
-    *_all(CARRIED, "bos_token_id eos_token_id pad_token_id", "the same in both stacks; refused beyond the embedding table"),
+    *_all(CARRIED, "bos_token_id eos_token_id pad_token_id", "the same in both stacks; refused beyond the table"),
     Setting("hidden_act", USED, "hidden_activation is read instead; noted if they differ"),
     Setting("layer_types", CARRIED, "selects the layers with a sliding window"),
     Setting("attention_bias", USED, "true is refused: biases are not supported"),
@@ -119,7 +119,9 @@ GEMMA3_TEXT: Final = Section(
         _architectures("Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3Model", "Gemma3TextForCausalLM"),
         *_STACK,
         Setting(
-            "final_logit_softcapping", CARRIED, "applies to the decoder; refused in a multimodal model, which ignores it"
+            "final_logit_softcapping",
+            CARRIED,
+            "applies to the decoder; refused in a multimodal model, which ignores it",
         ),
         Setting("rope_local_base_freq", USED, "theta of the sliding-window layers"),
         *_all(
@@ -156,7 +158,9 @@ GEMMA3: Final = Section(
         ),
         *_all(USED, "bos_token_id eos_token_id pad_token_id", "take precedence over text_config"),
         Setting(
-            "tie_word_embeddings", USED, "takes precedence over text_config; false requires a head that equals the embedding"
+            "tie_word_embeddings",
+            USED,
+            "takes precedence over text_config; false requires a head that equals the embedding",
         ),
         Setting("initializer_range", USED, "text_config's value is carried; noted if this one differs"),
         *_all(
@@ -192,7 +196,11 @@ SIGLIP: Final = Section(
             "compared with the tensors, and carried",
         ),
         *_all(CARRIED, "hidden_act layer_norm_eps", "used by the tower"),
-        Setting("attention_dropout", CARRIED, "used only in training, where the target has one value (text_config's) for all parts"),
+        Setting(
+            "attention_dropout",
+            CARRIED,
+            "used only in training, where the target has one value (text_config's) for all parts",
+        ),
         Setting("vision_use_head", NOTED, "image features bypass the pooling head", (False,)),
         *_all(NOTED, "initializer_range initializer_factor dropout", "used only in training"),
         *_all(
@@ -222,9 +230,7 @@ ROPE: Final = Section(
     "`rope_parameters`, `rope_scaling` and their layer types",
     (
         Setting("rope_type", USED, "default or linear; anything else is refused"),
-        Setting(
-            "type", USED, "older spelling of rope_type; refused in Gemma 3's rope_scaling, because readers differ"
-        ),
+        Setting("type", USED, "older spelling of rope_type; refused in Gemma 3's rope_scaling, because readers differ"),
         Setting("factor", USED, "divides positions if the type is linear; refused without a type"),
         Setting("rope_theta", USED, "must agree with its other occurrences"),
         *_switch(REFUSED, "partial rotation is not supported", partial_rotary_factor=1.0),

@@ -221,7 +221,7 @@ def _refuse_flat(name: str, nested: Mapping[str, Any], full_theta: float, where:
 
 
 def _agree_theta(name: str, scaling: Mapping[str, Any], theta: float, where: Path) -> None:
-    """Refuse a theta in rope_scaling that is different from the value next to it: transformers 5 uses it, 4 does not."""
+    """Refuse a different theta in rope_scaling: transformers 5 uses it, 4 does not."""
     given = scaling.get("rope_theta")
     if given is not None and agreed({f"{name}.rope_theta": given}, theta, where) != theta:
         raise CheckpointError(

@@ -162,8 +162,7 @@ def activation_note(fields: Mapping[str, Any], activation: str, dot: str = "") -
     other = fields.get("hidden_act")
     if other is not None and other != activation:
         yield (
-            f"{dot}hidden_act is {other!r}, which these models ignore: "
-            f"{dot}hidden_activation {activation!r} is used"
+            f"{dot}hidden_act is {other!r}, which these models ignore: {dot}hidden_activation {activation!r} is used"
         )
 
 

@@ -133,7 +133,9 @@ def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> 
     told, hint = f"{_host()} answered with status {status}", "try again later"
     match error:
         case errors.GatedRepoError():
-            told = "is gated, and the token's user does not have access" if known else "is gated, and no token was given"
+            told = (
+                "is gated, and the token's user does not have access" if known else "is gated, and no token was given"
+            )
             hint = f"accept the terms at {endpoint()}/{repo}, then: {LOGIN_HINT}"
         case errors.RevisionNotFoundError():
             told, hint = f"has no revision {revision or 'main'!r}", "pass a branch, a tag or a commit after the @"

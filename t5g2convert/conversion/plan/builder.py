@@ -158,7 +158,7 @@ def _check_heads(resolution: Resolution) -> None:
     for role, checkpoint in resolution.checkpoints.items():
         if role != VISION_FROM and not tied(resolution, role) and not has_head(resolution, role):
             raise CheckpointError(
-                "tie_word_embeddings is false, but lm_head.weight is missing: transformers would initialize a random head",
+                "tie_word_embeddings is false, but lm_head.weight is missing: transformers would make a random head",
                 where=checkpoint.path / "config.json",
                 hint="remove tie_word_embeddings if the head is tied to the embedding, or add the head's weights",
             )

@@ -80,7 +80,9 @@ def kept_rows(
     if "vision" in tokens.features:
         _check_image_token(ids, tokenizer, donated=seeing != SOURCE)
     if keep:
-        reason = f"all {rows} rows of the embedding table are kept, as requested" if cut != rows else "no row would be cut"
+        reason = (
+            f"all {rows} rows of the embedding table are kept, as requested" if cut != rows else "no row would be cut"
+        )
         return KeptRows(rows, (*remarks, f"--keep-rows: {reason}{_image_token(tokens, cut, rows)}"))
     if cut == rows:
         return KeptRows(rows, remarks)

@@ -50,9 +50,7 @@ def check_apart(target: Path, *inputs: Path) -> None:
         raise OutputError(f"expected a folder, got a URL ({scheme}//...)")
     real = real_path(target)
     if taken := next((part for part in real.parts if _OWN_NAME.fullmatch(part)), None):
-        raise OutputError(
-            f"{taken} is a name reserved by t5g2", where=target, hint="choose another folder"
-        )
+        raise OutputError(f"{taken} is a name reserved by t5g2", where=target, hint="choose another folder")
     cleared = (*_working(real), real / INSIDE)
     for given in inputs:
         what = "the source folder" if not os.path.isfile(given) else f"{given}, which is an input"  # noqa: PTH113

@@ -89,7 +89,9 @@ def maker_remarks(plan: Plan, manifest: Manifest) -> list[str]:
         return []
     remarks = []
     if _release(made_by) > _release(__version__):
-        remarks.append(f"t5g2.json was written by t5g2convert {made_by}, which is newer than this version, {__version__}")
+        remarks.append(
+            f"t5g2.json was written by t5g2convert {made_by}, which is newer than this version, {__version__}"
+        )
     told = _map_digest(manifest)
     if told is not None and told != plan.mapping_sha256:
         remarks.append(

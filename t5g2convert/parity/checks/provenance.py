@@ -67,7 +67,10 @@ def judge_provenance(
         faults += weights_faults(plan, folders, manifest)
         faults += _copied_file_faults(plan, folders, target.path)
     coverage = source_coverage(plan, source.checkpoint)
-    faults += [f"{name} of the source cannot be reconstructed, and the manifest does not declare this" for name in coverage["lost"]]
+    faults += [
+        f"{name} of the source cannot be reconstructed, and the manifest does not declare this"
+        for name in coverage["lost"]
+    ]
     if faults:
         return failed_check("provenance", "fault(s)", faults)
     return Check("provenance", True, _summary(plan, coverage, bytes_found.residuals, bytes_found.unmoved))

@@ -91,7 +91,9 @@ def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> Check:
     remarks = [remark for each in (*found, others, generation) for remark in each.remarks]
     if faults:
         return failed_check("config", "setting(s) that differ from the start's", faults, remarks)
-    return Check("config", True, f"{len(expected)} settings have the same meaning as the start's", remarks=tuple(remarks))
+    return Check(
+        "config", True, f"{len(expected)} settings have the same meaning as the start's", remarks=tuple(remarks)
+    )
 
 
 def meaning(checkpoint: Checkpoint) -> dict[str, Any]:

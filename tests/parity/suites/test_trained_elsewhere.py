@@ -345,9 +345,10 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "end at the top": (at("eos_token_id", 7), "eos_token_id is 7"),
     "untied": (at("tie_word_embeddings", False), "tie_word_embeddings is False"),
     "untied decoder": (at("decoder.tie_word_embeddings", False), "decoder.tie_word_embeddings is False"),
-    "two sizes of a table": (at("decoder.vocab_size", 264), "encoder and decoder share one table, but have vocab_size [256, 264]"),
+    "two sizes of a table": (at("decoder.vocab_size", 264), "share one table, but have vocab_size [256, 264]"),
     "quantised": (
-        lambda document: document.update(quantization_config={"bits": 4}), "quantization_config.bits is 4, a key with an unknown effect",
+        lambda document: document.update(quantization_config={"bits": 4}),
+        "quantization_config.bits is 4, a key with an unknown effect",
     ),
     "code of its own": (lambda document: document.update(auto_map={"AutoModel": "x.Y"}), "auto_map"),
     "an unknown key": (at("decoder.use_something_new", True), "use_something_new is True, whose effect"),
