@@ -26,9 +26,9 @@ class T5g2Error(Exception):
     """A failure that a user can understand and fix.
 
     Args:
-        message: What was expected and what was found, in one line.
+        message: The expected and the found value, in one line.
         where: The file, tensor or position in a map.
-        hint: What to do next.
+        hint: The next step for the user.
         details: All problems, one per line, if there are several.
 
     Example:
@@ -101,7 +101,7 @@ class VerificationError(T5g2Error):
 
 
 class HubError(T5g2Error):
-    """The Hub has no such model, denies access, or cannot be reached."""
+    """The model does not exist, access is denied, or the Hub cannot be reached."""
 
     exit_code = 7
 

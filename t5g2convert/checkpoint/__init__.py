@@ -1,1 +1,1 @@
-"""What lies on disk: safetensors headers, the index, and the config dialects of both model families."""
+"""Checkpoint folders: safetensors headers, the index, configs, tokenizer files and the manifest."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from t5g2convert.checkpoint.recognition import Found
 
 MAX_JSON_BYTES: Final = 8_000_000
-"""Largest JSON file; that of Gemma's tokenizer_config.json is 1.2 MB. Parsed, a file may take 50 times its size."""
+"""Largest JSON file; Gemma's tokenizer_config.json has 1.2 MB. A parsed file may take 50 times its size."""
 
 LARGE_JSON: Final = {"tokenizer.json": 100_000_000, INDEX_FILE: 64_000_000, "t5g2.json": 64_000_000}
 """Files that grow with the vocabulary or the number of tensors, with their limits in bytes."""
@@ -320,7 +320,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether a name is that of a file in the same folder, and not a path."""
+    """Return whether a name is a plain file name, not a path."""
     return name not in {"", ".", ".."} and not any(character in name for character in "/\\\0")
 
 

@@ -71,7 +71,7 @@ NAMES: Final[Mapping[str, str]] = {
         "stored with the tensor names of Google's own code: pass the model in the transformers layout"
     ),
 }
-"""Patterns of tensor names of changed checkpoints, with what to do. The first that matches any name counts."""
+"""Patterns of tensor names of foreign checkpoints, with a description and a fix; the first match counts."""
 
 METADATA: Final = {"tensor_names": "torchao", "_quantization_metadata": "ComfyUI"}
 """Keys of a header's metadata that only quantised models have."""
@@ -89,7 +89,7 @@ _BUFFERS: Final = re.compile(r"(position_ids|spiece_model)$")
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """The reason, which ends with what the weights are, and how to get plain ones."""
+    """Evidence that weights are not plain, and how to get plain ones."""
 
     evidence: str
     step: str
@@ -99,7 +99,7 @@ class Foreign:
 
 
 def quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the key and the method by which a config says that its model is quantised; None if it does not."""
+    """Return the key and the method of a config's quantisation; None if it declares none."""
     for prefix, section in (("", config), ("text_config.", config.get("text_config"))):
         if not isinstance(section, Mapping):
             continue
@@ -112,10 +112,10 @@ def quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
 def check_plain(checkpoint: Checkpoint) -> None:
     """Refuse quantised or empty weights, as config.json, headers and dtypes show them.
 
-    A `quantization_config` that was left behind on weights of full precision says nothing.
+    A stale `quantization_config` on weights of full precision is ignored.
 
     Raises:
-        CheckpointError: They are; with the reason and what to do.
+        CheckpointError: The weights are quantised or empty.
     """
     found = _empty(checkpoint) or _quantised(checkpoint)
     if found is not None:
@@ -123,14 +123,14 @@ def check_plain(checkpoint: Checkpoint) -> None:
 
 
 def describe(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
-    """Return what was done to a checkpoint that does not fit its config, and what to do.
+    """Explain why a checkpoint does not fit its config, and how to fix it.
 
     Args:
         checkpoint: The checkpoint.
         names: The tensors that do not fit its config.
 
     Returns:
-        A sentence; None where nothing says it.
+        A sentence; None if there is no evidence.
     """
     found = _empty(checkpoint) or _quantised(checkpoint) or _channels_last(checkpoint) or _cast(checkpoint)
     return str(found) if found is not None else _named(names)
@@ -151,9 +151,9 @@ def _described(key: str, fields: Mapping[str, Any]) -> Iterator[str]:
     for name in DETAILS:
         if isinstance(value := fields.get(name), str):
             yield value[:100]
-    yield from (told for name, told in SWITCHES.items() if fields.get(name) is True)
-    if type(bits := fields.get("bits")) is int:
-        yield f"{bits} bits"
+    yield from (bits for name, bits in SWITCHES.items() if fields.get(name) is True)
+    if type(width := fields.get("bits")) is int:
+        yield f"{width} bits"
 
 
 def _method(key: str, fields: Mapping[str, Any]) -> str:
@@ -166,7 +166,7 @@ def _method(key: str, fields: Mapping[str, Any]) -> str:
 
 
 def _quantised(checkpoint: Checkpoint) -> Foreign | None:
-    """Return what config.json and the headers' metadata say; None if all weights are plain.
+    """Return the evidence in config.json and the headers' metadata; None if all weights are plain.
 
     A config may be left from before the weights were dequantised, and MLX's metadata are there in full precision too.
     """
@@ -226,7 +226,7 @@ def _channels_last(checkpoint: Checkpoint) -> Foreign | None:
 
 
 def _cast(checkpoint: Checkpoint) -> Foreign | None:
-    """Weights of a packed dtype that nothing else describes."""
+    """Weights of a packed dtype without other evidence."""
     packed = [name for name, stored in checkpoint.tensors.items() if _is_packed(stored)]
     if not packed or _named(checkpoint.tensors) is not None:
         return None
@@ -238,7 +238,7 @@ def _cast(checkpoint: Checkpoint) -> Foreign | None:
 
 
 def _named(names: Iterable[str]) -> str | None:
-    """Return what the names of tensors show."""
+    """Return the description for the tensor names; None if no pattern matches."""
     every = list(names)
     for pattern, what in NAMES.items():
         search = re.compile(pattern).search

@@ -79,7 +79,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """What must not change while a file is read: device, inode, size in bytes, modification time in nanoseconds."""
+    """The identity of a file, to detect changes: device, inode, size in bytes, modification time in nanoseconds."""
 
     device: int
     inode: int

@@ -136,7 +136,7 @@ class ChangeRecord(_Section):
 
 
 class TokenRecord(_Section):
-    """A token whose id differs from the source's."""
+    """A token with a different id from the source's."""
 
     token: str
     source: NonNegativeInt | None

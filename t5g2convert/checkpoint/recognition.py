@@ -1,7 +1,7 @@
-"""What a folder is that holds no safetensors checkpoint: by the names in it, which format, and the way to one we read.
+"""Recognise folders of other formats by their file names, and name the step that makes a readable checkpoint.
 
-The table below is the knowledge; a format is recognised when each of its patterns matches a path. Nothing is unpickled,
-and no file is opened but small JSON files that name another model.
+The table below lists the formats: each pattern of a format must match a path. Nothing is unpickled,
+and only small JSON files that name another model are opened.
 """
 
 import re
@@ -29,7 +29,7 @@ RELEASED: Final = "pass the same model in safetensors, such as google/gemma-3-27
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a folder is, as the end of a sentence about it, and the step that leads to a folder we read."""
+    """A description of a folder, as the end of a sentence, and the step that makes a readable one."""
 
     what: str
     step: str
@@ -40,9 +40,9 @@ class Format:
     """A format that is not read, or a folder around it.
 
     Attributes:
-        files: Patterns of paths in it, all of which must match; folders end with a slash.
+        files: Patterns of paths in it; all must match, and folders end with a slash.
         what: The end of a sentence about the folder; `{file}` is the first path that matches the first pattern.
-        step: What to do; `{folder}` is the folder.
+        step: The next step; `{folder}` is the folder.
     """
 
     files: tuple[str, ...]
@@ -178,7 +178,7 @@ FILES: Final[Mapping[str, tuple[str, str]]] = {
     ".json": ("is a JSON file", "pass the folder with config.json"),
     ".yaml": ("is a YAML file", "pass the folder with config.json"),
 }
-"""By suffix: what a single file is, and what to pass instead."""
+"""Descriptions of single files and what to pass instead, by suffix."""
 
 
 def recognise(paths: Collection[str], folder: str, read: ReadJson) -> Found | None:
@@ -224,7 +224,7 @@ def recognise_file(path: Path) -> Found:
 
 
 def spelling_hint(text: str) -> str:
-    """Return a hint for an argument that is not a folder, such as a misspelt model of the Hub."""
+    """Return a hint for an argument that is not a folder, for example a misspelt model name."""
     hint = "pass the folder with config.json"
     if found := re.fullmatch(rf"({REPO_ID}):([\w./-]+)", text, re.ASCII):
         return f"{hint}; pass a model on the Hub and its revision as {found[1]}@{found[2]}"

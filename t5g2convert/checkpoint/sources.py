@@ -157,7 +157,7 @@ class Sources:
         }
 
     def missing(self, reads: Reads) -> dict[Role, list[str]]:
-        """Return those of the files that are on the Hub and not yet in its cache."""
+        """Return the files that are on the Hub and not yet in its cache."""
         found = {role: missing(checkpoint, reads[role]) for role, checkpoint in self.by_role.items()}
         return {role: names for role, names in found.items() if names}
 

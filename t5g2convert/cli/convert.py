@@ -45,7 +45,7 @@ def convert(
 def write_folder(
     source: str, output: Path, options: ConvertOptions, *, verify: bool, push_to: str | None, as_json: bool
 ) -> None:
-    """Plan, download, write, verify and upload as asked, and print what was done; see `conversion.convert`."""
+    """Plan, download, write, verify and upload, and print a summary; see `conversion.convert`."""
     from t5g2convert.conversion.convert import execute, prepare
 
     if push_to is not None:

@@ -29,7 +29,7 @@ _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
 def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Check the installation: library versions, the Hub's cache and free disk, where the token is, CUDA, the maps.
 
-    Exits with an error code if something is broken. Nothing is asked of the network, and no token is shown.
+    Exits with an error code if something is broken. Does not access the network, and never shows a token.
     """
     packages = _packages()
     problems = list(_unfit(packages))

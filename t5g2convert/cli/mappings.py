@@ -92,7 +92,7 @@ def check_mapping(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Check a mapping, by itself or against the headers of a checkpoint."""
+    """Check a mapping, alone or against the headers of a checkpoint."""
     from t5g2convert.conversion.plan.builder import plan
     from t5g2convert.mapping.library import find_map
 

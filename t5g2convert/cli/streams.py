@@ -107,7 +107,7 @@ def keep_working() -> None:
 
 
 def reader_left() -> bool:
-    """Return whether nobody reads stdout any more."""
+    """Return whether stdout has lost its reader."""
     lost = _raw["stdout"].lost if "stdout" in _raw else None
     return lost is not None and lost.errno == errno.EPIPE
 

@@ -1,1 +1,1 @@
-"""The conversion: plan (pure data), writer (bytes), assets (config and files beside the weights), manifest."""
+"""The conversion: plan (pure data), writer (bytes), assets (config and files next to the weights), manifest."""

@@ -39,7 +39,7 @@ class Conversion:
         nbytes: Bytes of all shards.
         shards: sha256 by shard name, hexadecimal; None where hashing was switched off.
         parameters: Number of parameters by part, with `total`.
-        notes: What a user should know about this conversion.
+        notes: Notes for the user about this conversion.
         kept: Names of the shards that an earlier run finished.
         residual: How badly the embedding tables behind an aligned projector fit each other, from 0 (exactly) to 1 (not
             at all). None without such a projector, or if an earlier run wrote it.
@@ -84,7 +84,7 @@ def convert(source: Origin, output: Path, options: ConvertOptions) -> Conversion
         options: As keyword arguments; see `PlanOptions` and `WriteOptions`.
 
     Raises:
-        CheckpointError: The source is damaged, is not what its config implies, or holds NaN or infinity.
+        CheckpointError: The source is damaged, does not match its config, or contains NaN or infinity.
         HubError: The Hub does not have a model, refuses it, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         OutputError: The output exists or cannot be written.

@@ -24,7 +24,7 @@ Dtype = Literal["keep", "bfloat16", "float16", "float32"]
 """What `--dtype` may be."""
 
 Judge = Callable[[Path], None]
-"""Raises if a folder is not what it should be."""
+"""Raises an error if it rejects a folder."""
 
 TABLES: Final[Mapping[str, Role]] = {"source": SOURCE, "decoder-from": DECODER_FROM}
 """`--embedding-from`, and the role that it names."""

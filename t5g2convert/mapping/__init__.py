@@ -1,1 +1,1 @@
-"""Weight maps: the YAML schema, its strict loader, and what a map says of one model."""
+"""Weight maps: the YAML schema, its strict loader, and the application of a map to a model."""

@@ -42,14 +42,14 @@ def find_map(name: str) -> LoadedMap:
     """Load a shipped map by its name, or any map by the path of its file.
 
     Raises:
-        MappingError: There is no such map, or it is faulty.
+        MappingError: The map does not exist, or is faulty.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return load_map(Path(name))
     paths = shipped_paths()
     if name not in paths:
         hint = did_you_mean(name, paths) or f"shipped: {', '.join(paths)}; your own file needs its .yaml suffix"
-        raise MappingError(f"there is no mapping {name!r}", hint=hint)
+        raise MappingError(f"unknown mapping {name!r}", hint=hint)
     return load_map(paths[name])
 
 
@@ -67,7 +67,7 @@ def map_for(config: Mapping[str, Any], where: Path, *, extracts: str | None = No
         extracts: The part to extract from an encoder-decoder; None to convert a model whole.
 
     Raises:
-        CheckpointError: No shipped map does that to such a model.
+        CheckpointError: No shipped map does that for this kind of model.
         MappingError: The map is faulty.
     """
     headers = {path: _read_header(path) for path in shipped_paths().values()}
@@ -84,7 +84,7 @@ def map_for(config: Mapping[str, Any], where: Path, *, extracts: str | None = No
 
 
 def _read_header(path: Path) -> MapHeader:
-    """Read what a map says before its rows; a faulty one raises the error that loading it raises."""
+    """Read the head of a map, before its rows; a faulty map raises the same error as loading it."""
     head = load_yaml(path, until="weights").data
     try:
         return MapHeader.model_validate(head)

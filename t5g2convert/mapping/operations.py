@@ -55,7 +55,7 @@ class TakeRows(Operation):
 class ScaledRow(Operation):
     """One row of a table times the square root of its width, `scaled_row: TOKEN`, rounded as the source model rounds.
 
-    If the table has no such row, a vector of zeros.
+    A vector of zeros if the table lacks the row.
     """
 
     carries: ClassVar[bool] = False

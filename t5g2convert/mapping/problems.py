@@ -1,4 +1,4 @@
-"""What can be wrong when a map is applied to a checkpoint: rows that overlap, and tensors that do not fit."""
+"""Problems of a map applied to a checkpoint: rows that overlap, and tensors that do not fit."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field

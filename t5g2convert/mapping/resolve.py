@@ -105,7 +105,7 @@ def resolve(
         drop_options: The options of drops that the user gave, by their names in the map.
 
     Raises:
-        CheckpointError: A checkpoint is not what its config implies; `details` lists every tensor concerned.
+        CheckpointError: A checkpoint does not match its config; `details` lists every affected tensor.
         MappingError: The map does not convert this family, has no drop for an option, or the checkpoints do not fit
             each other.
     """
@@ -242,7 +242,7 @@ def _dropped(drops: Iterable[Drop], source: SourceView, drop_options: Collection
 
 
 def _drops_of_others(others: Mapping[Role, Resolution]) -> Iterator[ResolvedDrop]:
-    """Yield what an option drops, and what the decoder's parent drops if it equals another tensor: bytes decide."""
+    """Yield tensors dropped by an option, and tensors of the decoder's parent dropped if they equal another."""
     for role, other in others.items():
         for drop in other.drops:
             if drop.drop.option is not None or (role == DECODER_FROM and drop.equals is not None):

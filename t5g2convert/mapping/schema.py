@@ -180,7 +180,7 @@ class Drop(Declaration):
         description="Pattern of a tensor that must have the same values; the conversion is refused otherwise.",
     )
     option: DropOption | None = Field(
-        default=None, description="The drop applies only with this option; without it such a tensor is refused."
+        default=None, description="The drop applies only with this option; without it, matching tensors are refused."
     )
     when: Feature | None = Field(default=None, description="The drop applies only to sources with this feature.")
 

@@ -40,7 +40,7 @@ def test_a_factor_that_is_the_sources_changes_nothing(twin_folder: TwinFolder, t
     done = convert(twin_folder("text-13"), tmp_path / "out", rope_scaling="linear:8", flush=False)
     changed = [change["field"] for change in json.loads((tmp_path / "out/t5g2.json").read_text())["changes"]]
     assert changed == ["image_token_index"]
-    assert not any("this changes what is computed" in note for note in done.notes)
+    assert not any("this changes the computation" in note for note in done.notes)
 
 
 def edited(folder: Path, config: dict[str, Any], options: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ KNOWN_MODELS: Final = {
     "t5gemma": "T5Gemma, the first generation, an encoder-decoder already",
     "t5gemma2": "T5Gemma 2, an encoder-decoder already",
 }
-"""Other model types that people try, and what they are."""
+"""Other model types that users try, with a description."""
 
 
 class ConfigSection(BaseModel):
@@ -87,7 +87,7 @@ class SourceModel(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on its config for the user, such as settings that are left out."""
+        """Notes on its config for the user, for example about dropped settings."""
 
     def with_vision_of(self, donor: Self, projector: str | None) -> Self:
         """Return this model with the vision tower of another of its family.
@@ -106,7 +106,7 @@ def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path, 
     """Validate a section; `section` is its name in config.json, for errors.
 
     Raises:
-        CheckpointError: A field has the wrong type or an impossible value; all such fields are named.
+        CheckpointError: A field has the wrong type or an impossible value; the message lists all of them.
     """
     try:
         return model.model_validate(dict(fields))

@@ -2,7 +2,7 @@
 
 Dialects, by the transformers version that writes them: 4.42 to 4.5x `rope_theta`, no `layer_types`, sometimes
 `cache_implementation` and `hidden_act`, which the model does not read; later ones list `layer_types`; 5.x has
-`rope_parameters`. What is absent has the default of `Gemma2Config` in transformers 5.23.
+`rope_parameters`. Absent fields have the defaults of `Gemma2Config` in transformers 5.23.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ MODEL_TYPE: Final = "gemma2"
 
 
 class Gemma2Text(GemmaText):
-    """The model; field names and defaults are those of transformers' Gemma2Config and T5GemmaModuleConfig."""
+    """The model, with field names and defaults of transformers' Gemma2Config and T5GemmaModuleConfig."""
 
     vocab_size: Size = 256_000
     max_position_embeddings: Size = 8192

@@ -3,7 +3,7 @@
 Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta`, `rope_local_base_freq`,
 `rope_scaling`, `sliding_window_pattern`; 4.57 adds `layer_types` and `_sliding_window_pattern`; 5.x nests
 `rope_parameters.{full_attention, sliding_attention}`. Some files carry both, and the published `text_config` of 4b and
-larger is sparse: what is absent has the default of `Gemma3TextConfig`.
+larger is sparse: absent fields have the defaults of `Gemma3TextConfig`.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -62,7 +62,7 @@ OWN_TOKENS: Final[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token
 
 
 class Gemma3Text(GemmaText):
-    """The text model; field names and defaults are those of transformers' Gemma3TextConfig."""
+    """The text model, with field names and defaults of transformers' Gemma3TextConfig."""
 
     vocab_size: Size = 262_208
     tie_word_embeddings: bool = True
@@ -81,7 +81,7 @@ class Gemma3Text(GemmaText):
 
 
 class Gemma3Vision(SiglipConfig):
-    """The vision tower; field names and defaults are those of transformers' SiglipVisionConfig."""
+    """The vision tower, with field names and defaults of transformers' SiglipVisionConfig."""
 
     hidden_size: Size = 768
     intermediate_size: Size = 3072
@@ -91,7 +91,7 @@ class Gemma3Vision(SiglipConfig):
 
 
 class Gemma3Tokens(ImageTokens):
-    """The multimodal fields at the top of config.json; defaults are those of transformers' Gemma3Config."""
+    """The multimodal fields at the top of config.json, with defaults of transformers' Gemma3Config."""
 
     image_token_index: Token = 262_144
 
@@ -176,7 +176,7 @@ class Gemma3:
 
     @property
     def values(self) -> Mapping[str, Scalar]:
-        """The fields under their own names; those of the tower start with `vision_`."""
+        """The fields under their own names; tower fields start with `vision_`."""
         vision = (self.vision or _NO_VISION).model_dump()
         return {
             **self.text.model_dump(),
@@ -197,7 +197,7 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
 
     Raises:
         CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a setting
-            that changes what is computed and that T5Gemma 2 does not have.
+            that changes the computation and that T5Gemma 2 does not support.
     """
     config = present(config)
     family, left = config.get("model_type"), list[Left]()
@@ -264,7 +264,7 @@ _NO_VISION: Final = Gemma3Vision()
 
 
 def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
-    """Return the listed kinds of layers, or those of the pattern: by default five sliding, one full."""
+    """Return the listed layer kinds, or derive them from the pattern: by default five sliding, one full."""
     if fields.get("layer_types") is not None:
         return fields["layer_types"]
     pattern = whole(fields.get("sliding_window_pattern", 6))

@@ -20,7 +20,7 @@ class TargetFamily:
     """A family that a conversion can produce.
 
     Attributes:
-        tensors: Yields every tensor of such a folder once, from config.json and its path.
+        tensors: Yields every tensor of a folder of this kind once, from config.json and its path.
         stacks: The sections of config.json that hold the settings of the text stacks, by part, each with a final dot.
         read_settings: Reads what `t5g2 inspect` shows of config.json; None for a family that is inspected as a source.
         read_trainable: Reads the config of a model that can be trained; None for a family that cannot.
@@ -72,7 +72,7 @@ def target_of(config: Mapping[str, Any], where: Path) -> TargetFamily:
     """Return the family of a converted folder.
 
     Raises:
-        CheckpointError: No conversion produces such a model.
+        CheckpointError: No conversion produces this kind of model.
     """
     target = TARGETS.get(str(config.get("model_type")))
     if target is None:
@@ -84,7 +84,7 @@ def expected_tensors(config: Mapping[str, Any], where: Path) -> Iterator[Expecte
     """Yield every tensor that the config of a converted folder implies, once.
 
     Raises:
-        CheckpointError: The config cannot be read, or no conversion produces such a model.
+        CheckpointError: The config cannot be read, or no conversion produces this kind of model.
     """
     return target_of(config, where).tensors(config, where)
 

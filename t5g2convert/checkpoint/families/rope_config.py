@@ -38,12 +38,12 @@ class Rope(ConfigSection):
 
     @property
     def linear_factor(self) -> float:
-        """The factor that applies: that of a default embedding is 1, whatever the config says."""
+        """The effective factor: always 1 for a default embedding."""
         return self.factor if self.rope_type == "linear" else 1.0
 
 
 class LayerRopes(NamedTuple):
-    """The embeddings of a model in which layers with a window have another, and the settings that were left behind."""
+    """The rotary embeddings of full and of sliding layers, and the unused settings."""
 
     full_theta: float
     full_factor: float
@@ -127,7 +127,7 @@ def agreed(spellings: Mapping[str, object], default: float, where: Path) -> floa
     """The positive number that all spellings of a setting give that are there, by their names.
 
     Raises:
-        CheckpointError: One is not such a number, or two give different ones.
+        CheckpointError: One is not a positive number, or two disagree.
     """
     given = {name: value for name, value in spellings.items() if value is not None}
     for name, value in given.items():
@@ -144,7 +144,7 @@ def stated_factor(name: str, section: Mapping[str, Any], where: Path, *, bare_ty
 
     Args:
         name: The section's, for errors.
-        section: What it says, without nulls.
+        section: Its settings, without nulls.
         where: The file, for errors.
         bare_type: Whether all readers take `type` for rope_type where that is absent.
 

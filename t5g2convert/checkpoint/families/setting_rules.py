@@ -20,11 +20,11 @@ class Outcome(StrEnum):
     """What becomes of a setting."""
 
     USED = "used"
-    """Read: it decides the output, or is compared with what does."""
+    """Read: it determines the output, or is compared with a setting that does."""
     CARRIED = "carried"
     """Written to the output unchanged."""
     REFUSED = "refused"
-    """Refused: it would change what is computed, and cannot be converted."""
+    """Refused: it would change the computation, and cannot be converted."""
     NOTED = "noted"
     """Left out, and named in a note."""
     ABOUT = "left behind"
@@ -108,11 +108,11 @@ def account(section: Section, fields: Mapping[str, Any], where: Path, place: str
         place: The section's name in the file, with a dot behind it.
 
     Returns:
-        What is left behind.
+        The settings that are not used.
 
     Raises:
-        CheckpointError: A setting changes what is computed and cannot be converted, or may change it and is unknown;
-            all such settings are named.
+        CheckpointError: A setting changes the computation and cannot be converted, or may change it and is unknown;
+            the message lists all of them.
     """
     refused: list[str] = []
     left: list[Left] = []
@@ -149,7 +149,7 @@ def left_note(left: Iterable[Left]) -> Iterator[str]:
 
 
 def decides(name: str) -> bool:
-    """Return whether the name of an unknown setting is about what is computed."""
+    """Return whether an unknown setting, by its name, may change the computation."""
     words = set(re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
     return bool(words & COMPUTING) and not words & TRAINING
 
@@ -167,7 +167,7 @@ COMPUTING: Final = _words(
     "scale scaled scaling sink sinks size skip sliding softcap softcapping softmax sparse sparsity ssm temperature "
     "theta tie tied value values vocab vocabulary width window windows yarn"
 )
-"""Words in names of settings that decide what a model computes."""
+"""Words in the names of settings that change the computation."""
 
 TRAINING: Final = _words(
     "batch checkpoint checkpointing dataset epoch epochs finetuning learning loss lr optim optimizer peft pretraining "

@@ -22,7 +22,7 @@ MODEL_TYPE: Final = "t5gemma"
 
 
 class Top(ConfigSection):
-    """The fields at the top of config.json; the default is that of transformers' T5GemmaConfig."""
+    """The fields at the top of config.json, with the default of transformers' T5GemmaConfig."""
 
     tie_word_embeddings: bool = True
 

@@ -100,7 +100,7 @@ class T5Gemma2(T5Gemma2Encoder):
 
     @property
     def values(self) -> Mapping[str, Scalar]:
-        """The fields of the stacks as `encoder.` and `decoder.`, those of the tower as `vision_`, and the tokens."""
+        """The fields of the stacks as `encoder.` and `decoder.`, of the tower as `vision_`, and the tokens."""
         values: dict[str, Scalar] = self.tokens.model_dump()
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             fields = stack.model_dump(exclude={"rope_parameters"})

@@ -1,4 +1,4 @@
-"""Errors of the Hub and its client as ours: one line, what to do next, and never a token.
+"""Errors of the Hub and its client as `HubError`: one line, a hint, and never a token.
 
 Nothing of the client's own messages is repeated: they hold addresses, which may be signed.
 """
@@ -17,7 +17,7 @@ OFFLINE_HINT = "unset it to access the Hub"
 LOGIN_HINT = "hf auth login, or set HF_TOKEN"
 
 _CLIENTS: Final = frozenset({"aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3"})
-"""Network libraries, whose errors hold addresses and texts of servers."""
+"""Network libraries: their errors contain addresses and texts from servers."""
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def hub_errors(repo: str, revision: str | None = None, *, absent: str = "no such
         absent: The message for a model that does not exist.
 
     Raises:
-        HubError: The Hub has no such model, refuses it, or cannot be reached.
+        HubError: The model does not exist, access is denied, or the Hub cannot be reached.
         OutputError: The client's cache cannot be written.
     """
     try:

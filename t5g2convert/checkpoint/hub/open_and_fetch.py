@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: their headers are read where they are, and only what is needed is fetched into its cache.
+"""Checkpoints on the Hub: headers are read remotely, and only the needed files are downloaded to the cache.
 
 All downloads are huggingface_hub's, with its cache and its settings: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
@@ -37,7 +37,7 @@ from t5g2convert.errors import CheckpointError, HubError, OutputError, UsageErro
 from t5g2convert.progress import Progress
 
 Origin = str | Path | Checkpoint
-"""What a checkpoint is opened from: a folder, a model on the Hub (as a str), or an open checkpoint."""
+"""The origin of a checkpoint: a folder, a model on the Hub (as a str), or an open checkpoint."""
 
 _ID: Final = re.compile(r"([^\s@]+)(?:@([^\s@]+))?")
 
@@ -88,7 +88,7 @@ def open_source(source: Origin, *, allow_unheld: bool = False) -> Checkpoint:
 
     Raises:
         CheckpointError: It is not sound; see `open_checkpoint`.
-        HubError: The Hub has no such model, refuses it, or cannot be reached.
+        HubError: The model does not exist, access is denied, or the Hub cannot be reached.
         OutputError: The Hub's cache cannot be written.
     """
     checkpoint = _opened(source)
@@ -110,12 +110,12 @@ def _opened(source: Origin) -> Checkpoint:
 
 
 def again(checkpoint: Checkpoint) -> Path | Checkpoint:
-    """Return what opens a checkpoint again: a folder is read anew; on the Hub the branch may have moved."""
+    """Return an origin that reopens a checkpoint: the folder, or the same commit on the Hub."""
     return checkpoint.path if checkpoint.hub is None else checkpoint
 
 
 def missing(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    """Return those of the files that are on the Hub and not yet in its cache."""
+    """Return the files that are on the Hub and not yet in its cache."""
     if checkpoint.hub is None:
         return []
     return [name for name in dict.fromkeys(names) if not (checkpoint.path / name).exists()]

@@ -147,5 +147,5 @@ def silent_bar(progress: Progress | None = None) -> type[Any]:
 
 
 def download_again(path: Path) -> str:
-    """Return what to do with a damaged file of the Hub's cache: its name there is a symlink to the bytes."""
+    """Return a hint for a damaged file in the Hub's cache, where its name is a symlink to the bytes."""
     return f"remove {path.resolve()} and run again: it is downloaded again"

@@ -119,7 +119,7 @@ def copied(source: Checkpoint, name: str) -> PlannedFile:
 
 
 def _moves(declared: TokenizerFiles, resolution: Resolution) -> list[TokenMove]:
-    """Return the tokens whose ids differ between source and target."""
+    """Return the tokens with different ids in source and target."""
     before, after = resolution.model.values, resolution.values
     return [
         TokenMove(item.token, item.replaces, int(before[item.id]), int(after[item.id]))  # type: ignore[arg-type]

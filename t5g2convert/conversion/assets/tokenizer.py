@@ -170,7 +170,7 @@ _SPECIAL: Final = re.compile(rb'"special"\s*:\s*(true|false)(?=[\s,}])')
 _COMMA_BEFORE: Final = re.compile(rb",\s*\Z")
 _COMMA_AFTER: Final = re.compile(rb"\s*,\s*")
 _NEAR: Final = 1 << 11
-"""Bytes around a token that hold its object; that of an added token has 200."""
+"""Bytes around a token that contain its object; an added token's object has 200."""
 
 
 def _find(text: bytes, name: str) -> _Places:
@@ -230,7 +230,7 @@ def tokenizer_config(
         where: The source's file, for errors.
 
     Raises:
-        CheckpointError: It names another token than the one that moves, or uses the one that is replaced.
+        CheckpointError: It names a token other than the moved one, or uses the replaced one.
     """
     config = {key: value for key, value in settings.items() if key not in additions or additions[key] is not None}
     if not moves:

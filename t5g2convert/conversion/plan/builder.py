@@ -55,7 +55,7 @@ def plan(source: Origin, options: PlanOptions) -> Plan:
         options: As keyword arguments; see `PlanOptions`.
 
     Raises:
-        CheckpointError: A checkpoint is damaged, or is not what its config implies.
+        CheckpointError: A checkpoint is damaged, or does not match its config.
         HubError: The Hub does not have a model, refuses it, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         UsageError: An option has an impossible value.
@@ -74,7 +74,7 @@ def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None 
     Args:
         sources: The checkpoints.
         options: The options. Their checkpoints are not opened again.
-        loaded: The map, if it is not the one that the options name.
+        loaded: The map, if it differs from the options' map.
     """
     if loaded is None:
         loaded = _find_map(sources.source, options)
@@ -193,7 +193,7 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
     """Return a checkpoint as the plan reads it: all files of the source, of others only those that the target needs."""
     checkpoint = resolution.checkpoints[role]
     read = {span.file for tensor in tensors for span in tensor.content.spans}
-    # What must repeat another tensor is compared with it.
+    # A tensor that must repeat another is compared with it.
     read |= {
         named(drop.role, stored.file)
         for drop in resolution.drops
@@ -224,7 +224,7 @@ def _dominant_dtype(targets: Iterable[Resolved]) -> str:
 
 
 def _generation(resolution: Resolution, weight_map: WeightMap, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return generation_config.json: that of the decoder's parent, since the decoder generates."""
+    """Return generation_config.json of the decoder's parent, since the decoder generates."""
     if weight_map.generation_config is None:
         return None
     checkpoint = resolution.checkpoints[resolution.role_of("decoder")]

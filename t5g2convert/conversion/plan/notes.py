@@ -1,4 +1,4 @@
-"""The notes of a plan: what a user should know about a conversion, in sentences."""
+"""The notes of a plan: sentences about a conversion for the user."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def plan_notes(
     weight_map: WeightMap,
     config: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Yield all notes of a plan, in the order in which they are shown; `config` is the target's."""
+    """Yield all notes of a plan, in display order; `config` is the target's."""
     for checkpoint in resolution.checkpoints.values():
         yield from checkpoint.notes
         yield from remarks(checkpoint)
@@ -84,7 +84,7 @@ def _generation(resolution: Resolution) -> Iterator[str]:
 
 
 def _towerless(resolution: Resolution) -> Iterator[str]:
-    """Yield text models whose config describes images."""
+    """Yield text models with a multimodal config."""
     for role, model in resolution.models.items():
         if is_towerless(model):
             yield f"{named(role, 'config.json')}: {TOWERLESS}"
@@ -102,7 +102,7 @@ def has_head(resolution: Resolution, role: Role) -> bool:
 
 
 def _configs(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the sources' configs say and the target's does not."""
+    """Yield notes on settings in the sources' configs that the target's lacks."""
     for role, model in resolution.models.items():
         checkpoint = resolution.checkpoints[role]
         owner = "" if role == SOURCE else f"{SUBJECTS[role]}: "
@@ -224,7 +224,7 @@ def _effect(setting: str, source: Any, target: Any) -> str:
             return "longer inputs are allowed" if target > source else "shorter inputs are allowed"
         if setting in FACTORS:
             return f"positions in {FACTORS[setting]} are divided by {target:g}"
-    return "this changes what is computed"
+    return "this changes the computation"
 
 
 def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
@@ -261,7 +261,7 @@ def _keeping(layers: Sequence[int], kinds: Sequence[str]) -> str:
 
 
 def _decoder(resolution: Resolution) -> Iterator[str]:
-    """Yield what a decoder from another parent means."""
+    """Yield notes on a decoder from another parent."""
     if DECODER_FROM not in resolution.checkpoints:
         return
     yield _taken(DECODER_FROM, "the decoder's parent", resolution)

@@ -138,14 +138,14 @@ def _no_row(used: UsedId, rows: int) -> CheckpointError:
 
 
 def _image_token(tokens: SourceModel, cut: int, rows: int) -> str:
-    """Return what the kept rows mean for the image token."""
+    """Return the effect of kept rows on the image token."""
     if "vision" in tokens.features and cut <= (number := _number(tokens, "image_token_index")) < rows:
         return f"; image_token_index stays {number}"
     return ""
 
 
 def _check_image_token(ids: IdsInUse, tokenizer: Tokenizer, *, donated: bool) -> None:
-    """Refuse a tokenizer whose token at the image token's id is not the one it names, or not the donor's.
+    """Refuse a tokenizer with another token at the image token's id than the named one, or than the donor's.
 
     A source may give its image token any name, as long as all of its files agree.
     """
@@ -179,14 +179,14 @@ def _compare_spare_rows(weight_map: WeightMap, checkpoint: Checkpoint, cut: int,
     found = [cut + number for number in rows_that_stand_out(data, stored.entry.dtype, width)]
     if not found:
         return False, (
-            f"no tokenizer tells whether rows {cut} to {rows - 1} of the embedding table are in use; they look alike, "
-            f"and are cut as random fill; rows that were all trained alike, or hardly, look so too ({KEEP_HINT})"
+            f"without a tokenizer it is unknown whether rows {cut} to {rows - 1} of the embedding table are in use; "
+            f"they look alike, and are cut as random fill; rows trained alike or hardly look so too ({KEEP_HINT})"
         )
     named = ", ".join(map(str, found[:MOST_NAMED]))
     more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
     return True, (
-        f"all {rows} rows of the embedding table are kept, not {cut}: no tokenizer tells which are in use, and among "
-        f"the last {rows - cut} these are unlike the others and may be trained: {named}{more}"
+        f"all {rows} rows of the embedding table are kept, not {cut}: without a tokenizer it is unknown which are "
+        f"in use, and among the last {rows - cut} these are unlike the others and may be trained: {named}{more}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What happens to each file of a source folder: read, carried, made anew, left behind, or named in a note."""
+"""The treatment of each file in a source folder: read, carried, made anew, left behind, or named in a note."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ READ: Final[Mapping[str, str]] = {
     "generation_config.json": "generation settings",
     INDEX_FILE: "index of the tensors' files",
 }
-"""Files that every conversion reads if they exist, and what they hold."""
+"""Files that every conversion reads if they exist, with descriptions."""
 
 LEFT_BEHIND: Final[Mapping[str, tuple[str, ...]]] = {
     "hidden file, not read by loaders": (".*", ".*/", "Thumbs.db", "desktop.ini", "__pycache__/", "lost+found/"),

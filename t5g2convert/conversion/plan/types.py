@@ -70,7 +70,7 @@ class PlannedAlignment:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a target tensor is filled with.
+    """The content of a target tensor.
 
     Attributes:
         kind: copy (the range as it is), cast (the range, element by element), scaled_row (the range is one row), zeros,

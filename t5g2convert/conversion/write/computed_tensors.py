@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TensorValues(Protocol):
-    """The values of tensors that no source holds, such as those of a training."""
+    """The values of tensors that no source contains, for example trained ones."""
 
     def pieces(self, name: str) -> Iterator["NDArray[np.float32] | NDArray[np.float64]"]:
         """Yield the values of a target tensor in order, in pieces of any size and shape."""
@@ -33,7 +33,7 @@ def write_computed(
         plan: The plan.
         sources: Descriptors of the source files by name.
         shards: The shards, open.
-        values: The values of tensors that no source holds, if the plan has such tensors.
+        values: The values of tensors that no source contains, if the plan has any.
         progress: Called with the bytes of work done.
 
     Returns:

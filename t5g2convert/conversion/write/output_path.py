@@ -32,7 +32,7 @@ def check_target(target: Path, *inputs: Path, overwrite: bool, listing: Listing 
 
     Raises:
         OutputError: It is an address, a file, or a folder with files that t5g2 did not write; or it contains an input
-            or lies inside one, also through links.
+            or is inside one, also through links.
     """
     check_apart(target, *inputs)
     check_vacant(target, overwrite=overwrite, listing=listing)
@@ -44,7 +44,7 @@ def check_apart(target: Path, *inputs: Path) -> None:
     """Refuse a target that is, contains, or lies inside an input, or whose name t5g2 reserves for its work.
 
     Raises:
-        OutputError: It is such a target.
+        OutputError: The target is refused.
     """
     if scheme := scheme_of(target):
         raise OutputError(f"expected a folder, got a URL ({scheme}//...)")
@@ -130,7 +130,7 @@ def check_not_linked(target: Path, inputs: Iterable[Path]) -> None:
     """Refuse to replace a target with a file that an input links to.
 
     Raises:
-        OutputError: It has such a file.
+        OutputError: It contains an input.
     """
     real = real_path(target)
     if not real.is_dir():

@@ -66,7 +66,7 @@ class WorkFolders:
         return path
 
     def clear_removed(self) -> list[str]:
-        """Remove the folders that were replaced, those of earlier runs too; return a note for each that remains."""
+        """Remove replaced folders, also of earlier runs; return a note for each that remains."""
         notes: list[str] = []
         for path in self.all_removed():
             try:

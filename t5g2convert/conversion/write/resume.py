@@ -1,4 +1,4 @@
-"""The journal of finished shards, with which `--resume` continues an interrupted conversion.
+"""The journal of finished shards, used by `--resume` to continue an interrupted conversion.
 
 It is a file in the staging folder, with a line for each shard that is complete, and is removed before the folder is
 moved into place. A line counts only if plan and source files are the same and the shard still has the sha256 in the

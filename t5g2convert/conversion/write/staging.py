@@ -237,7 +237,7 @@ class Staging:
             clear(self.folder)
 
     def _is_empty(self) -> bool:
-        """Whether the target is a folder that holds nothing but what a killed run left."""
+        """Whether the target folder contains only the remains of a killed run."""
         try:
             return self.target.is_dir() and set(os.listdir(self.target)) <= leftovers(self.target)  # noqa: PTH208
         except OSError:

@@ -254,7 +254,7 @@ def test_a_setting_that_a_map_writes_out_is_declared_for_each_stack(
         text = text.replace(written.replace("STACK", stack), f"{written.partition(':')[0]}: {number}")
     (tmp_path / "mine.yaml").write_text(text)
     made = plan(demo_source, mapping=str(tmp_path / "mine.yaml"))
-    effect = "positions in full layers are divided by 8" if "factor" in path else "this changes what is computed"
+    effect = "positions in full layers are divided by 8" if "factor" in path else "this changes the computation"
     assert sum(note.endswith(f": {effect}") for note in made.notes) == 1
     assert made.changes == tuple(
         Change(f"{stack}.{path}", before, after) for stack in ("encoder.text_config", "decoder")

@@ -199,7 +199,7 @@ def test_the_commands_have_the_option(make: Make, tmp_path: Path) -> None:
 def test_without_a_tokenizer_rows_that_look_alike_are_cut_and_a_note_says_how_sure(make: Make) -> None:
     made = plan(make(images=True))
     check_kept(made, CUT, NEW_IMAGE)
-    (note,) = (note for note in made.notes if "no tokenizer tells" in note)
+    (note,) = (note for note in made.notes if "without a tokenizer" in note)
     assert "rows 262144 to 262207" in note
     assert "--keep-rows keeps them" in note
 
@@ -210,7 +210,7 @@ def test_without_a_tokenizer_rows_that_stand_out_are_kept_and_named(make: Make) 
     write_row(source, 262_200, -1.0)
     made = plan(source)
     check_kept(made)
-    (note,) = (note for note in made.notes if "no tokenizer tells" in note)
+    (note,) = (note for note in made.notes if "without a tokenizer" in note)
     assert note.endswith("may be trained: 262145, 262200; image_token_index stays 262144")
     (source / "tokenizer.model").write_bytes(b"sentencepiece")
     again = plan(source)
