@@ -116,7 +116,7 @@ def probe(gemma3: Origin, t5gemma2: Origin, *, factor: float = FACTOR, progress:
     sizes = [stored.entry.shape for _, stored in found]
     if sizes[0][1] != sizes[1][1]:
         raise CheckpointError(
-            f"its rows have {sizes[1][1]} values, but those of {checkpoints[0].name} have {sizes[0][1]}",
+            f"its rows have {sizes[1][1]} values, but the rows of {checkpoints[0].name} have {sizes[0][1]}",
             where=checkpoints[1].path,
         )
     rows = min(sizes[0][0], sizes[1][0])
@@ -179,7 +179,7 @@ def _candidates(checkpoints: list[Checkpoint], rows: int) -> tuple["NDArray[np.b
     chosen = np.arange(rows) >= FIRST_RESERVED
     unused = [number for token, number in found.vocabulary().items() if token.startswith("<unused")]
     chosen[[number for number in unused if number < rows]] = True
-    told = [] if chosen.any() else [f"{TOKENIZER_FILE} names no unused token, and there is no id from 256000 on"]
+    told = [] if chosen.any() else [f"{TOKENIZER_FILE} defines no unused tokens, and no ids from 256000 on"]
     return chosen, told
 
 

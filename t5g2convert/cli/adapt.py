@@ -135,7 +135,7 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
                 if not as_json and (step.step % every == 0 or step.step == steps):
                     typer.echo(step.line)
                 advance(step.step)
-                # A signal whose error was lost, for example in a destructor, stops the run here.
+                # If the error of a signal was lost, for example in a destructor, stop the run here.
                 raise_interruption()
 
             outcome = run(request, begun=print_notes, report=report)

@@ -28,7 +28,7 @@ CommandLineError: Final[type[Exception]] = next(
 )
 
 PRINTING: Final = frozenset({"card", "generate", "inspect", "mappings", "plan", "probe-sentinels"})
-"""Commands whose result is what they print: they stop if stdout cannot be written. The others go on."""
+"""Commands that only print: they stop if stdout cannot be written. Other commands continue."""
 
 COMMANDS: Final[Mapping[str, str]] = {
     "demo": "Build a tiny Gemma 3 with images, convert it, verify it, generate with it.",
@@ -59,7 +59,7 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 """The commands in the order of `--help`, each with the first sentence of its own help."""
 
-ABOUT: Final = "Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly, and train it further."
+ABOUT: Final = "Convert Gemma 3 checkpoints to T5Gemma 2 encoder-decoders, exactly, and train them."
 
 app = typer.Typer(
     name="t5g2",
@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     lost = finish_streams()
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if lost is not None and command is not None and command not in PRINTING:
-        # The exit code is that of the work; only its report is lost.
-        report(OutputError(f"the result cannot be printed: {lost.strerror}"), as_json=False, debug=False)
+        # Only the report is lost: keep the exit code of the work.
+        report(OutputError(f"cannot print the result: {lost.strerror}"), as_json=False, debug=False)
         finish_streams()
     elif lost is not None and not code:
         code = report(lost, as_json=False, debug="--debug" in arguments)
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Print an error, on one line where it has no list of offenders, and return its exit code."""
-    # Typer and rich turn a pipe whose reader has left into an exit; that is not an error.
+    # Typer and rich exit if the reader of a pipe has left; that is not an error.
     left = isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
     if left and reader_left() and not isinstance(error, T5g2Error):
         return 0
@@ -146,10 +146,10 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
         known = error
     elif isinstance(error, OSError):
         # Code that reads and writes checkpoints reports its own failures; only streams and the system are left.
-        known = OutputError(f"the system says: {error.strerror or error}", where=error.filename)
+        known = OutputError(f"the operating system reports: {error.strerror or error}", where=error.filename)
     else:
         known = T5g2Error(
-            f"a bug in t5g2: {type(error).__name__}: {error}", hint="run again with --debug and report what it prints"
+            f"a bug in t5g2: {type(error).__name__}: {error}", hint="run again with --debug and report the output"
         )
     if as_json:
         document = {"code": known.exit_code, "message": known.message, "where": known.where, "hint": known.hint}

@@ -130,5 +130,5 @@ def _value(given: Any, field: FieldInfo) -> Any:
 
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="A Gemma 3 or Gemma 2 checkpoint folder, or a model of the Hub: org/name[@revision].")
+    str, typer.Argument(help="A Gemma 3 or Gemma 2 folder, or a model on the Hub: org/name[@revision].")
 ]

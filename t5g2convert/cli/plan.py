@@ -132,13 +132,13 @@ def _show_tensors(made: "Plan") -> None:
 
 _ROLES = {
     "t5gemma": {
-        "embedding": "one matrix for each stack, and for an untied softmax",
-        "encoder": "attends both ways",
-        "decoder": "cross-attention starts as self-attention",
+        "embedding": "one matrix per stack, and one for an untied softmax",
+        "encoder": "bidirectional attention",
+        "decoder": "cross-attention is initialized from self-attention",
     },
     "t5gemma2": {
         "embedding": "one matrix: encoder input, decoder input and softmax",
-        "encoder": "attends both ways",
+        "encoder": "bidirectional attention",
         "decoder": "merged attention over [decoder states; encoder output]",
         "vision": "feeds the encoder only",
         "projector": "from image features to the encoder's width",
@@ -193,5 +193,5 @@ def _computed_role(part: str, kind: str, plan: "Plan") -> str:
     if part == "embedding":
         return "the end-of-image row, scaled"
     if kind == "aligned":
-        return "the donor's, carried to the source's width by least squares"
-    return "zeros, to be trained" if VISION_FROM in plan.sources else "the stub of a model without images"
+        return "the donor's, mapped to the source's width by least squares"
+    return "zeros, to be trained" if VISION_FROM in plan.sources else "stub of a model without images"

@@ -205,7 +205,7 @@ class PresetSettings(Declaration):
     rope_sliding_theta: Positive | None = Field(default=None, description="Base of the frequencies of sliding layers.")
     rope_factor: Positive | None = Field(default=None, description="Factor that all layers divide positions by.")
     rope_theta: Positive | None = Field(default=None, description="Base of the frequencies of all layers.")
-    sliding_window: Length | None = Field(default=None, description="Tokens that a sliding layer sees.")
+    sliding_window: Length | None = Field(default=None, description="Window of sliding layers, in tokens.")
     max_position_embeddings: Length | None = Field(default=None, description="Length of the longest input, in tokens.")
 
     @model_validator(mode="after")

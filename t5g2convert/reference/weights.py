@@ -213,7 +213,7 @@ def not_finite(what: str, weights: Weights) -> UsageError | CheckpointError:
     return overflow(what, weights) or CheckpointError(
         f"{what} are not finite in {_dtype_name(weights)}",
         where=weights.checkpoint.path,
-        hint="nothing can be computed with them: the weights hold NaN, infinity or numbers that are too large",
+        hint="the weights contain NaN, infinity or values that are too large",
     )
 
 

@@ -86,7 +86,7 @@ def fetched(output: str) -> Path:
         raise Refused(
             HUB, f"output: {output!r} is not a folder here, and huggingface_hub is not installed to download it"
         ) from None
-    except Exception as error:  # noqa: BLE001 - those of its HTTP library come through the client
+    except Exception as error:  # noqa: BLE001 - the client passes on errors of its HTTP library
         first = str(error).strip().partition("\n")[0]
         raise Refused(
             HUB, f"output: {output!r} is not a folder here, and cannot be downloaded from the Hub: {first}"
@@ -105,7 +105,7 @@ def rows_of(document: Mapping[str, Any], given: Mapping[str, str]) -> list[Row]:
     alone = document["decoder_alone"]
     rows = []
     if given.get("max-kl"):
-        # Null stands for a figure that is no number: it fails.
+        # Null means that the figure is not a number: it fails.
         good = alone["kl"] is not None and alone["kl"] <= float(given["max-kl"])
         rows.append(Row("max-kl", _state(good), f"the decoder's mean KL is {alone['kl']}, limit {given['max-kl']}"))
     if given.get("min-agreement"):
@@ -142,7 +142,7 @@ def run(given: Mapping[str, str], reports: Path) -> tuple[int, dict[str, Any]]:
     for name in ("source", "output"):
         if not given.get(name):
             raise Refused(USAGE, f"{name}: expected a folder or a model on the Hub, found nothing")
-    # A usage that cannot be is told before anything is fetched.
+    # Report wrong usage before anything is downloaded.
     command(given, Path(given["output"]), reports)
     line = command(given, fetched(given["output"]), reports)
     print(printable(shlex.join(line)), flush=True)

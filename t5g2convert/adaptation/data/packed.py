@@ -171,7 +171,7 @@ class Packed:
             sha256: Expected sha256 of the index, if the data was opened before.
 
         Raises:
-            DataError: The data is missing, damaged, or has another sha256.
+            DataError: The data is missing, damaged, or has a different sha256.
         """
         index, found = read_index(folder)
         if sha256 not in (None, found):

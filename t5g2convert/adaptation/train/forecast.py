@@ -109,7 +109,7 @@ def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> For
         prepared: The run.
         devices: Number of devices, over all machines.
         micro: Samples per device and pass.
-        chunk: Labels whose logits exist at once.
+        chunk: Labels per chunk of logits, to limit memory.
     """
     samples = prepared.samples
     settings, sampler = samples.settings, samples.sampler
@@ -249,7 +249,7 @@ def memory(
         samples: Samples per micro-batch.
         encoder: Encoder tokens per sample.
         decoder: Labels per sample.
-        chunk: Labels whose logits exist at once.
+        chunk: Labels per chunk of logits, to limit memory.
     """
     frozen = parameters["vision"]
     states = TRAINED_BYTES * (parameters["total"] - frozen) + FROZEN_BYTES * frozen

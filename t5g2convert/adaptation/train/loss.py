@@ -29,7 +29,7 @@ class ModelWithLoss(nn.Module):
             the decoder's last hidden state, and `model.lm_head(...)` its logits.
         tasks: Number of tasks; the loss of each is summed separately.
         softcap: The decoder's `final_logit_softcapping`, which the class applies outside its head.
-        chunk: Labels whose logits exist at once.
+        chunk: Labels per chunk of logits, to limit memory.
         teacher: The model to distil: labels that are raw tokens are learnt from its distribution.
     """
 

@@ -219,8 +219,6 @@ def processor_config(defaults: Mapping[str, Any], source: Checkpoint) -> tuple[d
 
 
 def _check_equal(found: Mapping[str, Any], expected: Mapping[str, Any], key: str, where: Path) -> None:
-    """Refuse a setting that differs from the one that the model's sizes decide."""
+    """Refuse a setting that contradicts the model's sizes."""
     if found.get(key) is not None and key in expected and found[key] != expected[key]:
-        raise CheckpointError(
-            f"{key} is {found[key]!r}, the model that config.json describes needs {expected[key]!r}", where=where
-        )
+        raise CheckpointError(f"{key} is {found[key]!r}, but config.json requires {expected[key]!r}", where=where)

@@ -16,7 +16,7 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 ROPE_FACTORS: Final = ("rope_full_factor", "rope_factor")
-"""The value that `--rope-scaling` sets: that of full layers, or of all layers where a family has one for all."""
+"""The value that `--rope-scaling` sets: the factor of full layers, or of all layers if a family has only one."""
 
 
 def target_values(resolution: Resolution, options: PlanOptions, weight_map: WeightMap, dtype: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _preset(name: str, values: Mapping[str, Any], weight_map: WeightMap, owner: 
     for field, needed in preset.requires.items():
         if values[field] != needed:
             raise MappingError(
-                f"preset {name} is for {field} {needed}, {owner} has {values[field]}",
+                f"preset {name} requires {field} {needed}, but {owner} has {values[field]}",
                 hint="use --rope-scaling and --sliding-window instead",
             )
     return dict(preset.settings.chosen)
@@ -89,7 +89,7 @@ def _preset(name: str, values: Mapping[str, Any], weight_map: WeightMap, owner: 
 def declared_changes(
     resolution: Resolution, drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap, model_dtype: str
 ) -> Iterator[Change]:
-    """Yield the settings in which the target differs from the source, or a stack from its parent.
+    """Yield the settings that differ between target and source, or between a stack and its parent.
 
     Args:
         resolution: The map applied to the source.

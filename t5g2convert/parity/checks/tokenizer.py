@@ -92,13 +92,13 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
         *template_names(() if manifest is None else manifest.files, source, target.path),
     )
     faults = [*token_faults(target)]
-    faults += [f"{name} is not the source's" for name in unchanged if not same_bytes(name, source, target)]
+    faults += [f"{name} differs from the source's" for name in unchanged if not same_bytes(name, source, target)]
     images, index = model.vision is not None, target.config.get("image_token_index")
     found = _Tokenizer({})
     if TOKENIZER_FILE in names:
         found = _Tokenizer(read_json_object(target.path / TOKENIZER_FILE))
         given = read_json_if_there(source, TOKENIZER_FILE)
-        faults += [] if is_there(source / TOKENIZER_FILE) else [f"{TOKENIZER_FILE} is there, the source has none"]
+        faults += [] if is_there(source / TOKENIZER_FILE) else [f"{TOKENIZER_FILE} exists, but the source has none"]
         known = _Tokenizer(given).added
         faults += _tokenizer_faults(given, found, changes)
         faults += _image_token_faults(known, model.tokens.image_token_index, found.added, index) if images else ()
@@ -121,10 +121,10 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     moves = [f"{change.token}, now {change.target}" for change in changes if change.replaces is not None]
     declared = f" but for {'; '.join(moves)}, as declared" if moves else ""
     if PROCESSOR_FILE in names and VISION_FROM not in folders.by_role:
-        told = f"tokens and pixels are the source's{declared}"
+        told = f"tokens and pixels match the source's{declared}"
     else:
-        kept = [f"tokens are the source's{declared}"] if {*names} - {PROCESSOR_FILE} else []
-        told = ", ".join([*kept, *(["pixels are the donor's"] if PROCESSOR_FILE in names else [])])
+        kept = [f"tokens match the source's{declared}"] if {*names} - {PROCESSOR_FILE} else []
+        told = ", ".join([*kept, *(["pixels match the donor's"] if PROCESSOR_FILE in names else [])])
     return Check("tokenizer", True, f"{', '.join(names)}: {told}")
 
 
@@ -144,10 +144,10 @@ def judge_copied_files(names: Sequence[str], source: Path, target: Checkpoint) -
         CheckpointError: A file of either cannot be read.
     """
     faults = [*token_faults(target)]
-    faults += [f"{name} is not the source's" for name in names if not same_bytes(name, source, target)]
+    faults += [f"{name} differs from the source's" for name in names if not same_bytes(name, source, target)]
     if faults:
-        return failed_check("tokenizer", "file(s) or token(s) that are not the source's or have no row", faults)
-    return Check("tokenizer", True, f"{', '.join(names)}: as the source has them")
+        return failed_check("tokenizer", "file(s) or token(s) that differ from the source's or have no row", faults)
+    return Check("tokenizer", True, f"{', '.join(names)}: identical to the source's")
 
 
 def same_bytes(name: str, source: Path, target: Checkpoint) -> bool:
@@ -183,7 +183,7 @@ def _tokenizer_faults(given: dict[str, Any], found: _Tokenizer, changes: Sequenc
     if found.text == expected:
         return []
     told = _told(TOKENIZER_FILE, given, json.loads(found.text))
-    return told or [f"{TOKENIZER_FILE} has its keys in another order than the source's"]
+    return told or [f"{TOKENIZER_FILE} has its keys in a different order from the source's"]
 
 
 def _changed(tokenizer: dict[str, Any], changes: Sequence[TokenRecord]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _changed(tokenizer: dict[str, Any], changes: Sequence[TokenRecord]) -> dict[
         if replaced is not None:
             vocabulary = tokenizer["model"]["vocab"]
             if vocabulary[replaced] != number or token in vocabulary:
-                raise ValueError(f"{replaced} is not {number}, or {token} is there already")
+                raise ValueError(f"{replaced} is not {number}, or {token} already exists")
             # In their order, which is that of the ids.
             tokenizer["model"]["vocab"] = {
                 token if name == replaced else name: value for name, value in vocabulary.items()
@@ -275,7 +275,7 @@ def _differences(expected: Any, found: Any, at: str) -> Iterator[str]:
             if key not in found:
                 yield f"{place} is missing"
             elif key not in expected:
-                yield f"{place} is {_short(found[key])}, which the source has not"
+                yield f"{place} is {_short(found[key])}, which the source does not have"
             else:
                 yield from _differences(expected[key], found[key], place)
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):

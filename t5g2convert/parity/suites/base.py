@@ -130,7 +130,7 @@ def change_remarks(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> I
         changes, tuple(target_of(target.config, target.path).stacks.values())
     ).items():
         remark = f"{setting} was changed from {before} to {after}, as declared"
-        yield remark if LENGTH in setting else f"{remark}: the parities are judged with {before}"
+        yield remark if LENGTH in setting else f"{remark}: the parity checks use {before}"
 
 
 def stack_changes(changes: Mapping[str, ChangeRecord], stacks: Sequence[str]) -> dict[str, tuple[Any, Any]]:
