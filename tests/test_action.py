@@ -142,7 +142,7 @@ def test_a_trained_model_is_compared_with_limits(runner: Runner, workspace: Path
     [
         ({"source": ""}, 2, "source: expected a folder or a model on the Hub, found nothing"),
         ({"output": ""}, 2, "output: expected a folder or a model on the Hub, found nothing"),
-        ({"output": "no/such/folder"}, 2, "is no folder here, and no model of the Hub"),
+        ({"output": "no/such/folder"}, 2, "is not a folder here, and not a model on the Hub"),
         ({"mode": "verfy"}, 2, "expected verify or compare, found 'verfy'"),
         ({"mode": "compare", "text": "text.txt"}, 2, "cannot fail"),
         ({"mode": "compare", "max_kl": "1"}, 2, "give text"),
@@ -205,7 +205,7 @@ def test_a_model_of_the_hub_is_fetched_and_judged_at_its_revision(runner: Runner
         for number, gone in enumerate((f"{REPO}@nope", "org/nope")):
             ran = judge(runner, output=gone, artifact=f"gone-{number}")
             assert ran.outputs["exit-code"] == "7", ran.log
-            assert "the Hub does not give it" in ran.log
+            assert "cannot be downloaded from the Hub" in ran.log
 
 
 def test_every_input_reaches_the_command_line(script: ModuleType) -> None:

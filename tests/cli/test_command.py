@@ -132,5 +132,5 @@ def test_a_report_is_not_written_over_what_is_read(t5g2: CommandLine, demo_sourc
             arguments = ("--source", demo_source, "--text", tmp_path / "text.txt", option, tmp_path / report)
             result = t5g2("verify", tmp_path / "out", *arguments)
             assert (result.code, result.err.count("\n")) == (5, 1)
-            assert "is not overwritten" in result.err
+            assert "would be overwritten" in result.err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

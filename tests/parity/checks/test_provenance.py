@@ -123,7 +123,7 @@ def test_casts_are_computed_anew(
     check = cast.judge()
     assert check.passed, check.offenders
     assert ("of the source were rounded" in check.detail) == rounded
-    assert ("can be rebuilt" in check.detail) == (not rounded)
+    assert ("can be reconstructed" in check.detail) == (not rounded)
     cast.flip("model.decoder.norm.weight", 5)
     assert any("model.decoder.norm.weight" in fault for fault in cast.judge().offenders)
 
@@ -225,7 +225,7 @@ def test_a_tensor_that_is_left_behind_without_a_word_is_lost(made: Make) -> None
     check = sound.judge(replace(plan, dropped=()), manifest={})
     assert not check.passed
     assert len(check.offenders) == len(plan.dropped)
-    assert all("cannot be rebuilt" in fault for fault in check.offenders)
+    assert all("cannot be reconstructed" in fault for fault in check.offenders)
 
 
 def test_a_head_that_was_dropped_as_a_copy_must_be_one(made: Make, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_head_of_another_dtype_must_be_a_copy_too(dtype: torch.dtype, made: Ma
     size = torch.finfo(dtype).bits // 8
     headed.flip(name, (150 * 24 + 12) * size + size - 1, folder=headed.source)
     fault, another = headed.judge().offenders
-    assert fault == f"{name} of the source was dropped as a copy and is not one"
+    assert fault == f"{name} of the source was dropped as a copy, but is not one"
     assert re.match("t5g2.json names sha256", another)
 
 
