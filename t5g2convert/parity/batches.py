@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class ImageBatch:
-    """Text with one image in it: ids in which -1 marks an image token, and the image's features."""
+    """Text with one image: ids with -1 for image tokens, and the image's features."""
 
     ids_BT: Tensor
     features_ITC: Tensor

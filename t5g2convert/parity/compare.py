@@ -69,7 +69,7 @@ class Comparison:
 @takes_options(CompareOptions)
 @torch.inference_mode()
 def compare(gemma3: Origin, t5gemma2: Path, text: Path, options: CompareOptions) -> Comparison:
-    """Compare two models on a text; nothing has to be equal.
+    """Compare two models on a text; differences are measured, not judged.
 
     Example:
         >>> compare("google/gemma-3-270m", Path("trained"), Path("text.txt")).decoder_alone.kl
@@ -160,7 +160,7 @@ def _reading(
     tokens = Distributions(len(labels_N), labels_N)
     for start, expected_NV, found_NV in both_logits(source.text, target.decoder, expected_NC, found_NC):
         for model, logits_NV in ((source, expected_NV), (target, found_NV)):
-            # A model that diverged in training is compared all the same, but not one that float16 makes overflow.
+            # Compare a model that diverged in training, but not one that overflows float16.
             if not bool(torch.isfinite(logits_NV).all()) and (error := overflow("the logits", model.weights)):
                 raise error
         tokens.add(start, expected_NV, found_NV)

@@ -1,4 +1,4 @@
-"""The first module inside two layers whose outputs differ."""
+"""The first module with different outputs inside two layers."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ def first_difference(
     found_inputs: Sequence[object],
     kept_BT: Tensor | None,
 ) -> str:
-    """Run two layers of the same structure again, and return the name of the first module whose outputs differ.
+    """Run two layers of the same structure again, and return the name of the first module with different outputs.
 
     Where no module differs, return the first parameter that does, or an empty string where only the sum of the whole
     differs.

@@ -12,7 +12,7 @@ from t5g2convert.reference.options import PassOptions
 
 
 class VerifyOptions(PassOptions):
-    """The options of `verify`, with those of the reference passes.
+    """The options of `verify` and of the reference passes.
 
     Attributes:
         decoder_from: The folder or model that the decoder was made from, if not the source.
@@ -56,7 +56,7 @@ class VerifyOptions(PassOptions):
 
 
 class CompareOptions(PassOptions):
-    """The options of `compare`, with those of the reference passes.
+    """The options of `compare` and of the reference passes.
 
     Attributes:
         max_tokens: Maximum number of tokens of the text to use.

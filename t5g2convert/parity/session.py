@@ -79,7 +79,7 @@ class Verification(Generic[Source]):
 
     @cached_property
     def dtype(self) -> str:
-        """Name of the dtype to compute in: the one that was asked for, or the folder's."""
+        """Name of the dtype to compute in: the requested one, or the folder's."""
         donated = self.manifest is not None and self.manifest.vision_from is not None
         return self.passes_dtype or CONFIG_NAMES.get(main_dtype(self.target, donated=donated), "float32")
 
@@ -120,7 +120,7 @@ CheckFunction = Callable[[Verification[Any]], Check | Skipped | None]
 
 
 class Shared(Generic[Value]):
-    """A function of a verification whose value several checks need; later calls return, or raise, the same.
+    """A function of a verification used by several checks: later calls return, or raise, the same.
 
     Example:
         >>> @Shared
@@ -144,6 +144,6 @@ class Shared(Generic[Value]):
         return result[0]
 
     def if_known(self, verification: Verification[Any]) -> Value | None:
-        """Return what an earlier check computed, or None where it failed or was not made."""
+        """Return the value of an earlier check, or None if it failed or was not made."""
         value: Value | None = verification._computed.get(self, (None, None))[0]
         return value

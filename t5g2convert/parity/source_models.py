@@ -46,7 +46,7 @@ class SourceModel:
 
     @property
     def generation_folder(self) -> Path:
-        """The folder whose generation_config.json counts: that of the checkpoint which gave the decoder."""
+        """The folder with the relevant generation_config.json: that of the decoder's parent."""
         return self.folders.by_role.get(DECODER_FROM, self.folders.source)
 
     def holds(self, path: Path) -> bool:

@@ -142,7 +142,7 @@ class TrainedElsewhere:
 
 
 def read_trained_elsewhere(folder: Path, start: Path) -> TrainedElsewhere:
-    """Read what is known about a folder that was trained elsewhere.
+    """Read the known facts about a folder that was trained elsewhere.
 
     Args:
         folder: The folder.
@@ -212,7 +212,7 @@ def _check_trained_from(trained: Checkpoint, start: Checkpoint, start_manifest: 
 
 
 def missing_manifest(error: CheckpointError, folder: Path) -> CheckpointError:
-    """Return an error about the manifest, with a hint about training elsewhere if there is no manifest at all."""
+    """Return an error about the manifest, with a hint about training elsewhere if it is missing."""
     if error.where != str(folder / MANIFEST_FILE) or (folder / MANIFEST_FILE).exists():
         return error
     hint = "for a model that was trained elsewhere, pass the T5Gemma 2 it was trained from with --source"

@@ -1,4 +1,4 @@
-"""The texts of a model card that depend on the kind of model: what it is, how to load it, what to do next."""
+"""The texts of a model card that depend on the kind of model: description, loading, next steps."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace

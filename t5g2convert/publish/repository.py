@@ -88,7 +88,7 @@ def check_access(repo: str, *, create_pr: bool = False) -> Access:
         create_pr: Whether to make a pull request, which needs only read access.
 
     Raises:
-        HubError: There is no valid token, it may not write, or the Hub cannot be reached.
+        HubError: The token is missing or invalid, lacks write access, or the Hub cannot be reached.
         UsageError: `repo` is not a valid model name.
     """
     from huggingface_hub import constants

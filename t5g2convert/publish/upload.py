@@ -2,7 +2,7 @@
 
 huggingface_hub sends the data, skips what its storage already has, and makes the commit. What it does not do: send only
 the files of the manifest, remove those of an earlier upload, find out whether a commit was made whose answer was lost,
-and compare what the Hub has with what was hashed here.
+and compare the Hub's checksums with the local ones.
 """
 
 import threading
@@ -277,7 +277,7 @@ def _open_request(plan: UploadPlan) -> tuple[str, int] | None:
 
 
 def _compare(plan: UploadPlan, revision: str) -> None:
-    """Compare the files of a commit with what was hashed here.
+    """Compare the files of a commit with the local hashes.
 
     Raises:
         HubError: They differ.

@@ -26,17 +26,17 @@ from t5g2convert.publish.sent_files import LocalFile, local_card, manifest_files
 
 @dataclass(frozen=True, slots=True)
 class UploadPlan:
-    """What an upload does.
+    """The planned steps of an upload.
 
     Attributes:
         access: The model and the access to it.
         branch: The branch to upload to, or that a pull request is for.
         head: The commit of the branch; None if the model has none yet.
-        new_branch: Whether the branch has to be created.
+        new_branch: Whether the branch must be created.
         files: All files.
         send: The names of the files that are missing or differ on the Hub.
         remove: Files of an earlier upload that the folder no longer has.
-        notes: What a user should know.
+        notes: Notes for the user.
     """
 
     access: Access
@@ -82,7 +82,7 @@ def plan_upload(
         branch: The branch to upload to.
         card: The mode of `model_card`.
         source_card: The source's card; if None, it is downloaded where the source is a model on the Hub.
-        public: Whether a new model is to be public.
+        public: Whether a new model will be public.
         start: The T5Gemma 2 it was trained from, for a folder that was trained elsewhere.
         report: Called with a description of each step.
 

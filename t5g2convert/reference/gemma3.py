@@ -74,7 +74,7 @@ class Gemma3Reference:
 
     @property
     def reserved(self) -> frozenset[int]:
-        """Ids that are not embedded like other tokens: those of an image, and of its end."""
+        """Ids that are not embedded like other tokens: image tokens and the end-of-image token."""
         return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
 
     def with_table_of(self, other: "Gemma3Reference") -> "Gemma3Reference":

@@ -102,7 +102,7 @@ def _texts(codec: TextCodec, tokens: Iterator[int]) -> Iterator[str]:
 
 
 def end_tokens(model: EncoderDecoder, folder: Path) -> set[int]:
-    """Return the tokens that end a text: those of generation_config.json, or else of the decoder's config."""
+    """Return the tokens that end a text, from generation_config.json or else the decoder's config."""
     path = folder / "generation_config.json"
     ends = read_json_object(path).get("eos_token_id") if path.is_file() else None
     if ends is None:

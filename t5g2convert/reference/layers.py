@@ -210,7 +210,7 @@ class GemmaLayer(nn.Module):
 
 
 class StackLayer(nn.Module):
-    """What the layers of all encoders and decoders have: Gemma's layer under other names, in two steps."""
+    """The common layer of all encoders and decoders: Gemma's layer under other names, in two steps."""
 
     attention: type[Projections] = SelfAttention
 

@@ -178,7 +178,7 @@ class VisionTower:
         state = pixels_BNYX
         for _, module in self.stages(projected=projected):
             state = module(state)
-            # The next stage is read before the name is bound anew; two need not be in memory.
+            # The next stage is read before the name is rebound; two need not be in memory.
             del module
         return state
 

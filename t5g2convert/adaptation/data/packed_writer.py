@@ -1,4 +1,4 @@
-"""Writing the files of packed data: tokens in shards of a given size, the ends of documents, and images."""
+"""The writer of packed data: tokens in shards of fixed size, the ends of documents, and images."""
 
 import hashlib
 import os

@@ -124,7 +124,7 @@ def _started() -> tuple[int | None, int | None]:
 
 
 def _sharding(precision: str) -> "Callable[[nn.Module, DeviceMesh], nn.Module]":
-    """Return how to shard a model: each layer of each stack by itself; the rest, mainly the embedding, as the root."""
+    """Return how to shard a model: each layer of each stack separately; the rest, mainly the embedding, as the root."""
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32, reduce_dtype=torch.float32
     )

@@ -1,4 +1,4 @@
-"""What a training run would do and cost, from the model's headers and the index of the data: no weights are read.
+"""The plan and estimated cost of a training run, from the model's headers and the index of the data.
 
 Operations and memory are estimates from shapes. Operations are those of matrix products, two per multiply-add; masked
 attention scores count in full, since the class computes them, and a sliding layer as much as a full one.

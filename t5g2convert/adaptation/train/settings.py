@@ -196,7 +196,7 @@ class Settings(CommandOptions):
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return each setting in which two runs differ, with both values."""
+    """Return the settings that differ between two runs, with both values."""
     names = dict.fromkeys([*one, *other])
     return [
         f"{name} {_shown(one.get(name))}, now {_shown(other.get(name))}"

@@ -1,4 +1,4 @@
-"""The aligned projector, computed anew: a donor's projector, carried into the embedding space of another width.
+"""The aligned projector, recomputed: a donor's projector, mapped into the embedding space of another width.
 
 Legend: R rows of both embedding tables, D the donor's width, H the target's, V the width of image features.
 
@@ -35,12 +35,12 @@ PANELS: Final = 8
 """Parts that E'E is computed in: only the upper triangle is, so that more parts mean less work."""
 
 WORST_UNCERTAINTY: Final = 2.0**-9
-"""Largest part of the projector that may be rounding, where it is judged at all: a bfloat16's own rounding."""
+"""Largest part of the projector that may be rounding error if it is judged: the rounding of bfloat16."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpectedProjector:
-    """What a stored projector must be.
+    """The expected stored projector.
 
     Attributes:
         projector_VH: Its exact value as computed here, float64; NaN where the tables do not determine it.
@@ -97,7 +97,7 @@ def aligned_projector(
 
 
 def projector_faults(name: str, stored_VH: Tensor, expected: ExpectedProjector) -> Iterator[str]:
-    """What is wrong with a stored projector, a line each; nothing where every element is the expected one, rounded.
+    """Yield the faults of a stored projector, one per line; every element must be the expected value, rounded.
 
     Args:
         name: Of the stored tensor.
@@ -143,7 +143,7 @@ def _sums(donor: RowReader, target: RowReader, rows: int) -> tuple[Tensor, Tenso
 
 
 def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of neighbouring numbers of a dtype where these values lie; float64."""
+    """The distance between neighbouring numbers of a dtype at these values; float64."""
     kind = torch.finfo(dtype)
     sizes = values.abs().clamp_min(kind.smallest_normal)
     # A mantissa is from 1/2 up to 1: what is left is the power of two below.

@@ -52,7 +52,7 @@ def judge_config(
     donated: bool = False,
     stacks: StackSettings | None = None,
 ) -> Check:
-    """Compare config.json with what follows from the source and the declared changes.
+    """Compare config.json with the source's settings and the declared changes.
 
     Args:
         source: The source's settings, with the tower that the target must have.
@@ -75,7 +75,7 @@ def judge_settings(
     """Compare config.json with the expected settings, and the tensors with what it implies.
 
     Args:
-        expected: Settings by their paths; `dtype` is that of most bytes where it is left out.
+        expected: Settings by their paths; `dtype` defaults to the dtype of most bytes.
         target: The folder.
         generation: Faults of its generation_config.json.
         declared: The changes among the expected settings.
@@ -206,10 +206,10 @@ def _unknown_tensors(target: Checkpoint) -> Iterator[str]:
 def generation_faults(
     folder: Path, target: Path, writes: TextConfig, move: tuple[int, int] | None = None
 ) -> Iterator[str]:
-    """Yield everything in which a generation_config.json differs from the source's.
+    """Yield all differences between a generation_config.json and the source's.
 
     Args:
-        folder: The source's folder, or that of the decoder's parent.
+        folder: The folder of the source, or of the decoder's parent.
         target: The converted folder.
         writes: The settings of the decoder, as its parent has them.
         move: Old and new id of a token that has moved.

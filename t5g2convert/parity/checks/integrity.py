@@ -17,13 +17,13 @@ READ_BY_LOADERS: Final = {
     ".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf",
     ".model", ".jinja", ".txt", ".yaml", ".py", ".pyc", ".so",
 }  # fmt: skip
-"""Suffixes of files that a loader reads where it finds them, so that they can change what the folder means."""
+"""Suffixes of files that loaders read if present, so that extra ones would change the model."""
 
 THREADS: Final = 2
 
 
 def matches_its_files(folder: Path, document: Mapping[str, Any]) -> bool:
-    """Return whether the files of a folder are those of a manifest, given as unchecked JSON."""
+    """Return whether a folder's files match a manifest, passed as unchecked JSON."""
     files = document.get("files")
     try:
         listed = {name: FileRecord.model_validate(file) for name, file in files.items()}  # type: ignore[union-attr]

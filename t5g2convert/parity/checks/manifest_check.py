@@ -17,7 +17,7 @@ THREADS: Final = 2
 
 
 def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
-    """Yield tensors whose name, dtype or shape is not the planned one."""
+    """Yield tensors that differ from the plan in name, dtype or shape."""
     planned = {tensor.name: tensor for tensor in plan.tensors}
     yield from (f"{name} is missing" for name in planned if name not in target.tensors)
     for name, stored in target.tensors.items():
@@ -83,7 +83,7 @@ def _map_digest(manifest: Manifest | None) -> str | None:
 
 
 def maker_remarks(plan: Plan, manifest: Manifest) -> list[str]:
-    """Return what a reader must know of the version that wrote the manifest."""
+    """Return a remark on the version that wrote the manifest."""
     made_by = manifest.tool.version
     if made_by == __version__:
         return []
@@ -111,7 +111,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def weights_faults(plan: Plan, folders: Folders, manifest: Manifest | None) -> Iterator[str]:
-    """Yield source weights whose sha256 is not the one in the manifest, where it has any."""
+    """Yield source weights with another sha256 than the manifest records, if it records one."""
     unhashed = manifest is None or all(file.sha256 is None for file in manifest.files.values())
     recorded = {} if manifest is None else manifest.sources
     named = []

@@ -27,7 +27,7 @@ to add 1.7 times a matrix's own length of something unrelated to bring its cosin
 """
 
 JUDGED: Final = 64
-"""Elements of the smallest matrix whose cosine is meaningful."""
+"""Elements of the smallest matrix with a meaningful cosine."""
 
 ROW: Final = "eoi_embedding"
 """The only vector whose cosine is meaningful; norms and biases may turn in any direction."""
@@ -45,7 +45,7 @@ class Movement:
         start: Sum of the squares of the start's values.
         found: Sum of the squares of the values found.
         product: Sum of the products of both.
-        unrelated: Matrices whose cosine with their start is too small for a training.
+        unrelated: Matrices with a cosine to their start that is too small for training.
         emptied: Tensors that are zeros, where the start's are not.
         broken: Tensors with NaN or infinity, and the first such element.
     """
@@ -173,7 +173,7 @@ def movements(
 
 
 def by_layer(found: Mapping[str, Movement], layer_of: Mapping[str, str]) -> dict[str, Movement]:
-    """Return the movements of layers from those of their tensors."""
+    """Return the movements of layers from their tensors' movements."""
     names: dict[str, list[Movement]] = {}
     for name, each in found.items():
         names.setdefault(layer_of[name], []).append(each)

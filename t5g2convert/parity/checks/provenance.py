@@ -1,4 +1,4 @@
-"""provenance: every byte of the output is what the map says of the source, and no tensor of the source is lost.
+"""provenance: every byte of the output follows from the source and the map, and no source tensor is lost.
 
 The plan comes from the converter (replay.py); the bytes are read and computed here.
 """
@@ -45,7 +45,7 @@ def judge_provenance(
     """Compare the output's bytes with the source's, and account for every tensor of the source.
 
     Args:
-        replay: What the converter would do with this source and map today.
+        replay: The conversion that this version would make of this source and map.
         source: The source, and the donor of its tower if it has one.
         target: The output, open.
         manifest: The output's manifest, if it has one.

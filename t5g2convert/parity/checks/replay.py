@@ -20,11 +20,11 @@ from t5g2convert.errors import CheckpointError, MappingError, UsageError
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What the converter would do with a source today.
+    """The conversion that this version would make of a source.
 
     Attributes:
         plan: Its plan.
-        mismatch: Why the plan is not the one that the manifest records; None where it may be.
+        mismatch: Why the plan differs from the manifest's; None if it may be the same.
         shipped: Whether the map is one that ships with this tool, and so may change from version to version.
     """
 
@@ -45,7 +45,7 @@ def replay_conversion(
         part: The part that was extracted, if the source was not converted whole.
 
     Raises:
-        CheckpointError: The source is not what its config implies.
+        CheckpointError: The source does not match its config.
         MappingError: The map is faulty, or does not fill the target.
     """
     # A map of one's own is given by its file.
@@ -86,7 +86,7 @@ def replay_training(sources: Sources, manifest: Manifest | None, _mapping: str |
     """Plan again how trained values were put into a model.
 
     Raises:
-        CheckpointError: The source is not what its config implies.
+        CheckpointError: The source does not match its config.
     """
     source = sources.source
     if manifest is None or manifest.adaptation is None:

@@ -1,6 +1,6 @@
 """config of a folder that `save_pretrained` wrote: the settings have the same meaning as the start's.
 
-transformers writes keys that a conversion leaves out, and sorts them. Settings that decide what is computed are
+transformers writes keys that a conversion leaves out, and sorts them. Settings that affect the computation are
 compared as this tool's readers understand them; every other key must be the start's, or one of those below, which
 compute nothing.
 """
@@ -62,7 +62,7 @@ TRAINING: Final = frozenset({
 IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _ROPE: Final = re.compile(r"\.rope_parameters\.\w+\.(rope_type|type|rope_theta|factor)$")
-"""What the readers know of a rotary embedding, in several spellings."""
+"""Rotary embedding settings known to the readers, in several spellings."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ IDLE: Final[Mapping[str, Any]] = {
     "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
     "byte_fallback": False, "ignore_merges": False, "unk_token": None,
 }  # fmt: skip
-"""What a model of tokens does where its file is silent."""
+"""Defaults of a token model for keys that its file omits."""
 
 PIXELS: Final = (
     "do_normalize", "do_pan_and_scan", "do_rescale", "do_resize", "image_mean", "image_std", "resample",
@@ -72,8 +72,8 @@ def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> Ch
     """Compare the tokenizer with the start's; None where the folder has none.
 
     Args:
-        start: The folder of what was trained.
-        target: What came of it.
+        start: The folder of the model before training.
+        target: The trained folder.
         rows: Rows of its table, which every id must be below.
 
     Raises:
@@ -168,7 +168,7 @@ def _marked(
             yield f"added token {content!r} has id {other.get('id')}, expected {entry.get('id')}"
         for flag in FLAGS:
             one, two = (bool(each.get(flag)) for each in (entry, other))
-            # Loading makes special what the settings name, with the start's file too.
+            # Loading makes tokens special that the settings name, with the start's file too.
             if one != two and not (flag == "special" and two and content in named):
                 yield f"added token {content!r} has {flag} {two}, expected {one}"
 
@@ -213,7 +213,7 @@ def _plain(step: Any) -> Any:
 
 
 def _leftovers(found: Mapping[str, Any]) -> Iterator[str]:
-    """What the last call of a tokenizer leaves in its file; transformers sets it anew with every call."""
+    """State that a tokenizer's last call leaves in its file; transformers sets it again with every call."""
     truncation, padding = found.get("truncation"), found.get("padding")
     if isinstance(truncation, dict):
         cut = truncation.get("max_length")

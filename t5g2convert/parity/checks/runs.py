@@ -1,4 +1,4 @@
-"""runs: the model by itself gives finite values, which depend on everything that it reads."""
+"""runs: the model alone computes finite values that depend on all its inputs."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The stored bytes of an output, compared with what its plan says of the source, for provenance.
+"""The stored bytes of an output, compared with its plan and source, for provenance.
 
 Casts, the scaled row and the aligned projector are computed here again, with torch.
 """
@@ -31,10 +31,10 @@ ReadRange = Callable[[Path, int, int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a comparison of all bytes found.
+    """The result of comparing all bytes.
 
     Attributes:
-        faults: Every tensor that is not what the plan says.
+        faults: Every tensor that differs from the plan.
         residuals: For each aligned projector, bounds of the residual of its embedding tables.
         unmoved: Trained tensors that still have the source's values.
     """
@@ -47,7 +47,7 @@ class Comparison:
 def compare_bytes(
     plan: Plan, folders: Folders, source: Checkpoint, target: Checkpoint, progress: Callable[[str], None]
 ) -> Comparison:
-    """Compare every tensor of an output with what its plan says of the source.
+    """Compare every tensor of an output with its plan and source.
 
     Args:
         plan: The plan of the conversion.
@@ -124,7 +124,7 @@ def _byte_faults(
 
 
 def _expected(content: Content, tensor: PlannedTensor, folders: Folders, at: int, size: int, read: ReadRange) -> bytes:
-    """Return what a target must hold for these bytes of its source."""
+    """Return the expected bytes of a target for these bytes of its source."""
     if content.source is None:
         return bytes(size)
     piece = read(folders.path(content.source.file), content.source.start + at, size)
@@ -212,7 +212,7 @@ def _trained_faults(
 
 
 def _trained_fault(name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[str | None, bool]:
-    """Return what is wrong with a trained tensor, and whether it differs from the source's."""
+    """Return the fault of a trained tensor, if any, and whether it differs from the source's."""
     moved, at = False, 0
     for source, target in pairs:
         if len(source) != len(target):

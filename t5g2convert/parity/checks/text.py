@@ -27,7 +27,7 @@ from t5g2convert.reference.weights import not_finite
 
 @dataclass(frozen=True)
 class ExpectedStack:
-    """What a stack of T5Gemma 2 must compute: some layers of a Gemma 3, in order.
+    """The expected computation of a T5Gemma 2 stack: some layers of a Gemma 3, in order.
 
     Attributes:
         gemma: Gemma 3, with the embedding table that the target has.

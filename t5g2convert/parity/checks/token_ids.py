@@ -1,4 +1,4 @@
-"""Token ids of an output's tokenizer and configs, each of which needs a row in the embedding table.
+"""Token ids of an output's tokenizer and configs: each needs a row in the embedding table.
 
 The converter reads a source's files in pieces; here the output's files are parsed whole.
 """

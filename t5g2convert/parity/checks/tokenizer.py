@@ -129,7 +129,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
 
 
 def judge_copied_tokenizer(folders: Folders, target: Checkpoint, manifest: Manifest | None) -> Check:
-    """Compare the tokenizer's files with the source's, of which none may change.
+    """Compare the tokenizer's files with the source's; none may differ.
 
     Raises:
         CheckpointError: A file of either cannot be read.
@@ -138,7 +138,7 @@ def judge_copied_tokenizer(folders: Folders, target: Checkpoint, manifest: Manif
 
 
 def judge_copied_files(names: Sequence[str], source: Path, target: Checkpoint) -> Check:
-    """Require files that are the source's, byte for byte, and whose tokens have rows.
+    """Require files that equal the source's byte for byte, with a row for every token.
 
     Raises:
         CheckpointError: A file of either cannot be read.
@@ -211,7 +211,7 @@ def _changed(tokenizer: dict[str, Any], changes: Sequence[TokenRecord]) -> dict[
 def _image_token_faults(
     known: Mapping[str, Mapping[str, Any]], old: int, added: Mapping[str, Mapping[str, Any]], new: Any
 ) -> Iterator[str]:
-    """The token that stood for images in the source has the id by which the target's encoder knows them."""
+    """The source's image token must have the image token id of the target's encoder."""
     for name, entry in known.items():
         if entry.get("id") == old and (found := added.get(name, {}).get("id")) != new:
             yield f"{TOKENIZER_FILE}: {name} has id {found}, the encoder's image_token_index is {new}"
@@ -268,7 +268,7 @@ def _told(name: str, expected: Any, found: Any) -> list[str]:
 
 
 def _differences(expected: Any, found: Any, at: str) -> Iterator[str]:
-    """Everything in which two JSON documents differ, by the path of keys that leads to it."""
+    """Yield all differences between two JSON documents, with their key paths."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in expected.keys() | found.keys() if expected.keys() != found.keys() else expected:
             place = f"{at}.{key}" if at else key

@@ -37,7 +37,7 @@ def judge_part(
         part: Its name.
         found: The movements of its tensors, by their published names.
         frozen: Tensors that must be the start's.
-        moved_parts: The parts of which any tensor moved.
+        moved_parts: The parts with at least one moved tensor.
     """
     if not found:
         return Check(part, False, "none of its tensors can be compared with the start's")

@@ -1,1 +1,1 @@
-"""What a verification found, as data, JUnit XML and HTML."""
+"""The result of a verification as data, JUnit XML and HTML."""

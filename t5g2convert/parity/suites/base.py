@@ -76,7 +76,7 @@ def provenance(verification: Verification[Any]) -> Check:
 
 
 def copied_tokenizer(verification: Verification[Any]) -> Check | Skipped:
-    """Compare the tokenizer's files with the source's, of which none may change."""
+    """Compare the tokenizer's files with the source's; none may differ."""
     if not has_tokenizer_files(verification.output, verification.manifest):
         return NO_TOKENIZER
     return judge_copied_tokenizer(verification.source.folders, verification.target, verification.manifest)

@@ -91,7 +91,7 @@ def check_manifest_fits(output: Path, source: Checkpoint) -> None:
 
 
 def source_remarks(output: Path, source: Checkpoint) -> tuple[str, ...]:
-    """Return what to do where a T5Gemma 2 has no usable t5g2.json and was probably trained elsewhere."""
+    """Return a hint for a T5Gemma 2 without a usable t5g2.json, which was probably trained elsewhere."""
     try:
         found, source_type = read_json_object(output / "config.json").get("model_type"), source.config.get("model_type")
     except CheckpointError:

@@ -136,7 +136,7 @@ def _expected_stacks(verification: Verification[Gemma3Source]) -> ExpectedStacks
 
 
 def _pairing_remarks(options: Mapping[str, Any], expected: ExpectedStacks) -> Iterator[str]:
-    """Yield what each stack is compared with, where it is not the source as a whole."""
+    """Yield remarks on stacks that are not compared with the whole source."""
     if expected.encoder.gemma is not expected.decoder.gemma:
         table, other = ("source", "decoder's parent")
         if options.get("embedding_from") == "decoder-from":

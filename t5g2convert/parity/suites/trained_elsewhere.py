@@ -106,7 +106,7 @@ def _published(verification: Verification[TrainingStart]) -> Published:
 
 
 def _tensors(verification: Verification[TrainingStart]) -> Check:
-    """Require all tensors once, in their shapes, and tied copies that repeat what they are tied to."""
+    """Require every tensor once, with its shape, and tied copies with equal values."""
     raw, published = verification.target, _published(verification)
     target = published.checkpoint
     faults = list(tensor_faults(target))
