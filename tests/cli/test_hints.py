@@ -265,7 +265,7 @@ def test_verify_is_given_the_other_parent_or_not(t5g2: CommandLine, twin_folder:
     assert (refused.code, "pass that checkpoint with --decoder-from" in refused.err) == (2, True)
     followed(t5g2("verify", tmp_path / "pair", "--source", source, *other))
     refused = t5g2("verify", tmp_path / "single", "--source", source, *other)
-    assert (refused.code, "leave --decoder-from out" in refused.err) == (2, True)
+    assert (refused.code, "omit --decoder-from" in refused.err) == (2, True)
     followed(t5g2("verify", tmp_path / "single", "--source", source))
 
 

@@ -136,7 +136,7 @@ def test_a_donor_for_a_conversion_without_one_is_refused(converted_twin: TwinFol
     for name in ("text-8", "images-8"):
         with pytest.raises(UsageError, match="is not from another checkpoint") as refused:
             verify(converted_twin(name), twin_folder(name), vision_from=twin_folder("images-13"), record=False)
-        assert refused.value.hint == "leave --vision-from out"
+        assert refused.value.hint == "omit --vision-from"
     with pytest.raises(UsageError, match="is not from another checkpoint"):
         verify(converted_twin("text-8"), twin_folder("text-8"), decoder_from=twin_folder("text-13"), record=False)
 

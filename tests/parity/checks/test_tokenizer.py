@@ -201,7 +201,7 @@ MUTATIONS: dict[str, tuple[str, Change, str]] = {
     "the words in another order": (
         "tokenizer.json",
         lambda it: it["model"].update(vocab=dict(reversed(it["model"]["vocab"].items()))),
-        "keys in another order",
+        "keys in a different order",
     ),
     "a merge changed": (
         "tokenizer.json",

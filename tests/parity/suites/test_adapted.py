@@ -66,7 +66,7 @@ def test_what_training_left_alone_is_proved_and_the_rest_is_named(bench: Bench) 
     detail = check_of(report, "provenance").detail
     manifest = read_manifest(bench.folder).document()
     assert "41 tensors are the source's byte for byte" in detail
-    assert "210 tensors were trained and are finite; their values are not judged" in detail
+    assert "210 were trained and are finite; their values are not judged" in detail
     assert f"1 of them still have the source's values: {KEPT}" in detail
     assert manifest["adaptation"]["frozen"] == ["projector", "vision"]
     assert "difference 0" in check_of(report, "vision_parity").detail
