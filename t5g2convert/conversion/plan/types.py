@@ -270,6 +270,7 @@ class Plan:
                 )
                 for role, source in self.sources.items()
             },
+            files=tuple(_downloaded(file, checkpoints) for file in self.files),
         )
 
     @property
@@ -341,3 +342,11 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
         "source": None if source is None else _range_json(source),
         **({} if alignment is None else {"alignment": _alignment_json(alignment)}),
     }
+
+
+def _downloaded(file: PlannedFile, checkpoints: Mapping[Role, Checkpoint]) -> PlannedFile:
+    """Return an auxiliary file with the identity of what it is copied from, if that was remote when it was planned."""
+    if file.identity is None or file.identity != FileIdentity.elsewhere(file.identity.size):
+        return file
+    name = file.reads[0]
+    return replace(file, identity=FileIdentity.of(checkpoints[role_in(name)].path / plain_name(name)))
