@@ -1,7 +1,7 @@
 """The auxiliary files (tokenizer, processor, chat templates): which are copied, which are made, and from what."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,7 +16,7 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity
 from t5g2convert.checkpoint.hub.open_and_fetch import read_held
 from t5g2convert.checkpoint.manifest import encode_json
-from t5g2convert.checkpoint.sources import named, role_of
+from t5g2convert.checkpoint.sources import Role, named, plain_name, role_in, role_of
 from t5g2convert.checkpoint.tokenizer.chat_templates import held, is_template
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.conversion.assets.tokenizer import (
@@ -105,6 +105,14 @@ def plan_files(weight_map: WeightMap, resolution: Resolution, tokenizer: Tokeniz
     files += [copied(source, name) for name in held(source, weight_map.files.carry)]
     notes += _notes(files, tokens, tokenizer, converted=weight_map.extracts is None)
     return AuxFiles(tuple(files), tokens, tuple(notes))
+
+
+def downloaded(file: PlannedFile, checkpoints: Mapping[Role, Checkpoint]) -> PlannedFile:
+    """Return an auxiliary file with the identity of what it is copied from, if that was remote when it was planned."""
+    if file.identity is None or file.identity != FileIdentity.elsewhere(file.identity.size):
+        return file
+    name = file.reads[0]
+    return replace(file, identity=FileIdentity.of(checkpoints[role_in(name)].path / plain_name(name)))
 
 
 def copied(source: Checkpoint, name: str) -> PlannedFile:

@@ -13,7 +13,7 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity, element_bytes
 from t5g2convert.checkpoint.manifest import AdaptationRecord
 from t5g2convert.checkpoint.sources import SOURCE, Role, plain_name, role_in
-from t5g2convert.conversion.assets.aux_files import PlannedFile
+from t5g2convert.conversion.assets.aux_files import PlannedFile, downloaded
 from t5g2convert.conversion.assets.tokenizer import TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem
 
@@ -270,7 +270,7 @@ class Plan:
                 )
                 for role, source in self.sources.items()
             },
-            files=tuple(_downloaded(file, checkpoints) for file in self.files),
+            files=tuple(downloaded(file, checkpoints) for file in self.files),
         )
 
     @property
@@ -342,11 +342,3 @@ def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
         "source": None if source is None else _range_json(source),
         **({} if alignment is None else {"alignment": _alignment_json(alignment)}),
     }
-
-
-def _downloaded(file: PlannedFile, checkpoints: Mapping[Role, Checkpoint]) -> PlannedFile:
-    """Return an auxiliary file with the identity of what it is copied from, if that was remote when it was planned."""
-    if file.identity is None or file.identity != FileIdentity.elsewhere(file.identity.size):
-        return file
-    name = file.reads[0]
-    return replace(file, identity=FileIdentity.of(checkpoints[role_in(name)].path / plain_name(name)))
