@@ -47,9 +47,7 @@ def scene(tmp_path: Path, demo_source: Path) -> Iterator[Scene]:
         (tmp_path / "work").mkdir()
         (tmp_path / "work/text.txt").write_text("a text that both models read, word by word")
         # xet is the client's own choice.
-        scene = Scene(hub, tmp_path / "work", "hf_life", {"HF_HUB_DISABLE_XET": "0"})
-        yield scene
-        scene.end()
+        yield Scene(hub, tmp_path / "work", "hf_life", {"HF_HUB_DISABLE_XET": "0"})
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

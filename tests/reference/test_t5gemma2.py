@@ -44,7 +44,7 @@ def test_an_encoder_under_causal_masks_is_gemma_3_exactly(
     model = T5Gemma2Reference(open_checkpoint(converted_twin("images-8")), dtype=dtype)
     assert gemma.vision is not None
     assert model.vision is not None
-    batch, count = with_images(padded_batch(23, seed=2, eoi=None), gemma.vision.settings.image_token_index)
+    batch, count = with_images(padded_batch(23, seed=2, eoi=None), gemma.vision.tokens.image_token_index)
     features = gemma.vision.features(pixels(count, dtype))
     assert torch.equal(features, model.vision.features(pixels(count, dtype)))
     theirs = gemma.start(batch.ids, batch.kept, features)
