@@ -115,7 +115,7 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
     "dropped none": (lambda it: it.pop("dropped"), "dropped"),
     "source weights": (
         lambda it: it["source"]["files"]["model.safetensors"].update(sha256="c" * 64),
-        "names sha256 cccc",
+        "records sha256 cccc",
     ),
     "source weights unhashed": (
         lambda it: it["source"]["files"]["model.safetensors"].update(sha256=None),

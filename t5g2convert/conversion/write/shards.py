@@ -79,7 +79,7 @@ def write_shards(
         allow_nonfinite: Copy NaN and infinity.
         flush: Wait until the disk has every byte.
         progress: Called with the bytes done, from any thread.
-        given: The values that the plan says are given, if it does.
+        values: The values of tensors that the plan takes from training, if there are any.
 
     Raises:
         CheckpointError: A source changed since it was planned; or a source or trained values hold NaN, infinity, or

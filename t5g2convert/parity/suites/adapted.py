@@ -1,4 +1,4 @@
-"""The checks of a T5Gemma 2 that `t5g2 adapt` or `t5g2 finetune` trained: all but trained values is its source's."""
+"""The checks of a T5Gemma 2 that `t5g2 adapt` trained: all but the trained values is its source's."""
 
 import os
 from collections.abc import Iterator

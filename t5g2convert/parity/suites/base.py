@@ -36,7 +36,7 @@ class Suite:
     Attributes:
         sources: The `model_type`s of what such a folder is made from.
         targets: The `model_type`s of such a folder.
-        trained: Whether such a folder was trained by `t5g2 adapt` or `t5g2 finetune`.
+        trained: Whether such a folder was trained by `t5g2 adapt`.
         open_source: Opens the source as a model; raises CheckpointError where it is of another family.
         read_config: Reads the folder's config; raises CheckpointError where it cannot.
         replay: Plans the conversion again from its sources, its manifest and a map; None where there was none.

@@ -132,7 +132,7 @@ def test_symbols_are_sizes_and_every_one_has_its_field() -> None:
 
 def test_it_gets_no_vision_tower() -> None:
     model = read(config())
-    with pytest.raises(MappingError, match="without images"):
+    with pytest.raises(MappingError, match="has no vision tower"):
         model.with_vision_of(model, None)
 
 

@@ -187,7 +187,7 @@ def test_a_byte_of_the_source_changes_every_tensor_that_is_made_of_it(made: Make
         "model.encoder.layers.2.mlp.up_proj.weight",
         "model.decoder.layers.2.mlp.up_proj.weight",
     ]
-    assert re.match(r"t5g2.json names sha256 \w+ for model.safetensors of the source, but it has ", another)
+    assert re.match(r"t5g2.json records sha256 \w+ for model.safetensors of the source, but it has ", another)
 
 
 def test_names_dtypes_and_shapes_come_first(made: Make) -> None:
@@ -237,7 +237,7 @@ def test_a_head_that_was_dropped_as_a_copy_must_be_one(made: Make, tmp_path: Pat
     headed.flip("language_model.lm_head.weight", 1234, folder=headed.source)
     fault, another = headed.judge().offenders
     assert fault.startswith("language_model.lm_head.weight")
-    assert re.match("t5g2.json names sha256", another)
+    assert re.match("t5g2.json records sha256", another)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -257,7 +257,7 @@ def test_a_head_of_another_dtype_must_be_a_copy_too(dtype: torch.dtype, made: Ma
     headed.flip(name, (150 * 24 + 12) * size + size - 1, folder=headed.source)
     fault, another = headed.judge().offenders
     assert fault == f"{name} of the source was dropped as a copy, but is not one"
-    assert re.match("t5g2.json names sha256", another)
+    assert re.match("t5g2.json records sha256", another)
 
 
 @pytest.mark.parametrize(
