@@ -142,11 +142,11 @@ def _source_faults(role: str, planned: PlannedSource, told: SourceRecord | None)
     # An output of a model of the Hub may be compared with a copy of it, and the other way round.
     made_of, opened = (None if hub is None else f"{hub.repo}@{hub.revision}" for hub in (told.hub, planned.hub))
     if made_of is not None and opened is not None and made_of != opened:
-        yield f"t5g2.json was made from {role} {made_of}, but {opened} was passed: pass the one it was made from"
+        yield f"t5g2.json records {role} {made_of}, but {opened} was passed: pass the one that was converted"
     files = told.files
     sizes = {file.name.rpartition("/")[2]: file.identity.size for file in planned.files}
     sizes["config.json"] = planned.config.size
     if {name: file.bytes for name, file in files.items()} != sizes:
-        yield f"t5g2.json was made from files with other names or sizes: {', '.join(files) or 'none'}"
+        yield f"t5g2.json records files with other names or sizes: {', '.join(files) or 'none'}"
     elif files["config.json"].sha256 != planned.config.sha256:
-        yield f"t5g2.json was made from a {role} with a different config.json"
+        yield f"t5g2.json records a {role} with a different config.json"

@@ -351,7 +351,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
         "quantization_config.bits is 4, a key with an unknown effect",
     ),
     "code of its own": (lambda document: document.update(auto_map={"AutoModel": "x.Y"}), "auto_map"),
-    "an unknown key": (at("decoder.use_something_new", True), "use_something_new is True, whose effect"),
+    "an unknown key": (at("decoder.use_something_new", True), "use_something_new is True, a key with an unknown effect"),
     "an unknown rope key": (
         at("decoder.rope_parameters.full_attention.attention_factor", 2.0), "attention_factor is 2.0",
     ),
@@ -450,7 +450,7 @@ TOKENS: dict[str, tuple[str, Edit, str]] = {
     ),
     "decoder": ("tokenizer.json", lambda it: it.update(decoder={"type": "Fuse"}), "decoder is"),
     "special": ("tokenizer.json", special, "has special False, expected True"),
-    "an added token gone": ("tokenizer.json", lambda it: it["added_tokens"].pop(1) and None, "is gone"),
+    "an added token gone": ("tokenizer.json", lambda it: it["added_tokens"].pop(1) and None, "is missing"),
     "unknown token": ("tokenizer.json", lambda it: it["model"].update(unk_token="<bos>"), "model.unk_token"),
     "beyond the table": ("tokenizer.json", more(256), "'<new>' was added with id 256, but the table has 256 rows"),
     "another's id": ("tokenizer.json", more(9), "'<new>' was added with id 9, which "),
