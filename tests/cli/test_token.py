@@ -144,6 +144,7 @@ def test_H6_the_token_is_in_no_traceback_of_a_bug(option: str, work: Path, token
     assert token not in done.stdout + done.stderr
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("option", [[], ["--debug"], ["--json"]], ids=["plain", "debug", "json"])
 @pytest.mark.parametrize("form", ["https://user:{}@huggingface.co/x", "https://{}@huggingface.co/x"])
 @pytest.mark.parametrize("line", ["inspect URL", "plan URL", "convert URL new2", "convert SOURCE URL", "verify URL"])
@@ -153,7 +154,7 @@ def test_H6_a_token_in_an_address_given_for_a_folder_is_not_repeated(
     """Errors end up in logs; the argument itself is known to whoever typed it."""
     done = run(work, token, " ".join([line.replace("URL", form.format(token)), *option]))
     assert done.returncode == (5 if line.endswith("SOURCE URL") else 3)
-    assert "got an address (https://...)" in done.stderr
+    assert "got a URL (https://...)" in done.stderr
     assert token not in done.stdout + done.stderr
     assert holders(work, token) == []
 

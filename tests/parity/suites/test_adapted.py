@@ -200,7 +200,7 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
     "that it was converted": (_drop, "t5g2.json records no adaptation"),
     "of another source": (
         lambda manifest: manifest["source"]["files"]["model.safetensors"].update(bytes=7),
-        "was made from files with other names or sizes",
+        "records files with other names or sizes",
     ),
     "that its source is a Gemma 3": (
         lambda manifest: manifest["source"].update(family="gemma3"),
