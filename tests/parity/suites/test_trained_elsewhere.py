@@ -351,7 +351,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
         "quantization_config.bits is 4, a key with an unknown effect",
     ),
     "code of its own": (lambda document: document.update(auto_map={"AutoModel": "x.Y"}), "auto_map"),
-    "an unknown key": (at("decoder.use_something_new", True), "use_something_new is True, a key with an unknown effect"),
+    "an unknown key": (at("decoder.use_something_new", True), "new is True, a key with an unknown effect"),
     "an unknown rope key": (
         at("decoder.rope_parameters.full_attention.attention_factor", 2.0), "attention_factor is 2.0",
     ),
