@@ -19,7 +19,7 @@ def test_V4_a_cast_to_float16_is_judged_in_another_dtype(name: str, twin_folder:
     convert(source, tmp_path / "out", dtype="float16")
     with pytest.raises(UsageError, match=NAMES_THE_DTYPE) as caught:
         verify(tmp_path / "out", source)
-    assert re.search(r"behind layers\.3\b", caught.value.message)
+    assert re.search(r"after layers\.3\b", caught.value.message)
     for dtype in ("float32", "bfloat16"):
         assert verify(tmp_path / "out", source, dtype=dtype).passed
 
