@@ -200,7 +200,7 @@ def test_the_card_that_is_there_is_kept_unless_it_is_to_be_replaced(scene: Scene
     assert sent(document(scene, "upload out ann/model --card replace")) == set()
     assert "update" in scene.refused("upload out ann/model --card mine", 2)
     scene.hub.repos["ann/model"].commit({"README.md": b"\xff\xfe"})
-    assert "README.md is not UTF-8 (--card replace" in scene.refused("upload out ann/model")
+    assert "README.md is not UTF-8 (use --card replace" in scene.refused("upload out ann/model")
     document(scene, "upload out ann/model --card keep")
 
 
