@@ -85,6 +85,7 @@ def states(markdown: str) -> dict[str, str]:
 # The action
 
 
+@pytest.mark.slow
 def test_a_good_twin_is_green(runner: Runner, workspace: Path) -> None:
     before = {path.name: path.read_bytes() for path in (workspace / "output").iterdir()}
     ran = judge(runner)
@@ -102,6 +103,7 @@ def test_a_good_twin_is_green(runner: Runner, workspace: Path) -> None:
     assert {path.name: path.read_bytes() for path in (workspace / "output").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_broken_twin_is_red_and_the_summary_says_what_failed(runner: Runner, workspace: Path) -> None:
     break_config(workspace / "output")
     ran = judge(runner)
@@ -120,6 +122,7 @@ def test_a_broken_twin_is_red_and_the_summary_says_what_failed(runner: Runner, w
     assert int(suite.get("failures", "0")) >= 2
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_compared_with_limits(runner: Runner, workspace: Path) -> None:
     given = {"mode": "compare", "text": "text.txt", "arguments": "--max-tokens 32"}
     ran = judge(runner, **given, max_kl="0", min_agreement="1")
@@ -137,6 +140,7 @@ def test_a_trained_model_is_compared_with_limits(runner: Runner, workspace: Path
     assert suite.attrib == {"name": "t5g2 compare", "tests": "2", "failures": "1", "errors": "0", "skipped": "0"}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("given", "code", "says"),
     [
@@ -192,6 +196,7 @@ def test_a_tool_that_is_not_there_or_says_nothing_is_red(runner: Runner, tmp_pat
     assert "printed no document; its exit is 0" in ran.log
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_fetched_and_judged_at_its_revision(runner: Runner, workspace: Path) -> None:
     with running() as hub:
         commit = hub.add(REPO, workspace / "output")
@@ -254,6 +259,7 @@ def test_text_from_outside_is_shown_in_the_summary_and_not_obeyed(script: Module
     ElementTree.fromstring(import_module("summary").as_junit("t", [row]))
 
 
+@pytest.mark.slow
 def test_no_tensor_name_is_a_command_to_the_runner(runner: Runner, workspace: Path) -> None:
     rewrite_names(workspace / "source", {}, ("::error::x", "::add-mask::passed"))
     ran = judge(runner)
@@ -281,6 +287,7 @@ def test_an_input_is_never_part_of_a_script(runner: Runner, workspace: Path) -> 
 # Installing
 
 
+@pytest.mark.slow
 def test_the_action_installs_its_own_checkout_and_puts_it_on_the_path(
     runner: Runner, workspace: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +327,7 @@ def all_steps(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [step for job in [*jobs, document.get("runs", {})] for step in job.get("steps", [])]
 
 
+@pytest.mark.slow
 def test_the_projects_own_parity_job_is_green(runner: Runner) -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     shutil.copy(ROOT / "LICENSE", runner.workspace)
@@ -331,6 +339,7 @@ def test_the_projects_own_parity_job_is_green(runner: Runner) -> None:
     assert set(runner.artifacts) == {"parity", "parity-compare", "parity-broken"}
 
 
+@pytest.mark.slow
 def test_a_job_that_finds_no_broken_copy_is_red(runner: Runner) -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     shutil.copy(ROOT / "LICENSE", runner.workspace)
@@ -387,6 +396,7 @@ def shell(runner: Runner) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.mark.slow
 def test_the_plain_shell_gives_the_same_verdicts(
     shell: Callable[..., subprocess.CompletedProcess[str]], workspace: Path
 ) -> None:
@@ -408,6 +418,7 @@ def test_the_plain_shell_gives_the_same_verdicts(
     assert "error 'no such folder" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_plain_shell_judges_a_pull_request_of_a_model(
     shell: Callable[..., subprocess.CompletedProcess[str]], runner: Runner, workspace: Path
 ) -> None:

@@ -110,6 +110,7 @@ def place(attack: Attack, source: Path) -> Path:
     return target
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("attack", [*attacks("headers"), *attacks("indexes"), *attacks("configs")], ids=named)
 def test_an_attack_on_a_checkpoint_is_refused(
     attack: Attack, source: Path, t5g2: Callable[..., Result], record_property: RecordProperty

@@ -117,6 +117,7 @@ def verbs() -> list[list[str]]:
     return [[name, *verb] for name in COMMANDS for verb in ([[it] for it in inner[name] or []] or [[]])]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("verb", verbs(), ids=" ".join)
 def test_a_page_has_the_options_that_help_prints(verb: list[str]) -> None:
     command = [sys.executable, "-m", "t5g2convert", *verb, "--help"]

@@ -50,6 +50,7 @@ def test_every_example_is_run_here() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_everyone(tmp_path: Path) -> None:
     command = [
         str(EXAMPLES / "benchmark_convert.py"),
@@ -67,6 +68,7 @@ def test_the_benchmark_measures_everyone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_forward_benchmark_measures_everyone_with_every_dtype(tmp_path: Path) -> None:
     script = str(EXAMPLES / "benchmark_forward.py")
     command = [script, "tiny", "--rounds", "1", "--folder", str(tmp_path)]
@@ -88,6 +90,7 @@ def test_the_ul2_benchmark_makes_a_million_tokens_a_second() -> None:
     assert all(float(row[-2]) > 1 for row in rows), run.stdout
 
 
+@pytest.mark.slow
 def test_the_verify_benchmark_verifies(tmp_path: Path) -> None:
     command = [str(EXAMPLES / "benchmark_verify.py"), "tiny", "--folder", str(tmp_path)]
     run = python(command, preload=Preload.TRANSFORMERS, check=True)
@@ -103,6 +106,7 @@ def run(script: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_graft_is_measured_with_both_projectors(tmp_path: Path) -> None:
     command = [str(EXAMPLES / "benchmark_graft.py"), "tiny", "tiny-vision", "--folder", str(tmp_path)]
     said = python(command, preload=Preload.TRANSFORMERS, check=True).stdout
@@ -154,6 +158,7 @@ def test_a_decoder_comes_of_another_checkpoint(twin_folder: TwinFolder, tmp_path
     assert "FAILED" not in said
 
 
+@pytest.mark.slow
 def test_a_conversion_writes_after_a_text_and_after_a_picture(twin_folder: TwinFolder, tmp_path: Path) -> None:
     shutil.copytree(twin_folder("images-with-fill"), tmp_path / "source")
     write_tokenizer(tmp_path / "source")
@@ -183,6 +188,7 @@ def write_readable_source(folder: Path) -> None:
     write_tokenizer(folder)
 
 
+@pytest.mark.slow
 def test_the_encoder_example_tells_how_alike_texts_are(tmp_path: Path) -> None:
     write_readable_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "whole")
@@ -195,6 +201,7 @@ def test_the_encoder_example_tells_how_alike_texts_are(tmp_path: Path) -> None:
     assert cosines[0][1] < 1
 
 
+@pytest.mark.slow
 def test_the_decoder_example_gives_the_source_back(tmp_path: Path) -> None:
     write_readable_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "whole")
@@ -216,6 +223,7 @@ def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_parent_is_trained_and_its_loss_falls(tiny_parent: Path) -> None:
     said = (tiny_parent.parent / "said").read_text()
     losses = [float(line.rpartition(" ")[2]) for line in said.splitlines() if "held-out loss" in line]
@@ -261,6 +269,7 @@ def test_the_corpus_is_the_same_each_time_and_holds_nothing_out_twice(tmp_path: 
     assert 19 * len(names["held-out"]) <= len(names["training"]) < 20 * (len(names["held-out"]) + 1)
 
 
+@pytest.mark.slow
 def test_the_ablations_are_trained_judged_and_drawn(tiny_parent: Path, tmp_path: Path) -> None:
     options = ["--models", "untied", "random", "--steps", "2", "--checkpoints", "2", "--batch", "2", "--length", "32"]
     out = tmp_path / "out"

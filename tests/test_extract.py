@@ -34,6 +34,7 @@ def extracts(converted_twin: TwinFolder, tmp_path: Path) -> Callable[[str], tupl
     return make
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_loads_the_parts_and_they_compute_what_the_whole_does(
@@ -118,6 +119,7 @@ def test_the_way_there_and_back_and_there_again_is_the_same(
         assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text-with-fill", "images-with-fill"])
 def test_sentence_transformers_makes_the_vectors_of_the_whole_models_encoder(name: str, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
@@ -140,6 +142,7 @@ def test_sentence_transformers_makes_the_vectors_of_the_whole_models_encoder(nam
     assert abs(found[0] - found[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

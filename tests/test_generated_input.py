@@ -81,6 +81,7 @@ def assert_points(error: MappingError, path: Path) -> None:
     assert error.message.endswith("^")
 
 
+@pytest.mark.slow
 def test_any_header_is_refused_or_read_exactly_as_the_library_reads_it(
     tmp_path: Path, record_property: RecordProperty
 ) -> None:

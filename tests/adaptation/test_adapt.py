@@ -175,6 +175,7 @@ def test_a_checkpoint_that_is_removed_is_complete_or_away(
     assert [item.name for item in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: Path, tmp_path: Path) -> None:
     settings = settings_of(image_every=3, lr=2e-3, steps=9, batch_tokens=512)
@@ -328,7 +329,7 @@ def description(trained: Path) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "told"),
     [

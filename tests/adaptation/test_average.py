@@ -283,6 +283,7 @@ def test_a_folder_that_is_no_run_is_refused(damage: str, run_of: Runs, tmp_path:
         average(tmp_path / "nowhere", tmp_path / "out", last=1, model=run.model)
 
 
+@pytest.mark.slow
 def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:
     """Five checkpoints with a tensor of 16 MB each, in a process of its own."""
     folders = [

@@ -332,6 +332,7 @@ def test_I10_a_missing_config_is_named(single: Path) -> None:
     assert error.where == str(single / "config.json")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "limit"),
     [

@@ -238,6 +238,7 @@ def test_fp8_of_which_nothing_tells_is_told_by_its_dtype(demo_source: Path) -> N
     assert "is F8_E4M3: the model is quantised (FP8 without scales)" in refusal(demo_source)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("change", "says"),
     [

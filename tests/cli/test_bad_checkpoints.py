@@ -384,6 +384,7 @@ class Payload:
 PICKLES: Final = ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "training_args.bin", "optimizer.bin")
 
 
+@pytest.mark.slow
 def test_I11_no_command_unpickles_anything(
     t5g2: CommandLine, demo_source: Path, sound_output: Path, tmp_path: Path
 ) -> None:

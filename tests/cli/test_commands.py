@@ -401,6 +401,7 @@ def test_the_schema_accepts_every_shipped_map(schema: Draft202012Validator) -> N
         assert [error.message for error in schema.iter_errors(document)] == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("place", "key", "value"),
     [

@@ -29,6 +29,7 @@ def bash(words: str) -> list[str]:
     return answer(_T5G2_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=at).split()
 
 
+@pytest.mark.slow
 def test_bash_gets_a_function_that_asks_t5g2() -> None:
     script = answer(_T5G2_COMPLETE="source_bash")
     assert "_T5G2_COMPLETE=complete_bash" in script

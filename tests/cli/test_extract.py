@@ -15,6 +15,7 @@ def whole(converted_twin: TwinFolder) -> Path:
     return converted_twin("images-8")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("part", "family"), [("encoder", "t5gemma2_encoder"), ("decoder", "gemma3")])
 def test_a_part_is_written_and_judged_in_one_go(
     part: str, family: str, t5g2: CommandLine, whole: Path, tmp_path: Path

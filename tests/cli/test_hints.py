@@ -242,6 +242,7 @@ def test_preset(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
     followed(t5g2(*command, "--rope-scaling", "linear:8", "--sliding-window", "9"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("command", ["verify", "generate", "compare"])
 def test_dtype(command: str, t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
     source = make_overflow(demo_source, tmp_path / "source")

@@ -368,6 +368,7 @@ def write_map(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_T1_text_of_a_map_is_never_obeyed(payload: str, t5g2: Terminals, work: Path) -> None:
     good = yaml.safe_load((mappings_folder() / "gemma3.yaml").read_text())

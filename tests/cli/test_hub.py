@@ -60,6 +60,7 @@ def without_hub(manifest: bytes) -> dict[str, Any]:
     return dict(document)
 
 
+@pytest.mark.slow
 def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: Path) -> None:
     sha = scene.hub.add(REPO, demo_source)
     found = scene.json(f"inspect {REPO}")
@@ -97,6 +98,7 @@ def test_a_large_tokenizer_config_is_fetched_and_carried(scene: Scene, demo_sour
         assert (scene.folder / "out" / name).read_bytes() == (scene.folder / "expected" / name).read_bytes()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["images-sharded", "text-8"])
 def test_a_conversion_is_that_of_the_same_files(scene: Scene, twin_folder: TwinFolder, name: str) -> None:
     source = twin_folder(name)
@@ -126,6 +128,7 @@ def test_what_was_converted_online_is_converted_offline_byte_for_byte(scene: Sce
     assert scene.hub.log == []
 
 
+@pytest.mark.slow
 def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
     (demo_source / "chat_template.jinja").write_bytes(b"carried, and no JSON")
     scene.hub.add(REPO, demo_source)
@@ -140,6 +143,7 @@ def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
     assert "chat_template.jinja differs from the source's" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_branch_that_moved_on_is_told_with_the_commit_that_was_converted(scene: Scene, demo_source: Path) -> None:
     sha = scene.hub.add(REPO, demo_source)
     assert scene(f"convert {REPO} out --no-flush").returncode == 0
@@ -151,6 +155,7 @@ def test_a_branch_that_moved_on_is_told_with_the_commit_that_was_converted(scene
     assert scene.json(f"verify out --source {REPO}@{sha}")["passed"]
 
 
+@pytest.mark.slow
 def test_a_part_is_taken_out_of_a_model_of_the_hub(scene: Scene, converted_twin: TwinFolder, tmp_path: Path) -> None:
     sha = scene.hub.add(REPO, converted_twin("images-sharded"))
     for part in ("encoder", "decoder"):
@@ -163,6 +168,7 @@ def test_a_part_is_taken_out_of_a_model_of_the_hub(scene: Scene, converted_twin:
         assert (scene.folder / part / weights).read_bytes() == (tmp_path / part / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_another_commit_than_it_was_made_from_is_told(scene: Scene, demo_source: Path) -> None:
     sha = scene.hub.add(REPO, demo_source)
     scene.json(f"convert {REPO} out --no-flush")
@@ -231,6 +237,7 @@ def test_only_the_shards_with_the_layers_of_the_decoders_parent_are_fetched(
     assert report["passed"]
 
 
+@pytest.mark.slow
 def test_a_graft_is_judged_without_the_shard_of_a_projector_that_it_does_not_have(
     scene: Scene, twin_folder: TwinFolder
 ) -> None:
@@ -246,6 +253,7 @@ def test_a_graft_is_judged_without_the_shard_of_a_projector_that_it_does_not_hav
     assert not list((scene.folder / "home").rglob(shard))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "command", ["inspect SOURCE", "plan SOURCE", "convert SOURCE out", "verify DONE --source SOURCE"]
 )
@@ -264,6 +272,7 @@ def test_H1_a_gated_model_is_told_before_any_work(scene: Scene, demo_source: Pat
     assert scene.hub.sent(SINGLE_FILE) == 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("option", ["", " --json", " --debug"], ids=["plain", "json", "debug"])
 @pytest.mark.parametrize("command", ["inspect SOURCE", "convert SOURCE out"])
 def test_H6_a_token_is_in_nothing_that_is_printed_or_written(

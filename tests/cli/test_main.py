@@ -423,6 +423,7 @@ def test_markup_in_a_name_is_shown_as_it_is(t5g2: CommandLine, demo_source: Path
     assert name in result.err
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_folder_name_is_escaped(t5g2: CommandLine, demo_source: Path, tmp_path: Path, name: str) -> None:
     escaped = name.encode("unicode_escape").decode()
@@ -446,6 +447,7 @@ def test_a_hostile_folder_name_is_escaped(t5g2: CommandLine, demo_source: Path, 
         assert result.err.count("\n") == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_folder_name_of_the_demo_is_escaped(t5g2: CommandLine, tmp_path: Path, name: str) -> None:
     result = t5g2("demo", "--out", tmp_path / name)
@@ -709,7 +711,7 @@ def test_O3_a_second_signal_ends_the_process_at_once(demo_source: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_O3_with_resume_a_signal_leaves_what_is_finished_and_the_next_run_goes_on(
     t5g2: CommandLine, demo_source: Path, tmp_path: Path, number: signal.Signals, code: int

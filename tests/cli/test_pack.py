@@ -112,6 +112,7 @@ def rows(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(model: Path, tmp_path: Path) -> None:
     peaks, documents = [], (1000, 6000)
     for count in documents:

@@ -172,6 +172,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fifo", "dev-zero"])
 @pytest.mark.parametrize("option", ["--text", "--image"])
 def test_I12_a_text_or_a_picture_without_an_end_is_refused(
@@ -207,6 +208,7 @@ ELSEWHERE: Final = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_I4_an_index_that_leaves_the_folder_is_refused_before_anything_is_opened(
     source: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -45,6 +45,7 @@ def test_O2_a_full_disk_behind_stdout_is_exit_5_in_one_line(
     assert ended.stderr == "t5g2: the operating system reports: No space left on device\n"
 
 
+@pytest.mark.slow
 @needs_full
 @pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
 def test_O2_a_conversion_whose_words_are_lost_is_whole(demo_source: Path, tmp_path: Path, unbuffered: bool) -> None:
@@ -100,6 +101,7 @@ def test_O13_an_error_with_closed_streams_keeps_its_code(tmp_path: Path, closed:
     assert shell(f't5g2 inspect "$@" {closed}', tmp_path / "absent").returncode == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stream", "said"), [(">&-", 0), ("2>&-", 0), ("> >(true)", 0), ("> /dev/full", 1)])
 @pytest.mark.parametrize("code", [0, 6])
 def test_O13_the_exit_code_of_verify_is_its_verdict(
@@ -114,6 +116,7 @@ def test_O13_the_exit_code_of_verify_is_its_verdict(
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_O13_a_conversion_goes_on_when_its_reader_has_left(demo_source: Path, tmp_path: Path) -> None:
     convert(demo_source, tmp_path / "expected")
     line = 't5g2 convert "$@" --verify 2>&1 | true; exit "${PIPESTATUS[0]}"'

@@ -108,6 +108,7 @@ def holders(folder: Path, token: str) -> list[str]:
     return [path.name for path in files if token.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_H6_the_token_is_in_nothing_that_a_good_run_prints_or_writes(
     work: Path, token: str, record_property: Callable[[str, object], None]
 ) -> None:
@@ -121,6 +122,7 @@ def test_H6_the_token_is_in_nothing_that_a_good_run_prints_or_writes(
     record_property("token_runs", len(GOOD))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("option", ["", " --debug", " --json"], ids=["plain", "debug", "json"])
 def test_H6_the_token_is_in_no_error(
     option: str, work: Path, token: str, record_property: Callable[[str, object], None]
@@ -179,6 +181,7 @@ class Echo(BaseHTTPRequestHandler):
         """Nothing."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("status", ECHOES)
 def test_H6_what_a_server_repeats_of_the_token_is_not_shown_of_a_data_set(
     status: int, work: Path, token: str, monkeypatch: pytest.MonkeyPatch

@@ -386,6 +386,7 @@ def test_O8_verified_conversions_of_the_same_input_are_byte_identical(
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_convert_verify_of_a_cast_notes_it(dtype: str, t5g2: CommandLine, source: Path, tmp_path: Path) -> None:
     result = t5g2("convert", source, tmp_path / "out", "--verify", "--dtype", dtype)

@@ -74,6 +74,7 @@ def pieces(size: int) -> int:
     return -(-size // CHUNK_BYTES)
 
 
+@pytest.mark.sampled
 @needs_strace
 @pytest.mark.parametrize("options", [[], ["--no-hash"]], ids=["hash", "no-hash"])
 @pytest.mark.parametrize("shard", ["5GB", "8MB"])
@@ -114,6 +115,7 @@ def test_every_file_and_both_folders_are_flushed_once(make_source: Callable[...,
     assert again.counts["fsync"] == 0
 
 
+@pytest.mark.slow
 @needs_strace
 def test_twice_the_bytes_cost_their_chunks_and_nothing_else(make_source: Callable[..., Path], tmp_path: Path) -> None:
     calls = []
@@ -132,6 +134,7 @@ def test_twice_the_bytes_cost_their_chunks_and_nothing_else(make_source: Callabl
     assert two.reads() - one.reads() <= more + (large.nbytes - small.nbytes) // READ_BACK + 1
 
 
+@pytest.mark.sampled
 @needs_strace
 @pytest.mark.parametrize("command", ["inspect", "plan"])
 def test_headers_are_all_that_is_read_to_describe_a_model(

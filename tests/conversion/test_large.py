@@ -76,6 +76,7 @@ def write_header(path: Path, names: list[str]) -> int:
     return len(text)
 
 
+@pytest.mark.slow
 def test_I14_a_header_of_24_MB_is_read_in_bounded_memory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     names = [f"model.layers.{number}.{'very_long_name.' * 12}weight" for number in range(100_000)]
@@ -100,6 +101,7 @@ def limited(kind: str, limit: int, *arguments: str | Path) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_I14_100000_strangers_are_refused_with_their_first_names_and_their_count(tmp_path: Path, many: Path) -> None:
     """As many are missing as are unused; neither may be looked up in a list of the other for each."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
@@ -117,6 +119,7 @@ LIMITS: Final = [pytest.param("RLIMIT_DATA", 96_000_000), pytest.param("RLIMIT_A
 """What the process may have: its own data, or all that is mapped, the libraries' files and stacks of threads too."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("kind", "limit"), LIMITS)
 def test_I14_a_file_larger_than_memory_is_planned(
     kind: str, limit: int, demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path
@@ -132,6 +135,7 @@ def test_I14_a_file_larger_than_memory_is_planned(
         assert json.loads(run.stdout)["parameters"]["total"] > 0.49 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-hash"]], ids=["hash", "no-hash"])
 @pytest.mark.parametrize(("kind", "limit"), LIMITS)
 def test_I14_a_source_larger_than_memory_is_converted(

@@ -369,6 +369,7 @@ def test_the_means_are_over_labels() -> None:
     assert (found.loss, found.hidden_loss, found.gain) == (1.75, 3.5, 1.75)
 
 
+@pytest.mark.slow
 def test_the_size_of_a_pass_does_not_matter(trained: Path, before: Evaluation) -> None:
     again = evaluate(trained / "model", trained / "data", SETTINGS, samples=SAMPLES, micro=3)
     assert again.labels == before.labels

@@ -100,6 +100,7 @@ def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("limit", "where"),
     [

@@ -74,7 +74,7 @@ def check(ended: list[tuple[int, str]], target: Path, clean: dict[str, bytes], *
     assert beside(target) == set()
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 @pytest.mark.parametrize("count", [2, 8])
 def test_O6_processes_started_at_once(
@@ -97,6 +97,7 @@ def test_O6_eight_find_what_a_killed_one_left(source: Path, clean: dict[str, byt
     check(run_together(8, [source, target, "--max-shard-size", str(SHARD_BYTES)]), target, clean, overwrite=False)
 
 
+@pytest.mark.slow
 def test_O6_eight_find_an_old_target_that_was_moved_aside(
     source: Path, clean: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -66,7 +66,7 @@ def wrong_after(target: Path, number: int, code: int, stderr: str, finished: dic
     return wrong
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("when", ["starting", "writing"])
 def test_O3_a_signal_at_any_moment(
@@ -96,7 +96,7 @@ def test_O3_a_signal_at_any_moment(
     assert stopped > times // 3, "most came too late"
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_O3_a_second_signal_ends_it_at_once_and_the_next_run_cleans_up(
     large: Path, finished: dict[str, bytes], tmp_path: Path, first: signal.Signals

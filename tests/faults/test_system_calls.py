@@ -83,7 +83,7 @@ def check(scene: Scene, mode: str, name: str, fault: str, record: Record, *, onl
     assert not wrong, f"{wrong.count(chr(10)) + 1} wrong:\n{wrong}"
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "name"), [case[:2] for case in CASES if case[2] == "SIGKILL"])
 def test_O4_killed_at_any_call(scene: Scene, mode: str, name: str, record_property: Record) -> None:
     kept = scene.kept
@@ -92,14 +92,14 @@ def test_O4_killed_at_any_call(scene: Scene, mode: str, name: str, record_proper
         assert scene.kept > kept, "runs that were killed at the later flushes had finished shards"
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["openat", "fsync", "rename", "close", "unlinkat"])
 @pytest.mark.parametrize(("mode", "fault"), [("new", "SIGINT"), ("overwrite", "SIGTERM")])
 def test_O3_stopped_at_any_call(scene: Scene, mode: str, name: str, fault: str, record_property: Record) -> None:
     check(scene, mode, name, fault, record_property)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "name", "fault"), [case for case in CASES if case[2] != "SIGKILL"])
 def test_O2_any_call_fails(scene: Scene, mode: str, name: str, fault: str, record_property: Record) -> None:
     check(scene, mode, name, fault, record_property)

@@ -180,6 +180,7 @@ def test_a_map_for_another_family_is_refused(demo_source: Path, tmp_path: Path) 
         plan(demo_source, mapping=str(tmp_path / "text-only.yaml"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.from_)
 def test_a_map_without_a_row_is_refused(row: Row, demo_source: Path, tmp_path: Path) -> None:
     document = yaml.safe_load(find_map("gemma3").path.read_text())
@@ -190,6 +191,7 @@ def test_a_map_without_a_row_is_refused(row: Row, demo_source: Path, tmp_path: P
     assert any(detail.startswith(f"unused: {name_of(row)}") for detail in caught.value.details)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.from_)
 def test_a_map_that_fills_one_target_less_is_refused(row: Row, demo_source: Path, tmp_path: Path) -> None:
     part, target = list(row.to.items())[-1]

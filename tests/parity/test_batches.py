@@ -211,6 +211,7 @@ def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
     assert torch.equal(Inputs().pixels(target.vision), pixels(target.vision, 1, torch.bfloat16))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("count", [1, 8, 100, 4000, 10**6])
 @pytest.mark.parametrize("kind", ["words", "spaces", "nothing"])
 def test_as_much_of_a_text_is_read_as_gives_the_tokens(

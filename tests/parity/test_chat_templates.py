@@ -86,6 +86,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", DAMAGES)
 def test_I18_another_template_is_found_out(case: str, source: Path, output: Path) -> None:
     damage, name = DAMAGES[case]

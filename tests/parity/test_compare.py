@@ -100,6 +100,7 @@ def strict_json(document: object) -> object:
 # Fresh and trained models
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

@@ -53,6 +53,7 @@ def edited(folder: Path, config: dict[str, Any], options: dict[str, Any]) -> Non
     (folder / "t5g2.json").write_bytes(seal(manifest | {"options": options}))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "options",
     [

@@ -156,6 +156,7 @@ def move(tensors: Tensors, part: str, layers: list[int], to: list[int]) -> None:
             tensors[f"model.{part}.layers.{target}.{name}"].copy_(kept[number, name])
 
 
+@pytest.mark.slow
 def test_V2_layers_of_a_selection_in_other_places(cut: Bench) -> None:
     tally = Tally()
     for part, numbers in (("encoder", CUT["encoder_layers"]), ("decoder", CUT["decoder_layers"])):
@@ -206,6 +207,7 @@ def test_V2_kinds_that_did_not_move_with_their_layers(cut: Bench) -> None:
 # Damage of the wrong parent
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("table", ["source", "decoder-from"])
 def test_V2_a_decoder_of_the_wrong_parent(
     table: str, bench: MakeBench, twin_folder: TwinFolder, converted_twin: TwinFolder
@@ -257,6 +259,7 @@ def test_V2_both_stacks_exchanged(bench: MakeBench, twin_folder: TwinFolder) -> 
 # Settings
 
 
+@pytest.mark.slow
 def test_V2_a_setting_of_the_other_stack(paired: tuple[Bench, Path, str]) -> None:
     """Whatever the two parents have otherwise is another setting in the other stack."""
     made, other, _ = paired
@@ -282,6 +285,7 @@ def test_V2_a_setting_of_the_other_stack(paired: tuple[Bench, Path, str]) -> Non
     close(tally, "pairings, settings")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
 def test_V2_another_token_to_start_or_end_with(name: str, paired: tuple[Bench, Path, str]) -> None:
     made, other, _ = paired
@@ -342,6 +346,7 @@ def test_V2_a_selection_that_was_not_made(lie: str, cut: Bench) -> None:
     assert "integrity" not in failed(report)
 
 
+@pytest.mark.slow
 def test_V2_lies_about_what_was_made_whole(bench: MakeBench, twin_folder: TwinFolder) -> None:
     made, other, tally = bench("text-8"), twin_folder("text-sharded"), Tally()
     for part in ("encoder", "decoder"):
@@ -377,6 +382,7 @@ def test_V2_a_manifest_that_lies_about_the_table(paired: tuple[Bench, Path, str]
     assert failed(report) == {"provenance", "decoder_parity", "encoder_parity"}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "lie",
     [

@@ -375,6 +375,7 @@ def test_a_tolerance_passes_a_small_difference_and_is_reported(
     assert lenient.tolerance == 1e-3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "values",
     [

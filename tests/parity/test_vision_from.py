@@ -172,6 +172,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], set[str]]] =
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found(grafted: Grafted, damage: str) -> None:
     change, expected = DAMAGES[damage]
@@ -179,6 +180,7 @@ def test_damage_is_found(grafted: Grafted, damage: str) -> None:
     assert expected | {"integrity"} <= grafted.failed()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("setting", ["num_attention_heads", "layer_norm_eps", "hidden_act", "image_size"])
 def test_a_changed_setting_of_the_tower_is_found(grafted: Grafted, setting: str) -> None:
     path = grafted.output / "config.json"

@@ -105,6 +105,7 @@ def test_H2_xet_is_asked_again(scene: Scene) -> None:
     assert scene.there() == scene.expected()
 
 
+@pytest.mark.slow
 def test_H2_what_was_sent_before_a_failure_is_not_sent_again(scene: Scene) -> None:
     convert(scene.folder / "src", scene.folder / "sharded", max_shard_bytes=300_000, flush=False)
     line = "upload sharded ann/model --card keep"
@@ -124,6 +125,7 @@ def test_H2_what_was_sent_before_a_failure_is_not_sent_again(scene: Scene) -> No
     assert scene.there() == scene.expected("sharded")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("status", [None, 504])
 @pytest.mark.parametrize("proposed", [False, True], ids=["commit", "pull request"])
 def test_H3_a_lost_answer_is_settled_by_the_checksums(scene: Scene, proposed: bool, status: int | None) -> None:
@@ -141,6 +143,7 @@ def test_H3_a_lost_answer_is_settled_by_the_checksums(scene: Scene, proposed: bo
     assert ("/discussions/1" in printed) == proposed
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("proposed", [False, True], ids=["commit", "pull request"])
 def test_H3_where_it_cannot_be_settled_running_again_is_safe(scene: Scene, proposed: bool) -> None:
     scene.hub.repos["ann/model"] = Repo()
@@ -160,6 +163,7 @@ def test_H3_where_it_cannot_be_settled_running_again_is_safe(scene: Scene, propo
     assert len(scene.hub.repos["ann/model"].commits) == 2
 
 
+@pytest.mark.slow
 def test_H3_a_commit_that_is_never_made_is_unknown_and_made_by_the_next_run(scene: Scene) -> None:
     scene.hub.repos["ann/model"] = Repo()
     scene.hub.repos["ann/model"].commit({})
@@ -175,6 +179,7 @@ def test_H3_a_commit_that_is_never_made_is_unknown_and_made_by_the_next_run(scen
     assert len(scene.hub.repos["ann/model"].commits) == 3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("proposed", "lost"), [(False, False), (False, True), (True, False)])
 def test_H4_a_commit_of_somebody_else_is_not_overwritten(scene: Scene, proposed: bool, lost: bool) -> None:
     scene.hub.repos["ann/model"] = Repo()
@@ -200,6 +205,7 @@ def test_H4_a_commit_while_the_folder_is_read_is_noticed(scene: Scene) -> None:
     assert scene.there() == theirs
 
 
+@pytest.mark.slow
 def test_other_bytes_on_the_hub_are_noticed_after_the_commit(scene: Scene) -> None:
     def spoil() -> None:
         repo = scene.hub.repos["ann/model"]
@@ -224,7 +230,7 @@ def test_a_file_that_changes_while_it_is_sent_is_noticed(scene: Scene) -> None:
     assert "differs from the folder: config.json" in scene.refused(UPLOAD)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["lfs", "xet"])
 def test_a_signal_ends_an_upload(scene: Scene, transport: str) -> None:
     scene.settings["HF_HUB_DISABLE_XET"] = "0" if transport == "xet" else "1"
@@ -244,7 +250,7 @@ def test_a_signal_ends_an_upload(scene: Scene, transport: str) -> None:
     assert scene.there() == scene.expected()
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["", " --debug", " --json"], ids=["plain", "debug", "json"])
 @pytest.mark.parametrize("transport", ["lfs", "xet"])
 def test_H6_the_token_is_in_nothing_that_an_upload_prints_or_writes(scene: Scene, option: str, transport: str) -> None:

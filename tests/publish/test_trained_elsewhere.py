@@ -121,6 +121,7 @@ def test_H5_only_what_loaders_read_of_it_is_sent(converted: Path, tmp_path: Path
     assert error.value.details == ("tokenizer.json is a link out of the folder: only files in the folder are sent",)
 
 
+@pytest.mark.slow
 def test_H5_an_upload_of_it_takes_the_manifest_of_its_start_away(scene: Scene) -> None:
     scene.good("upload out ann/model")
     trained(scene.out, scene.folder / "trained")

@@ -44,6 +44,7 @@ def by_each_transport(request: pytest.FixtureRequest, scene: Scene) -> Scene:
     return scene
 
 
+@pytest.mark.slow
 def test_H5_an_upload_is_one_commit_of_the_manifests_files_by_either_transport(
     by_each_transport: Scene,
 ) -> None:
@@ -79,6 +80,7 @@ def test_H5_an_upload_is_one_commit_of_the_manifests_files_by_either_transport(
     assert scene.there("ann/copy") == expected
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_from_main(scene: Scene) -> None:
     main = scene.hub.add("ann/model", scene.folder / "src")
     scene.hub.repos["ann/model"].commits[main].pop("model.safetensors")
@@ -106,6 +108,7 @@ def test_what_is_no_branch_is_refused(scene: Scene) -> None:
         assert "secret" not in told
 
 
+@pytest.mark.slow
 def test_a_pull_request_is_made_once(scene: Scene) -> None:
     scene.hub.repos["bo/model"] = Repo()
     main = scene.hub.repos["bo/model"].commit({"README.md": b"---\nlicense: mit\n---\n# Bo's\n"})
@@ -127,6 +130,7 @@ def test_a_pull_request_is_made_once(scene: Scene) -> None:
     assert scene.there("bo/model", "refs/pr/2") == scene.expected()
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_and_changes_nothing(scene: Scene) -> None:
     told = document(scene, "upload out ann/model --dry-run")
     assert (told["dry_run"], told["created"], told["commit"]) == (True, True, None)
@@ -156,6 +160,7 @@ def test_only_what_has_changed_is_sent(scene: Scene) -> None:
     assert sum(request.received for request in scene.hub.log) < 20_000
 
 
+@pytest.mark.slow
 def test_shards_of_an_earlier_upload_do_not_stay_behind(scene: Scene) -> None:
     """transformers would load a model.safetensors in place of the new shards, and the other way round."""
     convert(scene.folder / "src", scene.folder / "sharded", max_shard_bytes=300_000, flush=False)
@@ -186,6 +191,7 @@ def test_a_gitignore_on_the_hub_leaves_nothing_out(scene: Scene) -> None:
     assert scene.there().items() >= scene.expected().items()
 
 
+@pytest.mark.slow
 def test_the_card_that_is_there_is_kept_unless_it_is_to_be_replaced(scene: Scene) -> None:
     theirs = b"---\nlicense: gemma\n---\n# Mine\nwords\n"
     scene.hub.repos["ann/model"] = Repo(private_to={"ann"})
@@ -224,6 +230,7 @@ def test_metadata_that_the_hub_refuses_are_told(scene: Scene) -> None:
     assert any("empty or missing yaml metadata" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_there_stays_public_or_private(scene: Scene) -> None:
     scene.hub.add("ann/model", scene.out)
     done = scene.run("upload out ann/model --card keep")
@@ -254,6 +261,7 @@ def test_a_damaged_folder_is_refused_before_anything_is_made(scene: Scene) -> No
     assert scene.hub.repos == {}
 
 
+@pytest.mark.slow
 def test_a_conversion_is_pushed_after_it_was_judged(scene: Scene) -> None:
     told = document(scene, "convert src new --verify --push-to ann/new --no-flush")
     assert told["verification"]["passed"]
@@ -267,6 +275,7 @@ def test_a_conversion_is_pushed_after_it_was_judged(scene: Scene) -> None:
     assert scene.there("ann/encoder") == scene.expected("encoder")
 
 
+@pytest.mark.slow
 def test_the_card_knows_the_models_of_the_hub_that_a_folder_was_made_of(scene: Scene) -> None:
     shutil.copytree(scene.folder / "src", scene.folder / "source")
     (scene.folder / "source/README.md").write_text("---\nlicense: gemma\n---\n")
@@ -300,6 +309,7 @@ def test_a_model_that_was_trained_further_is_sent_with_its_card(scene: Scene, ki
     )
 
 
+@pytest.mark.slow
 def test_further_chat_templates_are_sent_and_removed_with_the_folder_that_they_are_in(scene: Scene) -> None:
     source = shutil.copytree(scene.folder / "src", scene.folder / "with-templates")
     templates = source / "additional_chat_templates"

@@ -54,6 +54,7 @@ def one_row(batch: Batch) -> Batch:
     return Batch(batch.ids[1:2], batch.mask[1:2])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_encoder_and_decoder_past_the_window_on_both_sides(models: tuple[Any, T5Gemma2Reference]) -> None:
     theirs, ours = models

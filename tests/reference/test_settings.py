@@ -84,6 +84,7 @@ PAIRS: dict[str, tuple[Changes, Changes]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PAIRS)
 @torch.no_grad()
 def test_settings_of_both_stacks_of_t5gemma_2(name: str, tmp_path: Path) -> None:
@@ -133,6 +134,7 @@ IMAGE_CHANGES: dict[str, tuple[Changes, Changes, Changes]] = {
 """Changes to the text, to the tower, and to the tokens."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", IMAGE_CHANGES)
 @torch.no_grad()
 def test_settings_of_gemma_3_with_images(name: str, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_a_decoder_without_memory_is_one_whose_cross_attention_adds_nothing(case
     assert not torch.equal(our_logits(case)[kept], expected[kept])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_greedy_tokens_with_and_without_cache(name: str, converted_twin: TwinFolder) -> None:

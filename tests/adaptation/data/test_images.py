@@ -76,6 +76,7 @@ def model(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 # transformers leaves the file of a picture that moves open.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
 def test_pixels_are_those_of_transformers_bit_for_bit(model: Path, pictures: Path) -> None:
     paths = [pictures / name for name in PICTURES]

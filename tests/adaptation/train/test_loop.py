@@ -166,6 +166,7 @@ def test_a_signal_ends_it_with_its_own_code(small: Path, tmp_path: Path) -> None
     assert tensors_of(run, last)
 
 
+@pytest.mark.slow
 def test_an_error_is_told_once_and_all_processes_end_with_its_code(small: Path, trained: Path) -> None:
     options = (*RUN_OPTIONS, "--devices", "2", "--no-export", "--resume", "--seed", "1")
     done = adapt(small, trained / "run", *options, code=2)

@@ -158,7 +158,7 @@ PLACES: Final = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("name", PLACES)
 def test_every_field_of_transformers_becomes_what_the_list_says(name: str, python: str, demo_source: Path) -> None:

@@ -608,6 +608,7 @@ def test_errors_of_our_own_pass_as_they_are() -> None:
         raise CheckpointError("ours")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_fetched_for_a_plan_that_changes_it(
     hub: Hub, tmp_path: Path, gemma3_map: WeightMap, demo_config: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

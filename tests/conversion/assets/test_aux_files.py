@@ -70,6 +70,7 @@ def hows(source: Path) -> dict[str, tuple[str, list[str]]]:
     return {file["name"]: (file["how"], file["from"]) for file in plan(source).to_json()["files"]}
 
 
+@pytest.mark.slow
 def test_the_output_has_the_files_of_a_release(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -193,6 +194,7 @@ def test_without_a_chat_template_there_is_no_note_of_one(source: Path) -> None:
 # processor_config.json
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_image_processor_is_the_sources(nested: bool, source: Path, tmp_path: Path) -> None:
     if nested:
@@ -277,6 +279,7 @@ FAULTS: dict[str, tuple[str, Damage, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fault", FAULTS)
 def test_I15_files_that_do_not_fit_are_refused_while_planning(fault: str, source: Path) -> None:
     name, damage, told = FAULTS[fault]
@@ -301,6 +304,7 @@ def test_a_file_that_changes_while_weights_are_written_is_refused(name: str, sou
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_the_published_size_takes_bounded_memory(source: Path, tmp_path: Path) -> None:
     text = tokenizer_text()
     pair = '\n      [\n        "▁東",\n        "a]\\"b"\n      ],'

@@ -53,6 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, tuple[TokenChan
     return text.decode(), changes
 
 
+@pytest.mark.slow
 def test_the_result_is_what_the_tokenizers_library_saves_of_the_changed_file(
     made: tuple[str, tuple[TokenChange, ...]],
 ) -> None:
@@ -63,6 +64,7 @@ def test_the_result_is_what_the_tokenizers_library_saves_of_the_changed_file(
     assert changes == (MOVED, MASKED)
 
 
+@pytest.mark.slow
 def test_all_other_tokens_keep_their_ids(made: tuple[str, tuple[TokenChange, ...]]) -> None:
     before, after = Tokenizer.from_str(tokenizer_text()), Tokenizer.from_str(made[0])
     one, other = before.get_vocab(), after.get_vocab()

@@ -324,6 +324,7 @@ def test_an_activation_that_verify_cannot_judge_is_refused(
         plan(source)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["quick_gelu", "gelu_new", "relu2"])
 @pytest.mark.parametrize(("twin", "path"), ACTIVATED)
 def test_other_activations_of_transformers_are_converted_and_judged(

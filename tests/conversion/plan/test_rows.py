@@ -124,6 +124,7 @@ KEPT: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
 @pytest.mark.parametrize("case", KEPT)
 def test_rows_in_use_are_kept_and_the_first_of_them_is_named(case: str, images: bool, make: Make) -> None:
@@ -151,6 +152,7 @@ def check_kept(made: Plan, rows: int = ALL, image: int = IMAGE) -> None:
         assert not any(file.how == "changed" for file in made.files if file.name == "tokenizer.json")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
 def test_without_an_id_in_use_they_are_cut(images: bool, make: Make) -> None:
     source = make(images=images)
@@ -234,6 +236,7 @@ BEYOND: dict[str, tuple[Change, str, str]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", BEYOND)
 @pytest.mark.parametrize("keep", [True, False], ids=["keep-rows", "by-itself"])
 def test_I16_an_id_without_any_row_is_refused_with_the_file_and_the_token(case: str, keep: bool, make: Make) -> None:
@@ -282,6 +285,7 @@ def test_an_image_token_by_another_name_is_the_sources_own_affair(make: Make) ->
 # Other checkpoints: their tables may have been cut where the source's is not, and the reverse
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("table", ["source", "decoder-from"])
 @pytest.mark.parametrize(("own", "other"), [(CUT, ALL), (ALL, CUT), (ALL, ALL), (CUT, CUT)])
 def test_tables_with_and_without_fill_are_of_one_vocabulary(own: int, other: int, table: str, make: Make) -> None:
@@ -330,6 +334,7 @@ def test_a_projector_is_aligned_by_the_rows_that_both_have(make: Make) -> None:
 # What comes of it works
 
 
+@pytest.mark.slow
 def test_an_image_and_a_token_of_a_kept_row_work_in_transformers(twin_folder: TwinFolder, tmp_path: Path) -> None:
     from PIL import Image
     from transformers import AutoModelForSeq2SeqLM, AutoProcessor
@@ -391,6 +396,7 @@ def test_a_tokenizer_that_is_cut_says_what_it_said(make: Make, tmp_path: Path) -
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == moved(tokenizer_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
 def test_an_id_of_the_image_token_in_generation_config_moves_with_it(images: bool, make: Make, tmp_path: Path) -> None:
     source = make(images=images, seed=1)

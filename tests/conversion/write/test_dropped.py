@@ -53,6 +53,7 @@ def test_I6_an_equal_head_of_any_dtype_is_dropped(
     assert verify(tmp_path / "out", source, record=False).passed
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("piece", [64, 1000, shards.CHUNK_BYTES])
 @pytest.mark.parametrize("at", [(0, 0), (151, 13), (299, 23)], ids=str)
 @pytest.mark.parametrize(("head", "table"), PAIRS, ids=str)

@@ -196,6 +196,7 @@ def test_a_shard_that_is_not_what_was_finished_is_written_anew(
     assert all(path.is_file() and not path.is_symlink() for path in target.iterdir())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "text",
     [b"", b"\n\n", b"{", b"[1]\n", b"\xff\xfe\n", b'{"plan": 1}\n', b'{"plan": "x", "shard": ["a"], "sha256": 3}\n'],

@@ -261,6 +261,7 @@ def test_progress_counts_every_byte_but_the_headers(demo_source: Path, tmp_path:
     assert sum(counts) == sum(tensor.nbytes for tensor in made.tensors)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [[], ["--no-hash"]])
 def test_a_large_model_takes_no_more_memory_than_a_small_one(
     options: list[str], demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path

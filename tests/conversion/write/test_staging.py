@@ -301,6 +301,7 @@ def test_O2_a_short_write_is_continued(
     assert contents(tmp_path / "out") == finished
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", ["new", "fill", "overwrite"])
 def test_O2_any_call_that_fails_leaves_the_target_whole_and_nothing_beside_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, finished: dict[str, bytes]
@@ -380,6 +381,7 @@ def test_a_parent_that_another_uses_by_now_stays(source: Path, tmp_path: Path, m
 # Signals and crashes
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", ["new", "fill", "overwrite"])
 def test_O3_a_signal_after_any_call_leaves_the_target_whole_and_nothing_beside_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, finished: dict[str, bytes]
@@ -520,6 +522,7 @@ main(sys.argv[3:])
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("after", [1, 2])
 def test_O3_a_signal_to_any_thread_in_the_middle_of_the_swap_waits(

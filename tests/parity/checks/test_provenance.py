@@ -138,6 +138,7 @@ def test_what_is_read_anew_is_the_sources_layout_of_today(made: Make, tmp_path: 
 # Faults
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("piece", [ROW, 1 << 24])
 @pytest.mark.parametrize(
     "name", [TABLE, EOI, "model.decoder.layers.7.mlp.down_proj.weight", "model.encoder.norm.weight"]

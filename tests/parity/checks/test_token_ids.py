@@ -83,6 +83,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Document], object], str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_id_without_a_row_fails_in_every_kind_of_conversion(kind: str, kinds: MakeKind) -> None:
     bench = kinds(kind)

@@ -367,6 +367,7 @@ def test_a_manifest_that_declares_otherwise_is_not_the_plans(sound: Bench) -> No
     assert "t5g2.json says tokens" in "\n".join(check_of(report, "provenance").offenders)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
 def test_a_file_that_is_left_out_of_the_manifest_as_well_is_missed_by_provenance(name: str, sound: Bench) -> None:
     (sound.folder / name).unlink()

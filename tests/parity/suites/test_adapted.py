@@ -154,6 +154,7 @@ ATTACKS: dict[str, tuple[Callable[[Bench], None], set[str]]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_what_is_not_a_trained_value_cannot_be_changed(attack: str, bench: Bench) -> None:
     change, caught_by = ATTACKS[attack]

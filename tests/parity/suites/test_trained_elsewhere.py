@@ -90,6 +90,7 @@ def test_other_classes_are_read_as_well(kind: str, start: Path, tmp_path: Path) 
     assert ("a head that no other class loads" in tensors) == (kind == "classifier")
 
 
+@pytest.mark.slow
 def test_16_bits_and_shards_and_a_raw_state_dict(start: Path, tmp_path: Path) -> None:
     assert verify(train(start, tmp_path / "shards", dtype=torch.bfloat16, max_shard_size="100KB"), start).passed
     model = CLASSES["whole"].from_pretrained(start, dtype=torch.float32)
@@ -242,6 +243,7 @@ MUTANTS: dict[str, tuple[Callable[[Tensors, Tensors], Any], dict[str, str]]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_V5_what_is_wrong_with_tensors_is_named_by_its_check(mutant: str, start: Path, trained: Path) -> None:
     edit, expected = MUTANTS[mutant]
@@ -359,6 +361,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_V5_a_setting_that_means_something_else_fails(setting: str, start: Path, trained: Path) -> None:
     edit, words = SETTINGS[setting]
