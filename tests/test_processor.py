@@ -126,6 +126,7 @@ def test_the_reference_writes_with_the_same_files(output: Path, photo: Path) -> 
     assert isinstance("".join(generate(output, "ab ab", image=photo, max_new_tokens=4)), str)
 
 
+@pytest.mark.slow
 def test_verification_passes(source: Path, output: Path, photo: Path) -> None:
     report = verify(output, source, image=photo, record=False)
     assert report.passed, report.failed
@@ -146,6 +147,7 @@ def test_a_processor_that_is_made_of_the_config_is_gemma_3s(
     assert -1 <= float(pixels.min()) < float(pixels.max()) <= 1
 
 
+@pytest.mark.slow
 def test_a_grafted_model_looks_at_pictures_with_the_donors_processor_and_its_own_tokenizer(
     source: Path, photo: Path, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def run(command: list[str], folder: Path, *, code: int = 0) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_run_in_their_order(workplace: Path) -> None:
     ours = [command for command in commands() if command.startswith("t5g2 ")]
     shown = [command.split()[1] for command in ours]

@@ -68,6 +68,7 @@ def pairing_of(recorded: dict[str, Any], decoder_from: Path | None) -> Pairing:
     return Pairing(decoder_from=None if decoder_from is None else str(decoder_from), **told)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PAIRINGS)
 def test_each_stack_computes_exactly_what_its_own_parent_and_layers_do(
     name: str, twin_folder: TwinFolder, tmp_path: Path

@@ -40,6 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("one", "other", "part"), SWAPS)
 def test_swapped_targets_break_parity(one: Row, other: Row, part: str, source: Path, tmp_path: Path) -> None:
     document = yaml.safe_load(find_map("gemma3").path.read_text())

@@ -135,6 +135,7 @@ def test_the_installed_wheel_reads_the_papers_mixture(installed: Path, tmp_path:
     assert run_installed(installed, tmp_path, "-c", script) == "8\n"
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_makes_the_demo_and_a_model_that_loads(installed: Path, tmp_path: Path) -> None:
     shown = run_installed(installed, tmp_path, "-m", "t5g2convert", "demo", "--out", "kept")
     assert "251 tensors" in shown
