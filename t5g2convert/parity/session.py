@@ -37,7 +37,7 @@ class Verification(Generic[Source]):
         manifest: The folder's manifest; None where it has none that can be read.
         manifest_error: Why the manifest could not be read.
         replay: The plan of the conversion; None without a source, or for a folder that this tool did not write.
-        read_config: Reads the folder's config, and raises CheckpointError where it cannot.
+        read_config: Reads a config.json, given its path for errors; raises CheckpointError where it cannot.
         inputs: What both models read.
         passes_dtype: Name of the dtype to compute in; None for the folder's own.
         device: Device to compute on.
@@ -51,7 +51,7 @@ class Verification(Generic[Source]):
     manifest: Manifest | None
     manifest_error: CheckpointError | None
     replay: Replay | None
-    read_config: Callable[[Checkpoint], object]
+    read_config: Callable[[Mapping[str, Any], Path], object]
     inputs: Inputs
     passes_dtype: str | None
     device: str
@@ -74,7 +74,7 @@ class Verification(Generic[Source]):
             CheckpointError: Its headers or its config cannot be read.
         """
         target = open_checkpoint(self.output)
-        self.read_config(target)
+        self.read_config(target.config, target.path / "config.json")
         return target
 
     @cached_property

@@ -8,6 +8,7 @@ compute nothing.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.checkpoint.families.known_settings import EVERY_CONFIG
@@ -79,7 +80,7 @@ def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> Check:
     Raises:
         CheckpointError: A config cannot be read.
     """
-    expected, given = meaning(start), meaning(target)
+    expected, given = (meaning(each.config, each.path / "config.json") for each in (start, target))
     found = [_compared(name, expected.get(name), given.get(name)) for name in sorted(expected.keys() | given.keys())]
     others = _others(start, target, frozenset(expected))
     generation = _generation(start, target)
@@ -96,17 +97,16 @@ def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> Check:
     )
 
 
-def meaning(checkpoint: Checkpoint) -> dict[str, Any]:
+def meaning(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """Return all settings that this tool's readers know, by their paths in config.json, with defaults filled in.
 
     Raises:
         CheckpointError: The config cannot be read.
     """
-    where = checkpoint.path / "config.json"
-    if checkpoint.config.get("model_type") == ENCODER_TYPE:
-        alone = read_t5gemma2_encoder(checkpoint.config, where)
+    if config.get("model_type") == ENCODER_TYPE:
+        alone = read_t5gemma2_encoder(config, where)
         return dict(_encoder(alone, ""))
-    model: T5Gemma2 = read_t5gemma2(checkpoint.config, where)
+    model: T5Gemma2 = read_t5gemma2(config, where)
     return {**dict(_encoder(model, "encoder.")), **dict(_stack(model.decoder, "decoder."))}
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
+from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, read_t5gemma2
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.parity.checks.config import flatten, judge_settings
 from t5g2convert.parity.checks.replay import replay_training
@@ -26,10 +26,6 @@ from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 PROJECTOR: Final = "model.encoder.multi_modal_projector.mm_input_projection_weight"
 NORM: Final = "model.encoder.multi_modal_projector.mm_soft_emb_norm.weight"
 PIECE_BYTES: Final = 1 << 20
-
-
-def _read_config(target: Checkpoint) -> T5Gemma2:
-    return read_t5gemma2(target.config, target.path / "config.json")
 
 
 def _config(verification: Verification[T5Gemma2Source]) -> Check:
@@ -100,7 +96,7 @@ ADAPTED: Final = Suite(
     targets=(MODEL_TYPE,),
     trained=True,
     open_source=T5Gemma2Source,
-    read_config=_read_config,
+    read_config=read_t5gemma2,
     replay=replay_training,
     checks={
         "integrity": integrity,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
@@ -38,7 +39,7 @@ class Suite:
         targets: The `model_type`s of such a folder.
         trained: Whether such a folder was trained by `t5g2 adapt`.
         open_source: Opens the source as a model; raises CheckpointError where it is of another family.
-        read_config: Reads the folder's config; raises CheckpointError where it cannot.
+        read_config: Reads a config.json, given its path for errors; raises CheckpointError where it cannot.
         replay: Plans the conversion again from its sources, its manifest and a map; None where there was none.
         checks: The checks by name, in order; the first is integrity.
         remarks: What a reader of the report must know, whatever the checks find.
@@ -48,7 +49,7 @@ class Suite:
     targets: tuple[str, ...]
     trained: bool = False
     open_source: Callable[[Sources], SourceModel]
-    read_config: Callable[[Checkpoint], object]
+    read_config: Callable[[Mapping[str, Any], Path], object]
     replay: Callable[[Sources, Manifest | None, str | None], Replay] | None
     checks: Mapping[str, CheckFunction]
     remarks: RemarksFunction

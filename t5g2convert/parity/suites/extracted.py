@@ -7,17 +7,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from t5g2convert.checkpoint.families.gemma3 import MULTIMODAL, TEXT_ONLY, Gemma3, read_gemma3
+from t5g2convert.checkpoint.families.gemma3 import MULTIMODAL, TEXT_ONLY, read_gemma3
 from t5g2convert.checkpoint.families.t5gemma2 import (
     DEFAULT_THETA,
     ENCODER_TYPE,
     MODEL_TYPE,
     T5Gemma2,
-    T5Gemma2Encoder,
     T5Gemma2Text,
     read_t5gemma2_encoder,
 )
-from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.parity.batches import ImageBatch
 from t5g2convert.parity.checks.config import SHARED, flatten, generation_faults, judge_settings
 from t5g2convert.parity.checks.replay import replay_conversion
@@ -68,10 +66,6 @@ def _walk(verification: Verification[Any], source: Stack, track: Track) -> None:
 
 
 # The encoder
-
-
-def _read_encoder(target: Checkpoint) -> T5Gemma2Encoder:
-    return read_t5gemma2_encoder(target.config, target.path / "config.json")
 
 
 def _encoder_settings(verification: Verification[T5Gemma2Source]) -> Check:
@@ -128,10 +122,6 @@ def _encoder_runs(verification: Verification[Any]) -> Check:
 
 
 # The decoder
-
-
-def _read_gemma3(target: Checkpoint) -> Gemma3:
-    return read_gemma3(target.config, target.path / "config.json")
 
 
 def _decoder_settings(verification: Verification[T5Gemma2Source]) -> Check:
@@ -237,7 +227,7 @@ TO_ENCODER: Final = Suite(
     sources=(MODEL_TYPE,),
     targets=(ENCODER_TYPE,),
     open_source=T5Gemma2Source,
-    read_config=_read_encoder,
+    read_config=read_t5gemma2_encoder,
     replay=partial(replay_conversion, part="encoder"),
     checks={
         "integrity": integrity,
@@ -256,7 +246,7 @@ TO_GEMMA3: Final = Suite(
     sources=(MODEL_TYPE,),
     targets=(MULTIMODAL, TEXT_ONLY),
     open_source=T5Gemma2Source,
-    read_config=_read_gemma3,
+    read_config=read_gemma3,
     replay=partial(replay_conversion, part="decoder"),
     checks={
         "integrity": integrity,

@@ -5,10 +5,9 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.families import gemma2, t5gemma
 from t5g2convert.checkpoint.families.gemma2 import Gemma2
-from t5g2convert.checkpoint.families.t5gemma import T5Gemma, read_t5gemma
+from t5g2convert.checkpoint.families.t5gemma import read_t5gemma
 from t5g2convert.checkpoint.file_names import TOKENIZER_FILES
 from t5g2convert.checkpoint.file_store import is_there
-from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.parity.checks.config import SHARED, flatten, generation_faults, judge_settings
 from t5g2convert.parity.checks.cross_attention import judge_first_generation
 from t5g2convert.parity.checks.replay import replay_conversion
@@ -27,10 +26,6 @@ from t5g2convert.parity.suites.base import (
 )
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.t5gemma import T5GemmaReference
-
-
-def _read_config(target: Checkpoint) -> T5Gemma:
-    return read_t5gemma(target.config, target.path / "config.json")
 
 
 def _config(verification: Verification[Gemma2Source]) -> Check:
@@ -110,7 +105,7 @@ TO_T5GEMMA: Final = Suite(
     sources=(gemma2.MODEL_TYPE,),
     targets=(t5gemma.MODEL_TYPE,),
     open_source=Gemma2Source,
-    read_config=_read_config,
+    read_config=read_t5gemma,
     replay=replay_conversion,
     checks={
         "integrity": integrity,

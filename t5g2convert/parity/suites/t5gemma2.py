@@ -6,8 +6,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from t5g2convert.checkpoint.families.gemma3 import MULTIMODAL, TEXT_ONLY
-from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, T5Gemma2, read_t5gemma2
-from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, read_t5gemma2
 from t5g2convert.parity.checks.config import generation_faults, judge_config
 from t5g2convert.parity.checks.replay import replay_conversion
 from t5g2convert.parity.checks.runs import judge_runs
@@ -29,10 +28,6 @@ from t5g2convert.parity.suites.base import (
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.vision import VisionTower
-
-
-def _read_config(target: Checkpoint) -> T5Gemma2:
-    return read_t5gemma2(target.config, target.path / "config.json")
 
 
 def _config(verification: Verification[Gemma3Source]) -> Check:
@@ -152,7 +147,7 @@ TO_T5GEMMA2: Final = Suite(
     sources=(MULTIMODAL, TEXT_ONLY),
     targets=(MODEL_TYPE,),
     open_source=Gemma3Source,
-    read_config=_read_config,
+    read_config=read_t5gemma2,
     replay=replay_conversion,
     checks={
         "integrity": integrity,
