@@ -8,6 +8,7 @@ Python's own options use `subprocess`.
 
 import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -117,6 +118,8 @@ def _serve(preload: Preload) -> None:
         load(name)
     if preload is Preload.TOOL:
         assert not {"huggingface_hub", "transformers"} & set(sys.modules)
+    # Collections in the children would touch, and so copy, every page.
+    gc.freeze()
     for line in sys.stdin.buffer:
         child = os.fork()
         if not child:

@@ -5,12 +5,14 @@ from the descriptor that the command line names, and later its exit code, negati
 """
 
 import ctypes
+import gc
 import io
 import json
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from t5g2convert.cli.main import main
@@ -20,11 +22,11 @@ PR_SET_PTRACER: Final = 0x59616D61
 
 
 def warm_up(source: str) -> None:
-    """Import all that a conversion imports."""
-    for name in ("cli.convert", "conversion.convert"):
-        import_module(f"t5g2convert.{name}")
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(SystemExit):
-        main(["plan", source])
+    """Import all that a conversion imports: make one."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), TemporaryDirectory() as folder:
+        with suppress(SystemExit):
+            main(["convert", source, f"{folder}/out"])
+        assert Path(folder, "out/config.json").exists()
 
 
 def become_tool(gate: int, stderr: str, arguments: list[str]) -> None:
@@ -33,11 +35,16 @@ def become_tool(gate: int, stderr: str, arguments: list[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
     os.read(gate, 1)
-    main(arguments)
+    try:
+        main(arguments)
+    except SystemExit as end:
+        # Without taking torch down, which is longer than the conversion; `main` has flushed what it wrote.
+        os._exit(int(end.code or 0))
 
 
 if __name__ == "__main__":
     warm_up(sys.argv[2])
+    gc.freeze()
     while line := sys.stdin.readline():
         pid = os.fork()
         if not pid:
