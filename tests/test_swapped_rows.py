@@ -9,7 +9,7 @@ import yaml
 
 from t5g2convert import convert
 from t5g2convert.mapping.library import find_map
-from t5g2convert.mapping.names import index_of
+from t5g2convert.mapping.name_patterns import index_of
 from t5g2convert.mapping.schema import Row
 from tests.judge import judge
 from tests.twins import TWINS, write_twin

@@ -52,7 +52,7 @@ from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import Teacher, check_teacher, load_teacher
 from t5g2convert.adaptation.ul2.dataset import task_names
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
-from t5g2convert.conversion.write.output_path import check_apart
+from t5g2convert.conversion.output.path_rules import check_apart
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:

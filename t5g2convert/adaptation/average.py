@@ -38,8 +38,8 @@ from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import WriteOptions
+from t5g2convert.conversion.output.path_rules import check_target
 from t5g2convert.conversion.trained_model import FROZEN, plan_adapted
-from t5g2convert.conversion.write.output_path import check_target
 from t5g2convert.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:

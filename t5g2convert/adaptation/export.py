@@ -21,10 +21,10 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.convert import Conversion, execute
 from t5g2convert.conversion.options import KEEP, Dtype, Judge, WriteOptions
+from t5g2convert.conversion.output.ownership import is_intact, manifest_listing
+from t5g2convert.conversion.output.path_rules import check_target, check_vacant
 from t5g2convert.conversion.trained_model import plan_adapted
 from t5g2convert.conversion.write.computed_tensors import TensorValues
-from t5g2convert.conversion.write.output_path import check_target, check_vacant
-from t5g2convert.conversion.write.ownership import is_intact, manifest_listing
 from t5g2convert.errors import CheckpointError, OutputError, VerificationError
 from t5g2convert.mapping.inspection import Inspection, inspect
 from t5g2convert.progress import Progress

@@ -16,7 +16,7 @@ from t5g2convert.errors import CheckpointError
 
 if TYPE_CHECKING:
     # Imported where something is wrong, to keep a conversion small.
-    from t5g2convert.checkpoint.recognition import Found
+    from t5g2convert.checkpoint.other_formats import Found
 
 MAX_JSON_BYTES: Final = 8_000_000
 """Largest JSON file; Gemma's tokenizer_config.json has 1.2 MB. A parsed file may take 50 times its size."""
@@ -128,7 +128,7 @@ def read_checkpoint(store: FileStore, hub: HubOrigin | None = None) -> Checkpoin
     """
     path = store.path
     if not store.has(SINGLE_FILE) and not store.has(INDEX_FILE):
-        from t5g2convert.checkpoint.recognition import no_weights
+        from t5g2convert.checkpoint.other_formats import no_weights
 
         raise no_weights(store, hub)
     config_text = read_json_file(path / "config.json")
@@ -166,14 +166,14 @@ def check_folder(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        from t5g2convert.checkpoint.recognition import spelling_hint
+        from t5g2convert.checkpoint.other_formats import spelling_hint
 
         if isinstance(error, FileNotFoundError):
             raise CheckpointError("no such folder", where=path, hint=spelling_hint(str(path))) from None
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"cannot be read: {reason}", where=path, hint=spelling_hint("")) from None
     if not stat.S_ISDIR(mode):
-        from t5g2convert.checkpoint.recognition import recognise_file
+        from t5g2convert.checkpoint.other_formats import recognise_file
 
         found = recognise_file(path)
         raise CheckpointError(found.what, where=path, hint=found.step)
@@ -262,7 +262,7 @@ def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = 
     def read(name: str) -> Mapping[str, Any] | None:
         return None if path is None else _read_beside(path / name)
 
-    from t5g2convert.checkpoint.recognition import Found, recognise
+    from t5g2convert.checkpoint.other_formats import Found, recognise
 
     if hub is None:
         return recognise(paths, str(path), read)
@@ -286,7 +286,7 @@ def _check_preferred(store: FileStore, config: Mapping[str, Any]) -> None:
         CheckpointError: transformers would load another model.
     """
     if store.has(ADAPTER_FILE):
-        from t5g2convert.checkpoint.recognition import adapter_beside
+        from t5g2convert.checkpoint.other_formats import adapter_beside
 
         found = adapter_beside(lambda name: _read_beside(store.path / name))
         raise CheckpointError(found.what, where=store.path, hint=found.step)

@@ -60,8 +60,8 @@ def demo(
     from t5g2convert.checkpoint.sources import Folders
     from t5g2convert.cli.plan import draw_plan
     from t5g2convert.conversion.convert import execute
+    from t5g2convert.conversion.output.path_rules import check_target
     from t5g2convert.conversion.plan.builder import plan as make_plan
-    from t5g2convert.conversion.write.output_path import check_target
     from t5g2convert.mapping.inspection import inspect
     from t5g2convert.parity.verify import verify
     from t5g2convert.reference.generation import generate

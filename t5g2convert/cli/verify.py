@@ -88,7 +88,7 @@ def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Origi
         UsageError: Both are the same file, or a loader would read one as a part of a model.
     """
     from t5g2convert.checkpoint.hub.open_and_fetch import parse_id
-    from t5g2convert.conversion.write.output_path import check_report
+    from t5g2convert.conversion.output.path_rules import check_report
     from t5g2convert.parity.checks.integrity import READ_BY_LOADERS
 
     if junit is not None and html is not None and junit.resolve() == html.resolve():

@@ -12,15 +12,15 @@ from t5g2convert.checkpoint.hub.snapshot import download_again
 from t5g2convert.checkpoint.sources import Folders, Sources, plain_name
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.options import ConvertOptions, WriteOptions
+from t5g2convert.conversion.output.path_rules import check_not_linked, check_target
+from t5g2convert.conversion.output.staging import Staging
 from t5g2convert.conversion.plan.builder import build_plan, open_sources
 from t5g2convert.conversion.plan.types import Plan
-from t5g2convert.conversion.write.assets import write_assets
 from t5g2convert.conversion.write.computed_tensors import TensorValues
-from t5g2convert.conversion.write.output_path import check_not_linked, check_target
 from t5g2convert.conversion.write.resources import ASSET_BYTES, check_space, disk_space
 from t5g2convert.conversion.write.resume import Journal
 from t5g2convert.conversion.write.shards import Written, write_shards
-from t5g2convert.conversion.write.staging import Staging
+from t5g2convert.conversion.write.small_files import write_assets
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.progress import Progress, silent
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.altered_weights import remarks
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.families.gemma3 import TOWERLESS, is_towerless
 from t5g2convert.checkpoint.families.registry import TARGETS, expected_tensors
@@ -17,11 +18,10 @@ from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published, is_
 from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.file_store import HubOrigin
 from t5g2convert.checkpoint.folder import Checkpoint, refuse_unheld, some
-from t5g2convert.checkpoint.foreign import remarks
 from t5g2convert.checkpoint.hub.open_and_fetch import open_source
 from t5g2convert.mapping.library import map_for
-from t5g2convert.mapping.names import expand
-from t5g2convert.mapping.resolve import find_layout, read_model
+from t5g2convert.mapping.name_patterns import expand
+from t5g2convert.mapping.resolution import find_layout, read_model
 from t5g2convert.mapping.row_resolution import dropped_names
 from t5g2convert.mapping.schema import Row, WeightMap, count_parameters
 

@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from t5g2convert.checkpoint.altered_weights import describe
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor
-from t5g2convert.checkpoint.foreign import describe
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.library import is_shipped
-from t5g2convert.mapping.names import expand, root_of
+from t5g2convert.mapping.name_patterns import expand, root_of
 from t5g2convert.mapping.schema import Drop, WeightMap
 from t5g2convert.mapping.strictyaml import NodePath
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean

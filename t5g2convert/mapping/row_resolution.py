@@ -8,7 +8,7 @@ from t5g2convert.checkpoint.folder import StoredTensor
 from t5g2convert.checkpoint.header import CONFIG_NAMES, TensorEntry
 from t5g2convert.checkpoint.sources import EMBEDDING, SOURCE, Role
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.names import expand, root_of
+from t5g2convert.mapping.name_patterns import expand, root_of
 from t5g2convert.mapping.operations import Size, TakeRows
 from t5g2convert.mapping.problems import Problems
 from t5g2convert.mapping.schema import Drop, Row

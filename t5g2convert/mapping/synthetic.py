@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.file_names import INDEX_FILE, weight_files
 from t5g2convert.checkpoint.header import TensorEntry, encode_header, tensor_bits
-from t5g2convert.mapping.names import expand
+from t5g2convert.mapping.name_patterns import expand
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.source_families import FAMILIES
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.checkpoint.file_names import PROCESSOR_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.names import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
+from t5g2convert.mapping.name_patterns import INDEX_RANGES, index_of, pattern_fault, root_of, unknown_placeholder
 from t5g2convert.mapping.operations import Aligned, ScaledRow, TakeRows, Zeros
 from t5g2convert.mapping.schema import Drop, Row, TokenizerFiles, WeightMap
 from t5g2convert.mapping.source_families import FAMILIES, source_variants

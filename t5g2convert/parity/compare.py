@@ -15,10 +15,10 @@ from t5g2convert.checkpoint.sources import SOURCE, Role, Sources, download_progr
 from t5g2convert.command_options import takes_options
 from t5g2convert.errors import UsageError
 from t5g2convert.parity.batches import Batch, first_tokens
-from t5g2convert.parity.checks.side_by_side import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
 from t5g2convert.parity.measures import Distributions
 from t5g2convert.parity.options import CompareOptions
 from t5g2convert.parity.reports.report import Drift, writable
+from t5g2convert.parity.side_by_side import Pair, Track, advance_side_by_side, both_logits, hidden_memory_run
 from t5g2convert.progress import silent
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.prompts import TextCodec

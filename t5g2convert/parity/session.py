@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.manifest import ChangeRecord, Manifest
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.batches import Inputs
 from t5g2convert.parity.checks.config import main_dtype, tensor_faults
-from t5g2convert.parity.checks.replay import Replay
+from t5g2convert.parity.replay import Replay
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.source_models import SourceModel
 from t5g2convert.progress import Steps

@@ -13,8 +13,8 @@ from t5g2convert.command_options import takes_options
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.interrupts import raise_interruption
 from t5g2convert.parity.batches import Inputs, read_inputs
-from t5g2convert.parity.checks.replay import check_options
 from t5g2convert.parity.options import VerifyOptions
+from t5g2convert.parity.replay import check_options
 from t5g2convert.parity.reports.report import Check, Report, Skipped, record_report
 from t5g2convert.parity.session import COMPUTE_ERRORS, CheckFunction, Verification
 from t5g2convert.parity.suites.base import Suite

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from t5g2convert.checkpoint.header import read_header
-from t5g2convert.conversion.write.recovery import JOURNAL_FILE, STAGING_SUFFIX
+from t5g2convert.conversion.output.recovery import JOURNAL_FILE, STAGING_SUFFIX
 from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert import OutputError, convert
-from t5g2convert.conversion.write.recovery import INSIDE
+from t5g2convert.conversion.output.recovery import INSIDE
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.faults.strace import INJECTED, Call, Run, Tracer

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import OutputError
-from t5g2convert.conversion.write.staging import Staging
+from t5g2convert.conversion.output.staging import Staging
 from tests.faults.scene import SHARD_BYTES, beside, contents
 from tests.outputs import OLD, write_old
 
@@ -33,7 +33,7 @@ main(sys.argv[1:])
 DIES: Final = """
 import os, signal, sys
 from pathlib import Path
-from t5g2convert.conversion.write.staging import Staging
+from t5g2convert.conversion.output.staging import Staging
 
 with Staging(Path(sys.argv[1])) as staging:
     (staging.folder / "model.safetensors").write_bytes(b"half")

@@ -11,7 +11,7 @@ from t5g2convert import CheckpointError, MappingError, plan
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, open_checkpoint
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.mapping.library import find_map
-from t5g2convert.mapping.resolve import resolve
+from t5g2convert.mapping.resolution import resolve
 from t5g2convert.mapping.weightmap import LoadedMap
 
 Tensors = dict[str, StoredTensor]

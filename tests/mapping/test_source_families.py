@@ -5,7 +5,7 @@ import pytest
 from t5g2convert import inspect, plan
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.library import map_for, shipped_maps
-from t5g2convert.mapping.names import INDEX_RANGES
+from t5g2convert.mapping.name_patterns import INDEX_RANGES
 from t5g2convert.mapping.source_families import FAMILIES, source_variants
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from t5g2convert.mapping.template import TARGET_VALUES

@@ -6,7 +6,7 @@ import pytest
 from t5g2convert.checkpoint.families.config_section import SourceModel
 from t5g2convert.errors import MappingError
 from t5g2convert.mapping.library import mappings_folder, shipped_maps
-from t5g2convert.mapping.names import index_of, pattern_fault, root_of
+from t5g2convert.mapping.name_patterns import index_of, pattern_fault, root_of
 from t5g2convert.mapping.schema import PresetSettings, Row, WeightMap
 from t5g2convert.mapping.source_families import FAMILIES, source_variants
 from t5g2convert.mapping.weightmap import did_you_mean, load_map

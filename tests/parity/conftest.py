@@ -11,7 +11,7 @@ from t5g2convert import convert
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.plan.types import Plan
-from t5g2convert.parity.checks.replay import replay_plan
+from t5g2convert.parity.replay import replay_plan
 from t5g2convert.parity.reports.report import Check
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from tests.conftest import TwinFolder
@@ -65,7 +65,7 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
             references[key] = Gemma3Reference(parent, resident=True, **options)
         return references[key]
 
-    monkeypatch.setattr("t5g2convert.parity.checks.replay.replay_plan", replayed)
+    monkeypatch.setattr("t5g2convert.parity.replay.replay_plan", replayed)
     monkeypatch.setattr("t5g2convert.parity.suites.t5gemma2.Gemma3Reference", opened)
     monkeypatch.setattr("t5g2convert.parity.source_models.Gemma3Reference", opened)
 

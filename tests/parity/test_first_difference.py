@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.batches import token_batch
-from t5g2convert.parity.checks.side_by_side import causal_encoder_run, hidden_memory_run
 from t5g2convert.parity.first_difference import ATTENTION, first_difference
+from t5g2convert.parity.side_by_side import causal_encoder_run, hidden_memory_run
 from t5g2convert.reference.attention import Rotation
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.stack import Run

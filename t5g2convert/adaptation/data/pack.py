@@ -29,10 +29,10 @@ from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, 
 from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder, read_tokens
 from t5g2convert.adaptation.options import PackOptions
 from t5g2convert.command_options import takes_options
-from t5g2convert.conversion.write.output_path import check_apart, check_target
-from t5g2convert.conversion.write.ownership import ListedFile
-from t5g2convert.conversion.write.recovery import leftovers
-from t5g2convert.conversion.write.staging import Staging
+from t5g2convert.conversion.output.ownership import ListedFile
+from t5g2convert.conversion.output.path_rules import check_apart, check_target
+from t5g2convert.conversion.output.recovery import leftovers
+from t5g2convert.conversion.output.staging import Staging
 from t5g2convert.errors import DataError, OutputError, UsageError
 
 BATCH_CHARACTERS: Final = 1 << 20

@@ -21,6 +21,7 @@ from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere, raise_first_error
 from t5g2convert.adaptation.train.metrics import Log, Metrics, open_log
 from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
+from t5g2convert.adaptation.train.schedule import is_image_step, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, micro_batches, passes_of, task_names
 from t5g2convert.errors import DataError, T5g2Error
@@ -165,19 +166,19 @@ def _update(engine: "Fabric", state: State, settings: Settings, step: int, sums:
         # All processes see the same norm.
         raise error if engine.global_rank == 0 else ReportedElsewhere(error.exit_code)
     for group in state.optimizer.param_groups:
-        group["lr"] = settings.rate(step)
+        group["lr"] = learning_rate(settings, step)
     state.optimizer.step()
     state.optimizer.zero_grad()
     present = [number for number in range(count) if labels[number]]
     tokens = int(values[-1] + total)
     return Metrics(
         step=step + 1,
-        kind="images" if settings.is_image_step(step) else "text",
+        kind="images" if is_image_step(settings, step) else "text",
         loss=sum(losses) / total,
         tasks={sums.names[number]: losses[number] / labels[number] for number in present},
         labels={sums.names[number]: int(labels[number]) for number in present},
         grad_norm=norm,
-        lr=settings.rate(step),
+        lr=learning_rate(settings, step),
         tokens=tokens,
         tokens_per_second=tokens / max(time.perf_counter() - sums.started, 1e-9),
     )

@@ -5,7 +5,6 @@ The command line, the Python API and run.json all read this model. Options that 
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -177,22 +176,6 @@ class Settings(CommandOptions):
             elif name != "beta2":
                 document[name] = value
         return document
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0: linear warmup, then half a cosine to the floor."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (self.lr_floor + (1 - self.lr_floor) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
-
-    def is_image_step(self, step: int) -> bool:
-        """Return whether a step uses documents with images: the last of every `image_every`."""
-        return self.image_every is not None and (step + 1) % self.image_every == 0
-
-    def first_sample(self, step: int) -> int:
-        """Return the first sample of a step, counted among the samples of its kind."""
-        images = 0 if self.image_every is None else step // self.image_every
-        return (images if self.is_image_step(step) else step - images) * self.samples
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

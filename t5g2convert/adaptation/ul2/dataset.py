@@ -21,6 +21,7 @@ from t5g2convert.adaptation.data.images import pixel_values
 from t5g2convert.adaptation.data.packed import ImageDocument, Packed
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.train.loss import IGNORED
+from t5g2convert.adaptation.train.schedule import first_sample, is_image_step
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import Example, Frame, corrupt, split_prefix
 from t5g2convert.adaptation.ul2.mixture import Task
@@ -57,7 +58,7 @@ def micro_batches(settings: Settings, *, rank: int, world: int, micro: int, star
     for step in range(start, settings.steps):
         for number in range(passes):
             slots = [rank + world * (number * micro + slot) for slot in range(micro)]
-            first = settings.first_sample(step)
+            first = first_sample(settings, step)
             counted = tuple(slot < settings.samples for slot in slots)
             chosen = tuple(first + (slot if counts else 0) for slot, counts in zip(slots, counted, strict=True))
             yield MicroBatch(step, chosen, counted)
@@ -96,7 +97,7 @@ class UL2Dataset(Dataset[Batch]):
 
     def __getitem__(self, chosen: MicroBatch) -> Batch:
         """Return the batch of a micro-batch; see `collate`."""
-        if self.settings.is_image_step(chosen.step):
+        if is_image_step(self.settings, chosen.step):
             documents = [self.document(i) for i in chosen.samples]
             examples = [self.image(document) for document in documents]
             paths = [path for document in documents for path in document.images]

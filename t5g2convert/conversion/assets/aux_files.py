@@ -27,7 +27,7 @@ from t5g2convert.conversion.assets.tokenizer import (
     tokenizer_config,
 )
 from t5g2convert.errors import CheckpointError
-from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.resolution import Resolution
 from t5g2convert.mapping.schema import TokenizerFiles, WeightMap
 from t5g2convert.mapping.template import fill
 

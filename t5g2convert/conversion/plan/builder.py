@@ -35,7 +35,7 @@ from t5g2convert.conversion.plan.types import (
 from t5g2convert.conversion.plan.vocabulary import check_names
 from t5g2convert.errors import CheckpointError, MappingError
 from t5g2convert.mapping.library import find_map, map_for
-from t5g2convert.mapping.resolve import Resolution, resolve
+from t5g2convert.mapping.resolution import Resolution, resolve
 from t5g2convert.mapping.row_resolution import Resolved
 from t5g2convert.mapping.schema import WeightMap, count_parameters
 from t5g2convert.mapping.stack_sources import StackSources

@@ -11,7 +11,7 @@ from t5g2convert.conversion.options import PlanOptions, parse_rope_scaling
 from t5g2convert.conversion.plan.drafts import Draft
 from t5g2convert.conversion.plan.types import Change
 from t5g2convert.errors import MappingError
-from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.resolution import Resolution
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 

@@ -16,9 +16,9 @@ from t5g2convert.conversion.plan.types import (
 )
 from t5g2convert.conversion.plan.vocabulary import shared_rows
 from t5g2convert.errors import CheckpointError
-from t5g2convert.mapping.names import expand
+from t5g2convert.mapping.name_patterns import expand
 from t5g2convert.mapping.operations import Aligned, Copy, ScaledRow, TakeRows, Zeros
-from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.resolution import Resolution
 from t5g2convert.mapping.row_resolution import Resolved
 from t5g2convert.mapping.schema import WeightMap
 

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.altered_weights import remarks
 from t5g2convert.checkpoint.families import t5gemma, t5gemma2
 from t5g2convert.checkpoint.families.gemma3 import TOWERLESS, is_towerless
 from t5g2convert.checkpoint.families.registry import target_of
 from t5g2convert.checkpoint.file_names import INDEX_FILE
 from t5g2convert.checkpoint.folder import some
-from t5g2convert.checkpoint.foreign import remarks
 from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, Role, named
 from t5g2convert.conversion.assets.generation_config import given_generation
@@ -20,7 +20,7 @@ from t5g2convert.conversion.plan.layer_spec import with_full_attention, written
 from t5g2convert.conversion.plan.types import Change
 from t5g2convert.conversion.plan.vocabulary import has_names
 from t5g2convert.mapping.problems import flag
-from t5g2convert.mapping.resolve import SUBJECTS, Resolution
+from t5g2convert.mapping.resolution import SUBJECTS, Resolution
 from t5g2convert.mapping.row_resolution import ResolvedDrop
 from t5g2convert.mapping.schema import WeightMap
 

@@ -18,9 +18,9 @@ from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.checkpoint.tokenizer.ids_in_use import IdsInUse, UsedId
 from t5g2convert.checkpoint.tokenizer.special_ids import IMAGE_IDS, config_ids, generation_ids
 from t5g2convert.errors import CheckpointError
-from t5g2convert.mapping.names import expand, root_of
+from t5g2convert.mapping.name_patterns import expand, root_of
 from t5g2convert.mapping.operations import TakeRows
-from t5g2convert.mapping.resolve import SUBJECTS, read_model
+from t5g2convert.mapping.resolution import SUBJECTS, read_model
 from t5g2convert.mapping.schema import WeightMap
 
 IMAGE_VALUES: Final = ("boi_token_index", "eoi_token_index", "image_token_index")

@@ -9,7 +9,7 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.sources import SOURCE, VISION_FROM, Role
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.errors import CheckpointError, MappingError
-from t5g2convert.mapping.resolve import Resolution
+from t5g2convert.mapping.resolution import Resolution
 from t5g2convert.mapping.schema import WeightMap
 
 MOST_RENAMED: Final = 0.01

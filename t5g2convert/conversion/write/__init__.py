@@ -1,1 +1,1 @@
-"""Writing a planned output: shards, the other files, and the staging folder."""
+"""Writing what a plan describes: shards, computed tensors and the small files, copied, hashed and resumed."""

@@ -19,8 +19,8 @@ from typing import Final
 
 from t5g2convert.checkpoint.atomic_write import clear, usual_mode
 from t5g2convert.checkpoint.file_store import sha256_of
+from t5g2convert.conversion.output.recovery import JOURNAL_FILE
 from t5g2convert.conversion.plan.types import Plan, Shard
-from t5g2convert.conversion.write.recovery import JOURNAL_FILE
 from t5g2convert.errors import OutputError
 from t5g2convert.version import __version__
 

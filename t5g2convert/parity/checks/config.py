@@ -16,9 +16,9 @@ from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_object
 from t5g2convert.checkpoint.header import CONFIG_NAMES
 from t5g2convert.errors import CheckpointError
-from t5g2convert.parity.checks.token_ids import special_faults
 from t5g2convert.parity.reports.report import Check, failed_check
 from t5g2convert.parity.source_models import StackSettings
+from t5g2convert.parity.token_ids import special_faults
 
 SHARED = (
     "attention_bias", "attention_dropout", "attn_logit_softcapping", "bos_token_id", "eos_token_id",

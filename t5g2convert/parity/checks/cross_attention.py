@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from t5g2convert.parity.batches import Batch
-from t5g2convert.parity.checks.side_by_side import Pair, Track, causal_encoder_run, walk
 from t5g2convert.parity.checks.text import judge_decoder, judge_encoder
 from t5g2convert.parity.first_difference import first_difference
 from t5g2convert.parity.measures import Difference
 from t5g2convert.parity.reports.report import Check, Drift
+from t5g2convert.parity.side_by_side import Pair, Track, causal_encoder_run, walk
 from t5g2convert.reference.attention import Rotation
 from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.layers import GemmaLayer

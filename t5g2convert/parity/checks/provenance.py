@@ -12,15 +12,15 @@ from t5g2convert.checkpoint.folder import Checkpoint, some
 from t5g2convert.checkpoint.manifest import Manifest
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, Folders, Role, role_in
 from t5g2convert.conversion.plan.types import ContentKind, Plan
-from t5g2convert.parity.checks.manifest_check import (
+from t5g2convert.parity.checks.provenance_bytes import Comparison, compare_bytes
+from t5g2convert.parity.checks.provenance_manifest import (
     file_faults,
     header_faults,
     manifest_faults,
     mapping_faults,
     weights_faults,
 )
-from t5g2convert.parity.checks.replay import Replay
-from t5g2convert.parity.checks.stored_bytes import Comparison, compare_bytes
+from t5g2convert.parity.replay import Replay
 from t5g2convert.parity.reports.report import Check, failed_check
 from t5g2convert.parity.source_models import SourceModel
 

@@ -7,7 +7,9 @@ from functools import partial
 import torch
 
 from t5g2convert.parity.batches import Batch, ImageBatch
-from t5g2convert.parity.checks.side_by_side import (
+from t5g2convert.parity.measures import Difference, Distributions
+from t5g2convert.parity.reports.report import Check
+from t5g2convert.parity.side_by_side import (
     Pair,
     Track,
     both_logits,
@@ -17,8 +19,6 @@ from t5g2convert.parity.checks.side_by_side import (
     normed_states,
     walk,
 )
-from t5g2convert.parity.measures import Difference, Distributions
-from t5g2convert.parity.reports.report import Check
 from t5g2convert.reference.gemma3 import Gemma3Reference, image_blocks
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference

@@ -24,8 +24,8 @@ from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, read_json_file, read_json_if_there, read_json_object
 from t5g2convert.checkpoint.manifest import Manifest, TokenRecord
 from t5g2convert.checkpoint.sources import VISION_FROM, Folders
-from t5g2convert.parity.checks.token_ids import token_faults
 from t5g2convert.parity.reports.report import Check, failed_check
+from t5g2convert.parity.token_ids import token_faults
 
 UNCHANGED: Final = (SPECIAL_TOKENS_FILE, TEMPLATE_FILE, OLDER_TEMPLATE_FILE)
 

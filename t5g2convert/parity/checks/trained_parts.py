@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
-from t5g2convert.parity.checks.movement import Movement, by_layer, combined
+from t5g2convert.parity.movement import Movement, by_layer, combined
 from t5g2convert.parity.reports.report import Check
 
 PARTS: Final = ("vision", "projector", "embedding", "encoder", "decoder")

@@ -12,7 +12,7 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest
 from t5g2convert.printable import printable
 
 if TYPE_CHECKING:
-    from t5g2convert.parity.checks.movement import Movement
+    from t5g2convert.parity.movement import Movement
 
 
 def writable(node: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any, Final
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, read_t5gemma2
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.parity.checks.config import flatten, judge_settings
-from t5g2convert.parity.checks.replay import replay_training
 from t5g2convert.parity.checks.runs import judge_runs
+from t5g2convert.parity.replay import replay_training
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import Verification
 from t5g2convert.parity.source_models import T5Gemma2Source

@@ -14,11 +14,11 @@ from t5g2convert.checkpoint.manifest import ChangeRecord, Manifest
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.checks.integrity import judge_integrity, unreadable_manifest
-from t5g2convert.parity.checks.manifest_check import maker_remarks
 from t5g2convert.parity.checks.provenance import judge_provenance
-from t5g2convert.parity.checks.replay import Replay
+from t5g2convert.parity.checks.provenance_manifest import maker_remarks
 from t5g2convert.parity.checks.tokenizer import has_tokenizer_files, judge_copied_tokenizer
 from t5g2convert.parity.checks.vision import judge_vision
+from t5g2convert.parity.replay import Replay
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import CheckFunction, Verification
 from t5g2convert.parity.source_models import SourceModel

@@ -18,12 +18,12 @@ from t5g2convert.checkpoint.families.t5gemma2 import (
 )
 from t5g2convert.parity.batches import ImageBatch
 from t5g2convert.parity.checks.config import SHARED, flatten, generation_faults, judge_settings
-from t5g2convert.parity.checks.replay import replay_conversion
 from t5g2convert.parity.checks.runs import judge_dependence
-from t5g2convert.parity.checks.side_by_side import Pair, Track, advance_side_by_side, hidden_memory_run
 from t5g2convert.parity.checks.text import judge_decoder, judge_encoder
+from t5g2convert.parity.replay import replay_conversion
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import Shared, Verification
+from t5g2convert.parity.side_by_side import Pair, Track, advance_side_by_side, hidden_memory_run
 from t5g2convert.parity.source_models import T5Gemma2Source
 from t5g2convert.parity.suites.base import (
     NO_IMAGES,

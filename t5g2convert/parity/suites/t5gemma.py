@@ -10,9 +10,9 @@ from t5g2convert.checkpoint.file_names import TOKENIZER_FILES
 from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.parity.checks.config import SHARED, flatten, generation_faults, judge_settings
 from t5g2convert.parity.checks.cross_attention import judge_first_generation
-from t5g2convert.parity.checks.replay import replay_conversion
 from t5g2convert.parity.checks.runs import judge_runs
 from t5g2convert.parity.checks.tokenizer import judge_copied_files, template_names
+from t5g2convert.parity.replay import replay_conversion
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import Shared, Verification
 from t5g2convert.parity.source_models import Gemma2Source

@@ -8,10 +8,10 @@ from torch import Tensor
 from t5g2convert.checkpoint.families.gemma3 import MULTIMODAL, TEXT_ONLY
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, read_t5gemma2
 from t5g2convert.parity.checks.config import generation_faults, judge_config
-from t5g2convert.parity.checks.replay import replay_conversion
 from t5g2convert.parity.checks.runs import judge_runs
 from t5g2convert.parity.checks.text import ExpectedStack, ExpectedStacks, judge_text
 from t5g2convert.parity.checks.tokenizer import has_tokenizer_files, judge_tokenizer
+from t5g2convert.parity.replay import replay_conversion
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import Shared, Verification
 from t5g2convert.parity.source_models import Gemma3Source, taken_layers

@@ -20,11 +20,11 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.sources import SOURCE, Sources, download_progress
 from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.checks.config import tensor_faults
-from t5g2convert.parity.checks.movement import Movement, differing, movements
 from t5g2convert.parity.checks.resaved_config import judge_resaved_config, meaning
 from t5g2convert.parity.checks.resaved_tokenizer import READ, judge_resaved_tokenizer
 from t5g2convert.parity.checks.runs import judge_dependence, judge_runs
 from t5g2convert.parity.checks.trained_parts import NONE, PARTS, TRAINED, judge_part, layer_of
+from t5g2convert.parity.movement import Movement, differing, movements
 from t5g2convert.parity.reports.report import Check, Skipped, failed_check
 from t5g2convert.parity.session import Shared, Verification
 from t5g2convert.parity.source_models import SourceModel

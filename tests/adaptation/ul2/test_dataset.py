@@ -11,6 +11,7 @@ from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.train.forecast import forecast
 from t5g2convert.adaptation.train.loss import IGNORED
 from t5g2convert.adaptation.train.preflight import prepare
+from t5g2convert.adaptation.train.schedule import is_image_step
 from t5g2convert.adaptation.train.settings import Settings, differences
 from t5g2convert.adaptation.ul2.corruption import Example
 from t5g2convert.adaptation.ul2.dataset import (
@@ -110,7 +111,7 @@ def test_all_processes_together_take_every_sample_once(world: int, micro: int, e
         for place in mine:
             assert len(place.samples) == micro
             counted = [i for i, counts in zip(place.samples, place.counted, strict=True) if counts]
-            taken[settings.is_image_step(place.step)] += counted
+            taken[is_image_step(settings, place.step)] += counted
     assert len(passes) == 1
     images = 0 if every is None else 7 // every
     assert sorted(taken[True]) == list(range(10 * images))
@@ -125,14 +126,6 @@ def test_a_run_that_goes_on_takes_what_it_would_have_taken() -> None:
     ]
     assert every[0] == MicroBatch(0, (1, 3, 5), (True, True, True))
     assert every[1] == MicroBatch(0, (7, 9, 0), (True, True, False))
-
-
-def test_the_rate_rises_in_a_line_and_falls_to_the_floor() -> None:
-    settings = make(steps=300, warmup=100, lr=1.0, lr_floor=0.2)
-    assert [settings.rate(step) for step in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1.0, 1.0])
-    assert settings.rate(200) == pytest.approx(0.6)
-    assert settings.rate(299) == pytest.approx(0.2, abs=1e-3)
-    assert make(warmup=0).rate(0) == make().lr
 
 
 def test_settings_are_told_apart_by_their_sha256() -> None:

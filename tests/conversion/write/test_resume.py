@@ -14,7 +14,7 @@ import pytest
 
 from t5g2convert import CheckpointError, OutputError, T5g2Error, UsageError, VerificationError, convert, plan
 from t5g2convert.checkpoint.file_store import sha256_of
-from t5g2convert.conversion.write.recovery import JOURNAL_FILE, STAGING_SUFFIX
+from t5g2convert.conversion.output.recovery import JOURNAL_FILE, STAGING_SUFFIX
 from t5g2convert.errors import Interrupted
 from tests.contents import contents
 

@@ -16,9 +16,9 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.manifest import Manifest, read_manifest
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.plan.types import Plan
-from t5g2convert.parity.checks import stored_bytes
+from t5g2convert.parity.checks import provenance_bytes
 from t5g2convert.parity.checks.provenance import judge_provenance
-from t5g2convert.parity.checks.replay import Replay, replay_plan
+from t5g2convert.parity.replay import Replay, replay_plan
 from t5g2convert.parity.reports.report import Check
 from t5g2convert.parity.source_models import Gemma3Source
 from tests.conftest import TwinFolder
@@ -85,9 +85,9 @@ def made(twin_folder: TwinFolder, tmp_path: Path) -> Make:
 # Sound conversions
 
 
-@pytest.mark.parametrize("piece", [ROW, 1000, stored_bytes.PIECE_BYTES])
+@pytest.mark.parametrize("piece", [ROW, 1000, provenance_bytes.PIECE_BYTES])
 def test_pieces_of_any_size_find_the_same(piece: int, made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_bytes, "PIECE_BYTES", piece)
+    monkeypatch.setattr(provenance_bytes, "PIECE_BYTES", piece)
     check = made().judge()
     assert check.passed, check.offenders
 
@@ -119,7 +119,7 @@ def test_casts_are_computed_anew(
     name: str, dtype: str, rounded: bool, piece: int, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cast = made(name, dtype=dtype)
-    monkeypatch.setattr(stored_bytes, "PIECE_BYTES", piece)
+    monkeypatch.setattr(provenance_bytes, "PIECE_BYTES", piece)
     check = cast.judge()
     assert check.passed, check.offenders
     assert ("of the source were rounded" in check.detail) == rounded
@@ -146,7 +146,7 @@ def test_what_is_read_anew_is_the_sources_layout_of_today(made: Make, tmp_path: 
 def test_V1_one_bit_anywhere_in_a_tensor_names_its_element(
     name: str, piece: int, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_bytes, "PIECE_BYTES", piece)
+    monkeypatch.setattr(provenance_bytes, "PIECE_BYTES", piece)
     sound = made()
     shape = open_checkpoint(sound.output).tensors[name].entry.shape
     count = int(torch.tensor(shape).prod())
@@ -171,7 +171,7 @@ def test_zeros_that_are_none_are_found(made: Make) -> None:
 
 
 def test_every_faulty_tensor_is_listed_once(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored_bytes, "PIECE_BYTES", ROW)
+    monkeypatch.setattr(provenance_bytes, "PIECE_BYTES", ROW)
     faulty = made()
     names = [f"model.{part}.layers.{layer}.mlp.up_proj.weight" for part in ("encoder", "decoder") for layer in (1, 4)]
     for name in names:

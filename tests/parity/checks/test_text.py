@@ -14,7 +14,9 @@ from torch.nn import functional
 from t5g2convert import CheckpointError
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.batches import Batch, ImageBatch, image_ids, pixels, token_batch
-from t5g2convert.parity.checks.side_by_side import (
+from t5g2convert.parity.checks.text import ExpectedStacks, judge_text
+from t5g2convert.parity.reports.report import Check
+from t5g2convert.parity.side_by_side import (
     Pair,
     Track,
     advance_side_by_side,
@@ -22,8 +24,6 @@ from t5g2convert.parity.checks.side_by_side import (
     causal_encoder_run,
     hidden_memory_run,
 )
-from t5g2convert.parity.checks.text import ExpectedStacks, judge_text
-from t5g2convert.parity.reports.report import Check
 from t5g2convert.reference import stack
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
@@ -288,7 +288,7 @@ def test_without_a_trace_no_layer_runs_twice(models: Open, monkeypatch: pytest.M
     def refuse(*_: object) -> str:
         raise AssertionError("a second run was asked for")
 
-    monkeypatch.setattr("t5g2convert.parity.checks.side_by_side.first_difference", refuse)
+    monkeypatch.setattr("t5g2convert.parity.side_by_side.first_difference", refuse)
     expected = both.source.start(both.batch.ids_BT, both.batch.kept_BT)
     pair = Pair(expected, hidden_memory_run(both.target, both.batch), both.batch.kept_BT)
     track = Track("decoder", both.target.decoder, [pair])

@@ -20,8 +20,7 @@ from typing import Final, Self
 from t5g2convert.checkpoint.atomic_write import clear, flush_folder, lock_folder, usual_mode
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
-from t5g2convert.conversion.write.output_path import check_vacant
-from t5g2convert.conversion.write.ownership import (
+from t5g2convert.conversion.output.ownership import (
     Listing,
     Snapshot,
     check_ours,
@@ -29,7 +28,8 @@ from t5g2convert.conversion.write.ownership import (
     manifest_listing,
     take_snapshot,
 )
-from t5g2convert.conversion.write.recovery import (
+from t5g2convert.conversion.output.path_rules import check_vacant
+from t5g2convert.conversion.output.recovery import (
     INSIDE,
     JOURNAL_FILE,
     MOVES_FILE,

@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from t5g2convert.checkpoint.altered_weights import check_plain, describe
 from t5g2convert.checkpoint.families.config_section import SourceModel, describe_model_type
 from t5g2convert.checkpoint.folder import Checkpoint, refuse_unheld, some
-from t5g2convert.checkpoint.foreign import check_plain, describe
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, STACKS, VISION_FROM, Role, role_of
 from t5g2convert.errors import CheckpointError, MappingError
-from t5g2convert.mapping.names import expand, root_of
+from t5g2convert.mapping.name_patterns import expand, root_of
 from t5g2convert.mapping.problems import Problems, flag, refuse_overlaps
 from t5g2convert.mapping.row_resolution import (
     Resolved,

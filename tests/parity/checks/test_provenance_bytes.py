@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from t5g2convert.checkpoint.header import read_header
-from t5g2convert.parity.checks.stored_bytes import StoredNumbers, repeats
+from t5g2convert.parity.checks.provenance_bytes import StoredNumbers, repeats
 
 
 def stored(path: Path, values: torch.Tensor) -> StoredNumbers:

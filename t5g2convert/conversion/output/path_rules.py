@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from t5g2convert.checkpoint.folder import scheme_of
-from t5g2convert.conversion.write.ownership import Listing, check_ours, check_own_folder, manifest_listing
-from t5g2convert.conversion.write.recovery import INSIDE, WorkFolders, leftovers, real_path
+from t5g2convert.conversion.output.ownership import Listing, check_ours, check_own_folder, manifest_listing
+from t5g2convert.conversion.output.recovery import INSIDE, WorkFolders, leftovers, real_path
 from t5g2convert.errors import OutputError
 
 MAX_LINKS: Final = 40

@@ -14,7 +14,7 @@ from t5g2convert.adaptation.export import export
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.cli.demo import build_demo_source
-from t5g2convert.parity.checks.token_ids import special_faults, table_rows, token_faults
+from t5g2convert.parity.token_ids import special_faults, table_rows, token_faults
 from tests.adaptation.runs import FACTS, text_only, trained_from, write_checkpoint
 from tests.checkpoint.tokenizer.test_ids_in_use import sentencepiece
 from tests.conftest import TwinFolder

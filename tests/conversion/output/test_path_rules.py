@@ -12,9 +12,9 @@ from typing import Final
 import pytest
 
 from t5g2convert import OutputError, UsageError, convert
-from t5g2convert.conversion.write.output_path import check_target, is_mount_point
-from t5g2convert.conversion.write.recovery import WorkFolders
-from t5g2convert.conversion.write.staging import Staging
+from t5g2convert.conversion.output.path_rules import check_target, is_mount_point
+from t5g2convert.conversion.output.recovery import WorkFolders
+from t5g2convert.conversion.output.staging import Staging
 from tests.outputs import OLD, manifest_of, write_old
 
 NOBODY: Final = 65534

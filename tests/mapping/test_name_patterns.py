@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5g2convert.mapping.names import INDEX_RANGES, expand, index_of, pattern_fault, placeholders, root_of
+from t5g2convert.mapping.name_patterns import INDEX_RANGES, expand, index_of, pattern_fault, placeholders, root_of
 
 ROOTS = {"text": "model.", "vision": "tower."}
 DIMS = {"layers": 3, "vision_layers": 2}

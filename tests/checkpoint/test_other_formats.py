@@ -10,7 +10,7 @@ import pytest
 
 from t5g2convert import plan
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.recognition import FORMATS, spelling_hint
+from t5g2convert.checkpoint.other_formats import FORMATS, spelling_hint
 from t5g2convert.errors import CheckpointError
 
 CONFIG: Final = '{"model_type": "gemma3_text"}'

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from t5g2convert import CheckpointError, MappingError, convert, plan
 from t5g2convert.mapping.library import find_map
-from t5g2convert.mapping.names import expand
+from t5g2convert.mapping.name_patterns import expand
 from t5g2convert.mapping.schema import Row
 
 Tensors = dict[str, torch.Tensor]

@@ -15,11 +15,11 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import CheckpointError, OutputError, T5g2Error, convert, plan
+from t5g2convert.conversion.output.path_rules import check_target
+from t5g2convert.conversion.output.recovery import OLD_SUFFIX, REMOVED_SUFFIX, STAGING_SUFFIX
+from t5g2convert.conversion.output.staging import JOURNAL_FILE, Staging
 from t5g2convert.conversion.plan.builder import build_plan
-from t5g2convert.conversion.write.output_path import check_target
-from t5g2convert.conversion.write.recovery import OLD_SUFFIX, REMOVED_SUFFIX, STAGING_SUFFIX
 from t5g2convert.conversion.write.resources import free_bytes
-from t5g2convert.conversion.write.staging import JOURNAL_FILE, Staging
 from t5g2convert.errors import Interrupted
 from tests.contents import contents
 from tests.outputs import OLD, write_old
@@ -567,7 +567,7 @@ def test_O6_the_refused_one_leaves_the_parents_of_the_first(tmp_path: Path) -> N
 HOLDER: Final = """
 import sys
 from pathlib import Path
-from t5g2convert.conversion.write.staging import Staging
+from t5g2convert.conversion.output.staging import Staging
 
 with Staging(Path(sys.argv[1])) as staging:
     (staging.folder / "half").write_text("written")

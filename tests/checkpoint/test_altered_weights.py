@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import convert, inspect, plan
-from t5g2convert.checkpoint.foreign import NAMES, quantisation
+from t5g2convert.checkpoint.altered_weights import NAMES, quantisation
 from t5g2convert.checkpoint.header import BITS, read_header
 from t5g2convert.errors import CheckpointError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from t5g2convert.checkpoint.atomic_write import flush_folder
-from t5g2convert.conversion.write.ownership import check_own_folder
+from t5g2convert.conversion.output.ownership import check_own_folder
 from t5g2convert.errors import OutputError
 
 STAGING_SUFFIX: Final = ".t5g2-staging"

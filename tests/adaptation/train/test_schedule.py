@@ -1,0 +1,31 @@
+import pytest
+
+from t5g2convert.adaptation.train.schedule import first_sample, is_image_step, learning_rate
+from t5g2convert.adaptation.train.settings import Settings
+from tests.adaptation.runs import SETTINGS
+
+
+def changed(**changes: object) -> Settings:
+    return SETTINGS.model_copy(update=changes)
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_to_the_floor() -> None:
+    settings = changed(steps=300, warmup=100, lr=1.0, lr_floor=0.2)
+    assert [learning_rate(settings, step) for step in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1.0, 1.0])
+    assert learning_rate(settings, 200) == pytest.approx(0.6)
+    assert learning_rate(settings, 299) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_without_warmup_the_first_step_has_the_peak() -> None:
+    assert learning_rate(changed(warmup=0), 0) == SETTINGS.lr
+
+
+@pytest.mark.parametrize("every", [None, 1, 3])
+def test_each_kind_of_step_goes_through_its_own_samples(every: int | None) -> None:
+    settings = changed(image_every=every)
+    next_sample = {False: 0, True: 0}
+    for step in range(10):
+        kind = is_image_step(settings, step)
+        assert kind == (every is not None and step % every == every - 1)
+        assert first_sample(settings, step) == next_sample[kind]
+        next_sample[kind] += settings.samples
