@@ -50,7 +50,7 @@ $(OLDEST)/.installed:
 	@touch $@
 
 test-keras: $(INSTALLED) $(KERAS)/.installed  ## keras-hub, on torch, loads conversions and computes the same
-	T5G2_KERAS_PYTHON=$(CURDIR)/$(KERAS)/bin/python $(BIN)/python -m pytest tests/test_keras.py
+	T5G2_KERAS_PYTHON=$(CURDIR)/$(KERAS)/bin/python $(BIN)/python -m pytest tests/interop/test_keras.py
 
 # keras-hub without its dependencies: TensorFlow and Kaggle's clients, which loading a folder onto torch does without.
 $(KERAS)/.installed: constraints.txt

@@ -17,7 +17,7 @@ from t5g2convert import convert
 from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import WeightMap
-from tests import small_shards as small_shards
+from tests.processes import small_shards as small_shards
 
 # Generated cases are the same in every run; a failure can be had again.
 settings.register_profile("t5g2", derandomize=True, deadline=None)
@@ -77,7 +77,7 @@ def twin_folder(shared_folder: Path) -> TwinFolder:
 
     def write(name: str, folder: Path) -> None:
         # Imported here: transformers takes seconds, and most tests do without.
-        from tests.twins import BY_NAME, write_twin
+        from tests.models.twins import BY_NAME, write_twin
 
         write_twin(BY_NAME[name], folder)
 

@@ -18,7 +18,7 @@ from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.mapping.library import find_map, mappings_folder
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.cli.commandline import CommandLine, Result
-from tests.memory import memory_limit
+from tests.processes.memory import memory_limit
 
 ATTACKS = Path(__file__).parent / "attacks"
 EXPECTED = yaml.safe_load((ATTACKS / "expected.yaml").read_text())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.hub_server import running
+from tests.hub.server import running
 from tests.publish.scene import Scene
 
 SOURCE: Final = "google/gemma-3-tiny"

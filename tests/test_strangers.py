@@ -18,7 +18,7 @@ from t5g2convert.adaptation.export import export, export_checkpoint
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.errors import T5g2Error
 from tests.adaptation.runs import FACTS, text_only, trained_from, write_checkpoint, write_run
-from tests.outputs import write_old
+from tests.folders import write_old
 
 State = dict[str, tuple[int, int, bytes]]
 

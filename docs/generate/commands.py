@@ -25,7 +25,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "mappings check": ("t5g2 mappings check gemma3 --against gemma-3-4b-pt",),
     "mappings schema": ("t5g2 mappings schema > weight-map.schema.json",),
 }
-"""Example commands; tests/test_docs.py runs them."""
+"""Example commands; tests/project/test_docs.py runs them."""
 
 
 def command_page(name: str, command: Any) -> str:

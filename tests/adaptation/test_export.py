@@ -29,7 +29,7 @@ from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, Verifica
 from t5g2convert.mapping.inspection import Inspection, inspect
 from tests.adaptation.runs import FACTS, SHARD, text_only, trained_from, write_by_two, write_checkpoint, write_run
 from tests.conftest import TwinFolder
-from tests.contents import contents
+from tests.folders import contents
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-from tests.forked import Preload, python
+from tests.processes.forked import Preload, python
 
 OPTIONS = (
     "--lr", "4e-3", "--steps", "60", "--encoder-length", "64", "--decoder-length", "64", "--batch-tokens", "512",

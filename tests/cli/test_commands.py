@@ -14,7 +14,7 @@ from t5g2convert.conversion.write.resources import ASSET_BYTES
 from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine, Result
 from tests.conftest import TwinFolder
-from tests.contents import contents
+from tests.folders import contents
 
 PARTS: Final = ["embedding", "encoder", "decoder", "vision", "projector"]
 WIDTHS: Final = {"BF16": 2, "F16": 2, "F32": 4}

@@ -10,8 +10,8 @@ from typing import Final
 import pytest
 
 from t5g2convert.cli.main import COMMANDS
-from tests.forked import run_t5g2
-from tests.test_package import HEAVY, loaded_after, modules_after
+from tests.processes.forked import run_t5g2
+from tests.project.test_package import HEAVY, loaded_after, modules_after
 
 COMMAND: Final = [sys.executable, "-m", "t5g2convert"]
 

@@ -17,8 +17,8 @@ from t5g2convert.cli import doctor as module
 from t5g2convert.errors import OutputError, T5g2Error, UsageError
 from t5g2convert.version import __version__
 from tests.cli.commandline import CommandLine
-from tests.forked import python, run_t5g2
-from tests.hub_server import Hub, running
+from tests.hub.server import Hub, running
+from tests.processes.forked import python, run_t5g2
 
 TOKEN = "hf_doctorsecretdoctorsecretdoctor"
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]

@@ -17,7 +17,7 @@ from t5g2convert.reference.prompts import TextCodec, picture
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.cli.commandline import CommandLine, assert_one_line_error
 from tests.conftest import TwinFolder
-from tests.overflowing import make_overflow
+from tests.models.overflowing import make_overflow
 from tests.reference.models import loaded
 
 PROMPT = "Tell me a story"

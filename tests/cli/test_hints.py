@@ -20,7 +20,7 @@ from t5g2convert.cli.command import load
 from t5g2convert.cli.main import COMMANDS
 from tests.cli.commandline import CommandLine, Result
 from tests.conftest import TwinFolder
-from tests.overflowing import make_overflow
+from tests.models.overflowing import make_overflow
 
 PACKAGE: Final = Path(t5g2convert.__file__).parent
 PLANNED: Final = ("plan", "convert")

@@ -19,9 +19,9 @@ from t5g2convert.checkpoint.hub.range_requests import FIRST_BYTES
 from t5g2convert.checkpoint.hub.snapshot import SMALL_BYTES
 from t5g2convert.checkpoint.manifest import seal
 from tests.conftest import TwinFolder
-from tests.contents import contents
-from tests.forked import run_t5g2
-from tests.hub_server import Fault, Hub, running
+from tests.folders import contents
+from tests.hub.server import Fault, Hub, running
+from tests.processes.forked import run_t5g2
 
 REPO: Final = "google/gemma-demo"
 TOKEN: Final = "hf_thetokenofthecommandline"
@@ -241,7 +241,7 @@ def test_only_the_shards_with_the_layers_of_the_decoders_parent_are_fetched(
 def test_a_graft_is_judged_without_the_shard_of_a_projector_that_it_does_not_have(
     scene: Scene, twin_folder: TwinFolder
 ) -> None:
-    from tests.twins import split_off
+    from tests.models.twins import split_off
 
     source = twin_folder("text-8")
     _, shard = split_off(twin_folder("donor-wide"), scene.folder / "donor", "mm_input_projection_weight")

@@ -17,8 +17,8 @@ from t5g2convert.errors import Interrupted
 from t5g2convert.mapping.library import mappings_folder
 from t5g2convert.version import __version__
 from tests.cli.commandline import CommandLine, Result, unsafe
-from tests.forked import run_t5g2
-from tests.outputs import OLD, write_old
+from tests.folders import OLD, write_old
+from tests.processes.forked import run_t5g2
 
 HOSTILE: Final = {
     "ansi": "\x1b[31mred",
@@ -576,7 +576,7 @@ def test_head_gets_its_line(demo_source: Path) -> None:
 
 SLOW_WRITES: Final = """
 import os, sys, time
-import tests.small_shards
+import tests.processes.small_shards
 from t5g2convert.cli.main import main
 from t5g2convert.conversion.write import shards
 

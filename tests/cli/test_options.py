@@ -14,7 +14,7 @@ from t5g2convert.command_options import CommandOptions, Option
 from t5g2convert.conversion import options
 from t5g2convert.errors import UsageError
 from tests.cli.commandline import CommandLine
-from tests.small_shards import SMALLEST_FOR_USERS
+from tests.processes.small_shards import SMALLEST_FOR_USERS
 
 
 @pytest.mark.parametrize("size", ["1", "5", "500", "30KB", "0.9M", "999999", "976KiB"])

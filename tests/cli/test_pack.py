@@ -16,8 +16,8 @@ from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.cli.demo import build_demo_source
 from tests.cli.commandline import CommandLine
-from tests.memory import run_and_measure
-from tests.test_package import HEAVY, modules_after
+from tests.processes.memory import run_and_measure
+from tests.project.test_package import HEAVY, modules_after
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from tests.cli.commandline import CommandLine
 from tests.conftest import TwinFolder
-from tests.twins import respell
+from tests.models.twins import respell
 
 
 def test_a_head_is_refused_and_its_hint_followed(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:

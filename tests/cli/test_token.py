@@ -13,7 +13,7 @@ import pytest
 
 from t5g2convert import convert
 from t5g2convert.cli.demo import build_demo_source
-from tests.forked import python
+from tests.processes.forked import python
 
 BUG: Final = """
 import sys

@@ -17,7 +17,7 @@ from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.mapping.library import mappings_folder
 from tests.cli.commandline import CommandLine, Result, assert_one_line_error, document, unsafe
 from tests.conftest import TwinFolder
-from tests.contents import contents
+from tests.folders import contents
 
 CHECKS = ["integrity", "provenance", "config", "tokenizer", "vision_parity", "decoder_parity", "encoder_parity", "runs"]
 HOSTILE = ["<script>alert(1)</script>", "\x1b[31mred\x07", "[bold]markup[/]", "\u202eoverride", "a\nt5g2: line"]

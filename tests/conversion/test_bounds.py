@@ -49,7 +49,7 @@ class Trace:
         log = folder / "trace.log"
         calls = "openat,open,pread64,preadv,preadv2,read,pwrite64,pwritev,write,fsync,fdatasync,sync_file_range,rename"
         command = ["strace", "-f", "-y", "-qq", "-s", "0", "-o", str(log), "-e", f"trace={calls}"]
-        command += [sys.executable, "-m", "tests.small_shards", *map(str, arguments)]
+        command += [sys.executable, "-m", "tests.processes.small_shards", *map(str, arguments)]
         subprocess.run(command, capture_output=True, check=True, timeout=300)
         self.lines = [line for line in log.read_text(errors="replace").splitlines() if str(folder) in line]
         log.unlink()

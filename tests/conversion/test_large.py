@@ -13,7 +13,7 @@ from safetensors import safe_open
 from t5g2convert.checkpoint.file_names import SINGLE_FILE
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
-from tests.memory import run_and_measure
+from tests.processes.memory import run_and_measure
 
 LAYERS: Final = 7_692
 """13 tensors each: 100,000 together, within the deepest model that is taken for one (10,000 layers)."""

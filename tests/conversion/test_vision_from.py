@@ -20,8 +20,8 @@ from t5g2convert.conversion.plan.types import Change
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
-from tests.memory import run_and_measure
-from tests.twins import BY_NAME, write_aligned_source, write_twin
+from tests.models.twins import BY_NAME, write_aligned_source, write_twin
+from tests.processes.memory import run_and_measure
 
 TOWER = "model.encoder.vision_tower.vision_model."
 PROJECTOR = "model.encoder.multi_modal_projector.mm_input_projection_weight"

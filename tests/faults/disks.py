@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from t5g2convert.cli.main import main
-from tests import small_shards as small_shards
 from tests.faults.scene import contents
 from tests.faults.server import warm_up
+from tests.processes import small_shards as small_shards
 
 
 def convert(source: str, target: Path, shard: str, *, lies: bool, stderr: Path) -> int:

@@ -14,7 +14,7 @@ from t5g2convert.conversion.output.recovery import INSIDE
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.faults.strace import INJECTED, Call, Run, Tracer
-from tests.outputs import OLD, write_old
+from tests.folders import OLD, write_old
 
 CONFIG: Final[dict[str, Any]] = {
     "architectures": ["Gemma3ForCausalLM"],

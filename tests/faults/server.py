@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from t5g2convert.cli.main import main
-from tests import small_shards as small_shards
+from tests.processes import small_shards as small_shards
 
 PR_SET_PTRACER: Final = 0x59616D61
 

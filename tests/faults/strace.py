@@ -152,7 +152,7 @@ def start_and_trace(
 ) -> Run:
     """Run `t5g2` under strace from its first instruction; a second or more."""
     assert STRACE is not None
-    tool = [sys.executable, "-m", "tests.small_shards", *arguments]
+    tool = [sys.executable, "-m", "tests.processes.small_shards", *arguments]
     command = [STRACE, *_options(folder / "log", calls, paths, inject), *tool]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     return Run(done.returncode, done.stderr, parse((folder / "log").read_text()))

@@ -16,7 +16,7 @@ import pytest
 
 from t5g2convert import plan
 from tests.faults.scene import SHARD_BYTES, beside, contents, write_source
-from tests.outputs import OLD, write_old
+from tests.folders import OLD, write_old
 
 UNSHARE: Final = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
 
@@ -115,7 +115,7 @@ def test_O2_a_file_larger_than_the_limit_on_files(wordy: Path, tmp_path: Path, l
     command = [
         sys.executable,
         "-m",
-        "tests.small_shards",
+        "tests.processes.small_shards",
         "convert",
         wordy,
         target,

@@ -14,7 +14,7 @@ import pytest
 from t5g2convert import OutputError
 from t5g2convert.conversion.output.staging import Staging
 from tests.faults.scene import SHARD_BYTES, beside, contents
-from tests.outputs import OLD, write_old
+from tests.folders import OLD, write_old
 
 HELD: Final = "another conversion is writing to it"
 FILLED: Final = "exists and is not empty"
@@ -23,7 +23,7 @@ STARTED_TOGETHER: Final = """
 import sys
 from t5g2convert.cli.main import main
 import t5g2convert.conversion.convert
-import tests.small_shards
+import tests.processes.small_shards
 print("ready", flush=True)
 sys.stdin.readline()
 main(sys.argv[1:])

@@ -23,8 +23,8 @@ from t5g2convert.parity.checks.integrity import judge_integrity
 from t5g2convert.parity.checks.text import ExpectedStacks, judge_text
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from tests.models.sizes import FIELDS, SIZES
 from tests.parity.mutations import place_of
-from tests.sizes import FIELDS, SIZES
 
 PLACES: Final = 200
 TOKENS: Final = 12

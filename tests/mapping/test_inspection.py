@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.header import TensorEntry, encode_header
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
-from tests.sizes import FIELDS, SIGLIP, SIZES, TOTALS
+from tests.models.sizes import FIELDS, SIGLIP, SIZES, TOTALS
 
 Config = dict[str, Any]
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -23,9 +23,9 @@ from t5g2convert.parity.compare import Reading
 from t5g2convert.reference import stack
 from t5g2convert.reference.prompts import TextCodec
 from tests.conftest import TwinFolder
-from tests.gemma_tokenizer import write_tokenizer
+from tests.models.gemma_tokenizer import write_tokenizer
+from tests.models.twins import BY_NAME
 from tests.reference.models import loaded
-from tests.twins import BY_NAME
 
 TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps."
 

@@ -22,6 +22,7 @@ from t5g2convert.parity.checks.integrity import judge_integrity
 from t5g2convert.parity.verify import verify
 from t5g2convert.version import __version__
 from tests.conftest import TwinFolder
+from tests.models.twins import BY_NAME, write_twin
 from tests.parity.mutations import (
     MINIMA,
     PARITIES,
@@ -37,7 +38,6 @@ from tests.parity.mutations import (
     put,
     told,
 )
-from tests.twins import BY_NAME, write_twin
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
 

@@ -18,6 +18,7 @@ from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.batches import BEYOND_WINDOW, token_batch
 from t5g2convert.parity.verify import verify
 from tests.conftest import TwinFolder
+from tests.models.twins import BY_NAME
 from tests.parity.mutations import (
     EOI,
     LAYER_ORDER,
@@ -47,7 +48,6 @@ from tests.parity.mutations import (
     told,
     zero,
 )
-from tests.twins import BY_NAME
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
 

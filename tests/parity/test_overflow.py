@@ -8,7 +8,7 @@ import pytest
 from t5g2convert import UsageError, convert, verify
 from t5g2convert.parity.compare import compare
 from tests.conftest import TwinFolder
-from tests.overflowing import make_overflow
+from tests.models.overflowing import make_overflow
 
 NAMES_THE_DTYPE = r"^float16 overflows .* \(compute with --dtype float32\)$"
 

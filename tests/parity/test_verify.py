@@ -17,8 +17,8 @@ from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
-from tests.memory import run_and_measure
-from tests.twins import BY_NAME, DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, TWINS, respell, rewrite_config
+from tests.models.twins import BY_NAME, DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, TWINS, respell, rewrite_config
+from tests.processes.memory import run_and_measure
 
 CHECKS = ["integrity", "provenance", "config", "tokenizer", "vision_parity", "decoder_parity", "encoder_parity", "runs"]
 TEXT = "A text with as many words as the longest window has tokens, and a few more."

@@ -7,7 +7,7 @@ import pytest
 
 from t5g2convert import convert
 from t5g2convert.cli.demo import build_demo_source
-from tests.hub_server import running
+from tests.hub.server import running
 from tests.publish.folders import write_kinds
 from tests.publish.scene import Scene
 

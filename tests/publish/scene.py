@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests import forked
-from tests.hub_server import Hub
+from tests.hub.server import Hub
+from tests.processes import forked
 
 ROOT: Final = Path(__file__).parents[2]
 RUN: Final = "import sys; from t5g2convert.cli.main import main; main(sys.argv[1:])"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from t5g2convert import convert
-from tests.hub_server import Fault, Repo
+from tests.hub.server import Fault, Repo
 from tests.publish.scene import HASTY, RUN, Scene
 
 UPLOAD = "upload out ann/model --card keep"

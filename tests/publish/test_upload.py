@@ -9,7 +9,7 @@ import pytest
 
 from t5g2convert import convert
 from t5g2convert.parity.verify import verify
-from tests.hub_server import Repo
+from tests.hub.server import Repo
 from tests.publish.scene import Scene
 
 NO_CARD = {"README.md", ".gitattributes"}

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
-from tests.twins import BY_NAME
+from tests.models.twins import BY_NAME
 
 SOFTCAPPED = "eager-softcapped"
 """transformers' eager attention, given the softcap that its modules read from their config but do not pass on."""

@@ -15,9 +15,9 @@ from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.generation import greedy_tokens
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
-from tests.judge import load
+from tests.interop.judge import load
+from tests.models.twins import BY_NAME, TWINS
 from tests.reference.models import Batch, difference, padded_batch, pixels, with_images
-from tests.twins import BY_NAME, TWINS
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.0}
 """bfloat16 rounds the differences in the order of additions away."""

@@ -9,8 +9,8 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from tests.conftest import TwinFolder
+from tests.models.twins import DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, respell, rewrite_config
 from tests.reference.models import IMAGE, padded_batch, pixels, with_images
-from tests.twins import DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, respell, rewrite_config
 
 
 def logits(folder: Path) -> torch.Tensor:

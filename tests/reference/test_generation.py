@@ -10,8 +10,8 @@ from transformers import T5Gemma2ForConditionalGeneration
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.generation import greedy_tokens, until_end
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from tests.models.twins import SIGLIP
 from tests.reference.models import IMAGE, Batch, loaded, padded_batch, pixels, with_images, write_t5gemma2
-from tests.twins import SIGLIP
 
 
 @pytest.fixture(scope="module")

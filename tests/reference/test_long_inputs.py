@@ -10,8 +10,8 @@ from transformers import T5Gemma2ForConditionalGeneration
 from t5g2convert import convert
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from tests.models.twins import Twin, write_twin
 from tests.reference.models import Batch, difference, padded_batch
-from tests.twins import Twin, write_twin
 
 ENCODER_TOKENS = 8192
 DECODER_TOKENS = 1100

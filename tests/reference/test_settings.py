@@ -15,6 +15,7 @@ from t5g2convert.errors import CheckpointError
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.layers import ACTIVATIONS
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
+from tests.models.twins import SIGLIP, Twin, write_twin
 from tests.reference.models import (
     EOI,
     IMAGE,
@@ -27,7 +28,6 @@ from tests.reference.models import (
     with_images,
     write_t5gemma2,
 )
-from tests.twins import SIGLIP, Twin, write_twin
 
 Changes = Mapping[str, Any]
 

@@ -18,8 +18,8 @@ from t5g2convert.reference.gemma2 import Gemma2Reference
 from t5g2convert.reference.generation import greedy_tokens
 from t5g2convert.reference.t5gemma import T5GemmaReference
 from tests.conftest import TwinFolder
+from tests.models.twins import BY_NAME, GEMMA2_TWINS
 from tests.reference.models import Batch, difference, padded_batch
-from tests.twins import BY_NAME, GEMMA2_TWINS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAMES = [twin.name for twin in GEMMA2_TWINS]

@@ -17,7 +17,7 @@ from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.errors import CheckpointError, DataError
 from tests.conftest import TwinFolder
-from tests.gemma_tokenizer import write_processor, write_tokenizer
+from tests.models.gemma_tokenizer import write_processor, write_tokenizer
 
 
 def colours(width: int, height: int) -> Image.Image:

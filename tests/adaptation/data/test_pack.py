@@ -20,7 +20,7 @@ from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError, Interrupted, OutputError, UsageError
-from tests.contents import contents
+from tests.folders import contents
 
 EOS, BOS = 1, 2
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)

@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import CheckpointError
 from tests.conftest import TwinFolder
-from tests.gemma_tokenizer import write_tokenizer
+from tests.models.gemma_tokenizer import write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.adaptation.chance import excess
 MIXTURE = read_mixture()
 RAW_LENGTHS = (5, 7, 6, 8, 4)
 CHUNK = 42  # 5 + 7 + 6 + 8 + 4 * 4
-CHECKOUT = Path(__file__).parent.parent.parent
+CHECKOUT = Path(__file__).parents[3]
 
 
 def philox(number: int) -> np.random.Philox:

@@ -13,7 +13,7 @@ from t5g2convert.checkpoint.families.rope_config import Rope
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2Text, read_t5gemma2
 from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig
 from t5g2convert.errors import CheckpointError
-from tests.sizes import FIELDS, SIZES, TOTALS
+from tests.models.sizes import FIELDS, SIZES, TOTALS
 
 Config = dict[str, Any]
 

@@ -25,8 +25,8 @@ from t5g2convert.errors import CheckpointError, HubError, OutputError, T5g2Error
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.checkpoint.test_folder import FIRST, INDEX, SECOND, SHARDS, weights, write_index
-from tests.gemma_tokenizer import write_tokenizer
-from tests.hub_server import Fault, Hub, running
+from tests.hub.server import Fault, Hub, running
+from tests.models.gemma_tokenizer import write_tokenizer
 
 REPO: Final = "google/gemma-demo"
 TOKEN: Final = "hf_thetokenofthetests"

@@ -13,7 +13,7 @@ from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
-from tests.gemma_tokenizer import (
+from tests.models.gemma_tokenizer import (
     SETTINGS,
     moved,
     tokenizer_text,
@@ -22,7 +22,7 @@ from tests.gemma_tokenizer import (
     write_processor,
     write_tokenizer,
 )
-from tests.memory import run_and_measure
+from tests.processes.memory import run_and_measure
 
 SMALL = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1,
          "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 262_208}  # fmt: skip

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from t5g2convert.checkpoint.tokenizer.files import TokenizerJson
 from t5g2convert.conversion.assets.tokenizer import TokenChange, TokenMove, edit_tokenizer
 from t5g2convert.errors import CheckpointError
-from tests.gemma_tokenizer import LOOKALIKES, VOCABULARY, moved, tokenizer_text
+from tests.models.gemma_tokenizer import LOOKALIKES, VOCABULARY, moved, tokenizer_text
 
 MOVE = TokenMove("<image_soft_token>", "<unused99>", source=262_144, target=256_001)
 MOVED = TokenChange("<image_soft_token>", 262_144, 256_001, "<unused99>")

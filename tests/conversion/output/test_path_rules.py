@@ -15,7 +15,7 @@ from t5g2convert import OutputError, UsageError, convert
 from t5g2convert.conversion.output.path_rules import check_target, is_mount_point
 from t5g2convert.conversion.output.recovery import WorkFolders
 from t5g2convert.conversion.output.staging import Staging
-from tests.outputs import OLD, manifest_of, write_old
+from tests.folders import OLD, manifest_of, write_old
 
 NOBODY: Final = 65534
 

@@ -21,8 +21,7 @@ from t5g2convert.conversion.output.staging import JOURNAL_FILE, Staging
 from t5g2convert.conversion.plan.builder import build_plan
 from t5g2convert.conversion.write.resources import free_bytes
 from t5g2convert.errors import Interrupted
-from tests.contents import contents
-from tests.outputs import OLD, write_old
+from tests.folders import OLD, contents, write_old
 
 
 def names(folder: Path) -> set[str]:

@@ -14,7 +14,7 @@ from t5g2convert.mapping.schema import PresetSettings, WeightMap
 from t5g2convert.mapping.source_families import FAMILIES
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
-from tests.memory import run_and_measure
+from tests.processes.memory import run_and_measure
 
 GEMMA3_27B: dict[str, Any] = {
     "model_type": "gemma3",

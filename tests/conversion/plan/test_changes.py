@@ -8,7 +8,7 @@ from t5g2convert.checkpoint.families.gemma3 import Gemma3, read_gemma3
 from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.conversion.plan.changes import changed_values
 from t5g2convert.mapping.schema import WeightMap
-from tests.sizes import FIELDS, SIZES
+from tests.models.sizes import FIELDS, SIZES
 
 RELEASES = {"t5gemma-2-270m-270m": "270m", "t5gemma-2-1b-1b": "1b", "t5gemma-2-4b-4b": "4b"}
 

@@ -21,7 +21,7 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.checkpoint.tokenizer.test_ids_in_use import sentencepiece
 from tests.conftest import TwinFolder
-from tests.gemma_tokenizer import TAGS, moved, tokenizer_text, write_json, write_processor, write_tokenizer
+from tests.models.gemma_tokenizer import TAGS, moved, tokenizer_text, write_json, write_processor, write_tokenizer
 
 ALL, CUT, IMAGE, NEW_IMAGE = 262_208, 262_144, 262_144, 256_001
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1,

@@ -9,7 +9,7 @@ from transformers import AutoConfig, T5Gemma2ForConditionalGeneration
 from t5g2convert import convert
 from t5g2convert.parity.verify import verify
 from tests.conftest import TwinFolder
-from tests.twins import rewrite_config
+from tests.models.twins import rewrite_config
 
 
 def spelled_otherwise(text: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from t5g2convert.conversion.write import aligned_projector
 from t5g2convert.conversion.write.aligned_projector import Alignment, align, carry, paired_blocks
 from t5g2convert.errors import CheckpointError, UsageError
-from tests.tables import TORCH, ill_conditioned, random, stored, to_bytes
+from tests.models.tables import TORCH, ill_conditioned, random, stored, to_bytes
 
 
 def nobody(_: int) -> None:

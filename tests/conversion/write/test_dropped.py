@@ -10,7 +10,7 @@ import torch
 from t5g2convert import CheckpointError, convert, plan, verify
 from t5g2convert.conversion.write import shards
 from tests.conftest import TwinFolder
-from tests.twins import Tensors, respell
+from tests.models.twins import Tensors, respell
 
 TABLE = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -16,7 +16,7 @@ from t5g2convert import CheckpointError, OutputError, T5g2Error, UsageError, Ver
 from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.conversion.output.recovery import JOURNAL_FILE, STAGING_SUFFIX
 from t5g2convert.errors import Interrupted
-from tests.contents import contents
+from tests.folders import contents
 
 SHARD: Final = 60_000
 """Bytes of a shard that give the demo about twenty."""

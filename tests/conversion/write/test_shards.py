@@ -16,7 +16,7 @@ from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.write import computed_tensors, copy
 from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
-from tests.memory import run_and_measure
+from tests.processes.memory import run_and_measure
 
 
 def sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ from t5g2convert.parity.checks.aligned_projector import (
     projector_faults,
 )
 from t5g2convert.reference.weights import Weights
-from tests.tables import TORCH, ill_conditioned, random, stored, to_bytes
+from tests.models.tables import TORCH, ill_conditioned, random, stored, to_bytes
 
 NAME = "projector.weight"
 INTEGERS = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}

@@ -11,7 +11,7 @@ from t5g2convert.checkpoint.families.gemma3 import Gemma3, Gemma3Text, read_gemm
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint, read_json_object
 from t5g2convert.parity.checks.config import STUB, expected_config, flatten, generation_faults, judge_config
 from tests.conftest import TwinFolder
-from tests.twins import BY_NAME, TWINS
+from tests.models.twins import BY_NAME, TWINS
 
 EVERY = [twin.name for twin in TWINS]
 MOVED = {"image_token_index": 256_001}

@@ -22,7 +22,7 @@ from t5g2convert.parity.replay import Replay, replay_plan
 from t5g2convert.parity.reports.report import Check
 from t5g2convert.parity.source_models import Gemma3Source
 from tests.conftest import TwinFolder
-from tests.twins import IMAGE_SPELLINGS, TWINS, Tensors, respell
+from tests.models.twins import IMAGE_SPELLINGS, TWINS, Tensors, respell
 
 TABLE = "model.encoder.embed_tokens.weight"
 EOI = "model.encoder.embed_tokens.eoi_embedding"

@@ -10,7 +10,7 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.parity.checks.runs import judge_runs
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
-from tests.twins import TWINS
+from tests.models.twins import TWINS
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32) -> T5Gemma2Reference:

@@ -19,7 +19,7 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from t5g2convert.parity.checks.tokenizer import has_tokenizer_files, judge_tokenizer
 from t5g2convert.parity.reports.report import Check
-from tests.gemma_tokenizer import (
+from tests.models.gemma_tokenizer import (
     TAGS,
     tokenizer_text,
     write_json,

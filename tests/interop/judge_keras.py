@@ -3,7 +3,7 @@
 It knows nothing of t5g2convert, and is a script for a Python that has keras-hub. Keras must be told to run on torch, on
 the processor:
 
-    KERAS_BACKEND=torch KERAS_TORCH_DEVICE=cpu python tests/judge_keras.py OUTPUT [OTHER]
+    KERAS_BACKEND=torch KERAS_TORCH_DEVICE=cpu python tests/interop/judge_keras.py OUTPUT [OTHER]
 
 keras-hub loads OTHER where it is given, transformers always OUTPUT: so a test can damage what keras-hub reads.
 Everything is float32, and transformers' attention is eager.

@@ -11,8 +11,8 @@ import torch
 
 from t5g2convert import convert
 from tests.conftest import TwinFolder
-from tests.judge import judge, tower_difference
-from tests.twins import BY_NAME, DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, TWINS, Twin, respell, rewrite_config
+from tests.interop.judge import judge, tower_difference
+from tests.models.twins import BY_NAME, DIALECTS, IMAGE_SPELLINGS, TEXT_SPELLINGS, TWINS, Twin, respell, rewrite_config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

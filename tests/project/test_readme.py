@@ -18,7 +18,7 @@ from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 CONVERTING, VERIFYING = ((ROOT / "docs" / name).read_text() for name in ("converting.md", "verifying.md"))
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import CheckpointError, MappingError, convert, inspect, plan, verify
 from t5g2convert.mapping.library import find_map
 from tests.conftest import TwinFolder
-from tests.judge import judge
-from tests.twins import IMAGE_SPELLINGS, Tensors, respell
+from tests.interop.judge import judge
+from tests.models.twins import IMAGE_SPELLINGS, Tensors, respell
 
 Change = Callable[[Tensors], Tensors]
 

@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoTokenizer, Gemma3ForCausalLM, T5Gemma2Fo
 
 from t5g2convert import convert
 from tests.conftest import TwinFolder
-from tests.gemma_tokenizer import write_tokenizer
-from tests.judge_extracts import ExtractJudgement, judge_extracts
-from tests.test_parity import OLDER, oldest
-from tests.twins import BY_NAME, IMAGE_SPELLINGS, respell, write_twin
+from tests.interop.judge_extracts import ExtractJudgement, judge_extracts
+from tests.interop.test_conversion import OLDER, oldest
+from tests.models.gemma_tokenizer import write_tokenizer
+from tests.models.twins import BY_NAME, IMAGE_SPELLINGS, respell, write_twin
 
 NAMES = ["text-8", "text-13", "text-float32", "text-sharded", "images-8", "images-13", "images-float32"]
 

@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 
 
 class Preload(StrEnum):
@@ -97,7 +97,7 @@ def run_t5g2(*arguments: str | Path, **options: Any) -> subprocess.CompletedProc
 
 def _start(preload: Preload) -> "subprocess.Popen[bytes]":
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.forked", preload],
+        [sys.executable, "-m", "tests.processes.forked", preload],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,

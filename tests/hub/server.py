@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests import hub_xet
-from tests.hub_state import Fault, Hub, Refusal, Repo, Request, blob_id, is_large, pointer
-from tests.hub_writes import Writes
+from tests.hub import xet
+from tests.hub.state import Fault, Hub, Refusal, Repo, Request, blob_id, is_large, pointer
+from tests.hub.writes import Writes
 
 __all__ = ["Fault", "Hub", "Repo", "Request", "running"]
 
@@ -145,7 +145,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
             return self._send_file(data, headers)
         sha256 = hashlib.sha256(data).hexdigest()
         headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
-        if self.hub.xet_store is not None and (found := hub_xet.hashes(self.hub.xet_store).get(sha256)):
+        if self.hub.xet_store is not None and (found := xet.hashes(self.hub.xet_store).get(sha256)):
             headers["X-Xet-Hash"] = found
             headers["X-Xet-Refresh-Route"] = f"{self.hub.url}/api/models/{name}/xet-read-token/{sha}"
         return self.send(302, b"", {**headers, "Location": f"{self.hub.storage_url}/lfs/{name}/{sha}/{file}"})

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import yaml
 
-from tests import hub_xet
-from tests.hub_state import Hub, Refusal, Repo, blob_id, is_large
+from tests.hub import xet
+from tests.hub.state import Hub, Refusal, Repo, blob_id, is_large
 
 ATTRIBUTES: Final = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 """The .gitattributes that the Hub puts into a new model."""
@@ -214,7 +214,7 @@ class Writes:
         if self.hub.xet_store is None:
             raise Refusal(404)
         store = self.hub.xet_store
-        self.send_json(hub_xet.connection(store), headers=hub_xet.connection_headers(store))
+        self.send_json(xet.connection(store), headers=xet.connection_headers(store))
 
     def _commit(self, name: str, revision: str) -> None:
         proposed = "create_pr" in self.query
@@ -249,8 +249,8 @@ class Writes:
     def _sent(self, oid: str, size: int) -> bytes:
         """An LFS file that was sent before, by either transport."""
         if oid not in self.hub.objects and self.hub.xet_store is not None:
-            found = hub_xet.hashes(self.hub.xet_store).get(oid)
-            data = b"" if found is None else hub_xet.read(self.hub.xet_store, found, size)
+            found = xet.hashes(self.hub.xet_store).get(oid)
+            data = b"" if found is None else xet.read(self.hub.xet_store, found, size)
             if hashlib.sha256(data).hexdigest() == oid:
                 self.hub.objects[oid] = data
         if len(self.hub.objects.get(oid, b"")) != size:

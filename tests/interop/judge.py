@@ -2,7 +2,7 @@
 
 It knows nothing of t5g2convert, and runs as a script too, so that other versions of transformers can judge:
 
-    python tests/judge.py SOURCE OUTPUT DTYPE [PAIRING]
+    python tests/interop/judge.py SOURCE OUTPUT DTYPE [PAIRING]
 
 PAIRING is the JSON of a `Pairing`.
 """

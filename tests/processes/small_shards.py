@@ -1,4 +1,4 @@
-"""The command line, cutting files as small as the tiny models of tests need: `python -m tests.small_shards convert ...`
+"""The command line, cutting files as small as tiny models need: `python -m tests.processes.small_shards convert ...`
 
 A user's are 1 MB at least. To import it is enough.
 """

@@ -2,7 +2,7 @@
 
 It knows nothing of t5g2convert, and runs as a script too, so that other versions of transformers can judge:
 
-    python tests/judge_extracts.py WHOLE ENCODER DECODER SOURCE DTYPE
+    python tests/interop/judge_extracts.py WHOLE ENCODER DECODER SOURCE DTYPE
 """
 
 import json

@@ -19,11 +19,11 @@ from markdown_it import MarkdownIt
 
 from t5g2convert import convert
 from t5g2convert.cli.demo import build_demo_source
-from tests.action_runner import Ran, Runner
 from tests.cli.test_main import HOSTILE, MARKUP, rewrite_names
-from tests.hub_server import running
+from tests.hub.server import running
+from tests.project.action_runner import Ran, Runner
 
-ROOT: Final = Path(__file__).parent.parent
+ROOT: Final = Path(__file__).parents[2]
 ACTION: Final = ROOT / ".github/actions/parity"
 WORKFLOWS: Final = [*(ROOT / ".github/workflows").glob("*.yml"), *(ROOT / "examples/ci").glob("*.yml")]
 BIN: Final = Path(sys.executable).parent

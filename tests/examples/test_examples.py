@@ -15,10 +15,10 @@ from t5g2convert import convert, inspect, verify
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
-from tests.forked import Preload, python
-from tests.gemma_tokenizer import write_processor, write_tokenizer
+from tests.models.gemma_tokenizer import write_processor, write_tokenizer
+from tests.processes.forked import Preload, python
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = {
     "model_type": "gemma3_text",
     "vocab_size": 64,
@@ -181,7 +181,7 @@ def test_the_script_by_hand_gives_the_same_parameters(tmp_path: Path) -> None:
 
 def write_readable_source(folder: Path) -> None:
     """A twin with a tokenizer."""
-    from tests.twins import BY_NAME, write_twin
+    from tests.models.twins import BY_NAME, write_twin
 
     folder.mkdir()
     write_twin(BY_NAME["text-real-vocabulary"], folder)

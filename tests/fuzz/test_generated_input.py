@@ -27,8 +27,8 @@ from t5g2convert.errors import CheckpointError, MappingError, T5g2Error
 from t5g2convert.mapping import library
 from t5g2convert.mapping.inspection import inspect
 from t5g2convert.mapping.weightmap import load_map
-from tests.memory import memory_limit
-from tests.strategies import BROKEN_FILES, JSON, changed, changed_yaml, indexes, mutated, sound_files
+from tests.fuzz.strategies import BROKEN_FILES, JSON, changed, changed_yaml, indexes, mutated, sound_files
+from tests.processes.memory import memory_limit
 
 RecordProperty = Callable[[str, object], None]
 MEMORY = 256 * 1024**2

@@ -11,7 +11,7 @@ from t5g2convert.mapping.source_families import FAMILIES
 from t5g2convert.parity.suites.selection import SUITES
 from t5g2convert.parity.suites.t5gemma import TO_T5GEMMA
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/adding-a-family.md").read_text()
 ROWS = dict(re.findall(r"^\| \[([^]]+)\]\([^)]+\) \| .* \| (\d+) \|$", PAGE, re.MULTILINE))
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:

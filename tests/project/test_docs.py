@@ -24,7 +24,7 @@ from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.adaptation.runs import write_checkpoint, write_run
 from tests.conftest import TwinFolder
 
-ROOT: Final = Path(__file__).parent.parent
+ROOT: Final = Path(__file__).parents[2]
 DOCS: Final = ROOT / "docs"
 FAULTS: Final = (DOCS / "faults.md").read_text()
 ROWS: Final = re.findall(r"^\| ([A-Z]\d+) \|", FAULTS, re.MULTILINE)

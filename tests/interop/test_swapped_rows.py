@@ -11,8 +11,8 @@ from t5g2convert import convert
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.name_patterns import index_of
 from t5g2convert.mapping.schema import Row
-from tests.judge import judge
-from tests.twins import TWINS, write_twin
+from tests.interop.judge import judge
+from tests.models.twins import TWINS, write_twin
 
 ROWS = [row for row in find_map("gemma3").map.weights if row.from_ is not None and row.op.carries]
 

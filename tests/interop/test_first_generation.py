@@ -16,9 +16,9 @@ from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.parity.checks.config import SHARED
 from t5g2convert.reference.prompts import TextCodec
 from tests.conftest import TwinFolder
-from tests.judge import judge
-from tests.test_parity import judged_by_the_oldest, oldest, shards, tensors
-from tests.twins import GEMMA2_TWINS, Twin, respell, rewrite_config
+from tests.interop.judge import judge
+from tests.interop.test_conversion import judged_by_the_oldest, oldest, shards, tensors
+from tests.models.twins import GEMMA2_TWINS, Twin, respell, rewrite_config
 
 NAMES = [twin.name for twin in GEMMA2_TWINS]
 

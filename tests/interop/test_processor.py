@@ -21,7 +21,7 @@ from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.gemma3 import Gemma3Reference
 from t5g2convert.reference.prompts import TextCodec, picture
 from tests.conftest import TwinFolder
-from tests.gemma_tokenizer import write_nested_processor, write_processor, write_tokenizer
+from tests.models.gemma_tokenizer import write_nested_processor, write_processor, write_tokenizer
 
 LAYOUTS: Final[dict[str, Callable[..., None]]] = {"hub": write_processor, "transformers-5": write_nested_processor}
 

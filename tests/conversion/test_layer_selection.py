@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t5g2convert import CheckpointError, MappingError, OutputError, UsageError, convert, plan
 from tests.conftest import TwinFolder
-from tests.twins import IMAGE_SPELLINGS, TEXT_SPELLINGS, respell
+from tests.models.twins import IMAGE_SPELLINGS, TEXT_SPELLINGS, respell
 
 TABLE = "model.encoder.embed_tokens.weight"
 EOI = "model.encoder.embed_tokens.eoi_embedding"

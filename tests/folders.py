@@ -1,4 +1,4 @@
-"""An old output, as `--overwrite` finds it: files of this tool's, with the manifest that lists them."""
+"""Folders in tests: all their bytes, and an old output, as `--overwrite` finds it."""
 
 import hashlib
 from pathlib import Path
@@ -38,3 +38,8 @@ def write_old(folder: Path) -> None:
     for name, data in OLD.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files below a folder, by their paths in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -12,8 +12,8 @@ import torch
 
 from t5g2convert import convert, verify
 from tests.conftest import TwinFolder
-from tests.judge import WRITTEN, Pairing, judge, parents, tower_difference, written
-from tests.twins import BY_NAME, rewrite_config
+from tests.interop.judge import WRITTEN, Pairing, judge, parents, tower_difference, written
+from tests.models.twins import BY_NAME, rewrite_config
 
 PAIRINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "first layers": ("text-float16", {"encoder_layers": "first:5", "decoder_layers": "first:2"}),
