@@ -78,15 +78,22 @@ class RMSNorm(nn.Module):
         return (wide * (1.0 + self.weight.float())).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear layer that draws no values: they come from a checkpoint."""
+
+    def reset_parameters(self) -> None:
+        """Leave the parameters as they are."""
+
+
 class MLP(nn.Module):
     """Gated feed-forward block."""
 
     def __init__(self, settings: TextConfig) -> None:
         super().__init__()
         hidden, inner = settings.hidden_size, settings.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = Linear(hidden, inner, bias=False)
+        self.up_proj = Linear(hidden, inner, bias=False)
+        self.down_proj = Linear(inner, hidden, bias=False)
         self.activation = ACTIVATIONS[settings.hidden_activation]
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -102,10 +109,10 @@ class Projections(nn.Module):
         hidden, self.head_dim = settings.hidden_size, settings.head_dim
         query, key_value = settings.num_attention_heads * self.head_dim, settings.num_key_value_heads * self.head_dim
         bias = settings.attention_bias
-        self.q_proj = nn.Linear(hidden, query, bias=bias)
-        self.k_proj = nn.Linear(hidden, key_value, bias=bias)
-        self.v_proj = nn.Linear(hidden, key_value, bias=bias)
-        self.o_proj = nn.Linear(query, hidden, bias=bias)
+        self.q_proj = Linear(hidden, query, bias=bias)
+        self.k_proj = Linear(hidden, key_value, bias=bias)
+        self.v_proj = Linear(hidden, key_value, bias=bias)
+        self.o_proj = Linear(query, hidden, bias=bias)
         self.q_norm, self.k_norm = (
             RMSNorm(self.head_dim, settings.rms_norm_eps) if settings.qk_norm else nn.Identity() for _ in range(2)
         )

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Unpack
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.t5gemma import T5Gemma, read_t5gemma
@@ -12,7 +12,7 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.reference.attention import Kernel, Rotation
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.encoder_decoder import EncoderDecoder
-from t5g2convert.reference.layers import EncoderLayer, Projections, RMSNorm, StackLayer
+from t5g2convert.reference.layers import EncoderLayer, Linear, Projections, RMSNorm, StackLayer
 from t5g2convert.reference.masks import around
 from t5g2convert.reference.stack import Stack
 from t5g2convert.reference.weights import ReadOptions, Weights
@@ -24,8 +24,8 @@ class CrossAttention(Projections):
     def __init__(self, settings: TextConfig, kernel: Kernel, *, memory_size: int) -> None:
         super().__init__(settings, kernel)
         key_value, bias = self.k_proj.out_features, settings.attention_bias
-        self.k_proj = nn.Linear(memory_size, key_value, bias=bias)
-        self.v_proj = nn.Linear(memory_size, key_value, bias=bias)
+        self.k_proj = Linear(memory_size, key_value, bias=bias)
+        self.v_proj = Linear(memory_size, key_value, bias=bias)
 
     def forward(
         self, x_BTC: Tensor, memory_BMC: Tensor, memory_seen_BTM: Tensor, cache: LayerCache | None = None

@@ -12,7 +12,7 @@ from torch.nn import functional
 from t5g2convert.checkpoint.families.text_and_vision import ImageTokens, SiglipConfig
 from t5g2convert.errors import CheckpointError
 from t5g2convert.reference.attention import attend_fused
-from t5g2convert.reference.layers import ACTIVATIONS, RMSNorm
+from t5g2convert.reference.layers import ACTIVATIONS, Linear, RMSNorm
 from t5g2convert.reference.weights import Weights
 
 
@@ -43,10 +43,10 @@ class VisionAttention(nn.Module):
             raise CheckpointError(
                 f"the vision tower's hidden_size {hidden} is not a multiple of num_attention_heads {self.heads}"
             )
-        self.q_proj = nn.Linear(hidden, hidden)
-        self.k_proj = nn.Linear(hidden, hidden)
-        self.v_proj = nn.Linear(hidden, hidden)
-        self.out_proj = nn.Linear(hidden, hidden)
+        self.q_proj = Linear(hidden, hidden)
+        self.k_proj = Linear(hidden, hidden)
+        self.v_proj = Linear(hidden, hidden)
+        self.out_proj = Linear(hidden, hidden)
 
     def forward(self, x_BPC: Tensor) -> Tensor:
         """[B, P, C] to [B, P, C]."""
@@ -63,8 +63,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, settings: SiglipConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(settings.hidden_size, settings.intermediate_size)
-        self.fc2 = nn.Linear(settings.intermediate_size, settings.hidden_size)
+        self.fc1 = Linear(settings.hidden_size, settings.intermediate_size)
+        self.fc2 = Linear(settings.intermediate_size, settings.hidden_size)
         self.activation = ACTIVATIONS[settings.hidden_act]
 
     def forward(self, x_BPC: Tensor) -> Tensor:
