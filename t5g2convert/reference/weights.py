@@ -130,17 +130,17 @@ class Weights:
             return cast(Module, self._modules[prefix])
         with torch.device("meta"):
             module = make()
-        state = {}
-        for name, parameter in module.named_parameters():
+        for name, parameter in list(module.named_parameters()):
             found, expected = self.shape(prefix + name), tuple(parameter.shape)
             if found != expected:
                 raise CheckpointError(
                     f"tensor {prefix + name!r} has shape {list(found)}, but its config implies {list(expected)}",
                     where=self.checkpoint.path,
                 )
-            state[name] = self.tensor(prefix + name)
-        module.load_state_dict(state, assign=True)
-        module.requires_grad_(False).eval()
+            owner, _, attribute = name.rpartition(".")
+            value = nn.Parameter(self.tensor(prefix + name), requires_grad=False)
+            setattr(module.get_submodule(owner), attribute, value)
+        module.eval()
         if self.resident:
             self._modules[prefix] = module
         return module
