@@ -1,4 +1,4 @@
-"""Fixtures of those who damage a conversion; tests/conftest.py tells at the end of a run what caught the mutants."""
+"""Fixtures for tests that damage a conversion; tests/conftest.py reports which checks caught the mutants."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ SUITE = "t5g2convert.parity.suites.t5gemma2"
 
 @pytest.fixture(autouse=True)
 def counted(record_property: Callable[[str, object], None]) -> Iterator[None]:
-    """Hand what a test tallied to the summary, from whichever worker runs it."""
+    """Pass a test's tally to the summary, from any xdist worker."""
     CLOSED.clear()
     yield
     for tally in CLOSED:
@@ -31,7 +31,7 @@ def counted(record_property: Callable[[str, object], None]) -> Iterator[None]:
 
 @pytest.fixture
 def bench(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> MakeBench:
-    """Conversions of twins, free to be damaged."""
+    """Return a conversion of a twin that the test may damage."""
 
     def make(name: str, **options: Any) -> Bench:
         converted = converted_twin(name)
@@ -45,7 +45,7 @@ def bench(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -
 
 @pytest.fixture
 def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a small source the plan is made and the layers are read once, not for every mutant."""
+    """Plan and open a small source once, not for every mutant."""
     plans: dict[Path, Plan] = {}
     references: dict[object, Gemma3Reference] = {}
 
@@ -72,7 +72,7 @@ def same_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No help from the check that uses the model: what compares it with its source must suffice."""
+    """Skip the check that runs the model: the comparison with the source must suffice."""
     monkeypatch.setattr(
         "t5g2convert.parity.suites.t5gemma2.judge_runs", lambda *_, **__: Check("runs", True, "not made")
     )
@@ -80,7 +80,7 @@ def without_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_passes(without_use: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No help from the parities either."""
+    """Skip the parity checks as well."""
     sound = [Check(name, True, "not made") for name in PARITIES]
     monkeypatch.setattr(f"{SUITE}.judge_text", lambda *_, **__: sound[1:])
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""A T5Gemma 2 that is trained with transformers alone, and saved as transformers saves it."""
+"""A T5Gemma 2 trained and saved with plain transformers."""
 
 import json
 import shutil
@@ -33,14 +33,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def write_start(root: Path) -> Path:
-    """The demo's conversion, which is then trained; beside it its parent."""
+    """Write the demo source and its conversion, the start of the training."""
     build_demo_source(root / "parent")
     convert(root / "parent", root / "start", flush=False)
     return root / "start"
 
 
 def train(start: Path, folder: Path, *, kind: str = "whole", dtype: torch.dtype = torch.float32, **saving: Any) -> Path:
-    """One step with all parts but the vision tower, saved with the tokenizer."""
+    """Train all parts but the vision tower for one step, and save the model with its tokenizer."""
     model = CLASSES[kind].from_pretrained(start, dtype=dtype)
     step(model)
     model.save_pretrained(folder, **saving)
@@ -49,7 +49,7 @@ def train(start: Path, folder: Path, *, kind: str = "whole", dtype: torch.dtype 
 
 
 def step(model: Any) -> None:
-    """A step of gradient descent; a class that gives no loss learns to be small."""
+    """Take one gradient step; a class without a loss minimizes its output."""
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision_tower" not in name)
@@ -60,13 +60,13 @@ def step(model: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None and parameter.grad.abs().max() > 0:
-                # A hundredth of its own length, whatever the gradient's.
+                # Scale each update to a hundredth of the parameter's norm.
                 length = parameter.float().norm() / parameter.grad.float().norm()
                 parameter -= (0.01 * length * parameter.grad.float()).to(parameter.dtype)
 
 
 def change(folder: Path, edit: Callable[[Tensors], None]) -> None:
-    """Change the tensors of a folder of one file."""
+    """Change the tensors of an unsharded folder."""
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(
@@ -75,17 +75,17 @@ def change(folder: Path, edit: Callable[[Tensors], None]) -> None:
 
 
 def rewrite(path: Path, edit: Callable[[Any], Any]) -> None:
-    """Change a JSON file: `edit` changes what it is given, or returns what takes its place."""
+    """Change a JSON file: ``edit` changes the document in place or returns a new one."""
     document = json.loads(path.read_text())
     path.write_text(json.dumps(edit(document) or document))
 
 
 def copied(folder: Path, target: Path) -> Path:
-    """A copy, free to be damaged."""
+    """Return a copy that the test may damage."""
     shutil.copytree(folder, target)
     return target
 
 
 def names(tensors: Mapping[str, Any], prefix: str, *, without: str = "vision_tower") -> Iterator[str]:
-    """Names that begin so, but for those of the tower."""
+    """Return the names with this prefix, without the tower's."""
     yield from (name for name in tensors if name.startswith(prefix) and without not in name)

@@ -1,4 +1,4 @@
-"""What a saboteur does to a converted folder, how it covers its traces, and what must be found all the same."""
+"""Damage to a converted folder, with a manifest resealed to hide it, and the checks that must find it."""
 
 import copy
 import hashlib
@@ -52,7 +52,7 @@ EOI = "model.encoder.embed_tokens.eoi_embedding"
 
 @dataclass
 class Tally:
-    """Mutants that were tried, and the checks that caught them; several may catch one."""
+    """Count mutants and the checks that caught them; several checks may catch one mutant."""
 
     tried: int = 0
     caught: Counter[str] = field(default_factory=Counter)
@@ -66,7 +66,7 @@ class Tally:
             self.survivors.append(label)
 
     def close(self, family: str, at_least: int) -> None:
-        """Keep the counts for the summary; none may have survived, and enough must have been tried."""
+        """Keep the counts for the summary; require `at_least` mutants and no survivor."""
         CLOSED.append(self)
         assert self.survivors == []
         assert self.tried >= at_least, family
@@ -78,7 +78,7 @@ CLOSED: list[Tally] = []
 
 @dataclass
 class Bench:
-    """A conversion that is damaged, judged and put back, again and again."""
+    """A conversion that is damaged, verified and restored repeatedly."""
 
     source: Path
     folder: Path
@@ -104,7 +104,7 @@ class Bench:
 
     @contextmanager
     def tensors(self) -> Iterator[Tensors]:
-        """All tensors, to be changed in place; they are written when the block ends."""
+        """Yield all tensors to change in place, and write them when the block ends."""
         buffers = {path: bytearray(path.read_bytes()) for path in sorted(self.folder.glob("*.safetensors"))}
         views: Tensors = {}
         for path, buffer in buffers.items():
@@ -123,20 +123,20 @@ class Bench:
         change(document)
         (self.folder / name).write_bytes(encode_json(document))
 
-    def reseal(self, lie: Callable[[Document], object] | None = None) -> None:
-        """Make the manifest tell of the files that are here now, let it lie as well, and seal it."""
+    def reseal(self, change: Callable[[Document], object] | None = None) -> None:
+        """Update the manifest to the files as they are now, apply `change`, and seal it."""
         manifest = read_json_object(self.folder / MANIFEST_FILE)
         manifest["files"] = {
             path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             for path in sorted(self.folder.iterdir())
             if path.name != MANIFEST_FILE and path.is_file()
         }
-        if lie is not None:
-            lie(manifest)
+        if change is not None:
+            change(manifest)
         (self.folder / MANIFEST_FILE).write_bytes(seal(manifest))
 
     def judge(self, **options: Any) -> Report:
-        """Verify; a report whose checks differ from those before is shown in every way: none may stumble."""
+        """Verify, and render each new kind of report in every format: none may fail."""
         report = verify(self.folder, self.source, record=False, **options)
         shape = frozenset((check.name, check.passed, check.figures is None) for check in report.checks)
         if shape not in self.shown:
@@ -148,12 +148,12 @@ class Bench:
         return report
 
     def resealed(self, **options: Any) -> Report:
-        """Seal what was done, have it judged, and undo it."""
+        """Reseal the manifest, verify, and restore the folder."""
         self.reseal()
         return self.judged(**options)
 
     def judged(self, **options: Any) -> Report:
-        """Have it judged as it is, and undo it."""
+        """Verify the folder as it is, and restore it."""
         try:
             return self.judge(**options)
         finally:
@@ -161,20 +161,20 @@ class Bench:
 
 
 def check_of(report: Report, name: str) -> Check:
-    """The checks of a name as one; config is judged in two places."""
+    """Return the check of this name, the failed one first; `config` is checked twice."""
     found = [check for check in report.checks if check.name == name]
     assert found, f"{name} was not made"
     failed = [check for check in found if not check.passed]
     return failed[0] if failed else found[0]
 
 
-def told(check: Check) -> str:
-    """All that a check says."""
+def message_of(check: Check) -> str:
+    """Return the detail and offenders of a check."""
     return "\n".join((check.detail, *check.offenders))
 
 
 def departs(report: Report, name: str) -> str:
-    """Where a parity that failed says that the models depart."""
+    """Return the first difference that a failed parity check reports."""
     check = check_of(report, name)
     assert not check.passed, f"{name} passed"
     assert check.figures is not None, check.detail
@@ -184,7 +184,7 @@ def departs(report: Report, name: str) -> str:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """The parity that judges a tensor that is not the embedding's, and what `departs` must start with."""
+    """Return the parity check of a tensor (not an embedding), and the expected start of `departs`."""
     if name.startswith(PROJECTOR):
         module = name.removeprefix(PROJECTOR).rpartition(".")[0]
         return "vision_parity", "multi_modal_projector" + (f", {module}" if module else "")
@@ -204,7 +204,7 @@ def place_of(name: str) -> tuple[str, str]:
 
 
 def earliest(names: list[str]) -> str:
-    """The one of several tensors of one part that is computed with first."""
+    """Return the tensor that the forward pass uses first, among tensors of one part."""
 
     def rank(name: str) -> tuple[int, int]:
         number, module = name.partition("layers.")[2].split(".", 1)
@@ -218,12 +218,12 @@ def earliest(names: list[str]) -> str:
 
 
 def flip_exponent(tensor: Tensor) -> None:
-    """One high bit of the exponent of the largest element."""
+    """Flip one high exponent bit of the largest element."""
     _flip(tensor, {2: 0x0800, 4: 0x08000000}[tensor.element_size()])
 
 
 def flip_sign(tensor: Tensor) -> None:
-    """The sign of the largest element."""
+    """Flip the sign of the largest element."""
     _flip(tensor, {2: -0x8000, 4: -0x80000000}[tensor.element_size()])
 
 
@@ -237,7 +237,7 @@ def zero(tensor: Tensor) -> None:
 
 
 def transpose(tensor: Tensor) -> None:
-    """The bytes of the transpose under the old shape; a vector is turned round."""
+    """Store the transpose's bytes under the old shape; reverse a vector."""
     turned = tensor.flip(0) if tensor.ndim == 1 else tensor.transpose(0, -1).reshape(tensor.shape)
     tensor.copy_(turned.clone())
 
@@ -251,7 +251,7 @@ def put_inf(tensor: Tensor) -> None:
 
 
 def shift_rows(tensor: Tensor) -> None:
-    """Every row where its successor was."""
+    """Move every row up by one."""
     tensor.copy_(tensor.roll(1, 0))
 
 
@@ -263,14 +263,14 @@ OPERATORS = (flip_exponent, flip_sign, transpose, zero, put_nan, put_inf, shift_
 
 
 def exchange(tensors: Tensors, one: str, other: str) -> None:
-    """Two tensors change places."""
+    """Swap two tensors."""
     kept = tensors[one].clone()
     tensors[one].copy_(tensors[other].view(kept.shape))
     tensors[other].copy_(kept.view(tensors[other].shape))
 
 
 def layer_names(tensors: Tensors, prefix: str, number: int) -> list[str]:
-    """The names of a layer's tensors behind `prefix`layers.N."""
+    """Return the names of a layer's tensors after `prefix`layers.N."""
     start = f"{prefix}layers.{number}."
     return [name.removeprefix(start) for name in tensors if name.startswith(start)]
 
@@ -279,7 +279,7 @@ def layer_names(tensors: Tensors, prefix: str, number: int) -> list[str]:
 
 
 def leaves(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Every value of a JSON document that is no object and no list, by its path."""
+    """Return every scalar of a JSON document by its path."""
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from leaves(value, (*path, key))
@@ -299,12 +299,12 @@ def put(document: Document, path: tuple[str | int, ...], value: Any) -> None:
 
 
 def setting_name(path: tuple[str | int, ...]) -> str:
-    """`decoder.layer_types`: as checks name it, a list as a whole."""
+    """`Return the name that checks use, such as `decoder.layer_types`; a list is one setting."""
     return ".".join(str(key) for key in path if isinstance(key, str))
 
 
 def plausible(path: tuple[str | int, ...], value: Any) -> Any:
-    """A plausible value that means something else."""
+    """Return a plausible other value."""
     named = {
         "sliding_attention": "full_attention", "full_attention": "sliding_attention", "linear": "default",
         "default": "linear", "gelu_pytorch_tanh": "gelu", "bfloat16": "float32", "float32": "bfloat16",
@@ -321,7 +321,7 @@ def plausible(path: tuple[str | int, ...], value: Any) -> Any:
 
 
 def dotted(document: Document, path: tuple[str, ...], value: Any) -> None:
-    """Change a nested setting, and put its old value beside it under a name with dots in it, as checks spell it."""
+    """Change a nested setting, and keep its old value under a dotted name, as checks spell it."""
     good = copy.deepcopy(parent_of(document, path)[path[-1]])
     put(document, path, value)
     document[".".join(path)] = good
@@ -369,5 +369,5 @@ MakeBench = Callable[..., Bench]
 
 
 def close(tally: Tally, family: str) -> None:
-    """Close a family that has a minimum."""
+    """Close a family with its minimum count."""
     tally.close(family, MINIMA[family])

@@ -35,7 +35,7 @@ def opened(folder: Path, dtype: torch.dtype = torch.bfloat16) -> T5Gemma2Referen
 
 
 def changed_config(folder: Path, target: Path, stack: str, **values: object) -> Path:
-    """A copy of a converted folder, with settings of one stack changed."""
+    """Copy a converted folder and change settings of one stack."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     section = config["decoder"] if stack == "decoder" else config["encoder"]["text_config"]
@@ -57,19 +57,19 @@ def test_seeded_tokens_are_in_the_vocabulary_and_the_same_every_time(length: int
     assert not torch.equal(batch.ids_BT[0], batch.ids_BT[1])
 
 
-def test_every_token_that_may_occur_does() -> None:
+def test_every_allowed_token_occurs() -> None:
     assert set(token_batch(20, 400, never={3, 19}).ids_BT.flatten().tolist()) == set(range(20)) - {3, 19}
 
 
 @pytest.mark.parametrize("length", [8, 9, 31, 200])
-def test_the_second_sequence_alone_has_padding_on_both_sides(length: int) -> None:
+def test_only_the_second_sequence_has_padding_on_both_sides(length: int) -> None:
     kept = token_batch(300, length, never=set()).kept_BT
     assert bool(kept[0].all())
     assert kept[1].nonzero().flatten().tolist() == list(range(3, length - 2))
 
 
 @pytest.mark.parametrize("length", [8, 9, 10, 31, 200])
-def test_the_placed_token_stands_where_it_is_no_padding(length: int) -> None:
+def test_the_placed_token_is_not_in_padding(length: int) -> None:
     batch = token_batch(300, length, never=NEVER, placed=291)
     placed = batch.ids_BT == 291
     assert (placed & batch.kept_BT).any(1).tolist() == [True, True]
@@ -78,11 +78,11 @@ def test_the_placed_token_stands_where_it_is_no_padding(length: int) -> None:
     assert torch.equal(batch.ids_BT[~placed], plain.ids_BT[~placed])
 
 
-def test_reserved_are_the_tokens_that_stand_for_something_else(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_reserved_tokens_are_the_image_and_padding_tokens(converted_twin: TwinFolder, tmp_path: Path) -> None:
     assert opened(converted_twin("images-8")).reserved == {291, 292}
     shutil.copytree(converted_twin("images-8"), tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    # As transformers takes them: the image token from the top, the end of an image from the encoder.
+    # As in transformers: the image token is at the top level, the end-of-image token in the encoder.
     config["image_token_index"], config["encoder"]["eoi_token_index"] = 17, 18
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     assert opened(tmp_path / "out").reserved == {17, 18}
@@ -97,21 +97,21 @@ def test_a_text_is_read_from_its_start_and_again_with_padding() -> None:
     assert batch.kept_BT[1].nonzero().flatten().tolist() == list(range(3, 29))
 
 
-def test_a_text_that_is_shorter_is_read_whole() -> None:
+def test_a_short_text_is_read_whole() -> None:
     batch = text_batch(list(range(8)), 31)
     assert batch.ids_BT.tolist() == [list(range(8))] * 2
     assert batch.kept_BT.sum(1).tolist() == [8, 3]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_fewer_than_eight_tokens_are_no_text(count: int, demo_source: Path, tmp_path: Path) -> None:
+def test_fewer_than_eight_tokens_are_refused(count: int, demo_source: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * count)
     vision = Gemma3Source(Sources.open(demo_source)).vision
     with pytest.raises(UsageError, match=f"has {count} tokens, expected at least 8"):
         read_inputs(tmp_path / "text", None, demo_source, vision, with_source=True)
 
 
-def test_a_text_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_an_unreadable_text_is_reported(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes("Zürich".encode("latin-1"))
     for name in ("latin", "missing", "."):
         with pytest.raises(UsageError, match="cannot be read"):
@@ -124,7 +124,7 @@ def test_a_text_that_cannot_be_read_is_said(tmp_path: Path) -> None:
 # Images
 
 
-def test_an_image_stands_in_the_middle_of_a_text() -> None:
+def test_an_image_is_in_the_middle_of_a_text() -> None:
     ids = image_ids(300, 4, never=NEVER)
     assert ids.shape == (1, 14)
     assert (ids[0] == -1).nonzero().flatten().tolist() == [6, 7, 8, 9]
@@ -132,7 +132,7 @@ def test_an_image_stands_in_the_middle_of_a_text() -> None:
     assert text == token_batch(300, 10, never=NEVER).ids_BT[0].tolist()
 
 
-def test_an_image_batch_has_the_image_token_of_whoever_reads_it() -> None:
+def test_an_image_batch_has_its_readers_image_token() -> None:
     batch = ImageBatch(torch.tensor([[4, -1, -1, 5]]), torch.zeros(1, 2, 3))
     assert batch.with_token(292).tolist() == [[4, 292, 292, 5]]
     assert batch.with_token(7).tolist() == [[4, 7, 7, 5]]
@@ -163,7 +163,7 @@ def test_sequences_are_longer_than_the_larger_window(
     assert batch.remarks == ()
 
 
-def test_the_end_of_image_token_is_read_in_the_dtype_that_its_row_was_rounded_in(converted_twin: TwinFolder) -> None:
+def test_the_end_of_image_row_is_read_in_its_own_dtype(converted_twin: TwinFolder) -> None:
     folder = converted_twin("images-8")
     exact, widened = Inputs().batch(opened(folder)), Inputs().batch(opened(folder, torch.float32))
     assert int((exact.ids_BT == 291).sum()) == 6
@@ -181,7 +181,7 @@ def test_a_vocabulary_without_the_end_of_image_token_needs_no_remark(converted_t
 
 
 @pytest.mark.parametrize(("longest", "remarks"), [(15, 1), (16, 1), (17, 0)])
-def test_a_window_that_was_not_reached_is_said(
+def test_a_window_that_was_not_reached_is_reported(
     longest: int, remarks: int, converted_twin: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = changed_config(converted_twin("text-8"), tmp_path / "out", "decoder", sliding_window=16)
@@ -192,9 +192,7 @@ def test_a_window_that_was_not_reached_is_said(
     assert batch.remarks == expected * remarks
 
 
-def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
-    demo_source: Path, converted_twin: TwinFolder, tmp_path: Path
-) -> None:
+def test_a_custom_text_and_picture_are_used(demo_source: Path, converted_twin: TwinFolder, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(converted_twin("images-8"), folder)
     shutil.copy(demo_source / "tokenizer.json", folder)
@@ -214,7 +212,7 @@ def test_a_text_and_a_picture_of_ones_own_are_what_is_given(
 @pytest.mark.sampled
 @pytest.mark.parametrize("count", [1, 8, 100, 4000, 10**6])
 @pytest.mark.parametrize("kind", ["words", "spaces", "nothing"])
-def test_as_much_of_a_text_is_read_as_gives_the_tokens(
+def test_only_as_much_text_is_read_as_the_tokens_need(
     demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, kind: str
 ) -> None:
     text = {"words": "the quick brown fox\n" * 20_000, "spaces": " " * 300_000 + "end", "nothing": ""}[kind]
@@ -234,15 +232,15 @@ def test_as_much_of_a_text_is_read_as_gives_the_tokens(
 
 
 class Greedy(TextCodec):
-    """A tokenizer whose first token hangs on the whole text, as no real one's does."""
+    """A tokenizer with a first token that depends on the whole text, unlike any real one."""
 
     def __init__(self) -> None:
-        """There is no folder."""
+        """Skip the folder that the base class reads."""
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         return [min(len(text), 50_000), *map(ord, text)]
 
 
-def test_a_text_is_read_on_until_its_tokens_change_no_more(tmp_path: Path) -> None:
+def test_a_text_is_read_until_its_tokens_stop_changing(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("a" * 200_000)
     assert first_tokens(Greedy(), tmp_path / "text", 100) == [50_000, *[97] * 99]

@@ -1,4 +1,4 @@
-"""Further chat templates go along byte for byte, and are judged: changed, added and missing ones are named."""
+"""More chat templates are copied byte for byte; changed, added and missing ones are named."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def failed(output: Path, source: Path) -> dict[str, str]:
 
 
 def reseal(output: Path) -> None:
-    """Write a manifest that tells of what is there now."""
+    """Write a manifest of the current files."""
     from t5g2convert.checkpoint.file_store import sha256_of
 
     manifest = read_manifest(output).document()
@@ -50,14 +50,14 @@ def reseal(output: Path) -> None:
     (output / MANIFEST_FILE).write_bytes(seal(manifest))
 
 
-def test_they_are_copied_listed_and_judged(source: Path, output: Path) -> None:
+def test_they_are_copied_listed_and_checked(source: Path, output: Path) -> None:
     for name in (RAG, TOOLS):
         assert (output / name).read_bytes() == (source / name).read_bytes()
         assert name in read_manifest(output).document()["files"]
     before = (output / MANIFEST_FILE).read_bytes()
     assert failed(output, source) == {}
     assert {RAG, TOOLS} <= {file.name for file in manifest_files(output)}
-    # A folder that is written again is the same, and takes the other's place.
+    # Writing again gives the same folder and replaces the old one.
     convert(source, output, overwrite=True, flush=True)
     assert (output / MANIFEST_FILE).read_bytes() == before
 
@@ -88,27 +88,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", DAMAGES)
-def test_I18_another_template_is_found_out(case: str, source: Path, output: Path) -> None:
+def test_I18_another_template_is_found(case: str, source: Path, output: Path) -> None:
     damage, name = DAMAGES[case]
     damage(output)
     found = failed(output, source)
     assert name in found["integrity"]
     assert f"{name} differs from the source's" in found["tokenizer"]
-    # As if the converter itself had done it.
+    # With a manifest as the converter writes it.
     reseal(output)
     found = failed(output, source)
     assert "integrity" not in found
     assert f"{name} differs from the source's" in found["tokenizer"]
 
 
-def test_what_is_no_template_may_not_be_in_the_folder(source: Path, output: Path) -> None:
+def test_only_templates_may_be_in_the_folder(source: Path, output: Path) -> None:
     (output / FOLDER / "code.py").write_text("x")
     assert f"{FOLDER}/code.py is not in t5g2.json" in failed(output, source)["integrity"]
 
 
-def test_the_decoder_that_is_taken_out_has_them_and_the_encoder_has_not(
-    source: Path, output: Path, tmp_path: Path
-) -> None:
+def test_the_extracted_decoder_has_them_but_the_encoder_does_not(source: Path, output: Path, tmp_path: Path) -> None:
     for part, has in (("decoder", True), ("encoder", False)):
         convert(output, tmp_path / part, part=part, flush=False)
         assert (tmp_path / part / RAG).exists() == has
@@ -117,7 +115,7 @@ def test_the_decoder_that_is_taken_out_has_them_and_the_encoder_has_not(
     assert "differs from the source's" in failed(tmp_path / "decoder", output)["tokenizer"]
 
 
-def test_those_of_gemma_2_go_along(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_templates_of_gemma_2_are_copied(twin_folder: TwinFolder, tmp_path: Path) -> None:
     folder = shutil.copytree(twin_folder("gemma2-5"), tmp_path / "source")
     (folder / FOLDER).mkdir()
     (folder / RAG).write_text("x")
@@ -141,7 +139,7 @@ def test_a_manifest_that_lists_another_path_is_refused(name: str, source: Path, 
     assert any(name in detail for detail in refused.value.details), json.dumps(refused.value.details)
 
 
-def test_a_linked_folder_of_templates_is_not_sent(output: Path, tmp_path: Path) -> None:
+def test_a_symlinked_template_folder_is_not_uploaded(output: Path, tmp_path: Path) -> None:
     from t5g2convert.errors import CheckpointError
 
     (output / FOLDER).rename(tmp_path / "elsewhere")

@@ -32,7 +32,7 @@ TEXT = "The quick brown fox jumps over the lazy dog; then it sleeps."
 
 @dataclass(frozen=True)
 class Models:
-    """Gemma 3 and a T5Gemma 2, both with a tokenizer of their vocabulary, and a text."""
+    """Gemma 3 and a T5Gemma 2, both with a tokenizer, and a text."""
 
     gemma3: Path
     t5gemma2: Path
@@ -68,7 +68,7 @@ def models(twin_folder: TwinFolder, demo_source: Path, tmp_path: Path) -> Make:
 
 
 def train(folder: Path, amount: float) -> None:
-    """Move every parameter of encoder and decoder a little, in one direction or the other."""
+    """Shift every parameter of encoder and decoder by a random amount."""
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(5)
     for name in sorted(tensors):
@@ -121,7 +121,7 @@ def test_a_fresh_conversion_has_not_moved(name: str, dtype: str | None, models: 
     assert alone.gemma3_perplexity == alone.t5gemma2_perplexity > 1
     assert found.drifts
     assert all(drift.max_abs == drift.relative == 0 for drift in found.drifts)
-    # Reading the first half in the encoder is what a conversion has yet to learn.
+    # A fresh conversion has not learned to read the first half in the encoder.
     assert found.prefix_in_encoder.tokens == len(both.tokens) - len(both.tokens) // 2
     assert found.prefix_in_encoder.kl > 0
 
@@ -182,7 +182,7 @@ def test_both_readings_are_what_transformers_computes(
 
 
 @pytest.mark.parametrize("count", [8, 9, 17, 10_000])
-def test_no_more_tokens_are_read_than_asked(count: int, models: Make) -> None:
+def test_only_the_requested_tokens_are_read(count: int, models: Make) -> None:
     both = models()
     found = both.compare(max_tokens=count)
     read = min(count, len(both.tokens))
@@ -190,10 +190,10 @@ def test_no_more_tokens_are_read_than_asked(count: int, models: Make) -> None:
     assert found.prefix_in_encoder.tokens == read - read // 2
 
 
-def test_progress_is_told(models: Make) -> None:
-    told: list[str] = []
-    models().compare(progress=told.append)
-    assert len(told) >= 8
+def test_progress_is_reported(models: Make) -> None:
+    progress: list[str] = []
+    models().compare(progress=progress.append)
+    assert len(progress) >= 8
 
 
 def test_json_has_both_readings_and_the_drifts(models: Make) -> None:
@@ -221,7 +221,7 @@ def test_json_of_a_model_that_is_not_finite_is_json(models: Make) -> None:
 # What cannot be compared
 
 
-def test_a_text_that_is_too_short_is_said(models: Make) -> None:
+def test_a_text_that_is_too_short_is_refused(models: Make) -> None:
     both = models()
     both.text.write_text("short")
     with pytest.raises(UsageError, match="has 5 tokens, expected at least 8"):
@@ -230,7 +230,7 @@ def test_a_text_that_is_too_short_is_said(models: Make) -> None:
     assert both.compare().decoder_alone.tokens == 7
 
 
-def test_what_cannot_be_read_is_said(models: Make, tmp_path: Path) -> None:
+def test_unreadable_inputs_are_reported(models: Make, tmp_path: Path) -> None:
     both = models()
     with pytest.raises(UsageError, match="cannot be read"):
         compare(both.gemma3, both.t5gemma2, tmp_path / "missing")
@@ -245,19 +245,19 @@ def test_what_cannot_be_read_is_said(models: Make, tmp_path: Path) -> None:
         both.compare()
 
 
-def test_a_dtype_that_is_none_is_said(models: Make) -> None:
+def test_an_unknown_dtype_is_refused(models: Make) -> None:
     with pytest.raises(UsageError, match="dtype: Input should be"):
         models().compare(dtype="int8")
 
 
-def test_models_of_other_widths_are_not_compared(models: Make, twin_folder: TwinFolder) -> None:
+def test_models_of_different_width_are_not_compared(models: Make, twin_folder: TwinFolder) -> None:
     both = models()
     with pytest.raises(UsageError, match="hidden_size is 32 in Gemma 3 and 24 in the decoder"):
         compare(twin_folder("donor-wide"), both.t5gemma2, both.text)
 
 
 def test_a_decoder_of_fewer_layers_is_compared_with_its_whole_parent(models: Make, tmp_path: Path) -> None:
-    """All layers but the last, whose outputs are scaled to nothing, compute what all of them do."""
+    """With the last layer's outputs scaled to zero, the other layers compute the same."""
     both = models()
     tensors = load_file(both.gemma3 / "model.safetensors")
     for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
@@ -274,7 +274,7 @@ def test_a_decoder_of_fewer_layers_is_compared_with_its_whole_parent(models: Mak
     assert [drift.layer for drift in found["0:7:2"].drifts] == ["embed_tokens"]
 
 
-def test_a_decoder_without_a_start_token_is_said(models: Make) -> None:
+def test_a_decoder_without_a_start_token_is_refused(models: Make) -> None:
     both = models()
     config = json.loads((both.t5gemma2 / "config.json").read_text())
     config["decoder"]["bos_token_id"] = None
@@ -283,14 +283,14 @@ def test_a_decoder_without_a_start_token_is_said(models: Make) -> None:
         both.compare()
 
 
-def test_without_a_dtype_in_the_config_that_of_the_tensors_is_taken(models: Make) -> None:
+def test_without_a_config_dtype_the_tensors_dtype_is_used(models: Make) -> None:
     both = models()
     set_config(both.t5gemma2, "dtype", None)
     assert both.compare().decoder_alone.kl == 0
 
 
 @pytest.mark.parametrize("rows", [-20, 20])
-def test_models_of_other_vocabularies_read_no_row_beyond_a_table(rows: int, models: Make) -> None:
+def test_models_of_different_vocabulary_read_only_shared_rows(rows: int, models: Make) -> None:
     both = models()
     tensors = load_file(both.t5gemma2 / "model.safetensors")
     table = tensors["model.encoder.embed_tokens.weight"]
@@ -300,7 +300,7 @@ def test_models_of_other_vocabularies_read_no_row_beyond_a_table(rows: int, mode
     for path in ("vocab_size", "decoder.vocab_size", "encoder.text_config.vocab_size"):
         set_config(both.t5gemma2, path, vocab)
     if rows < 0:
-        # The rows that both have are the same, as where the random fill was cut.
+        # Both have the same shared rows, as when random fill was cut.
         assert both.compare().decoder_alone.kl == 0
     else:
         with pytest.raises(T5g2Error, match="vocab"):

@@ -1,4 +1,4 @@
-"""A setting beside the weights is changed, left out or of another type, and the manifest sealed anew: all are found."""
+"""Settings next to the weights are changed, removed or retyped, and the manifest resealed: all are found."""
 
 import json
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def made(demo_source: Path, tmp_path: Path) -> Bench:
 
 
 def others(path: tuple[str | int, ...], value: Any) -> Iterator[Any]:
-    """Another value, and the same value as another type."""
+    """Return another value, and the same value with another type."""
     yield plausible(path, value)
     if isinstance(value, bool):
         yield int(value)
@@ -51,7 +51,7 @@ def others(path: tuple[str | int, ...], value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("family", ["a setting beside the weights"])
-def test_a_setting_beside_the_weights_is_found(family: str, made: Bench) -> None:
+def test_a_damaged_setting_next_to_the_weights_is_found(family: str, made: Bench) -> None:
     assert made.judge().passed
     tally = Tally()
     for file in FILES:

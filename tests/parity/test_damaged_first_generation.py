@@ -1,4 +1,4 @@
-"""V1 for T5Gemma made of Gemma 2: tensors, settings and names are damaged, and the manifest sealed anew."""
+"""V1 for T5Gemma from Gemma 2: tensors, settings and names are damaged, and the manifest resealed."""
 
 from collections.abc import Callable
 
@@ -20,11 +20,11 @@ from tests.parity.mutations import (
     departs,
     exchange,
     leaves,
+    message_of,
     parent_of,
     plausible,
     put,
     setting_name,
-    told,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
@@ -38,7 +38,7 @@ def layer_tensors(names: list[str], number: int) -> list[str]:
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """The parity that judges a tensor, and what it must say of where the models depart."""
+    """Return the parity check of a tensor and the expected first difference."""
     if name.startswith("lm_head."):
         return "decoder_parity", "lm_head.out_proj.weight, or"
     _, part, rest = name.split(".", 2)
@@ -56,7 +56,7 @@ def failed_parities(report: Report) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_without_sabotage_all_is_well(name: str, bench: MakeBench) -> None:
+def test_an_undamaged_model_passes(name: str, bench: MakeBench) -> None:
     made = bench(name)
     made.reseal()
     report = made.judged()
@@ -65,10 +65,10 @@ def test_without_sabotage_all_is_well(name: str, bench: MakeBench) -> None:
 
 
 def judge_tensor(made: Bench, name: str, tally: Tally, label: str) -> None:
-    """provenance names it; its parity, and that alone, names its layer and its module."""
+    """Expect provenance to name the tensor, and only its parity check its layer and module."""
     report = made.resealed()
     tally.add(f"{label} {name}", report)
-    assert name in told(check_of(report, "provenance")), label
+    assert name in message_of(check_of(report, "provenance")), label
     parity, place = place_of(name)
     assert failed_parities(report) == {parity}, (label, name)
     where = departs(report, parity)
@@ -93,7 +93,7 @@ def test_no_operator_on_a_kind_of_tensor_passes(name: str, bench: MakeBench) -> 
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_one_element_of_a_row_that_no_batch_reads_is_found(name: str, bench: MakeBench) -> None:
+def test_one_changed_element_of_an_unread_row_is_found(name: str, bench: MakeBench) -> None:
     made, tally = bench(name), Tally()
     tables = ["model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"]
     tables += ["lm_head.out_proj.weight"] if "untied" in name else []
@@ -104,11 +104,11 @@ def test_one_element_of_a_row_that_no_batch_reads_is_found(name: str, bench: Mak
             report = made.resealed()
             tally.add(f"{table} {row}", report)
             assert failed_parities(report) == {place_of(table)[0]}
-            assert f"{table}[{row}, 3]" in told(check_of(report, "provenance"))
+            assert f"{table}[{row}, 3]" in message_of(check_of(report, "provenance"))
     tally.close("rows", 18)
 
 
-def test_tensors_of_two_layers_or_stacks_that_change_places_are_found(bench: MakeBench) -> None:
+def test_tensors_swapped_between_layers_or_stacks_are_found(bench: MakeBench) -> None:
     made, tally = bench("gemma2-5"), Tally()
     modules = [f"cross_attn.{letter}_proj" for letter in "qkvo"]
     modules += ["pre_cross_attn_layernorm", "post_cross_attn_layernorm"]
@@ -122,7 +122,7 @@ def test_tensors_of_two_layers_or_stacks_that_change_places_are_found(bench: Mak
             exchange(views, one, other)
         report = made.resealed()
         tally.add(f"{one} {other}", report)
-        # Self-attention, MLP and encoder are as they were.
+        # Self-attention, MLP and encoder are unchanged.
         assert failed_parities(report) == {"cross_parity"}
         module = one.split(".", 4)[4].removesuffix(".weight")
         assert departs(report, "cross_parity") == f"decoder layers.{one.split('.')[3]}, {module}"
@@ -161,7 +161,7 @@ COMPUTED_WITH = {
 
 
 @pytest.mark.parametrize("name", ["gemma2-float32", "gemma2-7-untied"])
-def test_no_setting_can_be_another(name: str, bench: MakeBench) -> None:
+def test_every_changed_setting_is_found(name: str, bench: MakeBench) -> None:
     made, tally, seen = bench(name), Tally(), set()
     config = read_json_object(made.folder / "config.json")
     for path, value in leaves(config):
@@ -169,11 +169,13 @@ def test_no_setting_can_be_another(name: str, bench: MakeBench) -> None:
         made.edit("config.json", lambda document, path=path, other=other: put(document, path, other))
         report = made.resealed()
         tally.add(f"{path}: {value!r} to {other!r}", report)
-        assert setting_name(path) in told(check_of(report, "config")) or path[-1] in told(check_of(report, "config"))
+        assert setting_name(path) in message_of(check_of(report, "config")) or path[-1] in message_of(
+            check_of(report, "config")
+        )
         last = next(str(key) for key in reversed(path) if isinstance(key, str))
         computed = any(check.name == "decoder_parity" and check.figures is not None for check in report.checks)
         if last in COMPUTED_WITH and computed:
-            # A stack with other settings departs by itself; the other one is as it was.
+            # Only the stack with other settings differs.
             parities = failed_parities(report)
             assert f"{path[0]}_parity" in parities, path
             assert (f"{'encoder' if path[0] == 'decoder' else 'decoder'}_parity") not in parities, path
@@ -183,7 +185,7 @@ def test_no_setting_can_be_another(name: str, bench: MakeBench) -> None:
     close(tally, "first generation, settings")
 
 
-def test_no_setting_can_be_missing(bench: MakeBench) -> None:
+def test_every_missing_setting_is_found(bench: MakeBench) -> None:
     made, tally = bench("gemma2-5"), Tally()
     config = read_json_object(made.folder / "config.json")
     paths = dict.fromkeys(path for path, _ in leaves(config) if isinstance(path[-1], str))
@@ -206,7 +208,7 @@ def test_no_setting_can_be_missing(bench: MakeBench) -> None:
         ("rms_norm_eps", 1e-3, {"decoder_parity", "cross_parity"}),
     ],
 )
-def test_what_cross_attention_is_computed_with_is_seen_there(
+def test_cross_attention_settings_are_found_there(
     name: str, setting: str, value: object, found: set[str], bench: MakeBench
 ) -> None:
     made = bench(name)
@@ -232,7 +234,7 @@ def _wider(document: Document) -> None:
 
 @pytest.mark.parametrize("name", TWINS)
 @pytest.mark.parametrize("change", [_shorter, _wider, lambda document: document.pop("decoder")])
-def test_a_config_of_another_model_is_not_computed(
+def test_a_config_of_another_model_is_not_run(
     name: str, change: Callable[[Document], object], bench: MakeBench
 ) -> None:
     made = bench(name)
@@ -244,7 +246,7 @@ def test_a_config_of_another_model_is_not_computed(
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_a_softmax_that_is_tied_otherwise_is_found(name: str, bench: MakeBench) -> None:
+def test_a_changed_output_tying_is_found(name: str, bench: MakeBench) -> None:
     made = bench(name)
     made.edit("config.json", _untie)
     report = made.resealed()
@@ -275,7 +277,7 @@ def _other_dtype(tensors: Tensors) -> None:
     tensors[name] = tensors[name].to(torch.float32)
 
 
-def test_tensors_that_are_missing_too_many_or_otherwise_made_are_found(bench: MakeBench) -> None:
+def test_missing_extra_and_mistyped_tensors_are_found(bench: MakeBench) -> None:
     made, tally = bench("gemma2-5"), Tally()
     changes: list[Callable[[Tensors], object]] = [
         _without("model.decoder.layers.4.cross_attn.o_proj.weight"),
@@ -295,7 +297,7 @@ def test_tensors_that_are_missing_too_many_or_otherwise_made_are_found(bench: Ma
     close(tally, "first generation, structure")
 
 
-def test_a_manifest_that_lies_of_a_change_does_not_excuse_it(bench: MakeBench) -> None:
+def test_a_false_change_in_the_manifest_does_not_excuse_it(bench: MakeBench) -> None:
     made, tally = bench("gemma2-5"), Tally()
     for field, old, new in (
         ("decoder.attn_logit_softcapping", 2.0, 9.0),
@@ -303,7 +305,7 @@ def test_a_manifest_that_lies_of_a_change_does_not_excuse_it(bench: MakeBench) -
         ("decoder.tie_word_embeddings", True, False),
     ):
         made.edit("config.json", lambda document, field=field, new=new: put(document, tuple(field.split(".")), new))
-        lie = {"field": field, "source": old, "target": new}
-        made.reseal(lambda manifest, lie=lie: manifest["changes"].append(lie))
+        false_change = {"field": field, "source": old, "target": new}
+        made.reseal(lambda manifest, false_change=false_change: manifest["changes"].append(false_change))
         tally.add(field, made.judged())
     tally.close("lies", 3)

@@ -1,4 +1,4 @@
-"""V2: damage that leaves t5g2.json as it was, lies in it, and files that no conversion writes; nothing may pass."""
+"""V2: damage with t5g2.json unchanged, false fields in it, and files that no conversion writes; nothing may pass."""
 
 import json
 import os
@@ -34,9 +34,9 @@ from tests.parity.mutations import (
     close,
     departs,
     flip_sign,
+    message_of,
     parent_of,
     put,
-    told,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
@@ -64,7 +64,7 @@ def test_V2_any_byte_of_any_file(name: str, bench: MakeBench, without_use: None)
             path.write_bytes(damaged)
             report = made.judged()
             tally.add(f"{file}[{at}] = {damaged[at]}", report)
-            assert path.name in told(check_of(report, "integrity")), (at, damaged[at])
+            assert path.name in message_of(check_of(report, "integrity")), (at, damaged[at])
         if path.name == MANIFEST_FILE:
             continue
         for _ in range(150):
@@ -78,7 +78,7 @@ def test_V2_any_byte_of_any_file(name: str, bench: MakeBench, without_use: None)
     close(tally, f"one byte, {name}")
 
 
-def test_any_byte_of_a_header_or_config_that_is_sealed(bench: MakeBench, without_use: None) -> None:
+def test_any_byte_of_a_resealed_header_or_config(bench: MakeBench, without_use: None) -> None:
     made, tally, chance = bench("text-float32"), Tally(), random.Random(8)
     for file in ("model.safetensors", "config.json", "generation_config.json"):
         sound = made.sound[file]
@@ -87,7 +87,7 @@ def test_any_byte_of_a_header_or_config_that_is_sealed(bench: MakeBench, without
             start, stop = 8, 8 + int.from_bytes(sound[:8], "little")
         for _ in range(30):
             at, damaged = chance.randrange(start, stop), bytearray(sound)
-            # Digits become digits, so that many of the changes can be read.
+            # Digits become digits, so many of the changes stay readable.
             damaged[at] = chance.choice(b"0123456789") if chr(sound[at]).isdigit() else chance.randrange(256)
             if meaning(damaged[start:stop]) == meaning(sound[start:stop]):
                 continue
@@ -98,7 +98,7 @@ def test_any_byte_of_a_header_or_config_that_is_sealed(bench: MakeBench, without
 
 
 def meaning(text: bytes) -> object:
-    """What JSON says: spaces between its parts are nothing."""
+    """Return the parsed JSON: spaces between its parts do not matter."""
     try:
         return json.loads(text)
     except ValueError:
@@ -107,7 +107,7 @@ def meaning(text: bytes) -> object:
 
 # The manifest, and other sources
 
-LIES: dict[str, tuple[Callable[[Document], object], str]] = {
+FALSE_FIELDS: dict[str, tuple[Callable[[Document], object], str]] = {
     "total": (lambda it: it["parameters"].update(total=1), "parameters"),
     "a part": (lambda it: it["parameters"].update(decoder=it["parameters"]["decoder"] + 1), "parameters"),
     "no parameters": (lambda it: it.pop("parameters"), "parameters"),
@@ -147,7 +147,7 @@ def declared(name: str, before: Any, after: Any) -> Callable[[Document], object]
     return lambda manifest: manifest["changes"].append({"field": name, "source": before, "target": after})
 
 
-LIES |= {
+FALSE_FIELDS |= {
     f"declared: {name}": (declared(name, before, after), name)
     for name, before, after in (
         ("vocab_size", 300, 299),
@@ -164,17 +164,17 @@ LIES |= {
 }
 
 
-def test_lies_in_the_manifest(bench: MakeBench, without_use: None) -> None:
+def test_false_fields_in_the_manifest(bench: MakeBench, without_use: None) -> None:
     made, tally = bench("images-8"), Tally()
-    for label, (lie, named) in LIES.items():
-        made.reseal(lie)
+    for label, (change, named) in FALSE_FIELDS.items():
+        made.reseal(change)
         report = made.judged()
         tally.add(label, report)
-        # What is missing makes it no manifest; what is wrong makes it a lie.
+        # A missing field makes the manifest invalid; a wrong one makes it false.
         check = check_of(report, "provenance" if check_of(report, "integrity").passed else "integrity")
         assert not check.passed, label
-        assert named in told(check), label
-    # A change that was made as well as declared is no less a lie about what this map does of this source.
+        assert named in message_of(check), label
+    # A change that is both made and declared is still not what this map does with this source.
     for path, before, after in (("decoder.sliding_window", 5, 6), ("decoder.rms_norm_eps", 1e-5, 0.1)):
         made.edit("config.json", partial(put, path=tuple(path.split(".")), value=after))
         made.reseal(declared(path, before, after))
@@ -218,9 +218,7 @@ def test_odd_types_in_the_manifest_fail_a_check(path: tuple[str, ...], bench: Ma
 
 
 @pytest.mark.parametrize("path", [("verification",), ("source", "layout")], ids=str)
-def test_odd_types_where_nobody_looks_harm_nobody(
-    path: tuple[str, ...], bench: MakeBench, without_passes: None
-) -> None:
+def test_odd_types_in_unread_fields_do_no_harm(path: tuple[str, ...], bench: MakeBench, without_passes: None) -> None:
     made = bench("images-8")
     for odd in ODD:
         made.reseal(partial(put, path=path, value=odd))
@@ -228,7 +226,7 @@ def test_odd_types_where_nobody_looks_harm_nobody(
 
 
 def test_another_version_of_the_tool_may_have_had_another_map(bench: MakeBench, without_use: None) -> None:
-    """A folder of an older version is judged by its bytes; that the map has changed since is no fault of it."""
+    """A folder of an older version is checked by its bytes; a later change of the map is not its fault."""
     made = bench("images-8")
 
     def by(version: str) -> Callable[[Document], object]:
@@ -246,19 +244,19 @@ def test_another_version_of_the_tool_may_have_had_another_map(bench: MakeBench, 
         )
         assert any("which is newer than this" in it for it in report.remarks) == newer
         made.reseal(by(version))
-        # A map of one's own is a file, which has no versions.
+        # A custom map is a file and has no versions.
         own = made.folder.parent / "gemma3.yaml"
         own.write_bytes(find_map("gemma3").path.read_bytes())
-        assert "has sha256 dddd" in told(check_of(made.judged(mapping=str(own)), "provenance"))
+        assert "has sha256 dddd" in message_of(check_of(made.judged(mapping=str(own)), "provenance"))
 
 
-def test_a_conversion_without_hashes_names_none(twin_folder: TwinFolder, tmp_path: Path, without_use: None) -> None:
+def test_a_conversion_without_hashes_names_no_file(twin_folder: TwinFolder, tmp_path: Path, without_use: None) -> None:
     convert(twin_folder("text-8"), tmp_path / "out", hashing=False)
     assert verify(tmp_path / "out", twin_folder("text-8"), record=False).passed
 
 
-def test_a_source_of_the_same_numbers_in_another_file_is_told(bench: MakeBench, tmp_path: Path) -> None:
-    """Every tensor's bytes are the same, and so is every size; only the file is another one."""
+def test_a_source_with_the_same_tensors_in_another_file_is_reported(bench: MakeBench, tmp_path: Path) -> None:
+    """All tensor bytes and sizes are equal; only the file differs."""
     made, copy = bench("images-8"), tmp_path / "copy"
     shutil.copytree(made.source, copy)
     data = bytearray((copy / "model.safetensors").read_bytes())
@@ -267,11 +265,11 @@ def test_a_source_of_the_same_numbers_in_another_file_is_told(bench: MakeBench, 
     (copy / "model.safetensors").write_bytes(data)
     report = verify(made.folder, copy, record=False)
     assert {check.name for check in report.failed} == {"provenance"}
-    assert "for model.safetensors of the source, but it has" in told(check_of(report, "provenance"))
+    assert "for model.safetensors of the source, but it has" in message_of(check_of(report, "provenance"))
 
 
 def another(source: Path, folder: Path, tensor: str | None = None, **settings: Any) -> Path:
-    """A copy of a source with one tensor or some settings changed."""
+    """Copy a source with one tensor or some settings changed."""
     shutil.copytree(source, folder)
     if tensor is not None:
         tensors = load_file(folder / "model.safetensors")
@@ -289,13 +287,13 @@ def test_another_source(bench: MakeBench, tmp_path: Path) -> None:
     text = "language_model.model."
     one = another(made.source, tmp_path / "one", f"{text}layers.6.mlp.gate_proj.weight")
     report = verify(made.folder, one, record=False)
-    assert "layers.6.mlp.gate_proj.weight" in told(check_of(report, "provenance"))
+    assert "layers.6.mlp.gate_proj.weight" in message_of(check_of(report, "provenance"))
     for part in ("encoder", "decoder"):
         assert departs(report, f"{part}_parity") == f"{part} layers.6 (sliding_attention), mlp.gate_proj"
     for name, setting in (("window", {"sliding_window": 6}), ("eps", {"rms_norm_eps": 0.1})):
         report = verify(made.folder, another(made.source, tmp_path / name, **setting), record=False)
         assert {"provenance", "config", *PARITIES[1:]} <= {check.name for check in report.failed}
-    # Of the same shape to the last byte of its files' sizes, but for its numbers.
+    # The same file sizes, but other values.
     namesake = tmp_path / "namesake"
     shutil.copytree(made.source, namesake)
     tensors = load_file(namesake / "model.safetensors")
@@ -308,8 +306,8 @@ def test_another_source(bench: MakeBench, tmp_path: Path) -> None:
     assert {"provenance", "config", *PARITIES[1:]} <= {check.name for check in report.failed}
 
 
-def test_a_namesake_of_the_shipped_map(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    """A map with two rows exchanged that calls itself gemma3: with it given, only the parities are left to object."""
+def test_a_map_with_the_name_of_the_shipped_one(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    """A map named gemma3 with two rows swapped: only the parity checks can find it."""
     mapping = tmp_path / "gemma3.yaml"
     text = find_map("gemma3").path.read_text()
     one, other = (
@@ -328,17 +326,17 @@ def test_a_namesake_of_the_shipped_map(twin_folder: TwinFolder, tmp_path: Path) 
 # Files
 
 
-def beside(name: str, contents: bytes = b"{}") -> Callable[[Bench], object]:
+def extra_file(name: str, contents: bytes = b"{}") -> Callable[[Bench], object]:
     return lambda made: (made.folder / name).write_bytes(contents)
 
 
-def head_beside(made: Bench) -> None:
+def head_in_extra_file(made: Bench) -> None:
     zeros = torch.zeros_like(load_file(made.folder / "model.safetensors")["model.decoder.norm.weight"])
     save_file({"model.decoder.norm.weight": zeros}, made.folder / "model-00002-of-00002.safetensors", {"format": "pt"})
 
 
 def in_two(made: Bench, first: str, second: str, metadata: object = None) -> None:
-    """Cut the weights in two files of these names, with an index."""
+    """Split the weights into two files with these names, with an index."""
     path = made.folder / "model.safetensors"
     tensors = load_file(path)
     path.unlink()
@@ -366,26 +364,26 @@ def with_format(metadata: dict[str, str] | None) -> Callable[[Bench], object]:
 CUT = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 FOLDERS: dict[str, Callable[[Bench], object]] = {
-    # transformers takes model.safetensors for the whole model, and leaves the other half random.
+    # transformers reads model.safetensors as the whole model and leaves the other half random.
     "a shard with the name of a whole model": lambda made: in_two(made, "model.safetensors", CUT[1]),
-    # transformers unpickles what is not called .safetensors.
+    # transformers unpickles any file not named .safetensors.
     "shards with other suffixes": lambda made: in_two(made, "model-1.bin", "model-2.bin"),
-    # transformers ends with a KeyError or a TypeError.
+    # transformers fails with a KeyError or a TypeError.
     "an index without metadata": lambda made: in_two(made, *CUT, metadata="none"),
     "an index whose metadata are a string": lambda made: in_two(made, *CUT, metadata="x"),
     "an index with a wrong size": lambda made: in_two(made, *CUT, metadata={"total_parameters": 1, "total_size": 1}),
     # transformers before 5 refuses it.
     "weights without metadata": with_format(None),
     "weights of another framework": with_format({"format": "tf"}),
-    # Loaders that take every *.safetensors, mlx for one, would load it over the sound one.
-    "weights beside the weights": head_beside,
-    # transformers with peft puts an adapter that it finds on the model without a word.
-    "an adapter": beside("adapter_config.json"),
-    "pickled weights": beside("pytorch_model.bin"),
-    "a stray index": beside(INDEX_FILE, b'{"weight_map": {"model.decoder.norm.weight": "gone.safetensors"}}'),
-    "a chat template": beside("chat_template.jinja"),
-    "a tokenizer that the source has not": beside("tokenizer.json"),
-    "code": beside("modeling_t5gemma2.py"),
+    # Loaders of every *.safetensors, such as mlx, would load it over the sound file.
+    "weights beside the weights": head_in_extra_file,
+    # transformers with peft silently applies an adapter that it finds.
+    "an adapter": extra_file("adapter_config.json"),
+    "pickled weights": extra_file("pytorch_model.bin"),
+    "a stray index": extra_file(INDEX_FILE, b'{"weight_map": {"model.decoder.norm.weight": "gone.safetensors"}}'),
+    "a chat template": extra_file("chat_template.jinja"),
+    "a tokenizer that the source has not": extra_file("tokenizer.json"),
+    "code": extra_file("modeling_t5gemma2.py"),
 }
 
 
@@ -396,22 +394,22 @@ def test_files_that_the_conversion_does_not_write(label: str, bench: MakeBench) 
     assert not made.resealed().passed
 
 
-def test_a_model_cut_in_two_otherwise_is_the_same_model(bench: MakeBench) -> None:
-    """How the shards are cut is nobody's lie; otherwise the mutants above would be caught for nothing."""
+def test_other_shard_boundaries_are_the_same_model(bench: MakeBench) -> None:
+    """Other shard boundaries pass; otherwise the mutants above would be caught for the wrong reason."""
     made = bench("images-8")
     in_two(made, *CUT)
     assert made.resealed().passed
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.json", "a\0b", "", ".", "x" * 5000, "/dev/null"])
-def test_names_in_the_manifest_that_are_none(name: str, bench: MakeBench) -> None:
+def test_invalid_file_names_in_the_manifest(name: str, bench: MakeBench) -> None:
     made = bench("text-float32")
     (made.folder.parent / "elsewhere.json").write_bytes(b"")
     made.reseal(lambda manifest: manifest["files"].update({name: {"bytes": 0, "sha256": None}}))
     assert not check_of(made.judged(), "integrity").passed
 
 
-def test_a_name_that_is_no_text_is_told(bench: MakeBench) -> None:
+def test_a_file_name_that_is_not_utf8_is_reported(bench: MakeBench) -> None:
     made = bench("text-float32")
     try:
         (made.folder / os.fsdecode(b"\xff.json")).write_bytes(b"{}")
@@ -426,7 +424,7 @@ def test_a_manifest_that_cannot_be_written_again(bench: MakeBench) -> None:
     made = bench("text-float32")
     odd = made.sound[MANIFEST_FILE].replace(b'"notes": [', b'"notes": ["\\ud800", ')
     (made.folder / MANIFEST_FILE).write_bytes(odd)
-    assert MANIFEST_FILE in told(check_of(made.judged(), "integrity"))
+    assert MANIFEST_FILE in message_of(check_of(made.judged(), "integrity"))
 
 
 def mkfifo(path: Path) -> None:
@@ -450,10 +448,10 @@ def in_a_folder(path: Path) -> None:
     [mkfifo, in_a_folder, partial(link, target="/dev/zero"), partial(link, target="gone"), partial(link, target=".")],
     ids=["fifo", "folder", "endless", "dangling", "link to the folder"],
 )
-def test_what_is_no_file(name: str, trick: Callable[[Path], None], bench: MakeBench) -> None:
+def test_special_files_fail(name: str, trick: Callable[[Path], None], bench: MakeBench) -> None:
     made = bench("text-float32")
     trick(made.folder / name)
-    assert name in told(check_of(made.judged(), "integrity"))
+    assert name in message_of(check_of(made.judged(), "integrity"))
 
 
 def test_a_link_to_the_same_bytes_is_the_same_file(bench: MakeBench, tmp_path: Path) -> None:
@@ -488,17 +486,17 @@ def test_json_tricks(old: bytes, new: bytes, bench: MakeBench) -> None:
 
 
 def test_a_manifest_sealed_by_hand_is_a_manifest(bench: MakeBench) -> None:
-    """The seal is what this module takes it for; otherwise every mutant above would be caught by it."""
+    """A seal made by hand is valid; otherwise it alone would catch every mutant above."""
     made = bench("text-float32")
     made.reseal()
     assert (made.folder / MANIFEST_FILE).read_bytes() == made.sound[MANIFEST_FILE]
     document = read_json_object(made.folder / MANIFEST_FILE)
     assert seal(document) == made.sound[MANIFEST_FILE]
     made.edit(MANIFEST_FILE, lambda manifest: manifest.update(notes=[]))
-    assert MANIFEST_FILE in told(check_of(made.judged(), "integrity"))
+    assert MANIFEST_FILE in message_of(check_of(made.judged(), "integrity"))
 
 
 def test_hundreds_of_mutants_are_tried() -> None:
-    """Every family asserts its own minimum and that none survived: this is their sum, whoever ran them."""
+    """Every family asserts its own minimum and no survivor; this checks their sum."""
     print(f"\nmutants at least: {sum(MINIMA.values())} in {len(MINIMA)} families")
     assert sum(MINIMA.values()) >= 300

@@ -1,4 +1,4 @@
-"""V1: every setting is changed, left out or hidden, and the manifest sealed anew; nothing may pass."""
+"""V1: every setting is changed, removed or hidden, and the manifest resealed; nothing may pass."""
 
 from functools import partial
 from typing import Any
@@ -17,18 +17,18 @@ from tests.parity.mutations import (
     departs,
     dotted,
     leaves,
+    message_of,
     parent_of,
     plausible,
     put,
     setting_name,
-    told,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
 
 
 UNSEEN = {
-    # Nothing that either model computes.
+    # Neither model computes with it.
     **dict.fromkeys(
         ("architectures", "is_encoder_decoder", "tie_word_embeddings", "model_type", "use_cache", "vision_use_head",
          "max_position_embeddings", "initializer_range"),
@@ -60,16 +60,18 @@ UNSEEN = {
 
 
 def says(check: Check, name: str) -> bool:
-    """Whether a check names a setting: by its path, or by its section and itself."""
+    """Return whether a failed check names a setting, by its path or by section and key."""
     section, _, last = name.rpartition(".")
-    return not check.passed and (name in told(check) or (f"{section}." in told(check) and last in told(check)))
+    return not check.passed and (
+        name in message_of(check) or (f"{section}." in message_of(check) and last in message_of(check))
+    )
 
 
 def seen_by_parity(report: Any) -> bool:
     return any(check.name in PARITIES for check in report.failed)
 
 
-def test_every_setting_has_tokenizer_files(bench: MakeBench, without_use: None) -> None:
+def test_every_changed_setting_is_found(bench: MakeBench, without_use: None) -> None:
     made, tally, unseen = bench("images-8"), Tally(), set()
     for file in ("config.json", "generation_config.json"):
         for path, value in list(leaves(read_json_object(made.folder / file))):
@@ -78,7 +80,7 @@ def test_every_setting_has_tokenizer_files(bench: MakeBench, without_use: None) 
             report = made.resealed()
             tally.add(f"{file}: {name} = {changed!r}", report)
             assert says(check_of(report, "config"), name), (name, changed)
-            # Where the folder cannot even be read, there is no pass to see anything.
+            # An unreadable folder has no forward pass to compare.
             if not seen_by_parity(report) and "provenance" not in report.skipped:
                 unseen.add(name)
     assert tally.caught["config"] == tally.tried
@@ -87,7 +89,7 @@ def test_every_setting_has_tokenizer_files(bench: MakeBench, without_use: None) 
     close(tally, "settings")
 
 
-def test_every_setting_of_a_text_only_target_has_tokenizer_files(bench: MakeBench, without_passes: None) -> None:
+def test_every_changed_setting_of_a_text_only_target_is_found(bench: MakeBench, without_passes: None) -> None:
     made, tally = bench("text-float32"), Tally()
     for path, value in list(leaves(read_json_object(made.folder / "config.json"))):
         made.edit("config.json", partial(put, path=path, value=plausible(path, value)))
@@ -98,7 +100,7 @@ def test_every_setting_of_a_text_only_target_has_tokenizer_files(bench: MakeBenc
     close(tally, "settings of a text-only target")
 
 
-def test_every_setting_must_be_there(bench: MakeBench, without_passes: None) -> None:
+def test_every_setting_must_be_present(bench: MakeBench, without_passes: None) -> None:
     made, tally = bench("images-8"), Tally()
     for file in ("config.json", "generation_config.json"):
         for path, _ in list(leaves(read_json_object(made.folder / file))):
@@ -106,15 +108,15 @@ def test_every_setting_must_be_there(bench: MakeBench, without_passes: None) -> 
             report = made.resealed()
             name = setting_name(path)
             tally.add(f"without {name}", report)
-            # What cannot be read at all is named by the section that holds it.
+            # An unreadable setting is named by its section.
             named = name if "rope_theta" not in name else name.partition(".full")[0].partition(".sliding")[0]
-            assert named in told(check_of(report, "config")), name
+            assert named in message_of(check_of(report, "config")), name
     assert tally.caught["config"] == tally.tried
     close(tally, "settings missing")
 
 
 @pytest.mark.parametrize("section", ["", "encoder", "encoder.text_config", "encoder.vision_config", "decoder"])
-def test_settings_of_other_models_are_strangers(section: str, bench: MakeBench, without_passes: None) -> None:
+def test_settings_of_other_models_are_unknown(section: str, bench: MakeBench, without_passes: None) -> None:
     made, keys = bench("images-8"), tuple(section.split(".")) if section else ()
     strangers: Document = {
         "use_bidirectional_attention": True, "quantization_config": {"quant_method": "bitsandbytes"},
@@ -127,7 +129,7 @@ def test_settings_of_other_models_are_strangers(section: str, bench: MakeBench, 
         made.edit("config.json", partial(put, path=(*keys, key), value=value))
         check = check_of(made.resealed(), "config")
         assert not check.passed
-        assert ".".join((*keys, key)) in told(check)
+        assert ".".join((*keys, key)) in message_of(check)
 
 
 COMPUTED: list[tuple[str, Any, str]] = [
@@ -143,7 +145,7 @@ COMPUTED: list[tuple[str, Any, str]] = [
     ("rms_norm_eps", 0.1, "layers.0 (sliding_attention), pre_self_attn_layernorm"),
     ("query_pre_attn_scalar", 10, "layers.0 (sliding_attention), self_attn (windows"),
     ("attn_logit_softcapping", 3.0, "layers.0 (sliding_attention), self_attn (windows"),
-    # An activation is no module: the projection behind it is the first that differs.
+    # An activation is not a module: the projection after it is the first that differs.
     ("hidden_activation", "silu", "layers.0 (sliding_attention), mlp.down_proj"),
     ("hidden_activation", "gelu", "layers.0 (sliding_attention), mlp.down_proj"),
 ]
@@ -169,7 +171,7 @@ OF_IMAGES: list[tuple[str, Any, str]] = [
 ]
 
 
-def test_settings_that_are_computed_with_are_found_by_what_is_computed(bench: MakeBench, without_use: None) -> None:
+def test_computed_settings_are_found_by_parity(bench: MakeBench, without_use: None) -> None:
     made, tally = bench("images-13"), Tally()
 
     def judge(path: str, value: Any) -> Any:
@@ -177,7 +179,7 @@ def test_settings_that_are_computed_with_are_found_by_what_is_computed(bench: Ma
         made.edit("config.json", partial(put, path=keys, value=value))
         report = made.resealed()
         tally.add(f"{path} = {value!r}", report)
-        assert setting_name(keys) in told(check_of(report, "config"))
+        assert setting_name(keys) in message_of(check_of(report, "config"))
         return report
 
     for stack, parity in (("encoder.text_config", "encoder_parity"), ("decoder", "decoder_parity")):
@@ -213,7 +215,7 @@ def test_settings_that_are_computed_with_are_found_by_what_is_computed(bench: Ma
     ],
 )
 def test_a_name_with_dots_hides_no_setting(path: str, value: Any, bench: MakeBench) -> None:
-    """Checks spell nested settings with dots; a setting whose own name has dots may not pass for a nested one."""
+    """Checks spell nested settings with dots; a dotted key may not pass for a nested one."""
     made = bench("images-8")
     made.edit("config.json", partial(dotted, path=tuple(path.split(".")), value=value))
     assert not check_of(made.resealed(), "config").passed
@@ -229,7 +231,7 @@ def test_a_name_with_dots_hides_no_setting(path: str, value: Any, bench: MakeBen
         ("encoder.text_config.bos_token_id", 2.0),
     ],
 )
-def test_a_fraction_is_no_whole_number(path: str, value: Any, bench: MakeBench) -> None:
+def test_a_fraction_is_not_an_integer(path: str, value: Any, bench: MakeBench) -> None:
     """transformers refuses such a config: its fields are typed."""
     made = bench("images-8")
     made.edit("config.json", partial(put, path=tuple(path.split(".")), value=value))
@@ -241,14 +243,14 @@ def test_a_fraction_is_no_whole_number(path: str, value: Any, bench: MakeBench) 
     ["query_pre_attn_scalar", "sliding_window", "hidden_size", "head_dim", "num_attention_heads", "intermediate_size"],
 )
 @pytest.mark.parametrize("number", [10**30, 10**400], ids=["1e30", "1e400"])
-def test_numbers_that_no_machine_holds(setting: str, number: int, bench: MakeBench) -> None:
+def test_oversized_numbers(setting: str, number: int, bench: MakeBench) -> None:
     made = bench("images-8")
     made.edit("config.json", partial(put, path=("decoder", setting), value=number))
     assert not check_of(made.resealed(), "config").passed
 
 
 @pytest.mark.parametrize("path", [("encoder", "eoi_token_index"), ("image_token_index",)], ids=".".join)
-def test_tokens_that_no_machine_holds(path: tuple[str, ...], bench: MakeBench) -> None:
+def test_oversized_token_ids(path: tuple[str, ...], bench: MakeBench) -> None:
     made = bench("images-8")
     made.edit("config.json", partial(put, path=path, value=10**30))
     assert not check_of(made.resealed(), "config").passed
@@ -256,7 +258,7 @@ def test_tokens_that_no_machine_holds(path: tuple[str, ...], bench: MakeBench) -
 
 @pytest.mark.parametrize("depth", [100, 500, 900, 5000])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_a_deep_setting_is_a_stranger(file: str, depth: int, bench: MakeBench) -> None:
+def test_a_deeply_nested_setting_is_unknown(file: str, depth: int, bench: MakeBench) -> None:
     made = bench("images-8")
     nested = b'{"deep": ' + b"[" * depth + b"]" * depth + b", "
     (made.folder / file).write_bytes(made.sound[file].replace(b"{", nested, 1))

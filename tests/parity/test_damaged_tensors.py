@@ -1,4 +1,4 @@
-"""V1: tensors, shards and names are damaged, and the manifest sealed anew; nothing may pass."""
+"""V1: tensors, shards and names are damaged, and the manifest resealed; nothing may pass."""
 
 import random
 import shutil
@@ -41,11 +41,11 @@ from tests.parity.mutations import (
     flip_exponent,
     flip_sign,
     layer_names,
+    message_of,
     place_of,
     put_inf,
     put_nan,
     shift_rows,
-    told,
     zero,
 )
 
@@ -53,7 +53,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("same_source")]
 
 
 @pytest.mark.parametrize("name", ["images-13", "images-8", "text-float32", "text-with-fill", "images-with-fill"])
-def test_without_sabotage_all_is_well(name: str, bench: MakeBench) -> None:
+def test_an_undamaged_model_passes(name: str, bench: MakeBench) -> None:
     made = bench(name)
     made.reseal()
     assert (made.folder / MANIFEST_FILE).read_bytes() == made.sound[MANIFEST_FILE]
@@ -66,10 +66,10 @@ def test_without_sabotage_all_is_well(name: str, bench: MakeBench) -> None:
 
 
 def judge_tensor(made: Bench, name: str, tally: Tally, label: str) -> None:
-    """One changed tensor: provenance names it, and the parity of its part alone names its layer and its module."""
+    """Expect provenance to name the tensor, and only its part's parity check its layer and module."""
     report = made.resealed()
     tally.add(f"{label} {name}", report)
-    assert name in told(check_of(report, "provenance")), label
+    assert name in message_of(check_of(report, "provenance")), label
     parity, place = place_of(name)
     kinds = read_json_object(made.folder / "config.json")["decoder"]["layer_types"]
     kind = kinds[int(name.split(".")[3])] if "layers." in name and "vision" not in name else ""
@@ -84,7 +84,7 @@ def test_every_tensor_of_first_middle_and_last_layers(name: str, bench: MakeBenc
     for part in ("encoder", "decoder"):
         names = [f"model.{part}.layers.{at}.{module}.weight" for at in (0, 5, depth - 1) for module in LAYER_ORDER]
         for tensor in (*names, f"model.{part}.norm.weight"):
-            # Seven is prime to the 13 tensors of a layer: each tensor gets another change in every layer.
+            # Seven and 13 (the tensors of a layer) are coprime: each tensor gets another change in every layer.
             operator = OPERATORS[number % 7]
             number += 1
             with made.tensors() as tensors:
@@ -124,8 +124,8 @@ def test_the_embedding(bench: MakeBench, without_use: None) -> None:
                 operator(tensors[TABLE][row])
             report = made.resealed()
             tally.add(f"{operator.__name__} of row {row}", report)
-            assert f"{TABLE}[{row}, " in told(check_of(report, "provenance"))
-            # A row that no token of the input is still one of the softmax.
+            assert f"{TABLE}[{row}, " in message_of(check_of(report, "provenance"))
+            # An output row counts even if no input token uses it.
             place = "embed_tokens, at token" if row in read else "embed_tokens as the softmax"
             assert departs(report, "decoder_parity").startswith(place), row
             assert {check.name for check in report.failed} >= {"provenance", "decoder_parity"}
@@ -140,23 +140,23 @@ def test_the_embedding(bench: MakeBench, without_use: None) -> None:
 def judge_embedding(made: Bench, name: str, tally: Tally, label: str) -> None:
     report = made.resealed()
     tally.add(f"{label} {name}", report)
-    assert name in told(check_of(report, "provenance")), label
+    assert name in message_of(check_of(report, "provenance")), label
     for parity in PARITIES[1:]:
         if name == EOI or label in ("zero", "shift_rows"):
             assert departs(report, parity).startswith("embed_tokens, at token"), label
 
 
 @pytest.mark.parametrize("name", ["images-13", "text-with-fill", "text-float32"])
-def test_the_end_of_image_vector_in_every_wrong_way(name: str, bench: MakeBench, without_use: None) -> None:
+def test_every_wrong_end_of_image_vector(name: str, bench: MakeBench, without_use: None) -> None:
     made, twin = bench(name), BY_NAME[name]
     with made.tensors() as tensors:
         sound, table = tensors[EOI].clone(), tensors[TABLE].clone()
     if not twin.has_eoi:
-        # No such token: zeros, which nothing reads, so that its bytes are the only witness.
+        # Without the token the row is zeros that nothing reads; only its bytes show the damage.
         with made.tensors() as tensors:
             tensors[EOI][0] = 1.0
         report = made.resealed()
-        assert f"{EOI}[0] is not zero" in told(check_of(report, "provenance"))
+        assert f"{EOI}[0] is not zero" in message_of(check_of(report, "provenance"))
         assert {check.name for check in report.failed} == {"provenance"}
         return
     width = table.shape[1]
@@ -172,7 +172,7 @@ def test_the_end_of_image_vector_in_every_wrong_way(name: str, bench: MakeBench,
     tally = Tally()
     for label, vector in wrong.items():
         if name == "text-with-fill" and label not in ("unscaled", "zeros"):
-            # A large vocabulary takes its time; in eight elements the two orders of rounding need not differ.
+            # A large vocabulary is slow, and in eight elements both orders of rounding may agree.
             continue
         assert not torch.equal(vector, sound), label
         with made.tensors() as tensors:
@@ -181,14 +181,14 @@ def test_the_end_of_image_vector_in_every_wrong_way(name: str, bench: MakeBench,
     tally.close(f"end-of-image vector, {name}", 2)
 
 
-def test_tensors_that_change_places(bench: MakeBench, without_use: None) -> None:
+def test_swapped_tensors(bench: MakeBench, without_use: None) -> None:
     made, tally = bench("images-8"), Tally()
     with made.tensors() as tensors:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     pairs = []
     for prefix in ("model.encoder.layers.2.", "model.decoder.layers.5.", f"{TOWER}encoder.layers.1."):
         names = [name for name in shapes if name.startswith(prefix) and not name.endswith("bias")]
-        # Gate and up, keys and values, norms among each other: all that a loader would not refuse.
+        # Gate and up, keys and values, and norms: all swaps that a loader accepts.
         pairs += [pair for pair in combinations(names, 2) if shapes[pair[0]] == shapes[pair[1]]]
     pairs += [
         (f"model.{part}.layers.0.{module}.weight", f"model.{part}.layers.{other}.{module}.weight")
@@ -201,7 +201,7 @@ def test_tensors_that_change_places(bench: MakeBench, without_use: None) -> None
             exchange(tensors, *pair)
         report = made.resealed()
         tally.add(" and ".join(pair), report)
-        assert all(name in told(check_of(report, "provenance")) for name in pair)
+        assert all(name in message_of(check_of(report, "provenance")) for name in pair)
         parity, place = place_of(earliest(list(pair)))
         found = departs(report, parity)
         before, _, after = place.partition("{kind}")
@@ -211,7 +211,7 @@ def test_tensors_that_change_places(bench: MakeBench, without_use: None) -> None
     close(tally, "exchanged")
 
 
-def test_whole_layers_that_change_places(bench: MakeBench, without_use: None) -> None:
+def test_swapped_layers(bench: MakeBench, without_use: None) -> None:
     made, tally = bench("images-8"), Tally()
     for one, further in ((0, 1), (2, 5), (6, 7)):
         for part in ("encoder", "decoder"):
@@ -232,7 +232,7 @@ def test_whole_layers_that_change_places(bench: MakeBench, without_use: None) ->
     tally.close("layers", 9)
 
 
-def test_stacks_that_change_places_are_the_same_bytes(bench: MakeBench) -> None:
+def test_swapped_stacks_have_the_same_bytes(bench: MakeBench) -> None:
     made = bench("images-8")
     with made.tensors() as tensors:
         for name in [name for name in tensors if name.startswith("model.decoder.")]:
@@ -242,7 +242,7 @@ def test_stacks_that_change_places_are_the_same_bytes(bench: MakeBench) -> None:
 
 
 def test_the_sign_of_a_zero_is_a_byte_of_the_source(twin_folder: TwinFolder, tmp_path: Path, without_use: None) -> None:
-    """The one change of a tensor that no pass can see: -0.0 and 0.0 are equal numbers."""
+    """No forward pass sees this change: -0.0 and 0.0 are equal numbers."""
     source = tmp_path / "source"
     shutil.copytree(twin_folder("text-float32"), source)
     tensors = load_file(source / "model.safetensors")
@@ -254,12 +254,12 @@ def test_the_sign_of_a_zero_is_a_byte_of_the_source(twin_folder: TwinFolder, tmp
     with made.tensors() as tensors:
         tensors[name][0, 0] = -0.0
     report = made.resealed()
-    assert f"{name}[0, 0] is not" in told(check_of(report, "provenance"))
+    assert f"{name}[0, 0] is not" in message_of(check_of(report, "provenance"))
     assert {check.name for check in report.failed} == {"provenance"}
 
 
 @pytest.mark.parametrize("where", ["model.layers.3.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_what_is_no_number_on_both_sides_is_no_equality(where: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_nan_in_both_models_is_not_equality(where: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(twin_folder("text-float32"), source)
     tensors = load_file(source / "model.safetensors")
@@ -286,20 +286,20 @@ def test_a_large_tolerance_excuses_no_byte(bench: MakeBench) -> None:
 def test_rows_of_a_table_with_fill(bench: MakeBench, without_use: None) -> None:
     made, tally = bench("images-with-fill"), Tally()
     last = 262_143
-    # The rows beside the slices of the softmax, that of an image token, the last.
+    # The rows at the softmax slice boundaries, the image token's row, and the last row.
     for number, row in enumerate((16_383, 16_384, 256_001, last)):
         with made.tensors() as tensors:
             (put_inf, double, zero, flip_exponent)[number](tensors[TABLE][row])
         report = made.resealed()
         tally.add(f"row {row}", report)
-        assert f"{TABLE}[{row}, " in told(check_of(report, "provenance"))
+        assert f"{TABLE}[{row}, " in message_of(check_of(report, "provenance"))
         assert departs(report, "decoder_parity").startswith("embed_tokens")
     with made.tensors() as tensors:
         fill = load_file(made.source / "model.safetensors")["language_model.model.embed_tokens.weight"][262_144:]
         tensors[TABLE][-64:] = fill
     report = made.resealed()
     tally.add("fill in place of the last rows", report)
-    assert f"{TABLE}[262080, " in told(check_of(report, "provenance"))
+    assert f"{TABLE}[262080, " in message_of(check_of(report, "provenance"))
     assert not check_of(report, "decoder_parity").passed
     close(tally, "fill")
 
@@ -318,7 +318,7 @@ def test_shards_and_their_index(bench: MakeBench, without_use: None) -> None:
     def judge(label: str, *words: str) -> None:
         report = made.resealed()
         tally.add(label, report)
-        said = "\n".join(told(check) for check in report.failed)
+        said = "\n".join(message_of(check) for check in report.failed)
         assert all(word in said for word in words), (label, said)
 
     def weight_map(document: Document) -> Document:
@@ -431,8 +431,8 @@ def test_other_names_dtypes_and_shapes(bench: MakeBench, without_use: None) -> N
         save_file(tensors, path, {"format": "pt"})
         report = made.resealed()
         tally.add(label, report)
-        assert named in told(check_of(report, "provenance")), label
+        assert named in message_of(check_of(report, "provenance")), label
         if "float" not in label and label != "integers":
-            # The list of tensors that a config implies stands apart from the map.
-            assert named in told(check_of(report, "config")), label
+            # The tensors implied by the config are computed without the map.
+            assert named in message_of(check_of(report, "config")), label
     close(tally, "structure")

@@ -29,7 +29,7 @@ def side(run: Run, layer: nn.Module) -> Side:
 
 @pytest.fixture(scope="module", params=["encoder", "decoder"])
 def sides(request: pytest.FixtureRequest, twin_folder: TwinFolder, converted_twin: TwinFolder) -> Sides:
-    """A layer of Gemma 3 and the one that was made of it, what they take, and what is no padding."""
+    """Return a layer of Gemma 3, its converted layer, their inputs, and the mask without padding."""
     source = Gemma3Reference(open_checkpoint(twin_folder("images-float32")))
     target = T5Gemma2Reference(open_checkpoint(converted_twin("images-float32")))
     batch = token_batch(290, 24, never=set())
@@ -43,7 +43,7 @@ def sides(request: pytest.FixtureRequest, twin_folder: TwinFolder, converted_twi
 
 
 def departure(sides: Sides, change: Callable[[nn.Module, list[object]], object] = lambda _, given: None) -> str:
-    """Where the two depart if the layer of T5Gemma 2 is changed so."""
+    """Return the first difference after this change to the T5Gemma 2 layer."""
     expected, (layer, given), kept = sides
     layer, given = deepcopy(layer), list(given)
     with torch.no_grad():
@@ -59,13 +59,13 @@ def parameters() -> list[str]:
     )
 
 
-def test_every_module_with_a_weight_is_tried(sides: Sides) -> None:
+def test_every_module_with_a_weight_is_tested(sides: Sides) -> None:
     layer = sides[1][0]
     assert {f"{name}.weight" for name in parameters()} == {name for name, _ in layer.named_parameters()}
 
 
 @pytest.mark.parametrize("name", parameters())
-def test_the_module_whose_weight_differs_is_named(name: str, sides: Sides) -> None:
+def test_the_module_with_another_weight_is_named(name: str, sides: Sides) -> None:
     def change(layer: nn.Module, _: list[object]) -> None:
         weight = layer.get_submodule(name).weight
         assert isinstance(weight, Tensor)
@@ -74,7 +74,7 @@ def test_the_module_whose_weight_differs_is_named(name: str, sides: Sides) -> No
     assert departure(sides, change) == name
 
 
-def test_the_first_of_several_is_named(sides: Sides) -> None:
+def test_the_first_of_several_differences_is_named(sides: Sides) -> None:
     def change(layer: nn.Module, _: list[object]) -> None:
         for name in ("mlp.up_proj", "self_attn.v_proj"):
             layer.get_submodule(name).weight.mul_(2.0)  # type: ignore[operator]
@@ -82,7 +82,7 @@ def test_the_first_of_several_is_named(sides: Sides) -> None:
     assert departure(sides, change) == "self_attn.v_proj"
 
 
-def test_a_weight_that_is_no_number_is_named(sides: Sides) -> None:
+def test_a_nan_weight_is_named(sides: Sides) -> None:
     def change(layer: nn.Module, _: list[object]) -> None:
         layer.get_submodule("mlp.up_proj").weight[0, 0] = torch.nan  # type: ignore[operator]
 
@@ -105,7 +105,7 @@ def test_another_rotation_or_mask_is_named(sides: Sides) -> None:
         assert departure(sides, change) == ATTENTION
 
 
-def test_a_difference_in_padding_alone_is_none(sides: Sides) -> None:
+def test_a_difference_only_in_padding_is_ignored(sides: Sides) -> None:
     kept = sides[2]
 
     def change(_: nn.Module, given: list[object]) -> None:
@@ -121,7 +121,7 @@ def test_a_difference_in_padding_alone_is_none(sides: Sides) -> None:
     assert name == "pre_self_attn_layernorm"
 
 
-def test_no_hook_stays_behind(sides: Sides) -> None:
+def test_all_hooks_are_removed(sides: Sides) -> None:
     (ours, _), (theirs, _), _ = sides
     departure(sides)
     hooked = [module for layer in (ours, theirs) for module in layer.modules() if module._forward_hooks]

@@ -1,4 +1,4 @@
-"""Verification of models with another RoPE factor or window than their source's."""
+"""Verification of models with another RoPE factor or window than their source."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["text-13", "images-8"])
-def test_parity_holds_on_the_sources_settings_and_the_report_says_so(
+def test_parity_uses_the_source_settings_and_the_report_says_so(
     name: str, options: dict[str, Any], twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     convert(twin_folder(name), tmp_path / "out", flush=False, **options)
@@ -27,16 +27,16 @@ def test_parity_holds_on_the_sources_settings_and_the_report_says_so(
     assert report.passed
     assert all(check.figures is None or check.figures.max_abs == 0.0 for check in report.checks)
     changed = {"text-13": 8.0, "images-8": 1.0}[name], {"text-13": 6, "images-8": 5}[name]
-    told = " ".join(report.remarks)
+    remarks = " ".join(report.remarks)
     if options.get("rope_scaling") == "linear:2.5" or (name == "images-8" and "rope_scaling" in options):
-        assert f"factor of both stacks was changed from {changed[0]}" in told
+        assert f"factor of both stacks was changed from {changed[0]}" in remarks
     if "sliding_window" in options:
-        assert f"sliding_window of both stacks was changed from {changed[1]} to {options['sliding_window']}" in told
-    # The length is no part of what is computed.
+        assert f"sliding_window of both stacks was changed from {changed[1]} to {options['sliding_window']}" in remarks
+    # The maximum length does not affect the computation.
     assert all("parity checks use" not in remark for remark in report.remarks if "max_position_embeddings" in remark)
 
 
-def test_a_factor_that_is_the_sources_changes_nothing(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_the_sources_own_factor_changes_nothing(twin_folder: TwinFolder, tmp_path: Path) -> None:
     done = convert(twin_folder("text-13"), tmp_path / "out", rope_scaling="linear:8", flush=False)
     changed = [change["field"] for change in json.loads((tmp_path / "out/t5g2.json").read_text())["changes"]]
     assert changed == ["image_token_index"]
@@ -44,7 +44,7 @@ def test_a_factor_that_is_the_sources_changes_nothing(twin_folder: TwinFolder, t
 
 
 def edited(folder: Path, config: dict[str, Any], options: dict[str, Any]) -> None:
-    """Write other settings into both stacks, and a manifest that declares the options."""
+    """Write settings into both stacks, and the options into the manifest."""
     found = json.loads((folder / "config.json").read_text())
     for stack in (found["encoder"]["text_config"], found["decoder"]):
         stack.update(config)
@@ -70,7 +70,7 @@ def edited(folder: Path, config: dict[str, Any], options: dict[str, Any]) -> Non
     ],
     ids=str,
 )
-def test_a_manifest_that_tells_of_options_without_meaning_fails_integrity(
+def test_meaningless_options_in_the_manifest_fail_integrity(
     options: Any, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     convert(twin_folder("text-8"), tmp_path / "out", flush=False)
@@ -82,7 +82,7 @@ def test_a_manifest_that_tells_of_options_without_meaning_fails_integrity(
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        # Changed but not declared; declared but not changed; another value than declared.
+        # Changed but not declared, declared but not changed, and another value than declared.
         ({"sliding_window": 3}, {}),
         ({}, {"sliding_window": 3}),
         ({"sliding_window": 4}, {"sliding_window": 3}),
@@ -91,7 +91,7 @@ def test_a_manifest_that_tells_of_options_without_meaning_fails_integrity(
     ],
     ids=str,
 )
-def test_a_change_that_is_not_what_was_declared_is_found(
+def test_a_change_other_than_declared_is_found(
     config: dict[str, Any], options: dict[str, Any], twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     convert(twin_folder("text-8"), tmp_path / "out", flush=False)

@@ -26,7 +26,7 @@ def of(*pieces: tuple[list[float], list[float]], dtype: torch.dtype = torch.floa
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_tensors_differ_by_nothing(dtype: torch.dtype) -> None:
+def test_equal_tensors_have_zero_difference(dtype: torch.dtype) -> None:
     states = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     difference = Difference()
     difference.add(states, states.clone())
@@ -41,7 +41,7 @@ def test_the_largest_distance_of_all_pieces_counts(dtype: torch.dtype) -> None:
     assert difference.relative == 0.125
 
 
-def test_one_step_of_bfloat16_is_seen() -> None:
+def test_one_step_of_bfloat16_is_measured() -> None:
     one = torch.tensor([1.0], dtype=torch.bfloat16)
     difference = Difference()
     difference.add(one, (one.view(torch.int16) + 1).view(torch.bfloat16))
@@ -49,20 +49,20 @@ def test_one_step_of_bfloat16_is_seen() -> None:
     assert not difference.within(0)
 
 
-def test_the_tolerance_is_a_part_of_the_largest_expected_value() -> None:
+def test_the_tolerance_is_relative_to_the_largest_expected_value() -> None:
     difference = of(([4, -8], [4, -7]))
     assert difference.within(0.125)
     assert not difference.within(0.1249)
     assert not difference.within(0)
 
 
-def test_a_large_found_value_is_no_reason_for_more_tolerance() -> None:
+def test_a_large_found_value_does_not_raise_the_tolerance() -> None:
     difference = of(([1.0], [1000.0]))
     assert difference.relative == 999
     assert not difference.within(0.999)
 
 
-def test_of_expected_zeros_no_part_is_tolerated() -> None:
+def test_expected_zeros_have_no_tolerance() -> None:
     difference = of(([0.0, 0.0], [0.0, 1e-30]))
     assert difference.relative == difference.max_abs == pytest.approx(1e-30)
     assert not difference.within(0.999)
@@ -82,7 +82,7 @@ def test_of_expected_zeros_no_part_is_tolerated() -> None:
     ],
     ids=["expected", "found", "both", "alone", "first", "last"],
 )
-def test_what_is_not_finite_is_infinitely_far_and_never_within(value: float, pieces: object) -> None:
+def test_values_that_are_not_finite_are_never_within_tolerance(value: float, pieces: object) -> None:
     assert callable(pieces)
     difference = of(*pieces(value))
     assert difference.max_abs == difference.relative == math.inf
@@ -90,18 +90,18 @@ def test_what_is_not_finite_is_infinitely_far_and_never_within(value: float, pie
     assert difference.drift("x") == Drift("x", math.inf, math.inf)
 
 
-def test_a_distance_too_large_for_float32_is_not_within() -> None:
+def test_a_distance_too_large_for_float32_is_not_within_tolerance() -> None:
     assert not of(([3e38], [-3e38])).within(0.999)
 
 
-def test_nothing_compared_is_not_within() -> None:
+def test_an_empty_comparison_is_not_within_tolerance() -> None:
     assert not Difference().within(0.999)
     difference = of(([], []))
     assert (difference.compared, difference.max_abs) == (0, 0.0)
     assert not difference.within(0.999)
 
 
-def test_other_shapes_are_no_comparison() -> None:
+def test_different_shapes_are_not_compared() -> None:
     with pytest.raises(ValueError, match=r"\(2, 1\) and \(2,\)"):
         Difference().add(torch.zeros(2, 1), torch.zeros(2))
 
@@ -119,7 +119,7 @@ def test_pieces_of_any_size_give_what_the_whole_gives(values: list[tuple[float, 
     assert whole.peak == float(pairs[:, 0].abs().max())
 
 
-def test_figures_tell_all_of_it() -> None:
+def test_figures_have_every_measure() -> None:
     difference = of(([4, -8], [4, -7]))
     drifts = (difference.drift("layers.0"),)
     figures = difference.figures(departs="layers.0", drifts=drifts, kl=0.5, agreement=0.25)
@@ -164,9 +164,7 @@ def assert_plain(tokens: Distributions, a: Tensor, b: Tensor, labels: Tensor) ->
     cuts=st.lists(st.integers(1, VOCAB - 1), unique=True, max_size=9),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
 )
-def test_slices_of_any_sizes_give_what_torch_gives_of_the_whole(
-    seed: int, tokens: int, cuts: list[int], spread: float
-) -> None:
+def test_slices_of_any_size_equal_torch_on_the_whole(seed: int, tokens: int, cuts: list[int], spread: float) -> None:
     a, b, labels = random_logits(tokens, seed, spread)
     assert_plain(gathered(a, b, labels, cuts), a, b, labels)
 
@@ -190,7 +188,7 @@ def test_logits_of_every_dtype_are_widened_first(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-6, 1.0, 1e4, 1e30])
-def test_identical_logits_give_exactly_nothing(spread: float) -> None:
+def test_identical_logits_have_exactly_zero_kl(spread: float) -> None:
     a, _, labels = random_logits(300, 2, spread)
     tokens = gathered(a, a.clone(), None, [3, 17, 40])
     assert (tokens.kl, tokens.agreement) == (0.0, 1.0)
@@ -208,7 +206,7 @@ def test_kl_is_of_the_first_against_the_second() -> None:
     assert there != pytest.approx(back, rel=1e-3)
 
 
-def test_huge_logits_overflow_nothing() -> None:
+def test_huge_logits_do_not_overflow() -> None:
     a = torch.tensor([[0.0, 1e30, 2e30], [-1e30, -2e30, -3e30], [88000.0, 88001.0, 0.0]])
     b = a.flip(-1)
     for cuts in ([], [1], [2], [1, 2]):
@@ -227,14 +225,14 @@ def test_a_perplexity_beyond_every_float_is_infinite() -> None:
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [2], [3], [1, 2, 3]])
-def test_of_equally_probable_tokens_the_first_is_taken_in_whatever_slice_it_stands(cuts: list[int]) -> None:
+def test_the_first_of_equally_probable_tokens_wins_in_any_slice(cuts: list[int]) -> None:
     a = torch.tensor([[0.0, 5.0, 1.0, 5.0]])
     assert gathered(a, torch.tensor([[0.0, 6.0, 1.0, 5.0]]), None, cuts).agreement == 1
     assert gathered(a, torch.tensor([[0.0, 5.0, 1.0, 6.0]]), None, cuts).agreement == 0
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_logits_that_are_no_numbers_give_no_kl(side: int) -> None:
+def test_nan_logits_give_no_kl(side: int) -> None:
     pair = list(random_logits(3, 4)[:2])
     pair[side][1, 20] = math.nan
     assert math.isnan(gathered(pair[0], pair[1], None, [10]).kl)

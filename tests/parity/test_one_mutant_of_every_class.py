@@ -137,7 +137,7 @@ UNSEALED: Final[dict[str, Damage]] = {
 }
 """Damage that integrity finds, as the manifest is left as it was."""
 
-LIES: Final[dict[str, Callable[[dict[str, object]], object]]] = {
+FALSE_FIELDS: Final[dict[str, Callable[[dict[str, object]], object]]] = {
     "parameters": lambda it: it.update(parameters={"total": 1}),
     "map": lambda it: it.update(mapping={"name": "mine", "sha256": "d" * 64}),
     "declared change": lambda it: it.update(changes=[{"field": "sliding_window", "source": 5, "target": 6}]),
@@ -159,10 +159,10 @@ def test_a_file(label: str, bench: Callable[..., Bench], without_use: None) -> N
     assert "integrity" in {check.name for check in made.judged().failed}
 
 
-@pytest.mark.parametrize("label", LIES)
+@pytest.mark.parametrize("label", FALSE_FIELDS)
 def test_a_manifest(label: str, bench: Callable[..., Bench], without_use: None) -> None:
     made = bench("images-8")
-    made.reseal(LIES[label])
+    made.reseal(FALSE_FIELDS[label])
     assert {check.name for check in made.judged().failed} & {"integrity", "provenance"}
 
 

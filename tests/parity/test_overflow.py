@@ -1,4 +1,4 @@
-"""float16 that overflows is a fault of the dtype: neither of the source nor of the conversion."""
+"""A float16 overflow is reported as the dtype's fault, not the source's or the conversion's."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_V4_a_cast_to_float16_is_judged_in_another_dtype(name: str, twin_folder:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_conversion_that_is_not_float16_is_not_blamed_where_the_user_asks_for_it(
+def test_the_conversion_is_not_blamed_when_the_user_chooses_float16(
     dtype: str | None, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source = make_overflow(twin_folder("text-8"), tmp_path / "source")
@@ -36,7 +36,7 @@ def test_a_conversion_that_is_not_float16_is_not_blamed_where_the_user_asks_for_
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_what_is_taken_out_of_a_model_that_overflows(part: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_part_extracted_from_a_model_that_overflows(part: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
     convert(make_overflow(twin_folder("images-8"), tmp_path / "source"), tmp_path / "whole")
     convert(tmp_path / "whole", tmp_path / "out", part=part)
     assert verify(tmp_path / "out", tmp_path / "whole").passed
@@ -52,8 +52,8 @@ def test_V4_without_a_source_the_dtype_is_named_too(name: str, twin_folder: Twin
     assert verify(tmp_path / "out", dtype="float32").passed
 
 
-def test_a_conversion_that_alone_overflows_is_at_fault(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    """Its source stays finite in float16: what differs is the conversion, whatever the dtype."""
+def test_an_overflow_only_in_the_conversion_is_its_fault(twin_folder: TwinFolder, tmp_path: Path) -> None:
+    """The source stays finite in float16, so the conversion differs in any dtype."""
     source = twin_folder("text-float16")
     convert(source, tmp_path / "whole")
     out = make_overflow(tmp_path / "whole", tmp_path / "out")
@@ -65,7 +65,7 @@ def test_a_conversion_that_alone_overflows_is_at_fault(twin_folder: TwinFolder, 
     assert "--dtype float32" in found["runs"]
 
 
-def test_a_float16_verification_says_what_it_cannot_promise(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_float16_verification_states_its_limits(twin_folder: TwinFolder, tmp_path: Path) -> None:
     convert(twin_folder("text-float16"), tmp_path / "out")
     report = verify(tmp_path / "out", twin_folder("text-float16"))
     assert report.passed

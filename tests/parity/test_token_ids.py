@@ -1,4 +1,4 @@
-"""Ids without a row fail a verification, in every kind of conversion and in every file that can name one."""
+"""Token ids without a row fail verification, in every kind of conversion and every file."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from t5g2convert.parity.token_ids import special_faults, table_rows, token_fault
 from tests.adaptation.runs import FACTS, text_only, trained_from, write_checkpoint
 from tests.checkpoint.tokenizer.test_ids_in_use import sentencepiece
 from tests.conftest import TwinFolder
-from tests.parity.mutations import Bench, Document, check_of, told
+from tests.parity.mutations import Bench, Document, check_of, message_of
 
 KINDS = ("gemma3", "gemma2", "encoder", "decoder", "adapted")
 MakeKind = Callable[[str], Bench]
@@ -27,7 +27,7 @@ FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory, twin_folder: TwinFolder) -> MakeKind:
-    """A conversion of a kind, all files of its tokenizer with it, free to be damaged."""
+    """Return a conversion of this kind, with tokenizer files, that the test may damage."""
     root = tmp_path_factory.mktemp("kinds")
     demo, model = root / "demo", root / "model"
     build_demo_source(demo)
@@ -94,10 +94,10 @@ def test_an_id_without_a_row_fails_in_every_kind_of_conversion(kind: str, kinds:
             bench.edit(file, damage)
             found = check_of(bench.resealed(), check)
             assert not found.passed, name
-            assert f"{says}, but the embedding table has {rows} rows" in told(found), name
+            assert f"{says}, but the embedding table has {rows} rows" in message_of(found), name
 
 
-def test_a_source_with_the_same_token_excuses_nothing(kinds: MakeKind) -> None:
+def test_the_same_token_in_the_source_is_no_excuse(kinds: MakeKind) -> None:
     bench = kinds("adapted-too")
     text = json.loads((bench.folder / "tokenizer.json").read_text())
     listed(text)
@@ -109,12 +109,12 @@ def test_a_source_with_the_same_token_excuses_nothing(kinds: MakeKind) -> None:
     assert found.offenders == ("tokenizer.json: the token '<x>' has id 5000, but the embedding table has 256 rows",)
 
 
-# Every file by itself
+# Each file alone
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A Gemma 3 with a table of 256 rows, and no tokenizer."""
+    """Write a Gemma 3 with 256 embedding rows and no tokenizer."""
     build_demo_source(tmp_path / "demo")
     for path in (tmp_path / "demo").glob("*token*"):
         path.unlink()

@@ -28,37 +28,37 @@ from tests.parity.mutations import (
     departs,
     exchange,
     layer_names,
-    told,
+    message_of,
 )
 
 CUT = {"encoder_layers": [0, 2, 4, 5, 8, 10, 12], "decoder_layers": [1, 4, 5, 9, 11]}
 """Of text-13: both stacks have a full layer, where Gemma 3's own pattern would have another, or none."""
 
-Lie = Callable[[Document], object]
+Edit = Callable[[Document], object]
 
 
 def failed(report: Report) -> set[str]:
     return {check.name for check in report.failed}
 
 
-def options_are(**options: Any) -> Lie:
+def options_are(**options: Any) -> Edit:
     return lambda manifest: manifest.update(options=options)
 
 
 @pytest.fixture
 def cut(bench: MakeBench) -> Bench:
-    """Seven and five layers of thirteen."""
+    """Return a conversion with seven and five of thirteen layers."""
     return bench("text-13", **CUT)
 
 
 @pytest.fixture(params=["source", "decoder-from"])
 def paired(request: pytest.FixtureRequest, bench: MakeBench, twin_folder: TwinFolder) -> tuple[Bench, Path, str]:
-    """A decoder of another parent, and whose table it has."""
+    """Return a conversion with another parent for the decoder, that parent, and the table's owner."""
     other = twin_folder("text-unlike-7")
     return bench("text-8", decoder_from=other, embedding_from=request.param), other, request.param
 
 
-# What is sound
+# Sound conversions
 
 
 def test_a_cut_model_is_compared_with_its_own_layers(cut: Bench) -> None:
@@ -76,31 +76,31 @@ def test_a_cut_model_is_compared_with_its_own_layers(cut: Bench) -> None:
         assert figure.max_abs == 0
 
 
-def test_what_no_stack_takes_is_counted(cut: Bench) -> None:
-    # Layers 3, 6 and 7, each of 13 tensors.
+def test_layers_that_no_stack_uses_are_counted(cut: Bench) -> None:
+    # Layers 3, 6 and 7, with 13 tensors each.
     assert check_of(cut.judge(), "provenance").detail.endswith("; 39 were dropped, as declared")
 
 
-def test_the_other_parent_is_judged_with_the_table_that_the_target_has(paired: tuple[Bench, Path, str]) -> None:
+def test_the_other_parent_is_computed_with_the_target_table(paired: tuple[Bench, Path, str]) -> None:
     made, other, table = paired
     report = made.judge(decoder_from=other)
     assert report.passed, report.failed
-    whose = {"source": ("decoder's parent", "source"), "decoder-from": ("source", "decoder's parent")}[table]
-    assert f"the {whose[0]} is computed with the {whose[1]}'s embedding table, as in the target" in (report.remarks)
+    owners = {"source": ("decoder's parent", "source"), "decoder-from": ("source", "decoder's parent")}[table]
+    assert f"the {owners[0]} is computed with the {owners[1]}'s embedding table, as in the target" in (report.remarks)
     detail = check_of(report, "provenance").detail
     assert "are the source's byte for byte" in detail
     assert "are the decoder's parent's byte for byte" in detail
 
 
-def test_layers_alike_of_one_parent_are_walked_through_once(bench: MakeBench) -> None:
-    told: dict[bool, list[str]] = {}
+def test_equal_layers_of_one_parent_are_computed_once(bench: MakeBench) -> None:
+    progress: dict[bool, list[str]] = {}
     for alike in (True, False):
         made = bench("text-8", encoder_layers="first:4", decoder_layers="first:4" if alike else "first:3")
-        told[alike] = []
-        assert made.judge(progress=told[alike].append).passed
+        progress[alike] = []
+        assert made.judge(progress=progress[alike].append).passed
         shutil.rmtree(made.folder)
         shutil.rmtree(made.folder.with_name("converted"))
-    layers = {alike: [line for line in lines if line.startswith("layer ")] for alike, lines in told.items()}
+    layers = {alike: [line for line in lines if line.startswith("layer ")] for alike, lines in progress.items()}
     assert layers[True] == [f"layer {number} of 4" for number in range(1, 5)]
     assert layers[False] == [
         *(f"layer {number} of 3 of the decoder" for number in range(1, 4)),
@@ -108,10 +108,10 @@ def test_layers_alike_of_one_parent_are_walked_through_once(bench: MakeBench) ->
     ]
 
 
-# The other parent, given or not
+# With and without the other parent
 
 
-def test_without_the_decoders_parent_there_is_nothing_to_judge_by(paired: tuple[Bench, Path, str]) -> None:
+def test_without_the_decoders_parent_verification_is_refused(paired: tuple[Bench, Path, str]) -> None:
     made, other, _ = paired
     with pytest.raises(UsageError, match="--decoder-from"):
         made.judge()
@@ -126,15 +126,15 @@ def test_another_parent_of_the_decoder_does_not_pass(paired: tuple[Bench, Path, 
         assert {"provenance", "config", "decoder_parity"} <= failed(report), name
 
 
-def test_source_and_decoders_parent_do_not_stand_for_each_other(paired: tuple[Bench, Path, str]) -> None:
+def test_source_and_decoders_parent_cannot_be_swapped(paired: tuple[Bench, Path, str]) -> None:
     made, other, _ = paired
     report = verify(made.folder, other, decoder_from=made.source, record=False)
     assert {"provenance", "config", "decoder_parity", "encoder_parity"} <= failed(report)
 
 
-def test_a_parent_for_a_decoder_that_is_the_sources_is_refused(bench: MakeBench, twin_folder: TwinFolder) -> None:
+def test_decoder_from_is_refused_for_a_single_parent(bench: MakeBench, twin_folder: TwinFolder) -> None:
     made = bench("text-8")
-    # Even where it is the same once more.
+    # Even if it is the source again.
     for other in (twin_folder("text-sharded"), made.source):
         with pytest.raises(UsageError, match="its decoder is not from another checkpoint"):
             made.judge(decoder_from=other)
@@ -144,7 +144,7 @@ def test_a_parent_for_a_decoder_that_is_the_sources_is_refused(bench: MakeBench,
 
 
 def move(tensors: Tensors, part: str, layers: list[int], to: list[int]) -> None:
-    """Put layers of a stack in other places."""
+    """Move layers of a stack."""
     names = {number: layer_names(tensors, f"model.{part}.", number) for number in layers}
     kept = {
         (number, name): tensors[f"model.{part}.layers.{number}.{name}"].clone()
@@ -157,7 +157,7 @@ def move(tensors: Tensors, part: str, layers: list[int], to: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_V2_layers_of_a_selection_in_other_places(cut: Bench) -> None:
+def test_V2_moved_layers_of_a_selection(cut: Bench) -> None:
     tally = Tally()
     for part, numbers in (("encoder", CUT["encoder_layers"]), ("decoder", CUT["decoder_layers"])):
         depth = len(numbers)
@@ -176,8 +176,8 @@ def test_V2_layers_of_a_selection_in_other_places(cut: Bench) -> None:
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_V2_a_selection_that_was_shifted(shift: int, cut: Bench, tmp_path: Path) -> None:
-    """The layers before or behind those that the manifest tells, with their kinds."""
+def test_V2_a_shifted_selection(shift: int, cut: Bench, tmp_path: Path) -> None:
+    """Use the layers before or after those in the manifest, with their kinds."""
     shifted = [layer + shift for layer in CUT["decoder_layers"]]
     convert(cut.source, tmp_path / "shifted", encoder_layers=CUT["encoder_layers"], decoder_layers=shifted)
     for name in ("model.safetensors", "config.json"):
@@ -188,7 +188,7 @@ def test_V2_a_selection_that_was_shifted(shift: int, cut: Bench, tmp_path: Path)
 
 
 def test_V2_kinds_that_did_not_move_with_their_layers(cut: Bench) -> None:
-    """Gemma 3's own pattern over the layers that are left."""
+    """Apply Gemma 3's own pattern to the remaining layers."""
     for part, first in (("encoder", 3), ("decoder", 2)):
 
         def forget(config: Document, part: str = part) -> None:
@@ -200,7 +200,7 @@ def test_V2_kinds_that_did_not_move_with_their_layers(cut: Bench) -> None:
         cut.edit("config.json", forget)
         report = cut.resealed()
         assert {"config", f"{part}_parity"} <= failed(report)
-        assert "layer_types" in told(check_of(report, "config"))
+        assert "layer_types" in message_of(check_of(report, "config"))
         assert departs(report, f"{part}_parity").startswith(f"{part} layers.{first} (sliding_attention")
 
 
@@ -244,10 +244,10 @@ def test_V2_a_few_rows_of_the_wrong_table(paired: tuple[Bench, Path, str]) -> No
         tensors[TABLE][7].copy_(load_file(wrong / "model.safetensors")["model.embed_tokens.weight"][7])
     report = made.resealed(decoder_from=other)
     assert {"provenance", "decoder_parity"} <= failed(report)
-    assert f"{TABLE}[7, 0]" in told(check_of(report, "provenance"))
+    assert f"{TABLE}[7, 0]" in message_of(check_of(report, "provenance"))
 
 
-def test_V2_both_stacks_exchanged(bench: MakeBench, twin_folder: TwinFolder) -> None:
+def test_V2_swapped_stacks(bench: MakeBench, twin_folder: TwinFolder) -> None:
     other = twin_folder("text-sharded")
     made = bench("text-8", decoder_from=other)
     with made.tensors() as tensors:
@@ -261,7 +261,7 @@ def test_V2_both_stacks_exchanged(bench: MakeBench, twin_folder: TwinFolder) -> 
 
 @pytest.mark.slow
 def test_V2_a_setting_of_the_other_stack(paired: tuple[Bench, Path, str]) -> None:
-    """Whatever the two parents have otherwise is another setting in the other stack."""
+    """Every setting that differs between the parents is wrong in the other stack."""
     made, other, _ = paired
     sound, tally = json.loads(made.sound["config.json"]), Tally()
     encoder, decoder = sound["encoder"]["text_config"], sound["decoder"]
@@ -294,10 +294,10 @@ def test_V2_another_token_to_start_or_end_with(name: str, paired: tuple[Bench, P
         assert failed(made.resealed(decoder_from=other)) == {"config"}
 
 
-# Lies
+# False manifests
 
 
-LIES: dict[str, tuple[Lie, set[str]]] = {
+FALSE_FIELDS: dict[str, tuple[Edit, set[str]]] = {
     "a layer that was not taken": (
         options_are(encoder_layers=CUT["encoder_layers"], decoder_layers=[1, 4, 5, 9, 10]),
         {"provenance", "decoder_parity"},
@@ -337,17 +337,17 @@ LIES: dict[str, tuple[Lie, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_V2_a_selection_that_was_not_made(lie: str, cut: Bench) -> None:
-    change, expected = LIES[lie]
+@pytest.mark.parametrize("false_field", FALSE_FIELDS)
+def test_V2_a_false_selection(false_field: str, cut: Bench) -> None:
+    change, expected = FALSE_FIELDS[false_field]
     cut.reseal(change)
-    report = cut.judge(decoder_from=cut.source) if lie == "another table" else cut.judge()
+    report = cut.judge(decoder_from=cut.source) if false_field == "another table" else cut.judge()
     assert expected <= failed(report)
     assert "integrity" not in failed(report)
 
 
 @pytest.mark.slow
-def test_V2_lies_about_what_was_made_whole(bench: MakeBench, twin_folder: TwinFolder) -> None:
+def test_V2_false_fields_of_a_whole_conversion(bench: MakeBench, twin_folder: TwinFolder) -> None:
     made, other, tally = bench("text-8"), twin_folder("text-sharded"), Tally()
     for part in ("encoder", "decoder"):
         for layers in (list(range(7)), [7], list(range(0, 8, 2)), list(range(1, 8)), list(range(8))):
@@ -374,33 +374,33 @@ def test_V2_a_manifest_that_hides_the_decoders_parent(paired: tuple[Bench, Path,
     assert {"provenance", "config", "decoder_parity"} <= failed(made.judge())
 
 
-def test_V2_a_manifest_that_lies_about_the_table(paired: tuple[Bench, Path, str]) -> None:
+def test_V2_a_false_table_owner_in_the_manifest(paired: tuple[Bench, Path, str]) -> None:
     made, other, table = paired
-    lie = {} if table == "decoder-from" else {"embedding_from": "decoder-from"}
-    made.reseal(options_are(**lie))
+    false_field = {} if table == "decoder-from" else {"embedding_from": "decoder-from"}
+    made.reseal(options_are(**false_field))
     report = made.judge(decoder_from=other)
     assert failed(report) == {"provenance", "decoder_parity", "encoder_parity"}
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-    "lie",
+    "false_field",
     [
-        lambda told: told.update(family="gemma3"),
-        lambda told: told["layout"].update(text="language_model.model."),
-        lambda told: told["files"]["model.safetensors"].update(bytes=1),
-        lambda told: told["files"].pop("model.safetensors"),
-        lambda told: told["files"]["config.json"].update(sha256="0" * 64),
+        lambda parent: parent.update(family="gemma3"),
+        lambda parent: parent["layout"].update(text="language_model.model."),
+        lambda parent: parent["files"]["model.safetensors"].update(bytes=1),
+        lambda parent: parent["files"].pop("model.safetensors"),
+        lambda parent: parent["files"]["config.json"].update(sha256="0" * 64),
     ],
     ids=["family", "layout", "bytes", "file", "config"],
 )
-def test_V2_a_manifest_that_lies_about_the_decoders_parent(lie: Lie, paired: tuple[Bench, Path, str]) -> None:
+def test_V2_a_false_decoder_parent_in_the_manifest(false_field: Edit, paired: tuple[Bench, Path, str]) -> None:
     made, other, _ = paired
-    made.reseal(lambda manifest: lie(manifest["decoder_from"]))
+    made.reseal(lambda manifest: false_field(manifest["decoder_from"]))
     assert failed(made.judge(decoder_from=other)) == {"provenance"}
 
 
-def test_layers_that_no_parent_has_fail_what_relies_on_them(cut: Bench) -> None:
+def test_layers_that_no_parent_has_fail_dependent_checks(cut: Bench) -> None:
     cut.reseal(options_are(**CUT | {"decoder_layers": [1, 4, 5, 9, 13]}))
     report = cut.judge()
     assert failed(report) == {"provenance", "config", "decoder_parity", "encoder_parity"}
@@ -411,19 +411,19 @@ def test_layers_that_no_parent_has_fail_what_relies_on_them(cut: Bench) -> None:
 
 
 @pytest.mark.parametrize("layers", [[], [2, 2], [3, 1], [-1], [True], "0:3", [0.5]], ids=str)
-def test_layers_that_no_conversion_can_have_taken_fail_integrity(layers: object, cut: Bench) -> None:
+def test_impossible_layers_fail_integrity(layers: object, cut: Bench) -> None:
     cut.reseal(options_are(decoder_layers=layers))
     assert "integrity" in failed(cut.judge())
 
 
-# What config expects, by itself
+# The expected config alone
 
 
 def gemma3(folder: Path) -> Gemma3:
     return read_gemma3(read_json_object(folder / "config.json"), folder)
 
 
-def test_the_expected_config_has_each_stack_of_its_own_parent(twin_folder: TwinFolder) -> None:
+def test_the_expected_config_takes_each_stack_from_its_parent(twin_folder: TwinFolder) -> None:
     source, other = gemma3(twin_folder("images-8")), gemma3(twin_folder("text-unlike-7"))
     expected = expected_config(source, {}, StackSettings(source.text, other.text, 300))
     encoder, decoder = expected["encoder"]["text_config"], expected["decoder"]
@@ -435,7 +435,7 @@ def test_the_expected_config_has_each_stack_of_its_own_parent(twin_folder: TwinF
     assert expected["image_token_index"] == 292
 
 
-def test_the_rows_are_those_of_the_table_that_is_taken(twin_folder: TwinFolder) -> None:
+def test_the_row_count_is_that_of_the_chosen_table(twin_folder: TwinFolder) -> None:
     source = gemma3(twin_folder("text-8"))
     for rows, changes, expected in ((262_144, {}, 262_144), (262_208, {"vocab_size": 262_144}, 262_144)):
         config = expected_config(source, changes, replace(StackSettings(source.text, source.text, 300), rows=rows))
@@ -443,7 +443,7 @@ def test_the_rows_are_those_of_the_table_that_is_taken(twin_folder: TwinFolder) 
         assert [stack["vocab_size"] for stack in (config, *stacks)] == [expected] * 3
 
 
-def test_parents_of_two_dtypes_are_judged_in_that_of_most_bytes(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_parents_of_two_dtypes_are_compared_in_the_larger_ones_dtype(twin_folder: TwinFolder, tmp_path: Path) -> None:
     convert(twin_folder("text-8"), tmp_path / "pair", decoder_from=twin_folder("text-float32"))
     report = verify(tmp_path / "pair", twin_folder("text-8"), decoder_from=twin_folder("text-float32"), record=False)
     assert report.passed, report.failed

@@ -29,10 +29,10 @@ def names(report: Report) -> list[str]:
 
 
 def assert_exact(report: Report, *, images: bool) -> None:
-    """Every check was made and passed, and both models computed the same, bit for bit."""
+    """Assert that every check ran and passed, and both models agree bit for bit."""
     assert report.passed, report.failed
     assert report.failed == ()
-    # A twin without images has neither a tokenizer nor an image processor.
+    # Twins without images have neither a tokenizer nor an image processor.
     assert names(report) == [name for name in CHECKS if images or name not in ("tokenizer", "vision_parity")]
     assert list(report.skipped) == ([] if images else ["tokenizer", "vision_parity"])
     measured = {check.name: check.figures for check in report.checks if check.name.endswith("_parity")}
@@ -91,7 +91,7 @@ def test_every_twin_is_verified_exactly(
 @pytest.mark.parametrize("passes", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("target", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["text-float32", "text-float16", "images-8"])
-def test_a_cast_is_judged_on_the_source_so_cast(
+def test_a_cast_is_compared_with_the_cast_source(
     name: str, target: str, passes: str | None, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     convert(twin_folder(name), tmp_path / "out", dtype=target, flush=False)
@@ -105,7 +105,7 @@ def test_a_cast_is_judged_on_the_source_so_cast(
         assert target in remark
 
 
-def test_a_cast_to_float16_is_judged_too(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_cast_to_float16_is_verified(twin_folder: TwinFolder, tmp_path: Path) -> None:
     convert(twin_folder("text-8"), tmp_path / "out", dtype="float16", flush=False)
     report = verify(tmp_path / "out", twin_folder("text-8"), record=False)
     assert_exact(report, images=False)
@@ -160,7 +160,7 @@ def test_the_end_tokens_of_an_it_model_are_verified(twin_folder: TwinFolder, tmp
     assert_exact(verify(tmp_path / "out", source, record=False), images=False)
 
 
-def test_a_text_and_a_picture_of_ones_own_are_judged(demo_source: Path, tmp_path: Path) -> None:
+def test_a_custom_text_and_picture_are_used(demo_source: Path, tmp_path: Path) -> None:
     convert(demo_source, tmp_path / "out", flush=False)
     (tmp_path / "text").write_text(TEXT)
     Image.effect_noise((90, 60), 50).save(tmp_path / "picture.png")
@@ -184,7 +184,7 @@ def test_a_text_or_picture_without_a_source_is_refused(given: str, demo_source: 
     assert (tmp_path / "out/t5g2.json").read_bytes() == before
 
 
-def test_a_text_without_a_tokenizer_fails_no_sound_conversion(demo_source: Path, tmp_path: Path) -> None:
+def test_a_text_without_a_tokenizer_does_not_fail_a_sound_conversion(demo_source: Path, tmp_path: Path) -> None:
     (demo_source / "tokenizer.json").unlink()
     convert(demo_source, tmp_path / "out", flush=False)
     before = (tmp_path / "out/t5g2.json").read_bytes()
@@ -195,7 +195,7 @@ def test_a_text_without_a_tokenizer_fails_no_sound_conversion(demo_source: Path,
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
-def test_an_end_of_image_token_in_a_text_fails_no_sound_conversion(
+def test_an_end_of_image_token_in_a_text_does_not_fail_a_sound_conversion(
     dtype: str | None, demo_source: Path, tmp_path: Path
 ) -> None:
     convert(demo_source, tmp_path / "out", flush=False)
@@ -215,20 +215,20 @@ def test_a_sound_conversion_passes_on_a_gpu(
     assert report.device == "cuda"
 
 
-def test_progress_is_told(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
-    told: list[str] = []
-    verify(converted_twin("images-8"), twin_folder("images-8"), record=False, progress=told.append)
-    assert len(told) > 10
-    assert all(told)
+def test_progress_is_reported(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+    progress: list[str] = []
+    verify(converted_twin("images-8"), twin_folder("images-8"), record=False, progress=progress.append)
+    assert len(progress) > 10
+    assert all(progress)
 
 
-# Changes on purpose
+# Declared changes
 
 PATH = "rope_parameters.full_attention.factor"
 
 
 def literally(key: str, value: object) -> Callable[[dict[str, Any]], object]:
-    """A map that writes a setting of both stacks out."""
+    """Write a map with an explicit setting for both stacks."""
 
     def change(document: dict[str, Any]) -> None:
         for stack in (document["config"]["encoder"]["text_config"], document["config"]["decoder"]):
@@ -250,7 +250,7 @@ def literally(key: str, value: object) -> Callable[[dict[str, Any]], object]:
         ("sliding_window", 5, 3),
     ],
 )
-def test_a_setting_that_the_map_writes_out_is_declared_and_parity_judged_without_it(
+def test_an_explicit_setting_is_declared_and_parity_ignores_it(
     key: str, source: float, target: float, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     mapping = own_map(tmp_path / "mine.yaml", literally(key, target))
@@ -269,7 +269,7 @@ def test_a_setting_that_the_map_writes_out_is_declared_and_parity_judged_without
     assert "provenance" in [check.name for check in shipped.failed]
 
 
-def test_a_setting_written_out_as_the_source_has_it_is_no_change(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_an_explicit_setting_equal_to_the_source_is_not_a_change(twin_folder: TwinFolder, tmp_path: Path) -> None:
     mapping = own_map(tmp_path / "mine.yaml", literally(PATH, 8.0))
     convert(twin_folder("images-13"), tmp_path / "out", mapping=mapping, flush=False)
     assert read_manifest(tmp_path / "out").document()["changes"] == []
@@ -280,7 +280,7 @@ def test_a_setting_written_out_as_the_source_has_it_is_no_change(twin_folder: Tw
     ("key", "value", "parities"),
     [("rms_norm_eps", 0.5, 2), ("query_pre_attn_scalar", 300, 2), ("final_logit_softcapping", 3.0, 1)],
 )
-def test_any_other_setting_that_the_map_writes_out_is_a_fault(
+def test_any_other_explicit_setting_is_a_fault(
     key: str, value: float, parities: int, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     mapping = own_map(tmp_path / "mine.yaml", literally(key, value))
@@ -302,7 +302,7 @@ def test_a_map_of_another_name_is_asked_for(twin_folder: TwinFolder, tmp_path: P
 # Faults of the output
 
 
-def test_another_source_is_not_this_conversions(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+def test_another_source_fails(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
     report = verify(converted_twin("text-8"), twin_folder("text-sharded"), record=False)
     assert {check.name for check in report.failed} == {"provenance", "decoder_parity", "encoder_parity"}
     deeper = verify(converted_twin("text-8"), twin_folder("text-13"), record=False)
@@ -311,7 +311,7 @@ def test_another_source_is_not_this_conversions(twin_folder: TwinFolder, convert
     assert "vision_parity" in {check.name for check in images.failed}
 
 
-def test_without_a_source_files_and_use_are_judged_and_the_rest_is_listed(converted_twin: TwinFolder) -> None:
+def test_without_a_source_files_and_use_are_checked_and_the_rest_is_listed(converted_twin: TwinFolder) -> None:
     report = verify(converted_twin("images-8"), record=False)
     assert report.passed
     assert names(report) == ["integrity", "runs"]
@@ -348,7 +348,7 @@ def test_an_output_that_cannot_be_read_fails_and_the_rest_is_listed(
     assert report.dtype is None
 
 
-def test_a_missing_dtype_fails_and_everything_else_is_judged(
+def test_a_missing_dtype_fails_and_everything_else_is_checked(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     output = copied(converted_twin("images-8"), tmp_path / "out")
@@ -369,7 +369,7 @@ def test_a_tolerance_passes_a_small_difference_and_is_reported(
     save_file(tensors, output / "model.safetensors")
     strict = verify(output, twin_folder("images-float32"), record=False)
     lenient = verify(output, twin_folder("images-float32"), tolerance=1e-3, record=False)
-    # Bytes have no tolerance.
+    # Bytes are compared without a tolerance.
     assert [check.name for check in strict.failed] == ["integrity", "provenance", "encoder_parity"]
     assert [check.name for check in lenient.failed] == ["integrity", "provenance"]
     assert lenient.tolerance == 1e-3
@@ -398,7 +398,7 @@ def test_a_tolerance_passes_a_small_difference_and_is_reported(
     ],
     ids=str,
 )
-def test_a_sealed_manifest_of_nonsense_fails_and_ends_nothing(
+def test_a_sealed_nonsense_manifest_fails_but_all_checks_run(
     values: Mapping[str, Any], twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     output = copied(converted_twin("images-8"), tmp_path / "out")
@@ -412,9 +412,7 @@ def test_a_sealed_manifest_of_nonsense_fails_and_ends_nothing(
 # Faults of the source and of the call
 
 
-def test_a_source_that_is_none_ends_the_work(
-    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
-) -> None:
+def test_an_invalid_source_is_an_error(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> None:
     output = copied(converted_twin("images-8"), tmp_path / "out")
     before = (output / "t5g2.json").read_bytes()
     source = copied(twin_folder("images-8"), tmp_path / "source")
@@ -432,7 +430,7 @@ def test_a_source_that_is_none_ends_the_work(
     assert (output / "t5g2.json").read_bytes() == before
 
 
-def test_a_source_that_the_map_does_not_know_ends_the_work(
+def test_a_source_of_another_family_is_an_error(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     source = copied(twin_folder("images-8"), tmp_path / "source")
@@ -443,13 +441,13 @@ def test_a_source_that_the_map_does_not_know_ends_the_work(
     assert "stranger" in " ".join(caught.value.details)
 
 
-def test_a_faulty_map_ends_the_work(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_an_invalid_map_is_an_error(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("format: 1\n")
     with pytest.raises(MappingError):
         verify(converted_twin("text-8"), twin_folder("text-8"), mapping=str(tmp_path / "bad.yaml"), record=False)
 
 
-def test_an_output_that_is_no_folder_is_said(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_an_output_that_is_not_a_folder_is_an_error(twin_folder: TwinFolder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, says in (("file", "is a file, expected a checkpoint folder"), ("missing", "no such folder")):
         with pytest.raises(CheckpointError, match=says):
@@ -468,14 +466,14 @@ def test_an_output_that_is_no_folder_is_said(twin_folder: TwinFolder, tmp_path: 
     ],
     ids=str,
 )
-def test_an_argument_without_meaning_is_said(
+def test_an_invalid_argument_is_an_error(
     options: dict[str, Any], says: str, twin_folder: TwinFolder, converted_twin: TwinFolder
 ) -> None:
     with pytest.raises(UsageError, match=says):
         verify(converted_twin("text-8"), twin_folder("text-8"), record=False, **options)
 
 
-def test_inputs_of_ones_own_that_are_none_end_the_work(
+def test_invalid_custom_inputs_are_an_error(
     twin_folder: TwinFolder, demo_source: Path, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     convert(demo_source, tmp_path / "out", flush=False)
@@ -495,7 +493,7 @@ def test_inputs_of_ones_own_that_are_none_end_the_work(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there_is_no_fault_of_the_output(
+def test_a_missing_device_is_not_a_fault_of_the_output(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     output = copied(converted_twin("images-8"), tmp_path / "out")
@@ -528,7 +526,7 @@ def test_the_result_is_recorded_and_the_folder_stays_sound(
     assert (output / "t5g2.json").read_bytes() == recorded
 
 
-def test_nothing_is_written_unless_it_is_to_be_recorded(
+def test_nothing_is_written_without_recording(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     output = copied(converted_twin("images-8"), tmp_path / "out")
@@ -557,7 +555,7 @@ def write_text_model(folder: Path, weight_map: WeightMap, **sizes: int) -> None:
 
 
 @pytest.mark.slow
-def test_V3_a_model_is_verified_in_a_small_part_of_its_own_size(gemma3_map: WeightMap, tmp_path: Path) -> None:
+def test_V3_verification_needs_a_fraction_of_the_model_size(gemma3_map: WeightMap, tmp_path: Path) -> None:
     peaks, written = {}, {}
     sizes = {
         "small": {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6},

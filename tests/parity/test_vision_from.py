@@ -1,4 +1,4 @@
-"""Verification of models whose vision tower is another checkpoint's."""
+"""Verification of models with a vision tower from another checkpoint."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ PROJECTOR = "model.encoder.multi_modal_projector."
 
 @dataclass(frozen=True)
 class Grafted:
-    """A conversion with a donor, free to be damaged, and its judge."""
+    """A conversion with a donor that the test may damage and verify."""
 
     source: Path
     donor: Path
@@ -51,7 +51,7 @@ DONORS = {"copy": "images-13", "zeros": "donor-wide", "aligned": "donor-wide"}
 
 @pytest.fixture(params=DONORS)
 def grafted(request: pytest.FixtureRequest, twin_folder: TwinFolder, tmp_path: Path) -> Grafted:
-    """With a projector that is the donor's, with one of zeros, and with one that is aligned."""
+    """Return a conversion with a copied, a zero, and an aligned projector."""
     source, donor = twin_folder("text-8"), twin_folder(DONORS[request.param])
     done = convert(source, tmp_path / "out", vision_from=donor, projector=request.param, flush=False)
     return Grafted(source, donor, tmp_path / "out", request.param, done.residual)
@@ -69,7 +69,7 @@ def test_a_graft_passes_exactly(grafted: Grafted) -> None:
             assert check.figures.max_abs == 0.0
 
 
-def test_a_copied_projector_is_judged_by_its_features_and_zeros_before_it(grafted: Grafted) -> None:
+def test_a_copied_projector_is_compared_after_projection_and_zeros_before(grafted: Grafted) -> None:
     details = {check.name: check.detail for check in grafted.verify().checks}
     compared = "image features" if grafted.projector == "copy" else "tower states before the projector"
     assert details["vision_parity"].startswith(compared)
@@ -77,28 +77,28 @@ def test_a_copied_projector_is_judged_by_its_features_and_zeros_before_it(grafte
     assert ("is the donor's, aligned" in details["provenance"]) is (grafted.projector == "aligned")
 
 
-def test_provenance_tells_what_is_whose_and_how_well_the_tables_fit(grafted: Grafted) -> None:
-    (told,) = (check.detail for check in grafted.verify().checks if check.name == "provenance")
+def test_provenance_reports_owners_and_the_alignment_residual(grafted: Grafted) -> None:
+    (detail,) = (check.detail for check in grafted.verify().checks if check.name == "provenance")
     made = plan(grafted.source, vision_from=grafted.donor, projector=grafted.projector)
     donated = sum(tensor.content.kind == "copy" and tensor.part in ("vision", "projector") for tensor in made.tensors)
     copied = sum(tensor.content.kind == "copy" for tensor in made.tensors)
-    assert f"{donated} are the donor's byte for byte" in told
-    assert told.startswith(f"{copied - donated} tensors are the source's byte for byte")
-    assert ("1 is zeros" in told) is (grafted.projector == "zeros")
-    assert ("residual" in told) is (grafted.projector == "aligned")
+    assert f"{donated} are the donor's byte for byte" in detail
+    assert detail.startswith(f"{copied - donated} tensors are the source's byte for byte")
+    assert ("1 is zeros" in detail) is (grafted.projector == "zeros")
+    assert ("residual" in detail) is (grafted.projector == "aligned")
     if grafted.residual is not None:
-        assert f"1 is the donor's, aligned (residual {grafted.residual:.3g})" in told
+        assert f"1 is the donor's, aligned (residual {grafted.residual:.3g})" in detail
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         (None, ": pixels match the donor's"),
         ("special_tokens_map.json", ": tokens match the source's, pixels match the donor's"),
     ],
 )
-def test_the_pixels_of_a_graft_are_told_to_be_the_donors(
-    name: str | None, told: str, twin_folder: TwinFolder, tmp_path: Path
+def test_pixel_values_are_reported_as_the_donors(
+    name: str | None, expected: str, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     shutil.copytree(twin_folder("text-8"), tmp_path / "source")
     if name is not None:
@@ -108,7 +108,7 @@ def test_the_pixels_of_a_graft_are_told_to_be_the_donors(
     report = verify(tmp_path / "out", tmp_path / "source", vision_from=donor, record=False)
     (found,) = (check for check in report.checks if check.name == "tokenizer")
     assert found.passed
-    assert found.detail.endswith(told)
+    assert found.detail.endswith(expected)
 
 
 def test_the_result_is_recorded(grafted: Grafted) -> None:
@@ -117,7 +117,7 @@ def test_the_result_is_recorded(grafted: Grafted) -> None:
     assert grafted.verify().passed
 
 
-def test_without_the_donor_there_is_nothing_to_judge_by(grafted: Grafted) -> None:
+def test_without_the_donor_verification_is_refused(grafted: Grafted) -> None:
     with pytest.raises(UsageError, match="--vision-from"):
         grafted.verify(vision_from=None)
 
@@ -127,7 +127,7 @@ def test_another_donor_is_refused(grafted: Grafted, twin_folder: TwinFolder) -> 
     assert {"provenance"} <= {check.name for check in report.failed}
 
 
-def test_a_donor_without_a_source_has_no_meaning(grafted: Grafted) -> None:
+def test_a_donor_without_a_source_is_refused(grafted: Grafted) -> None:
     with pytest.raises(UsageError, match="need --source"):
         verify(grafted.output, vision_from=grafted.donor, record=False)
 
@@ -191,17 +191,17 @@ def test_a_changed_setting_of_the_tower_is_found(grafted: Grafted, setting: str)
     assert {"config", "integrity"} <= grafted.failed()
 
 
-def test_a_manifest_that_lies_about_the_projector_is_found(grafted: Grafted) -> None:
-    for lie in DONORS.keys() - {grafted.projector}:
-        grafted.edit_manifest(options={"projector": lie})
-        if lie == "copy":
+def test_a_false_projector_in_the_manifest_is_found(grafted: Grafted) -> None:
+    for false_projector in DONORS.keys() - {grafted.projector}:
+        grafted.edit_manifest(options={"projector": false_projector})
+        if false_projector == "copy":
             with pytest.raises(MappingError, match="has output width 32"):
                 grafted.verify()
         else:
             assert "provenance" in grafted.failed()
 
 
-def test_a_manifest_that_lies_about_the_ridge_is_found(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_false_ridge_in_the_manifest_is_found(twin_folder: TwinFolder, tmp_path: Path) -> None:
     made = Grafted(twin_folder("text-8"), twin_folder("donor-wide"), tmp_path / "out", "aligned")
     convert(made.source, made.output, vision_from=made.donor, projector="aligned", ridge=0.1, flush=False)
     assert made.verify().passed
@@ -224,17 +224,17 @@ def test_one_step_of_one_element_of_an_aligned_projector_is_found(twin_folder: T
     assert "[7, 3]" in offender
 
 
-def test_a_manifest_that_lies_about_the_donors_files_is_found(grafted: Grafted) -> None:
-    told = json.loads((grafted.output / "t5g2.json").read_text())["vision_from"]
-    told["files"]["model.safetensors"]["bytes"] += 1
-    grafted.edit_manifest(vision_from=told)
+def test_a_false_donor_file_in_the_manifest_is_found(grafted: Grafted) -> None:
+    donor = json.loads((grafted.output / "t5g2.json").read_text())["vision_from"]
+    donor["files"]["model.safetensors"]["bytes"] += 1
+    grafted.edit_manifest(vision_from=donor)
     assert "provenance" in grafted.failed()
 
 
-def test_a_tower_of_zeros_declared_as_such_does_not_pass_for_the_donors(
+def test_a_declared_tower_of_zeros_does_not_pass_as_the_donors(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
-    """A text-only conversion that claims to have a donor."""
+    """Check a text-only conversion that claims to have a donor."""
     shutil.copytree(converted_twin("text-8"), tmp_path / "out")
     made = Grafted(twin_folder("text-8"), twin_folder("images-13"), tmp_path / "out")
     made.edit_manifest(options={"projector": "copy"})

@@ -44,7 +44,7 @@ class Case:
         return aligned_projector(self.projector, *tables, rows=len(self.donor), ridge=ridge)
 
     def converted(self, folder: Path, dtype: str) -> tuple[Tensor, Tensor, float]:
-        """What the converter stores, the same before it is rounded, and the residual that it tells."""
+        """Return the stored projector, the projector before rounding, and the reported residual."""
         with stored(folder, donor=self.donor, target=self.target) as (first, second):
             found = align(first, second, rows=len(self.donor), ridge=self.ridge)
         source = next(key for key, value in TORCH.items() if value == self.projector.dtype)
@@ -126,9 +126,7 @@ def test_the_expected_projector_is_least_squares(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", list(TORCH))
 @pytest.mark.parametrize("steps", [1, -1, 2, -2])
-def test_a_single_element_that_is_off_by_a_unit_in_its_last_place_is_named(
-    dtype: str, steps: int, tmp_path: Path
-) -> None:
+def test_one_element_off_by_one_ulp_is_named(dtype: str, steps: int, tmp_path: Path) -> None:
     case = make_case()
     right = case.converted(tmp_path, dtype)[0]
     for row, column in ((0, 0), (17, 3), (29, 39)):
@@ -143,20 +141,20 @@ def rescaled(factor: float) -> Callable[[Case, Tensor], Tensor]:
     return lambda _, right: (right.double() * factor).to(right.dtype)
 
 
-def of_another_ridge(case: Case, right: Tensor) -> Tensor:
+def with_other_ridge(case: Case, right: Tensor) -> Tensor:
     return case.expected(ridge=case.ridge + 0.01).projector_VH.to(right.dtype)
 
 
-def turned(case: Case, _: Tensor) -> Tensor:
+def with_opposite_sign(case: Case, _: Tensor) -> Tensor:
     return Case(case.donor, case.target, case.projector.T.contiguous()).expected().projector_VH.bfloat16()
 
 
-def of_fewer_rows(case: Case, right: Tensor) -> Tensor:
+def from_fewer_rows(case: Case, right: Tensor) -> Tensor:
     fewer = Case(case.donor[:-1], case.target[:-1], case.projector).expected()
     return fewer.projector_VH.to(right.dtype)
 
 
-def of_the_opposite_direction(case: Case, right: Tensor) -> Tensor:
+def in_opposite_direction(case: Case, right: Tensor) -> Tensor:
     back = torch.linalg.lstsq(case.target.double(), case.donor.double()).solution
     return (case.projector.double() @ back.T).to(right.dtype)
 
@@ -172,9 +170,9 @@ MISTAKES: dict[str, Callable[[Case, Tensor], Tensor]] = {
     "the scale upside down": rescaled(96 / 40),
     "the rounded scales of bfloat16": rescaled(1.004),
     "negated": rescaled(-1.0),
-    "another ridge": of_another_ridge,
-    "a row less": of_fewer_rows,
-    "the map from target to donor": of_the_opposite_direction,
+    "another ridge": with_other_ridge,
+    "a row less": from_fewer_rows,
+    "the map from target to donor": in_opposite_direction,
     "zeros": lambda _, right: torch.zeros_like(right),
     "NaN": with_nan,
     "infinity": rescaled(math.inf),
@@ -185,7 +183,7 @@ MISTAKES: dict[str, Callable[[Case, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
 @pytest.mark.parametrize("dtype", list(TORCH))
-def test_every_mistake_is_seen(mistake: str, dtype: str, tmp_path: Path) -> None:
+def test_every_mistake_is_detected(mistake: str, dtype: str, tmp_path: Path) -> None:
     case = make_case()
     right = case.converted(tmp_path, dtype)[0]
     wrong = MISTAKES[mistake](case, right)
@@ -194,17 +192,17 @@ def test_every_mistake_is_seen(mistake: str, dtype: str, tmp_path: Path) -> None
     assert "elements are not the donor's projector, aligned" in fault
 
 
-def test_a_transposed_projector_is_seen(tmp_path: Path) -> None:
+def test_a_transposed_projector_is_detected(tmp_path: Path) -> None:
     square = CASES["as wide as the donor, and square"]()
     right = square.converted(tmp_path, "BF16")[0]
     assert square.faults(right) == []
     assert "1600 elements" in square.faults(right.T)[0]
-    # Also a donor's projector that was taken for its transpose.
-    assert "1600 elements" in square.faults(turned(square, right))[0]
+    # The donor's projector mistaken for its transpose fails too.
+    assert "1600 elements" in square.faults(with_opposite_sign(square, right))[0]
     assert make_case().faults(torch.zeros(40, 30)) == [f"{NAME} has shape [40, 30], expected [30, 40]"]
 
 
-def test_a_value_that_was_rounded_twice_is_seen() -> None:
+def test_a_value_rounded_twice_is_detected() -> None:
     # Just above the middle of 1 and the next bfloat16; float32 has the middle itself, which goes down to 1.
     exact = torch.full((1, 1), 1 + 2.0**-8 + 2.0**-30, dtype=torch.float64)
     expected = ExpectedProjector(exact, torch.zeros_like(exact), (0.0, 0.0))
@@ -213,7 +211,7 @@ def test_a_value_that_was_rounded_twice_is_seen() -> None:
 
 
 @pytest.mark.parametrize("spoil", ["dependent columns", "NaN in the donor", "NaN in the target", "nearly dependent"])
-def test_what_cannot_be_judged_is_a_fault(spoil: str) -> None:
+def test_a_tensor_that_cannot_be_compared_is_a_fault(spoil: str) -> None:
     case = make_case(dtype=torch.float32)
     if spoil == "dependent columns":
         case.donor[:, 3] = case.donor[:, 4]
@@ -228,7 +226,7 @@ def test_what_cannot_be_judged_is_a_fault(spoil: str) -> None:
     assert fault.startswith(f"{NAME} cannot be judged: ")
 
 
-def test_tables_that_determine_nothing_give_no_numbers() -> None:
+def test_degenerate_tables_give_no_projector() -> None:
     case = make_case()
     case.donor[:, 3] = 0
     expected = case.expected()
@@ -237,7 +235,7 @@ def test_tables_that_determine_nothing_give_no_numbers() -> None:
     assert all(map(math.isnan, expected.residual))
 
 
-def test_a_projector_of_zeros_stays_one() -> None:
+def test_a_zero_projector_stays_zero() -> None:
     case = make_case()
     case = Case(case.donor, case.target, torch.zeros_like(case.projector))
     assert case.faults(torch.zeros(30, 40)) == []
@@ -265,7 +263,7 @@ def test_each_row_is_read_once_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch
     assert ((found.projector_VH - fewer.projector_VH).abs() <= fewer.uncertainty_VH).all()
 
 
-def test_tables_of_checkpoints_are_read_as_they_are_stored(tmp_path: Path) -> None:
+def test_checkpoint_tables_are_read_as_stored(tmp_path: Path) -> None:
     case = make_case()
     tables = []
     for name, table in (("donor", case.donor), ("target", case.target)):

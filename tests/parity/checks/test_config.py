@@ -26,7 +26,7 @@ def gemma3(folder: Path) -> Gemma3:
 
 
 def changes_of(name: str) -> dict[str, Any]:
-    """By hand, so that nothing else can become a declared change unnoticed."""
+    """Return the expected changes, written by hand so that no new change goes unnoticed."""
     if name.endswith("with-fill"):
         return CUT
     return {} if BY_NAME[name].vision is not None else MOVED
@@ -74,7 +74,7 @@ def test_a_source_without_images_gets_the_stub(twin_folder: TwinFolder) -> None:
     assert expected["mm_tokens_per_image"] == 4
 
 
-def test_a_tower_is_expected_as_the_source_has_it(twin_folder: TwinFolder) -> None:
+def test_the_expected_tower_equals_the_sources(twin_folder: TwinFolder) -> None:
     expected = expected_config(gemma3(twin_folder("images-8")), {})["encoder"]
     vision = BY_NAME["images-8"].vision
     assert vision is not None
@@ -99,7 +99,7 @@ def test_every_twins_conversion_has_the_expected_settings(
     assert {change["field"]: change["target"] for change in declared} == changes_of(name)
 
 
-def test_a_cut_that_is_not_declared_is_a_fault(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+def test_an_undeclared_cut_is_a_fault(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
     name = "images-with-fill"
     target = open_checkpoint(converted_twin(name))
     check = judge_config(gemma3(twin_folder(name)), target, {})
@@ -115,7 +115,7 @@ def sound(twin_folder: TwinFolder, converted_twin: TwinFolder) -> tuple[Gemma3, 
 
 
 def other(value: Any) -> Any:
-    """A value of the same kind that means something else."""
+    """Return another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -135,7 +135,7 @@ def test_every_single_setting_counts(sound: tuple[Gemma3, Checkpoint]) -> None:
         assert f"{path} is {other(value)!r}, expected {value!r}" in check.offenders
 
 
-def test_a_setting_too_few_and_one_too_many_are_faults(sound: tuple[Gemma3, Checkpoint]) -> None:
+def test_missing_and_extra_settings_are_faults(sound: tuple[Gemma3, Checkpoint]) -> None:
     source, target = sound
     for path in dict(flatten(target.config)):
         config = copy.deepcopy(dict(target.config))
@@ -152,14 +152,14 @@ def test_a_setting_too_few_and_one_too_many_are_faults(sound: tuple[Gemma3, Chec
 
 
 @pytest.mark.parametrize(("path", "value"), [("decoder.use_cache", 1), ("decoder.num_key_value_heads", True)])
-def test_a_truth_value_is_no_number(path: str, value: object, sound: tuple[Gemma3, Checkpoint]) -> None:
+def test_a_boolean_is_not_a_number(path: str, value: object, sound: tuple[Gemma3, Checkpoint]) -> None:
     source, target = sound
     assert dict(flatten(target.config))[path] == value
     check = judge_config(source, with_setting(target, path, value), {})
     assert any(offender.startswith(f"{path} is {value!r}") for offender in check.offenders)
 
 
-def test_dtype_is_that_of_the_tensors(sound: tuple[Gemma3, Checkpoint]) -> None:
+def test_dtype_must_match_the_tensors(sound: tuple[Gemma3, Checkpoint]) -> None:
     source, target = sound
     (fault,) = judge_config(source, with_setting(target, "dtype", "float32"), {}).offenders
     assert fault == "dtype is 'float32', expected 'bfloat16'"
@@ -178,7 +178,7 @@ def test_a_change_declared_by_name_is_expected_in_both_stacks(
     assert "sliding_window" in check.detail
 
 
-def test_a_change_declared_by_path_is_expected_there_alone(sound: tuple[Gemma3, Checkpoint]) -> None:
+def test_a_change_declared_by_path_is_expected_only_there(sound: tuple[Gemma3, Checkpoint]) -> None:
     source, target = sound
     path = "decoder.rope_parameters.full_attention.factor"
     changed = with_setting(target, path, 8.0)
@@ -189,7 +189,7 @@ def test_a_change_declared_by_path_is_expected_there_alone(sound: tuple[Gemma3, 
     assert not judge_config(source, both, {path: 8.0}).passed
 
 
-def test_a_declaration_makes_no_new_setting(sound: tuple[Gemma3, Checkpoint]) -> None:
+def test_a_declared_change_adds_no_setting(sound: tuple[Gemma3, Checkpoint]) -> None:
     source, target = sound
     changed = with_setting(target, "decoder.rope_parameters.full_attention.beta", 8.0)
     check = judge_config(source, changed, {"decoder.rope_parameters.full_attention.beta": 8.0})
@@ -212,7 +212,7 @@ def test_tensors_that_the_config_does_not_imply_are_faults(
     )
 
 
-def test_a_type_that_is_not_declared_is_a_fault(sound: tuple[Gemma3, Checkpoint]) -> None:
+def test_an_undeclared_type_is_a_fault(sound: tuple[Gemma3, Checkpoint]) -> None:
     """transformers 5.23 refuses 0 for 0.0 in most fields, and 16.0 for 16 in all."""
     source, target = sound
     for path, value in dict(flatten(target.config)).items():
@@ -222,7 +222,7 @@ def test_a_type_that_is_not_declared_is_a_fault(sound: tuple[Gemma3, Checkpoint]
             assert f"{path} is {other_type!r}, expected {value!r}" in check.offenders
 
 
-def test_what_is_wrong_in_generation_config_is_faults_of(sound: tuple[Gemma3, Checkpoint]) -> None:
+def test_faults_of_generation_config(sound: tuple[Gemma3, Checkpoint]) -> None:
     check = judge_config(*sound, {}, generation=["top_k is 3, expected 64"])
     assert check.offenders == ("generation_config.json: top_k is 3, expected 64",)
 
@@ -258,7 +258,7 @@ def faults_of(folders: tuple[Path, Path], writes: Gemma3Text, found: dict[str, A
     return list(generation_faults(*folders, writes, MOVE))
 
 
-def test_ids_move_and_nothing_else(folders: tuple[Path, Path], writes: Gemma3Text) -> None:
+def test_only_ids_move(folders: tuple[Path, Path], writes: Gemma3Text) -> None:
     assert faults_of(folders, writes, moved_ids()) == []
     assert [fault.partition(" ")[0] for fault in faults_of(folders, writes, GIVEN)] == [
         "sequence_bias",
@@ -284,12 +284,14 @@ def test_every_value_counts(name: str, folders: tuple[Path, Path], writes: Gemma
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_k", 64.0), ("do_sample", 1), ("bos_token_id", 2.0), ("new", 1)])
-def test_types_count_and_strangers(name: str, value: Any, folders: tuple[Path, Path], writes: Gemma3Text) -> None:
+def test_changed_types_and_unknown_settings_are_faults(
+    name: str, value: Any, folders: tuple[Path, Path], writes: Gemma3Text
+) -> None:
     (fault,) = faults_of(folders, writes, moved_ids() | {name: value})
     assert fault.startswith(f"{name} is {value!r}")
 
 
-def test_what_the_source_lacks_is_that_of_its_config(folders: tuple[Path, Path], writes: Gemma3Text) -> None:
+def test_missing_values_are_taken_from_the_config(folders: tuple[Path, Path], writes: Gemma3Text) -> None:
     (folders[0] / "generation_config.json").write_text('{"eos_token_id": null, "top_k": 3}')
     assert faults_of(folders, writes, {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "top_k": 3}) == []
     (folders[0] / "generation_config.json").unlink()

@@ -12,7 +12,7 @@ from tests.conftest import TwinFolder
 
 @pytest.fixture
 def folder(converted_twin: TwinFolder, tmp_path: Path) -> Path:
-    """A converted model of several shards, free to be damaged."""
+    """Return a sharded conversion that the test may damage."""
     shutil.copytree(converted_twin("images-8"), tmp_path / "out")
     return tmp_path / "out"
 
@@ -42,7 +42,7 @@ def test_V2_one_changed_byte_of_any_file_names_the_file(folder: Path) -> None:
     assert judge_integrity(folder, files).passed
 
 
-def test_a_file_of_another_size_and_a_missing_one_are_named(folder: Path) -> None:
+def test_a_wrong_size_and_a_missing_file_are_named(folder: Path) -> None:
     files = listed(folder)
     (folder / "config.json").unlink()
     with (folder / "model.safetensors").open("ab") as file:
@@ -74,14 +74,14 @@ def test_a_folder_in_place_of_a_file_is_a_missing_file(folder: Path) -> None:
         "vocab.txt",
     ],
 )
-def test_a_stranger_that_a_loader_would_read_is_named(folder: Path, name: str) -> None:
+def test_an_extra_file_that_a_loader_reads_is_named(folder: Path, name: str) -> None:
     (folder / name).write_text("{}")
     assert judge_integrity(folder, listed(folder)).offenders == (f"{name} is not in t5g2.json",)
 
 
 @pytest.mark.parametrize("name", ["custom_generate", "additional_chat_templates", "onnx"])
-def test_a_folder_that_a_loader_would_look_into_is_named(folder: Path, name: str) -> None:
-    """Code that generates, templates of chats: no key of a config is needed for them."""
+def test_an_extra_folder_that_a_loader_reads_is_named(folder: Path, name: str) -> None:
+    """Generation code and chat templates are loaded without any config key."""
     (folder / name).mkdir()
     assert judge_integrity(folder, listed(folder)).offenders == (f"{name}/ is not in t5g2.json",)
     (folder / name).rename(folder / f".{name}")
@@ -89,12 +89,12 @@ def test_a_folder_that_a_loader_would_look_into_is_named(folder: Path, name: str
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes", "report.html", "report.xml"])
-def test_a_stranger_that_no_loader_reads_is_none(folder: Path, name: str) -> None:
+def test_an_extra_file_that_no_loader_reads_is_allowed(folder: Path, name: str) -> None:
     (folder / name).write_text("mine")
     assert judge_integrity(folder, listed(folder)).passed
 
 
-def test_without_hashes_sizes_are_judged_and_that_is_said(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_without_hashes_only_sizes_are_checked_and_reported(twin_folder: TwinFolder, tmp_path: Path) -> None:
     convert(twin_folder("images-8"), tmp_path / "out", hashing=False)
     files = listed(tmp_path / "out")
     check = judge_integrity(tmp_path / "out", files)
@@ -105,14 +105,14 @@ def test_without_hashes_sizes_are_judged_and_that_is_said(twin_folder: TwinFolde
     assert not judge_integrity(tmp_path / "out", files).passed
 
 
-def test_a_manifest_that_lists_no_files_proves_nothing(folder: Path) -> None:
+def test_a_manifest_without_files_fails(folder: Path) -> None:
     check = judge_integrity(folder, {})
     assert not check.passed
     assert "no files" in check.detail
 
 
 @pytest.mark.parametrize("files", [None, {}, [], "model.safetensors", 3])
-def test_no_file_fits_a_list_that_is_none(folder: Path, files: object) -> None:
+def test_a_file_list_of_another_type_fails(folder: Path, files: object) -> None:
     document = read_manifest(folder).document()
     assert matches_its_files(folder, document)
     assert not matches_its_files(folder, document | {"files": files})
@@ -133,7 +133,7 @@ def test_a_record_without_a_size_and_a_sha256_is_a_fault(folder: Path, record: o
         read_manifest(folder)
 
 
-def test_a_file_that_may_not_be_read_is_said(folder: Path) -> None:
+def test_an_unreadable_file_is_reported(folder: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
     (folder / "config.json").chmod(0)

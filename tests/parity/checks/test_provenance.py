@@ -38,7 +38,7 @@ def silent(_: str) -> None:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A source and what was made of it, both free to be changed."""
+    """A source and its conversion; the test may change both."""
 
     source: Path
     output: Path
@@ -51,14 +51,14 @@ class Conversion:
         return replay_plan(Sources.open(self.source), self.manifest["options"], mapping)
 
     def judge(self, plan: Plan | None = None, manifest: dict[str, Any] | None = None) -> Check:
-        """Judge with the folder's own manifest, another one, or none at all (an empty one)."""
+        """Check against the folder's own manifest, the given one, or none (an empty one)."""
         source, target = Gemma3Source(Sources.open(self.source)), open_checkpoint(self.output)
         document = self.manifest if manifest is None else manifest
         parsed = Manifest.parse(document, self.output / "t5g2.json") if document else None
         return judge_provenance(Replay(plan or self.plan()), source, target, parsed, silent)
 
     def flip(self, tensor: str, at: int, *, folder: Path | None = None) -> None:
-        """Flip a bit in a byte of a tensor of the output, or of another folder."""
+        """Flip one bit of a tensor in the output, or in the given folder."""
         folder = folder or self.output
         stored = open_checkpoint(folder).tensors[tensor]
         with (folder / stored.file).open("r+b") as file:
@@ -115,7 +115,7 @@ def test_every_tensor_of_a_twin_is_accounted_for(
         ("text-float16", "bfloat16", True),
     ],
 )
-def test_casts_are_computed_anew(
+def test_casts_are_recomputed(
     name: str, dtype: str, rounded: bool, piece: int, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cast = made(name, dtype=dtype)
@@ -128,7 +128,7 @@ def test_casts_are_computed_anew(
     assert any("model.decoder.norm.weight" in fault for fault in cast.judge().offenders)
 
 
-def test_what_is_read_anew_is_the_sources_layout_of_today(made: Make, tmp_path: Path) -> None:
+def test_the_source_layout_is_read_again(made: Make, tmp_path: Path) -> None:
     sound = made()
     respell(sound.source, tmp_path / "respelled", IMAGE_SPELLINGS["transformers-5.4"])
     check = replace(sound, source=tmp_path / "respelled").judge()
@@ -143,7 +143,7 @@ def test_what_is_read_anew_is_the_sources_layout_of_today(made: Make, tmp_path: 
 @pytest.mark.parametrize(
     "name", [TABLE, EOI, "model.decoder.layers.7.mlp.down_proj.weight", "model.encoder.norm.weight"]
 )
-def test_V1_one_bit_anywhere_in_a_tensor_names_its_element(
+def test_V1_one_flipped_bit_names_its_element(
     name: str, piece: int, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provenance_bytes, "PIECE_BYTES", piece)
@@ -159,7 +159,7 @@ def test_V1_one_bit_anywhere_in_a_tensor_names_its_element(
     assert sound.judge().passed
 
 
-def test_zeros_that_are_none_are_found(made: Make) -> None:
+def test_nonzero_values_in_a_zero_tensor_are_found(made: Make) -> None:
     sound = made("text-8")
     for name in (EOI, "model.encoder.multi_modal_projector.mm_input_projection_weight"):
         sound.flip(name, 9)
@@ -180,7 +180,7 @@ def test_every_faulty_tensor_is_listed_once(made: Make, monkeypatch: pytest.Monk
     assert sorted(fault.partition("[")[0] for fault in faulty.judge().offenders) == sorted(names)
 
 
-def test_a_byte_of_the_source_changes_every_tensor_that_is_made_of_it(made: Make) -> None:
+def test_a_changed_source_byte_fails_every_tensor_derived_from_it(made: Make) -> None:
     sound = made()
     sound.flip("language_model.model.layers.2.mlp.up_proj.weight", 0, folder=sound.source)
     *faults, another = sound.judge().offenders
@@ -191,7 +191,7 @@ def test_a_byte_of_the_source_changes_every_tensor_that_is_made_of_it(made: Make
     assert re.match(r"t5g2.json records sha256 \w+ for model.safetensors of the source, but it has ", another)
 
 
-def test_names_dtypes_and_shapes_come_first(made: Make) -> None:
+def test_names_dtypes_and_shapes_are_checked_first(made: Make) -> None:
     faulty = made()
     tensors = load_file(faulty.output / "model.safetensors")
     tensors["model.decoder.norm.bias"] = tensors.pop("model.decoder.norm.weight")
@@ -206,7 +206,7 @@ def test_names_dtypes_and_shapes_come_first(made: Make) -> None:
     }
 
 
-def test_a_carried_file_that_is_not_the_sources_is_named(made: Make, demo_source: Path, tmp_path: Path) -> None:
+def test_a_copied_file_that_differs_from_the_source_is_named(made: Make, demo_source: Path, tmp_path: Path) -> None:
     convert(demo_source, tmp_path / "out")
     carried = Conversion(demo_source, tmp_path / "out")
     assert carried.judge().passed
@@ -219,7 +219,7 @@ def test_a_carried_file_that_is_not_the_sources_is_named(made: Make, demo_source
     assert faults[1].startswith("tokenizer_config.json cannot be read")
 
 
-def test_a_tensor_that_is_left_behind_without_a_word_is_lost(made: Make) -> None:
+def test_an_undeclared_dropped_tensor_is_reported_as_lost(made: Make) -> None:
     sound = made("images-with-head")
     plan = sound.plan()
     assert plan.dropped
@@ -247,7 +247,7 @@ def test_a_head_of_another_dtype_must_be_a_copy_too(dtype: torch.dtype, made: Ma
     name, table = "lm_head.weight", "model.embed_tokens.weight"
 
     def rounded(tensors: Tensors) -> Tensors:
-        values = tensors[table].to(torch.float16).to(torch.bfloat16)  # what both dtypes hold
+        values = tensors[table].to(torch.float16).to(torch.bfloat16)  # values that both dtypes represent
         return {**tensors, table: values, name: values.to(dtype)}
 
     respell(sound.source, tmp_path / "respelled", rounded)
@@ -269,16 +269,16 @@ def test_a_head_of_another_dtype_must_be_a_copy_too(dtype: torch.dtype, made: Ma
         ("changes", [{"field": "decoder.sliding_window", "source": 1, "target": 2}]),
     ],
 )
-def test_a_manifest_that_records_something_else_is_found(key: str, value: object, made: Make) -> None:
+def test_a_wrong_manifest_record_is_found(key: str, value: object, made: Make) -> None:
     sound = made()
     (fault,) = sound.judge(manifest=sound.manifest | {key: value}, plan=sound.plan()).offenders
     assert f"t5g2.json says {key} {value!r}" in fault
 
 
-def test_a_manifest_that_tells_of_another_dropped_tensor_is_found(made: Make) -> None:
+def test_a_false_dropped_tensor_in_the_manifest_is_found(made: Make) -> None:
     sound = made()
-    lie = [{"name": "model.norm.weight", "because": "nobody wants it"}]
-    (fault,) = sound.judge(manifest=sound.manifest | {"dropped": lie}, plan=sound.plan()).offenders
+    false_record = [{"name": "model.norm.weight", "because": "nobody wants it"}]
+    (fault,) = sound.judge(manifest=sound.manifest | {"dropped": false_record}, plan=sound.plan()).offenders
     assert "t5g2.json says dropped ['model.norm.weight'], expected []" in fault
 
 
@@ -306,7 +306,7 @@ def test_a_manifest_of_another_map_asks_for_that_map(made: Make) -> None:
     assert "--mapping" in fault
 
 
-def test_without_a_manifest_the_bytes_are_judged_all_the_same(made: Make) -> None:
+def test_without_a_manifest_the_bytes_are_still_checked(made: Make) -> None:
     sound = made()
     assert sound.judge(plan=replay_plan(Sources.open(sound.source), {}, None), manifest={}).passed
     sound.flip(TABLE, 77)
@@ -317,19 +317,19 @@ def test_without_a_manifest_the_bytes_are_judged_all_the_same(made: Make) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16"])
-def test_the_plan_is_made_with_the_dtype_that_the_manifest_tells_of(dtype: str, made: Make) -> None:
+def test_the_plan_uses_the_dtype_in_the_manifest(dtype: str, made: Make) -> None:
     sound = made("images-float32", dtype=dtype)
     assert sound.plan().dtype == sound.manifest["dtype"] == ("bfloat16" if dtype == "bfloat16" else "float32")
 
 
-def test_a_source_that_cannot_be_planned_is_the_sources_fault(made: Make) -> None:
+def test_a_source_that_cannot_be_planned_is_an_error_of_the_source(made: Make) -> None:
     sound = made()
     (sound.source / "model.safetensors").unlink()
     with pytest.raises(CheckpointError):
         sound.plan()
 
 
-def test_a_file_that_cannot_be_opened_is_said(made: Make) -> None:
+def test_a_file_that_cannot_be_opened_is_reported(made: Make) -> None:
     sound = made()
     plan = sound.plan()
     source, target = Gemma3Source(Sources.open(sound.source)), open_checkpoint(sound.output)
@@ -338,7 +338,7 @@ def test_a_file_that_cannot_be_opened_is_said(made: Make) -> None:
         judge_provenance(Replay(plan), source, target, read_manifest(sound.output), silent)
 
 
-def test_a_file_that_has_become_shorter_is_said(made: Make) -> None:
+def test_a_truncated_file_is_reported(made: Make) -> None:
     sound = made()
     plan = sound.plan()
     source, target = Gemma3Source(Sources.open(sound.source)), open_checkpoint(sound.output)

@@ -25,9 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("piece", [8, 20, 1 << 20])
 @pytest.mark.parametrize("one", DTYPES, ids=str)
 @pytest.mark.parametrize("other", DTYPES, ids=str)
-def test_numbers_are_compared_whatever_holds_them(
-    one: torch.dtype, other: torch.dtype, piece: int, tmp_path: Path
-) -> None:
+def test_numbers_are_compared_across_dtypes(one: torch.dtype, other: torch.dtype, piece: int, tmp_path: Path) -> None:
     first, second = stored(tmp_path / "one", VALUES.to(one)), stored(tmp_path / "other", VALUES.to(other))
     assert repeats(first, second, read, piece)
     for at in (0, 40, 80):
@@ -36,7 +34,7 @@ def test_numbers_are_compared_whatever_holds_them(
         assert not repeats(first, stored(tmp_path / "changed", changed.to(other)), read, piece)
 
 
-def test_a_rounded_copy_is_not_one(tmp_path: Path) -> None:
+def test_a_rounded_copy_is_not_a_copy(tmp_path: Path) -> None:
     values = VALUES + 2**-12
     assert not repeats(
         stored(tmp_path / "one", values), stored(tmp_path / "other", values.to(torch.bfloat16)), read, 1 << 20

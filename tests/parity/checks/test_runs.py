@@ -22,7 +22,7 @@ def silent(_: str) -> None:
 
 
 def without_effect(folder: Path, target: Path, ending: str, value: float = 0.0) -> T5Gemma2Reference:
-    """A copy of a converted folder whose tensors of this ending are all `value`."""
+    """Copy a converted folder and set all tensors with this name ending to `value`."""
     shutil.copytree(folder, target)
     tensors = load_file(target / "model.safetensors")
     chosen = [name for name in tensors if name.endswith(ending)]
@@ -35,13 +35,13 @@ def without_effect(folder: Path, target: Path, ending: str, value: float = 0.0) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["text-8", "images-13", "images-with-fill"])
-def test_a_conversion_listens_to_its_encoder(name: str, dtype: torch.dtype, converted_twin: TwinFolder) -> None:
-    told: list[str] = []
-    check = judge_runs(opened(converted_twin(name), dtype), progress=told.append)
+def test_a_conversion_depends_on_its_encoder(name: str, dtype: torch.dtype, converted_twin: TwinFolder) -> None:
+    progress: list[str] = []
+    check = judge_runs(opened(converted_twin(name), dtype), progress=progress.append)
     assert (check.name, check.passed) == ("runs", True)
     assert ("image" in check.detail) == name.startswith("images")
     assert "text" in check.detail
-    assert told
+    assert progress
 
 
 def test_there_are_twins_of_both_kinds() -> None:
@@ -49,8 +49,8 @@ def test_there_are_twins_of_both_kinds() -> None:
 
 
 @pytest.mark.parametrize("name", ["text-float32", "images-float32"])
-def test_a_decoder_that_hears_nothing_fails(name: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
-    # Attention adds nothing: the decoder is left with its own tokens.
+def test_a_decoder_that_ignores_the_encoder_fails(name: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
+    # Attention adds nothing: the decoder sees only its own tokens.
     target = without_effect(converted_twin(name), tmp_path / "out", "decoder.norm.weight", -1.0)
     check = judge_runs(target, progress=silent)
     assert not check.passed
@@ -58,7 +58,7 @@ def test_a_decoder_that_hears_nothing_fails(name: str, converted_twin: TwinFolde
     assert "text" in check.detail
 
 
-def test_an_encoder_that_sees_no_image_fails_for_the_image_alone(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_an_encoder_that_ignores_images_fails_only_for_images(converted_twin: TwinFolder, tmp_path: Path) -> None:
     target = without_effect(converted_twin("images-float32"), tmp_path / "out", "mm_input_projection_weight")
     check = judge_runs(target, progress=silent)
     assert not check.passed
@@ -68,16 +68,14 @@ def test_an_encoder_that_sees_no_image_fails_for_the_image_alone(converted_twin:
 
 @pytest.mark.parametrize("where", ["encoder.norm.weight", "decoder.norm.weight", "embed_tokens.weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_fails(where: str, value: float, converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_fail(where: str, value: float, converted_twin: TwinFolder, tmp_path: Path) -> None:
     target = without_effect(converted_twin("images-float32"), tmp_path / "out", where, value)
     check = judge_runs(target, progress=silent)
     assert not check.passed
     assert "not finite" in check.detail
 
 
-def test_the_three_sequences_differ_in_what_they_say(
-    converted_twin: TwinFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_three_sequences_differ_as_intended(converted_twin: TwinFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     target = opened(converted_twin("images-float32"))
     seen: list[tuple[Tensor, Tensor | None]] = []
     encode = target.encode

@@ -38,7 +38,7 @@ def silent(_: str) -> None:
 
 @dataclass
 class Models:
-    """Gemma 3 with images, its conversion or what became of it, and what they read."""
+    """Gemma 3 with images, its (possibly changed) conversion, and their inputs."""
 
     source: Gemma3Reference
     target: T5Gemma2Reference
@@ -46,7 +46,7 @@ class Models:
     images: ImageBatch
 
     def judge(self, tolerance: float = 0.0, *, images: bool = True, **options: Any) -> dict[str, Check]:
-        """Both checks by name."""
+        """Return both checks by name."""
         checks = judge_text(
             ExpectedStacks.both(self.source),
             self.target,
@@ -63,7 +63,7 @@ Open = Callable[..., Models]
 
 @pytest.fixture
 def models(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> Open:
-    """images-float32 and its conversion, with tensors and settings changed."""
+    """Return images-float32 and its conversion, with the given changes."""
 
     def make(change: Callable[[dict[str, Tensor]], object] | None = None, **decoder: object) -> Models:
         folder = converted_twin("images-float32")
@@ -99,8 +99,8 @@ def changing(name: str, value: float = 0.5) -> Callable[[dict[str, Tensor]], obj
 
 @pytest.mark.parametrize("images", [True, False])
 def test_a_conversion_computes_what_its_source_computes(images: bool, models: Open) -> None:
-    told: list[str] = []
-    checks = models().judge(images=images, progress=told.append)
+    progress: list[str] = []
+    checks = models().judge(images=images, progress=progress.append)
     assert list(checks) == ["decoder_parity", "encoder_parity"]
     for check in checks.values():
         assert check.passed
@@ -111,15 +111,15 @@ def test_a_conversion_computes_what_its_source_computes(images: bool, models: Op
     decoder, encoder = (check.figures for check in checks.values())
     assert decoder is not None
     assert encoder is not None
-    # 31 tokens and 26 that are no padding; the encoder reads 14 more where there is an image among them.
+    # 31 tokens, of them 26 without padding; with an image the encoder reads 14 more.
     assert decoder.compared == 57 * 300
     assert encoder.compared == (57 + 14 * images) * 24
     assert (decoder.kl, decoder.agreement) == (0.0, 1.0)
     assert (encoder.kl, encoder.agreement) == (None, None)
-    assert len(told) >= 8
+    assert len(progress) >= 8
 
 
-def test_hidden_memory_has_no_part_in_what_the_decoder_computes(models: Open) -> None:
+def test_masked_memory_does_not_change_the_decoder(models: Open) -> None:
     both = models()
     states = []
     for scale in (1.0, 100.0, 0.0):
@@ -134,7 +134,7 @@ def test_hidden_memory_has_no_part_in_what_the_decoder_computes(models: Open) ->
     assert torch.equal(states[0], states[2])
 
 
-def test_the_encoder_is_run_under_masks_that_let_no_token_see_what_follows(models: Open) -> None:
+def test_the_encoder_runs_with_causal_masks(models: Open) -> None:
     both = models()
     before = causal_encoder_run(both.target, both.batch).through(both.target.encoder)
     ids = both.batch.ids_BT.clone()
@@ -146,7 +146,7 @@ def test_the_encoder_is_run_under_masks_that_let_no_token_see_what_follows(model
     assert not torch.allclose(own[0], before[0], atol=0.1)
 
 
-def test_logits_come_in_slices_of_the_same_rows_of_both(models: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_both_models_come_in_slices_of_the_same_rows(models: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     both = models()
     states = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
     whole = both.target.decoder.logits(states)
@@ -163,9 +163,7 @@ def test_logits_come_in_slices_of_the_same_rows_of_both(models: Open, monkeypatc
 
 @pytest.mark.parametrize("layer", [0, 5, 7])
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
-def test_the_layer_and_the_tensor_that_differ_are_named_in_their_part_alone(
-    part: str, layer: int, models: Open
-) -> None:
+def test_the_first_different_layer_and_module_are_named_only_in_their_part(part: str, layer: int, models: Open) -> None:
     checks = models(changing(f"model.{part}.layers.{layer}.self_attn.k_norm.weight")).judge()
     failed = checks.pop(f"{part}_parity")
     (other,) = checks.values()
@@ -181,7 +179,7 @@ def test_the_layer_and_the_tensor_that_differ_are_named_in_their_part_alone(
     assert [drift.max_abs > 0 for drift in failed.figures.drifts] == [number >= first for number in range(len(LAYERS))]
 
 
-def test_a_norm_behind_the_last_layer_is_named(models: Open) -> None:
+def test_the_final_norm_is_named(models: Open) -> None:
     failed = models(changing("model.encoder.norm.weight")).judge()["encoder_parity"]
     assert not failed.passed
     assert failed.figures is not None
@@ -189,7 +187,7 @@ def test_a_norm_behind_the_last_layer_is_named(models: Open) -> None:
     assert [drift.layer for drift in failed.figures.drifts if drift.max_abs] == ["norm"]
 
 
-def test_a_setting_of_the_decoder_is_found_in_the_first_layer_that_it_touches(models: Open) -> None:
+def test_a_decoder_setting_is_found_in_the_first_layer_it_affects(models: Open) -> None:
     failed = models(sliding_window=6).judge()["decoder_parity"]
     assert not failed.passed
     assert failed.figures is not None
@@ -197,17 +195,17 @@ def test_a_setting_of_the_decoder_is_found_in_the_first_layer_that_it_touches(mo
     assert "windows" in str(failed.figures.departs)
 
 
-def test_an_embedding_that_differs_is_named_by_its_place(models: Open) -> None:
+def test_a_different_embedding_is_named_by_its_position(models: Open) -> None:
     checks = models(changing("model.encoder.embed_tokens.eoi_embedding")).judge()
     for check in checks.values():
         assert not check.passed
         assert check.figures is not None
         assert "embed_tokens" in str(check.figures.departs)
-        # The end-of-image token was placed at a third of the sequence first.
+        # The end-of-image token was first put a third of the way into the sequence.
         assert "token 10 of sequence 0" in str(check.figures.departs)
 
 
-def test_a_row_of_the_softmax_that_no_token_reads_is_found(models: Open) -> None:
+def test_a_changed_output_row_without_input_token_is_found(models: Open) -> None:
     unread = next(row for row in range(300) if row not in models().batch.ids_BT and row not in models().images.ids_BT)
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -223,7 +221,7 @@ def test_a_row_of_the_softmax_that_no_token_reads_is_found(models: Open) -> None
     assert failed.figures.kl > 0
 
 
-def test_an_image_that_the_encoder_reads_alone_is_judged(models: Open) -> None:
+def test_an_image_read_only_by_the_encoder_is_checked(models: Open) -> None:
     both = models()
     assert both.target.vision is not None
     sound = both.judge()["encoder_parity"]
@@ -233,7 +231,7 @@ def test_an_image_that_the_encoder_reads_alone_is_judged(models: Open) -> None:
         both.judge()
 
 
-def test_the_figures_are_those_of_the_whole_vocabulary(models: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figures_cover_the_whole_vocabulary(models: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "HEAD_ROWS", 77)
     both = models(changing("model.decoder.layers.3.mlp.up_proj.weight", 0.1))
     figures = both.judge(images=False)["decoder_parity"].figures
@@ -260,7 +258,7 @@ def test_a_tolerance_lets_a_small_difference_pass(models: Open) -> None:
     assert not both.judge(strict.figures.relative / 2)["decoder_parity"].passed
 
 
-def test_padding_is_not_judged(models: Open) -> None:
+def test_padding_is_not_compared(models: Open) -> None:
     both = models()
     found = hidden_memory_run(both.target, both.batch)
     found.hidden_BTC = torch.where(both.batch.kept_BT[..., None], found.hidden_BTC, torch.nan)
@@ -268,7 +266,7 @@ def test_padding_is_not_judged(models: Open) -> None:
     assert Track("decoder", both.target.decoder, [pair]).compare("embed_tokens").within(0)
 
 
-def test_stacks_of_other_depths_are_not_compared(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+def test_stacks_of_different_depth_are_not_compared(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
     parents = ExpectedStacks.both(Gemma3Reference(open_checkpoint(twin_folder("text-8"))))
     target = T5Gemma2Reference(open_checkpoint(converted_twin("text-sharded")))
     other = T5Gemma2Reference(open_checkpoint(converted_twin("text-float16")), dtype=torch.bfloat16)

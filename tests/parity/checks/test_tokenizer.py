@@ -1,4 +1,4 @@
-"""The check `tokenizer`: what differs from the source, and was not declared, is named."""
+"""The check `tokenizer` names every undeclared difference from the source."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ Make = Callable[..., Bench]
 
 
 def few_words() -> str:
-    """The made tokenizer with its first words and its tags only: nothing here encodes a text."""
+    """Reduce the test tokenizer to its first words and tags; these tests encode no text."""
     document = json.loads(tokenizer_text())
     vocabulary = document["model"]["vocab"]
     document["model"]["vocab"] = {word: number for word, number in vocabulary.items() if number in TAGS or number < 400}
@@ -47,7 +47,7 @@ def few_words() -> str:
 
 @pytest.fixture
 def make(gemma3_map: WeightMap, demo_config: Mapping[str, Any], tmp_path: Path) -> Make:
-    """A conversion with all files of a tokenizer and an image processor, free to be damaged."""
+    """Return a conversion with tokenizer and image processor that the test may damage."""
 
     return partial(build, gemma3_map, demo_config, tmp_path)
 
@@ -81,13 +81,13 @@ def build(
 
 @pytest.fixture(scope="module")
 def shared(gemma3_map: WeightMap, demo_config: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """The conversion that most tests damage."""
+    """Return the conversion that most tests damage."""
     return build(gemma3_map, demo_config, tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture
 def sound(shared: Bench) -> Bench:
-    """The same, put back."""
+    """Return the shared conversion, restored after the test."""
     shared.restore()
     return shared
 
@@ -103,7 +103,7 @@ def refusal(made: Bench) -> str:
     return "\n".join(check.offenders)
 
 
-# What is sound
+# Sound conversions
 
 SOURCES: dict[str, Callable[[Path], object]] = {
     "as on the Hub": lambda source: None,
@@ -136,7 +136,7 @@ def edit(path: Path, change: Callable[[Document], object]) -> None:
 
 
 def in_place(document: Document) -> None:
-    """What the converter does, done by hand."""
+    """Move the image token by hand, as the converter does."""
     document["added_tokens"].pop()
     for entry in document["added_tokens"]:
         if entry["content"] == "<unused99>":
@@ -154,14 +154,14 @@ def test_a_conversion_of_a_sound_source_passes(label: str, images: bool, make: M
     assert ("processor_config.json" in check.detail) is images
 
 
-def test_what_moved_is_told(make: Make) -> None:
+def test_moved_tokens_are_reported(make: Make) -> None:
     assert judged(make()).detail == (
         "tokenizer.json, tokenizer_config.json, processor_config.json, special_tokens_map.json, chat_template.jinja: "
         "tokens and pixels match the source's but for <image_soft_token>, now 256001, as declared"
     )
 
 
-def test_a_tokenizer_that_is_kept_is_the_sources(demo_source: Path, tmp_path: Path) -> None:
+def test_an_unchanged_tokenizer_equals_the_sources(demo_source: Path, tmp_path: Path) -> None:
     convert(demo_source, tmp_path / "converted")
     made = Bench.of(demo_source, tmp_path / "converted", tmp_path / "out")
     assert judged(made).passed
@@ -170,7 +170,7 @@ def test_a_tokenizer_that_is_kept_is_the_sources(demo_source: Path, tmp_path: Pa
     assert "model.vocab.<unused0> is 1, expected" in refusal(made)
 
 
-# What is not
+# Damaged conversions
 
 
 def entry_of(document: Document, token: str) -> Document:
@@ -332,15 +332,15 @@ MUTATIONS: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize("label", MUTATIONS)
-def test_V1_what_differs_is_named(label: str, sound: Bench) -> None:
-    name, change, told = MUTATIONS[label]
+def test_V1_every_difference_is_named(label: str, sound: Bench) -> None:
+    name, change, message = MUTATIONS[label]
     assert judged(sound).passed
     sound.edit(name, change)
     sound.reseal()
-    assert told in refusal(sound)
+    assert message in refusal(sound)
 
 
-LIES: dict[str, Callable[[Document], object]] = {
+FALSE_DECLARATIONS: dict[str, Callable[[Document], object]] = {
     "nothing declared": lambda manifest: manifest.update(tokens=[]),
     "another id": lambda manifest: manifest["tokens"][0].update(target=256_002),
     "another old id": lambda manifest: manifest["tokens"][0].update(source=262_143),
@@ -354,14 +354,14 @@ LIES: dict[str, Callable[[Document], object]] = {
 }
 
 
-@pytest.mark.parametrize("label", LIES)
-def test_a_manifest_that_declares_otherwise_is_found_out(label: str, sound: Bench) -> None:
-    sound.reseal(LIES[label])
+@pytest.mark.parametrize("label", FALSE_DECLARATIONS)
+def test_a_false_declaration_in_the_manifest_is_found(label: str, sound: Bench) -> None:
+    sound.reseal(FALSE_DECLARATIONS[label])
     assert not judged(sound).passed
 
 
-def test_a_manifest_that_declares_otherwise_is_not_the_plans(sound: Bench) -> None:
-    sound.reseal(LIES["nothing made special"])
+def test_a_false_declaration_differs_from_the_plan(sound: Bench) -> None:
+    sound.reseal(FALSE_DECLARATIONS["nothing made special"])
     report = sound.judge()
     assert [check.name for check in report.failed] == ["provenance", "tokenizer"]
     assert "t5g2.json says tokens" in "\n".join(check_of(report, "provenance").offenders)
@@ -369,7 +369,7 @@ def test_a_manifest_that_declares_otherwise_is_not_the_plans(sound: Bench) -> No
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
-def test_a_file_that_is_left_out_of_the_manifest_as_well_is_missed_by_provenance(name: str, sound: Bench) -> None:
+def test_provenance_misses_a_file_removed_from_folder_and_manifest(name: str, sound: Bench) -> None:
     (sound.folder / name).unlink()
     sound.reseal()
     report = sound.judge()
@@ -377,7 +377,7 @@ def test_a_file_that_is_left_out_of_the_manifest_as_well_is_missed_by_provenance
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"added_tokens": 3}', '{"added_tokens": [3]}', '{"added_tokens": [{}]}'])
-def test_a_tokenizer_that_is_none_is_no_crash(text: str, sound: Bench) -> None:
+def test_an_invalid_tokenizer_is_a_fault_not_a_crash(text: str, sound: Bench) -> None:
     (sound.folder / "tokenizer.json").write_text(text)
     if text != "[]":
         assert not judged(sound).passed
@@ -386,7 +386,7 @@ def test_a_tokenizer_that_is_none_is_no_crash(text: str, sound: Bench) -> None:
             judged(sound)
 
 
-def test_a_file_that_is_missing_is_named(make: Make) -> None:
+def test_a_missing_file_is_named(make: Make) -> None:
     made = make()
     (made.folder / "processor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"processor_config\.json: is missing"):
@@ -395,7 +395,7 @@ def test_a_file_that_is_missing_is_named(make: Make) -> None:
     assert (check.passed, check.detail) == (False, "processor_config.json: is missing")
 
 
-def test_a_tokenizer_that_the_source_has_not_is_named(make: Make) -> None:
+def test_a_tokenizer_that_the_source_lacks_is_named(make: Make) -> None:
     made = make(change=lambda source: (source / "tokenizer.json").unlink())
     for text in ("{}", '{"added_tokens": []}'):
         (made.folder / "tokenizer.json").write_text(text)
@@ -405,14 +405,14 @@ def test_a_tokenizer_that_the_source_has_not_is_named(make: Make) -> None:
 # Verification as a whole
 
 
-def test_verify_makes_the_check_and_passes(make: Make) -> None:
+def test_verify_runs_the_check_and_passes(make: Make) -> None:
     made = make()
     report = made.judge()
     assert report.passed, report.failed
     assert [check.name for check in report.checks].index("tokenizer") == 3
 
 
-def test_without_files_there_is_nothing_to_judge(make: Make) -> None:
+def test_without_files_there_is_nothing_to_check(make: Make) -> None:
     def remove(source: Path) -> None:
         for path in source.iterdir():
             if path.name not in ("config.json", "model.safetensors"):
@@ -423,9 +423,7 @@ def test_without_files_there_is_nothing_to_judge(make: Make) -> None:
     assert made.judge().skipped["tokenizer"] == "the output has no tokenizer"
 
 
-def test_a_map_of_ones_own_that_moves_the_token_elsewhere_is_judged_by_what_is_declared(
-    make: Make, tmp_path: Path
-) -> None:
+def test_a_custom_map_is_checked_by_its_declared_token_moves(make: Make, tmp_path: Path) -> None:
     text = find_map("gemma3").path.read_text()
     text = text.replace("image_token_index: 256001", "image_token_index: 256002").replace("<unused99>", "<unused100>")
     (tmp_path / "mine.yaml").write_text(text.replace('special: ["<mask>"]', "special: []"))

@@ -30,7 +30,7 @@ def silent(_: str) -> None:
 
 @pytest.fixture
 def changed(converted_twin: TwinFolder, tmp_path: Path) -> Callable[..., VisionTower]:
-    """The tower of images-float32's conversion, with one tensor changed."""
+    """Return the converted tower of images-float32 with one tensor changed."""
 
     def make(name: str, value: float = 0.5) -> VisionTower:
         shutil.copytree(converted_twin("images-float32"), tmp_path / name)
@@ -54,9 +54,9 @@ def test_the_same_tower_gives_the_same_features(
 ) -> None:
     ours = tower_of(Gemma3Reference, twin_folder(name), dtype)
     theirs = tower_of(T5Gemma2Reference, converted_twin(name), dtype)
-    told: list[str] = []
+    progress: list[str] = []
     images = pixels(ours, 2, dtype)
-    check, features = judge_vision(ours, theirs, images, tolerance=0, progress=told.append)
+    check, features = judge_vision(ours, theirs, images, tolerance=0, progress=progress.append)
     assert (check.name, check.passed) == ("vision_parity", True)
     assert check.figures is not None
     assert (check.figures.max_abs, check.figures.departs) == (0.0, None)
@@ -64,7 +64,7 @@ def test_the_same_tower_gives_the_same_features(
     assert [drift.layer for drift in check.figures.drifts] == STAGES
     assert all(drift.max_abs == 0 for drift in check.figures.drifts)
     assert torch.equal(features, ours.features(images))
-    assert len(told) == len(STAGES)
+    assert len(progress) == len(STAGES)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_first_stage_that_differs_is_named(
 
 
 @pytest.mark.parametrize("tensor", ["embeddings.position_embedding.weight", "post_layernorm.weight"])
-def test_a_stage_without_attention_is_told_in_its_own_words(
+def test_a_stage_without_attention_has_its_own_message(
     tensor: str, source: VisionTower, changed: Callable[..., VisionTower]
 ) -> None:
     images = pixels(source, 1, torch.float32)
@@ -120,7 +120,7 @@ def test_a_tolerance_lets_a_small_difference_pass(source: VisionTower, changed: 
     assert 0 < lenient.figures.relative < 1e-3
 
 
-def test_towers_of_other_depths_are_not_compared(
+def test_towers_of_different_depth_are_not_compared(
     source: VisionTower, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     shutil.copytree(converted_twin("images-float32"), tmp_path / "out")

@@ -14,7 +14,7 @@ LOADING = {"src", "href", "srcset", "data", "action", "background", "poster", "x
 
 
 class Page(HTMLParser):
-    """A page as a browser takes it apart."""
+    """Parse a page as a browser does."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -81,25 +81,32 @@ def test_the_page_loads_nothing() -> None:
 
 
 @pytest.mark.parametrize("passed", [True, False])
-def test_the_verdict_and_every_check_are_told(passed: bool) -> None:
+def test_the_page_shows_the_verdict_and_every_check(passed: bool) -> None:
     checks = [Check("integrity", True, "files are sound"), Check("config", passed, "settings judged")]
     read = Page(html(report(*checks, skipped={"vision_parity": "no images there"}, remarks=("mind the gap",))))
     verdict = "passed" if passed else "failed"
     assert verdict in read.text("h1")
     assert verdict in read.text("title")
     shown = read.text()
-    for told in ("integrity", "files are sound", "settings judged", "vision_parity", "no images there", "mind the gap"):
-        assert told in shown
+    for expected in (
+        "integrity",
+        "files are sound",
+        "settings judged",
+        "vision_parity",
+        "no images there",
+        "mind the gap",
+    ):
+        assert expected in shown
     assert ("td", "class", "failed") in read.attributes or passed
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [({"tolerance": 0.0}, "exactly"), ({"tolerance": 0.001}, "within 0.001"), ({"source": None}, "without its source")],
 )
-def test_the_conditions_are_told(changes: dict[str, Any], told: str) -> None:
+def test_the_page_shows_the_options(changes: dict[str, Any], expected: str) -> None:
     shown = Page(html(report(Check("integrity", True, "x"), **changes))).text()
-    assert told in shown
+    assert expected in shown
     assert ("bfloat16 on cpu" in shown) == ("source" not in changes)
 
 
@@ -125,13 +132,13 @@ def test_bars_grow_with_the_difference_and_stay_in_the_plot() -> None:
     assert heights[5:] == [HEIGHT] * 3
 
 
-def test_where_the_models_depart_is_told() -> None:
+def test_the_page_shows_the_first_difference() -> None:
     shown = Page(html(report(measured(0.0, 0.0, 0.5, departs="decoder layers.2 (full_attention)")))).text()
     assert "2 of 3" in shown
     assert "decoder layers.2 (full_attention)" in shown
 
 
-def test_all_offenders_are_listed_up_to_a_bound() -> None:
+def test_offenders_are_listed_up_to_a_limit() -> None:
     names = tuple(f"tensor-{number}" for number in range(300))
     text = html(report(Check("config", False, "300 faults", offenders=names)))
     read = Page(text)
@@ -148,7 +155,7 @@ def test_parameters_are_counted_by_part() -> None:
 @pytest.mark.parametrize(
     "parameters", [{}, {"encoder": "<b>"}, {"<b>": 5}, {"encoder": None, "total": 5}, {"encoder": True}], ids=str
 )
-def test_parameters_that_are_none_are_left_out(parameters: dict[str, Any]) -> None:
+def test_invalid_parameter_counts_are_left_out(parameters: dict[str, Any]) -> None:
     text = html(report(Check("integrity", True, "x"), parameters=parameters))
     Page(text)
     assert "Parameters" not in text
@@ -181,11 +188,11 @@ def test_markup_from_outside_stays_text(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("changes", PLACES, ids=lambda changes: "-".join(changes))
-def test_no_control_character_gets_into_the_page(changes: dict[str, Any]) -> None:
+def test_the_page_contains_no_control_characters(changes: dict[str, Any]) -> None:
     text = html(report(**({"checks": (Check("integrity", True, "x"),)} | changes)))
     assert [letter for letter in text if letter != "\n" and not letter.isprintable()] == []
 
 
-def test_a_path_that_is_no_text_can_be_written() -> None:
+def test_a_path_that_is_not_utf8_can_be_written() -> None:
     text = html(report(Check("integrity", True, "x"), output=Path("out-\udcff")))
     assert "out-" in text.encode("utf-8").decode()

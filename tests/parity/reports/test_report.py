@@ -35,7 +35,7 @@ def report(*checks: Check, **changes: Any) -> Report:
 
 
 def strict_json(document: object) -> Any:
-    """What a reader that knows only JSON's own numbers makes of a document."""
+    """Parse a document with strict JSON numbers (no NaN or Infinity)."""
 
     def refuse(number: str) -> None:
         raise AssertionError(f"{number} is no JSON")
@@ -43,7 +43,7 @@ def strict_json(document: object) -> Any:
     return json.loads(json.dumps(document), parse_constant=refuse)
 
 
-def test_a_report_passes_if_every_check_that_was_made_did() -> None:
+def test_a_report_passes_if_all_checks_passed() -> None:
     assert report(PASSED).passed
     assert report(PASSED, PASSED).passed
     assert not report(PASSED, FAILED).passed
@@ -51,11 +51,11 @@ def test_a_report_passes_if_every_check_that_was_made_did() -> None:
     assert report(PASSED).failed == ()
 
 
-def test_a_report_of_no_checks_proves_nothing() -> None:
+def test_a_report_without_checks_fails() -> None:
     assert not report().passed
 
 
-def test_json_has_all_that_was_found() -> None:
+def test_json_has_all_findings() -> None:
     document = strict_json(report(PASSED, FAILED, MEASURED).to_json())
     assert document == {
         "passed": False,
@@ -91,7 +91,7 @@ def test_json_has_all_that_was_found() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_json_of_what_is_not_finite_is_json_all_the_same(value: float) -> None:
+def test_values_that_are_not_finite_give_valid_json(value: float) -> None:
     figures = Figures(value, value, 5, kl=value, agreement=0.0, drifts=(Drift("norm", value, value),))
     document = strict_json(report(Check("decoder_parity", False, "apart", figures=figures)).to_json())
     assert document["passed"] is False
@@ -99,7 +99,7 @@ def test_json_of_what_is_not_finite_is_json_all_the_same(value: float) -> None:
     assert (found["max_abs"], found["kl"], found["compared"], found["agreement"]) == (None, None, 5, 0.0)
 
 
-def test_a_record_has_the_conditions_and_the_findings_but_no_paths() -> None:
+def test_a_record_has_options_and_findings_but_no_paths() -> None:
     record = strict_json(report(PASSED, FAILED, MEASURED).record())
     assert record == {
         "passed": False,
@@ -132,7 +132,7 @@ def parsed(given: Report) -> ElementTree.Element:
     return ElementTree.fromstring(text.encode("utf-8"))
 
 
-def test_every_check_is_a_case_and_is_counted() -> None:
+def test_every_check_is_a_counted_test_case() -> None:
     suite = parsed(
         report(
             Check("integrity", True, "all sound"),
@@ -159,7 +159,7 @@ def test_every_check_is_a_case_and_is_counted() -> None:
 
 
 @pytest.mark.parametrize("place", ["detail", "offender", "skipped", "remark", "passed"])
-def test_text_from_outside_stays_text(place: str) -> None:
+def test_markup_in_messages_is_escaped(place: str) -> None:
     given = {
         "detail": report(Check("config", False, HOSTILE)),
         "offender": report(Check("config", False, "x", offenders=(HOSTILE, HOSTILE))),
@@ -249,7 +249,7 @@ def test_a_failed_verification_is_recorded_too(folder: Path, twin_folder: TwinFo
     ],
     ids=["other", "no json", "no config", "no generation", "no header", "no weights", "deeper", "wider"],
 )
-def test_no_local_path_gets_into_the_manifest(damage: object, folder: Path, twin_folder: TwinFolder) -> None:
+def test_the_manifest_contains_no_local_path(damage: object, folder: Path, twin_folder: TwinFolder) -> None:
     assert callable(damage)
     damage(folder)
     assert not verify(folder, twin_folder("images-8")).passed
@@ -258,7 +258,7 @@ def test_no_local_path_gets_into_the_manifest(damage: object, folder: Path, twin
     assert str(folder.parent) not in text
 
 
-def test_a_folder_whose_name_is_no_text_is_recorded(folder: Path, twin_folder: TwinFolder) -> None:
+def test_a_folder_name_that_is_not_utf8_is_recorded(folder: Path, twin_folder: TwinFolder) -> None:
     odd = folder.with_name(os.fsdecode(b"out-\xff"))
     folder.rename(odd)
     (odd / "config.json").write_text("{}")
@@ -266,7 +266,7 @@ def test_a_folder_whose_name_is_no_text_is_recorded(folder: Path, twin_folder: T
     assert read_manifest(odd).document()["verification"]["passed"] is False
 
 
-def test_a_folder_that_may_not_be_written_is_a_remark(folder: Path) -> None:
+def test_a_read_only_folder_is_a_remark(folder: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     folder.chmod(0o500)
@@ -281,7 +281,7 @@ def test_a_folder_that_may_not_be_written_is_a_remark(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace", "rename"])
-def test_a_result_that_cannot_be_written_is_a_remark_and_leaves_the_manifest(
+def test_a_failed_write_is_a_remark_and_keeps_the_manifest(
     call: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, before, files = read_manifest(folder), (folder / "t5g2.json").read_bytes(), names(folder)
@@ -300,7 +300,7 @@ def test_a_result_that_cannot_be_written_is_a_remark_and_leaves_the_manifest(
     assert names(folder) == files
 
 
-def test_a_stranger_in_the_way_of_the_staged_file_does_no_harm(folder: Path) -> None:
+def test_an_unrelated_file_at_the_staging_path_does_no_harm(folder: Path) -> None:
     (folder / f".t5g2.json.{os.getpid()}").write_text("left by a run that was killed")
     record_report(report_of(folder), read_manifest(folder))
     assert read_manifest(folder)
@@ -309,7 +309,7 @@ def test_a_stranger_in_the_way_of_the_staged_file_does_no_harm(folder: Path) -> 
     assert (folder / "t5g2.json").read_bytes() == seal(json.loads((folder / "t5g2.json").read_text()))
 
 
-def test_a_manifest_that_is_a_link_is_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_symlinked_manifest_is_not_changed(folder: Path, tmp_path: Path) -> None:
     shared = tmp_path / "blob"
     (folder / "t5g2.json").rename(shared)
     (folder / "t5g2.json").symlink_to(shared)

@@ -1,4 +1,4 @@
-"""Verification of a model that was trained further, and what a saboteur does to it."""
+"""Verification of a fine-tuned model, and of damaged ones."""
 
 import json
 import shutil
@@ -23,19 +23,19 @@ KEPT = "model.decoder.layers.1.self_attn.q_norm.weight"
 
 
 def trains(name: str) -> bool:
-    """The text stacks but for two tensors."""
+    """Train the text stacks but for two tensors."""
     return text_only(name) and name not in (FROZEN_LAYER, EOI)
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A Gemma 3 with images and tokenizer, what was made of it, and that with trained values."""
+    """Return a Gemma 3 with images and tokenizer, its conversion, and the fine-tuned conversion."""
     root = tmp_path_factory.mktemp("scene")
     parent, model, adapted = root / "parent", root / "model", root / "adapted"
     build_demo_source(parent)
     convert(parent, model, flush=False)
     trained = trained_from(model, trains)
-    # One tensor that training has left as it was.
+    # One tensor that training did not change.
     trained[KEPT] = load_file(model / "model.safetensors")[KEPT].float()
     adapt(model, trained, adapted, root / "step")
     return parent, model, adapted
@@ -51,7 +51,7 @@ def bench(scene: tuple[Path, Path, Path], tmp_path: Path) -> Bench:
     return Bench.of(scene[1], scene[2], tmp_path / "damaged")
 
 
-def test_what_training_left_alone_is_proved_and_the_rest_is_named(bench: Bench) -> None:
+def test_untrained_tensors_are_checked_and_trained_ones_are_named(bench: Bench) -> None:
     report = bench.judge()
     assert report.passed, report.failed
     assert report.complete
@@ -74,32 +74,32 @@ def test_what_training_left_alone_is_proved_and_the_rest_is_named(bench: Bench) 
     assert any("step 100" in remark and "51200 tokens" in remark for remark in report.remarks)
 
 
-def test_without_its_source_it_is_only_intact(bench: Bench) -> None:
+def test_without_a_source_only_integrity_is_checked(bench: Bench) -> None:
     report = verify(bench.folder, record=False)
     assert report.passed
     assert not report.complete
     assert {check.name for check in report.checks} == {"integrity", "runs"}
 
 
-def test_the_result_is_kept(bench: Bench) -> None:
+def test_the_result_is_recorded(bench: Bench) -> None:
     verify(bench.folder, bench.source)
     assert read_manifest(bench.folder).document()["verification"]["passed"] is True
 
 
-def test_its_gemma_3_is_no_source_of_it(scene: tuple[Path, Path, Path]) -> None:
+def test_the_gemma_3_parent_is_not_its_source(scene: tuple[Path, Path, Path]) -> None:
     with pytest.raises(
         UsageError, match="was trained after conversion; pass the T5Gemma 2 it was trained from, not parent"
     ):
         verify(scene[2], scene[0], record=False)
 
 
-def test_a_conversion_is_no_training(scene: tuple[Path, Path, Path]) -> None:
+def test_a_conversion_is_not_a_fine_tuned_model(scene: tuple[Path, Path, Path]) -> None:
     with pytest.raises(CheckpointError, match="is not Gemma 3"):
         verify(scene[1], scene[1], record=False)
 
 
 def _nudge(name: str, element: int = 0) -> Callable[[Bench], None]:
-    """One bit of one number."""
+    """Flip one bit of one number."""
 
     def change(bench: Bench) -> None:
         with bench.tensors() as tensors:
@@ -170,7 +170,7 @@ def _trained(*names: str) -> Callable[[Document], object]:
     return lambda manifest: manifest["adaptation"]["trained"].extend(names)
 
 
-def _untold(manifest: Document) -> None:
+def _undeclared(manifest: Document) -> None:
     manifest["adaptation"]["trained"].remove("model.decoder.norm.weight")
 
 
@@ -179,7 +179,7 @@ def _drop(manifest: Document) -> None:
     del manifest["adaptation"]
 
 
-LIES: dict[str, tuple[Callable[[Document], object], str]] = {
+FALSE_FIELDS: dict[str, tuple[Callable[[Document], object], str]] = {
     "that the tower was trained": (
         _trained(f"{TOWER}post_layernorm.weight"),
         "belongs to the vision tower, which stays frozen",
@@ -189,7 +189,7 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
         "is not a tensor of this model",
     ),
     "that the softmax was trained": (_trained("lm_head.out_proj.weight"), f"is another name of {TABLE}"),
-    "that a trained tensor was not": (_untold, "model.decoder.norm.weight[0] is not model.decoder.norm.weight"),
+    "that a trained tensor was not": (_undeclared, "model.decoder.norm.weight[0] is not model.decoder.norm.weight"),
     "that nothing is frozen": (
         lambda manifest: manifest["adaptation"].update(frozen=[]),
         "records trained names or parts that this source does not have",
@@ -210,13 +210,13 @@ LIES: dict[str, tuple[Callable[[Document], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_the_manifest_cannot_lie_about_names_and_parts(lie: str, bench: Bench) -> None:
-    tell, told = LIES[lie]
-    bench.reseal(tell)
+@pytest.mark.parametrize("false_field", FALSE_FIELDS)
+def test_a_false_field_in_the_manifest_is_found(false_field: str, bench: Bench) -> None:
+    falsify, message = FALSE_FIELDS[false_field]
+    bench.reseal(falsify)
     check = check_of(bench.judge(), "provenance")
     assert not check.passed
-    assert told in "\n".join([check.detail, *check.offenders])
+    assert message in "\n".join([check.detail, *check.offenders])
 
 
 @pytest.mark.parametrize(
@@ -229,14 +229,14 @@ def test_the_manifest_cannot_lie_about_names_and_parts(lie: str, bench: Bench) -
         lambda manifest: manifest.pop("adaptation"),
     ],
 )
-def test_a_manifest_with_nonsense_of_a_training_fails(damage: Callable[[Document], object], bench: Bench) -> None:
+def test_an_invalid_training_record_in_the_manifest_fails(damage: Callable[[Document], object], bench: Bench) -> None:
     bench.reseal(damage)
     assert not check_of(bench.judge(), "integrity").passed
     with pytest.raises(CheckpointError):
         read_manifest(bench.folder)
 
 
-def test_a_cast_is_judged_as_it_was_declared(scene: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_cast_is_checked_as_declared(scene: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model = scene[1]
     adapt(model, trained_from(model, trains), tmp_path / "out", tmp_path / "step", dtype="float32")
     report = verify(tmp_path / "out", model, record=False)
@@ -250,7 +250,7 @@ def test_a_cast_is_judged_as_it_was_declared(scene: tuple[Path, Path, Path], tmp
 
 
 @pytest.mark.parametrize("which", ["mm_input_projection_weight", "mm_soft_emb_norm.weight", ""])
-def test_a_trained_projector_leaves_the_tower_to_be_compared(
+def test_with_a_trained_projector_the_tower_is_still_compared(
     which: str, scene: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     model = scene[1]
@@ -265,7 +265,7 @@ def test_a_trained_projector_leaves_the_tower_to_be_compared(
     assert not check_of(bench.judge(), "vision_parity").passed
 
 
-def test_a_projector_of_zeros_is_blind_until_it_is_trained(
+def test_a_zero_projector_ignores_images_until_trained(
     scene: tuple[Path, Path, Path], twin_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
@@ -276,7 +276,7 @@ def test_a_projector_of_zeros_is_blind_until_it_is_trained(
     assert any("its projector is zeros and was not trained" in remark for remark in report.remarks)
 
 
-def test_text_alone_has_no_tower_to_be_compared(converted_twin: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_text_only_model_has_no_tower_to_compare(converted_twin: Callable[[str], Path], tmp_path: Path) -> None:
     model = converted_twin("text-sharded")
     adapt(model, trained_from(model, text_only), tmp_path / "out", tmp_path / "step")
     report = verify(tmp_path / "out", model, record=False)
@@ -288,13 +288,13 @@ def test_text_alone_has_no_tower_to_be_compared(converted_twin: Callable[[str], 
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_a_part_of_it_can_be_taken_out_and_judged(part: str, scene: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_an_extracted_part_can_be_verified(part: str, scene: tuple[Path, Path, Path], tmp_path: Path) -> None:
     convert(scene[2], tmp_path / "part", part=part, flush=False)
     assert verify(tmp_path / "part", scene[2], record=False).passed
     assert not verify(tmp_path / "part", scene[1], record=False).passed
 
 
-def test_how_far_it_is_from_its_gemma_3_can_be_measured(scene: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_its_distance_to_the_gemma_3_parent_can_be_measured(scene: tuple[Path, Path, Path], tmp_path: Path) -> None:
     parent, model, adapted = scene
     (tmp_path / "text.txt").write_text("an encoder-decoder reads, then writes what it has read. " * 4)
     before, after = (compare(parent, folder, tmp_path / "text.txt") for folder in (model, adapted))
@@ -303,7 +303,7 @@ def test_how_far_it_is_from_its_gemma_3_can_be_measured(scene: tuple[Path, Path,
     assert json.dumps(after.to_json())
 
 
-def test_it_may_be_adapted_again(scene: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_it_can_be_fine_tuned_again(scene: tuple[Path, Path, Path], tmp_path: Path) -> None:
     adapted = tmp_path / "adapted"
     shutil.copytree(scene[2], adapted)
     adapt(adapted, trained_from(adapted, trains, seed=1), tmp_path / "out", tmp_path / "step")

@@ -1,4 +1,4 @@
-"""Verification of the parts that are taken out of a T5Gemma 2, and what a saboteur does to them."""
+"""Verification of an encoder or decoder extracted from a T5Gemma 2, and of damaged ones."""
 
 import json
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from tests.parity.mutations import (
     double,
     exchange,
     leaves,
+    message_of,
     plausible,
     put,
     shift_rows,
-    told,
 )
 
 PARTS = {"encoder": "encoder_parity", "decoder": "decoder_parity"}
@@ -34,7 +34,7 @@ MakeExtract = Callable[[str, str], Bench]
 
 @pytest.fixture
 def extract(converted_twin: TwinFolder, tmp_path: Path) -> MakeExtract:
-    """A part of a converted twin, free to be damaged."""
+    """Return a part of a converted twin that the test may damage."""
 
     def make(name: str, part: str) -> Bench:
         folder = tmp_path / f"{name}.{part}"
@@ -45,14 +45,14 @@ def extract(converted_twin: TwinFolder, tmp_path: Path) -> MakeExtract:
 
 
 def parity_of(name: str, part: str) -> str:
-    """The parity that computes with a tensor."""
+    """Return the parity check that computes with a tensor."""
     return "vision_parity" if "vision_tower" in name or "multi_modal_projector" in name else PARTS[part]
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["text-8", "text-13", "text-float32", "text-sharded", "images-8", "images-float32"])
-def test_a_part_that_was_taken_out_passes_exactly(name: str, part: str, extract: MakeExtract) -> None:
+def test_an_extracted_part_passes_exactly(name: str, part: str, extract: MakeExtract) -> None:
     report = extract(name, part).judge()
     assert report.passed
     assert report.complete
@@ -71,7 +71,7 @@ def test_a_part_that_was_taken_out_passes_exactly(name: str, part: str, extract:
 @pytest.mark.sampled
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_part_that_was_cast_passes(part: str, dtype: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_a_cast_part_passes(part: str, dtype: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
     convert(converted_twin("text-float16"), tmp_path / "out", part=part, dtype=dtype)
     report = verify(tmp_path / "out", converted_twin("text-float16"), record=False)
     assert report.passed
@@ -79,10 +79,8 @@ def test_a_part_that_was_cast_passes(part: str, dtype: str, converted_twin: Twin
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_of_a_model_that_was_trained_further_passes(
-    part: str, converted_twin: TwinFolder, tmp_path: Path
-) -> None:
-    """Nothing of it is what any Gemma 3 has, and both stacks have gone their own ways."""
+def test_a_part_of_a_fine_tuned_model_passes(part: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
+    """None of its tensors equals a Gemma 3's, and both stacks differ."""
     trained = tmp_path / "trained"
     trained.mkdir()
     generator = torch.Generator().manual_seed(1)
@@ -101,8 +99,8 @@ def test_a_part_of_a_model_that_was_trained_further_passes(
     assert not verify(tmp_path / "out", converted_twin("images-8"), record=False).passed
 
 
-def test_a_part_of_raw_module_names_is_the_same(converted_twin: TwinFolder, tmp_path: Path) -> None:
-    """A raw state dict has the text stack under its module's name, and repeats what is tied."""
+def test_a_part_with_raw_module_names_passes(converted_twin: TwinFolder, tmp_path: Path) -> None:
+    """A raw state dict uses module names and repeats tied tensors."""
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "config.json").write_bytes((converted_twin("images-8") / "config.json").read_bytes())
@@ -132,7 +130,7 @@ def test_a_part_of_raw_module_names_is_the_same(converted_twin: TwinFolder, tmp_
 def test_a_part_of_an_unbalanced_pair_passes(
     part: str, twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
-    """A decoder of other layers, and from another parent, than the encoder."""
+    """The decoder has other layers and another parent than the encoder."""
     whole = tmp_path / "whole"
     convert(twin_folder("text-8"), whole, decoder_from=twin_folder("text-13"), decoder_layers="1:13:3")
     convert(whole, tmp_path / "out", part=part)
@@ -148,19 +146,17 @@ def test_a_part_of_an_unbalanced_pair_passes(
 @pytest.mark.usefixtures("without_use")
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["text-float32", "images-8"])
-def test_every_tensor_of_a_part_that_is_damaged_is_caught_where_it_is_computed_with(
-    name: str, part: str, extract: MakeExtract
-) -> None:
+def test_every_damaged_tensor_is_caught_by_its_parity_check(name: str, part: str, extract: MakeExtract) -> None:
     bench, tally = extract(name, part), Tally()
     with bench.tensors() as tensors:
         names = [item for item, tensor in tensors.items() if tensor.numel() and "position_embedding" not in item]
-    # What is doubled before a norm is the same behind it.
+    # Doubling before a norm changes nothing after it.
     operators = [operator for operator in OPERATORS if operator is not double]
     for tensor, operator in zip(names, cycle(operators), strict=False):
         if tensor.endswith("k_proj.bias"):
-            continue  # it adds the same to all scores of a query
+            continue  # it adds the same value to all scores of a query
         if tensor.endswith("embed_tokens.weight"):
-            operator = shift_rows  # one row of many may not be read
+            operator = shift_rows  # no token may read the changed row
         before = {path.name: path.read_bytes() for path in bench.folder.iterdir()}
         with bench.tensors() as tensors:
             if not tensors[tensor].any():
@@ -179,7 +175,7 @@ def test_every_tensor_of_a_part_that_is_damaged_is_caught_where_it_is_computed_w
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_first_layer_that_departs_is_named(part: str, extract: MakeExtract) -> None:
+def test_the_first_different_layer_is_named(part: str, extract: MakeExtract) -> None:
     bench = extract("images-8", part)
     root = {"encoder": "", "decoder": "language_model.model."}[part]
     with bench.tensors() as tensors:
@@ -192,7 +188,7 @@ def test_the_first_layer_that_departs_is_named(part: str, extract: MakeExtract) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
-def test_layers_that_change_places_are_caught(part: str, extract: MakeExtract) -> None:
+def test_swapped_layers_are_caught(part: str, extract: MakeExtract) -> None:
     bench, tally = extract("images-8", part), Tally()
     root = {"encoder": "", "decoder": "language_model.model."}[part]
     for number in range(7):
@@ -210,7 +206,7 @@ def test_layers_that_change_places_are_caught(part: str, extract: MakeExtract) -
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["text-8", "images-8"])
-def test_every_setting_of_a_part_is_judged(name: str, part: str, extract: MakeExtract) -> None:
+def test_every_setting_of_a_part_is_checked(name: str, part: str, extract: MakeExtract) -> None:
     bench, tally = extract(name, part), Tally()
     config = json.loads((bench.folder / "config.json").read_text())
     for path, value in leaves(config):
@@ -221,7 +217,7 @@ def test_every_setting_of_a_part_is_judged(name: str, part: str, extract: MakeEx
     close(tally, f"settings of a part, {name}")
 
 
-LIES: dict[str, Callable[[Document], object]] = {
+FALSE_FIELDS: dict[str, Callable[[Document], object]] = {
     "mapping": lambda document: document["mapping"].update(name="gemma3"),
     "another part": lambda document: document["mapping"].update(name="t5gemma2-encoder"),
     "family": lambda document: document["source"].update(family="gemma3"),
@@ -237,14 +233,14 @@ LIES: dict[str, Callable[[Document], object]] = {
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("lie", LIES)
-def test_a_manifest_that_lies_of_a_part_is_caught(lie: str, extract: MakeExtract) -> None:
+@pytest.mark.parametrize("false_field", FALSE_FIELDS)
+def test_a_false_field_in_the_manifest_is_caught(false_field: str, extract: MakeExtract) -> None:
     bench = extract("images-8", "decoder")
-    bench.reseal(LIES[lie])
+    bench.reseal(FALSE_FIELDS[false_field])
     assert not bench.judge().passed
 
 
-def test_a_part_is_none_of_the_other(extract: MakeExtract) -> None:
+def test_an_encoder_is_not_a_decoder(extract: MakeExtract) -> None:
     encoder, decoder = (extract("text-8", part) for part in PARTS)
     (encoder.folder / "model.safetensors").write_bytes((decoder.folder / "model.safetensors").read_bytes())
     encoder.reseal()
@@ -252,21 +248,21 @@ def test_a_part_is_none_of_the_other(extract: MakeExtract) -> None:
     assert {"provenance", "config", "encoder_parity", "runs"} <= failed
 
 
-def test_a_part_is_compared_with_the_model_it_was_taken_out_of(
+def test_a_part_is_compared_with_the_model_it_was_extracted_from(
     extract: MakeExtract, converted_twin: TwinFolder
 ) -> None:
     report = verify(extract("text-8", "decoder").folder, converted_twin("text-13"), record=False)
     assert not report.passed
-    assert "7 layers" not in told(check_of(report, "decoder_parity"))
+    assert "7 layers" not in message_of(check_of(report, "decoder_parity"))
 
 
-def test_a_gemma_3_source_is_none_of_a_part(extract: MakeExtract, twin_folder: TwinFolder) -> None:
-    """The decoder equals it, and yet was not made of it."""
+def test_a_gemma_3_is_not_the_source_of_a_part(extract: MakeExtract, twin_folder: TwinFolder) -> None:
+    """The decoder has the same tensors but was not extracted from it."""
     with pytest.raises(CheckpointError, match="is not T5Gemma 2"):
         verify(extract("text-8", "decoder").folder, twin_folder("text-8"), record=False)
 
 
-def test_without_a_source_a_part_is_intact_and_runs(extract: MakeExtract) -> None:
+def test_without_a_source_integrity_and_use_of_a_part_are_checked(extract: MakeExtract) -> None:
     for part in PARTS:
         report = verify(extract("images-8", part).folder, record=False)
         assert report.passed
@@ -274,7 +270,7 @@ def test_without_a_source_a_part_is_intact_and_runs(extract: MakeExtract) -> Non
         assert set(report.skipped) == {"provenance", "config", "tokenizer", "vision_parity", PARTS[part]}
 
 
-def test_a_part_that_is_deaf_does_not_run(extract: MakeExtract) -> None:
+def test_a_part_that_ignores_its_input_fails_the_use_check(extract: MakeExtract) -> None:
     for part, root in (("encoder", ""), ("decoder", "language_model.model.")):
         bench = extract("images-8", part)
         with bench.tensors() as tensors:

@@ -1,4 +1,4 @@
-"""What transformers saved after a training is judged by its start; every loss and every accident is named."""
+"""A model fine-tuned with transformers is checked against its start; every lost or damaged part is named."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def start(scene: Path) -> Path:
 
 @pytest.fixture
 def trained(scene: Path, tmp_path: Path) -> Path:
-    """A sound one, free to be damaged."""
+    """Return a sound fine-tuned model that the test may damage."""
     return copied(scene / "trained", tmp_path / "trained")
 
 
@@ -58,12 +58,12 @@ def failed(report: Report) -> dict[str, Check]:
     return {check.name: check for check in report.failed}
 
 
-def told(report: Report, name: str) -> str:
+def message_of(report: Report, name: str) -> str:
     check = failed(report)[name]
     return "\n".join((check.detail, *check.offenders))
 
 
-def test_a_sound_one_passes_and_says_how_far_each_part_moved(start: Path, trained: Path) -> None:
+def test_a_sound_model_passes_and_reports_how_far_each_part_moved(start: Path, trained: Path) -> None:
     report = verify(trained, start)
     assert report.passed, report.failed
     assert report.complete
@@ -83,7 +83,7 @@ def test_a_sound_one_passes_and_says_how_far_each_part_moved(start: Path, traine
 
 
 @pytest.mark.parametrize("kind", ["inner", "classifier"])
-def test_other_classes_are_read_as_well(kind: str, start: Path, tmp_path: Path) -> None:
+def test_other_model_classes_are_read(kind: str, start: Path, tmp_path: Path) -> None:
     report = verify(train(start, tmp_path / "out", kind=kind), start)
     assert report.passed, report.failed
     tensors = report.checks[0].detail
@@ -91,7 +91,7 @@ def test_other_classes_are_read_as_well(kind: str, start: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_16_bits_and_shards_and_a_raw_state_dict(start: Path, tmp_path: Path) -> None:
+def test_16_bits_shards_and_a_raw_state_dict_are_read(start: Path, tmp_path: Path) -> None:
     assert verify(train(start, tmp_path / "shards", dtype=torch.bfloat16, max_shard_size="100KB"), start).passed
     model = CLASSES["whole"].from_pretrained(start, dtype=torch.float32)
     step(model)
@@ -105,7 +105,7 @@ def test_16_bits_and_shards_and_a_raw_state_dict(start: Path, tmp_path: Path) ->
     assert "other names" in report.checks[0].detail
     state["lm_head.out_proj.weight"][7] += 1
     save_file(state, raw / "model.safetensors", {"format": "pt"})
-    assert "lm_head.out_proj.weight is a tied copy" in told(verify(raw, start), "tensors")
+    assert "lm_head.out_proj.weight is a tied copy" in message_of(verify(raw, start), "tensors")
 
 
 def test_a_float32_start_trained_in_16_bits_and_saved_in_32_has_not_moved(start: Path, tmp_path: Path) -> None:
@@ -128,28 +128,28 @@ def test_a_folder_with_the_manifest_of_its_start_is_the_same(start: Path, traine
     assert report.passed, report.failed
     assert "a copy of the start's" in report.skipped["integrity"]
     assert (trained / "t5g2.json").read_bytes() == before
-    # A manifest that tells of another folder is what it was before: another kind.
+    # A manifest of another folder still makes it a conversion.
     rewrite(trained / "t5g2.json", lambda document: document.update(dtype="float16"))
     assert not is_trained_elsewhere(trained, open_checkpoint(start))
 
 
 def resume(start: Path, saved: Path) -> Any:
-    """What transformers' Trainer does on resume: modules are given the names of the file."""
+    """Load as transformers' Trainer does on resume: by the file's own names."""
     model = CLASSES["whole"].from_pretrained(start, dtype=torch.float32)
     model.load_state_dict(load_file(saved / "model.safetensors"), strict=False)
     return model
 
 
-def test_V5_an_encoder_that_a_resume_has_lost_is_found(start: Path, trained: Path, tmp_path: Path) -> None:
+def test_V5_an_encoder_lost_on_resume_is_found(start: Path, trained: Path, tmp_path: Path) -> None:
     resume(start, trained).save_pretrained(tmp_path / "resumed")
     report = verify(tmp_path / "resumed", start)
     assert failed(report).keys() == {"encoder"}
-    assert "but the decoder has moved" in told(report, "encoder")
-    assert "transformers#48805" in told(report, "encoder")
-    assert "--frozen encoder" in told(report, "encoder")
-    # Frozen on purpose it is sound, and then it must be the start's.
+    assert "but the decoder has moved" in message_of(report, "encoder")
+    assert "transformers#48805" in message_of(report, "encoder")
+    assert "--frozen encoder" in message_of(report, "encoder")
+    # Declared as frozen it passes, but only if it equals the start's.
     assert verify(tmp_path / "resumed", start, frozen=["encoder"]).passed
-    assert "was frozen, but is 1.00% away" in told(verify(trained, start, frozen=["encoder"]), "encoder")
+    assert "was frozen, but is 1.00% away" in message_of(verify(trained, start, frozen=["encoder"]), "encoder")
 
 
 def put_back(prefix: str) -> Callable[[Tensors, Tensors], None]:
@@ -165,7 +165,7 @@ def randomly(prefix: str) -> Callable[[Tensors, Tensors], None]:
     def edit(tensors: Tensors, old: Tensors) -> None:
         generator = torch.Generator().manual_seed(1)
         for name in names(old, prefix):
-            # As Gemma's classes are filled: matrices small, norms zero.
+            # Initialized as Gemma's classes are: small matrices, zero norms.
             shape = old[name].shape
             tensors[name] = torch.randn(shape, generator=generator) * 0.02 * (len(shape) > 1)
 
@@ -245,24 +245,24 @@ MUTANTS: dict[str, tuple[Callable[[Tensors, Tensors], Any], dict[str, str]]] = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_V5_what_is_wrong_with_tensors_is_named_by_its_check(mutant: str, start: Path, trained: Path) -> None:
+def test_V5_damaged_tensors_are_named_by_their_check(mutant: str, start: Path, trained: Path) -> None:
     edit, expected = MUTANTS[mutant]
     old = load_file(start / "model.safetensors")
     change(trained, lambda tensors: edit(tensors, old))
     report = verify(trained, start)
     assert failed(report).keys() == expected.keys()
     for name, words in expected.items():
-        assert words in told(report, name)
+        assert words in message_of(report, name)
 
 
-def test_an_adapter_beside_the_weights_is_named(start: Path, trained: Path) -> None:
+def test_an_adapter_next_to_the_weights_is_named(start: Path, trained: Path) -> None:
     (trained / "adapter_config.json").write_text("{}")
     report = verify(trained, start)
     assert failed(report).keys() == {"config"}
-    assert "adapter next to the weights (adapter_config.json): transformers loads both" in told(report, "config")
+    assert "adapter next to the weights (adapter_config.json): transformers loads both" in message_of(report, "config")
 
 
-def test_single_tensors_may_rest_as_with_merged_adapters(start: Path, trained: Path) -> None:
+def test_single_tensors_may_stay_unchanged_as_with_merged_adapters(start: Path, trained: Path) -> None:
     old = load_file(start / "model.safetensors")
 
     def keep_two_matrices_of_each_layer(tensors: Tensors) -> None:
@@ -277,16 +277,16 @@ def test_single_tensors_may_rest_as_with_merged_adapters(start: Path, trained: P
     assert encoder.detail.startswith("16 of 105 tensors moved")
 
 
-def test_a_tower_that_was_trained_on_purpose_passes_when_said(start: Path, trained: Path) -> None:
+def test_a_trained_tower_passes_when_declared(start: Path, trained: Path) -> None:
     change(trained, lambda tensors: [tensors[name].mul_(1.01) for name in names(tensors, TOWER, without="-")] and None)
     assert not verify(trained, start).passed
     assert verify(trained, start, frozen=["none"]).passed
     report = verify(trained, start, frozen=["none", "projector", "encoder.layers.3"])
     assert failed(report).keys() == {"encoder"}
-    assert "model.encoder.layers.3." in told(report, "encoder")
+    assert "model.encoder.layers.3." in message_of(report, "encoder")
 
 
-def test_a_layer_that_was_frozen_on_purpose_passes_when_said(start: Path, trained: Path) -> None:
+def test_a_frozen_layer_passes_when_declared(start: Path, trained: Path) -> None:
     old = load_file(start / "model.safetensors")
     change(trained, lambda tensors: put_back(f"{ENCODER}layers.5.")(tensors, old))
     assert failed(verify(trained, start)).keys() == {"encoder"}
@@ -294,12 +294,12 @@ def test_a_layer_that_was_frozen_on_purpose_passes_when_said(start: Path, traine
 
 
 @pytest.mark.parametrize("part", ["tower", "encoder.layers.8", "encoder.layers", ""])
-def test_what_is_not_a_part_or_layer_cannot_have_been_frozen(part: str, start: Path, trained: Path) -> None:
+def test_frozen_must_name_a_part_or_layer(part: str, start: Path, trained: Path) -> None:
     with pytest.raises(UsageError, match="is not a part or layer"):
         verify(trained, start, frozen=[part])
 
 
-def test_options_of_conversions_are_refused(start: Path, trained: Path) -> None:
+def test_conversion_options_are_refused(start: Path, trained: Path) -> None:
     with pytest.raises(UsageError, match="--mapping, --tolerance cannot be used"):
         verify(trained, start, mapping="gemma3", tolerance=0.1)
     with pytest.raises(UsageError, match="--frozen applies only to folders that were trained elsewhere"):
@@ -363,12 +363,12 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_V5_a_setting_that_means_something_else_fails(setting: str, start: Path, trained: Path) -> None:
+def test_V5_a_setting_with_another_meaning_fails(setting: str, start: Path, trained: Path) -> None:
     edit, words = SETTINGS[setting]
     rewrite(trained / "config.json", edit)
     report = verify(trained, start)
     assert "config" in failed(report)
-    assert words in told(report, "config")
+    assert words in message_of(report, "config")
 
 
 HARMLESS: dict[str, tuple[Edit, str | None]] = {
@@ -392,7 +392,7 @@ HARMLESS: dict[str, tuple[Edit, str | None]] = {
 
 
 @pytest.mark.parametrize("setting", HARMLESS)
-def test_a_setting_that_means_the_same_passes(setting: str, start: Path, trained: Path) -> None:
+def test_a_setting_with_the_same_meaning_passes(setting: str, start: Path, trained: Path) -> None:
     edit, remark = HARMLESS[setting]
     if setting == "null":
         rewrite(trained / "config.json", lambda document: document["decoder"].update(something=None))
@@ -403,14 +403,14 @@ def test_a_setting_that_means_the_same_passes(setting: str, start: Path, trained
     assert remark is None or any(remark in each for each in report.remarks)
 
 
-def test_the_ids_of_generation_are_compared_and_its_choices_are_said(start: Path, trained: Path) -> None:
+def test_generation_ids_are_compared_and_other_choices_reported(start: Path, trained: Path) -> None:
     path = trained / "generation_config.json"
     rewrite(path, lambda document: document.update(do_sample=True, eos_token_id=[1], decoder_start_token_id=2))
     report = verify(trained, start)
     assert report.passed, report.failed
     assert any("do_sample True" in remark for remark in report.remarks)
     rewrite(path, lambda document: document.update(eos_token_id=[7]))
-    assert "generation_config.json: eos_token_id is [7]" in told(verify(trained, start), "config")
+    assert "generation_config.json: eos_token_id is [7]" in message_of(verify(trained, start), "config")
 
 
 def swapped(document: dict[str, Any]) -> None:
@@ -470,15 +470,15 @@ TOKENS: dict[str, tuple[str, Edit, str]] = {
 
 
 @pytest.mark.parametrize("change_of", TOKENS)
-def test_V5_a_tokenizer_that_means_something_else_fails(change_of: str, start: Path, trained: Path) -> None:
+def test_V5_a_tokenizer_with_another_meaning_fails(change_of: str, start: Path, trained: Path) -> None:
     name, edit, words = TOKENS[change_of]
     rewrite(trained / name, edit)
     report = verify(trained, start)
     assert failed(report).keys() == {"tokenizer"}
-    assert words in told(report, "tokenizer")
+    assert words in message_of(report, "tokenizer")
 
 
-def test_what_a_training_leaves_in_the_tokenizer_is_said(start: Path, trained: Path) -> None:
+def test_tokenizer_settings_left_by_training_are_reported(start: Path, trained: Path) -> None:
     def cut(document: dict[str, Any]) -> None:
         document["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
         document["model"]["merges"] = [" ".join(pair) for pair in document["model"]["merges"]]
@@ -489,7 +489,7 @@ def test_what_a_training_leaves_in_the_tokenizer_is_said(start: Path, trained: P
     assert any("truncates texts after 8 tokens" in remark for remark in report.remarks)
 
 
-def test_tokens_that_were_added_with_their_rows_are_said(start: Path, trained: Path) -> None:
+def test_tokens_added_with_their_rows_are_reported(start: Path, trained: Path) -> None:
     def sizes(document: dict[str, Any]) -> None:
         for section in (document, document["decoder"], document["encoder"]["text_config"]):
             section["vocab_size"] = 257
@@ -518,10 +518,10 @@ def test_the_same_tensor_in_two_spellings_fails(start: Path, trained: Path) -> N
     change(trained, lambda tensors: tensors.update({name.replace("r.n", "r.text_model.n"): tensors[name] * 2}))
     report = verify(trained, start)
     assert failed(report).keys() == {"tensors"}
-    assert "under two names each" in told(report, "tensors")
+    assert "under two names each" in message_of(report, "tensors")
 
 
-def test_an_encoder_alone_is_judged_by_the_one_that_was_taken_out(start: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_encoder_is_checked_against_the_extracted_one(start: Path, tmp_path: Path) -> None:
     from transformers import AutoModel
 
     convert(start, tmp_path / "alone", part="encoder")
@@ -538,18 +538,16 @@ def test_an_encoder_alone_is_judged_by_the_one_that_was_taken_out(start: Path, t
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "t5gemma2_encoder"
 
 
-def test_what_is_probably_meant_is_said_where_folder_and_source_do_not_belong_together(
-    start: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_a_mismatched_folder_and_source_get_a_hint(start: Path, trained: Path, tmp_path: Path) -> None:
     other = copied(start, tmp_path / "other")
     change(other, lambda tensors: tensors.update({name: torch.randn_like(each) for name, each in tensors.items()}))
     report = verify(trained, other)
     assert any("no part of it is close to other" in remark for remark in report.remarks)
-    assert "LoRA" not in told(report, "vision")
-    # The model that the start came from, in place of the start.
+    assert "LoRA" not in message_of(report, "vision")
+    # The start's own source instead of the start.
     report = verify(trained, start.parent / "parent")
     assert any("pass the T5Gemma 2 that was trained" in remark for remark in report.remarks)
-    # The encoder alone, in place of the whole; the remark's command helps.
+    # Only the encoder instead of the whole model; the command in the remark works.
     from transformers import T5Gemma2ForConditionalGeneration
 
     model = T5Gemma2ForConditionalGeneration.from_pretrained(trained, dtype=torch.float32)
