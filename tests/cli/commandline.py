@@ -1,4 +1,4 @@
-"""The command line, run in the process of the tests."""
+"""Run the command line in the test process."""
 
 import json
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ class Result:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The only document on stdout."""
+        """Return the only document on stdout."""
         return dict(json.loads(self.out)["error"])
 
 
 class CommandLine:
-    """Runs `t5g2` in this process."""
+    """Run `t5g2` in this process."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
@@ -37,7 +37,7 @@ class CommandLine:
 
 
 def document(result: Result) -> dict[str, Any]:
-    """The only document on stdout, in numbers that every reader of JSON knows."""
+    """Return the only document on stdout; refuse NaN and Infinity."""
 
     def refuse(number: str) -> None:
         raise AssertionError(f"{number} is not JSON")
@@ -56,5 +56,5 @@ def assert_one_line_error(result: Result, code: int, *, printed: bool = False) -
 
 
 def unsafe(text: str) -> set[str]:
-    """Characters of a text that should never reach a terminal; line ends are our own."""
+    """Return the characters that should never reach a terminal; line ends are allowed."""
     return {character for character in text if character != "\n" and not character.isprintable()}

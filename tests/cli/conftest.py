@@ -8,7 +8,7 @@ from tests.cli.commandline import CommandLine
 
 @pytest.fixture(autouse=True)
 def restored_signals() -> Iterator[None]:
-    """`main` takes the process's handlers; give them back to pytest."""
+    """`Restore pytest's signal handlers, which `main` replaces."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():

@@ -12,7 +12,7 @@ from tests.cli.commandline import CommandLine
 
 @pytest.fixture
 def model(demo_source: Path, tmp_path: Path) -> Path:
-    """A conversion, and beside it `run`, with two checkpoints of one tensor."""
+    """Write a conversion, and next to it `run` with two checkpoints of one tensor."""
     model = tmp_path / "model"
     convert(demo_source, model, flush=False)
     write_run(tmp_path / "run", model, 2)
@@ -22,7 +22,7 @@ def model(demo_source: Path, tmp_path: Path) -> Path:
     return model
 
 
-def test_the_mean_is_written_and_told(model: Path, t5g2: CommandLine, tmp_path: Path) -> None:
+def test_the_mean_is_written_and_reported(model: Path, t5g2: CommandLine, tmp_path: Path) -> None:
     arguments = ("average", tmp_path / "run", tmp_path / "out", "--model", model, "--last", "2")
     shown = t5g2(*arguments)
     assert shown.code == 0
@@ -37,7 +37,7 @@ def test_the_mean_is_written_and_told(model: Path, t5g2: CommandLine, tmp_path: 
     assert t5g2("verify", tmp_path / "out", "--source", model).code == 0, "and again, with its record"
 
 
-def test_the_model_is_where_the_run_says_and_the_mean_in_the_run(
+def test_the_model_is_read_from_the_run_and_the_mean_written_there(
     model: Path, t5g2: CommandLine, tmp_path: Path
 ) -> None:
     few = t5g2("average", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Every bad input at the command line: the exit code, one error, what to do about it, and nothing left behind."""
+"""Bad inputs on the command line: exit code, one error with advice, and no files left."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def t5g2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.fixture(scope="module")
 def sound_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A conversion of the demo's source as it was before the damage; not to be changed."""
+    """Return a conversion of the undamaged demo source; do not change it."""
     folder = tmp_path_factory.mktemp("sound")
     build_demo_source(folder / "source")
     convert(folder / "source", folder / "out", flush=False)
@@ -43,7 +43,7 @@ def sound_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands(source: Path, output: Path, sound: Path) -> dict[str, list[str | Path]]:
-    """Everything that reads a source."""
+    """Return every command that reads a source."""
     text = source.parent / "text.txt"
     text.write_text("a text to be read")
     return {
@@ -65,7 +65,7 @@ JUDGING: Final = ("plan", "check", "convert", "convert-verify", "verify")
 def refusals(
     t5g2: CommandLine, source: Path, sound: Path, names: tuple[str, ...] | None = None, *, lines: int | None = 1
 ) -> list[Result]:
-    """Run all commands on a bad source; each must end with exit code 3 and leave everything as it was."""
+    """Run all commands on a bad source; each must exit with code 3 and change nothing."""
     output = source.parent / "out"
     before = {path.name: path.read_bytes() for path in sound.iterdir()}
     results = []
@@ -95,7 +95,7 @@ def write_single(source: Path, header: dict[str, Fields], body: bytes) -> None:
 
 
 def edited(change: Callable[[dict[str, Fields]], object], tail: bytes = b"", cut: int = 0) -> Damage:
-    """Damage that changes the header, and perhaps the end, of the only weight file."""
+    """Return damage to the header, and perhaps the end, of the only weight file."""
 
     def damage(source: Path) -> None:
         header, body = read_single(source)
@@ -178,7 +178,7 @@ NOT_WEIGHTS: Final[dict[str, tuple[Damage, list[str]]]] = {
 
 
 @pytest.mark.parametrize("case", NOT_WEIGHTS)
-def test_I2_what_stands_in_place_of_weights_is_said_by_every_command(
+def test_I2_every_command_names_what_replaces_the_weights(
     case: str, t5g2: CommandLine, demo_source: Path, sound_output: Path
 ) -> None:
     damage, says = NOT_WEIGHTS[case]
@@ -189,7 +189,7 @@ def test_I2_what_stands_in_place_of_weights_is_said_by_every_command(
 
 
 def in_two_shards(source: Path) -> dict[str, str]:
-    """Cut the only file in two and write the index; which tensor is in which."""
+    """Split the only file into two, write the index, and return it."""
     header, body = read_single(source)
     header.pop("__metadata__")
     names = sorted(header, key=lambda name: header[name]["data_offsets"][0])
@@ -214,7 +214,7 @@ def stale_index(source: Path, index: dict[str, str]) -> None:
     write_index(source, {**{name: shard for name, shard in index.items() if name != UP}, "gone.weight": SHARDS[0]})
 
 
-def single_beside_shards(source: Path, index: dict[str, str]) -> None:
+def single_next_to_shards(source: Path, index: dict[str, str]) -> None:
     shutil.copy(source / SHARDS[0], source / SINGLE)
 
 
@@ -226,7 +226,7 @@ DISAGREEING: Final[dict[str, tuple[Callable[[Path, dict[str, str]], object], lis
     "missing-shard": (lambda source, index: (source / SHARDS[1]).unlink(), [f"{SHARDS[1]}: is missing"]),
     "both-directions": (stale_index, ["no shard holds", "1 tensor(s): gone.weight", "the index lacks", UP]),
     "two-shards": (same_in_two, [SHARDS[0], SHARDS[1], "is in"]),
-    "single-and-index": (single_beside_shards, [SINGLE, SHARDS[0], "(remove the outdated ones)"]),
+    "single-and-index": (single_next_to_shards, [SINGLE, SHARDS[0], "(remove the outdated ones)"]),
 }
 
 
@@ -298,7 +298,7 @@ KINDS: Final = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_I7_what_was_done_to_a_checkpoint_is_said_by_every_command(
+def test_I7_every_command_names_what_was_done_to_a_checkpoint(
     kind: str, t5g2: CommandLine, demo_source: Path, sound_output: Path
 ) -> None:
     what, first, name = KINDS[kind]
@@ -306,13 +306,11 @@ def test_I7_what_was_done_to_a_checkpoint_is_said_by_every_command(
     header[name] = {"dtype": "F32", "shape": [1], "data_offsets": [len(body), len(body) + 4]}
     write_single(demo_source, header, body + bytes(4))
     for result in refusals(t5g2, demo_source, sound_output, JUDGING, lines=2):
-        told = result.err.splitlines()[0]
-        assert [words for words in (name, what, first) if words not in told] == []
+        line = result.err.splitlines()[0]
+        assert [words for words in (name, what, first) if words not in line] == []
 
 
-def test_I7_a_wholly_compiled_checkpoint_is_told_as_one(
-    t5g2: CommandLine, demo_source: Path, sound_output: Path
-) -> None:
+def test_I7_a_fully_compiled_checkpoint_is_recognized(t5g2: CommandLine, demo_source: Path, sound_output: Path) -> None:
     header, body = read_single(demo_source)
     header.pop("__metadata__")
     write_single(demo_source, {f"_orig_mod.{name}": fields for name, fields in header.items()}, body)
@@ -322,12 +320,12 @@ def test_I7_a_wholly_compiled_checkpoint_is_told_as_one(
 
 
 @pytest.mark.parametrize("model_type", sorted(KNOWN_MODELS.keys() - {"gemma2"}))
-def test_I10_another_family_is_said_by_name_by_every_command(
+def test_I10_every_command_names_another_family(
     model_type: str, t5g2: CommandLine, demo_source: Path, sound_output: Path
 ) -> None:
     config = json.loads((demo_source / "config.json").read_text()) | {"model_type": model_type}
     (demo_source / "config.json").write_text(json.dumps(config))
-    # An encoder-decoder can be inspected; this one is none, and is told so in other words.
+    # An encoder-decoder can be inspected; this one is not, and gets another message.
     encoder_decoder = model_type.startswith(("t5gemma", "t5g2"))
     names = [name for name in ALL if name != "check" and not (name == "inspect" and encoder_decoder)]
     for result in refusals(t5g2, demo_source, sound_output, tuple(names)):
@@ -336,7 +334,7 @@ def test_I10_another_family_is_said_by_name_by_every_command(
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3n", "gemma4", "t5gemma2"])
-def test_I10_another_family_is_said_by_name_where_a_mapping_was_given(
+def test_I10_another_family_is_named_with_a_given_mapping(
     model_type: str, t5g2: CommandLine, demo_source: Path, tmp_path: Path
 ) -> None:
     config = json.loads((demo_source / "config.json").read_text()) | {"model_type": model_type}
@@ -363,7 +361,7 @@ def test_I10_another_family_is_said_by_name_where_a_mapping_was_given(
     ],
     ids=["missing", "no-json", "list", "empty"],
 )
-def test_I10_a_config_that_is_none_is_refused_by_every_command(
+def test_I10_an_invalid_config_is_refused_by_every_command(
     damage: Damage, says: str, t5g2: CommandLine, demo_source: Path, sound_output: Path
 ) -> None:
     damage(demo_source / "config.json")
@@ -372,7 +370,7 @@ def test_I10_a_config_that_is_none_is_refused_by_every_command(
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Create a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -406,14 +404,14 @@ def test_I11_no_command_unpickles_anything(
     assert t5g2("generate", target, "--prompt", "x").code == 3
     assert t5g2("compare", demo_source, target, "--text", text).code == 3
     assert t5g2("verify", target, "--source", demo_source).code == 6
-    # Beside safetensors they are left alone, and left behind.
+    # Next to safetensors they are ignored and not copied.
     for arguments in commands(demo_source, tmp_path / "out", sound_output).values():
         if arguments[0] != "convert":
             assert t5g2(*arguments).code == 0
     assert t5g2("convert", demo_source, tmp_path / "out", "--verify").code == 0
     assert t5g2("generate", tmp_path / "out", "--prompt", "x", "--max-new-tokens", "2").code == 0
     assert not set(PICKLES) & {path.name for path in (tmp_path / "out").iterdir()}
-    # As weights, and as every other file that is read.
+    # As weights, and as every other input file.
     for name in (SINGLE, "config.json", "tokenizer.json"):
         (demo_source / name).write_bytes(pickle.dumps(Payload(canary)))
         t5g2("convert", demo_source, tmp_path / "again", "--verify")

@@ -43,23 +43,23 @@ def test_what_is_written_is_what_is_printed(t5g2: CommandLine, work: Path) -> No
     assert not [name for name in files(work / "out") if name.startswith(".")]
 
 
-def test_a_written_card_leaves_the_verification_whole(t5g2: CommandLine, work: Path) -> None:
+def test_a_written_card_keeps_the_verification_valid(t5g2: CommandLine, work: Path) -> None:
     t5g2("card", work / "out", "--write")
     result = t5g2("verify", work / "out", "--source", work / "source")
     assert result.code == 0, result.out
     t5g2("card", work / "out", "--write")
-    told = (work / "out/README.md").read_text()
-    assert "Verified against its source" in told
-    assert "| `decoder_parity` | passed |" in told
+    card = (work / "out/README.md").read_text()
+    assert "Verified against its source" in card
+    assert "| `decoder_parity` | passed |" in card
     t5g2("card", work / "out", "--write")
-    assert (work / "out/README.md").read_text() == told
+    assert (work / "out/README.md").read_text() == card
     assert t5g2("verify", work / "out", "--source", work / "source").code == 0
     assert t5g2("extract", work / "source", work / "no", "--part", "encoder").code == 3
     assert t5g2("extract", work / "out", work / "encoder", "--part", "encoder").code == 0
     assert "README.md" not in files(work / "encoder"), "a card is not carried over to another model"
 
 
-def test_one_s_own_words_stay_unless_all_is_replaced(t5g2: CommandLine, work: Path) -> None:
+def test_custom_text_stays_unless_everything_is_replaced(t5g2: CommandLine, work: Path) -> None:
     own = "---\nlanguage: no\n---\n# Mine \u200d\n"
     (work / "out/README.md").write_text(own)
     printed = t5g2("card", work / "out").out
@@ -101,7 +101,7 @@ def _dangling(path: Path) -> None:
     ],
     ids=["link", "dangling", "folder", "pipe", "bytes", "large", "yaml"],
 )
-def test_what_is_no_card_is_not_overwritten(
+def test_a_file_that_is_not_a_card_is_not_overwritten(
     make: Callable[[Path], object], reason: str, t5g2: CommandLine, work: Path
 ) -> None:
     make(work / "out/README.md")
@@ -114,9 +114,7 @@ def test_what_is_no_card_is_not_overwritten(
 @pytest.mark.parametrize(
     ("content", "reason"), [(None, "is missing"), (b"\xff", "is not UTF-8"), (b"---\n- a\n---\n", "are not a mapping")]
 )
-def test_a_source_card_that_is_none_is_refused(
-    content: bytes | None, reason: str, t5g2: CommandLine, work: Path
-) -> None:
+def test_an_invalid_source_card_is_refused(content: bytes | None, reason: str, t5g2: CommandLine, work: Path) -> None:
     if content is not None:
         (work / "bad.md").write_bytes(content)
     result = t5g2("card", work / "out", "--source-card", work / "bad.md")
@@ -124,7 +122,7 @@ def test_a_source_card_that_is_none_is_refused(
     assert reason in result.err
 
 
-def test_what_is_not_ours_has_no_card(t5g2: CommandLine, work: Path) -> None:
+def test_a_folder_that_is_not_ours_gets_no_card(t5g2: CommandLine, work: Path) -> None:
     assert t5g2("card", work / "source").code == 3
     assert t5g2("card", work / "gone").code == 3
     result = t5g2("card", work / "out", "--repo", "mine")
@@ -132,7 +130,7 @@ def test_what_is_not_ours_has_no_card(t5g2: CommandLine, work: Path) -> None:
     assert "expected org/name" in result.err
 
 
-def test_a_folder_that_cannot_be_written_is_told(
+def test_a_folder_that_cannot_be_written_is_an_error(
     t5g2: CommandLine, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(fd: int) -> None:

@@ -1,4 +1,4 @@
-"""What all commands have in common: the list of them, empty arguments, and the folders that they leave alone."""
+"""What all commands share: their list, empty arguments, and folders that they never replace."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def test_O9_an_empty_argument_is_a_usage_error(
 
 
 @pytest.mark.parametrize("target", [".", "..", "/", "~"])
-def test_O9_places_that_are_never_replaced(
+def test_O9_folders_that_are_never_replaced(
     target: str, t5g2: CommandLine, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "project/below").mkdir(parents=True)

@@ -21,7 +21,7 @@ WIDTHS: Final = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 class Successful(CommandLine):
-    """Runs `t5g2`; it must end well."""
+    """Run `t5g2` and require success."""
 
     def __call__(self, *arguments: str | Path) -> Result:
         result = super().__call__(*arguments)
@@ -86,7 +86,7 @@ def test_inspect_json_counts_what_the_headers_say(t5g2: Successful, demo_source:
     assert document["config"]["layer_types"].count("full_attention") == 1
 
 
-def test_inspect_json_lists_tensors_only_when_asked(t5g2: Successful, demo_source: Path) -> None:
+def test_inspect_json_lists_tensors_only_on_request(t5g2: Successful, demo_source: Path) -> None:
     assert "tensors" not in t5g2.json("inspect", demo_source)
 
 
@@ -201,7 +201,7 @@ def test_plan_for_people_lists_every_tensor_by_its_whole_name(t5g2: Successful, 
 
 
 @pytest.mark.parametrize("size", ["5GB", "100kB"])
-def test_convert_json_says_what_lies_on_disk(t5g2: Successful, demo_source: Path, tmp_path: Path, size: str) -> None:
+def test_convert_json_matches_the_files_on_disk(t5g2: Successful, demo_source: Path, tmp_path: Path, size: str) -> None:
     output = tmp_path / "out"
     planned = t5g2.json("plan", demo_source, "--max-shard-size", size)
     document = t5g2.json("convert", demo_source, output, "--max-shard-size", size)
@@ -296,9 +296,7 @@ def test_dtype_casts_every_tensor_and_the_config(
     assert t5g2.json("inspect", tmp_path / "out")["dtypes"] == {stored: document["parameters"]["total"]}
 
 
-def test_a_map_of_ones_own_gives_what_the_shipped_one_gives(
-    t5g2: Successful, demo_source: Path, tmp_path: Path
-) -> None:
+def test_a_copy_of_the_shipped_map_gives_the_same_output(t5g2: Successful, demo_source: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_bytes((mappings_folder() / "gemma3.yaml").read_bytes())
     t5g2("convert", demo_source, tmp_path / "one")
@@ -391,7 +389,7 @@ def schema(t5g2: Successful) -> Draft202012Validator:
 
 @pytest.fixture
 def gemma3_document() -> dict[str, Any]:
-    """The shipped map as an editor sees it, which has only JSON's types."""
+    """Return the shipped map as an editor sees it, with JSON types only."""
     return dict(json.loads(json.dumps(yaml.safe_load((mappings_folder() / "gemma3.yaml").read_text()))))
 
 
@@ -467,7 +465,7 @@ def test_demo_shows_both_models_and_where_tensors_go(t5g2: Successful, tmp_path:
     assert contents(tmp_path / "again") == contents(tmp_path / "kept/t5gemma2-tiny")
 
 
-def test_demo_leaves_nothing_behind_unless_asked(
+def test_demo_leaves_no_files_unless_requested(
     t5g2: Successful, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -15,7 +15,7 @@ TEXT = "The quick brown fox jumps over the lazy dog."
 
 @pytest.fixture
 def output(demo_source: Path, tmp_path: Path) -> Path:
-    """A conversion of `demo_source`, free to be trained."""
+    """Return a conversion of `demo_source` that the test may train."""
     convert(demo_source, tmp_path / "out", flush=False)
     return tmp_path / "out"
 
@@ -93,7 +93,7 @@ def test_a_model_that_is_not_finite_fails_every_gate(
     assert document(result)["decoder_alone"]["tokens"] == len(TEXT) - 1
 
 
-def test_logits_without_bounds_are_told_as_they_are(
+def test_logits_without_limits_are_reported_unchanged(
     t5g2: CommandLine, demo_source: Path, output: Path, text: Path
 ) -> None:
     tensors = load_file(output / "model.safetensors")
@@ -145,7 +145,7 @@ def test_what_cannot_be_compared_has_its_own_exit_code(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there_is_exit_2(t5g2: CommandLine, demo_source: Path, output: Path, text: Path) -> None:
+def test_a_missing_device_is_exit_2(t5g2: CommandLine, demo_source: Path, output: Path, text: Path) -> None:
     assert_one_line_error(t5g2("compare", demo_source, output, "--text", text, "--device", "cuda"), 2)
 
 

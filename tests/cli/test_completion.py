@@ -1,4 +1,4 @@
-"""Completion in the shell: the scripts that shells read, what they are answered, and what that costs."""
+"""Shell completion: the scripts, the answers, and their import cost."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def answer(**env: str) -> str:
 
 
 def bash(words: str) -> list[str]:
-    """What bash is told for the last of the words."""
+    """Return bash's completions for the last word."""
     at = str(len(words.split(" ")) - 1)
     return answer(_T5G2_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=at).split()
 
@@ -54,20 +54,20 @@ def test_zsh_gets_a_function_that_asks_t5g2() -> None:
         ("t5g2 nothing", []),
     ],
 )
-def test_bash_is_told_commands_options_and_values(words: str, completions: list[str]) -> None:
+def test_bash_gets_commands_options_and_values(words: str, completions: list[str]) -> None:
     assert bash(words) == completions
 
 
-def test_zsh_is_told_commands_with_what_they_do() -> None:
-    told = answer(_T5G2_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="t5g2 ver")
-    assert '"verify":"Judge a conversion' in told
-    told = answer(_T5G2_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="t5g2 convert --rid")
-    assert '"--ridge"' in told
+def test_zsh_gets_commands_with_descriptions() -> None:
+    answered = answer(_T5G2_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="t5g2 ver")
+    assert '"verify":"Judge a conversion' in answered
+    answered = answer(_T5G2_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="t5g2 convert --rid")
+    assert '"--ridge"' in answered
 
 
 @pytest.mark.slow
 def test_the_tab_key_completes_in_bash(tmp_path: Path) -> None:
-    # bash calls the function as it does on tab: with the command, the word and the one before it.
+    # bash calls the function as on tab: with the command, the word and the word before it.
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/t5g2").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m t5g2convert "$@"\n')
     (tmp_path / "bin/t5g2").chmod(0o755)

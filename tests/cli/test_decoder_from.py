@@ -1,4 +1,4 @@
-"""The commands with a decoder of another parent, and with some of the layers."""
+"""The commands with --decoder-from and with layer selections."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_a_pair_is_planned_converted_and_verified(t5g2: CommandLine, twin_folder
         "encoder_layers": [0, 1, 2, 3, 4, 5],
         "decoder_layers": [0, 2, 4, 6],
     }
-    assert {role: told["name"] for role, told in document["sources"].items()} == {
+    assert {role: record["name"] for role, record in document["sources"].items()} == {
         "source": "text-8",
         "decoder_from": "text-unlike-7",
     }
@@ -44,10 +44,10 @@ def test_a_pair_is_planned_converted_and_verified(t5g2: CommandLine, twin_folder
     assert "the source is computed with the decoder's parent's embedding table" in judged.err
 
 
-def test_layers_of_one_source_that_both_stacks_take_are_read_once(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
+def test_layers_used_by_both_stacks_are_read_once(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
     planned = t5g2("plan", twin_folder("text-8"), "--decoder-layers", "4:6", "--encoder-layers", "0:8:4")
     lines = [line.strip() for line in planned.out.splitlines() if "▶" in line]
-    # Layer 4 is layer 1 of the encoder and layer 0 of the decoder; with it goes the last norm.
+    # Layer 4 is layer 1 of the encoder and layer 0 of the decoder; the last norm is shared too.
     assert any(line.startswith("14 tensors") and "─┬─" in line and " encoder " in line for line in lines)
     assert any(line.startswith("13 tensors") and "───────▶ encoder" in line for line in lines)
     assert any(line.startswith("13 tensors") and "───────▶ decoder" in line for line in lines)
@@ -69,7 +69,7 @@ def test_layers_of_one_source_that_both_stacks_take_are_read_once(t5g2: CommandL
     ids=str,
 )
 @pytest.mark.parametrize("command", ["plan", "convert"])
-def test_what_cannot_be_is_refused_in_a_line(
+def test_impossible_options_are_refused_in_one_line(
     command: str, options: list[str], code: int, says: str, t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     given = [str(twin_folder("donor-wide")) if option == "WIDE" else option for option in options]
@@ -81,9 +81,7 @@ def test_what_cannot_be_is_refused_in_a_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_verification_asks_for_the_parent_that_it_lacks(
-    t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path
-) -> None:
+def test_verify_asks_for_a_missing_parent(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:
     source, other = twin_folder("text-8"), twin_folder("text-sharded")
     assert t5g2("convert", source, tmp_path / "out", "--decoder-from", other).code == 0
     lacking = t5g2("verify", tmp_path / "out", "--source", source)
@@ -92,7 +90,7 @@ def test_a_verification_asks_for_the_parent_that_it_lacks(
     assert "need --source" in t5g2("verify", tmp_path / "out", "--decoder-from", other).err
     wrong = t5g2("verify", tmp_path / "out", "--source", source, "--decoder-from", twin_folder("text-13"))
     assert wrong.code == 6
-    # Without any source the files are looked at, and the model runs.
+    # Without a source the files are checked, and the model runs.
     alone = t5g2("verify", tmp_path / "out")
     assert alone.code == 0
     assert "intact, but not compared with its source" in alone.out

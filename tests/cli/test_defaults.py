@@ -1,4 +1,4 @@
-"""An option whose command does not import the library has the constant that the library names."""
+"""Options of commands that do not import the library use the library's constants."""
 
 import inspect
 from typing import Any

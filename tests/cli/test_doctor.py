@@ -1,4 +1,4 @@
-"""`t5g2 doctor`: it checks the installation, uses no network, and never shows the token."""
+"""`t5g2 doctor`: checks the installation without network, and never shows the token."""
 
 import json
 import os

@@ -17,7 +17,7 @@ def whole(converted_twin: TwinFolder) -> Path:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(("part", "family"), [("encoder", "t5gemma2_encoder"), ("decoder", "gemma3")])
-def test_a_part_is_written_and_judged_in_one_go(
+def test_a_part_is_written_and_verified_in_one_run(
     part: str, family: str, t5g2: CommandLine, whole: Path, tmp_path: Path
 ) -> None:
     result = t5g2("extract", whole, tmp_path / "out", "--part", part, "--verify", "--json")
@@ -46,7 +46,7 @@ def test_a_part_can_be_inspected(part: str, t5g2: CommandLine, whole: Path, tmp_
     assert document["parameters"]["total"] == read_manifest(tmp_path / "out").document()["parameters"]["total"]
 
 
-def test_a_plan_tells_what_would_be_taken_out(t5g2: CommandLine, whole: Path) -> None:
+def test_a_plan_shows_what_would_be_extracted(t5g2: CommandLine, whole: Path) -> None:
     result = t5g2("plan", whole, "--part", "encoder", "--json")
     assert result.code == 0, result.err
     document = json.loads(result.out)
@@ -58,7 +58,7 @@ def test_a_plan_tells_what_would_be_taken_out(t5g2: CommandLine, whole: Path) ->
     assert len([line for line in shown.err.splitlines() if "are dropped" in line]) == 1
 
 
-def test_options_of_the_writer_are_heard(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
+def test_options_of_the_writer_are_used(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
     arguments = ("extract", whole, tmp_path / "out", "--part", "encoder")
     assert t5g2(*arguments, "--dtype", "float32", "--max-shard-size", "20KB").code == 0
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -70,7 +70,7 @@ def test_options_of_the_writer_are_heard(t5g2: CommandLine, whole: Path, tmp_pat
     assert t5g2("verify", tmp_path / "out", "--source", whole).code == 0
 
 
-def test_a_part_that_there_is_not_is_refused(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
+def test_an_unknown_part_is_refused(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
     result = t5g2("extract", whole, tmp_path / "out", "--part", "tower")
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert "t5g2: Invalid value for '--part': 'tower' is not one of" in result.err
@@ -87,7 +87,7 @@ def test_a_gemma_3_has_no_parts(t5g2: CommandLine, twin_folder: TwinFolder, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_convert_does_not_take_apart(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
+def test_convert_does_not_extract(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
     result = t5g2("convert", whole, tmp_path / "out")
     assert result.code == 3
     assert "an encoder-decoder already" in result.err
@@ -96,7 +96,7 @@ def test_convert_does_not_take_apart(t5g2: CommandLine, whole: Path, tmp_path: P
 @pytest.mark.parametrize(
     "options", [("--rope-scaling", "linear:2"), ("--sliding-window", "9"), ("--preset", "t5gemma-2-270m-270m")]
 )
-def test_what_is_taken_out_keeps_its_settings(
+def test_an_extracted_part_keeps_its_settings(
     options: tuple[str, str], t5g2: CommandLine, whole: Path, tmp_path: Path
 ) -> None:
     result = t5g2("convert", whole, tmp_path / "out", "--mapping", "t5gemma2-encoder", *options)
@@ -117,7 +117,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(t5g2: CommandLine, whole: Path,
     assert "missing: model.decoder.layers.8.self_attn.q_proj.weight" in result.err
 
 
-def test_sliding_layers_that_are_scaled_have_no_gemma_3(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
+def test_scaled_sliding_layers_are_refused(t5g2: CommandLine, whole: Path, tmp_path: Path) -> None:
     scaled = tmp_path / "scaled"
     scaled.mkdir()
     (scaled / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes())
@@ -130,7 +130,7 @@ def test_sliding_layers_that_are_scaled_have_no_gemma_3(t5g2: CommandLine, whole
     assert t5g2("extract", scaled, tmp_path / "encoder", "--part", "encoder").code == 0
 
 
-def test_a_cap_that_a_gemma_3_with_images_leaves_out_is_refused(
+def test_a_logit_cap_that_gemma_3_with_images_lacks_is_refused(
     t5g2: CommandLine, whole: Path, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     for source, section, arguments in (

@@ -26,7 +26,7 @@ EOS, BOI, EOI, IMAGE = 1, 253, 254, 255
 
 @pytest.fixture(scope="module")
 def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's T5Gemma 2 in float32; not to be changed."""
+    """Return the demo's T5Gemma 2 in float32; do not change it."""
     from t5g2convert.cli.demo import build_demo_source
 
     folder = tmp_path_factory.mktemp("lively")
@@ -37,7 +37,7 @@ def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def output(lively: Path, tmp_path: Path) -> Path:
-    """The same, free to be changed."""
+    """Return a copy that the test may change."""
     shutil.copytree(lively, tmp_path / "out")
     return tmp_path / "out"
 
@@ -56,7 +56,7 @@ def set_config(folder: Path, section: str | None, **values: object) -> None:
 
 
 def theirs(folder: Path, ids: list[int], count: int, pixels: torch.Tensor | None = None) -> list[int]:
-    """The tokens that transformers writes, the start token left out."""
+    """Return the tokens that transformers generates, without the start token."""
     model = loaded(T5Gemma2ForConditionalGeneration, folder)
     images = {} if pixels is None else {"pixel_values": pixels}
     written = model.generate(
@@ -69,10 +69,10 @@ def decoded(folder: Path, tokens: list[int]) -> str:
     return Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens)
 
 
-# What is written
+# Generated text
 
 
-def test_what_is_written_is_what_transformers_writes(t5g2: CommandLine, lively: Path) -> None:
+def test_the_text_equals_that_of_transformers(t5g2: CommandLine, lively: Path) -> None:
     result = t5g2("generate", lively, "--prompt", PROMPT, "--max-new-tokens", "32")
     assert (result.code, result.err) == (0, "")
     expected = theirs(lively, TextCodec(lively).encode(PROMPT), 32)
@@ -81,9 +81,7 @@ def test_what_is_written_is_what_transformers_writes(t5g2: CommandLine, lively: 
     assert result.out == decoded(lively, expected) + "\n"
 
 
-def test_with_an_image_it_is_what_transformers_writes_of_the_same_pixels(
-    t5g2: CommandLine, lively: Path, image: Path
-) -> None:
+def test_with_an_image_the_text_equals_that_of_transformers(t5g2: CommandLine, lively: Path, image: Path) -> None:
     result = t5g2("generate", lively, "--prompt", PROMPT, "--image", image, "--max-new-tokens", "24")
     assert result.code == 0, result.err
     tower = T5Gemma2Reference(open_checkpoint(lively)).vision
@@ -97,13 +95,13 @@ def test_with_an_image_it_is_what_transformers_writes_of_the_same_pixels(
     assert expected != theirs(lively, ids, 24, -pixels)
 
 
-def test_the_same_prompt_gives_the_same_and_another_another(t5g2: CommandLine, lively: Path) -> None:
+def test_only_the_same_prompt_gives_the_same_text(t5g2: CommandLine, lively: Path) -> None:
     one, two = (t5g2("generate", lively, "--prompt", PROMPT).out for _ in range(2))
     assert one == two
     assert one != t5g2("generate", lively, "--prompt", "Something else").out
 
 
-def test_no_more_tokens_are_written_than_asked(lively: Path) -> None:
+def test_the_token_limit_is_kept(lively: Path) -> None:
     long = "".join(generate(lively, PROMPT, max_new_tokens=12))
     assert "".join(generate(lively, PROMPT, max_new_tokens=5)) == decoded(
         lively, theirs(lively, TextCodec(lively).encode(PROMPT), 5)
@@ -112,13 +110,13 @@ def test_no_more_tokens_are_written_than_asked(lively: Path) -> None:
 
 
 def set_ends(folder: Path, ends: int | list[int]) -> None:
-    """Name the tokens that end a text where a fine-tune names more than its config.json does."""
+    """Set the end tokens in generation_config.json, as fine-tunes with more end tokens do."""
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ends}))
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_it_stops_before_the_token_that_ends(listed: bool, t5g2: CommandLine, output: Path) -> None:
+def test_it_stops_before_the_end_token(listed: bool, t5g2: CommandLine, output: Path) -> None:
     tokens = theirs(output, TextCodec(output).encode(PROMPT), 32)
     end = next(token for token in tokens[3:] if token != tokens[0])
     set_ends(output, [EOS, end] if listed else end)
@@ -167,16 +165,14 @@ def test_it_can_be_computed_in_another_dtype(dtype: str, t5g2: CommandLine, live
         assert result.out.strip()
 
 
-def test_what_a_terminal_would_obey_is_escaped(
-    t5g2: CommandLine, lively: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_terminal_escapes_are_escaped(t5g2: CommandLine, lively: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "t5g2convert.reference.generation.generate", lambda *_, **__: iter(["a\x1b[31m", "\x07\u202e", "b\nc"])
     )
     assert t5g2("generate", lively, "--prompt", PROMPT).out == "a\\x1b[31m\\x07\\u202eb\nc\n"
 
 
-# What cannot be done
+# Errors
 
 
 def test_an_empty_prompt_is_exit_2(t5g2: CommandLine, lively: Path) -> None:
@@ -205,7 +201,7 @@ def test_an_image_for_a_model_without_a_tower_is_exit_2(
     assert t5g2("generate", tmp_path / "text-only", "--prompt", PROMPT, "--max-new-tokens", "2").code == 0
 
 
-def test_what_is_no_picture_is_exit_2(t5g2: CommandLine, lively: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_picture_is_exit_2(t5g2: CommandLine, lively: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no picture")
     for path in (tmp_path / "text", tmp_path / "missing", tmp_path):
         result = t5g2("generate", lively, "--prompt", PROMPT, "--image", path)
@@ -213,7 +209,7 @@ def test_what_is_no_picture_is_exit_2(t5g2: CommandLine, lively: Path, tmp_path:
         assert str(path) in result.err
 
 
-def test_image_tokens_in_the_prompt_are_no_fault_of_the_folder(t5g2: CommandLine, lively: Path, image: Path) -> None:
+def test_image_tokens_in_the_prompt_are_not_the_folders_fault(t5g2: CommandLine, lively: Path, image: Path) -> None:
     result = t5g2("generate", lively, "--prompt", "what is <image_soft_token>?", "--image", image)
     assert_one_line_error(result, 2)
     assert "image" in result.err
@@ -226,7 +222,7 @@ def test_a_decoder_without_a_start_token_is_exit_2(t5g2: CommandLine, output: Pa
     assert "bos_token_id" in result.err
 
 
-def test_a_token_beyond_the_table_is_no_bug_of_ours(t5g2: CommandLine, output: Path) -> None:
+def test_a_token_beyond_the_table_is_not_reported_as_a_bug(t5g2: CommandLine, output: Path) -> None:
     tokenizer = json.loads((output / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["<unused0>"] = 4000
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 4000, "content": "<unused0>"})
@@ -256,11 +252,11 @@ def test_a_wrong_call_has_its_own_exit_code(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there_is_exit_2(t5g2: CommandLine, lively: Path) -> None:
+def test_a_missing_device_is_exit_2(t5g2: CommandLine, lively: Path) -> None:
     assert_one_line_error(t5g2("generate", lively, "--prompt", PROMPT, "--device", "cuda"), 2)
 
 
-def test_a_dtype_that_is_none_is_said(lively: Path) -> None:
+def test_an_unknown_dtype_is_refused(lively: Path) -> None:
     with pytest.raises(UsageError, match="dtype: Input should be"):
         list(generate(lively, PROMPT, dtype="int8"))
 
@@ -279,7 +275,7 @@ def test_a_missing_tensor_is_the_folders_fault(t5g2: CommandLine, output: Path) 
 # Numbers that are not finite
 
 
-def test_V4_float16_that_overflows_is_the_reason_and_no_empty_line(
+def test_V4_a_float16_overflow_is_an_error_not_an_empty_line(
     t5g2: CommandLine, demo_source: Path, tmp_path: Path
 ) -> None:
     source = make_overflow(demo_source, tmp_path / "overflowing")
@@ -293,7 +289,7 @@ def test_V4_float16_that_overflows_is_the_reason_and_no_empty_line(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
-def test_weights_that_are_not_finite_are_the_reason(dtype: str, t5g2: CommandLine, output: Path) -> None:
+def test_weights_that_are_not_finite_are_named_as_the_reason(dtype: str, t5g2: CommandLine, output: Path) -> None:
     tensors = load_file(output / "model.safetensors")
     tensors["model.decoder.norm.weight"][0] = torch.nan
     save_file(tensors, output / "model.safetensors", {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Every hint that names a command or an option is listed here, names what exists, and is followed where that is quick.
+"""Hints that name a command or option are listed here, name existing ones, and are followed where quick.
 
 A new hint of that kind fails `test_every_hint_is_listed` until it has a line in `HINTS`; one that can be followed in
 this process gets a test below.
@@ -87,7 +87,7 @@ COMMAND: Final = re.compile(r"\bt5g2 ([a-z]+)")
 
 
 def texts(node: ast.expr) -> Iterator[str]:
-    """The texts that an expression may be."""
+    """Return the texts that an expression may evaluate to."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
     elif isinstance(node, ast.JoinedStr):
@@ -107,7 +107,7 @@ def is_hint(name: str) -> bool:
 
 
 def hints() -> dict[str, str]:
-    """Every hint of the code that names a command or an option, with the module that it is in."""
+    """Return every hint that names a command or option, with its module."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -141,7 +141,7 @@ def test_no_listed_hint_has_gone() -> None:
 
 
 @pytest.mark.parametrize("text", HINTS)
-def test_what_a_hint_names_is_there(text: str) -> None:
+def test_hints_name_existing_commands_and_options(text: str) -> None:
     known = commands()
     assert set(COMMAND.findall(text)) <= set(known)
     which = [name for name in known if name != "mappings"] if HINTS[text] == ("*",) else HINTS[text]
@@ -149,7 +149,7 @@ def test_what_a_hint_names_is_there(text: str) -> None:
         assert set(OPTION.findall(text)) <= options(known[name]), name
 
 
-# Followed: a command ends with a hint, and with what the hint says it succeeds.
+# Following hints: a command fails with a hint, and succeeds when run as the hint says.
 
 
 def hinted(result: Result, hint: str) -> None:
@@ -199,7 +199,7 @@ def test_drop_heads(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> Non
 
 
 def test_keep_rows(t5g2: CommandLine, twin_folder: TwinFolder) -> None:
-    """A note: rows that no tokenizer tells of are cut where they look like random fill."""
+    """A note: rows unknown to the tokenizer are cut if they look like random fill."""
     noted = t5g2("plan", twin_folder("images-with-fill"))
     assert (noted.code, "--keep-rows keeps them" in noted.err) == (0, True)
     kept = t5g2("plan", twin_folder("images-with-fill"), "--keep-rows")
@@ -258,7 +258,7 @@ def test_dtype(command: str, t5g2: CommandLine, demo_source: Path, tmp_path: Pat
 
 
 def test_verify_is_given_the_other_parent_or_not(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:
-    """Both hints fill in the option: what they name is found out by following them alone."""
+    """Both hints contain the whole option, so the test follows them verbatim."""
     source, other = twin_folder("text-8"), ("--decoder-from", twin_folder("text-unlike-7"))
     followed(t5g2("convert", source, tmp_path / "pair", *other))
     followed(t5g2("convert", source, tmp_path / "single"))

@@ -1,4 +1,4 @@
-"""Text from outside, in every place where a command reads some: no terminal, page or log obeys any of it."""
+"""Text from outside, wherever a command reads it: it controls no terminal, page or log."""
 
 import json
 import os
@@ -36,9 +36,9 @@ Record = Callable[[str, object], None]
 
 
 class Terminals(CommandLine):
-    """Runs `t5g2` before a pipe, a narrow and a wide terminal in turn, as a text, as JSON and with traceback in turn.
+    """Run `t5g2` with a pipe, a narrow and a wide terminal, as text, as JSON and with traceback.
 
-    The terminals have no colours, so that whatever is obeyed shows; stderr is none, so that no progress is drawn.
+    The terminals have no colours, so any escape shows; stderr is not a terminal, so no progress is drawn.
     """
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ class Terminals(CommandLine):
         self.count = 0
 
     def harmless(self, *call: str | Path) -> Result:
-        """Run once; nothing of what came from outside may be obeyed."""
+        """Run once; no text from outside may take effect."""
         width = (None, "20", "240")[self.turn % 3]
         choices: list[list[str]] = [[], ["--debug"], ["--json"]]
         options = choices[self.turn // 3 % (2 if call[0] in ("generate", "demo") else 3)]
@@ -61,16 +61,16 @@ class Terminals(CommandLine):
                 patch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
                 patch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
             result = self(*call, *options)
-        told = (call, options, width, result)
-        assert result.code in (0, 2, 3, 4, 5, 6), told
-        assert "a bug in t5g2" not in result.err, told
-        assert unsafe(result.out + result.err) == set(), told
-        # The line ends of what a model writes are its own; a line break from outside must begin no line like ours.
+        shown = (call, options, width, result)
+        assert result.code in (0, 2, 3, 4, 5, 6), shown
+        assert "a bug in t5g2" not in result.err, shown
+        assert unsafe(result.out + result.err) == set(), shown
+        # Generated text may have line ends; a line break from outside must not start a line like ours.
         for line in (result.err if call[0] == "generate" else result.out + result.err).splitlines():
-            assert not line.startswith(("t5g2: two", "note: three", "four")), told
+            assert not line.startswith(("t5g2: two", "note: three", "four")), shown
         if options == ["--json"]:
-            assert isinstance(json.loads(result.out), dict), told
-            assert result.out.isascii(), told
+            assert isinstance(json.loads(result.out), dict), shown
+            assert result.out.isascii(), shown
         if call[0] == "convert" and call[1] != call[2]:
             shutil.rmtree(call[2], ignore_errors=True)
         return result
@@ -87,7 +87,7 @@ def t5g2(
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source and its conversion; not to be changed."""
+    """Return a source and its conversion; do not change them."""
     folder = tmp_path_factory.mktemp("sound")
     build_demo_source(folder / "source")
     convert(folder / "source", folder / "out", flush=False)
@@ -97,7 +97,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(sound: Path, tmp_path: Path) -> Path:
-    """The same, free to be changed."""
+    """Return a copy that the test may change."""
     return shutil.copytree(sound, tmp_path / "work")
 
 
@@ -151,7 +151,7 @@ def index_of(tensor: Callable[[str], str], shard: Callable[[str], Any]) -> Calla
 
 
 def renamed_file(source: Path, payload: str) -> None:
-    """The weights under a name that only an index can give them."""
+    """Rename the weights to a name that only an index allows."""
     name = payload.replace("/", "|").replace("\\", "|").replace("\0", "0") + ".safetensors"
     name = os.fsdecode(name.encode(errors="surrogatepass").replace(b"\xed\xa0\x80", b"\xff").replace(b"\xed\xb2", b""))
     header = json.loads((source / SINGLE_FILE).read_bytes()[8:].partition(b"}}")[0] + b"}}")
@@ -214,7 +214,7 @@ def test_T1_text_of_a_source_is_never_obeyed(field: str, payload: str, t5g2: Ter
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize("field", ["tensor-suffix", "hidden_activation", "any-key"])
-def test_T1_text_of_a_source_is_never_obeyed_by_those_that_compute(
+def test_T1_text_of_a_source_is_never_obeyed_by_computing_commands(
     field: str, payload: str, t5g2: Terminals, work: Path
 ) -> None:
     SOURCE_FIELDS[field](work / "source", PAYLOADS[payload])
@@ -225,20 +225,20 @@ def test_T1_text_of_a_source_is_never_obeyed_by_those_that_compute(
 
 
 def judge(t5g2: Terminals, work: Path) -> None:
-    """Verify with all reports; the reports must be what they are for."""
+    """Verify with all reports; the reports must stay well-formed."""
     html, junit = work / "x.html", work / "x.xml"
     call: list[str | Path] = ["verify", work / "out", "--source", work / "source"]
     t5g2.harmless(*call, "--junit", junit, "--html", html)
     if html.exists():
         assert_sound_reports(html, junit)
-    # The result was recorded, or the manifest is the one that was there.
+    # The result was recorded, or the manifest is unchanged.
     json.loads((work / "out" / MANIFEST_FILE).read_text())
 
 
 def assert_sound_reports(html: Path, junit: Path) -> None:
     ElementTree.parse(junit)
     page = html.read_text(encoding="utf-8")
-    # The stylesheet and the line ends of the page are its own.
+    # The page has its own stylesheet and line ends.
     assert unsafe(page + junit.read_text(encoding="utf-8")) == set()
     assert set(re.findall(r"</?([a-zA-Z!][\w-]*)", page)) <= OUR_TAGS
     assert not re.search(r"<[^>]*\s(src|href|on\w+)\s*=", page)
@@ -250,7 +250,7 @@ OUR_TAGS: Final = {
 }  # fmt: skip
 
 
-# What is judged: the output's tensors, settings, manifest and tokenizer
+# Text of the output: tensors, settings, manifest and tokenizer
 
 
 def reseal(output: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -364,7 +364,7 @@ def map_fields(payload: str) -> Iterator[tuple[str, Callable[[dict[str, Any]], o
 
 
 def write_map(path: Path, document: Mapping[str, Any]) -> None:
-    """As JSON, which is YAML and can spell every character; a half of a pair only as it is."""
+    """Write JSON, which is YAML and can escape any character; a lone surrogate stays unescaped."""
     path.write_text(json.dumps(document))
 
 

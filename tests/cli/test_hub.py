@@ -1,4 +1,4 @@
-"""Commands on models of the Hub: the real client, in processes of their own, against a Hub on loopback."""
+"""Commands on Hub models: the real client in separate processes, against a Hub on loopback."""
 
 import json
 import os
@@ -29,7 +29,7 @@ TOKEN: Final = "hf_thetokenofthecommandline"
 
 @dataclass
 class Scene:
-    """A Hub, and a folder to work in with a cache of its own."""
+    """A Hub, and a work folder with its own cache."""
 
     hub: Hub
     folder: Path
@@ -38,7 +38,7 @@ class Scene:
         return run_t5g2(*line.split(), cwd=self.folder, env={**self.hub.env(self.folder / "home"), **env})
 
     def json(self, line: str, **env: str) -> dict[str, Any]:
-        """The document of a command that ends well."""
+        """Return the document of a successful command."""
         done = self(f"{line} --json", **env)
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
@@ -52,7 +52,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def without_hub(manifest: bytes) -> dict[str, Any]:
-    """A manifest without what only the conversion of a model of the Hub tells."""
+    """Return a manifest without the fields that only a Hub conversion has."""
     document = json.loads(manifest)
     del document["sha256"]
     for role in ("source", "decoder_from", "vision_from"):
@@ -76,9 +76,9 @@ def test_headers_are_all_that_inspect_and_plan_read(scene: Scene, demo_source: P
     assert scene.json(f"mappings check gemma3 --against {REPO}")["tensors"] == len(planned["tensors"])
     assert scene.hub.sent(SINGLE_FILE) == 3 * FIRST_BYTES
     assert not list((scene.folder / "home").rglob(SINGLE_FILE))
-    told = scene(f"inspect {REPO}")
-    assert f"gemma3 in {REPO}@{sha}" in told.stdout
-    assert told.stderr == ""
+    result = scene(f"inspect {REPO}")
+    assert f"gemma3 in {REPO}@{sha}" in result.stdout
+    assert result.stderr == ""
     shown = scene(f"plan {REPO}").stdout
     assert f"{REPO}: gemma3 to t5gemma2" in shown
     assert "of memory; downloads " in shown
@@ -100,7 +100,7 @@ def test_a_large_tokenizer_config_is_fetched_and_carried(scene: Scene, demo_sour
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ["images-sharded", "text-8"])
-def test_a_conversion_is_that_of_the_same_files(scene: Scene, twin_folder: TwinFolder, name: str) -> None:
+def test_a_conversion_equals_that_of_the_same_files(scene: Scene, twin_folder: TwinFolder, name: str) -> None:
     source = twin_folder(name)
     sha = scene.hub.add(REPO, source)
     done = scene(f"convert {REPO} out --no-flush --verify")
@@ -112,9 +112,9 @@ def test_a_conversion_is_that_of_the_same_files(scene: Scene, twin_folder: TwinF
     manifests = found.pop("t5g2.json"), expected.pop("t5g2.json")
     assert found == expected
     assert json.loads(manifests[0])["source"]["hub"] == {"repo": REPO, "revision": sha}
-    told = without_hub(manifests[0])
-    assert told.pop("verification")["passed"]
-    assert told == without_hub(manifests[1])
+    manifest = without_hub(manifests[0])
+    assert manifest.pop("verification")["passed"]
+    assert manifest == without_hub(manifests[1])
 
 
 def test_what_was_converted_online_is_converted_offline_byte_for_byte(scene: Scene, demo_source: Path) -> None:
@@ -129,7 +129,7 @@ def test_what_was_converted_online_is_converted_offline_byte_for_byte(scene: Sce
 
 
 @pytest.mark.slow
-def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
+def test_a_source_on_the_hub_is_verified(scene: Scene, demo_source: Path) -> None:
     (demo_source / "chat_template.jinja").write_bytes(b"carried, and no JSON")
     scene.hub.add(REPO, demo_source)
     convert(demo_source, scene.folder / "out", flush=False)
@@ -144,7 +144,7 @@ def test_a_source_of_the_hub_is_judged(scene: Scene, demo_source: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_branch_that_moved_on_is_told_with_the_commit_that_was_converted(scene: Scene, demo_source: Path) -> None:
+def test_a_moved_branch_is_reported_with_the_converted_commit(scene: Scene, demo_source: Path) -> None:
     sha = scene.hub.add(REPO, demo_source)
     assert scene(f"convert {REPO} out --no-flush").returncode == 0
     scene.hub.repos[REPO].commit({**contents(demo_source), "notes.txt": b"something else"})
@@ -156,7 +156,7 @@ def test_a_branch_that_moved_on_is_told_with_the_commit_that_was_converted(scene
 
 
 @pytest.mark.slow
-def test_a_part_is_taken_out_of_a_model_of_the_hub(scene: Scene, converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_a_part_is_extracted_from_a_model_on_the_hub(scene: Scene, converted_twin: TwinFolder, tmp_path: Path) -> None:
     sha = scene.hub.add(REPO, converted_twin("images-sharded"))
     for part in ("encoder", "decoder"):
         done = scene(f"extract {REPO} {part} --part {part} --verify")
@@ -169,14 +169,14 @@ def test_a_part_is_taken_out_of_a_model_of_the_hub(scene: Scene, converted_twin:
 
 
 @pytest.mark.slow
-def test_another_commit_than_it_was_made_from_is_told(scene: Scene, demo_source: Path) -> None:
+def test_another_commit_than_the_converted_one_is_reported(scene: Scene, demo_source: Path) -> None:
     sha = scene.hub.add(REPO, demo_source)
     scene.json(f"convert {REPO} out --no-flush")
     assert scene.json(f"verify out --source {REPO} --no-record")["passed"]
     path = scene.folder / "out/t5g2.json"
-    lie = json.loads(path.read_text())
-    lie["source"]["hub"] = {"repo": "google/other", "revision": "0" * 40}
-    path.write_bytes(seal(lie))
+    false_manifest = json.loads(path.read_text())
+    false_manifest["source"]["hub"] = {"repo": "google/other", "revision": "0" * 40}
+    path.write_bytes(seal(false_manifest))
     done = scene(f"verify out --source {REPO}")
     assert done.returncode == 6
     recorded = f"records source google/other@{'0' * 40}, but {REPO}@{sha} was passed"
@@ -229,18 +229,16 @@ def test_only_the_shards_with_the_layers_of_the_decoders_parent_are_fetched(
     assert 0 < len(fetched) < len(list(other.glob("*.safetensors")))
     convert(source, scene.folder / "expected", decoder_from=other, decoder_layers="0:4:3", flush=False)
     found, expected = contents(scene.folder / "out"), contents(scene.folder / "expected")
-    told = without_hub(found.pop("t5g2.json"))
-    assert told.pop("verification")["passed"]
-    assert told == without_hub(expected.pop("t5g2.json"))
+    manifest = without_hub(found.pop("t5g2.json"))
+    assert manifest.pop("verification")["passed"]
+    assert manifest == without_hub(expected.pop("t5g2.json"))
     assert found == expected
     report = scene.json(f"verify out --source {source} --decoder-from google/other")
     assert report["passed"]
 
 
 @pytest.mark.slow
-def test_a_graft_is_judged_without_the_shard_of_a_projector_that_it_does_not_have(
-    scene: Scene, twin_folder: TwinFolder
-) -> None:
+def test_a_graft_without_projector_is_verified_without_its_shard(scene: Scene, twin_folder: TwinFolder) -> None:
     from tests.models.twins import split_off
 
     source = twin_folder("text-8")
@@ -257,17 +255,17 @@ def test_a_graft_is_judged_without_the_shard_of_a_projector_that_it_does_not_hav
 @pytest.mark.parametrize(
     "command", ["inspect SOURCE", "plan SOURCE", "convert SOURCE out", "verify DONE --source SOURCE"]
 )
-def test_H1_a_gated_model_is_told_before_any_work(scene: Scene, demo_source: Path, command: str) -> None:
+def test_H1_a_gated_model_is_reported_before_any_work(scene: Scene, demo_source: Path, command: str) -> None:
     scene.hub.add(REPO, demo_source, gated_to={"bo"})
     scene.hub.users[TOKEN] = "ann"
     convert(demo_source, scene.folder / "done", flush=False)
     line = command.replace("SOURCE", REPO).replace("DONE", "done")
-    for token, told in ("", "no token was given"), (TOKEN, "the token's user does not have access"):
+    for token, message in ("", "no token was given"), (TOKEN, "the token's user does not have access"):
         done = scene(line, **({"HF_TOKEN": token} if token else {}))
         assert done.returncode == 7
         assert done.stdout == ""
         page = f"accept the terms at {scene.hub.url}/{REPO}, then: hf auth login, or set HF_TOKEN"
-        assert done.stderr == f"t5g2: {REPO}: is gated, and {told} ({page})\n"
+        assert done.stderr == f"t5g2: {REPO}: is gated, and {message} ({page})\n"
     assert not (scene.folder / "out").exists()
     assert scene.hub.sent(SINGLE_FILE) == 0
 
@@ -316,21 +314,21 @@ def test_a_folder_comes_before_a_model_of_its_name(scene: Scene, demo_source: Pa
     assert scene.hub.log == []
 
 
-def test_H1_a_target_that_cannot_be_written_is_told_before_the_hub_is_asked(scene: Scene) -> None:
+def test_H1_an_unwritable_target_is_reported_before_any_request(scene: Scene) -> None:
     (scene.folder / "out").mkdir()
     (scene.folder / "out/mine.txt").touch()
     assert scene(f"convert {REPO} out").returncode == 5
     assert scene.hub.log == []
 
 
-def test_a_run_that_cannot_be_resumed_is_told_before_the_hub_is_asked(scene: Scene) -> None:
+def test_a_run_that_cannot_be_resumed_is_reported_before_any_request(scene: Scene) -> None:
     done = scene(f"convert {REPO} out --resume --no-hash")
     assert done.returncode == 2
     assert "--resume needs sha256" in done.stderr
     assert scene.hub.log == []
 
 
-def test_H2_a_conversion_that_was_cut_goes_on_with_the_files_that_are_here(
+def test_H2_an_interrupted_conversion_continues_with_the_downloaded_files(
     scene: Scene, twin_folder: TwinFolder
 ) -> None:
     source = twin_folder("text-sharded")
@@ -348,8 +346,8 @@ def test_H2_a_conversion_that_was_cut_goes_on_with_the_files_that_are_here(
     assert scene.hub.sent(shards[0]) == 0
 
 
-def test_a_download_that_is_not_what_the_hub_tells_is_refused(scene: Scene, demo_source: Path) -> None:
-    """Of the right size, with the right header; only the sha256 shows it."""
+def test_a_download_with_the_wrong_sha256_is_refused(scene: Scene, demo_source: Path) -> None:
+    """Size and header are right; only the sha256 differs."""
     sha = scene.hub.add(REPO, demo_source)
     right = (demo_source / SINGLE_FILE).read_bytes()
     wrong = right[:-1] + bytes([right[-1] ^ 1])
@@ -361,7 +359,7 @@ def test_a_download_that_is_not_what_the_hub_tells_is_refused(scene: Scene, demo
     assert not (scene.folder / "out").exists()
 
 
-def test_the_progress_of_a_download_is_shown_on_a_terminal_alone(scene: Scene, demo_source: Path) -> None:
+def test_download_progress_is_shown_only_on_a_terminal(scene: Scene, demo_source: Path) -> None:
     import pty
 
     scene.hub.add(REPO, demo_source)
@@ -390,7 +388,7 @@ def read_terminal(leader: int) -> bytes:
         return b""  # the other end was closed
 
 
-def test_a_picture_is_looked_at_with_a_tower_of_the_hub(scene: Scene, demo_source: Path) -> None:
+def test_a_picture_is_read_with_a_tower_from_the_hub(scene: Scene, demo_source: Path) -> None:
     from PIL import Image
 
     scene.hub.add(REPO, demo_source)

@@ -96,7 +96,7 @@ def test_a_wrong_command_line_is_exit_2(
 
 
 @pytest.mark.parametrize("size", ["0", "0.4", "-1", "", "lots", "5XB", "1e9", "1,5GB", "nan", "GB", "9" * 400 + "GB"])
-def test_a_size_that_is_none_is_exit_2(t5g2: CommandLine, demo_source: Path, tmp_path: Path, size: str) -> None:
+def test_an_invalid_size_is_exit_2(t5g2: CommandLine, demo_source: Path, tmp_path: Path, size: str) -> None:
     for command in (["plan", demo_source], ["convert", demo_source, tmp_path / "out"]):
         assert_one_line_error(t5g2(*command, "--max-shard-size", size), 2)
     assert not (tmp_path / "out").exists()
@@ -299,7 +299,7 @@ def test_O1_an_output_that_touches_the_source_is_exit_5(
     assert leftovers(tmp_path) == leftovers(source.parent) == []
 
 
-def test_O1_a_link_that_leads_nowhere_is_exit_5(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_O1_a_broken_link_is_exit_5(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (tmp_path / "endless").symlink_to(tmp_path / "endless")
     for name in ("dangling", "endless"):
@@ -357,7 +357,7 @@ def test_debug_adds_the_traceback_before_the_line(t5g2: CommandLine, tmp_path: P
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["plain", "json"])
-def test_an_exception_that_nobody_thought_of_is_a_bug_and_exit_1(
+def test_an_unexpected_exception_is_a_bug_and_exit_1(
     t5g2: CommandLine, demo_source: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     def fail(path: Path, **_: object) -> None:
@@ -529,7 +529,7 @@ def test_a_terminal_without_unicode_gets_an_answer(demo_source: Path, command: s
 
 
 def run_without_reader(*arguments: str | Path, unbuffered: bool) -> subprocess.CompletedProcess[str]:
-    """Run with a stdout that nobody reads any more."""
+    """Run with a stdout whose reader has closed it."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -557,7 +557,7 @@ def test_a_reader_that_leaves_early_is_no_error(demo_source: Path, options: list
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
-def test_an_error_whose_reader_has_left_keeps_its_code(tmp_path: Path, unbuffered: bool) -> None:
+def test_an_error_without_a_reader_keeps_its_code(tmp_path: Path, unbuffered: bool) -> None:
     run = run_without_reader("inspect", tmp_path / "nothing", "--json", unbuffered=unbuffered)
     assert run.stderr.startswith("t5g2: ")
     assert run.stderr.count("\n") == 1
@@ -658,10 +658,10 @@ def test_O3_a_signal_leaves_the_old_folder_as_it_was(
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_O3_a_signal_of_which_another_error_was_made_is_still_one(
+def test_O3_a_signal_wrapped_in_another_error_is_still_a_signal(
     t5g2: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
-    """A class that is being built turns whatever is raised in it into an error of its own."""
+    """Python wraps exceptions raised while it builds a class."""
 
     def built(*_: object, **__: object) -> None:
         with pytest.raises(Interrupted):
@@ -679,7 +679,7 @@ def test_O3_a_signal_of_which_another_error_was_made_is_still_one(
 @pytest.mark.parametrize(
     ("loads", "option"), [("tokenizers.Tokenizer.from_file", "--text"), ("PIL.Image.open", "--image")]
 )
-def test_O3_a_signal_while_a_library_loads_a_file_is_no_fault_of_the_file(
+def test_O3_a_signal_while_a_library_loads_a_file_is_not_the_files_fault(
     t5g2: CommandLine, demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     loads: str, option: str, wrapped: bool,
 ) -> None:  # fmt: skip
@@ -713,7 +713,7 @@ def test_O3_a_second_signal_ends_the_process_at_once(demo_source: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_O3_with_resume_a_signal_leaves_what_is_finished_and_the_next_run_goes_on(
+def test_O3_with_resume_a_signal_keeps_finished_shards_and_the_next_run_continues(
     t5g2: CommandLine, demo_source: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     options = ["--max-shard-size", "60kB", "--resume"]
@@ -739,9 +739,7 @@ def test_resume_without_sha256_is_a_wrong_command_line(t5g2: CommandLine, demo_s
     assert "--resume needs sha256" in result.err
 
 
-def test_I9_nan_is_refused_by_name_and_let_through_on_demand(
-    t5g2: CommandLine, demo_source: Path, tmp_path: Path
-) -> None:
+def test_I9_nan_is_refused_by_name_and_allowed_on_request(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
     path = demo_source / "model.safetensors"
     entry = read_header(path).tensors["language_model.model.layers.2.mlp.up_proj.weight"]
     data = bytearray(path.read_bytes())

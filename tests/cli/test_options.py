@@ -1,4 +1,4 @@
-"""Options models on the command line, and what values of options mean."""
+"""Options models on the command line, and how their values are parsed."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,7 +125,7 @@ def test_a_command_may_offer_some_of_the_options() -> None:
     assert run("n", "--steps", "3", only={"steps"})[2] == ["n", EverythingOptions(steps=3), False]
 
 
-def test_what_typer_lets_through_the_model_refuses() -> None:
+def test_the_model_refuses_values_that_typer_accepts() -> None:
     assert run("n", "--steps", "3", "--times", "10")[0] == 2
     with pytest.raises(UsageError, match="rate: Input should be a finite number"):
         run("n", "--steps", "3", "--rate", "nan")

@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """A folder with a text, a JSONL with and without pictures, and a Parquet file."""
+    """Write a text, a JSONL with and without pictures, and a Parquet file."""
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.txt").write_text("a text")
@@ -41,7 +41,7 @@ def inputs(tmp_path: Path) -> Path:
     return folder
 
 
-def test_json_tells_what_was_packed(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
+def test_json_reports_what_was_packed(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
     run = t5g2("pack", model, tmp_path / "out", inputs, "--json", "--shard-tokens", 9)
     assert (run.code, run.err) == (0, "")
     packed = Packed.open(tmp_path / "out", verify=True)
@@ -68,7 +68,7 @@ def test_no_torch_is_loaded(model: Path, inputs: Path, tmp_path: Path) -> None:
     assert not loaded & {"datasets", "pandas", "matplotlib", "lightning_fabric"}
 
 
-def test_without_json_a_line_tells_it(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
+def test_without_json_one_line_reports_it(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
     run = t5g2("pack", model, tmp_path / "out", inputs / "a.txt", inputs / "b.jsonl")
     assert (run.code, run.err) == (0, "")
     assert f"packed 2 documents (14 tokens; 1 more with images, 12 tokens) into {tmp_path}/out\n" in run.out
@@ -82,7 +82,7 @@ def test_a_data_set_in_place_of_files(t5g2: CommandLine, model: Path, tmp_path: 
     assert (run.code, json.loads(run.out)["tokens"]) == (0, 9)
 
 
-def test_what_to_pack_is_said_once(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
+def test_inputs_can_be_given_only_once(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
     assert t5g2("pack", model, tmp_path / "out").code == 2
     run = t5g2("pack", model, tmp_path / "out", inputs, "--dataset", "x/y")
     assert (run.code, run.err) == (2, "t5g2: pass either files and folders to pack, or --dataset, not both\n")
@@ -105,7 +105,7 @@ def test_bad_documents_are_listed_and_nothing_is_left(
 
 
 def rows(path: Path, count: int) -> Path:
-    """A JSONL of so many documents of 2,000 characters."""
+    """Write a JSONL of `count` documents of 2,000 characters."""
     with path.open("w") as file:
         for number in range(count):
             file.write(json.dumps({"text": f"document {number} " + "abc " * 495}) + "\n")
@@ -138,7 +138,7 @@ def test_a_signal_leaves_nothing(model: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_a_bar_is_drawn_on_a_terminal_alone(model: Path, inputs: Path, tmp_path: Path) -> None:
+def test_a_bar_is_drawn_only_on_a_terminal(model: Path, inputs: Path, tmp_path: Path) -> None:
     import pty
 
     parent, child = pty.openpty()

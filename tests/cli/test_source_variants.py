@@ -1,4 +1,4 @@
-"""The commands with sources that need a word or an option."""
+"""The commands with sources that need a note or an option."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_a_head_is_refused_and_its_hint_followed(t5g2: CommandLine, twin_folder:
     assert t5g2("inspect", source).code == 0
 
 
-def test_shieldgemma_is_called_what_it_is(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_shieldgemma_is_called_by_its_name(t5g2: CommandLine, twin_folder: TwinFolder, tmp_path: Path) -> None:
     source = tmp_path / "source"
     respell(twin_folder("images-8"), source, lambda held: held)
     config = json.loads((source / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""What is no regular file, in every place where one is read, and as the output; and what an index may make us open."""
+"""Special files as every input and as the output, and the files that an index may open."""
 
 import json
 import os
@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("soon")]
 
 
 class WaitedError(BaseException):
-    """No OSError, which would be taken for one of the file's own."""
+    """Not an OSError, which would look like an error of the file."""
 
 
 @pytest.fixture
 def soon() -> Iterator[None]:
-    """Whoever waits for a pipe is interrupted after a minute, and again: `main` makes an error of the first time."""
+    """Interrupt a wait for a pipe after a minute, and again: `main` turns the first interrupt into an error."""
 
     def give_up(number: int, frame: FrameType | None) -> None:
         raise WaitedError
@@ -59,7 +59,7 @@ KINDS: Final[dict[str, Callable[[Path], object]]] = {
 
 @pytest.fixture
 def source(demo_source: Path, tmp_path: Path) -> Path:
-    """The demo's source in two files, all of them links as in the Hub's cache."""
+    """Return the demo source in two files, all symlinks as in the Hub cache."""
     convert_to_shards(demo_source)
     blobs = tmp_path / "blobs"
     blobs.mkdir()
@@ -98,7 +98,7 @@ def test_I12_links_into_the_cache_are_followed_to_the_last_file(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["config.json", INDEX_FILE, FIRST, SECOND])
-def test_I12_no_command_reads_what_is_no_file(
+def test_I12_no_command_reads_a_special_file(
     name: str, kind: str, t5g2: CommandLine, source: Path, tmp_path: Path
 ) -> None:
     (source / name).unlink()
@@ -114,10 +114,10 @@ def test_I12_no_command_reads_what_is_no_file(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_I12_a_file_to_be_carried_over_that_is_none_is_refused(
+def test_I12_a_special_file_to_be_copied_is_refused(
     name: str, kind: str, t5g2: CommandLine, source: Path, tmp_path: Path
 ) -> None:
-    """Left out in silence it would make a model without tokenizer, or one that never ends its text."""
+    """Skipped silently, it would give a model without tokenizer or end token."""
     (source / name).unlink(missing_ok=True)
     KINDS[kind](source / name)
     there = sorted(path.name for path in tmp_path.iterdir())
@@ -130,7 +130,7 @@ def test_I12_a_file_to_be_carried_over_that_is_none_is_refused(
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["new", "overwrite"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
-def test_I12_an_output_that_is_no_folder_is_refused(
+def test_I12_an_output_that_is_not_a_folder_is_refused(
     kind: str, options: list[str], t5g2: CommandLine, demo_source: Path, tmp_path: Path
 ) -> None:
     KINDS[kind](tmp_path / "out")
@@ -146,15 +146,15 @@ def test_I12_an_output_that_is_no_folder_is_refused(
 
 
 @pytest.mark.parametrize("output", ["/dev/full", "/dev/zero", "/dev/null"])
-def test_I12_a_device_is_no_output(output: str, t5g2: CommandLine, demo_source: Path) -> None:
+def test_I12_a_device_is_not_an_output(output: str, t5g2: CommandLine, demo_source: Path) -> None:
     result = t5g2("convert", demo_source, output, "--overwrite")
     assert result.code == 5
     assert result.err == f"t5g2: {output}: exists and is not a folder\n"
 
 
 @pytest.mark.parametrize("kind", ["fifo", "dangling", "looping", "folder", "dev-zero"])
-def test_I12_a_map_that_is_no_file_is_refused(kind: str, t5g2: CommandLine, tmp_path: Path) -> None:
-    """A pipe would be waited for until somebody writes into it."""
+def test_I12_a_map_that_is_not_a_file_is_refused(kind: str, t5g2: CommandLine, tmp_path: Path) -> None:
+    """Reading a pipe would block until somebody writes to it."""
     KINDS[kind](tmp_path / "map.yaml")
     result = t5g2("mappings", "check", tmp_path / "map.yaml")
     assert result.code == 4
@@ -162,7 +162,7 @@ def test_I12_a_map_that_is_no_file_is_refused(kind: str, t5g2: CommandLine, tmp_
     assert "a bug in t5g2" not in result.err
 
 
-# What is read for a verification or for text: a pipe is waited for, a device has no end.
+# Inputs of verify and generate: a pipe would block, a device never ends.
 
 _LIMITED: Final = """
 import resource, sys
@@ -230,6 +230,6 @@ def test_I4_an_index_that_leaves_the_folder_is_refused_before_anything_is_opened
 
 
 def test_I12_a_map_from_a_pipe_would_be_read_whole_from_a_file(t5g2: CommandLine, tmp_path: Path) -> None:
-    """The control of the tests above: the same map as a file is sound."""
+    """Control for the tests above: the same map is valid as a file."""
     (tmp_path / "map.yaml").write_text((mappings_folder() / "gemma3.yaml").read_text())
     assert t5g2("mappings", "check", tmp_path / "map.yaml").code == 0

@@ -1,4 +1,4 @@
-"""stdout and stderr that are closed, full or without a reader: the work is done or refused as ever."""
+"""stdout and stderr that are closed, full or without a reader: results and errors stay the same."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_O2_a_full_disk_behind_stdout_is_exit_5_in_one_line(
 @pytest.mark.slow
 @needs_full
 @pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
-def test_O2_a_conversion_whose_words_are_lost_is_whole(demo_source: Path, tmp_path: Path, unbuffered: bool) -> None:
+def test_O2_a_conversion_with_lost_output_is_complete(demo_source: Path, tmp_path: Path, unbuffered: bool) -> None:
     ended = run("convert", demo_source, tmp_path / "out", unbuffered=unbuffered)
     assert (ended.returncode, ended.stderr) == (0, "t5g2: cannot print the result: No space left on device\n")
     judged = subprocess.run(
@@ -73,7 +73,7 @@ def test_an_error_keeps_its_code_when_nothing_can_be_said(tmp_path: Path, option
 
 
 def shell(line: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a line of bash in which `t5g2` is this tool, and "$@" are the arguments."""
+    """Run a line of bash where `t5g2` is this tool and "$@" its arguments."""
     script = f't5g2() {{ "{sys.executable}" -m t5g2convert "$@"; }}; {line}'
     command = ["bash", "-c", script, "bash", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -81,7 +81,7 @@ def shell(line: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize("closed", CLOSED)
 def test_O13_a_conversion_with_closed_streams_is_the_same(demo_source: Path, tmp_path: Path, closed: str) -> None:
-    """Were a descriptor of 0 to 2 free, a file of the output would get it, and what is printed would go there."""
+    """If a descriptor 0 to 2 were free, an output file would get it, and prints would go there."""
     convert(demo_source, tmp_path / "expected")
     ended = shell(f't5g2 convert "$@" {closed}', demo_source, tmp_path / "out")
     assert (ended.returncode, ended.stderr) == (0, "")

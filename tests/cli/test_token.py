@@ -1,4 +1,4 @@
-"""The token of the Hub: whatever is run and whatever goes wrong, it is nowhere in what is printed or written."""
+"""The Hub token never appears in printed or written output, whatever fails."""
 
 import os
 import secrets
@@ -34,7 +34,7 @@ RUN: Final = "import sys; from t5g2convert.cli.main import main; main(sys.argv[1
 
 @pytest.fixture(scope="module")
 def token() -> str:
-    """Another one in each run, so that it stands in no file by chance."""
+    """Return a new token in each run, so that no file contains it by chance."""
     return f"hf_{secrets.token_hex(17)}"
 
 
@@ -103,13 +103,13 @@ def run(work: Path, token: str, line: str, script: str = RUN) -> subprocess.Comp
 
 
 def holders(folder: Path, token: str) -> list[str]:
-    """Files that hold the token, other than those that were made to; hidden ones too."""
+    """Return the files with the token, hidden ones too, but not those that must have it."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "home"]
     return [path.name for path in files if token.encode() in path.read_bytes()]
 
 
 @pytest.mark.slow
-def test_H6_the_token_is_in_nothing_that_a_good_run_prints_or_writes(
+def test_H6_a_successful_run_prints_and_writes_no_token(
     work: Path, token: str, record_property: Callable[[str, object], None]
 ) -> None:
     for line in GOOD:
@@ -153,7 +153,7 @@ def test_H6_the_token_is_in_no_traceback_of_a_bug(option: str, work: Path, token
 def test_H6_a_token_in_an_address_given_for_a_folder_is_not_repeated(
     line: str, form: str, option: list[str], work: Path, token: str
 ) -> None:
-    """Errors end up in logs; the argument itself is known to whoever typed it."""
+    """Errors end up in logs; the argument is known only to the user."""
     done = run(work, token, " ".join([line.replace("URL", form.format(token)), *option]))
     assert done.returncode == (5 if line.endswith("SOURCE URL") else 3)
     assert "got a URL (https://...)" in done.stderr
@@ -162,7 +162,7 @@ def test_H6_a_token_in_an_address_given_for_a_folder_is_not_repeated(
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Answers with what it was sent, in a header and in an address."""
+    """Echo the request in a header and in an address."""
 
     status: ClassVar[int]
 
@@ -178,12 +178,12 @@ class Echo(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET  # noqa: N815 - the names that the server calls
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("status", ECHOES)
-def test_H6_what_a_server_repeats_of_the_token_is_not_shown_of_a_data_set(
+def test_H6_a_token_echoed_by_a_data_set_server_is_not_shown(
     status: int, work: Path, token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler = type("Answering", (Echo,), {"status": status})

@@ -1,4 +1,4 @@
-"""`verify`, `extract`, `compare` and `generate` on what transformers saved after a training."""
+"""`verify`, `extract`, `compare` and `generate` on a model fine-tuned with transformers."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.parity.elsewhere import ENCODER, Tensors, change, copied, names, trai
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`parent`, a Gemma 3; `start`, its conversion; and that trained and saved from three classes."""
+    """`Write `parent`, a Gemma 3; `start`, its conversion; and fine-tuned models of three classes."""
     root = tmp_path_factory.mktemp("elsewhere")
     start = write_start(root)
     for kind in ("whole", "inner", "classifier"):
@@ -46,14 +46,14 @@ def test_a_sound_one_is_exit_0_and_a_lost_encoder_exit_6(scene: Path, t5g2: Comm
     done = t5g2("verify", lost, "--source", scene / "start", "--json")
     failed = [check["name"] for check in json.loads(done.out)["checks"] if not check["passed"]]
     assert (done.code, failed) == (6, ["encoder"])
-    # The hint leads somewhere.
+    # The hint's command works.
     assert t5g2("verify", lost, "--source", scene / "start", "--frozen", "encoder").code == 0
     assert t5g2("verify", lost, "--source", scene / "start", "--frozen", "tower").code == 2
 
 
 @pytest.mark.parametrize("kind", ["whole", "inner", "classifier"])
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_parts_are_taken_out_and_proved(kind: str, part: str, scene: Path, t5g2: CommandLine, tmp_path: Path) -> None:
+def test_parts_are_extracted_and_verified(kind: str, part: str, scene: Path, t5g2: CommandLine, tmp_path: Path) -> None:
     done = t5g2("extract", scene / kind, tmp_path / "out", "--part", part, "--verify")
     assert done.code == 0, done.err
     assert ("the head of a classifier is left behind" in done.err) == (kind == "classifier")

@@ -30,7 +30,7 @@ def source(twin_folder: TwinFolder) -> Path:
 
 @pytest.fixture
 def output(converted_twin: TwinFolder, tmp_path: Path) -> Path:
-    """A conversion of `source`, free to be damaged."""
+    """Return a conversion of `source` that the test may damage."""
     shutil.copytree(converted_twin("images-8"), tmp_path / "out")
     return tmp_path / "out"
 
@@ -76,7 +76,7 @@ def test_json_is_one_document_and_nothing_else(t5g2: CommandLine, source: Path, 
     assert (found["dtype"], found["device"], found["tolerance"]) == ("bfloat16", "cpu", 0.0)
 
 
-def test_without_a_source_what_was_not_made_is_listed(t5g2: CommandLine, output: Path) -> None:
+def test_without_a_source_skipped_checks_are_listed(t5g2: CommandLine, output: Path) -> None:
     result = t5g2("verify", output)
     assert result.code == 0
     assert result.out.count("not made") == 6
@@ -147,7 +147,7 @@ def test_json_of_a_model_that_is_not_finite_is_json(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_no_fault_of_the_conversion_has_its_own_exit_code(
+def test_other_errors_have_their_own_exit_codes(
     arguments: list[str], code: int, options: list[str], t5g2: CommandLine, source: Path, output: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -166,7 +166,7 @@ def test_what_is_no_fault_of_the_conversion_has_its_own_exit_code(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there_is_exit_2(t5g2: CommandLine, source: Path, output: Path) -> None:
+def test_a_missing_device_is_exit_2(t5g2: CommandLine, source: Path, output: Path) -> None:
     before = contents(output)
     assert_one_line_error(t5g2("verify", output, "--source", source, "--device", "cuda"), 2)
     assert contents(output) == before
@@ -208,7 +208,9 @@ def test_html_loads_nothing_and_has_a_plot_for_every_parity(
     assert "10 of 10 stages equal" in text
 
 
-def test_reports_are_written_beside_the_json(t5g2: CommandLine, source: Path, output: Path, tmp_path: Path) -> None:
+def test_reports_are_written_in_addition_to_the_json(
+    t5g2: CommandLine, source: Path, output: Path, tmp_path: Path
+) -> None:
     html, junit = tmp_path / "x.html", tmp_path / "x.xml"
     result = t5g2("verify", output, "--source", source, "--html", html, "--junit", junit, "--json")
     assert document(result)["passed"] is True
@@ -230,7 +232,7 @@ def test_a_report_that_cannot_be_written_is_exit_5(
 @pytest.mark.parametrize(
     ("arguments", "code"), [(["--source", "nowhere"], 3), (["--dtype", "int3"], 2), (["--tolerance", "2"], 2)]
 )
-def test_O13_reports_stay_as_they_were_when_there_is_nothing_to_report(
+def test_O13_reports_stay_unchanged_when_there_is_nothing_to_report(
     t5g2: CommandLine, output: Path, tmp_path: Path, arguments: list[str], code: int
 ) -> None:
     (tmp_path / "x.xml").write_text("the last report")
@@ -273,9 +275,7 @@ def test_a_report_keeps_its_mode_and_its_link_and_may_be_a_device(
     assert not Path("/dev/null").is_file()
 
 
-def test_a_report_takes_the_place_of_no_file_of_a_model_and_of_no_other_report(
-    t5g2: CommandLine, output: Path, tmp_path: Path
-) -> None:
+def test_a_report_replaces_no_model_file_and_no_other_report(t5g2: CommandLine, output: Path, tmp_path: Path) -> None:
     before = (output / "config.json").read_bytes()
     assert_one_line_error(t5g2("verify", output, "--junit", output / "config.json"), 5)
     assert_one_line_error(t5g2("verify", output, "--html", output / "more.txt"), 2)
@@ -333,7 +333,7 @@ def test_hostile_paths_reach_no_terminal_and_no_page(
 
 @pytest.fixture
 def swapped(tmp_path: Path) -> Path:
-    """A map that plans and loads, and that gives two tensors of the decoder each other's place."""
+    """Write a map that loads, but swaps two tensors of the decoder."""
     content = yaml.safe_load((mappings_folder() / "gemma3.yaml").read_text())
     rows = {row["from"]: row["to"] for row in content["weights"] if "from" in row}
     one, other = (rows[f"{{text}}layers.{{layer}}.mlp.{name}_proj.weight"] for name in ("gate", "up"))
@@ -346,7 +346,7 @@ def swapped(tmp_path: Path) -> Path:
 Swap = Callable[..., Result]
 
 
-def beside(folder: Path) -> list[str]:
+def files_next_to(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -360,7 +360,7 @@ def test_convert_verify_records_the_result(t5g2: CommandLine, source: Path, tmp_
     recorded = read_manifest(tmp_path / "out").document()["verification"]
     assert recorded["passed"] is True
     assert [check["name"] for check in recorded["checks"]] == CHECKS
-    assert beside(tmp_path) == ["out"]
+    assert files_next_to(tmp_path) == ["out"]
     assert t5g2("verify", tmp_path / "out", "--source", source).code == 0
 
 
@@ -391,31 +391,29 @@ def test_O8_verified_conversions_of_the_same_input_are_byte_identical(
 def test_convert_verify_of_a_cast_notes_it(dtype: str, t5g2: CommandLine, source: Path, tmp_path: Path) -> None:
     result = t5g2("convert", source, tmp_path / "out", "--verify", "--dtype", dtype)
     assert result.code == 0, result.out
-    # float16 may overflow where the weights do not: it is judged in float32.
+    # float16 may overflow although the weights do not: verify uses float32.
     assert "verified in float32 on cpu" in result.out
     assert "cast from bfloat16" in result.err
 
 
-def test_a_conversion_that_is_found_wrong_leaves_nothing(
-    t5g2: CommandLine, source: Path, swapped: Path, tmp_path: Path
-) -> None:
-    before = beside(tmp_path)
+def test_a_failed_verification_leaves_no_output(t5g2: CommandLine, source: Path, swapped: Path, tmp_path: Path) -> None:
+    before = files_next_to(tmp_path)
     result = t5g2("convert", source, tmp_path / "out", "--mapping", swapped, "--verify")
     assert result.code == 6
     assert result.out == ""
     assert result.err.startswith("t5g2: ")
     assert "decoder_parity" in result.err
     assert "layers.0" in result.err
-    assert beside(tmp_path) == before
+    assert files_next_to(tmp_path) == before
     as_json = t5g2("convert", source, tmp_path / "out", "--mapping", swapped, "--verify", "--json")
     assert as_json.code == as_json.error["code"] == 6
     assert as_json.error["where"] == str(tmp_path / "out")
     assert any(detail.startswith("decoder_parity: ") for detail in as_json.error["details"])
-    assert beside(tmp_path) == before
+    assert files_next_to(tmp_path) == before
     assert t5g2("convert", source, tmp_path / "out", "--mapping", swapped).code == 0
 
 
-def test_an_older_output_outlives_a_conversion_that_is_found_wrong(
+def test_a_failed_verification_keeps_the_older_output(
     t5g2: CommandLine, source: Path, swapped: Path, tmp_path: Path
 ) -> None:
     convert(source, tmp_path / "out", flush=False)
@@ -423,7 +421,7 @@ def test_an_older_output_outlives_a_conversion_that_is_found_wrong(
     result = t5g2("convert", source, tmp_path / "out", "--mapping", swapped, "--verify", "--overwrite")
     assert result.code == 6
     assert contents(tmp_path / "out") == before
-    assert beside(tmp_path) == ["out", "swapped.yaml"]
+    assert files_next_to(tmp_path) == ["out", "swapped.yaml"]
     assert t5g2("convert", source, tmp_path / "out", "--verify", "--overwrite", "--dtype", "float32").code == 0
     assert contents(tmp_path / "out") != before
-    assert beside(tmp_path) == ["out", "swapped.yaml"]
+    assert files_next_to(tmp_path) == ["out", "swapped.yaml"]
