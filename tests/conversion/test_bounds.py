@@ -1,4 +1,4 @@
-"""What a conversion costs, counted: system calls, flushes, and resident memory as the kernel counts it."""
+"""The cost of a conversion: system calls, flushes, and resident memory as the kernel counts it."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def make_source(gemma3_map: WeightMap, demo_config: Config, tmp_path: Path) -> C
 
 
 class Trace:
-    """The system calls of one run of `t5g2` on files below a folder: how often each, and on which file."""
+    """Count the system calls of one `t5g2` run on files below a folder, by call and file."""
 
     def __init__(self, folder: Path, *arguments: str | Path) -> None:
         log = folder / "trace.log"
@@ -87,10 +87,10 @@ def test_calls_are_bounded_by_tensors_and_chunks(
     ranges = {tensor.content.source for tensor in made.tensors if tensor.content.source is not None}
     reads = sum(pieces(span.end - span.start) for span in ranges)
     read_back = made.nbytes // READ_BACK + len(made.shards) + len(made.source_files)
-    # The last term: headers, twice each, the config, the index and the map, each until its end is seen.
+    # The last term: headers (twice each), config, index and map, each read to its end.
     assert trace.reads() <= reads + (read_back if not options else 0) + 4 * len(made.source_files) + 40
     writes = sum(pieces(tensor.nbytes) for tensor in made.tensors)
-    # Each shard's header and its line in the journal; the files beside; what is said on both streams.
+    # Each shard's header and its line in the journal; the other files; output on both streams.
     files = len(list((tmp_path / "out").iterdir()))
     assert trace.writes() <= writes + 2 * len(made.shards) + files + 3
     for file in made.source_files:
@@ -130,7 +130,7 @@ def test_twice_the_bytes_cost_their_chunks_and_nothing_else(make_source: Callabl
     }
     assert two.counts["fsync"] == one.counts["fsync"]
     assert two.writes() - one.writes() <= more
-    # One file holds both stacks here: what the copy wrote out of order is read back, which may be the whole of it.
+    # One file holds both stacks here: parts written out of order are read back, at most the whole file.
     assert two.reads() - one.reads() <= more + (large.nbytes - small.nbytes) // READ_BACK + 1
 
 
@@ -162,7 +162,7 @@ TOLERANCE: Final = 4e6
 
 
 def peak(*arguments: str | Path) -> int:
-    """ru_maxrss of a run, in bytes, asked by a small parent: a child starts with the memory of who forked it."""
+    """Return a run's ru_maxrss in bytes, from a small parent: a forked child starts with its parent's memory."""
     command = [sys.executable, "-c", _PARENT, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     return int(json.loads(run.stdout))

@@ -1,4 +1,4 @@
-"""Many tensors, long headers, and files larger than memory: all of it in bounded memory."""
+"""Many tensors, long headers, and files larger than memory: all in bounded memory."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ PLAN_LIMIT: Final = 600e6
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source of 100,000 tensors; not to be changed."""
+    """Return a source of 100,000 tensors; do not change it."""
     from t5g2convert.mapping.library import find_map
 
     folder = tmp_path_factory.mktemp("many")
@@ -67,7 +67,7 @@ def test_I14_100000_tensors_are_converted_in_bounded_memory(options: list[str], 
 
 
 def write_header(path: Path, names: list[str]) -> int:
-    """A file of one-byte tensors of these names; the bytes of its header."""
+    """Write a file of one-byte tensors with these names; return the header size."""
     fields = {
         name: {"dtype": "U8", "shape": [1], "data_offsets": [number, number + 1]} for number, name in enumerate(names)
     }
@@ -83,7 +83,7 @@ def test_I14_a_header_of_24_MB_is_read_in_bounded_memory(tmp_path: Path) -> None
     assert write_header(tmp_path / SINGLE_FILE, ["model.norm.weight", *names]) > 24_000_000
     printed, peak = run_and_measure("inspect", tmp_path, "--json")
     assert len(json.loads(printed)["unexpected"]) == 100_000
-    # The header, the text of it, its fields as Python's objects (1 kB each) and the answer.
+    # The header, its text, its fields as Python objects (1 kB each) and the answer.
     assert peak < 500e6
 
 
@@ -102,8 +102,8 @@ def limited(kind: str, limit: int, *arguments: str | Path) -> subprocess.Complet
 
 
 @pytest.mark.slow
-def test_I14_100000_strangers_are_refused_with_their_first_names_and_their_count(tmp_path: Path, many: Path) -> None:
-    """As many are missing as are unused; neither may be looked up in a list of the other for each."""
+def test_I14_100000_unknown_tensors_are_refused_with_first_names_and_count(tmp_path: Path, many: Path) -> None:
+    """As many are missing as unused: matching them must not take quadratic time."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     names = [f"model.layers.{number}.{'very_long_name.' * 12}weight" for number in range(100_000)]
     write_header(tmp_path / SINGLE_FILE, ["model.norm.weight", *names])
@@ -146,7 +146,7 @@ def test_I14_a_source_larger_than_memory_is_converted(
     gemma3_map: WeightMap,
     tmp_path: Path,
 ) -> None:
-    # Nearly all of it is the embedding table, which is written once.
+    # Nearly all of it is the embedding table, written once.
     rows = 4 * limit // (2 * 512)
     text = {**demo_config["text_config"], "vocab_size": rows, "hidden_size": 512}
     (tmp_path / "source").mkdir()

@@ -1,4 +1,4 @@
-"""A decoder of another parent, some of the layers, the other table: what is planned and what is written."""
+"""A decoder from another parent, layer selections, the other table: plan and output."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def edited(folder: Path, copy: Path, change: Callable[[Tensors], object]) -> Path:
-    """A copy of a checkpoint with other tensors."""
+    """Copy a checkpoint with other tensors."""
     shutil.copytree(folder, copy)
     held = load_file(copy / "model.safetensors")
     change(held)
@@ -43,7 +43,7 @@ def edited(folder: Path, copy: Path, change: Callable[[Tensors], object]) -> Pat
 
 
 def fresh(folder: Path, copy: Path, **settings: Any) -> Path:
-    """A copy of a checkpoint with other settings of its text."""
+    """Copy a checkpoint with other text settings."""
     shutil.copytree(folder, copy)
     document = config(copy)
     document.get("text_config", document).update(settings)
@@ -55,7 +55,7 @@ def fresh(folder: Path, copy: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize("spec", ["0:13:4", "0,4,8,12", [0, 4, 8, 12], range(0, 13, 4)], ids=str)
-def test_layer_i_of_a_stack_is_the_one_that_is_named_ith(
+def test_layer_i_of_a_stack_is_the_ith_selected_layer(
     spec: Any, twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     done = convert(twin_folder("text-13"), tmp_path / "out", decoder_layers=spec)
@@ -93,7 +93,7 @@ def test_all_layers_are_no_selection(twin_folder: TwinFolder, converted_twin: Tw
     assert one == two
 
 
-def test_what_no_stack_takes_is_dropped_by_name_and_counted(twin_folder: TwinFolder) -> None:
+def test_unused_layers_are_dropped_by_name_and_counted(twin_folder: TwinFolder) -> None:
     made = plan(twin_folder("text-8"), encoder_layers="first:6", decoder_layers="0:8:3")
     assert {drop.name.split(".")[2] for drop in made.dropped} == {"7"}
     assert {drop.because for drop in made.dropped} == {"no stack takes layer 7"}
@@ -102,8 +102,8 @@ def test_what_no_stack_takes_is_dropped_by_name_and_counted(twin_folder: TwinFol
     assert "the encoder takes 6 of its parent's 8 layers: 0, 1, 2, 3, 4, 5" in made.notes
     assert "the decoder takes 3 of its parent's 8 layers: 0, 3, 6" in made.notes
     # One layer of full attention is in the encoder, none in the decoder.
-    told = [note for note in made.notes if "full-attention" in note]
-    assert told == [
+    found = [note for note in made.notes if "full-attention" in note]
+    assert found == [
         "--decoder-layers 0:8:3 keeps no full-attention layer: each layer of the decoder sees only 7 tokens; "
         "0,3,5 keeps 1"
     ]
@@ -111,11 +111,11 @@ def test_what_no_stack_takes_is_dropped_by_name_and_counted(twin_folder: TwinFol
 
 def test_the_selection_that_a_note_names_keeps_full_attention(twin_folder: TwinFolder) -> None:
     made = plan(twin_folder("text-13"), decoder_layers="0:13:2")
-    (told,) = [note for note in made.notes if "full-attention" in note]
-    assert told.startswith("--decoder-layers 0:13:2 keeps no full-attention layer")
-    selection = told.rpartition("; ")[2].partition(" keeps ")[0]
+    (found,) = [note for note in made.notes if "full-attention" in note]
+    assert found.startswith("--decoder-layers 0:13:2 keeps no full-attention layer")
+    selection = found.rpartition("; ")[2].partition(" keeps ")[0]
     after = plan(twin_folder("text-13"), decoder_layers=selection)
-    assert after.config["decoder"]["layer_types"].count("full_attention") == int(told.rpartition(" ")[2])
+    assert after.config["decoder"]["layer_types"].count("full_attention") == int(found.rpartition(" ")[2])
     assert not any("full-attention" in note for note in after.notes)
 
 
@@ -164,16 +164,14 @@ def test_each_part_is_its_own_parents(
             continue
         own = other if name.startswith("model.decoder.") or (name == TABLE and table != "source") else source
         assert torch.equal(tensor, own[name]), name
-    # The end-of-image token is the source's, its row that of the table that is taken.
+    # The end-of-image token is the source's; its row is from the chosen table.
     assert torch.equal(found[EOI], found[TABLE][291] * torch.tensor(24**0.5).to(torch.bfloat16))
     settings = config(tmp_path / "out")
     assert settings["encoder"] == config(converted_twin("images-8"))["encoder"]
     assert settings["decoder"] == config(converted_twin("text-unlike-7"))["decoder"]
 
 
-def test_what_starts_and_ends_is_the_decoders_and_what_is_read_the_sources(
-    twin_folder: TwinFolder, tmp_path: Path
-) -> None:
+def test_start_and_end_tokens_are_the_decoders(twin_folder: TwinFolder, tmp_path: Path) -> None:
     source, other = tmp_path / "source", tmp_path / "other"
     for folder, name in ((source, "text-8"), (other, "text-unlike-7")):
         shutil.copytree(twin_folder(name), folder)
@@ -191,7 +189,7 @@ def test_what_starts_and_ends_is_the_decoders_and_what_is_read_the_sources(
 
 
 def test_the_end_tokens_of_the_source_are_its_own(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    """Where the decoder's parent has no generation_config.json, the source's does not stand for it."""
+    """The source's generation_config.json does not replace a missing one of the decoder's parent."""
     shutil.copytree(twin_folder("text-8"), tmp_path / "source")
     (tmp_path / "source/generation_config.json").write_text(json.dumps({"eos_token_id": [1, 99]}))
     shutil.copytree(twin_folder("text-unlike-7"), tmp_path / "other")
@@ -214,11 +212,11 @@ def test_plan_and_manifest_name_both(twin_folder: TwinFolder, tmp_path: Path) ->
     assert origins["decoder"].startswith("decoder_from/language_model.model.")
     assert origins["encoder"].startswith("model.")
     convert(source, tmp_path / "out", decoder_from=other, decoder_layers="first:2")
-    told = manifest(tmp_path / "out")
-    assert told["options"] == {"decoder_layers": [0, 1]}
-    assert told["decoder_from"]["family"] == "gemma3"
-    assert told["decoder_from"]["files"].keys() == {"model.safetensors", "config.json"}
-    assert all(len(facts["sha256"]) == 64 for facts in told["decoder_from"]["files"].values())
+    found = manifest(tmp_path / "out")
+    assert found["options"] == {"decoder_layers": [0, 1]}
+    assert found["decoder_from"]["family"] == "gemma3"
+    assert found["decoder_from"]["files"].keys() == {"model.safetensors", "config.json"}
+    assert all(len(facts["sha256"]) == 64 for facts in found["decoder_from"]["files"].values())
     assert str(tmp_path) not in (tmp_path / "out/t5g2.json").read_text()
 
 
@@ -310,7 +308,7 @@ def test_tables_of_equal_rows_behind_the_cut_fit(
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_what_is_taken_out_has_no_other_parent_and_no_selection(part: str, converted_twin: TwinFolder) -> None:
+def test_an_extracted_part_has_no_other_parent_and_no_selection(part: str, converted_twin: TwinFolder) -> None:
     whole = converted_twin("text-8")
     for options in ({"decoder_from": converted_twin("text-sharded")}, {f"{part}_layers": "first:2"}):
         with pytest.raises(MappingError, match=r"cannot be used with mapping|applies only to decoder-only"):
@@ -353,9 +351,9 @@ def test_the_decoders_parent_is_a_closed_world_too(twin_folder: TwinFolder, tmp_
         plan(source, decoder_from=biased)
     assert caught.value.where == str(biased / "config.json")
     other = fresh(source, tmp_path / "other", model_type="llama")
-    with pytest.raises(MappingError, match="converts gemma3, gemma3_text") as told:
+    with pytest.raises(MappingError, match="converts gemma3, gemma3_text") as caught:
         plan(source, decoder_from=other)
-    assert told.value.where == str(other)
+    assert caught.value.where == str(other)
 
 
 @pytest.mark.parametrize("table", ["source", "decoder-from"])
@@ -364,11 +362,11 @@ def test_an_untied_parent_of_the_decoder_is_refused(table: str, twin_folder: Twi
     untied = edited(tmp_path / "tied", tmp_path / "untied", lambda held: held["lm_head.weight"][0].add_(1))
     source = twin_folder("text-8")
     done = convert(source, tmp_path / "out", decoder_from=tmp_path / "tied", embedding_from=table)
-    told = (
+    found = (
         "decoder_from/lm_head.weight is dropped: the softmax is tied to embed_tokens; it must equal "
         "decoder_from/model.embed_tokens.weight, which convert checks before writing"
     )
-    assert told in done.notes
+    assert found in done.notes
     assert "decoder_from/lm_head.weight" in {drop["name"] for drop in manifest(tmp_path / "out")["dropped"]}
     with pytest.raises(
         CheckpointError, match=r"differs from decoder_from/model\.embed_tokens\.weight at \[0, 0\]"
@@ -378,7 +376,7 @@ def test_an_untied_parent_of_the_decoder_is_refused(table: str, twin_folder: Twi
     assert not (tmp_path / "none").exists()
 
 
-def test_what_is_not_finite_is_told_of_the_parent_that_holds_it(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_reported_with_their_parent(twin_folder: TwinFolder, tmp_path: Path) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
     other = edited(twin_folder("text-8"), tmp_path / "other", lambda held: held[name][1].fill_(torch.nan))
     with pytest.raises(CheckpointError) as caught:
@@ -414,13 +412,13 @@ def test_an_option_without_meaning_is_refused_before_anything_is_read(options: d
     assert says in str(caught.value)
 
 
-def test_the_output_may_not_lie_in_the_decoders_parent(twin_folder: TwinFolder) -> None:
+def test_the_output_may_not_be_inside_the_decoders_parent(twin_folder: TwinFolder) -> None:
     other = twin_folder("text-sharded")
     with pytest.raises(OutputError, match="lies inside the source folder"):
         convert(twin_folder("text-8"), other / "out", decoder_from=other)
 
 
-# Taking up a run that died
+# Resuming
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A text-only source with the vision tower of a donor: what is planned and what is written."""
+"""A text-only source with a donor's vision tower: plan and output."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ PROJECTOR = "model.encoder.multi_modal_projector.mm_input_projection_weight"
 
 
 @pytest.mark.parametrize(("donor", "projector"), [("images-13", "copy"), ("donor-wide", "zeros")])
-def test_the_tower_and_its_norm_are_the_donors_and_all_else_the_sources(
+def test_only_the_tower_and_its_norm_are_the_donors(
     donor: str, projector: str, twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     done = convert(twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder(donor))
@@ -61,11 +61,11 @@ def test_an_aligned_projector_is_the_donors_times_the_map_between_the_tables(
     matrix = write_aligned_source(twin_folder("text-8"), donor, tmp_path / "source")
     done = convert(tmp_path / "source", tmp_path / "out", vision_from=donor, projector="aligned")
     projector = load_file(donor / "model.safetensors")["multi_modal_projector.mm_input_projection_weight"]
-    # Image features stand beside embeddings that are scaled by the root of their width.
+    # Image features join embeddings that are scaled by the root of their width.
     expected = projector.double() @ matrix * (24 / 32) ** 0.5
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")[PROJECTOR], expected.to(torch.bfloat16))
-    (told,) = (note for note in done.notes if "residual" in note)
-    assert float(told.split(": ")[1].split()[0]) < 1e-12
+    (residual_note,) = (note for note in done.notes if "residual" in note)
+    assert float(residual_note.split(": ")[1].split()[0]) < 1e-12
     assert done.residual is not None
     assert done.residual == done.to_json()["residual"] < 1e-12
 
@@ -74,8 +74,8 @@ def test_tables_that_do_not_fit_have_a_residual(twin_folder: TwinFolder, tmp_pat
     done = convert(
         twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder("donor-wide"), projector="aligned", ridge=0.1
     )
-    (told,) = (note for note in done.notes if "residual" in note)
-    assert 0.5 < float(told.split(": ")[1].split()[0]) < 1
+    (residual_note,) = (note for note in done.notes if "residual" in note)
+    assert 0.5 < float(residual_note.split(": ")[1].split()[0]) < 1
     assert json.loads((tmp_path / "out/t5g2.json").read_text())["options"] == {"projector": "aligned", "ridge": 0.1}
     assert "residual" not in json.dumps(json.loads((tmp_path / "out/t5g2.json").read_text())["notes"])
 
@@ -132,7 +132,7 @@ def test_progress_counts_the_tables_of_an_alignment(
     execute(made, Folders(source, vision_from=donor), tmp_path / "out", options)
     tables = 300 * (32 + 24) * 2
     assert sum(counts) == made.work == sum(tensor.nbytes for tensor in made.tensors) + tables
-    # While it goes on, and not at its end.
+    # During the alignment, not only at its end.
     assert counts[1:3] == [64 * 32 * 2, 64 * 24 * 2]
 
 
@@ -167,7 +167,7 @@ def test_the_end_of_image_row_is_the_sources_at_the_donors_token(twin_folder: Tw
     assert torch.equal(found["model.encoder.embed_tokens.eoi_embedding"], row * torch.tensor(24**0.5).to(row.dtype))
 
 
-def test_the_manifest_tells_of_both_checkpoints(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_the_manifest_names_both_checkpoints(twin_folder: TwinFolder, tmp_path: Path) -> None:
     source, donor = twin_folder("text-8"), twin_folder("donor-wide")
     convert(source, tmp_path / "out", vision_from=donor)
     text = (tmp_path / "out/t5g2.json").read_text()
@@ -213,7 +213,7 @@ def test_a_graft_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("holders", [{"donor"}, {"source", "donor"}], ids=lambda holders: "-".join(sorted(holders)))
-def test_nan_is_told_of_the_folder_that_holds_it(holders: set[str], twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_nan_is_reported_with_its_folder(holders: set[str], twin_folder: TwinFolder, tmp_path: Path) -> None:
     names = {"source": "model.norm.weight", "donor": "vision_tower.post_layernorm.bias"}
     for name, twin in (("source", "text-8"), ("donor", "donor-wide")):
         shutil.copytree(twin_folder(twin), tmp_path / name)
@@ -233,7 +233,7 @@ def test_nan_is_told_of_the_folder_that_holds_it(holders: set[str], twin_folder:
     assert any(lines["donor"] in note for note in run(allow_nonfinite=True).notes)
 
 
-def test_a_donor_of_another_family_is_told_to_be_the_donor(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+def test_a_donor_of_another_family_is_named_as_the_donor(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
     with pytest.raises(MappingError, match=r"the donor \(--vision-from\) is model_type 't5gemma2'"):
         plan(twin_folder("text-8"), vision_from=converted_twin("images-8"))
 
@@ -251,7 +251,7 @@ def test_a_donor_is_a_closed_world_too(twin_folder: TwinFolder, tmp_path: Path) 
 
 @pytest.fixture
 def small_text(twin_folder: TwinFolder, gemma3_map: WeightMap, tmp_path: Path) -> Path:
-    """A bfloat16 source of one layer: the tower of a float32 donor is larger than all of it."""
+    """Return a one-layer bfloat16 source, smaller than the tower of a float32 donor."""
     (tmp_path / "small").mkdir()
     config = json.loads((twin_folder("text-8") / "config.json").read_text())
     config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
@@ -269,7 +269,7 @@ def test_the_config_names_the_sources_dtype_whatever_the_donor_has(small_text: P
     assert made.changes == ()
 
 
-def test_a_cast_is_declared_of_whose_tensors_it_was(small_text: Path, twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_cast_is_declared_with_its_owner(small_text: Path, twin_folder: TwinFolder, tmp_path: Path) -> None:
     donor = twin_folder("images-float32")
     assert plan(small_text, vision_from=donor, dtype="bfloat16").changes == (
         Change("dtype", "the donor's float32", "bfloat16"),
@@ -286,7 +286,7 @@ def test_a_cast_is_declared_of_whose_tensors_it_was(small_text: Path, twin_folde
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(("donor_width", "width"), [(512, 256), (1024, 512), (512, 1024)])
-def test_an_alignment_takes_the_memory_that_its_plan_tells(
+def test_an_alignment_takes_the_memory_in_its_plan(
     donor_width: int, width: int, demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path
 ) -> None:
     text = {**demo_config["text_config"], "vocab_size": 4096, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
@@ -298,9 +298,9 @@ def test_an_alignment_takes_the_memory_that_its_plan_tells(
         (tmp_path / name).mkdir()
         write_synthetic_source(tmp_path / name, gemma3_map, config, seed=len(name))
     options = ["--vision-from", tmp_path / "donor", "--projector", "aligned", "--ridge", "1e-3"]
-    told = json.loads(run_and_measure("plan", tmp_path / "source", *options, "--json")[0])["peak_memory"]
+    planned = json.loads(run_and_measure("plan", tmp_path / "source", *options, "--json")[0])["peak_memory"]
     _, taken = run_and_measure("convert", tmp_path / "source", tmp_path / "out", *options, "--no-flush")
-    assert taken < told < 1.25 * taken
+    assert taken < planned < 1.25 * taken
 
 
 def test_the_output_may_not_lie_in_the_donor(twin_folder: TwinFolder) -> None:

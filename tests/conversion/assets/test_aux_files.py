@@ -1,4 +1,4 @@
-"""The files beside the weights: which there are, what each says, and what is refused before any weights are written."""
+"""The files next to the weights: which are written, their content, and what is refused before writing weights."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(gemma3_map: WeightMap, demo_config: Mapping[str, Any], tmp_path: Path) -> Make:
-    """A source of few parameters and the published vocabulary, with images or without; tests add its files."""
+    """Return a small source with the published vocabulary, with or without images; tests add files."""
 
     def source(*, images: bool = True) -> Path:
         folder = tmp_path / "source"
@@ -48,7 +48,7 @@ def make(gemma3_map: WeightMap, demo_config: Mapping[str, Any], tmp_path: Path) 
 
 @pytest.fixture
 def source(make: Make) -> Path:
-    """With images, and all files that a Hub repository has."""
+    """Return a source with images and all files of a Hub repository."""
     folder = make()
     write_tokenizer(folder)
     write_processor(folder, side=56, tokens=4)
@@ -87,7 +87,7 @@ def test_the_output_has_the_files_of_a_release(source: Path, tmp_path: Path) -> 
     ]
 
 
-def test_the_plan_says_of_each_file_how_it_comes_about(source: Path) -> None:
+def test_the_plan_says_how_each_file_is_made(source: Path) -> None:
     assert hows(source) == {
         "tokenizer.json": ("changed", ["tokenizer.json"]),
         "tokenizer_config.json": ("changed", ["tokenizer_config.json"]),
@@ -154,7 +154,7 @@ def test_the_settings_are_the_sources_but_for_the_moved_token(source: Path, tmp_
     assert old == new
 
 
-def test_settings_that_are_not_there_are_filled_in(source: Path, tmp_path: Path) -> None:
+def test_missing_settings_are_filled_in(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer_config.json").unlink()
     assert hows(source)["tokenizer_config.json"] == ("made", [])
     write_json(
@@ -213,7 +213,7 @@ def test_the_image_processor_is_the_sources(nested: bool, source: Path, tmp_path
     assert found == {"do_convert_rgb": True, **image, "image_processor_type": "Gemma3ImageProcessor"}
 
 
-def test_a_nested_image_processor_wins_over_one_beside_it(source: Path, tmp_path: Path) -> None:
+def test_a_nested_image_processor_wins_over_a_separate_one(source: Path, tmp_path: Path) -> None:
     write_nested_processor(source, side=56, tokens=4)
     edit(source / "preprocessor_config.json", resample=0)
     convert(source, tmp_path / "out")
@@ -282,18 +282,18 @@ FAULTS: dict[str, tuple[str, Damage, str]] = {
 @pytest.mark.sampled
 @pytest.mark.parametrize("fault", FAULTS)
 def test_I15_files_that_do_not_fit_are_refused_while_planning(fault: str, source: Path) -> None:
-    name, damage, told = FAULTS[fault]
+    name, damage, message = FAULTS[fault]
     plan(source)
     damage(source / name)
     with pytest.raises(CheckpointError) as caught:
         plan(source)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert caught.value.where == str(source / name)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json"])
 def test_a_file_that_changes_while_weights_are_written_is_refused(name: str, source: Path, tmp_path: Path) -> None:
-    """One that is changed on its way, and one that is carried as it is."""
+    """Once for a rewritten file and once for a copied one."""
 
     def touch(_: int) -> None:
         with (source / name).open("a") as file:

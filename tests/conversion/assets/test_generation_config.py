@@ -1,4 +1,4 @@
-"""generation_config.json is carried whole; ids move with their tokens, and lie inside the table."""
+"""generation_config.json keeps every key; ids move with their tokens and must have a row."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_ids_move_and_other_numbers_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("pad_token_id", 262_150, "pad_token_id has token 262150, but the embedding table keeps 262144 rows"),
         ("eos_token_id", [1, -1], "eos_token_id has token -1"),
@@ -50,13 +50,13 @@ def test_ids_move_and_other_numbers_do_not() -> None:
         ("image_token_id", True, "image_token_id has True"),
     ],
 )
-def test_an_id_without_a_row_is_refused(key: str, value: Any, told: str) -> None:
+def test_an_id_without_a_row_is_refused(key: str, value: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json") as caught:
         made({key: value, "top_k": 3})
-    assert told in caught.value.message
+    assert message in caught.value.message
 
 
-def test_all_ids_without_a_row_are_told_at_once() -> None:
+def test_all_ids_without_a_row_are_listed_at_once() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_tokens({"bos_token_id": 7, "eos_token_id": [8, 1]}, {}, 5, WHERE)
     assert len(caught.value.details) == 2

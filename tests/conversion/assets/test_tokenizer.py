@@ -1,4 +1,4 @@
-"""tokenizer.json with a token moved, against the same change made on the parsed file."""
+"""tokenizer.json with a moved token, compared with the same change to the parsed file."""
 
 import hashlib
 import json
@@ -33,14 +33,14 @@ def edit(path: Path, *, required: bool = True, rows: int = VOCABULARY) -> Edited
 
 
 def edited(path: Path) -> Edited:
-    """The text after the change, and the changes."""
+    """Return the text after the change, and the changes."""
     found = edit(path)
     assert found is not None
     return found
 
 
 def result(folder: Path, text: str) -> str:
-    """The text after the change."""
+    """Return the text after the change."""
     (folder / "tokenizer.json").write_text(text)
     return edited(folder / "tokenizer.json")[0].decode()
 
@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, tuple[TokenChan
 
 
 @pytest.mark.slow
-def test_the_result_is_what_the_tokenizers_library_saves_of_the_changed_file(
+def test_the_result_equals_what_the_tokenizers_library_saves(
     made: tuple[str, tuple[TokenChange, ...]],
 ) -> None:
     text, changes = made
@@ -95,7 +95,7 @@ def entry(number: int, content: str, *, special: bool = False) -> dict[str, Any]
 
 
 def small(*entries: dict[str, Any], vocabulary: dict[str, int] | None = None, **others: Any) -> str:
-    """A tokenizer.json of few tokens."""
+    """Return a tokenizer.json with few tokens."""
     known = {"a": 0, "<mask>": 4, "<unused99>": 256_001, "id": 7} if vocabulary is None else vocabulary
     return json.dumps({"added_tokens": list(entries), "model": {"vocab": known, "merges": []}, **others}, indent=2)
 
@@ -135,7 +135,7 @@ def test_other_ways_to_write_the_same_json_are_kept(form: str, tmp_path: Path) -
         pytest.param([SEEN, {**FREE, "special": True}, OLD], [SEEN, NEW], id="special-already"),
     ],
 )
-def test_the_entry_of_the_old_id_goes_wherever_it_stands(
+def test_the_entry_of_the_old_id_is_removed_anywhere(
     before: list[dict[str, Any]], after: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     assert result(tmp_path, small(*before)) == small(*after, vocabulary=NEW_VOCABULARY)
@@ -186,19 +186,19 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), REFUSED)
-def test_I15_a_file_that_does_not_say_what_is_expected_is_refused(text: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "message"), REFUSED)
+def test_I15_an_unexpected_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(text)
     with pytest.raises(CheckpointError) as caught:
         edit(path)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert "\n" not in str(caught.value)
     assert caught.value.where == str(path)
     assert caught.value.hint is not None
 
 
-def test_the_file_that_all_of_those_were_made_of_is_not_refused(tmp_path: Path) -> None:
+def test_the_undamaged_file_is_accepted(tmp_path: Path) -> None:
     assert json.loads(result(tmp_path, small(FREE, OLD)))["added_tokens"] == [NEW]
 
 
@@ -229,7 +229,7 @@ def test_I15_a_model_without_images_has_no_token_beyond_the_table_either(text: s
 def test_the_sizes_of_the_published_and_of_the_released_file_differ_by_what_is_exchanged(
     made: tuple[str, tuple[TokenChange, ...]],
 ) -> None:
-    """In the layout of the tokenizers library; the content of the rest does not matter."""
+    """Uses the layout of the tokenizers library; other content does not matter."""
     gone = (
         ',\n    {\n      "id": 262144,\n      "content": "<image_soft_token>",\n      "single_word": false,\n'
         '      "lstrip": false,\n      "rstrip": false,\n      "normalized": false,\n      "special": true\n    }'

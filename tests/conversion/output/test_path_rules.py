@@ -1,4 +1,4 @@
-"""What may be written, filled or replaced: content that is not ours is the same before and after, in every case."""
+"""What may be written, filled or replaced: files that are not ours never change."""
 
 import json
 import os
@@ -21,7 +21,7 @@ NOBODY: Final = 65534
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, and where its links lead."""
+    """Return the files of a folder, and the targets of its links."""
     return {
         path.relative_to(folder).as_posix(): bytes(path.readlink()) if path.is_symlink() else path.read_bytes()
         for path in folder.rglob("*")
@@ -34,7 +34,7 @@ def names(folder: Path) -> set[str]:
 
 
 def write(target: Path, *, overwrite: bool = True, meanwhile: Callable[[], object] = lambda: None) -> Staging:
-    """Put a folder with one file in place, and do something else before."""
+    """Publish a folder with one file, after calling `meanwhile`."""
     with Staging(target, overwrite=overwrite) as staging:
         (staging.folder / "config.json").write_text("new")
         meanwhile()
@@ -49,7 +49,7 @@ def needs_root() -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder at which a small disk is mounted."""
+    """Return a mount point of a small disk."""
     needs_root()
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -61,7 +61,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """An output of ours."""
+    """Return an output of the converter."""
     write_old(tmp_path / "out")
     return tmp_path / "out"
 
@@ -152,7 +152,7 @@ def test_O9_a_folder_of_another_user_is_not_replaced(old: Path) -> None:
 
 @pytest.mark.parametrize("end", ["staging", "old"])
 @pytest.mark.parametrize("what", ["a link", "a file", "another user's"])
-def test_O9_names_beside_the_output_that_are_not_ours_are_left_alone(tmp_path: Path, end: str, what: str) -> None:
+def test_O9_similar_names_next_to_the_output_are_not_touched(tmp_path: Path, end: str, what: str) -> None:
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim/thesis.tex").write_text("precious")
     path = tmp_path / f".out.t5g2-{end}"
@@ -195,7 +195,7 @@ def test_names_of_our_own_work_are_no_outputs(tmp_path: Path) -> None:
 
 
 def test_O12_files_that_are_read_are_protected_behind_links(old: Path, tmp_path: Path) -> None:
-    """As in a Hub cache, where all files are links into a folder of blobs."""
+    """As in a Hub cache, with all files symlinked to blobs."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "model.safetensors").symlink_to(tmp_path / "hop")
@@ -218,7 +218,7 @@ def test_O12_a_single_file_that_is_read_is_protected(old: Path, tmp_path: Path) 
         check_target(old, tmp_path / "map.yaml", overwrite=True)
 
 
-def test_O12_a_source_that_lies_where_we_would_clear_is_refused(demo_source: Path, tmp_path: Path) -> None:
+def test_O12_a_source_in_a_folder_to_be_removed_is_refused(demo_source: Path, tmp_path: Path) -> None:
     source = demo_source.rename(tmp_path / ".out.t5g2-staging")
     before = contents(source)
     with pytest.raises(OutputError, match="but it is an input"):
@@ -361,7 +361,7 @@ def test_O12_a_resumable_run_keeps_its_shards(
 
 
 def test_O11_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run dies before it removes the old folder, or in the middle of that, and the output is removed by hand."""
+    """The run dies before or while removing the old folder, and the user removes the output."""
 
     def die(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -397,7 +397,7 @@ def test_O11_an_old_folder_with_strangers_in_it_is_not_removed(old: Path) -> Non
     assert contents(left) == {**OLD, "thesis.tex": b"precious"}
 
 
-def test_O11_what_cannot_be_removed_is_said_and_not_in_the_way(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_O11_a_failed_removal_is_reported_and_does_not_block(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rmtree = shutil.rmtree
 
     def refuse(path: Path, ignore_errors: bool = False) -> None:

@@ -47,7 +47,7 @@ def umask(mask: int) -> Iterator[None]:
 
 @pytest.fixture
 def source(demo_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's source, in a folder of its own, so that `tmp_path` holds outputs only."""
+    """Return the demo source in its own folder, so that `tmp_path` holds only outputs."""
     folder = tmp_path_factory.mktemp("source") / "gemma"
     demo_source.rename(folder)
     return folder
@@ -55,14 +55,14 @@ def source(demo_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a conversion of the source gives."""
+    """Return the files that a conversion of the source gives."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     convert(source, folder)
     return contents(folder)
 
 
 class Calls:
-    """Counts system calls on files below a folder, and does something at the N-th."""
+    """Count system calls on files below a folder, and run an action at the N-th."""
 
     WORK: Final = ("mkdir", "open", "ftruncate", "posix_fallocate", "pwrite", "fsync", "rename")
     CLEANING: Final = ("rmdir", "unlink")
@@ -103,9 +103,9 @@ class Calls:
 
 
 def sweep(calls: Calls, source: Path, folder: Path, finished: dict[str, bytes], *, way: str, ends: str) -> str:
-    """Convert again and again, hit at each call in turn, until a run has no such call; what was wrong, a line each.
+    """Convert with a failure at each call in turn, until a run has fewer calls; return the problems.
 
-    A run that is hit must end in the exception named, with the target as it was or whole, and nothing beside it.
+    A failed run must raise the named exception, with the target unchanged or complete, and nothing next to it.
     """
     faults: list[str] = []
     number, reached = 0, True
@@ -302,7 +302,7 @@ def test_O2_a_short_write_is_continued(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("way", ["new", "fill", "overwrite"])
-def test_O2_any_call_that_fails_leaves_the_target_whole_and_nothing_beside_it(
+def test_O2_any_failed_call_leaves_a_complete_target_and_nothing_else(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, finished: dict[str, bytes]
 ) -> None:
     def fail() -> None:
@@ -313,14 +313,14 @@ def test_O2_any_call_that_fails_leaves_the_target_whole_and_nothing_beside_it(
     assert sweep(calls, source, tmp_path, finished, way=way, ends="OutputError") == ""
 
 
-def test_O2_a_file_among_the_parents_is_said(source: Path, tmp_path: Path) -> None:
+def test_O2_a_file_among_the_parents_is_reported(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("keep")
     with pytest.raises(OutputError, match="Not a directory"):
         convert(source, tmp_path / "file/new/out")
     assert (tmp_path / "file").read_text() == "keep"
 
 
-def test_O2_a_hash_that_cannot_be_read_back_is_said(
+def test_O2_a_failed_read_for_hashing_is_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> int:
@@ -382,7 +382,7 @@ def test_a_parent_that_another_uses_by_now_stays(source: Path, tmp_path: Path, m
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("way", ["new", "fill", "overwrite"])
-def test_O3_a_signal_after_any_call_leaves_the_target_whole_and_nothing_beside_it(
+def test_O3_a_signal_after_any_call_leaves_a_complete_target_and_nothing_else(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, finished: dict[str, bytes]
 ) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
@@ -463,7 +463,7 @@ def test_O4_an_old_folder_is_put_back_even_if_the_next_run_fails(
     assert names(tmp_path) == {"out"}
 
 
-def test_O4_an_old_folder_that_was_left_beside_its_replacement_goes_with_the_next_overwrite(
+def test_O4_a_leftover_old_folder_is_removed_by_the_next_overwrite(
     source: Path, tmp_path: Path, finished: dict[str, bytes]
 ) -> None:
     target = tmp_path / "out"
@@ -628,7 +628,7 @@ def test_O6_a_target_that_was_filled_while_planning_is_not_replaced(
     assert names(tmp_path) == {"out"}
 
 
-# What lies there at the end
+# The finished output
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)

@@ -103,7 +103,7 @@ def test_a_text_only_source_gets_the_stub_tower(
     assert any("no vision tower" in note for note in made.notes)
 
 
-def test_dtype_stands_at_the_top_of_the_config_only(demo_source: Path) -> None:
+def test_dtype_is_only_at_the_top_of_the_config(demo_source: Path) -> None:
     config = plan(demo_source).config
     assert config["dtype"] == "bfloat16"
     below = [config["encoder"], config["encoder"]["text_config"], config["encoder"]["vision_config"], config["decoder"]]
@@ -221,7 +221,7 @@ SMALL_GEMMA2: dict[str, Any] = {
     [(family, name) for family in ("gemma3", "gemma2") for name in FAMILIES[family].terms.values
      if name in PresetSettings.model_fields],
 )  # fmt: skip
-def test_all_that_a_preset_may_set_is_declared_for_each_stack(
+def test_every_preset_setting_is_declared_for_each_stack(
     family: str, name: str, demo_config: Mapping[str, Any], tmp_path: Path
 ) -> None:
     shipped = find_map(family)
@@ -346,7 +346,7 @@ def test_a_source_with_a_window_of_1_is_noted(twin_folder: TwinFolder, tmp_path:
     shutil.copytree(twin_folder("text-8"), tmp_path / "source")
     config = json.loads((tmp_path / "source/config.json").read_text()) | {"sliding_window": 1}
     (tmp_path / "source/config.json").write_text(json.dumps(config))
-    (told,) = [note for note in plan(tmp_path / "source").notes if "generate fails" in note]
-    assert told.endswith("use use_cache=False, or convert with --sliding-window 2")
+    (note,) = [note for note in plan(tmp_path / "source").notes if "generate fails" in note]
+    assert note.endswith("use use_cache=False, or convert with --sliding-window 2")
     assert not any("generate fails" in note for note in plan(tmp_path / "source", sliding_window=2).notes)
     assert not any("generate fails" in note for note in plan(twin_folder("text-8")).notes)

@@ -73,11 +73,11 @@ def test_every_form_is_a_list_of_numbers(spec: str | Sequence[int], expected: li
 def test_what_is_no_selection_is_refused_in_a_line(spec: str | Sequence[int], says: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_layers(spec, "--decoder-layers")
-    told = str(caught.value)
-    assert says in told
-    assert told.startswith("--decoder-layers")
-    assert "\n" not in told
-    assert len(told) < 200
+    message = str(caught.value)
+    assert says in message
+    assert message.startswith("--decoder-layers")
+    assert "\n" not in message
+    assert len(message) < 200
 
 
 @given(st.sets(st.integers(0, 60), min_size=2))

@@ -75,8 +75,10 @@ def added_token(folder: Path) -> None:
     entry = {"id": 262_145, "content": "[PAD]", "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False, "special": True}  # fmt: skip
     edit(folder / "tokenizer.json", lambda document: document["added_tokens"].append(entry))
-    told = {key: value for key, value in entry.items() if key != "id"}
-    edit(folder / "tokenizer_config.json", lambda document: document["added_tokens_decoder"].update({"262145": told}))
+    settings = {key: value for key, value in entry.items() if key != "id"}
+    edit(
+        folder / "tokenizer_config.json", lambda document: document["added_tokens_decoder"].update({"262145": settings})
+    )
 
 
 def only_added_file(folder: Path) -> None:
@@ -128,14 +130,14 @@ KEPT: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
 @pytest.mark.parametrize("case", KEPT)
 def test_rows_in_use_are_kept_and_the_first_of_them_is_named(case: str, images: bool, make: Make) -> None:
-    change, told = KEPT[case]
+    change, notes = KEPT[case]
     source = make(images=images)
     write_tokenizer(source)
     change(source)
     made = plan(source)
     (note,) = (note for note in made.notes if "rows of the embedding table are kept" in note)
     stays = "; image_token_index stays 262144" if images else ""
-    assert note == f"all 262208 rows of the embedding table are kept, not 262144: {told}{stays}"
+    assert note == f"all 262208 rows of the embedding table are kept, not 262144: {notes}{stays}"
     check_kept(made)
 
 
@@ -182,8 +184,8 @@ def test_keep_rows_keeps_them_whatever_is_in_use(images: bool, make: Make) -> No
     made = plan(source, keep_rows=True)
     check_kept(made)
     assert made.options["keep_rows"] is True
-    told = "--keep-rows: all 262208 rows of the embedding table are kept, as requested"
-    assert told + ("; image_token_index stays 262144" if images else "") in made.notes
+    note = "--keep-rows: all 262208 rows of the embedding table are kept, as requested"
+    assert note + ("; image_token_index stays 262144" if images else "") in made.notes
     assert "--keep-rows: no row would be cut" in plan(make("other", rows=300), keep_rows=True).notes
 
 
@@ -240,14 +242,14 @@ BEYOND: dict[str, tuple[Change, str, str]] = {
 @pytest.mark.parametrize("case", BEYOND)
 @pytest.mark.parametrize("keep", [True, False], ids=["keep-rows", "by-itself"])
 def test_I16_an_id_without_any_row_is_refused_with_the_file_and_the_token(case: str, keep: bool, make: Make) -> None:
-    change, name, told = BEYOND[case]
+    change, name, message = BEYOND[case]
     source = make(rows=CUT)
     write_tokenizer(source)
     assert plan(source, keep_rows=keep).tensors
     change(source)
     with pytest.raises(CheckpointError) as caught:
         plan(source, keep_rows=keep)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert caught.value.where == str(source / name)
     assert "\n" not in str(caught.value)
 

@@ -45,8 +45,8 @@ def test_everything_in_the_folder_has_one_sentence(demo_source: Path) -> None:
     templates = {f"additional_chat_templates/{name}" for name in ("rag.jinja", "notes.txt")}
     assert found.keys() == (on_disk - {"additional_chat_templates/"}) | templates
     assert all(item["because"] for item in found.values())
-    told = {name: found[name]["fate"] for name in ("model.safetensors", "config.json", "chat_template.jinja")}
-    assert told == {"model.safetensors": "read", "config.json": "read", "chat_template.jinja": "carried"}
+    chosen = {name: found[name]["fate"] for name in ("model.safetensors", "config.json", "chat_template.jinja")}
+    assert chosen == {"model.safetensors": "read", "config.json": "read", "chat_template.jinja": "carried"}
     assert found["additional_chat_templates/rag.jinja"]["fate"] == "carried"
     assert found["tokenizer_config.json"]["fate"] in ("carried", "made anew")
     unknown = {name for name, item in found.items() if item["fate"] == "unknown"}

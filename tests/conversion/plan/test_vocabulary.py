@@ -111,9 +111,9 @@ def test_a_tokenizer_without_names_is_refused(text: str, says: str, make: Make) 
 
 def test_the_document_of_a_plan_tells_what_a_projector_is_aligned_by(make: Make) -> None:
     made = plan(make("source"), vision_from=make("donor"), projector="aligned", ridge=1e-6).to_json()
-    (told,) = (tensor["alignment"] for tensor in made["tensors"] if "alignment" in tensor)
-    assert (told["rows"], told["ridge"]) == (ROWS, 1e-6)
-    assert told["donor"]["tensor"] == "language_model.model.embed_tokens.weight"
-    assert told["target"]["tensor"] == "model.embed_tokens.weight"
-    assert told["donor"]["source"]["file"] == "vision_from/model.safetensors"
-    assert told["target"]["source"]["end"] - told["target"]["source"]["start"] == ROWS * 48 * 2
+    (alignment,) = (tensor["alignment"] for tensor in made["tensors"] if "alignment" in tensor)
+    assert (alignment["rows"], alignment["ridge"]) == (ROWS, 1e-6)
+    assert alignment["donor"]["tensor"] == "language_model.model.embed_tokens.weight"
+    assert alignment["target"]["tensor"] == "model.embed_tokens.weight"
+    assert alignment["donor"]["source"]["file"] == "vision_from/model.safetensors"
+    assert alignment["target"]["source"]["end"] - alignment["target"]["source"]["start"] == ROWS * 48 * 2

@@ -67,18 +67,18 @@ def test_no_number_in_a_table_names_the_tensor_and_the_row(
             list(paired_blocks(donor, target, 10, nobody))
 
 
-def test_a_file_that_became_shorter_is_told(tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
     with stored(tmp_path, donor=torch.ones(8, 5), target=torch.ones(8, 3)) as (donor, target):
         (tmp_path / "target").write_bytes((tmp_path / "target").read_bytes()[:60])
         with pytest.raises(CheckpointError, match="target: ends at byte 60 "):
             list(paired_blocks(donor, target, 8, nobody))
 
 
-def test_progress_is_told_every_byte(tmp_path: Path) -> None:
-    told: list[int] = []
+def test_progress_counts_every_byte(tmp_path: Path) -> None:
+    counted: list[int] = []
     with stored(tmp_path, donor=torch.ones(9, 5, dtype=torch.bfloat16), target=torch.ones(9, 3)) as (donor, target):
-        list(paired_blocks(donor, target, 9, told.append))
-    assert told == [90, 108]
+        list(paired_blocks(donor, target, 9, counted.append))
+    assert counted == [90, 108]
 
 
 Align = Callable[..., Alignment]
@@ -86,7 +86,7 @@ Align = Callable[..., Alignment]
 
 @pytest.fixture
 def aligned(tmp_path: Path) -> Align:
-    """Align one tensor with another; all rows, unless fewer are asked for."""
+    """Align one tensor with another, by default over all rows."""
 
     def run(donor: Tensor, target: Tensor, **options: Any) -> Alignment:
         with stored(tmp_path, donor=donor, target=target) as (first, second):
@@ -96,7 +96,7 @@ def aligned(tmp_path: Path) -> Align:
 
 
 def integers(*shape: int, seed: int) -> Tensor:
-    """Small whole numbers: every dtype holds them, and float32 their products and sums."""
+    """Return small integers: every dtype holds them exactly, and float32 their products and sums."""
     return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -184,9 +184,7 @@ def test_the_residual_is_that_of_the_map_however_small(aligned: Align, noise: fl
     assert alignment.residual < 1.5 * max(noise, 1e-7)
 
 
-def test_tables_are_read_once_and_again_only_for_a_residual_that_sums_cannot_tell(
-    aligned: Align, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_are_read_twice_only_for_a_tiny_residual(aligned: Align, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     original = aligned_projector.read_exactly
 
@@ -197,10 +195,10 @@ def test_tables_are_read_once_and_again_only_for_a_residual_that_sums_cannot_tel
     monkeypatch.setattr(aligned_projector, "read_exactly", counting)
     donor, truth = random(5000, 32, seed=0), random(32, 8, seed=1)
     for target, passes in ((random(5000, 8, seed=2), 1), (donor @ truth, 2)):
-        told: list[int] = []
+        counted: list[int] = []
         read.clear()
-        aligned(donor, target, progress=told.append)
-        assert read == told
+        aligned(donor, target, progress=counted.append)
+        assert read == counted
         assert sum(read) == passes * 5000 * (32 + 8) * 4
         assert len(read) == passes * 2 * 3  # two tables, 5000 rows, 2048 at once
 
@@ -230,9 +228,7 @@ def empty_column(donor: Tensor) -> Tensor:
     [dependent, nearly_dependent, equal_columns, empty_column, lambda donor: donor[:29], torch.zeros_like],
     ids=["dependent", "nearly dependent", "equal columns", "an empty column", "fewer rows than columns", "zeros"],
 )
-def test_rows_that_determine_no_map_are_refused_and_told_in_a_line(
-    aligned: Align, spoil: Callable[[Tensor], Tensor]
-) -> None:
+def test_degenerate_rows_are_refused_in_one_line(aligned: Align, spoil: Callable[[Tensor], Tensor]) -> None:
     donor = spoil(random(500, 30, seed=0))
     target = random(500, 12, seed=1)
     with pytest.raises(CheckpointError) as caught:
@@ -245,7 +241,7 @@ def test_rows_that_determine_no_map_are_refused_and_told_in_a_line(
         assert np.isfinite(aligned(donor, target, ridge=1e-6).map).all()
 
 
-def test_a_ridge_that_is_too_small_to_help_is_told(aligned: Align) -> None:
+def test_a_ridge_that_is_too_small_is_an_error(aligned: Align) -> None:
     donor, target = dependent(random(500, 30, seed=0)), random(500, 12, seed=1)
     with pytest.raises(CheckpointError, match=r"try a larger --ridge, for example 1e-18"):
         aligned(donor, target, ridge=1e-20)
@@ -281,7 +277,7 @@ def test_rows_that_a_table_does_not_have_are_refused(aligned: Align, rows: int, 
 
 
 @pytest.mark.parametrize("ridge", [-1e-9, math.nan, math.inf])
-def test_a_ridge_that_is_no_number_from_0_on_is_refused(aligned: Align, ridge: float) -> None:
+def test_a_ridge_that_is_negative_or_not_finite_is_refused(aligned: Align, ridge: float) -> None:
     with pytest.raises(UsageError, match="must be 0 or more"):
         aligned(random(50, 3, seed=0), random(50, 3, seed=1), ridge=ridge)
 

@@ -1,4 +1,4 @@
-"""A dropped head must repeat the embedding: plan says what headers tell of that, convert compares the values."""
+"""A dropped head must equal the embedding: plan compares headers, convert compares values."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ HEAD = "lm_head.weight"
 def headed(
     twin: Path, folder: Path, head: torch.dtype, table: torch.dtype, *, at: tuple[int, int] | None = None
 ) -> Path:
-    """A copy of a twin with a head; its table holds small whole numbers, which every dtype has."""
+    """Copy a twin and add a head; its table holds small integers, exact in every dtype."""
 
     def change(tensors: Tensors) -> Tensors:
         values = torch.arange(tensors[TABLE].numel()).remainder(97).sub(48).view(tensors[TABLE].shape).float()
@@ -57,7 +57,7 @@ def test_I6_an_equal_head_of_any_dtype_is_dropped(
 @pytest.mark.parametrize("piece", [64, 1000, shards.CHUNK_BYTES])
 @pytest.mark.parametrize("at", [(0, 0), (151, 13), (299, 23)], ids=str)
 @pytest.mark.parametrize(("head", "table"), PAIRS, ids=str)
-def test_I6_a_head_that_differs_is_told_with_the_place_and_both_values(
+def test_I6_a_different_head_is_reported_with_position_and_both_values(
     head: torch.dtype,
     table: torch.dtype,
     at: tuple[int, int],
@@ -82,8 +82,8 @@ def test_I6_a_head_of_another_shape_is_refused_by_the_plan(twin_folder: TwinFold
     respell(twin_folder("text-8"), tmp_path / "source", lambda held: {**held, HEAD: held[TABLE][:-1].clone()})
     with pytest.raises(CheckpointError) as caught:
         plan(tmp_path / "source")
-    told = f"misshapen: {HEAD} has shape [299, 24], but it must repeat {TABLE} of shape [300, 24]"
-    assert caught.value.details == (told,)
+    message = f"misshapen: {HEAD} has shape [299, 24], but it must repeat {TABLE} of shape [300, 24]"
+    assert caught.value.details == (message,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8], ids=str)

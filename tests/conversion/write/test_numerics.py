@@ -64,7 +64,7 @@ def test_a_cast_and_a_scaled_row_keep_nan_and_infinity(source: str, target: str)
 
 
 def test_a_product_that_only_rounding_makes_infinite_is_too_large() -> None:
-    row = torch.tensor([2.0**127 * 1.984375] * 4, dtype=torch.float32)  # doubled it lies above the largest bfloat16
+    row = torch.tensor([2.0**127 * 1.984375] * 4, dtype=torch.float32)  # doubled it exceeds the largest bfloat16
     assert torch.isinf(row.to(torch.bfloat16) * 2).all()
     with pytest.raises(CheckpointError, match="too large"):
         scaled_row(to_bytes(row), "F32", "BF16")
@@ -108,7 +108,7 @@ def test_bfloat16_rows_of_any_numbers_are_torchs(values: list[float]) -> None:
 
 
 def nearest(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """Of all numbers of a 16-bit dtype, the one that is nearest to each value, of two the one whose last bit is 0."""
+    """Round each value to the nearest number of a 16-bit dtype, ties to even."""
     every = all_16_bit_values(dtype)
     every = every[every.double() >= 0].double().unique().numpy()
     above = np.searchsorted(every, np.abs(values)).clip(1, len(every) - 1)
@@ -122,7 +122,7 @@ def nearest(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 def test_computed_values_are_rounded_once(target: str) -> None:
     every = all_16_bit_values(TORCH[target]).double().unique().numpy()
     middles = (every[1:] + every[:-1]) / 2
-    # The middle of two, and what lies so near to it that float32 cannot tell.
+    # The midpoint of two numbers, and values too close to it for float32.
     near = [middles, middles * (1 + 2.0**-40), middles * (1 - 2.0**-40), every]
     values = np.concatenate([*near, np.random.default_rng(0).standard_normal(100_000)])
     values = values[np.abs(values) <= every[-1]]
@@ -153,7 +153,7 @@ def test_the_largest_number_of_a_dtype_is_not_too_large(target: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_every_16_bit_value_is_judged_as_by_torch(dtype: str) -> None:
+def test_finiteness_of_every_16_bit_value_equals_torch(dtype: str) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(TORCH[dtype])
     for value in every[~torch.isfinite(every)]:
         what = "NaN" if torch.isnan(value) else "infinity"
@@ -163,7 +163,7 @@ def test_every_16_bit_value_is_judged_as_by_torch(dtype: str) -> None:
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60))
-def test_any_float32_is_judged_as_by_torch(bits: list[int]) -> None:
+def test_finiteness_of_any_float32_equals_torch(bits: list[int]) -> None:
     data = bytearray(b"".join(word.to_bytes(4, "little") for word in bits))
     values = torch.frombuffer(data, dtype=torch.float32)
     bad = (~torch.isfinite(values)).nonzero()
@@ -177,7 +177,7 @@ def test_any_float32_is_judged_as_by_torch(bits: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", list(TORCH))
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-def test_the_first_of_several_is_told_wherever_it_stands(dtype: str, value: float) -> None:
+def test_the_first_of_several_is_reported_at_any_position(dtype: str, value: float) -> None:
     for place in (0, 1, 62, 63):
         values = torch.full((64,), LARGEST[dtype], dtype=TORCH[dtype])
         values[place] = value

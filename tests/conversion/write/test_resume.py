@@ -1,4 +1,4 @@
-"""A conversion that died is taken up again: finished shards are kept, everything else is written anew."""
+"""An interrupted conversion is resumed: finished shards are kept, everything else is rewritten."""
 
 import errno
 import json
@@ -44,14 +44,14 @@ def source(demo_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a conversion gives that was never stopped."""
+    """Return the files of an uninterrupted conversion."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     convert(source, folder, max_shard_bytes=SHARD)
     return contents(folder)
 
 
 def stopping(after: int, error: BaseException) -> Callable[[int], None]:
-    """A progress callback that stops the conversion when so many bytes are written."""
+    """Return a progress callback that raises after `after` bytes."""
     seen = 0
 
     def progress(count: int) -> None:
@@ -109,7 +109,7 @@ def test_a_run_may_be_stopped_again_and_again(source: Path, tmp_path: Path, whol
     target, kept, runs = tmp_path / "out", 0, 0
     while not target.exists():
         runs += 1
-        # Each run gets a little further than what is there already.
+        # Each run gets a little further than the last.
         there = sum(len(whole[name]) for name in finished_in(staging_of(target))) if runs > 1 else 0
         try:
             done = convert(
@@ -182,7 +182,7 @@ def folder(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [flip, cut, link, second_name, folder, Path.unlink], ids=lambda damage: damage.__name__
 )
-def test_a_shard_that_is_not_what_was_finished_is_written_anew(
+def test_a_changed_shard_is_rewritten(
     source: Path, tmp_path: Path, whole: dict[str, bytes], damage: Callable[[Path], None]
 ) -> None:
     target = tmp_path / "out"
@@ -201,9 +201,7 @@ def test_a_shard_that_is_not_what_was_finished_is_written_anew(
     "text",
     [b"", b"\n\n", b"{", b"[1]\n", b"\xff\xfe\n", b'{"plan": 1}\n', b'{"plan": "x", "shard": ["a"], "sha256": 3}\n'],
 )
-def test_a_journal_that_cannot_be_read_counts_for_nothing(
-    source: Path, tmp_path: Path, whole: dict[str, bytes], text: bytes
-) -> None:
+def test_an_unreadable_journal_is_ignored(source: Path, tmp_path: Path, whole: dict[str, bytes], text: bytes) -> None:
     target = tmp_path / "out"
     stop(source, target)
     (staging_of(target) / JOURNAL_FILE).write_bytes(text)
@@ -229,7 +227,7 @@ def test_a_torn_line_loses_one_shard(source: Path, tmp_path: Path, whole: dict[s
     finished = finished_in(staging_of(target))
     journal = staging_of(target) / JOURNAL_FILE
     journal.write_bytes(journal.read_bytes()[:-20])
-    # Stopped once more: what is noted behind the torn line counts.
+    # Stopped once more: entries after the torn line count.
     with pytest.raises(Interrupted):
         stop_in_the_judge(source, target)
     assert len(finished_in_spite_of_torn(staging_of(target))) > len(finished)
@@ -264,7 +262,7 @@ def test_another_source_keeps_nothing(source: Path, tmp_path: Path, whole: dict[
     assert contents(target) == contents(tmp_path / "expected") != whole
 
 
-def test_what_else_lies_in_the_staging_folder_goes(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_other_files_in_the_staging_folder_are_removed(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     target = tmp_path / "out"
     stop(source, target)
     staging = staging_of(target)
@@ -294,7 +292,7 @@ def test_resuming_without_sha256_is_refused(source: Path, tmp_path: Path) -> Non
     assert names(tmp_path) == []
 
 
-def test_the_room_that_kept_shards_take_is_not_asked_for_again(
+def test_kept_shards_do_not_count_as_needed_space(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out"
@@ -351,7 +349,7 @@ def test_O5_kept_shards_are_flushed_if_the_run_that_wrote_them_did_not_wait(
 def test_O2_a_shard_whose_flush_failed_is_never_kept(
     source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk tells once that it has failed; asked again, all is well."""
+    """A disk reports a failure once; the next flush succeeds."""
     target = tmp_path / "out"
     failed: list[str] = []
     fsync = os.fsync
@@ -374,7 +372,7 @@ def test_O2_a_shard_whose_flush_failed_is_never_kept(
     assert contents(target) == whole
 
 
-def test_a_kept_shard_that_cannot_be_read_is_written_anew(
+def test_an_unreadable_kept_shard_is_rewritten(
     source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out"
@@ -410,7 +408,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=60_000, progress=p
 """
 
 
-def test_O4_a_killed_run_is_taken_up_again_even_if_it_did_not_ask_for_it(
+def test_O4_a_killed_run_is_resumed_even_if_it_ran_without_resume(
     source: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     target = tmp_path / "out"
