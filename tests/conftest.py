@@ -1,4 +1,4 @@
-"""Fixtures that all tests share."""
+"""Fixtures shared by all tests."""
 
 import os
 import shutil
@@ -19,19 +19,19 @@ from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.schema import WeightMap
 from tests.processes import small_shards as small_shards
 
-# Generated cases are the same in every run; a failure can be had again.
+# Generated cases are the same in every run, so failures can be reproduced.
 settings.register_profile("t5g2", derandomize=True, deadline=None)
 settings.load_profile("t5g2")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Tests run side by side; more threads than cores only wait for each other.
+# Tests run in parallel; more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to `make test-all` all but the first case of a test that is `sampled`."""
+    """Run only the first case of a `sampled` test; `make test-all` runs all."""
     seen = set()
     for item in items:
         if item.get_closest_marker("sampled") is not None:
@@ -55,7 +55,7 @@ def demo_config() -> Mapping[str, Any]:
 
 @pytest.fixture
 def demo_source(tmp_path: Path) -> Path:
-    """The demo's tiny Gemma 3 with images and tokenizer, made without torch, free to be damaged."""
+    """Write the demo's tiny Gemma 3 with images and tokenizer, without torch; the test may damage it."""
     folder = tmp_path / "demo-source"
     build_demo_source(folder)
     return folder
@@ -66,17 +66,17 @@ TwinFolder = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of a run share."""
+    """Return a folder shared by all workers of a run."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
 def twin_folder(shared_folder: Path) -> TwinFolder:
-    """The folder of a twin by its name, written by the first worker that needs it; not to be changed."""
+    """Return the folder of a twin by name, written by the first worker that needs it; do not change it."""
 
     def write(name: str, folder: Path) -> None:
-        # Imported here: transformers takes seconds, and most tests do without.
+        # Imported here: transformers takes seconds, and most tests do not need it.
         from tests.models.twins import BY_NAME, write_twin
 
         write_twin(BY_NAME[name], folder)
@@ -86,7 +86,7 @@ def twin_folder(shared_folder: Path) -> TwinFolder:
 
 @pytest.fixture(scope="session")
 def converted_twin(twin_folder: TwinFolder, shared_folder: Path) -> TwinFolder:
-    """The folder of a twin's conversion by its name, written by the first worker that needs it; not to be changed."""
+    """Return the folder of a twin's conversion, written by the first worker that needs it; do not change it."""
 
     def write(name: str, folder: Path) -> None:
         convert(twin_folder(name), folder)
@@ -105,16 +105,16 @@ def _written_once(root: Path, write: Callable[[str, Path], object], name: str) -
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was tried, counted, stands at the end of a run."""
+    """Print the counts of mutants and faults at the end of a run."""
     if counts := _recorded(terminalreporter, "mutants"):
-        told = ", ".join(f"{name} {counts[name]}" for name in ("integrity", "provenance", "config", "parity"))
+        caught = ", ".join(f"{name} {counts[name]}" for name in ("integrity", "provenance", "config", "parity"))
         terminalreporter.write_line(
-            f"mutants: {counts['tried']} tried, {counts['survived']} survived; caught by {told}"
+            f"mutants: {counts['tried']} tried, {counts['survived']} survived; caught by {caught}"
         )
     if counts := _recorded(terminalreporter, "faults"):
         lost = counts.pop("lost", 0)
-        told = ", ".join(f"{fault} {count}" for fault, count in counts.most_common())
-        terminalreporter.write_line(f"faults: {counts.total()} injected ({told}), {lost} outputs lost or damaged")
+        caught = ", ".join(f"{fault} {count}" for fault, count in counts.most_common())
+        terminalreporter.write_line(f"faults: {counts.total()} injected ({caught}), {lost} outputs lost or damaged")
     if counts := _recorded(terminalreporter, "bad_inputs"):
         terminalreporter.write_line(f"bad inputs: {counts.total()} tried")
     if counts := _recorded(terminalreporter, "hostile_texts"):
@@ -122,10 +122,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def _recorded(terminalreporter: pytest.TerminalReporter, wanted: str) -> Counter[str]:
-    """The sum of what tests recorded under a name: counts by kind, or one number."""
+    """Return the sum of what tests recorded under a name: counts by kind, or one number."""
     counts: Counter[str] = Counter()
     for report in chain.from_iterable(terminalreporter.stats.values()):
-        # The report of the call has those of the call alone, the last one has all.
+        # The call's report has only the call's properties, the last report has all.
         for name, value in report.user_properties if getattr(report, "when", None) == "teardown" else ():
             if name == wanted:
                 counts.update(value if isinstance(value, dict) else {wanted: value})

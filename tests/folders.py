@@ -34,7 +34,7 @@ OLD: Final = {**_FILES, "t5g2.json": manifest_of(_FILES)}
 
 
 def write_old(folder: Path) -> None:
-    """Write it."""
+    """Write the folder."""
     for name, data in OLD.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""Every file of `tests/attacks` through the command line: refused, in words that help, and nothing is written."""
+"""Every file of `tests/attacks` through the command line: refused with a helpful message, and nothing is written."""
 
 import math
 import re
@@ -30,7 +30,7 @@ RecordProperty = Callable[[str, object], None]
 
 @dataclass(frozen=True)
 class Attack:
-    """A file of the corpus, and what it must get."""
+    """A file of the corpus and its expected result."""
 
     file: Path
     code: int
@@ -51,7 +51,7 @@ def named(attack: object) -> str:
 
 @pytest.fixture(scope="module")
 def sound_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's source, built once."""
+    """Return the demo source, built once."""
     folder = tmp_path_factory.mktemp("sound") / "source"
     build_demo_source(folder)
     return folder
@@ -65,7 +65,7 @@ def source(sound_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def t5g2(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
-    """The command line, which is given 512 MB beyond what the tests' process has, and whose signals are taken back."""
+    """Return the command line with 512 MB of additional memory; restore the signal handlers."""
     run = CommandLine(capsys)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -82,8 +82,8 @@ def contents(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
 
 
-def assert_told(result: Result, code: int, says: str, where: str) -> str:
-    """A refusal that a person can act on; returns its first line."""
+def assert_clear_refusal(result: Result, code: int, says: str, where: str) -> str:
+    """Require an actionable error; return its first line."""
     assert "Traceback" not in result.err
     assert "a bug in t5g2" not in result.err
     assert result.code == code, result.err
@@ -98,7 +98,7 @@ def assert_told(result: Result, code: int, says: str, where: str) -> str:
 
 
 def place(attack: Attack, source: Path) -> Path:
-    """Put a file of the corpus in the place of the sound one."""
+    """Replace the sound file with a file of the corpus."""
     if attack.file.parent.name == "headers":
         target = source / SINGLE_FILE
     elif attack.file.parent.name == "configs":
@@ -119,14 +119,14 @@ def test_an_attack_on_a_checkpoint_is_refused(
     target = place(attack, source)
     before = contents(Path())
     where = f"{target}: " if attack.where == "file" else str(source)
-    assert_told(t5g2("plan", source), attack.code, attack.says, where)
-    assert_told(t5g2("convert", source, "output"), attack.code, attack.says, where)
+    assert_clear_refusal(t5g2("plan", source), attack.code, attack.says, where)
+    assert_clear_refusal(t5g2("convert", source, "output"), attack.code, attack.says, where)
     inspected = t5g2("inspect", source)
     if attack.inspect == 0:
         assert inspected.code == 0, inspected.err
         assert all(character.isprintable() for character in (inspected.out + inspected.err).replace("\n", ""))
     else:
-        assert_told(inspected, attack.code, attack.inspect or attack.says, where)  # type: ignore[arg-type]
+        assert_clear_refusal(inspected, attack.code, attack.inspect or attack.says, where)  # type: ignore[arg-type]
     assert contents(Path()) == before
 
 
@@ -141,10 +141,10 @@ def test_an_attack_on_a_map_is_refused_at_its_place(
     assert contents(Path()) == before
     if attack.alone == 0:
         assert (alone.code, alone.err) == (0, "")
-        assert_told(against, attack.code, attack.says, "")
+        assert_clear_refusal(against, attack.code, attack.says, "")
         return
     assert against == alone
-    first = assert_told(alone, attack.code, attack.says, f"{attack.file}:{attack.at}: ")
+    first = assert_clear_refusal(alone, attack.code, attack.says, f"{attack.file}:{attack.at}: ")
     assert POSITION.search(first)
     lines = alone.err.splitlines()
     assert len(lines) == 3, alone.err
@@ -177,7 +177,7 @@ drop:
         pytest.param("drop:\n", SCALAR_ROW, "take_rows", id="rows-of-a-scalar"),
     ],
 )
-def test_a_map_that_has_no_meaning_for_a_text_only_source_is_refused(
+def test_a_map_that_does_not_fit_a_text_only_source_is_refused(
     old: str, new: str, says: str, tmp_path: Path, t5g2: Callable[..., Result], record_property: RecordProperty
 ) -> None:
     record_property("bad_inputs", 1)
@@ -190,11 +190,11 @@ def test_a_map_that_has_no_meaning_for_a_text_only_source_is_refused(
     path = tmp_path / "map.yaml"
     path.write_text(GOOD_MAP.replace(old, new, 1))
     result = t5g2("plan", tmp_path, "--mapping", path)
-    assert_told(result, 3 if result.code == 3 else 4, says, "")
+    assert_clear_refusal(result, 3 if result.code == 3 else 4, says, "")
 
 
 def add_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Put bfloat16 tensors of zeros behind those of a file."""
+    """Append bfloat16 tensors of zeros to a file."""
     header = read_header(path)
     data = path.read_bytes()[header.data_start :]
     entries = [
@@ -219,7 +219,7 @@ def test_the_safetensors_library_refuses_a_header_too_or_the_table_says_that_it_
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_file_of_the_corpus_has_an_expectation_and_the_other_way_round(folder: str) -> None:
+def test_files_of_the_corpus_and_expectations_match(folder: str) -> None:
     assert {path.name for path in (ATTACKS / folder).iterdir()} == set(EXPECTED[folder])
 
 

@@ -26,7 +26,7 @@ def kinds(base: type[T5g2Error]) -> Iterator[type[T5g2Error]]:
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_comes_out_of_another_process_as_it_was(error: T5g2Error) -> None:
-    """Torch gathers the errors of a checkpoint that is being written from all processes, by pickling them."""
+    """While writing a checkpoint, torch pickles errors to gather them from all processes."""
     found = pickle.loads(pickle.dumps(error))
     assert type(found) is type(error)
     assert str(found) == str(error)

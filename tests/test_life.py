@@ -1,4 +1,4 @@
-"""The whole life of a model: converted, verified, uploaded, downloaded, loaded, compared, taken apart, made again."""
+"""A model's whole life: converted, verified, uploaded, downloaded, loaded, compared, extracted, converted again."""
 
 import json
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ print(json.dumps({
 
 @pytest.fixture
 def scene(tmp_path: Path, demo_source: Path) -> Iterator[Scene]:
-    """A Hub with a gated Gemma 3, whose terms ann has accepted."""
+    """Return a Hub with a gated Gemma 3; ann has accepted its terms."""
     with running() as hub:
         hub.users["hf_life"] = "ann"
         (demo_source / "README.md").write_text("---\nlicense: gemma\n---\n# A tiny one\n")
@@ -46,7 +46,7 @@ def scene(tmp_path: Path, demo_source: Path) -> Iterator[Scene]:
         hub.xet_store.mkdir()
         (tmp_path / "work").mkdir()
         (tmp_path / "work/text.txt").write_text("a text that both models read, word by word")
-        # xet is the client's own choice.
+        # The client chooses xet itself.
         yield Scene(hub, tmp_path / "work", "hf_life", {"HF_HUB_DISABLE_XET": "0"})
 
 
@@ -59,11 +59,11 @@ def test_the_whole_life_of_a_model(scene: Scene) -> None:
         return dict(json.loads(scene.good(f"{line} --json")))
 
     # Converted and verified, uploaded.
-    told = t5g2(f"convert {SOURCE} out --verify --push-to ann/t5gemma-2-tiny")
-    assert told["verification"]["passed"]
-    assert told["upload"]["private"]
+    result = t5g2(f"convert {SOURCE} out --verify --push-to ann/t5gemma-2-tiny")
+    assert result["verification"]["passed"]
+    assert result["upload"]["private"]
     assert scene.there("ann/t5gemma-2-tiny") == scene.expected()
-    # Downloaded, and loaded by transformers by its name: it computes what the folder computes.
+    # Downloaded, and loaded by name in transformers: it computes the same as the folder.
     done = scene.python(["-c", LOADED, "out", "ann/t5gemma-2-tiny"])
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout.splitlines()[-1])
@@ -72,7 +72,7 @@ def test_the_whole_life_of_a_model(scene: Scene) -> None:
     assert t5g2(f"verify {loaded['snapshot']} --source {SOURCE}")["passed"]
     compared = t5g2(f"compare {SOURCE} {loaded['snapshot']} --text text.txt")
     assert compared["decoder_alone"]["kl"] == 0
-    # Taken apart by its name on the Hub, uploaded as Gemma 3, and converted from there again: the same weights.
+    # Extracted by its Hub name, uploaded as Gemma 3, and converted from there: the same weights.
     t5g2("extract ann/t5gemma-2-tiny gemma --part decoder --verify --push-to ann/gemma-3-tiny")
     t5g2("convert ann/gemma-3-tiny again")
     before, after = tensors(scene.out), tensors(scene.folder / "again")
@@ -81,8 +81,8 @@ def test_the_whole_life_of_a_model(scene: Scene) -> None:
     again = json.loads(scene.expected("again")["t5g2.json"])
     revision = scene.hub.repos["ann/gemma-3-tiny"].refs["main"]
     assert again["source"]["hub"] == {"repo": "ann/gemma-3-tiny", "revision": revision}
-    # Uploaded again, it is there.
-    told = t5g2("upload out ann/t5gemma-2-tiny --card keep")
-    assert [file["name"] for file in told["files"] if file["sent"]] == []
+    # Uploading again sends nothing.
+    result = t5g2("upload out ann/t5gemma-2-tiny --card keep")
+    assert [file["name"] for file in result["files"] if file["sent"]] == []
     assert scene.hub.asked("/xet-write-token/", "GET")
     assert scene.hub.asked("/lfs-put/", "PUT") == []

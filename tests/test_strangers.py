@@ -1,4 +1,4 @@
-"""A zoo of folders that are somebody's, and every command that writes one: nothing in them is changed."""
+"""Folders that belong to somebody else, and every command that writes a folder: nothing in them is changed."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ State = dict[str, tuple[int, int, bytes]]
 
 
 def state(folder: Path) -> State:
-    """Inode, mode and content of everything in a folder, and where its links lead."""
+    """Return inode, mode and content of everything in a folder, and its link targets."""
     found: State = {}
     for path in (folder, *sorted(folder.rglob("*"))):
         status = path.lstat()
@@ -129,7 +129,7 @@ Write = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`gemma`, its conversion `model`, and `run`, of two checkpoints."""
+    """`Return a folder with `gemma`, its conversion `model`, and `run` with two checkpoints."""
     from t5g2convert.cli.demo import build_demo_source
 
     folder = tmp_path_factory.mktemp("stage")
@@ -144,7 +144,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def commands(stage: Path) -> dict[str, Write]:
-    """Each command that writes a folder, into a target, and replacing it if it may."""
+    """Return each command that writes a folder, with and without replacing the target."""
     model, run = stage / "model", stage / "run"
     last = run / "checkpoints/step-00000040"
     return {
@@ -160,7 +160,7 @@ def commands(stage: Path) -> dict[str, Write]:
 
 @pytest.fixture
 def unmounted(tmp_path: Path) -> Iterator[Path]:
-    """A folder for the target, at which nothing stays mounted."""
+    """Return a folder for the target, and unmount it afterwards."""
     (tmp_path / "zoo").mkdir()
     yield tmp_path / "zoo/out"
     if (tmp_path / "zoo/out").is_mount():
@@ -169,7 +169,7 @@ def unmounted(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("command", ["convert", "extract", "pack", "average", "export"])
 @pytest.mark.parametrize("animal", ZOO)
-def test_O9_what_is_somebodys_stays(animal: str, command: str, commands: dict[str, Write], unmounted: Path) -> None:
+def test_O9_foreign_folders_stay(animal: str, command: str, commands: dict[str, Write], unmounted: Path) -> None:
     ZOO[animal](unmounted)
     before = state(unmounted.parent)
     with pytest.raises(OutputError) as error:
@@ -180,7 +180,7 @@ def test_O9_what_is_somebodys_stays(animal: str, command: str, commands: dict[st
 
 
 @pytest.mark.parametrize("animal", ZOO)
-def test_O9_what_is_somebodys_stays_in_the_place_of_an_export(animal: str, stage: Path, unmounted: Path) -> None:
+def test_O9_foreign_folders_stay_at_the_path_of_an_export(animal: str, stage: Path, unmounted: Path) -> None:
     """RUN/model, which `adapt` writes without `--overwrite`."""
     run = unmounted.parent
     shutil.copytree(stage / "run", run, dirs_exist_ok=True)
@@ -194,11 +194,11 @@ def test_O9_what_is_somebodys_stays_in_the_place_of_an_export(animal: str, stage
 
 @pytest.mark.parametrize("command", ["average", "export"])
 @pytest.mark.parametrize("place", [".", "checkpoints", "checkpoints/step-00000020", "tensorboard", "..", "run.json"])
-def test_O12_a_run_is_not_replaced_by_what_is_made_of_it(
+def test_O12_a_run_is_not_replaced_by_its_own_output(
     command: str, place: str, stage: Path, commands: dict[str, Write]
 ) -> None:
     before = state(stage)
-    if (command, place) != ("export", "tensorboard"):  # there is none yet, and nothing is lost
+    if (command, place) != ("export", "tensorboard"):  # there is no target yet, and nothing is lost
         with pytest.raises(T5g2Error):
             commands[command](stage / "run" / place)
     assert state(stage) == before

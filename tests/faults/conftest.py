@@ -15,7 +15,7 @@ def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def source(scene_folder: Path) -> Path:
-    """A model of 5,000 parameters; not to be changed."""
+    """Return a model of 5,000 parameters; do not change it."""
     folder = scene_folder / "source"
     write_source(folder)
     return folder
@@ -23,7 +23,7 @@ def source(scene_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def clean(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a conversion of it gives."""
+    """Return the files that its conversion gives."""
     folder = tmp_path_factory.mktemp("clean") / "out"
     convert(source, folder, max_shard_bytes=SHARD_BYTES)
     found = contents(folder)

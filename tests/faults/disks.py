@@ -1,4 +1,4 @@
-"""Run inside a mount namespace: conversions onto small disks, each made for one conversion and gone with it.
+"""Run inside a mount namespace: conversions onto small disks, each made for one conversion.
 
 Arguments: source, a folder to mount at, bytes of a shard, and the disks with their sizes in bytes: `lied 8192` for one
 that is said to be large enough, `honest 8192`, `readonly 8192`. Printed: a JSON list of an outcome for each disk.
@@ -25,12 +25,12 @@ def convert(source: str, target: Path, shard: str, *, lies: bool, stderr: Path) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
         if lies:
-            # As on a disk that somebody else fills after it was looked at.
+            # As on a disk that somebody else fills after the check.
             shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 40)  # type: ignore[assignment,return-value]
         try:
             main(["convert", source, str(target), "--max-shard-size", shard])
         except SystemExit as end:
-            # What follows in this file is for the parent to do.
+            # The rest of this file runs in the parent.
             os._exit(int(end.code or 0))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

@@ -1,4 +1,4 @@
-"""One conversion to be disturbed: how it lies before, and what must hold after."""
+"""A conversion to disturb: its state before, and the invariants after."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ def write_source(folder: Path, **config: Any) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes] | None:
-    """The files of a folder, without those that a run keeps in it until it is complete; None if it is not there."""
+    """Return the files of a folder without a run's temporary ones; None if the folder is missing."""
     if not folder.exists():
         return None
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -59,7 +59,7 @@ EMPTY: Final = "a folder with nothing in it"
 
 
 def beside(target: Path) -> set[str]:
-    """What lies beside a target, or in it and is none of it, or that the folder made for it holds nothing."""
+    """Return leftovers next to or inside a target, or a note that its new parent folder is empty."""
     if not target.parent.exists():
         return set()
     others = {path.name for path in target.parent.iterdir()} - {target.name}
@@ -68,7 +68,7 @@ def beside(target: Path) -> set[str]:
 
 
 def ill_said(stderr: str, code: int) -> str | None:
-    """What is wrong with the words that a conversion ended with."""
+    """Return the problems of a conversion's last output."""
     lines = stderr.splitlines()
     if code == 0:
         return None if all(line.startswith("note: ") for line in lines) else f"said {stderr!r} although all went well"
@@ -79,7 +79,7 @@ def ill_said(stderr: str, code: int) -> str | None:
 
 @dataclass(frozen=True)
 class Mode:
-    """How the target lies before the run that is disturbed.
+    """The state of the target before the disturbed run.
 
     Attributes:
         overwrite: Whether an old target is replaced.
@@ -102,17 +102,17 @@ MODES: Final = {
     "fill": Mode(fill=True),
     "failing": Mode(failing="fsync:error=EIO:when=1"),
     "after-kill": Mode(killed="rename,renameat2:signal=KILL:when=1"),
-    # Killed when the journal was about to go: all shards are finished.
+    # Killed before the journal was removed: all shards are finished.
     "resumed": Mode(resume=True, killed="?unlink,?unlinkat:signal=KILL:when=1"),
     "after-torn-swap": Mode(overwrite=True, killed="rename,renameat2:signal=KILL:when=2"),
-    # Killed when some of the files had been moved.
+    # Killed after some files were moved.
     "after-torn-fill": Mode(fill=True, killed="rename,renameat2:signal=KILL:when=5"),
 }
 
 
 @dataclass
 class Scene:
-    """Conversions of one source into one target, again and again."""
+    """Repeated conversions of one source into one target."""
 
     tracer: Tracer
     source: Path
@@ -133,15 +133,15 @@ class Scene:
         return ["convert", self.source, self.target, "--max-shard-size", str(SHARD_BYTES), *options]
 
     def lay(self, mode: str) -> None:
-        """Make everything as it is before the run."""
+        """Restore the state before the run."""
         work = self.folder / "work"
         killed = MODES[mode].killed
-        # Traced first, as that lays the target itself.
+        # Traced first, because tracing prepares the target itself.
         way = "overwrite" if MODES[mode].overwrite else "fill" if MODES[mode].fill else "new"
         paths = self.paths(way) if killed is not None else []
         shutil.rmtree(work, ignore_errors=True)
         if mode in self.templates:
-            # A folder that is filled knows its files by their inodes.
+            # Files in a filled folder are identified by their inodes.
             shutil.copytree(self.templates[mode], work, copy_function=os.link if MODES[mode].fill else shutil.copy2)
             return
         work.mkdir()
@@ -161,14 +161,14 @@ class Scene:
             self.lay(mode)
 
     def trace(self, mode: str) -> Run:
-        """A run without a fault but those of the mode; the calls on files of ours."""
+        """Run with only the mode's own fault; return the calls on our files."""
         self.lay(mode)
         failing = MODES[mode].failing
         run = self.tracer.run(self.arguments(mode), inject=[] if failing is None else [failing])
         return Run(run.code, run.stderr, tuple(call for call in run.calls if self._ours(call)))
 
     def paths(self, mode: str) -> list[str]:
-        """Every path of ours that the conversion names or has open."""
+        """Return every path of ours that the conversion names or opens."""
         if mode not in self.traced:
             found = {path for call in self.trace(mode).calls for path in call.paths if self._ours(call)}
             self.traced[mode] = sorted(path for path in found if path.startswith(str(self.folder)))
@@ -181,14 +181,14 @@ class Scene:
         """Run with a fault at the first call, at the second, and so on, until a run has no such call.
 
         Returns:
-            What was wrong, a line each; and how many faults there were, and how many outputs lost or damaged.
+            The problems, one a line; the number of faults; the number of outputs lost or damaged.
         """
         wrong: list[str] = []
         counts = Counter({fault: 0, "lost": 0})
         paths = [path for path in self.paths(mode) if path.startswith(only)]
         failing = MODES[mode].failing
         number = 0 if failing is None else self._before(mode, calls, "(INJECTED)")
-        # Once it has cleared away what the killed one left, such a run is like any other.
+        # After it clears what the killed run left, this run is like any other.
         last = None if MODES[mode].killed is None or MODES[mode].resume else self._before(mode, calls, "O_CREAT")
         while last is None or number < last:
             number += 1
@@ -213,19 +213,19 @@ class Scene:
         return "\n".join(wrong), dict(counts)
 
     def _place(self, mode: str) -> tuple[int, int] | None:
-        """Inode and mode of a target that is filled."""
+        """Return inode and mode of a filled target."""
         status = self.target.stat() if MODES[mode].fill else None
         return None if status is None else (status.st_ino, status.st_mode)
 
     def _before(self, mode: str, calls: str, sign: str) -> int:
-        """How many such calls the main thread makes before the first call that has the sign."""
+        """Count the main thread's calls of this name before the first call with the sign."""
         traced = self.trace(mode).calls
         first = next(number for number, call in enumerate(traced) if sign in call.text)
         named = Counter(call.name for call in traced[:first] if call.thread == traced[first].thread)
         return max(named[name] for name in calls.replace("?", "").split(","))
 
     def _hit_beside(self, run: Run, calls: str) -> int | None:
-        """The call hit, where a run has a fault of its own before."""
+        """Return the call that was hit, if the run has another fault before it."""
         if run.code == -9:
             return run.hit
         names = calls.replace("?", "").split(",")
@@ -233,7 +233,7 @@ class Scene:
         return failed[-1] if failed else None
 
     def judge(self, mode: str, run: Run, hit: int, before: set[str], *, stopped: int = 0) -> list[str]:
-        """What is wrong after a run that was hit, and after the next one.
+        """Return the problems after a run with a fault, and after the next run.
 
         Args:
             mode: How the target lay.
@@ -245,7 +245,7 @@ class Scene:
         call, overwrite = run.calls[hit], MODES[mode].overwrite
         if not self._ours(call):
             return ["the harness hit a file that is not ours"]
-        # Two threads that come to their N-th call bring two signals, and the second ends the process at once.
+        # Two threads at their N-th call send two signals, and the second ends the process at once.
         killed = run.code == -9 or (stopped != 0 and run.code == -stopped and run.injected > 1)
         committed = any(self._commits(earlier) for earlier in run.calls[:hit])
         cleaning = committed or call.name in CLEANING or MODES[mode].failing is not None
@@ -254,7 +254,7 @@ class Scene:
             first = next(call for call in run.calls if "(INJECTED)" in call.text)
             expected = 3 if any(path.startswith(str(self.source)) for path in first.paths) else 5
             expected = 128 + stopped if stopped else expected
-            # Where closing a listing of the source fails nothing is lost, and the mode's own fault ends the run.
+            # A failed close of a source listing loses nothing, and the mode's own fault ends the run.
             own = () if MODES[mode].failing is None or stopped else (5,)
             if run.code not in (expected, 0, *own):
                 wrong.append(f"exit code {run.code}, expected {expected}")
@@ -266,23 +266,23 @@ class Scene:
         if found is None and overwrite and not killed and MODES[mode].killed is None:
             wrong.append("the target was taken away")
         fill, before_killed = MODES[mode].fill, killed or MODES[mode].killed is not None
-        # Not complete, and no checkpoint: what is there is taken over by the next run.
+        # Not complete, and not a checkpoint: the next run takes over the files.
         partial = fill and found is not None and "config.json" not in found and found.items() <= self.clean.items()
         whole = found in ({} if fill else None, OLD if overwrite else None, self.clean)
         if not whole and not (before_killed and partial):
             wrong.append(f"the target holds {sorted(found or ())}")
         recoverable = overwrite and found is None
-        # A run that gets nowhere leaves what another left.
+        # A run that fails early keeps what another run left.
         left = set() if killed or MODES[mode].resume or (cleaning and not stopped) else beside(self.target) - before
         if left and not (before and left == {EMPTY}):
             wrong.append(f"{sorted(left)} left beside")
         if recoverable:
-            # The next run puts it back, also if it does nothing else.
+            # The next run restores it, even if it does nothing else.
             with suppress(OutputError):
                 convert(self.source, self.target, max_shard_bytes=SHARD_BYTES)
             if contents(self.target) != OLD:
                 wrong.append("the target's old content is lost")
-        # After every other kill the next run takes up what was finished.
+        # After every other kill the next run resumes from the finished shards.
         self.kills += killed
         resume = killed and self.kills % 2 == 0
         return wrong + self.next_run(overwrite=overwrite or found == self.clean, resume=resume)
@@ -296,7 +296,7 @@ class Scene:
         try:
             done = convert(self.source, self.target, overwrite=overwrite, resume=resume, max_shard_bytes=SHARD_BYTES)
             self.kept += len(done.kept)
-        except Exception as error:  # noqa: BLE001 - told with the others
+        except Exception as error:  # noqa: BLE001 - reported with the others
             wrong.append(f"the next run: {type(error).__name__}: {error}")
         if contents(self.target) != self.clean:
             wrong.append("the next run did not complete it")

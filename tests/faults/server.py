@@ -1,4 +1,4 @@
-"""A process that has imported t5g2 and forks a `t5g2` for every line that it reads: a run without its start-up.
+"""A process that has imported t5g2 and forks a `t5g2` for every line it reads, to skip the start-up.
 
 A line is a JSON list: the file for stderr, then the arguments. Answered are the pid of the fork, which waits for a byte
 from the descriptor that the command line names, and later its exit code, negative for a signal.
@@ -22,7 +22,7 @@ PR_SET_PTRACER: Final = 0x59616D61
 
 
 def warm_up(source: str) -> None:
-    """Import all that a conversion imports: make one."""
+    """Import everything that a conversion imports, by running one."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), TemporaryDirectory() as folder:
         with suppress(SystemExit):
             main(["convert", source, f"{folder}/out"])
@@ -30,7 +30,7 @@ def warm_up(source: str) -> None:
 
 
 def become_tool(gate: int, stderr: str, arguments: list[str]) -> None:
-    # Where Yama is, strace may attach to its own children only, unless they let others.
+    # With Yama, strace may attach only to its own children, unless they allow others.
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_long(-1))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
@@ -38,7 +38,7 @@ def become_tool(gate: int, stderr: str, arguments: list[str]) -> None:
     try:
         main(arguments)
     except SystemExit as end:
-        # Without taking torch down, which is longer than the conversion; `main` has flushed what it wrote.
+        # Skip torch's teardown, which takes longer than the conversion; `main` has flushed its output.
         os._exit(int(end.code or 0))
 
 

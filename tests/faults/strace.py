@@ -1,4 +1,4 @@
-"""Conversions under strace: what calls they make on the files of a test, with one of them made to fail or to kill.
+"""Conversions under strace: their calls on a test's files, one of which can fail or kill the process.
 
 `strace -P` restricts the trace, the injection and its counter to the paths given, and to descriptors open on them; each
 must be given, so they are read from a trace of the same conversion without faults. `when=N` counts per thread. With
@@ -29,7 +29,7 @@ INJECTED: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A system call as it stands in the log, where it began; descriptors have their paths beside them."""
+    """A system call as logged at its start; descriptors are followed by their paths."""
 
     thread: int
     name: str
@@ -42,7 +42,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A process that has ended: its exit code, negative for a signal, what it said, and its calls."""
+    """A finished process: exit code (negative for a signal), output, and calls."""
 
     code: int
     stderr: str
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def hit(self) -> int | None:
-        """Position of the call that was made to fail, the last one if several were, or at which the process died."""
+        """Return the position of the (last) failed call, or of the call at which the process died."""
         failed = [number for number, call in enumerate(self.calls) if "(INJECTED)" in call.text]
         if self.code == -9:
             return max(number for number, call in enumerate(self.calls) if call.text.rstrip().endswith(("= ?", "...>")))
@@ -58,12 +58,12 @@ class Run:
 
     @property
     def injected(self) -> int:
-        """How many faults there were: with `when=N` every thread that comes to its N-th call has one."""
+        """Count the faults: with `when=N` every thread has one at its N-th call."""
         return sum(call.text.count("(INJECTED)") for call in self.calls)
 
 
 def parse(log: str) -> tuple[Call, ...]:
-    """The calls of a log; one that another thread interrupted is put together again."""
+    """Return the calls of a log; join calls that another thread interrupted."""
     calls: list[Call] = []
     open_calls: dict[int, int] = {}
     for line in log.splitlines():
@@ -86,7 +86,7 @@ class NotTraced(Exception):  # noqa: N818 - a finding, no error
 
 
 class Tracer:
-    """Runs `t5g2` in forks of one process that has imported it, each under a strace of its own."""
+    """Run `t5g2` in forks of one process that has imported it, each under its own strace."""
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.log, self.stderr = folder / "log", folder / "stderr"
@@ -102,7 +102,7 @@ class Tracer:
         os.close(self.gate)
 
     def refused(self) -> str | None:
-        """Why nothing can be traced here, in strace's words."""
+        """Return strace's reason why it cannot trace here."""
         try:
             self.run(["--version"])
         except NotTraced as error:
@@ -117,7 +117,7 @@ class Tracer:
         paths: Iterable[str] = (),
         inject: Iterable[str] = (),
     ) -> Run:
-        """Run to the end.
+        """Run to completion.
 
         Args:
             arguments: The command line.
@@ -150,7 +150,7 @@ def line_of(stream: IO[str] | None) -> str:
 def start_and_trace(
     arguments: Sequence[str | Path], folder: Path, calls: str, paths: Iterable[str] = (), *inject: str
 ) -> Run:
-    """Run `t5g2` under strace from its first instruction; a second or more."""
+    """Run `t5g2` under strace from its first instruction; this takes a second or more."""
     assert STRACE is not None
     tool = [sys.executable, "-m", "tests.processes.small_shards", *arguments]
     command = [STRACE, *_options(folder / "log", calls, paths, inject), *tool]

@@ -1,4 +1,4 @@
-"""Real disks that are full, real limits on files, real folders that may not be written."""
+"""Real full disks, real file limits, real read-only folders."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def one_line(stderr: str) -> bool:
 def test_O2_a_disk_that_fills_up_at_any_page(
     source: Path, clean: dict[str, bytes], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """The disk is said to be large enough and is not, by one page less each time, until all fits."""
+    """The disk claims to be large enough but is too small, by one page less each time, until all fits."""
     pages = sum(-(-len(data) // 4096) for data in clean.values()) + 1  # one is the journal's
     ended = outcomes(source, tmp_path, *(f"lied {4096 * number}" for number in range(1, pages + 1)))
     sizes = {name: len(data) for name, data in clean.items()}
@@ -84,7 +84,7 @@ def test_O2_a_disk_that_is_too_small_is_known_before_the_start(source: Path, tmp
     assert disk["left"] == []
 
 
-def test_O2_a_disk_that_is_mounted_to_be_read(source: Path, tmp_path: Path) -> None:
+def test_O2_a_disk_that_is_mounted_read_only(source: Path, tmp_path: Path) -> None:
     (disk,) = outcomes(source, tmp_path, "readonly 134217728")
     assert disk["code"] == 5
     assert one_line(disk["stderr"])
@@ -93,7 +93,7 @@ def test_O2_a_disk_that_is_mounted_to_be_read(source: Path, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source whose tokenizer is its largest file."""
+    """Return a source with a tokenizer larger than its other files."""
     folder = tmp_path_factory.mktemp("wordy") / "source"
     write_source(folder)
     (folder / "tokenizer.json").write_text(f'{{"version": "1.0", "words": "{"word " * 20_000}"}}\n')
@@ -139,7 +139,7 @@ def test_O2_a_file_larger_than_the_limit_on_files(wordy: Path, tmp_path: Path, l
 
 @pytest.fixture
 def public(source: Path) -> Iterator[Path]:
-    """A folder that every user may read, with a source in it; pytest's own are closed to others."""
+    """Return a world-readable folder with a source; pytest's own folders are private."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)

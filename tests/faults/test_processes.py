@@ -1,4 +1,4 @@
-"""Two and eight real processes started at once on one target: one writes at a time, and every one says how it ended."""
+"""Two and eight real processes started at once on one target: one writes at a time, and each reports its result."""
 
 import fcntl
 import os
@@ -42,7 +42,7 @@ with Staging(Path(sys.argv[1])) as staging:
 
 
 def run_together(count: int, arguments: Sequence[str | Path]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each of several processes that begin at one moment."""
+    """Return exit code and stderr of several processes that start at the same moment."""
     command = [sys.executable, "-c", STARTED_TOGETHER, "convert", *map(str, arguments)]
     gate, start = os.pipe()
     running = [
@@ -89,7 +89,7 @@ def test_O6_processes_started_at_once(
 
 
 @pytest.mark.slow
-def test_O6_eight_find_what_a_killed_one_left(source: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+def test_O6_eight_runs_find_what_a_killed_run_left(source: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     target = tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", DIES, str(target)], check=False, timeout=300)
     assert killed.returncode == -signal.SIGKILL
@@ -112,10 +112,8 @@ def test_O6_eight_find_an_old_target_that_was_moved_aside(
     check(run_together(8, [*arguments, "--overwrite"]), target, clean, overwrite=True)
 
 
-def test_O6_one_that_is_refused_takes_nothing_from_the_one_that_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second one locks the folder between the first one's making it and locking it."""
+def test_O6_a_refused_run_takes_nothing_from_the_writing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run locks the folder after the first creates it but before it locks it."""
     target = tmp_path / "out"
     second = Staging(target)
     flock = fcntl.flock
@@ -136,10 +134,10 @@ def test_O6_one_that_is_refused_takes_nothing_from_the_one_that_writes(
 
 
 @pytest.mark.parametrize("vanishes", ["the staging folder", "the folder made for the target"])
-def test_O6_a_folder_that_another_one_takes_away_is_made_again(
+def test_O6_a_folder_that_another_run_removes_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vanishes: str
 ) -> None:
-    """Another run ends between this one's finding a folder and its using it."""
+    """Another run ends after this run finds a folder but before it uses it."""
     target = tmp_path / "new/out"
     other = Staging(target)
     other.__enter__()
@@ -152,7 +150,7 @@ def test_O6_a_folder_that_another_one_takes_away_is_made_again(
         return real(path, *arguments, **options)
 
     if name == "mkdir":
-        # It has removed its staging folder, and not yet the folder around it.
+        # It has removed its staging folder, but not yet the parent folder.
         other.folder.rmdir()
     monkeypatch.setattr(os, name, late)
     with Staging(target) as staging:

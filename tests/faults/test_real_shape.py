@@ -1,4 +1,4 @@
-"""Damage to a conversion of the 270m at its real shape, 0.74 GB: whatever is flipped is found and named."""
+"""Damage to a conversion of the 270m at its real shape, 0.74 GB: every flipped bit is found and named."""
 
 import json
 import random
@@ -54,7 +54,7 @@ def converted(source: Path) -> Path:
 
 @contextmanager
 def flipped(path: Path, place: int, bits: int) -> Iterator[None]:
-    """A file with some bits of one byte flipped; put back afterwards."""
+    """Flip some bits of one byte of a file; restore it afterwards."""
     with path.open("r+b", buffering=0) as file:
         file.seek(place)
         byte = file.read(1)[0]
@@ -71,7 +71,7 @@ def flipped(path: Path, place: int, bits: int) -> Iterator[None]:
 def test_V2_one_byte_at_200_random_places_of_a_real_folder_names_the_file(
     converted: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Several files are damaged at once, a byte of each, so that 0.74 GB need not be read 200 times."""
+    """Damage one byte in several files at once, to avoid reading 0.74 GB 200 times."""
     files = read_manifest(converted).files
     assert judge_integrity(converted, files).passed
     starts = {name: header.data_start for name, header in open_checkpoint(converted).files.items()}
@@ -82,7 +82,7 @@ def test_V2_one_byte_at_200_random_places_of_a_real_folder_names_the_file(
         damaged = sorted(rng.sample(names, 10))
         with ExitStack() as stack:
             for name in damaged:
-                # In every other file of weights the place lies in the header, which is a small part of it.
+                # In every other weight file the byte is in the header, a small part of the file.
                 size = starts[name] if name in starts and rng.random() < 0.5 else (converted / name).stat().st_size
                 stack.enter_context(flipped(converted / name, rng.randrange(size), rng.randrange(1, 256)))
             check = judge_integrity(converted, files)
@@ -107,7 +107,7 @@ def test_V2_one_byte_anywhere_in_a_real_manifest_is_found(
 
 
 class Judge:
-    """Decoder and encoder parity on a few tokens, as often as wanted."""
+    """Repeatable decoder and encoder parity on a few tokens."""
 
     def __init__(self, source: Path, converted: Path) -> None:
         self.gemma = Gemma3Reference(open_checkpoint(source))
@@ -117,7 +117,7 @@ class Judge:
         self.batch: Batch = token_batch(vocab, TOKENS, never=target.reserved, placed=ending)
 
     def __call__(self) -> dict[str, str | None]:
-        """The parities that fail, and where the two models depart."""
+        """Return the failed parity checks and the first difference of each."""
         target = T5Gemma2Reference(self.checkpoint)
         checks = judge_text(
             ExpectedStacks.both(self.gemma), target, self.batch, None, tolerance=0, progress=lambda _: None
@@ -133,7 +133,7 @@ def judge(source: Path, converted: Path) -> Judge:
 
 
 def of_each_class(checkpoint: Checkpoint) -> dict[str, str]:
-    """A tensor of each class, from a random layer."""
+    """Return a tensor of each class, from a random layer."""
     rng = random.Random(1)
     classes: dict[str, list[str]] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -155,7 +155,7 @@ def test_V1_one_bit_in_each_class_of_tensor_of_a_real_folder_is_named_by_its_par
         width = 2 * stored.entry.shape[-1]
         row = stored.entry.start
         if name.endswith("embed_tokens.weight"):
-            row += int(judge.batch.ids_BT[0, 0]) * width  # a row that is looked up as well as multiplied with
+            row += int(judge.batch.ids_BT[0, 0]) * width  # a row used both as input embedding and in the softmax
         elif len(stored.entry.shape) > 1:
             row += rng.randrange(stored.entry.shape[0]) * width
         place = row + 2 * rng.randrange(stored.entry.shape[-1]) + 1

@@ -38,7 +38,7 @@ def start(source: Path, target: Path) -> subprocess.Popen[str]:
 
 
 def writes(target: Path) -> bool:
-    """Whether somebody has begun to write there: anything that lies where the target will be."""
+    """Return whether a run has begun to write: anything exists at the target's place."""
     return target.parent.exists() and any(target.parent.iterdir())
 
 
@@ -53,7 +53,7 @@ def wrong_after(target: Path, number: int, code: int, stderr: str, finished: dic
     found = contents(target)
     wrong = []
     if code in (-number, 1) and "t5g2: " not in stderr:
-        # While the interpreter starts there is nobody yet to say anything; 1 is its own for a SIGINT in `site`.
+        # While the interpreter starts no handler is installed; it exits with 1 for a SIGINT in `site`.
         wrong += [f"died in the imports of the command line: {stderr[-200:]!r}"] * ("/t5g2convert/cli" in stderr)
     elif code not in (128 + number, 0):
         wrong.append(f"exit code {code}")
@@ -73,7 +73,7 @@ def test_O3_a_signal_at_any_moment(
     large: Path, finished: dict[str, bytes], tmp_path: Path, number: signal.Signals, when: str,
     record_property: Callable[[str, object], None],
 ) -> None:  # fmt: skip
-    """Half the signals come while the interpreter starts and the source is planned, half from the first write on."""
+    """Send half of the signals during start-up and planning, half after the first write."""
     moments = random.Random(f"{number} {when}")
     wrong: list[str] = []
     stopped = 0
@@ -88,8 +88,8 @@ def test_O3_a_signal_at_any_moment(
             process.send_signal(number)
             _, stderr = process.communicate(timeout=300)
         stopped += process.returncode != 0
-        told = wrong_after(target, number, process.returncode, stderr, finished)
-        wrong += [f"after {moment:.3f} s of {when}: {text}" for text in told]
+        problems = wrong_after(target, number, process.returncode, stderr, finished)
+        wrong += [f"after {moment:.3f} s of {when}: {text}" for text in problems]
     lost = sum("the target" in text for text in wrong)
     record_property("faults", {signal.Signals(number).name: times, "lost": lost})
     assert not wrong, "\n".join(wrong)
@@ -111,7 +111,7 @@ def test_O3_a_second_signal_ends_it_at_once_and_the_next_run_cleans_up(
             time.sleep(moments.uniform(0.0005, 0.005))
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=300)
-        # Where both came before Python looked, it takes the one of the lower number first.
+        # If both arrive before Python checks, it handles the lower number first.
         assert process.returncode in (0, -signal.SIGINT, 130, 128 + first), stderr
         assert "Traceback" not in stderr
         assert contents(target) in (None, finished)
@@ -123,7 +123,7 @@ def test_O3_a_second_signal_ends_it_at_once_and_the_next_run_cleans_up(
 @pytest.mark.sampled
 @pytest.mark.parametrize("when", [0.0, 0.02, 0.05])
 def test_O3_both_signals_at_one_moment(large: Path, finished: dict[str, bytes], tmp_path: Path, when: float) -> None:
-    """Both wait when the process goes on, as when a supervisor's SIGTERM meets a ^C."""
+    """Both are pending when the process continues, as when a supervisor's SIGTERM meets a ^C."""
     target = tmp_path / "new/out"
     with start(large, target) as process:
         wait(lambda: writes(target) or process.poll() is not None)

@@ -1,4 +1,4 @@
-"""Every system call of a conversion fails once, and once the process is killed at it, as SQLite tests its journal."""
+"""Fail every system call of a conversion once, and kill the process at it once, as SQLite tests its journal."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ ALL: Final = WRITING | LOOKING | CLEANING
 
 
 def points() -> list[tuple[str, str, str]]:
-    """Mode, calls and fault; calls that a mode has no more of than a new target are left out."""
+    """Return mode, calls and fault; skip calls that a mode makes no more often than a new target."""
     swapping = ("openat", "mkdir", "fsync", "rename", "close", "list", *CLEANING)
     clearing = ("openat", "close", "list", *CLEANING)
     by_mode = {
@@ -68,7 +68,7 @@ def points() -> list[tuple[str, str, str]]:
         for mode, names in by_mode.items()
         for name in names
         for fault in ("SIGKILL", "ENOSPC", "EIO")
-        # What looks or clears away finds no full disk, and a kill at a look is one at the next call.
+        # Reads and removals cannot fill a disk, and a kill at a read is the same as at the next call.
         if name not in LOOKING or fault == "EIO"
         if mode in ("new", "overwrite", "fill") or fault != "ENOSPC"
     ]
@@ -118,7 +118,7 @@ def test_O2_a_shard_cannot_be_read_back_to_be_hashed(scene: Scene, fault: str, r
 def test_O4_a_process_with_its_own_start_up_is_no_different(
     scene: Scene, calls: str, fault: str, record_property: Record
 ) -> None:
-    """`t5g2` under strace from its first instruction, against the forks of the other tests."""
+    """`Compare `t5g2` under strace from its first instruction with the forks of the other tests."""
     paths = scene.paths("new")
     scene.lay("new")
     run = start_and_trace(scene.arguments("new"), scene.folder, calls, paths, f"{calls}:{INJECTED[fault]}:when=1")
@@ -129,7 +129,7 @@ def test_O4_a_process_with_its_own_start_up_is_no_different(
 
 
 def test_O2_a_source_that_only_its_hash_reads(scene: Scene, tmp_path: Path, record_property: Record) -> None:
-    """A repeated lm_head in a file of its own is compared in one read, and hashed by a thread in three."""
+    """A repeated lm_head in its own file is compared in one read, and hashed by a thread in three."""
     source = tmp_path / "source"
     write_source(source, vocab_size=32_768)
     repeat_embedding(source)

@@ -1,4 +1,4 @@
-"""What a conversion without faults asks of the system, and in which order."""
+"""The system calls of a conversion without faults, and their order."""
 
 import subprocess
 import sys

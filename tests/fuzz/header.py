@@ -13,7 +13,7 @@ from tests.fuzz.running import fuzz
 
 
 def judge(path: Path) -> None:
-    """Judge a file as it is, and once more with the length that its JSON has, which mutations seldom hit."""
+    """Check a file unchanged, and again with its JSON's real length, which mutations seldom hit."""
     agree(path)
     content = path.read_bytes()
     end = content.rfind(b"}") + 1

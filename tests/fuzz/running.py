@@ -1,4 +1,4 @@
-"""What both fuzz targets share: seeds from `tests/attacks`, and what is said of an input that they find."""
+"""Shared by both fuzz targets: seeds from `tests/attacks`, and the report of a failing input."""
 
 import hashlib
 import shutil
@@ -14,7 +14,7 @@ FOUND = Path("build/fuzz")
 
 
 def fuzz(folder: str, suffix: str, sound: Mapping[str, bytes], judge: Callable[[Path], None]) -> None:
-    """Give `judge` a file of mutated bytes, again and again; it raises where the program does wrong.
+    """Call `judge` repeatedly with a mutated file; it raises where the program is wrong.
 
     Args:
         folder: Folder of `tests/attacks` with the seeds.

@@ -1,4 +1,4 @@
-"""Inputs as the world might send them: sound headers, and headers, indexes, configs and maps with something wrong."""
+"""Generated inputs: sound headers, and faulty headers, indexes, configs and maps."""
 
 import copy
 import json
@@ -36,13 +36,13 @@ VALUES = st.one_of(st.sampled_from(ODD), st.sampled_from(ODD), JSON)
 
 
 def framed(header: bytes, data: bytes = b"") -> bytes:
-    """A safetensors file of a header's text and the data after it."""
+    """Return a safetensors file with this header text and data."""
     return struct.pack("<Q", len(header)) + header + data
 
 
 @st.composite
 def sound_headers(draw: st.DrawFn) -> tuple[dict[str, Json], int]:
-    """The tensors of a sound file, of odd names, dtypes and shapes, in any order, and how many bytes their data has."""
+    """Draw tensors of a sound file, with odd names, dtypes and shapes in any order, and their data size."""
     entries: dict[str, Json] = {}
     position = 0
     names = st.text(st.characters(exclude_categories=["Cs"]), max_size=5).filter(lambda name: name != "__metadata__")
@@ -59,7 +59,7 @@ def sound_headers(draw: st.DrawFn) -> tuple[dict[str, Json], int]:
 
 @st.composite
 def sound_files(draw: st.DrawFn) -> bytes:
-    """A sound file, its JSON with or without blanks, escapes and metadata."""
+    """Draw a sound file, with or without blanks, escapes and metadata in its JSON."""
     entries, size = draw(sound_headers())
     if draw(st.booleans()):
         entries = {
@@ -71,7 +71,7 @@ def sound_files(draw: st.DrawFn) -> bytes:
 
 
 def paths(document: Json, at: Path = ()) -> list[Path]:
-    """Where every value of a JSON document stands."""
+    """Return the path of every value of a JSON document."""
     items = (
         document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     )
@@ -79,7 +79,7 @@ def paths(document: Json, at: Path = ()) -> list[Path]:
 
 
 def holder(document: Json, path: Path) -> Json:
-    """The object or list that holds the value at a path; None where the path leads nowhere any more."""
+    """Return the object or list that holds the value at a path; None if the path no longer exists."""
     for step in path[:-1]:
         try:
             document = document[step]
@@ -92,7 +92,7 @@ def holder(document: Json, path: Path) -> Json:
 
 @st.composite
 def changed(draw: st.DrawFn, document: Json) -> str:
-    """The JSON of a document in which one to three values were replaced, removed, or stand twice."""
+    """Return a document's JSON with one to three values replaced, removed or repeated."""
     result = copy.deepcopy(document)
     # Mostly one: a second fault hides the first.
     count = draw(st.sampled_from([1, 1, 1, 1, 2, 3]))
@@ -107,13 +107,13 @@ def changed(draw: st.DrawFn, document: Json) -> str:
                 inside[f"{path[-1]}<again>"] = inside[path[-1]]
             case _:
                 inside[path[-1]] = draw(VALUES)
-    # JSON can say a key twice and a whole minus zero, Python cannot.
+    # JSON can repeat a key and have an integer minus zero, Python cannot.
     return re.sub(r"-0\.0\b", "-0", json.dumps(result, indent=1).replace("<again>", ""))
 
 
 @st.composite
 def broken_headers(draw: st.DrawFn) -> bytes:
-    """A file whose header was sound before some of its values were exchanged for any JSON."""
+    """Draw a sound file and replace some header values with arbitrary JSON."""
     entries, size = draw(sound_headers())
     entries["__metadata__"] = {"format": "pt"}
     entries["a"] = {"dtype": "U8", "shape": [2], "data_offsets": [size, size + 2]}
@@ -122,7 +122,7 @@ def broken_headers(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def mutated(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes of which some were set, put in, taken out, or all cut off from some place on."""
+    """Return the bytes with some changed, inserted, removed, or truncated."""
     result = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(len(result) - 1, 0)))
@@ -150,7 +150,7 @@ BROKEN_FILES = st.one_of(
 
 
 def indexes(names: list[str], shard: str) -> st.SearchStrategy[str]:
-    """JSON of an index: one of these names in this shard, with something wrong; or any JSON."""
+    """Draw the JSON of an index: a faulty one with these names and this shard, or arbitrary JSON."""
     sound = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, shard)}
     files = st.one_of(
         st.sampled_from([shard, "config.json", ".", "..", "a/b", "x\0", "\udcff", "\ud800", "x" * 300]), JSON
@@ -170,7 +170,7 @@ TELLING = "{}[]:,-#&*!|>'\"%@`?\t ~0.<$\\\x1b\x85\u2028ä🙂"
 
 @st.composite
 def changed_yaml(draw: st.DrawFn, text: str) -> str:
-    """A map's text with lines removed, repeated or exchanged, characters replaced, or values swapped."""
+    """Draw a map's text with lines removed, repeated or exchanged, characters replaced, or values swapped."""
     lines = text.split("\n")
     for _ in range(draw(st.integers(1, 4))):
         at, other = (draw(st.integers(0, len(lines) - 1)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Generated headers, indexes, configs and maps: read as the library reads them, or refused; nothing else may happen."""
+"""Generated headers, indexes, configs and maps: read as the library reads them, or refused."""
 
 import json
 import re
@@ -35,13 +35,13 @@ MEMORY = 256 * 1024**2
 GOOD_MAP = (library.mappings_folder() / "gemma3.yaml").read_text()
 
 MANY = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-# What was changed is at most three values; to make it smaller would take minutes where memory runs out.
+# At most three values are changed; shrinking would take minutes when memory runs out.
 UNSHRUNK = settings(MANY, phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False)
 
 
 @pytest.fixture
 def soon() -> Iterator[None]:
-    """A test that takes twenty seconds has met an input that is never answered."""
+    """Fail a test after twenty seconds: the input hangs the program."""
 
     def give_up(number: int, frame: FrameType | None) -> None:
         raise TimeoutError
@@ -55,27 +55,27 @@ def soon() -> Iterator[None]:
 
 @pytest.fixture
 def source(demo_source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The demo's source; the shipped map is read once, not for every example."""
+    """Return the demo source; read the shipped map only once."""
     monkeypatch.setattr(library, "load_map", cache(library.load_map))
     return demo_source
 
 
 def written_json(document: Any) -> str:
-    """JSON as every reader knows it."""
+    """Parse strict JSON."""
     text = json.dumps(document, allow_nan=False, ensure_ascii=False)
     text.encode()
     return text
 
 
-def assert_told(error: T5g2Error) -> None:
-    """A refusal that says what and where, in one line."""
+def assert_clear_refusal(error: T5g2Error) -> None:
+    """Require a one-line error that names the problem and the place."""
     assert error.message
     assert error.where
     assert isinstance(error, MappingError) or "\n" not in error.message
 
 
 def assert_points(error: MappingError, path: Path) -> None:
-    """One line of words, the line of the file, and a caret."""
+    """Require one line of text, the line of the file, and a caret."""
     assert re.fullmatch(rf"{re.escape(str(path))}:[1-9][0-9]*:[1-9][0-9]*", error.where or ""), error.where
     assert error.message.count("\n") == 2, error.message
     assert error.message.endswith("^")
@@ -96,7 +96,7 @@ def test_any_header_is_refused_or_read_exactly_as_the_library_reads_it(
         try:
             header = read_header(path)
         except CheckpointError as error:
-            assert_told(error)
+            assert_clear_refusal(error)
             return
         count["read"] += 1
         library_read = {name: (item["dtype"], item["shape"], item["data"]) for name, item in deserialize(content)}
@@ -138,7 +138,7 @@ def test_any_index_is_refused_or_opened(source: Path, record_property: RecordPro
         try:
             checkpoint = open_checkpoint(source)
         except CheckpointError as error:
-            assert_told(error)
+            assert_clear_refusal(error)
             return
         assert checkpoint.tensors.keys() == set(names)
         assert {stored.file for stored in checkpoint.tensors.values()} == {"weights.safetensors"}
@@ -148,17 +148,17 @@ def test_any_index_is_refused_or_opened(source: Path, record_property: RecordPro
 
 
 def judge_config(source: Path, text: str) -> bool:
-    """Whether a plan is made for a config; what is made is sound, what is not is refused in words."""
+    """Return whether a config is planned; require a sound plan or a clear refusal."""
     (source / "config.json").write_text(text)
     with memory_limit(MEMORY):
         try:
             inspect(source)
         except T5g2Error as error:
-            assert_told(error)
+            assert_clear_refusal(error)
         try:
             plan = make_plan(source)
         except T5g2Error as error:
-            assert_told(error)
+            assert_clear_refusal(error)
             return False
         written_json(plan.to_json())
         written_json(plan.generation_config)
@@ -193,7 +193,7 @@ def test_any_end_tokens_for_generation_are_refused_or_token_ids(source: Path, re
         try:
             chosen = make_plan(source).generation_config["eos_token_id"]
         except CheckpointError as error:
-            assert_told(error)
+            assert_clear_refusal(error)
             count[False] += 1
             return
         count[True] += 1
@@ -232,7 +232,7 @@ def test_any_text_settings_of_either_dialect_are_refused_or_planned_soundly(
     @settings(UNSHRUNK, max_examples=600)
     @given(changed(EXTRA))
     def judge(text: str) -> None:
-        # As text, so that what stands there twice stands there twice.
+        # As text, to keep repeated keys.
         config = json.dumps(DEMO_CONFIG).replace(
             '"text_config": {', f'"text_config": {text[:-1]}{"," * (text != "{}")}'
         )
@@ -294,14 +294,14 @@ def test_any_map_is_refused_at_its_place_or_planned_with(source: Path, record_pr
         try:
             loaded = load_map(path)
         except MappingError as error:
-            assert_told(error)
+            assert_clear_refusal(error)
             assert_points(error, path)
             return
         count["loaded"] += 1
         try:
             plan = build_plan(Sources(checkpoint), PlanOptions(max_shard_bytes=100_000), loaded)
         except T5g2Error as error:
-            assert_told(error)
+            assert_clear_refusal(error)
             return
         count["planned"] += 1
         written_json(plan.to_json())

@@ -1,4 +1,4 @@
-"""Fuzz target: a weight map is read, or refused with a MappingError that points at a place of the file."""
+"""Fuzz target: a weight map is read, or refused with a MappingError that names the position."""
 
 import re
 from pathlib import Path
