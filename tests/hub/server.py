@@ -1,4 +1,4 @@
-"""A Hub on loopback: the part of its protocol that reading and writing a model takes, faults, and a log of requests.
+"""A Hub on loopback: the part of its protocol for reading and writing models, faults, and a request log.
 
 The real client talks to it through HF_ENDPOINT, which it reads when it is imported: run it in a process of its own,
 with the environment of `Hub.env`. LFS files are served by another host name, as by the storage behind the Hub.
@@ -23,7 +23,7 @@ __all__ = ["Fault", "Hub", "Repo", "Request", "running"]
 
 @contextmanager
 def running() -> Iterator[Hub]:
-    """A Hub that answers on loopback until the context is left."""
+    """Run a Hub on loopback until the context exits."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -42,7 +42,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Nothing on stderr: the Hub's own log is asked."""
+        """Print nothing to stderr: tests read the Hub's own log."""
 
     def do_GET(self) -> None:
         self._answer()
@@ -50,7 +50,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 - the names that the server asks for
 
     def _answer(self) -> None:
-        # The slashes of a branch's name are quoted.
+        # Slashes in a branch name are quoted.
         parts = urlsplit(self.path)
         self.query = parse_qs(parts.query)
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -84,7 +84,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
         }
 
     def _read(self) -> bytes:
-        """The body of a request."""
+        """Return the body of a request."""
         if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         pieces = []
@@ -95,7 +95,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
         return b"".join(pieces)
 
     def repo(self, name: str) -> Repo:
-        """The model, if whoever asks may know of it."""
+        """Return the model, if the user may see it."""
         if self.token and self.user is None:
             raise Refusal(401, message="Invalid credentials in Authorization header")
         repo = self.hub.repos.get(name)
@@ -104,7 +104,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
         return repo
 
     def revision(self, repo: Repo, revision: str | None) -> str:
-        """The commit that a branch, a tag, a pull request or a sha means."""
+        """Return the commit of a branch, tag, pull request or sha."""
         sha = repo.refs.get(revision or "main", repo.tags.get(revision or "", revision))
         if sha not in repo.commits:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -132,7 +132,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
         self.send_json([_listed(file, files[file]) for file in wanted if file in files])
 
     def _resolve(self, name: str, revision: str, file: str) -> None:
-        """A regular file itself, or the way to an LFS file."""
+        """Send a regular file, or a redirect to an LFS file."""
         repo = self.repo(name)
         if repo.gated_to is not None and self.user not in repo.gated_to:
             raise Refusal(403 if self.user else 401, "GatedRepo", f"Access to model {name} is restricted")
@@ -151,23 +151,23 @@ class _Handler(Writes, BaseHTTPRequestHandler):
         return self.send(302, b"", {**headers, "Location": f"{self.hub.storage_url}/lfs/{name}/{sha}/{file}"})
 
     def _content(self, name: str, sha: str, file: str) -> None:
-        """The bytes of an LFS file. Who has its address may read it; a token must not get here."""
+        """Send the bytes of an LFS file. The address is enough to read it; a token must not arrive here."""
         if "Authorization" in self.headers:
             raise Refusal(400)
         self._send_file(self.hub.repos[name].commits[sha][file], {})
 
     def _send_file(self, data: bytes, headers: dict[str, str]) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked is None or not self.hub.knows_ranges:
+        requests_to = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if requests_to is None or not self.hub.knows_ranges:
             return self.send(200, data, headers)
-        start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+        start, end = int(requests_to[1]), min(int(requests_to[2] or len(data)), len(data) - 1)
         if start >= len(data):
             return self.send(416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"})
         headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
         return self.send(206, data[start : end + 1], headers)
 
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        """Answer, unless a fault has the answer lost, replaced or cut."""
+        """Answer, unless a fault drops, replaces or cuts the answer."""
         if self._fault is not None and self._fault.done:
             if self._fault.status is None:
                 return self._close(status)
@@ -185,7 +185,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
         return self._note(status, sent)
 
     def _close(self, status: int) -> None:
-        """End the connection without an answer."""
+        """Close the connection without an answer."""
         self.close_connection = True
         self._note(status, 0)
 
@@ -194,7 +194,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
         self.hub.note(Request(self.command, self.path, self.headers.get("Range"), status, sent, received))
 
     def _write(self, body: bytes) -> int:
-        """Write until the reader goes; the bytes that the system took."""
+        """Write until the reader disconnects; return the number of bytes sent."""
         sent = 0
         try:
             while sent < len(body):
@@ -205,7 +205,7 @@ class _Handler(Writes, BaseHTTPRequestHandler):
 
 
 def _described(file: str, data: bytes) -> dict[str, Any]:
-    """A file in the answer to `model_info`."""
+    """Return a file entry for `model_info`."""
     described: dict[str, Any] = {"rfilename": file, "size": len(data), "blobId": blob_id(file, data)}
     if is_large(file, len(data)):
         sha256 = hashlib.sha256(data).hexdigest()
@@ -214,7 +214,7 @@ def _described(file: str, data: bytes) -> dict[str, Any]:
 
 
 def _listed(file: str, data: bytes) -> dict[str, Any]:
-    """A file in a tree."""
+    """Return a file entry for a tree."""
     listed: dict[str, Any] = {"type": "file", "path": file, "size": len(data), "oid": blob_id(file, data)}
     if is_large(file, len(data)):
         sha256 = hashlib.sha256(data).hexdigest()

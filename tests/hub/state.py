@@ -1,4 +1,4 @@
-"""What a Hub on loopback knows: models, users, files that were sent, faults to come, and the requests that came."""
+"""The state of a Hub on loopback: models, users, uploaded files, pending faults, and the request log."""
 
 import hashlib
 import os
@@ -26,20 +26,20 @@ class Repo:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
-        """Make a commit of all files of the model, and move a branch to it; its sha."""
-        told = f"{len(self.commits)}" + "".join(f"{name}{hashlib.sha256(files[name]).hexdigest()}" for name in files)
-        sha = hashlib.sha1(told.encode()).hexdigest()
+        """Commit all files of the model, move a branch to the commit, and return its sha."""
+        content = f"{len(self.commits)}" + "".join(f"{name}{hashlib.sha256(files[name]).hexdigest()}" for name in files)
+        sha = hashlib.sha1(content.encode()).hexdigest()
         self.commits[sha], self.refs[ref] = dict(files), sha
         return sha
 
     def files(self, ref: str = "main") -> dict[str, bytes]:
-        """The files of a branch."""
+        """Return the files of a branch."""
         return self.commits[self.refs[ref]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request that was answered: what was asked for, with which status, the bytes of its body and of the answer's."""
+    """An answered request: method and path, status, and the bytes of both bodies."""
 
     method: str
     path: str
@@ -51,7 +51,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens so many times to requests whose path fits.
+    """A fault for a number of requests with a matching path.
 
     Attributes:
         status: The answer; nothing is done, unless `done`.
@@ -74,7 +74,7 @@ class Fault:
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, no error of the server
-    """An answer with the status of an error, as the Hub marks it."""
+    """An error answer, marked as the Hub does."""
 
     def __init__(self, status: int, code: str | None = None, message: str = "", body: bytes = b"") -> None:
         self.status = status
@@ -113,7 +113,7 @@ class Hub:
         self._lock = threading.Lock()
 
     def add(self, name: str, folder: Path, **access: set[str] | None) -> str:
-        """Add a model with the files of a folder; the sha of its only commit."""
+        """Add a model with the files of a folder; return the sha of its only commit."""
         self.repos[name] = Repo(**access)
         return self.repos[name].commit(
             {
@@ -124,28 +124,28 @@ class Hub:
         )
 
     def env(self, home: Path, **more: str) -> dict[str, str]:
-        """The environment of a process that talks to this Hub, without a token of its own, with its cache in `home`."""
+        """Return the environment of a process that uses this Hub without a token, with its cache in `home`."""
         ours = ("HF_", "HUGGING", "TRANSFORMERS_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         settings = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         return {**kept, "NO_PROXY": "*", "OMP_NUM_THREADS": "1", **settings, **more}
 
     def may_write(self, token: str, repo: str) -> bool:
-        """Whether a token's user owns a model, or is in the organization that does."""
+        """Return whether a token's user, or an organization of the user, owns a model."""
         user = self.users.get(token)
         return user is not None and token not in self.reading and repo.partition("/")[0] in self.owned(user)
 
     def owned(self, user: str) -> set[str]:
-        """The names under which a user may have models."""
+        """Return the namespaces of a user."""
         return {user, *self.orgs.get(user, ())}
 
     def note(self, request: Request) -> None:
-        """Add to the log."""
+        """Log a request."""
         with self._lock:
             self.log.append(request)
 
     def fault(self, method: str, path: str) -> Fault | None:
-        """The fault that a request meets, used up by one."""
+        """Return the fault of a request, and use it up by one."""
         with self._lock:
             for fault in self.faults:
                 if fault.times and fault.method == method and re.search(fault.path, path):
@@ -154,26 +154,26 @@ class Hub:
         return None
 
     def sent(self, name: str) -> int:
-        """Bytes of answers that were sent of a file, by its name."""
+        """Return the number of bytes sent of a file."""
         return sum(request.sent for request in self.log if request.method == "GET" and request.path.endswith(name))
 
-    def asked(self, path: str, method: str = "POST") -> list[Request]:
-        """The requests whose path fits."""
+    def requests_to(self, path: str, method: str = "POST") -> list[Request]:
+        """Return the requests with a matching path."""
         return [request for request in self.log if request.method == method and re.search(path, request.path)]
 
 
 def is_large(file: str, size: int) -> bool:
-    """Whether a file is an LFS file."""
+    """Return whether a file is an LFS file."""
     return file.endswith(".safetensors") or size > REGULAR_BYTES
 
 
 def pointer(data: bytes) -> bytes:
-    """What git has in place of an LFS file."""
+    """Return git's pointer to an LFS file."""
     sha256 = hashlib.sha256(data).hexdigest()
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n".encode()
 
 
 def blob_id(file: str, data: bytes) -> str:
-    """git's name for what it has of a file."""
+    """Return git's blob id of a file."""
     kept = pointer(data) if is_large(file, len(data)) else data
     return hashlib.sha1(b"blob %d\0" % len(kept) + kept).hexdigest()

@@ -1,4 +1,4 @@
-"""The part of the Hub's protocol that writing a model takes: users, creation, LFS files, commits, pull requests."""
+"""The part of the Hub's protocol for writing models: users, creation, LFS files, commits, pull requests."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ ATTRIBUTES: Final = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
 class Writes:
-    """The routes of a handler that change something, or that only a writer asks for."""
+    """The routes of a handler for writing."""
 
     hub: Hub
     body: bytes
@@ -32,7 +32,7 @@ class Writes:
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None: ...
 
     def write_routes(self) -> dict[str, Callable[..., None]]:
-        """Methods and paths, and what answers them."""
+        """Return methods and paths with their handlers."""
         model = r"/api/models/([^/]+/[^/]+)"
         return {
             r"GET /api/whoami-v2": self._whoami,
@@ -60,7 +60,7 @@ class Writes:
         return json.loads(self.body)
 
     def _known(self) -> str:
-        """The user who asks."""
+        """Return the user of the request."""
         user = self.hub.users.get(self.token)
         if user is None:
             message = "Invalid credentials in Authorization header" if self.token else "Invalid username or password."
@@ -68,7 +68,7 @@ class Writes:
         return user
 
     def _writable(self, name: str) -> Repo:
-        """A model that whoever asks may write to."""
+        """Return a model that the user may write to."""
         repo = self.repo(name)
         self._known()
         if not self.hub.may_write(self.token, name):
@@ -89,22 +89,22 @@ class Writes:
         self.send(200, b"OK", {})
 
     def _create(self) -> None:
-        user, asked = self._known(), self._json()
-        owner = asked["organization"] or user
-        name = f"{owner}/{asked['name']}"
+        user, requests_to = self._known(), self._json()
+        owner = requests_to["organization"] or user
+        name = f"{owner}/{requests_to['name']}"
         if self.token in self.hub.reading or owner not in self.hub.owned(user):
             raise Refusal(403, message=f"You do not have the rights to create a model under the namespace {owner}")
         if name in self.hub.repos:
-            told = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
-            return self.send_json(told, 409)
-        private = asked.get("visibility") == "private"
+            answer = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+            return self.send_json(answer, 409)
+        private = requests_to.get("visibility") == "private"
         members = {user} | {other for other, orgs in self.hub.orgs.items() if owner in orgs}
         self.hub.repos[name] = Repo(private_to=members if private else None)
         self.hub.repos[name].commit({".gitattributes": ATTRIBUTES})
         return self.send_json({"url": f"{self.hub.url}/{name}", "name": name})
 
     def _validate(self) -> None:
-        """What stands between the card's two rules must be YAML; the Hub warns where there is none."""
+        """The text between the card's two rules must be YAML; the Hub warns if it is missing."""
         parts = self._json()["content"].split("---\n", 2)
         if len(parts) < 3 or parts[0].strip():
             return self.send_json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]})
@@ -116,14 +116,16 @@ class Writes:
 
     def _refs(self, name: str) -> None:
         repo = self.repo(name)
-        told: dict[str, list[dict[str, str]]] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
+        answer: dict[str, list[dict[str, str]]] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
         for ref, sha in repo.refs.items():
             proposed = ref.startswith("refs/pr/")
             full = ref if proposed else f"refs/heads/{ref}"
             short = ref.removeprefix("refs/")
-            told["pullRequests" if proposed else "branches"].append({"name": short, "ref": full, "targetCommit": sha})
-        told["tags"] = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": sha} for tag, sha in repo.tags.items()]
-        self.send_json(told)
+            answer["pullRequests" if proposed else "branches"].append({"name": short, "ref": full, "targetCommit": sha})
+        answer["tags"] = [
+            {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": sha} for tag, sha in repo.tags.items()
+        ]
+        self.send_json(answer)
 
     def _branch(self, name: str, branch: str) -> None:
         repo = self._writable(name)
@@ -134,13 +136,13 @@ class Writes:
 
     def _discussions(self, name: str) -> None:
         repo = self.repo(name)
-        asked = {key: values[0] for key, values in self.query.items()}
+        requests_to = {key: values[0] for key, values in self.query.items()}
         same = {"isPullRequest": True, "createdAt": "2026-01-01T00:00:00.000Z", "repo": {"name": name, "type": "model"}}
         found = [
             {**item, **same}
             for item in repo.pull_requests
-            if item["status"] == asked.get("status", item["status"])
-            and item["author"]["name"] == asked.get("author", item["author"]["name"])
+            if item["status"] == requests_to.get("status", item["status"])
+            and item["author"]["name"] == requests_to.get("author", item["author"]["name"])
         ]
         self.send_json({"discussions": found, "count": len(found), "start": 0})
 
@@ -148,16 +150,16 @@ class Writes:
         proposed = "create_pr" in self.query
         repo = self.repo(name) if proposed else self._writable(name)
         self._known()
-        asked, present = self._json(), repo.commits[self.revision(repo, revision)]
-        rules = asked.get("gitIgnore", present.get(".gitignore", b"").decode()).split()
+        requests_to, present = self._json(), repo.commits[self.revision(repo, revision)]
+        rules = requests_to.get("gitIgnore", present.get(".gitignore", b"").decode()).split()
         modes = []
-        for file in asked["files"]:
+        for file in requests_to["files"]:
             path, there = file["path"], present.get(file["path"])
             large = is_large(path, file["size"])
             oid = None if there is None else hashlib.sha256(there).hexdigest() if large else blob_id(path, there)
             ignored = any(fnmatch(path, rule) for rule in rules)
-            told = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": ignored}
-            modes.append(told if oid is None else {**told, "oid": oid})
+            mode = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": ignored}
+            modes.append(mode if oid is None else {**mode, "oid": oid})
         self.send_json({"files": modes})
 
     def _batch(self, name: str) -> None:
@@ -166,7 +168,7 @@ class Writes:
         self.send_json({"transfer": "basic", "objects": [self._object(item) for item in self._json()["objects"]]})
 
     def _object(self, item: dict[str, Any]) -> dict[str, Any]:
-        """What the client is to do with an LFS file: nothing where it is known, else one request or several."""
+        """Return the client's action for an LFS file: nothing if known, else one or several requests."""
         oid, size, part, storage = item["oid"], item["size"], self.hub.part_bytes, self.hub.storage_url
         if oid in self.hub.objects:
             return {"oid": oid, "size": size}
@@ -178,7 +180,7 @@ class Writes:
         return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
 
     def _stored(self) -> bytes:
-        """The body of a request to the storage; who has its address may write there, and a token must not get there."""
+        """Return the body of a storage request; the address is enough to write, and a token must not arrive here."""
         if "Authorization" in self.headers:
             raise Refusal(400)
         return self.body
@@ -204,8 +206,8 @@ class Writes:
         self.send_json({})
 
     def _verify(self) -> None:
-        asked = self._json()
-        if len(self.hub.objects.get(asked["oid"], b"")) != asked["size"]:
+        requests_to = self._json()
+        if len(self.hub.objects.get(requests_to["oid"], b"")) != requests_to["size"]:
             raise Refusal(404)
         self.send_json({})
 
@@ -239,15 +241,15 @@ class Writes:
         number = len(repo.pull_requests) + 1
         sha = repo.commit(files, f"refs/pr/{number}" if proposed else revision)
         repo.messages.append(header["summary"])
-        told = {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True}
+        result = {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True}
         if proposed:
             item = {"num": number, "title": header["summary"], "status": "open", "author": {"name": user}}
             repo.pull_requests.append(item)
-            told["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{number}"
-        self.send_json(told)
+            result["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{number}"
+        self.send_json(result)
 
     def _sent(self, oid: str, size: int) -> bytes:
-        """An LFS file that was sent before, by either transport."""
+        """Return an LFS file that was sent before, by either transport."""
         if oid not in self.hub.objects and self.hub.xet_store is not None:
             found = xet.hashes(self.hub.xet_store).get(oid)
             data = b"" if found is None else xet.read(self.hub.xet_store, found, size)

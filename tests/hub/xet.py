@@ -1,4 +1,4 @@
-"""The local store of the xet client, `local:///dir`: which files are in it, and their bytes."""
+"""The local store of the xet client, `local:///dir`: its files and their bytes."""
 
 import shutil
 import tempfile
@@ -15,19 +15,19 @@ VERIFIED, WITH_SHA256 = 1 << 31, 1 << 30
 
 
 def connection(store: Path) -> dict[str, Any]:
-    """What the client is told of the storage."""
+    """Return what the client needs to reach the storage."""
     return {"casUrl": f"local://{store}", "accessToken": "xet_token", "exp": int(time.time()) + 3600}
 
 
 def connection_headers(store: Path) -> dict[str, str]:
-    """The same in headers, which huggingface_hub reads; hf_xet itself reads the JSON."""
-    told = connection(store)
+    """Return the same as headers for huggingface_hub; hf_xet itself reads the JSON."""
+    info = connection(store)
     names = {"X-Xet-Cas-Url": "casUrl", "X-Xet-Access-Token": "accessToken", "X-Xet-Token-Expiration": "exp"}
-    return {header: str(told[key]) for header, key in names.items()}
+    return {header: str(info[key]) for header, key in names.items()}
 
 
 def hashes(store: Path) -> dict[str, str]:
-    """xet hashes of the files in a store, by their sha256."""
+    """Return the xet hashes of the files in a store, by sha256."""
     found: dict[str, str] = {}
     for path in sorted((store / "xet/xorbs/shards").glob("*.mdb")):
         found.update(_files(path.read_bytes()))
@@ -35,7 +35,7 @@ def hashes(store: Path) -> dict[str, str]:
 
 
 def read(store: Path, xet_hash: str, size: int) -> bytes:
-    """The bytes of a file in a store, put together by the client from a copy: a store has one user at a time."""
+    """Return the bytes of a file in a store; the client reads a copy, because a store has one user at a time."""
     import hf_xet
 
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def read(store: Path, xet_hash: str, size: int) -> bytes:
 
 
 def _files(shard: bytes) -> Iterator[tuple[str, str]]:
-    """sha256 and xet hash of the files that a shard lists, up to the record of ones that ends the list."""
+    """Return sha256 and xet hash of the files in a shard, up to the end record of ones."""
     place = ENTRY
     while shard[place : place + 32] != b"\xff" * 32:
         flags, segments = (int.from_bytes(shard[place + at : place + at + 4], "little") for at in (32, 36))
@@ -61,5 +61,5 @@ def _files(shard: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _hex(digest: bytes) -> str:
-    """A hash as it is written: four numbers of 64 bits."""
+    """Return a hash in its text form: four 64-bit numbers."""
     return "".join(f"{int.from_bytes(digest[at : at + 8], 'little'):016x}" for at in range(0, 32, 8))

@@ -14,7 +14,7 @@ from tests.publish.scene import Scene
 
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of each kind, by its name; not to be changed."""
+    """Return a folder of each kind by name; do not change them."""
     folder = tmp_path_factory.mktemp("kinds")
     write_kinds(folder)
     return folder
@@ -22,13 +22,13 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def converted(kinds: Path, tmp_path: Path) -> Path:
-    """A conversion with images, free to be changed."""
+    """Return a conversion with images that the test may change."""
     return Path(shutil.copytree(kinds / "images", tmp_path / "converted"))
 
 
 @pytest.fixture(scope="session")
 def demo_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`src`, a tiny Gemma 3 with images, and `out`, its conversion; not to be changed."""
+    """`Return `src`, a tiny Gemma 3 with images, and `out`, its conversion; do not change them."""
     folder = tmp_path_factory.mktemp("demo")
     build_demo_source(folder / "src")
     convert(folder / "src", folder / "out", flush=False)

@@ -1,4 +1,4 @@
-"""Folders that a card can be made of, one of each kind, with a recorded verification."""
+"""One folder of each kind that can have a card, with a recorded verification."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ KINDS: Final = (
 
 
 def write_kinds(folder: Path) -> None:
-    """Write a folder of each kind, by its name."""
+    """Write a folder of each kind; return them by name."""
     build_demo_source(folder / "gemma-images")
     (folder / "gemma-text").mkdir()
     write_synthetic_source(folder / "gemma-text", find_map("gemma3").map, DEMO_CONFIG["text_config"], seed=0)
@@ -74,7 +74,7 @@ def write_kinds(folder: Path) -> None:
 
 
 def write_adapted(model: Path, output: Path) -> None:
-    """A model whose text stacks were trained, in three steps of which the mean was taken."""
+    """Write a model with trained text stacks: the mean of three checkpoints."""
     names = {name: stored for name, stored in open_checkpoint(model).tensors.items() if ".layers.0.mlp." in name}
     names = {name: stored for name, stored in names.items() if "vision_tower" not in name}
     shapes = {name: stored.entry.shape for name, stored in names.items()}
@@ -84,22 +84,22 @@ def write_adapted(model: Path, output: Path) -> None:
 
 @dataclass(frozen=True)
 class Zeros:
-    """Values that are all zero."""
+    """Return values that are all zero."""
 
     names: Mapping[str, tuple[int, ...]]
 
     def pieces(self, name: str) -> Iterator[NDArray[np.float32]]:
-        """One piece."""
+        """Return one piece."""
         yield np.zeros(self.names[name], np.float32)
 
 
 def change_manifest(folder: Path, change: Callable[[Document], object]) -> None:
-    """Change a manifest, and seal it again."""
+    """Change a manifest and reseal it."""
     manifest = read_manifest(folder).document()
     change(manifest)
     (folder / MANIFEST_FILE).write_bytes(seal(manifest))
 
 
 def from_hub(repo: str = "org/gemma-3", revision: str = COMMIT) -> Callable[[Document], object]:
-    """The change that makes the source a model of the Hub."""
+    """Return the change that makes the source a Hub model."""
     return lambda manifest: manifest["source"].update(hub={"repo": repo, "revision": revision})

@@ -1,4 +1,4 @@
-"""A card as a reader sees it: parsed as Markdown, and taken apart."""
+"""A card as a reader sees it: parsed as Markdown."""
 
 import re
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Rendered:
 
 
 def render(card: str) -> Rendered:
-    """Parse a card as GitHub and the Hub do: CommonMark with tables, and addresses in plain text made links."""
+    """Parse a card as GitHub and the Hub do: CommonMark with tables, and plain addresses turned into links."""
     front = _BLOCK.match(card)
     assert front is not None
     tokens = MarkdownIt("commonmark").enable("table").parse(card[front.end() :])
@@ -55,5 +55,5 @@ def render(card: str) -> Rendered:
 
 
 def table_lines(card: str) -> list[int]:
-    """The number of unescaped bars of each line that is a row of a table; code may hold none either."""
+    """Return the number of unescaped bars of each table row; code may not hold any either."""
     return [len(re.findall(r"(?<!\\)\|", line)) for line in card.splitlines() if line.startswith("|")]

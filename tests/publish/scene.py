@@ -17,7 +17,7 @@ HASTY: Final = f"import t5g2convert.publish.retry as retry; retry.WAITS = (0.0, 
 
 @dataclass
 class Scene:
-    """A Hub with a user `ann`, and a folder to work in: a converted model `out`, its source `src`, a cache `home`.
+    """A Hub with a user `ann`, and a work folder: a converted model `out`, its source `src`, a cache `home`.
 
     `settings` is what the environment of every process has besides.
     """
@@ -29,11 +29,11 @@ class Scene:
 
     @property
     def out(self) -> Path:
-        """The converted model."""
+        """Return the converted model."""
         return self.folder / "out"
 
     def run(self, line: str, script: str = RUN, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in a process of its own, with ann's token."""
+        """Run a command in a separate process, with ann's token."""
         return self.python(["-c", script, *line.split()], **env)
 
     def _env(self, **env: str) -> dict[str, str]:
@@ -42,22 +42,22 @@ class Scene:
         return {name: value for name, value in settings.items() if value or name != "HF_TOKEN"}
 
     def python(self, arguments: list[str], **env: str) -> subprocess.CompletedProcess[str]:
-        """Run Python with the environment of a user of this Hub; an empty HF_TOKEN is none."""
+        """Run Python with the environment of a user of this Hub; an empty HF_TOKEN means no token."""
         return forked.python(arguments, cwd=self.folder, env=self._env(**env))
 
     def started(self, line: str) -> "subprocess.Popen[str]":
-        """A command that runs."""
+        """Run a command that must succeed."""
         command = [sys.executable, "-c", RUN, *line.split()]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=self.folder, env=self._env())
 
     def good(self, line: str, script: str = RUN, **env: str) -> str:
-        """What a command prints that ends well."""
+        """Return the output of a successful command."""
         done = self.run(line, script, **env)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def refused(self, line: str, code: int = 7, script: str = RUN, **env: str) -> str:
-        """The one line of a command that is refused."""
+        """Return the one-line error of a refused command."""
         done = self.run(line, script, **env)
         assert (done.returncode, done.stdout) == (code, ""), done.stderr
         assert done.stderr.startswith("t5g2: ")
@@ -65,10 +65,10 @@ class Scene:
         return done.stderr
 
     def expected(self, folder: str = "out") -> dict[str, bytes]:
-        """The files of a folder, as they should be on the Hub."""
+        """Return the files of a folder as they should be on the Hub."""
         return {path.name: path.read_bytes() for path in (self.folder / folder).iterdir()}
 
     def there(self, repo: str = "ann/model", ref: str = "main") -> dict[str, bytes]:
-        """The files that the Hub has, without those that it makes itself and the card."""
+        """Return the Hub's files, without its own and the card."""
         files = self.hub.repos[repo].files(ref)
         return {name: data for name, data in files.items() if name not in {".gitattributes", "README.md"}}

@@ -1,4 +1,4 @@
-"""The card of every kind of folder: what it states, what it keeps of another's, and what becomes of hostile text."""
+"""The card of every kind of folder: its statements, the owner's text that it keeps, and hostile text."""
 
 import json
 import re
@@ -107,7 +107,7 @@ def test_huggingface_hub_reads_it_and_writes_it_again(kind: str, kinds: Path, tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
+def test_the_card_names_the_kind_of_folder(kind: str, kinds: Path) -> None:
     card = made(kinds / kind)
     if kind.startswith(("encoder", "decoder")):
         assert "It was not trained after extraction." in card
@@ -132,15 +132,15 @@ def test_what_it_says_that_it_is(kind: str, kinds: Path) -> None:
 
 @pytest.mark.slow
 def test_the_code_of_the_cards_runs(kinds: Path) -> None:
-    """Loaded and written with, in transformers; where the card has a step of training, that too."""
+    """Load and generate in transformers; run the card's training step if it has one."""
     script = (
         "import json, os, sys\n"
         "for folder, blocks in json.loads(sys.argv[1]).items():\n"
         "    os.chdir(folder)\n    scope = {}\n"
         "    for block in blocks:\n        exec(block, scope)\n"
         "    grads = [p.grad is not None for p in scope['model'].parameters()]\n"
-        "    told = type(scope['model']).__name__, 'written' in scope, 'states' in scope, any(grads)\n"
-        "    print(os.path.basename(folder), *told)\n"
+        "    done = type(scope['model']).__name__, 'written' in scope, 'states' in scope, any(grads)\n"
+        "    print(os.path.basename(folder), *done)\n"
     )
     blocks = {
         str(kinds / kind): [text for language, text in render(made(kinds / kind, repo="")).code if language == "python"]
@@ -181,32 +181,32 @@ def test_a_source_of_the_hub_is_the_base_model(converted: Path) -> None:
     assert f"https://huggingface.co/org/gemma-3/tree/{COMMIT}" in found.links
 
 
-def test_how_a_model_was_trained_is_told(kinds: Path, tmp_path: Path) -> None:
+def test_the_training_is_described(kinds: Path, tmp_path: Path) -> None:
     card = made(kinds / "adapted", source_card=GEMMA)
-    told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "value"] for row in rows}
-    assert told["weights"] == "mean of 3 checkpoints, from steps 60, 80, 100"
-    assert told["training tokens"] == "51,200"
-    assert told["trained on"] == "the data"
-    assert told["frozen parts"] == "`embedding`, `projector`, `vision`"
-    assert told["data"] == f"sha256 `{'c' * 64}`"
+    trained = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "value"] for row in rows}
+    assert trained["weights"] == "mean of 3 checkpoints, from steps 60, 80, 100"
+    assert trained["training tokens"] == "51,200"
+    assert trained["trained on"] == "the data"
+    assert trained["frozen parts"] == "`embedding`, `projector`, `vision`"
+    assert trained["data"] == f"sha256 `{'c' * 64}`"
     (tasks,) = (rows[1:] for rows in render(card).tables if rows[0][0] == "task")
     assert len(tasks) == 5
     assert tasks[0] == ["`spans-3-15`", "spans", "0.15", "3", "1", "sentinels"]
     assert tasks[-1] == ["`prefix`", "prefix", "0.75", "one", "4", "none"]
-    assert told["learning rate"] == "0.001 after 100 steps, then a cosine to 0.1 of that at step 200"
-    assert told["optimizer"] == "AdamW, betas 0.9 and 0.95, weight decay 0, gradients clipped at 1"
+    assert trained["learning rate"] == "0.001 after 100 steps, then a cosine to 0.1 of that at step 200"
+    assert trained["optimizer"] == "AdamW, betas 0.9 and 0.95, weight decay 0, gradients clipped at 1"
     assert "Google has not published these parts of its own training" in card
     assert "learning rate, weight decay, optimizer" in card
     folder = shutil.copytree(kinds / "adapted", tmp_path / "adapted")
     taught = {"teacher": "d" * 64, "image_every": 4, "freeze_until": 50, "trainable": ["*.projector.`<b>*"]}
     settings = {**SETTINGS.to_json(), **taught}
-    told = {"checkpoints": [100], "settings": settings, "settings_sha256": digest_of(settings)}
-    change_manifest(folder, lambda manifest: manifest["adaptation"].update(told))
+    trained = {"checkpoints": [100], "settings": settings, "settings_sha256": digest_of(settings)}
+    change_manifest(folder, lambda manifest: manifest["adaptation"].update(trained))
     change_manifest(folder, lambda manifest: manifest["options"].update(dtype="float32"))
     card = made(folder)
-    told = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "value"] for row in rows}
-    assert told["weights"] == "step 100, in `float32`"
-    assert told["trained on"] == f"the data and the teacher `{'d' * 64}`"
+    trained = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "value"] for row in rows}
+    assert trained["weights"] == "step 100, in `float32`"
+    assert trained["trained on"] == f"the data and the teacher `{'d' * 64}`"
     assert "--image-every 4 --warmup 100 --seed 0 --kd PARENT --freeze-until 50 --trainable '*.projector.`<b>*'" in card
     assert "<b>" not in render(card).html
     assert "t5g2 average" not in card
@@ -226,7 +226,7 @@ def test_a_donor_of_the_hub_is_a_base_model_too(kinds: Path, tmp_path: Path) -> 
     assert render(made(folder)).metadata["base_model"] == "org/donor"
 
 
-def test_a_decoder_of_another_parent_is_told(kinds: Path, tmp_path: Path) -> None:
+def test_a_decoder_of_another_parent_is_described(kinds: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(kinds / "paired", tmp_path / "paired")
     hub = {"repo": "org/other", "revision": COMMIT}
     change_manifest(folder, lambda manifest: manifest["decoder_from"].update(hub=hub))
@@ -242,7 +242,7 @@ def test_a_decoder_of_another_parent_is_told(kinds: Path, tmp_path: Path) -> Non
     "repo",
     ["gemma", "../x", "a/b/c", "a/b\n# c", "a b/c", "a/<b>", "a/b)", "a/--b", "a/b.git", "a/" + "b" * 97, "/b", ""],
 )
-def test_a_source_that_is_no_name_of_the_hub_is_refused(repo: str, converted: Path) -> None:
+def test_an_invalid_hub_name_as_source_is_refused(repo: str, converted: Path) -> None:
     change_manifest(converted, from_hub(repo))
     with pytest.raises(CheckpointError, match="expected org/name and a commit"):
         made(converted)
@@ -252,13 +252,13 @@ def test_a_source_that_is_no_name_of_the_hub_is_refused(repo: str, converted: Pa
 
 
 @pytest.mark.parametrize("revision", ["main", "", COMMIT[:-1], f"{COMMIT}\n", COMMIT.upper()])
-def test_a_revision_that_is_no_commit_is_refused(revision: str, converted: Path) -> None:
+def test_a_revision_that_is_not_a_commit_is_refused(revision: str, converted: Path) -> None:
     change_manifest(converted, from_hub(revision=revision))
     with pytest.raises(CheckpointError, match="expected org/name and a commit"):
         made(converted)
 
 
-def test_options_and_changed_settings_are_told(converted: Path) -> None:
+def test_options_and_changed_settings_are_listed(converted: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest["options"] = {"dtype": "float32", "max_shard_bytes": 20_000, "rope_scaling": "linear:8"}
         manifest["changes"] = [{"field": "rope_full_factor", "source": 1.0, "target": 8.0}]
@@ -269,7 +269,7 @@ def test_options_and_changed_settings_are_told(converted: Path) -> None:
     assert ["`rope_full_factor`", "`1.0`", "`8.0`"] in [row for rows in render(card).tables for row in rows]
 
 
-def test_a_map_of_one_s_own_is_told(converted: Path) -> None:
+def test_a_custom_map_is_named(converted: Path) -> None:
     change_manifest(converted, lambda manifest: manifest["mapping"].update(sha256="0" * 64))
     assert "$ t5g2 convert SOURCE OUTPUT --mapping MAP.yaml" in made(converted)
     change_manifest(converted, lambda manifest: manifest["tool"].update(version="0.0.1"))
@@ -290,12 +290,12 @@ def test_the_tables_are_the_manifest_s(kinds: Path) -> None:
     assert ["`tokenizer`", "skipped", "`the output has no tokenizer`"] in checks
 
 
-def test_files_that_were_not_hashed_are_told(converted: Path) -> None:
+def test_files_without_hashes_are_named(converted: Path) -> None:
     change_manifest(converted, lambda manifest: manifest["source"]["files"]["model.safetensors"].update(sha256=None))
     assert ["the source", "`model.safetensors`", "not computed"] in render(made(converted)).tables[1]
 
 
-def test_what_was_not_verified_says_so(converted: Path) -> None:
+def test_a_card_says_if_there_was_no_verification(converted: Path) -> None:
     change_manifest(converted, lambda manifest: manifest.pop("verification"))
     card = made(converted)
     assert "**Not verified.**" in card
@@ -310,7 +310,7 @@ def test_what_was_not_verified_says_so(converted: Path) -> None:
         lambda record: record.update(checks=[]),
     ],
 )
-def test_what_failed_says_so(change: Callable[[dict[str, Any]], object], converted: Path) -> None:
+def test_a_card_says_if_verification_failed(change: Callable[[dict[str, Any]], object], converted: Path) -> None:
     assert "Verified against" in made(converted)
     change_manifest(converted, lambda manifest: change(manifest["verification"]))
     card = made(converted)
@@ -318,14 +318,14 @@ def test_what_failed_says_so(change: Callable[[dict[str, Any]], object], convert
     assert "Verified against" not in card
 
 
-def test_a_tolerance_is_told(converted: Path) -> None:
+def test_a_tolerance_is_stated(converted: Path) -> None:
     assert "allowed no difference" in made(converted)
     change_manifest(converted, lambda manifest: manifest["verification"].update(tolerance=0.01))
     assert "allowed differences up to 0.01" in made(converted)
 
 
 @pytest.mark.parametrize("record", [{}, {**RECORD, "checks": [{}]}, {**RECORD, "passed": "yes"}])
-def test_a_record_that_is_none_is_refused(record: dict[str, Any], converted: Path) -> None:
+def test_an_invalid_record_is_refused(record: dict[str, Any], converted: Path) -> None:
     change_manifest(converted, lambda manifest: manifest.update(verification=record))
     with pytest.raises(CheckpointError, match="verification"):
         made(converted)
@@ -386,7 +386,7 @@ def test_another_s_card_keeps_its_own(newline: str, end: str, converted: Path) -
     assert card.index("Some words") < card.index("t5g2:begin")
 
 
-def test_words_around_our_section_stay(converted: Path) -> None:
+def test_text_around_our_section_stays(converted: Path) -> None:
     first = made(converted, OWN)
     mine = first.replace("# My model", "# My own model").rstrip() + "\n\n## Thanks\n\nto all.\n"
     change_manifest(converted, lambda manifest: manifest.pop("verification"))
@@ -397,7 +397,7 @@ def test_words_around_our_section_stay(converted: Path) -> None:
     assert "Not verified" not in mine
 
 
-def test_what_is_ours_is_written_anew_and_what_was_made_one_s_own_is_not(converted: Path) -> None:
+def test_our_text_is_rewritten_but_edited_text_is_kept(converted: Path) -> None:
     first = made(converted)
     (converted / "config.json").write_text('{"model_type": "gemma3_text"}')
     assert render(made(converted, first)).metadata["pipeline_tag"] == "text-generation"
@@ -405,7 +405,7 @@ def test_what_is_ours_is_written_anew_and_what_was_made_one_s_own_is_not(convert
     assert render(made(converted, mine)).metadata["pipeline_tag"] == "text-ranking"
 
 
-def test_a_base_model_that_is_no_longer_known_goes(converted: Path) -> None:
+def test_a_base_model_that_is_no_longer_known_is_removed(converted: Path) -> None:
     change_manifest(converted, from_hub())
     first = made(converted)
     change_manifest(converted, lambda manifest: manifest["source"].pop("hub"))
@@ -420,7 +420,7 @@ def test_a_base_model_of_the_owner_stays(converted: Path) -> None:
     assert "base_model_relation" not in metadata
 
 
-def test_a_license_stays_while_the_source_s_card_is_not_at_hand(converted: Path) -> None:
+def test_a_license_stays_without_the_source_card(converted: Path) -> None:
     first = made(converted, source_card=GEMMA)
     second = made(converted, first)
     assert render(second).metadata["license"] == "gemma"
@@ -444,7 +444,7 @@ def test_a_license_key_of_nothing_is_filled(converted: Path) -> None:
     assert render(card).metadata["license"] == "gemma"
 
 
-def test_replace_writes_all_anew_and_keep_nothing(converted: Path) -> None:
+def test_replace_rewrites_everything_and_keep_writes_nothing(converted: Path) -> None:
     assert made(converted, OWN, mode="replace") == made(converted)
     assert made(converted, "  \n") == made(converted)
     assert model_card(converted, repo="", source_card=None, existing=OWN, mode="keep") is None
@@ -493,7 +493,7 @@ ATTACKS = {
 
 
 def attack_manifest(manifest: dict[str, Any], text: str) -> None:
-    """Put a text wherever a manifest may hold one; digests and the tool's own name and version are typed."""
+    """Put a text into every free text field of a manifest; digests, tool name and version are typed."""
     manifest["mapping"] = {"name": text, "sha256": "0" * 64}
     manifest["options"] = {"dtype": text, "preset": text, "rope_scaling": text}
     manifest["dtype"] = text

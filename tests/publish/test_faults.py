@@ -1,4 +1,4 @@
-"""Faults of the Hub while it is written to, rows H1 to H4, and H6: the real client against a Hub that has them."""
+"""Faults of the Hub during uploads (rows H1 to H4, and H6): the real client against a faulty Hub."""
 
 import signal
 import threading
@@ -28,7 +28,7 @@ REFUSED = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", REFUSED)
-def test_H1_who_may_not_write_is_told_before_anything_is_sent(scene: Scene, case: str) -> None:
+def test_H1_missing_write_access_is_reported_before_anything_is_sent(scene: Scene, case: str) -> None:
     scene.hub.orgs["ann"] = {"lab"}
     scene.hub.repos["bo/open"], scene.hub.repos["bo/closed"] = Repo(), Repo(private_to={"bo"})
     scene.hub.repos["bo/gated"], scene.hub.repos["ann/there"] = Repo(gated_to=set()), Repo()
@@ -37,26 +37,26 @@ def test_H1_who_may_not_write_is_told_before_anything_is_sent(scene: Scene, case
     if case == "a token that reads":
         scene.hub.reading.add(scene.token)
     env = {"no token": {"HF_TOKEN": ""}, "wrong token": {"HF_TOKEN": "hf_x"}, "offline": {"HF_HUB_OFFLINE": "1"}}
-    target, told = REFUSED[case]
-    assert told in scene.refused(f"upload out {target}", **env.get(case, {}))
+    target, message = REFUSED[case]
+    assert message in scene.refused(f"upload out {target}", **env.get(case, {}))
     if "--" not in target:
         # convert does not even read its source.
         line = f"convert src new --push-to {target}"
-        assert told in scene.refused(line, **env.get(case, {}))
+        assert message in scene.refused(line, **env.get(case, {}))
         assert not (scene.folder / "new").exists()
     assert {request.method for request in scene.hub.log} <= {"GET"}
 
 
-def test_H1_a_gated_model_is_not_taken_for_one_that_is_missing(scene: Scene) -> None:
+def test_H1_a_gated_model_is_not_reported_as_missing(scene: Scene) -> None:
     scene.hub.repos["ann/gated"] = Repo()
     scene.hub.repos["ann/gated"].commit({})
     gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model ann/gated is restricted"}
     scene.hub.faults.append(Fault("/auth-check/write", 1, status=403, headers=gated))
     assert "is gated, and the token's user does not have access" in scene.refused("upload out ann/gated")
-    assert scene.hub.asked("") == []
+    assert scene.hub.requests_to("") == []
 
 
-def test_H1_another_server_or_none_is_told(scene: Scene) -> None:
+def test_H1_a_wrong_or_missing_server_is_reported(scene: Scene) -> None:
     scene.hub.faults = [Fault("/api/whoami-v2", 1, status=200, body=b"<html>")]
     scene.hub.faults += [
         Fault("/auth-check", 1, status=200),
@@ -88,7 +88,7 @@ BUSY = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", BUSY)
-def test_H2_a_hub_that_is_busy_is_asked_again(scene: Scene, case: str) -> None:
+def test_H2_a_busy_hub_gets_another_request(scene: Scene, case: str) -> None:
     (scene.out / "README.md").write_text("---\nlicense: mit\n---\n")
     scene.hub.faults = [Fault(**vars(fault)) for fault in BUSY[case]]
     assert "sent 8 of 8 files" in scene.good(UPLOAD, HASTY)
@@ -97,7 +97,7 @@ def test_H2_a_hub_that_is_busy_is_asked_again(scene: Scene, case: str) -> None:
     assert len(scene.hub.repos["ann/model"].commits) == 2
 
 
-def test_H2_xet_is_asked_again(scene: Scene) -> None:
+def test_H2_xet_gets_another_request(scene: Scene) -> None:
     scene.hub.xet_store = scene.folder.parent / "store"
     scene.hub.xet_store.mkdir()
     scene.hub.faults.append(Fault("/xet-write-token/", 1, status=503))
@@ -106,14 +106,14 @@ def test_H2_xet_is_asked_again(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_H2_what_was_sent_before_a_failure_is_not_sent_again(scene: Scene) -> None:
+def test_H2_files_sent_before_a_failure_are_not_sent_again(scene: Scene) -> None:
     convert(scene.folder / "src", scene.folder / "sharded", max_shard_bytes=300_000, flush=False)
     line = "upload sharded ann/model --card keep"
     # All but the first file: the client tries six times.
     scene.hub.faults = [Fault("/lfs-put/", 1, method="PUT")]
     scene.hub.faults.append(Fault("/lfs-put/", 999, status=503, method="PUT", headers={"Retry-After": "0"}))
-    told = scene.refused(line, script=HASTY)
-    assert "answered with status 503" in told
+    message = scene.refused(line, script=HASTY)
+    assert "answered with status 503" in message
     assert len(scene.hub.objects) == 1
     assert scene.there() == {}
     scene.hub.faults.clear()
@@ -121,7 +121,7 @@ def test_H2_what_was_sent_before_a_failure_is_not_sent_again(scene: Scene) -> No
     scene.good(line)
     # The shards and their index are LFS files.
     large = [name for name in scene.expected("sharded") if "safetensors" in name]
-    assert len(scene.hub.asked("/lfs-put/", "PUT")) == len(large) - 1
+    assert len(scene.hub.requests_to("/lfs-put/", "PUT")) == len(large) - 1
     assert scene.there() == scene.expected("sharded")
 
 
@@ -136,7 +136,7 @@ def test_H3_a_lost_answer_is_settled_by_the_checksums(scene: Scene, proposed: bo
     printed = scene.good(line, HASTY)
     repo = scene.hub.repos["ann/model"]
     assert "sent 7 of 7 files" in printed
-    assert len(scene.hub.asked(COMMIT)) == 1, "it is not sent again"
+    assert len(scene.hub.requests_to(COMMIT)) == 1, "it is not sent again"
     assert scene.there(ref="refs/pr/1" if proposed else "main") == scene.expected()
     assert len(repo.commits) == 2
     assert (repo.refs["main"] == main) == proposed
@@ -149,30 +149,30 @@ def test_H3_where_it_cannot_be_settled_running_again_is_safe(scene: Scene, propo
     scene.hub.repos["ann/model"] = Repo()
     scene.hub.repos["ann/model"].commit({})
     line = f"{UPLOAD} --create-pr" if proposed else UPLOAD
-    # The commit is made; from then on the Hub does not answer.
+    # The commit is made; then the Hub stops answering.
     asked_afterwards = "/discussions" if proposed else "/refs"
     silent = Fault(asked_afterwards, 999, status=503)
     scene.hub.faults.append(Fault(COMMIT, 1, method="POST", done=True, before=lambda: scene.hub.faults.append(silent)))
-    told = scene.refused(line, script=HASTY)
-    assert "it is unknown whether the commit was made" in told
-    assert "running again is safe" in told
+    message = scene.refused(line, script=HASTY)
+    assert "it is unknown whether the commit was made" in message
+    assert "running again is safe" in message
     scene.hub.faults.clear()
     scene.hub.log.clear()
     assert "all 7 files are already on the Hub" in scene.good(line)
-    assert scene.hub.asked(COMMIT) == []
+    assert scene.hub.requests_to(COMMIT) == []
     assert len(scene.hub.repos["ann/model"].commits) == 2
 
 
 @pytest.mark.slow
-def test_H3_a_commit_that_is_never_made_is_unknown_and_made_by_the_next_run(scene: Scene) -> None:
+def test_H3_an_unanswered_commit_is_reported_and_made_by_the_next_run(scene: Scene) -> None:
     scene.hub.repos["ann/model"] = Repo()
     scene.hub.repos["ann/model"].commit({})
     for line, tries in ((UPLOAD, 3), (f"{UPLOAD} --create-pr", 1)):
         scene.hub.log.clear()
         scene.hub.faults = [Fault(COMMIT, 999, method="POST", dropped=True)]
         assert "running again is safe" in scene.refused(line, script=HASTY)
-        # A branch is asked again: its parent is named. A pull request might be made twice.
-        assert len(scene.hub.asked(COMMIT)) == tries
+        # A branch commit is retried, because it names its parent. A pull request might be made twice.
+        assert len(scene.hub.requests_to(COMMIT)) == tries
     scene.hub.faults.clear()
     scene.good(f"{UPLOAD} --create-pr")
     scene.good(UPLOAD)
@@ -187,14 +187,14 @@ def test_H4_a_commit_of_somebody_else_is_not_overwritten(scene: Scene, proposed:
     theirs = {"config.json": b"theirs"}
     fault = Fault(COMMIT, 1, method="POST", dropped=lost, before=lambda: scene.hub.repos["ann/model"].commit(theirs))
     scene.hub.faults.append(fault)
-    told = scene.refused(f"{UPLOAD} --create-pr" if proposed else UPLOAD, script=HASTY)
-    assert "has a new commit since the upload began: nothing was overwritten" in told
+    message = scene.refused(f"{UPLOAD} --create-pr" if proposed else UPLOAD, script=HASTY)
+    assert "has a new commit since the upload began: nothing was overwritten" in message
     assert scene.there() == theirs
     assert scene.hub.repos["ann/model"].pull_requests == []
 
 
 def test_H4_a_commit_while_the_folder_is_read_is_noticed(scene: Scene) -> None:
-    """The head is remembered before, not when the commit is made."""
+    """The head is read before the commit, not during it."""
     scene.hub.repos["ann/model"] = Repo()
     scene.hub.repos["ann/model"].commit({})
     theirs = {"model.json": b"theirs"}
@@ -217,8 +217,8 @@ def test_other_bytes_on_the_hub_are_noticed_after_the_commit(scene: Scene) -> No
     scene.hub.repos["ann/model"] = Repo()
     scene.hub.repos["ann/model"].commit({})
     scene.hub.faults.append(Fault("/tree/", 1, before=spoil))
-    told = scene.refused(UPLOAD)
-    assert "differs from the folder: config.json, model.safetensors" in told
+    message = scene.refused(UPLOAD)
+    assert "differs from the folder: config.json, model.safetensors" in message
     scene.good(UPLOAD)
     assert scene.there() == scene.expected()
 

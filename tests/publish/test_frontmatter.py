@@ -49,7 +49,7 @@ def test_keys_are_read_as_texts_and_lists_of_texts() -> None:
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("beginning", ["", "\n  \n", "\ufeff"])
-def test_what_is_not_changed_stays_to_the_byte(newline: str, beginning: str) -> None:
+def test_unchanged_text_stays_the_same_to_the_byte(newline: str, beginning: str) -> None:
     text = WHOLE.replace("\n", newline)
     card = parse(beginning + text)
     assert card.newline == newline
@@ -86,7 +86,7 @@ def test_a_card_without_metadata_gets_some(text: str) -> None:
 
 
 @pytest.mark.parametrize("inside", ["\n", "# nothing but a comment\n", "~\n", "null\n"])
-def test_metadata_of_nothing_are_none(inside: str) -> None:
+def test_empty_metadata_has_no_keys(inside: str) -> None:
     assert parse(f"---\n{inside}---\nbody").entries == {}
 
 
@@ -106,7 +106,7 @@ def test_metadata_of_nothing_are_none(inside: str) -> None:
         ("a: " + "[" * 40 + "]" * 40, "are nested more than 32 levels deep"),
     ],
 )
-def test_what_is_no_metadata_is_refused(inside: str, reason: str) -> None:
+def test_invalid_metadata_is_refused(inside: str, reason: str) -> None:
     with pytest.raises(CheckpointError, match="the source's card: metadata") as error:
         parse_card(f"---\n{inside}\n---\n", error=CheckpointError, where="the source's card", hint="mend it")
     assert reason in str(error.value)
@@ -143,7 +143,7 @@ def test_metadata_cannot_make_it_slow(inside: str) -> None:
     assert time.process_time() - begun < 5
 
 
-def test_a_card_that_is_too_large_or_no_text_is_refused() -> None:
+def test_a_card_that_is_too_large_or_not_text_is_refused() -> None:
     with pytest.raises(OutputError, match="expected at most 1,048,576"):
         parse("x" * (1 << 20) + "x")
     with pytest.raises(OutputError, match="surrogate"):

@@ -13,9 +13,9 @@ def card(*lines: str) -> str:
 def test_without_a_card_nothing_is_known() -> None:
     found = read_license(None, FILES)
     assert (found.has_card, found.metadata, found.gemma) == (False, {}, False)
-    told = license_text(found, None, from_source=False)
-    assert "was not available" in told
-    assert "Gemma" not in told
+    text = license_text(found, None, from_source=False)
+    assert "was not available" in text
+    assert "Gemma" not in text
 
 
 @pytest.mark.parametrize(
@@ -61,25 +61,25 @@ def test_the_license_is_the_card_s(lines: tuple[str, ...], metadata: dict[str, o
     "link",
     ["../x", "/etc/passwd", "http://x.org", "javascript:alert(1)", "https://x.org/a b", "a//b", "x\\ny", "[a, b]"],
 )
-def test_a_link_to_elsewhere_is_told_and_not_made(link: str) -> None:
+def test_a_link_to_another_site_is_shown_as_text(link: str) -> None:
     found = read_license(card("license: other", f"license_link: {link}"), FILES)
     assert found.metadata == {"license": "other"}
     assert "is not included here" in license_text(found, "other", from_source=True)
 
 
-def test_a_file_of_a_source_that_is_no_model_of_the_hub_is_told() -> None:
+def test_a_license_file_of_a_source_outside_the_hub_is_named() -> None:
     found = read_license(card("license: other", "license_link: LICENSE"), None)
     assert found.metadata == {"license": "other"}
     assert "`LICENSE`" in license_text(found, "other", from_source=True)
 
 
 @pytest.mark.parametrize("value", ["{a: b}", "[[mit]]", "!x mit", "*x", "[{a: b}]"])
-def test_a_license_that_cannot_be_told_is_refused(value: str) -> None:
+def test_an_invalid_license_is_refused(value: str) -> None:
     with pytest.raises(CheckpointError, match="license in the metadata is neither text nor a list of texts"):
         read_license(card(f"license: {value}"), FILES)
 
 
-def test_a_license_that_is_a_book_is_refused() -> None:
+def test_an_oversized_license_is_refused() -> None:
     with pytest.raises(CheckpointError, match="more than 500 characters"):
         read_license(card(f"license: {'x' * 501}"), FILES)
 

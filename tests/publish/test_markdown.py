@@ -35,7 +35,7 @@ def test_it_fills_one_cell_of_a_table(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "   "])
-def test_nothing_is_said_to_be_nothing(text: str) -> None:
+def test_empty_text_is_marked_as_empty(text: str) -> None:
     assert code(text) == "(empty)"
 
 

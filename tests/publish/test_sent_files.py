@@ -1,4 +1,4 @@
-"""What is sent of a folder, and which folders are refused; no network."""
+"""Which files of a folder are uploaded, and which folders are refused; no network."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
 
 
 def cached(out: Path, shared: bool) -> Path:
-    """The folder as the Hub's cache has it: a snapshot of links; with `shared` its blobs are links too."""
+    """Return the folder as in the Hub's cache: a snapshot of links; with `shared` its blobs are links too."""
     cache = out.parent / "hub"
     blobs, snapshot = cache / "models--ann--model/blobs", cache / f"models--ann--model/snapshots/{SHA}"
     for folder in (blobs, snapshot, cache / "blobs/ab"):
@@ -43,9 +43,9 @@ def cached(out: Path, shared: bool) -> Path:
 
 
 def test_all_files_of_the_manifest_and_the_manifest_are_read(out: Path) -> None:
-    told: list[str] = []
-    files = manifest_files(out, told.append)
-    assert sorted(told) == [file.name for file in files] == sorted(path.name for path in out.iterdir())
+    progress: list[str] = []
+    files = manifest_files(out, progress.append)
+    assert sorted(progress) == [file.name for file in files] == sorted(path.name for path in out.iterdir())
     for file in files:
         data = (out / file.name).read_bytes()
         assert (file.content, file.size) == (out / file.name, len(data))
@@ -101,7 +101,7 @@ def test_H5_links_that_only_look_like_the_caches_are_refused(out: Path, place: s
         manifest_files(snapshot)
 
 
-def test_H5_what_is_no_file_is_refused_without_waiting(out: Path) -> None:
+def test_H5_special_files_are_refused_without_blocking(out: Path) -> None:
     (out / "config.json").unlink()
     os.mkfifo(out / "config.json")
     (out / "tokenizer.json").unlink()
@@ -118,7 +118,7 @@ def damage_a_byte(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (damage_a_byte, "model.safetensors has the wrong sha256"),
         (lambda out: os.truncate(out / "model.safetensors", 100), "model.safetensors has 100 bytes, expected"),
@@ -126,14 +126,14 @@ def damage_a_byte(out: Path) -> None:
     ],
     ids=["byte", "cut", "missing"],
 )
-def test_a_damaged_file_is_named(out: Path, damage: Callable[[Path], None], told: str) -> None:
+def test_a_damaged_file_is_named(out: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(out)
     (out / "config.json").write_text("{}")
     with pytest.raises(CheckpointError) as error:
         manifest_files(out)
     assert len(error.value.details) == 2
     assert error.value.details[0].startswith("config.json has 2 bytes")
-    assert error.value.details[1].startswith(told)
+    assert error.value.details[1].startswith(message)
 
 
 def test_a_manifest_that_was_changed_or_is_missing_is_refused(out: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_manifest_that_was_changed_or_is_missing_is_refused(out: Path) -> None
 
 @pytest.mark.parametrize("name", [".env", "../secret", "/etc/passwd", "a\\b", "README.md", "t5g2.json"])
 def test_H5_names_that_no_conversion_writes_are_refused(out: Path, name: str) -> None:
-    """The manifest may come with the folder from elsewhere; it is sealed all the same."""
+    """The manifest may come from elsewhere; it is sealed nevertheless."""
     (out.parent / "secret").write_bytes(b"")
     for place in (".env", "README.md"):
         (out / place).write_bytes(b"")

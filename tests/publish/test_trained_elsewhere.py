@@ -1,4 +1,4 @@
-"""The card and the upload of a folder that was trained elsewhere: what loaders read of it, and where it is from."""
+"""Card and upload of a folder that was trained elsewhere: the files that loaders read, and its origin."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ LEFT_BY_TRAINER = ("optimizer.pt", "training_args.bin", "trainer_state.json", "r
 
 
 def trained(out: Path, folder: Path) -> Path:
-    """A copy as Trainer leaves it, in as far as it matters to files."""
+    """Copy the folder with the files that Trainer leaves."""
     shutil.copytree(out, folder)
     (folder / "t5g2.json").unlink()
     config = json.loads((folder / "config.json").read_text())
@@ -38,7 +38,7 @@ def made(folder: Path, start: Path | None, **options: Any) -> str:
     return card
 
 
-def test_the_card_tells_where_the_start_is_from_and_no_more(converted: Path, tmp_path: Path) -> None:
+def test_the_card_names_the_origin_of_the_start(converted: Path, tmp_path: Path) -> None:
     folder = trained(converted, tmp_path / "trained")
     change_manifest(converted, from_hub("google/gemma-3-4b-pt"))
     card = made(folder, converted, source_card="---\nlicense: gemma\n---\n")
@@ -48,12 +48,12 @@ def test_the_card_tells_where_the_start_is_from_and_no_more(converted: Path, tmp
     assert "**Not recorded.**" in card
     assert "$ t5g2 convert google/gemma-3-4b-pt@" in card
     assert "not trained further" not in card
-    # Made again with it, it is the same; and one's own words stay.
+    # Made again, the card is the same, and custom text stays.
     assert made(folder, converted, source_card="---\nlicense: gemma\n---\n", existing=card) == card
     assert "Mine." in made(folder, converted, existing=f"{card}\nMine.\n")
 
 
-def test_a_start_without_a_manifest_tells_nothing(converted: Path, tmp_path: Path) -> None:
+def test_a_start_without_a_manifest_adds_nothing(converted: Path, tmp_path: Path) -> None:
     folder = trained(converted, tmp_path / "trained")
     (converted / "t5g2.json").unlink()
     card = made(folder, converted)
@@ -93,7 +93,7 @@ def test_without_its_start_it_is_refused_with_the_way_out(converted: Path, tmp_p
         assert "--source" in error.value.hint
 
 
-def test_what_this_tool_wrote_is_not_taken_for_it(kinds: Path, converted: Path, tmp_path: Path) -> None:
+def test_our_own_folders_are_not_taken_as_trained_elsewhere(kinds: Path, converted: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--source names the trained folder itself"):
         made(converted, converted)
     with pytest.raises(UsageError, match=r"it has its own t5g2.json"):
@@ -101,19 +101,19 @@ def test_what_this_tool_wrote_is_not_taken_for_it(kinds: Path, converted: Path, 
     folder = trained(converted, tmp_path / "trained")
     with pytest.raises(UsageError, match=r"is a t5gemma2, but .* is a gemma3"):
         made(folder, kinds / "decoder")
-    # A copy of the manifest of its start says nothing about it.
+    # A copy of its start's manifest does not describe it.
     shutil.copy(converted / "t5g2.json", folder)
     assert "trained elsewhere" in made(folder, converted)
 
 
-def test_H5_only_what_loaders_read_of_it_is_sent(converted: Path, tmp_path: Path) -> None:
+def test_H5_only_files_that_loaders_read_are_sent(converted: Path, tmp_path: Path) -> None:
     folder = trained(converted, tmp_path / "trained")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     shutil.copy(converted / "t5g2.json", folder)
-    told: list[str] = []
-    files = [file.name for file in trained_elsewhere_files(folder, told.append)]
+    sent: list[str] = []
+    files = [file.name for file in trained_elsewhere_files(folder, sent.append)]
     expected = {*read_manifest(converted).files}
-    assert set(files) == set(told) == expected
+    assert set(files) == set(sent) == expected
     (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
     with pytest.raises(CheckpointError) as error:
@@ -122,11 +122,11 @@ def test_H5_only_what_loaders_read_of_it_is_sent(converted: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_H5_an_upload_of_it_takes_the_manifest_of_its_start_away(scene: Scene) -> None:
+def test_H5_an_upload_removes_the_manifest_of_its_start(scene: Scene) -> None:
     scene.good("upload out ann/model")
     trained(scene.out, scene.folder / "trained")
-    told = scene.refused("upload trained ann/model", 3)
-    assert "--source" in told
+    message = scene.refused("upload trained ann/model", 3)
+    assert "--source" in message
     done = json.loads(scene.good("upload trained ann/model --source out --json"))
     assert done["removed"] == ["t5g2.json"]
     there = scene.there()
