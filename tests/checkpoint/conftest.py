@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def soon() -> Iterator[None]:
-    """A test that waits for ten seconds has met a file that never answers."""
+    """Fail a test after ten seconds: it is blocked on a file."""
 
     def give_up(number: int, frame: FrameType | None) -> None:
         raise TimeoutError

@@ -1,4 +1,4 @@
-"""Weights that are quantised, wrapped or renamed: what says so, what they are, and the way to plain ones."""
+"""Quantised, wrapped or renamed weights: how they are recognized, and the hint to get plain ones."""
 
 import json
 import math
@@ -18,7 +18,7 @@ Change = Callable[[str, list[int]], Tensors]
 
 
 def rewrite(folder: Path, change: Change, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the only weight file again, of zeros, with what a change makes of each tensor."""
+    """Rewrite the only weight file with zeros, and apply a change to each tensor."""
     path = folder / "model.safetensors"
     made: Tensors = {}
     for name, entry in read_header(path).tensors.items():
@@ -138,7 +138,7 @@ QUANTISED: Final[dict[str, tuple[Change, dict[str, Any], str, str]]] = {
 
 
 @pytest.mark.parametrize("case", QUANTISED)
-def test_I7_what_config_says_is_quantised_is_refused_in_one_line(case: str, demo_source: Path, tmp_path: Path) -> None:
+def test_I7_a_quantised_config_is_refused_in_one_line(case: str, demo_source: Path, tmp_path: Path) -> None:
     change, config, method, step = QUANTISED[case]
     rewrite(demo_source, change)
     set_config(demo_source, **config)
@@ -149,8 +149,8 @@ def test_I7_what_config_says_is_quantised_is_refused_in_one_line(case: str, demo
         assert step in (refused.value.hint or "")
         assert refused.value.details == ()
     assert not (tmp_path / "out").exists()
-    told = [note for note in inspect(demo_source).notes if "quantised" in note]
-    assert told == [f"config.json says that the model is quantised {method}: {refused.value.hint}"]
+    notes = [note for note in inspect(demo_source).notes if "quantised" in note]
+    assert notes == [f"config.json says that the model is quantised {method}: {refused.value.hint}"]
 
 
 @pytest.mark.parametrize("place", ["top", "text_config"])
@@ -187,7 +187,7 @@ BY_METADATA: Final[dict[str, tuple[Change, dict[str, str], str]]] = {
 
 
 @pytest.mark.parametrize("case", BY_METADATA)
-def test_what_the_metadata_say_is_refused(case: str, demo_source: Path) -> None:
+def test_altered_weights_named_in_metadata_are_refused(case: str, demo_source: Path) -> None:
     change, metadata, says = BY_METADATA[case]
     rewrite(demo_source, change, metadata)
     with pytest.raises(CheckpointError) as refused:
@@ -204,7 +204,7 @@ def empty(name: str, shape: list[int]) -> Tensors:
     return {name: ("BF16", [0])}
 
 
-def test_the_empty_tensors_of_zero_3_are_told(demo_source: Path) -> None:
+def test_the_empty_tensors_of_zero_3_are_recognized(demo_source: Path) -> None:
     rewrite(demo_source, empty)
     with pytest.raises(CheckpointError, match=r"tensor\(s\) have shape \[0\].*ZeRO-3") as refused:
         plan(demo_source)
@@ -218,7 +218,7 @@ def refusal(folder: Path) -> str:
     return refused.value.hint or ""
 
 
-def test_the_layout_of_mlx_is_told_by_the_shape_of_its_patches(demo_source: Path) -> None:
+def test_the_mlx_layout_is_recognized_by_its_patch_shape(demo_source: Path) -> None:
     path = demo_source / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -233,7 +233,7 @@ def test_the_layout_of_mlx_is_told_by_the_shape_of_its_patches(demo_source: Path
     assert "permute(0, 3, 1, 2)" in hint
 
 
-def test_fp8_of_which_nothing_tells_is_told_by_its_dtype(demo_source: Path) -> None:
+def test_undeclared_fp8_is_recognized_by_its_dtype(demo_source: Path) -> None:
     rewrite(demo_source, fp8)
     assert "is F8_E4M3: the model is quantised (FP8 without scales)" in refusal(demo_source)
 
@@ -253,7 +253,7 @@ def test_fp8_of_which_nothing_tells_is_told_by_its_dtype(demo_source: Path) -> N
         (fp8_scaled, "quantised (FP8 with scales)"),
     ],
 )
-def test_names_tell_where_nothing_else_does(change: Change, says: str, demo_source: Path) -> None:
+def test_altered_weights_are_recognized_by_name_alone(change: Change, says: str, demo_source: Path) -> None:
     rewrite(demo_source, change)
     assert f"shows that the model is {says}" in refusal(demo_source)
 
@@ -289,7 +289,7 @@ def renamed(folder: Path, rename: Callable[[str], str]) -> None:
         (lambda name: f"_orig_mod.module.{name}", "a torch.compile wrapper"),
     ],
 )
-def test_a_wrapper_is_told_by_the_names(rename: Callable[[str], str], says: str, demo_source: Path) -> None:
+def test_a_wrapper_is_recognized_by_its_names(rename: Callable[[str], str], says: str, demo_source: Path) -> None:
     renamed(demo_source, rename)
     assert says in refusal(demo_source)
 

@@ -126,7 +126,7 @@ def test_I12_a_looping_link_is_refused(name: str, sharded: Path) -> None:
     [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("/dev")],
     ids=["fifo", "folder", "device", "link-to-folder"],
 )
-def test_I12_what_is_no_regular_file_is_refused(name: str, make: Callable[[Path], None], sharded: Path) -> None:
+def test_I12_a_special_file_is_refused(name: str, make: Callable[[Path], None], sharded: Path) -> None:
     (sharded / name).unlink()
     make(sharded / name)
     error = refusal(sharded)
@@ -135,7 +135,7 @@ def test_I12_what_is_no_regular_file_is_refused(name: str, make: Callable[[Path]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("gone")], ids=["fifo", "dangling"])
-def test_I12_a_single_file_that_is_none_is_refused(make: Callable[[Path], None], single: Path) -> None:
+def test_I12_a_special_file_as_single_file_is_refused(make: Callable[[Path], None], single: Path) -> None:
     (single / SINGLE_FILE).unlink()
     make(single / SINGLE_FILE)
     assert refusal(single).where == str(single / SINGLE_FILE)
@@ -154,13 +154,13 @@ def test_I3_a_missing_shard_is_named(sharded: Path) -> None:
     assert error.message == "is missing"
 
 
-def test_I3_all_missing_shards_are_told_at_once(sharded: Path) -> None:
+def test_I3_all_missing_shards_are_listed_at_once(sharded: Path) -> None:
     (sharded / FIRST).unlink()
     (sharded / SECOND).unlink()
     error = refusal(sharded)
-    told = "\n".join((str(error), *error.details))
-    assert FIRST in told
-    assert SECOND in told
+    message = "\n".join((str(error), *error.details))
+    assert FIRST in message
+    assert SECOND in message
 
 
 def test_I3_a_tensor_that_the_index_lacks_is_named(sharded: Path) -> None:
@@ -180,14 +180,14 @@ def test_I3_the_first_five_are_named_and_the_rest_counted(sharded: Path) -> None
     assert refusal(sharded).message == "no shard holds 9 tensor(s): d0, d1, d2, d3, d4 and 4 more"
 
 
-def test_I3_both_directions_are_told_in_one_error(sharded: Path) -> None:
+def test_I3_both_directions_are_listed_in_one_error(sharded: Path) -> None:
     strangers = {f"d{number}": FIRST for number in range(7)}
     (sharded / SECOND).write_bytes(weights([f"c{number}" for number in range(8)]))
     write_index(sharded / INDEX_FILE, {**INDEX, **strangers})
     error = refusal(sharded)
-    told = "\n".join((str(error), *error.details))
-    assert "no shard holds 8 tensor(s): c, d0, d1, d2, d3 and 3 more" in told
-    assert "the index lacks, 8 tensor(s): c0, c1, c2, c3, c4 and 3 more" in told
+    message = "\n".join((str(error), *error.details))
+    assert "no shard holds 8 tensor(s): c, d0, d1, d2, d3 and 3 more" in message
+    assert "the index lacks, 8 tensor(s): c0, c1, c2, c3, c4 and 3 more" in message
     assert error.where == str(sharded / INDEX_FILE)
 
 
@@ -202,7 +202,7 @@ def test_I3_a_tensor_in_two_shards_is_named_with_both(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("present", [[FIRST, SECOND], [SECOND]])
-def test_I3_a_single_file_beside_indexed_shards_is_refused(present: list[str], sharded: Path) -> None:
+def test_I3_a_single_file_next_to_indexed_shards_is_refused(present: list[str], sharded: Path) -> None:
     (sharded / SINGLE_FILE).write_bytes(weights(["a", "b", "c"]))
     for shard in SHARDS.keys() - set(present):
         (sharded / shard).unlink()
@@ -212,7 +212,7 @@ def test_I3_a_single_file_beside_indexed_shards_is_refused(present: list[str], s
     assert "outdated" in (error.hint or "")
 
 
-def test_I3_a_stray_index_beside_a_single_file_is_noted(single: Path) -> None:
+def test_I3_a_stray_index_next_to_a_single_file_is_noted(single: Path) -> None:
     write_index(single / INDEX_FILE, INDEX)
     checkpoint = open_checkpoint(single)
     assert list(checkpoint.tensors) == ["a", "b"]
@@ -385,7 +385,7 @@ def test_I11_pickles_are_never_loaded(names: list[str], tmp_path: Path) -> None:
     assert not canary.exists()
 
 
-def test_I11_a_pickle_beside_safetensors_is_left_alone(single: Path, tmp_path: Path) -> None:
+def test_I11_a_pickle_next_to_safetensors_is_ignored(single: Path, tmp_path: Path) -> None:
     (single / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     assert list(open_checkpoint(single).files) == [SINGLE_FILE]
     assert not (tmp_path / "canary").exists()
@@ -406,7 +406,7 @@ def test_I11_a_pickle_named_safetensors_is_refused_unloaded(single: Path, tmp_pa
     ],
     ids=["absent", "file", "dangling"],
 )
-def test_what_is_no_folder_is_refused(prepare: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(prepare: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
     prepare(tmp_path / "model")
     error = refusal(tmp_path / "model")
     assert error.message == reason
@@ -414,11 +414,11 @@ def test_what_is_no_folder_is_refused(prepare: Callable[[Path], object], reason:
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"], ids=["too-long", "nul"])
-def test_a_path_that_no_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_impossible_path_is_refused(name: str, tmp_path: Path) -> None:
     assert refusal(tmp_path / name).where == str(tmp_path / name)
 
 
-def test_a_folder_without_weights_says_what_it_wants(single: Path) -> None:
+def test_a_folder_without_weights_is_refused_with_expected_names(single: Path) -> None:
     (single / SINGLE_FILE).unlink()
     error = refusal(single)
     assert SINGLE_FILE in error.message

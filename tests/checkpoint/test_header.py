@@ -186,7 +186,7 @@ def test_I2_a_name_given_twice_is_refused(header: bytes, key: str, tmp_path: Pat
     assert refusal(tmp_path / "x.safetensors", framed(header, b"ab")).message == f"the header names {key!r} twice"
 
 
-def test_I2_a_git_lfs_pointer_is_told_from_weights(tmp_path: Path) -> None:
+def test_I2_a_git_lfs_pointer_is_recognized(tmp_path: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4961251752\n"
     error = refusal(tmp_path / "x.safetensors", pointer)
     assert "git-lfs pointer" in error.message
@@ -202,7 +202,7 @@ def test_I2_a_git_lfs_pointer_is_told_from_weights(tmp_path: Path) -> None:
         b"<HTML><HEAD>",
     ],
 )
-def test_I2_an_html_page_is_told_from_weights(page: bytes, tmp_path: Path) -> None:
+def test_I2_an_html_page_is_recognized(page: bytes, tmp_path: Path) -> None:
     error = refusal(tmp_path / "x.safetensors", page)
     assert "HTML page" in error.message
     assert "download" in (error.hint or "")
@@ -386,12 +386,12 @@ def test_I12_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("path", [Path("/dev/zero"), Path("/dev")], ids=["device", "folder"])
-def test_I12_what_is_no_file_is_refused(path: Path) -> None:
+def test_I12_a_special_file_is_refused(path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a regular file"):
         read_header(path)
 
 
-def test_a_missing_file_is_refused_with_the_systems_words(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_with_the_system_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         read_header(tmp_path / "x.safetensors")
 

@@ -42,14 +42,14 @@ def test_json_is_written_in_one_form() -> None:
     assert encode_json({"b": [1], "a": "ü\x1b"}) == '{\n  "b": [\n    1\n  ],\n  "a": "ü\\u001b"\n}\n'.encode()
 
 
-def test_the_seal_is_the_sha256_of_everything_else_and_stands_last() -> None:
+def test_the_seal_is_last_and_is_the_sha256_of_everything_else() -> None:
     sealed = json.loads(seal(DOCUMENT))
     assert list(sealed) == [*DOCUMENT, SEAL]
     assert sealed.pop(SEAL) == hashlib.sha256(encode_json(DOCUMENT)).hexdigest()
     assert sealed == DOCUMENT
 
 
-def test_what_was_sealed_is_read_as_it_was(tmp_path: Path) -> None:
+def test_a_sealed_manifest_is_read_unchanged(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path, seal(DOCUMENT)))
     assert manifest.document() == {**DOCUMENT, SEAL: manifest.sha256}
     assert manifest.unverified() == DOCUMENT
@@ -107,21 +107,21 @@ def test_the_seal_of_another_manifest_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [0, FORMAT + 1, "1", None])
-def test_another_format_is_said_even_if_its_seal_fits(tmp_path: Path, number: object) -> None:
+def test_another_format_is_reported_even_if_its_seal_fits(tmp_path: Path, number: object) -> None:
     write(tmp_path, seal({**DOCUMENT, "format": number}))
     assert refused(tmp_path) == f"has format {number!r}, expected {FORMAT}"
 
 
-def test_a_manifest_without_a_format_is_said(tmp_path: Path) -> None:
+def test_a_manifest_without_a_format_is_reported(tmp_path: Path) -> None:
     assert refused(write(tmp_path, seal({}))) == f"has format None, expected {FORMAT}"
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff{}", b'{"format": 1, "format": 1}', b"null"])
-def test_what_is_no_json_object_is_refused(tmp_path: Path, text: bytes) -> None:
+def test_a_manifest_that_is_not_a_json_object_is_refused(tmp_path: Path, text: bytes) -> None:
     refused(write(tmp_path, text))
 
 
-def test_a_missing_manifest_is_said(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_reported(tmp_path: Path) -> None:
     assert refused(tmp_path) == "is missing"
     (tmp_path / MANIFEST_FILE).mkdir()
     assert refused(tmp_path) == "is not a regular file"
@@ -135,5 +135,5 @@ def test_a_manifest_that_lacks_a_part_or_has_nonsense_there_is_refused(tmp_path:
         assert key in refused(write(tmp_path, seal({**DOCUMENT, key: nonsense})))
 
 
-def test_a_part_that_no_manifest_has_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
     assert "stranger" in refused(write(tmp_path, seal({**DOCUMENT, "stranger": 1})))

@@ -1,4 +1,4 @@
-"""A folder that holds no safetensors checkpoint: what it is, and the step that leads to one that is read."""
+"""A folder without a safetensors checkpoint: what it is, and the step to a readable one."""
 
 import json
 import os
@@ -150,7 +150,7 @@ def make(folder: Path, files: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_I20_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
+def test_I20_a_folder_is_described(case: str, tmp_path: Path) -> None:
     files, what, step = FOLDERS[case]
     folder = make(tmp_path / "folder", files)
     for read in (open_checkpoint, plan):
@@ -166,7 +166,7 @@ def test_I20_a_folder_says_what_it_is(case: str, tmp_path: Path) -> None:
 
 
 def test_every_kind_of_the_table_has_a_sentence_of_its_own(tmp_path: Path) -> None:
-    """A folder of the files that a row names is never taken for nothing, and its sentence is filled in."""
+    """A folder with the files of a row is always recognized, and its message is filled in."""
     for number, kind in enumerate(FORMATS):
         files = {
             f"{pattern.replace('*', '7').replace('[0-9]', '0')}{'x' * pattern.endswith('/')}" for pattern in kind.files
@@ -174,21 +174,21 @@ def test_every_kind_of_the_table_has_a_sentence_of_its_own(tmp_path: Path) -> No
         folder = make(tmp_path / str(number), dict.fromkeys(files, "{}"))
         with pytest.raises(CheckpointError) as refused:
             open_checkpoint(folder)
-        told = f"{refused.value.message} {refused.value.hint}"
-        assert "{" not in told, kind
-        assert "neither model.safetensors" not in told, kind
+        message = f"{refused.value.message} {refused.value.hint}"
+        assert "{" not in message, kind
+        assert "neither model.safetensors" not in message, kind
 
 
-@pytest.mark.parametrize("beside", [[], ["blobs/x"], ["refs/main"]])
-def test_a_model_in_the_cache_is_given_by_its_name_or_its_commit(beside: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("other_files", [[], ["blobs/x"], ["refs/main"]])
+def test_a_model_in_the_cache_is_given_by_its_name_or_its_commit(other_files: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "models--google--gemma-3-270m"
-    make(folder, dict.fromkeys(["snapshots/abc/config.json", *(beside or ["refs/main"])], CONFIG))
+    make(folder, dict.fromkeys(["snapshots/abc/config.json", *(other_files or ["refs/main"])], CONFIG))
     with pytest.raises(CheckpointError, match="is a model in the Hub's cache") as refused:
         open_checkpoint(folder)
     assert refused.value.hint == f"give {folder}/snapshots/abc, or the name of the model, google/gemma-3-270m"
 
 
-def test_a_name_from_an_adapter_is_shown_and_obeyed_by_no_terminal(tmp_path: Path) -> None:
+def test_terminal_escapes_in_an_adapter_name_are_escaped(tmp_path: Path) -> None:
     make(tmp_path, {"adapter_config.json": json.dumps({"base_model_name_or_path": "a\n\x1b[31mb"})})
     with pytest.raises(CheckpointError) as refused:
         open_checkpoint(tmp_path)
@@ -197,13 +197,13 @@ def test_a_name_from_an_adapter_is_shown_and_obeyed_by_no_terminal(tmp_path: Pat
 
 
 @pytest.mark.parametrize("config", [PEFT, "{}", "not JSON", '{"base_model_name_or_path": 3, "peft_type": null}'])
-def test_I17_an_adapter_beside_weights_is_refused(config: str, demo_source: Path) -> None:
+def test_I17_an_adapter_next_to_weights_is_refused(config: str, demo_source: Path) -> None:
     (demo_source / "adapter_config.json").write_text(config)
     for read in (open_checkpoint, plan):
         with pytest.raises(CheckpointError, match="transformers loads both") as refused:
             read(demo_source)
         assert "merge_and_unload" in (refused.value.hint or "")
-    # The way out that the hint names.
+    # The solution in the hint.
     (demo_source / "A").mkdir()
     (demo_source / "adapter_config.json").rename(demo_source / "A/adapter_config.json")
     plan(demo_source)
@@ -216,7 +216,9 @@ def test_I17_an_adapter_beside_weights_is_refused(config: str, demo_source: Path
         ({"configuration_files": ["config.json", "config.5.0.0.json"]}, "configuration_files names config.5.0.0.json"),
     ],
 )
-def test_I17_what_transformers_prefers_is_refused(changes: dict[str, object], says: str, demo_source: Path) -> None:
+def test_I17_files_that_transformers_prefers_are_refused(
+    changes: dict[str, object], says: str, demo_source: Path
+) -> None:
     path = demo_source / "config.json"
     config = json.loads(path.read_text())
     for harmless in ({"transformers_weights": None}, {"configuration_files": ["config.json"]}):
@@ -238,7 +240,7 @@ def test_I17_what_transformers_prefers_is_refused(changes: dict[str, object], sa
         ("notes", "is a file, expected a checkpoint folder", "config.json"),
     ],
 )
-def test_a_single_file_says_what_it_is(name: str, what: str, step: str, tmp_path: Path) -> None:
+def test_a_single_file_is_described(name: str, what: str, step: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError) as refused:
         open_checkpoint(tmp_path / name)
@@ -264,7 +266,7 @@ def test_a_file_of_a_whole_folder_leads_to_it(name: str, demo_source: Path) -> N
         ("gemma-3-270m", "org/gemma-3-270m"),
     ],
 )
-def test_another_spelling_of_a_model_of_the_hub_is_told(text: str, says: str) -> None:
+def test_another_spelling_of_a_hub_model_is_recognized(text: str, says: str) -> None:
     assert says in spelling_hint(text)
     assert "config.json" in spelling_hint(text)
 
@@ -274,7 +276,7 @@ def test_a_path_is_not_taken_for_a_model_of_the_hub(text: str) -> None:
     assert spelling_hint(text) == "pass the folder with config.json"
 
 
-def test_a_folder_with_very_many_names_and_odd_ones_is_looked_at_in_bounded_time(tmp_path: Path) -> None:
+def test_a_folder_with_many_odd_names_is_checked_in_bounded_time(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "up").symlink_to("..")

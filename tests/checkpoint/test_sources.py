@@ -1,4 +1,4 @@
-"""What a conversion fetches before it begins; the Hub itself is in tests/checkpoint/hub/test_open_and_fetch.py."""
+"""The files that a conversion fetches first; the Hub itself is in tests/checkpoint/hub/test_open_and_fetch.py."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ SHA = "0123456789" * 4
 
 
 def as_model(folder: Path, *away: str) -> Checkpoint:
-    """A folder as the snapshot of a model, some of whose files are still on the Hub."""
+    """Return a folder as a model snapshot with some files still on the Hub."""
     checkpoint = open_checkpoint(folder)
     files = {path.name: HubFile(path.stat().st_size, None) for path in folder.iterdir()}
     for name in away:
@@ -32,14 +32,14 @@ def as_model(folder: Path, *away: str) -> Checkpoint:
     return replace(checkpoint, hub=HubOrigin("google/gemma-demo", SHA, files))
 
 
-def test_what_is_here_is_not_fetched(demo_source: Path) -> None:
+def test_local_files_are_not_fetched(demo_source: Path) -> None:
     for sources in Sources.open(demo_source), Sources.open(str(demo_source)), Sources(as_model(demo_source)):
         reads = plan(sources.source).reads
         assert sources.missing(reads) == {}
         assert sources.fetch(reads) == sources
 
 
-def test_a_plan_tells_what_it_reads_of_each_checkpoint(demo_source: Path, twin_folder: TwinFolder) -> None:
+def test_a_plan_lists_the_files_it_reads_from_each_checkpoint(demo_source: Path, twin_folder: TwinFolder) -> None:
     assert plan(demo_source).reads == {
         "source": (SINGLE_FILE, "tokenizer.json", "tokenizer_config.json", "config.json"),
     }
@@ -93,28 +93,26 @@ def test_a_download_counts_where_it_goes(
     assert needed.output == made.nbytes + ASSET_BYTES + (size if away == shared else 0)
 
 
-def test_the_plan_is_made_of_the_files_that_were_fetched(
-    demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plan_uses_the_fetched_files(demo_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = (demo_source / SINGLE_FILE).read_bytes()
     model = as_model(demo_source, SINGLE_FILE)
-    told: list[int] = []
+    reported: list[int] = []
 
     def download(hub: HubOrigin, name: str, progress: object) -> None:
         (demo_source / name).write_bytes(data)
 
     monkeypatch.setattr("t5g2convert.checkpoint.hub.open_and_fetch.download", download)
     made, sources = prepare(
-        model, tmp_path / "out", ConvertOptions(), downloading=lambda total: told.append(total) or told.append
+        model, tmp_path / "out", ConvertOptions(), downloading=lambda total: reported.append(total) or reported.append
     )
-    assert told == [len(data)]
+    assert reported == [len(data)]
     assert made.source_files[0].identity == open_checkpoint(demo_source).files[SINGLE_FILE].identity
     assert sources.folders.all == (demo_source,)
     assert execute(made, sources.folders, tmp_path / "out", WriteOptions(flush=False)).tensors == len(made.tensors)
 
 
 @pytest.mark.parametrize("hub", [{"repo": "a/b"}, {"repo": "a/b", "revision": SHA, "url": ""}, "a/b"])
-def test_a_manifest_tells_repository_and_commit_alone(demo_source: Path, tmp_path: Path, hub: object) -> None:
+def test_a_manifest_records_only_repository_and_commit(demo_source: Path, tmp_path: Path, hub: object) -> None:
     convert(demo_source, tmp_path / "out", flush=False)
     path = tmp_path / "out" / MANIFEST_FILE
     document = json.loads(path.read_bytes())

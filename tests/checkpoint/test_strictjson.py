@@ -1,4 +1,4 @@
-"""JSON as editors save it: what is not plain UTF-8 is named, and how to save it is said."""
+"""JSON as editors save it: other encodings than UTF-8 are named, with advice on how to save it."""
 
 import codecs
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The closed world in full: every tensor of the source in turn, and what a map may do with one."""
+"""The closed world in full: every source tensor in turn, and what a map may do with it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -50,7 +50,7 @@ def test_I5_each_tensor_in_turn_is_missed(sound: Checkpoint, gemma3: LoadedMap, 
 
 
 def misspellings(name: str) -> Iterator[str]:
-    """As people and tools misspell names."""
+    """Misspell a name as people and tools do."""
     head, _, tail = name.rpartition(".")
     yield f"{head}.{tail}s"
     yield f"{head}_{tail}"
@@ -58,7 +58,7 @@ def misspellings(name: str) -> Iterator[str]:
     yield name.replace("weight", "wieght").replace("bias", "bais")
 
 
-def test_I5_each_tensor_renamed_in_turn_is_told_with_its_nearest_name(
+def test_I5_each_renamed_tensor_is_reported_with_its_nearest_name(
     sound: Checkpoint, gemma3: LoadedMap, record_property: Record
 ) -> None:
     count = 0
@@ -75,9 +75,7 @@ def test_I5_each_tensor_renamed_in_turn_is_told_with_its_nearest_name(
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.layers.", "vision_tower.vision_model.encoder.layers."])
-def test_I5_each_layer_in_turn_is_missed_and_an_extra_one_is_told(
-    prefix: str, sound: Checkpoint, gemma3: LoadedMap
-) -> None:
+def test_I5_each_missing_layer_and_an_extra_one_are_reported(prefix: str, sound: Checkpoint, gemma3: LoadedMap) -> None:
     layers = sorted({name[len(prefix) :].split(".")[0] for name in sound.tensors if name.startswith(prefix)})
     assert len(layers) in (2, 8)
     for layer in layers:
@@ -101,7 +99,7 @@ def test_I5_each_layer_in_turn_is_missed_and_an_extra_one_is_told(
         ("vision_tower.vision_model.embeddings.position_embedding.weight", ["image_size", "patch_size"]),
     ],
 )
-def test_I8_a_misshapen_tensor_is_told_with_the_fields_of_the_config_that_imply_its_shape(
+def test_I8_a_wrong_shape_is_reported_with_the_config_fields_that_imply_it(
     row: str, fields: list[str], sound: Checkpoint, gemma3: LoadedMap
 ) -> None:
     stored = sound.tensors[row]
@@ -112,16 +110,14 @@ def test_I8_a_misshapen_tensor_is_told_with_the_fields_of_the_config_that_imply_
 
 
 @pytest.mark.parametrize("dtype", ["I8", "U8", "F8_E4M3", "F64", "BOOL"])
-def test_I8_a_tensor_of_another_dtype_is_told_with_those_that_are_expected(
-    dtype: str, sound: Checkpoint, gemma3: LoadedMap
-) -> None:
+def test_I8_a_wrong_dtype_is_reported_with_the_expected_ones(dtype: str, sound: Checkpoint, gemma3: LoadedMap) -> None:
     for name, stored in sound.tensors.items():
         wrong = replace(stored, entry=replace(stored.entry, dtype=dtype))
         (detail,) = refusal(sound, gemma3, {**sound.tensors, name: wrong}).details
         assert detail == f"misshapen: {name} has dtype {dtype}, expected one of BF16, F16, F32"
 
 
-# Maps that fit no model, or fit it twice: found with a model at hand
+# Maps that fit no model, or fit it twice: found when a model is given
 
 GOOD = find_map("gemma3").path.read_text()
 UP = "{text}layers.{layer}.mlp.up_proj.weight"
@@ -176,7 +172,7 @@ def test_C2_a_row_that_matches_nothing_is_refused_where_it_stands(
 def test_C2_a_tensor_that_matches_two_rows_is_refused_where_the_second_stands(
     sound: Checkpoint, tmp_path: Path
 ) -> None:
-    """Written in two ways, so that the map alone does not show it: the decoder's gate would be made of up_proj."""
+    """Two spellings hide it in the map alone: the decoder's gate would come from up_proj."""
     gate = '      decoder: "model.decoder.layers.{layer}.mlp.gate_proj.weight"\n'
     row = (
         f'  - from: "{LITERAL_UP}"\n'
@@ -197,7 +193,7 @@ def test_C2_a_tensor_that_is_carried_and_dropped_is_refused(sound: Checkpoint, t
 
 
 def test_C2_two_rows_with_one_target_are_refused_where_the_second_stands(sound: Checkpoint, tmp_path: Path) -> None:
-    """With a layer written out, so that the patterns differ."""
+    """With one layer spelled out, so that the patterns differ."""
     path, text = mine(
         tmp_path,
         (
@@ -206,6 +202,6 @@ def test_C2_two_rows_with_one_target_are_refused_where_the_second_stands(sound: 
         ),
     )
     error = map_refusal(sound, path)
-    told: list[Any] = [error.message, *error.details]
-    assert any("model.encoder.layers.0.mlp.up_proj.weight" in line for line in told)
+    lines: list[Any] = [error.message, *error.details]
+    assert any("model.encoder.layers.0.mlp.up_proj.weight" in line for line in lines)
     assert_points_at(error, path, text, '"model.encoder.layers.0.mlp.up_proj.weight"')

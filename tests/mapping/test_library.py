@@ -1,4 +1,4 @@
-"""The shipped maps: found by name or by the source's config, and only the chosen one is loaded."""
+"""Shipped maps are found by name or by the source's config; only the chosen one is loaded."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ WHERE = Path("somewhere/config.json")
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that were loaded, in order."""
+    """Return the names of the loaded files, in order."""
     names: list[str] = []
     load = library.load_map
 
@@ -70,7 +70,7 @@ def test_a_source_without_a_map_is_refused_without_loading_any(loaded: list[str]
 @pytest.mark.parametrize(
     "text", ["source: 3\nweights: []\n", "[]\n", "weights: []\n", "source: {model_type: []}\n", "name: x\n"]
 )
-def test_a_damaged_header_raises_what_loading_the_map_raises(
+def test_a_damaged_header_raises_the_same_error_as_loading_the_map(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "gemma3.yaml").write_text(text)

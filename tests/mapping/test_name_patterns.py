@@ -52,7 +52,7 @@ def test_a_pattern_is_taken_apart(pattern: str, root: str | None, index: str | N
         ("{text}{layer}.{vision_layer}", "more than one index"),
     ],
 )
-def test_what_is_not_of_the_grammar_is_named(pattern: str, fault: str) -> None:
+def test_an_invalid_pattern_is_named(pattern: str, fault: str) -> None:
     assert pattern_fault(pattern, ROOTS, INDEX_RANGES.values()) == fault
 
 

@@ -1,4 +1,4 @@
-"""The closed world: whatever is done to one tensor of any row, the plan refuses and names it."""
+"""The closed world: the plan refuses and names any damaged tensor of any row."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ SOME_ROWS = [next(row for row in ROWS if part in row.to) for part in ("embedding
 
 
 def name_of(row: Row) -> str:
-    """The last tensor that a row stands for in the demo's source."""
+    """Return the last tensor in the demo source that a row matches."""
     assert row.from_ is not None
     return list(expand(row.from_, FIRST_SPELLINGS, COUNTS))[-1][1]
 
@@ -88,7 +88,7 @@ def test_I8_a_misshapen_tensor_is_named_with_both_shapes(row: Row, demo_source: 
     assert detail.startswith(f"misshapen: {name} has shape {found[0]}, expected [")
 
 
-def test_I5_a_missing_and_an_extra_layer_are_told_at_once(demo_source: Path) -> None:
+def test_I5_a_missing_and_an_extra_layer_are_reported_at_once(demo_source: Path) -> None:
     def shift(tensors: Tensors) -> None:
         for name in [name for name in tensors if ".layers.7." in name and name.startswith("language_model")]:
             tensors[name.replace(".7.", ".9.")] = tensors.pop(name)
@@ -143,7 +143,7 @@ def embedding(tensors: Tensors) -> torch.Tensor:
         ("_orig_mod.language_model.model.norm.weight", "unwrapped"),
     ],
 )
-def test_I7_what_was_done_to_a_checkpoint_is_said(name: str, advice: str, demo_source: Path) -> None:
+def test_I7_an_altered_checkpoint_is_described(name: str, advice: str, demo_source: Path) -> None:
     edit(demo_source, lambda tensors: tensors.update({name: torch.zeros(3)}))
     assert advice in (refusal(demo_source).hint or "")
 
@@ -160,7 +160,7 @@ def test_two_spellings_at_once_are_refused(demo_source: Path) -> None:
     assert "more than one way" in refusal(demo_source).message
 
 
-def test_no_known_spelling_is_refused_with_what_is_there(demo_source: Path) -> None:
+def test_an_unknown_spelling_is_refused_with_the_names_found(demo_source: Path) -> None:
     def rename(tensors: Tensors) -> None:
         for name in list(tensors):
             tensors[f"transformer.{name}"] = tensors.pop(name)
@@ -237,7 +237,7 @@ def test_a_dropped_tensor_of_a_layer_must_equal_that_layers(demo_source: Path, t
 
 
 @pytest.mark.parametrize("equals", ["embed_tokens.misspelt", "{vision}post_layernorm.weight"])
-def test_I6_a_drop_whose_counterpart_is_not_there_is_refused(equals: str, demo_source: Path, tmp_path: Path) -> None:
+def test_I6_a_drop_with_a_missing_counterpart_is_refused(equals: str, demo_source: Path, tmp_path: Path) -> None:
     text = find_map("gemma3").path.read_text()
     mapping = tmp_path / "map.yaml"
     mapping.write_text(text.replace('must_equal: "{text}embed_tokens.weight"', f'must_equal: "{equals}"'))
@@ -256,7 +256,7 @@ def test_I6_a_drop_whose_counterpart_is_not_there_is_refused(equals: str, demo_s
             plan(demo_source, mapping=str(mapping))
 
 
-def test_I5_a_head_without_the_embedding_is_told_as_the_embedding_missing(demo_source: Path) -> None:
+def test_I5_a_head_without_the_embedding_is_reported_as_a_missing_embedding(demo_source: Path) -> None:
     table = "language_model.model.embed_tokens.weight"
     edit(demo_source, lambda tensors: tensors.update({"lm_head.weight": tensors.pop(table)}))
     error = refusal(demo_source)

@@ -45,7 +45,7 @@ def test_a_family_leaves_the_targets_own_names_free(model_type: str) -> None:
     assert "vocab" not in terms.dims
 
 
-def test_what_a_model_is_is_one_of_its_familys_variants(model_type: str) -> None:
+def test_a_models_type_is_one_of_its_familys_variants(model_type: str) -> None:
     family = FAMILIES[model_type]
     assert family.terms.features in family.variants
     assert set(family.variants) <= set(source_variants(FAMILIES))
@@ -78,7 +78,7 @@ def test_the_example_of_a_family_can_be_inspected_and_planned(model_type: str, t
     assert (inspection.family, inspection.missing, inspection.unexpected) == (model_type, (), ())
     made = plan(tmp_path)
     assert made.source.family == model_type
-    # A decoder has what its encoder has, and perhaps an attention more.
+    # A decoder has the same as its encoder, plus cross-attention in some families.
     assert made.parameters["decoder"] >= made.parameters["encoder"] == inspection.parameters["decoder"] > 0
 
 

@@ -111,9 +111,7 @@ def test_C1_yaml_with_traps_is_refused_at_its_position(
 
 
 @pytest.mark.parametrize(("text", "at", "reason"), REFUSED)
-def test_C1_the_caret_stands_under_the_reported_column(
-    text: str, at: tuple[int, int], reason: str, tmp_path: Path
-) -> None:
+def test_C1_the_caret_is_under_the_reported_column(text: str, at: tuple[int, int], reason: str, tmp_path: Path) -> None:
     error = refusal(tmp_path / "map.yaml", text)
     lines = [*text.splitlines(), ""]
     assert error.message.splitlines()[-2] == f"  {lines[at[0] - 1][:SHOWN_COLUMNS]}"
@@ -131,14 +129,14 @@ def test_C1_the_caret_stands_under_the_reported_column(
     ],
     ids=["bad-utf8", "surrogate", "nul", "escape", "binary"],
 )
-def test_C1_bytes_that_are_no_text_are_refused_at_their_position(
+def test_C1_bytes_that_are_not_text_are_refused_with_their_position(
     content: bytes, at: tuple[int, int], tmp_path: Path
 ) -> None:
     error = refusal(tmp_path / "map.yaml", content)
     assert position(error) == at
 
 
-def test_C1_what_is_shown_of_a_file_is_printable(tmp_path: Path) -> None:
+def test_C1_quoted_lines_of_a_file_are_printable(tmp_path: Path) -> None:
     for content in (b"a: 1\nb: \x1b[31mred\n", b"a: \x9b31m\n", b"a: !\x1b[31m x\n"):
         text = str(refusal(tmp_path / "map.yaml", content))
         assert "\x1b" not in text
@@ -164,7 +162,7 @@ def test_C1_a_file_over_1_MiB_is_refused_with_a_position_and_a_caret(tmp_path: P
 def test_C1_deep_nesting_is_refused_before_it_is_walked(
     deep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyYAML takes ten seconds for the whole of it; what is asked of it here are a few events."""
+    """PyYAML takes ten seconds for the whole file; read only a few events."""
     events = 0
     parse = yaml.parse
 
@@ -230,7 +228,7 @@ $name: $value
 """
 
 
-def test_a_plain_document_is_what_pyyaml_reads(tmp_path: Path) -> None:
+def test_a_plain_document_is_read_as_by_pyyaml(tmp_path: Path) -> None:
     assert load_yaml(write(tmp_path / "map.yaml", PLAIN)).data == yaml.safe_load(PLAIN)
 
 
@@ -239,7 +237,7 @@ def test_a_document_that_starts_with_three_dashes_is_read(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("shipped", shipped_maps(), ids=lambda loaded: loaded.map.name)
-def test_a_shipped_map_is_what_pyyaml_reads(shipped: LoadedMap) -> None:
+def test_a_shipped_map_is_read_as_by_pyyaml(shipped: LoadedMap) -> None:
     assert load_yaml(shipped.path).data == yaml.safe_load(shipped.path.read_text())
 
 
@@ -268,7 +266,7 @@ TREES = st.recursive(
 
 
 @given(TREES)
-def test_what_pyyaml_writes_is_refused_with_a_position_or_read_the_same(
+def test_pyyaml_output_is_read_the_same_or_refused_with_a_position(
     tmp_path_factory: pytest.TempPathFactory, tree: object
 ) -> None:
     text = yaml.safe_dump(tree, allow_unicode=True)

@@ -629,7 +629,7 @@ SETTINGS = "    settings: {rope_full_factor: 8.0, max_position_embeddings: 13107
     ],
     ids=str,
 )
-def test_C2_a_preset_sets_what_a_plan_declares_to_what_it_can_be(
+def test_C2_a_preset_may_set_only_declared_fields_to_valid_values(
     settings: str, node: str, reason: str, tmp_path: Path
 ) -> None:
     text = edited(SETTINGS, f"    settings: {{{settings}}}")
@@ -658,7 +658,7 @@ def test_every_setting_of_a_preset_may_be_set_that_the_family_has(name: str, tmp
         ),
     ],
 )
-def test_C2_a_file_that_cannot_be_made_is_refused(old: str, new: str, reason: str, tmp_path: Path) -> None:
+def test_C2_an_impossible_file_is_refused(old: str, new: str, reason: str, tmp_path: Path) -> None:
     error = refusal(tmp_path / "map.yaml", edited(old, new))
     assert reason in error.message.splitlines()[0]
     assert error.message.splitlines()[-1].endswith("^")
@@ -680,7 +680,7 @@ def test_a_loaded_map_knows_its_file_and_its_hash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["- 1\n", "text\n", "3\n", "{}\n"])
-def test_what_is_no_map_is_refused(content: str, tmp_path: Path) -> None:
+def test_an_invalid_map_is_refused(content: str, tmp_path: Path) -> None:
     assert (refusal(tmp_path / "map.yaml", content).where or "").startswith(f"{tmp_path}/map.yaml:1:1")
 
 

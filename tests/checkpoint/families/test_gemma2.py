@@ -110,7 +110,7 @@ def test_transformers_reads_the_same_of_the_same_fields(fields: Config) -> None:
     assert_same_text(read(config(**fields)).text, Gemma2Config(**deepcopy(fields)))
 
 
-def test_what_transformers_writes_is_read_again() -> None:
+def test_configs_written_by_transformers_are_read() -> None:
     theirs = Gemma2Config(**SIZES, final_logit_softcapping=None)
     assert_same_text(read(theirs.to_dict()).text, theirs)
 
@@ -130,7 +130,7 @@ def test_symbols_are_sizes_and_every_one_has_its_field() -> None:
     assert {name: model.values[name] for name in SIZES} == SIZES
 
 
-def test_it_gets_no_vision_tower() -> None:
+def test_it_has_no_vision_tower() -> None:
     model = read(config())
     with pytest.raises(MappingError, match="has no vision tower"):
         model.with_vision_of(model, None)
@@ -184,7 +184,7 @@ def test_the_fields_tested_are_all_that_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads 3 is not a multiple of num_key"),
         (
@@ -199,5 +199,5 @@ def test_the_fields_tested_are_all_that_there_are() -> None:
     ],
     ids=lambda item: str(item)[:40],
 )
-def test_fields_that_contradict_each_other_are_refused(fields: Config, told: str) -> None:
-    assert told in refusal(config(**{**SIZES, **fields})).message
+def test_fields_that_contradict_each_other_are_refused(fields: Config, message: str) -> None:
+    assert message in refusal(config(**{**SIZES, **fields})).message

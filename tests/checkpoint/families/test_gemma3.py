@@ -332,7 +332,7 @@ def test_embedding_gemma_is_refused_by_its_name(make: Callable[..., Config]) -> 
 
 
 @pytest.mark.parametrize("model_type", KNOWN_MODELS)
-def test_I10_another_model_is_refused_saying_what_it_is(model_type: str) -> None:
+def test_I10_another_model_is_refused_by_name(model_type: str) -> None:
     error = refusal({"model_type": model_type, **SIZES})
     assert repr(model_type) in error.message
     assert KNOWN_MODELS[model_type] in error.message
@@ -351,7 +351,7 @@ def test_I10_another_model_is_refused_saying_what_it_is(model_type: str) -> None
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_I10_what_is_no_gemma3_config_is_refused(config: Config, reason: str) -> None:
+def test_I10_a_config_that_is_not_gemma3_is_refused(config: Config, reason: str) -> None:
     assert refusal(config).message == reason
 
 
@@ -409,7 +409,7 @@ def test_a_token_field_of_the_wrong_type_is_named(field: str) -> None:
     assert field in refusal(multimodal(top={field: "x"})).message
 
 
-def test_all_wrong_fields_are_told_at_once() -> None:
+def test_all_wrong_fields_are_listed_at_once() -> None:
     message = refusal(text_only(**{**SIZES, "head_dim": "x", "sliding_window": 0})).message
     assert "head_dim" in message
     assert "sliding_window" in message
@@ -421,7 +421,7 @@ def test_layer_types_of_the_wrong_length_are_refused(count: int) -> None:
     assert error.message == f"layer_types lists {count} layers, num_hidden_layers is 8"
 
 
-def test_heads_that_no_group_divides_are_refused() -> None:
+def test_heads_not_divisible_by_groups_are_refused() -> None:
     message = refusal(text_only(**{**SIZES, "num_attention_heads": 4, "num_key_value_heads": 3})).message
     assert "num_attention_heads 4" in message
     assert "num_key_value_heads 3" in message
@@ -472,12 +472,12 @@ def test_a_linear_scaling_without_a_factor_is_refused(rope: Config) -> None:
 
 
 @pytest.mark.parametrize("value", ["x", 3, ["x"], {"full_attention": 3}, {"full_attention": ["x"]}], ids=str)
-def test_rope_parameters_that_are_no_object_are_refused(value: Any) -> None:
+def test_rope_parameters_that_are_not_an_object_are_refused(value: Any) -> None:
     place = "rope_parameters.full_attention" if isinstance(value, dict) else "rope_parameters"
     assert f"{place} is not an object" in refusal(text_only(**SIZES, rope_parameters=value)).message
 
 
-def test_a_decoder_that_looks_ahead_is_refused() -> None:
+def test_a_bidirectional_decoder_is_refused() -> None:
     with pytest.raises(CheckpointError, match="is_causal is false"):
         read_gemma3({"model_type": "gemma3_text", "is_causal": False}, WHERE)
     assert read_gemma3({"model_type": "gemma3_text", "is_causal": True}, WHERE).family == "gemma3_text"
@@ -509,7 +509,7 @@ def test_a_tower_is_known_by_its_modules_in_any_spelling(name: str) -> None:
     assert not has_tower([*TEXT_NAMES, name.replace("vision_tower", "vision_towers").replace("projector", "project")])
 
 
-def test_a_config_alone_is_read_as_it_stands_and_names_decide_beside_it() -> None:
+def test_a_config_is_read_alone_but_tensor_names_decide_if_present() -> None:
     config = {**multimodal(), "mm_tokens_per_image": 49}
     assert read_gemma3(config, WHERE) == read_gemma3(config, WHERE, [*TEXT_NAMES, TOWER_NAMES[0]])
     towerless = read_gemma3(config, WHERE, TEXT_NAMES)
@@ -528,7 +528,7 @@ def test_a_config_alone_is_read_as_it_stands_and_names_decide_beside_it() -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"mm_tokens_per_image": 5}, "mm_tokens_per_image is 5, which 4 x 4 image patches cannot be pooled to"),
         ({"mm_tokens_per_image": 9}, "mm_tokens_per_image is 9, which"),
@@ -536,11 +536,11 @@ def test_a_config_alone_is_read_as_it_stands_and_names_decide_beside_it() -> Non
         ({"eoi_token_index": -1}, "eoi_token_index is -1, expected a token id"),
     ],
 )
-def test_images_that_cannot_be_placed_among_the_tokens_are_refused(change: dict[str, int], told: str) -> None:
+def test_images_that_cannot_be_placed_among_the_tokens_are_refused(change: dict[str, int], message: str) -> None:
     tower = {"image_size": 56, "patch_size": 14}
     config = {"model_type": "gemma3", "text_config": {}, "vision_config": tower, "mm_tokens_per_image": 4}
     tensors = ["vision_tower.post_layernorm.bias"]
     assert read_gemma3(config, Path("config.json"), tensors).vision is not None
     with pytest.raises(CheckpointError) as caught:
         read_gemma3({**config, **change}, Path("config.json"), tensors)
-    assert told in caught.value.message
+    assert message in caught.value.message

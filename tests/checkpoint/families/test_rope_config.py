@@ -1,4 +1,4 @@
-"""RoPE: every spelling that is accepted turns as transformers turns it, and all others are refused by their field."""
+"""RoPE: accepted spellings rotate as in transformers, and all others are refused with their field."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -61,16 +61,16 @@ ACCEPTED: Final[dict[str, dict[str, Any]]] = {
 
 
 def frequencies(theta: float, factor: float) -> torch.Tensor:
-    """Written down from the paper, in float32 as transformers computes them."""
+    """The paper's formula, in float32 as in transformers."""
     channels = torch.arange(0, 16, 2, dtype=torch.float32)
     return 1.0 / theta ** (channels / 16) / factor
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_what_is_accepted_turns_as_in_transformers(name: str) -> None:
+def test_accepted_spellings_rotate_as_in_transformers(name: str) -> None:
     fields = {**SIZES, **ACCEPTED[name]}
     ours = read_gemma3({"model_type": "gemma3_text", **fields}, WHERE).text
-    # transformers itself stumbles over null where a section should be.
+    # transformers itself fails on null instead of a section.
     given = {key: value for key, value in deepcopy(fields).items() if value is not None}
     theirs = Gemma3RotaryEmbedding(Gemma3TextConfig(**given))
     full = frequencies(ours.rope_full_theta, ours.rope_full_factor)
@@ -130,7 +130,7 @@ REFUSED: Final[list[tuple[str, dict[str, Any], str]]] = [
 
 @pytest.mark.parametrize(("name", "fields", "place"), REFUSED, ids=[name for name, _, _ in REFUSED])
 @pytest.mark.parametrize("section", ["", "text_config"])
-def test_what_readers_take_otherwise_is_refused_with_its_field(
+def test_settings_that_readers_interpret_differently_are_refused_with_their_field(
     name: str, fields: dict[str, Any], place: str, section: str
 ) -> None:
     config = {"model_type": "gemma3_text", **SIZES, **fields}

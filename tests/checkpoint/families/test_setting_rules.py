@@ -1,4 +1,4 @@
-"""Every setting that the classes of transformers have is known, and becomes what the list of settings says."""
+"""Every setting of the transformers classes is known, and is converted as the list of settings says."""
 
 import json
 import os
@@ -63,7 +63,7 @@ _FOUND: dict[str, dict[str, dict[str, Any]]] = {}
 
 
 def fields_of(python: str, name: str) -> dict[str, Any]:
-    """The fields of a class, by introspection in another process."""
+    """Return the fields of a class, by introspection in another process."""
     if python not in _FOUND:
         done = subprocess.run([python, "-c", FIELDS], capture_output=True, text=True, check=True)
         _FOUND[python] = json.loads(done.stdout.splitlines()[-1])
@@ -105,7 +105,7 @@ GENERATION_VALUES: Final[Mapping[str, Any]] = {
 
 
 def another(name: str, value: Any) -> Any:
-    """A legal value that means something else."""
+    """Return another legal value."""
     if name in NAMED:
         return NAMED[name]
     if isinstance(value, bool):
@@ -123,7 +123,7 @@ def planned(folder: Path) -> Plan | CheckpointError:
 
 
 def becomes(folder: Path, edit: Callable[[dict[str, Any]], object], name: str, setting: Setting) -> None:
-    """Change a config.json and see that the setting becomes what the list says."""
+    """Change a config.json and check that the setting is converted as the list says."""
     path = folder / "config.json"
     before, text = plan(folder), path.read_text()
     document = json.loads(text)
@@ -161,7 +161,7 @@ PLACES: Final = {
 @pytest.mark.slow
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("name", PLACES)
-def test_every_field_of_transformers_becomes_what_the_list_says(name: str, python: str, demo_source: Path) -> None:
+def test_every_transformers_field_is_converted_as_listed(name: str, python: str, demo_source: Path) -> None:
     section, key = PLACES[name]
     known = fields_of(python, name)
     assert len(known) > 15
@@ -250,14 +250,14 @@ def test_other_unknown_settings_are_noted_once(name: str) -> None:
     ]
 
 
-def test_all_that_is_refused_is_told_at_once() -> None:
+def test_all_refused_settings_are_listed_at_once() -> None:
     with pytest.raises(CheckpointError) as caught:
         account(GEMMA3_TEXT, {"pruned_heads": {"0": [1]}, "num_experts": 4, "hidden_size": 3}, WHERE, "text_config.")
     assert "and 1 more" in caught.value.message
     assert len(caught.value.details) == 2
 
 
-def test_what_writers_say_of_themselves_is_not_noted(demo_source: Path) -> None:
+def test_writer_metadata_is_not_noted(demo_source: Path) -> None:
     before = plan(demo_source).notes
     document = read_json_object(demo_source / "config.json")
     about = {"_name_or_path": "x", "transformers_version": "4.51.3", "unsloth_version": "2025.3", "unsloth_fixed": True}

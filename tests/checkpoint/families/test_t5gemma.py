@@ -73,7 +73,7 @@ def test_a_balanced_2b_has_the_parameters_of_the_published_ablation() -> None:
     assert round(parts["embedding"] / 1e6) == 1180
 
 
-def test_what_transformers_writes_is_read() -> None:
+def test_a_config_written_by_transformers_is_read() -> None:
     theirs = T5GemmaConfig(encoder=dict(STACK), decoder={**STACK, "attn_logit_softcapping": None})
     model = read_t5gemma(theirs.to_dict(), WHERE)
     assert (model.encoder.attn_logit_softcapping, model.decoder.attn_logit_softcapping) == (50.0, None)
@@ -81,13 +81,13 @@ def test_what_transformers_writes_is_read() -> None:
     assert model.encoder.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def test_a_base_of_rope_stands_where_older_versions_write_it() -> None:
+def test_the_rope_base_is_read_where_older_versions_write_it() -> None:
     model = read_t5gemma(config({"rope_theta": 5e4}, {"rope_parameters": {"rope_theta": 6e4}}), WHERE)
     assert (model.encoder.rope_theta, model.decoder.rope_theta) == (5e4, 6e4)
 
 
 @pytest.mark.parametrize(
-    ("document", "told"),
+    ("document", "message"),
     [
         ({"model_type": "t5gemma2"}, "model_type 't5gemma2' (T5Gemma 2, an encoder-decoder already) is not T5Gemma"),
         ({"model_type": "t5gemma"}, "encoder is missing"),
@@ -110,5 +110,5 @@ def test_a_base_of_rope_stands_where_older_versions_write_it() -> None:
     ],
     ids=lambda item: item[:30] if isinstance(item, str) else "",
 )
-def test_what_cannot_be_read_is_named_with_its_section(document: Config, told: str) -> None:
-    assert told in refusal(document).message
+def test_invalid_settings_are_named_with_their_section(document: Config, message: str) -> None:
+    assert message in refusal(document).message

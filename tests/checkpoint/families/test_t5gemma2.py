@@ -207,7 +207,7 @@ def test_I10_a_missing_section_is_named(place: str, value: Any, reason: str) -> 
 
 
 @pytest.mark.parametrize("model_type", [*sorted(KNOWN_MODELS.keys() - {"t5gemma2"}), "gemma3", "t5", None])
-def test_I10_another_model_is_refused_saying_what_it_is(model_type: str | None) -> None:
+def test_I10_another_model_is_refused_by_name(model_type: str | None) -> None:
     message = refusal({**config(), "model_type": model_type}).message
     assert message.endswith("is not T5Gemma 2")
     assert KNOWN_MODELS.get(str(model_type), "") in message
@@ -250,7 +250,7 @@ def test_the_older_spelling_of_a_rope_is_read() -> None:
     assert both.linear_factor == 1.0
 
 
-def test_a_decoder_that_looks_ahead_is_refused() -> None:
+def test_a_bidirectional_decoder_is_refused() -> None:
     document = config()
     document["decoder"]["is_causal"] = False
     with pytest.raises(CheckpointError, match=r"decoder\.is_causal is false"):

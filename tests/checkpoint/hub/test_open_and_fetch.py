@@ -1,4 +1,4 @@
-"""Models of the Hub, read by the real client from a Hub on loopback."""
+"""Hub models, read by the real client from a Hub on loopback."""
 
 import hashlib
 import json
@@ -34,14 +34,14 @@ TOKEN: Final = "hf_thetokenofthetests"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub with nothing on it, which the client of this process talks to, without a token, waiting for nothing."""
+    """Return an empty Hub for the client of this process, without a token or retry delays."""
     with running() as server:
         point_to(server.url, tmp_path, monkeypatch)
         yield server
 
 
 def point_to(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and HF_HOME do when the client is imported."""
+    """Set what HF_ENDPOINT and HF_HOME set when the client is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
@@ -66,20 +66,20 @@ def write_files(folder: Path, **files: bytes | str) -> Path:
 
 @pytest.fixture
 def single(tmp_path: Path) -> Path:
-    """A model with one file of weights."""
+    """Return a model with one weight file."""
     return write_files(tmp_path / "single", **{SINGLE_FILE: weights(["a", "b"]), "tokenizer.json": "{}"})
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A model with two files of weights, an index, and a file of another kind in a folder."""
+    """Return a model with two weight files, an index, and another file in a subfolder."""
     folder = write_files(tmp_path / "sharded", **{shard: weights(names) for shard, names in SHARDS.items()})
     write_index(folder / INDEX_FILE, INDEX)
     return folder
 
 
 def large(nbytes: int, tensors: int = 1) -> bytes:
-    """A sound file of tensors that are zeros."""
+    """Return a sound file of zero tensors."""
     size = nbytes // tensors
     entries = [TensorEntry(f"tensor.{at}", "U8", (size,), size * at, size * (at + 1)) for at in range(tensors)]
     return encode_header(entries) + bytes(size * tensors)
@@ -113,12 +113,12 @@ def large(nbytes: int, tensors: int = 1) -> bytes:
         ("", None),
     ],
 )
-def test_a_model_of_the_hub_is_told_from_a_path(text: str, expected: HubId | None) -> None:
+def test_a_hub_model_is_distinguished_from_a_path(text: str, expected: HubId | None) -> None:
     assert parse_id(text) == expected
     assert expected is None or str(expected) == text
 
 
-def test_a_path_that_exists_is_no_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_path_is_not_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     assert parse_id("a/b") == HubId("a/b")
@@ -183,9 +183,9 @@ def test_a_header_longer_than_the_first_request_takes_one_more(hub: Hub, single:
     hub.add(REPO, single)
     hub.knows_ranges = knows_ranges
     assert open_source(REPO).tensors == open_checkpoint(single).tensors
-    asked = [request.range for request in hub.log if request.path.startswith("/lfs/")]
-    assert asked == [f"bytes=0-{FIRST_BYTES - 1}", f"bytes={FIRST_BYTES}-{header_size - 1}"]
-    # Without ranges whatever the system had buffered was on its way.
+    requests_to = [request.range for request in hub.log if request.path.startswith("/lfs/")]
+    assert requests_to == [f"bytes=0-{FIRST_BYTES - 1}", f"bytes={FIRST_BYTES}-{header_size - 1}"]
+    # Without ranges, data that the system had buffered was sent as well.
     assert hub.sent(SINGLE_FILE) == header_size if knows_ranges else hub.sent(SINGLE_FILE) < len(data)
 
 
@@ -247,7 +247,7 @@ def test_a_stray_index_is_noted(hub: Hub, single: Path) -> None:
 
 @dataclass
 class Refusal:
-    told: str
+    message: str
     hint: str
     token: str | None = None
     source: str = REPO
@@ -319,7 +319,7 @@ REFUSALS: Final = {
 
 
 @pytest.mark.parametrize("case", REFUSALS.values(), ids=list(REFUSALS))
-def test_H1_what_the_hub_refuses_is_said_in_a_line(
+def test_H1_a_refusal_by_the_hub_is_a_one_line_error(
     case: Refusal, hub: Hub, demo_source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.users[TOKEN] = "ann"
@@ -327,7 +327,7 @@ def test_H1_what_the_hub_refuses_is_said_in_a_line(
         monkeypatch.setenv("HF_TOKEN", case.token)
     hub.add(REPO, demo_source, **(case.access or {}))
     hub.faults += [] if case.fault is None else [case.fault]
-    with pytest.raises(HubError, match=case.told) as refused:
+    with pytest.raises(HubError, match=case.message) as refused:
         open_source(case.source)
     error = refused.value
     assert error.exit_code == 7
@@ -357,7 +357,7 @@ def test_a_token_opens_what_its_user_may_read(
 
 
 @pytest.mark.parametrize("token", ["hf_sch\u00f6n", "hf_one two", "hf_\u2026"])
-def test_H1_a_token_that_cannot_be_sent_is_said_and_not_shown(
+def test_H1_a_token_that_cannot_be_sent_is_reported_but_not_shown(
     token: str, hub: Hub, single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add(REPO, single)
@@ -367,7 +367,7 @@ def test_H1_a_token_that_cannot_be_sent_is_said_and_not_shown(
     assert token not in str(found.value)
 
 
-def test_H1_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_H1_an_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running() as gone:
         pass
     point_to(gone.url.replace("//", "//user:secret@"), tmp_path, monkeypatch)
@@ -400,11 +400,11 @@ def test_H1_offline_with_headers_alone_in_the_cache(hub: Hub, sharded: Path, mon
     hub.add(REPO, sharded)
     checkpoint = open_source(REPO)
     offline(monkeypatch)
-    for fetched, told in ([], f"names files that are missing: {FIRST}, {SECOND}"), ([FIRST], f"{SECOND} is missing"):
+    for fetched, message in ([], f"names files that are missing: {FIRST}, {SECOND}"), ([FIRST], f"{SECOND} is missing"):
         with monkeypatch.context() as online:
             online.setattr(constants, "HF_HUB_OFFLINE", False)
             fetch(checkpoint, fetched)
-        with pytest.raises(HubError, match=f"the model is incomplete in the Hub's cache: .*{told}") as caught:
+        with pytest.raises(HubError, match=f"the model is incomplete in the Hub's cache: .*{message}") as caught:
             open_source(REPO)
         absent = " ".join(name for name in (FIRST, SECOND) if name not in fetched)
         command = f"HF_HUB_OFFLINE=0 hf download {REPO} {absent} --revision {checkpoint.path.name}"
@@ -432,14 +432,14 @@ def test_offline_everything_that_was_fetched_is_there(hub: Hub, sharded: Path, m
 # Fetching
 
 
-def test_only_what_is_asked_for_is_fetched(hub: Hub, sharded: Path) -> None:
+def test_only_requested_files_are_fetched(hub: Hub, sharded: Path) -> None:
     hub.add(REPO, sharded)
     checkpoint = open_source(REPO)
     size = (sharded / FIRST).stat().st_size
     assert size_of(checkpoint, missing(checkpoint, [FIRST, FIRST, "config.json"])) == size
-    told: list[int] = []
-    fetched = fetch(checkpoint, [FIRST, FIRST, "config.json"], progress=told.append)
-    assert sum(told) == size
+    progress: list[int] = []
+    fetched = fetch(checkpoint, [FIRST, FIRST, "config.json"], progress=progress.append)
+    assert sum(progress) == size
     assert (fetched.path / FIRST).read_bytes() == (sharded / FIRST).read_bytes()
     assert not (fetched.path / SECOND).exists()
     assert fetched.files[FIRST] == open_checkpoint_files(fetched.path, FIRST)
@@ -503,27 +503,25 @@ def test_branches_and_tags_are_found(revision: str, hub: Hub, single: Path) -> N
     assert open_source(f"{REPO}@{revision}").path.name == sha
 
 
-def test_H2_a_header_is_asked_for_again(hub: Hub, demo_source: Path) -> None:
+def test_H2_a_header_is_requested_again(hub: Hub, demo_source: Path) -> None:
     hub.add(REPO, demo_source)
     hub.faults += [Fault("/lfs/", 1, status=503), Fault("/lfs/", 2, cut_after=1000)]
     assert open_source(REPO).tensors == open_checkpoint(demo_source).tensors
     assert [fault.times for fault in hub.faults] == [0, 0]
 
 
-def test_H2_a_download_that_is_cut_goes_on_where_it_stopped(
-    hub: Hub, demo_source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # what is lost by a cut, 10 MB
+def test_H2_an_interrupted_download_continues(hub: Hub, demo_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # at most 10 MB are lost when cut
     hub.add(REPO, demo_source)
     checkpoint = open_source(REPO)
     hub.faults += [Fault("/lfs/", 1, cut_after=300_000), Fault("/lfs/", 1, status=429)]
-    told: list[int] = []
-    fetched = fetch(checkpoint, checkpoint.files, progress=told.append)
+    reported: list[int] = []
+    fetched = fetch(checkpoint, checkpoint.files, progress=reported.append)
     data = (demo_source / SINGLE_FILE).read_bytes()
     assert (fetched.path / SINGLE_FILE).read_bytes() == data
-    asked = [request.range for request in hub.log if request.path.startswith("/lfs/") and request.status != 429]
-    assert asked[1:] == [None, f"bytes={300_000 >> 16 << 16}-"]
-    assert sum(told) == len(data)
+    requests_to = [request.range for request in hub.log if request.path.startswith("/lfs/") and request.status != 429]
+    assert requests_to[1:] == [None, f"bytes={300_000 >> 16 << 16}-"]
+    assert sum(reported) == len(data)
 
 
 def test_H2_files_that_are_complete_are_kept(hub: Hub, sharded: Path) -> None:
@@ -554,7 +552,7 @@ def test_a_file_of_the_cache_that_is_not_the_hubs_is_refused(hub: Hub, single: P
     (checkpoint.path / SINGLE_FILE).resolve().write_bytes(weights(["a"]))
     with pytest.raises(CheckpointError, match=r"model.safetensors: has \d+ bytes, the Hub's has") as caught:
         open_source(REPO)
-    # What the hint names is the file itself and not the link to it: removing the link alone would change nothing.
+    # The hint names the file itself and not its link: removing only the link would change nothing.
     found = re.fullmatch(r"remove (.+) and run again: it is downloaded again", caught.value.hint or "")
     assert found is not None
     Path(found[1]).unlink()
@@ -562,7 +560,7 @@ def test_a_file_of_the_cache_that_is_not_the_hubs_is_refused(hub: Hub, single: P
     assert (again.path / SINGLE_FILE).read_bytes() == (single / SINGLE_FILE).read_bytes()
 
 
-def test_a_disk_too_small_for_the_download_is_told_before(
+def test_a_disk_too_small_for_the_download_is_reported_first(
     hub: Hub, single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add(REPO, single)
@@ -574,19 +572,19 @@ def test_a_disk_too_small_for_the_download_is_told_before(
     assert hub.sent(SINGLE_FILE) < FIRST_BYTES
 
 
-def test_a_cache_that_cannot_be_written_is_told(hub: Hub, single: Path, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(hub: Hub, single: Path, tmp_path: Path) -> None:
     hub.add(REPO, single)
     (tmp_path / "hub").write_text("no folder")
     with pytest.raises(OutputError, match="the Hub's cache cannot be written"):
         open_source(REPO)
 
 
-def test_the_bytes_of_a_download_in_pieces_are_told_once() -> None:
-    """The client's other way of downloading counts the network's bytes and the files' apart."""
+def test_the_bytes_of_a_chunked_download_are_counted_once() -> None:
+    """The client's other transport counts network bytes and file bytes separately."""
     from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
-    told: list[int] = []
-    bars = {"total": 100, "log_level": 30, "name": "huggingface_hub.xet_get", "tqdm_class": silent_bar(told.append)}
+    progress: list[int] = []
+    bars = {"total": 100, "log_level": 30, "name": "huggingface_hub.xet_get", "tqdm_class": silent_bar(progress.append)}
     with XetDownloadProgressReporter(reconstruction_desc="files", **bars) as reporter:
         for network, files in ((20, 0), (30, 40), (50, 100)):
             report = SimpleNamespace(
@@ -598,7 +596,7 @@ def test_the_bytes_of_a_download_in_pieces_are_told_once() -> None:
                 total_transfer_bytes_completion_rate=1.0,
             )
             reporter.update_progress(report)
-    assert told == [40, 60]
+    assert progress == [40, 60]
 
 
 def test_errors_of_our_own_pass_as_they_are() -> None:
@@ -651,7 +649,7 @@ NO_MODELS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
 
 
 @pytest.mark.parametrize("case", NO_MODELS)
-def test_what_is_no_checkpoint_says_what_it_is(case: str, hub: Hub, tmp_path: Path) -> None:
+def test_a_repository_without_a_checkpoint_is_described(case: str, hub: Hub, tmp_path: Path) -> None:
     files, what, step = NO_MODELS[case]
     for name, text in files.items():
         (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -664,7 +662,7 @@ def test_what_is_no_checkpoint_says_what_it_is(case: str, hub: Hub, tmp_path: Pa
     assert REPO in (refused.value.where or "")
 
 
-def test_an_adapter_beside_the_weights_of_a_model_is_refused(hub: Hub, demo_source: Path) -> None:
+def test_an_adapter_next_to_the_weights_is_refused(hub: Hub, demo_source: Path) -> None:
     (demo_source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     hub.add(REPO, demo_source)
     with pytest.raises(CheckpointError, match="transformers loads both"):

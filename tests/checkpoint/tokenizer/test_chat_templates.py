@@ -1,4 +1,4 @@
-"""Further chat templates: which files are such, and what an output may be called."""
+"""Additional chat templates: which files count, and what an output may be called."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every tokenizer file of a folder makes ids, and each is found; what is not an id is refused by name."""
+"""Token ids of every tokenizer file are found; invalid ids are refused by name."""
 
 import json
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def field(number: int, data: bytes) -> bytes:
 
 
 def sentencepiece(*pieces: str) -> bytes:
-    """A SentencePiece model: pieces with their scores and types, and settings behind them."""
+    """Return a SentencePiece model: pieces with scores and types, followed by settings."""
     made = (field(1, field(1, piece.encode()) + b"\x15" + bytes(4) + b"\x18\x01") for piece in pieces)
     return b"".join(made) + field(2, b"\x18\x80\x80\x10") + field(3, field(1, b"identity"))
 
@@ -101,11 +101,11 @@ FOUND: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", FOUND)
 def test_an_id_is_found_in_whichever_file_it_is(case: str, tmp_path: Path) -> None:
-    documents, told = FOUND[case]
+    documents, expected = FOUND[case]
     if "model" in documents:
         documents = {"tokenizer": documents}
     ids = found(write(tmp_path, **documents))
-    assert str(ids.spare) == told
+    assert str(ids.spare) == expected
     assert ids.beyond is None
     assert ids.has_vocabulary == ("tokenizer" in documents)
 
@@ -122,7 +122,7 @@ def test_ids_below_do_not_count(tmp_path: Path) -> None:
     assert (ids.spare, ids.beyond, ids.has_vocabulary) == (None, None, True)
 
 
-def test_an_id_without_a_row_is_told_from_one_in_a_spare_row(tmp_path: Path) -> None:
+def test_an_id_without_a_row_is_distinguished_from_a_spare_row(tmp_path: Path) -> None:
     ids = found(write(tmp_path, added_tokens={"<c>": 20, "<b>": 9, "<a>": 7}))
     assert (str(ids.spare), str(ids.beyond)) == (
         "added_tokens.json has the token '<a>' as 7", "added_tokens.json has the token '<b>' as 9",
@@ -175,7 +175,7 @@ def test_the_pieces_of_a_sentencepiece_model_count_where_they_are_all_there_is(t
         sentencepiece("a", "b")[:-1], sentencepiece("a") + b"\x0b", b"\x0a" + b"\xff" * 12,
     ],
 )  # fmt: skip
-def test_what_is_not_a_sentencepiece_model_is_said(data: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_sentencepiece_model_is_reported(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(data)
     assert read_pieces(tmp_path / "tokenizer.model") is None
     ids = found(tmp_path)
@@ -218,11 +218,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_I16_what_is_not_an_id_is_refused_with_the_file_and_the_token(case: str, tmp_path: Path) -> None:
-    name, document, told = REFUSED[case]
+    name, document, message = REFUSED[case]
     write(tmp_path, **{name: document})
     with pytest.raises(CheckpointError) as caught:
         found(tmp_path)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert caught.value.where == str(tmp_path / f"{name}.json")
     assert "\n" not in str(caught.value)
 
@@ -247,16 +247,16 @@ TEMPLATE = {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "s
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "message"),
     [
         ({"post_processor": TEMPLATE}, "tokenizer.json has the token '[A]' as 7"),
         ({"post_processor": {"type": "BertProcessing", "sep": ["[S]", 8], "cls": ["[C]", 1]}}, "the token '[S]' as 8"),
         ({"padding": {"strategy": "BatchLongest", "pad_id": 6, "pad_token": "[P]"}}, "the token '[P]' as 6"),
     ],
 )
-def test_ids_that_are_written_into_every_text_count(part: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_ids_that_are_written_into_every_text_count(part: dict[str, Any], message: str, tmp_path: Path) -> None:
     ids = found(write(tmp_path, tokenizer={**tokenizer(words(6)), **part}))
-    assert told in str(ids.spare)
+    assert message in str(ids.spare)
 
 
 @pytest.mark.parametrize("part", [{"added_tokens": None}, {"added_tokens": {}}, {"model": None}, {"model": []}])

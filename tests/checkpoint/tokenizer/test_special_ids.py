@@ -1,4 +1,4 @@
-"""The token ids that configs name."""
+"""Token ids in configs."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_all_sections_of_a_config_are_read() -> None:
 
 
 @pytest.mark.parametrize("value", [None, -1, True, "1", 1.0, {}, [None, -2, [True]]])
-def test_what_names_no_token_is_left_out(value: object) -> None:
+def test_values_that_name_no_token_are_left_out(value: object) -> None:
     assert list(config_ids({"pad_token_id": value}, images=True)) == []
     assert list(generation_ids({"pad_token_id": value, "bad_words_ids": value})) == []
 
