@@ -1,4 +1,4 @@
-"""The judge from outside: transformers loads a source and its conversion, and both must compute the same.
+"""The external judge: transformers loads a source and its conversion, and both must compute the same.
 
 It knows nothing of t5g2convert, and runs as a script too, so that other versions of transformers can judge:
 
@@ -41,7 +41,7 @@ WRITTEN = 20
 
 @dataclass(frozen=True)
 class Pairing:
-    """What encoder and decoder were made of, where that is not the source whole.
+    """The origin of encoder and decoder, if not the whole source.
 
     Attributes:
         decoder_from: The folder of the decoder's parent.
@@ -58,7 +58,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Largest absolute differences (None for what such a model has not), and what loading complained of."""
+    """Largest absolute differences (None if the model lacks the part), and the complaints of loading."""
 
     complaints: list[str]
     decoder: float
@@ -92,7 +92,7 @@ def judge(source: Path, output: Path, dtype: torch.dtype, pairing: Pairing | Non
             decoder_attention_mask=mask,
         ).logits
         memory = child(input_ids=ids[:, :MEMORY], decoder_input_ids=ids[:, :2]).logits
-        # Without padding: the masks are given, and so cannot say which tokens are padding.
+        # Without padding: explicit masks replace the padding mask.
         states = _text_states(reader, ids)
         masks = _causal_masks(ids, config["encoder"]["text_config"]["sliding_window"], dtype)
         encoded = child.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
@@ -111,7 +111,7 @@ def judge(source: Path, output: Path, dtype: torch.dtype, pairing: Pairing | Non
 
 
 def parents(source: Path, pairing: Pairing, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The encoder's parent and the decoder's, each with the target's table and the layers that its stack has."""
+    """Return the parents of encoder and decoder, with the target's table and their stack's layers."""
     reader, writer = open_parent(source, dtype), open_parent(Path(pairing.decoder_from or source), dtype)
     given, other = (reader, writer) if pairing.embedding_from == "source" else (writer, reader)
     with torch.no_grad():
@@ -132,13 +132,13 @@ def _family(source: Path) -> str:
 
 
 def open_parent(folder: Path, dtype: torch.dtype) -> Any:
-    """A source's folder in the class of its family."""
+    """Load a source with the class of its family."""
     parent_class, _ = CLASSES[_family(folder)]
     return parent_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def written(output: Path, dtype: torch.dtype, *, use_cache: bool) -> list[int]:
-    """What a conversion writes greedily after a text that is longer than its window."""
+    """Return the greedy continuation of a text longer than the window."""
     child = T5Gemma2ForConditionalGeneration.from_pretrained(output, dtype=dtype, attn_implementation="eager").eval()
     ids = torch.randint(3, 280, (1, LENGTH), generator=torch.Generator().manual_seed(11))
     made = child.generate(
@@ -153,7 +153,7 @@ def written(output: Path, dtype: torch.dtype, *, use_cache: bool) -> list[int]:
 
 
 def judge_first_generation(source: Path, output: Path, dtype: torch.dtype) -> Judgement:
-    """Compare a Gemma 2 folder and the T5Gemma made of it, as `judge` does; the decoder with silent cross-attention."""
+    """Compare a Gemma 2 folder and its T5Gemma as `judge` does, with cross-attention silenced."""
     parent, child, complaints = load(source, output, dtype)
     config = json.loads((output / "config.json").read_text())
     generator = torch.Generator().manual_seed(7)
@@ -187,7 +187,7 @@ def judge_first_generation(source: Path, output: Path, dtype: torch.dtype) -> Ju
 
 @contextmanager
 def _cross_attention_silenced(child: Any) -> Iterator[None]:
-    """The norm behind a cross-attention multiplies by 1 + weight: at -1 it adds nothing."""
+    """The norm after a cross-attention multiplies by 1 + weight: -1 silences it."""
     norms = [layer.post_cross_attn_layernorm.weight for layer in child.model.decoder.layers]
     kept = [weight.clone() for weight in norms]
     for weight in norms:
@@ -198,7 +198,7 @@ def _cross_attention_silenced(child: Any) -> Iterator[None]:
 
 
 def _cross_difference(layer: Any, other: Any, states: torch.Tensor) -> float:
-    """A cross-attention that reads what it asks with, and the self-attention that it started from, nothing rotated."""
+    """Compare a cross-attention on its own input with the self-attention it came from, without RoPE."""
     still = torch.ones_like(states[..., :1]), torch.zeros_like(states[..., :1])
     asked, asked_too = layer.input_layernorm(states), other.pre_cross_attn_layernorm(states)
     expected, *_ = layer.self_attn(hidden_states=asked, position_embeddings=still, attention_mask=None)
@@ -215,7 +215,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 
 
 def load(source: Path, output: Path, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
-    """Both models, and every complaint of loading the conversion."""
+    """Return both models, and every complaint about loading the conversion."""
     parent, child_class = open_parent(source, dtype), CLASSES[_family(source)][1]
     child, loading = child_class.from_pretrained(
         output, dtype=dtype, attn_implementation="eager", output_loading_info=True
@@ -229,7 +229,7 @@ def load(source: Path, output: Path, dtype: torch.dtype) -> tuple[Any, Any, list
 
 
 def _inputs(config: dict[str, Any], *, exact_eoi: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seeded ids with the end-of-image token where it is exact, no image token; one row has padding on the right."""
+    """Return seeded ids without image tokens, with the end-of-image token if it is exact; one row is right-padded."""
     generator = torch.Generator().manual_seed(7)
     vocab, eoi = config["vocab_size"], config["eoi_token_index"]
     ids = torch.randint(3, min(vocab, eoi, config["image_token_index"], 280), (2, LENGTH), generator=generator)
@@ -242,7 +242,7 @@ def _inputs(config: dict[str, Any], *, exact_eoi: bool) -> tuple[torch.Tensor, t
 
 
 def _causal_masks(ids: torch.Tensor, window: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gemma's own masks, additive, [B, 1, T, T]: causal, and causal within the window."""
+    """Return Gemma's additive masks [B, 1, T, T]: causal, and causal within the window."""
     distance = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])[None, :]
     seen = {"full_attention": distance >= 0, "sliding_attention": (distance >= 0) & (distance < window)}
     lowest = torch.finfo(dtype).min
@@ -270,7 +270,7 @@ def _features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def tower_difference(donor: Path, output: Path, dtype: torch.dtype) -> float:
-    """How far the states of a conversion's vision tower are from those of the model that it was taken from."""
+    """Return the largest difference between the tower states of a conversion and its donor."""
     pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(3)).to(dtype)
     seeing = Gemma3ForConditionalGeneration.from_pretrained(donor, dtype=dtype, attn_implementation="eager").eval()
     child = T5Gemma2ForConditionalGeneration.from_pretrained(output, dtype=dtype, attn_implementation="eager").eval()
@@ -286,13 +286,13 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Judge as the command line says."""
+    """Run the judge from the command line."""
     source, output, dtype = Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3])
     pairing = Pairing(**json.loads(sys.argv[4])) if len(sys.argv) > 4 else None
-    told: dict[str, Any] = asdict(judge(source, output, dtype, pairing))
+    result: dict[str, Any] = asdict(judge(source, output, dtype, pairing))
     if pairing is not None:
-        told["written"] = [written(output, dtype, use_cache=use_cache) for use_cache in (True, False)]
-    print(json.dumps(told))
+        result["written"] = [written(output, dtype, use_cache=use_cache) for use_cache in (True, False)]
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The judge from outside of what is taken out of a T5Gemma 2: transformers loads the whole, the parts and the source.
+"""The external judge of extracted parts: transformers loads the T5Gemma 2, its parts and the source.
 
 It knows nothing of t5g2convert, and runs as a script too, so that other versions of transformers can judge:
 
@@ -21,7 +21,7 @@ LENGTH = 30
 
 @dataclass(frozen=True)
 class ExtractJudgement:
-    """Largest absolute differences (None for models without images), and what loading complained of.
+    """Largest absolute differences (None without images), and the complaints of loading.
 
     The encoder and its image features are compared with the whole model's, the decoder with the Gemma 3 that the whole
     was made of.
@@ -46,7 +46,7 @@ def judge_extracts(whole: Path, encoder: Path, decoder: Path, source: Path, dtyp
         alone, said = AutoModel.from_pretrained(encoder, **load)
         assert isinstance(alone, T5Gemma2Encoder)
     except (ValueError, KeyError):
-        # transformers 5.0 has the class, and no entry for AutoModel.
+        # transformers 5.0 has the class, but no AutoModel entry.
         alone, said = T5Gemma2Encoder.from_pretrained(encoder, **load)
     images = config["vision_config"]["num_hidden_layers"] > 0
     gemma3 = Gemma3ForConditionalGeneration if images else Gemma3ForCausalLM

@@ -1,4 +1,4 @@
-"""A second judge from outside: keras-hub and transformers load a conversion, and both must compute the same.
+"""A second external judge: keras-hub and transformers load a conversion, and both must compute the same.
 
 It knows nothing of t5g2convert, and is a script for a Python that has keras-hub. Keras must be told to run on torch, on
 the processor:
@@ -32,7 +32,7 @@ WRITTEN = 12
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both models get: ids and masks [B, T]; pixels [B, 3, size, size], or None where there is no image."""
+    """The input of both models: ids and masks [B, T]; pixels [B, 3, size, size], or None without an image."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -43,7 +43,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Largest absolute differences where there is no padding, each beside the largest value; the tokens written."""
+    """Largest absolute differences outside padding, each with the largest value; generated tokens."""
 
     logits: float
     largest_logit: float
@@ -54,7 +54,7 @@ class Judgement:
 
 
 def judge(output: Path, other: Path) -> dict[str, Judgement]:
-    """What keras-hub makes of `other`, held against what transformers makes of `output`: text, and with an image."""
+    """Compare keras-hub on `other` with transformers on `output`: text, and with an image."""
     config = json.loads((output / "config.json").read_text())
     expected = T5Gemma2ForConditionalGeneration.from_pretrained(
         output, dtype=torch.float32, attn_implementation="eager"
@@ -101,7 +101,7 @@ def _compare(expected: Any, found: Any, inputs: Inputs, config: dict[str, Any]) 
 
 
 def _inputs(config: dict[str, Any], *, with_image: bool) -> Inputs:
-    """Two seeded rows, the second with padding on the right; the end-of-image token stands in both inputs."""
+    """Return two seeded rows, the second right-padded; both inputs have the end-of-image token."""
     generator = torch.Generator().manual_seed(7)
     eoi, image = config["eoi_token_index"], config["image_token_index"]
     words = min(config["vocab_size"], eoi, image, 280)
@@ -123,7 +123,7 @@ def _inputs(config: dict[str, Any], *, with_image: bool) -> Inputs:
 
 
 def _for_keras(inputs: Inputs, config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The same under keras-hub's names: images [B, 1, size, size, 3], and the places of their tokens [B, tokens].
+    """Return the same with keras-hub's names: images [B, 1, size, size, 3], and their token positions [B, tokens].
 
     A model with a vision tower wants both. Place 0 says that there is no image, as in keras-hub's own preprocessor.
     """
@@ -145,7 +145,7 @@ def _for_keras(inputs: Inputs, config: dict[str, Any]) -> dict[str, torch.Tensor
 
 
 def _to_be_continued(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The first row, whose decoder input is cut to one token and has room for those to be written."""
+    """Return the first row, with one decoder token and room for the generated ones."""
     row = {name: tensor[:1].clone() for name, tensor in inputs.items()}
     row["decoder_token_ids"] = torch.zeros(1, 1 + WRITTEN, dtype=torch.int32)
     row["decoder_token_ids"][:, 0] = inputs["decoder_token_ids"][0, 0]
@@ -154,7 +154,7 @@ def _to_be_continued(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """The largest difference, and the largest value."""
+    """Return the largest difference and the largest value."""
     assert one.shape == other.shape, f"{one.shape} against {other.shape}"
     assert torch.isfinite(other).all(), "not finite"
     return (one - other).abs().max().item(), one.abs().max().item()

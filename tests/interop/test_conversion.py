@@ -1,4 +1,4 @@
-"""What a conversion is for: transformers loads it with nothing missing, and it computes what Gemma 3 computes."""
+"""transformers loads a conversion with nothing missing, and it computes the same as Gemma 3."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_cast_conversion_equals_the_source_loaded_in_that_dtype(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("donor", ["images-13", "donor-wide"])
-def test_a_grafted_tower_sees_what_the_donors_sees_and_the_text_stays_the_sources(
+def test_a_grafted_tower_equals_the_donors_and_the_text_equals_the_sources(
     donor: str, dtype: torch.dtype, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     convert(twin_folder("text-8"), tmp_path / "out", vision_from=twin_folder(donor))
@@ -57,7 +57,7 @@ def test_a_grafted_tower_sees_what_the_donors_sees_and_the_text_stays_the_source
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["text-8", "images-13"])
-def test_another_factor_and_window_are_those_of_a_gemma_3_with_them(
+def test_another_factor_and_window_equal_a_gemma_3_with_them(
     name: str, dtype: torch.dtype, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     convert(twin_folder(name), tmp_path / "out", rope_scaling="linear:3", sliding_window=9)
@@ -141,7 +141,7 @@ def test_the_oldest_transformers_judges_the_same(
     name: str, dtype: str, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source = twin_folder(name)
-    # transformers 5.0 reads a source in the published spelling only.
+    # transformers 5.0 reads only the published spelling of a source.
     if BY_NAME[name].vision is not None:
         respell(source, tmp_path / "published", IMAGE_SPELLINGS["hub"])
         source = tmp_path / "published"

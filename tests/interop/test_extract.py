@@ -1,4 +1,4 @@
-"""What extraction is for: others load the parts with nothing missing, and they compute what the whole computes."""
+"""transformers loads extracted parts with nothing missing, and they compute the same as the whole."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ NAMES = ["text-8", "text-13", "text-float32", "text-sharded", "images-8", "image
 
 @pytest.fixture
 def extracts(converted_twin: TwinFolder, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
-    """The encoder and the decoder of a converted twin."""
+    """Return the encoder and the decoder of a converted twin."""
 
     def make(name: str) -> tuple[Path, Path]:
         folders = tmp_path / f"{name}.encoder", tmp_path / f"{name}.decoder"
@@ -37,7 +37,7 @@ def extracts(converted_twin: TwinFolder, tmp_path: Path) -> Callable[[str], tupl
 @pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers_loads_the_parts_and_they_compute_what_the_whole_does(
+def test_transformers_loads_the_parts_and_they_compute_the_same_as_the_whole(
     name: str,
     dtype: torch.dtype,
     extracts: Callable[[str], tuple[Path, Path]],
@@ -64,7 +64,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 def test_the_decoder_of_a_fresh_conversion_is_the_source_byte_for_byte(
     name: str, twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
-    """The very file, header and all."""
+    """The same file, including the header."""
     convert(converted_twin(name), tmp_path / "back", part="decoder")
     expected = (twin_folder(name) / "model.safetensors").read_bytes()
     assert (tmp_path / "back/model.safetensors").read_bytes() == expected
@@ -82,7 +82,7 @@ def test_so_it_is_with_images_where_the_source_is_spelt_as_the_hub_does(
 
 
 @pytest.mark.parametrize("name", ["text-sharded", "images-sharded", "images-with-head", "images-8"])
-def test_in_other_files_or_another_spelling_every_tensor_is_the_sources(
+def test_tensors_equal_the_sources_in_other_files_or_spellings(
     name: str, twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     convert(converted_twin(name), tmp_path / "back", part="decoder")

@@ -1,4 +1,4 @@
-"""Gemma 2 becomes T5Gemma: transformers loads it, and computes of it what it computes of its parent."""
+"""Gemma 2 to T5Gemma: transformers loads the conversion and computes the same as for its parent."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_verify_passes_with_every_check(name: str, twin_folder: TwinFolder, conv
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers_reads_every_setting_as_it_stands_and_has_no_other(name: str, converted_twin: TwinFolder) -> None:
+def test_transformers_reads_every_setting_unchanged_and_adds_none(name: str, converted_twin: TwinFolder) -> None:
     ours = json.loads((converted_twin(name) / "config.json").read_text())
     theirs = T5GemmaConfig.from_pretrained(converted_twin(name)).to_dict()
     for part in ("encoder", "decoder"):
@@ -94,7 +94,7 @@ def test_a_cast_conversion_equals_the_source_loaded_in_that_dtype(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_another_factor_and_window_are_those_of_a_gemma_2_with_them(
+def test_another_factor_and_window_equal_a_gemma_2_with_them(
     dtype: torch.dtype, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source = twin_folder("gemma2-5")
@@ -168,9 +168,7 @@ def test_a_softmax_of_its_own_is_refused_where_the_config_ties_it(twin_folder: T
         convert(tmp_path / "source", tmp_path / "out")
 
 
-def test_a_softmax_that_is_not_there_is_missed_where_the_config_unties_it(
-    twin_folder: TwinFolder, tmp_path: Path
-) -> None:
+def test_a_missing_softmax_is_found_if_the_config_unties_it(twin_folder: TwinFolder, tmp_path: Path) -> None:
     def change(text: Mapping[str, Any]) -> None:
         text["tie_word_embeddings"] = False  # type: ignore[index]
 
@@ -191,7 +189,7 @@ def test_an_untied_softmax_is_its_own_and_both_tables_are_the_embedding(
 
 
 def with_tokenizer(model: Path, other: Path, folder: Path) -> None:
-    """A model with the tokenizer of another, which is small enough for its table."""
+    """Write a model with another model's tokenizer that fits its table."""
     respell(model, folder, lambda arrays: arrays)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(other / name, folder / name)
@@ -214,9 +212,7 @@ def test_the_files_of_the_tokenizer_come_along_as_they_are(
     assert "tokenizer" in {check.name for check in report.checks}
 
 
-def test_one_of_them_that_is_another_fails_the_check(
-    twin_folder: TwinFolder, demo_source: Path, tmp_path: Path
-) -> None:
+def test_a_changed_token_fails_the_check(twin_folder: TwinFolder, demo_source: Path, tmp_path: Path) -> None:
     with_tokenizer(twin_folder("gemma2-5"), demo_source, tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")
     with (tmp_path / "source/tokenizer.json").open("a") as file:
@@ -226,7 +222,7 @@ def test_one_of_them_that_is_another_fails_the_check(
     assert report.failed[1].offenders == ("tokenizer.json differs from the source's",)
 
 
-def test_the_reference_writes_what_transformers_writes(
+def test_the_reference_generates_the_same_as_transformers(
     twin_folder: TwinFolder, demo_source: Path, tmp_path: Path
 ) -> None:
     with_tokenizer(twin_folder("gemma2-float32"), demo_source, tmp_path / "source")
@@ -243,7 +239,7 @@ def test_the_reference_writes_what_transformers_writes(
         list(generate(tmp_path / "out", "Tell me", image=tmp_path / "picture.png"))
 
 
-def test_nan_in_the_parent_is_no_fault_of_the_conversion(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_nan_in_the_parent_is_not_a_fault_of_the_conversion(twin_folder: TwinFolder, tmp_path: Path) -> None:
     respell(twin_folder("gemma2-float32"), tmp_path / "source", lambda arrays: arrays)
     arrays = load_file(tmp_path / "source/model.safetensors")
     arrays["model.norm.weight"] = arrays["model.norm.weight"].clone()

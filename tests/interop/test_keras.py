@@ -1,4 +1,4 @@
-"""keras-hub 0.32.0 on torch loads what is converted, as it stands, and computes what transformers computes.
+"""keras-hub 0.32.0 on torch loads conversions unchanged, and computes the same as transformers.
 
 Every shape of the twins is fine with it: a stub tower of 0 layers, odd windows, a head_dim * heads other than the
 hidden size, a depth that is no multiple of the pattern, several shards. Its own limits were found by changing one
@@ -55,7 +55,7 @@ JUDGED = [
 
 def run_judge(*folders: Path) -> subprocess.CompletedProcess[str]:
     command = [KERAS, str(Path(__file__).with_name("judge_keras.py")), *map(str, folders)]
-    # Keras takes a GPU where it finds one, and the order of additions is another there.
+    # Keras uses a GPU if there is one, which adds in another order.
     environment = {**os.environ, "KERAS_BACKEND": "torch", "KERAS_TORCH_DEVICE": "cpu"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -68,7 +68,7 @@ def judge(*folders: Path) -> dict[str, dict[str, Any]]:
 
 
 def apart(judgement: dict[str, Any]) -> float:
-    """How far the logits or the encoder's states are apart, of their largest value."""
+    """Return the relative difference of logits or encoder states."""
     return max(
         float(judgement["logits"] / judgement["largest_logit"]), float(judgement["states"] / judgement["largest_state"])
     )
@@ -119,7 +119,7 @@ def damaged(source: Path, target: Path, damage: Callable[[Tensors], None]) -> Pa
     ],
     ids=["decoder", "encoder", "norm", "end-of-image"],
 )
-def test_it_sees_what_is_damaged_in_text(
+def test_it_detects_damage_to_text(
     damage: Callable[[Tensors], None], converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     good = converted_twin("images-8")
@@ -135,14 +135,14 @@ def test_it_sees_what_is_damaged_in_text(
         "model.encoder.multi_modal_projector.mm_soft_emb_norm.weight",
     ],
 )
-def test_it_sees_what_is_damaged_in_images(name: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_it_detects_damage_to_images(name: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
     good = converted_twin("images-8")
     judgements = judge(good, damaged(good, tmp_path / "damaged", clear(name)))
     assert apart(judgements["text"]) <= TOLERANCE
     assert apart(judgements["image"]) > 100 * TOLERANCE
 
 
-def test_the_stub_tower_is_what_it_needs(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_it_needs_the_stub_tower(converted_twin: TwinFolder, tmp_path: Path) -> None:
     lost = "model.encoder.vision_tower.vision_model.post_layernorm.bias"
     good = converted_twin("text-8")
 
@@ -154,7 +154,7 @@ def test_the_stub_tower_is_what_it_needs(converted_twin: TwinFolder, tmp_path: P
     assert lost.removeprefix("model.") in run.stderr
 
 
-def test_the_linear_factor_of_1_is_what_it_needs(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_it_needs_the_linear_factor_of_1(converted_twin: TwinFolder, tmp_path: Path) -> None:
     good = converted_twin("text-8")
     shutil.copytree(good, tmp_path / "default")
     config = json.loads((good / "config.json").read_text())

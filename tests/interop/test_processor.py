@@ -1,4 +1,4 @@
-"""Tokenizer and image processor of an output, as transformers loads them without network: text and picture in.
+"""Tokenizer and image processor of an output, loaded by transformers without network.
 
 torchvision is not installed; transformers then takes the image processor that works with pillow, and all of this runs.
 """
@@ -30,7 +30,7 @@ PROMPT: Final = "<start_of_image> ab ab"
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture that must be resized in both directions, with more colours than a grey one."""
+    """Return a colour picture that must be resized in both directions."""
     path = tmp_path_factory.mktemp("photo") / "photo.png"
     gradient = Image.linear_gradient("L").resize((131, 90))
     Image.merge("RGB", (gradient, gradient.rotate(180), gradient.transpose(Image.Transpose.FLIP_TOP_BOTTOM))).save(path)
@@ -39,7 +39,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def source(request: pytest.FixtureRequest, twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Gemma 3 with images and the published vocabulary, its files as the Hub or as transformers 5 has them."""
+    """Return a Gemma 3 with images and the published vocabulary, with files as on the Hub or from transformers 5."""
     folder = tmp_path_factory.mktemp("processor") / "source"
     shutil.copytree(twin_folder("images-with-fill"), folder)
     write_tokenizer(folder)
@@ -64,7 +64,7 @@ def test_the_tokenizer_is_gemmas_with_the_token_moved(source: Path, output: Path
 
 
 def test_saved_again_the_tokenizer_is_the_same_file(output: Path, tmp_path: Path) -> None:
-    """GemmaTokenizer makes <mask> special, which is why the output has it so."""
+    """GemmaTokenizer makes <mask> special, so the output does too."""
     AutoTokenizer.from_pretrained(output).save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == (output / "tokenizer.json").read_bytes()
 
@@ -86,7 +86,7 @@ def test_the_processor_gives_the_same_pixels_and_the_models_image_tokens(
 
 
 def test_saved_again_the_processor_says_the_same(output: Path, tmp_path: Path) -> None:
-    """Readers write neither keys that are null nor more than they read."""
+    """Readers write no null keys and only keys that they read."""
     AutoProcessor.from_pretrained(output).save_pretrained(tmp_path)
     ours, theirs = (json.loads((folder / "processor_config.json").read_text()) for folder in (output, tmp_path))
     ours["image_processor"] = {key: value for key, value in ours["image_processor"].items() if value is not None}
@@ -133,9 +133,7 @@ def test_verification_passes(source: Path, output: Path, photo: Path) -> None:
     assert "tokenizer" in [check.name for check in report.checks]
 
 
-def test_a_processor_that_is_made_of_the_config_is_gemma_3s(
-    twin_folder: TwinFolder, photo: Path, tmp_path: Path
-) -> None:
+def test_a_processor_made_from_the_config_equals_gemma_3s(twin_folder: TwinFolder, photo: Path, tmp_path: Path) -> None:
     convert(twin_folder("images-with-fill"), tmp_path / "out")
     document = json.loads((tmp_path / "out/processor_config.json").read_text())["image_processor"]
     assert document["size"] == {"height": 56, "width": 56}
@@ -148,7 +146,7 @@ def test_a_processor_that_is_made_of_the_config_is_gemma_3s(
 
 
 @pytest.mark.slow
-def test_a_grafted_model_looks_at_pictures_with_the_donors_processor_and_its_own_tokenizer(
+def test_a_grafted_model_uses_the_donors_processor_and_its_own_tokenizer(
     source: Path, photo: Path, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     text, donor = tmp_path / "text", tmp_path / "donor"

@@ -23,7 +23,7 @@ HEADS = ["score.weight", "v_head.summary.weight", "v_head.summary.bias", "qa_out
 
 
 def changed(source: Path, target: Path, change: Change) -> Path:
-    """A copy of a single-file twin with other tensors."""
+    """Copy a single-file twin with other tensors."""
     respell(source, target, change)
     return target
 
@@ -35,7 +35,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 
 def without_tower(tensors: Tensors) -> Tensors:
-    """What mlx-lm leaves of a model with images."""
+    """Write a model with images as mlx-lm keeps it."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith("language_model.")}
 
 
@@ -44,7 +44,7 @@ def with_zeros(*names: str) -> Change:
 
 
 def as_text_model(folder: Path, target: Path) -> Path:
-    """The same text model as transformers saves one without images."""
+    """Write the same text model as transformers saves one without images."""
     shutil.copytree(folder, target)
     config = json.loads((folder / "config.json").read_text())
     text = {**config["text_config"], "architectures": ["Gemma3ForCausalLM"], "dtype": config["dtype"]}
@@ -60,7 +60,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 def assert_sound(source: Path, output: Path, **others: Any) -> None:
-    """Every check passes; the tolerance is 0, so that the passes differ by nothing."""
+    """Require that every check passes with tolerance 0."""
     report = verify(output, source, record=False, **others)
     assert report.passed, [check for check in report.checks if not check.passed]
 
@@ -113,7 +113,7 @@ def test_a_donor_that_marks_images_with_other_tokens_is_refused(twin_folder: Twi
         plan(source, vision_from=twin_folder("images-13"))
 
 
-def test_a_towerless_model_is_no_donor(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_model_without_tower_is_not_a_donor(twin_folder: TwinFolder, tmp_path: Path) -> None:
     donor = changed(twin_folder("images-8"), tmp_path / "donor", without_tower)
     with pytest.raises(MappingError, match="has no vision tower"):
         plan(twin_folder("text-8"), vision_from=donor)
@@ -123,9 +123,7 @@ def test_a_towerless_model_is_no_donor(twin_folder: TwinFolder, tmp_path: Path) 
     "kept", ["vision_tower.post_layernorm.bias", "multi_modal_projector.mm_soft_emb_norm.weight", "vision_tower."]
 )
 @pytest.mark.parametrize("spelling", ["transformers-5.6", "raw-state-dict", "hub"])
-def test_I23_a_part_of_a_tower_is_not_taken_for_none(
-    kept: str, spelling: str, twin_folder: TwinFolder, tmp_path: Path
-) -> None:
+def test_I23_a_partial_tower_is_not_ignored(kept: str, spelling: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
     respell(twin_folder("images-8"), tmp_path / "spelled", IMAGE_SPELLINGS[spelling])
     kept = kept.replace("vision_tower.", "vision_tower.vision_model.") if spelling != "transformers-5.6" else kept
 
@@ -288,7 +286,7 @@ def test_a_reward_model_is_converted_without_its_head(twin_folder: TwinFolder, t
     assert (judgement.complaints, judgement.decoder, judgement.encoder) == ([], 0.0, 0.0)
 
 
-def test_a_dropped_head_must_be_told_by_the_manifest(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_dropped_head_must_be_in_the_manifest(twin_folder: TwinFolder, tmp_path: Path) -> None:
     from t5g2convert.checkpoint.manifest import MANIFEST_FILE, seal
 
     source = changed(twin_folder("text-8"), tmp_path / "source", with_zeros("score.weight"))
@@ -321,7 +319,7 @@ def test_an_option_without_a_head_is_noted_and_not_recorded(twin_folder: TwinFol
     assert "--drop-heads has no effect: the source has no such tensor" in made.notes
 
 
-def test_a_map_without_such_drops_refuses_the_option(converted_twin: TwinFolder) -> None:
+def test_a_map_without_optional_drops_refuses_the_option(converted_twin: TwinFolder) -> None:
     with pytest.raises(MappingError, match="--drop-heads cannot be used with mapping 't5gemma2-encoder'"):
         plan(converted_twin("text-8"), part="encoder", drop_heads=True)
 

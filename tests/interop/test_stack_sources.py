@@ -1,4 +1,4 @@
-"""Encoder and decoder of other parents and layers: transformers loads them, and each computes what its parent does."""
+"""Encoder and decoder with other parents and layers: transformers loads them, and each computes as its parent."""
 
 import json
 import os
@@ -52,7 +52,7 @@ PAIRINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def made(name: str, twin_folder: TwinFolder, output: Path, **more: Any) -> tuple[Path, dict[str, Any], Pairing]:
-    """Convert: the source, the other checkpoints, and what the judge must know."""
+    """Convert; return the source, the other checkpoints, and the judge's pairing."""
     source, options = PAIRINGS[name]
     options = {**options, **more}
     others = {role: twin_folder(options[role]) for role in ("decoder_from", "vision_from") if role in options}
@@ -62,15 +62,15 @@ def made(name: str, twin_folder: TwinFolder, output: Path, **more: Any) -> tuple
 
 
 def pairing_of(recorded: dict[str, Any], decoder_from: Path | None) -> Pairing:
-    """What a manifest's options tell."""
+    """Return the pairing that a manifest records."""
     names = ("embedding_from", "encoder_layers", "decoder_layers")
-    told = {name: recorded[name] for name in names if name in recorded}
-    return Pairing(decoder_from=None if decoder_from is None else str(decoder_from), **told)
+    options = {name: recorded[name] for name in names if name in recorded}
+    return Pairing(decoder_from=None if decoder_from is None else str(decoder_from), **options)
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", PAIRINGS)
-def test_each_stack_computes_exactly_what_its_own_parent_and_layers_do(
+def test_each_stack_computes_exactly_as_its_own_parent_and_layers(
     name: str, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source, others, pairing = made(name, twin_folder, tmp_path / "out")
@@ -88,9 +88,7 @@ def test_each_stack_computes_exactly_what_its_own_parent_and_layers_do(
 
 
 @pytest.mark.parametrize("name", ["ranges", "one sliding layer", "another parent unlike this", "everything"])
-def test_with_its_cache_a_model_writes_what_it_writes_without(
-    name: str, twin_folder: TwinFolder, tmp_path: Path
-) -> None:
+def test_generation_is_the_same_with_and_without_cache(name: str, twin_folder: TwinFolder, tmp_path: Path) -> None:
     made(name, twin_folder, tmp_path / "out")
     tokens = written(tmp_path / "out", torch.float32, use_cache=True)
     assert len(tokens) == WRITTEN + 1
@@ -98,11 +96,11 @@ def test_with_its_cache_a_model_writes_what_it_writes_without(
 
 
 def test_another_layer_or_parent_would_be_seen(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    """The judge itself: what it takes for equal depends on what it is told."""
+    """The judge itself depends on its pairing: a false one gives a difference."""
     source, _, pairing = made("an unlike source", twin_folder, tmp_path / "out")
-    told = asdict(pairing)
-    for lie in ({"decoder_layers": [1, 3, *range(6, 13)]}, {"embedding_from": "decoder-from"}):
-        assert judge(source, tmp_path / "out", torch.float32, Pairing(**told | lie)).decoder > 0
+    fields = asdict(pairing)
+    for false_pairing in ({"decoder_layers": [1, 3, *range(6, 13)]}, {"embedding_from": "decoder-from"}):
+        assert judge(source, tmp_path / "out", torch.float32, Pairing(**fields | false_pairing)).decoder > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -126,7 +124,7 @@ def test_a_pair_is_given_a_tower_too(donor: str, twin_folder: TwinFolder, tmp_pa
     assert "vision_parity" in {check.name for check in report.checks}
 
 
-def test_a_tower_is_aligned_by_the_table_that_is_taken(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_tower_is_aligned_to_the_chosen_table(twin_folder: TwinFolder, tmp_path: Path) -> None:
     options = {"vision_from": "donor-wide", "projector": "aligned", "ridge": 0.1}
     source, others, _ = made("another parent with its table", twin_folder, tmp_path / "out", **options)
     assert verify(tmp_path / "out", source, record=False, **others).passed
@@ -138,7 +136,7 @@ def test_a_tower_is_aligned_by_the_table_that_is_taken(twin_folder: TwinFolder, 
     assert not torch.equal(one, other)
 
 
-def test_another_factor_and_window_are_those_of_parents_with_them(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_another_factor_and_window_equal_parents_with_them(twin_folder: TwinFolder, tmp_path: Path) -> None:
     source, others, pairing = made(
         "an unlike source", twin_folder, tmp_path / "out", rope_scaling="linear:3", sliding_window=5
     )
@@ -157,7 +155,7 @@ def test_another_factor_and_window_are_those_of_parents_with_them(twin_folder: T
     assert report.passed, report.failed
 
 
-def test_the_parents_are_cut_by_the_judge(twin_folder: TwinFolder) -> None:
+def test_the_judge_cuts_the_parents(twin_folder: TwinFolder) -> None:
     pairing = Pairing(encoder_layers=[0, 5], decoder_layers=[6])
     reader, writer = parents(twin_folder("text-8"), pairing, torch.float32)
     assert [layer.self_attn.layer_idx for layer in (*reader.model.layers, *writer.model.layers)] == [0, 5, 6]

@@ -1,4 +1,4 @@
-"""Two rows with their targets exchanged make a map that plans and loads, and that only parity can refuse: it must."""
+"""A map with the targets of two rows swapped plans and loads; parity must refuse it."""
 
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +18,7 @@ ROWS = [row for row in find_map("gemma3").map.weights if row.from_ is not None a
 
 
 def alike(one: Row, other: Row) -> bool:
-    """Exchanging their targets leaves every name filled and every shape right."""
+    """Return rows with targets that can be swapped with all names and shapes still right."""
     assert one.from_ is not None
     assert other.from_ is not None
     same_kind = one.shape == other.shape and one.to.keys() == other.to.keys()

@@ -1,4 +1,4 @@
-"""Models that transformers writes and loads, and the inputs that they and the reference are compared on."""
+"""Models written and loaded by transformers, and the inputs to compare them with the reference."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -42,19 +42,19 @@ NO_TOWER = {"model_type": "siglip_vision_model", "num_hidden_layers": 0, "hidden
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids, and 0 at padding."""
+    """Return token ids, and 0 at padding."""
 
     ids: Tensor
     mask: Tensor
 
     @property
     def kept(self) -> Tensor:
-        """False at padding."""
+        """Return a mask that is False at padding."""
         return self.mask.bool()
 
 
 def padded_batch(length: int, *, seed: int, left: int = 4, right: int = 5, eoi: int | None = EOI) -> Batch:
-    """Three rows of seeded ids: the first without padding, the second with some on the left, the third on the right."""
+    """Return three rows of seeded ids: without padding, with padding on the left, and on the right."""
     ids = torch.randint(3, 280, (3, length), generator=torch.Generator().manual_seed(seed))
     if eoi is not None:
         ids[:, left + 1] = eoi
@@ -66,7 +66,7 @@ def padded_batch(length: int, *, seed: int, left: int = 4, right: int = 5, eoi: 
 
 
 def with_images(batch: Batch, token: int, tokens: int = 4) -> tuple[Batch, int]:
-    """The same with image tokens, and how many images: one at the very start, one after padding, two side by side."""
+    """Return the same with image tokens (at the start, after padding, two in a row) and the number of images."""
     ids, starts = batch.ids.clone(), [(0, 0), (0, tokens + 4), (1, 6), (2, 3), (2, 3 + tokens)]
     for row, start in starts:
         ids[row, start : start + tokens] = token
@@ -74,12 +74,12 @@ def with_images(batch: Batch, token: int, tokens: int = 4) -> tuple[Batch, int]:
 
 
 def pixels(images: int, dtype: torch.dtype, side: int = 56, channels: int = 3) -> Tensor:
-    """Seeded images."""
+    """Return seeded images."""
     return torch.randn(images, channels, side, side, generator=torch.Generator().manual_seed(images)).to(dtype)
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Largest absolute difference of two tensors that say something."""
+    """Return the largest absolute difference of two tensors that are finite and not all zero."""
     assert one.shape == other.shape, f"{one.shape} against {other.shape}"
     assert one.dtype == other.dtype, f"{one.dtype} against {other.dtype}"
     assert one.float().std() > 0.1, "nothing was compared"
@@ -94,7 +94,7 @@ def write_t5gemma2(
     tower: Mapping[str, Any] = NO_TOWER,
     table: float = 0.25,
 ) -> None:
-    """Write a T5Gemma 2 as transformers makes it, in float32, every parameter random.
+    """Write a T5Gemma 2 with transformers, in float32, with all parameters random.
 
     Args:
         folder: The new folder.
@@ -120,7 +120,7 @@ def write_t5gemma2(
 
 
 def loaded(kind: type[PreTrainedModel], folder: Path, attention: str = "eager") -> Any:
-    """A model as transformers loads it in float32, nothing missing."""
+    """Load a model with transformers in float32, with no tensor missing."""
     model, loading = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )

@@ -1,4 +1,4 @@
-"""The reference computes what transformers computes, with eager attention, for every twin in two dtypes."""
+"""The reference computes the same as transformers with eager attention, for every twin in two dtypes."""
 
 import itertools
 from collections.abc import Callable
@@ -39,7 +39,7 @@ two_twins_in_float32 = cases(("text-13", "float32"), ("images-8", "float32"))
 
 @dataclass(frozen=True)
 class Case:
-    """A twin and its conversion, both as transformers and as the reference sees them."""
+    """Return a twin and its conversion, both loaded by transformers and by the reference."""
 
     dtype: torch.dtype
     their_gemma: Any
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def limit(self) -> float:
-        """The difference that is allowed."""
+        """Return the allowed difference."""
         return LIMITS[self.dtype]
 
 
@@ -112,7 +112,7 @@ def test_decoder_logits_with_visible_memory(case: Case) -> None:
 @torch.no_grad()
 def test_image_features_of_both_models(case: Case) -> None:
     images = pixels(3, case.dtype)
-    # The tower's attention is fused: in bfloat16 two units in the last place of a feature between 2 and 4.
+    # The tower's attention is fused: in bfloat16 up to 2 ulp of a feature between 2 and 4.
     limit = max(case.limit, 0.04 if case.dtype == torch.bfloat16 else 0.0)
     for theirs, vision in (
         (case.their_gemma.model, case.gemma().vision),
@@ -132,7 +132,7 @@ def test_encoder_states_with_images(case: Case) -> None:
     expected = case.their_t5gemma.model.encoder(
         input_ids=inputs.ids, attention_mask=inputs.mask, pixel_values=images
     ).last_hidden_state
-    # Their own soft tokens, lest the layers enlarge what the tower's order of additions differs by.
+    # Each uses its own soft tokens, so that layers do not amplify the tower's rounding differences.
     features = case.their_t5gemma.get_image_features(images).pooler_output
     found = model.encode(inputs.ids, inputs.kept, features)
     assert difference(found[inputs.kept], expected[inputs.kept]) <= case.limit
@@ -181,7 +181,7 @@ def test_decoder_states_are_the_same_from_a_cache_filled_in_pieces(case: Case) -
     pieces, done = [], 0
     for length in (9, 1, 1, 5, 7):
         ids, kept = inputs.ids[:, done : done + length], inputs.kept[:, : done + length]
-        # Only the first call needs the memory; what the cache holds of it is not computed again.
+        # Only the first call needs the memory; its cached keys and values are not computed again.
         given = memory if done == 0 else torch.full_like(memory, torch.nan)
         pieces.append(model.decode(ids, kept, given, encoder_inputs.kept, caches))
         done += length

@@ -28,7 +28,7 @@ def test_every_pair_of_channels_turns_as_a_complex_number(theta: float, factor: 
             assert abs(after - before * cmath.rect(1, angle)) < 1e-4
 
 
-def test_the_first_position_stays_as_it_is() -> None:
+def test_the_first_position_is_not_rotated() -> None:
     x = vectors(2, 3, 1, 8, seed=2)
     assert torch.equal(rotate(x, rotation(ROPE, 8, torch.tensor([0]), torch.float32)), x)
 
@@ -73,12 +73,12 @@ def seeded(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def queries(tokens: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Two rows, four heads, width 10."""
+    """Return queries: two rows, four heads, width 10."""
     return seeded(2, 4, tokens, 10, seed=1, dtype=dtype)
 
 
 def keys(count: int, seen: Tensor | None, *, seed: int = 2, dtype: torch.dtype = torch.float32) -> Keys:
-    """Two rows, two key-value heads, width 10."""
+    """Return keys and values: two rows, two key-value heads, width 10."""
     k, v = (seeded(2, 2, count, 10, seed=seed + part, dtype=dtype) for part in (0, 100))
     return Keys(k, v, seen)
 
@@ -88,7 +88,7 @@ def triangle(tokens: int) -> Tensor:
 
 
 def plain(q: Tensor, groups: list[Keys], softcap: float | None = None) -> Tensor:
-    """One softmax over the keys of all groups, in float64, heads repeated."""
+    """Compute one softmax over the keys of all groups, in float64, with repeated heads."""
     k, v = (torch.cat([group[part] for group in groups], 2).double().repeat_interleave(2, 1) for part in (0, 1))
     scores = q.double() @ k.transpose(2, 3) * SCALE
     if softcap is not None:
@@ -104,13 +104,13 @@ def largest(one: Tensor, other: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [1, 8, 13])
-def test_a_hidden_group_leaves_the_other_exactly_as_it_is_at_any_length(hidden: int, dtype: torch.dtype) -> None:
+def test_a_hidden_group_does_not_change_the_other_at_any_length(hidden: int, dtype: torch.dtype) -> None:
     for tokens in range(1, 41):
         q, own = queries(tokens, dtype), keys(tokens, triangle(tokens), dtype=dtype)
         memory = keys(hidden, torch.zeros(2, 1, tokens, hidden, dtype=torch.bool), seed=5, dtype=dtype)
         alone = attend(q, [own], scale=SCALE, softcap=None)
-        beside = attend(q, [own, memory], scale=SCALE, softcap=None)
-        assert torch.equal(beside, alone), f"{tokens} tokens"
+        both = attend(q, [own, memory], scale=SCALE, softcap=None)
+        assert torch.equal(both, alone), f"{tokens} tokens"
         assert alone.std() > 0.1
 
 
@@ -188,7 +188,7 @@ def test_blocks_of_queries_change_nothing(rows: int, hidden: bool, monkeypatch: 
 
 
 def test_a_hidden_group_leaves_the_blocks_of_queries_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a block of another length may round otherwise: 2048 queries of width 256 did, by 2e-6 in bfloat16."""
+    """Blocks of another length may round differently: 2048 queries of width 256 did, by 2e-6 in bfloat16."""
     taken: list[tuple[int, int]] = []
     scores = attention._scores
     monkeypatch.setattr(
@@ -227,7 +227,7 @@ def test_a_second_group_without_a_mask_is_all_seen() -> None:
     assert torch.equal(found, attend(q, [own, keys(9, everything, seed=5)], scale=SCALE, softcap=None))
 
 
-def test_one_mask_for_all_rows_stands_beside_masks_for_each() -> None:
+def test_a_shared_mask_and_a_mask_per_row_can_be_combined() -> None:
     q, memory = queries(5), keys(9, torch.ones(2, 1, 5, 9, dtype=torch.bool), seed=5)
     found = attend(q, [keys(5, triangle(5)[:1]), memory], scale=SCALE, softcap=None)
     assert torch.equal(found, attend(q, [keys(5, triangle(5)), memory], scale=SCALE, softcap=None))
@@ -238,7 +238,7 @@ def test_a_softcap_bounds_the_scores_before_the_mask() -> None:
     found = {softcap: attend(q, [own], scale=SCALE, softcap=softcap) for softcap in (1e-4, 0.5, 3.0, 1e6)}
     for softcap, output in found.items():
         assert largest(output, plain(q, [own], softcap)) < 1e-5
-    # The tightest leaves no preference among what is seen; the loosest is none.
+    # The tightest cap makes all visible keys equal; the loosest has no effect.
     means = own.v_BKSD.cumsum(2) / torch.arange(1, 9)[:, None]
     assert largest(found[1e-4], means.repeat_interleave(2, 1)) < 1e-2
     assert largest(found[1e6], attend(q, [own], scale=SCALE, softcap=None)) < 1e-3

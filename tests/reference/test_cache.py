@@ -8,7 +8,7 @@ from t5g2convert.reference.cache import LayerCache
 
 
 def tokens(count: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Keys and values: two rows, three heads, width 4."""
+    """Return keys and values: two rows, three heads, width 4."""
     generator = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, 2, 3, count, 4, generator=generator).to(dtype)
     return k, v
@@ -62,7 +62,7 @@ def test_keeps_its_own_copy_of_the_memory() -> None:
     assert torch.equal(found[1][:, :, :3], expected[1])
 
 
-def test_what_was_given_out_stays_as_it_was_while_the_cache_grows() -> None:
+def test_returned_keys_do_not_change_while_the_cache_grows() -> None:
     cache = LayerCache()
     cache.start(*tokens(2, 0))
     given = cache.append(*tokens(1, 1))

@@ -14,7 +14,7 @@ from tests.reference.models import IMAGE, padded_batch, pixels, with_images
 
 
 def logits(folder: Path) -> torch.Tensor:
-    """Logits with an image in the input if there is a vision tower."""
+    """Return logits, with an image in the input if there is a vision tower."""
     model, batch = Gemma3Reference(open_checkpoint(folder)), padded_batch(23, seed=1)
     if model.vision is None:
         return model.logits(batch.ids, batch.kept)
@@ -42,7 +42,7 @@ def test_every_config_dialect_computes_the_same(
     assert torch.equal(logits(tmp_path / "rewritten"), logits(source))
 
 
-def test_an_image_changes_what_comes_after_it_and_nothing_before(twin_folder: TwinFolder) -> None:
+def test_an_image_changes_only_the_tokens_after_it(twin_folder: TwinFolder) -> None:
     model = Gemma3Reference(open_checkpoint(twin_folder("images-8")))
     assert model.vision is not None
     ids = padded_batch(20, seed=2).ids
@@ -63,7 +63,7 @@ def test_too_few_images_are_refused(twin_folder: TwinFolder) -> None:
         model.logits(batch.ids, batch.kept, features)
 
 
-def test_a_vision_tower_whose_width_its_heads_do_not_share_is_refused(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_vision_tower_with_width_not_divisible_by_heads_is_refused(twin_folder: TwinFolder, tmp_path: Path) -> None:
     shutil.copytree(twin_folder("images-8"), tmp_path / "edited")
     config = json.loads((tmp_path / "edited/config.json").read_text())
     config["vision_config"]["num_attention_heads"] = 7

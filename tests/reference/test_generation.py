@@ -16,7 +16,7 @@ from tests.reference.models import IMAGE, Batch, loaded, padded_batch, pixels, w
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with images, unequal stacks and windows, whose greedy output does not get stuck."""
+    """Return a model with images, unequal stacks and windows, and varied greedy output."""
     path = tmp_path_factory.mktemp("lively") / "model"
     write_t5gemma2(
         path, {"num_hidden_layers": 3}, {"sliding_window": 5, "query_pre_attn_scalar": 1}, tower=SIGLIP, table=0.05
@@ -39,7 +39,7 @@ def steps(model: T5Gemma2Reference, inputs: Batch, count: int = 32, **options: o
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_greedy_tokens_are_those_of_transformers(
+def test_greedy_tokens_equal_those_of_transformers(
     cached: bool, folder: Path, model: T5Gemma2Reference, inputs: Batch
 ) -> None:
     theirs = loaded(T5Gemma2ForConditionalGeneration, folder).generate(
@@ -50,7 +50,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert all(len(set(row)) > 16 for row in found.tolist())
 
 
-def test_greedy_tokens_after_images_are_those_of_transformers(folder: Path, model: T5Gemma2Reference) -> None:
+def test_greedy_tokens_after_images_equal_those_of_transformers(folder: Path, model: T5Gemma2Reference) -> None:
     assert model.vision is not None
     inputs, count = with_images(padded_batch(21, seed=2), IMAGE)
     images = pixels(count, torch.float32)
@@ -75,7 +75,7 @@ def test_every_step_yields_a_token_for_each_sequence(model: T5Gemma2Reference, i
     assert steps(model, inputs, count=0) == []
 
 
-def test_a_sequence_alone_writes_what_it_writes_beside_others(model: T5Gemma2Reference, inputs: Batch) -> None:
+def test_a_sequence_gives_the_same_tokens_alone_and_in_a_batch(model: T5Gemma2Reference, inputs: Batch) -> None:
     together = torch.stack(steps(model, inputs), dim=1)
     # Row 1 has padding on the left, which moves its positions.
     for row in (0, 2):
@@ -91,9 +91,7 @@ def test_the_start_token_counts(model: T5Gemma2Reference, inputs: Batch) -> None
     assert first(2) != first(150)
 
 
-def test_steps_are_computed_when_they_are_asked_for(
-    model: T5Gemma2Reference, inputs: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_are_computed_lazily(model: T5Gemma2Reference, inputs: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda ids, *rest: decoded.append(ids.shape[1]) or decode(ids, *rest))
@@ -105,7 +103,7 @@ def test_steps_are_computed_when_they_are_asked_for(
     assert decoded[3:] == [1, 2, 3]
 
 
-def test_tokens_are_no_part_of_a_graph_and_grad_is_left_as_it_was(model: T5Gemma2Reference, inputs: Batch) -> None:
+def test_tokens_have_no_graph_and_the_grad_mode_is_restored(model: T5Gemma2Reference, inputs: Batch) -> None:
     tokens = greedy_tokens(model, inputs.ids, inputs.kept, start_token=2, max_new_tokens=2)
     next(tokens)
     assert torch.is_grad_enabled()

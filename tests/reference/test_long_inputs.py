@@ -38,7 +38,7 @@ TWIN = Twin(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, T5Gemma2Reference]:
-    """The conversion as transformers and as the reference sees it."""
+    """Return the conversion, loaded by transformers and by the reference."""
     root: Path = tmp_path_factory.mktemp("long")
     write_twin(TWIN, root / "source")
     convert(root / "source", root / "out", rope_scaling="linear:8", flush=False)
@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, T5Gemma2Refer
 
 
 def one_row(batch: Batch) -> Batch:
-    """The row with padding on the left: the scores of one at this length take half a gigabyte."""
+    """Use only the row with padding on the left: scores of one row take half a gigabyte at this length."""
     return Batch(batch.ids[1:2], batch.mask[1:2])
 
 
@@ -74,7 +74,7 @@ def test_encoder_and_decoder_past_the_window_on_both_sides(models: tuple[Any, T5
 
 @torch.no_grad()
 def test_the_window_and_the_factor_are_felt_at_this_length(models: tuple[Any, T5Gemma2Reference]) -> None:
-    """What a token at the far end says comes through the full layer only; without it the test above proves little."""
+    """A token at the far end acts only through the full layer; without it the test above proves little."""
     _, ours = models
     read = padded_batch(2 * WINDOW, seed=3)
     changed = read.ids.clone()

@@ -17,12 +17,12 @@ KINDS = ("full_attention", "sliding_attention")
 
 
 def drawn(*rows: str) -> Tensor:
-    """A mask from a drawing: # seen, . hidden."""
+    """Parse a mask drawing: # seen, . hidden."""
     return torch.tensor([[cell == "#" for cell in row.split()] for row in rows])
 
 
 def drawings(function: Callable[..., object]) -> dict[str, Tensor]:
-    """The drawings of a docstring by what stands above them."""
+    """Return the drawings of a docstring by the heading above them."""
     lines = [line.strip() for line in (inspect.getdoc(function) or "").splitlines()]
     rows = [number for number, line in enumerate(lines) if re.fullmatch(r"[#.| ]*[#.]", line)]
     assert rows == list(range(rows[0], rows[-1] + 1))

@@ -55,7 +55,7 @@ def test_a_picture_is_resized_and_centred(width: int, height: int, tower: Vision
     close(found, by_hand(image))
 
 
-def test_channels_rows_and_columns_stay_what_they_are(tower: VisionTower, tmp_path: Path) -> None:
+def test_channels_rows_and_columns_keep_their_order(tower: VisionTower, tmp_path: Path) -> None:
     values = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     values[:10, :, 0], values[:, :20, 1], values[..., 2] = 255, 255, 51
     Image.fromarray(values).save(tmp_path / "x.png")
@@ -102,7 +102,7 @@ def test_the_folders_processor_says_how(
     assert not torch.allclose(found, by_hand(image), atol=0.05)
 
 
-def test_a_processor_without_images_settings_leaves_it_to_the_other_file(tower: VisionTower, tmp_path: Path) -> None:
+def test_a_processor_without_image_settings_defers_to_the_other_file(tower: VisionTower, tmp_path: Path) -> None:
     (tmp_path / "processor_config.json").write_text('{"image_seq_length": 256, "processor_class": "Gemma3Processor"}')
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
     image = noise(20, 20)
@@ -111,7 +111,7 @@ def test_a_processor_without_images_settings_leaves_it_to_the_other_file(tower: 
 
 
 @pytest.mark.parametrize(("width", "height"), [(56, 56), (131, 80), (20, 33)])
-def test_pixels_are_those_of_gemma_3s_image_processor(
+def test_pixels_equal_those_of_gemma_3s_image_processor(
     width: int, height: int, tower: VisionTower, tmp_path: Path
 ) -> None:
     module = pytest.importorskip("transformers.models.gemma3.image_processing_pil_gemma3")
@@ -124,7 +124,7 @@ def test_pixels_are_those_of_gemma_3s_image_processor(
     close(picture(tmp_path / "x.png", tower, tmp_path, torch.float32), expected.float())
 
 
-def test_what_is_no_picture_is_said(tower: VisionTower, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_picture_is_an_error(tower: VisionTower, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no picture")
     (tmp_path / "empty").touch()
     (tmp_path / "folder").mkdir()
@@ -174,7 +174,7 @@ def test_a_picture_larger_than_pillow_reads_is_refused(
     [{"resample": 99}, {"resample": "bilinear"}, {"image_mean": "x"}, {"image_mean": [0.5, 0.5]}, {"image_std": [[]]}],
     ids=str,
 )
-def test_settings_of_a_processor_that_are_none_are_the_folders_fault(
+def test_invalid_processor_settings_are_an_error_of_the_folder(
     settings: dict[str, Any], tower: VisionTower, tmp_path: Path
 ) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -188,7 +188,7 @@ def test_settings_of_a_processor_that_are_none_are_the_folders_fault(
 
 @pytest.fixture
 def byte_level(tmp_path: Path) -> Path:
-    """A folder whose tokenizer is made as Gemma's is: words, and a token of its own for every byte beside them."""
+    """Return a folder with a tokenizer built like Gemma's: words, and one token for every byte."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words += ["▁", *map(chr, range(33, 127)), "\n", "\n\n", "<boi>"]
     tokenizer = Tokenizer(
@@ -208,7 +208,7 @@ def byte_level(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_text_gets_the_tokens_around_it_only_if_asked(byte_level: Path) -> None:
+def test_special_tokens_are_added_only_on_request(byte_level: Path) -> None:
     codec = TextCodec(byte_level)
     assert codec.encode("ab") == [2, *codec.encode("ab", special=False)]
     assert 2 not in codec.encode("ab", special=False)
@@ -216,7 +216,7 @@ def test_a_text_gets_the_tokens_around_it_only_if_asked(byte_level: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["plain text", "Zürich – 東京 🎉", "\n\n a\n", "tab\tand\rmore"])
-def test_what_was_encoded_is_decoded_as_it_was(byte_level: Path, text: str) -> None:
+def test_decoding_restores_the_encoded_text(byte_level: Path, text: str) -> None:
     codec = TextCodec(byte_level)
     assert codec.decode(codec.encode(text)) == text
 
@@ -229,25 +229,25 @@ def test_a_character_of_several_tokens_is_whole_with_its_last_one(byte_level: Pa
     assert codec.decode(tokens) == "東"
 
 
-def test_an_image_stands_before_the_text_between_blank_lines(byte_level: Path) -> None:
+def test_an_image_is_before_the_text_between_blank_lines(byte_level: Path) -> None:
     codec = TextCodec(byte_level)
     tokens = codec.encode_with_image("see", boi=500, eoi=501, image=502, count=4)
     blank = codec.encode("\n\n", special=False)
     assert len(blank) == 1
     rest = codec.encode("see", special=False)
     assert tokens == [2, *blank, 500, 502, 502, 502, 502, 501, *blank, *rest]
-    # Blank lines and what follows are read as one text.
+    # Blank lines and the text after them are encoded together.
     lines = codec.encode_with_image("\n\nsee", boi=500, eoi=501, image=502, count=1)
     assert lines == [2, *blank, 500, 502, 501, *codec.encode("\n\n\n\nsee", special=False)]
 
 
-def test_a_folder_without_a_tokenizer_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is missing"):
         TextCodec(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"type": "BPE"}}', "\0"])
-def test_what_is_no_tokenizer_is_said(tmp_path: Path, text: str) -> None:
+def test_an_invalid_tokenizer_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read by the tokenizers library"):
         TextCodec(tmp_path)

@@ -159,7 +159,7 @@ def test_settings_of_gemma_3_with_images(name: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_images_in_a_t5gemma_2_that_transformers_made(tmp_path: Path) -> None:
+def test_images_in_a_t5gemma_2_written_by_transformers(tmp_path: Path) -> None:
     write_t5gemma2(tmp_path, {"num_hidden_layers": 2}, {"num_hidden_layers": 3}, tower=SIGLIP)
     theirs = loaded(T5Gemma2ForConditionalGeneration, tmp_path)
     model = T5Gemma2Reference(open_checkpoint(tmp_path))
@@ -191,7 +191,7 @@ def test_every_activation_is_that_of_transformers(name: Activation, dtype: torch
     assert torch.equal(ACTIVATIONS[name](x), ACT2FN[name](x))
 
 
-def test_the_activations_that_configs_may_name_are_those_that_are_computed() -> None:
+def test_activations_in_configs_and_implemented_activations_match() -> None:
     assert set(get_args(Activation)) == set(ACTIVATIONS)
 
 

@@ -1,4 +1,4 @@
-"""Gemma 2 and T5Gemma compute what transformers computes with eager attention, bit for bit, in two dtypes."""
+"""Gemma 2 and T5Gemma compute the same as transformers with eager attention, bit for bit, in two dtypes."""
 
 import itertools
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ STACK: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model as transformers and as the reference sees it, and what both read."""
+    """A model loaded by transformers and by the reference, and the input of both."""
 
     theirs: Any
     ours: Any
@@ -50,7 +50,7 @@ def batches() -> tuple[Batch, Batch]:
 
 @pytest.fixture(scope="module", params=itertools.product(NAMES, DTYPES), ids="-".join)
 def case(request: pytest.FixtureRequest, converted_twin: TwinFolder) -> Case:
-    """A conversion of every twin in either dtype."""
+    """Return a conversion of every twin in each dtype."""
     name, dtype = request.param[0], DTYPES[request.param[1]]
     folder = converted_twin(name)
     theirs = loaded(T5GemmaForConditionalGeneration, folder, dtype)
@@ -97,7 +97,7 @@ def test_decoder_logits(case: Case) -> None:
 
 
 @torch.no_grad()
-def test_a_decoder_without_memory_is_one_whose_cross_attention_adds_nothing(case: Case) -> None:
+def test_a_decoder_without_memory_equals_one_with_zero_cross_attention(case: Case) -> None:
     run = case.ours.start_decoder(case.inputs.ids, case.inputs.kept, None, None)
     found, kept = case.ours.decoder.logits(run.through(case.ours.decoder)), case.inputs.kept
     norms = [layer.post_cross_attn_layernorm.weight for layer in case.theirs.model.decoder.layers]
@@ -140,7 +140,7 @@ def test_decoder_states_are_the_same_from_a_cache_filled_in_pieces(converted_twi
     pieces, done = [], 0
     for length in (9, 1, 1, 5, 7):
         ids, kept = inputs.ids[:, done : done + length], inputs.kept[:, : done + length]
-        # Only the first call needs the memory; what the cache holds of it is not computed again.
+        # Only the first call needs the memory; its cached keys and values are not computed again.
         given = memory if done == 0 else torch.full_like(memory, torch.nan)
         pieces.append(model.decode(ids, kept, given, encoder_inputs.kept, caches))
         done += length

@@ -1,4 +1,4 @@
-"""The three equalities between the references: a decoder without memory and a causal encoder are Gemma 3."""
+"""The equalities between the references: a decoder without memory and a causal encoder equal Gemma 3."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_decoder_that_sees_no_memory_is_gemma_3_exactly_at_any_length(
+def test_a_decoder_without_memory_equals_gemma_3_at_any_length(
     dtype: torch.dtype, twin_folder: TwinFolder, converted_twin: TwinFolder
 ) -> None:
     gemma = Gemma3Reference(open_checkpoint(twin_folder("text-8")), dtype=dtype, resident=True)
@@ -54,7 +54,7 @@ def test_an_encoder_under_causal_masks_is_gemma_3_exactly(
 
 
 def as_module_names(name: str) -> str:
-    """A tensor's name as the modules of transformers have it."""
+    """Return a tensor's name in the modules of transformers."""
     if name.startswith(("model.encoder.embed_tokens", "model.encoder.layers", "model.encoder.norm")):
         return name.replace("model.encoder.", "model.encoder.text_model.")
     return name.replace("vision_tower.vision_model.", "vision_tower.")
@@ -82,7 +82,7 @@ def test_names_of_the_modules_are_read_as_well(converted_twin: TwinFolder, tmp_p
     assert torch.equal(modules.vision.features(images), published.vision.features(images))
 
 
-def test_the_stub_of_a_text_only_model_is_no_vision_tower(converted_twin: TwinFolder) -> None:
+def test_the_stub_of_a_text_only_model_is_not_a_vision_tower(converted_twin: TwinFolder) -> None:
     assert T5Gemma2Reference(open_checkpoint(converted_twin("text-8"))).vision is None
 
 
@@ -110,10 +110,8 @@ def test_another_model_is_refused(
 
 @pytest.mark.parametrize("field", ["eoi_token_index", "image_token_index"])
 @torch.no_grad()
-def test_special_tokens_are_those_that_transformers_takes(
-    field: str, converted_twin: TwinFolder, tmp_path: Path
-) -> None:
-    """Where the config says a token twice, transformers takes the encoder's end-of-image and the outer image token."""
+def test_special_tokens_equal_those_of_transformers(field: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
+    """If the config has a token twice, transformers uses the encoder's end-of-image and the outer image token."""
     shutil.copytree(converted_twin("images-8"), tmp_path / "edited")
     config = json.loads((tmp_path / "edited/config.json").read_text())
     config[field] = 295

@@ -9,7 +9,7 @@ FEATURES = torch.arange(1.0, 13.0).view(3, 2, 2)
 """Three images of two tokens of width 2."""
 
 
-def test_soft_tokens_go_to_the_image_tokens_in_order_and_the_input_stays() -> None:
+def test_soft_tokens_replace_image_tokens_in_order_in_a_copy() -> None:
     embedded = -torch.ones(2, 4, 2)
     found = scatter_images(embedded, IDS, 9, FEATURES)
     assert found.tolist() == [[[1, 2], [3, 4], [-1, -1], [5, 6]], [[-1, -1], [7, 8], [9, 10], [11, 12]]]

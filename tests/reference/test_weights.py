@@ -23,7 +23,7 @@ SHAPES = {"a.table": (40, 6), "a.inner.weight": (5, 6), "a.inner.bias": (5,), "o
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with a few tensors; names that sort otherwise than they are stored make offsets matter."""
+    """Return a folder with a few tensors; their names sort differently than they are stored, so offsets matter."""
     generator = torch.Generator().manual_seed(9)
     tensors = {name: torch.randn(shape, generator=generator).to(request.param) for name, shape in SHAPES.items()}
     return write(tmp_path, tensors)
@@ -47,7 +47,7 @@ class Inner(nn.Module):
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("resident", [False, True])
-def test_everything_read_is_what_safetensors_reads(folder: Path, dtype: torch.dtype | None, resident: bool) -> None:
+def test_tensors_equal_those_read_by_safetensors(folder: Path, dtype: torch.dtype | None, resident: bool) -> None:
     read = Weights(open_checkpoint(folder), dtype=dtype, resident=resident)
     expected = {name: tensor.to(dtype or tensor.dtype) for name, tensor in stored(folder).items()}
     for name, tensor in expected.items():
@@ -97,7 +97,7 @@ def test_resident_weights_are_read_once_and_kept(folder: Path, monkeypatch: pyte
     assert len(lengths) == 3
 
 
-def test_other_weights_are_forgotten_with_their_last_user(folder: Path) -> None:
+def test_other_weights_are_released_with_their_last_user(folder: Path) -> None:
     read = Weights(open_checkpoint(folder))
     module, tensor = read.module(Inner, "a."), read.tensor("a.table")
     assert read.module(Inner, "a.") is not module
@@ -107,7 +107,7 @@ def test_other_weights_are_forgotten_with_their_last_user(folder: Path) -> None:
 
 
 def recorded_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The length in bytes of every read from here on."""
+    """Record the length in bytes of every later read."""
     lengths: list[int] = []
     read_exactly = weights.read_exactly
 
@@ -166,7 +166,7 @@ def test_a_file_that_shrank_or_went_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_a_row_that_the_table_lacks_is_no_row_of_another_tensor(resident: bool, tmp_path: Path) -> None:
+def test_a_row_outside_the_table_is_not_read_from_another_tensor(resident: bool, tmp_path: Path) -> None:
     write(tmp_path, {"a.table": torch.zeros(4, 2), "b": torch.ones(9, 9)})
     with pytest.raises((CheckpointError, IndexError)):
         Weights(open_checkpoint(tmp_path), resident=resident).gather("a.table", torch.tensor([4]))
@@ -187,7 +187,7 @@ def test_only_prefix_wants_exactly_one_name(folder: Path) -> None:
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many modules were in memory whenever one had been read, that one among them."""
+    """Return the number of modules in memory after each read, including the module just read."""
     made: list[weakref.ref[nn.Module]] = []
     counts: list[int] = []
     module = Weights.module
@@ -209,7 +209,7 @@ def test_a_streamed_model_holds_a_layer_at_a_time(
     Gemma3Reference(open_checkpoint(twin_folder("text-13"))).logits(batch.ids, batch.kept)
     model = T5Gemma2Reference(open_checkpoint(converted_twin("text-13")))
     model.decode(batch.ids, batch.kept, model.encode(batch.ids, batch.kept), batch.kept)
-    # 13 layers and the last norm, three times.
+    # 13 layers and the last norm, read three times.
     assert alive == [1] * 3 * 14
 
 
@@ -229,7 +229,7 @@ def test_a_streamed_model_reads_its_table_in_slices(twin_folder: TwinFolder, mon
     assert sum(lengths) > 262_144 * 8 * 2
 
 
-def test_a_sharded_folder_gives_what_each_shard_holds(twin_folder: TwinFolder) -> None:
+def test_a_sharded_folder_gives_the_tensors_of_each_shard(twin_folder: TwinFolder) -> None:
     source = twin_folder("text-sharded")
     read = Weights(open_checkpoint(source))
     shards = sorted(source.glob("*.safetensors"))
