@@ -53,7 +53,7 @@ ENCODER, DECODER = padded_batch(21, seed=3, eoi=None), padded_batch(17, seed=4, 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    """Other tests do not know the family."""
+    """Unregister the family for other tests."""
     register()
     yield
     del TARGETS[MODEL_TYPE], MODEL_LOADERS[MODEL_TYPE]
@@ -61,7 +61,7 @@ def registered() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def researched(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFactory) -> Researched:
-    """The conversion of a twin by one of the maps, by their names, written on first use."""
+    """Return the conversion of a twin by a map, both by name, written on first use."""
     root = tmp_path_factory.mktemp("researched")
 
     def folder(twin: str, name: str) -> Path:
@@ -73,7 +73,7 @@ def researched(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFactory
 
 
 def read(model: torch.nn.Module, encoder: Batch, decoder: Batch, *, hidden: bool = False) -> Tensor:
-    """Logits of the kept tokens."""
+    """Return the logits of the kept tokens."""
     mask = torch.zeros_like(encoder.mask) if hidden else encoder.mask
     states = model.model(
         input_ids=encoder.ids,
@@ -94,7 +94,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @torch.inference_mode()
-def test_merged_and_tied_it_computes_what_transformers_computes(
+def test_merged_and_tied_it_computes_the_same_as_transformers(
     kernel: str, researched: Researched, converted_twin: TwinFolder
 ) -> None:
     theirs = of_transformers(T5Gemma2ForConditionalGeneration, converted_twin(TEXT))
@@ -176,7 +176,7 @@ def test_the_parameters_are_called_as_the_tensors_and_tied_ones_are_one(research
         assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
 
 
-def test_tying_and_merging_save_what_the_paper_says_that_they_save(researched: Researched) -> None:
+def test_tying_and_merging_save_as_much_as_the_paper_says(researched: Researched) -> None:
     counted = {name: inspect(researched(TEXT, name)).parameters for name in VARIANTS}
     sizes = {name: json.loads((researched(TEXT, name) / "config.json").read_text()) for name in VARIANTS}
     for name, form in VARIANTS.items():
@@ -211,7 +211,7 @@ def damaged(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], ob
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda tensors: tensors.pop("model.decoder.norm.weight"), "has no tensor 'model.decoder.norm.weight'"),
         (lambda tensors: tensors.update(other=torch.zeros(2)), "tensors that its config does not imply: other"),
@@ -222,12 +222,12 @@ def damaged(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], ob
     ],
 )
 def test_a_folder_with_other_tensors_is_refused(
-    change: Callable[[dict[str, Tensor]], object], told: str, researched: Researched, tmp_path: Path
+    change: Callable[[dict[str, Tensor]], object], message: str, researched: Researched, tmp_path: Path
 ) -> None:
     folder = damaged(researched(TEXT, "merged"), tmp_path / "damaged", change)
     with pytest.raises(CheckpointError) as caught:
         load(folder)
-    assert told in caught.value.message
+    assert message in caught.value.message
 
 
 def test_verify_never_passes_a_research_model(researched: Researched, twin_folder: TwinFolder) -> None:
@@ -336,7 +336,7 @@ SETTINGS = Settings(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """`model`, a conversion of the demo model; `data`, packed for it; `run`, four steps with two checkpoints."""
+    """`Write `model`, a conversion of the demo; `data`, packed for it; `run`, four steps with two checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
     build_demo_source(folder / "parent")
     convert(folder / "parent", folder / "model")
@@ -356,7 +356,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def before(trained: Path) -> Evaluation:
-    """The conversion before its training."""
+    """Return the conversion before its training."""
     return evaluate(trained / "model", trained / "data", SETTINGS, samples=SAMPLES)
 
 

@@ -180,7 +180,7 @@ def test_the_script_by_hand_gives_the_same_parameters(tmp_path: Path) -> None:
 
 
 def write_readable_source(folder: Path) -> None:
-    """A twin with a tokenizer."""
+    """Return a twin with a tokenizer."""
     from tests.models.twins import BY_NAME, write_twin
 
     folder.mkdir()
@@ -189,7 +189,7 @@ def write_readable_source(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_encoder_example_tells_how_alike_texts_are(tmp_path: Path) -> None:
+def test_the_encoder_example_prints_text_similarity(tmp_path: Path) -> None:
     write_readable_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "whole")
     texts = ["the quick fox", "the quick dog", "over"]
@@ -216,7 +216,7 @@ TINY_PARENT = EXAMPLES / "tiny_parent"
 
 @pytest.fixture(scope="module")
 def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small Gemma 3 after two steps, with what the training said beside it."""
+    """Return the small Gemma 3 after two training steps, with the training's output."""
     folder = tmp_path_factory.mktemp("tiny-parent") / "parent"
     said = run("tiny_parent/train.py", folder, "--steps", "2", "--documents", "12")
     (folder.parent / "said").write_text(said)
@@ -244,7 +244,7 @@ def test_the_trained_parent_is_taken_by_the_converter(tiny_parent: Path, tmp_pat
     assert [check.name for check in report.checks if not check.passed] == []
 
 
-def test_no_text_gives_the_tokens_that_are_left_for_sentinels(tiny_parent: Path) -> None:
+def test_no_text_contains_the_tokens_reserved_for_sentinels(tiny_parent: Path) -> None:
     tokenizer = Tokenizer.from_file(str(tiny_parent / "tokenizer.json"))
     text = "def f():\n    return '<unused4000>' + \"ÅΩ\""
     ids = tokenizer.encode(text).ids
@@ -270,7 +270,7 @@ def test_the_corpus_is_the_same_each_time_and_holds_nothing_out_twice(tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_ablations_are_trained_judged_and_drawn(tiny_parent: Path, tmp_path: Path) -> None:
+def test_the_ablations_are_trained_evaluated_and_drawn(tiny_parent: Path, tmp_path: Path) -> None:
     options = ["--models", "untied", "random", "--steps", "2", "--checkpoints", "2", "--batch", "2", "--length", "32"]
     out = tmp_path / "out"
     said = run("ablation/run.py", tiny_parent, out, *options, "--samples", "8", "--documents", "4")

@@ -1,4 +1,4 @@
-"""A tokenizer made as Gemma 3's is, with its special tokens at their ids, and the files that stand beside one.
+"""A tokenizer built like Gemma 3's, with its special tokens at their ids, and the files next to it.
 
 The vocabulary is as large as the published one and holds words made up; like there, every word of the vocabulary that
 looks like a tag is an added token too, and the image token is one more, behind the table.
@@ -73,7 +73,7 @@ PREPROCESSOR: Final[Mapping[str, Any]] = {
 
 @cache
 def tokenizer_text() -> str:
-    """tokenizer.json as the tokenizers library writes it."""
+    """Return tokenizer.json as the tokenizers library writes it."""
     words = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n", "\n\n", *map(chr, range(33, 127)), "ab", "▁ab"]
     words = list(dict.fromkeys([*words, *LOOKALIKES]))
     vocabulary: dict[str, int] = {}
@@ -97,7 +97,7 @@ def tokenizer_text() -> str:
 
 
 def moved(text: str) -> dict[str, Any]:
-    """What a tokenizer.json says when the image token has moved, worked out on the parsed file."""
+    """Return the parsed tokenizer.json with the image token moved."""
     document: dict[str, Any] = json.loads(text)
     document["added_tokens"] = [entry for entry in document["added_tokens"] if entry["id"] != VOCABULARY]
     for entry in document["added_tokens"]:
@@ -113,7 +113,7 @@ def moved(text: str) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json, special_tokens_map.json and added_tokens.json of a published Gemma 3."""
+    """Return all four tokenizer files of a published Gemma 3."""
     text = tokenizer_text()
     (folder / "tokenizer.json").write_text(text)
     decoder = {
@@ -127,14 +127,14 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_processor(folder: Path, *, side: int, tokens: int) -> None:
-    """preprocessor_config.json and processor_config.json as the Hub's repositories have them."""
+    """Return preprocessor_config.json and processor_config.json as on the Hub."""
     size = {"height": side, "width": side}
     write_json(folder / "preprocessor_config.json", {**PREPROCESSOR, "image_seq_length": tokens, "size": size})
     write_json(folder / "processor_config.json", {"image_seq_length": tokens, "processor_class": "Gemma3Processor"})
 
 
 def write_nested_processor(folder: Path, *, side: int, tokens: int) -> None:
-    """processor_config.json alone, as transformers 5 saves it: what is null goes."""
+    """Return only processor_config.json, as transformers 5 saves it without null values."""
     image = {key: value for key, value in PREPROCESSOR.items() if value is not None and key != "processor_class"}
     image |= {"image_seq_length": tokens, "size": {"height": side, "width": side}}
     document = {"image_processor": image, "image_seq_length": tokens, "processor_class": "Gemma3Processor"}

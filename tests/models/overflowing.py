@@ -10,7 +10,7 @@ NORM_WEIGHT = 50_000.0
 
 
 def make_overflow(source: Path, target: Path, layer: int = 3) -> Path:
-    """Copy a single-file checkpoint, with a norm behind one layer that multiplies its states by 50,001."""
+    """Copy a single-file checkpoint; the norm after one layer multiplies its states by 50,001."""
     shutil.copytree(source, target)
     tensors = load_file(source / "model.safetensors")
     chosen = [name for name in tensors if name.endswith(f".layers.{layer}.post_feedforward_layernorm.weight")]

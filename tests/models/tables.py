@@ -1,4 +1,4 @@
-"""Embedding tables in files, for tests that align one with another."""
+"""Embedding tables in files, for alignment tests."""
 
 import os
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ START: Final = 37
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """As a safetensors file holds it."""
+    """Return the bytes as in a safetensors file."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @contextmanager
 def stored(folder: Path, **tables: Tensor) -> Iterator[list[Table]]:
-    """Tables by name, [rows, width], each in a file of its own, open."""
+    """Yield open tables by name, [rows, width], each in its own file."""
     found = []
     for name, values in tables.items():
         (folder / name).write_bytes(b"h" * START + to_bytes(values) + b"t" * 5)
@@ -39,12 +39,12 @@ def stored(folder: Path, **tables: Tensor) -> Iterator[list[Table]]:
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal deviates, rounded to a dtype."""
+    """Return normal random numbers, rounded to a dtype."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def ill_conditioned(rows: int, width: int, condition: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """A float32 table [rows, width] with about this condition number, and its weakest direction [width, 1], float64."""
+    """Return a float32 table [rows, width] with about this condition number, and its weakest direction [width, 1]."""
     axes, _ = torch.linalg.qr(random(width, width, seed=seed, dtype=torch.float64))
     sizes = condition ** -torch.linspace(0, 1, width, dtype=torch.float64)
     return (random(rows, width, seed=seed + 1, dtype=torch.float64) * sizes @ axes).float(), axes[-1:].T

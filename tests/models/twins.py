@@ -1,4 +1,4 @@
-"""Twins: small seeded Gemma checkpoints of awkward shapes, written by transformers, respelled as others spell them.
+"""Twins: small seeded Gemma checkpoints of awkward shapes, written by transformers or in other tools' spellings.
 
 Awkward: a depth that is no multiple of the 5:1 pattern, an odd window, head_dim * heads other than the hidden size, one
 and two key-value heads, a vocabulary with and without the rows of random fill.
@@ -36,7 +36,7 @@ SIGLIP: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Twin:
-    """A source to be written: its text settings, its vision settings if it has any, dtype and shard size."""
+    """A source to write: text settings, vision settings if any, dtype and shard size."""
 
     name: str
     text: Mapping[str, Any]
@@ -48,17 +48,17 @@ class Twin:
 
     @property
     def vocab(self) -> int:
-        """Rows of the source's table."""
+        """Return the number of rows of the source's table."""
         return int(self.text["vocab_size"])
 
     @property
     def has_eoi(self) -> bool:
-        """Whether the table has an end-of-image row."""
+        """Return whether the table has an end-of-image row."""
         return self.eoi < self.vocab
 
     @property
     def eoi(self) -> int:
-        """The end-of-image token."""
+        """Return the end-of-image token."""
         return self.tokens.get("eoi_token_index", 256_000)
 
 
@@ -114,7 +114,7 @@ DONORS = [Twin("donor-wide", _text(hidden_size=32, num_hidden_layers=6), SIGLIP,
 
 
 PARENTS = [
-    # Of the width and vocabulary of the others, and unlike them in all else.
+    # Same width and vocabulary as the others, everything else differs.
     Twin(
         "text-unlike-7",
         _text(
@@ -137,7 +137,7 @@ PARENTS = [
 
 
 def write_aligned_source(source: Path, donor: Path, folder: Path) -> torch.Tensor:
-    """Copy a text-only twin, with a table that is exactly the donor's times a matrix, [donor width, width].
+    """Copy a text-only twin; its table is exactly the donor's times a matrix [donor width, width].
 
     Each column of the source's is one of the donor's times a power of two, so that nothing is rounded.
     """
@@ -155,7 +155,7 @@ def write_aligned_source(source: Path, donor: Path, folder: Path) -> torch.Tenso
 
 
 def _gemma2(name: str, *, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "5GB", **changes: Any) -> Twin:
-    """Softcaps that bite, depths that are odd, and windows that all inputs are longer than."""
+    """Effective softcaps, odd depths, and windows shorter than all inputs."""
     text = _text(num_hidden_layers=5, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
     return Twin(name, {**text, **changes}, dtype=dtype, max_shard_size=max_shard_size, family="gemma2")
 
@@ -246,7 +246,7 @@ def respell(source: Path, target: Path, spelling: Callable[[Tensors], Tensors]) 
 
 
 def split_off(source: Path, target: Path, part: str) -> tuple[str, str]:
-    """Copy a single-file checkpoint with the tensors whose names hold `part` in a second file; the names of both."""
+    """Copy a single-file checkpoint; move tensors with `part` in their name to a second file; return both names."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     (target / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, without the seconds that Python takes to import torch.
+"""Commands in separate processes, without the seconds of importing torch.
 
 `python(...)` replaces `subprocess.run([sys.executable, ...])`: it forks a server that has imported everything, and the
 child gets its own environment, folder, streams and exit code. huggingface_hub reads the environment when it is
@@ -30,7 +30,7 @@ ROOT: Final = Path(__file__).parents[2]
 
 
 class Preload(StrEnum):
-    """What a server has imported before it forks."""
+    """The modules that a server imports before it forks."""
 
     TOOL = "tool"
     TRANSFORMERS = "transformers"
@@ -108,7 +108,7 @@ def _start(preload: Preload) -> "subprocess.Popen[bytes]":
 
 
 def _serve(preload: Preload) -> None:
-    """Answer each request with the id of its process, then with its exit code."""
+    """Answer each request with its process id, then with its exit code."""
     from t5g2convert.cli.command import load
     from t5g2convert.cli.main import COMMANDS
 
@@ -118,7 +118,7 @@ def _serve(preload: Preload) -> None:
         load(name)
     if preload is Preload.TOOL:
         assert not {"huggingface_hub", "transformers"} & set(sys.modules)
-    # Collections in the children would touch, and so copy, every page.
+    # Garbage collection in the children would touch, and so copy, every page.
     gc.freeze()
     for line in sys.stdin.buffer:
         child = os.fork()
@@ -130,7 +130,7 @@ def _serve(preload: Preload) -> None:
 
 
 def _run(arguments: list[str], cwd: str, env: dict[str, str], streams: list[str]) -> None:
-    """Be the command, and end with it."""
+    """Run the command in this process, and exit with its code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)):
         opened = os.open(path, flags, 0o644)

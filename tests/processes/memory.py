@@ -1,4 +1,4 @@
-"""Peak memory of a run of the command line, as the kernel counts it, and a limit for what runs in this process."""
+"""Peak memory of a run of the command line, as the kernel counts it, and a limit for this process."""
 
 import resource
 import subprocess
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# VmHWM starts anew with the process; ru_maxrss would carry over what the tests themselves take.
+# VmHWM starts from zero in each process; ru_maxrss would include the tests' own memory.
 _SCRIPT = """
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ finally:
 
 
 def run_and_measure(*arguments: str | Path) -> tuple[str, int]:
-    """Run `t5g2` with these arguments; what it printed on stdout, and its peak resident memory in bytes."""
+    """Run `t5g2` with these arguments; return its stdout and its peak resident memory in bytes."""
     command = [sys.executable, "-c", _SCRIPT, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return run.stdout, int(run.stderr.splitlines()[-1].split()[1]) * 1024
@@ -29,7 +29,7 @@ def run_and_measure(*arguments: str | Path) -> tuple[str, int]:
 
 @contextmanager
 def memory_limit(more: int) -> Iterator[None]:
-    """At most `more` bytes beyond what this process has mapped; what asks for more gets a MemoryError."""
+    """Limit this process to `more` bytes beyond its mapped memory; larger requests raise MemoryError."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + more, before[1]))

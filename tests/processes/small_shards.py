@@ -1,6 +1,6 @@
-"""The command line, cutting files as small as tiny models need: `python -m tests.processes.small_shards convert ...`
+"""The command line with shards as small as tiny models need: `python -m tests.processes.small_shards convert ...`
 
-A user's are 1 MB at least. To import it is enough.
+Real shards are at least 1 MB. Importing this module is enough.
 """
 
 from t5g2convert.conversion import options

@@ -1,4 +1,4 @@
-"""A runner of GitHub's for the steps that our action and workflows have: expressions, files, conditions, outcomes.
+"""A GitHub runner for the steps of our action and workflows: expressions, files, conditions, outcomes.
 
 It follows what the documentation of GitHub Actions says of `runs.steps`: `shell: bash` is
 `bash --noprofile --norc -eo pipefail FILE`, and `run:` of a workflow without a shell is `bash -e FILE`; what a step
@@ -20,7 +20,7 @@ import yaml
 
 @dataclass
 class Ran:
-    """What a job or an action did."""
+    """The result of a job or an action."""
 
     passed: bool = True
     log: str = ""
@@ -31,7 +31,7 @@ class Ran:
 
 @dataclass
 class Runner:
-    """A machine: the workspace that steps run in, a temporary folder, and what they leave for each other."""
+    """A machine: the workspace of the steps, a temporary folder, and the state that steps share."""
 
     workspace: Path
     temp: Path
@@ -49,7 +49,7 @@ class Runner:
 
     @property
     def summary(self) -> Path:
-        """The job's summary."""
+        """Return the path of the job's summary."""
         return self.temp / "summary.md"
 
     def action(self, folder: Path, given: Mapping[str, str]) -> Ran:
@@ -71,7 +71,7 @@ class Runner:
         return self.run(job["steps"], {"runner.temp": str(self.temp)})
 
     def run(self, steps: list[dict[str, Any]], scope: dict[str, str]) -> Ran:
-        """Run steps in their order; `scope` gets their outputs and outcomes."""
+        """Run steps in order; store their outputs and outcomes in `scope`."""
         ran = Ran()
         for number, step in enumerate(steps):
             name = step.get("name", f"step {number}")
@@ -129,12 +129,12 @@ def _pairs(path: Path) -> dict[str, str]:
 
 
 def fill(text: str, scope: Mapping[str, str]) -> str:
-    """Text with its `${{ name }}`; what is unknown is empty, as it is to GitHub."""
+    """Expand `${{ name }}` in a text; unknown names are empty, as on GitHub."""
     return re.sub(r"\$\{\{\s*([\w.-]+)\s*\}\}", lambda found: scope.get(found[1], ""), text)
 
 
 def holds(condition: str, scope: Mapping[str, str], passed: bool) -> bool:
-    """An `if:` of `always()`, `A == 'x'`, `A != 'x'`, joined by `&&`."""
+    """Evaluate an `if:` of `always()`, `A == 'x'`, `A != 'x'`, joined by `&&`."""
     terms = [term.strip() for term in condition.strip().removeprefix("${{").removesuffix("}}").split("&&")]
     if "always()" not in terms and not passed:
         return False

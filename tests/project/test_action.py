@@ -32,7 +32,7 @@ REPO: Final = "org/t5gemma-tiny"
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    """The action's script, as a module."""
+    """Return the action's script as a module."""
     sys.path.insert(0, str(ACTION))
     yield import_module("parity")
     sys.path.remove(str(ACTION))
@@ -40,7 +40,7 @@ def script() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    """A workspace with a Gemma 3, its conversion, and a text."""
+    """Return a workspace with a Gemma 3, its conversion, and a text."""
     folder = tmp_path / "workspace"
     build_demo_source(folder / "source")
     convert(folder / "source", folder / "output")
@@ -71,7 +71,7 @@ def reports(runner: Runner, name: str = "parity") -> Path:
 
 
 def states(markdown: str) -> dict[str, str]:
-    """The summary's table as it renders: check to mark."""
+    """Return the rendered table of a summary: check to mark."""
     tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
     cells = [
         "".join(child.content for child in tokens[at + 1].children or [])
@@ -104,7 +104,7 @@ def test_a_good_twin_is_green(runner: Runner, workspace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_broken_twin_is_red_and_the_summary_says_what_failed(runner: Runner, workspace: Path) -> None:
+def test_a_broken_twin_fails_and_the_summary_names_the_checks(runner: Runner, workspace: Path) -> None:
     break_config(workspace / "output")
     ran = judge(runner)
     assert not ran.passed
@@ -112,12 +112,12 @@ def test_a_broken_twin_is_red_and_the_summary_says_what_failed(runner: Runner, w
     assert ran.outputs["passed"] == "false"
     assert ran.outputs["exit-code"] == "6"
     assert runner.artifacts == {"parity": ["parity.html", "parity.json", "parity.xml"]}
-    told = runner.summary.read_text()
-    assert told.startswith("### t5g2 verify: failed with exit code 6\n")
-    shown = states(told)
+    text = runner.summary.read_text()
+    assert text.startswith("### t5g2 verify: failed with exit code 6\n")
+    shown = states(text)
     assert {name for name, mark in shown.items() if "FAILED" in mark} >= {"integrity", "config"}
     assert shown["provenance"] == "✅ passed"
-    assert "config.json" in told
+    assert "config.json" in text
     suite = ElementTree.parse(reports(runner) / "parity.xml").getroot()
     assert int(suite.get("failures", "0")) >= 2
 
@@ -158,7 +158,7 @@ def test_a_trained_model_is_compared_with_limits(runner: Runner, workspace: Path
     ],
     ids=lambda value: " ".join(f"{key}={it}" for key, it in value.items()) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_judged_is_red_with_its_reason(
+def test_a_folder_that_cannot_be_verified_fails_with_the_reason(
     runner: Runner, given: dict[str, str], code: int, says: str
 ) -> None:
     ran = judge(runner, **given)
@@ -181,7 +181,7 @@ def test_an_earlier_verdict_is_not_taken_for_this_one(runner: Runner) -> None:
     assert ElementTree.parse(reports(runner) / "parity.xml").getroot().get("errors") == "1"
 
 
-def test_a_tool_that_is_not_there_or_says_nothing_is_red(runner: Runner, tmp_path: Path) -> None:
+def test_a_missing_or_silent_tool_fails(runner: Runner, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
     system = runner.env["PATH"].split(os.pathsep, 1)[1]
@@ -197,7 +197,7 @@ def test_a_tool_that_is_not_there_or_says_nothing_is_red(runner: Runner, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_is_fetched_and_judged_at_its_revision(runner: Runner, workspace: Path) -> None:
+def test_a_hub_model_is_fetched_and_verified_at_its_revision(runner: Runner, workspace: Path) -> None:
     with running() as hub:
         commit = hub.add(REPO, workspace / "output")
         break_config(workspace / "output")
@@ -224,9 +224,9 @@ def test_every_input_reaches_the_command_line(script: ModuleType) -> None:
     }  # fmt: skip
     line = script.command(given, Path("O"), Path("R"))
     assert line[:5] == ["t5g2", "verify", "O", "--source", "S"]
-    asked = line[line.index("--no-record") :]
+    requested = line[line.index("--no-record") :]
     for words in (["--text", "T"], ["--vision-from", "V"], ["--decoder-from", "D"], ["--tolerance", "0"]):
-        assert asked[asked.index(words[0]) + 1] == words[1]
+        assert requested[requested.index(words[0]) + 1] == words[1]
     given |= {"mode": "compare", "max-kl": "0.1", "min-agreement": "0.9"}
     line = script.command(given, Path("O"), Path("R"))
     assert line[:4] == ["t5g2", "compare", "S", "O"]
@@ -235,7 +235,7 @@ def test_every_input_reaches_the_command_line(script: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("kl", "state"), [(0.1, "passed"), (0.11, "FAILED"), (None, "FAILED")])
-def test_a_figure_that_is_no_number_fails(script: ModuleType, kl: float | None, state: str) -> None:
+def test_a_figure_that_is_not_a_number_fails(script: ModuleType, kl: float | None, state: str) -> None:
     document = {"decoder_alone": {"kl": kl, "agreement": None if kl is None else 1 - kl}}
     rows = script.rows_of(document, {"max-kl": "0.1", "min-agreement": "0.9"})
     assert [row.state for row in rows] == [state, state]
@@ -247,20 +247,20 @@ def test_a_figure_that_is_no_number_fails(script: ModuleType, kl: float | None, 
 @pytest.mark.parametrize("text", [*HOSTILE.values(), *MARKUP, "a|b", "<img src=x>", "[a](http://b)", "`x", "@team"])
 def test_text_from_outside_is_shown_in_the_summary_and_not_obeyed(script: ModuleType, text: str) -> None:
     row = import_module("summary").Row(text, "FAILED", f"{text} https://x.y www.x.y")
-    told = script.summary("t", text, [row], [text])
-    tokens = MarkdownIt("commonmark").enable("table").parse(told)
+    result = script.summary("t", text, [row], [text])
+    tokens = MarkdownIt("commonmark").enable("table").parse(result)
     kinds = {child.type for token in tokens for child in token.children or []}
     assert kinds <= {"text", "text_special", "strong_open", "strong_close", "softbreak"}
-    assert script.printable(text) in states(told)
-    assert all(character.isprintable() for character in told.replace("\n", ""))
-    assert "http:" not in told
-    assert "https:" not in told
-    assert "www." not in told
+    assert script.printable(text) in states(result)
+    assert all(character.isprintable() for character in result.replace("\n", ""))
+    assert "http:" not in result
+    assert "https:" not in result
+    assert "www." not in result
     ElementTree.fromstring(import_module("summary").as_junit("t", [row]))
 
 
 @pytest.mark.slow
-def test_no_tensor_name_is_a_command_to_the_runner(runner: Runner, workspace: Path) -> None:
+def test_no_tensor_name_becomes_a_runner_command(runner: Runner, workspace: Path) -> None:
     rewrite_names(workspace / "source", {}, ("::error::x", "::add-mask::passed"))
     ran = judge(runner)
     assert ran.outputs["exit-code"] == "3"
@@ -291,7 +291,7 @@ def test_an_input_is_never_part_of_a_script(runner: Runner, workspace: Path) -> 
 def test_the_action_installs_its_own_checkout_and_puts_it_on_the_path(
     runner: Runner, workspace: Path, tmp_path: Path
 ) -> None:
-    # Without network: what t5g2 needs is here already, hatchling too.
+    # Without network: t5g2's dependencies and hatchling are installed.
     packages = next((Path(sys.prefix) / "lib").glob("python*/site-packages"))
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "tests", "__pycache__"))
@@ -306,7 +306,7 @@ def test_the_action_installs_its_own_checkout_and_puts_it_on_the_path(
     assert installed.read_bytes() == (ROOT / "t5g2convert/__init__.py").read_bytes()
 
 
-def test_a_version_is_asked_for_by_its_number(runner: Runner, tmp_path: Path) -> None:
+def test_a_version_is_installed_by_its_number(runner: Runner, tmp_path: Path) -> None:
     venv = runner.temp / "t5g2/bin"
     venv.mkdir(parents=True)
     (venv / "python").write_text('#!/bin/sh\necho "$@" > asked\nexit 1\n')
@@ -314,9 +314,9 @@ def test_a_version_is_asked_for_by_its_number(runner: Runner, tmp_path: Path) ->
     ran = runner.action(ACTION, {"source": "source", "output": "output", "install": "0.1.0"})
     assert ran.steps == {"Install t5g2": "failure", "Judge": "skipped", "Keep the reports": "skipped"}
     assert not ran.passed
-    asked = (runner.workspace / "asked").read_text()
-    assert asked.endswith(" t5g2convert==0.1.0\n")
-    assert f"--constraint {ROOT}/constraints.txt" in asked
+    requested = (runner.workspace / "asked").read_text()
+    assert requested.endswith(" t5g2convert==0.1.0\n")
+    assert f"--constraint {ROOT}/constraints.txt" in requested
 
 
 # Workflows
@@ -340,7 +340,7 @@ def test_the_projects_own_parity_job_is_green(runner: Runner) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_finds_no_broken_copy_is_red(runner: Runner) -> None:
+def test_a_job_without_a_broken_copy_fails(runner: Runner) -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     shutil.copy(ROOT / "LICENSE", runner.workspace)
     steps = workflow["jobs"]["parity"]["steps"]
@@ -419,7 +419,7 @@ def test_the_plain_shell_gives_the_same_verdicts(
 
 
 @pytest.mark.slow
-def test_the_plain_shell_judges_a_pull_request_of_a_model(
+def test_the_plain_shell_verifies_a_pull_request_of_a_model(
     shell: Callable[..., subprocess.CompletedProcess[str]], runner: Runner, workspace: Path
 ) -> None:
     with running() as hub:

@@ -1,4 +1,4 @@
-"""docs/adding-a-family.md lists the files that Gemma 2 took, and shows what is there."""
+"""docs/adding-a-family.md lists the files of the Gemma 2 family, and quotes the real code."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_the_row_is_in_the_map() -> None:
     assert row in yaml.safe_load(find_map("gemma2").path.read_text())["weights"]
 
 
-def test_the_checks_are_those_of_the_kind() -> None:
+def test_the_checks_match_the_kind() -> None:
     assert re.findall(r"^\| (\w+_parity) \|", PAGE, re.MULTILINE) == [
         name for name in TO_T5GEMMA.checks if name.endswith("_parity")
     ]

@@ -1,4 +1,4 @@
-"""The documentation: what is made from the code is made anew, commands run, links lead somewhere, faults have tests."""
+"""The documentation: generated parts are current, commands run, links work, faults have tests."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-# docs/faults.md tells of the rows that have tests, of all of them, and of no others.
+# docs/faults.md lists exactly the rows that have tests.
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -55,7 +55,7 @@ def test_every_row_of_the_page_has_tests_named_after_it(row: str) -> None:
     assert [name for name in TESTS if name.startswith(f"test_{row}_")]
 
 
-def test_every_row_that_has_tests_stands_on_the_page_once() -> None:
+def test_every_row_with_tests_is_on_the_page_once() -> None:
     rows = {found[1] for name in TESTS if (found := re.match(r"test_([A-Z]\d+)_", name))}
     assert set(ROWS) == rows
     assert len(ROWS) == len(set(ROWS))
@@ -70,7 +70,7 @@ def test_the_page_counts_the_attacks_that_are_there() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """What may stand behind # in a link to a page."""
+    """Return the anchors that a link to a page may have after #."""
     titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -103,7 +103,7 @@ def test_every_page_is_listed() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(pages()), ids=named)
-def test_what_is_made_from_the_code_is_up_to_date(path: Path) -> None:
+def test_generated_parts_are_up_to_date(path: Path) -> None:
     assert path.is_file(), f"run make docs: {path.name} is missing"
     assert path.read_text() == pages()[path], "run make docs"
 
@@ -145,7 +145,7 @@ def test_a_new_option_and_one_without_help_are_found(monkeypatch: pytest.MonkeyP
         pages()
 
 
-def test_the_exit_codes_of_the_page_are_those_of_the_errors() -> None:
+def test_the_exit_codes_of_page_and_errors_match() -> None:
     errors = [getattr(t5g2convert, name) for name in t5g2convert.__all__ if name.endswith("Error")]
     codes = {error.exit_code for error in errors}
     page = (DOCS / "commands/README.md").read_text()
@@ -153,7 +153,7 @@ def test_the_exit_codes_of_the_page_are_those_of_the_errors() -> None:
     assert "| 130, 143 |" in page
 
 
-def test_the_architecture_names_what_is_there() -> None:
+def test_the_architecture_names_existing_modules() -> None:
     page = (DOCS / "architecture.md").read_text()
     packages = {
         path.parent.relative_to(ROOT / "t5g2convert").as_posix()
@@ -187,7 +187,7 @@ def test_the_architecture_has_every_check_of_a_conversion(
 
 
 def blocks(path: Path) -> list[tuple[str | None, str]]:
-    """Every block of commands: why it is not run, and its text."""
+    """Return every block of commands: why it is not run, and its text."""
     found = re.findall(r"(?:<!-- not run: (\w+) -->\n)?```console\n(.*?)```", path.read_text(), re.DOTALL)
     return [(why or None, text) for why, text in found]
 
@@ -197,7 +197,7 @@ WITH_COMMANDS: Final = [path for path in PAGES if any(why is None for why, _ in 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints and files that the pages name, and a home of its own."""
+    """Return a folder with the checkpoints and files that the pages name, and its own home."""
     folder = tmp_path_factory.mktemp("docs")
     build_demo_source(folder / "gemma-3-4b-pt")
     convert(folder / "gemma-3-4b-pt", folder / "t5gemma-2-4b-4b")
@@ -216,7 +216,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bash(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line by a bash that stays its parent, as where somebody types it."""
+    """Run a line in a bash that stays its parent, as when a user types it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "HOME": str(folder / "home")}
     script = f"{line}\nexit $?\n"
@@ -242,7 +242,7 @@ def test_the_commands_of_a_page_run_and_print_what_it_shows(path: Path, workplac
                 assert line in printed, f"{command} does not print {line!r}"
 
 
-def test_commands_that_are_not_run_are_marked_with_a_reason_that_is_known() -> None:
+def test_commands_that_are_not_run_have_a_known_reason() -> None:
     assert WITH_COMMANDS
     marks = [why for path in PAGES for why in re.findall(r"<!-- not run: (.+) -->", path.read_text())]
     assert set(marks) <= set(NOT_RUN)

@@ -16,7 +16,7 @@ from t5g2convert.cli.main import COMMANDS
 PACKAGE = Path(t5g2convert.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# Which rooms a room may import, besides itself; a new room must be added here. `cli` is the only one that sees all.
+# The packages that each package may import, besides itself; add new ones here. Only `cli` may import all.
 LEAVES = {"command_options", "errors", "interrupts", "printable", "progress", "version"}
 BELOW = {
     "command_options": {"errors"},
@@ -41,7 +41,7 @@ HEAVY = {"torch", "transformers", "numpy", "huggingface_hub"}
 
 
 def imported_modules(text: str) -> Iterator[str]:
-    """Dotted names of all imports of a module, those inside functions and `if TYPE_CHECKING` included."""
+    """Return dotted names of all imports of a module, including those in functions and `if TYPE_CHECKING`."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -68,12 +68,12 @@ def calls_of(text: str, name: str) -> list[int]:
 
 
 def modules_after(arguments: list[str], folder: Path) -> set[str]:
-    """Top-level modules that are loaded when a command has ended well."""
+    """Return the top-level modules loaded after a successful command."""
     return {name.partition(".")[0] for name in loaded_after(arguments, folder)}
 
 
 def loaded_after(arguments: list[str], folder: Path) -> set[str]:
-    """Dotted names of all modules that are loaded when a command has ended well."""
+    """Return the dotted names of all modules loaded after a successful command."""
     script = (
         "import json, sys\n"
         "from t5g2convert.cli.main import main\n"
@@ -145,7 +145,7 @@ def test_the_import_reader_sees_every_kind_of_import() -> None:
 
 
 def test_imports_follow_the_data() -> None:
-    # The judge shares nothing with the converter, except for the one check that replays the plan.
+    # Verification shares no code with the converter, except for the check that replays the plan.
     provenance = {*(PACKAGE / "parity/checks").glob("provenance*.py"), PACKAGE / "parity/replay.py"}
     found = {}
     for path in SOURCES:
@@ -238,9 +238,7 @@ def test_a_conversion_loads_numpy_and_still_no_torch(options: list[str], demo_so
 
 
 @pytest.mark.parametrize("arguments", [["card", "OUTPUT"], ["card", "OUTPUT", "--write"]])
-def test_what_tells_of_the_hub_loads_its_client_and_still_no_torch(
-    arguments: list[str], demo_source: Path, tmp_path: Path
-) -> None:
+def test_hub_commands_load_the_client_but_no_torch(arguments: list[str], demo_source: Path, tmp_path: Path) -> None:
     t5g2convert.convert(demo_source, tmp_path / "out", flush=False)
     arguments = [str(tmp_path / "out") if item == "OUTPUT" else item for item in arguments]
     assert modules_after(arguments, tmp_path) & HEAVY == {"huggingface_hub"}
@@ -259,7 +257,7 @@ def test_the_error_path_loads_no_heavy_library_either(tmp_path: Path) -> None:
     assert not imported & HEAVY
 
 
-def test_no_file_is_named_after_nothing() -> None:
+def test_no_file_has_an_unspecific_name() -> None:
     checkout = PACKAGE.parent
     searched = [path for folder in ("t5g2convert", "tests", "examples") for path in (checkout / folder).rglob("*.py")]
     assert len(searched) >= len(SOURCES) > 0

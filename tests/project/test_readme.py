@@ -1,4 +1,4 @@
-"""The commands in the README run as they are; output in it and in the pages about converting is what they print."""
+"""The commands in the README run unchanged, and print the output shown there and in the converting pages."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoints under the names that the README uses."""
+    """Return a folder with checkpoints under the names in the README."""
     folder = tmp_path_factory.mktemp("readme")
     build_demo_source(folder / "gemma-3-4b-pt")
     text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18, "sliding_window": 512}
@@ -100,18 +100,18 @@ SMALL = [
 
 
 def shown(beginning: str, page: str = VERIFYING) -> list[str]:
-    """The lines of the text block that begins so, without the spaces of a table's padding."""
+    """Return the lines of the text block with this beginning, without table padding."""
     (block,) = (block for block in blocks("text", page) if block.strip().startswith(beginning))
     return unmeasured(block)
 
 
 def unmeasured(text: str) -> list[str]:
-    """Lines without padding, and without how large a difference is: that varies with the processor."""
+    """Return the lines without padding and without differences, which vary with the processor."""
     measured = r"difference [\d.e-]+ \([\d.e-]+ of the largest value\); KL [\d.e-]+, top-1 agreement [\d.]+%"
     return [re.sub(measured, "a difference", line.strip()) for line in text.strip().splitlines()]
 
 
-def test_the_verifications_are_what_is_printed(tmp_path: Path) -> None:
+def test_the_shown_verifications_match_the_output(tmp_path: Path) -> None:
     build_demo_source(tmp_path / "source")
     run(["t5g2", "convert", "source", "out"], tmp_path)
     judged = run(["t5g2", "verify", "out", "--source", "source"], tmp_path)
@@ -131,21 +131,21 @@ def test_the_verifications_are_what_is_printed(tmp_path: Path) -> None:
     assert [line for line in unmeasured(judged) if line.startswith("FAILED")] == shown("FAILED")
 
 
-def test_the_drawing_is_what_the_demo_prints(workplace: Path) -> None:
+def test_the_drawing_matches_the_demo(workplace: Path) -> None:
     (drawing,) = (block for block in blocks("text", CONVERTING) if "Which tensors go where" in block)
     printed = "\n".join(line.rstrip() for line in run(["t5g2", "demo"], workplace).splitlines())
     assert drawing.strip() in printed
 
 
-def test_the_parameters_of_a_270m_are_what_plan_prints(tmp_path: Path) -> None:
+def test_the_parameters_of_a_270m_match_plan(tmp_path: Path) -> None:
     write_synthetic_source(tmp_path, find_map("gemma3").map, CONFIGS["270m"], seed=None)
     printed = [line.strip() for line in run(["t5g2", "plan", str(tmp_path)], tmp_path).splitlines()]
     for line in shown("part", README):
         assert line in printed
 
 
-def test_the_verification_of_a_270m_has_the_words_that_are_printed(tmp_path: Path) -> None:
-    """Its figures are those of real weights, which tests do not have; every number counts as the same here."""
+def test_the_verification_of_a_270m_matches_the_output(tmp_path: Path) -> None:
+    """Its figures are from real weights, which tests do not have; all numbers compare as equal here."""
     build_demo_source(tmp_path / "demo")
     text = {**CONFIGS["270m"], "vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
     (tmp_path / "source").mkdir()
@@ -155,7 +155,7 @@ def test_the_verification_of_a_270m_has_the_words_that_are_printed(tmp_path: Pat
     run(["t5g2", "convert", "source", "out"], tmp_path)
     printed = unmeasured(run(["t5g2", "verify", "out", "--source", "source"], tmp_path))
     printed = [re.sub(r"\d+", "N", line) for line in printed if line.startswith("passed")]
-    # A small vocabulary has no row for the end-of-image token, and no id that the image token could move to.
+    # A small vocabulary has neither an end-of-image row nor an id for the moved image token.
     lines = re.sub(r"\d+", "N", "\n".join(shown("passed", README)))
     for phrase in ("N is a row of it, scaled, ", " but for <image_soft_token>, now N, as declared"):
         lines = lines.replace(phrase, "")

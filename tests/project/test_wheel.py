@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
-    """Build a wheel or an sdist with the hatchling that is installed; no network."""
+    """Build a wheel or an sdist with the installed hatchling, without network."""
     command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder), str(source)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -45,7 +45,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but the wheel."""
+    """Return a folder with only the wheel."""
     target = tmp_path_factory.mktemp("installed") / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
     subprocess.run([*command, "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True)
@@ -53,7 +53,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_installed(installed: Path, cwd: Path, *command: str) -> str:
-    """Run Python where `t5g2convert` is the wheel's; third-party packages are those of this environment."""
+    """Run Python with the wheel's `t5g2convert` and this environment's third-party packages."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     run = subprocess.run(
         [sys.executable, *command],
@@ -97,7 +97,7 @@ def test_the_wheel_has_the_licence_the_command_and_the_readme(wheel: Path) -> No
     assert metadata.endswith((CHECKOUT / "README.md").read_text())
 
 
-def test_the_sdist_holds_what_a_packager_needs(sdist: Path) -> None:
+def test_the_sdist_has_the_files_that_a_packager_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for needed in ("pyproject.toml", "README.md", "LICENSE", "mappings/gemma3.yaml", "t5g2convert/py.typed",
