@@ -84,5 +84,5 @@ def test_the_whole_life_of_a_model(scene: Scene) -> None:
     # Uploading again sends nothing.
     result = t5g2("upload out ann/t5gemma-2-tiny --card keep")
     assert [file["name"] for file in result["files"] if file["sent"]] == []
-    assert scene.hub.asked("/xet-write-token/", "GET")
-    assert scene.hub.asked("/lfs-put/", "PUT") == []
+    assert scene.hub.requests_to("/xet-write-token/", "GET")
+    assert scene.hub.requests_to("/lfs-put/", "PUT") == []

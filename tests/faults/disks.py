@@ -19,12 +19,12 @@ from tests.faults.server import warm_up
 from tests.processes import small_shards as small_shards
 
 
-def convert(source: str, target: Path, shard: str, *, lies: bool, stderr: Path) -> int:
+def convert(source: str, target: Path, shard: str, *, overstates_space: bool, stderr: Path) -> int:
     pid = os.fork()
     if not pid:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
-        if lies:
+        if overstates_space:
             # As on a disk that somebody else fills after the check.
             shutil.disk_usage = lambda path: SimpleNamespace(free=1 << 40)  # type: ignore[assignment,return-value]
         try:
@@ -39,7 +39,7 @@ def outcome(kind: str, size: str, source: str, mount: Path, shard: str, stderr: 
     options = f"size={size},{'ro' if kind == 'readonly' else 'rw'}"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(mount)], check=True)
     try:
-        code = convert(source, mount / "new/out", shard, lies=kind == "lied", stderr=stderr)
+        code = convert(source, mount / "new/out", shard, overstates_space=kind == "lied", stderr=stderr)
         found = contents(mount / "new/out")
         left = sorted(str(path.relative_to(mount)) for path in mount.rglob("*") if path.parent.name != "out")
         digest = None if found is None else {name: len(data) for name, data in found.items()}

@@ -299,7 +299,7 @@ def put(document: Document, path: tuple[str | int, ...], value: Any) -> None:
 
 
 def setting_name(path: tuple[str | int, ...]) -> str:
-    """`Return the name that checks use, such as `decoder.layer_types`; a list is one setting."""
+    """Return the name that checks use, such as `decoder.layer_types`; a list is one setting."""
     return ".".join(str(key) for key in path if isinstance(key, str))
 
 
