@@ -198,7 +198,7 @@ def test_O12_a_run_is_not_replaced_by_its_own_output(
     command: str, place: str, stage: Path, commands: dict[str, Write]
 ) -> None:
     before = state(stage)
-    if (command, place) != ("export", "tensorboard"):  # there is no target yet, and nothing is lost
+    if (command, place) != ("export", "tensorboard"):  # there is no target yet, so nothing is lost
         with pytest.raises(T5g2Error):
             commands[command](stage / "run" / place)
     assert state(stage) == before

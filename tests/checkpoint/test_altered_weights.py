@@ -168,7 +168,7 @@ def test_a_config_that_was_left_on_plain_weights_is_noted_and_not_carried(
     assert "quantization" not in (tmp_path / "out/config.json").read_text()
 
 
-def test_a_left_config_does_not_hide_what_else_is_wrong(demo_source: Path) -> None:
+def test_a_leftover_config_does_not_hide_other_faults(demo_source: Path) -> None:
     set_config(demo_source, quantization_config={"quant_method": "fp8"})
     rewrite(demo_source, lambda name, shape: {name: ("BF16", shape)} if "layers.0.mlp.up" not in name else {})
     with pytest.raises(CheckpointError, match="1 missing") as refused:

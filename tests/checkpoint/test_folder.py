@@ -181,9 +181,9 @@ def test_I3_the_first_five_are_named_and_the_rest_counted(sharded: Path) -> None
 
 
 def test_I3_both_directions_are_listed_in_one_error(sharded: Path) -> None:
-    strangers = {f"d{number}": FIRST for number in range(7)}
+    extra = {f"d{number}": FIRST for number in range(7)}
     (sharded / SECOND).write_bytes(weights([f"c{number}" for number in range(8)]))
-    write_index(sharded / INDEX_FILE, {**INDEX, **strangers})
+    write_index(sharded / INDEX_FILE, {**INDEX, **extra})
     error = refusal(sharded)
     message = "\n".join((str(error), *error.details))
     assert "no shard holds 8 tensor(s): c, d0, d1, d2, d3 and 3 more" in message
@@ -258,7 +258,7 @@ def test_shards_without_an_index_are_refused_with_advice(sharded: Path) -> None:
     ids=repr,
 )
 @pytest.mark.parametrize("beside_single_file", [False, True])
-def test_I4_an_index_that_points_elsewhere_is_refused_before_a_shard_is_opened(
+def test_I4_an_index_that_leaves_the_folder_is_refused_before_a_shard_is_opened(
     target: Any, beside_single_file: bool, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_sealed_manifest_is_read_unchanged(tmp_path: Path) -> None:
     assert manifest.encode() == seal(DOCUMENT)
 
 
-def test_an_older_seal_is_replaced_wherever_it_stands(tmp_path: Path) -> None:
+def test_an_older_seal_is_replaced_at_any_position(tmp_path: Path) -> None:
     first = {SEAL: "0" * 64, **DOCUMENT}
     assert seal(first) == seal(DOCUMENT)
     older = json.loads(seal(DOCUMENT))

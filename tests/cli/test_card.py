@@ -34,7 +34,7 @@ def test_a_card_is_printed_and_nothing_is_written(t5g2: CommandLine, work: Path)
     assert files(work / "out") == before
 
 
-def test_what_is_written_is_what_is_printed(t5g2: CommandLine, work: Path) -> None:
+def test_the_written_card_equals_the_printed_one(t5g2: CommandLine, work: Path) -> None:
     printed = t5g2("card", work / "out").out
     result = t5g2("card", work / "out", "--write")
     assert (result.code, result.err) == (0, "")

@@ -122,7 +122,7 @@ def test_the_record_of_a_verification_keeps_the_manifests_mode(
     assert t5g2("convert", demo_source, tmp_path / "out", "--overwrite").code == 0, "and it is still ours"
 
 
-def test_a_report_is_not_written_over_what_is_read(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
+def test_a_report_does_not_overwrite_an_input(t5g2: CommandLine, demo_source: Path, tmp_path: Path) -> None:
     t5g2("convert", demo_source, tmp_path / "out")
     (tmp_path / "link.xml").symlink_to(demo_source / "config.json")
     (tmp_path / "text.txt").write_text("a text")

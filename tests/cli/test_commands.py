@@ -134,7 +134,7 @@ def test_inspect_for_people_names_family_parts_and_numbers(t5g2: Successful, dem
 # plan
 
 
-def test_a_plan_names_the_checkpoints_and_what_is_computed(t5g2: Successful, twin_folder: TwinFolder) -> None:
+def test_a_plan_names_the_checkpoints_and_computed_tensors(t5g2: Successful, twin_folder: TwinFolder) -> None:
     shown = t5g2("plan", twin_folder("text-8"), "--vision-from", twin_folder("donor-wide"), "--tensors").out
     assert "made from config.json of donor-wide" in " ".join(shown.split())
     assert "vision_from/" not in shown.partition("Files")[2].partition("needs")[0]
@@ -438,7 +438,7 @@ def test_the_schema_refuses_what_the_loader_refuses(
 
 
 @pytest.mark.parametrize("key", ["format", "name", "source", "target", "roots", "weights", "config"])
-def test_the_schema_asks_for_what_a_map_needs(
+def test_the_schema_requires_the_fields_of_a_map(
     schema: Draft202012Validator, gemma3_document: dict[str, Any], key: str
 ) -> None:
     del gemma3_document[key]

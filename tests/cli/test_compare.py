@@ -50,7 +50,7 @@ def test_a_fresh_conversion_has_not_moved(t5g2: CommandLine, demo_source: Path, 
     assert passed.code == 0
 
 
-def test_json_is_what_the_library_finds(t5g2: CommandLine, demo_source: Path, output: Path, text: Path) -> None:
+def test_json_equals_the_library_result(t5g2: CommandLine, demo_source: Path, output: Path, text: Path) -> None:
     train(output, 0.05)
     result = t5g2("compare", demo_source, output, "--text", text, "--dtype", "float32", "--max-tokens", "20", "--json")
     assert (result.code, result.err) == (0, "")
@@ -125,7 +125,7 @@ def test_logits_without_limits_are_reported_unchanged(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_compared_has_its_own_exit_code(
+def test_models_that_cannot_be_compared_have_their_own_exit_code(
     arguments: list[str], code: int, t5g2: CommandLine, demo_source: Path, output: Path, text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "short").write_text("short")

@@ -298,7 +298,7 @@ def test_weights_that_are_not_finite_are_named_as_the_reason(dtype: str, t5g2: C
     assert f"{output}: the logits are not finite in {dtype}" in result.err
 
 
-def test_what_was_written_before_an_overflow_ends_its_line(
+def test_text_before_an_overflow_ends_with_a_newline(
     t5g2: CommandLine, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pieces(*_: object, **__: object) -> Iterator[str]:

@@ -391,7 +391,7 @@ def test_T1_text_of_a_map_is_never_obeyed(payload: str, t5g2: Terminals, work: P
     assert "\n\n".join(faults) == ""
 
 
-# Names of folders and files, and what is typed
+# Names of folders and files, and arguments
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)

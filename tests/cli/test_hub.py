@@ -117,7 +117,7 @@ def test_a_conversion_equals_that_of_the_same_files(scene: Scene, twin_folder: T
     assert manifest == without_hub(manifests[1])
 
 
-def test_what_was_converted_online_is_converted_offline_byte_for_byte(scene: Scene, demo_source: Path) -> None:
+def test_an_offline_conversion_equals_the_online_one_byte_for_byte(scene: Scene, demo_source: Path) -> None:
     scene.hub.add(REPO, demo_source)
     assert scene.json(f"convert {REPO} online")["tensors"] > 200
     scene.hub.log.clear()

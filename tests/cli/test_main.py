@@ -28,7 +28,7 @@ HOSTILE: Final = {
     "bidi": "\u202eoverride",
     "title": "\x1b]0;title\x07",
 }
-"""Text that a terminal would obey, or that would look like a line of ours."""
+"""Text with terminal escapes, or that looks like a line of ours."""
 
 MARKUP: Final = ["[bold]x", "[/]", "[link=https://example.org]y", ":smile:"]
 
@@ -529,7 +529,7 @@ def test_a_terminal_without_unicode_gets_an_answer(demo_source: Path, command: s
 
 
 def run_without_reader(*arguments: str | Path, unbuffered: bool) -> subprocess.CompletedProcess[str]:
-    """Run with a stdout whose reader has closed it."""
+    """Run with a stdout that its reader has closed."""
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -549,7 +549,7 @@ def run_without_reader(*arguments: str | Path, unbuffered: bool) -> subprocess.C
 @pytest.mark.sampled
 @pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("options", [["--tensors"], ["--tensors", "--json"], []], ids=" ".join)
-def test_a_reader_that_leaves_early_is_no_error(demo_source: Path, options: list[str], unbuffered: bool) -> None:
+def test_a_reader_that_closes_early_is_not_an_error(demo_source: Path, options: list[str], unbuffered: bool) -> None:
     run = run_without_reader("plan", demo_source, *options, unbuffered=unbuffered)
     assert run.stderr == ""
     assert run.returncode == 0, "1 is a bug in this tool"

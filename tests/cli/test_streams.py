@@ -68,7 +68,7 @@ def test_an_error_keeps_its_code_when_its_document_is_lost(tmp_path: Path, unbuf
 
 @needs_full
 @pytest.mark.parametrize("options", [[], ["--debug"], ["--json"]], ids=["plain", "debug", "json"])
-def test_an_error_keeps_its_code_when_nothing_can_be_said(tmp_path: Path, options: list[str]) -> None:
+def test_an_error_keeps_its_code_when_nothing_can_be_printed(tmp_path: Path, options: list[str]) -> None:
     assert run("plan", tmp_path / "absent", *options, unbuffered=False, both=True).returncode == 3
 
 

@@ -124,7 +124,7 @@ def test_H6_a_successful_run_prints_and_writes_no_token(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("option", ["", " --debug", " --json"], ids=["plain", "debug", "json"])
-def test_H6_the_token_is_in_no_error(
+def test_H6_no_error_contains_the_token(
     option: str, work: Path, token: str, record_property: Callable[[str, object], None]
 ) -> None:
     for line, code in BAD.items():
@@ -138,7 +138,7 @@ def test_H6_the_token_is_in_no_error(
 
 
 @pytest.mark.parametrize("option", ["", " --debug", " --json"], ids=["plain", "debug", "json"])
-def test_H6_the_token_is_in_no_traceback_of_a_bug(option: str, work: Path, token: str) -> None:
+def test_H6_no_traceback_of_a_bug_contains_the_token(option: str, work: Path, token: str) -> None:
     done = run(work, token, f"inspect SOURCE{option}", BUG)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
@@ -150,7 +150,7 @@ def test_H6_the_token_is_in_no_traceback_of_a_bug(option: str, work: Path, token
 @pytest.mark.parametrize("option", [[], ["--debug"], ["--json"]], ids=["plain", "debug", "json"])
 @pytest.mark.parametrize("form", ["https://user:{}@huggingface.co/x", "https://{}@huggingface.co/x"])
 @pytest.mark.parametrize("line", ["inspect URL", "plan URL", "convert URL new2", "convert SOURCE URL", "verify URL"])
-def test_H6_a_token_in_an_address_given_for_a_folder_is_not_repeated(
+def test_H6_a_token_in_a_url_given_as_folder_is_not_printed(
     line: str, form: str, option: list[str], work: Path, token: str
 ) -> None:
     """Errors end up in logs; the argument is known only to the user."""

@@ -84,7 +84,9 @@ def test_kinds_go_with_their_layers(twin_folder: TwinFolder) -> None:
     assert made.config["decoder"]["layer_types"] == [sliding, full, full]
 
 
-def test_all_layers_are_no_selection(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_all_layers_are_not_recorded_as_a_selection(
+    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
     convert(twin_folder("text-8"), tmp_path / "out", encoder_layers="first:8", decoder_layers=list(range(8)))
     one, two = (
         {path.name: path.read_bytes() for path in folder.iterdir()}

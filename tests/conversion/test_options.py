@@ -48,7 +48,7 @@ def test_defaults_are_not_recorded() -> None:
     assert PlanOptions.of_record({}) == PlanOptions()
 
 
-def test_what_is_recorded_gives_the_same_options_again() -> None:
+def test_a_record_gives_the_same_options_again() -> None:
     options = PlanOptions(dtype="float32", rope_scaling="linear:8", sliding_window=7, max_shard_bytes=10)
     assert options.record() == {
         "dtype": "float32",
@@ -102,7 +102,7 @@ def test_a_record_that_no_conversion_writes_is_refused(record: dict[str, Any]) -
         PlanOptions.of_record(record)
 
 
-def test_only_what_decides_the_bytes_is_recorded() -> None:
+def test_only_options_that_affect_the_bytes_are_recorded() -> None:
     assert ConvertOptions(hashing=False, overwrite=True, allow_nonfinite=True, dtype="float16").record() == {
         "dtype": "float16"
     }

@@ -109,8 +109,8 @@ def run(script: str, *arguments: str | Path) -> str:
 @pytest.mark.slow
 def test_a_graft_is_measured_with_both_projectors(tmp_path: Path) -> None:
     command = [str(EXAMPLES / "benchmark_graft.py"), "tiny", "tiny-vision", "--folder", str(tmp_path)]
-    said = python(command, preload=Preload.TRANSFORMERS, check=True).stdout
-    rows = [line.split() for line in said.splitlines()[2:]]
+    printed = python(command, preload=Preload.TRANSFORMERS, check=True).stdout
+    rows = [line.split() for line in printed.splitlines()[2:]]
     assert [row[:2] for row in rows] == [
         [name, what] for name in ("zeros", "aligned") for what in ("convert", "verify")
     ]
@@ -119,43 +119,43 @@ def test_a_graft_is_measured_with_both_projectors(tmp_path: Path) -> None:
 
 
 def test_text_is_converted_and_verified(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    said = run("convert_text.py", twin_folder("text-8"), tmp_path / "out")
-    assert "passed decoder_parity" in said
-    assert "FAILED" not in said
+    printed = run("convert_text.py", twin_folder("text-8"), tmp_path / "out")
+    assert "passed decoder_parity" in printed
+    assert "FAILED" not in printed
 
 
 def test_a_gemma_2_is_converted_and_verified(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    said = run("convert_gemma2.py", twin_folder("gemma2-7-untied"), tmp_path / "out")
-    assert said.startswith("t5gemma with ")
-    assert "passed cross_parity" in said
-    assert "FAILED" not in said
+    printed = run("convert_gemma2.py", twin_folder("gemma2-7-untied"), tmp_path / "out")
+    assert printed.startswith("t5gemma with ")
+    assert "passed cross_parity" in printed
+    assert "FAILED" not in printed
 
 
 def test_a_text_model_is_given_eyes_and_a_long_context(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    said = run("convert_with_vision.py", twin_folder("text-8"), twin_folder("donor-wide"), tmp_path / "out")
-    assert "residual of the aligned embedding tables" in said
-    assert "passed vision_parity" in said
-    assert "of both stacks was changed from 1.0 to 8.0" in said
-    assert "FAILED" not in said
+    printed = run("convert_with_vision.py", twin_folder("text-8"), twin_folder("donor-wide"), tmp_path / "out")
+    assert "residual of the aligned embedding tables" in printed
+    assert "passed vision_parity" in printed
+    assert "of both stacks was changed from 1.0 to 8.0" in printed
+    assert "FAILED" not in printed
 
 
 def test_a_deep_encoder_gets_a_shallow_decoder(twin_folder: TwinFolder, tmp_path: Path) -> None:
-    said = run("convert_unbalanced.py", twin_folder("images-13"), tmp_path / "out", "0:13:5")
-    assert "the decoder takes 3 of its parent's 13 layers: 0, 5, 10" in said
-    assert "passed decoder_parity" in said
-    assert "passed encoder_parity" in said
-    assert "FAILED" not in said
+    printed = run("convert_unbalanced.py", twin_folder("images-13"), tmp_path / "out", "0:13:5")
+    assert "the decoder takes 3 of its parent's 13 layers: 0, 5, 10" in printed
+    assert "passed decoder_parity" in printed
+    assert "passed encoder_parity" in printed
+    assert "FAILED" not in printed
     found = inspect(tmp_path / "out").facts
     assert (found["encoder"]["num_hidden_layers"], found["decoder"]["num_hidden_layers"]) == (13, 3)
 
 
 def test_a_decoder_comes_of_another_checkpoint(twin_folder: TwinFolder, tmp_path: Path) -> None:
     other = twin_folder("text-unlike-7")
-    said = run("convert_unbalanced.py", twin_folder("text-8"), tmp_path / "out", "first:6", other)
-    assert "are the decoder's parent's byte for byte" in said
-    assert "the decoder's parent is computed with the source's embedding table" in said
-    assert "passed decoder_parity" in said
-    assert "FAILED" not in said
+    printed = run("convert_unbalanced.py", twin_folder("text-8"), tmp_path / "out", "first:6", other)
+    assert "are the decoder's parent's byte for byte" in printed
+    assert "the decoder's parent is computed with the source's embedding table" in printed
+    assert "passed decoder_parity" in printed
+    assert "FAILED" not in printed
 
 
 @pytest.mark.slow
@@ -218,15 +218,15 @@ TINY_PARENT = EXAMPLES / "tiny_parent"
 def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the small Gemma 3 after two training steps, with the training's output."""
     folder = tmp_path_factory.mktemp("tiny-parent") / "parent"
-    said = run("tiny_parent/train.py", folder, "--steps", "2", "--documents", "12")
-    (folder.parent / "said").write_text(said)
+    printed = run("tiny_parent/train.py", folder, "--steps", "2", "--documents", "12")
+    (folder.parent / "said").write_text(printed)
     return folder
 
 
 @pytest.mark.slow
 def test_a_parent_is_trained_and_its_loss_falls(tiny_parent: Path) -> None:
-    said = (tiny_parent.parent / "said").read_text()
-    losses = [float(line.rpartition(" ")[2]) for line in said.splitlines() if "held-out loss" in line]
+    printed = (tiny_parent.parent / "said").read_text()
+    losses = [float(line.rpartition(" ")[2]) for line in printed.splitlines() if "held-out loss" in line]
     assert len(losses) == 3
     assert losses[0] == pytest.approx(math.log(4096), abs=0.1)
     assert losses[2] < losses[1] < losses[0]
@@ -273,7 +273,7 @@ def test_the_corpus_is_the_same_each_time_and_holds_nothing_out_twice(tmp_path: 
 def test_the_ablations_are_trained_evaluated_and_drawn(tiny_parent: Path, tmp_path: Path) -> None:
     options = ["--models", "untied", "random", "--steps", "2", "--checkpoints", "2", "--batch", "2", "--length", "32"]
     out = tmp_path / "out"
-    said = run("ablation/run.py", tiny_parent, out, *options, "--samples", "8", "--documents", "4")
+    printed = run("ablation/run.py", tiny_parent, out, *options, "--samples", "8", "--documents", "4")
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["untied", "random"]
     assert results["untied"]["difference_from_parent"] == 0
@@ -291,7 +291,7 @@ def test_the_ablations_are_trained_evaluated_and_drawn(tiny_parent: Path, tmp_pa
     )
     assert not torch.equal(encoder, decoder)
     picture, table = (out / "ablation.svg").read_bytes(), (out / "table.md").read_text()
-    assert said.endswith(f"{table}\n")
+    assert printed.endswith(f"{table}\n")
     assert b"untied" in picture
     assert f"| random | {results['random']['parameters']['embedding']:,} |" in table
     for name in ("ablation.svg", "table.md"):

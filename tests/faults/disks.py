@@ -1,7 +1,7 @@
 """Run inside a mount namespace: conversions onto small disks, each made for one conversion.
 
 Arguments: source, a folder to mount at, bytes of a shard, and the disks with their sizes in bytes: `lied 8192` for one
-that is said to be large enough, `honest 8192`, `readonly 8192`. Printed: a JSON list of an outcome for each disk.
+that claims to be large enough, `honest 8192`, `readonly 8192`. Prints a JSON list with one outcome per disk.
 """
 
 import json

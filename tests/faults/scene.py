@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes] | None:
 EMPTY: Final = "a folder with nothing in it"
 
 
-def beside(target: Path) -> set[str]:
+def leftovers(target: Path) -> set[str]:
     """Return leftovers next to or inside a target, or a note that its new parent folder is empty."""
     if not target.parent.exists():
         return set()
@@ -67,7 +67,7 @@ def beside(target: Path) -> set[str]:
     return others if others or target.exists() else {EMPTY}
 
 
-def ill_said(stderr: str, code: int) -> str | None:
+def output_problem(stderr: str, code: int) -> str | None:
     """Return the problems of a conversion's last output."""
     lines = stderr.splitlines()
     if code == 0:
@@ -83,8 +83,8 @@ class Mode:
 
     Attributes:
         overwrite: Whether an old target is replaced.
-        fill: Whether the target is an empty folder, which stays the one that it is.
-        resume: Whether the run takes up what the killed one had finished, of which a shard has gone since.
+        fill: Whether the target is an empty folder to fill in place.
+        resume: Whether the run resumes from the killed run's shards, with one shard deleted since.
         killed: Where a run before this one was killed.
         failing: A fault that the run has in any case, so that it must clean up.
     """
@@ -178,7 +178,7 @@ class Scene:
         return any(path.startswith(str(self.folder)) for path in call.paths)
 
     def sweep(self, mode: str, calls: str, fault: str, *, only: str = "") -> tuple[str, dict[str, int]]:
-        """Run with a fault at the first call, at the second, and so on, until a run has no such call.
+        """Run with a fault at the first call, at the second, and so on, until a run has fewer calls.
 
         Returns:
             The problems, one a line; the number of faults; the number of outputs lost or damaged.
@@ -193,12 +193,12 @@ class Scene:
         while last is None or number < last:
             number += 1
             self.lay(mode)
-            before = beside(self.target)
+            before = leftovers(self.target)
             place = self._place(mode)
             inject = [f"{calls}:{INJECTED[fault]}:when={number}", *([failing] if failing else [])]
             traced = f"{calls},{RENAMES},fsync"
             run = self.tracer.run(self.arguments(mode), calls=traced, paths=paths, inject=inject)
-            hit = run.hit if failing is None else self._hit_beside(run, calls)
+            hit = run.hit if failing is None else self._hit_with_own_fault(run, calls)
             if hit is None:
                 assert failing is not None or contents(self.target) == self.clean
                 break
@@ -224,7 +224,7 @@ class Scene:
         named = Counter(call.name for call in traced[:first] if call.thread == traced[first].thread)
         return max(named[name] for name in calls.replace("?", "").split(","))
 
-    def _hit_beside(self, run: Run, calls: str) -> int | None:
+    def _hit_with_own_fault(self, run: Run, calls: str) -> int | None:
         """Return the call that was hit, if the run has another fault before it."""
         if run.code == -9:
             return run.hit
@@ -239,7 +239,7 @@ class Scene:
             mode: How the target lay.
             run: The run.
             hit: The position of the call that was hit.
-            before: What lay beside the target already.
+            before: The files next to the target before the run.
             stopped: The signal that was sent, if it was one that can be handled.
         """
         call, overwrite = run.calls[hit], MODES[mode].overwrite
@@ -258,7 +258,7 @@ class Scene:
             own = () if MODES[mode].failing is None or stopped else (5,)
             if run.code not in (expected, 0, *own):
                 wrong.append(f"exit code {run.code}, expected {expected}")
-            if ill := ill_said(run.stderr, run.code):
+            if ill := output_problem(run.stderr, run.code):
                 wrong.append(ill)
         found = contents(self.target)
         if run.code == 0 and found != self.clean:
@@ -273,7 +273,7 @@ class Scene:
             wrong.append(f"the target holds {sorted(found or ())}")
         recoverable = overwrite and found is None
         # A run that fails early keeps what another run left.
-        left = set() if killed or MODES[mode].resume or (cleaning and not stopped) else beside(self.target) - before
+        left = set() if killed or MODES[mode].resume or (cleaning and not stopped) else leftovers(self.target) - before
         if left and not (before and left == {EMPTY}):
             wrong.append(f"{sorted(left)} left beside")
         if recoverable:
@@ -300,6 +300,6 @@ class Scene:
             wrong.append(f"the next run: {type(error).__name__}: {error}")
         if contents(self.target) != self.clean:
             wrong.append("the next run did not complete it")
-        if left := beside(self.target):
+        if left := leftovers(self.target):
             wrong.append(f"the next run leaves {sorted(left)} beside")
         return wrong

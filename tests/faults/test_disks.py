@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 from t5g2convert import plan
-from tests.faults.scene import SHARD_BYTES, beside, contents, write_source
+from tests.faults.scene import SHARD_BYTES, contents, leftovers, write_source
 from tests.folders import OLD, write_old
 
 UNSHARE: Final = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
@@ -164,5 +164,5 @@ def test_O2_a_folder_that_may_not_be_written(public: Path, overwrite: bool) -> N
     assert done.returncode == 5
     assert one_line(done.stderr)
     assert "Permission denied" in done.stderr
-    assert beside(target) == set()
+    assert leftovers(target) == set()
     assert contents(target) == (OLD if overwrite else {})

@@ -13,7 +13,7 @@ import pytest
 
 from t5g2convert import OutputError
 from t5g2convert.conversion.output.staging import Staging
-from tests.faults.scene import SHARD_BYTES, beside, contents
+from tests.faults.scene import SHARD_BYTES, contents, leftovers
 from tests.folders import OLD, write_old
 
 HELD: Final = "another conversion is writing to it"
@@ -58,20 +58,20 @@ def run_together(count: int, arguments: Sequence[str | Path]) -> list[tuple[int,
     return [(process.returncode, stderr) for process, stderr in zip(running, ended, strict=True)]
 
 
-def said(ended: list[tuple[int, str]], code: int) -> list[str]:
+def errors_of(ended: list[tuple[int, str]], code: int) -> list[str]:
     return [stderr for returned, stderr in ended if returned == code]
 
 
 def check(ended: list[tuple[int, str]], target: Path, clean: dict[str, bytes], *, overwrite: bool) -> None:
     assert {code for code, _ in ended} <= {0, 5}, ended
-    winners = len(said(ended, 0))
+    winners = len(errors_of(ended, 0))
     assert winners >= 1 if overwrite else winners == 1, ended
-    for stderr in said(ended, 5):
+    for stderr in errors_of(ended, 5):
         assert len(stderr.splitlines()) == 1
         assert stderr.startswith(f"t5g2: {target}: ")
         assert HELD in stderr or (FILLED in stderr and not overwrite)
     assert contents(target) == clean
-    assert beside(target) == set()
+    assert leftovers(target) == set()
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_O6_eight_runs_find_what_a_killed_run_left(source: Path, clean: dict[str
     target = tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", DIES, str(target)], check=False, timeout=300)
     assert killed.returncode == -signal.SIGKILL
-    assert beside(target) != set(), "something was left to be recovered"
+    assert leftovers(target) != set(), "something was left to be recovered"
     check(run_together(8, [source, target, "--max-shard-size", str(SHARD_BYTES)]), target, clean, overwrite=False)
 
 
@@ -130,7 +130,7 @@ def test_O6_a_refused_run_takes_nothing_from_the_writing_run(tmp_path: Path, mon
     second.commit()
     second.__exit__(None, None, None)
     assert contents(target) == {"half": b"written"}
-    assert beside(target) == set()
+    assert leftovers(target) == set()
 
 
 @pytest.mark.parametrize("vanishes", ["the staging folder", "the folder made for the target"])
@@ -157,4 +157,4 @@ def test_O6_a_folder_that_another_run_removes_is_created_again(
         (staging.folder / "whole").write_text("written")
         staging.commit()
     assert contents(target) == {"whole": b"written"}
-    assert beside(target) == set()
+    assert leftovers(target) == set()

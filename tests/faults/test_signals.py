@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from t5g2convert import convert
-from tests.faults.scene import beside, contents, ill_said, write_source
+from tests.faults.scene import contents, leftovers, output_problem, write_source
 
 LARGE: Final = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 6144, "num_hidden_layers": 2}
 """60 MB, which take as long to write as the interpreter takes to start."""
@@ -57,11 +57,11 @@ def wrong_after(target: Path, number: int, code: int, stderr: str, finished: dic
         wrong += [f"died in the imports of the command line: {stderr[-200:]!r}"] * ("/t5g2convert/cli" in stderr)
     elif code not in (128 + number, 0):
         wrong.append(f"exit code {code}")
-    elif ill := ill_said(stderr, code):
+    elif ill := output_problem(stderr, code):
         wrong.append(ill)
     if found not in (None, finished) or (found is None and code == 0):
         wrong.append(f"the target holds {found and sorted(found)}")
-    if left := beside(target):
+    if left := leftovers(target):
         wrong.append(f"{left} left beside")
     return wrong
 
@@ -117,7 +117,7 @@ def test_O3_a_second_signal_ends_it_at_once_and_the_next_run_cleans_up(
         assert contents(target) in (None, finished)
         convert(large, target, overwrite=True)
         assert contents(target) == finished
-        assert beside(target) == set()
+        assert leftovers(target) == set()
 
 
 @pytest.mark.sampled
@@ -136,4 +136,4 @@ def test_O3_both_signals_at_one_moment(large: Path, finished: dict[str, bytes], 
     assert "Traceback" not in stderr
     convert(large, target, overwrite=True)
     assert contents(target) == finished
-    assert beside(target) == set()
+    assert leftovers(target) == set()

@@ -108,14 +108,14 @@ def test_O2_any_call_fails(scene: Scene, mode: str, name: str, fault: str, recor
 @pytest.mark.sampled
 @pytest.mark.parametrize("fault", ["SIGKILL", "ENOSPC", "EIO"])
 def test_O2_a_shard_cannot_be_read_back_to_be_hashed(scene: Scene, fault: str, record_property: Record) -> None:
-    """The hashing threads' calls: strace counts by thread, so that those of the copy hide them where both read."""
+    """The hashing threads' calls: strace counts by thread, so the copying thread's reads can hide theirs."""
     check(scene, "new", "pread", fault, record_property, only=str(scene.target.parent))
 
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("fault", ["SIGKILL", "EIO"])
 @pytest.mark.parametrize("calls", ["openat", "?mkdir,?mkdirat", "pwrite64", "fsync", "?rename,?renameat,?renameat2"])
-def test_O4_a_process_with_its_own_start_up_is_no_different(
+def test_O4_a_process_with_its_own_start_up_behaves_the_same(
     scene: Scene, calls: str, fault: str, record_property: Record
 ) -> None:
     """`Compare `t5g2` under strace from its first instruction with the forks of the other tests."""

@@ -43,11 +43,11 @@ def judge_extracts(whole: Path, encoder: Path, decoder: Path, source: Path, dtyp
     load: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
     full, _ = T5Gemma2ForConditionalGeneration.from_pretrained(whole, **load)
     try:
-        alone, said = AutoModel.from_pretrained(encoder, **load)
+        alone, info = AutoModel.from_pretrained(encoder, **load)
         assert isinstance(alone, T5Gemma2Encoder)
     except (ValueError, KeyError):
         # transformers 5.0 has the class, but no AutoModel entry.
-        alone, said = T5Gemma2Encoder.from_pretrained(encoder, **load)
+        alone, info = T5Gemma2Encoder.from_pretrained(encoder, **load)
     images = config["vision_config"]["num_hidden_layers"] > 0
     gemma3 = Gemma3ForConditionalGeneration if images else Gemma3ForCausalLM
     (back, said_too), (parent, _) = (gemma3.from_pretrained(folder, **load) for folder in (decoder, source))
@@ -72,7 +72,7 @@ def judge_extracts(whole: Path, encoder: Path, decoder: Path, source: Path, dtyp
         features = [_features(model, pixels) for model in (full.model.encoder, alone, parent.model, back.model)]
         vision = [_difference(*features[:2]), _difference(*features[2:])]
     return ExtractJudgement(
-        complaints=[*_complaints(said), *_complaints(said_too)],
+        complaints=[*_complaints(info), *_complaints(said_too)],
         encoder=_difference(states[0][kept], states[1][kept]),
         encoder_vision=vision[0],
         decoder=_difference(logits[0][..., : logits[1].shape[-1]][kept], logits[1][kept]),

@@ -1,6 +1,6 @@
 """A second external judge: keras-hub and transformers load a conversion, and both must compute the same.
 
-It knows nothing of t5g2convert, and is a script for a Python that has keras-hub. Keras must be told to run on torch, on
+It knows nothing of t5g2convert, and is a script for a Python that has keras-hub. Keras must be set to run on torch, on
 the processor:
 
     KERAS_BACKEND=torch KERAS_TORCH_DEVICE=cpu python tests/interop/judge_keras.py OUTPUT [OTHER]
@@ -125,7 +125,7 @@ def _inputs(config: dict[str, Any], *, with_image: bool) -> Inputs:
 def _for_keras(inputs: Inputs, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the same with keras-hub's names: images [B, 1, size, size, 3], and their token positions [B, tokens].
 
-    A model with a vision tower wants both. Place 0 says that there is no image, as in keras-hub's own preprocessor.
+    A model with a vision tower needs both. Place 0 says that there is no image, as in keras-hub's own preprocessor.
     """
     size, tokens = config["encoder"]["vision_config"]["image_size"], config["encoder"]["mm_tokens_per_image"]
     rows = inputs.ids.shape[0]

@@ -74,7 +74,7 @@ def test_transformers_reads_every_setting_unchanged_and_adds_none(name: str, con
     assert ours == {key: theirs[key] for key in ours}
 
 
-def test_without_its_source_a_folder_is_checked_as_far_as_that_goes(converted_twin: TwinFolder) -> None:
+def test_without_its_source_a_folder_is_checked_as_far_as_possible(converted_twin: TwinFolder) -> None:
     report = verify(converted_twin("gemma2-5"), record=False)
     assert report.passed
     assert [check.name for check in report.checks] == ["integrity", "runs"]
@@ -212,7 +212,7 @@ def test_the_files_of_the_tokenizer_come_along_as_they_are(
     assert "tokenizer" in {check.name for check in report.checks}
 
 
-def test_a_changed_token_fails_the_check(twin_folder: TwinFolder, demo_source: Path, tmp_path: Path) -> None:
+def test_a_changed_tokenizer_file_fails_the_check(twin_folder: TwinFolder, demo_source: Path, tmp_path: Path) -> None:
     with_tokenizer(twin_folder("gemma2-5"), demo_source, tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")
     with (tmp_path / "source/tokenizer.json").open("a") as file:

@@ -1,7 +1,7 @@
 """keras-hub 0.32.0 on torch loads conversions unchanged, and computes the same as transformers.
 
 Every shape of the twins is fine with it: a stub tower of 0 layers, odd windows, a head_dim * heads other than the
-hidden size, a depth that is no multiple of the pattern, several shards. Its own limits were found by changing one
+hidden size, a depth that is not a multiple of the pattern, several shards. Its own limits were found by changing one
 setting of a conversion at a time; no published Gemma 3 meets them:
 
 - It takes one window, eps, query_pre_attn_scalar and activation for both stacks: the decoder's. A conversion has the
@@ -13,7 +13,7 @@ setting of a conversion at a time; no published Gemma 3 meets them:
 - It obeys attn_logit_softcapping, which transformers reads and does not use.
 
 Its preprocessor needs TensorFlow, a tokenizer.json and, because of the vision_config also for text alone, a
-processor_config.json. It is not asked here: both models get the same ids and pixels.
+processor_config.json. It is not used here: both models get the same ids and pixels.
 """
 
 import json

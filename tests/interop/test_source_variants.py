@@ -65,7 +65,7 @@ def assert_sound(source: Path, output: Path, **others: Any) -> None:
     assert report.passed, [check for check in report.checks if not check.passed]
 
 
-# A model with images whose tower is gone
+# A model with images without its tower
 
 
 @pytest.mark.parametrize("vision_config", [True, False], ids=["vision-config-left", "no-vision-config"])
@@ -324,7 +324,7 @@ def test_a_map_without_optional_drops_refuses_the_option(converted_twin: TwinFol
         plan(converted_twin("text-8"), part="encoder", drop_heads=True)
 
 
-# An index that names what is not there
+# An index that names missing tensors
 
 
 def indexed(source: Path, target: Path, *unheld: str) -> Path:

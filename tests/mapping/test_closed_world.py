@@ -158,7 +158,7 @@ def assert_points_at(error: MappingError, path: Path, text: str, node: str) -> N
         ("{text}layers.{layer}.mlp.up_proj.bias", "weight"),
     ],
 )
-def test_C2_a_row_that_matches_nothing_is_refused_where_it_stands(
+def test_C2_a_row_that_matches_nothing_is_refused_with_its_position(
     wrong: str, meant: str, sound: Checkpoint, tmp_path: Path
 ) -> None:
     path, text = mine(tmp_path, (f'from: "{UP}"', f'from: "{wrong}"'))
@@ -169,9 +169,7 @@ def test_C2_a_row_that_matches_nothing_is_refused_where_it_stands(
     assert meant in (error.hint or "")
 
 
-def test_C2_a_tensor_that_matches_two_rows_is_refused_where_the_second_stands(
-    sound: Checkpoint, tmp_path: Path
-) -> None:
+def test_C2_a_tensor_that_matches_two_rows_is_refused_at_the_second(sound: Checkpoint, tmp_path: Path) -> None:
     """Two spellings hide it in the map alone: the decoder's gate would come from up_proj."""
     gate = '      decoder: "model.decoder.layers.{layer}.mlp.gate_proj.weight"\n'
     row = (
@@ -192,7 +190,7 @@ def test_C2_a_tensor_that_is_carried_and_dropped_is_refused(sound: Checkpoint, t
     assert_points_at(error, path, text, '"language_model.model.norm.weight"')
 
 
-def test_C2_two_rows_with_one_target_are_refused_where_the_second_stands(sound: Checkpoint, tmp_path: Path) -> None:
+def test_C2_two_rows_with_one_target_are_refused_at_the_second(sound: Checkpoint, tmp_path: Path) -> None:
     """With one layer spelled out, so that the patterns differ."""
     path, text = mine(
         tmp_path,

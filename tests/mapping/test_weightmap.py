@@ -528,7 +528,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("old", "new", "node", "reason", "hint"), FAULTS)
-def test_C2_a_fault_is_refused_where_it_stands(
+def test_C2_a_fault_is_refused_with_its_position(
     old: str, new: str, node: str, reason: str, hint: str | None, tmp_path: Path
 ) -> None:
     text = edited(old, new)

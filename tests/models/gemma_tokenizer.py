@@ -1,7 +1,7 @@
 """A tokenizer built like Gemma 3's, with its special tokens at their ids, and the files next to it.
 
 The vocabulary is as large as the published one and holds words made up; like there, every word of the vocabulary that
-looks like a tag is an added token too, and the image token is one more, behind the table.
+looks like a tag is an added token too, and the image token is one more, after the table.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Twins: small seeded Gemma checkpoints of awkward shapes, written by transformers or in other tools' spellings.
 
-Awkward: a depth that is no multiple of the 5:1 pattern, an odd window, head_dim * heads other than the hidden size, one
-and two key-value heads, a vocabulary with and without the rows of random fill.
+Awkward: a depth that is not a multiple of the 5:1 pattern, an odd window, head_dim * heads other than the hidden size,
+one and two key-value heads, a vocabulary with and without the rows of random fill.
 """
 
 import json

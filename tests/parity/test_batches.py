@@ -78,7 +78,7 @@ def test_the_placed_token_is_not_in_padding(length: int) -> None:
     assert torch.equal(batch.ids_BT[~placed], plain.ids_BT[~placed])
 
 
-def test_reserved_tokens_are_the_image_and_padding_tokens(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_reserved_tokens_are_the_image_and_end_of_image_tokens(converted_twin: TwinFolder, tmp_path: Path) -> None:
     assert opened(converted_twin("images-8")).reserved == {291, 292}
     shutil.copytree(converted_twin("images-8"), tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())

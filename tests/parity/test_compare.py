@@ -157,7 +157,7 @@ def figures(expected: Tensor, found: Tensor, labels: Tensor) -> Reading:
     ("name", "kind"), [("text-8", Gemma3ForCausalLM), ("images-13", Gemma3ForConditionalGeneration)]
 )
 @torch.no_grad()
-def test_both_readings_are_what_transformers_computes(
+def test_both_readings_equal_those_of_transformers(
     name: str, kind: type[PreTrainedModel], rows: int, models: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stack, "HEAD_ROWS", rows)

@@ -118,14 +118,14 @@ def test_every_setting_must_be_present(bench: MakeBench, without_passes: None) -
 @pytest.mark.parametrize("section", ["", "encoder", "encoder.text_config", "encoder.vision_config", "decoder"])
 def test_settings_of_other_models_are_unknown(section: str, bench: MakeBench, without_passes: None) -> None:
     made, keys = bench("images-8"), tuple(section.split(".")) if section else ()
-    strangers: Document = {
+    unknown: Document = {
         "use_bidirectional_attention": True, "quantization_config": {"quant_method": "bitsandbytes"},
         "auto_map": {"AutoModel": "modeling.Model"}, "rope_scaling": {"type": "yarn"}, "torch_dtype": "float16",
         "_attn_implementation": "sdpa", "sliding_window_pattern": 2, "empty": {}, "none": None,
     }  # fmt: skip
     if section:
-        strangers["dtype"] = "bfloat16"
-    for key, value in strangers.items():
+        unknown["dtype"] = "bfloat16"
+    for key, value in unknown.items():
         made.edit("config.json", partial(put, path=(*keys, key), value=value))
         check = check_of(made.resealed(), "config")
         assert not check.passed
@@ -194,9 +194,9 @@ def test_computed_settings_are_found_by_parity(bench: MakeBench, without_use: No
     report = judge("encoder.eoi_token_index", 290)
     for parity in PARITIES[1:]:
         assert departs(report, parity).startswith("embed_tokens, at token"), parity
-    for path, value, said in OF_IMAGES:
+    for path, value, text in OF_IMAGES:
         report = judge(path, value)
-        assert said in check_of(report, "vision_parity").detail, path
+        assert text in check_of(report, "vision_parity").detail, path
     assert tally.caught["config"] == tally.caught["parity"] == tally.tried
     close(tally, "settings that are computed with")
 

@@ -318,8 +318,8 @@ def test_shards_and_their_index(bench: MakeBench, without_use: None) -> None:
     def judge(label: str, *words: str) -> None:
         report = made.resealed()
         tally.add(label, report)
-        said = "\n".join(message_of(check) for check in report.failed)
-        assert all(word in said for word in words), (label, said)
+        text = "\n".join(message_of(check) for check in report.failed)
+        assert all(word in text for word in words), (label, text)
 
     def weight_map(document: Document) -> Document:
         mapped = document["weight_map"]

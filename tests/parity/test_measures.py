@@ -107,7 +107,7 @@ def test_different_shapes_are_not_compared() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)), min_size=1, max_size=30), st.data())
-def test_pieces_of_any_size_give_what_the_whole_gives(values: list[tuple[float, float]], data: st.DataObject) -> None:
+def test_pieces_of_any_size_give_the_same_as_the_whole(values: list[tuple[float, float]], data: st.DataObject) -> None:
     pairs = torch.tensor(values, dtype=torch.float32)
     cut = data.draw(st.integers(0, len(values)))
     whole, pieces = Difference(), Difference()

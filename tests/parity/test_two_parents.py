@@ -1,4 +1,4 @@
-"""Verification of models whose stacks have other layers, other parents, or the other parent's table."""
+"""Verification of models with layer selections, two parents, or the other parent's table."""
 
 import json
 import shutil

@@ -290,7 +290,7 @@ def test_any_other_explicit_setting_is_a_fault(
     assert len([name for name in failed if name.endswith("_parity")]) == parities
 
 
-def test_a_map_of_another_name_is_asked_for(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_map_of_another_name_is_required(twin_folder: TwinFolder, tmp_path: Path) -> None:
     mapping = own_map(tmp_path / "mine.yaml", lambda document: document.update(name="mine"))
     convert(twin_folder("text-8"), tmp_path / "out", mapping=mapping, flush=False)
     assert verify(tmp_path / "out", twin_folder("text-8"), mapping=mapping, record=False).passed

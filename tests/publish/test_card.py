@@ -431,7 +431,7 @@ def test_a_license_stays_without_the_source_card(converted: Path) -> None:
 
 
 @pytest.mark.parametrize("source_card", [None, "# no metadata\n", "---\nlanguage: en\n---\n"])
-def test_no_license_is_ever_a_default(source_card: str | None, kinds: Path) -> None:
+def test_there_is_no_default_license(source_card: str | None, kinds: Path) -> None:
     for kind in KINDS:
         card = made(kinds / kind, source_card=source_card)
         assert not {"license", "license_name", "license_link"} & set(render(card).metadata)

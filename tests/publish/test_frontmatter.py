@@ -63,7 +63,7 @@ def test_a_key_is_replaced_added_and_removed_and_its_neighbours_stay() -> None:
     assert changed == expected.replace("empty:\n", "empty:\nnew: 1\n")
 
 
-def test_a_block_of_text_goes_as_a_whole() -> None:
+def test_a_block_of_text_is_removed_as_a_whole() -> None:
     card = parse(WHOLE)
     assert card.joined({"note": None}, "") == WHOLE.replace("note: |\n  some text\n  # no comment\n", "").replace(
         "# Title\n", ""

@@ -24,13 +24,13 @@ def test_without_a_card_nothing_is_known() -> None:
     ids=["no-metadata", "other", "nothing", "null", "empty", "no-list"],
 )
 @pytest.mark.parametrize("more", [(), ("license_name: mine", "license_link: https://example.org")])
-def test_a_card_without_a_license_gives_none(lines: tuple[str, ...], more: tuple[str, ...]) -> None:
+def test_a_card_without_a_license_gives_no_license(lines: tuple[str, ...], more: tuple[str, ...]) -> None:
     found = read_license(card(*lines, *more), FILES)
     assert (found.has_card, found.metadata) == (True, {})
     assert "names no license" in license_text(found, None, from_source=False)
 
 
-def test_a_text_without_metadata_gives_none() -> None:
+def test_a_text_without_metadata_gives_no_license() -> None:
     assert read_license("# A model\n\nlicense: mit\n", FILES).metadata == {}
 
 
@@ -61,7 +61,7 @@ def test_the_license_is_the_card_s(lines: tuple[str, ...], metadata: dict[str, o
     "link",
     ["../x", "/etc/passwd", "http://x.org", "javascript:alert(1)", "https://x.org/a b", "a//b", "x\\ny", "[a, b]"],
 )
-def test_a_link_to_another_site_is_shown_as_text(link: str) -> None:
+def test_a_link_to_another_site_is_replaced_by_a_note(link: str) -> None:
     found = read_license(card("license: other", f"license_link: {link}"), FILES)
     assert found.metadata == {"license": "other"}
     assert "is not included here" in license_text(found, "other", from_source=True)

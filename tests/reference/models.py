@@ -79,7 +79,7 @@ def pixels(images: int, dtype: torch.dtype, side: int = 56, channels: int = 3) -
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest absolute difference of two tensors that are finite and not all zero."""
+    """Return the largest absolute difference of two tensors, which must not be nearly constant."""
     assert one.shape == other.shape, f"{one.shape} against {other.shape}"
     assert one.dtype == other.dtype, f"{one.dtype} against {other.dtype}"
     assert one.float().std() > 0.1, "nothing was compared"

@@ -149,7 +149,7 @@ def test_a_model_is_opened_by_its_headers(hub: Hub, demo_source: Path) -> None:
     assert not (there.path / SINGLE_FILE).exists()
 
 
-def test_what_a_model_holds_is_known_without_fetching_it(hub: Hub, single: Path) -> None:
+def test_the_files_of_a_model_are_known_without_fetching(hub: Hub, single: Path) -> None:
     (single / "tokenizer.model").write_bytes(bytes(100))
     (single / "big.json").write_bytes(b"[" + b" " * 5_000_000 + b"]")
     hub.add(REPO, single)

@@ -84,7 +84,7 @@ def dangling(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [dangling, Path.mkdir, os.mkfifo], ids=["dangling", "folder", "pipe"])
-def test_I12_what_is_not_a_file_is_refused(make: object, demo_source: Path) -> None:
+def test_I12_a_template_that_is_not_a_file_is_refused(make: object, demo_source: Path) -> None:
     give(demo_source)
     assert callable(make)
     make(demo_source / FOLDER / "rag.jinja")

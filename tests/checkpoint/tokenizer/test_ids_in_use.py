@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_I16_what_is_not_an_id_is_refused_with_the_file_and_the_token(case: str, tmp_path: Path) -> None:
+def test_I16_an_invalid_id_is_refused_with_file_and_token(case: str, tmp_path: Path) -> None:
     name, document, message = REFUSED[case]
     write(tmp_path, **{name: document})
     with pytest.raises(CheckpointError) as caught:
@@ -236,7 +236,7 @@ def test_I16_what_is_not_an_id_is_refused_with_the_file_and_the_token(case: str,
         '{"model": {"vocab": {"a\\x": 9}, "x": tru}}', '{"a": "', "{'a': 1}", '{"added_tokens": [1 2]}',
     ],
 )  # fmt: skip
-def test_what_is_not_json_is_refused(text: str, tmp_path: Path) -> None:
+def test_invalid_json_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"is not valid JSON|is a JSON list|without content"):
         found(tmp_path)
@@ -254,7 +254,7 @@ TEMPLATE = {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "s
         ({"padding": {"strategy": "BatchLongest", "pad_id": 6, "pad_token": "[P]"}}, "the token '[P]' as 6"),
     ],
 )
-def test_ids_that_are_written_into_every_text_count(part: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_ids_added_to_every_text_count(part: dict[str, Any], message: str, tmp_path: Path) -> None:
     ids = found(write(tmp_path, tokenizer={**tokenizer(words(6)), **part}))
     assert message in str(ids.spare)
 

@@ -220,13 +220,13 @@ def test_a_model_without_images_can_do_without_the_tokens(text: str, kept: bool,
 
 
 @pytest.mark.parametrize("text", [small(OLD, vocabulary={}), small(FREE, FREE, OLD), small(entry(262_144, "<mine>"))])
-def test_I15_a_model_without_images_has_no_token_beyond_the_table_either(text: str, tmp_path: Path) -> None:
+def test_I15_a_model_without_images_may_not_have_a_token_beyond_the_table(text: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError):
         edit(tmp_path / "tokenizer.json", required=False)
 
 
-def test_the_sizes_of_the_published_and_of_the_released_file_differ_by_what_is_exchanged(
+def test_published_and_released_file_sizes_differ_by_the_exchanged_entries(
     made: tuple[str, tuple[TokenChange, ...]],
 ) -> None:
     """Uses the layout of the tokenizers library; other content does not matter."""

@@ -120,7 +120,7 @@ def test_O9_all_strangers_are_named(old: Path) -> None:
     assert error.value.hint == "move them away, or choose another folder"
 
 
-def test_O9_a_file_that_is_missing_is_no_reason_to_keep_the_rest(old: Path) -> None:
+def test_O9_a_missing_file_does_not_prevent_replacement(old: Path) -> None:
     (old / "model.safetensors").unlink()
     write(old)
     assert names(old) == {"config.json"}
@@ -185,7 +185,7 @@ def test_O9_a_folder_being_removed_that_is_another_users_is_left_alone(old: Path
     assert names(old.parent) == {"out", theirs.name}
 
 
-def test_names_of_our_own_work_are_no_outputs(tmp_path: Path) -> None:
+def test_our_temporary_names_are_not_outputs(tmp_path: Path) -> None:
     for name in (".out.t5g2-staging", ".out.t5g2-old", ".out.t5g2-removed-2", ".t5g2-staging/below"):
         with pytest.raises(OutputError, match="is a name reserved by t5g2"):
             check_target(tmp_path / name, overwrite=False)
@@ -244,7 +244,7 @@ def test_a_source_without_a_name_is_not_the_current_folder(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o2770, 0o1777])
-def test_O10_an_empty_folder_is_filled_and_stays_what_it_is(demo_source: Path, tmp_path: Path, mode: int) -> None:
+def test_O10_an_empty_folder_is_filled_in_place(demo_source: Path, tmp_path: Path, mode: int) -> None:
     target = tmp_path / "out"
     target.mkdir()
     if os.geteuid() == 0:
@@ -318,7 +318,7 @@ def test_O10_a_part_of_the_same_disk_is_a_mount_point_too(old: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("way", ["new", "fill", "overwrite"])
-def test_O12_what_others_write_meanwhile_stays(tmp_path: Path, way: str) -> None:
+def test_O12_files_that_others_write_meanwhile_stay(tmp_path: Path, way: str) -> None:
     target = tmp_path / "out"
     if way == "overwrite":
         write_old(target)
@@ -360,7 +360,7 @@ def test_O12_a_resumable_run_keeps_its_shards(
 # What is being removed
 
 
-def test_O11_what_was_replaced_never_comes_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_O11_a_replaced_folder_never_comes_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run dies before or while removing the old folder, and the user removes the output."""
 
     def die(*arguments: object, **options: object) -> None:

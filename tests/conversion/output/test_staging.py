@@ -415,7 +415,7 @@ def test_O4_the_staging_folder_of_a_dead_run_is_cleared(
     assert names(tmp_path) == {"out", "outside"}
 
 
-def test_O4_a_staging_path_that_is_no_folder_of_ours_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_O4_a_staging_path_that_is_not_ours_is_not_touched(source: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     write_old(outside)
     for make in (lambda path: path.symlink_to(outside), lambda path: path.write_text("a file")):
@@ -428,7 +428,7 @@ def test_O4_a_staging_path_that_is_no_folder_of_ours_is_left_alone(source: Path,
         stale.unlink()
 
 
-def test_O4_an_old_folder_whose_replacement_never_came_is_put_back(
+def test_O4_an_old_folder_without_a_replacement_is_restored(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out"

@@ -54,7 +54,7 @@ def test_every_byte_of_every_shard_is_planned_once(demo_source: Path) -> None:
         assert shard.size - shard.header_size <= 60_000
 
 
-def test_what_serves_both_stacks_names_one_source_range(demo_source: Path) -> None:
+def test_shared_tensors_name_one_source_range(demo_source: Path) -> None:
     made = plan(demo_source)
     ranges = Counter(tensor.content.source for tensor in made.tensors if tensor.content.kind == "copy")
     stacks = [tensor for tensor in made.tensors if tensor.part in ("encoder", "decoder")]
@@ -110,7 +110,7 @@ def test_dtype_is_only_at_the_top_of_the_config(demo_source: Path) -> None:
     assert not any(key in section for section in below for key in ("dtype", "torch_dtype"))
 
 
-def test_the_config_carries_what_the_source_says(demo_source: Path) -> None:
+def test_the_config_has_the_sources_settings(demo_source: Path) -> None:
     path = demo_source / "config.json"
     source = json.loads(path.read_text())
     source["text_config"] |= {
@@ -189,7 +189,7 @@ def test_27b_is_planned_from_headers_in_little_memory(gemma3_map: WeightMap, tmp
     assert peak < 150e6
 
 
-def test_what_is_kept_as_it_is_declares_no_change(demo_source: Path) -> None:
+def test_an_unchanged_model_declares_no_change(demo_source: Path) -> None:
     assert plan(demo_source).changes == ()
 
 
@@ -286,7 +286,7 @@ HALF = "load the output with dtype=torch.float32 or dtype=torch.bfloat16"
         ("text-8", {}, False),
     ],
 )
-def test_a_float16_output_is_noted_with_what_to_load_it_in(
+def test_a_float16_output_is_noted_with_a_dtype_for_loading(
     name: str, options: dict[str, Any], noted: bool, twin_folder: TwinFolder
 ) -> None:
     notes = [note for note in plan(twin_folder(name), **options).notes if HALF in note]
@@ -316,7 +316,7 @@ def with_activation(source: Path, target: Path, path: str, name: str) -> Path:
 
 
 @pytest.mark.parametrize(("twin", "path"), ACTIVATED)
-def test_an_activation_that_verify_cannot_judge_is_refused(
+def test_an_activation_that_verify_cannot_compute_is_refused(
     twin: str, path: str, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source = with_activation(twin_folder(twin), tmp_path / "source", path, "laplace")
@@ -327,7 +327,7 @@ def test_an_activation_that_verify_cannot_judge_is_refused(
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", ["quick_gelu", "gelu_new", "relu2"])
 @pytest.mark.parametrize(("twin", "path"), ACTIVATED)
-def test_other_activations_of_transformers_are_converted_and_judged(
+def test_other_activations_of_transformers_are_converted_and_verified(
     twin: str, path: str, name: str, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     source = with_activation(twin_folder(twin), tmp_path / "source", path, name)
@@ -336,7 +336,7 @@ def test_other_activations_of_transformers_are_converted_and_judged(
 
 
 @pytest.mark.parametrize("window", [-1, 0, 1, 2**31])
-def test_a_window_that_nothing_can_generate_with_is_refused(window: int, twin_folder: TwinFolder) -> None:
+def test_a_window_out_of_range_is_refused(window: int, twin_folder: TwinFolder) -> None:
     with pytest.raises(UsageError, match=r"--sliding-window must be between 2 and"):
         plan(twin_folder("text-8"), sliding_window=window)
     assert plan(twin_folder("text-8"), sliding_window=2).config["decoder"]["sliding_window"] == 2

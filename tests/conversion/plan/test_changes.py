@@ -29,7 +29,7 @@ def test_without_options_no_value_changes(gemma3_map: WeightMap) -> None:
     [
         ("linear:8", {}, {"rope_full_factor": 8.0, "max_position_embeddings": 262144}),
         ("linear:1.5", {}, {"rope_full_factor": 1.5, "max_position_embeddings": 49152}),
-        # The length is the source's for the source's factor.
+        # The maximum length is the source's at the source's factor.
         (
             "linear:16",
             {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "max_position_embeddings": 131072},
@@ -51,7 +51,7 @@ def test_a_linear_factor_allows_as_much_longer_inputs(
 
 
 @pytest.mark.parametrize(("preset", "size"), RELEASES.items())
-def test_a_preset_gives_what_the_release_has(preset: str, size: str, gemma3_map: WeightMap) -> None:
+def test_a_preset_gives_the_settings_of_the_release(preset: str, size: str, gemma3_map: WeightMap) -> None:
     settings = changed_values(PlanOptions(preset=preset), model(size).values, gemma3_map)
     assert settings == {"rope_full_factor": 8.0, "max_position_embeddings": 131072}
     assert gemma3_map.presets[preset].assumed == ["max_position_embeddings"]
@@ -79,7 +79,7 @@ def test_options_win_over_a_preset(gemma3_map: WeightMap) -> None:
         ({"num_hidden_layers": 19}, "requires num_hidden_layers 18, but the source has 19"),
     ],
 )
-def test_what_a_release_has_of_its_parent_is_asked_of_the_source(
+def test_the_source_must_have_the_values_that_a_release_inherits(
     fields: dict[str, Any], says: str, gemma3_map: WeightMap
 ) -> None:
     with pytest.raises(MappingError, match=says):

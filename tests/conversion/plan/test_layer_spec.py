@@ -70,7 +70,7 @@ def test_every_form_is_a_list_of_numbers(spec: str | Sequence[int], expected: li
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_is_no_selection_is_refused_in_a_line(spec: str | Sequence[int], says: str) -> None:
+def test_an_invalid_selection_is_refused_in_one_line(spec: str | Sequence[int], says: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_layers(spec, "--decoder-layers")
     message = str(caught.value)
@@ -87,7 +87,7 @@ def test_numbers_come_back_from_their_list(numbers: set[int]) -> None:
 
 
 @given(st.text(alphabet="0123456789:,first ", max_size=12))
-def test_any_text_is_refused_or_goes_up(text: str) -> None:
+def test_any_text_is_refused_or_gives_increasing_layers(text: str) -> None:
     try:
         layers = parse_layers(text, "x")
     except UsageError:
@@ -118,7 +118,7 @@ def test_the_nearest_selection_with_full_attention(spec: str, depth: int, keepin
     assert (written(chosen, depth), kept) == keeping
 
 
-def test_a_parent_without_full_attention_has_no_such_selection() -> None:
+def test_a_parent_without_full_attention_gets_no_suggested_selection() -> None:
     assert with_full_attention([0, 2], ["sliding_attention"] * 4) is None
 
 

@@ -1,4 +1,4 @@
-"""Rows of the table are kept or cut by the ids in use, and not by their count."""
+"""Table rows are kept or cut by the ids in use, not by their number."""
 
 import json
 import math
@@ -33,7 +33,7 @@ Change = Callable[[Path], object]
 
 @pytest.fixture
 def make(demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path) -> Make:
-    """A source with so many rows, all of them zeros without a seed, and no other file than its config."""
+    """Write a source with this many rows (zeros without a seed) and only its config."""
 
     def checkpoint(
         name: str = "source", *, rows: int = ALL, images: bool = False, seed: int | None = None, **fields: Any
@@ -58,7 +58,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def write_row(folder: Path, number: int, value: float) -> None:
-    """Make all values of a row of the table one number."""
+    """Fill a row of the table with one number."""
     checkpoint = open_checkpoint(folder)
     (stored,) = (tensor for name, tensor in checkpoint.tensors.items() if name.endswith("embed_tokens.weight"))
     width = stored.entry.shape[1]
@@ -166,7 +166,7 @@ def test_without_an_id_in_use_they_are_cut(images: bool, make: Make) -> None:
     check_kept(plan(source), CUT, NEW_IMAGE)
 
 
-def test_settings_follow_the_image_token_where_there_is_no_tokenizer_json(make: Make, tmp_path: Path) -> None:
+def test_settings_follow_the_image_token_without_a_tokenizer_json(make: Make, tmp_path: Path) -> None:
     source = make(images=True)
     write_tokenizer(source)
     for name in ("tokenizer.json", "added_tokens.json"):
@@ -265,7 +265,7 @@ def test_tokens_of_images_need_rows_only_where_images_are_read(field: str, make:
 
 
 @pytest.mark.parametrize("value", [None, -1, [-1, 1]])
-def test_what_names_no_token_needs_no_row(value: Any, make: Make) -> None:
+def test_values_that_name_no_token_need_no_row(value: Any, make: Make) -> None:
     check_kept(plan(make(eos_token_id=value)), CUT, NEW_IMAGE)
 
 
@@ -284,7 +284,7 @@ def test_an_image_token_by_another_name_is_the_sources_own_affair(make: Make) ->
     check_kept(plan(source))
 
 
-# Other checkpoints: their tables may have been cut where the source's is not, and the reverse
+# Other checkpoints: their tables may be cut when the source's is not, and vice versa
 
 
 @pytest.mark.sampled
@@ -333,7 +333,7 @@ def test_a_projector_is_aligned_by_the_rows_that_both_have(make: Make) -> None:
     assert alignment.rows == CUT
 
 
-# What comes of it works
+# The results work
 
 
 @pytest.mark.slow
@@ -391,7 +391,7 @@ def test_following_the_hint_of_a_field_without_a_row_does_too(make: Make) -> Non
     assert plan(source).tensors
 
 
-def test_a_tokenizer_that_is_cut_says_what_it_said(make: Make, tmp_path: Path) -> None:
+def test_a_cut_model_keeps_its_tokenizer_but_for_the_moved_token(make: Make, tmp_path: Path) -> None:
     source = make(images=True)
     write_tokenizer(source)
     convert(source, tmp_path / "out")
@@ -434,7 +434,7 @@ def normal(seed: int = 0) -> Rows:
 
 
 def one_mean(seed: int = 0) -> Rows:
-    """What transformers' resize makes of new rows: the mean of the others, and hardly any noise."""
+    """Initialize new rows as transformers' resize does: the mean of the others, with very little noise."""
     generator = np.random.default_rng(seed)
     return generator.normal(0, 0.1, WIDTH) + generator.normal(0, 1e-4, (ROWS, WIDTH))
 
@@ -462,7 +462,7 @@ def test_random_rows_look_alike_whatever_the_seed(seed: int) -> None:
 
 
 def trained(rows: Rows, *numbers: int) -> Rows:
-    """Rows of another length than random fill of 0.25, in a direction of their own."""
+    """Return rows with another norm than random fill of 0.25, and random directions."""
     rows[list(numbers)] = np.random.default_rng(9).normal(0.05, 0.04, (len(numbers), WIDTH))
     return rows
 
@@ -478,14 +478,14 @@ def test_where_most_rows_are_trained_the_others_stand_out() -> None:
     assert found == list(range(40, 64))
 
 
-def test_a_constant_row_of_the_same_length_stands_out() -> None:
+def test_a_constant_row_of_the_same_norm_is_an_outlier() -> None:
     rows = normal()
     rows[7] = 0.25
     assert rows_that_stand_out(stored(rows), "BF16", WIDTH) == [7]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_row_without_numbers_stands_out(value: float) -> None:
+def test_a_row_that_is_not_finite_is_an_outlier(value: float) -> None:
     rows = normal()
     rows[3, 5] = value
     assert rows_that_stand_out(stored(rows), "BF16", WIDTH) == [3]

@@ -1,4 +1,4 @@
-"""Every file of a source folder is accounted for: one sentence each, and a note for those that nobody knows."""
+"""Every file of a source folder is accounted for: one line each, and a note for unknown files."""
 
 import fnmatch
 import shutil
@@ -74,7 +74,7 @@ def test_many_of_them_are_one_note(demo_source: Path, tmp_path: Path) -> None:
     assert not {name.partition("/")[0] for name in UNKNOWN} & {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def test_the_templates_are_left_where_no_chat_is_written(demo_source: Path, tmp_path: Path) -> None:
+def test_templates_are_not_copied_for_an_encoder(demo_source: Path, tmp_path: Path) -> None:
     give(demo_source, "additional_chat_templates/rag.jinja")
     convert(demo_source, tmp_path / "out", flush=False)
     found = {item["name"]: item for item in plan(tmp_path / "out", part="encoder").to_json()["source_files"]}
@@ -91,7 +91,7 @@ def test_a_file_that_is_added_while_a_run_is_stopped_does_not_undo_its_shards(de
 
 
 def test_no_pattern_hides_what_a_conversion_writes() -> None:
-    """A known file stays behind for its reason; weights, code and settings of other kinds are never among them."""
+    """Known unused files have a reason; weights, code and other settings never match their patterns."""
     for name in ("model.safetensors", "x.py", "modules.json", "head.safetensors", "x.bin", "config.xyz.json"):
         patterns = [pattern for each in LEFT_BEHIND.values() for pattern in each]
         assert not [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]

@@ -12,8 +12,8 @@ from tests.conftest import TwinFolder
 from tests.models.twins import rewrite_config
 
 
-def spelled_otherwise(text: dict[str, Any]) -> None:
-    """Whole numbers as fractions, and fractions as whole numbers."""
+def with_other_number_types(text: dict[str, Any]) -> None:
+    """Return integers as floats, and whole floats as integers."""
     text |= {
         "attention_dropout": 0, "initializer_range": 1, "rms_norm_eps": 1, "final_logit_softcapping": 30,
         "attn_logit_softcapping": 50, "query_pre_attn_scalar": 12.0, "sliding_window": 7.0, "vocab_size": 300.0,
@@ -27,14 +27,14 @@ def spelled_otherwise(text: dict[str, Any]) -> None:
     }
 
 
-def test_transformers_loads_what_was_made_of_numbers_spelled_otherwise(twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_transformers_loads_a_conversion_of_other_number_types(twin_folder: TwinFolder, tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
-    rewrite_config(twin_folder("text-8"), source, spelled_otherwise)
+    rewrite_config(twin_folder("text-8"), source, with_other_number_types)
     convert(source, output)
     model = T5Gemma2ForConditionalGeneration.from_pretrained(output)
     assert (model.config.decoder.query_pre_attn_scalar, model.config.decoder.rms_norm_eps) == (12, 1.0)
     found = json.loads((output / "config.json").read_text())
-    # What the class itself would write has the same types, all through.
+    # The class itself would write the same types everywhere.
     theirs = AutoConfig.from_pretrained(output).to_dict()
     for section in (("encoder", "text_config"), ("decoder",)):
         ours, other = found, theirs

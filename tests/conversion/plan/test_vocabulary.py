@@ -1,4 +1,4 @@
-"""Only a donor that embeds the source's tokens tells how its space lies in the source's."""
+"""An alignment needs a donor that embeds the source's tokens."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(demo_config: Mapping[str, Any], gemma3_map: WeightMap, tmp_path: Path) -> Make:
-    """A source, or a donor, whose table has so many rows."""
+    """Return a source or a donor with this many table rows."""
 
     def checkpoint(role: str, rows: int = ROWS) -> Path:
         folder = tmp_path / role
@@ -74,7 +74,7 @@ def test_names_of_rows_that_are_not_there_do_not_count(make: Make) -> None:
 
 
 @pytest.mark.parametrize("role", ["source", "donor"])
-def test_without_both_tokenizers_a_note_tells_that_nothing_was_compared(role: str, make: Make) -> None:
+def test_without_both_tokenizers_a_note_says_that_nothing_was_compared(role: str, make: Make) -> None:
     folders = {"source": make("source"), "donor": make("donor")}
     write_names(folders[role], NAMES)
     assert any("not checked: whether the 300 rows of both embedding tables are the same tokens" in note
@@ -109,7 +109,7 @@ def test_a_tokenizer_without_names_is_refused(text: str, says: str, make: Make) 
     assert caught.value.where == str(donor / "tokenizer.json")
 
 
-def test_the_document_of_a_plan_tells_what_a_projector_is_aligned_by(make: Make) -> None:
+def test_the_plan_document_describes_the_alignment(make: Make) -> None:
     made = plan(make("source"), vision_from=make("donor"), projector="aligned", ridge=1e-6).to_json()
     (alignment,) = (tensor["alignment"] for tensor in made["tensors"] if "alignment" in tensor)
     assert (alignment["rows"], alignment["ridge"]) == (ROWS, 1e-6)

@@ -52,7 +52,7 @@ def test_every_number_keeps_its_value(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", list(TORCH))
 @pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
 @pytest.mark.parametrize("place", ["donor", "target"])
-def test_no_number_in_a_table_names_the_tensor_and_the_row(
+def test_nan_or_infinity_in_a_table_names_the_tensor_and_the_row(
     place: str, value: float, what: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(aligned_projector, "ROWS_AT_ONCE", 4)
@@ -116,7 +116,7 @@ def test_a_target_that_is_a_map_of_the_donor_gets_exactly_that_map_and_scale(ali
     exact = projector @ truth / 2
     result = carry("x", to_bytes(projector.to(TORCH[dtype])), dtype, alignment, "F32")
     found = torch.frombuffer(bytearray(result), dtype=torch.float32).view(9, 16)
-    assert exact.all()  # what is computed for a zero is not quite one
+    assert exact.all()  # the computed value for a zero is not exactly zero
     assert torch.equal(found, exact)
 
 
@@ -175,7 +175,7 @@ def test_a_ridge_has_no_unit(aligned: Align) -> None:
 @pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-5, 0.3])
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
 def test_the_residual_is_that_of_the_map_however_small(aligned: Align, noise: float, condition: float) -> None:
-    # The target lies in the donor's weakest direction, where large terms of the sums cancel.
+    # The target is in the donor's weakest direction, where large terms of the sums cancel.
     donor, weakest = ill_conditioned(5000, 60, condition, seed=0)
     target = donor.double() @ weakest * condition @ random(1, 20, seed=2, dtype=torch.float64)
     target = (target + noise * random(5000, 20, seed=3, dtype=torch.float64)).float()
@@ -255,7 +255,7 @@ def test_a_column_of_zeros_gets_a_row_of_zeros_under_any_ridge(aligned: Align) -
     assert np.abs(map_[others] - aligned(donor[:, others], target).map).max() < 1e-14
 
 
-def test_columns_of_very_different_size_are_no_reason_to_refuse(aligned: Align) -> None:
+def test_columns_of_very_different_size_are_accepted(aligned: Align) -> None:
     donor, target = random(500, 30, seed=0), random(500, 12, seed=1)
     sizes = 2.0 ** torch.arange(-30, 30, 2)
     found = aligned(donor * sizes, target).map * sizes[:, None].numpy()
@@ -282,7 +282,7 @@ def test_a_ridge_that_is_negative_or_not_finite_is_refused(aligned: Align, ridge
         aligned(random(50, 3, seed=0), random(50, 3, seed=1), ridge=ridge)
 
 
-def test_no_number_in_a_table_is_refused_before_anything_is_solved(aligned: Align) -> None:
+def test_nan_or_infinity_in_a_table_is_refused_before_solving(aligned: Align) -> None:
     donor = random(5000, 3, seed=0)
     donor[4999, 2] = math.nan
     with pytest.raises(CheckpointError, match=r"donor\.weight: holds NaN in row 4999"):
@@ -290,7 +290,7 @@ def test_no_number_in_a_table_is_refused_before_anything_is_solved(aligned: Alig
 
 
 @pytest.mark.parametrize("dtype", list(TORCH))
-def test_no_number_in_the_donors_projector_is_refused(dtype: str) -> None:
+def test_nan_or_infinity_in_the_donors_projector_is_refused(dtype: str) -> None:
     projector = torch.ones(4, 3, dtype=TORCH[dtype])
     projector[2, 1] = math.inf
     with pytest.raises(CheckpointError, match="tensor a: the donor's projector holds infinity in row 2"):

@@ -214,7 +214,7 @@ def finished_in_spite_of_torn(staging: Path) -> list[str]:
     return [line for line in (staging / JOURNAL_FILE).read_text().splitlines() if line.endswith("}")]
 
 
-def stop_in_the_judge(source: Path, target: Path, **options: Any) -> None:
+def stop_in_verification(source: Path, target: Path, **options: Any) -> None:
     def interrupted(folder: Path) -> None:
         raise Interrupted(signal.SIGTERM)
 
@@ -229,7 +229,7 @@ def test_a_torn_line_loses_one_shard(source: Path, tmp_path: Path, whole: dict[s
     journal.write_bytes(journal.read_bytes()[:-20])
     # Stopped once more: entries after the torn line count.
     with pytest.raises(Interrupted):
-        stop_in_the_judge(source, target)
+        stop_in_verification(source, target)
     assert len(finished_in_spite_of_torn(staging_of(target))) > len(finished)
     done = convert(source, target, max_shard_bytes=SHARD, resume=True)
     assert len(done.kept) == len(done.shards)
@@ -309,7 +309,7 @@ def test_a_judge_that_was_killed_leaves_shards_that_are_all_kept(
 ) -> None:
     target = tmp_path / "out"
     with pytest.raises(Interrupted):
-        stop_in_the_judge(source, target)
+        stop_in_verification(source, target)
     done = convert(source, target, max_shard_bytes=SHARD, resume=True)
     assert len(done.kept) == len(done.shards)
     assert contents(target) == whole
@@ -333,7 +333,7 @@ def test_O5_kept_shards_are_flushed_if_the_run_that_wrote_them_did_not_wait(
 ) -> None:
     target = tmp_path / "out"
     with pytest.raises(Interrupted):
-        stop_in_the_judge(source, target, flush=False)
+        stop_in_verification(source, target, flush=False)
     flushed: list[str] = []
     fsync = os.fsync
 
@@ -346,7 +346,7 @@ def test_O5_kept_shards_are_flushed_if_the_run_that_wrote_them_did_not_wait(
     assert set(done.kept) == set(done.shards) <= set(flushed)
 
 
-def test_O2_a_shard_whose_flush_failed_is_never_kept(
+def test_O2_a_shard_with_a_failed_flush_is_never_kept(
     source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk reports a failure once; the next flush succeeds."""

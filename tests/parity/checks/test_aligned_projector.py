@@ -97,7 +97,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.mark.parametrize("dtype", list(TORCH))
-def test_what_the_converter_stores_is_right(case: Case, dtype: str, tmp_path: Path) -> None:
+def test_the_stored_projector_is_correct(case: Case, dtype: str, tmp_path: Path) -> None:
     assert case.faults(case.converted(tmp_path, dtype)[0]) == []
 
 

@@ -98,7 +98,7 @@ def changing(name: str, value: float = 0.5) -> Callable[[dict[str, Tensor]], obj
 
 
 @pytest.mark.parametrize("images", [True, False])
-def test_a_conversion_computes_what_its_source_computes(images: bool, models: Open) -> None:
+def test_a_conversion_computes_the_same_as_its_source(images: bool, models: Open) -> None:
     progress: list[str] = []
     checks = models().judge(images=images, progress=progress.append)
     assert list(checks) == ["decoder_parity", "encoder_parity"]
