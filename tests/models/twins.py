@@ -110,7 +110,7 @@ TWINS = [
 ]
 
 DONORS = [Twin("donor-wide", _text(hidden_size=32, num_hidden_layers=6), SIGLIP, IN_VOCABULARY)]
-"""Models of another width than the text-only twins, whose vision tower they may be given."""
+"""Models of another width than the text-only twins, to which they can give a vision tower."""
 
 
 PARENTS = [
@@ -133,7 +133,7 @@ PARENTS = [
         ),
     )
 ]
-"""Models that may be the decoder's parent beside another source."""
+"""Models that can be the decoder's parent with another source."""
 
 
 def write_aligned_source(source: Path, donor: Path, folder: Path) -> torch.Tensor:

@@ -253,15 +253,15 @@ def test_O2_a_disk_that_is_too_small_is_known_before_the_start(
 def test_O2_a_disk_that_is_just_large_enough_is_used(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Path] = []
+    requested: list[Path] = []
 
     def usage(path: Path) -> SimpleNamespace:
-        asked.append(path)
+        requested.append(path)
         return SimpleNamespace(free=plan(source).nbytes + (64 << 20))
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     convert(source, tmp_path / "new/out")
-    assert asked == [tmp_path / "new"], "the disk that the output will be on"
+    assert requested == [tmp_path / "new"], "the disk that the output will be on"
 
 
 def test_O2_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:

@@ -297,11 +297,11 @@ def test_kept_shards_do_not_count_as_needed_space(
 ) -> None:
     target = tmp_path / "out"
     stop(source, target)
-    asked: list[int] = []
-    monkeypatch.setattr("t5g2convert.conversion.convert.check_space", lambda where, need: asked.append(need))
+    requested: list[int] = []
+    monkeypatch.setattr("t5g2convert.conversion.convert.check_space", lambda where, need: requested.append(need))
     done = convert(source, target, max_shard_bytes=SHARD, resume=True)
     kept = sum((target / name).stat().st_size for name in done.kept)
-    assert asked == [done.nbytes - kept + (64 << 20)]
+    assert requested == [done.nbytes - kept + (64 << 20)]
 
 
 def test_a_judge_that_was_killed_leaves_shards_that_are_all_kept(

@@ -245,18 +245,18 @@ def test_a_zero_projector_stays_zero() -> None:
 def test_each_row_is_read_once_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("t5g2convert.parity.checks.aligned_projector.ROWS_AT_ONCE", 700)
     case = make_case()
-    asked: dict[str, list[tuple[int, int]]] = {"donor": [], "target": []}
+    requested: dict[str, list[tuple[int, int]]] = {"donor": [], "target": []}
 
     def counting(name: str, table: Tensor) -> RowReader:
         def rows(start: int, stop: int) -> Tensor:
-            asked[name].append((start, stop))
+            requested[name].append((start, stop))
             return table[start:stop]
 
         return rows
 
     readers = counting("donor", case.donor), counting("target", case.target)
     found = aligned_projector(case.projector, *readers, rows=2900, ridge=0.0)
-    for ranges in asked.values():
+    for ranges in requested.values():
         read = [(start, stop) for start, stop in ranges if stop > start]
         assert read == list(pairwise([*range(0, 2900, 700), 2900]))
     fewer = Case(case.donor[:2900], case.target[:2900], case.projector).expected()

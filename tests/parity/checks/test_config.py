@@ -15,7 +15,7 @@ from tests.models.twins import BY_NAME, TWINS
 
 EVERY = [twin.name for twin in TWINS]
 MOVED = {"image_token_index": 256_001}
-"""What the shipped map declares of a source whose config has the default image token."""
+"""What the shipped map declares of a source with the default image token."""
 
 CUT = {"vocab_size": 262_144, **MOVED}
 """What it declares of a source with rows of random fill."""
