@@ -1,4 +1,4 @@
-"""The inputs of the reference passes: seeded tokens and pixels, or a text and a picture of the user's."""
+"""The inputs of the reference passes: seeded tokens and pixels, or the user's text and picture."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from t5g2convert.reference.weights import DTYPES, Weights
 
 SEED: Final = 2512_14856
 MAX_TOKENS: Final = 4096 + 24
-"""Most tokens of a sequence; a longer sliding window is not reached, and the report says so."""
+"""Maximum tokens of a sequence; it does not reach a longer sliding window, and the report says so."""
 
 BEYOND_WINDOW: Final = 24
 """Tokens by which a sequence exceeds the sliding window."""
@@ -64,17 +64,17 @@ class TokenModel(Protocol):
 
     @property
     def reserved(self) -> Collection[int]:
-        """Ids that random sequences must not contain, since they stand for something other than a token."""
+        """Ids that random sequences must not contain, since they mark something other than a token."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both models read in one verification: seeded tokens and pixels, or a text and a picture of the user's.
+    """The inputs of both models in one verification: seeded tokens and pixels, or the user's text and picture.
 
     Attributes:
-        text: The text file in place of seeded tokens.
+        text: The text file to read instead of seeded tokens.
         tokens: Its tokens.
-        picture: The pixels of an image file in place of seeded ones, float32.
+        picture: The pixels of an image file to read instead of seeded ones, float32.
     """
 
     text: Path | None = None
@@ -104,7 +104,7 @@ class Inputs:
         return Batch(batch.ids_BT.to(device), batch.kept_BT.to(device), remarks)
 
     def _readable(self, target: TokenModel) -> tuple[Sequence[int], tuple[str, ...]]:
-        """Return the text's tokens, without the end-of-image token where its row need not be exact, and remarks."""
+        """Return the text's tokens and remarks; without the end-of-image token where its row need not be exact."""
         settings = target.stacks[0].settings
         vocab, ending = settings.vocab_size, target.stacks[0].eoi_token
         if max(self.tokens) >= vocab:
@@ -118,12 +118,12 @@ class Inputs:
         return [token for token in self.tokens if token != ending], remarks
 
     def pixels(self, tower: VisionTower) -> Tensor:
-        """Return one image for a tower."""
+        """Return one image in the size that a tower reads."""
         dtype = tower.weights.dtype or torch.float32
         return pixels(tower, 1, dtype) if self.picture is None else self.picture.to(dtype)
 
     def image_batch(self, target: TokenModel, features_ITC: Tensor) -> ImageBatch:
-        """Return text with that image in it."""
+        """Return the text with that image in it."""
         ids_BT = image_ids(target.stacks[0].settings.vocab_size, features_ITC.shape[1], never=target.reserved)
         return ImageBatch(ids_BT.to(target.weights.device), features_ITC)
 
@@ -162,7 +162,7 @@ def read_inputs(
 
 
 def _exact_eoi(target: TokenModel) -> tuple[int | None, tuple[str, ...]]:
-    """Return the end-of-image token where its row must be exact: in the dtype that it was scaled and rounded in."""
+    """Return the end-of-image token if its row must be exact: in the dtype it was scaled and rounded in."""
     stack = target.stacks[0]
     token = stack.eoi_token
     if token is None or token >= stack.settings.vocab_size or stack.eoi is None:
@@ -182,7 +182,7 @@ def generator() -> torch.Generator:
 
 
 def token_batch(vocab: int, length: int, *, never: Collection[int], placed: int | None = None) -> Batch:
-    """Return two sequences of seeded ids from the whole vocabulary; the second has padding on both sides.
+    """Return two sequences of seeded ids, drawn from the whole vocabulary; the second has padding on both sides.
 
     Args:
         vocab: Rows of the embedding table.
@@ -198,7 +198,7 @@ def token_batch(vocab: int, length: int, *, never: Collection[int], placed: int 
 
 
 def text_batch(tokens: Sequence[int], length: int) -> Batch:
-    """Return the first tokens of a text of at least 8, and the same again with padding on both sides."""
+    """Return the first tokens of a text (at least 8 tokens) twice: plain, and with padding on both sides."""
     ids_BT = torch.tensor(list(tokens[:length])).expand(2, -1).clone()
     return Batch(ids_BT, padded(ids_BT.shape[1]))
 
@@ -223,10 +223,10 @@ def pixels(tower: VisionTower, images: int, dtype: torch.dtype) -> Tensor:
 
 
 def first_tokens(codec: TextCodec, path: Path, count: int) -> list[int]:
-    """Return the first tokens of a text file, or all of them where it has fewer.
+    """Return the first tokens of a text file, or all of them if it has fewer.
 
-    Only the start of the file is read, and then twice as much, until both have the same first tokens; no token depends
-    on text farther away.
+    Read the start of the file, then twice as much, until two readings give the same first tokens: tokens do not depend
+    on text farther on.
 
     Raises:
         CheckpointError: A token has no row.

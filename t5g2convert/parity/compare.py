@@ -53,8 +53,8 @@ class Comparison:
     Attributes:
         decoder_alone: The decoder reads the text, its memory hidden, as Gemma 3 does.
         prefix_in_encoder: The encoder reads the first half; decoder and Gemma 3 predict the second.
-        drifts: How far the decoder's states are from Gemma 3's after every layer of the first reading; of the
-            embeddings alone where the depths differ.
+        drifts: How far the decoder's states are from Gemma 3's after every layer of the first reading; only for the
+            embeddings if the depths differ.
     """
 
     decoder_alone: Reading
@@ -82,7 +82,7 @@ def compare(gemma3: Origin, t5gemma2: Path, text: Path, options: CompareOptions)
 
     Raises:
         CheckpointError: A folder is damaged.
-        HubError: The Hub does not have or give out the model, or cannot be reached.
+        HubError: The Hub does not have the model, refuses access, or cannot be reached.
         UsageError: The text cannot be read or is too short, the widths differ, or float16 overflows.
     """
     check_device(options.dtype, options.device)
@@ -116,7 +116,7 @@ def compare(gemma3: Origin, t5gemma2: Path, text: Path, options: CompareOptions)
     half = len(tokens) // 2
     progress("the first half in the encoder")
     written_TC = _continue(target, ids_BT, half)
-    # Gemma 3's state at the last token of the prefix predicts what the decoder predicts from its start token.
+    # Gemma 3's state at the last token of the prefix predicts the token that the decoder predicts from its start token.
     together = _reading(source, target, gemma_TC[half - 1 : -1], written_TC, ids_BT[0, half:])
     return Comparison(alone, together, tuple(track.drifts))
 
@@ -160,7 +160,7 @@ def _reading(
     tokens = Distributions(len(labels_N), labels_N)
     for start, expected_NV, found_NV in both_logits(source.text, target.decoder, expected_NC, found_NC):
         for model, logits_NV in ((source, expected_NV), (target, found_NV)):
-            # Compare a model that diverged in training, but not one that overflows float16.
+            # A model that diverged in training can be compared, one that overflows float16 cannot.
             if not bool(torch.isfinite(logits_NV).all()) and (error := overflow("the logits", model.weights)):
                 raise error
         tokens.add(start, expected_NV, found_NV)

@@ -1,4 +1,4 @@
-"""The first module with different outputs inside two layers."""
+"""The first module inside two layers with different outputs."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,7 +11,7 @@ ATTENTION = "self_attn (windows, RoPE, scale, softcap or heads)"
 """Everything between the projections and o_proj; it has no parameters."""
 
 CROSS_ATTENTION = "cross_attn (scale, softcap or heads)"
-"""The same in a decoder's attention to the encoder's output."""
+"""The same for a decoder's attention to the encoder's output."""
 
 
 def first_difference(
@@ -21,15 +21,15 @@ def first_difference(
     found_inputs: Sequence[object],
     kept_BT: Tensor | None,
 ) -> str:
-    """Run two layers of the same structure again, and return the name of the first module with different outputs.
+    """Rerun two layers of the same structure, and return the name of the first module with different outputs.
 
-    Where no module differs, return the first parameter that does, or an empty string where only the sum of the whole
+    If no module differs, return the first parameter that does, or an empty string if only the sum of the whole layer
     differs.
 
     Args:
         expected: The source's layer.
-        expected_inputs: Its arguments: states and the rest.
-        found: The target's layer, whose names are returned; it may have more parameters at its end.
+        expected_inputs: Its arguments, the states first.
+        found: The target's layer, which gives the returned names; it may have more parameters at its end.
         found_inputs: Its arguments.
         kept_BT: False at padding; None without padding.
     """
@@ -37,13 +37,13 @@ def first_difference(
     for (name, right), (_, left) in zip(rights, lefts, strict=False):
         if left.shape != right.shape or not torch.equal(_tokens(left, kept_BT), _tokens(right, kept_BT)):
             return name
-    # Some parameters belong to no module: the projection of the soft tokens, the table of positions.
+    # Some parameters do not belong to a module: the projection of the soft tokens, the table of positions.
     parameters = zip(expected.parameters(), found.named_parameters(), strict=False)
     return next((name for ours, (name, theirs) in parameters if not torch.equal(ours, theirs)), "")
 
 
 def _outputs(layer: nn.Module, inputs: Sequence[object]) -> list[tuple[str, Tensor]]:
-    """Return the first output of every module inside a layer, in the order in which they are computed.
+    """Return the first output of every module inside a layer, in the order of computation.
 
     Merged attention calls its projections a second time, for the memory.
     """

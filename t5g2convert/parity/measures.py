@@ -8,13 +8,13 @@ from torch import Tensor
 from t5g2convert.parity.reports.report import Drift, Figures
 
 BLOCK_TOKENS = 256
-"""Tokens whose logits are converted to float64 at once."""
+"""Number of tokens with logits in float64 at once."""
 
 
 class Difference:
     """The largest difference of all pieces so far; infinite where a value is not finite.
 
-    `expected_finite` is False once an expected value was not finite; the difference then says nothing of the target.
+    `expected_finite` is False once an expected value was not finite; the difference then says nothing about the target.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Difference:
         return self.max_abs / self.peak if self.peak and math.isfinite(self.max_abs) else self.max_abs
 
     def within(self, tolerance: float) -> bool:
-        """Return whether anything was compared, and no difference exceeds `tolerance` times the largest value."""
+        """Return whether something was compared and no difference exceeds `tolerance` times the largest value."""
         return self.compared > 0 and math.isfinite(self.max_abs) and self.max_abs <= tolerance * self.peak
 
     def drift(self, layer: str) -> Drift:
@@ -64,7 +64,7 @@ class Difference:
         kl: float | None = None,
         agreement: float | None = None,
     ) -> Figures:
-        """Return the difference with what else a check measured."""
+        """Return the difference together with the other measurements of a check."""
         return Figures(self.max_abs, self.relative, self.compared, kl, agreement, departs, drifts)
 
 
@@ -75,7 +75,7 @@ class Distributions:
     kept relative to the largest logit so far and scaled down when a larger one comes. Sums are float64.
 
     Args:
-        tokens: How many tokens.
+        tokens: Number of tokens.
         labels_N: The tokens that follow in the text, for perplexities.
     """
 
@@ -106,7 +106,7 @@ class Distributions:
 
     @property
     def kl(self) -> float:
-        """Its mean over tokens."""
+        """The mean of KL(p || q) over tokens, in nats."""
         return float(self.kl_of_each.mean())
 
     @property
@@ -116,7 +116,7 @@ class Distributions:
 
     @property
     def perplexities(self) -> tuple[float, float]:
-        """Perplexity of the labels under both."""
+        """Perplexity of the labels under p and under q."""
         a, b = (
             float(torch.exp((side.log - self._label_logits_2N[row]).mean()))
             for row, side in enumerate((self._a, self._b))
@@ -125,7 +125,7 @@ class Distributions:
 
 
 class _LogSum:
-    """The sum of exponentials of logits relative to the largest so far, and the index of that."""
+    """The sum of exponentials of logits relative to the largest so far, and the index of the largest."""
 
     def __init__(self, tokens: int) -> None:
         self.top_N = torch.full((tokens,), -math.inf, dtype=torch.float64)
@@ -138,7 +138,7 @@ class _LogSum:
         return self.top_N + self.sum_N.log()
 
     def add(self, at: slice, start: int, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Add logits; return the factor by which older sums shrink, [n], and the new exponentials, [n, v]."""
+        """Add logits; return the factor that scales older sums down, [n], and the new exponentials, [n, v]."""
         peak, where = logits_NV.max(-1)
         self.best_N[at] = torch.where(peak > self.top_N[at], where + start, self.best_N[at])
         top = torch.maximum(self.top_N[at], peak)

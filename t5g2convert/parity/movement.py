@@ -1,7 +1,7 @@
-"""How far trained tensors have moved from the start of their training, read a piece at a time.
+"""How far trained tensors have moved from the start of the training, read a piece at a time.
 
-A tensor that was trained differs from its start, and is still near it. One that a library filled with random values,
-because it found none under a name, is not near its start.
+A trained tensor differs from its start but is still near it. A tensor that a library filled with random values, because
+it found none under the expected name, is not near its start.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +19,18 @@ PIECE: Final = 1 << 20
 """Elements to compare at once."""
 
 RELATED: Final = 0.5
-"""The smallest cosine between a matrix and its start that training explains.
+"""The smallest cosine between a matrix and its start that training can explain.
 
-The cosine of two unrelated matrices of n elements lies around 0 with a standard deviation of 1/sqrt(n): for n = 64,
-the fewest that are judged, 0.5 is 4 deviations away, and for a matrix of a real model hundreds. A training would have
-to add 1.7 times a matrix's own length of something unrelated to bring its cosine to 0.5; fine-tuning adds hundredths.
+The cosine of two unrelated matrices of n elements has mean 0 and standard deviation 1/sqrt(n). For n = 64, the smallest
+that is judged, 0.5 is 4 deviations away; for a matrix of a real model, hundreds. To bring the cosine down to 0.5, a
+training would have to add an unrelated matrix 1.7 times as long as the start; fine-tuning adds hundredths.
 """
 
 JUDGED: Final = 64
 """Elements of the smallest matrix with a meaningful cosine."""
 
 ROW: Final = "eoi_embedding"
-"""The only vector whose cosine is meaningful; norms and biases may turn in any direction."""
+"""The only vector with a meaningful cosine; norms and biases may turn in any direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,15 @@ class Movement:
 
     Attributes:
         name: The published name, or the name of a layer or part.
-        tensors: How many tensors.
-        unmoved: How many of them are the start's, bit for bit, in the dtype that both have.
+        tensors: Number of tensors.
+        unmoved: Number of tensors that equal the start's bit for bit, in the dtype that both have.
         difference: Sum of the squares of the differences.
         start: Sum of the squares of the start's values.
         found: Sum of the squares of the values found.
         product: Sum of the products of both.
-        unrelated: Matrices with a cosine to their start that is too small for training.
-        emptied: Tensors that are zeros, where the start's are not.
-        broken: Tensors with NaN or infinity, and the first such element.
+        unrelated: Matrices with a smaller cosine to their start than training can explain.
+        emptied: Tensors that are all zeros though the start's are not.
+        broken: Tensors with NaN or infinity, each with the first bad element.
     """
 
     name: str
@@ -68,14 +68,14 @@ class Movement:
 
     @property
     def distance(self) -> float:
-        """Length of the difference as a part of the start's; infinite where the start is zeros."""
+        """Length of the difference relative to the start's; infinite if the start is zeros."""
         if self.difference == 0:
             return 0.0
         return sqrt(self.difference / self.start) if self.start else float("inf")
 
     @property
     def cosine(self) -> float | None:
-        """The cosine between the start and the values found; None where either is zeros."""
+        """The cosine between the start and the values found; None if either is zeros."""
         length = sqrt(self.start) * sqrt(self.found)
         return self.product / length if length else None
 
@@ -107,7 +107,7 @@ def combined(name: str, movements: Sequence[Movement]) -> Movement:
 
 
 def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
-    """Compare one tensor with its start; of a table with added rows, the rows that both have.
+    """Compare one tensor with its start; for a table with added rows, compare the rows that both have.
 
     Args:
         name: Its name in both.
@@ -119,7 +119,7 @@ def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
     """
     one, other = start.tensors[name], found.tensors[name]
     dtype = DTYPES[other.entry.dtype]
-    # A start in float32 may have been trained in 16 bits, and saved in float32.
+    # A float32 start may have been trained in 16 bits and saved in float32.
     roundings = [
         dtype,
         *(each for each in (torch.bfloat16, torch.float16) if each != dtype and one.entry.dtype == "F32"),
@@ -145,7 +145,7 @@ def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
         product += float((old * new).sum())
     if broken is not None:
         return Movement(name, broken=(f"{name} is not finite at element {broken}",))
-    # The end-of-image vector takes the place of a row of the table.
+    # The end-of-image vector replaces a row of the table.
     matrix = (len(one.entry.shape) > 1 or name.endswith(ROW)) and elements >= JUDGED
     related = not (length and measured and matrix) or product / (sqrt(length) * sqrt(measured)) >= RELATED
     return Movement(
@@ -163,7 +163,7 @@ def movement(name: str, start: Checkpoint, found: Checkpoint) -> Movement:
 def movements(
     parts: Sequence[ExpectedTensor], start: Checkpoint, found: Checkpoint
 ) -> Iterator[tuple[ExpectedTensor, Movement]]:
-    """Yield the movements of all tensors that both have, in shapes that differ at most in rows."""
+    """Yield the movements of all tensors that both have with shapes that differ at most in rows."""
     for item in parts:
         one, other = start.tensors.get(item.name), found.tensors.get(item.name)
         if one is None or other is None or one.entry.shape[1:] != other.entry.shape[1:]:
@@ -173,7 +173,7 @@ def movements(
 
 
 def by_layer(found: Mapping[str, Movement], layer_of: Mapping[str, str]) -> dict[str, Movement]:
-    """Return the movements of layers from their tensors' movements."""
+    """Combine the movements of tensors into those of their layers."""
     names: dict[str, list[Movement]] = {}
     for name, each in found.items():
         names.setdefault(layer_of[name], []).append(each)

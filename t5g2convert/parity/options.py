@@ -15,14 +15,14 @@ class VerifyOptions(PassOptions):
     """The options of `verify` and of the reference passes.
 
     Attributes:
-        decoder_from: The folder or model that the decoder was made from, if not the source.
-        vision_from: The folder or model that the vision tower was taken from, if not the source.
-        mapping: The map that the conversion was made with, if not the shipped one for the source's model type.
-        tolerance: Largest difference that passes, as a part of the largest value; 0 is exact.
-        text: A text file to read in place of seeded tokens, with the output's tokenizer.
-        image: A picture to read in place of seeded pixels.
-        frozen: For a folder that was trained elsewhere: parts, or layers like `encoder.layers.0`, that were frozen on
-            purpose besides the vision tower; `none` where that was trained too.
+        decoder_from: The folder or model that the decoder came from, if not the source.
+        vision_from: The folder or model that the vision tower came from, if not the source.
+        mapping: The map of the conversion, if not the shipped one for the source's model type.
+        tolerance: Largest difference that passes, as a fraction of the largest value; 0 is exact.
+        text: A text file to read instead of seeded tokens, with the output's tokenizer.
+        image: A picture to read instead of seeded pixels.
+        frozen: For a folder trained elsewhere: parts, or layers like `encoder.layers.0`, that were frozen on purpose
+            in addition to the vision tower; `none` if that was trained too.
         record: Write the result into the output's t5g2.json.
         progress: Called with a few words at every step.
     """

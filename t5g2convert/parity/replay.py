@@ -1,6 +1,6 @@
-"""The plan of a conversion or training, made again from its source and the options in its manifest.
+"""The plan of a conversion or training, rebuilt from its source and the options in its manifest.
 
-Only provenance and its files ask the converter for anything: which tensor comes from where. They read the bytes
+Only provenance and its modules use the converter, and only for the origin of each tensor. They read the bytes
 themselves.
 """
 
@@ -25,7 +25,7 @@ class Replay:
     Attributes:
         plan: Its plan.
         mismatch: Why the plan differs from the manifest's; None if it may be the same.
-        shipped: Whether the map is one that ships with this tool, and so may change from version to version.
+        shipped: Whether the map ships with this tool, so that it may change between versions.
     """
 
     plan: Plan
@@ -36,10 +36,10 @@ class Replay:
 def replay_conversion(
     sources: Sources, manifest: Manifest | None, mapping: str | None, part: str | None = None
 ) -> Replay:
-    """Plan a conversion again; without the recorded options, where no conversion can have had them.
+    """Plan a conversion again; without the recorded options if no conversion can have had them.
 
     Args:
-        sources: What was converted.
+        sources: The checkpoints that the conversion read.
         manifest: The manifest of the conversion, if the folder has one.
         mapping: The map, if not the shipped one for the source.
         part: The part that was extracted, if the source was not converted whole.
@@ -48,7 +48,7 @@ def replay_conversion(
         CheckpointError: The source does not match its config.
         MappingError: The map is faulty, or does not fill the target.
     """
-    # A map of one's own is given by its file.
+    # A user's own map is named by its file.
     shipped = mapping is None or not (mapping.endswith((".yaml", ".yml")) or "/" in mapping)
     recorded = {} if manifest is None else manifest.options
     try:
@@ -60,20 +60,20 @@ def replay_conversion(
             return Replay(with_heads, mismatch, shipped)
         if not recorded:
             raise
-        # A source that cannot be planned without options either is not the manifest's fault.
+        # If the source cannot be planned without options either, the manifest is not at fault.
         plan = replay_plan(sources, {}, mapping, part)
         mismatch = f"t5g2.json records options that do not apply to this source: {error.message}"
         return Replay(plan, mismatch, shipped)
 
 
 def replay_plan(sources: Sources, recorded: Mapping[str, Any], mapping: str | None, part: str | None = None) -> Plan:
-    """Return the plan that the converter makes today with the recorded options; see `replay_conversion`."""
+    """Return the plan that this version makes with the recorded options; see `replay_conversion`."""
     options = PlanOptions.of_record(recorded, mapping=mapping, part=part, **sources.other_origins)
     return build_plan(open_sources(sources.origin, options), options)
 
 
 def _without_heads(sources: Sources, recorded: Mapping[str, Any], mapping: str | None, part: str | None) -> Plan | None:
-    """Return the plan with drop_heads, which the manifest does not record; None where that is not possible either."""
+    """Return the plan with drop_heads, which the manifest does not record; None if that is not possible either."""
     if recorded.get("drop_heads"):
         return None
     try:
@@ -83,7 +83,7 @@ def _without_heads(sources: Sources, recorded: Mapping[str, Any], mapping: str |
 
 
 def replay_training(sources: Sources, manifest: Manifest | None, _mapping: str | None = None) -> Replay:
-    """Plan again how trained values were put into a model.
+    """Plan again the copy of a model with trained values.
 
     Raises:
         CheckpointError: The source does not match its config.
@@ -98,14 +98,14 @@ def replay_training(sources: Sources, manifest: Manifest | None, _mapping: str |
     try:
         return Replay(plan_adapted(source, shapes, recorded, dtype=dtype))
     except CheckpointError as error:
-        # A source that cannot be planned without training either is not the manifest's fault.
+        # If the source cannot be planned without the training either, the manifest is not at fault.
         reason = error.details[0] if error.details else error.message
         mismatch = f"t5g2.json records a training that does not fit this source: {reason}"
         return Replay(plan_adapted(source, {}, None), mismatch)
 
 
 def check_options(manifest: Manifest) -> None:
-    """Refuse a manifest that records options which no conversion can have had.
+    """Refuse a manifest with options that no conversion can have had.
 
     Raises:
         CheckpointError: An option is not valid.

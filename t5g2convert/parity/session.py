@@ -1,4 +1,4 @@
-"""One verification: the values that its checks are made from."""
+"""One verification: the values that its checks read."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,26 +24,26 @@ Source = TypeVar("Source", bound=SourceModel)
 Value = TypeVar("Value")
 
 COMPUTE_ERRORS: Final = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError)
-"""Errors of torch and Python where an output's values or sizes cannot be computed with; the check fails."""
+"""Errors of torch and Python on values or sizes of an output that cannot be computed with: the check fails."""
 
 
 @dataclass(frozen=True)
 class Verification(Generic[Source]):
-    """Everything that a check of one folder may read.
+    """Everything that the checks of one folder may read.
 
     Attributes:
         output: The folder.
-        known_source: The model that it was made from; None without one.
-        manifest: The folder's manifest; None where it has none that can be read.
+        known_source: The model that the folder was made from; None if none was passed.
+        manifest: The folder's manifest; None if it is missing or cannot be read.
         manifest_error: Why the manifest could not be read.
         replay: The plan of the conversion; None without a source, or for a folder that this tool did not write.
-        read_config: Reads a config.json, given its path for errors; raises CheckpointError where it cannot.
-        inputs: What both models read.
+        read_config: Reads a config.json; takes its path for errors, and raises CheckpointError if it is not valid.
+        inputs: The inputs of both models.
         passes_dtype: Name of the dtype to compute in; None for the folder's own.
         device: Device to compute on.
         tolerance: Largest relative difference that passes.
         progress: Called with a few words at every step.
-        remarks: Remarks on the call itself, for the report.
+        remarks: Remarks on the call, for the report.
     """
 
     output: Path
@@ -62,7 +62,7 @@ class Verification(Generic[Source]):
 
     @property
     def source(self) -> Source:
-        """The model that the folder was made from; only checks that run without a source must not read it."""
+        """The model that the folder was made from; checks that also run without a source must not read it."""
         assert self.known_source is not None, "this check needs a source"
         return self.known_source
 
@@ -99,14 +99,14 @@ class Verification(Generic[Source]):
         return {field: change.target for field, change in self.changes.items()}
 
     def reading(self, *, rounded: bool = False) -> ReadOptions:
-        """Return how to read weights; `rounded` for the source's, which are compared as the conversion cast them."""
+        """Return how to read weights; `rounded` reads the source's weights as the conversion cast them."""
         options: ReadOptions = {"dtype": getattr(torch, self.dtype), "device": self.device}
         if rounded and "dtype" in self.changes:
             options["rounded_to"] = getattr(torch, self.changes["dtype"].target)
         return options
 
     def require_tensors(self) -> None:
-        """Refuse to compute with tensors that the folder's config does not imply, before memory is taken for them.
+        """Require the tensors that the folder's config implies, before memory is allocated for them.
 
         Raises:
             CheckpointError: A tensor is missing or has another shape.
@@ -116,11 +116,11 @@ class Verification(Generic[Source]):
 
 
 CheckFunction = Callable[[Verification[Any]], Check | Skipped | None]
-"""Make one check; None where a folder of this kind has nothing for it to judge."""
+"""Makes one check; returns None if it does not apply to this kind of folder."""
 
 
 class Shared(Generic[Value]):
-    """A function of a verification used by several checks: later calls return, or raise, the same.
+    """A function of a verification that several checks use: later calls return or raise the same as the first.
 
     Example:
         >>> @Shared

@@ -20,12 +20,12 @@ from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from t5g2convert.reference.weights import Weights, not_finite
 
 LayerComparison = Callable[[int, nn.Module, nn.Module, Tensor], None]
-"""Number of a layer, the source's layer, the target's, and the states [B, T, C] that the source's was applied to."""
+"""Number of a layer, the source's layer, the target's layer, and the source's states [B, T, C] before its layer."""
 
 
 @dataclass
 class Pair:
-    """A batch on its way through the source, and through a stack of the target; `kept_BT` is False at padding."""
+    """A batch on its way through the source and through a stack of the target; `kept_BT` is False at padding."""
 
     expected: Run
     found: Run
@@ -34,15 +34,15 @@ class Pair:
 
 @dataclass
 class Track:
-    """One stack of the target on its way, compared with the source's.
+    """One stack of the target, compared with the source's layer by layer.
 
     Attributes:
         name: `encoder` or `decoder`.
         stack: The target's stack.
         pairs: The batches.
         drifts: The differences so far.
-        departs: The first module that differs; None where none did.
-        also_compare: What else to compare of every two layers while they are in memory.
+        departs: The first module that differs; None if all are equal so far.
+        also_compare: A further comparison of every two layers while they are in memory.
         source_lost: The first layer after which the source's own states are not finite.
     """
 
@@ -55,7 +55,7 @@ class Track:
     source_lost: str | None = None
 
     def compare(self, layer: str) -> Difference:
-        """Record and return how far apart the states are now."""
+        """Record and return the difference between the current states."""
         difference = Difference()
         for pair in self.pairs:
             difference.add(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT])
@@ -65,7 +65,7 @@ class Track:
         return difference
 
     def require_finite_source(self, weights: Weights) -> None:
-        """Refuse to compare with a source that gives NaN or infinity; `weights` are the source's.
+        """Refuse a source that computes NaN or infinity; `weights` are the source's.
 
         Raises:
             CheckpointError: The source's own states are not finite.
@@ -75,7 +75,7 @@ class Track:
             raise not_finite(f"the source's own states after {self.source_lost}", weights)
 
     def compare_embeddings(self) -> None:
-        """Record the same before the first layer, and the first token that differs."""
+        """Record the difference before the first layer, and the first token that differs."""
         if not self.compare("embed_tokens").max_abs:
             return
         self.departs = "embed_tokens"
@@ -94,7 +94,7 @@ def walk(
     *,
     layers: Sequence[int] | None = None,
 ) -> str | None:
-    """Take all tracks through all layers; return why that is impossible, where depths differ.
+    """Take all tracks through all layers; if depths differ, return why that is impossible.
 
     Args:
         source: The source.
@@ -124,7 +124,7 @@ def walk(
 
 
 def hidden_memory_run(target: T5Gemma2Reference, batch: Batch) -> Run:
-    """Start a decoder on a batch, with seeded noise as memory that the mask hides."""
+    """Start a decoder on a batch; the mask hides its memory, which is seeded noise."""
     count, device = batch.ids_BT.shape[0], batch.ids_BT.device
     memory_BMC = torch.randn((count, MEMORY_TOKENS, target.decoder.settings.hidden_size), generator=generator())
     hidden_BM = torch.zeros(count, MEMORY_TOKENS, dtype=torch.bool, device=device)
@@ -138,7 +138,7 @@ def causal_encoder_run(target: EncoderDecoder, batch: Batch, blocks_BT: Tensor |
 
 
 def causal_masks(stack: Stack, kept_BT: Tensor, blocks_BT: Tensor | None) -> dict[LayerType, Tensor]:
-    """Return the masks of a decoder-only model for the layers of a stack, by their kind."""
+    """Return the masks of a decoder-only model for the layers of a stack, by kind of layer."""
     window, kinds = stack.settings.sliding_window, set(stack.settings.layer_types)
     return {kind: causal(kind, window, kept_BT, blocks_BS=blocks_BT) for kind in kinds}
 
@@ -151,14 +151,14 @@ def advance_side_by_side(
     layers: Sequence[int] | None = None,
     trace: bool = True,
 ) -> None:
-    """Take every pair through all layers, a layer of each stack at a time.
+    """Take every pair through all layers, one layer of each stack at a time.
 
     Args:
         source: The source's stack.
         tracks: The target's stacks, all of one depth.
         progress: Called with a few words at every layer.
         layers: The numbers of the source's layers that the stacks have, if not all.
-        trace: Find the first module where a track differs from the source.
+        trace: Whether to find the first module in which a track differs from the source.
     """
     numbers = range(len(source)) if layers is None else layers
     runs = list({id(pair.expected): pair.expected for track in tracks for pair in track.pairs}.values())
@@ -182,7 +182,7 @@ def advance_side_by_side(
                 inside = _inside_layer(track, (layer, other), (kind, other_kind), number, before, entered)
                 track.departs = f"{track.name} layers.{number} ({which}), {inside}"
             del other
-        # Freed before the next layers are read.
+        # Free these before the next layers are read.
         del layer
 
 
@@ -194,15 +194,15 @@ def _inside_layer(
     before: Mapping[int, Tensor],
     entered: Sequence[Tensor],
 ) -> str:
-    """Return the first module inside a layer whose output differs.
+    """Return the first module inside a layer with another output than the source's.
 
     Args:
         track: The track, after the layer.
         layers: The source's layer, and the target's.
-        kinds: Their kinds.
-        number: The target's number of the layer.
+        kinds: The kinds of both layers.
+        number: The number of the target's layer.
         before: The source's states before the layer, by the identity of their run.
-        entered: The target's states before it, for every pair of the track.
+        entered: The target's states before the layer, for every pair of the track.
     """
     for pair, states in zip(track.pairs, entered, strict=True):
         if torch.equal(pair.expected.hidden_BTC[pair.kept_BT], pair.found.hidden_BTC[pair.kept_BT]):

@@ -1,4 +1,4 @@
-"""The model that a folder was made from, with the other checkpoints that the conversion read."""
+"""The model that a folder was made from, and the other checkpoints that the conversion read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from t5g2convert.reference.weights import ReadOptions
 
 @dataclass(frozen=True, slots=True)
 class StackSettings:
-    """The settings that both text stacks of a target must have, and the rows of the table that they share."""
+    """The expected settings of both text stacks of a target, and the number of rows of their shared table."""
 
     encoder: Gemma3Text
     decoder: Gemma3Text
@@ -28,10 +28,10 @@ class SourceModel:
     """The source of a conversion, and the other checkpoints that it read.
 
     Attributes:
-        sources: All of them, open.
-        folders: Their folders.
+        sources: All checkpoints, open.
+        folders: The folders of the checkpoints.
         checkpoint: The source.
-        donor: The checkpoint that the vision tower was taken from; None where it is the source's own, or there is none.
+        donor: The checkpoint that the vision tower came from; None if it is the source's own, or there is no tower.
     """
 
     def __init__(self, sources: Sources) -> None:
@@ -41,16 +41,16 @@ class SourceModel:
 
     @property
     def vision(self) -> VisionTower | None:
-        """The vision tower that the target must have."""
+        """The expected vision tower of the target."""
         return None
 
     @property
     def generation_folder(self) -> Path:
-        """The folder with the relevant generation_config.json: that of the decoder's parent."""
+        """The folder with the relevant generation_config.json, the decoder parent's."""
         return self.folders.by_role.get(DECODER_FROM, self.folders.source)
 
     def holds(self, path: Path) -> bool:
-        """Return whether a path is in one of the source folders, so that its faults are not the output's."""
+        """Return whether a path is in one of the source folders: faults in it are not the output's."""
         return any(path.is_relative_to(folder) for folder in self.folders.all)
 
 
@@ -67,7 +67,7 @@ class Gemma2Source(SourceModel):
 
 
 class T5Gemma2Source(SourceModel):
-    """T5Gemma 2 as the source, of a part of it or of a training; `whole` is its reference pass.
+    """T5Gemma 2 as the source of an extracted part or of a training; `whole` is its reference pass.
 
     Raises:
         CheckpointError: The model is not T5Gemma 2, or has a setting that the passes do not know.
@@ -107,11 +107,11 @@ class Gemma3Source(SourceModel):
         return self._with_tower.vision
 
     def tower(self, **reading: Unpack[ReadOptions]) -> VisionTower | None:
-        """Return that tower, read with other options."""
+        """Return the tower of the source or donor, read with other options."""
         return Gemma3Reference(self._with_tower.weights.checkpoint, **reading).vision
 
     def model(self, projector: str | None) -> Gemma3:
-        """Return the settings that the target must have.
+        """Return the expected settings of the target.
 
         Raises:
             MappingError: Source and donor do not fit each other.
@@ -120,7 +120,7 @@ class Gemma3Source(SourceModel):
         return model if self.donor is None else model.with_vision_of(self._with_tower.model, projector)
 
     def stacks(self, options: Mapping[str, Any]) -> StackSettings:
-        """Return the settings that both stacks must have, by the options that the manifest records.
+        """Return the expected settings of both stacks under the options that the manifest records.
 
         Raises:
             CheckpointError: A checkpoint lacks a layer that the options name.
@@ -133,7 +133,7 @@ class Gemma3Source(SourceModel):
 
 
 def taken_layers(part: str, depth: int, options: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the numbers of the source's layers that a stack has, by the options that the manifest records.
+    """Return which of the source's layers a stack has, by number, under the options that the manifest records.
 
     Raises:
         CheckpointError: The source lacks one of them.

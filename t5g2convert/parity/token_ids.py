@@ -1,6 +1,6 @@
-"""Token ids of an output's tokenizer and configs: each needs a row in the embedding table.
+"""Token ids in an output's tokenizer and configs: each needs a row in the embedding table.
 
-The converter reads a source's files in pieces; here the output's files are parsed whole.
+The converter reads a source's files in pieces; this module parses the output's files whole.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ TABLE: Final = "embed_tokens.weight"
 
 
 def table_rows(target: Checkpoint) -> int:
-    """Return the rows that every table of a folder has, by its tensors and by its config."""
+    """Return the number of rows that every table of a folder has, by its tensors and by its config."""
     rows = [
         stored.entry.shape[0] for name, stored in target.tensors.items() if name.endswith(TABLE) and stored.entry.shape
     ]
@@ -38,7 +38,7 @@ def table_rows(target: Checkpoint) -> int:
 
 
 def token_faults(target: Checkpoint) -> Iterator[str]:
-    """Yield the first token of each tokenizer file that the table of the folder has no row for.
+    """Yield the first token without a row in the folder's table, for each tokenizer file.
 
     Raises:
         CheckpointError: A file cannot be read, or is not JSON.
@@ -70,7 +70,7 @@ def special_faults(target: Checkpoint) -> Iterator[str]:
 
 
 def _reads_images(config: Mapping[str, Any]) -> bool:
-    """Whether a model reads images: Gemma 3 with a tower, and T5Gemma 2 with one that has layers."""
+    """Return whether a model reads images: Gemma 3 with a tower, or T5Gemma 2 with a tower that has layers."""
     if config.get("model_type") == "gemma3":
         return True
     encoder = config.get("encoder", config)
@@ -79,7 +79,7 @@ def _reads_images(config: Mapping[str, Any]) -> bool:
 
 
 def _tokens(folder: Path) -> Iterator[tuple[Any, str, str]]:
-    """Yield every id of a folder's tokenizer, its token, and the file that it is from; an id may be anything."""
+    """Yield every id of a folder's tokenizer with its token and file; the id may be of any JSON type."""
     document, settings, listed, special = (
         read_json_if_there(folder, name)
         for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE)
@@ -105,7 +105,7 @@ def _tokens(folder: Path) -> Iterator[tuple[Any, str, str]]:
     added += [(number, token, ADDED_TOKENS_FILE) for token, number in listed.items()]
     yield from added
     if vocabulary:
-        # A loader gives the next ids to what has none.
+        # A loader gives the next ids to tokens without one.
         named = [(name, TOKENIZER_CONFIG_FILE) for name in _names(settings)]
         named += [(name, SPECIAL_TOKENS_FILE) for name in _names(special)]
         top = len(vocabulary) - 1
@@ -118,7 +118,7 @@ def _tokens(folder: Path) -> Iterator[tuple[Any, str, str]]:
 
 
 def _written(node: Any) -> Iterator[tuple[Any, str, str]]:
-    """Yield the ids that a post-processor or a padding writes into texts."""
+    """Yield the ids that a post-processor or padding adds to texts."""
     if not isinstance(node, dict):
         return
     if "pad_id" in node:

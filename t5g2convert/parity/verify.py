@@ -1,4 +1,4 @@
-"""`verify`: choose the suite of a folder, make its checks in order, and report."""
+"""`verify`: choose the suite for a folder, make its checks in order, and report."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -38,12 +38,12 @@ def verify(output: Path, source: Origin | None = None, options: VerifyOptions = 
 
     Args:
         output: The folder to judge.
-        source: The folder, or model of the Hub, that it was made from; without it only integrity and runs are checked.
+        source: The folder, or model on the Hub, that it was made from; without it, only integrity and runs are checked.
         options: As keyword arguments; see `VerifyOptions`.
 
     Raises:
         CheckpointError: The source is damaged, or the output is not a folder.
-        HubError: The Hub does not have or give out the source, or cannot be reached.
+        HubError: The Hub does not have the source, refuses access, or cannot be reached.
         MappingError: The map is faulty.
         UsageError: An argument is not valid.
     """
@@ -51,7 +51,7 @@ def verify(output: Path, source: Origin | None = None, options: VerifyOptions = 
     if not 0 <= options.tolerance < 1:
         raise UsageError(f"--tolerance must be between 0 and 1, got {options.tolerance:g}", hint="0 is exact")
     check_folder(output)
-    # Faults of the source, of the map and of the inputs are not the output's: they are raised before any check.
+    # Faults of the source, the map and the inputs are not the output's, so they are raised before any check.
     others: OtherOrigins = {"decoder_from": options.decoder_from, "vision_from": options.vision_from}
     if source is None and any(origin is not None for origin in others.values()):
         raise UsageError("--decoder-from and --vision-from need --source")
@@ -69,11 +69,11 @@ def verify(output: Path, source: Origin | None = None, options: VerifyOptions = 
 
 
 def _of_training(output: Path, sources: Sources, options: VerifyOptions) -> Verification[Any]:
-    """Prepare the verification of a folder that was trained elsewhere.
+    """Prepare the verification of a folder trained elsewhere.
 
     Raises:
         CheckpointError: The source is damaged.
-        UsageError: An option does not apply to such a folder, or a frozen part is not one of the model.
+        UsageError: An option does not apply to folders trained elsewhere, or the model lacks a frozen part.
     """
     applied = {
         "--decoder-from": options.decoder_from, "--vision-from": options.vision_from, "--mapping": options.mapping,
@@ -109,9 +109,9 @@ def _of_conversion(
     """Prepare the verification of a folder that this tool wrote.
 
     Raises:
-        CheckpointError: The source is damaged or of another family, or the manifest is of other files.
+        CheckpointError: The source is damaged or of another family, or the manifest describes other files.
         MappingError: The map is faulty.
-        UsageError: An option, the text or the picture does not fit, or other checkpoints were read.
+        UsageError: An option, the text or the picture does not fit, or the conversion read other checkpoints.
     """
     if options.frozen:
         raise UsageError(
@@ -158,7 +158,7 @@ def _of_conversion(
 
 
 def _manifest_of(output: Path) -> tuple[Manifest | None, CheckpointError | None]:
-    """Return the manifest that the checks rely on; None where it is not sound, with the reason."""
+    """Return the manifest for the checks; None and the reason if it is missing or not valid."""
     try:
         manifest = read_manifest(output)
         check_options(manifest)
@@ -170,12 +170,12 @@ def _manifest_of(output: Path) -> tuple[Manifest | None, CheckpointError | None]
 def run_checks(suite: Suite, verification: Verification[Any]) -> Report:
     """Make the checks of a suite in order, and report.
 
-    Where the folder cannot be read, `config` fails in place of all after integrity; without a source only
+    If the folder cannot be read, `config` fails in place of all checks after integrity. Without a source, only
     `WITHOUT_SOURCE` are made.
 
     Raises:
         CheckpointError: The source is at fault.
-        UsageError: Memory or the dtype of the passes is, and no check has failed yet.
+        UsageError: Memory or the dtype of the passes is at fault, and no check has failed yet.
     """
     checks: list[Check] = []
     skipped: dict[str, str] = {}
@@ -218,7 +218,7 @@ def run_check(
 
     Raises:
         CheckpointError: The source is at fault.
-        UsageError: Memory or the dtype of the passes is, and no check has failed yet.
+        UsageError: Memory or the dtype of the passes is at fault, and no check has failed yet.
     """
     try:
         return function(verification)
@@ -230,7 +230,7 @@ def run_check(
             raise
         return Check(name, False, _message(error, verification))
     except UsageError as error:
-        # With a failed check there is something to report.
+        # After a failed check there is something to report.
         if not any_failed:
             raise
         return Check(name, False, str(error))
@@ -244,7 +244,7 @@ def run_check(
 
 
 def _unreadable(verification: Verification[Any]) -> CheckpointError | None:
-    """Return why the folder's headers or config cannot be read; None where they can."""
+    """Return why the folder's headers or config cannot be read; None if they can."""
     try:
         _ = verification.dtype
     except CheckpointError as error:
@@ -253,7 +253,7 @@ def _unreadable(verification: Verification[Any]) -> CheckpointError | None:
 
 
 def _message(error: CheckpointError, verification: Verification[Any]) -> str:
-    """Return an error of the output without its folder, since a record has no paths."""
+    """Return the message of an error, without the output's folder: a record has no paths."""
     if error.where in (None, str(verification.output)):
         return error.message
     return f"{Path(str(error.where)).name}: {error.message}"

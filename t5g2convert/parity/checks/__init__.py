@@ -1,1 +1,1 @@
-"""One file a check."""
+"""The checks, one module each."""

@@ -1,21 +1,21 @@
-"""The aligned projector, recomputed: a donor's projector, mapped into the embedding space of another width.
+"""The aligned projector, recomputed: a donor's projector mapped into an embedding space of another width.
 
-Legend: R rows of both embedding tables, D the donor's width, H the target's, V the width of image features.
+Legend: R rows of both embedding tables, D the donor's width, H the target's width, V the width of image features.
 
-What a stored projector must be follows from three inputs and a number: the donor's projector P_VD, the tables E_RD and
-T_RH, and the ridge r. With p = r * mean over columns of the sum of squares of E_RD, and A_DD = E'E + p I,
+The expected projector follows from three tensors and a number: the donor's projector P_VD, the tables E_RD and T_RH,
+and the ridge r. With p = r * mean over columns of the sum of squares of E_RD, and A_DD = E'E + p I,
 
     W_VH = sqrt(H / D) P A⁻¹ E'T
 
-(P A⁻¹ E'T takes image features to where least squares takes the donor's tokens; tokens are scaled by the root of their
-width, image features are not.) The converter solves for the map A⁻¹ E'T and applies P to it. Here the system is solved
-from the other side, by Cholesky: A Y = P', then W = sqrt(H / D) Y' E'T.
+(P A⁻¹ E'T maps image features with the least-squares map of the donor's tokens. The factor is needed because models
+scale token embeddings by the square root of their width, but not image features.) The converter solves for the map
+A⁻¹ E'T and applies it to P. This module solves from the other side, by Cholesky: A Y = P', then W = sqrt(H / D) Y' E'T.
 
-Rounding is bounded for each element. Entry kl of E'E, and of its Cholesky factor times its own transpose, is off by
-about g d_k d_l, and that of E'T by g d_k c_l, where d and c are the lengths of the columns of E (with the ridge) and of
-T. Such errors, independent of each other, move W_ij by g sqrt(H / D) u_i v_j, with u_i² = sum over k of (Y_ki d_k)² and
-v_j² = c_j² + sum over k of (M_kj d_k)². A stored element is right if it lies within half a unit in its last place, and
-this much, of what is computed here.
+Rounding is bounded for each element. Entry kl of E'E, and of its Cholesky factor times its own transpose, has an error
+of about g d_k d_l; entry kl of E'T has one of about g d_k c_l. Here d and c are the lengths of the columns of E (with
+the ridge) and of T. Independent errors of these sizes move W_ij by g sqrt(H / D) u_i v_j, with
+u_i² = sum over k of (Y_ki d_k)² and v_j² = c_j² + sum over k of (M_kj d_k)². A stored element is correct if it differs
+from the value computed here by at most this bound plus half a unit in its last place.
 """
 
 import math
@@ -32,10 +32,10 @@ RowReader = Callable[[int, int], Tensor]
 
 ROWS_AT_ONCE: Final = 1024
 PANELS: Final = 8
-"""Parts that E'E is computed in: only the upper triangle is, so that more parts mean less work."""
+"""Blocks of rows in which E'E is computed. Only its upper triangle is, so more blocks mean less work."""
 
 WORST_UNCERTAINTY: Final = 2.0**-9
-"""Largest part of the projector that may be rounding error if it is judged: the rounding of bfloat16."""
+"""Largest relative rounding error with which a projector is still judged: the rounding of bfloat16."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,9 +43,9 @@ class ExpectedProjector:
     """The expected stored projector.
 
     Attributes:
-        projector_VH: Its exact value as computed here, float64; NaN where the tables do not determine it.
-        uncertainty_VH: How far that, and the converter's value before it was stored, may be apart by rounding; float64.
-        residual: Lower and upper bound of ||E M - T|| / ||T||, for the map M of the projector.
+        projector_VH: Its value before rounding to the stored dtype, float64; NaN if the tables do not determine it.
+        uncertainty_VH: Largest difference by rounding between that value and the converter's before storing; float64.
+        residual: Lower and upper bound of ||E M - T|| / ||T|| for the map M of the projector.
     """
 
     projector_VH: Tensor
@@ -57,14 +57,14 @@ class ExpectedProjector:
 def aligned_projector(
     projector_VD: Tensor, donor: RowReader, target: RowReader, *, rows: int, ridge: float
 ) -> ExpectedProjector:
-    """The projector that a conversion with `--projector aligned` must have written, from the tables themselves.
+    """Compute from both tables the projector that a conversion with `--projector aligned` must have written.
 
     Args:
         projector_VD: The donor's projector, in any floating dtype.
         donor: Rows of the donor's embedding table.
-        target: Rows of the target's.
-        rows: How many rows to use, from the first on.
-        ridge: As the converter was given it.
+        target: Rows of the target's embedding table.
+        rows: Number of rows to use, from the first.
+        ridge: The converter's `--ridge`.
     """
     projector_VD = projector_VD.double()
     gram_DD, cross_DH, lengths_H = _sums(donor, target, rows)
@@ -79,7 +79,8 @@ def aligned_projector(
     map_DH = torch.cholesky_solve(cross_DH, factor_DD)
     adjoint_DV = torch.cholesky_solve(projector_VD.T, factor_DD)
 
-    # Rounding errors of a sum add up like a random walk; 16 is ten times what was ever seen of two computations.
+    # Rounding errors of a sum add up like a random walk. 16 is ten times the largest difference measured between two
+    # computations.
     unit = 16 * math.sqrt(max(rows, len(lengths_D))) * 2.0**-53
     reach_V = (adjoint_DV * lengths_D[:, None]).norm(dim=0)
     reach_H = torch.hypot(lengths_H, (map_DH * lengths_D[:, None]).norm(dim=0))
@@ -97,12 +98,12 @@ def aligned_projector(
 
 
 def projector_faults(name: str, stored_VH: Tensor, expected: ExpectedProjector) -> Iterator[str]:
-    """Yield the faults of a stored projector, one per line; every element must be the expected value, rounded.
+    """Yield the faults of a stored projector, one per line; every element must be the rounded expected value.
 
     Args:
-        name: Of the stored tensor.
-        stored_VH: As it is stored: its dtype says how it was rounded.
-        expected: What it must be.
+        name: Name of the stored tensor.
+        stored_VH: The tensor in its stored dtype, which is the dtype it was rounded to.
+        expected: The expected projector.
     """
     exact_VH, uncertainty_VH = expected.projector_VH, expected.uncertainty_VH
     if stored_VH.shape != exact_VH.shape:
@@ -114,7 +115,7 @@ def projector_faults(name: str, stored_VH: Tensor, expected: ExpectedProjector) 
         return
     allowed_VH = _spacing(exact_VH, stored_VH.dtype) / 2 + uncertainty_VH
     off_VH = (stored_VH.double() - exact_VH).abs()
-    # NaN is not within anything.
+    # A comparison with NaN is false, so NaN counts as wrong.
     wrong = (~(off_VH <= allowed_VH)).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
@@ -125,7 +126,7 @@ def projector_faults(name: str, stored_VH: Tensor, expected: ExpectedProjector) 
 
 
 def _sums(donor: RowReader, target: RowReader, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """E'E [D, D], E'T [D, H], and the lengths of the columns of T [H], summed in float64 over blocks of rows."""
+    """Return E'E [D, D], E'T [D, H] and the lengths of the columns of T [H], summed in float64 over blocks of rows."""
     width = donor(0, 0).shape[1]
     sums_DC = torch.zeros(width, width + target(0, 0).shape[1], dtype=torch.float64)
     squares_H = torch.zeros(sums_DC.shape[1] - width, dtype=torch.float64)
@@ -143,8 +144,8 @@ def _sums(donor: RowReader, target: RowReader, rows: int) -> tuple[Tensor, Tenso
 
 
 def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbouring numbers of a dtype at these values; float64."""
+    """Return the distance between neighbouring numbers of a dtype at these values; float64."""
     kind = torch.finfo(dtype)
     sizes = values.abs().clamp_min(kind.smallest_normal)
-    # A mantissa is from 1/2 up to 1: what is left is the power of two below.
+    # frexp's mantissa is in [1/2, 1): dividing by it and by 2 leaves the power of two at or below the value.
     return sizes / torch.frexp(sizes).mantissa / 2 * kind.eps

@@ -1,6 +1,6 @@
-"""config: the settings, tensors and ids of the output are the source's, but for declared changes.
+"""config: the settings, tensors and ids of the output are the source's, except for declared changes.
 
-The expected settings are written here in code, from the config classes of both models, apart from the map.
+The expected settings are written here in code, from the config classes of both models, independently of the map.
 """
 
 from collections import Counter
@@ -59,7 +59,7 @@ def judge_config(
         target: The converted folder.
         changes: New values from the manifest, by the source's name of a setting, or by its path in the target's config.
         generation: Faults of its generation_config.json.
-        donated: Whether the vision tower is another checkpoint's.
+        donated: Whether the vision tower comes from another checkpoint.
         stacks: The settings of both text stacks, if they are not the source's.
     """
     stacks = stacks or both_of(source)
@@ -72,10 +72,10 @@ def judge_config(
 def judge_settings(
     expected: Mapping[str, Any], target: Checkpoint, generation: Iterable[str], declared: Collection[str]
 ) -> Check:
-    """Compare config.json with the expected settings, and the tensors with what it implies.
+    """Compare config.json with the expected settings, and the tensors with those that config.json implies.
 
     Args:
-        expected: Settings by their paths; `dtype` defaults to the dtype of most bytes.
+        expected: Settings by path; `dtype` defaults to the dtype of most bytes.
         target: The folder.
         generation: Faults of its generation_config.json.
         declared: The changes among the expected settings.
@@ -95,7 +95,7 @@ def judge_settings(
 
 
 def main_dtype(target: Checkpoint, *, donated: bool) -> str:
-    """Return the safetensors dtype of most bytes of a folder, without a donor's tower; config.json names only one."""
+    """Return the safetensors dtype of most bytes, not counting a donor's tower: config.json can name only one dtype."""
     counted: Counter[str] = Counter()
     parts = {item.name: item.part for item in expected_tensors(target.config, target.path)} if donated else {}
     for name, stored in target.tensors.items():
@@ -105,7 +105,7 @@ def main_dtype(target: Checkpoint, *, donated: bool) -> str:
 
 
 def both_of(source: Gemma3) -> StackSettings:
-    """Return the settings of two stacks that are the source as a whole."""
+    """Return the settings of both stacks if each is the whole source."""
     return StackSettings(source.text, source.text, source.text.vocab_size)
 
 
@@ -114,7 +114,7 @@ def expected_config(source: Gemma3, changes: Mapping[str, Any], stacks: StackSet
     stacks = stacks or both_of(source)
     changed = {"vocab_size": stacks.rows, **{name: value for name, value in changes.items() if name != "dtype"}}
     values = {**source.values, **changed}
-    # Texts that the model writes start and end as those of the decoder's parent.
+    # Generated texts start and end with the tokens of the decoder's parent.
     writing = {**stacks.decoder.model_dump(), **changed}
     tokens = {name: values[name] for name in ("eoi_token_index", "image_token_index", "initializer_range")}
     vision = STUB if source.vision is None else source.vision.model_dump()
@@ -142,7 +142,7 @@ def expected_config(source: Gemma3, changes: Mapping[str, Any], stacks: StackSet
 
 
 def _expected_stack(text: Gemma3Text, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a text stack with this parent, and some changed."""
+    """Return the settings of a text stack: its parent's, some of them changed."""
     values = {**text.model_dump(), **changed}
     return {name: values[name] for name in SHARED} | {
         "dropout_rate": 0.0,
@@ -157,7 +157,7 @@ def _expected_stack(text: Gemma3Text, changed: Mapping[str, Any]) -> dict[str, A
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield settings by their path, such as `decoder.rope_parameters.full_attention.factor`; lists stay whole."""
+    """Yield settings by path, like `decoder.rope_parameters.full_attention.factor`; lists stay whole."""
     for key, value in node.items():
         # A key with a dot in it is not a path.
         name = prefix + (repr(key) if "." in key else key)
@@ -168,7 +168,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield every setting that is missing, different, or one too many."""
+    """Yield every setting that is missing, different or unexpected."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             yield f"{name} is missing, expected {expected[name]!r}"
@@ -188,7 +188,7 @@ def _same(expected: Any, found: Any) -> bool:
 
 
 def tensor_faults(target: Checkpoint) -> Iterator[str]:
-    """Yield tensors that the folder's own config implies and that are missing, or have another shape."""
+    """Yield tensors that the folder's own config implies but that are missing or have another shape."""
     for item in expected_tensors(target.config, target.path):
         stored = target.tensors.get(item.name)
         if stored is None:

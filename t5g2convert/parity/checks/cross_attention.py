@@ -1,8 +1,8 @@
 """cross_parity: each cross-attention of T5Gemma is the self-attention of Gemma 2 that it was copied from.
 
-Both are applied to the same states, which serve as queries, keys and values, all visible and none rotated. Then they
-and the norms around them must give the same. No file says anything else about cross-attention: T5Gemma always leaves
-it unrotated, and lets it see the whole output of the encoder.
+Both are applied to the same states as queries, keys and values, with nothing masked or rotated. They and the norms
+around them must then give the same values. There is nothing else to check about cross-attention: T5Gemma never rotates
+it, and always lets it see the whole output of the encoder.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class SelfBranch(nn.Module):
 
 
 class CrossBranch(nn.Module):
-    """The cross-attention of a layer of T5Gemma with its norms, where the queries' states are the memory too."""
+    """The cross-attention of a layer of T5Gemma with its norms; the queries' states are also the memory."""
 
     def __init__(self, layer: CrossDecoderLayer) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class CrossBranch(nn.Module):
 
 
 class CrossComparison:
-    """Compares both attentions of every layer on the states that Gemma 2 has there; padding is masked."""
+    """Compares both attentions of every layer on Gemma 2's states at that layer; padding is masked."""
 
     def __init__(self, kept_BT: Tensor) -> None:
         self.kept_BT = kept_BT
@@ -127,14 +127,14 @@ def judge_first_generation(
     encoder = judge_encoder(source.text, tracks[1], batch, None, tolerance, besides=" and all rows of its table")
     if not cross.difference.expected_finite:
         raise not_finite("the output of the source's attention on its own states", source.weights)
-    # A tied softmax has read every row already.
+    # A tied softmax has already read every row.
     if target.decoder.head != target.decoder.table:
         decoder = with_table(decoder, source.text, tracks[0], tolerance)
     return decoder, with_table(encoder, source.text, tracks[1], tolerance), cross.check(tolerance)
 
 
 def with_table(check: Check, source: Stack, track: Track, tolerance: float) -> Check:
-    """Return a parity that covers every row of the embedding table too, since no batch has all tokens."""
+    """Return a parity check that also covers every row of the embedding table, since no batch has all tokens."""
     difference, place = Difference(), ""
     for (start, ours), (_, theirs) in zip(source.table_chunks(), track.stack.table_chunks(), strict=True):
         difference.add(ours, theirs)

@@ -1,4 +1,4 @@
-"""integrity: every file is the one in the manifest, and the folder has no other file that a loader would read."""
+"""integrity: every file matches the manifest, and the folder has no other file that a loader would read."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ THREADS: Final = 2
 
 
 def matches_its_files(folder: Path, document: Mapping[str, Any]) -> bool:
-    """Return whether a folder's files match a manifest, passed as unchecked JSON."""
+    """Return whether a folder's files match a manifest, which is passed as unchecked JSON."""
     files = document.get("files")
     try:
         listed = {name: FileRecord.model_validate(file) for name, file in files.items()}  # type: ignore[union-attr]

@@ -32,7 +32,7 @@ _NAMES: Final[dict[Role, tuple[str, str]]] = {
     DECODER_FROM: ("the decoder's parent", "the decoder's parent's"),
     VISION_FROM: ("the donor", "the donor's"),
 }
-"""What a checkpoint is called in a sentence, and its possessive; the source goes first."""
+"""The name of a checkpoint in a sentence, and its possessive; the source goes first."""
 
 
 def judge_provenance(
@@ -42,7 +42,7 @@ def judge_provenance(
     manifest: Manifest | None,
     progress: Callable[[str], None],
 ) -> Check:
-    """Compare the output's bytes with the source's, and account for every tensor of the source.
+    """Compare the output's bytes with the source's, and account for every source tensor.
 
     Args:
         replay: The conversion that this version would make of this source and map.
@@ -77,7 +77,7 @@ def judge_provenance(
 
 
 def _copied_file_faults(plan: Plan, folders: Folders, target: Path) -> Iterator[str]:
-    """Require that copied files are the source's; `tokenizer` judges those that are written anew."""
+    """Require that copied files equal the source's; the check `tokenizer` judges files that are rewritten."""
     for name in (file.name for file in plan.files if file.how == "copied"):
         try:
             if folders.path(name).read_bytes() != (target / name).read_bytes():
@@ -87,7 +87,7 @@ def _copied_file_faults(plan: Plan, folders: Folders, target: Path) -> Iterator[
 
 
 def source_coverage(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
-    """Return the source's tensors by what became of them: whole, rounded, cut, trained, dropped, or lost."""
+    """Group the source's tensors by what became of them: whole, rounded, cut, trained, dropped, or lost."""
     exact: dict[str, list[tuple[int, int]]] = defaultdict(list)
     rounded: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for tensor in plan.tensors:
@@ -125,7 +125,7 @@ def _summary(
     residuals: Sequence[tuple[float, float]],
     unmoved: Sequence[str],
 ) -> str:
-    """Return a sentence on what the output is made of, and what became of the source."""
+    """Summarize in a sentence what the output consists of and what became of the source."""
     kinds: Counter[tuple[ContentKind, Role]] = Counter()
     for tensor in plan.tensors:
         source = tensor.content.source
@@ -159,6 +159,6 @@ def _summary(
 
 
 def _residual(bounds: tuple[float, float]) -> str:
-    """Return what alignment leaves of the source's table, as a share of it: 0 nothing, 1 all of it."""
+    """Return the residual of the alignment as a share of the source's table: 0 is a perfect fit, 1 is no fit."""
     lower, upper = (f"{bound:.3g}" for bound in bounds)
     return f"residual {upper}" if lower == upper else f"residual at most {upper}"

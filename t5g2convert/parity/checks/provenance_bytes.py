@@ -1,6 +1,6 @@
-"""The stored bytes of an output, compared with its plan and source, for provenance.
+"""The stored bytes of an output, compared for provenance with its plan and source.
 
-Casts, the scaled row and the aligned projector are computed here again, with torch.
+Casts, the scaled row and the aligned projector are recomputed here with torch.
 """
 
 import os
@@ -23,10 +23,10 @@ from t5g2convert.parity.checks.aligned_projector import aligned_projector, proje
 from t5g2convert.reference.weights import DTYPES
 
 PIECE_BYTES: Final = 1 << 24
-"""Bytes of the source to compare at once; a multiple of every element's size."""
+"""Bytes of the source to compare at once; a multiple of every element size."""
 
 ReadRange = Callable[[Path, int, int], bytes]
-"""Path, first byte and number of bytes of a range to its bytes."""
+"""Returns the bytes of a range: its path, first byte and number of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def compare_bytes(
 
     Args:
         plan: The plan of the conversion.
-        folders: Where the checkpoints are that it read.
+        folders: The folders of the checkpoints that the conversion read.
         source: The source, open.
         target: The output, open.
         progress: Called at every hundredth tensor.
@@ -94,7 +94,7 @@ def _byte_faults(
     residuals: list[tuple[float, float]],
     progress: Callable[[str], None],
 ) -> Iterator[str]:
-    """Read every range of the source once, and compare it with all targets that it fills."""
+    """Read every range of the source once, and yield the faults of all targets that it fills."""
     fills: dict[object, list[PlannedTensor]] = defaultdict(list)
     for tensor in (tensor for tensor in plan.tensors if tensor.content.kind != "given"):
         fills[tensor.content, tensor.dtype, tensor.name if tensor.content.source is None else None].append(tensor)
@@ -124,7 +124,7 @@ def _byte_faults(
 
 
 def _expected(content: Content, tensor: PlannedTensor, folders: Folders, at: int, size: int, read: ReadRange) -> bytes:
-    """Return the expected bytes of a target for these bytes of its source."""
+    """Return the expected bytes of a target for `size` bytes of its source."""
     if content.source is None:
         return bytes(size)
     piece = read(folders.path(content.source.file), content.source.start + at, size)
@@ -132,7 +132,7 @@ def _expected(content: Content, tensor: PlannedTensor, folders: Folders, at: int
         return piece
     values = _values(piece, content.dtype).to(DTYPES[tensor.dtype])
     if content.kind == "scaled_row":
-        # Rounded as the model rounds it: the scale to the dtype of the table first, then the product.
+        # Round as the model does: first the scale to the dtype of the table, then the product.
         values = values * torch.tensor(len(values) ** 0.5).to(values.dtype)
     return _bytes(values)
 
@@ -159,7 +159,7 @@ def _alignment_faults(
     read: ReadRange,
     residuals: list[tuple[float, float]],
 ) -> Iterator[str]:
-    """Compute an aligned projector again from the embedding tables, and compare it with the stored one."""
+    """Recompute an aligned projector from the embedding tables, and compare it with the stored one."""
 
     def rows_of(table: PlannedTable) -> Callable[[int, int], Tensor]:
         def rows(start: int, stop: int) -> Tensor:
@@ -191,7 +191,7 @@ def _alignment_faults(
 def _trained_faults(
     plan: Plan, source: Checkpoint, target: Checkpoint, read: ReadRange, unmoved: list[str]
 ) -> Iterator[str]:
-    """Require that trained tensors hold numbers; those that still have the source's are added to `unmoved`."""
+    """Require finite trained tensors; add the names of tensors that still have the source's values to `unmoved`."""
 
     def values(checkpoint: Checkpoint, name: str, at: int, count: int) -> Tensor:
         stored, size = checkpoint.tensors[name], element_bytes(checkpoint.tensors[name].entry.dtype)
@@ -226,7 +226,7 @@ def _trained_fault(name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[s
 
 
 def _repeated_faults(plan: Plan, folders: Folders, read: ReadRange) -> Iterator[str]:
-    """Require that a tensor which was dropped as a copy, like lm_head, is one."""
+    """Require that a tensor dropped as a copy, like lm_head, really is a copy."""
     for drop in plan.dropped:
         if drop.must_equal is not None:
             one, other = (
@@ -261,8 +261,8 @@ def repeats(one: StoredNumbers, other: StoredNumbers, read: ReadRange, piece_byt
     """Return whether two tensors hold the same numbers; either may have a wider dtype than the other.
 
     Args:
-        one: A tensor.
-        other: The other one.
+        one: The first tensor.
+        other: The second tensor.
         read: Reads a range of a file.
         piece_bytes: Bytes to compare at once.
     """
@@ -273,7 +273,7 @@ def repeats(one: StoredNumbers, other: StoredNumbers, read: ReadRange, piece_byt
         count = min(step, one.elements - first)
         pieces = [side.piece(first, count, read) for side in (one, other)]
         if one.dtype != other.dtype:
-            # float32 holds the numbers of every dtype that a model can be run in.
+            # float32 holds the numbers of every dtype that a model can run in.
             pieces = [
                 _bytes(_values(piece, side.dtype).float()) for piece, side in zip(pieces, (one, other), strict=True)
             ]

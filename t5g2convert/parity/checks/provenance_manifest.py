@@ -1,4 +1,4 @@
-"""The headers, file names and manifest of an output, compared with its plan, for provenance."""
+"""The headers, file names and manifest of an output, compared for provenance with its plan."""
 
 import re
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def header_faults(plan: Plan, target: Checkpoint) -> Iterator[str]:
 
 
 def file_faults(plan: Plan, target: Checkpoint, manifest: Manifest | None) -> Iterator[str]:
-    """Yield files that a conversion does not write, though a loader may read them, and files that are missing."""
+    """Yield missing files, and files that a loader may read but a conversion does not write."""
     count = len(target.files)
     weights = {*weight_files(count), *([] if count == 1 else [INDEX_FILE])}
     settings = {"config.json"} if plan.generation_config is None else {"config.json", "generation_config.json"}
@@ -71,7 +71,7 @@ def manifest_faults(plan: Plan, manifest: Manifest | None) -> Iterator[str]:
 
 
 def mapping_faults(plan: Plan, manifest: Manifest | None, *, shipped: bool) -> Iterator[str]:
-    """Yield that the manifest names another map than the plan; a shipped map may change with the version."""
+    """Yield a fault if the manifest names another map than the plan; a shipped map may change between versions."""
     told = _map_digest(manifest)
     if manifest is None or told in (None, plan.mapping_sha256) or (shipped and manifest.tool.version != __version__):
         return
@@ -111,7 +111,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def weights_faults(plan: Plan, folders: Folders, manifest: Manifest | None) -> Iterator[str]:
-    """Yield source weights with another sha256 than the manifest records, if it records one."""
+    """Yield source weights whose sha256 differs from the one that the manifest records, if any."""
     unhashed = manifest is None or all(file.sha256 is None for file in manifest.files.values())
     recorded = {} if manifest is None else manifest.sources
     named = []
@@ -139,7 +139,7 @@ def _source_faults(role: str, planned: PlannedSource, told: SourceRecord | None)
     for key, (actual, expected) in found.items():
         if actual != expected:
             yield f"t5g2.json says {role} {key} {actual!r}, expected {expected!r}"
-    # An output of a model of the Hub may be compared with a copy of it, and the other way round.
+    # A conversion of a model on the Hub may be compared with a local copy of the model, and the other way round.
     made_of, opened = (None if hub is None else f"{hub.repo}@{hub.revision}" for hub in (told.hub, planned.hub))
     if made_of is not None and opened is not None and made_of != opened:
         yield f"t5g2.json records {role} {made_of}, but {opened} was passed: pass the one that was converted"

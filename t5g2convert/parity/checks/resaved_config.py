@@ -1,8 +1,8 @@
-"""config of a folder that `save_pretrained` wrote: the settings have the same meaning as the start's.
+"""config of a folder that `save_pretrained` wrote: its settings have the same meaning as the start's.
 
-transformers writes keys that a conversion leaves out, and sorts them. Settings that affect the computation are
-compared as this tool's readers understand them; every other key must be the start's, or one of those below, which
-compute nothing.
+transformers adds keys that a conversion leaves out, and sorts them. Settings that affect the computation are compared
+as this tool's readers understand them. Every other key must equal the start's, or be listed below as a key that does
+not affect the computation.
 """
 
 import re
@@ -30,7 +30,7 @@ from t5g2convert.parity.checks.config import flatten
 from t5g2convert.parity.reports.report import Check, failed_check
 
 CLASSES: Final = ("T5Gemma2ForConditionalGeneration", "T5Gemma2Model", *HEADED)
-"""Classes that save all of a T5Gemma 2; other ones leave parts out."""
+"""Classes that save all of a T5Gemma 2; others leave parts out."""
 
 IDLE: Final[Mapping[str, Any]] = {
     "add_cross_attention": False, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None,
@@ -39,10 +39,10 @@ IDLE: Final[Mapping[str, Any]] = {
     "tie_word_embeddings": True, "vision_use_head": False, "dropout_rate": 0.0, "classifier_dropout_rate": 0.0,
     "attention_dropout": 0.0, "decoder_start_token_id": None, "initializer_range": 0.02, "use_cache": True,
 }  # fmt: skip
-"""Keys of transformers' own that do nothing while they have these values, which are its defaults."""
+"""Keys of transformers that have no effect with these values, its defaults."""
 
 CODE: Final = frozenset({"auto_map", "custom_pipelines"})
-"""Keys that name code, which may compute anything."""
+"""Keys that name code, which could compute anything."""
 
 ABOUT: Final = frozenset(each.name for each in EVERY_CONFIG if each.outcome is Outcome.ABOUT) - CODE
 """Keys that say who wrote a file."""
@@ -52,13 +52,13 @@ LABELS: Final = (
     | ABOUT
     | frozenset(each.name for each in EVERY_CONFIG if each.outcome is Outcome.NOTED)
 ) - IDLE.keys()
-"""Last parts of keys that may say anything: they compute nothing."""
+"""Last parts of keys that may have any value: they do not affect the computation."""
 
 TRAINING: Final = frozenset({
     "attention_dropout", "classifier_dropout_rate", "dropout_rate", "initializer_range", "max_position_embeddings",
     "use_cache",
 })  # fmt: skip
-"""Settings that compute nothing when a model is used: a change is said, and is not a fault."""
+"""Settings without effect on a model's outputs in use: a change is a remark, not a fault."""
 
 IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -98,7 +98,7 @@ def judge_resaved_config(start: Checkpoint, target: Checkpoint) -> Check:
 
 
 def meaning(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return all settings that this tool's readers know, by their paths in config.json, with defaults filled in.
+    """Return all settings that this tool's readers know, by path in config.json, with defaults filled in.
 
     Raises:
         CheckpointError: The config cannot be read.
@@ -121,7 +121,7 @@ def _encoder(model: T5Gemma2Encoder, section: str) -> Iterator[tuple[str, Any]]:
 def _stack(stack: T5Gemma2Text, section: str) -> Iterator[tuple[str, Any]]:
     for name, value in stack.model_dump(exclude={"rope_parameters"}).items():
         yield section + name, value
-    # A kind of layer that the stack does not have may be left out.
+    # The settings of a kind of layer may be left out if the stack has no such layer.
     for kind in sorted(set(stack.layer_types)):
         rope = stack.rope_parameters.get(kind)
         yield f"{section}rope_parameters.{kind}.rope_theta", DEFAULT_THETA[kind] if rope is None else rope.rope_theta
@@ -140,7 +140,7 @@ def _compared(path: str, expected: Any, found: Any) -> Found:
 
 
 def _others(start: Checkpoint, target: Checkpoint, known: frozenset[str]) -> Found:
-    """The keys that the readers do not know."""
+    """Compare the keys that the readers do not know."""
     faults: list[str] = []
     remarks: list[str] = []
     expected, found = (
@@ -155,7 +155,7 @@ def _others(start: Checkpoint, target: Checkpoint, known: frozenset[str]) -> Fou
         if value == wanted or (path not in found and name in IDLE and IDLE[name] == wanted):
             continue
         if name in IDS and "." not in path and path in expected:
-            # Trainer gives the top of config.json the tokenizer's ids; generate reads generation_config.json.
+            # Trainer writes the tokenizer's ids at the top of config.json; generate reads generation_config.json.
             if not _ends(value) <= _ends(wanted) or not _ends(value):
                 faults.append(f"{path} is {value!r}, expected {wanted!r}")
         elif name == "vocab_size" and isinstance(value, int) and isinstance(wanted, int) and value > wanted:
@@ -181,7 +181,7 @@ def _class_faults(target: Checkpoint) -> Iterator[str]:
 
 
 def _generation(start: Checkpoint, target: Checkpoint) -> Found:
-    """Ids decide where texts end; how tokens are chosen is the user's."""
+    """Compare the ids that decide where texts end; how tokens are sampled is the user's choice."""
     if not is_there(target.path / GENERATION_FILE):
         return Found(
             (), (f"{GENERATION_FILE} is missing: copy the start's",) if is_there(start.path / GENERATION_FILE) else ()
@@ -204,5 +204,5 @@ def _generation(start: Checkpoint, target: Checkpoint) -> Found:
 
 
 def _ends(value: Any) -> set[Any]:
-    """Ids, whether one or several; transformers makes a list of one."""
+    """Return the ids as a set; transformers may write a single id as a list."""
     return set(value) if isinstance(value, list) else set() if value is None else {value}

@@ -1,8 +1,8 @@
-"""tokenizer of a folder that `save_pretrained` wrote: texts become the ids that they become with the start's.
+"""tokenizer of a folder that `save_pretrained` wrote: it gives every text the same ids as the start's tokenizer.
 
-transformers writes the files anew: other keys, another order, another class, steps that do nothing spelled out. So the
-tokens are compared one by one, and every step by what it does; what a training leaves in the file, as a truncation, is
-said.
+transformers rewrites the files with other keys, another order, another class, and steps without effect spelled out. So
+tokens are compared one by one, and steps by their effect. State that a training leaves in the file, like a truncation,
+becomes a remark.
 """
 
 import json
@@ -33,7 +33,7 @@ READ: Final = (
     PROCESSOR_FILE,
     PREPROCESSOR_FILE,
 )
-"""The files of the start that are read."""
+"""The files of the start that this check reads."""
 
 STEPS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FLAGS: Final = ("special", "normalized", "single_word", "lstrip", "rstrip")
@@ -45,7 +45,7 @@ SWITCHES: Final = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "do_lower_case",
     "split_special_tokens", "spaces_between_special_tokens",
 )  # fmt: skip
-"""What decides ids or texts where a class reads it."""
+"""Settings that change ids or texts if a class reads them."""
 
 CLASSES: Final[Mapping[str, str]] = {
     "PreTrainedTokenizerFast": "TokenizersBackend", "GemmaTokenizerFast": "GemmaTokenizer",
@@ -62,19 +62,19 @@ PIXELS: Final = (
     "do_normalize", "do_pan_and_scan", "do_rescale", "do_resize", "image_mean", "image_std", "resample",
     "rescale_factor", "size",
 )  # fmt: skip
-"""What decides the pixels that a picture becomes."""
+"""Settings that change the pixels of a picture."""
 
 MOST: Final = 50
-"""Faults of one kind that are listed."""
+"""Maximum number of faults of one kind to list."""
 
 
 def judge_resaved_tokenizer(start: Path, target: Checkpoint, *, rows: int) -> Check | None:
-    """Compare the tokenizer with the start's; None where the folder has none.
+    """Compare the tokenizer with the start's; return None if the folder has no tokenizer.
 
     Args:
         start: The folder of the model before training.
         target: The trained folder.
-        rows: Rows of its table, which every id must be below.
+        rows: Number of rows of its table; every id must be below it.
 
     Raises:
         CheckpointError: A file of either cannot be read.
@@ -117,7 +117,7 @@ def _added(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _token_faults(
     given: Mapping[str, Any], found: Mapping[str, Any], rows: int, named: Collection[str], remarks: list[str]
 ) -> Iterator[str]:
-    """Every token has its id, and the marks that decide how texts are cut; new tokens must have rows."""
+    """Require that every token keeps its id and the `FLAGS` by which texts are split, and that new tokens have rows."""
     before, after = _vocabulary(given), _vocabulary(found)
     yield from islice(_moved(before, after), MOST)
     known, added = _added(given), _added(found)
@@ -168,13 +168,13 @@ def _marked(
             yield f"added token {content!r} has id {other.get('id')}, expected {entry.get('id')}"
         for flag in FLAGS:
             one, two = (bool(each.get(flag)) for each in (entry, other))
-            # Loading makes tokens special that the settings name, with the start's file too.
+            # Loading makes the tokens that the settings name special, also with the start's file.
             if one != two and not (flag == "special" and two and content in named):
                 yield f"added token {content!r} has {flag} {two}, expected {one}"
 
 
 def _merges(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Merges, which are pairs, or texts with a space between the two."""
+    """Return the merges, stored as pairs or as texts with a space between the two."""
     model = document.get("model")
     listed = model.get("merges") if isinstance(model, dict) else None
     return [tuple(each.split(" ", 1)) if isinstance(each, str) else tuple(each) for each in listed or ()]
@@ -193,7 +193,7 @@ def _step_faults(given: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator
 
 
 def _plain(step: Any) -> Any:
-    """A step in one form: null where it does nothing, no list of one, no key that is null."""
+    """Normalize a step: null if it has no effect, no list of one step, no null keys."""
     if isinstance(step, list):
         return [_plain(each) for each in step]
     if not isinstance(step, dict):
@@ -213,7 +213,7 @@ def _plain(step: Any) -> Any:
 
 
 def _leftovers(found: Mapping[str, Any]) -> Iterator[str]:
-    """State that a tokenizer's last call leaves in its file; transformers sets it again with every call."""
+    """Yield state that a tokenizer's last call left in its file; transformers sets it on every call."""
     truncation, padding = found.get("truncation"), found.get("padding")
     if isinstance(truncation, dict):
         cut = truncation.get("max_length")
@@ -223,7 +223,7 @@ def _leftovers(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _settings_faults(start: Path, target: Path, added: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The tokens that have a meaning of their own, in all files that name them."""
+    """Compare the tokens with a role (like bos_token) in all files that name them."""
     given, found = read_json_if_there(start, TOKENIZER_CONFIG_FILE), read_json_if_there(target, TOKENIZER_CONFIG_FILE)
     before, after = _named(given), _named(found)
     for name, content in before.items():
@@ -234,7 +234,7 @@ def _settings_faults(start: Path, target: Path, added: Mapping[str, Mapping[str,
         if expected.get(name, content) != content:
             yield f"{SPECIAL_TOKENS_FILE}: {name} is {content!r}, expected {expected[name]!r}"
     for switch in SWITCHES:
-        # GemmaTokenizer has no switches: its post-processor, compared above, is what counts.
+        # GemmaTokenizer ignores such switches: its post-processor, compared above, decides.
         if switch in found and bool(found[switch]) != bool(given.get(switch)):
             yield f"{TOKENIZER_CONFIG_FILE}: {switch} is {found[switch]!r}, expected {given.get(switch)!r}"
     kinds = [str(each["tokenizer_class"]) if each.get("tokenizer_class") else None for each in (given, found)]
@@ -249,7 +249,7 @@ def _settings_faults(start: Path, target: Path, added: Mapping[str, Mapping[str,
 
 
 def _named(document: Mapping[str, Any]) -> dict[str, str]:
-    """Tokens by what they are for: a text, or an object with it; those of images may be in a section of their own."""
+    """Return tokens by role. A token is a text or an object with it; image tokens may be in a section of their own."""
     flat = dict(document)
     for section in NESTED:
         nested = document.get(section)
@@ -266,14 +266,14 @@ def _template_faults(start: Path, target: Path) -> Iterator[str]:
 
 
 def _template(folder: Path) -> Any:
-    """The template that loaders take: a file of its own before the settings."""
+    """Return the template that loaders use: a separate file takes precedence over the settings."""
     if is_there(folder / TEMPLATE_FILE):
         return read_json_file(folder / TEMPLATE_FILE).decode(errors="replace")
     found = read_json_if_there(folder, OLDER_TEMPLATE_FILE).get(
         "chat_template", read_json_if_there(folder, TOKENIZER_CONFIG_FILE).get("chat_template")
     )
     if isinstance(found, list):
-        # Several by their names, of which newer versions write all but one into a folder.
+        # Several templates by name; newer versions write all but one of them into a folder.
         found = next((each.get("template") for each in found if each.get("name") == "default"), found)
     return found
 

@@ -18,10 +18,10 @@ DECODER_TOKENS = 12
 
 @torch.inference_mode()
 def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callable[[str], None]) -> Check:
-    """Require finite logits that change with the text and the image that the encoder reads.
+    """Require finite logits that depend on the text and the image that the encoder reads.
 
-    Three sequences have the same decoder input; the second has another image than the first (another order of words,
-    where the model does not read images), the third another text.
+    Three sequences have the same decoder input. The second has another image than the first (another word order if
+    the model does not read images), the third another text.
 
     Args:
         target: The model.
@@ -49,7 +49,7 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
         differing = {"text": 2}
         settings = target.encoder.settings
         if settings.sliding_window > 1 or "full_attention" in settings.layer_types:
-            # An encoder whose tokens see only themselves does not depend on order.
+            # If each token sees only itself, the encoder does not depend on order.
             differing = {"order of words": 1, **differing}
     ids_BT = ids_BT.to(device)
     kept_BT = torch.ones_like(ids_BT, dtype=torch.bool)
@@ -73,7 +73,7 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
 def judge_dependence(
     target: EncoderReference | Gemma3Reference, what: str, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 ) -> Check:
-    """Require finite values of a model with one stack, which change with the text, its order, and the image.
+    """Require finite values, of a model with one stack, that depend on the text, its order and the image.
 
     Args:
         target: The model.
@@ -90,7 +90,7 @@ def judge_dependence(
     rows = {"": texts_BT[0, :-1], "order of words": texts_BT[0, :-1].flip(0), "text": texts_BT[1, :-1]}
     settings = target.stacks[0].settings
     if settings.sliding_window == 1 and "full_attention" not in settings.layer_types:
-        # Tokens that see only themselves depend on no other.
+        # A token that sees only itself depends on no other.
         rows = {"": texts_BT[0, :-1]}
     ids_BT = torch.cat([torch.stack(list(rows.values())), last.expand(len(rows), -1)], dim=1).to(device)
     found = compute(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), None)

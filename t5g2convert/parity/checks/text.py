@@ -27,11 +27,11 @@ from t5g2convert.reference.weights import not_finite
 
 @dataclass(frozen=True)
 class ExpectedStack:
-    """The expected computation of a T5Gemma 2 stack: some layers of a Gemma 3, in order.
+    """The expected computation of a T5Gemma 2 stack: layers of a Gemma 3, in order.
 
     Attributes:
         gemma: Gemma 3, with the embedding table that the target has.
-        layers: The numbers of its layers; the stack's layer i is the layer `layers[i]`.
+        layers: The numbers of its layers: layer i of the stack is layer `layers[i]` of Gemma 3.
     """
 
     gemma: Gemma3Reference
@@ -57,7 +57,7 @@ class ExpectedStacks:
 
     @property
     def alike(self) -> bool:
-        """True if both are the same layers of the same model."""
+        """True if both have the same layers of the same model."""
         return self.encoder.gemma is self.decoder.gemma and self.encoder.layers == self.decoder.layers
 
 
@@ -71,7 +71,7 @@ def judge_text(
     tolerance: float,
     progress: Callable[[str], None],
 ) -> tuple[Check, Check]:
-    """Make decoder_parity and encoder_parity; in one walk through the layers where both stacks have the same.
+    """Make decoder_parity and encoder_parity, in one walk through the layers if both stacks have the same ones.
 
     Args:
         expected: What encoder and decoder must compute.
@@ -113,7 +113,7 @@ def _progress_of(track: Track, progress: Callable[[str], None], step: str) -> No
 
 
 def _image_pair(source: Gemma3Reference, target: T5Gemma2Reference, images: ImageBatch) -> Pair:
-    """Start both on text with an image; both get the source's features, so that only vision_parity judges the tower."""
+    """Start both on text with an image; both get the source's features, so only vision_parity judges the tower."""
     assert source.vision is not None
     assert target.vision is not None
     token = target.vision.tokens.image_token_index
@@ -126,7 +126,7 @@ def _image_pair(source: Gemma3Reference, target: T5Gemma2Reference, images: Imag
 def judge_decoder(
     source: Stack, track: Track, batch: Batch, tolerance: float, *, compared: str = "logits with hidden memory"
 ) -> Check:
-    """Compare the logits after all layers; `compared` describes them in the detail."""
+    """Compare the logits after all layers; `compared` describes the comparison in the check's detail."""
     ((expected_NC, found_NC),) = normed_states(source, track)
     difference = Difference()
     for _, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
@@ -135,7 +135,7 @@ def judge_decoder(
         raise not_finite("the source's own logits", source.weights)
     kl, agreement = 0.0, 1.0
     if difference.max_abs:
-        # Equal logits are equal distributions; only others need a second pass over the vocabulary.
+        # Equal logits give equal distributions; others need a second pass over the vocabulary.
         tokens = Distributions(len(expected_NC))
         for start, expected_NV, found_NV in both_logits(source, track.stack, expected_NC, found_NC):
             tokens.add(start, expected_NV, found_NV)
@@ -170,7 +170,7 @@ def judge_encoder(
         images: Text with an image that both read, if any.
         tolerance: Largest relative difference that passes.
         masks: The masks, for the detail.
-        besides: What else is compared, for the detail.
+        besides: Other things that are compared, for the detail.
     """
     difference = Difference()
     for expected_NC, found_NC in normed_states(source, track):

@@ -1,7 +1,7 @@
-"""tokenizer: texts and pictures become the same tokens and pixels as the source's, but for declared moves of tokens.
+"""tokenizer: texts and pictures become the same tokens and pixels as in the source, except for declared token moves.
 
-The converter exchanges bytes in files that it does not parse; here the files are parsed, and what they should say is
-worked out anew from the source's. What is expected of the small files stands here in code, apart from the map.
+The converter replaces bytes in files that it does not parse. This module parses the files, and derives the expected
+contents from the source's files. The rules for the small files are written here in code, independently of the map.
 """
 
 import json
@@ -30,27 +30,27 @@ from t5g2convert.parity.token_ids import token_faults
 UNCHANGED: Final = (SPECIAL_TOKENS_FILE, TEMPLATE_FILE, OLDER_TEMPLATE_FILE)
 
 TEMPLATES: Final = "additional_chat_templates"
-"""The folder of further chat templates, from which transformers loads every *.jinja."""
+"""The folder of additional chat templates; transformers loads every *.jinja in it."""
 
 IMAGE_TOKENS: Final = {
     "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
 }  # fmt: skip
-"""What Gemma3Processor asks the tokenizer for."""
+"""The tokens that Gemma3Processor reads from the tokenizer."""
 
 MASK: Final = "<mask>"
-"""GemmaTokenizer of transformers 5 makes it special when it is loaded, and the releases have it so in the file."""
+"""GemmaTokenizer of transformers 5 makes this token special on loading; in the releases' files it already is."""
 
 PIXELS: Final = {
     "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5], "resample": 2, "rescale_factor": 1 / 255,
 }  # fmt: skip
-"""Gemma 3's image processor, of which a source's own settings take the place."""
+"""Gemma 3's image processor; the source's own settings override it."""
 
 MOST_FAULTS: Final = 50
 
 
 def has_tokenizer_files(target: Path, manifest: Manifest | None) -> bool:
-    """Return whether a folder has, or must have, any of the files that `tokenizer` judges."""
+    """Return whether a folder has, or must have, any file that the check `tokenizer` judges."""
     return bool(_names(target, manifest))
 
 
@@ -65,7 +65,7 @@ def _names(target: Path, manifest: Manifest | None) -> list[str]:
 
 
 def template_names(files: Iterable[str], *folders: Path) -> list[str]:
-    """The further chat templates that a manifest lists or that are in one of the folders."""
+    """Return the additional chat templates that a manifest lists or that are in one of the folders."""
     found = {name for name in files if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name)}
     for folder in folders:
         found |= {f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")}
@@ -76,13 +76,13 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
     """Compare the target's tokenizer and image processor with the source's.
 
     Args:
-        folders: The source, and the donor of its vision tower, whose image processor goes with it.
+        folders: The source, and the donor of the vision tower, which also gives the image processor.
         model: The settings that the target should have.
         target: The converted folder, open.
-        manifest: The target's manifest, whose `tokens` declares what became of them; None if it has none.
+        manifest: The target's manifest, which declares changes under `tokens`; None if the folder has none.
 
     Raises:
-        CheckpointError: A file of either is none, or no JSON.
+        CheckpointError: A file of either is not a regular file, or is not JSON.
     """
     source, seeing = folders.source, folders.by_role.get(VISION_FROM, folders.source)
     names = _names(target.path, manifest)
@@ -103,7 +103,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
         faults += _tokenizer_faults(given, found, changes)
         faults += _image_token_faults(known, model.tokens.image_token_index, found.added, index) if images else ()
     move = (model.tokens.image_token_index, index)
-    # Without a tokenizer.json its settings alone follow the image token.
+    # Without a tokenizer.json only the settings are changed for the image token.
     known_there = found.added.get(IMAGE_TOKENS["image_token"], {}).get("id") == index
     moved = move[0] != move[1] and (TOKENIZER_FILE not in names or known_there)
     if TOKENIZER_CONFIG_FILE in names:
@@ -129,7 +129,7 @@ def judge_tokenizer(folders: Folders, model: Gemma3, target: Checkpoint, manifes
 
 
 def judge_copied_tokenizer(folders: Folders, target: Checkpoint, manifest: Manifest | None) -> Check:
-    """Compare the tokenizer's files with the source's; none may differ.
+    """Require that no file of the tokenizer differs from the source's.
 
     Raises:
         CheckpointError: A file of either cannot be read.
@@ -151,10 +151,10 @@ def judge_copied_files(names: Sequence[str], source: Path, target: Checkpoint) -
 
 
 def same_bytes(name: str, source: Path, target: Checkpoint) -> bool:
-    """Whether both have a file of that name, with the same bytes.
+    """Return whether both have a file of that name with the same bytes.
 
     Raises:
-        CheckpointError: One is not a file, or cannot be read.
+        CheckpointError: Either is not a file, or cannot be read.
     """
     if not (is_there(source / name) and is_there(target.path / name)):
         return False
@@ -162,10 +162,10 @@ def same_bytes(name: str, source: Path, target: Checkpoint) -> bool:
 
 
 class _Tokenizer:
-    """A tokenizer.json: its text in one form, and copies of its added tokens by their content."""
+    """A tokenizer.json: its text in a normal form, and copies of its added tokens by content."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
-        # One text takes a tenth of the memory of the objects.
+        # The text takes a tenth of the memory of the parsed objects.
         self.text = json.dumps(document)
         listed = document.get("added_tokens")
         entries = [dict(entry) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
@@ -173,7 +173,7 @@ class _Tokenizer:
 
 
 def _tokenizer_faults(given: dict[str, Any], found: _Tokenizer, changes: Sequence[TokenRecord]) -> list[str]:
-    """What tokenizer.json says otherwise; `given` is the source's, and is changed as declared."""
+    """Return the faults of a tokenizer.json; `given` is the source's, to which the declared changes are applied."""
     try:
         expected = json.dumps(_changed(given, changes))
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -187,7 +187,7 @@ def _tokenizer_faults(given: dict[str, Any], found: _Tokenizer, changes: Sequenc
 
 
 def _changed(tokenizer: dict[str, Any], changes: Sequence[TokenRecord]) -> dict[str, Any]:
-    """A tokenizer after the changes that were declared; each must find the source as it says."""
+    """Return a tokenizer with the declared changes; refuse a change that does not describe the source correctly."""
     entries: list[dict[str, Any]] = tokenizer["added_tokens"] if changes else []
     for change in changes:
         token, number, replaced = change.token, change.target, change.replaces
@@ -201,7 +201,7 @@ def _changed(tokenizer: dict[str, Any], changes: Sequence[TokenRecord]) -> dict[
             vocabulary = tokenizer["model"]["vocab"]
             if vocabulary[replaced] != number or token in vocabulary:
                 raise ValueError(f"{replaced} is not {number}, or {token} already exists")
-            # In their order, which is that of the ids.
+            # Added tokens are in the order of their ids.
             tokenizer["model"]["vocab"] = {
                 token if name == replaced else name: value for name, value in vocabulary.items()
             }
@@ -211,7 +211,7 @@ def _changed(tokenizer: dict[str, Any], changes: Sequence[TokenRecord]) -> dict[
 def _image_token_faults(
     known: Mapping[str, Mapping[str, Any]], old: int, added: Mapping[str, Mapping[str, Any]], new: Any
 ) -> Iterator[str]:
-    """The source's image token must have the image token id of the target's encoder."""
+    """Require that the source's image token has the image token id of the target's encoder."""
     for name, entry in known.items():
         if entry.get("id") == old and (found := added.get(name, {}).get("id")) != new:
             yield f"{TOKENIZER_FILE}: {name} has id {found}, the encoder's image_token_index is {new}"
@@ -220,7 +220,7 @@ def _image_token_faults(
 def _expected_settings(
     given: Mapping[str, Any], move: tuple[int, Any] | None, added: Mapping[str, Mapping[str, Any]], *, images: bool
 ) -> dict[str, Any]:
-    """tokenizer_config.json; `move` is the image token's old and new id if it moved."""
+    """Return the expected tokenizer_config.json; `move` is the image token's old and new id if it moved."""
     expected = {key: value for key, value in given.items() if images or key != "processor_class"}
     if move is None:
         return expected
@@ -245,7 +245,7 @@ def _expected_settings(
 
 
 def _expected_processor(source: Path, model: Gemma3) -> dict[str, Any]:
-    """processor_config.json; transformers before 5 kept the image processor in preprocessor_config.json."""
+    """Return the expected processor_config.json; transformers 4 had the image processor in preprocessor_config.json."""
     given = read_json_if_there(source, PROCESSOR_FILE)
     image = given.get("image_processor") or read_json_if_there(source, "preprocessor_config.json")
     side = None if model.vision is None else model.vision.image_size
@@ -286,7 +286,7 @@ def _differences(expected: Any, found: Any, at: str) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    """A value in few words."""
+    """Return a value in few words."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     text = repr(value)

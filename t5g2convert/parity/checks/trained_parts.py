@@ -1,4 +1,4 @@
-"""vision, projector, embedding, encoder, decoder: each part of a trained model moved from its start, or was frozen."""
+"""vision, projector, embedding, encoder, decoder: each part of a trained model moved from the start, or was frozen."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -8,13 +8,13 @@ from t5g2convert.parity.movement import Movement, by_layer, combined
 from t5g2convert.parity.reports.report import Check
 
 PARTS: Final = ("vision", "projector", "embedding", "encoder", "decoder")
-"""The parts, each judged by a check of its name, in order."""
+"""The parts in order; a check of the same name judges each."""
 
 TRAINED: Final = ("encoder", "decoder")
-"""Parts that every training moves unless they were frozen; LoRA and many recipes leave the others alone."""
+"""Parts that every training moves unless they are frozen; LoRA and many recipes leave the other parts alone."""
 
 NONE: Final = "none"
-"""In place of a part in --frozen: not even the vision tower was frozen."""
+"""The value of --frozen for a training that froze no part, not even the vision tower."""
 
 LOST: Final = (
     "transformers' Trainer puts the encoder back to the start on resume and with load_best_model_at_end "
@@ -31,12 +31,12 @@ _ADAPTED: Final = re.compile(r"vision_tower\..*(?:_proj|fc1|fc2)\.")
 def judge_part(
     part: str, found: Mapping[str, Movement], frozen: Collection[str], *, moved_parts: Collection[str]
 ) -> Check:
-    """Judge whether a part moved as a training moves it.
+    """Judge whether a part moved the way training moves it.
 
     Args:
         part: Its name.
-        found: The movements of its tensors, by their published names.
-        frozen: Tensors that must be the start's.
+        found: The movements of its tensors, by published name.
+        frozen: Tensors that must equal the start's.
         moved_parts: The parts with at least one moved tensor.
     """
     if not found:
@@ -58,11 +58,11 @@ def judge_part(
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a tensor, `encoder.layers.3` or `vision.layers.3`; its own name where it is of no layer."""
+    """Return the layer of a tensor, like `encoder.layers.3` or `vision.layers.3`, or its own name outside of layers."""
     found = _LAYER.match(name)
     if found is None:
         return name
-    # In a folder of the encoder alone its layers have no prefix.
+    # In a folder with only the encoder, its layers have no prefix.
     return f"{'vision' if found[2] else found[1] or 'encoder'}.layers.{found[3]}"
 
 
@@ -89,7 +89,7 @@ def _never_moved(part: str, moved_parts: Collection[str]) -> Iterator[str]:
 
 
 def _left_behind(part: str, layers: Mapping[str, Movement]) -> Iterator[str]:
-    """Yield layers that did not move though most others did; single tensors may stay, as those that LoRA skips."""
+    """Yield layers that did not move though most others did; single tensors may stay, like those that LoRA skips."""
     numbered = {layer: each for layer, each in layers.items() if layer.startswith(f"{part}.layers.")}
     unmoved = [layer for layer, each in numbered.items() if each.still]
     if len(unmoved) * 2 < len(numbered):

@@ -1,4 +1,4 @@
-"""vision_parity: both vision towers give the same for the same pixels, stage by stage."""
+"""vision_parity: both vision towers compute the same values from the same pixels, stage by stage."""
 
 from collections.abc import Callable
 
@@ -27,16 +27,16 @@ def judge_vision(
 
     Args:
         source: The tower of the source, or of the donor.
-        target: The target's.
+        target: The target's tower.
         pixels_BNYX: The images.
         projected: Whether both must have the same projector; otherwise they are compared before it.
-        normed: Whether both must have the same norm before the projector; read only where `projected` is False.
+        normed: Whether both must have the same norm before the projector; read only if `projected` is False.
         tolerance: Largest relative difference that passes.
         progress: Called with a few words at every stage.
 
     Returns:
-        vision_parity, and the source's image features, [B, mm_tokens_per_image, text width]; where `projected` is
-        False, the states of the patches, [B, patches, vision width].
+        vision_parity, and the source's image features, [B, mm_tokens_per_image, text width]; if `projected` is False,
+        the states of the patches, [B, patches, vision width].
 
     Raises:
         CheckpointError: The source's own states are not finite.
@@ -64,7 +64,7 @@ def judge_vision(
         if difference.max_abs and departs is None:
             inside = first_difference(ours, [before[0]], theirs, [before[1]], None)
             departs = f"{name}, {inside}" if inside else name
-        # Freed before the next stages are read.
+        # Free these before the next stages are read.
         del ours, theirs
     passed = difference.within(tolerance)
     size = "x".join(map(str, pixels_BNYX.shape[-2:]))

@@ -24,13 +24,13 @@ svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; 
 WIDTH: Final = 900
 HEIGHT: Final = 150
 FLOOR: Final = 1e-9
-"""Relative differences below this are drawn at the foot of a plot; 0 has no bar."""
+"""Smaller relative differences are drawn at the foot of a plot; 0 has no bar."""
 
 PARTS: Final = ("embedding", "encoder", "decoder", "vision", "projector")
 
 
 def html(report: Report) -> str:
-    """Return the page; it loads nothing from anywhere else."""
+    """Return the page, which loads nothing from elsewhere."""
     verdict = "passed" if report.passed else "failed"
     sections = [
         f'<h1 class="{verdict}">Verification {verdict}{"" if report.complete else ", without the source"}</h1>',
@@ -83,7 +83,7 @@ def _check_row(check: Check) -> str:
 
 
 def _plot(check: Check) -> str:
-    """Plot the relative difference after every layer on a logarithmic scale; equality is an empty plot."""
+    """Plot the relative difference after every layer on a logarithmic scale; the plot of equal layers is empty."""
     assert check.figures is not None
     drifts = check.figures.drifts
     step = WIDTH / len(drifts)
@@ -120,7 +120,7 @@ def _bars(drifts: Sequence[Drift], step: float) -> Iterator[str]:
 
 
 def _movements(check: Check) -> str:
-    """How far each layer of a part is from the start of its training."""
+    """Return a table of how far each layer of a part is from the start of the training."""
     rows = "".join(
         f'<tr><td>{_escaped(each.name)}</td><td class="number">{each.tensors - each.unmoved} of {each.tensors}</td>'
         f'<td class="number">{each.distance:.3%}</td></tr>'
@@ -148,5 +148,5 @@ def _parameters(parameters: Mapping[str, int]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return text from outside, safe within the page."""
+    """Return untrusted text, escaped for the page."""
     return escape(printable(text))

@@ -1,4 +1,4 @@
-"""The result of a verification, as data: terminal, JSON, JUnit XML and HTML are made from it."""
+"""The result of a verification as data; the terminal output, JSON, JUnit XML and HTML are made from it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def writable(node: Any) -> Any:
-    """Return a document that JSON can hold: null for NaN and infinity, undecodable file names escaped."""
+    """Return a document that JSON can represent: null for NaN and infinity, undecodable file names escaped."""
     if isinstance(node, dict):
         return {key: writable(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -28,10 +28,10 @@ def writable(node: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far apart two models are after one layer.
+    """The difference between two models after one layer.
 
     Attributes:
-        layer: The layer's name in the target, such as `layers.3`; also `embed_tokens` and `norm`.
+        layer: The layer's name in the target, like `layers.3`; also `embed_tokens` and `norm`.
         max_abs: Largest absolute difference of a state.
         relative: The same, divided by the source's largest state.
     """
@@ -51,7 +51,7 @@ class Figures:
         compared: Number of values compared.
         kl: Mean over tokens of KL(source || target), in nats; None without distributions.
         agreement: Share of tokens with the same most probable successor; None without distributions.
-        departs: The first layer and tensor that differ; None where none does.
+        departs: The first layer and tensor that differ; None if all are equal.
         drifts: The difference after every layer.
     """
 
@@ -71,11 +71,11 @@ class Check:
     Attributes:
         name: The name of the check.
         passed: Whether it passed.
-        detail: What it found, in a sentence.
-        offenders: Every fault that it found, where there are several of a kind.
-        figures: What it measured, where it compared two passes.
-        movements: How far tensors moved, where it compared a training with its start.
-        remarks: What a reader must know to read it right; `Report.remarks` has those of all checks.
+        detail: The finding, in a sentence.
+        offenders: Every fault found, if there are several of a kind.
+        figures: The measurements, if the check compares two passes.
+        movements: How far tensors moved, if the check compares a trained model with its start.
+        remarks: What a reader needs to know to interpret the result; `Report.remarks` collects those of all checks.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Check:
     remarks: tuple[str, ...] = ()
 
     def remarked(self, remarks: Iterable[str]) -> "Check":
-        """Return the check with further remarks."""
+        """Return a copy of the check with further remarks."""
         return replace(self, remarks=(*self.remarks, *remarks))
 
     def to_json(self) -> dict[str, Any]:
@@ -104,13 +104,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A check that was not made, with the reason."""
+    """The reason why a check was not made."""
 
     because: str
 
 
 def failed_check(name: str, what: str, offenders: Sequence[str], remarks: Sequence[str] = ()) -> Check:
-    """Return a check that failed on several things of a kind; its detail has their count and the first of them."""
+    """Return a check that failed on several things of a kind; its detail gives their number and the first of them."""
     detail = f"{len(offenders)} {what}, the first: {offenders[0]}"
     return Check(name, False, detail, tuple(offenders), remarks=tuple(remarks))
 
@@ -121,13 +121,13 @@ class Report:
 
     Attributes:
         output: The folder.
-        source: The folder that it was made from; None without one.
-        dtype: The dtype of the reference passes; None where none ran.
-        device: The device that they ran on.
+        source: The source folder; None if none was passed.
+        dtype: The dtype of the reference passes; None if none ran.
+        device: The device of the reference passes.
         tolerance: Largest relative difference that passes; 0 is exact.
-        checks: The checks, in the order in which they were made.
-        skipped: The reasons for checks that were not made, by name.
-        remarks: What a reader must know to read the checks right.
+        checks: The checks, in the order they were made.
+        skipped: Why checks were not made, by name of the check.
+        remarks: What a reader needs to know to interpret the checks.
         parameters: Number of parameters by part, with `total`.
     """
 
@@ -171,7 +171,7 @@ class Report:
         }
 
     def record(self) -> dict[str, Any]:
-        """Return the part that the manifest keeps: no paths and no figures."""
+        """Return the part that the manifest keeps, without paths and figures."""
         checks = [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in self.checks]
         return {
             "passed": self.passed,
@@ -186,10 +186,10 @@ class Report:
 
 
 def record_report(report: Report, manifest: Manifest) -> Report:
-    """Write the result into the folder's manifest at once, or add a remark where that fails."""
+    """Write the result into the folder's manifest, or add a remark to the report if that fails."""
     path = report.output / MANIFEST_FILE
     if path.is_symlink():
-        # In the Hub's cache files are shared, and not this tool's to write.
+        # Files in the Hub's cache are shared: this tool must not write them.
         return replace(report, remarks=(*report.remarks, f"the result was not written: {MANIFEST_FILE} is a link"))
     try:
         replace_file(path, manifest.with_verification(report.record()).encode())
@@ -200,7 +200,7 @@ def record_report(report: Report, manifest: Manifest) -> Report:
 
 
 def junit(report: Report) -> str:
-    """Return one test suite: a test case for every check, skipped ones included, with remarks as the suite's output."""
+    """Return one test suite with a test case for every check, skipped ones included; remarks are the suite's output."""
     suite = ElementTree.Element(
         "testsuite",
         name="t5g2 verify",

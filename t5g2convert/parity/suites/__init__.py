@@ -1,1 +1,1 @@
-"""Which checks judge which kind of folder, in order."""
+"""The checks for each kind of folder, in order."""

@@ -1,4 +1,4 @@
-"""The checks of a T5Gemma 2 that `t5g2 adapt` trained: all but the trained values is its source's."""
+"""The checks of a T5Gemma 2 that `t5g2 adapt` trained: everything but the trained values equals the source."""
 
 import os
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ PIECE_BYTES: Final = 1 << 20
 
 
 def _config(verification: Verification[T5Gemma2Source]) -> Check:
-    """Require the source's settings, but for a dtype that was declared."""
+    """Require the source's settings, except for a declared dtype."""
     expected: dict[str, Any] = dict(flatten(verification.source.checkpoint.config))
     if "dtype" in verification.changes:
         dtype = verification.changes["dtype"].target
@@ -63,7 +63,7 @@ def _runs(verification: Verification[T5Gemma2Source]) -> Check:
 
 
 def _trained(verification: Verification[Any]) -> set[str]:
-    """Return the trained tensors that the manifest names, and patterns of those of layers."""
+    """Return the trained tensors that the manifest names, and the patterns it uses for tensors of layers."""
     adaptation = None if verification.manifest is None else verification.manifest.adaptation
     return set() if adaptation is None else {*adaptation.trained}
 

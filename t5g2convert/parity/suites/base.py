@@ -1,4 +1,4 @@
-"""What a suite is, and the checks, remarks and rules on declared changes that several of them share."""
+"""The definition of a suite, and the checks, remarks and rules on declared changes that several suites share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -35,14 +35,14 @@ class Suite:
     """The checks that judge one kind of folder.
 
     Attributes:
-        sources: The `model_type`s of what such a folder is made from.
-        targets: The `model_type`s of such a folder.
-        trained: Whether such a folder was trained by `t5g2 adapt`.
-        open_source: Opens the source as a model; raises CheckpointError where it is of another family.
-        read_config: Reads a config.json, given its path for errors; raises CheckpointError where it cannot.
-        replay: Plans the conversion again from its sources, its manifest and a map; None where there was none.
+        sources: The possible `model_type`s of the source.
+        targets: The possible `model_type`s of the folder.
+        trained: Whether `t5g2 adapt` trained the folder.
+        open_source: Opens the source as a model; raises CheckpointError if it is of another family.
+        read_config: Reads a config.json; takes its path for errors, and raises CheckpointError if it is not valid.
+        replay: Plans the conversion again from its sources, its manifest and a map; None if there was no conversion.
         checks: The checks by name, in order; the first is integrity.
-        remarks: What a reader of the report must know, whatever the checks find.
+        remarks: What a reader of the report needs to know, whatever the checks find.
     """
 
     sources: tuple[str, ...]
@@ -77,7 +77,7 @@ def provenance(verification: Verification[Any]) -> Check:
 
 
 def copied_tokenizer(verification: Verification[Any]) -> Check | Skipped:
-    """Compare the tokenizer's files with the source's; none may differ."""
+    """Require that no file of the tokenizer differs from the source's."""
     if not has_tokenizer_files(verification.output, verification.manifest):
         return NO_TOKENIZER
     return judge_copied_tokenizer(verification.source.folders, verification.target, verification.manifest)
@@ -91,7 +91,7 @@ def compare_towers(
     projected: bool = True,
     normed: bool = True,
 ) -> tuple[Check, Tensor | None]:
-    """Make vision_parity; return the source's image features with it, if both models have a tower."""
+    """Make vision_parity; also return the source's image features, if both models have a tower."""
     if target is None:
         return Check("vision_parity", False, "the source has a vision tower, but the target has none"), None
     return judge_vision(
@@ -117,7 +117,7 @@ def conversion_remarks(verification: Verification[Any]) -> Iterator[str]:
 
 
 LENGTH: Final = "max_position_embeddings"
-"""A setting that no computation depends on."""
+"""A setting without effect on the computation."""
 
 
 def change_remarks(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> Iterator[str]:
@@ -135,7 +135,7 @@ def change_remarks(target: Checkpoint, changes: Mapping[str, ChangeRecord]) -> I
 
 
 def stack_changes(changes: Mapping[str, ChangeRecord], stacks: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """Return old and new values by setting; one name for a setting that changed alike in all stacks."""
+    """Return old and new values by setting; a setting that changed alike in all stacks has one entry."""
     found: dict[str, tuple[Any, Any]] = {}
     for field, change in changes.items():
         values = change.source, change.target
@@ -152,7 +152,7 @@ def on_source_settings(target: Checkpoint, changes: Mapping[str, ChangeRecord]) 
     """Return the target's config.json with the old values of declared changes.
 
     Raises:
-        CheckpointError: config.json lacks a setting that is declared as changed.
+        CheckpointError: config.json lacks a setting that the manifest declares as changed.
     """
     config = deepcopy(dict(target.config))
     for field, change in changes.items():

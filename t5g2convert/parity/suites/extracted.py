@@ -1,4 +1,4 @@
-"""The checks of a part that `t5g2 extract` took from a T5Gemma 2: its encoder, or its decoder as Gemma 3."""
+"""The checks of a part that `t5g2 extract` made from a T5Gemma 2: its encoder, or its decoder as Gemma 3."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -47,7 +47,7 @@ def _whole(verification: Verification[T5Gemma2Source]) -> T5Gemma2Reference:
 
 @Shared
 def _encoder(verification: Verification[Any]) -> EncoderReference:
-    """The output as an encoder alone."""
+    """The output as a standalone encoder."""
     verification.require_tensors()
     return EncoderReference(verification.target, **verification.reading())
 
@@ -86,7 +86,7 @@ def _encoder_vision(verification: Verification[T5Gemma2Source]) -> Check | Skipp
 
 
 def _encoder_parity(verification: Verification[T5Gemma2Source]) -> Check:
-    """Compare the states of both encoders under the masks of an encoder."""
+    """Compare the states of both encoders under an encoder's masks."""
     whole, alone = _whole(verification), _encoder(verification)
     batch, seen = verification.inputs.batch(alone), _encoder_seen.if_known(verification)
     features = None if seen is None else seen[1]
@@ -106,7 +106,7 @@ def _pair(whole: EncoderReference, alone: EncoderReference, ids_BT: Tensor, kept
 
 
 def _image_pair(whole: EncoderReference, alone: EncoderReference, images: ImageBatch) -> Pair:
-    """Start both on text with an image; both get the whole model's features, so that vision_parity judges the tower."""
+    """Start both on text with an image; both get the whole model's features, so only vision_parity judges the tower."""
     kept_BT = torch.ones_like(images.ids_BT, dtype=torch.bool)
     runs = []
     for model in (whole, alone):
@@ -159,7 +159,7 @@ def _decoder_runs(verification: Verification[Any]) -> Check:
     return judge_dependence(gemma, "logits", gemma.logits)
 
 
-# The settings that a part must have
+# The expected settings of a part
 
 
 def encoder_config(model: T5Gemma2) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def gemma3_config(model: T5Gemma2) -> dict[str, Any]:
     text = {
         "model_type": TEXT_ONLY,
         **stack,
-        # The same for transformers 4.
+        # The same settings for transformers 4.
         "rope_theta": full["rope_theta"],
         "rope_scaling": {"rope_type": "linear", "factor": full["factor"]},
         "rope_local_base_freq": sliding["rope_theta"],

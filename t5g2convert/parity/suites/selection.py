@@ -1,4 +1,4 @@
-"""The suite that judges a folder, and whether a folder and its source belong together."""
+"""The choice of the suite for a folder, and whether a folder and its source belong together."""
 
 import os
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ from t5g2convert.parity.suites.t5gemma2 import TO_T5GEMMA2
 from t5g2convert.parity.suites.trained_elsewhere import TRAINED_ELSEWHERE
 
 SUITES: Final[tuple[Suite, ...]] = (TO_T5GEMMA2, TO_T5GEMMA, TO_ENCODER, TO_GEMMA3, ADAPTED)
-"""The suites of folders that this tool writes; the first judges a folder that fits none of them."""
+"""The suites of folders that this tool writes; the first also judges folders that fit none of them."""
 
 
 def suite_for(output: Path, source: Checkpoint | None) -> Suite:
-    """Return the suite that judges a folder.
+    """Return the suite for a folder.
 
-    It is the one that can have such a source and gives such a folder, if there is one. Otherwise either the folder or
-    the source is wrong: the folder, where its manifest names a source of this family.
+    Choose the suite for this type of source and this type of folder, if there is one. Otherwise either the folder or
+    the source is wrong: the folder is, if its manifest names a source of this family.
     """
     if source is not None and is_trained_elsewhere(output, source):
         return TRAINED_ELSEWHERE
@@ -38,7 +38,7 @@ def suite_for(output: Path, source: Checkpoint | None) -> Suite:
     if source is None:
         return next((suite for suite in of_target if suite.trained == trained), (of_target or SUITES)[0])
     if not trained and family not in (None, MODEL_TYPE):
-        # Its manifest says that it was converted, so that it cannot come from a T5Gemma 2.
+        # Its manifest says that it was converted, so it cannot come from a T5Gemma 2.
         of_target = [suite for suite in of_target if not suite.trained]
     source_type = source.config.get("model_type")
     of_source = [suite for suite in SUITES if source_type in suite.sources]
@@ -49,7 +49,8 @@ def suite_for(output: Path, source: Checkpoint | None) -> Suite:
 def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
     """Return whether a folder looks like `source` after training by another program.
 
-    It has the source's model type and no t5g2.json, or a copy of the source's, which does not fit its files.
+    Such a folder has the source's model type, and either no t5g2.json or a copy of the source's that does not match
+    its files.
     """
     model_type = source.config.get("model_type")
     if model_type not in TRAINED_ELSEWHERE.sources:
@@ -62,17 +63,17 @@ def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
         theirs, ours = (unverified(read_json_object(folder / MANIFEST_FILE)) for folder in (source.path, output))
     except CheckpointError:
         return False
-    # A folder that fits its manifest was converted, and not trained.
+    # A folder that matches its manifest was converted, not trained.
     return theirs == ours and not matches_its_files(output, ours)
 
 
 def check_manifest_fits(output: Path, source: Checkpoint) -> None:
-    """Refuse a T5Gemma 2 that has the manifest of other files, where its source is a T5Gemma 2 too.
+    """Refuse a T5Gemma 2 with a manifest of other files if its source is a T5Gemma 2 too.
 
-    Such a folder was trained by another program, and a manifest was copied into it.
+    Another program trained that model, and a manifest was copied into its folder.
 
     Raises:
-        CheckpointError: The manifest is of other files.
+        CheckpointError: The manifest describes other files.
     """
     try:
         if read_json_object(output / "config.json").get("model_type") != source.config.get("model_type"):
@@ -120,15 +121,15 @@ def source_remarks(output: Path, source: Checkpoint) -> tuple[str, ...]:
 
 
 def check_sources(sources: Sources, origins: Mapping[str, Origin | None], manifest: Manifest) -> list[str]:
-    """Refuse other checkpoints than a conversion read, and return remarks on what cannot be compared.
+    """Refuse checkpoints that the conversion did not read, and return remarks on what cannot be compared.
 
     Args:
         sources: The checkpoints, open.
-        origins: What the user named for each role.
+        origins: The folder or model that the user named for each role.
         manifest: The manifest of the conversion.
 
     Raises:
-        UsageError: A checkpoint is missing or one too many, or a branch of the Hub has moved on since.
+        UsageError: A checkpoint is missing or superfluous, or a branch on the Hub has moved on since.
     """
     for role, what in ((DECODER_FROM, "decoder"), (VISION_FROM, "vision tower")):
         option = f"--{role.replace('_', '-')}"
@@ -146,7 +147,7 @@ def check_sources(sources: Sources, origins: Mapping[str, Origin | None], manife
 
 
 def _check_commit(origin: Origin | None, checkpoint: Checkpoint, recorded: HubRecord | None) -> None:
-    """Refuse a branch that has moved on since a conversion, which is neither a fault nor a proof of it."""
+    """Refuse a branch that has moved on since the conversion: comparing with it would prove nothing."""
     found = checkpoint.hub
     named = parse_id(origin) if isinstance(origin, str) else None
     if named is None or named.revision is not None or found is None or recorded is None:
@@ -159,7 +160,7 @@ def _check_commit(origin: Origin | None, checkpoint: Checkpoint, recorded: HubRe
 
 
 def _read(path: Path, *keys: str) -> object:
-    """Return a value of a JSON file by its keys; None where it cannot be read or has no such key."""
+    """Return a value of a JSON file by its keys; None if the file cannot be read or lacks the key."""
     try:
         node: Any = read_json_object(path)
     except CheckpointError:

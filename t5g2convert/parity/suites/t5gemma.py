@@ -94,7 +94,7 @@ def expected_config(source: Gemma2, changes: Mapping[str, Any]) -> dict[str, Any
         **tied,
         **{name: values[name] for name in top},
         "encoder": {**stack, "is_decoder": False},
-        # transformers turns the decoder's cache on and takes its memory's width from the encoder, whatever is set here.
+        # transformers enables the decoder's cache and takes its memory's width from the encoder, whatever is set here.
         "decoder": {
             **stack, "is_decoder": True, "use_cache": True, "cross_attention_hidden_size": values["hidden_size"],
         },
@@ -119,4 +119,4 @@ TO_T5GEMMA: Final = Suite(
     },
     remarks=conversion_remarks,
 )
-"""Both stacks are Gemma 2's, and cross-attention starts as Gemma 2's self-attention."""
+"""A T5Gemma: both stacks are Gemma 2's, and cross-attention starts as Gemma 2's self-attention."""

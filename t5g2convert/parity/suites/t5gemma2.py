@@ -61,7 +61,7 @@ def _tower(verification: Verification[Gemma3Source]) -> VisionTower | None:
 
 @Shared
 def _model(verification: Verification[Gemma3Source]) -> T5Gemma2Reference:
-    """The output, with the settings that were changed on purpose put back."""
+    """The output with the old values of settings that were changed on purpose."""
     verification.require_tensors()
     target = verification.target
     settings = read_t5gemma2(on_source_settings(target, verification.changes), target.path / "config.json")
@@ -90,7 +90,7 @@ def _text_parities(verification: Verification[Gemma3Source]) -> tuple[Check, Che
     model, expected = _model(verification), _expected_stacks(verification)
     batch = verification.inputs.batch(model)
     seen = _seen.if_known(verification)
-    # With a donor's tower no Gemma 3 reads both the text and the images.
+    # With a donor's tower there is no Gemma 3 that reads both the text and the images.
     features = seen[1] if seen is not None and verification.source.donor is None else None
     images = None if features is None else verification.inputs.image_batch(model, features)
     decoder, encoder = judge_text(
@@ -115,7 +115,7 @@ def _runs(verification: Verification[Gemma3Source]) -> Check:
 
 
 def _expected_stacks(verification: Verification[Gemma3Source]) -> ExpectedStacks:
-    """Return what encoder and decoder must compute: the layers of each one's parent, over the target's table."""
+    """Return what encoder and decoder must compute: the layers of their parents, over the target's table."""
     reading, source, options = verification.reading(rounded=True), verification.source, verification.options
     encoder = decoder = Gemma3Reference(source.checkpoint, **reading)
     if source.decoder is not source.checkpoint:
@@ -161,4 +161,4 @@ TO_T5GEMMA2: Final = Suite(
     },
     remarks=conversion_remarks,
 )
-"""Both stacks are Gemma 3's, the vision tower is Gemma 3's or a donor's."""
+"""A T5Gemma 2: both stacks are Gemma 3's, the vision tower is Gemma 3's or a donor's."""

@@ -1,9 +1,9 @@
-"""The checks of a T5Gemma 2 that was trained elsewhere: `save_pretrained` of transformers or peft wrote the folder.
+"""The checks of a T5Gemma 2 trained elsewhere, in a folder written by `save_pretrained` of transformers or peft.
 
-Without t5g2.json nothing says what was done to it, but some things hold after any training. Settings and tokens mean
-what they meant at the start. Frozen parts are the start's, bit for bit. Trained parts have moved, and are still near
-the start: transformers' Trainer loses the encoder on resume and with load_best_model_at_end, and only warns
-(huggingface/transformers#48805); it leaves the encoder as it was at the start, or random.
+Without a t5g2.json there is no record of the training, but some things hold after any training. Settings and tokens
+keep their meaning. Frozen parts equal the start's bit for bit. Trained parts have moved but are still near the start.
+This finds a known failure: transformers' Trainer loses the encoder on resume and with load_best_model_at_end, and only
+warns (huggingface/transformers#48805); the encoder is then the start's, or random.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ from t5g2convert.reference.t5gemma2 import EncoderReference, T5Gemma2Reference
 from t5g2convert.reference.weights import DTYPES
 
 FROZEN: Final = ("vision",)
-"""Parts that are frozen unless the user says otherwise: SigLIP is, in the paper."""
+"""Parts that are frozen by default, as SigLIP is in the paper."""
 
 PROJECTOR: Final = "mm_input_projection_weight"
 
@@ -44,13 +44,13 @@ class TrainingStart(SourceModel):
     """The T5Gemma 2 that was trained.
 
     Attributes:
-        start: The same under published names.
+        start: The same model under published names.
         frozen: Names of the tensors that must not have moved.
 
     Args:
-        sources: The model, alone.
-        frozen: Parts, or layers like `encoder.layers.0`, that were frozen on purpose besides the vision tower; `none`
-            where that was trained too.
+        sources: Only the model.
+        frozen: Parts, or layers like `encoder.layers.0`, that were frozen on purpose in addition to the vision tower;
+            `none` if that was trained too.
         progress: Called with the percentage of a download.
 
     Raises:
@@ -71,7 +71,7 @@ class TrainingStart(SourceModel):
 
 
 def frozen_names(frozen: Sequence[str], start: Checkpoint) -> frozenset[str]:
-    """Return the names of the tensors that must be the start's.
+    """Return the names of the tensors that must equal the start's.
 
     Args:
         frozen: Parts, layers, or `none`.
@@ -149,7 +149,7 @@ def _tokenizer(verification: Verification[TrainingStart]) -> Check | Skipped:
 
 @Shared
 def _movements(verification: Verification[TrainingStart]) -> Mapping[str, Mapping[str, Movement]]:
-    """The movement of every tensor by name, for every part that the model has."""
+    """The movement of every tensor by part and name."""
     start, target = verification.source.start, _published(verification).checkpoint
     items = list(expected_tensors(start.config, start.path / "config.json"))
     found: dict[str, dict[str, Movement]] = {part: {} for part in PARTS if any(item.part == part for item in items)}
@@ -161,7 +161,7 @@ def _movements(verification: Verification[TrainingStart]) -> Mapping[str, Mappin
 
 
 def _part(verification: Verification[TrainingStart], part: str) -> Check | Skipped | None:
-    """Judge one part; None where the model does not have it."""
+    """Judge one part; return None if the model does not have it."""
     if _published.if_known(verification) is None:
         return NOT_ONE_MODEL
     found = _movements(verification)
@@ -173,7 +173,7 @@ def _part(verification: Verification[TrainingStart], part: str) -> Check | Skipp
 
 
 def _unrelated_remarks(verification: Verification[TrainingStart]) -> Iterator[str]:
-    """Yield that the model was trained from another one, where no part of it is near its start."""
+    """Yield a remark if no part of the model is near its start: it was then trained from another model."""
     found = _movements(verification)
     judged = [found[part].values() for part in ("embedding", *TRAINED) if found.get(part)]
     if all(any(each.unrelated for each in movements) for movements in judged):
@@ -182,7 +182,7 @@ def _unrelated_remarks(verification: Verification[TrainingStart]) -> Iterator[st
 
 
 def _runs(verification: Verification[TrainingStart]) -> Check | Skipped:
-    """Use the model as an encoder-decoder, or as an encoder alone."""
+    """Run the model as an encoder-decoder, or as a standalone encoder."""
     if (published := _published.if_known(verification)) is None:
         return NOT_ONE_MODEL
     target, start = published.checkpoint, verification.source.start
@@ -199,7 +199,7 @@ def _runs(verification: Verification[TrainingStart]) -> Check | Skipped:
 
 
 def _is_blind(checkpoint: Checkpoint) -> bool:
-    """Return whether a projector is zeros."""
+    """Return whether the projector is all zeros."""
     items = expected_tensors(checkpoint.config, checkpoint.path / "config.json")
     projector = next(each for each in items if each.name.endswith(PROJECTOR))
     ((_, movement),) = movements([projector], checkpoint, checkpoint)
