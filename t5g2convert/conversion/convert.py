@@ -1,4 +1,4 @@
-"""`convert`: make the plan, write it to a staging folder, and put that in place."""
+"""`convert`: make the plan, write it to a staging folder, and move that into place."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.progress import Progress, silent
 
 Downloading = Callable[[int], Progress]
-"""Called with the bytes that will be downloaded; returns the progress of the download."""
+"""Called with the number of bytes to download; returns the progress callback of the download."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class Conversion:
         output: The folder written.
         mapping: Name of the map used; None if trained values were put into a model.
         tensors: Number of tensors written.
-        nbytes: Bytes of all shards.
-        shards: sha256 by shard name, hexadecimal; None where hashing was switched off.
+        nbytes: Size of all shards in bytes.
+        shards: sha256 by shard name, hexadecimal; None if hashing was switched off.
         parameters: Number of parameters by part, with `total`.
         notes: Notes for the user about this conversion.
         kept: Names of the shards that an earlier run finished.
-        residual: How badly the embedding tables behind an aligned projector fit each other, from 0 (exactly) to 1 (not
-            at all). None without such a projector, or if an earlier run wrote it.
+        residual: Misfit of the embedding tables behind an aligned projector, from 0 (exact fit) to 1 (no fit); None
+            without an aligned projector, or if an earlier run wrote it.
     """
 
     output: Path
@@ -72,20 +72,20 @@ class Conversion:
 
 @takes_options(ConvertOptions)
 def convert(source: Origin, output: Path, options: ConvertOptions) -> Conversion:
-    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder, or a Gemma 2 into a T5Gemma.
+    """Convert a Gemma 3 checkpoint into a T5Gemma 2 folder, or a Gemma 2 checkpoint into a T5Gemma folder.
 
     Example:
         >>> convert("google/gemma-3-4b-pt", Path("t5gemma-2-4b-4b"), dtype="bfloat16").parameters["total"]
 
     Args:
-        source: The checkpoint folder to read. A str may also name a model of the Hub, org/name[@revision]: the files
+        source: The checkpoint folder to read. A str may also name a model on the Hub, org/name[@revision]: the files
             that are needed are downloaded into the Hub's cache.
-        output: The folder to write. An empty one is filled, and keeps its mode, owner and place.
+        output: The folder to write. An existing empty folder is filled, and keeps its mode, owner and location.
         options: As keyword arguments; see `PlanOptions` and `WriteOptions`.
 
     Raises:
         CheckpointError: The source is damaged, does not match its config, or contains NaN or infinity.
-        HubError: The Hub does not have a model, refuses it, or cannot be reached.
+        HubError: The Hub does not have a model, refuses access, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         OutputError: The output exists or cannot be written.
         UsageError: An option has an impossible value.
@@ -103,20 +103,20 @@ def prepare(
         source: As in `convert`.
         output: As in `convert`.
         options: As in `convert`.
-        downloading: Shows the download, if there is one.
+        downloading: Shows the progress of a download, if there is one.
 
     Returns:
-        The plan, and the checkpoints with all files that it reads on this machine.
+        The plan, and the checkpoints, with all files that it reads on this machine.
     """
     folders = given_folders(source, options.decoder_from, options.vision_from)
     mapping = Path(options.mapping or "")
-    # `os.path` here and in `check_target`: Path's methods raise for a name that is too long, which later steps report.
+    # `os.path` here and in `check_target`: Path's methods raise for a name that is too long; later steps report it.
     read = [*folders, *([mapping] if os.path.isfile(mapping) else [])]  # noqa: PTH113
     check_target(output, *read, overwrite=options.overwrite)
     sources = open_sources(source, options)
     plan = build_plan(sources, options)
     if options.overwrite:
-        # Only now the links of the Hub's cache are known.
+        # The links of the Hub's cache are known only now.
         check_not_linked(output, sources.folders.all)
     needed = disk_space(plan, sources, output)
     if needed.download:
@@ -134,14 +134,14 @@ def execute(
     *,
     values: TensorValues | None = None,
 ) -> Conversion:
-    """Write what a plan describes; see `convert`.
+    """Execute a plan; see `convert`.
 
     Args:
         plan: The plan.
-        folders: The folders of the checkpoints that it reads.
+        folders: The folders of the checkpoints that the plan reads.
         output: As in `convert`.
         options: How the output is written.
-        values: The trained values of a plan that puts such values into a model (`plan_adapted`).
+        values: The trained values, for a plan that puts them into a model (`plan_adapted`).
     """
     options = options or WriteOptions()
     hashing, flush, resume, allow_nonfinite = options.hashing, options.flush, options.resume, options.allow_nonfinite
@@ -169,7 +169,7 @@ def execute(
             write_assets(plan, folders, staging.folder, written, flush=flush)
             if options.judge is not None:
                 options.judge(staging.folder)
-            staging.check_unchanged()  # before the journal goes, so that --resume finds what is finished
+            staging.check_unchanged()  # before the journal is removed, so that --resume finds the finished shards
         except BaseException:
             if journal is not None and resume:
                 journal.prune()
@@ -198,7 +198,7 @@ def _conversion(
 
 
 def _check_downloads(plan: Plan, folders: Folders, written: Written) -> None:
-    """Refuse files of the Hub that do not have the sha256 that the Hub gives for them."""
+    """Refuse downloaded files with another sha256 than the Hub states."""
     read = [(source.hub, file) for source in plan.sources.values() for file in source.files]
     for hub, file in read if written.sources else ():
         expected = None if hub is None else hub.files[plain_name(file.name)].sha256

@@ -1,4 +1,4 @@
-"""The options of `plan`, `convert` and `extract`, as the command line, the Python API and the manifest have them."""
+"""The options of `plan`, `convert` and `extract`, shared by the command line, the Python API and the manifest."""
 
 import math
 import re
@@ -18,40 +18,40 @@ from t5g2convert.errors import UsageError
 from t5g2convert.progress import Progress
 
 KEEP: Final = "keep"
-"""`--dtype` and `--rope-scaling` that change nothing."""
+"""The value of `--dtype` and `--rope-scaling` that changes nothing."""
 
 Dtype = Literal["keep", "bfloat16", "float16", "float32"]
-"""What `--dtype` may be."""
+"""The values of `--dtype`."""
 
 Judge = Callable[[Path], None]
 """Raises an error if it rejects a folder."""
 
 TABLES: Final[Mapping[str, Role]] = {"source": SOURCE, "decoder-from": DECODER_FROM}
-"""`--embedding-from`, and the role that it names."""
+"""The role of the checkpoint that each value of `--embedding-from` names."""
 
 SMALLEST_WINDOW: Final = 2
 """With a window of 1, T5Gemma 2's generate with a cache fails in transformers 5.24: keys and mask differ by one."""
 
 DEFAULT_SHARD_BYTES: Final = 5_000_000_000
-"""5GB, as the published checkpoints are cut."""
+"""5GB, the shard size of the published checkpoints."""
 
 SMALLEST_SHARD = 10**6
-"""Sizes on the command line below this, in bytes, are typing errors, as 5 for 5G: a model would become thousands of
-files."""
+"""Smaller sizes on the command line, in bytes, are typing errors, like 5 for 5G: they would split a model into
+thousands of files."""
 
 _UNITS: Final = {
     "": 1, "B": 1,
     "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-"""Decimal and binary as in transformers: GB is 10^9 bytes, GiB is 2^30; the B may be left out."""
+"""Decimal and binary units as in transformers: GB is 10^9 bytes, GiB is 2^30; the B may be left out."""
 
 
 def parse_shard_size(text: str) -> int:
     """Return the bytes of `--max-shard-size`: `5G`, `5GB`, `500MB`, `4GiB` or a plain number, in any case.
 
     Raises:
-        UsageError: The text is not a size, or no file is cut to that size.
+        UsageError: The text is not a size, or the size is too small.
     """
     hint = "use a form like 5G, 500MB or 4GiB"
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
@@ -66,30 +66,30 @@ def parse_shard_size(text: str) -> int:
 
 
 class PlanOptions(CommandOptions):
-    """What decides the output's bytes, apart from the source.
+    """The options that, together with the source, determine the output's bytes.
 
     Attributes:
-        mapping: Name of a shipped map or path of your own; by default the shipped map for the source's model type.
-        part: `encoder` or `decoder` to take that part out of an encoder-decoder; None to convert a whole model.
-        decoder_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, that gives the decoder its
-            layers. Its width and vocabulary must be the source's.
-        embedding_from: Which checkpoint's embedding table both stacks get: `source`, or `decoder-from`.
+        mapping: Name of a shipped map or path of your own map; by default the shipped map for the source's model type.
+        part: `encoder` or `decoder` to extract that part of an encoder-decoder; None to convert a whole model.
+        decoder_from: A Gemma 3 checkpoint folder (as a str also a model on the Hub) that gives the decoder its layers.
+            It must have the source's width and vocabulary.
+        embedding_from: The checkpoint that gives both stacks their embedding table: `source` or `decoder-from`.
         encoder_layers: The layers of its parent that the encoder takes, from 0: `first:N`, a range `A:B` or `A:B:STEP`,
-            a list of both as `0,3,5:12`, or the numbers themselves; None for all.
+            a list of both like `0,3,5:12`, or the numbers themselves; None for all.
         decoder_layers: The same for the decoder.
-        vision_from: A Gemma 3 checkpoint folder, or as a str also a model of the Hub, whose vision tower is given to a
-            source without images.
-        projector: How that tower's projector is brought to the source's width: `copy` (for equal widths), `zeros`, or
+        vision_from: A Gemma 3 checkpoint folder (as a str also a model on the Hub) that gives its vision tower to a
+            source that does not read images.
+        projector: How the tower's projector gets the source's width: `copy` (for equal widths), `zeros`, or
             `aligned` by least squares between both embedding tables; None for `copy` where it fits, else `zeros`.
-        ridge: For `aligned`, the penalty on large maps, as a part of the mean square of the donor's embedding columns.
-        rope_scaling: `keep`, or `linear:F`: positions in full-attention layers (in all layers, where a family has one
-            RoPE for all) are divided by F, and inputs may be as much longer.
-        sliding_window: The tokens that a sliding layer sees; None for the source's.
-        preset: Name of a set of settings in the map, as `t5gemma-2-270m-270m`; the other options override it.
-        keep_rows: Keep all rows of the embedding table, even if no id in use has the last ones; the image token then
+        ridge: For `aligned`, the penalty on large maps, relative to the mean square of the donor's embedding columns.
+        rope_scaling: `keep`, or `linear:F`: positions in full-attention layers (in all layers, if the family has one
+            RoPE for all) are divided by F, so inputs may be F times as long.
+        sliding_window: Number of tokens that a sliding layer sees; None for the source's.
+        preset: Name of a set of settings in the map, like `t5gemma-2-270m-270m`; the other options override it.
+        keep_rows: Keep all rows of the embedding table, even if no id in use needs the last ones; the image token then
             keeps its id.
-        drop_heads: Leave out heads for classes, rewards or values that the map names; a source with such a head is
-            refused otherwise.
+        drop_heads: Leave out the heads for classes, rewards or values that the map names; without this option, a source
+            with such a head is refused.
         dtype: `keep`, or the dtype that all tensors are cast to.
         max_shard_bytes: The largest size of one output file's tensors, in bytes.
 
@@ -184,7 +184,7 @@ class PlanOptions(CommandOptions):
     @field_validator("rope_scaling")
     @classmethod
     def _one_spelling_of_a_factor(cls, scaling: str) -> str:
-        # One spelling of a number, so that one conversion has one manifest.
+        # Normalize the number, so that the same conversion always has the same manifest.
         factor = parse_rope_scaling(scaling)
         return KEEP if factor is None else f"linear:{int(factor) if factor.is_integer() else factor}"
 
@@ -211,20 +211,20 @@ class PlanOptions(CommandOptions):
 
     @property
     def drops(self) -> frozenset[str]:
-        """The options that drops of a map wait for."""
+        """The options that enable drops in a map."""
         return frozenset({"drop_heads"} if self.drop_heads else ())
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
-        """The numbers of the layers to take, by part; parts that take all are absent."""
+        """The numbers of the layers to take, by part; a part that takes all layers has no entry."""
         chosen = {"encoder": self.encoder_layers, "decoder": self.decoder_layers}
         return {part: tuple(map(int, numbers)) for part, numbers in chosen.items() if numbers is not None}
 
     def record(self) -> dict[str, Any]:
-        """Return the options as the manifest keeps them: those that differ from their defaults and are not paths."""
+        """Return the options for the manifest: all that differ from their defaults and are not paths."""
         names = [name for name in PlanOptions.model_fields if name not in UNRECORDED]
         values = self.model_dump(include=set(names), exclude_defaults=True)
-        # dtype and max_shard_bytes come first, as in every manifest before.
+        # dtype and max_shard_bytes come first, as in older manifests.
         ordered = sorted(values, key=lambda name: name not in ("dtype", "max_shard_bytes"))
         return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in ordered}
 
@@ -233,7 +233,7 @@ class PlanOptions(CommandOptions):
         """Return the options that a manifest records, and `others`, which it does not.
 
         Raises:
-            UsageError: A conversion does not record such options.
+            UsageError: No conversion records these options.
         """
         options = cls(**record, **others)
         if options.record() != record:
@@ -242,21 +242,21 @@ class PlanOptions(CommandOptions):
 
 
 UNRECORDED: Final = frozenset({"mapping", "part", "decoder_from", "vision_from"})
-"""Options that the manifest has in other words: a map by its sha256, other checkpoints by their files."""
+"""Options that the manifest records in another form: a map by its sha256, other checkpoints by their files."""
 
 
 class WriteOptions(CommandOptions):
-    """How a planned output is written. None of these options changes its bytes.
+    """The options for writing a planned output; they do not change its bytes.
 
     Attributes:
         hashing: Compute the sha256 of all files while they are copied, and record it in the manifest.
-        flush: Wait until the disk has every byte before the output appears; without, a power loss may spoil it.
-        overwrite: Replace an existing output of this tool, at the very end; nothing else is ever replaced.
-        resume: Keep the shards that an earlier run into the same output finished, if their sha256 is right; and leave
-            finished ones for a later run if this one is stopped or the disk fails.
-        allow_nonfinite: Copy NaN and infinity as they are; tensors that hold them are refused otherwise.
+        flush: Wait until the disk has every byte before the output appears; otherwise a power loss may corrupt it.
+        overwrite: Replace an existing output of this tool, at the very end; other folders are never replaced.
+        resume: Keep the shards that an earlier run into the same output finished, if their sha256 is correct; and leave
+            finished shards for a later run if this one is stopped or the disk fails.
+        allow_nonfinite: Copy NaN and infinity; otherwise tensors that hold them are refused.
         progress: Called with the number of bytes just written, from any thread.
-        judge: Called with the finished folder before it appears under its name; what it raises leaves no output.
+        judge: Called with the finished folder before it appears under its name; if it raises, there is no output.
 
     Raises:
         UsageError: `resume` without `hashing`.
@@ -285,14 +285,14 @@ class WriteOptions(CommandOptions):
 
 
 class ConvertOptions(WriteOptions, PlanOptions):
-    """The options of a conversion: what decides the output's bytes, and how they are written."""
+    """The options of a conversion: those that determine the output's bytes, and those for writing it."""
 
 
 def parse_rope_scaling(scaling: str) -> float | None:
-    """Return the factor of `--rope-scaling`, None for `keep`.
+    """Return the factor of `--rope-scaling`; None for `keep`.
 
     Raises:
-        UsageError: The text is something else, or the factor is out of range.
+        UsageError: The text is malformed, or the factor is out of range.
     """
     if scaling == KEEP:
         return None

@@ -1,7 +1,7 @@
-"""The plan that puts trained values into a T5Gemma 2: the model's own files, with other values in some tensors.
+"""The plan that puts trained values into a T5Gemma 2: the model's own files with other values in some tensors.
 
-Nothing else changes: names, shards, the order of headers and bytes, dtypes, settings and all other files are the
-model's, and tensors that were not trained are copied byte for byte.
+Nothing else changes: names, shards, the order of headers and bytes, dtypes, settings and all other files stay the same,
+and tensors that were not trained are copied byte for byte.
 """
 
 import hashlib
@@ -69,13 +69,13 @@ def plan_adapted(
     Args:
         model: A T5Gemma 2 in the published layout, open.
         trained: The shapes of the trained tensors, by name.
-        facts: What the manifest is to record of the training, without the trained tensors and the frozen parts; None
-            without a training of ours.
+        facts: The record of the training for the manifest, without the trained tensors and the frozen parts; None if
+            another program trained the model.
         dtype: `keep`, or `bfloat16`, `float16` or `float32` for all tensors.
 
     Raises:
-        CheckpointError: The model is of another family or layout, or trained tensors are not of this model; the details
-            list all such tensors.
+        CheckpointError: The model is of another family or layout, or trained tensors do not belong to it; the details
+            list all of these tensors.
         UsageError: The dtype is unknown.
     """
     options = PlanOptions(dtype=dtype)
@@ -121,7 +121,7 @@ def _adaptation_record(
 
 
 def patterns_of(names: Iterable[str], every: Collection[str]) -> list[str]:
-    """Abbreviate names of tensors: `{layer}` stands for the number if the tensors of all layers are named."""
+    """Abbreviate names of tensors: `{layer}` replaces the number if the tensors of all layers are named."""
     wanted = set(names)
     by_pattern: dict[str, list[str]] = {}
     for name in every:
@@ -133,7 +133,7 @@ def patterns_of(names: Iterable[str], every: Collection[str]) -> list[str]:
 
 
 def named_by(patterns: Iterable[str], every: Collection[str]) -> list[str]:
-    """Return the names that patterns match; a pattern that matches none is returned as it is."""
+    """Return the names that patterns match; a pattern without a match is returned unchanged."""
     wanted = dict.fromkeys(patterns)
     found = [name for name in every if name in wanted or _LAYER.sub("{layer}", name) in wanted]
     known = {*found, *(_LAYER.sub("{layer}", name) for name in found)}
@@ -141,10 +141,10 @@ def named_by(patterns: Iterable[str], every: Collection[str]) -> list[str]:
 
 
 def _published(model: Checkpoint) -> Iterator[ExpectedTensor]:
-    """Yield every tensor of the model, which must have the names and shapes of the published layout.
+    """Yield every tensor of the model; require the names and shapes of the published layout.
 
     Raises:
-        CheckpointError: The model has others; the details list all of them.
+        CheckpointError: Names or shapes differ; the details list all differences.
     """
     if model.config.get("model_type") != MODEL_TYPE:
         message = f"{describe_model_type(model.config)} cannot be adapted, expected {MODEL_TYPE}"
@@ -179,7 +179,7 @@ def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, Expec
 def _laid_out(
     model: Checkpoint, trained: Collection[str], parts: Mapping[str, ExpectedTensor], cast_to: str | None
 ) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
-    """Lay out the model's own shards, under published names: headers and bytes in its order."""
+    """Lay out the model's own shards under published names, with headers and bytes in the model's order."""
     tensors: list[PlannedTensor] = []
     shards: list[Shard] = []
     for name, header in zip(weight_files(len(model.files)), model.files.values(), strict=True):
@@ -230,14 +230,14 @@ def _source(model: Checkpoint) -> PlannedSource:
 
 
 def _changes(model: Checkpoint, main: str) -> Iterator[Change]:
-    """Yield the change of dtype, if tensors had others."""
+    """Yield the change of dtype, if tensors had another dtype."""
     found = sorted({stored.entry.dtype for stored in model.tensors.values()} - {main})
     if found:
         yield Change("dtype", ", ".join(CONFIG_NAMES[dtype] for dtype in found), CONFIG_NAMES[main])
 
 
 def _with_dtype(section: Mapping[str, Any], dtype: str, *, top: bool = False) -> dict[str, Any]:
-    """Return a config with another dtype, in the sections that name one and at the top."""
+    """Return a config with another dtype at the top and in every section that names a dtype."""
     named = {
         key: _with_dtype(value, dtype) if isinstance(value, dict) else dtype if key in _DTYPE_KEYS else value
         for key, value in section.items()

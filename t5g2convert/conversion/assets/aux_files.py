@@ -40,9 +40,9 @@ class PlannedFile:
 
     Attributes:
         name: Its name in the output.
-        reads: The files of the source that it is made from; a copied file has one.
-        text: Its bytes; None where the file is copied.
-        identity: The file that is copied or edited, as it was when it was planned.
+        reads: The source files that it is made from; a copied file has one.
+        text: Its bytes; None if the file is copied.
+        identity: The identity of the copied or edited file when the plan was made.
     """
 
     name: str
@@ -52,7 +52,7 @@ class PlannedFile:
 
     @property
     def how(self) -> Literal["copied", "changed", "made"]:
-        """Whether it is copied, changed from the file of its name, or made."""
+        """Whether it is copied, changed from the source's file of the same name, or made."""
         if self.text is None:
             return "copied"
         return "changed" if self.reads == (self.name,) else "made"
@@ -93,7 +93,7 @@ def plan_files(weight_map: WeightMap, resolution: Resolution, tokenizer: Tokeniz
             if moves:
                 notes.append(f"tokenizer.json is copied unchanged: it has no {moves[0].token} to move")
                 moves = []
-        # What becomes special does so in both files.
+        # A token that becomes special does so in both files.
         files += _settings(declared, moves, declared.special if edited is not None else (), resolution, tokenizer)
     if weight_map.files.processor is not None and "vision" in resolution.model.features:
         filled = fill(weight_map.files.processor, resolution.values, resolution.model.features)
@@ -108,7 +108,7 @@ def plan_files(weight_map: WeightMap, resolution: Resolution, tokenizer: Tokeniz
 
 
 def downloaded(file: PlannedFile, checkpoints: Mapping[Role, Checkpoint]) -> PlannedFile:
-    """Return an auxiliary file with the identity of what it is copied from, if that was remote when it was planned."""
+    """Return an auxiliary file with the identity of the file it copies, if that was remote when the plan was made."""
     if file.identity is None or file.identity != FileIdentity.elsewhere(file.identity.size):
         return file
     name = file.reads[0]
@@ -116,7 +116,7 @@ def downloaded(file: PlannedFile, checkpoints: Mapping[Role, Checkpoint]) -> Pla
 
 
 def copied(source: Checkpoint, name: str) -> PlannedFile:
-    """Plan to copy a file of the source as it is now; only the size of a file on the Hub is known."""
+    """Plan to copy a file of the source in its present state; of a file on the Hub, only the size is known."""
     path = source.path / name
     if source.hub is not None and not path.exists():
         return PlannedFile(name, (name,), identity=FileIdentity.elsewhere(source.hub.files[name].size))
@@ -139,7 +139,7 @@ def _moves(declared: TokenizerFiles, resolution: Resolution) -> list[TokenMove]:
 def _edited(
     declared: TokenizerFiles, moves: Sequence[TokenMove], resolution: Resolution, tokenizer: Tokenizer
 ) -> tuple[PlannedFile, tuple[TokenChange, ...]] | None:
-    """Plan tokenizer.json with the tokens moved; None where no token moves in it."""
+    """Plan tokenizer.json with the tokens moved; return None if no token moves in it."""
     if not moves or tokenizer.json is None:
         return None
     edited = edit_tokenizer(
@@ -196,12 +196,12 @@ def _notes(
 
 
 def processor_config(defaults: Mapping[str, Any], source: Checkpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return processor_config.json of the output, and the files of the source that it is made from.
+    """Return processor_config.json of the output, and the source files that it is made from.
 
-    The settings of the image processor are the source's, and the map's where the source has none.
+    The settings of the image processor are the source's, or the map's if the source has none.
 
     Args:
-        defaults: What the map says, filled with the source's values.
+        defaults: The map's settings, with the source's values filled in.
         source: The source, or the donor of its tower.
 
     Raises:

@@ -1,4 +1,4 @@
-"""generation_config.json of the output: the source's, with the new ids of tokens that move."""
+"""generation_config.json of the output: the source's, with new ids for tokens that move."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +20,11 @@ CACHES: Final = (
     "static", "offloaded_static", "sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid",
     "offloaded_hybrid_chunked", "dynamic", "offloaded", "quantized", "paged",
 )  # fmt: skip
-"""The values of cache_implementation: transformers refuses to load a model with any other."""
+"""The values of cache_implementation with which transformers loads a model; it refuses any other."""
 
 
 class _Known(ConfigSection):
-    """The keys whose type transformers checks when it loads a model."""
+    """The keys that transformers checks for their type when it loads a model."""
 
     eos_token_id: Token | Ids | None = None
     bos_token_id: Token | None = None
@@ -56,10 +56,10 @@ class _Known(ConfigSection):
 
 
 def given_generation(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the generation_config.json of a source, without nulls; empty where it has none.
+    """Return the generation_config.json of a source without nulls; an empty dict if it has none.
 
     Raises:
-        CheckpointError: It is not a JSON object, or a known key has a value that transformers does not load.
+        CheckpointError: It is not a JSON object, or a known key has a value that transformers does not accept.
         HubError: The Hub does not provide it, or cannot be reached.
     """
     given = read_held(checkpoint, GENERATION_FILE) or {}
@@ -73,8 +73,8 @@ def generation_config(
     """Return generation_config.json of the output.
 
     Args:
-        given: The source's, without nulls; every key is kept.
-        gaps: Keys that are added where the source lacks them.
+        given: The source's generation_config.json, without nulls; every key is kept.
+        gaps: Keys to add if the source lacks them.
         moves: The new id of each token that moves, by its old id.
         rows: Number of rows of the output's table.
         where: The source's file, for errors.
@@ -94,13 +94,13 @@ def check_tokens(document: Mapping[str, Any], moves: Mapping[int, int], rows: in
     """Refuse ids past the table, and ids that another token moves to; one error names them all.
 
     Args:
-        document: Settings; only those with ids are checked.
+        document: The settings; only settings with ids are checked.
         moves: The new id of each token that moves, by its old id.
         rows: Number of rows of the output's table.
         where: The file, for errors.
 
     Raises:
-        CheckpointError: There are such ids, or an id is not an integer.
+        CheckpointError: An id is past the table, is the new id of another token, or is not an integer.
     """
     faults: list[str] = []
     for key in filter(has_ids, document):

@@ -1,8 +1,8 @@
-"""tokenizer.json and tokenizer_config.json with tokens moved to other ids.
+"""Moves of tokens to other ids in tokenizer.json and tokenizer_config.json.
 
-tokenizer.json is edited as text: an added token is an object in `added_tokens` and a token of the vocabulary is a key
-of `model.vocab`. A few substitutions move a token, and the rest of the file, white space included, stays as the
-tokenizers library wrote it.
+tokenizer.json is edited as text: an added token is an object in `added_tokens`, and a token of the vocabulary is a key
+of `model.vocab`. A few substitutions move a token; the rest of the file, including white space, stays as the tokenizers
+library wrote it.
 """
 
 import json
@@ -32,9 +32,9 @@ class TokenChange:
 
     Attributes:
         token: Its name.
-        source: Its id as an added token of the source; None where it was not one.
+        source: Its id as an added token of the source; None if it was not one.
         target: Its id in the output.
-        replaces: The name that the id had in the source; None where the name stays.
+        replaces: The name that the id had in the source; None if the name does not change.
     """
 
     token: str
@@ -45,7 +45,7 @@ class TokenChange:
 
 @dataclass(frozen=True, slots=True)
 class _AddedToken:
-    """An added token: its id, whether it is special, and the spans of its name, its flag and all that goes with it."""
+    """An added token: its id, whether it is special, and the spans of its name, its flag and its whole entry."""
 
     id: int
     special: bool
@@ -64,7 +64,7 @@ class _Places:
 
     @property
     def ids(self) -> tuple[list[int], list[int]]:
-        """Its ids as an added token, and those in the vocabulary."""
+        """Return its ids as an added token, and its ids in the vocabulary."""
         return [entry.id for entry in self.added], [number for number, _, _ in self.keys]
 
     def __str__(self) -> str:
@@ -104,17 +104,17 @@ def edit_tokenizer(
     Args:
         tokenizer: The source's tokenizer.json.
         moves: The tokens that move.
-        special: Added tokens that become special as well.
+        special: Other added tokens that become special.
         rows: Number of rows of the target's embedding table.
-        required: Whether the model reads images. A model that does not can do without the tokens: its tokenizer stays
-            unchanged if no such token has an id past the table.
+        required: Whether the model reads images. Other models do not need the tokens: their tokenizer stays unchanged
+            if none of these tokens has an id past the table.
 
     Returns:
-        The new text and the changes, which are the old text and none where every token is in place; None for a
+        The new text and the changes; the old text and no changes if every token is already in place. None for a
         tokenizer that stays unchanged because it lacks the tokens.
 
     Raises:
-        CheckpointError: A token is not where it is expected, or in more places.
+        CheckpointError: A token is not where it is expected, or is also in other places.
     """
     places = {name: _find(tokenizer.text, name) for move in moves for name in (move.token, move.replaces)}
     if not required and all(_lacks(move, places, rows) for move in moves):
@@ -131,9 +131,9 @@ def edit_tokenizer(
 
 
 def _lacks(move: TokenMove, places: Mapping[str, _Places], rows: int) -> bool:
-    """Whether a tokenizer lacks the token, or has it under another id that the table has a row for.
+    """Return whether a tokenizer lacks the token, or has it under another id with a row in the table.
 
-    One that lacks the token may have the replaced one at another id, as trimmed vocabularies do.
+    A tokenizer that lacks the token may have the replaced token at another id, as trimmed vocabularies do.
     """
     added, keys = places[move.token].ids
     if ids := added + keys:
@@ -179,7 +179,7 @@ def _find(text: bytes, name: str) -> _Places:
     for found in re.finditer(re.escape(_quoted(name)), text):
         start, end = found.span()
         if text[start - 1 : start] == b"\\":
-            continue  # a quote inside another string
+            continue  # the match is a quote inside another string
         if number := _ID.match(text, end):
             places.keys.append((int(number[1]), start, end))
         elif _CONTENT.search(text[max(start - _NEAR, 0) : start]) and (entry := _added_token(text, start, end)):
@@ -223,14 +223,14 @@ def tokenizer_config(
     """Return tokenizer_config.json of the output.
 
     Args:
-        settings: The source's; empty where it has none.
-        additions: Keys that are added where a token moves and the source lacks them; null removes a key in any case.
+        settings: The source's tokenizer_config.json; empty if it has none.
+        additions: Keys to add if a token moves and the source lacks them; null removes a key in any case.
         moves: The tokens that move.
         special: Tokens that become special with them.
         where: The source's file, for errors.
 
     Raises:
-        CheckpointError: It names a token other than the moved one, or uses the replaced one.
+        CheckpointError: The settings name another token than the moved one, or use the replaced one.
     """
     config = {key: value for key, value in settings.items() if key not in additions or additions[key] is not None}
     if not moves:
@@ -255,7 +255,7 @@ def refuse_replaced(document: Mapping[str, Any], moves: Sequence[TokenMove], whe
     """Refuse settings that use a replaced token: loaders would add it again, with an id past the table.
 
     Raises:
-        CheckpointError: A setting does; the error names the token and the key.
+        CheckpointError: A setting uses a replaced token; the error names the token and the key.
     """
     for move in moves:
         for key, value in document.items():
@@ -276,14 +276,14 @@ def _strings(node: Any) -> Iterator[str]:
 
 
 def _content(token: Any) -> Any:
-    """Return the text of a token, which may be in an object with its flags."""
+    """Return the text of a token, which may be stored in an object with its flags."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _decoder(
     decoder: Mapping[str, Any], moves: Sequence[TokenMove], special: Sequence[str], where: Path
 ) -> dict[str, Any]:
-    """Return `added_tokens_decoder`, tokens by id, with the tokens moved."""
+    """Return `added_tokens_decoder` (tokens by id) with the tokens moved."""
     result = dict(decoder)
     for move in moves:
         for number, allowed in ((move.source, [move.token]), (move.target, [move.token, move.replaces])):

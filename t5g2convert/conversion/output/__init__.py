@@ -1,1 +1,1 @@
-"""The output folder: whether it may be written, whose files it holds, its staging folder, recovery after a kill."""
+"""The output folder: checks of its path, ownership of its files, the staging folder, and recovery after a kill."""

@@ -1,4 +1,4 @@
-"""Which files of a folder t5g2 wrote: `--overwrite` replaces no others."""
+"""The files of a folder that t5g2 wrote: `--overwrite` replaces only those."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.errors import CheckpointError, DataError, OutputError
 
 THREADS: Final = 2
-"""Threads that hash the files to be replaced."""
+"""Threads that hash the files before they are replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ListedFile:
 
 
 Listing = Callable[[Path], Mapping[str, ListedFile]]
-"""Returns the files that t5g2 wrote into a folder; raises if the folder does not list them."""
+"""Returns the files that t5g2 wrote into a folder; raises an error if the folder does not list them."""
 
 Snapshot = Mapping[str, tuple[int, int, int]]
 """Inode, size and modification time of everything in a folder, by path."""
@@ -47,7 +47,7 @@ def take_snapshot(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[s
     """Return a snapshot of a folder, without following links.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The folder cannot be read.
     """
     return {
         name: (status.st_ino, 0, 0) if stat.S_ISDIR(status.st_mode) else (
@@ -60,16 +60,17 @@ def take_snapshot(folder: Path, ignored: frozenset[str] = frozenset()) -> dict[s
 def check_ours(
     folder: Path, listing: Listing, *, ignored: frozenset[str] = frozenset(), thoroughly: bool = False
 ) -> None:
-    """Refuse a folder that holds anything but files that t5g2 wrote there.
+    """Refuse a folder that contains anything but files that t5g2 wrote.
 
     Args:
         folder: The folder.
         listing: Returns the files that t5g2 wrote.
-        ignored: WorkFolders at its top level to ignore.
-        thoroughly: Compare the sha256 of every file too, not only names and sizes.
+        ignored: Work folders at its top level to ignore.
+        thoroughly: Compare the sha256 of every file too, not only the names and sizes.
 
     Raises:
-        OutputError: It has no list, or files that are not in the list or have changed; the error names all of them.
+        OutputError: The folder has no list, or contains files that are not in the list or have changed; the error names
+            all of them.
     """
     try:
         found = dict(_walk(folder, ignored))
@@ -106,7 +107,7 @@ def check_ours(
 
 
 def is_intact(folder: Path, listing: Listing) -> bool:
-    """Whether every file that a folder lists is unchanged; it may hold other files too."""
+    """Return whether every file that a folder lists is unchanged; the folder may also contain other files."""
     try:
         listed = listing(folder)
         found = {name: (folder / name).lstat() for name in listed}
@@ -119,10 +120,10 @@ def is_intact(folder: Path, listing: Listing) -> bool:
 
 
 def check_own_folder(path: Path) -> None:
-    """Refuse a path that t5g2 needs for its work if it is a link, a file, or another user's folder.
+    """Refuse a work folder's path if it is a link, a file, or another user's folder.
 
     Raises:
-        OutputError: It is; it stays unchanged.
+        OutputError: The path is refused; nothing is changed.
     """
     try:
         status = path.lstat()
@@ -143,7 +144,7 @@ def check_own_folder(path: Path) -> None:
 def _walk(
     folder: Path, ignored: frozenset[str] = frozenset(), inside: str = ""
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield everything below a folder by relative path, without following links."""
+    """Yield everything below a folder with its relative path, without following links."""
     for item in sorted(os.scandir(folder / inside), key=lambda item: item.name):
         if not inside and item.name in ignored:
             continue

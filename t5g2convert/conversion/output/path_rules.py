@@ -1,7 +1,7 @@
 """Checks of the output path before any work; they change nothing.
 
-A missing target is created. An empty one is filled, and keeps its mode, owner and place. With `overwrite`, one that
-holds an output of t5g2 and nothing else is replaced. Everything else belongs to the user.
+A missing target is created. An empty target is filled, and keeps its mode, owner and location. With `overwrite`, a
+target that contains an output of t5g2 and nothing else is replaced. Everything else belongs to the user and is refused.
 """
 
 import os
@@ -16,7 +16,7 @@ from t5g2convert.conversion.output.recovery import INSIDE, WorkFolders, leftover
 from t5g2convert.errors import OutputError
 
 MAX_LINKS: Final = 40
-"""Links that are followed from one path, as Linux does."""
+"""Maximum number of links to follow from one path, as in Linux."""
 
 _OWN_NAME: Final = re.compile(rf"\..*{re.escape('.t5g2-')}(staging|old|removed(-\d+)?)|{re.escape(INSIDE)}", re.DOTALL)
 
@@ -27,12 +27,12 @@ def check_target(target: Path, *inputs: Path, overwrite: bool, listing: Listing 
     Args:
         target: The folder to be written.
         inputs: Folders and files that are read.
-        overwrite: Whether an output of t5g2 is replaced.
-        listing: Returns the files of such an output.
+        overwrite: Whether to replace an output of t5g2.
+        listing: Returns the files of an output to replace.
 
     Raises:
-        OutputError: It is an address, a file, or a folder with files that t5g2 did not write; or it contains an input
-            or is inside one, also through links.
+        OutputError: The target is a URL, a file, or a folder with files that t5g2 did not write; or it contains an
+            input or is inside one, also through links.
     """
     check_apart(target, *inputs)
     check_vacant(target, overwrite=overwrite, listing=listing)
@@ -41,7 +41,7 @@ def check_target(target: Path, *inputs: Path, overwrite: bool, listing: Listing 
 
 
 def check_apart(target: Path, *inputs: Path) -> None:
-    """Refuse a target that is, contains, or lies inside an input, or whose name t5g2 reserves for its work.
+    """Refuse a target that is, contains or is inside an input, or has a name that t5g2 reserves for its work.
 
     Raises:
         OutputError: The target is refused.
@@ -71,7 +71,7 @@ def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_l
     """Refuse a target that is not empty, except for an output of t5g2 with `overwrite`.
 
     Raises:
-        OutputError: It is not empty, or a name that t5g2 needs is taken.
+        OutputError: The target is not empty, or a name that t5g2 needs is taken.
     """
     real = real_path(target)
     if not os.path.lexists(target):
@@ -100,7 +100,7 @@ def check_vacant(target: Path, *, overwrite: bool, listing: Listing = manifest_l
 
 
 def _check_replaceable(target: Path, listing: Listing) -> None:
-    """Refuse to replace a folder that holds anything but an output of t5g2, or that cannot be renamed."""
+    """Refuse to replace a folder that contains anything but an output of t5g2, or that cannot be renamed."""
     real = real_path(target)
     if os.path.islink(target):  # noqa: PTH114
         raise OutputError(
@@ -130,7 +130,7 @@ def check_not_linked(target: Path, inputs: Iterable[Path]) -> None:
     """Refuse to replace a target with a file that an input links to.
 
     Raises:
-        OutputError: It contains an input.
+        OutputError: The target contains an input.
     """
     real = real_path(target)
     if not real.is_dir():
@@ -147,10 +147,10 @@ def check_not_linked(target: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_report(path: Path, *inputs: Path) -> None:
-    """Refuse a report that would overwrite an input.
+    """Refuse a report path that would overwrite an input.
 
     Raises:
-        OutputError: It is an input, or a file in an input folder that does not look like an older report.
+        OutputError: The path is an input, or a file in an input folder that does not look like an older report.
     """
     real = real_path(path)
     for given in inputs:
@@ -165,14 +165,14 @@ def check_report(path: Path, *inputs: Path) -> None:
 
 
 def is_mount_point(folder: Path) -> bool:
-    """Whether a folder is a mount point, also of a part of the same disk."""
+    """Return whether a folder is a mount point, including bind mounts of the same disk."""
     if os.path.ismount(folder):
         return True
     try:
         mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return False
-    # It writes blanks and line feeds in names as octal numbers.
+    # The kernel writes blanks and line feeds in names as octal numbers.
     places = (re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4]) for line in mounts)
     return os.fsencode(folder) in places
 

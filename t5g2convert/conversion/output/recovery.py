@@ -1,4 +1,4 @@
-"""The names of unfinished work at a target, and how the next run recovers from an interrupted one."""
+"""The names of unfinished work at a target, and the recovery from an interrupted run."""
 
 import json
 import os
@@ -20,10 +20,10 @@ OLD_SUFFIX: Final = ".t5g2-old"
 REMOVED_SUFFIX: Final = ".t5g2-removed"
 
 INSIDE: Final = STAGING_SUFFIX
-"""The staging folder inside a target that is filled."""
+"""The staging folder inside an empty target that is filled."""
 
 MOVES_FILE: Final = ".t5g2-moves"
-"""In that folder: the list of files to move, written before the first one is moved."""
+"""In that folder: the list of files to move, written before the first move."""
 
 JOURNAL_FILE: Final = ".t5g2-finished"
 """In the staging folder: the list of finished shards, which `--resume` keeps."""
@@ -31,11 +31,11 @@ JOURNAL_FILE: Final = ".t5g2-finished"
 
 @dataclass(frozen=True, slots=True)
 class WorkFolders:
-    """The folders next to a target while it is written or replaced.
+    """The work folders next to a target while it is written or replaced.
 
     Attributes:
         staging: The new folder, until it is complete.
-        old: The replaced folder, until the new one is in its place; moved back if that never happens.
+        old: The replaced folder, until the new one is in place; moved back if that never happens.
         removed: A folder that is being removed; never moved back.
     """
 
@@ -45,7 +45,7 @@ class WorkFolders:
 
     @classmethod
     def of(cls, target: Path) -> "WorkFolders":
-        """Return the folders of a target without links in its path."""
+        """Return the work folders of a target; its path must not contain links."""
         return cls(*(target.parent / f".{target.name}{end}" for end in (STAGING_SUFFIX, OLD_SUFFIX, REMOVED_SUFFIX)))
 
     def all_removed(self) -> list[Path]:
@@ -58,7 +58,7 @@ class WorkFolders:
         return sorted(found)
 
     def free_removed(self) -> Path:
-        """Return an unused name for a folder to remove."""
+        """Return an unused name for a folder that is to be removed."""
         number, path = 1, self.removed
         while os.path.lexists(path):
             number += 1
@@ -66,7 +66,7 @@ class WorkFolders:
         return path
 
     def clear_removed(self) -> list[str]:
-        """Remove replaced folders, also of earlier runs; return a note for each that remains."""
+        """Remove replaced folders, also from earlier runs; return a note for each one that remains."""
         notes: list[str] = []
         for path in self.all_removed():
             try:
@@ -75,7 +75,7 @@ class WorkFolders:
                 if os.path.lexists(path):
                     shutil.rmtree(path)
             except OutputError:
-                continue  # not ours
+                continue  # not this tool's
             except OSError as error:
                 notes.append(f"a replaced folder could not be removed and remains as {path}: {error.strerror}")
         return notes
@@ -84,18 +84,18 @@ class WorkFolders:
 def fill(folder: Path, target: Path, *, last: Sequence[str], left: Collection[str], flush: bool) -> None:
     """Move everything in the staging folder into the target.
 
-    The list of moves is written first: if this run is killed, it tells the next one which files in the target to
-    remove. The target is not complete without the last file.
+    The list of moves is written first: if this run is killed, the next one reads from it which files in the target to
+    remove. Without the last file the target is not complete.
 
     Args:
         folder: The staging folder.
         target: The folder that is filled.
         last: Files that are moved last, in this order.
-        left: Files that stay.
+        left: Files that are not moved.
         flush: Whether to flush everything else before the last file is moved.
 
     Raises:
-        OSError: A file cannot be moved; the others have been moved back.
+        OSError: A file cannot be moved; the files moved before it have been moved back.
         OutputError: Another process wrote a file of the same name.
     """
     rank = {name: number for number, name in enumerate(last, start=1)}
@@ -139,9 +139,9 @@ def take_back(target: Path) -> None:
 
 
 def leftovers(target: Path) -> set[str]:
-    """Return the names in a target that a killed run left while it filled it.
+    """Return the names in a target that a run left when it was killed while filling it.
 
-    These are its staging folder and the files that it moved out of it, unless it moved all of them.
+    These are the staging folder and the files already moved out of it, unless all of them were moved.
 
     Raises:
         OSError: The list of moves cannot be read.
@@ -156,7 +156,7 @@ def leftovers(target: Path) -> set[str]:
 
 
 def moved_files(target: Path) -> list[str]:
-    """Return the files that a killed run moved into a target; none if it moved all of them.
+    """Return the files that a killed run moved into a target; empty if it moved all of them.
 
     Raises:
         OSError: The list of moves cannot be read.
@@ -170,12 +170,12 @@ def moved_files(target: Path) -> list[str]:
         inside = [move for move in moves if real_path(target / move[0]) == target / move[0]]
         moved = [name for name, *identity in inside if _identity(target / name) == identity]
     except (FileNotFoundError, ValueError, TypeError):
-        return []  # missing, or cut off while it was written: nothing was moved yet
+        return []  # the list is missing, or was cut off while it was written: nothing was moved yet
     return [] if moves and moved[-1:] == [moves[-1][0]] else moved
 
 
 def moves_of(folder: Path, order: Iterable[str]) -> bytes:
-    """Return the list of moves: path, inode and size of every file, in the order of the moves.
+    """Return the list of moves: path, inode and size of every file, in order.
 
     Raises:
         OSError: The folder cannot be read.
@@ -189,7 +189,7 @@ def moves_of(folder: Path, order: Iterable[str]) -> bytes:
 
 
 def real_path(path: Path) -> Path:
-    """Return the path without links; broken links and loops stay."""
+    """Return the path with links resolved, except broken links and loops."""
     return Path(os.path.realpath(path))
 
 

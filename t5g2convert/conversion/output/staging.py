@@ -1,11 +1,11 @@
-"""The staging folder: all files are written there, and one rename makes the target complete.
+"""The staging folder: all files are written to it, and one rename makes the target complete.
 
 ::
 
     new        .OUT.t5g2-staging becomes OUT
     replaced   OUT becomes .OUT.t5g2-old, .OUT.t5g2-staging becomes OUT,
                .OUT.t5g2-old becomes .OUT.t5g2-removed, which is removed and never put back
-    filled     the files of OUT/.t5g2-staging are moved into OUT; the last one makes it a checkpoint
+    filled     the files in OUT/.t5g2-staging are moved into OUT; the last one makes it a checkpoint
 """
 
 import os
@@ -45,14 +45,14 @@ from t5g2convert.interrupts import uninterrupted
 
 LOCK_ATTEMPTS: Final = 100
 LAST_FILES: Final = (MANIFEST_FILE, "config.json")
-"""Moved last into a folder that is filled: without them no tool takes it for a checkpoint."""
+"""Moved last into a folder that is filled: without these files, no tool mistakes it for a checkpoint."""
 
 
 class Staging:
-    """Context manager of a locked staging folder, which is removed at the end unless it was committed or is kept.
+    """Context manager of a locked staging folder; it is removed on exit unless it was committed or is kept.
 
-    It is next to the target, or inside a target that exists and is empty. The lock is on the folder itself and ends
-    with the process; another run of the same user may remove a folder without a lock.
+    The folder is next to the target, or inside a target that exists and is empty. The lock is on the folder itself and
+    ends with the process. Another run of the same user may remove a folder that is not locked.
 
     Example:
         >>> with Staging(Path("out")) as staging:
@@ -62,14 +62,14 @@ class Staging:
     Attributes:
         target: The folder to write, without links.
         folder: The staging folder.
-        notes: After the commit: the replaced folders that could not be removed.
+        notes: After the commit, the replaced folders that could not be removed.
 
     Args:
         target: The folder to write.
-        overwrite: Whether an output of t5g2 is replaced.
+        overwrite: Whether to replace an output of t5g2.
         flush: Whether to flush the folder and its parent to the disk around the rename.
-        resume: Whether to keep what an earlier run left in the folder, and what this run has finished if it is stopped
-            or the disk fails.
+        resume: Whether to keep the files that an earlier run left in the folder, and to leave this run's finished files
+            if it is stopped or the disk fails.
         listing: Returns the files of an output to replace.
         last: Files that are moved last into a target that is filled.
     """
@@ -100,7 +100,7 @@ class Staging:
         try:
             with uninterrupted():
                 self._take()
-            # Again, under the lock: another run may have filled it since.
+            # Check again under the lock: another run may have filled the target since.
             check_vacant(self._given, overwrite=self._overwrite, listing=self._listing)
             if not self._fills and os.path.lexists(self.target):
                 self._note_replaced()
@@ -116,7 +116,7 @@ class Staging:
         """Refuse to continue if another process has changed the target since the start.
 
         Raises:
-            OutputError: It has; the error names the files, and they stay.
+            OutputError: The target has changed; the error names the changed files, which are kept.
         """
         try:
             there = os.path.lexists(self.target)
@@ -142,7 +142,7 @@ class Staging:
         """Flush the folder, move it to the target, and flush the parent.
 
         Raises:
-            OutputError: Another process has changed the target, or the rename failed, and the target is unchanged; or
+            OutputError: Another process has changed the target, or the rename failed: the target is then as before. Or
                 the parent could not be flushed.
         """
         with uninterrupted():
@@ -161,9 +161,9 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # After one signal, the next must end the process at once, also during the cleanup.
+        # After one signal, the next one must end the process at once, even during the cleanup.
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        # A failed disk does not invalidate finished shards; a faulty source does.
+        # Finished shards stay valid when the disk fails, but not when the source is faulty.
         failed = isinstance(error, OutputError) or isinstance(getattr(error, "__cause__", None), OSError)
         keep = (stopped or failed) and self._is_worth_keeping()
         if keep and isinstance(error, T5g2Error):
@@ -172,7 +172,7 @@ class Staging:
             self._leave(keep=keep)
 
     def _put_in_place(self) -> None:
-        """Rename the folder to the target, after moving away the folder that it replaces."""
+        """Rename the folder to the target, after moving the replaced folder away."""
         work, replaced = self._work, self._replaced is not None
         if replaced:
             os.fchmod(self._fd, stat.S_IMODE(self.target.stat().st_mode))
@@ -192,7 +192,7 @@ class Staging:
                 flush_folder(self.target.parent)
         finally:
             if replaced:
-                # A folder to remove must never look like one that an interrupted swap left.
+                # A folder to remove must never look like one left by an interrupted swap.
                 with suppress(FileNotFoundError):
                     work.old.rename(work.free_removed())
 
@@ -216,7 +216,7 @@ class Staging:
             self._made.insert(0, folder)
 
     def _take(self) -> None:
-        """Create and lock the staging folder, inside an empty target or else next to the target."""
+        """Create and lock the staging folder: inside the target if that is empty, otherwise next to it."""
         attempts = LOCK_ATTEMPTS
         while True:
             self._fills = self._is_empty()
@@ -237,16 +237,16 @@ class Staging:
             clear(self.folder)
 
     def _is_empty(self) -> bool:
-        """Whether the target folder contains only the remains of a killed run."""
+        """Return whether the target folder contains at most the remains of a killed run."""
         try:
             return self.target.is_dir() and set(os.listdir(self.target)) <= leftovers(self.target)  # noqa: PTH208
         except OSError:
             return False
 
     def _settle_old(self) -> None:
-        """Move back the folder that a killed run was replacing, or mark it for removal if it was replaced.
+        """Move back the folder that a killed run was replacing, or mark it for removal if the replacement succeeded.
 
-        It was not replaced if the staging folder still exists: the rename to the target ends that.
+        If the staging folder still exists, the replacement did not succeed: the rename to the target ends it.
         """
         old = self._work.old
         if not os.path.lexists(old):
@@ -256,11 +256,11 @@ class Staging:
             old.rename(self.target)
             return
         check_ours(old, self._listing)
-        with suppress(FileNotFoundError):  # the run that replaced it does the same
+        with suppress(FileNotFoundError):  # the run that replaced it may do the same
             old.rename(self._work.free_removed())
 
     def _note_replaced(self) -> None:
-        """Record the target that is replaced, and give the new folder its mode, group and attributes."""
+        """Record the target to replace, and give the new folder its mode, group and attributes."""
         status = self.target.stat()
         self._replaced = status.st_ino, take_snapshot(self.target, frozenset({INSIDE}))
         if not self._replaced[1]:
@@ -270,14 +270,14 @@ class Staging:
             with suppress(PermissionError):
                 os.fchown(self._fd, -1, status.st_gid)
         if hasattr(os, "listxattr"):
-            with suppress(OSError):  # a disk without attributes
+            with suppress(OSError):  # the disk does not support attributes
                 for name in os.listxattr(self.target):
                     os.setxattr(self._fd, name, os.getxattr(self.target, name))
-        # The owner must be able to write until the commit.
+        # Until the commit, the owner must be able to write.
         os.fchmod(self._fd, stat.S_IMODE(status.st_mode) | stat.S_IRWXU)
 
     def _lock(self) -> None:
-        """Lock the folder, and check it again: another process may rename or remove it between any two calls."""
+        """Lock the folder, and check it afterwards: another process may rename or remove it between any two calls."""
         attempts = LOCK_ATTEMPTS
         while True:
             check_own_folder(self.folder)
@@ -288,11 +288,11 @@ class Staging:
                     self._made.insert(0, self.folder)
                 fd = lock_folder(self.folder, follow_links=False)
             except BlockingIOError:
-                # It is the other run's now, even if this one created it, and must not be removed.
+                # The folder belongs to the other run now, even if this one created it, and must not be removed.
                 self._made = [folder for folder in self._made if folder != self.folder]
                 raise OutputError("another conversion is writing to it", where=self.target) from None
             except FileNotFoundError:
-                # Another run has just removed what it had created; but some paths can never exist: /proc/no/such.
+                # Another run has just removed the folder, so try again; but some paths can never exist: /proc/no/such.
                 attempts -= 1
                 if not attempts:
                     raise
@@ -307,7 +307,7 @@ class Staging:
         return self._resume and self._fd >= 0 and (self.folder / JOURNAL_FILE).exists()
 
     def _is_needed(self) -> bool:
-        """Whether the next run needs the folder to recover what a killed one left and this one could not."""
+        """Return whether the next run needs the folder to recover from a killed run that this one could not recover."""
         try:
             if self._fills:
                 return bool(moved_files(self.target))
@@ -320,7 +320,7 @@ class Staging:
         return self.folder in self._made
 
     def _leave(self, *, keep: bool) -> None:
-        """Remove what was created, unless it was committed or is kept, and release the lock."""
+        """Remove the created folders, unless they were committed or are kept, and release the lock."""
         if not self._committed and not keep:
             if self._fd >= 0 and not self._is_needed():
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -328,7 +328,7 @@ class Staging:
                 with suppress(OSError):
                     folder.rmdir()
         if self._fd >= 0:
-            # An error loses nothing: the lock ends with the process at the latest.
+            # An error here is harmless: the lock ends with the process at the latest.
             with suppress(OSError):
                 os.close(self._fd)
             self._fd = -1

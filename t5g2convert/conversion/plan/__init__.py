@@ -1,1 +1,1 @@
-"""The plan of a conversion: pure data, and what builds it."""
+"""The plan of a conversion, which is pure data, and the modules that build it."""

@@ -1,4 +1,4 @@
-"""Make the plan of a conversion from a map and the headers of the checkpoints."""
+"""Build the plan of a conversion from a map and the headers of the checkpoints."""
 
 import hashlib
 from collections import Counter
@@ -45,18 +45,18 @@ from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 @takes_options(PlanOptions)
 def plan(source: Origin, options: PlanOptions) -> Plan:
-    """Plan a conversion from headers alone.
+    """Plan a conversion; read only the headers of the weights.
 
     Example:
         >>> plan("google/gemma-3-270m", encoder_layers="first:9").parameters["encoder"]
 
     Args:
-        source: A Gemma 3 or Gemma 2 checkpoint folder; a str may also name a model of the Hub, org/name[@revision].
+        source: A Gemma 3 or Gemma 2 checkpoint folder; a str may also name a model on the Hub, org/name[@revision].
         options: As keyword arguments; see `PlanOptions`.
 
     Raises:
         CheckpointError: A checkpoint is damaged, or does not match its config.
-        HubError: The Hub does not have a model, refuses it, or cannot be reached.
+        HubError: The Hub does not have a model, refuses access, or cannot be reached.
         MappingError: The map is faulty, does not fill the target, or an option does not fit this model.
         UsageError: An option has an impossible value.
     """
@@ -64,12 +64,12 @@ def plan(source: Origin, options: PlanOptions) -> Plan:
 
 
 def open_sources(source: Origin, options: PlanOptions) -> Sources:
-    """Open the checkpoints that a conversion reads, by their headers."""
+    """Open the checkpoints that a conversion reads; only their headers are read."""
     return Sources.open(source, decoder_from=options.decoder_from, vision_from=options.vision_from)
 
 
 def build_plan(sources: Sources, options: PlanOptions, loaded: LoadedMap | None = None) -> Plan:
-    """Plan the conversion of checkpoints that are open already; see `plan`.
+    """Plan the conversion of checkpoints that are already open; see `plan`.
 
     Args:
         sources: The checkpoints.
@@ -154,7 +154,7 @@ def _check_requirements(loaded: LoadedMap, resolution: Resolution, options: Plan
 
 
 def _check_heads(resolution: Resolution) -> None:
-    """Refuse a model without the head of its own that its config describes."""
+    """Refuse a model that lacks the separate head that its config describes."""
     for role, checkpoint in resolution.checkpoints.items():
         if role != VISION_FROM and not tied(resolution, role) and not has_head(resolution, role):
             raise CheckpointError(
@@ -165,7 +165,7 @@ def _check_heads(resolution: Resolution) -> None:
 
 
 def _dropped(resolution: Resolution) -> Iterator[Dropped]:
-    """Yield the tensors that the map and the options leave behind."""
+    """Yield the tensors that the map and the options drop."""
     for drop in resolution.drops:
         entry, other = drop.tensor.entry, drop.equals
         repeated = None
@@ -181,7 +181,7 @@ def _dropped(resolution: Resolution) -> Iterator[Dropped]:
 
 
 def _effective(options: PlanOptions, resolution: Resolution) -> dict[str, Any]:
-    """Return the options that the manifest records: with the choices made for the user, without idle options."""
+    """Return the options to record: with the choices made for the user, without options that had no effect."""
     made = (name.removeprefix("projector_") for name in resolution.model.features if name.startswith("projector_"))
     idle = {f"{part}_layers" for part in STACKS if part not in resolution.layers}
     idle |= options.drops - {drop.drop.option for drop in resolution.drops}
@@ -190,10 +190,10 @@ def _effective(options: PlanOptions, resolution: Resolution) -> dict[str, Any]:
 
 
 def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]) -> PlannedSource:
-    """Return a checkpoint as the plan reads it: all files of the source, of others only those that the target needs."""
+    """Return a checkpoint as the plan reads it: all files of the source, but only needed files of other checkpoints."""
     checkpoint = resolution.checkpoints[role]
     read = {span.file for tensor in tensors for span in tensor.content.spans}
-    # A tensor that must repeat another is compared with it.
+    # A tensor that must equal another is compared with it, so its file is read too.
     read |= {
         named(drop.role, stored.file)
         for drop in resolution.drops
@@ -215,7 +215,7 @@ def _source(role: Role, resolution: Resolution, tensors: Sequence[PlannedTensor]
 
 
 def _dominant_dtype(targets: Iterable[Resolved]) -> str:
-    """Return the dtype of most of the parents' bytes, without the tower: config.json can name only one."""
+    """Return the dtype of most of the parents' bytes, not counting the tower: config.json can name only one."""
     counted: Counter[str] = Counter()
     for item in targets:
         if item.source is not None and item.role != VISION_FROM:
@@ -240,9 +240,9 @@ def _generation(resolution: Resolution, weight_map: WeightMap, values: Mapping[s
 
 
 def _check_target(drafts: Sequence[Draft], config: Mapping[str, Any], loaded: LoadedMap) -> None:
-    """Refuse a plan that does not fill every tensor that the target's config implies exactly once, in its shape.
+    """Require that a plan fills every tensor that the target's config implies exactly once, in the right shape.
 
-    The list of implied tensors does not come from the map, so this finds tensors that a map forgets.
+    The list of implied tensors does not come from the map, so this check finds tensors that a map forgets.
     """
     implied = {item.name: item for item in expected_tensors(config, loaded.path)}
     filled = Counter(draft.name for draft in drafts)

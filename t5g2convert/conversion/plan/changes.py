@@ -1,4 +1,4 @@
-"""The values of the target's config, and the changes from its source, which verification accepts."""
+"""The values of the target's config, and its declared changes from the source, which verification accepts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -16,11 +16,11 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 ROPE_FACTORS: Final = ("rope_full_factor", "rope_factor")
-"""The value that `--rope-scaling` sets: the factor of full layers, or of all layers if a family has only one."""
+"""The value that `--rope-scaling` sets: the factor of full layers, or of all layers if the family has only one."""
 
 
 def target_values(resolution: Resolution, options: PlanOptions, weight_map: WeightMap, dtype: str) -> dict[str, Any]:
-    """Return the values that the map's config may name with a dollar sign.
+    """Return the values that the map's config may refer to with a dollar sign.
 
     Args:
         resolution: The map applied to the source.
@@ -36,7 +36,7 @@ def target_values(resolution: Resolution, options: PlanOptions, weight_map: Weig
     }
     for part, own in resolution.stacks.items():
         stack = {**own, **changed_values(options, own, weight_map, f"the {part}")}
-        # The config of an encoder-decoder already has such names for the values of its stacks.
+        # The config of an encoder-decoder already names the values of its stacks like this.
         values |= {f"{part}.{name}": value for name, value in stack.items() if "." not in name}
     return values
 
@@ -49,8 +49,8 @@ def changed_values(
     Args:
         options: The options.
         values: The values of the source, or of one stack's parent.
-        weight_map: The map, which has the presets.
-        owner: The model that has the values, for errors.
+        weight_map: The map with the presets.
+        owner: The model that the values belong to, for errors.
 
     Raises:
         MappingError: The map has no such preset, or the preset is for another size of model.
@@ -62,7 +62,7 @@ def changed_values(
         if name is None:
             raise MappingError(f"--rope-scaling does not apply to mapping {weight_map.name!r}")
         positions = values["max_position_embeddings"] * (factor / values[name])
-        # Bounded before it is made an integer: a source's own factor may be so small that this is infinite.
+        # Bound it before converting it to an integer: the source's own factor may be so small that this is infinite.
         changed |= {name: factor, "max_position_embeddings": int(min(max(positions, 1), MAX_INTEGER))}
     if options.sliding_window is not None:
         changed["sliding_window"] = options.sliding_window
@@ -132,11 +132,11 @@ _WRITTEN_OUT: Final = {
     "sliding_window": "sliding_window",
     "max_position_embeddings": "max_position_embeddings",
 }
-"""Settings of a stack, by path, that a map may set itself: those of long contexts."""
+"""Settings of a stack, by path, that a map may set itself: the settings for long contexts."""
 
 
 def setting(config: Mapping[str, Any], path: str) -> Any:
-    """Return the value at a path of keys in a config, None if there is none."""
+    """Return the value at a path of keys in a config; None if there is none."""
     node: Any = config
     for key in path.split("."):
         node = node.get(key) if isinstance(node, dict) else None

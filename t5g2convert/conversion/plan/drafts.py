@@ -1,4 +1,4 @@
-"""Target tensors and what fills them, before each has its place in a shard."""
+"""Target tensors with their contents, before they are assigned to shards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from t5g2convert.mapping.schema import WeightMap
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A target tensor without a place in a shard."""
+    """A target tensor that is not yet assigned to a shard."""
 
     name: str
     part: str
@@ -39,7 +39,7 @@ class Draft:
 def draft_tensor(
     item: Resolved, resolution: Resolution, weight_map: WeightMap, options: PlanOptions, cast_to: str | None
 ) -> Draft:
-    """Return a target tensor with what fills it; zeros get the model's dtype later, others keep or cast their own."""
+    """Return a target tensor with its content; zeros get the model's dtype later, others keep or cast their own."""
     operation = item.row.op
     source_dtype = "" if item.source is None else item.source.entry.dtype
     target_dtype = cast_to or source_dtype
@@ -73,7 +73,7 @@ def draft_tensor(
 
 
 def _scaled_row(operation: ScaledRow, item: Resolved, source: StoredTensor, dims: Mapping[str, int]) -> Content:
-    """Return the row of one of the target's tokens; zeros where the table has no such row."""
+    """Return the row of one of the target's tokens; zeros if the table does not have that row."""
     token = operation.scaled_row
     row = dims[token] if isinstance(token, str) else token
     entry = source.entry

@@ -15,7 +15,7 @@ from t5g2convert.checkpoint.families.config_section import MAX_DEPTH
 from t5g2convert.errors import UsageError
 
 LayerSpec = str | Sequence[int]
-"""What the Python API accepts: a SPEC, or the numbers themselves."""
+"""The type of the options in the Python API: a SPEC, or the numbers themselves."""
 
 FORMS: Final = "expected first:N, a range A:B or A:B:STEP, or a list as 0,3,5:12"
 
@@ -67,7 +67,7 @@ def _numbers(spec: str, option: str) -> tuple[int, ...]:
 
 
 def _number(text: str, option: str) -> int:
-    """Parse a number of a layer, or the end of a range of layers."""
+    """Parse the number of a layer, or the end of a range of layers."""
     if len(text) > len(str(MAX_DEPTH)) or int(text) > MAX_DEPTH:
         raise UsageError(f"{option}: no model has {text[:20]} layers", hint=f"at most {MAX_DEPTH}")
     return int(text)
@@ -78,7 +78,7 @@ def _shown(spec: LayerSpec) -> str:
 
 
 def written(layers: Sequence[int], depth: int) -> str:
-    """Return the SPEC of some of a parent's `depth` layers: a range if they are evenly spaced.
+    """Return the SPEC of layers of a parent with `depth` layers: a range if they are evenly spaced.
 
     >>> written([1, 3, 5], 6)
     '1:6:2'
@@ -93,15 +93,15 @@ def written(layers: Sequence[int], depth: int) -> str:
 def with_full_attention(layers: Sequence[int], kinds: Sequence[str]) -> tuple[int, ...] | None:
     """Return the most similar selection of the same size that keeps full-attention layers.
 
-    The selection is shifted as a whole, by the smallest shift that keeps the most full-attention layers. If none keeps
-    any, one layer is replaced by the nearest full-attention layer.
+    Shift the selection as a whole, by the smallest shift that keeps the most full-attention layers. If no shift keeps
+    any, replace one layer by the nearest full-attention layer.
 
     Args:
         layers: A selection without full-attention layers.
         kinds: The kind of each of the parent's layers.
 
     Returns:
-        None if the parent has no such layer.
+        The selection; None if the parent has no full-attention layer.
     """
     full = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
     if not full:

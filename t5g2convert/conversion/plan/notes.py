@@ -1,4 +1,4 @@
-"""The notes of a plan: sentences about a conversion for the user."""
+"""The notes of a plan: sentences for the user about a conversion."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +26,8 @@ from t5g2convert.mapping.schema import WeightMap
 
 LENGTH: Final = "max_position_embeddings"
 FAILING: Final[Mapping[str, tuple[Any, ...]]] = {"guidance_scale": (1, 1.0), "prefill_chunk_size": ()}
-"""Settings of generation_config.json with which transformers 5.24 generates from Gemma 3 but fails with an encoder, and
-the values that switch them off."""
+"""Settings of generation_config.json that work for Gemma 3 in transformers 5.24 but fail with an encoder, and the
+values that switch them off."""
 
 FACTORS: Final[Mapping[str, str]] = {
     "rope_parameters.full_attention.factor": "full layers",
@@ -73,7 +73,7 @@ def plan_notes(
 
 
 def _generation(resolution: Resolution) -> Iterator[str]:
-    """Yield settings that are carried but do not work with an encoder-decoder."""
+    """Yield notes on settings that are carried but do not work with an encoder-decoder."""
     given = given_generation(resolution.checkpoints[resolution.role_of("decoder")])
     for name, neutral in FAILING.items():
         if name in given and given[name] not in neutral:
@@ -84,25 +84,25 @@ def _generation(resolution: Resolution) -> Iterator[str]:
 
 
 def _towerless(resolution: Resolution) -> Iterator[str]:
-    """Yield text models with a multimodal config."""
+    """Yield a note on each text model with a multimodal config."""
     for role, model in resolution.models.items():
         if is_towerless(model):
             yield f"{named(role, 'config.json')}: {TOWERLESS}"
 
 
 def tied(resolution: Resolution, role: Role) -> bool:
-    """Whether a checkpoint's config ties its softmax to the embedding, or describes a head that is converted."""
+    """Return whether a checkpoint's config ties the softmax to the embedding, or describes a head that is converted."""
     model = resolution.models[role]
     return model.values.get("tie_word_embeddings", True) is True or "untied" in model.features
 
 
 def has_head(resolution: Resolution, role: Role) -> bool:
-    """Whether a checkpoint has a head that must equal the embedding."""
+    """Return whether a checkpoint has a head that must equal the embedding."""
     return any(drop.role == role and drop.equals is not None for drop in resolution.drops)
 
 
 def _configs(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield notes on settings in the sources' configs that the target's lacks."""
+    """Yield notes on settings of the sources' configs that the target's config lacks."""
     for role, model in resolution.models.items():
         checkpoint = resolution.checkpoints[role]
         owner = "" if role == SOURCE else f"{SUBJECTS[role]}: "
@@ -127,7 +127,7 @@ def _dtypes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield dropouts of attention that transformers ignores: its T5Gemma 2 uses one for all parts."""
+    """Yield notes on attention dropouts that transformers ignores: its T5Gemma 2 uses one for all parts."""
     if config["model_type"] != t5gemma2.MODEL_TYPE:
         return
     for path in ("encoder.text_config", "encoder.vision_config", "decoder"):
@@ -140,7 +140,7 @@ def _dropouts(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _windows(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield sliding windows that transformers cannot generate with."""
+    """Yield notes on sliding windows that transformers cannot generate with."""
     for part, stack in target_of(config, Path("config.json")).stacks.items():
         kinds, window = (setting(config, f"{stack}{name}") for name in ("layer_types", "sliding_window"))
         if part == "decoder" and kinds and "sliding_attention" in kinds and window < SMALLEST_WINDOW:
@@ -151,7 +151,7 @@ def _windows(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _half(config: Mapping[str, Any]) -> str:
-    """Return what float16 means for a model that is loaded in its stored dtype, the default."""
+    """Return a warning for float16 models: by default a model is loaded in its stored dtype."""
     first = config["model_type"] == t5gemma.MODEL_TYPE
     activations = "activations may exceed" if first else "the activations of a real Gemma 3 exceed"
     return (
@@ -161,7 +161,7 @@ def _half(config: Mapping[str, Any]) -> str:
 
 
 def _drops(resolution: Resolution) -> Iterator[str]:
-    """Yield a note for each reason to drop tensors, and one for dropped names in an index without tensors."""
+    """Yield a note for each reason to drop tensors, and one for dropped names in the index that have no tensor."""
     by_reason: dict[str, list[ResolvedDrop]] = {}
     for drop in resolution.drops:
         by_reason.setdefault(drop.drop.because, []).append(drop)
@@ -180,7 +180,7 @@ def _drops(resolution: Resolution) -> Iterator[str]:
 
 
 def _comparison(drop: ResolvedDrop) -> str:
-    """Return the comparison of values that a dropped tensor still has to pass, if any."""
+    """Describe the comparison of values that a dropped tensor still has to pass, if any."""
     if drop.equals is None:
         return ""
     one, other = drop.tensor.entry, drop.equals.entry
@@ -200,15 +200,15 @@ def _vocabulary(resolution: Resolution, drafts: Sequence[Draft], changes: Sequen
 
 
 def _settings(changes: Sequence[Change], stacks: Sequence[str]) -> Iterator[str]:
-    """Yield settings that differ from the source's: one note for all stacks if they agree."""
+    """Yield notes on settings that differ from the source's: one note for all stacks if they agree."""
     by_setting: dict[str, list[Change]] = {}
     for change in changes:
         if change.field in ("dtype", "vocab_size"):
-            continue  # settings of the whole model have their own notes
+            continue  # settings of the whole model have separate notes
         stack = next((stack for stack in stacks if change.field.startswith(stack)), None)
         if stack is not None:
             setting = change.field.removeprefix(stack)
-            # A map of one's own may write lists and objects.
+            # A user's own map may set lists and objects.
             by_setting.setdefault(repr((setting, change.source, change.target)), []).append(change)
     for alike in by_setting.values():
         field, source, target = alike[0].field, alike[0].source, alike[0].target
@@ -228,7 +228,7 @@ def _effect(setting: str, source: Any, target: Any) -> str:
 
 
 def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the layers that the stacks take from their parents."""
+    """Yield notes on the layers that the stacks take from their parents."""
     stacks = target_of(config, Path("config.json")).stacks
     for part, layers in resolution.layers.items():
         parent = resolution.models[resolution.role_of(part)]
@@ -242,7 +242,7 @@ def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
                 f"sees only {window} tokens; {_keeping(layers, kinds)}"
             )
     if resolution.layers:
-        # Measured on the real 270M, its decoder alone.
+        # Measured with the decoder alone of the real 270M.
         yield (
             "a stack with fewer layers than its parent must be trained before use: Gemma 3 270M's perplexity of 41.8 "
             "became 1.3e7 with 1:18:2 and 4.5e7 with 0:18:2"
@@ -252,7 +252,7 @@ def _layers(resolution: Resolution, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _keeping(layers: Sequence[int], kinds: Sequence[str]) -> str:
-    """Return the selection that keeps full-attention layers, and their number."""
+    """Describe the selection that keeps full-attention layers, and their number."""
     chosen = with_full_attention(layers, kinds)
     if chosen is None:
         return "its parent has none"
@@ -275,7 +275,7 @@ def _decoder(resolution: Resolution) -> Iterator[str]:
 
 
 def _taken(role: Role, whose: str, resolution: Resolution) -> str:
-    """Return how many tensors of another checkpoint are taken, each counted once."""
+    """Describe how many tensors are taken from another checkpoint, each counted once."""
     taken = {item.source.entry.name for item in resolution.targets if item.role == role and item.source is not None}
     left = len(resolution.checkpoints[role].tensors) - len(taken)
     return f"{len(taken)} tensors are {whose}'s; its other {left} are not used"

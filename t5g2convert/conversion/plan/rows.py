@@ -1,4 +1,4 @@
-"""How many rows of the embedding table are kept: the ids in use decide, not the number of rows."""
+"""The number of rows of the embedding table to keep; the ids in use decide it, not the size of the table."""
 
 import math
 import struct
@@ -28,16 +28,16 @@ KEEP_HINT: Final = "--keep-rows keeps them"
 MOST_NAMED: Final = 5
 
 MOST_SPREADS: Final = 8.0
-"""Spreads from the centre at which a row stands out. Random rows of a real model's width stay within it; of tables with
-rows of 8 numbers, one in 400 does not (simulated)."""
+"""Distance from the centre, in spreads, from which a row is an outlier. Random rows of a real model's width stay
+within it; of tables with rows of 8 numbers, one in 400 has a row beyond it (simulated)."""
 
 LEAST_SPREAD: Final = 0.02
-"""Differences below this part are rounding: bfloat16 has 8 bits."""
+"""Smaller relative differences are rounding: bfloat16 has 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptRows:
-    """The number of rows of the target's embedding table, and notes on how it was chosen."""
+    """The number of rows of the target's embedding table, and notes on the choice."""
 
     rows: int
     notes: tuple[str, ...] = ()
@@ -49,15 +49,15 @@ def kept_rows(
     """Decide which rows of the embedding table the target keeps.
 
     Args:
-        weight_map: The map, which says to how many rows a table may be cut.
-        checkpoints: What is read, by role.
+        weight_map: The map, which states to how many rows a table may be cut.
+        checkpoints: The checkpoints, by role.
         table: The role of the checkpoint that gives the table.
         tokenizer: The source's tokenizer.
         keep: Keep all rows in any case.
 
     Raises:
-        CheckpointError: An id in use has no row at all, or a tokenizer file has an id that is not one.
-        HubError: The Hub does not give a file out, or cannot be reached.
+        CheckpointError: An id in use has no row, or a tokenizer file has an id that is not valid.
+        HubError: The Hub does not provide a file, or cannot be reached.
         MappingError: The map is for other families.
     """
     source = checkpoints[SOURCE]
@@ -103,7 +103,7 @@ def _special_ids(
     seeing: Role,
     moved: Collection[int],
 ) -> Iterator[UsedId]:
-    """Yield the ids that configs name, without the image token if the map moves it: its id moves too."""
+    """Yield the ids that configs name, except the image token's if the map moves it: its id moves too."""
     images = "vision" in tokens.features
     for role in (role for role in (SOURCE, DECODER_FROM) if role in checkpoints):
         checkpoint = checkpoints[role]
@@ -115,7 +115,7 @@ def _special_ids(
             (TOKENIZER_CONFIG_FILE, settings),
         ):
             for field, number in generation_ids(document or {}):
-                # The tokenizer's own image token moves with the model's.
+                # The image token of the tokenizer moves with the model's.
                 if number not in moved and (file == GENERATION_FILE or field not in IMAGE_IDS):
                     yield UsedId(number, field, checkpoint.path / file)
     for name in (name for name in IMAGE_VALUES if images and name not in weight_map.vocabulary.moved):
@@ -138,16 +138,16 @@ def _no_row(used: UsedId, rows: int) -> CheckpointError:
 
 
 def _image_token(tokens: SourceModel, cut: int, rows: int) -> str:
-    """Return the effect of kept rows on the image token."""
+    """Describe the effect of kept rows on the image token."""
     if "vision" in tokens.features and cut <= (number := _number(tokens, "image_token_index")) < rows:
         return f"; image_token_index stays {number}"
     return ""
 
 
 def _check_image_token(ids: IdsInUse, tokenizer: Tokenizer, *, donated: bool) -> None:
-    """Refuse a tokenizer with another token at the image token's id than the named one, or than the donor's.
+    """Refuse a tokenizer that has, at the image token's id, another token than it names, or than the donor has.
 
-    A source may give its image token any name, as long as all of its files agree.
+    A source may give its image token any name if all of its files agree.
     """
     others = [used for token, used in ids.at_moved.items() if token not in ids.moved]
     if others and (donated or len(ids.at_moved) > len(others)):
@@ -167,10 +167,10 @@ def _check_image_token(ids: IdsInUse, tokenizer: Tokenizer, *, donated: bool) ->
 
 
 def _compare_spare_rows(weight_map: WeightMap, checkpoint: Checkpoint, cut: int, rows: int) -> tuple[bool, str]:
-    """Decide from their values whether to keep rows that no file mentions, and explain it in a note."""
+    """Decide from their values whether to keep the rows that no file mentions, and explain it in a note."""
     stored = _find_table(weight_map, checkpoint, rows)
     if stored is None or stored.entry.dtype not in CONFIG_NAMES:
-        # The map does not fit this checkpoint; planning refuses it later.
+        # The map does not match this checkpoint; planning refuses it later.
         return False, "the spare rows of the embedding table were not checked"
     width = stored.entry.shape[1]
     size = width * element_bytes(stored.entry.dtype)
@@ -191,7 +191,7 @@ def _compare_spare_rows(weight_map: WeightMap, checkpoint: Checkpoint, cut: int,
 
 
 def _find_table(weight_map: WeightMap, checkpoint: Checkpoint, rows: int) -> StoredTensor | None:
-    """Return the embedding table, by any of its spellings."""
+    """Return the embedding table, under any spelling of its name."""
     for row in weight_map.weights:
         if row.from_ is None or not isinstance(row.op, TakeRows):
             continue
@@ -205,18 +205,17 @@ def _find_table(weight_map: WeightMap, checkpoint: Checkpoint, rows: int) -> Sto
 
 
 def rows_that_stand_out(data: bytes, dtype: str, width: int) -> list[int]:
-    """Return the numbers of the rows, from 0, that are unlike most others and may be trained.
+    """Return the numbers, from 0, of rows that are unlike most others and so may be trained.
 
-    Nothing is assumed about the fill of a table: random numbers, one row over and over, and zeros all pass. Rows are
-    compared by three measures: the length, the distance from the median row, and the mean. The centre and the spread of
-    a measure are those of the shortest interval that holds half of the rows, so that trained rows do not hide each
-    other as long as they are fewer than half. Rows that were all trained alike, and a row that hardly moved, are not
-    found.
+    Untrained rows may be filled with random numbers, with one repeated row, or with zeros. Rows are compared by three
+    measures: the length, the distance from the median row, and the mean. The centre and the spread of a measure come
+    from the shortest interval that holds half of the rows, so trained rows do not hide each other as long as they are
+    fewer than half. Not found are rows that were all trained alike, and a row that hardly moved.
 
     Args:
-        data: The rows, as they are stored.
+        data: The stored bytes of the rows.
         dtype: Their safetensors dtype: BF16, F16 or F32.
-        width: Elements of a row.
+        width: Number of elements in a row.
     """
     values = _decoded(data, dtype)
     rows = [values[start : start + width] for start in range(0, len(values), width)]
@@ -227,7 +226,7 @@ def rows_that_stand_out(data: bytes, dtype: str, width: int) -> list[int]:
     lengths = [_root_mean_square(rows[number]) for number in sound]
     typical = median(lengths)
     middle = [median(column) for column in zip(*(rows[number] for number in sound), strict=True)]
-    # If all rows are the same, distances are rounding: a part of the length is added to all of them.
+    # If all rows are equal, distances are only rounding: add a fraction of the length to all of them.
     floor = LEAST_SPREAD * typical or 1e-30
     distances = [_root_mean_square([a - b for a, b in zip(rows[number], middle, strict=True)]) for number in sound]
     measures = (
@@ -257,7 +256,7 @@ def _decoded(data: bytes, dtype: str) -> Sequence[float]:
     """Decode stored bytes, which are little-endian."""
     count = len(data) // element_bytes(dtype)
     if dtype == "BF16":
-        # The upper half of a float32.
+        # A bfloat16 is the upper half of a float32.
         words = array("I", (word << 16 for (word,) in struct.iter_unpack("<H", data)))
         return memoryview(words).cast("B").cast("f").tolist()
     return struct.unpack(f"<{count}{'e' if dtype == 'F16' else 'f'}", data)

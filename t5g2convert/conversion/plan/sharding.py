@@ -1,4 +1,4 @@
-"""The place of every target tensor: the shards, their names, and the byte ranges in them."""
+"""The layout of the output: the shards, their names, and the byte range of every target tensor in them."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from t5g2convert.mapping.schema import PARTS
 
 
 def lay_out(drafts: Sequence[Draft], max_shard_bytes: int) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
-    """Assign every tensor its shard and its bytes.
+    """Assign every tensor to a shard and a byte range.
 
     There are two streams in the order of the source, so that reading and writing both go forwards: first all tensors
-    with one copy and the first of two copies, then the decoder. If one file does not hold both, the decoder starts a
-    file of its own, so that two files can be hashed in parallel while they are written. If all tensors come from one
+    with one copy and the first of two copies, then the decoder. If both do not fit into one file, the decoder starts a
+    new file, so that two files can be hashed in parallel while they are written. If all tensors come from one
     checkpoint and none is written twice, there is one stream in the order of names, as the safetensors library writes
-    it: a model that was taken apart and put together again is the same file. Within a file wider dtypes come first,
+    it: a model that is taken apart and put together again gives the same file. Within a file, wider dtypes come first,
     which keeps every tensor aligned.
     """
     streams: dict[bool, list[Draft]] = {False: [], True: []}
@@ -72,7 +72,7 @@ def _nbytes(draft: Draft) -> int:
 
 
 def _source_position(draft: Draft) -> tuple[str, int, int]:
-    """Sort computed tensors first: they are small, and are in place before anything is streamed."""
+    """Return a sort key that puts computed tensors first: they are small, and are written before the streams start."""
     source = draft.content.source
     if source is None or draft.content.kind == "scaled_row":
         return "", 0, [str(part) for part in PARTS].index(draft.part)

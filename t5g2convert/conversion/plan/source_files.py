@@ -1,4 +1,4 @@
-"""The treatment of each file in a source folder: read, carried, made anew, left behind, or named in a note."""
+"""The treatment of each file in a source folder: read, carried, rewritten, left behind, or named in a note."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ READ: Final[Mapping[str, str]] = {
     "generation_config.json": "generation settings",
     INDEX_FILE: "index of the tensors' files",
 }
-"""Files that every conversion reads if they exist, with descriptions."""
+"""Files that every conversion reads if they exist, with a description."""
 
 LEFT_BEHIND: Final[Mapping[str, tuple[str, ...]]] = {
     "hidden file, not read by loaders": (".*", ".*/", "Thumbs.db", "desktop.ini", "__pycache__/", "lost+found/"),
@@ -50,7 +50,7 @@ LEFT_BEHIND: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "the source's manifest; the output has its own": (MANIFEST_FILE,),
 }  # fmt: skip
-"""Known files that are left behind: the reason, and patterns of their names. Folders end with a slash."""
+"""Known files that are left behind: the reason, and the patterns of their names. Folders end with a slash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _left(name: str) -> SourceItem:
 
 
 def _names(source: Checkpoint, fates: Mapping[str, SourceItem]) -> Iterator[str]:
-    """Yield everything at the top of the folder, and the chat templates in their folder if they are carried."""
+    """Yield everything at the top of the folder, and the files in its folder of chat templates if they are carried."""
     paths = source.hub.paths if source.hub is not None and source.hub.paths else _listed(source)
     carried = {name for name in fates if name.startswith(TEMPLATES_FOLDER)}
     for path in paths:

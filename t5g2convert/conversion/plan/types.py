@@ -1,6 +1,6 @@
-"""The plan of a conversion: frozen data that gives the origin of every byte of the output.
+"""The plan of a conversion: frozen data that states the origin of every byte of the output.
 
-The dry run, the tables, the writer, the manifest and the tests all read this one object. Nothing here opens a file.
+The dry run, the tables, the writer, the manifest and the tests all read this object. This module opens no files.
 """
 
 import math
@@ -22,11 +22,11 @@ ContentKind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]
 
 @dataclass(frozen=True, slots=True)
 class SourceRange:
-    """A range of bytes in a source file, counted from its start.
+    """A range of bytes in a source file.
 
     Attributes:
-        file: The name of a file of the source; for another checkpoint its role is in front: `decoder_from/NAME`.
-        start: The first byte.
+        file: The name of the file; for a checkpoint other than the source, with the role in front: `decoder_from/NAME`.
+        start: The first byte, counted from the start of the file.
         end: The byte after the last.
     """
 
@@ -37,7 +37,7 @@ class SourceRange:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTable:
-    """An embedding table: its tensor, its bytes and their safetensors dtype, its number of rows, and their width."""
+    """An embedding table: its tensor, its bytes and their safetensors dtype, the number of rows, and the width."""
 
     tensor: str
     source: SourceRange
@@ -51,9 +51,9 @@ class PlannedAlignment:
     """The inputs of an aligned projector; see `conversion.write.aligned_projector`.
 
     Attributes:
-        donor: The table of the donor, whose space the projector maps to.
-        target: The table of the source, whose space it is to map to.
-        rows: The number of rows that both tables share.
+        donor: The donor's table: the projector maps to its space.
+        target: The source's table: the aligned projector will map to its space.
+        rows: The number of leading rows that are the same tokens in both tables.
         ridge: The weight of the penalty on large maps.
     """
 
@@ -64,7 +64,7 @@ class PlannedAlignment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tables that are read."""
+        """Bytes to read of both tables."""
         return sum(self.rows * table.width * element_bytes(table.dtype) for table in (self.donor, self.target))
 
 
@@ -73,10 +73,10 @@ class Content:
     """The content of a target tensor.
 
     Attributes:
-        kind: copy (the range as it is), cast (the range, element by element), scaled_row (the range is one row), zeros,
-            aligned (the range is a projector, carried into another space), given (values of training, which are handed
-            to the writer; see `conversion.given`).
-        source: The bytes to read; None for zeros and for what is given.
+        kind: copy (the bytes unchanged), cast (element by element), scaled_row (the range is one row), zeros, aligned
+            (the range is a projector, mapped into another space), or given (trained values that are passed to the
+            writer; see `conversion.trained_model`).
+        source: The bytes to read; None for zeros and for given values.
         dtype: The safetensors dtype of those bytes.
         alignment: The inputs of an aligned projector.
     """
@@ -88,7 +88,7 @@ class Content:
 
     @property
     def spans(self) -> tuple[SourceRange, ...]:
-        """All ranges that are read."""
+        """All ranges to read."""
         own = () if self.source is None else (self.source,)
         tables = () if self.alignment is None else (self.alignment.donor.source, self.alignment.target.source)
         return own + tables
@@ -98,7 +98,7 @@ class Content:
 class PlannedTensor:
     """A target tensor: its name, type and shape, the bytes of the shard that it fills, and its content.
 
-    `origin` is the source tensor; for another checkpoint its role is in front, as for files.
+    `origin` is the source tensor; for a checkpoint other than the source, with the role in front, as for files.
     """
 
     name: str
@@ -114,12 +114,12 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the shard."""
+        """Number of bytes in the shard."""
         return self.end - self.start
 
     @property
     def work(self) -> int:
-        """Bytes that progress counts: those in the shard, and the tables that an alignment reads."""
+        """Number of bytes that progress counts: those in the shard, and those of tables that an alignment reads."""
         return self.nbytes + (0 if self.content.alignment is None else self.content.alignment.nbytes)
 
     @property
@@ -130,7 +130,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A target file: its final name, its size in bytes, and how many of them are the header."""
+    """A target file: its final name, its size in bytes, and the size of its header."""
 
     name: str
     size: int
@@ -139,7 +139,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file to read, named as in a `SourceRange`, with its identity when its header was read."""
+    """A file to read, named as in a `SourceRange`, with its identity at the time its header was read."""
 
     name: str
     identity: FileIdentity
@@ -147,7 +147,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """The config.json that was read: its size in bytes and its sha256."""
+    """The config.json of a source: its size in bytes and its sha256."""
 
     size: int
     sha256: str
@@ -160,10 +160,10 @@ class PlannedSource:
     Attributes:
         name: Its folder's name.
         family: The `model_type` of its config.
-        layout: The spelling of each root.
+        layout: The spelling of each root in its tensor names.
         config: Its config.json.
         files: The weight files to read.
-        hub: The model of the Hub, if it is one.
+        hub: The model on the Hub, if it is one.
     """
 
     name: str
@@ -174,14 +174,14 @@ class PlannedSource:
     hub: HubOrigin | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `t5g2 plan --json` prints about it."""
+        """Return the checkpoint as `t5g2 plan --json` prints it."""
         hub = {} if self.hub is None else {"hub": self.hub.to_json()}
         return {"name": self.name, "family": self.family, "layout": dict(self.layout), **hub}
 
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """A tensor that a dropped one must equal, value by value: its name, its bytes and their safetensors dtype."""
+    """A tensor that a dropped tensor must equal, value by value: its name, its bytes and their safetensors dtype."""
 
     name: str
     source: SourceRange
@@ -190,9 +190,9 @@ class Repeated:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A source tensor that is left behind, and the tensor that it must equal for that to be allowed.
+    """A source tensor that is dropped, and the tensor, if any, that it must equal for this to be allowed.
 
-    Tensors of another checkpoint are listed only if they must equal another tensor, or if an option drops them.
+    Tensors of other checkpoints are listed only if they must equal another tensor, or if an option drops them.
     """
 
     name: str
@@ -214,10 +214,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All of a conversion before its first byte is written.
+    """A complete conversion before its first byte is written.
 
-    `mapping` is the map that it follows; None if trained values are put into a model, whose training `adaptation`
-    describes. `source_items` is everything in the folder of the source, with what becomes of it.
+    `mapping` is the map that it follows; None if trained values are put into a model: `adaptation` then describes the
+    training. `source_items` lists everything in the source folder, with its treatment.
     """
 
     mapping: str | None
@@ -251,13 +251,13 @@ class Plan:
 
     @property
     def reads(self) -> Mapping[Role, tuple[str, ...]]:
-        """The files of each checkpoint to read, by their names in it."""
+        """The files to read, by role of the checkpoint, under their names in it."""
         weights = [file.name for source in self.sources.values() for file in source.files]
         names = dict.fromkeys([*weights, *(name for file in self.files for name in file.reads)])
         return {role: tuple(plain_name(name) for name in names if role_in(name) == role) for role in self.sources}
 
     def reading(self, checkpoints: Mapping[Role, Checkpoint]) -> "Plan":
-        """Return the plan for the same checkpoints with their files on this machine, once those were downloaded."""
+        """Return the plan for the same checkpoints after their files were downloaded to this machine."""
         return replace(
             self,
             sources={
@@ -275,12 +275,12 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards, headers included."""
+        """Size of all shards in bytes, including headers."""
         return sum(shard.size for shard in self.shards)
 
     @property
     def work(self) -> int:
-        """Bytes that progress counts."""
+        """Number of bytes that progress counts."""
         return sum(tensor.work for tensor in self.tensors)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Check that two checkpoints embed the same tokens, so that the rows of their tables correspond."""
+"""The check that two checkpoints embed the same tokens, so that the rows of their tables correspond."""
 
 import zlib
 from array import array
@@ -13,28 +13,28 @@ from t5g2convert.mapping.resolution import Resolution
 from t5g2convert.mapping.schema import WeightMap
 
 MOST_RENAMED: Final = 0.01
-"""Fraction of the tokens that may have other names: unused tokens are often renamed, and weigh little in a fit."""
+"""Fraction of the tokens that may differ in name: unused tokens are often renamed, and have little weight in a fit."""
 
 HINT: Final = "use --projector zeros, which does not need a common vocabulary"
 
 
 def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> int:
-    """Return how many rows of both embedding tables are the same tokens: all that the map keeps of such tables.
+    """Return how many rows of both embedding tables are the same tokens: all rows that the map keeps.
 
     The names of the tokens are compared if both checkpoints have a tokenizer.json.
 
     Args:
         resolution: The map applied to source and donor.
-        weight_map: The map, which says what is cut from tables.
+        weight_map: The map, which states how tables are cut.
         donated: Number of rows of the donor's table.
 
     Raises:
         CheckpointError: A tokenizer.json cannot be read, or has no vocabulary.
         HubError: The Hub refuses a tokenizer.json, or cannot be reached.
-        MappingError: The tables have different numbers of rows, or their tokens different names.
+        MappingError: The tables have different numbers of rows, or their tokens have different names.
     """
     cut, vocab = weight_map.vocabulary.cut, resolution.dims["vocab"]
-    # Rows after the cut are each model's own, even if they are kept.
+    # Rows after the cut differ between models, even if they are kept.
     rows, kept = cut.get(vocab, vocab), cut.get(donated, donated)
     if kept != rows:
         raise MappingError(f"the donor embeds {kept} tokens, the source {rows}: no common vocabulary", hint=HINT)
@@ -43,7 +43,7 @@ def shared_rows(resolution: Resolution, weight_map: WeightMap, donated: int) -> 
 
 
 def check_names(resolution: Resolution, role: Role, whose: str, *, hint: str | None = None) -> None:
-    """Refuse a checkpoint with other names of tokens than the source's, if both have a tokenizer.json.
+    """Refuse a checkpoint with other token names than the source's, if both have a tokenizer.json.
 
     Raises:
         CheckpointError: A tokenizer.json cannot be read, or has no vocabulary.
@@ -64,12 +64,12 @@ def check_names(resolution: Resolution, role: Role, whose: str, *, hint: str | N
 
 
 def has_names(resolution: Resolution, role: Role) -> bool:
-    """Whether both the source and another checkpoint have the names of their tokens."""
+    """Return whether both the source and another checkpoint have the names of their tokens."""
     return all(resolution.checkpoints[each].holds(TOKENIZER_FILE) for each in (role, SOURCE))
 
 
 def _names(checkpoint: Checkpoint, rows: int, hint: str | None) -> "array[int]":
-    """Return a checksum of each token's name, by id, 0 for no token; the names would take 20 times the memory."""
+    """Return a checksum of each token's name by id, or 0 for no token; the names would take 20 times the memory."""
     document = Tokenizer(checkpoint).json
     assert document is not None, "names are compared only if both have a tokenizer.json"
     names = array("Q", bytes(8 * rows))

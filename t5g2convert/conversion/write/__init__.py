@@ -1,1 +1,1 @@
-"""Writing what a plan describes: shards, computed tensors and the small files, copied, hashed and resumed."""
+"""The execution of a plan: writing shards, computed tensors and the small files, with hashing and resume."""

@@ -1,32 +1,33 @@
-"""The aligned projector: a donor's projector, mapped to the embedding space of a model of another width.
+"""The aligned projector: a donor's projector mapped to the embedding space of a model with another width.
 
-A donor's projector ends in the donor's embedding space, of width d; the target embeds the same vocabulary in width h.
-The rows of both embedding tables are the same tokens, so the tables define a map between the spaces: M [d, h] is the
-least-squares solution of E_d M = E_t, with E_d [rows, d] and E_t [rows, h],
+A donor's projector maps to the donor's embedding space of width d; the target embeds the same vocabulary in width h.
+The rows of both embedding tables are the same tokens, so the tables define a map between the two spaces: M [d, h] is
+the least-squares solution of E_d M = E_t, with E_d [rows, d] and E_t [rows, h],
 
     M = argmin ||E_d M - E_t||² + p ||M||²   (Frobenius norms),   so   (E_d' E_d + p I) M = E_d' E_t.
 
-`ridge` has no unit: p = ridge * trace(E_d' E_d) / d, ridge times the mean energy of a column of E_d. A table in other
-units, or with every row twice, gives the same map. With the default, 0, M is the least-squares solution itself. Rows
-that do not determine M (fewer rows than columns, dependent columns) are refused; a ridge makes the problem well-posed.
+`ridge` has no unit: p = ridge * trace(E_d' E_d) / d, that is, ridge times the mean energy of a column of E_d. A table
+in other units, or with every row twice, gives the same map. With the default of 0, M is the least-squares solution
+itself. Rows that do not determine M (fewer rows than columns, dependent columns) are refused; a ridge makes the problem
+well-posed.
 
-The scale: Gemma 3 multiplies token embeddings by the square root of their width, but not image features. Image features
-f P_d therefore lie among the rows of sqrt(d) E_d, and must be mapped among those of sqrt(h) E_t, which are about
-sqrt(h) E_d M: divide by sqrt(d), apply M, multiply by sqrt(h). As a matrix that is applied from the right,
+The scale: Gemma 3 multiplies token embeddings by the square root of their width, but not image features. So image
+features f P_d are on the scale of the rows of sqrt(d) E_d, and must be mapped to the scale of the rows of sqrt(h) E_t,
+about sqrt(h) E_d M: divide by sqrt(d), apply M, multiply by sqrt(h). As a matrix applied from the right,
 
     P = P_d M sqrt(h / d)   [vision width, h].
 
-These are the exact roots. A model that runs in bfloat16 scales by rounded ones, 25.25 for a width of 640, but its dtype
-at run time is not known here.
+These are the exact roots. A model that runs in bfloat16 uses rounded roots, 25.25 for a width of 640, but the dtype at
+run time is not known here.
 
-The computation sums E_d' E_d and E_d' E_t in float64 over blocks of rows, so memory holds a few matrices [d, d] for any
-number of rows. Products of two bfloat16 are exact in float64. The normal equations square the condition number, which
-is harmless: float64 has 53 bits, the result is stored with 8, 11 or 24, and a table that would leave fewer is refused.
-The columns of E_d are scaled to equal energy first, so that a few columns of large values do not make a harmless table
-look ill-conditioned.
+E_d' E_d and E_d' E_t are summed in float64 over blocks of rows, so memory holds a few matrices [d, d] for any number of
+rows. Products of two bfloat16 are exact in float64. The normal equations square the condition number, which is
+harmless: float64 has 53 bits, the result is stored with 8, 11 or 24, and a table that would leave fewer is refused. The
+columns of E_d are first scaled to equal energy, so that a few columns of large values do not make a harmless table look
+ill-conditioned.
 
-The bytes are the same on every run with the same numpy, processor and number of BLAS threads. Other machines order sums
-differently, and may round an element to the other neighbour where the exact value is close to the middle.
+The bytes are the same on every run with the same numpy, processor and number of BLAS threads. Other machines may order
+sums differently, and round an element to the other neighbour if its exact value is close to the middle.
 """
 
 import math
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 
 ROWS_AT_ONCE: Final = 2048
-"""Rows of a block: enough that summing its products costs little compared to computing them."""
+"""Rows of a block, large enough that summing products costs little compared to computing them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Table:
 
     @property
     def where(self) -> str:
-        """The table, for errors."""
+        """The name of the table, for errors."""
         return f"{self.file}, tensor {self.tensor}"
 
 
@@ -114,7 +115,7 @@ LARGEST_CONDITION: Final = 1e9
 far below the 2e-3 of bfloat16."""
 
 PROBES: Final = 16
-"""Random directions that estimate the norm of the inverse: 4 times too small for less than one table in a million."""
+"""Random directions for estimating the norm of the inverse: 4 times too small for less than one table in a million."""
 
 
 BLAS_BYTES: Final = 4 << 20
@@ -141,8 +142,8 @@ class Alignment:
 def peak_memory(donor_width: int, width: int, element: int) -> int:
     """Return the bytes that `align` takes at its peak; `element` is the number of bytes of a stored value.
 
-    Each of the three steps frees the memory of the one before: the sums over blocks of rows, the solution, for which
-    LAPACK copies both sides, and the residual. Measured: 0.96 to 1.02 of the arrays.
+    There are three steps, and each frees the memory of the previous one: the sums over blocks of rows, the solution
+    (LAPACK copies both sides), and the residual. Measured: 0.96 to 1.02 of the arrays.
     """
     square, oblong = 8 * donor_width**2, 8 * donor_width * (width + PROBES)
     rows = ROWS_AT_ONCE * ((8 + element) * (donor_width + width) + 4 * max(donor_width, width))
@@ -159,14 +160,14 @@ def align(
 ) -> Alignment:
     """Return the least-squares map from a donor's embedding table to a target's.
 
-    Both tables are read once, and again if the fit is so good that only differences of rows show the residual.
+    Both tables are read once, or twice if the fit is so good that only differences of rows show the residual.
 
     Args:
         donor: The donor's table.
         target: The target's table; its rows are the same tokens.
         rows: Number of rows to use, from the first.
         ridge: Penalty on the size of the map; 0 is plain least squares.
-        progress: Called with the bytes of every block that was read.
+        progress: Called with the number of bytes of every block that was read.
 
     Raises:
         CheckpointError: A table has too few rows, cannot be read, or holds NaN or infinity; or the rows do not
@@ -207,7 +208,7 @@ def carry(name: str, projector: bytes, dtype: str, alignment: Alignment, target:
         name: The target tensor, for errors.
         projector: Bytes of the donor's `mm_input_projection_weight`, [vision width, donor width].
         dtype: Its safetensors dtype.
-        alignment: From the donor to the target.
+        alignment: The map from the donor to the target.
         target: The safetensors dtype of the result.
 
     Raises:
@@ -238,7 +239,7 @@ def _summed(donor: Table, target: Table, rows: int, progress: Progress) -> _Equa
     sums = _Equations(np.zeros((donor.width, donor.width)), np.zeros((donor.width, target.width)), 0.0)
     gram, cross = np.empty_like(sums.gram), np.empty_like(sums.cross)
     for from_, to in paired_blocks(donor, target, rows, progress):
-        # For a matrix times its own transpose numpy calls dsyrk, which takes half the time.
+        # numpy calls dsyrk for a matrix times its own transpose, which takes half the time.
         sums.gram += np.matmul(from_.T, from_, out=gram)
         sums.cross += np.matmul(from_.T, to, out=cross)
         sums.energy += float(np.vdot(to, to))

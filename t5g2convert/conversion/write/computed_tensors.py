@@ -1,4 +1,4 @@
-"""The tensors of a plan that are not copied: zeros, a scaled row, an aligned projector, and trained values."""
+"""The tensors of a plan that are not copied: zeros, a scaled row, an aligned projector, trained values."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,8 +33,8 @@ def write_computed(
         plan: The plan.
         sources: Descriptors of the source files by name.
         shards: The shards, open.
-        values: The values of tensors that no source contains, if the plan has any.
-        progress: Called with the bytes of work done.
+        values: The values of tensors that no source contains, if the plan has such tensors.
+        progress: Called with the number of bytes done.
 
     Returns:
         The residual of an alignment; None if none was computed.
@@ -62,7 +62,7 @@ def write_computed(
 
 
 def read_range(sources: Mapping[str, int], source: SourceRange, position: int, length: int) -> bytearray:
-    """Read `length` bytes of a range, from a position in it.
+    """Read `length` bytes of a range, from a position within the range.
 
     Raises:
         CheckpointError: The file cannot be read, or ends too early.
@@ -92,7 +92,7 @@ def _aligned(
     left = alignment.nbytes
 
     def count_once(count: int) -> None:
-        # Tables that fit very well are read twice; the second time does not count.
+        # Tables that fit very well are read twice; progress counts only the first time.
         nonlocal left
         progress(min(count, left))
         left -= min(count, left)
@@ -103,11 +103,11 @@ def _aligned(
 
 
 def _write_values(plan: Plan, values: TensorValues | None, shards: OpenShards, progress: Progress) -> None:
-    """Write the tensors that no source holds, each value rounded once to the dtype: to nearest, ties to even.
+    """Write the tensors that no source contains; round each value once to the dtype: to nearest, ties to even.
 
     Raises:
-        CheckpointError: Values are NaN, infinite, or too large for the dtype, or too many or too few; the error names
-            all tensors with NaN or infinity.
+        CheckpointError: Values are NaN, infinite or too large for the dtype, or there are too many or too few; the
+            error names all tensors with NaN or infinity.
         OutputError: The disk is full or fails.
     """
     nonfinite: list[str] = []
@@ -120,7 +120,7 @@ def _write_values(plan: Plan, values: TensorValues | None, shards: OpenShards, p
 
 
 def _write_pieces(tensor: PlannedTensor, values: TensorValues, fd: int, progress: Progress) -> list[str]:
-    """Write one tensor, up to its first NaN or infinity; return a line that names it, if there is one."""
+    """Write one tensor up to its first NaN or infinity; return a line on that, if there is one."""
     import numpy as np
 
     done = 0

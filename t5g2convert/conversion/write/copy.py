@@ -1,4 +1,4 @@
-"""The copy loop: each chunk of a source is read once and written to all of its targets, on one thread or two."""
+"""The copy loop: each chunk of a source is read once and written to all of its targets, on one or two threads."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ CHUNK_BYTES: Final = 1 << 18
 """Bytes of a read; a multiple of every element size."""
 
 BUFFERS: Final = 12
-"""Chunks in memory: being read, written, or hashed."""
+"""Maximum number of chunks in memory: being read, written or hashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Job:
         fd: Descriptor of the source file.
         start: First byte of the range in the source file.
         end: The byte after the last.
-        targets: Name, descriptor and position of each shard that the range goes to.
+        targets: Name, descriptor and position in each shard that the range is written to.
         target_dtype: The safetensors dtype of all targets.
         cast: Casts a chunk to the target's dtype; None copies it.
     """
@@ -52,7 +52,7 @@ class Job:
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Raise an OutputError that names the file for an OSError in the block."""
+    """Turn an OSError in the block into an OutputError that names the file."""
     try:
         yield
     except OSError as error:
@@ -84,12 +84,12 @@ class Copier:
     """Run jobs on one or more threads.
 
     Args:
-        jobs: What to copy.
-        hashers: Get every chunk, in order, so that one thread must copy; a shard's hasher is closed when its last byte
-            is written. None hashes nothing.
-        progress: Called with the bytes written of every chunk.
-        allow_nonfinite: Copy NaN and infinity. Otherwise the first one ends the writing, but the rest is still read to
-            find all such tensors.
+        jobs: The ranges to copy.
+        hashers: Hashers that get every chunk in order, which requires a single copying thread; a shard's hasher is
+            closed when its last byte is written. None to hash nothing.
+        progress: Called with the number of bytes written, for every chunk.
+        allow_nonfinite: Copy NaN and infinity. Otherwise the first one stops the writing, but the rest is still read to
+            find all tensors with NaN or infinity.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Copier:
         for job in jobs:
             for shard, _, _ in job.targets:
                 self.missing[shard] += (job.end - job.start) // element_bytes(job.dtype)
-        # Last in, first out: the last used buffer is still in the processor's cache.
+        # Last in, first out: the most recently used buffer is still in the processor's cache.
         self.pool: LifoQueue[_Buffer] = LifoQueue()
         for _ in range(BUFFERS):
             self.pool.put(_Buffer(self.pool))
@@ -111,7 +111,7 @@ class Copier:
         self.failure: BaseException | None = None
 
     def run(self, threads: int) -> None:
-        """Copy everything; the first failure of a thread stops all of them and is raised."""
+        """Copy everything; the first failure of a thread stops all threads and is raised."""
         helpers = [threading.Thread(target=self._guarded, daemon=True) for _ in range(threads - 1)]
         for helper in helpers:
             helper.start()
@@ -120,7 +120,7 @@ class Copier:
             for helper in helpers:
                 helper.join()
         except BaseException as error:
-            # Also a signal during the wait: the helpers must stop before their files are closed.
+            # This also handles a signal during the wait: the other threads must stop before their files are closed.
             self.failure = self.failure or error
             for helper in helpers:
                 helper.join()
@@ -188,7 +188,7 @@ def _pieces(jobs: Sequence[Job]) -> Iterator[tuple[Job, int, int]]:
 
 
 def read_exactly(fd: int, data: memoryview, offset: int, file: str) -> None:
-    """Fill `data` from a position in a source file.
+    """Fill `data` with bytes of a source file, from a position on.
 
     Raises:
         CheckpointError: The file cannot be read, or ends too early.

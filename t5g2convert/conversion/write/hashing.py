@@ -1,7 +1,7 @@
-"""The sha256 of files while they are copied, each on its own thread (hashlib releases the interpreter's lock).
+"""Compute the sha256 of files while they are copied, each on its own thread (hashlib releases the interpreter's lock).
 
-A hash needs the bytes of a file in order. Chunks arrive in the order of the copy, which differs from the file's order
-where one file holds both stacks: a chunk that does not follow the last one is skipped, and read back at the end.
+A hash needs the bytes of a file in order. Chunks arrive in the order of the copy, which differs from the order of the
+file if it holds both stacks: a chunk that does not follow the previous one is skipped, and read back at the end.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Final
 READ_BACK_BYTES: Final = 1 << 18
 
 Piece = tuple[int, memoryview, Callable[[], None]]
-"""Offset in the file, the bytes, and a function to call when they are no longer needed."""
+"""Offset in the file, the bytes, and a function to call when the bytes are no longer needed."""
 
 
 class FileHasher:
@@ -24,8 +24,8 @@ class FileHasher:
     Args:
         fd: Descriptor of the file, open for reading.
         size: Its final size in bytes.
-        written: Number of its first bytes that are written already: gaps among them can be read back at once.
-        finished: Called from the thread with the sha256, hexadecimal, when the last byte is hashed.
+        written: Number of leading bytes that are already written: gaps among them can be read back at once.
+        finished: Called from the thread with the sha256, hexadecimal, after the last byte is hashed.
     """
 
     def __init__(self, fd: int, size: int, *, written: int, finished: Callable[[str], None] | None = None) -> None:
@@ -40,15 +40,15 @@ class FileHasher:
         self._thread.start()
 
     def feed(self, offset: int, data: memoryview, done: Callable[[], None]) -> None:
-        """Add a chunk; the thread calls `done` once, when its buffer may be used again."""
+        """Add a chunk; the thread calls `done` once, when the chunk's buffer may be reused."""
         self._pieces.put((offset, data, done))
 
     def close(self) -> None:
-        """End the chunks: what was skipped is read back now. A second call does nothing."""
+        """Declare that all chunks were fed, so that skipped bytes are read back; a second call does nothing."""
         self._pieces.put(None)
 
     def stop(self) -> None:
-        """End soon, without a result."""
+        """Stop soon, without a result."""
         self._abandoned = True
         self._pieces.put(None)
 
@@ -112,7 +112,7 @@ class Hashers:
     shards: Mapping[str, FileHasher]
 
     def close(self) -> None:
-        """End the chunks of all files."""
+        """Close the hashers of all files."""
         for hasher in (*self.sources.values(), *self.shards.values()):
             hasher.close()
 

@@ -1,4 +1,4 @@
-"""Numbers in tensors without torch: NaN and infinity, casts, rounding, and the scaled row."""
+"""Arithmetic on tensors without torch: NaN and infinity, casts, rounding, and the scaled row."""
 
 import math
 import struct
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _STRUCT_CODES: Final = {"F16": "e", "F32": "f"}
 _WORDS: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}
 _FIRST: Final = {"BF16": 0xFF00, "F16": 0xF800, "F32": 0xFF00_0000}
-"""Infinity's bits without the sign, shifted left by one; those of NaN are higher, all others lower."""
+"""Bits of infinity without the sign, shifted left by one; the bits of NaN are higher, those of finite values lower."""
 
 
 def first_nonfinite(piece: memoryview, dtype: str) -> tuple[int, str] | None:
@@ -25,7 +25,7 @@ def first_nonfinite(piece: memoryview, dtype: str) -> tuple[int, str] | None:
         piece: Whole elements, little-endian.
         dtype: BF16, F16 or F32.
     """
-    import numpy as np  # a plan needs no numpy
+    import numpy as np  # not needed for planning
 
     words = np.frombuffer(piece, _WORDS[dtype])
     unsigned = words << 1
@@ -38,7 +38,7 @@ def first_nonfinite(piece: memoryview, dtype: str) -> tuple[int, str] | None:
 def caster(name: str, source: str, target: str) -> Callable[[memoryview], memoryview]:
     """Return a function that casts bytes of whole elements to another dtype.
 
-    Rounding is to nearest, ties to even, as in torch. NaN and infinity stay.
+    Rounding is to nearest, ties to even, as in torch. NaN and infinity are kept.
 
     Raises (the function):
         CheckpointError: A value is too large for the target dtype.
@@ -68,7 +68,7 @@ def scaled_row(row: bytes, source: str, target: str) -> bytes:
 
     Rounding follows transformers' Gemma3TextScaledWordEmbedding: the scale is rounded through float32 to the dtype of
     the weights (25.25 for a width of 640 in bfloat16), then the product is rounded to that dtype. Python's floats hold
-    every such product exactly, so each value is rounded once.
+    these products exactly, so each value is rounded once.
 
     Args:
         row: Bytes of one row.
@@ -111,10 +111,10 @@ def rounded(name: str, values: "NDArray[np.float32] | NDArray[np.float64]", targ
 
 
 def _rounded_to_odd(values: "NDArray[np.float32] | NDArray[np.float64]") -> "NDArray[np.float32]":
-    """Return float32 values, truncated towards zero, with an odd last bit where anything was cut off.
+    """Return float32 values truncated towards zero, with an odd last bit if anything was cut off.
 
     ml_dtypes converts a double to bfloat16 through the nearest float32, which rounds twice: a value just past the
-    middle between two bfloat16 would first be rounded onto the middle. An odd last bit prevents that.
+    middle between two bfloat16 would first be rounded to the middle. An odd last bit prevents that.
     """
     import numpy as np
 
@@ -127,7 +127,7 @@ def _rounded_to_odd(values: "NDArray[np.float32] | NDArray[np.float64]") -> "NDA
 
 
 def widened(data: memoryview, dtype: str) -> "NDArray[np.floating]":
-    """Return the values of stored bytes, exactly; a bfloat16 is the upper half of a float32."""
+    """Return the exact values of stored bytes; a bfloat16 is the upper half of a float32."""
     import numpy as np
 
     if dtype == "BF16":

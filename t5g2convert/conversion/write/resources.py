@@ -14,13 +14,13 @@ from t5g2convert.conversion.write.copy import BUFFERS, CHUNK_BYTES
 from t5g2convert.errors import OutputError
 
 ASSET_BYTES: Final = 64 << 20
-"""Space for the files other than shards; the largest tokenizer files in use take 40 MB."""
+"""Disk space for the files other than shards; the largest tokenizer files in use take 40 MB."""
 
 BASE_BYTES: Final = 56_000_000
 """Memory of the interpreter and the libraries (measured, CPython 3.11 on Linux)."""
 
 PARSE_FACTOR: Final = 4.2
-"""Memory to read and parse a tokenizer.json, by its size (measured with Gemma 3's)."""
+"""Memory to read and parse a tokenizer.json, as a multiple of its size (measured with Gemma 3's)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class DiskSpace:
 
 
 def disk_space(plan: Plan, sources: Sources, output: Path) -> DiskSpace:
-    """Return the disk space that a conversion of these checkpoints into this folder needs."""
+    """Return the disk space that the conversion of these checkpoints into this folder needs."""
     missing = sources.missing(plan.reads)
     sizes = {role: sources.size({role: names}) for role, names in missing.items()}
     caches = {role: sources.folders.path(named(role, names[0])).parent for role, names in missing.items()}
@@ -70,7 +70,7 @@ def peak_memory(plan: Plan) -> int:
 
 
 def check_space(target: Path, need: int) -> None:
-    """Refuse a target that does not fit on its disk.
+    """Refuse a target if its disk has too little space.
 
     Raises:
         OutputError: The disk has too little space; the error names the bytes needed and free.
@@ -81,7 +81,7 @@ def check_space(target: Path, need: int) -> None:
 
 
 def free_bytes(target: Path) -> int:
-    """Return the bytes that this user may write where `target` is or will be."""
+    """Return how many bytes this user may still write on the disk of `target`, which need not exist yet."""
     existing = _existing(target)
     try:
         return shutil.disk_usage(existing).free

@@ -1,8 +1,8 @@
 """The journal of finished shards, used by `--resume` to continue an interrupted conversion.
 
-It is a file in the staging folder, with a line for each shard that is complete, and is removed before the folder is
-moved into place. A line counts only if plan and source files are the same and the shard still has the sha256 in the
-line, so stale, torn and repeated lines do no harm.
+It is a file in the staging folder with a line for each complete shard; it is removed before the folder is moved into
+place. A line counts only if the plan and the source files are the same and the shard still has the sha256 in the line,
+so stale, torn and repeated lines are harmless.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from t5g2convert.errors import OutputError
 from t5g2convert.version import __version__
 
 THREADS: Final = 2
-"""Threads that hash shards to be kept."""
+"""Threads that hash the shards of an earlier run."""
 
 
 class Journal:
@@ -35,7 +35,7 @@ class Journal:
         folder: The staging folder.
         plan: The plan that is executed.
         allow_nonfinite: Whether the shards may hold NaN or infinity.
-        flush: Wait until the disk has each line.
+        flush: Whether to wait until the disk has each line.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, allow_nonfinite: bool, flush: bool) -> None:
@@ -45,12 +45,12 @@ class Journal:
         self._lock = threading.Lock()
 
     def add(self, shard: str, sha256: str) -> None:
-        """Record a finished shard; from any thread.
+        """Record a finished shard; may be called from any thread.
 
         Raises:
             OutputError: The line cannot be written.
         """
-        # The line feed in front ends a line that an interrupted run left torn.
+        # The leading line feed ends a line that an interrupted run left torn.
         line = "\n" + json.dumps({"plan": self._fingerprint, "shard": shard, "sha256": sha256}) + "\n"
         try:
             with self._lock, self.path.open("a") as file:
@@ -62,7 +62,7 @@ class Journal:
             raise OutputError(f"cannot be written: {error.strerror}", where=self.path) from error
 
     def salvage(self) -> dict[str, str]:
-        """Return the shards of an earlier run that can be kept, by sha256, and remove everything else from the folder.
+        """Return an earlier run's shards that can be kept, with their sha256; remove everything else in the folder.
 
         Raises:
             OutputError: The folder cannot be read or cleared.
@@ -82,7 +82,7 @@ class Journal:
         return kept
 
     def prune(self) -> None:
-        """Remove everything but the finished shards and this journal, which goes too if it lists none."""
+        """Remove everything but the finished shards and this journal; remove the journal too if it lists none."""
         with suppress(OSError):
             noted = self._read()
             clear(self.path.parent, keep={JOURNAL_FILE, *noted} if noted else ())
@@ -99,7 +99,7 @@ class Journal:
             raise OutputError(f"cannot be removed: {error.strerror}", where=self.path) from error
 
     def _read(self) -> dict[str, str]:
-        """Return the sha256 by shard, from whole lines of this plan."""
+        """Return the sha256 by shard, from complete lines of this plan."""
         noted: dict[str, str] = {}
         if not _is_own_file(self.path):
             return noted
@@ -122,10 +122,10 @@ class Journal:
                 and sha256_of(path) == noted[shard.name]
             )
         except OSError:
-            return False  # written anew
+            return False  # the shard is written again
 
     def _adopt(self, path: Path) -> None:
-        """Set the usual permissions of a kept shard, and flush it: the run that wrote it may not have."""
+        """Set the usual permissions of a kept shard, and flush it: the run that wrote it may have done neither."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             os.fchmod(fd, usual_mode(0o666))
@@ -136,13 +136,13 @@ class Journal:
 
 
 def _fingerprint(plan: Plan, *, allow_nonfinite: bool) -> str:
-    """Return the sha256 of everything that decides the bytes of a shard."""
-    # Notes and files that are not copied change no shard.
+    """Return the sha256 of everything that determines the bytes of a shard."""
+    # Notes and files that are not copied do not affect shards.
     document = {key: value for key, value in plan.to_json().items() if key not in ("notes", "source_files")}
     decides = {
         "version": __version__,
         "plan": document,
-        # Without the device: its number may change with a restart.
+        # Without the device: its number may change at a restart.
         "source": [(file.name, *astuple(file.identity)[1:]) for file in plan.source_files],
         "allow_nonfinite": allow_nonfinite,
     }
@@ -150,7 +150,7 @@ def _fingerprint(plan: Plan, *, allow_nonfinite: bool) -> str:
 
 
 def _is_own_file(path: Path) -> bool:
-    """Whether a path is a regular file that belongs to this user and has no other name."""
+    """Return whether a path is a regular file of this user without other hard links."""
     try:
         status = path.lstat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The files of the output's shards while they are written: created in their final size, flushed, closed."""
+"""The output's shards as open files: created in their final size, flushed and closed."""
 
 import errno
 import os
@@ -21,9 +21,9 @@ class OpenShards:
     Args:
         plan: The plan.
         folder: The folder for the shards.
-        kept: WorkFolders of the shards that exist already.
-        journal: Records every finished shard; None where nothing is hashed.
-        flush: Wait until the disk has every byte.
+        kept: Names of the shards that already exist.
+        journal: Records every finished shard; None without hashing.
+        flush: Whether to wait until the disk has every byte.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class OpenShards:
         self._plan, self._folder, self._journal, self._flush = plan, folder, journal, flush
         self._flushing = {shard.name: threading.Lock() for shard in self.shards}
         self._flushed: dict[str, OSError | None] = {}
-        """The result of the flush by name: a failed disk reports success when it is flushed again."""
+        """The result of each flush by name, kept because a failed disk reports success on a second flush."""
 
     def __enter__(self) -> Self:
         tensors: dict[str, list[PlannedTensor]] = {shard.name: [] for shard in self._plan.shards}
@@ -55,7 +55,7 @@ class OpenShards:
         self._abandon()
 
     def flush(self, name: str) -> None:
-        """Wait until the disk has a shard that is complete; only once, from any thread.
+        """Wait until the disk has a complete shard; call this only once per shard, from any thread.
 
         Raises:
             OutputError: The disk fails.
@@ -72,7 +72,7 @@ class OpenShards:
                     raise failure
 
     def finish(self, name: str, sha256: str) -> None:
-        """Flush a shard that is complete, and record it with its sha256; from any thread.
+        """Flush a complete shard, and record it with its sha256; may be called from any thread.
 
         Raises:
             OutputError: The disk fails.
@@ -82,7 +82,7 @@ class OpenShards:
         self._journal.add(name, sha256)
 
     def close(self) -> None:
-        """Close all shards; some file systems report a failed write only now.
+        """Close all shards; some file systems report a failed write only then.
 
         Raises:
             OutputError: A file could not be closed.
@@ -118,10 +118,10 @@ class OpenShards:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Give a file its size and its blocks at once.
+    """Allocate all blocks of a file at once.
 
-    A full disk is found here, and two stacks that grow in parallel do not fragment each other: writing 1b to ext4 took
-    1.5 s with it and 2.4 s without (medians of four rounds, not flushed).
+    This finds a full disk early, and two stacks that grow in parallel do not fragment each other: writing 1b to ext4
+    took 1.5 s with it and 2.4 s without (medians of four rounds, not flushed).
     """
     if hasattr(os, "posix_fallocate"):
         try:

@@ -1,6 +1,6 @@
 """The shards of the output, written from a plan in bounded memory.
 
-A source range that serves both stacks is read once and written twice. Only tensors that are cast are decoded.
+A source range for both stacks is read once and written twice. Only tensors that are cast are decoded.
 """
 
 import os
@@ -29,11 +29,11 @@ from t5g2convert.errors import CheckpointError
 from t5g2convert.progress import Progress
 
 COPY_THREADS: Final = 2
-"""Threads that copy without hashing; hashing needs the bytes in order, and so a single thread."""
+"""Threads that copy without hashing; hashing needs the bytes in order and therefore a single thread."""
 
 
 WIDEST: Final = "F32"
-"""Holds the values of every dtype that can be converted."""
+"""The dtype that can hold the values of every dtype that is converted."""
 
 HINT: Final = "the target has one matrix for both, so an untied model cannot be converted exactly"
 
@@ -72,18 +72,18 @@ def write_shards(
     Args:
         plan: The plan.
         folders: The folders of the planned checkpoints.
-        folder: The folder for the shards; it holds none of them except those that are kept.
+        folder: The folder for the shards; it contains no shards other than `kept`.
         journal: Records every finished shard. With it, the sha256 of all source files and shards is computed in the
             same pass.
-        kept: sha256 by name of the shards that exist already.
-        allow_nonfinite: Copy NaN and infinity.
-        flush: Wait until the disk has every byte.
-        progress: Called with the bytes done, from any thread.
-        values: The values of tensors that the plan takes from training, if there are any.
+        kept: sha256 by name of the shards that already exist.
+        allow_nonfinite: Whether to copy NaN and infinity.
+        flush: Whether to wait until the disk has every byte.
+        progress: Called with the number of bytes done, from any thread.
+        values: The trained values, if the plan has tensors with trained values.
 
     Raises:
-        CheckpointError: A source changed since it was planned; or a source or trained values hold NaN, infinity, or
-            values that are too large for the dtype.
+        CheckpointError: A source changed since it was planned; or a source or the trained values contain NaN, infinity
+            or values too large for the dtype.
         OutputError: The disk is full or fails.
     """
     with ExitStack() as stack:
@@ -109,7 +109,7 @@ def write_shards(
             )
         if hashers is not None:
             hashers.close()
-        # The hashers read back what they skipped in the meantime.
+        # Meanwhile the hashers read back the bytes that they skipped.
         for shard in shards.shards:
             shards.flush(shard.name)
         written = Written({}, dict(kept), nonfinite, residual)
@@ -134,13 +134,13 @@ def _open_sources(plan: Plan, folders: Folders, stack: ExitStack) -> dict[str, i
 
 
 def _close_read(fd: int) -> None:
-    """Close a file that was only read: an error loses nothing."""
+    """Close a file that was only read; ignore errors, which are harmless here."""
     with suppress(OSError):
         os.close(fd)
 
 
 def _nonfinite(copier: Copier, plan: Plan) -> Iterator[str]:
-    """Yield the first NaN or infinity of each tensor that holds one, in the order of the plan."""
+    """Yield a line on the first NaN or infinity of each tensor that holds one, in the order of the plan."""
     if not copier.nonfinite:
         return
     import numpy as np
@@ -169,7 +169,7 @@ def _check_unchanged(plan: Plan, sources: dict[str, int], folders: Folders) -> N
 
 
 def _start_hashers(plan: Plan, sources: dict[str, int], shards: OpenShards) -> Hashers:
-    """Start a hasher for every source and shard; headers and computed tensors are written already."""
+    """Start a hasher for every source and shard; headers and computed tensors are already written."""
     first_copied = {shard.name: shard.size for shard in plan.shards}
     for tensor in plan.tensors:
         if tensor.content.kind in ("copy", "cast"):
@@ -234,7 +234,7 @@ def _jobs(plan: Plan, sources: dict[str, int], shards: OpenShards) -> list[Job]:
 
 
 def _check_repeated(plan: Plan, sources: Mapping[str, int]) -> None:
-    """Compare dropped tensors with those that they must repeat: bytes, or values where the dtypes differ.
+    """Require that dropped tensors equal the tensors they repeat: bytes, or values if the dtypes differ.
 
     Raises:
         CheckpointError: A value differs, or a file cannot be read.
@@ -280,7 +280,7 @@ def _widener(source: str, target: str) -> Callable[[bytearray], bytes]:
 
 
 def _place(element: int, shape: tuple[int, ...]) -> str:
-    """Return the indices of an element, as `[3, 17]`."""
+    """Return the indices of an element, like `[3, 17]`."""
     place: list[int] = []
     for extent in reversed(shape):
         place.append(element % extent)
@@ -289,7 +289,7 @@ def _place(element: int, shape: tuple[int, ...]) -> str:
 
 
 def _values(drop: Dropped, other: Repeated, element: int, sources: Mapping[str, int]) -> str:
-    """Return both values, for dtypes that can be converted."""
+    """Describe both values, for dtypes that can be converted."""
     if not {drop.dtype, other.dtype} <= CONFIG_NAMES.keys():
         return ""
     values = []

@@ -1,4 +1,4 @@
-"""The output's files other than shards: config, index, tokenizer files, manifest; written, flushed, hashed."""
+"""Write, flush and hash the output's files other than shards: config, index, tokenizer files, manifest."""
 
 import hashlib
 import os
@@ -39,7 +39,7 @@ PIECE_BYTES: Final = 1 << 18
 def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *, flush: bool) -> None:
     """Write all files but the shards; the manifest is the last.
 
-    Values that were trained elsewhere get no manifest: nothing is known of their training.
+    Values that were trained elsewhere get no manifest: nothing is known about their training.
 
     Raises:
         CheckpointError: A file that is copied cannot be read, or changed since it was planned.
@@ -88,7 +88,7 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, FileRecord]) -> 
 
 
 def _read_from(source: PlannedSource, written: Written) -> SourceRecord:
-    """Return the record of a checkpoint that was read, with the sha256 of its files."""
+    """Return the record of a checkpoint, with the sha256 of its files."""
     files = {
         plain_name(file.name): FileRecord(bytes=file.identity.size, sha256=written.sources.get(file.name))
         for file in source.files
@@ -109,10 +109,10 @@ def _index(plan: Plan) -> dict[str, Any]:
 
 
 def _contents(planned: PlannedFile, folders: Folders) -> Iterator[bytes]:
-    """Yield the bytes of a file, a piece at a time where it is copied.
+    """Yield the bytes of a file, piece by piece if it is copied.
 
     Raises:
-        CheckpointError: The source's file cannot be read, or is not the one that was planned.
+        CheckpointError: The source's file cannot be read, or has changed since it was planned.
     """
     if planned.text is not None and planned.identity is None:
         yield planned.text
