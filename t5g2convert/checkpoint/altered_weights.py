@@ -1,6 +1,6 @@
 """Recognise weights that are not a plain model's (quantised, wrapped, renamed), and say how to get plain ones.
 
-config.json says it first, the metadata of the headers next, dtypes and shapes after them, names of tensors last.
+The evidence is searched in this order: config.json, the metadata of the headers, dtypes and shapes, names of tensors.
 """
 
 import re
@@ -71,7 +71,7 @@ NAMES: Final[Mapping[str, str]] = {
         "stored with the tensor names of Google's own code: pass the model in the transformers layout"
     ),
 }
-"""Patterns of tensor names of foreign checkpoints, with a description and a fix; the first match counts."""
+"""Patterns of tensor names in foreign checkpoints, with a description and a fix; the first match counts."""
 
 METADATA: Final = {"tensor_names": "torchao", "_quantization_metadata": "ComfyUI"}
 """Keys of a header's metadata that only quantised models have."""
@@ -99,7 +99,7 @@ class Foreign:
 
 
 def quantisation(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the key and the method of a config's quantisation; None if it declares none."""
+    """Return the key and the method of a config's quantisation; None if the config declares none."""
     for prefix, section in (("", config), ("text_config.", config.get("text_config"))):
         if not isinstance(section, Mapping):
             continue
@@ -137,7 +137,7 @@ def describe(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
 
 
 def remarks(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield notes: config.json says quantised although the weights are not, or what makes the weights foreign."""
+    """Yield notes on a quantisation that config.json declares but the weights lack, and on signs of foreign weights."""
     said = quantisation(checkpoint.config)
     if said is not None and _first_odd(checkpoint) is None:
         yield f"config.json has a {said[0]} ({said[1]}), but the weights are not quantised: ignored"
@@ -168,7 +168,8 @@ def _method(key: str, fields: Mapping[str, Any]) -> str:
 def _quantised(checkpoint: Checkpoint) -> Foreign | None:
     """Return the evidence in config.json and the headers' metadata; None if all weights are plain.
 
-    A config may be left from before the weights were dequantised, and MLX's metadata are there in full precision too.
+    A config may be a leftover from before the weights were dequantised, and full-precision files also have MLX's
+    metadata.
     """
     said = quantisation(checkpoint.config)
     metadata = next(_said_by_metadata(checkpoint), None)
@@ -191,7 +192,7 @@ def _said_by_metadata(checkpoint: Checkpoint) -> Iterator[Foreign]:
 
 
 def _first_odd(checkpoint: Checkpoint) -> str | None:
-    """Return the first tensor of a packed dtype, or that scales another; None if there is none."""
+    """Return the first tensor that has a packed dtype or scales another tensor; None if there is none."""
     odd = (name for name, stored in checkpoint.tensors.items() if _is_packed(stored) or _SCALES.search(name))
     return next(odd, None)
 
@@ -202,7 +203,7 @@ def _is_packed(stored: StoredTensor) -> bool:
 
 
 def _empty(checkpoint: Checkpoint) -> Foreign | None:
-    """ZeRO-3 leaves tensors of no elements where a wrapper's state dict is saved without being gathered."""
+    """Return evidence of empty tensors, which ZeRO-3 leaves if a wrapper's state dict is saved without gathering it."""
     empty = [name for name, stored in checkpoint.tensors.items() if stored.entry.shape == (0,)]
     if not empty:
         return None
@@ -214,7 +215,7 @@ def _empty(checkpoint: Checkpoint) -> Foreign | None:
 
 
 def _channels_last(checkpoint: Checkpoint) -> Foreign | None:
-    """MLX stores the patch embedding as [out, height, width, in], PyTorch as [out, in, height, width]."""
+    """Return evidence of MLX: its patch embedding is [out, height, width, in], PyTorch's [out, in, height, width]."""
     for name, stored in checkpoint.tensors.items():
         shape = stored.entry.shape
         if _PATCHES.search(name) and len(shape) == 4 and shape[1] == shape[2] != shape[3]:
@@ -226,7 +227,7 @@ def _channels_last(checkpoint: Checkpoint) -> Foreign | None:
 
 
 def _cast(checkpoint: Checkpoint) -> Foreign | None:
-    """Weights of a packed dtype without other evidence."""
+    """Return evidence of weights with a packed dtype, if there is no other evidence."""
     packed = [name for name, stored in checkpoint.tensors.items() if _is_packed(stored)]
     if not packed or _named(checkpoint.tensors) is not None:
         return None

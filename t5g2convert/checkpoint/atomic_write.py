@@ -11,15 +11,15 @@ from pathlib import Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file atomically: write another, flush it, and rename it.
+    """Replace a file atomically: write a temporary file, flush it, and rename it.
 
     Args:
-        path: The file; one that exists stays untouched if anything fails, and keeps its mode, and its owner if
+        path: The file; an existing file stays untouched if anything fails, and keeps its mode, and its owner if
             permitted.
         data: Its new content.
 
     Raises:
-        OSError: It cannot be written; no temporary file is left.
+        OSError: The file cannot be written; no temporary file is left.
     """
     with _staged(path) as (staged, fd):
         with os.fdopen(fd, "wb", closefd=False) as file:
@@ -29,10 +29,10 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse a file that `replace_file` could not put in place, before the work that fills it.
+    """Refuse a path that `replace_file` could not write, before the work is done.
 
     Raises:
-        OSError: It is a folder or write-protected, or its folder cannot be written to.
+        OSError: The path is a folder or write-protected, or its folder cannot be written to.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -44,7 +44,7 @@ def check_replaceable(path: Path) -> None:
 
 @contextmanager
 def _staged(path: Path) -> Iterator[tuple[Path, int]]:
-    """Make an empty file next to another, with the owner and mode of that one; it is removed unless it was renamed."""
+    """Make an empty file next to a path, with the owner and mode of the file there; remove it unless it was renamed."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -71,7 +71,7 @@ def _keep_mode(path: Path, fd: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush the entries of a folder to disk, as is needed after a rename.
+    """Flush the entries of a folder to disk, which is needed after a rename.
 
     Raises:
         OSError: The disk fails.
@@ -106,12 +106,12 @@ def usual_mode(mode: int) -> int:
 
 
 def lock_folder(folder: Path, *, follow_links: bool = True) -> int | None:
-    """Lock a folder, without waiting; closing the descriptor that is returned releases it.
+    """Lock a folder without waiting; closing the returned descriptor releases the lock.
 
-    The lock is seen by other machines too, if their file system has locks, and is inherited by child processes.
+    Other machines see the lock too, if the file system supports locks. Child processes inherit it.
 
     Returns:
-        The open folder; None if another process has put another folder in its place meanwhile: try again.
+        A descriptor of the folder; None if another process has replaced the folder meanwhile: try again.
 
     Raises:
         BlockingIOError: Another process holds the lock.
@@ -123,7 +123,7 @@ def lock_folder(folder: Path, *, follow_links: bool = True) -> int | None:
         if os.path.samestat(folder.stat(), os.fstat(fd)):
             return fd
     except FileNotFoundError:
-        pass  # whoever held it has just removed it
+        pass  # the process that held the lock has just removed the folder
     except BaseException:
         os.close(fd)
         raise

@@ -26,7 +26,7 @@ TOKENIZER_FILES: Final = (
     TEMPLATE_FILE,
     OLDER_TEMPLATE_FILE,
 )
-"""What transformers reads a tokenizer from, without the folder of further chat templates."""
+"""The files from which transformers reads a tokenizer, without the folder of additional chat templates."""
 
 
 def weight_files(count: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The store that holds the files of a checkpoint: a local folder, or one commit of a model on the Hub."""
+"""Where the files of a checkpoint are: in a local folder, or in one commit of a model on the Hub."""
 
 import hashlib
 import os
@@ -15,14 +15,14 @@ from t5g2convert.checkpoint.header import Header, read_header
 from t5g2convert.errors import CheckpointError, T5g2Error
 
 MOST_NAMES: Final = 10_000
-"""Names that are read of a folder to recognise its format."""
+"""Maximum number of names to read in a folder to recognise its format."""
 
 MOST_CHARACTERS: Final = 96
-"""Characters of an owner's or a model's name on the Hub."""
+"""Maximum number of characters in the name of an owner or a model on the Hub."""
 
 
 REPO_ID: Final = r"\w[\w.-]*/\w[\w.-]*"
-"""A pattern of what looks like the name of a model on the Hub; for `re.ASCII`."""
+"""A pattern for text that looks like the name of a model on the Hub; use it with `re.ASCII`."""
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
@@ -42,7 +42,7 @@ def is_repo_id(name: str) -> bool:
 
 
 def is_commit(revision: str) -> bool:
-    """Return whether a revision is the sha of a commit, and not a branch or a tag."""
+    """Return whether a revision is the sha of a commit, not a branch or a tag."""
     return _COMMIT.fullmatch(revision) is not None
 
 
@@ -62,7 +62,7 @@ class HubOrigin:
         repo: The model, `org/name`.
         revision: The sha of the commit.
         files: The files at its top level and its additional chat templates; offline, those in the cache.
-        paths: All its files and folders, folders with a trailing slash; empty if not known.
+        paths: All its files and folders, folders with a trailing slash; empty if unknown.
     """
 
     repo: str
@@ -75,14 +75,14 @@ class HubOrigin:
 
 
 class FileStore(Protocol):
-    """What holds the files of a checkpoint; its JSON files can be read in `path`."""
+    """A place that holds the files of a checkpoint; its JSON files can be read in `path`."""
 
     @property
     def path(self) -> Path:
-        """The folder that holds them, now or once they are fetched."""
+        """The folder that holds the files now, or after they are fetched."""
 
     def has(self, name: str) -> bool:
-        """Return whether anything has that name."""
+        """Return whether there is a file or folder of that name."""
 
     def names(self) -> Iterable[str]:
         """Return all names at the top level."""
@@ -104,7 +104,7 @@ class Folder:
     path: Path
 
     def has(self, name: str) -> bool:
-        """Return whether anything has that name, even a broken symlink."""
+        """Return whether there is a file or folder of that name, including a broken symlink."""
         return os.path.lexists(self.path / name)
 
     def names(self) -> Iterable[str]:
@@ -122,7 +122,7 @@ class Folder:
         except OSError as error:
             raise CheckpointError(f"cannot be read: {error.strerror}", where=self.path) from None
         for folder in [name for name in found if name.endswith("/") and not name.startswith(".")]:
-            # An unreadable subfolder does not help to recognise the format.
+            # An unreadable subfolder does not help to recognise the format, so skip it.
             with suppress(OSError):
                 found |= {f"{folder}{name}" for name in listed(self.path / folder)}
         return frozenset(found)
@@ -167,7 +167,7 @@ def regular_file(path: Path) -> Path:
     """Return `path` if it is a regular file; symlinks, as in the Hub's cache, are followed.
 
     Raises:
-        CheckpointError: It is missing, a broken symlink, or not a regular file.
+        CheckpointError: The path is missing, a broken symlink, or not a regular file.
     """
     try:
         mode = path.stat().st_mode

@@ -15,7 +15,7 @@ from t5g2convert.checkpoint.strictjson import is_text, parse_object
 from t5g2convert.errors import CheckpointError
 
 if TYPE_CHECKING:
-    # Imported where something is wrong, to keep a conversion small.
+    # Imported at run time only for errors, to save memory in a conversion.
     from t5g2convert.checkpoint.other_formats import Found
 
 MAX_JSON_BYTES: Final = 8_000_000
@@ -27,7 +27,7 @@ LARGE_JSON: Final = {"tokenizer.json": 100_000_000, INDEX_FILE: 64_000_000, "t5g
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor and the file, by its name in the folder, that holds it."""
+    """A tensor, and the name of the file in the folder that holds it."""
 
     file: str
     entry: TensorEntry
@@ -35,17 +35,17 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was opened: its config, and the headers of its weights, which agree with each other.
+    """An open checkpoint: its config, and the headers of its weights, which agree with each other.
 
     Attributes:
-        path: Its folder; for a model on the Hub, the folder in the Hub's cache that files are fetched to.
+        path: Its folder; for a model on the Hub, the folder in the Hub's cache to which files are fetched.
         config: config.json.
         config_text: The bytes of config.json.
         files: The headers of the safetensors files, by name.
         tensors: All tensors, by name.
-        notes: Oddities that a user should know.
+        notes: Oddities that a user should know about.
         hub: The commit on the Hub that it was read from; None for a folder.
-        unheld: Tensors that the index lists and no shard holds; see `refuse_unheld`.
+        unheld: Tensors that the index lists but no shard holds; see `refuse_unheld`.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class Checkpoint:
         return self.path.resolve().name if self.hub is None else self.hub.repo
 
     def holds(self, name: str) -> bool:
-        """Return whether it has a file of that name, fetched or not.
+        """Return whether the checkpoint has a file of that name, fetched or not.
 
         Raises:
             CheckpointError: It is a broken symlink or not a regular file, or the disk cannot be read.
@@ -94,7 +94,7 @@ def open_checkpoint(path: Path, *, allow_unheld: bool = False) -> Checkpoint:
 
     Args:
         path: The folder.
-        allow_unheld: Accept an index that lists tensors that no shard holds; the caller checks `unheld`.
+        allow_unheld: Accept an index with tensors that no shard holds; the caller checks `unheld`.
 
     Raises:
         CheckpointError: It is not a folder, has no config or safetensors weights, or headers and index disagree.
@@ -107,7 +107,7 @@ def open_checkpoint(path: Path, *, allow_unheld: bool = False) -> Checkpoint:
 
 
 def refuse_unheld(checkpoint: Checkpoint, droppable: Collection[str] = ()) -> None:
-    """Refuse an index that lists tensors that no shard holds.
+    """Refuse an index with tensors that no shard holds.
 
     Args:
         checkpoint: The checkpoint.
@@ -124,7 +124,7 @@ def read_checkpoint(store: FileStore, hub: HubOrigin | None = None) -> Checkpoin
     """Read the config and all headers of a checkpoint from a folder or the Hub; the caller checks `unheld`.
 
     Raises:
-        CheckpointError: As `open_checkpoint`, except for tensors that the index lists and no shard holds.
+        CheckpointError: As `open_checkpoint`, except for tensors that the index lists but no shard holds.
     """
     path = store.path
     if not store.has(SINGLE_FILE) and not store.has(INDEX_FILE):
@@ -149,7 +149,7 @@ def read_checkpoint(store: FileStore, hub: HubOrigin | None = None) -> Checkpoin
 
 
 def scheme_of(path: Path) -> str | None:
-    """Return the scheme (`https:`) of an address in store of a path; the rest of it may hold a token."""
+    """Return the scheme (`https:`) of a URL passed as a path, and not the rest of it, which may contain a token."""
     found = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:(?=/)", str(path))
     return found[0] if found else None
 
@@ -158,7 +158,7 @@ def check_folder(path: Path) -> None:
     """Refuse a path that is not a folder.
 
     Raises:
-        CheckpointError: It is missing, a file or an address, or cannot be read.
+        CheckpointError: The path is missing, a file or a URL, or cannot be read.
     """
     if scheme := scheme_of(path):
         message = f"expected a folder, got a URL ({scheme}//...)"
@@ -183,13 +183,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        CheckpointError: The file is missing, too large, not JSON, or holds something else.
+        CheckpointError: The file is missing, too large, not JSON, or does not hold an object.
     """
     return parse_object(read_json_file(path), path)
 
 
 def read_json_file(path: Path) -> bytes:
-    """Return the bytes of a JSON file that is small enough to be parsed.
+    """Return the bytes of a JSON file that is small enough to parse.
 
     Raises:
         CheckpointError: The file is missing, too large, or cannot be read.
@@ -204,7 +204,7 @@ def read_json_file(path: Path) -> bytes:
 
 
 def read_json_if_there(folder: Path, name: str) -> dict[str, Any]:
-    """Return a JSON object from a file of a folder; an empty one if there is no such file."""
+    """Return the JSON object in a file of a folder; an empty one if the file is missing."""
     return read_json_object(folder / name) if is_there(folder / name) else {}
 
 
@@ -220,7 +220,7 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _weight_files(store: FileStore) -> tuple[list[str], dict[str, str] | None, tuple[str, ...]]:
-    """Return the safetensors files to read, the index if it counts, and notes."""
+    """Return the safetensors files to read, the index if it is used, and notes."""
     has_single = store.has(SINGLE_FILE)
     if not store.has(INDEX_FILE):
         return [SINGLE_FILE], None, ()
@@ -252,11 +252,11 @@ def found_in(paths: Collection[str], path: Path | None, hub: HubOrigin | None = 
 
     Args:
         paths: Its contents; see `FileStore.paths`.
-        path: The folder of its JSON files; None if none is here.
+        path: The local folder with its JSON files; None if they are not on this machine.
         hub: The commit on the Hub, for a model on the Hub.
 
     Returns:
-        The format and what to do; None if it is not known.
+        The format and what to do; None if the format is unknown.
     """
 
     def read(name: str) -> Mapping[str, Any] | None:
@@ -280,7 +280,7 @@ def _read_beside(path: Path) -> Mapping[str, Any] | None:
 
 
 def _check_preferred(store: FileStore, config: Mapping[str, Any]) -> None:
-    """Refuse files that a loader would read instead of the weights and the config, or in addition to them.
+    """Refuse files that a loader would read instead of, or in addition to, the weights and the config.
 
     Raises:
         CheckpointError: transformers would load another model.
@@ -325,7 +325,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor], path: Path) -> tuple[str, ...]:
-    """Compare index and headers; return the tensors that no shard holds if nothing else is wrong."""
+    """Compare the index with the headers; return the tensors that no shard holds if nothing else is wrong."""
     unheld = sorted(index.keys() - tensors.keys())
     differences = {
         "the shards hold, but the index lacks,": tensors.keys() - index.keys(),

@@ -1,7 +1,7 @@
 """The safetensors header: eight bytes of length, JSON, then the tensors' bytes (huggingface/safetensors, format notes).
 
-Reading is stricter than the library's: a name given twice is refused (the library keeps the last), and the data must be
-covered exactly once, without overlap, hole or tail.
+Reading is stricter than in the library: a repeated name is refused (the library keeps the last), and the tensors must
+cover the data exactly once, without overlaps, gaps or trailing bytes.
 """
 
 import json
@@ -50,7 +50,7 @@ MAX_DIMENSIONS: Final = 64
 """More dimensions than any model's tensors have."""
 
 MAX_EXTENT: Final = 2**64 - 1
-"""The largest number that readers can hold."""
+"""The largest number that readers can represent."""
 
 Read = Callable[[int, int], bytes]
 """Reads (count, position): returns that many bytes of a file, fewer at its end."""
@@ -88,13 +88,13 @@ class FileIdentity:
 
     @classmethod
     def of(cls, file: int | Path) -> "FileIdentity":
-        """Return the identity of a file, open or by its path."""
+        """Return the identity of a file, passed as a descriptor or a path."""
         status = file.stat() if isinstance(file, Path) else os.fstat(file)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     @classmethod
     def elsewhere(cls, size: int) -> "FileIdentity":
-        """Return the identity of a remote file, which has only a size in bytes."""
+        """Return the identity of a remote file, which is only its size in bytes."""
         return cls(0, 0, size, 0)
 
 
@@ -113,7 +113,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file, without reading its tensors.
 
     Raises:
-        CheckpointError: It is not a safetensors file, is truncated, or its header does not match its contents.
+        CheckpointError: The file is not a safetensors file, is truncated, or does not match its header.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -133,7 +133,7 @@ def read_header_elsewhere(read: Read, size: int, path: Path) -> Header:
     """Read and check the header of a remote safetensors file.
 
     Args:
-        read: Reads (count, position), fewer bytes at the end of the file; its errors are passed on.
+        read: Reads (count, position); returns fewer bytes at the end of the file. Its errors are passed on.
         size: The size of the whole file in bytes.
         path: The path that the file would have, for errors and for the header.
 
@@ -157,7 +157,7 @@ def _parse_header(text: bytes, identity: FileIdentity, path: Path) -> Header:
 def encode_header(tensors: Iterable[TensorEntry]) -> bytes:
     """Return the first bytes of a safetensors file; `start` and `end` of the tensors count from the data section.
 
-    The metadata says `format: pt`, without which transformers refuses the file; padding aligns the data to 8 bytes.
+    The metadata contains `format: pt`: transformers refuses a file without it. Padding aligns the data to 8 bytes.
     """
     document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for tensor in tensors:

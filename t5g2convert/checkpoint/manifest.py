@@ -1,7 +1,7 @@
-"""The manifest `t5g2.json`: what made a folder, from which files, and the sha256 of everything in it.
+"""The manifest `t5g2.json`: how a folder was made, from which files, and the sha256 of every file in it.
 
-`Manifest` says what the file holds; it is both written and read through this model. The file has one form, byte for
-byte, and ends with the sha256 of everything before, so that a change of any byte shows.
+`Manifest` is the schema; the file is written and read through this class. The file has exactly one form, byte for byte,
+and ends with the sha256 of everything before it, so any changed byte is detected.
 """
 
 import hashlib
@@ -42,12 +42,12 @@ Version = Annotated[str, Field(max_length=60, pattern=f"^{_RELEASE}$")]
 
 
 def encode_json(document: Mapping[str, Any]) -> bytes:
-    """Return a JSON document in the one form in which this tool writes JSON files."""
+    """Return a JSON document in the form in which this tool writes all JSON files."""
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a manifest with its own sha256 as the last key; an older one is replaced."""
+    """Return the bytes of a manifest with its own sha256 as the last key; replace an earlier sha256."""
     unsealed = {key: value for key, value in document.items() if key != SEAL}
     return encode_json({**unsealed, SEAL: hashlib.sha256(encode_json(unsealed)).hexdigest()})
 
@@ -55,7 +55,7 @@ def seal(document: Mapping[str, Any]) -> bytes:
 def unverified(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return a manifest without the record of a verification and its own sha256.
 
-    Two copies of one conversion are equal in it, whether either was verified or not.
+    It is equal for two copies of a conversion, whether or not they were verified.
     """
     return {key: value for key, value in document.items() if key not in (SEAL, "verification")}
 
@@ -66,15 +66,15 @@ def digest_of(document: Any) -> str:
 
 
 class _Section(ConfigSection, extra="forbid"):
-    """A section of the manifest, which remembers the keys that it has."""
+    """A section of the manifest; it remembers which keys are present."""
 
     def document(self) -> dict[str, Any]:
-        """Return the section as JSON, without the keys that it does not have."""
+        """Return the section as JSON, without absent keys."""
         return self.model_dump(exclude_unset=True)
 
 
 class FileRecord(_Section):
-    """A file: its size, and its sha256 where it was hashed."""
+    """A file: its size, and its sha256 if it was hashed."""
 
     bytes: NonNegativeInt
     sha256: Digest | None
@@ -88,21 +88,21 @@ class ToolRecord(_Section):
 
 
 class MappingRecord(_Section):
-    """The weight map that was followed."""
+    """The weight map of the conversion."""
 
     name: str
     sha256: Digest
 
 
 class HubRecord(_Section):
-    """A commit of a model of the Hub."""
+    """A commit of a model on the Hub."""
 
     repo: str
     revision: str
 
 
 class SourceRecord(_Section):
-    """A checkpoint that was read."""
+    """A checkpoint that the conversion read."""
 
     family: str
     layout: dict[str, str]
@@ -136,7 +136,7 @@ class ChangeRecord(_Section):
 
 
 class TokenRecord(_Section):
-    """A token with a different id from the source's."""
+    """A token with another id than in the source."""
 
     token: str
     source: NonNegativeInt | None
@@ -157,15 +157,15 @@ class TaskRecord(_Section):
 
 
 class MixtureRecord(ConfigSection):
-    """The tasks of the training objective; other keys are left alone."""
+    """The tasks of the training objective; other keys are ignored."""
 
     tasks: Annotated[list[TaskRecord], Field(min_length=1)]
 
 
 class TrainingSettings(ConfigSection):
-    """The settings that decide the result of a training.
+    """The settings that determine the result of a training.
 
-    The fields are those that are read again; `document()` has all of them, in the order in which they were written.
+    The fields are the settings that this tool reads; `document()` has all settings, in the order they were written.
     """
 
     mixture: MixtureRecord
@@ -201,14 +201,14 @@ class TrainingSettings(ConfigSection):
 
 
 class AdaptationRecord(_Section):
-    """The training that made the values that differ from the source's.
+    """The training that produced the values that differ from the source's.
 
     Attributes:
-        steps: How many steps the training had run.
-        checkpoints: The steps of the checkpoints that were averaged, or of the one that was taken.
-        tokens: How many tokens were read until then.
-        settings: All settings that decide the result, the identity of a teacher among them.
-        settings_sha256: Their sha256.
+        steps: Number of steps run.
+        checkpoints: The steps of the averaged checkpoints, or of the single exported one.
+        tokens: Number of tokens read until then.
+        settings: All settings that determine the result, including the identity of a teacher.
+        settings_sha256: The sha256 of the settings.
         data_sha256: The sha256 of the packed data.
         trained: The names of the trained tensors, with `{layer}` where the tensors of all layers were trained.
         frozen: The parts without any trained tensor.
@@ -232,10 +232,11 @@ class AdaptationRecord(_Section):
 
 
 class Manifest(_Section):
-    """All that a manifest holds.
+    """The contents of a manifest.
 
-    `mapping` is there for a conversion, `adaptation` for a training, never both. `options` are those that differ from
-    their defaults: `PlanOptions.record` in `conversion/options.py` makes them, `PlanOptions.of_record` reads them.
+    `mapping` is present for a conversion, `adaptation` for a training, never both. `options` holds the options that
+    differ from their defaults: `PlanOptions.record` in `conversion/options.py` writes it, `PlanOptions.of_record` reads
+    it.
     """
 
     format: Literal[1]
@@ -267,7 +268,7 @@ class Manifest(_Section):
 
     @property
     def sources(self) -> dict[str, SourceRecord]:
-        """The checkpoints that were read, by input: `source`, `decoder_from`, `vision_from`."""
+        """The checkpoints that the conversion read, by input: `source`, `decoder_from`, `vision_from`."""
         found = {"source": self.source, "decoder_from": self.decoder_from, "vision_from": self.vision_from}
         return {name: record for name, record in found.items() if record is not None}
 
@@ -278,17 +279,17 @@ class Manifest(_Section):
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], where: Path) -> Self:
-        """Check a manifest that was read as JSON, and keep it as it is, whatever the order of its keys.
+        """Validate a manifest that was read as JSON; its contents and the order of its keys are kept.
 
         Raises:
-            CheckpointError: It lacks a section, has one too many, or one with an impossible value.
+            CheckpointError: A section is missing, unknown, or has an impossible value.
         """
         manifest = parse_section(cls, document, where)
         manifest._read = dict(document)
         return manifest
 
     def document(self) -> dict[str, Any]:
-        """Return the manifest as JSON; one that was read is exactly as it was."""
+        """Return the manifest as JSON; a manifest that was read is returned unchanged."""
         return super().document() if self._read is None else deepcopy(self._read)
 
     def encode(self) -> bytes:
@@ -300,7 +301,7 @@ class Manifest(_Section):
         return unverified(self.document())
 
     def with_verification(self, record: Mapping[str, Any]) -> Self:
-        """Return the manifest with the record of a verification in place of an earlier one."""
+        """Return the manifest with the record of a verification; it replaces an earlier record."""
         return self.parse({**self.document(), "verification": record}, Path(MANIFEST_FILE))
 
 
@@ -313,7 +314,8 @@ def read_manifest(folder: Path) -> Manifest:
     ```
 
     Raises:
-        CheckpointError: It is missing, of another format, differs from the bytes that were written, or lacks a section.
+        CheckpointError: The manifest is missing, has another format, was changed after it was written, or lacks a
+            section.
     """
     path = folder / MANIFEST_FILE
     text = read_json_file(path)

@@ -1,7 +1,7 @@
-"""Recognise folders of other formats by their file names, and name the step that makes a readable checkpoint.
+"""Recognise folders of other formats by their file names, and suggest the step that makes a readable checkpoint.
 
-The table below lists the formats: each pattern of a format must match a path. Nothing is unpickled,
-and only small JSON files that name another model are opened.
+The table below lists the formats: each pattern of a format must match a path. Nothing is unpickled, and only small JSON
+files that name another model are opened.
 """
 
 import re
@@ -18,10 +18,10 @@ from t5g2convert.checkpoint.folder import found_in, some
 from t5g2convert.errors import T5g2Error
 from t5g2convert.printable import printable
 
-"""transformers loads the adapter that this file describes, whatever else is in the folder."""
+"""The description of an adapter; transformers loads that adapter, whatever else is in the folder."""
 
 ReadJson = Callable[[str], Mapping[str, Any] | None]
-"""Reads a small JSON file of the folder; None where it is not there or not JSON."""
+"""Reads a small JSON file of the folder; returns None if it is missing or not JSON."""
 
 ORIGINAL: Final = "pass the original model in safetensors"
 RELEASED: Final = "pass the same model in safetensors, such as google/gemma-3-270m from the Hub"
@@ -155,10 +155,10 @@ FORMATS: Final = (
     Format(("*.tar.*",), "holds an archive: {file}", "unpack it, and pass the folder with config.json"),
     Format(("*.tgz",), "holds an archive: {file}", "unpack it, and pass the folder with config.json"),
 )
-"""The first that fits counts: names that leave no doubt come before names that only hint."""
+"""The first format that matches counts: unmistakable names come before names that are only hints."""
 
 NOT_MERGED: Final = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE"})
-"""Kinds of peft adapters that are tokens of their own and cannot be merged into the weights."""
+"""Kinds of peft adapters that consist of extra tokens and cannot be merged into the weights."""
 
 FILES: Final[Mapping[str, tuple[str, str]]] = {
     ".safetensors": ("is a single weights file", "pass the folder with it and config.json"),
@@ -241,7 +241,7 @@ def spelling_hint(text: str) -> str:
 
 
 def _matching(pattern: str, ordered: list[str]) -> list[str]:
-    """Return the paths that a pattern matches; a star does not match a slash."""
+    """Return the paths that match a pattern; a star does not match a slash."""
     depth = pattern.rstrip("/").count("/")
     return [
         path
@@ -257,7 +257,7 @@ def _filled(template: str, words: Mapping[str, str]) -> str:
 
 
 def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[str, str]:
-    """Return the words for a format's placeholders: the models and folders that a folder names.
+    """Return the values of a format's placeholders: the models and folders that a folder names.
 
     `folder` is quoted for a shell, `plain` is not.
     """
@@ -285,7 +285,7 @@ def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[
 
 
 def _adapter(config: Mapping[str, Any]) -> str:
-    """Name the kind of an adapter; a file that does not say is LoRA."""
+    """Name the kind of an adapter; the default is LoRA."""
     kind = _text(config.get("peft_type")) or "LORA"
     return {"LORA": "a LoRA adapter", "IA3": "an IA3 adapter"}.get(kind, f"a peft adapter ({kind})")
 
@@ -303,7 +303,7 @@ def _newest(ordered: list[str], models: list[str]) -> str:
 
 
 def _snapshot(ordered: list[str], folder: str) -> str:
-    """Say how to pass a model of the Hub's cache: by its name, or as the folder of a commit."""
+    """Suggest how to pass a model in the Hub's cache: by its name, or as the folder of a commit."""
     names = [path.rstrip("/") for path in _matching("snapshots/*/", ordered)]
     repo = _repo(Path(folder).name)
     commits = ", ".join(f"{folder}/{name}" for name in names[:2])

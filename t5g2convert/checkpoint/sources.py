@@ -39,12 +39,12 @@ _GIVEN: Final[Mapping[Role, frozenset[str]]] = {
 
 
 def role_of(part: str, roles: Collection[Role], *, table: Role = SOURCE) -> Role:
-    """Return the input that a part of the target is read from.
+    """Return the input that provides a part of the target.
 
     Args:
         part: The part.
-        roles: The inputs that there are.
-        table: The input that the embedding table comes from.
+        roles: The available inputs.
+        table: The input that provides the embedding table.
     """
     if part == EMBEDDING:
         return table
@@ -52,7 +52,7 @@ def role_of(part: str, roles: Collection[Role], *, table: Role = SOURCE) -> Role
 
 
 def named(role: Role, name: str) -> str:
-    """Return the name of a file or tensor in a plan: those of other inputs than the source have its name in front.
+    """Return the name of a file or tensor in a plan: for inputs other than the source, with the input in front.
 
     >>> named("source", "config.json"), named("vision_from", "config.json")
     ('config.json', 'vision_from/config.json')
@@ -61,7 +61,7 @@ def named(role: Role, name: str) -> str:
 
 
 def role_in(file: str) -> Role:
-    """Return the input of a file, from its name in a plan."""
+    """Return the input that a file belongs to, from its name in a plan."""
     return next((role for role in ROLES if role != SOURCE and file.startswith(f"{role}/")), SOURCE)
 
 
@@ -94,7 +94,7 @@ class Folders:
 
     @property
     def all(self) -> tuple[Path, ...]:
-        """Every folder that is read."""
+        """All folders that are read."""
         return tuple(self.by_role.values())
 
 
@@ -103,7 +103,7 @@ Reads = Mapping[Role, Iterable[str]]
 
 
 class OtherOrigins(TypedDict, total=False):
-    """Where the other inputs of a conversion come from."""
+    """The origins of a conversion's inputs other than the source."""
 
     decoder_from: Origin | None
     vision_from: Origin | None
@@ -118,11 +118,11 @@ class Sources:
 
     @classmethod
     def open(cls, source: Origin, **others: Unpack[OtherOrigins]) -> "Sources":
-        """Open all inputs by their headers; the caller checks what is `unheld`.
+        """Open all inputs, reading only headers; the caller checks `Checkpoint.unheld`.
 
         Raises:
-            CheckpointError: An input is not sound.
-            HubError: The Hub does not have an input or refuses it, or cannot be reached.
+            CheckpointError: An input is not valid.
+            HubError: The Hub does not have an input, refuses access, or cannot be reached.
         """
         given: dict[Role, Origin | None] = {
             DECODER_FROM: others.get("decoder_from"),
@@ -145,19 +145,19 @@ class Sources:
 
     @property
     def origin(self) -> Origin:
-        """What opens the source again."""
+        """The origin that reopens the source."""
         return again(self.source)
 
     @property
     def other_origins(self) -> OtherOrigins:
-        """What opens the other inputs again."""
+        """The origins that reopen the other inputs."""
         return {
             "decoder_from": again(self.others[DECODER_FROM]) if DECODER_FROM in self.others else None,
             "vision_from": again(self.others[VISION_FROM]) if VISION_FROM in self.others else None,
         }
 
     def missing(self, reads: Reads) -> dict[Role, list[str]]:
-        """Return the files that are on the Hub and not yet in its cache."""
+        """Return the files that are on the Hub but not yet in its cache."""
         found = {role: missing(checkpoint, reads[role]) for role, checkpoint in self.by_role.items()}
         return {role: names for role, names in found.items() if names}
 
@@ -176,7 +176,7 @@ class Sources:
             The same checkpoints, with these files in the cache.
 
         Raises:
-            CheckpointError: A file has another header than was read on the Hub.
+            CheckpointError: A file's header differs from the one read on the Hub.
             HubError: The Hub refuses a file, or cannot be reached.
             OutputError: The disk of the cache is too full or fails.
         """
@@ -185,7 +185,7 @@ class Sources:
 
 
 def download_progress(total: int, report: Steps) -> Progress:
-    """Return a progress that reports the percentage of a download whenever that changes."""
+    """Return a progress callback that reports the percentage of a download whenever it changes."""
     done, shown = 0, -1
 
     def progress(count: int) -> None:

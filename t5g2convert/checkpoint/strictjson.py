@@ -20,7 +20,7 @@ OTHER_ENCODINGS: Final = {
     b"{\0": ("utf-16-le", "is UTF-16 text"),
     b"\0{": ("utf-16-be", "is UTF-16 text"),
 }
-"""First bytes of JSON in other encodings, as editors on Windows save it: the encoding, and words for an error."""
+"""First bytes of JSON in other encodings, which editors on Windows write: the encoding, and its name for an error."""
 
 _HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 """The start of an escape for half of a surrogate pair."""
@@ -32,10 +32,10 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
     Args:
         text: UTF-8 JSON.
         where: The file, for errors.
-        subject: What the text is, if not the whole file, as the start of a sentence ("the header ").
+        subject: The start of the error's sentence, if the text is not the whole file ("the header ").
 
     Raises:
-        CheckpointError: It is not JSON, not UTF-8, not an object, nested too deeply, or has a key twice.
+        CheckpointError: The text is not JSON, not UTF-8, not an object, nested too deeply, or has a key twice.
     """
     if found := _other_encoding(text):
         hint = None if subject else "save it as UTF-8 without a byte order mark"
@@ -43,7 +43,7 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
     try:
         document = json.loads(
             text.decode(),
-            # Only an escape can spell what UTF-8 cannot hold.
+            # Only an escape can produce characters that UTF-8 cannot encode.
             object_pairs_hook=_checked if _HALF.search(text) else _once,
             parse_int=_integer,
             parse_float=_finite,
@@ -61,7 +61,7 @@ def parse_object(text: bytes, where: Path, subject: str = "") -> dict[str, Any]:
 
 
 def _other_encoding(text: bytes) -> str | None:
-    """Describe text in an encoding other than plain UTF-8; None if it is in none of the known ones."""
+    """Describe text in an encoding other than plain UTF-8; return None if it is not in a known one."""
     for start, (encoding, found) in OTHER_ENCODINGS.items():
         if text.startswith(start):
             try:
@@ -73,7 +73,7 @@ def _other_encoding(text: bytes) -> str | None:
 
 
 def is_text(text: str) -> bool:
-    """Return whether a string can be encoded as UTF-8; half of a surrogate pair, which JSON can spell, cannot."""
+    """Return whether a string can be encoded as UTF-8; half of a surrogate pair, which JSON can escape, cannot."""
     if text.isascii():
         return True
     try:
@@ -89,7 +89,7 @@ def _integer(text: str) -> int | float:
 
 
 def _finite(text: str) -> float:
-    """Parse a number; NaN and Infinity are not JSON, and readers of the output would refuse them."""
+    """Parse a number; refuse NaN and Infinity, which are not JSON and which readers of the output would refuse."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text[:60]} is not a finite number")
     return number
@@ -102,7 +102,7 @@ class _DuplicateKeyError(ValueError):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object, and refuse a key that is there twice."""
+    """Make an object; refuse a repeated key."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -114,7 +114,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object, and refuse texts that cannot be encoded again."""
+    """Make an object; refuse texts that cannot be encoded again."""
     for key, value in pairs:
         if not (is_text(key) and _is_writable(value)):
             raise ValueError("a string contains half of a surrogate pair")
@@ -122,7 +122,7 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_writable(value: object) -> bool:
-    """Return whether a text, or all texts of a list, can be encoded; objects were checked before."""
+    """Return whether a text, or every text in a list, can be encoded; nested objects are already checked."""
     if isinstance(value, list):
         return all(map(_is_writable, value))
     return not isinstance(value, str) or is_text(value)

@@ -1,6 +1,6 @@
 """Describe a checkpoint from its config and headers, for `t5g2 inspect`.
 
-A source is compared with the rows of its map, a T5Gemma or T5Gemma 2 folder with the tensors that its config implies.
+A source is compared with the rows of its map; a T5Gemma or T5Gemma 2 folder with the tensors that its config implies.
 Unlike a plan, an inspection lists problems instead of refusing the checkpoint.
 """
 
@@ -35,7 +35,7 @@ UNEXPECTED: Final = "unexpected"
 """Part of a tensor that neither the map nor the config implies."""
 
 HEAD: Final = "head"
-"""Part of a tensor that another class adds, such as a classifier's head."""
+"""Part of a tensor that another class adds, like a classifier's head."""
 
 _TARGET_PREFIXES: Final = {
     "lm_head.": TIED,
@@ -63,19 +63,19 @@ class Inspection:
     """The description of a checkpoint.
 
     Attributes:
-        path: The folder; for a model of the Hub, its folder in the Hub's cache.
+        path: The folder; for a model on the Hub, its folder in the Hub's cache.
         family: The `model_type` of its config.
         layout: The spelling of each root. For an encoder-decoder `{"names": "published"}`, the spelling of each root if
             loaders also accept other names, or `different from the published one` if tensors are missing.
         parameters: Number of parameters by part, with `total`; tied copies are not counted.
         dtypes: Number of parameters by safetensors dtype.
         files: Bytes by safetensors file.
-        facts: The settings that decide what the model computes, by their names in config.json.
-        missing: Names that the config implies and the checkpoint lacks.
+        facts: The settings that determine the computation, by their names in config.json.
+        missing: Names that the config implies but the checkpoint lacks.
         unexpected: Names that neither the map nor the config implies.
-        tensors: All tensors, in the order of their names.
+        tensors: All tensors, ordered by name.
         notes: Other findings.
-        hub: The model of the Hub, if it is one.
+        hub: The model on the Hub, if it is one.
     """
 
     path: Path
@@ -98,7 +98,7 @@ class Inspection:
         return f"{self.family} in {place}"
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
-        """Return the document of `t5g2 inspect --json`."""
+        """Return the inspection as `t5g2 inspect --json` prints it."""
         document: dict[str, Any] = {
             "path": str(self.path),
             "family": self.family,
@@ -134,11 +134,11 @@ def inspect(source: Path | str) -> Inspection:
         >>> inspect("google/gemma-3-270m").parameters["total"]
 
     Args:
-        source: A folder; a str may also name a model of the Hub, org/name[@revision].
+        source: A folder; a str may also name a model on the Hub, org/name[@revision].
 
     Raises:
         CheckpointError: The checkpoint is damaged, or its family is unknown.
-        HubError: The Hub does not have the model, refuses it, or cannot be reached.
+        HubError: The Hub does not have the model, refuses access, or cannot be reached.
     """
     checkpoint = open_source(source, allow_unheld=True)
     target = TARGETS.get(str(checkpoint.config.get("model_type")))

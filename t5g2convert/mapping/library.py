@@ -1,4 +1,4 @@
-"""The weight maps that ship with the tool, and how one is chosen for a model."""
+"""The weight maps that ship with the tool, and the choice of the map for a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ def mappings_folder() -> Path:
     """Return `mappings` of the installed package, or of the checkout that the package runs from.
 
     Raises:
-        MappingError: There is neither: the installation is broken.
+        MappingError: Neither exists: the installation is broken.
     """
     package = Path(__file__).resolve().parent.parent
     if (package / "mappings").is_dir():
@@ -59,15 +59,15 @@ def is_shipped(path: Path) -> bool:
 
 
 def map_for(config: Mapping[str, Any], where: Path, *, extracts: str | None = None) -> LoadedMap:
-    """Load the shipped map for a source's config. Of the other maps only the first lines are read.
+    """Load the shipped map for a source's config; read only the first lines of the other maps.
 
     Args:
         config: config.json of the source.
         where: Its path, for errors.
-        extracts: The part to extract from an encoder-decoder; None to convert a model whole.
+        extracts: The part to extract from an encoder-decoder; None to convert a whole model.
 
     Raises:
-        CheckpointError: No shipped map does that for this kind of model.
+        CheckpointError: There is no shipped map for this kind of model and part.
         MappingError: The map is faulty.
     """
     headers = {path: _read_header(path) for path in shipped_paths().values()}

@@ -7,8 +7,8 @@
                 | "{encoder_layer}" | ...          an encoder-decoder has an index for each stack
     literal     = any characters except braces     matched exactly
 
-No name is searched for: a pattern is *expanded* over the layers of the model into whole names, which are looked up. So
-a name cannot match by accident, and a layer too many or too few is an unused or a missing name.
+Names are not searched by pattern: a pattern is *expanded* over the layers of the model into whole names, which are
+looked up. So a name cannot match by accident, and a layer too many or too few is an unused or a missing name.
 
     >>> [name for _, name in expand("{text}layers.{layer}.mlp", {"text": "model."}, {"layers": 2})]
     ['model.layers.0.mlp', 'model.layers.1.mlp']
@@ -24,7 +24,7 @@ INDEX_RANGES: Final = {
     "decoder_layer": "decoder_layers",
     "vision_layer": "vision_layers",
 }
-"""Index placeholder to the dimension that limits it."""
+"""The dimension that limits each index placeholder."""
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 

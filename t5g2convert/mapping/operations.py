@@ -1,7 +1,8 @@
 """The closed set of operations that make a target tensor from the source tensor of its row.
 
-A row has an operation as one key, `op: {take_rows: vocab}`; without `op` it is a copy. Each class is the schema of its
-key and the rule for the target's shape; `conversion` has one rule for the bytes of each class (a test compares them).
+A row has an operation under the key `op`, like `op: {take_rows: vocab}`; without `op` it is a copy. Each class is the
+schema of its operation and the rule for the target's shape; `conversion` has one rule for the bytes of each class (a
+test compares them).
 """
 
 from collections.abc import Iterator
@@ -25,10 +26,10 @@ class Operation(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     carries: ClassVar[bool] = True
-    """Whether the row uses the source tensor up; if False, another row must use it too."""
+    """Whether the row accounts for the source tensor; if False, another row must use it too."""
 
     def target_shape(self, source: tuple[Size, ...]) -> tuple[Size, ...]:
-        """Return the target's shape, from the row's `shape`."""
+        """Return the target's shape for the row's `shape`."""
         return source
 
     def sizes(self) -> Iterator[Size]:
@@ -41,7 +42,7 @@ class Copy(Operation):
 
 
 class TakeRows(Operation):
-    """The first rows of a table, `take_rows: COUNT`; the rest is not used."""
+    """The first rows of a table, `take_rows: COUNT`; the other rows are not used."""
 
     take_rows: Size
 
@@ -55,7 +56,7 @@ class TakeRows(Operation):
 class ScaledRow(Operation):
     """One row of a table times the square root of its width, `scaled_row: TOKEN`, rounded as the source model rounds.
 
-    A vector of zeros if the table lacks the row.
+    If the table lacks the row, the result is a vector of zeros.
     """
 
     carries: ClassVar[bool] = False
@@ -78,7 +79,7 @@ class Zeros(Operation):
 
 
 class AlignedWith(BaseModel):
-    """The target width of an aligned matrix, and the tables that it is computed from."""
+    """The target width of an aligned matrix, and the tables from which it is computed."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 

@@ -15,7 +15,7 @@ from t5g2convert.mapping.strictyaml import NodePath
 from t5g2convert.mapping.weightmap import LoadedMap, did_you_mean
 
 MAX_NEAREST: Final = 50
-"""Names of a kind that get a hint with the nearest name; the search is quadratic."""
+"""Maximum number of names of a kind for which to suggest the nearest name; the search is quadratic."""
 
 
 @dataclass(slots=True)
@@ -26,9 +26,9 @@ class Problems:
         checkpoint: The checkpoint.
         model: Its model.
         used: Names that a row or a drop uses.
-        missing: Names that a row needs and the checkpoint does not have, in order.
+        missing: Names that a row needs but the checkpoint lacks, in order.
         misshapen: Other problems, as sentences.
-        optional: Names that would be dropped with an option that was not given, and the drop of each.
+        optional: Names that would be dropped with an option that was not passed, and the drop of each.
     """
 
     checkpoint: Checkpoint
@@ -39,7 +39,7 @@ class Problems:
     optional: dict[str, Drop] = field(default_factory=dict)
 
     def find(self, name: str, *, carries: bool) -> StoredTensor | None:
-        """Return a tensor. Where the row carries it, record its name as used, or as missing."""
+        """Return a tensor, and record its name as missing, or as used if the row carries it."""
         tensor = self.checkpoint.tensors.get(name)
         if carries and tensor is None:
             self.missing[name] = None
@@ -48,7 +48,7 @@ class Problems:
         return tensor
 
     def raise_any(self, weight_map: WeightMap, *, whole: bool) -> None:
-        """Raise one error that lists all problems. Tensors that no row uses count only if the checkpoint is `whole`."""
+        """Raise one error that lists all problems; unused tensors are a problem only if the checkpoint is `whole`."""
         unused = [name for name in self.checkpoint.tensors if name not in self.used] if whole else []
         if not (unused or self.missing or self.misshapen):
             return
@@ -80,7 +80,7 @@ class Problems:
 
 
 def flag(option: str) -> str:
-    """Return the command line's spelling of a drop's option."""
+    """Return a drop's option as it is written on the command line."""
     return f"--{option.replace('_', '-')}"
 
 

@@ -52,14 +52,14 @@ class Resolution:
         models: Their models by role; the source's is `model`.
         layouts: The spelling of each root, by role.
         dims: Sizes, for `shape:` and for the range of `{layer}`.
-        values: Config values, after the map has moved token ids.
-        stacks: Config values of each text stack, by part: those of its own parent, with the layers that it takes.
-        table: The role of the checkpoint that gives the embedding table, and its rows before the cut.
-        layers: The layers that each stack takes of its parent.
+        values: Config values, with token ids moved as the map declares.
+        stacks: Config values of each text stack, by part: its parent's values, with the layers that it takes.
+        table: The role of the checkpoint that gives the embedding table, and the table's rows before the cut.
+        layers: The layers that each stack takes from its parent.
         targets: Every target tensor.
-        drops: The source's tensors that the map drops; those of other checkpoints that an option drops, and those of
+        drops: The source's tensors that the map drops; other checkpoints' tensors that an option drops; and tensors of
             the decoder's parent that must equal another tensor.
-        unused_sources: The source's tensors that an option makes useless.
+        unused_sources: The source's tensors that are not used because of an option.
     """
 
     model: SourceModel
@@ -76,7 +76,7 @@ class Resolution:
     unused_sources: tuple[UnusedSource, ...]
 
     def role_of(self, part: str) -> Role:
-        """Return the role of the checkpoint that a part is read from."""
+        """Return the role of the checkpoint that provides a part."""
         return role_of(part, self.checkpoints, table=self.table[0])
 
 
@@ -100,7 +100,7 @@ def resolve(
     Args:
         loaded: The map.
         checkpoint: The source.
-        stack_sources: The other checkpoints, and what the target takes of each.
+        stack_sources: The other checkpoints, and what the target takes from each.
         subject: The checkpoint's name in errors.
         drop_options: The options of drops that the user gave, by their names in the map.
 
@@ -116,7 +116,7 @@ def resolve(
     model = read_model(weight_map, checkpoint, subject=subject)
     check_plain(checkpoint)
     check_map(weight_map, stack_sources)
-    # Each other checkpoint is resolved as a source first, so that whatever is refused of a source is refused of it too.
+    # Resolve each other checkpoint as a source first, so that it is refused for the same reasons as a source.
     others = {
         role: resolve(
             loaded, other, StackSources(rows=stack_sources.rows), subject=SUBJECTS[role], drop_options=drop_options
@@ -155,12 +155,12 @@ def resolve(
 
 
 def _kept_rows(weight_map: WeightMap, rows: int, wanted: int | None) -> int:
-    """Return how many rows of a table are kept: all, if that is wanted, or those that the map keeps."""
+    """Return how many rows of a table are kept: all if `wanted` is that number, otherwise those that the map keeps."""
     return rows if wanted == rows else weight_map.vocabulary.cut.get(rows, rows)
 
 
 def _source_rows(rows: Iterable[Row], roles: Iterable[Role]) -> list[Row]:
-    """Return the rows of the source; it must be whole even if another checkpoint gives the decoder."""
+    """Return the rows of the source, which must be complete even if another checkpoint gives the decoder."""
     others = {*roles} - {DECODER_FROM}
     return [row for row in rows if any(role_of(part, others) == SOURCE for part in row.to)]
 
@@ -174,7 +174,7 @@ def _views(
     dims: Mapping[str, int],
     others: Mapping[Role, Resolution],
 ) -> dict[Role, SourceView]:
-    """Return the checkpoints, each with its own spelling; the decoder's parent has its own sizes too."""
+    """Return the checkpoints, each with its own spelling; the decoder's parent also with its own sizes."""
     layouts = {role: other.layouts[SOURCE] for role, other in others.items()}
     layouts[SOURCE] = _find_layout(loaded.map, _source_rows(rows, checkpoints), drops, dims, checkpoints[SOURCE])
     return {
@@ -201,7 +201,7 @@ def _resolve_rows(
     """Return every target tensor, and the source's dropped tensors.
 
     Raises:
-        CheckpointError: With all problems of a checkpoint.
+        CheckpointError: The tensors do not fit; the error lists all problems of a checkpoint.
         MappingError: Rows overlap, or match nothing.
     """
     prefixes = fill(loaded.map.target.roots, {}, model.features)
@@ -229,7 +229,7 @@ def _targets(
 
 
 def _dropped(drops: Iterable[Drop], source: SourceView, drop_options: Collection[str]) -> Iterator[ResolvedDrop]:
-    """Yield the source's dropped tensors; refuse names of its index that no shard holds and no drop matches."""
+    """Yield the source's dropped tensors; refuse names in its index that no shard holds and no drop matches."""
     problems, droppable = source.problems, set[str]()
     for drop in drops:
         names = {name: drop for _, name in dropped_names(drop, source.layout, source.dims)}
@@ -326,7 +326,7 @@ def _find_layout(
 
 
 def _moved_values(weight_map: WeightMap, model: SourceModel, vocab: int, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the source's values, with token ids beyond the target's table moved as the map says."""
+    """Return the source's values, with token ids beyond the target's table moved as the map declares."""
     values: dict[str, Any] = dict(model.values)
     for name, token in weight_map.vocabulary.moved.items():
         if values[name] >= vocab:

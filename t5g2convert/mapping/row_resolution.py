@@ -1,4 +1,4 @@
-"""From the rows and drops of a map to the tensors of a checkpoint."""
+"""The tensors of a checkpoint for each row and drop of a map."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class ResolvedDrop:
 
 @dataclass(frozen=True, slots=True)
 class UnusedSource:
-    """A source tensor that the map has a row for, but that an option makes useless."""
+    """A source tensor with a row in the map that is not used because of an option."""
 
     tensor: StoredTensor
     because: str
@@ -59,7 +59,7 @@ def _sizes(shape: Iterable[Size], dims: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def check_row(row: Row, view: SourceView) -> None:
-    """Check every tensor that a row names in a checkpoint, used or not, and collect the problems."""
+    """Check every tensor that a row names in a checkpoint, whether used or not, and collect the problems."""
     for _, name in () if row.from_ is None else expand(row.from_, view.layout, view.dims):
         _check_tensor(row, name, view)
 
@@ -101,7 +101,7 @@ def resolve_target(
         row: The row.
         part: The part of the target.
         pattern: The target's pattern.
-        view: The checkpoint that the part is read from.
+        view: The checkpoint that provides the part.
         prefixes: The prefix of each root of the target.
         layers: The layers to take; the first becomes the target's layer 0. None takes all.
     """
@@ -131,7 +131,7 @@ def unused_sources(rows: Iterable[Row], source: SourceView, targets: Iterable[Re
 
 
 def dropped_names(drop: Drop, layout: Mapping[str, str], dims: Mapping[str, int]) -> Iterator[tuple[int | None, str]]:
-    """Yield all names that a drop matches, each with its layer; none under a root that the checkpoint lacks."""
+    """Yield all names that a drop matches, each with its layer; skip roots that the checkpoint lacks."""
     for pattern in drop.patterns:
         root = root_of(pattern)
         if root is None or root in layout:
@@ -142,7 +142,7 @@ def resolve_drop(drop: Drop, view: SourceView) -> Iterator[ResolvedDrop]:
     """Yield the tensors of a checkpoint that a drop matches.
 
     Raises:
-        MappingError: The tensor that a dropped one must equal does not exist.
+        MappingError: The tensor that a dropped tensor must equal does not exist.
     """
     layout, dims, problems = view.layout, view.dims, view.problems
     tensors = problems.checkpoint.tensors
@@ -155,7 +155,7 @@ def resolve_drop(drop: Drop, view: SourceView) -> Iterator[ResolvedDrop]:
         if drop.must_equal is not None:
             other = others.get(index, others.get(None, drop.must_equal))
             if other in problems.missing:
-                continue  # reported with everything that is missing
+                continue  # reported later with all missing tensors
             equals = tensors.get(other)
             if equals is None:
                 raise MappingError(
@@ -167,7 +167,7 @@ def resolve_drop(drop: Drop, view: SourceView) -> Iterator[ResolvedDrop]:
 
 
 def _names_to_equal(drop: Drop, layout: Mapping[str, str], dims: Mapping[str, int]) -> dict[int | None, str]:
-    """Return the names that a drop must equal, by layer; none under a root that the checkpoint lacks."""
+    """Return the names that a drop must equal, by layer; skip roots that the checkpoint lacks."""
     root = None if drop.must_equal is None else root_of(drop.must_equal)
     if drop.must_equal is None or (root is not None and root not in layout):
         return {}
@@ -175,7 +175,7 @@ def _names_to_equal(drop: Drop, layout: Mapping[str, str], dims: Mapping[str, in
 
 
 def _incomparable(one: TensorEntry, other: TensorEntry) -> Iterator[str]:
-    """Yield why a dropped tensor cannot equal the other one, as far as headers show; bytes are compared later."""
+    """Yield why a dropped tensor cannot equal the other one, judging by headers; bytes are compared later."""
     if one.shape != other.shape:
         yield (
             f"misshapen: {one.name} has shape {list(one.shape)}, but it must repeat {other.name} of shape "

@@ -42,7 +42,7 @@ class Declaration(BaseModel):
 
 
 def _operation(value: object) -> object:
-    """Choose the operation by its key, so that a wrong one gives one error instead of one for each class."""
+    """Choose the operation by its key, so that a fault gives one error instead of one for each class."""
     if value is None or isinstance(value, Operation):
         return value or Copy()
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in _BY_KEY:
@@ -91,7 +91,7 @@ DropOption = Literal["drop_heads"]
 """Options that a drop may depend on."""
 
 RESERVED_FILES = frozenset({"config.json", "generation_config.json", "t5g2.json", INDEX_FILE})
-"""Files that a conversion writes itself, and so never copies from a source."""
+"""Files that a conversion writes itself and therefore never copies from a source."""
 
 
 class Source(Declaration):
@@ -116,7 +116,7 @@ class Target(Declaration):
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Return all of them."""
+        """Return all model types of the target."""
         return (self.model_type,) if isinstance(self.model_type, str) else tuple(self.model_type)
 
 
@@ -190,7 +190,7 @@ class Drop(Declaration):
         return (self.from_,) if isinstance(self.from_, str) else tuple(self.from_)
 
     def applies(self, features: frozenset[str]) -> bool:
-        """Return whether the drop applies to a source with these features, if its option is given."""
+        """Return whether the drop applies to a source with these features, assuming its option is passed."""
         return self.when is None or self.when in features
 
 
@@ -221,7 +221,7 @@ class PresetSettings(Declaration):
 
 
 class Preset(Declaration):
-    """Settings that belong together, by the names of config values."""
+    """Settings that belong together, by name of the config value."""
 
     requires: dict[str, int | float] = Field(description="Config values that the source must have.")
     settings: PresetSettings = Field(description="Config values of the target.")
@@ -231,7 +231,7 @@ class Preset(Declaration):
 
 
 class MovedToken(Declaration):
-    """A token with an id that moves, and the token that it replaces."""
+    """A token that moves to another id, and the token that it replaces."""
 
     id: str = Field(description="Name of the config value, one of vocabulary.moved.")
     token: TokenText = Field(description="The token.")

@@ -32,7 +32,7 @@ class SourceFamily:
 
     @cached_property
     def terms(self) -> SourceModel:
-        """Return a model of this family that has the names of its dimensions and values."""
+        """Return an example model of this family, for the names of its dimensions and values."""
         return self.read(self.example, Path("example"))
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint, layers and embedding table each text stack of the target is made from."""
+"""The checkpoint, layers and embedding table from which each text stack of the target is made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.template import has_value
 
 Layers = Mapping[str, tuple[int, ...]]
-"""The layers that a stack takes of its parent, by part and in order; a stack that takes all is not listed."""
+"""The layers that a stack takes from its parent, by part and in order; a stack that takes all is not listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class StackSources:
-    """The checkpoints of a target other than its source, and what the target takes of each.
+    """The checkpoints of a target other than its source, and what the target takes from each.
 
     Attributes:
         others: The other checkpoints, by role.
@@ -44,10 +44,10 @@ SHARED_VALUES: Final = ("attention_dropout",)
 
 
 def check_map(weight_map: WeightMap, stack_sources: StackSources) -> None:
-    """Refuse a map that gives both stacks the source's settings if an option needs them to differ.
+    """Refuse a map that gives both stacks the source's settings if an option requires different ones.
 
     Raises:
-        MappingError: With the option.
+        MappingError: The map does not fit the option, which the error names.
     """
     options = {f"--{part}-layers": part for part in stack_sources.layers}
     if DECODER_FROM in stack_sources.others:
@@ -70,7 +70,7 @@ def check_fit(
         decoder: The config values of the decoder's parent.
 
     Raises:
-        MappingError: The parents differ, with all values that differ; or the source is an encoder-decoder.
+        MappingError: The parents differ (the error lists all differing values), or the source is an encoder-decoder.
     """
     if "layers" not in sizes:
         raise MappingError("--decoder-from applies only to decoder-only sources")
@@ -92,10 +92,10 @@ def check_fit(
 
 
 def check_layers(layers: Layers, depths: Mapping[str, int | None]) -> Layers:
-    """Return the layers to take, without a stack that takes all.
+    """Return the layers to take, without stacks that take all.
 
     Args:
-        layers: The layers of each stack, as given by options.
+        layers: The layers of each stack from the options.
         depths: The number of layers of each stack's parent; None for an encoder-decoder.
 
     Raises:

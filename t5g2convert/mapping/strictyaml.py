@@ -1,7 +1,7 @@
 """A strict YAML reader: plain mappings, lists and scalars, with the position of every node.
 
-YAML as PyYAML reads it has traps: of two equal keys the last one wins silently, `no` is a boolean, `12:30` is 750,
-`010` is 8, a tag builds an object, aliases grow exponentially. All are refused with `file:line:column` and a caret.
+YAML as PyYAML reads it has traps: the last of two equal keys wins silently, `no` is a boolean, `12:30` is 750, `010` is
+8, a tag builds an object, aliases grow exponentially. All of these are refused with `file:line:column` and a caret.
 """
 
 import re
@@ -18,13 +18,13 @@ from t5g2convert.printable import printable
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 32
 MAX_DIGITS: Final = 18
-"""Most digits of a number; every such number fits into 64 bits."""
+"""Maximum number of digits of a number, so that it fits into 64 bits."""
 
 SHOWN_COLUMNS: Final = 200
-"""Most columns of a line that an error shows."""
+"""Maximum number of columns of a line that an error shows."""
 
 NodePath = tuple[str | int, ...]
-"""The place of a node in the document: the keys and list positions that lead to it."""
+"""The path of a node in the document: the keys and list positions from the top to it."""
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)\Z")
@@ -61,7 +61,7 @@ def load_yaml(path: Path, *, until: str | None = None) -> Document:
 
     Args:
         path: The file.
-        until: The key at the top level to stop at; what follows is not parsed.
+        until: The top-level key at which to stop; the rest is not parsed.
 
     Raises:
         MappingError: The file cannot be read, is not plain YAML, or uses a feature that is refused.
@@ -98,12 +98,12 @@ def _error(path: Path, text: str, at: Position, reason: str, hint: str | None = 
         character if character.isprintable() or character == "\t" else "\N{REPLACEMENT CHARACTER}" for character in line
     )
     caret = f"\n  {shown[start : start + SHOWN_COLUMNS]}\n  {' ' * (at.column - start)}^"
-    # The excerpt's line ends are the only ones in an error.
+    # An error contains no line ends except those of the excerpt.
     return MappingError(printable(reason) + caret, where=f"{path}:{at.line + 1}:{at.column + 1}", hint=hint)
 
 
 class _Reader:
-    """Builds data from PyYAML's events; their tags, aliases and types are not resolved."""
+    """Builds data from PyYAML's events, which do not resolve tags, aliases or types."""
 
     def __init__(self, path: Path, text: str, until: str | None = None) -> None:
         self.path, self.text, self.until = path, text, until

@@ -17,7 +17,7 @@ from t5g2convert.mapping.schema import WeightMap
 from t5g2convert.mapping.source_families import FAMILIES
 
 BLOCK_ELEMENTS: Final = 1 << 22
-"""Most random numbers drawn; larger tensors repeat them, each from another position."""
+"""Maximum number of random numbers to draw; larger tensors repeat them, each from another position."""
 
 
 def write_synthetic_source(
@@ -56,11 +56,11 @@ def write_synthetic_source(
 
 
 def source_tensors(weight_map: WeightMap, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of every tensor that a map needs of a source with this config."""
+    """Yield the name and shape of every tensor that a map needs from a source with this config."""
     model = FAMILIES[config["model_type"]].read(config, Path("config.json"))
     layout = {root: spellings[0] for root, spellings in weight_map.roots.items()}
     if "text_only" in model.features:
-        # The spelling of the published text-only models; the first one belongs to the multimodal models.
+        # The published text-only models use this spelling; the first spelling is the multimodal models'.
         layout["text"] = "model."
     for row in weight_map.weights:
         if row.from_ is None or not row.op.carries or not row.applies(model.features):

@@ -1,7 +1,7 @@
 """Templates of the target's files: plain JSON with placeholders for the source's values.
 
 * `$name` is the source's value; `$vocab` and `$dtype` are the target's.
-* `$encoder.name` and `$decoder.name` are the values of that stack's own parent, with the layers that the stack takes.
+* `$encoder.name` and `$decoder.name` are the values of the stack's own parent, with the layers that the stack takes.
 * `{case: {vision: X, text_only: Y}}` is X or Y, depending on the source's features.
 """
 
@@ -12,11 +12,11 @@ from t5g2convert.checkpoint.sources import STACKS
 from t5g2convert.mapping.strictyaml import NodePath
 
 TARGET_VALUES = ("vocab", "dtype")
-"""Names of values that planning decides; they are not read from the source's config."""
+"""Names of values that planning determines; they are not read from the source's config."""
 
 
 def value_names(names: Collection[str]) -> set[str]:
-    """Return the names that may follow a dollar sign in a config, for a family with values of these names."""
+    """Return the names that may follow a dollar sign in a config, for a family with these values."""
     plain = [name for name in names if "." not in name]
     return {*names, *(f"{part}.{name}" for part in STACKS for name in plain), *TARGET_VALUES}
 
@@ -31,7 +31,7 @@ def has_value(node: Any, name: str) -> bool:
 def template_faults(
     node: Any, names: set[str], variants: Collection[frozenset[str]], at: NodePath
 ) -> Iterator[tuple[str, NodePath, str | None]]:
-    """Yield every fault of a template: the reason, its place, and the unknown name if that is the reason.
+    """Yield every fault of a template: the reason, its path, and the name if an unknown name is the reason.
 
     Args:
         node: The template.
@@ -67,7 +67,7 @@ def _covers(cases: Any, variants: Collection[frozenset[str]]) -> bool:
 
 
 def fill(node: Any, values: Mapping[str, Any], features: frozenset[str]) -> Any:
-    """Return a template with its values. This cannot fail: templates are checked when the map is loaded."""
+    """Return a template with its values filled in; it cannot fail, since templates are checked on loading."""
     if isinstance(node, str) and node.startswith("$"):
         return values[node[1:]]
     if isinstance(node, list):

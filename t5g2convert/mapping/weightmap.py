@@ -1,4 +1,4 @@
-"""Load a weight map from its file, and check everything that can be checked without a model."""
+"""Load a weight map from its file, and make all checks that do not need a model."""
 
 import hashlib
 from collections import defaultdict
@@ -23,7 +23,7 @@ from t5g2convert.mapping.template import TARGET_VALUES, fill, template_faults, v
 
 @dataclass(frozen=True, slots=True)
 class LoadedMap:
-    """A map, its file, the sha256 of the file, and the parsed file with the position of everything in it."""
+    """A map, its file, the sha256 of the file, and the parsed file with the position of every node."""
 
     map: WeightMap
     path: Path
@@ -35,7 +35,7 @@ def load_map(path: Path) -> LoadedMap:
     """Read and check a weight map.
 
     Raises:
-        MappingError: With `file:line:column` and a caret at the first fault.
+        MappingError: The map is faulty; the error has `file:line:column` and a caret at the first fault.
     """
     document = load_yaml(path)
     try:
@@ -48,7 +48,7 @@ def load_map(path: Path) -> LoadedMap:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """Return a hint with the nearest known name, if one is near."""
+    """Return a hint with the nearest known name, if one is similar."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else None
 
@@ -99,7 +99,7 @@ def _known_keys(at: NodePath) -> list[str]:
         if model is None:
             return []
         if get_origin(found.annotation) is dict:
-            next(steps, None)  # a name that the map gives
+            next(steps, None)  # a name that the map defines
     return [info.alias or name for name, info in model.model_fields.items()]
 
 
@@ -156,7 +156,7 @@ def _target_faults(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]
 
 
 def _made_type_faults(weight_map: WeightMap, variants: Variants) -> Iterator[Fault]:
-    """Yield a fault if config.json would have another model_type than the target."""
+    """Yield a fault if the made config.json would have another model_type than the target."""
     for variant in variants:
         made = fill(weight_map.config, defaultdict(lambda: None), variant).get("model_type")
         if made not in weight_map.target.model_types:
@@ -197,7 +197,7 @@ def _file_faults(weight_map: WeightMap, values: set[str], variants: Variants) ->
 
 
 def _moved_faults(tokenizer: TokenizerFiles, moved: Mapping[str, int]) -> Iterator[Fault]:
-    """Yield values that move without a token, and tokens that are named twice."""
+    """Yield values that move without a token, and tokens that are listed twice."""
     at = ("files", "tokenizer", "moved")
     taken: set[str] = set()
     for position, item in enumerate(tokenizer.moved):

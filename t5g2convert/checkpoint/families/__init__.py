@@ -1,1 +1,1 @@
-"""Model families: config.json in, a typed config and the tensors it implies out."""
+"""Model families: read config.json into a typed config, and list the tensors that it implies."""

@@ -14,7 +14,7 @@ MAX_INTEGER: Final = 2**31 - 1
 
 
 def whole(value: object) -> object:
-    """Return 256 for 256.0: JSON has one kind of number, but strict readers of the output expect an int."""
+    """Return 256 for 256.0: JSON has only one kind of number, but strict readers of the output expect an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -55,7 +55,7 @@ Section = TypeVar("Section", bound=ConfigSection)
 
 @dataclass(frozen=True, slots=True)
 class ExpectedTensor:
-    """A tensor that a config implies, with the part of the model that it belongs to."""
+    """A tensor that a config implies, and the part of the model that it belongs to."""
 
     name: str
     part: str
@@ -79,7 +79,7 @@ class SourceModel(Protocol):
 
     @property
     def fields(self) -> Mapping[str, str]:
-        """The fields of config.json that a dimension is computed from, for errors."""
+        """The fields of config.json that each dimension is computed from, for errors."""
 
     @property
     def values(self) -> Mapping[str, Scalar]:
@@ -90,15 +90,15 @@ class SourceModel(Protocol):
         """Notes on its config for the user, for example about dropped settings."""
 
     def with_vision_of(self, donor: Self, projector: str | None) -> Self:
-        """Return this model with the vision tower of another of its family.
+        """Return this model with the vision tower of another model of the same family.
 
         Args:
             donor: The other model.
-            projector: How the donor's projector comes to this model's width: copy, zeros or aligned; None for the first
-                that is possible without computing.
+            projector: How the donor's projector gets this model's width: copy, zeros or aligned; None for copy if the
+                widths are equal, else zeros.
 
         Raises:
-            MappingError: This model has a tower already, the donor has none, or the projector does not fit.
+            MappingError: This model already has a tower, the donor has none, or the projector does not fit.
         """
 
 
@@ -112,7 +112,7 @@ def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path, 
         return model.model_validate(dict(fields))
     except ValidationError as error:
         prefix = f"{section}." if section else ""
-        # A field that may have several types gets one reason for each; the field is named once.
+        # pydantic gives one reason for each type that a field may have; name the field once.
         reasons = {
             _field_path(item["loc"]): item["msg"].removeprefix("Value error, ") for item in reversed(error.errors())
         }
@@ -122,9 +122,9 @@ def parse_section(model: type[Section], fields: Mapping[str, Any], where: Path, 
 
 
 def _field_path(location: tuple[int | str, ...]) -> str:
-    """Return the field and list positions of an error, without the names of the types that pydantic tried.
+    """Return the path of a faulty field with list positions, without the names of the types that pydantic tried.
 
-    A fault of several fields together has no field.
+    A fault of several fields together has an empty path.
     """
     if not location:
         return ""
@@ -135,7 +135,7 @@ def refuse_bidirectional(fields: Mapping[str, Any], where: Path, section: str = 
     """Refuse a decoder with bidirectional masks; `section` is its name in config.json, for errors.
 
     Raises:
-        CheckpointError: It is one.
+        CheckpointError: The decoder has bidirectional masks.
     """
     place = f"{section}." if section else ""
     if fields.get("use_bidirectional_attention"):

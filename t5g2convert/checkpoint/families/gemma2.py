@@ -1,7 +1,7 @@
 """Gemma 2's config.json, in all its dialects, as one typed config.
 
-Dialects, by the transformers version that writes them: 4.42 to 4.5x `rope_theta`, no `layer_types`, sometimes
-`cache_implementation` and `hidden_act`, which the model does not read; later ones list `layer_types`; 5.x has
+Dialects, by the transformers version that writes them: 4.42 to 4.5x have `rope_theta`, no `layer_types`, and sometimes
+`cache_implementation` and `hidden_act`, which the model does not read; later versions list `layer_types`; 5.x has
 `rope_parameters`. Absent fields have the defaults of `Gemma2Config` in transformers 5.23.
 """
 
@@ -51,7 +51,7 @@ class Gemma2Text(GemmaText):
 
     @property
     def ropes(self) -> Mapping[LayerType, Rope]:
-        """The position embedding of each kind of layer, which is the same."""
+        """The position embedding of each kind of layer; both kinds have the same."""
         rope = Rope(rope_type="linear", rope_theta=self.rope_theta, factor=self.rope_factor)
         return {"full_attention": rope, "sliding_attention": rope}
 
@@ -76,7 +76,7 @@ class Gemma2:
         return frozenset({"text_only", "tied" if self.text.tie_word_embeddings else "untied"})
 
     def with_vision_of(self, donor: "Gemma2", projector: str | None) -> "Gemma2":
-        """T5Gemma has no images; see `SourceModel`."""
+        """Refuse a donor: T5Gemma does not read images; see `SourceModel`."""
         raise MappingError("--vision-from does not apply to Gemma 2: it becomes T5Gemma, which has no vision tower")
 
     @property
@@ -100,8 +100,8 @@ def read_gemma2(config: Mapping[str, Any], where: Path) -> Gemma2:
     """Read a Gemma 2 config in any dialect, and fill in its defaults.
 
     Raises:
-        CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a switch
-            that T5Gemma does not have.
+        CheckpointError: The config is another model's, a field has the wrong type, two dialects contradict each other,
+            or T5Gemma lacks a switch that is on.
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is not Gemma 2", where=where)
@@ -114,7 +114,7 @@ def read_gemma2(config: Mapping[str, Any], where: Path) -> Gemma2:
 
 
 def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gemma2Text:
-    """Read the settings of Gemma 2, or of a stack of T5Gemma, which has the same.
+    """Read the settings of Gemma 2, or of a stack of T5Gemma, which has the same settings.
 
     Args:
         fields: A section of config.json.
@@ -122,7 +122,7 @@ def read_stack(fields: Mapping[str, Any], where: Path, section: str = "") -> Gem
         section: The section's name, for errors.
 
     Raises:
-        CheckpointError: A field of the wrong type, two that contradict each other, or biases.
+        CheckpointError: A field has the wrong type, two fields contradict each other, or the model has biases.
     """
     dot = f"{section}." if section else ""
     fields = present(fields)

@@ -1,9 +1,9 @@
 """Gemma 3's config.json, in all its dialects, as one typed config, and the tensors that it implies.
 
-Dialects, by the transformers version that writes them: 4.50 to 4.56 `rope_theta`, `rope_local_base_freq`,
-`rope_scaling`, `sliding_window_pattern`; 4.57 adds `layer_types` and `_sliding_window_pattern`; 5.x nests
-`rope_parameters.{full_attention, sliding_attention}`. Some files carry both, and the published `text_config` of 4b and
-larger is sparse: absent fields have the defaults of `Gemma3TextConfig`.
+Dialects, by the transformers version that writes them: 4.50 to 4.56 have `rope_theta`, `rope_local_base_freq`,
+`rope_scaling` and `sliding_window_pattern`; 4.57 adds `layer_types` and `_sliding_window_pattern`; 5.x nests
+`rope_parameters.{full_attention, sliding_attention}`. Some files have both. The published `text_config` of 4b and
+larger models is sparse: absent fields have the defaults of `Gemma3TextConfig`.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -54,7 +54,7 @@ TOWERLESS: Final = (
 )
 """The note on a multimodal model without its tower."""
 TOWER_MODULES: Final = frozenset({"vision_tower", "multi_modal_projector"})
-"""Modules of a multimodal Gemma 3 that only images need, as all spellings of tensor names have them."""
+"""Modules of a multimodal Gemma 3 that only images need, under the names common to all spellings."""
 
 
 OWN_TOKENS: Final[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -191,13 +191,13 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
     Args:
         config: config.json.
         where: Its path, for errors.
-        tensors: The names of the checkpoint's tensors. A multimodal model with no tensor of a tower is read as a
-            text-only model: mlx-lm saves 4b and larger without the tower, and keeps their model_type. Without names the
-            config alone decides.
+        tensors: The names of the checkpoint's tensors. A multimodal model without any tower tensor is read as a
+            text-only model: mlx-lm saves 4b and larger models without the tower, but keeps their model_type. Without
+            names, only the config decides.
 
     Raises:
-        CheckpointError: Another model, a field of the wrong type, two dialects that contradict each other, or a setting
-            that changes the computation and that T5Gemma 2 does not support.
+        CheckpointError: The config is another model's, a field has the wrong type, two dialects contradict each other,
+            or a setting changes the computation and T5Gemma 2 does not support it.
     """
     config = present(config)
     family, left = config.get("model_type"), list[Left]()
@@ -247,7 +247,7 @@ def read_gemma3(config: Mapping[str, Any], where: Path, tensors: Collection[str]
 
 
 def is_towerless(model: SourceModel) -> bool:
-    """Return whether a model has the model_type of one with images, but no tower."""
+    """Return whether a model has a multimodal model_type but no tower."""
     return model.family == MULTIMODAL and "text_only" in model.features
 
 
@@ -264,7 +264,7 @@ _NO_VISION: Final = Gemma3Vision()
 
 
 def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
-    """Return the listed layer kinds, or derive them from the pattern: by default five sliding, one full."""
+    """Return the listed kinds of layers, or derive them from the pattern: by default five sliding, one full."""
     if fields.get("layer_types") is not None:
         return fields["layer_types"]
     pattern = whole(fields.get("sliding_window_pattern", 6))
@@ -283,7 +283,7 @@ def _layer_types(fields: Mapping[str, Any], where: Path) -> object:
 
 
 def _notes(config: Mapping[str, Any], fields: Mapping[str, Any], text: Gemma3Text, section: str) -> Iterator[str]:
-    """Yield notes on settings that contradict others, which win over them."""
+    """Yield notes on settings that are overridden by others that they contradict."""
     dot = f"{section}." if section else ""
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
         pattern = whole(fields.get(name))
@@ -311,7 +311,7 @@ def _kinds(pattern: object, depth: int) -> list[str]:
 
 
 def _renamed(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return the ids of image tokens under the other names that transformers' config class has for them."""
+    """Return the ids of image tokens that are stored under transformers' alternative names."""
     found: dict[str, Any] = {}
     for name in ("boi_token", "eoi_token", "image_token"):
         index, other = f"{name}_index", f"{name}_id"

@@ -1,7 +1,7 @@
-"""The settings that are known, file by file and section by section, with what becomes of each and why.
+"""The known settings, file by file and section by section, with the treatment of each and the reason.
 
-A test compares these lists with the fields of the classes of transformers; docs/settings.md is made from them. What is
-listed nowhere is refused where its name speaks of what is computed, and noted otherwise.
+A test compares these lists with the fields of the classes of transformers; docs/settings.md is made from them. An
+unlisted setting is refused if its name suggests an effect on the computation, and noted otherwise.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ USED, CARRIED, REFUSED, NOTED, ABOUT = Outcome
 
 
 def _all(outcome: Outcome, names: str, because: str, *neutral: Any) -> tuple[Setting, ...]:
-    """Settings that have all but their names in common."""
+    """Return settings that differ only in name."""
     return tuple(Setting(name, outcome, because, neutral) for name in names.split())
 
 
 def _switch(outcome: Outcome, because: str, **neutral: Any) -> tuple[Setting, ...]:
-    """Settings with the one value that changes nothing."""
+    """Return settings, each with the one value that changes nothing."""
     return tuple(Setting(name, outcome, because, (value,)) for name, value in neutral.items())
 
 
@@ -82,11 +82,11 @@ EVERY_CONFIG: Final = (
         "transformers reads generation settings from generation_config.json",
     ),
 )  # fmt: skip
-"""What any config of transformers may have, in each of its sections."""
+"""Settings that any section of any transformers config may have."""
 
 
 def _architectures(*classes: str) -> Setting:
-    """The class that the source is loaded with: the target has its own."""
+    """Return the setting for the class that loads the source; the target has its own class."""
     return Setting("architectures", NOTED, "replaced by the target's class", tuple([name] for name in classes))
 
 
@@ -242,7 +242,7 @@ ROPE: Final = Section(
 )
 
 CONFIG_SECTIONS: Final = (GEMMA3, GEMMA3_TEXT, SIGLIP, ROPE, GEMMA2)
-"""The sections of config.json, in the order of the page."""
+"""The sections of config.json, in the order of docs/settings.md."""
 
 _GENERATION_IDS: Final = (
     "bos_token_id eos_token_id pad_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id "

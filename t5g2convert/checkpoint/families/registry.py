@@ -1,6 +1,6 @@
 """The families that a conversion can produce, by `model_type`.
 
-The lists of tensors are written in code, independent of any weight map, so that a map that forgets a tensor is caught.
+The lists of tensors are written in code, independently of any weight map, to catch a map that forgets a tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +22,8 @@ class TargetFamily:
     Attributes:
         tensors: Yields every tensor of a folder of this kind once, from config.json and its path.
         stacks: The sections of config.json that hold the settings of the text stacks, by part, each with a final dot.
-        read_settings: Reads what `t5g2 inspect` shows of config.json; None for a family that is inspected as a source.
-        read_trainable: Reads the config of a model that can be trained; None for a family that cannot.
+        read_settings: Reads the settings that `t5g2 inspect` shows; None for a family that is inspected as a source.
+        read_trainable: Reads the config of a model that can be trained; None for a family that cannot be trained.
     """
 
     tensors: Callable[[Mapping[str, Any], Path], Iterator[ExpectedTensor]]

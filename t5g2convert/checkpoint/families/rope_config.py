@@ -1,7 +1,7 @@
-"""The rotary position embedding in the dialects of config.json: one number where several spellings may give it.
+"""The rotary position embedding in all dialects of config.json: one number from several possible spellings.
 
-transformers 4 writes `rope_theta` and `rope_scaling`, 5 `rope_parameters`; some files carry both. A spelling is read
-where all readers agree on it, and refused otherwise: none is ever read as no scaling.
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; some files have both. A
+spelling is read if all readers agree on its meaning, and refused otherwise. It is never silently read as no scaling.
 """
 
 import sys
@@ -31,7 +31,7 @@ class Rope(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _older_spelling(cls, fields: Any) -> Any:
-        """`type` is what transformers 4 called it, and what newer ones still read where there is nothing else."""
+        """Accept `type`, the name in transformers 4, which newer versions still read if `rope_type` is absent."""
         if isinstance(fields, dict) and fields.get("rope_type") is None and fields.get("type") is not None:
             return {**fields, "rope_type": fields["type"]}
         return fields
@@ -54,17 +54,17 @@ class LayerRopes(NamedTuple):
 def read_rope(
     fields: Mapping[str, Any], default_theta: float, where: Path, section: str = ""
 ) -> tuple[Rope, tuple[Left, ...]]:
-    """Read the embedding of a model that has one for all its layers, and the settings that are left behind.
+    """Read the embedding of a model with one embedding for all layers, and the settings that are not used.
 
     Args:
         fields: A section of config.json, without nulls.
-        default_theta: What holds where no spelling is there.
+        default_theta: The theta if no spelling is present.
         where: The file, for errors.
         section: The section's name with a dot behind it, for errors.
 
     Raises:
-        CheckpointError: A spelling of the wrong type, two that contradict each other, or a kind other than default and
-            linear.
+        CheckpointError: A spelling has the wrong type, two spellings contradict each other, or the kind is neither
+            default nor linear.
     """
     names = [f"{section}rope_parameters", f"{section}rope_scaling"]
     nodes = [object_of(fields, key, where, section) for key in ("rope_parameters", "rope_scaling")]
@@ -79,7 +79,7 @@ def read_rope(
 
 
 def read_layer_ropes(fields: Mapping[str, Any], where: Path, section: str = "") -> LayerRopes:
-    """The embeddings of a Gemma 3, from whichever dialect the file carries; all spellings must agree.
+    """Read the embeddings of a Gemma 3 in any dialect; all spellings must agree.
 
     Args:
         fields: The text section of config.json, without nulls.
@@ -87,8 +87,8 @@ def read_layer_ropes(fields: Mapping[str, Any], where: Path, section: str = "") 
         section: The section's name with a dot behind it, for errors.
 
     Raises:
-        CheckpointError: A spelling of the wrong type, two that contradict each other, one that readers take in two
-            ways, a kind other than default and linear, or a factor on layers with a window.
+        CheckpointError: A spelling has the wrong type, two spellings contradict each other, readers disagree on the
+            meaning of a spelling, the kind is neither default nor linear, or layers with a window have a factor.
     """
     parameters, scaling = f"{section}rope_parameters", f"{section}rope_scaling"
     given = object_of(fields, "rope_scaling", where, section)
@@ -124,10 +124,10 @@ def read_layer_ropes(fields: Mapping[str, Any], where: Path, section: str = "") 
 
 
 def agreed(spellings: Mapping[str, object], default: float, where: Path) -> float:
-    """The positive number that all spellings of a setting give that are there, by their names.
+    """Return the positive number that all present spellings of a setting give; `spellings` has them by name.
 
     Raises:
-        CheckpointError: One is not a positive number, or two disagree.
+        CheckpointError: A value is not a positive number, or two values disagree.
     """
     given = {name: value for name, value in spellings.items() if value is not None}
     for name, value in given.items():
@@ -140,16 +140,17 @@ def agreed(spellings: Mapping[str, object], default: float, where: Path) -> floa
 
 
 def stated_factor(name: str, section: Mapping[str, Any], where: Path, *, bare_type: bool = True) -> object:
-    """The factor that a section states: its own where it is linear, 1 where it is default, None where it says neither.
+    """Return the factor that a section states: the given one for linear, 1 for default, None if it states no kind.
 
     Args:
-        name: The section's, for errors.
+        name: The section's name, for errors.
         section: Its settings, without nulls.
         where: The file, for errors.
-        bare_type: Whether all readers take `type` for rope_type where that is absent.
+        bare_type: Whether all readers accept `type` if rope_type is absent.
 
     Raises:
-        CheckpointError: Another kind, two kinds, a linear one without a factor, or a factor that is not linear.
+        CheckpointError: The kind is another one, there are two kinds, a linear kind lacks a factor, or a factor has
+            another kind.
     """
     kind, older = section.get("rope_type"), section.get("type")
     if kind is not None and older is not None and kind != older:
@@ -182,10 +183,10 @@ def stated_factor(name: str, section: Mapping[str, Any], where: Path, *, bare_ty
 
 
 def object_of(fields: Mapping[str, Any], key: str, where: Path, section: str = "") -> Mapping[str, Any]:
-    """The object under a key; an empty one where it is absent or null.
+    """Return the object under a key; an empty one if it is absent or null.
 
     Raises:
-        CheckpointError: It is not an object.
+        CheckpointError: The value is not an object.
     """
     node = fields.get(key)
     if node is None:
@@ -196,7 +197,7 @@ def object_of(fields: Mapping[str, Any], key: str, where: Path, section: str = "
 
 
 def _refuse_layer_types(name: str, node: Mapping[str, Any], where: Path, because: str) -> None:
-    """Refuse sections of layer types where readers look for none."""
+    """Refuse sections of layer types where readers do not expect them."""
     found = [kind for kind in LAYER_TYPES if kind in node]
     if found:
         raise CheckpointError(
@@ -209,7 +210,7 @@ def _refuse_layer_types(name: str, node: Mapping[str, Any], where: Path, because
 
 
 def _refuse_flat(name: str, nested: Mapping[str, Any], full_theta: float, where: Path) -> None:
-    """Refuse settings that are not under a layer type, which transformers ignores, unless they repeat what holds."""
+    """Refuse settings outside of a layer type, which transformers ignores, unless they repeat the effective values."""
     same = {"rope_type": "default", "type": "default", "rope_theta": full_theta, "factor": 1}
     for key, value in nested.items():
         if key not in LAYER_TYPES and not (key in same and value == same[key]):

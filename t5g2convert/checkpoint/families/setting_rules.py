@@ -1,6 +1,6 @@
-"""What becomes of every setting of a config: the rules, applied to a section.
+"""The rules for the treatment of every setting of a config, and their application to a section.
 
-The lists themselves are data, in `known_settings`; docs/settings.md is made from them.
+The lists of settings are data in `known_settings`; docs/settings.md is made from them.
 """
 
 import re
@@ -13,11 +13,11 @@ from typing import Any, Final
 from t5g2convert.errors import CheckpointError
 
 MOST_NAMED: Final = 50
-"""Settings that one note lists."""
+"""Maximum number of settings that one note lists."""
 
 
 class Outcome(StrEnum):
-    """What becomes of a setting."""
+    """The treatment of a setting."""
 
     USED = "used"
     """Read: it determines the output, or is compared with a setting that does."""
@@ -28,7 +28,7 @@ class Outcome(StrEnum):
     NOTED = "noted"
     """Left out, and named in a note."""
     ABOUT = "left behind"
-    """Ignored: it says who wrote the file, and nothing about the model."""
+    """Ignored: it says who wrote the file, but nothing about the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class Setting:
 
     Attributes:
         name: Its key.
-        outcome: What becomes of it.
-        because: Why, in a few words.
-        neutral: Values that change nothing, like null: they are neither refused nor noted.
+        outcome: Its treatment.
+        because: The reason, in a few words.
+        neutral: Values that change nothing, like null; they are neither refused nor noted.
     """
 
     name: str
@@ -90,7 +90,7 @@ NULL_IS_A_VALUE: Final = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def present(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without nulls, which mean absent, except where null turns something off."""
+    """Return a config without nulls, which mean absent, except nulls that turn a setting off."""
     return {
         key: present(value) if isinstance(value, dict) else value
         for key, value in node.items()
@@ -99,13 +99,13 @@ def present(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def account(section: Section, fields: Mapping[str, Any], where: Path, place: str = "") -> tuple[Left, ...]:
-    """Check every setting of a section, and yield those that are left out; see `known_settings`.
+    """Check every setting of a section, and return those that are left out; see `known_settings`.
 
     Args:
         section: Its known settings.
         fields: The section, without nulls.
         where: The file, for errors.
-        place: The section's name in the file, with a dot behind it.
+        place: The section's name in the file, with a final dot.
 
     Returns:
         The settings that are not used.
@@ -173,11 +173,11 @@ TRAINING: Final = _words(
     "batch checkpoint checkpointing dataset epoch epochs finetuning learning loss lr optim optimizer peft pretraining "
     "rank steps train trainer training unsloth wandb warmup"
 )
-"""Words in names of notes on how a model was trained."""
+"""Words in the names of settings that only record how a model was trained."""
 
 
 def _is_off(value: object) -> bool:
-    """Return whether a value asks for nothing: a switch that is off, or an empty list."""
+    """Return whether a value has no effect: a switch that is off, or an empty list."""
     return value is False or value in ("", [], {})
 
 

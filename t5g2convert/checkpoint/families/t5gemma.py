@@ -1,6 +1,6 @@
 """T5Gemma's config.json (the first generation), and the tensors that it implies.
 
-The list of tensors is code, independent of any weight map, so that a map that forgets a tensor is caught.
+The list of tensors is written in code, independently of any weight map, to catch a map that forgets a tensor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,9 +32,9 @@ class T5Gemma:
     """A T5Gemma model as its config describes it.
 
     Attributes:
-        encoder: Its encoder, which has the settings of a Gemma 2.
-        decoder: Its decoder likewise.
-        tied: Whether the softmax reads the decoder's embedding matrix; the encoder's is always one of its own.
+        encoder: The settings of its encoder, those of a Gemma 2.
+        decoder: The settings of its decoder, likewise.
+        tied: Whether the softmax reads the decoder's embedding matrix; the encoder's matrix is always separate.
     """
 
     encoder: Gemma2Text
@@ -46,7 +46,7 @@ def read_t5gemma(config: Mapping[str, Any], where: Path) -> T5Gemma:
     """Read the config of a T5Gemma.
 
     Raises:
-        CheckpointError: Another model, or a field that is missing or of the wrong type.
+        CheckpointError: The config is another model's, or a field is missing or of the wrong type.
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma", where=where)
@@ -88,7 +88,7 @@ def _layer_tensors(stack: Gemma2Text) -> dict[str, tuple[int, ...]]:
 
 
 def _attention_tensors(name: str, stack: Gemma2Text, memory: int) -> dict[str, tuple[int, ...]]:
-    """Return an attention and its norms; `memory` is the width that its keys and values are projected from."""
+    """Return the tensors of an attention and its norms; `memory` is the input width of its keys and values."""
     hidden, head = stack.hidden_size, stack.head_dim
     query, key_value = stack.num_attention_heads * head, stack.num_key_value_heads * head
     return {

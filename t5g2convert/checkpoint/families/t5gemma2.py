@@ -1,4 +1,4 @@
-"""T5Gemma 2's config.json, of the whole model or of its encoder alone, and the tensors that it implies."""
+"""T5Gemma 2's config.json, of the whole model or of a standalone encoder, and the tensors that it implies."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class T5Gemma2(T5Gemma2Encoder):
 
     @property
     def features(self) -> frozenset[str]:
-        """`vision`, or `text_only` for the stub of a tower."""
+        """`vision`, or `text_only` if the tower is a stub without layers."""
         return frozenset({"vision" if self.vision.num_hidden_layers else "text_only"})
 
     @property
@@ -100,7 +100,7 @@ class T5Gemma2(T5Gemma2Encoder):
 
     @property
     def values(self) -> Mapping[str, Scalar]:
-        """The fields of the stacks as `encoder.` and `decoder.`, of the tower as `vision_`, and the tokens."""
+        """The fields of the stacks as `encoder.NAME` and `decoder.NAME`, of the tower as `vision_NAME`, and the tokens."""
         values: dict[str, Scalar] = self.tokens.model_dump()
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             fields = stack.model_dump(exclude={"rope_parameters"})
@@ -120,7 +120,7 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
     """Read the config of a T5Gemma 2.
 
     Raises:
-        CheckpointError: Another model, or a field that is missing or of the wrong type.
+        CheckpointError: The config is another model's, or a field is missing or of the wrong type.
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2", where=where)
@@ -128,24 +128,24 @@ def read_t5gemma2(config: Mapping[str, Any], where: Path) -> T5Gemma2:
     return T5Gemma2(
         read_stack(subsection(encoder, "text_config", where), where, "encoder.text_config"),
         parse_section(SiglipConfig, subsection(encoder, "vision_config", where), where, "encoder.vision_config"),
-        # Both places name them; transformers takes the image token from the top, the others from the encoder.
+        # Both sections name the tokens; transformers reads the image token at the top, the others in the encoder.
         parse_section(T5Gemma2Tokens, {**encoder, **_top_image_token(config)}, where, "encoder"),
         read_stack(subsection(config, "decoder", where), where, "decoder"),
     )
 
 
 def read_t5gemma2_encoder(config: Mapping[str, Any], where: Path) -> T5Gemma2Encoder:
-    """Read the config of a T5Gemma 2's encoder alone.
+    """Read the config of a T5Gemma 2's standalone encoder.
 
     Raises:
-        CheckpointError: Another model, or a field that is missing or of the wrong type.
+        CheckpointError: The config is another model's, or a field is missing or of the wrong type.
     """
     if config.get("model_type") != ENCODER_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is not T5Gemma 2's encoder", where=where)
     return T5Gemma2Encoder(
         read_stack(subsection(config, "text_config", where), where, "text_config"),
         parse_section(SiglipConfig, subsection(config, "vision_config", where), where, "vision_config"),
-        # An encoder alone has another default than the whole model, which is never meant.
+        # The config class of the standalone encoder has another default than the whole model's; it is never intended.
         parse_section(T5Gemma2Tokens, config, where),
     )
 
@@ -182,7 +182,7 @@ def t5gemma2_tensors(config: Mapping[str, Any], where: Path) -> Iterator[Expecte
 
 
 def t5gemma2_encoder_tensors(config: Mapping[str, Any], where: Path) -> Iterator[ExpectedTensor]:
-    """Yield every tensor of T5Gemma 2's encoder alone, under names that all versions of transformers accept.
+    """Yield every tensor of T5Gemma 2's standalone encoder, under names that all versions of transformers accept.
 
     Raises:
         CheckpointError: As `read_t5gemma2_encoder`.

@@ -1,14 +1,15 @@
-"""The spellings of T5Gemma 2's tensor names that loaders accept, read as the published one.
+"""The spellings of T5Gemma 2's tensor names that loaders accept, translated to the published one.
 
 | saved by | encoder | vision tower | decoder |
 |---|---|---|---|
 | the Hub's repositories, `save_pretrained` of a loaded model | `model.encoder.` | `...vision_tower.vision_model.` | `model.decoder.` |
 | `save_pretrained` of a model that was never loaded | `model.encoder.` | `...vision_tower.` | `model.decoder.` |
 | a raw state dict (FSDP, DeepSpeed, merge tools) | `model.encoder.text_model.` | `...vision_tower.` | `model.decoder.` |
-| T5Gemma2Model, by either way | `encoder.`, `encoder.text_model.` | either | `decoder.` |
+| T5Gemma2Model, either way | `encoder.`, `encoder.text_model.` | either | `decoder.` |
 
-A raw state dict also holds the tied copies. What holds another class's head (`score.out_proj.weight`) is whole without it.
-The maps that take a T5Gemma 2 apart declare the same spellings as their roots; a test holds the two together.
+A raw state dict also holds the tied copies. With another class's head (`score.out_proj.weight`), a checkpoint is
+complete without the head. The maps that extract parts of a T5Gemma 2 declare the same spellings as their roots; a test
+compares the two.
 """  # noqa: E501 (the table)
 
 from collections.abc import Mapping
@@ -32,14 +33,14 @@ ROOTS: Final[Mapping[str, tuple[str, ...]]] = {
     "projector": ("model.encoder.multi_modal_projector.", "encoder.multi_modal_projector."),
     "decoder": ("model.decoder.", "decoder."),
 }  # fmt: skip
-"""Spellings of the roots of a whole model; the first is the published one."""
+"""Spellings of the roots of a whole model, the published one first."""
 
 ALONE_ROOTS: Final[Mapping[str, tuple[str, ...]]] = {
     "encoder": ("", "text_model."),
     "vision": ("vision_tower.vision_model.", "vision_tower."),
     "projector": ("multi_modal_projector.",),
 }
-"""The same of the encoder alone."""
+"""The same for a standalone encoder."""
 
 COPIES: Final[Mapping[str, str]] = {
     "model.decoder.embed_tokens.weight": TABLE,
@@ -59,14 +60,14 @@ HEADED: Final = ("T5Gemma2ForSequenceClassification", "T5Gemma2ForTokenClassific
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A T5Gemma 2, or its encoder alone, under its published names.
+    """A T5Gemma 2, or its standalone encoder, under its published names.
 
     Attributes:
-        checkpoint: The checkpoint, with each tensor under its published name; a `StoredTensor` keeps its own.
-        spelled: The stored name of each of those tensors, by its published name.
-        copies: Tied copies by their stored names, with the published name of what they repeat.
-        heads: Names of another class's head.
-        unexpected: Names that are none of these.
+        checkpoint: The checkpoint, with each tensor under its published name; a `StoredTensor` keeps its stored name.
+        spelled: The stored name of each of these tensors, by published name.
+        copies: Tied copies by stored name, with the published name of the tensor that they repeat.
+        heads: Names of the tensors of another class's head.
+        unexpected: All other names.
     """
 
     checkpoint: Checkpoint
@@ -83,15 +84,15 @@ class Published:
 
     @property
     def respelled(self) -> bool:
-        """Whether any tensor has a name other than the published one."""
+        """Whether any stored name differs from the published one."""
         return any(name != spelled for name, spelled in self.spelled.items())
 
 
 def as_published(checkpoint: Checkpoint) -> Published:
-    """Read the tensor names of a T5Gemma 2, or of its encoder alone, in any spelling.
+    """Read the tensor names of a T5Gemma 2, or of its standalone encoder, in any spelling.
 
     Raises:
-        CheckpointError: A tensor has two spellings, or the config is of another model.
+        CheckpointError: A tensor has two spellings, or the config is another model's.
     """
     where = checkpoint.path / "config.json"
     implied = {item.name for item in expected_tensors(checkpoint.config, where)}
@@ -121,7 +122,7 @@ def as_published(checkpoint: Checkpoint) -> Published:
 
 
 def published_name(name: str, *, alone: bool = False) -> str:
-    """Return the published name of a tensor; a name without a known root stays the same.
+    """Return the published name of a tensor; a name without a known root is returned unchanged.
 
     >>> published_name("encoder.text_model.layers.0.mlp.up_proj.weight")
     'model.encoder.layers.0.mlp.up_proj.weight'
@@ -134,12 +135,12 @@ def published_name(name: str, *, alone: bool = False) -> str:
 
 
 def _root_of(name: str, *, alone: bool) -> tuple[str, str] | None:
-    """Return the root of a name and its longest spelling that matches; None if none does."""
+    """Return the root of a name and its longest matching spelling; None if no spelling matches."""
     roots = ALONE_ROOTS if alone else ROOTS
     fitting = [(root, each) for root, spellings in roots.items() for each in spellings if name.startswith(each)]
     return max(fitting, key=lambda pair: len(pair[1]), default=None)
 
 
 def is_t5gemma2(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint is a T5Gemma 2, or its encoder alone."""
+    """Return whether a checkpoint is a T5Gemma 2 or its standalone encoder."""
     return checkpoint.config.get("model_type") in (MODEL_TYPE, ENCODER_TYPE)

@@ -1,4 +1,4 @@
-"""The config of a text stack and of a vision tower, as all families share them."""
+"""The configs of a text stack and of a vision tower, shared by all families."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ Activation = Literal[
 
 
 class TextConfig(ConfigSection):
-    """One text stack; a field has a default if all classes of transformers have the same."""
+    """One text stack; a field has a default if it is the same in all classes of transformers."""
 
     vocab_size: Size
     hidden_size: Size
@@ -50,11 +50,11 @@ class TextConfig(ConfigSection):
     sliding_window: Size
     final_logit_softcapping: Positive | None = None
     attn_logit_softcapping: Positive | None = None
-    # Where a dialect lists none, its reader settles them before validation.
+    # If a dialect does not list them, its reader fills them in before validation.
     layer_types: list[LayerType]
 
     qk_norm: ClassVar[bool] = True
-    """Whether queries and keys are normed; no config says so."""
+    """Whether queries and keys are normed; configs do not state it."""
 
     @property
     def ropes(self) -> Mapping[LayerType, Rope]:
@@ -86,7 +86,7 @@ class GemmaText(TextConfig):
 
 
 class SiglipConfig(ConfigSection):
-    """A SigLIP tower; a field has a default if all classes of transformers have the same."""
+    """A SigLIP tower; a field has a default if it is the same in all classes of transformers."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -113,7 +113,7 @@ class SiglipConfig(ConfigSection):
 
 
 class ImageTokens(ConfigSection):
-    """The tokens of images; a field has a default if all classes of transformers have the same."""
+    """The tokens of images; a field has a default if it is the same in all classes of transformers."""
 
     mm_tokens_per_image: Size = 256
     boi_token_index: Token = 255_999
@@ -146,7 +146,7 @@ def check_stack(stack: TextConfig, where: Path, section: str = "") -> None:
     """Refuse a stack that contradicts itself; `section` is its name in config.json, for errors.
 
     Raises:
-        CheckpointError: The number of layers or of heads does not fit.
+        CheckpointError: The number of layers or of heads contradicts other fields.
     """
     dot = f"{section}." if section else ""
     if len(stack.layer_types) != stack.num_hidden_layers:
@@ -158,7 +158,7 @@ def check_stack(stack: TextConfig, where: Path, section: str = "") -> None:
 
 
 def activation_note(fields: Mapping[str, Any], activation: str, dot: str = "") -> Iterator[str]:
-    """Yield a note if `hidden_act`, which is not read, differs from the activation; `dot` is the section's name."""
+    """Yield a note if `hidden_act`, which is not used, differs from the activation; `dot` is the section's prefix."""
     other = fields.get("hidden_act")
     if other is not None and other != activation:
         yield (
@@ -170,7 +170,7 @@ def check_images(tokens: ImageTokens, tower: SiglipConfig, where: Path) -> None:
     """Refuse images that cannot be pooled to mm_tokens_per_image tokens, and image tokens without an id.
 
     Raises:
-        CheckpointError: The patches cannot be pooled so, or an id is negative.
+        CheckpointError: The patches cannot be pooled to that number, or an id is negative.
     """
     across, wanted = tower.image_size // tower.patch_size, tokens.mm_tokens_per_image
     side = math.isqrt(wanted)
@@ -188,7 +188,7 @@ def check_multiple(section: ConfigSection, multiple: str, divisor: str, where: P
     """Refuse a size that is not a multiple of another; `prefix` is written before the first.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: The size is not a multiple.
     """
     one, other = getattr(section, multiple), getattr(section, divisor)
     if one % other:
@@ -196,7 +196,7 @@ def check_multiple(section: ConfigSection, multiple: str, divisor: str, where: P
 
 
 def stack_tensors(stack: TextConfig, norms: tuple[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the tensors of a stack without its root; `norms` are those before and after attention."""
+    """Yield the tensors of a stack, named without its root; `norms` names the norms before and after attention."""
     hidden, ffn = stack.hidden_size, stack.intermediate_size
     layer_tensors = {
         **attention_tensors(stack, "self_attn", norms),

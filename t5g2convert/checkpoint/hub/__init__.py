@@ -1,1 +1,1 @@
-"""Models of the Hub, read like folders."""
+"""Models on the Hub, read like folders."""

@@ -1,6 +1,6 @@
-"""Errors of the Hub and its client as `HubError`: one line, a hint, and never a token.
+"""Errors of the Hub and its client, turned into a `HubError`: one line and a hint, never a token.
 
-Nothing of the client's own messages is repeated: they hold addresses, which may be signed.
+The client's own messages are not repeated: they contain URLs, which may be signed.
 """
 
 import re
@@ -17,7 +17,7 @@ OFFLINE_HINT = "unset it to access the Hub"
 LOGIN_HINT = "hf auth login, or set HF_TOKEN"
 
 _CLIENTS: Final = frozenset({"aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3"})
-"""Network libraries: their errors contain addresses and texts from servers."""
+"""Network libraries: their errors contain URLs and texts from servers."""
 
 
 @contextmanager
@@ -43,12 +43,12 @@ def hub_errors(repo: str, revision: str | None = None, *, absent: str = "no such
 
 
 def network_error(error: BaseException, repo: str, *, absent: str) -> T5g2Error | None:
-    """Return our error for one of a library that reads from the Hub; None if neither Hub nor network caused it.
+    """Return our error for the error of a library that reads from the Hub; None if neither Hub nor network caused it.
 
     Args:
         error: The library's error.
         repo: The requested data set or model.
-        absent: The message for one that does not exist.
+        absent: The message for a data set or model that does not exist.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -56,7 +56,7 @@ def network_error(error: BaseException, repo: str, *, absent: str) -> T5g2Error 
         if isinstance(cause, transport_error() | LocalEntryNotFoundError | OfflineModeIsEnabled):
             found = _explained(_cause(cause), repo, None, absent)
             if found.hint is not None and found.hint.startswith("try again"):
-                found.hint = "try again"  # what is read in passing is not kept
+                found.hint = "try again"  # streamed data is not kept
             return found
         if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__module__.partition(".")[0] in _CLIENTS:
             told = f"could not be read from {_host()} or from its file storage ({type(cause).__name__})"
@@ -65,7 +65,7 @@ def network_error(error: BaseException, repo: str, *, absent: str) -> T5g2Error 
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Return an error and its causes; the first of the client's own is the most exact."""
+    """Return an error and its causes; the first error of the client itself is the most specific."""
     seen: list[BaseException] = []
     behind: BaseException | None = error
     while behind is not None and behind not in seen:
@@ -75,7 +75,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def without_token(text: str) -> str:
-    """Return a library's text without the token that it may repeat."""
+    """Return a library's text without the user's token, which it may contain."""
     token = _token()
     return text.replace(token, "***") if token else text
 
@@ -89,7 +89,7 @@ def transport_error() -> type[Exception]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the cause of an error of the client's cache, which says only that a file is absent."""
+    """Return the cause of an error of the client's cache, which itself only says that a file is absent."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
@@ -125,7 +125,7 @@ def _explained(error: BaseException, repo: str, revision: str | None, absent: st
 
 
 def _refused(error: Exception, repo: str, revision: str | None, absent: str) -> HubError:
-    """Return the error for a refusal, by its kind first and by its status second."""
+    """Return the error for a refused request: by the type of the client's error, else by its status."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", 0)
@@ -177,7 +177,7 @@ def _token() -> str | None:
 
 
 def _bad_token(repo: str) -> HubError | None:
-    """Return the error for a token that cannot be sent, which the client does not report; None if it can."""
+    """Return an error if the token cannot be sent, which the client does not report; None if it can."""
     token = _token()
     if not token or re.fullmatch(r"[!-~]+", token):
         return None
@@ -192,7 +192,7 @@ def _host() -> str:
 
 
 def endpoint() -> str:
-    """Return the Hub's address, without a password in HF_ENDPOINT."""
+    """Return the Hub's URL, without a password in HF_ENDPOINT."""
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)

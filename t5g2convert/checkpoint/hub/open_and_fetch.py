@@ -1,6 +1,6 @@
 """Checkpoints on the Hub: headers are read remotely, and only the needed files are downloaded to the cache.
 
-All downloads are huggingface_hub's, with its cache and its settings: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+huggingface_hub makes all downloads, with its cache and its settings: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 import os
@@ -62,7 +62,7 @@ def parse_id(text: str) -> HubId | None:
 
 
 def given_folders(*sources: Origin | None) -> list[Path]:
-    """Return the folders among some origins, without opening them."""
+    """Return the origins that are folders, without opening them."""
     for source in sources:
         _check_given(source)
     paths = (source.path if isinstance(source, Checkpoint) else source for source in sources if source is not None)
@@ -70,24 +70,25 @@ def given_folders(*sources: Origin | None) -> list[Path]:
 
 
 def _check_given(source: Origin | None) -> None:
-    """Refuse an empty name, which would be the current folder.
+    """Refuse an empty name, which would mean the current folder.
 
     Raises:
-        UsageError: It is empty.
+        UsageError: The name is empty.
     """
     if isinstance(source, str) and not source.strip():
         raise UsageError("the source is empty, expected a folder or a model on the Hub")
 
 
 def open_source(source: Origin, *, allow_unheld: bool = False) -> Checkpoint:
-    """Open a checkpoint by its headers alone.
+    """Open a checkpoint; read only its config and headers.
 
     Args:
-        source: A folder, or as a str also a model on the Hub, org/name[@revision]; an open checkpoint is returned.
-        allow_unheld: Accept an index that lists tensors that no shard holds; the caller checks `Checkpoint.unheld`.
+        source: A folder, or as a str also a model on the Hub, org/name[@revision]; an open checkpoint is returned
+            unchanged.
+        allow_unheld: Accept an index with tensors that no shard holds; the caller checks `Checkpoint.unheld`.
 
     Raises:
-        CheckpointError: It is not sound; see `open_checkpoint`.
+        CheckpointError: The checkpoint is not valid; see `open_checkpoint`.
         HubError: The model does not exist, access is denied, or the Hub cannot be reached.
         OutputError: The Hub's cache cannot be written.
     """
@@ -115,7 +116,7 @@ def again(checkpoint: Checkpoint) -> Path | Checkpoint:
 
 
 def missing(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    """Return the files that are on the Hub and not yet in its cache."""
+    """Return the files that are on the Hub but not yet in its cache."""
     if checkpoint.hub is None:
         return []
     return [name for name in dict.fromkeys(names) if not (checkpoint.path / name).exists()]
@@ -130,16 +131,16 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
     """Fetch files of a checkpoint into `checkpoint.path`.
 
     Args:
-        checkpoint: A checkpoint; one in a local folder is returned as it is.
-        names: The files that will be read. They come from the commit that was opened; what is in the cache already
-            is not asked for again.
-        progress: Called with the bytes just downloaded.
+        checkpoint: A checkpoint; if it is in a local folder, it is returned unchanged.
+        names: The files that will be read. They come from the commit that was opened; files already in the cache are
+            not requested again.
+        progress: Called with the number of bytes just downloaded.
 
     Returns:
-        The checkpoint, with the identities of the files that are now here.
+        The checkpoint, with the identities of the files that are now on this machine.
 
     Raises:
-        CheckpointError: A file has another header than was read on the Hub.
+        CheckpointError: A file's header differs from the one read on the Hub.
         HubError: The Hub refuses a file, cannot be reached, or is disabled (HF_HUB_OFFLINE).
         OutputError: The disk of the cache is too full or fails.
     """
@@ -168,11 +169,11 @@ def fetch(checkpoint: Checkpoint, names: Iterable[str], *, progress: Progress | 
 
 
 def read_held(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
-    """Read a JSON file of a checkpoint, from the Hub if need be; return None if there is none.
+    """Read a JSON file of a checkpoint, from the Hub if necessary; return None if it does not exist.
 
     Raises:
-        CheckpointError: It is not JSON, or not a regular file.
-        HubError: The Hub refuses it, or cannot be reached.
+        CheckpointError: The file is not JSON, or not a regular file.
+        HubError: The Hub refuses the file, or cannot be reached.
     """
     if not checkpoint.holds(name):
         return None
@@ -201,7 +202,7 @@ def read_range(checkpoint: Checkpoint, name: str, start: int, end: int) -> bytes
 
 
 def _check_room(checkpoint: Checkpoint, need: int) -> None:
-    """Refuse a download that the disk of the cache cannot hold."""
+    """Refuse a download if the disk of the cache has too little space."""
     have = shutil.disk_usage(checkpoint.path).free
     if have < need:
         raise OutputError(
@@ -213,8 +214,8 @@ def _check_room(checkpoint: Checkpoint, need: int) -> None:
 
 def _open_online(hub_id: HubId) -> Checkpoint:
     """Open a model online: find the commit, fetch its small files, and read the headers of its weights."""
-    # A branch may move between the two questions that are asked of it. Or the Hub fails at the second, and its client
-    # falls back on a commit that was fetched before.
+    # A branch may move between two requests. Or the Hub fails at the second one, and its client falls back on a commit
+    # that was fetched earlier.
     place = _pinned(hub_id) or _pinned(hub_id)
     if place is None:
         raise HubError("the commit of the branch is unknown", where=str(hub_id), hint="try again, or pass a commit")
@@ -238,7 +239,7 @@ def _pinned(hub_id: HubId) -> Repository | None:
     if config not in files:
         raise _no_model(HubOrigin(hub_id.repo, info.sha or "main", files, paths), str(hub_id))
     with hub_errors(hub_id.repo, hub_id.revision):
-        # By the revision's name, which so gets into the cache for a later run offline.
+        # Request it by the name of the revision: the client caches the name for a later run offline.
         path = api.hf_hub_download(hub_id.repo, config, revision=hub_id.revision, tqdm_class=silent_bar())
         snapshot = Path(path).parent
     return (

@@ -11,10 +11,10 @@ from t5g2convert.errors import HubError
 from t5g2convert.version import __version__
 
 FIRST_BYTES: Final = 100_000
-"""Bytes of the first request: one request more costs more than some thousand bytes more."""
+"""Bytes of the first request: another request costs more than some thousand bytes more."""
 
 ATTEMPTS: Final = 3
-"""Attempts for one range, as a connection may be cut."""
+"""Attempts to read one range, since connections may be cut."""
 
 
 def read_remote_header(repo: str, revision: str, name: str, size: int, path: Path) -> Header:
@@ -25,11 +25,11 @@ def read_remote_header(repo: str, revision: str, name: str, size: int, path: Pat
         revision: The sha of the commit.
         name: The file.
         size: Its size in bytes, as the Hub lists it.
-        path: The path that it will have in the cache.
+        path: Its future path in the cache.
 
     Raises:
-        CheckpointError: It is not a sound safetensors file.
-        HubError: The Hub refuses it, cannot be reached, or sends other bytes than it lists.
+        CheckpointError: The file is not a valid safetensors file.
+        HubError: The Hub refuses the file, cannot be reached, or sends other bytes than it lists.
     """
     from huggingface_hub import hf_hub_url
 
@@ -49,7 +49,7 @@ def read_remote_range(repo: str, revision: str, name: str, size: int, start: int
 
 
 class _RemoteFile:
-    """A file on the Hub, called like `os.pread` with a count and a position."""
+    """A file on the Hub, read like with `os.pread`: by a count and a position."""
 
     def __init__(self, repo: str, url: str, size: int, *, first: int = FIRST_BYTES) -> None:
         self._repo, self._url, self._size = repo, url, size
@@ -80,7 +80,7 @@ class _RemoteFile:
 
         headers = build_hf_headers(library_name="t5g2convert", library_version=__version__)
         headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        # Connections that break are not the client's to try again: it cannot once the answer has begun.
+        # The client cannot retry after the response has begun, so broken connections are retried here.
         opened = http_stream_backoff(
             "GET",
             self._url,
@@ -93,7 +93,7 @@ class _RemoteFile:
             with opened as response:
                 hf_raise_for_status(response)
                 self._check_range(response.status_code, response.headers, start)
-                # A server that knows no ranges sends the file from its first byte on; it is left when enough has come.
+                # A server without range support sends the whole file; stop reading after the bytes that are needed.
                 skipped = 0 if response.status_code == 206 else start
                 data = _first(response.iter_raw(), skipped + (end - start))
         except HfHubHTTPError:
@@ -105,7 +105,7 @@ class _RemoteFile:
         return data[skipped:]
 
     def _check_range(self, status: int, headers: Mapping[str, str], start: int) -> None:
-        """Refuse an answer for another file or another range."""
+        """Refuse a response with another file or another range."""
         if status == 206:
             told = headers.get("Content-Range", "")
             found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", told)
@@ -120,7 +120,7 @@ class _RemoteFile:
 
 
 class _CutError(HubError):
-    """An answer that ended too early; it is requested again."""
+    """A response that ended too early; the request is repeated."""
 
     def __init__(self, repo: str, told: str) -> None:
         super().__init__(
@@ -129,7 +129,7 @@ class _CutError(HubError):
 
 
 def _first(pieces: Iterator[bytes], count: int) -> bytes:
-    """Return the first bytes of an answer, without waiting for the rest."""
+    """Return the first bytes of a response, without waiting for the rest."""
     data = bytearray()
     for piece in pieces:
         data += piece

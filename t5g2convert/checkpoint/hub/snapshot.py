@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SMALL_BYTES: Final = 4_000_000
-"""JSON files up to this size are fetched when a model is opened; a tokenizer.json is larger."""
+"""JSON files up to this size are fetched when a model is opened; tokenizer.json is larger."""
 
 THREADS: Final = 8
 """Concurrent requests for headers and small files."""
@@ -27,7 +27,7 @@ THREADS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A commit of a model on the Hub; files in the cache are read from there."""
+    """A commit of a model on the Hub; cached files are read from the cache."""
 
     path: Path
     hub: HubOrigin
@@ -107,10 +107,10 @@ class Snapshot(Folder):
 
 
 def download(hub: HubOrigin, name: str, progress: Progress | None = None) -> str:
-    """Fetch a file into the cache, unless it is there, and return its path.
+    """Fetch a file into the cache, unless it is already there, and return its path.
 
     Raises:
-        HubError: The Hub refuses it, or cannot be reached.
+        HubError: The Hub refuses the file, or cannot be reached.
         OutputError: The cache cannot be written.
     """
     with hub_errors(hub.repo, hub.revision):
@@ -118,14 +118,14 @@ def download(hub: HubOrigin, name: str, progress: Progress | None = None) -> str
 
 
 def hub_api() -> "HfApi":
-    """The Hub's client, with the settings of the environment."""
+    """Return the Hub's client, with the settings of the environment."""
     from huggingface_hub import HfApi
 
     return HfApi(library_name="t5g2convert", library_version=__version__)
 
 
 def silent_bar(progress: Progress | None = None) -> type[Any]:
-    """Return a progress bar for huggingface_hub that shows nothing and reports the bytes."""
+    """Return a progress bar for huggingface_hub that shows nothing and reports the number of bytes."""
     from huggingface_hub.utils import tqdm
 
     class Counter(tqdm):
@@ -138,14 +138,14 @@ def silent_bar(progress: Progress | None = None) -> type[Any]:
                 progress(int(n or 0))
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Ignore bytes of the network; the files that are made of them are counted once."""
+            """Ignore transferred bytes: the bytes of the resulting files are already counted."""
 
         def set_transfer_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-            """Ignore the rate of the network."""
+            """Ignore the transfer rate."""
 
     return Counter
 
 
 def download_again(path: Path) -> str:
-    """Return a hint for a damaged file in the Hub's cache, where its name is a symlink to the bytes."""
+    """Return a hint for a damaged file in the Hub's cache, where the name is a symlink to the bytes."""
     return f"remove {path.resolve()} and run again: it is downloaded again"

@@ -1,4 +1,4 @@
-"""Additional chat templates: the files of one folder, which transformers loads with the tokenizer's own template."""
+"""Additional chat templates: files in one folder that transformers loads with the tokenizer's own template."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -13,12 +13,12 @@ SUFFIX: Final = ".jinja"
 
 
 def is_output_name(name: str) -> bool:
-    """Whether an output may have a file of this name: a plain name, or that of a template in its folder."""
+    """Return whether an output may have a file of this name: a plain name, or a template in its folder."""
     return is_plain_name(name.removeprefix(TEMPLATES_FOLDER) if is_template(name) else name)
 
 
 def is_template(name: str) -> bool:
-    """Whether a path is that of an additional chat template; its name may have any characters."""
+    """Return whether a path is an additional chat template; its name may have any characters."""
     return name.startswith(TEMPLATES_FOLDER) and name.endswith(SUFFIX)
 
 
@@ -43,7 +43,7 @@ def templates_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def held(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    """Return the names of a list that a checkpoint has; the folder of templates counts as the files in it."""
+    """Return the listed files that a checkpoint has; the folder of templates stands for the files in it."""
     found: list[str] = []
     for name in names:
         if name == TEMPLATES_FOLDER:
@@ -58,7 +58,7 @@ def _in_folder(checkpoint: Checkpoint) -> list[str]:
     try:
         if not folder.is_dir():
             return []
-        # A folder with such a name is refused later: it is not a regular file.
+        # A folder with the name of a template is refused later: it is not a regular file.
         return [f"{TEMPLATES_FOLDER}{name.rstrip('/')}" for name in listed(folder)]
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder) from None

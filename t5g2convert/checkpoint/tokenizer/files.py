@@ -1,4 +1,4 @@
-"""The tokenizer files of a checkpoint, each read and parsed once, when it is first needed."""
+"""The tokenizer files of a checkpoint; each is read and parsed once, when it is first needed."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -24,16 +24,16 @@ _STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _MERGES: Final = re.compile(
     rb'(?<!\\)"merges"\s*+:\s*+\[((?:[^"\[\]]++|%s|\[(?:[^"\[\]]++|%s)*+\])*+)\]' % (_STRING, _STRING), re.DOTALL
 )
-"""A list of merges: texts, or lists of texts. No string can hold this, as its quotes would have backslashes."""
+"""A list of merges: texts, or lists of texts. It cannot occur inside a string: its quotes would have backslashes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerJson:
-    """tokenizer.json, read whole.
+    """The contents of a tokenizer.json.
 
     Attributes:
         path: The file.
-        identity: The file as it was before it was read.
+        identity: The identity of the file before it was read.
         text: Its bytes.
     """
 
@@ -55,17 +55,17 @@ class TokenizerJson:
         return cls(path, identity, read_json_file(path))
 
     def parse(self) -> dict[str, Any]:
-        """Parse the file, with an empty list in place of the merges: Gemma's would take 150 MB more.
+        """Parse the file with an empty list instead of the merges: Gemma's would take 150 MB more.
 
         Raises:
-            CheckpointError: It is not JSON, or has a key twice.
+            CheckpointError: The file is not JSON, or has a key twice.
         """
         found = _MERGES.search(self.text)
         text = self.text if found is None else self.text[: found.start(1)] + self.text[found.end(1) :]
         return parse_object(text, self.path)
 
     def vocabulary(self) -> dict[str, int]:
-        """Return the ids of `model.vocab` by token; none where the tokens have no ids of their own.
+        """Return the ids of `model.vocab` by token; empty if tokens are stored without ids.
 
         Raises:
             CheckpointError: As `parse`.
@@ -77,7 +77,7 @@ class TokenizerJson:
 
 
 class Tokenizer:
-    """The tokenizer files of a checkpoint; those of a model on the Hub are downloaded when they are first needed.
+    """The tokenizer files of a checkpoint; files on the Hub are downloaded when they are first needed.
 
     Each property raises CheckpointError if its file cannot be read or is not JSON, and HubError if the Hub does not
     provide it.
@@ -91,7 +91,7 @@ class Tokenizer:
 
     @cached_property
     def json(self) -> TokenizerJson | None:
-        """tokenizer.json; None where there is none."""
+        """tokenizer.json; None if it is missing."""
         if not self.checkpoint.holds(TOKENIZER_FILE):
             return None
         fetch(self.checkpoint, [TOKENIZER_FILE])
@@ -99,17 +99,17 @@ class Tokenizer:
 
     @cached_property
     def settings(self) -> Mapping[str, Any] | None:
-        """tokenizer_config.json; None where there is none."""
+        """tokenizer_config.json; None if it is missing."""
         return read_held(self.checkpoint, TOKENIZER_CONFIG_FILE)
 
     @cached_property
     def added_tokens(self) -> Mapping[str, Any] | None:
-        """added_tokens.json; None where there is none."""
+        """added_tokens.json; None if it is missing."""
         return read_held(self.checkpoint, ADDED_TOKENS_FILE)
 
     @cached_property
     def special_tokens(self) -> Mapping[str, Any] | None:
-        """special_tokens_map.json; None where there is none."""
+        """special_tokens_map.json; None if it is missing."""
         return read_held(self.checkpoint, SPECIAL_TOKENS_FILE)
 
 
@@ -119,7 +119,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def read_pieces(path: Path) -> list[bytes] | None:
-    """Return the texts of the pieces in the order of their ids; None if the file is not a SentencePiece model.
+    """Return the texts of the pieces in order of id; None if the file is not a SentencePiece model.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -142,7 +142,7 @@ def _text(data: bytes, start: int, end: int) -> bytes:
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the number, start and end of every field of bytes.
+    """Yield the number, start and end of every length-delimited field.
 
     Raises:
         ValueError: The data is not a protobuf message.

@@ -1,8 +1,8 @@
 """The token ids in use, from all tokenizer files of a checkpoint.
 
-Files give ids in `model.vocab` and `added_tokens` of tokenizer.json, in the pieces of tokenizer.model where there is no
-tokenizer.json, in `added_tokens_decoder` of tokenizer_config.json, and in added_tokens.json. Other keys of
-tokenizer_config.json and special_tokens_map.json hold names only: when the tokenizer is loaded, a name that the
+Ids are given by `model.vocab` and `added_tokens` of tokenizer.json, by the pieces of tokenizer.model if there is no
+tokenizer.json, by `added_tokens_decoder` of tokenizer_config.json, and by added_tokens.json. Other keys of
+tokenizer_config.json and special_tokens_map.json hold only names: when the tokenizer is loaded, a name that the
 vocabulary lacks gets the next free id.
 """
 
@@ -19,7 +19,7 @@ from t5g2convert.checkpoint.tokenizer.files import Tokenizer, TokenizerJson
 from t5g2convert.errors import CheckpointError
 
 NAME_LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
-"""Keys that hold several names; a key that holds one ends in `_token`."""
+"""Keys that hold several names; keys that hold one name end in `_token`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class UsedId:
 
     Attributes:
         number: The id.
-        what: The token, or the field of a config, with this id.
+        what: The token or the config field with this id.
         where: The file that names it.
-        assigned: Whether the file gives no id, and loaders assign this one.
+        assigned: Whether loaders assign the id, because the file gives none.
     """
 
     number: int
@@ -43,7 +43,7 @@ class UsedId:
 
     @property
     def finding(self) -> str:
-        """The use as a predicate, without the name of the file."""
+        """The use as the predicate of a sentence, without the name of the file."""
         if self.assigned:
             return f"has {self.what} (loaders assign it the id {self.number})"
         return f"has {self.what} as {self.number}"
@@ -57,9 +57,9 @@ class IdsInUse:
         start: Ids below this one are ignored.
         rows: Number of rows of the table.
         moved: Tokens that the conversion moves, with their ids; these are ignored.
-        spare: The lowest id from `start` to the last row; an id in a file comes before one that loaders assign.
+        spare: The lowest id from `start` to the last row; ids in files take precedence over ids that loaders assign.
         beyond: The same for ids past the last row.
-        at_moved: The tokens that files have at ids in `moved`.
+        at_moved: The tokens that files have at the ids in `moved`.
         has_vocabulary: Whether a tokenizer with a vocabulary was found.
         remarks: Notes on files that could not be read.
     """
@@ -74,17 +74,17 @@ class IdsInUse:
     remarks: list[str] = field(default_factory=list)
 
     def add(self, used: UsedId) -> None:
-        """Add an id."""
+        """Record an id in use."""
         if used.number >= self.rows:
             self.beyond = min(used, self.beyond or used, key=_rank)
         elif used.number >= self.start:
             self.spare = min(used, self.spare or used, key=_rank)
 
     def add_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Add all ids that the tokenizer files of a checkpoint make.
+        """Record all ids in the tokenizer files of a checkpoint.
 
         Raises:
-            CheckpointError: A file cannot be read, or holds something else where an id or a token is expected.
+            CheckpointError: A file cannot be read, or lacks an id or a token where one is expected.
             HubError: The Hub does not provide a file, or cannot be reached.
         """
         folder = tokenizer.checkpoint.path
@@ -95,7 +95,7 @@ class IdsInUse:
         tokens += [(name, _id(number, _quoted(name), path), path) for name, number in listed.items()]
         for token, number, path in tokens:
             self._add_token(token, number, path)
-        # A loader gives new ids to the tokens that the vocabulary lacks, in this order.
+        # A loader assigns new ids, in this order, to the tokens that the vocabulary lacks.
         order = [(token, path) for token, _, path in tokens]
         order += [(name, folder / TOKENIZER_CONFIG_FILE) for name in _names(settings)]
         order += [(name, folder / SPECIAL_TOKENS_FILE) for name in _names(special)]
@@ -113,7 +113,7 @@ class IdsInUse:
                 self._add_token(token, number, path, assigned=True)
 
     def _add_json(self, tokenizer: TokenizerJson) -> tuple[Mapping[str, int], int, Mapping[str, int]]:
-        """Add the ids of tokenizer.json; return its vocabulary, the size of that, and its added tokens."""
+        """Record the ids of tokenizer.json; return its vocabulary, the vocabulary's size, and its added tokens."""
         document, path = tokenizer.parse(), tokenizer.path
         added = dict(_added_token(entry, path) for entry in _section(document, "added_tokens", list, path))
         for token, number in written_ids([document.get("post_processor"), document.get("padding")]):
@@ -128,7 +128,7 @@ class IdsInUse:
         return vocabulary, size, added
 
     def _add_pieces(self, path: Path) -> tuple[Mapping[str, int], int]:
-        """Add the ids of tokenizer.model; return its vocabulary and the size of that."""
+        """Record the ids of tokenizer.model; return its vocabulary and the vocabulary's size."""
         from t5g2convert.checkpoint.tokenizer.files import read_pieces
 
         if (pieces := read_pieces(path)) is None:
@@ -151,14 +151,14 @@ class IdsInUse:
 
 
 def _rank(used: UsedId) -> tuple[bool, int]:
-    """Order ids: those in a file first, then the lowest."""
+    """Return the sort key of an id: ids in files first, then the lowest."""
     return used.assigned, used.number
 
 
 def _assigned(
     order: Iterable[tuple[str, Path]], vocabulary: Mapping[str, int], size: int
 ) -> Iterator[tuple[str, int, Path]]:
-    """Yield the tokens that are not in the vocabulary, with the ids that the tokenizers library assigns to them."""
+    """Yield the tokens that the vocabulary lacks, with the ids that the tokenizers library assigns to them."""
     highest, seen = -1, set[str]()
     for token, where in order:
         if token in seen:
@@ -172,7 +172,7 @@ def _assigned(
 
 
 def _section(document: Mapping[str, Any], key: str, kind: type, where: Path) -> Any:
-    """Return a list or an object of tokenizer.json; an empty one where the key is absent."""
+    """Return a list or an object of tokenizer.json; an empty one if the key is absent."""
     section = document.get(key, kind())
     if not isinstance(section, kind):
         raise CheckpointError(f"{key} is not {'a list' if kind is list else 'an object'}", where=where)
@@ -227,7 +227,7 @@ def _added_token(entry: Any, where: Path) -> tuple[str, int]:
 
 
 def written_ids(node: Any) -> Iterator[tuple[str, int]]:
-    """Yield the tokens, with ids, that the post-processor or the padding of tokenizer.json adds to texts."""
+    """Yield the tokens, with their ids, that the post-processor or the padding of tokenizer.json adds to texts."""
     if isinstance(node, list):
         for item in node:
             yield from written_ids(item)

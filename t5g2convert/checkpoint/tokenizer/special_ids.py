@@ -57,7 +57,7 @@ def generation_ids(generation: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def has_ids(name: str) -> bool:
-    """Whether a setting of generation_config.json holds token ids."""
+    """Return whether a setting of generation_config.json holds token ids."""
     return name.endswith("_token_id") or name in GENERATED_IDS
 
 
@@ -67,7 +67,7 @@ def with_ids(name: str, value: Any, change: Callable[[Any], Any]) -> Any:
     Args:
         name: The setting.
         value: Its value; lists may be nested.
-        change: Called with each id, or with the value in place of one.
+        change: Called with each id, or with the value that is in the place of an id.
 
     Example:
         >>> with_ids("sequence_bias", [[[5, 7], 7.0]], lambda number: number + 1)
