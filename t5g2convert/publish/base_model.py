@@ -1,4 +1,4 @@
-"""The checkpoints a folder was made from, and the command that makes it again."""
+"""The checkpoints that a folder was made from, and the command that makes it again."""
 
 import re
 import shlex
@@ -31,7 +31,7 @@ ROLES: Final = {
 """The checkpoints that a manifest may name, by key."""
 
 LOADED_FILES: Final = ("config.json", *CARRIED)
-"""Files other than the weights that save_pretrained writes and loaders read; not what Trainer leaves."""
+"""Files other than weights that save_pretrained writes and loaders read, without the files that Trainer leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class BaseCheckpoint:
     Attributes:
         role: Its key in the manifest; see `ROLES`.
         family: Its `model_type`.
-        repo: Its name on the Hub; None for a local folder, which only its file hashes identify.
+        repo: Its name on the Hub; None for a local folder, which is identified only by its file hashes.
         revision: Its commit on the Hub.
         files: The sha256 of each file; None where it was not computed.
     """
@@ -54,12 +54,12 @@ class BaseCheckpoint:
 
     @property
     def address(self) -> str | None:
-        """The address its files start with on the Hub."""
+        """The start of the URLs of its files on the Hub."""
         return None if self.repo is None else f"{HUB}/{self.repo}/blob/{self.revision}/"
 
     @property
     def argument(self) -> str:
-        """The argument that stands for it in a command: its name on the Hub, or a placeholder for a folder."""
+        """Its argument in a command: its name on the Hub, or a placeholder for a folder."""
         return self.role.upper() if self.repo is None else f"{self.repo}@{self.revision}"
 
     @property
@@ -76,7 +76,7 @@ def base_checkpoints(manifest: Manifest, folder: Path) -> list[BaseCheckpoint]:
     """Return all checkpoints that a manifest names, the source first.
 
     Raises:
-        CheckpointError: The name or commit of one is not valid on the Hub.
+        CheckpointError: The name or the commit of a checkpoint is not valid on the Hub.
     """
     found = []
     for role, record in manifest.sources.items():
@@ -109,7 +109,7 @@ def command(manifest: Manifest, sources: list[BaseCheckpoint], part: str | None)
 
 
 def _is_shipped(manifest: Manifest) -> bool:
-    """Return whether the map ships with this tool; for another version of the tool, its name decides."""
+    """Return whether the map ships with this tool; if another version wrote the manifest, decide by the map's name."""
     if manifest.mapping is None:
         return False
     name = manifest.mapping.name
@@ -124,14 +124,14 @@ def _is_shipped(manifest: Manifest) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TrainedElsewhere:
-    """A folder that was trained elsewhere: it has no manifest, so the model it was trained from describes its origin.
+    """A folder trained elsewhere; it has no manifest, so the model it was trained from describes its origin.
 
     Attributes:
         files: The names of the files that loaders read.
         parameters: The number of parameters by part, with `total`.
-        dtype: The dtype of most of them, in the spelling of safetensors.
-        start: The manifest of the model it was trained from; None if that has none either, like a release.
-        sources: The checkpoints that model was made from; the model itself if that is not recorded.
+        dtype: The safetensors dtype of most parameters.
+        start: The manifest of the model it was trained from; None if that model, like a release, has none either.
+        sources: The checkpoints that the model was made from; the model itself if they are not recorded.
     """
 
     files: tuple[str, ...]
@@ -142,14 +142,14 @@ class TrainedElsewhere:
 
 
 def read_trained_elsewhere(folder: Path, start: Path) -> TrainedElsewhere:
-    """Read the known facts about a folder that was trained elsewhere.
+    """Read the known facts about a folder trained elsewhere.
 
     Args:
         folder: The folder.
         start: The T5Gemma 2 it was trained from.
 
     Raises:
-        CheckpointError: One of them is not a sound checkpoint.
+        CheckpointError: One of the two is not a valid checkpoint.
         UsageError: The folder cannot be the result of training `start`.
     """
     trained, model = open_checkpoint(folder), open_checkpoint(start)
@@ -171,9 +171,9 @@ def loaded_files(folder: Checkpoint) -> tuple[str, ...]:
     """Return the names of the files that loaders read: the weights, their index, and `LOADED_FILES`.
 
     Raises:
-        CheckpointError: One of them is not a file.
+        CheckpointError: One of these files is not a regular file.
     """
-    # Loaders ignore the index of a model in a single file.
+    # Loaders ignore the index if the model is in a single file.
     index = () if tuple(folder.files) == (SINGLE_FILE,) else (INDEX_FILE,)
     return tuple(sorted({*folder.files, *held(folder, (*LOADED_FILES, *index))}))
 

@@ -1,6 +1,7 @@
-"""The model card, README.md: made from the folder's manifest and config.json and the source's card.
+"""The model card, README.md, made from the folder's manifest and config.json and from the source's card.
 
-Text from outside is data: quoted in the YAML, code in the Markdown. The same input gives the same bytes.
+Text from outside is treated as data: it is quoted in the YAML, and shown as code in the Markdown. The same input gives
+the same bytes.
 """
 
 import re
@@ -32,19 +33,19 @@ Metadata = Mapping[str, str | list[str]]
 def model_card(
     folder: Path, *, repo: str, source_card: str | None, existing: str | None, mode: str, start: Path | None = None
 ) -> str | None:
-    """Return the card of a folder that this tool wrote, or that was trained elsewhere.
+    """Return the card of a folder that this tool wrote or that was trained elsewhere.
 
     Args:
         folder: The folder; its manifest and config.json are read, its weights are not.
-        repo: Its name on the Hub, `org/name`; empty if not known.
-        source_card: The source's card, which names the license; None if not available.
-        existing: The card the folder has; None if it has none.
-        mode: `update` keeps the words and metadata of others and rewrites what an earlier card of this tool stated;
-            `replace` rewrites everything; `keep` leaves the card alone.
-        start: The T5Gemma 2 it was trained from, for a folder that was trained elsewhere and has no manifest.
+        repo: Its name on the Hub, `org/name`; empty if unknown.
+        source_card: The source's card, which names the license; None if it is not available.
+        existing: The folder's present card; None if it has none.
+        mode: `update` rewrites this tool's section and metadata and keeps everything else; `replace` rewrites the whole
+            card; `keep` leaves it alone.
+        start: The T5Gemma 2 it was trained from, for a folder trained elsewhere, which has no manifest.
 
     Returns:
-        The card; None to leave the existing one alone.
+        The card; None to leave the existing card alone.
 
     Raises:
         CheckpointError: This tool did not write the folder, or the source's card cannot be read.
@@ -107,7 +108,7 @@ def _content_trained_elsewhere(folder: Path, start: Path, repo: str, source_card
 
 
 def _merge(content: CardContent, existing: str) -> str:
-    """Put our metadata and our section into a card."""
+    """Merge this tool's metadata and section into an existing card."""
     card = parse_card(
         existing, error=OutputError, where=f"the existing {CARD_FILE}", hint="fix it, or replace or keep the card"
     )
@@ -136,7 +137,7 @@ def _split(body: str) -> tuple[str, list[str], str]:
     """Return the text before our section, the metadata keys we own, and the text after it; a new section goes last.
 
     Raises:
-        OutputError: One mark is missing, or there are several.
+        OutputError: One of the two marks is missing, or a mark is repeated.
     """
     begins, ends = list(_BEGIN.finditer(body)), list(_END.finditer(body))
     if not begins and not ends:
@@ -153,26 +154,26 @@ def _split(body: str) -> tuple[str, list[str], str]:
 
 
 def _metadata(content: CardContent) -> Metadata:
-    """Return the metadata we state, by key."""
+    """Return the metadata that this tool writes, by key."""
     known = list(dict.fromkeys(source.repo for source in content.sources if source.repo is not None))
     stated: dict[str, str | list[str]] = {}
     if known:
         stated["base_model"] = known[0] if len(known) == 1 else known
-        # The Hub has four words for a relation; these two come closest, and the card says what was really done.
+        # The Hub has four values for the relation; these two come closest, and the card describes what was really done.
         stated["base_model_relation"] = "merge" if len(content.sources) > 1 else "finetune"
     stated |= {"library_name": "transformers", "pipeline_tag": content.template.pipeline, **content.license.metadata}
     return {**stated, "tags": ["t5g2convert", *content.template.tags]}
 
 
 def _changes(card: Card, owned: list[str], stated: Metadata) -> tuple[list[str], dict[str, str | None]]:
-    """Return the keys we own from now on, and the changes to the metadata for `Card.joined`."""
+    """Return the keys that we own from now on, and the changes to the metadata for `Card.joined`."""
     ours: list[str] = []
     changes: dict[str, str | None] = {}
     for group in (_BASE_KEYS, LICENSE_KEYS, ("library_name",), ("pipeline_tag",)):
         if any(key not in owned and key in card.entries and not card.entries[key].empty for key in group):
             continue
         new = [key for key in group if key in stated]
-        # A license that was copied from a card of the source stays while no such card is available.
+        # Keep a license that was copied from the source's card as long as that card is not available.
         keep = group is LICENSE_KEYS and not new
         ours += [key for key in group if key in new or (keep and key in owned and key in card.entries)]
         changes |= {key: _yaml(key, stated[key]) for key in new}
@@ -188,7 +189,7 @@ def _changes(card: Card, owned: list[str], stated: Metadata) -> tuple[list[str],
 
 
 def _yaml(key: str, value: str | list[str]) -> str:
-    """Return one key of the metadata as huggingface_hub writes it."""
+    """Return one key of the metadata in the form that huggingface_hub writes."""
     from huggingface_hub import ModelCardData
 
     known: dict[str, Any] = {key: value}

@@ -26,7 +26,7 @@ NOT_ESTABLISHED: Final = (
     "learning rate", "weight decay", "optimizer", "sentinel and mode tokens", "packing",
     "begin and end tokens of the encoder's input",
 )  # fmt: skip
-"""What is not known about Google's training of T5Gemma 2: a run uses its user's choice or a default of this tool."""
+"""Unknown facts about Google's training of T5Gemma 2: a run uses its user's choice or a default of this tool."""
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -52,7 +52,7 @@ class RecordedVerification(ConfigSection):
 
     @property
     def held(self) -> bool:
-        """Whether there was at least one check, and all passed."""
+        """Whether at least one check was made, and all passed."""
         return self.passed and bool(self.checks) and all(check.passed for check in self.checks)
 
 
@@ -68,18 +68,18 @@ def read_verification(manifest: Manifest, folder: Path) -> RecordedVerification 
 
 @dataclass(frozen=True, slots=True)
 class CardContent:
-    """Everything a card is made from.
+    """The data from which a card is made.
 
     Attributes:
         template: The texts for this kind of model.
-        manifest: The folder's manifest; for a model trained elsewhere, that of the model it was trained from, if any.
+        manifest: The folder's manifest; for a model trained elsewhere, the manifest of the model it was trained from.
         files: The names of its files.
         parameters: The number of parameters by part, with `total`.
-        sources: The checkpoints it was made from, the source first.
+        sources: The checkpoints that it was made from, the source first.
         verification: The recorded verification.
         license: The license of the source.
-        repo: Its name on the Hub; empty if not known.
-        trained_dtype: The dtype of a model that was trained elsewhere; None for all others.
+        repo: Its name on the Hub; empty if unknown.
+        trained_dtype: The dtype of a model trained elsewhere; None for other models.
     """
 
     template: CardTemplate
@@ -113,7 +113,7 @@ def sections(content: CardContent, license_text: str) -> Iterator[str]:
 
 
 def _differences(content: CardContent) -> Iterator[str]:
-    """How the model differs from its parent."""
+    """Yield how the model differs from its parent."""
     if content.manifest is None:
         return
     options, roles = content.manifest.options, [source.role for source in content.sources]
@@ -137,7 +137,7 @@ def _differences(content: CardContent) -> Iterator[str]:
 
 
 def _provenance(content: CardContent) -> Iterator[str]:
-    """The command, the map, the tool, and every file that was read."""
+    """Yield the command, the map, the tool, and every file that was read."""
     manifest = content.manifest
     if content.trained_dtype is not None:
         dtype = code(CONFIG_NAMES.get(content.trained_dtype, "mixed"))
@@ -175,12 +175,12 @@ def _provenance(content: CardContent) -> Iterator[str]:
 
 
 def _training(adaptation: AdaptationRecord, dtype: str | None, *, source: str) -> Iterator[str]:
-    """How a model was trained further, from its manifest.
+    """Yield how a model was trained further, from its manifest.
 
     Args:
         adaptation: The manifest's `adaptation`.
-        dtype: The dtype the model was cast to, if it was.
-        source: The argument that stands for the trained model in a command.
+        dtype: The dtype that the model was cast to, if any.
+        source: The argument for the trained model in a command.
     """
     averaged, settings = adaptation.checkpoints, adaptation.settings
     average = [f"$ t5g2 average RUN --last {len(averaged)}"] if len(averaged) > 1 else []
@@ -232,7 +232,7 @@ def _training_rows(adaptation: AdaptationRecord, dtype: str | None) -> Iterator[
 
 
 def _adapt_flags(settings: TrainingSettings) -> Iterator[str]:
-    """The options of `t5g2 adapt` that matter most for the result."""
+    """Yield the options of `t5g2 adapt` that matter most for the result."""
     for name in ("lr", "steps", "batch_tokens", "encoder_length", "decoder_length", "image_every", "warmup", "seed"):
         if (value := getattr(settings, name)) is not None:
             yield f"--{name.replace('_', '-')} {value}"
@@ -244,7 +244,7 @@ def _adapt_flags(settings: TrainingSettings) -> Iterator[str]:
 
 
 def _markers(task: TaskRecord) -> str:
-    """The tokens that mark a task for the model."""
+    """Describe the tokens that mark a task for the model."""
     mode = [] if task.mode_token is None else [f"mode token {task.mode_token}"]
     return ", ".join([*mode, *(["sentinels"] if task.sentinel else [])]) or "none"
 

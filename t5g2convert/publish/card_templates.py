@@ -14,7 +14,7 @@ T5GEMMA2_PAPER: Final = "[arXiv 2512.14856](https://arxiv.org/abs/2512.14856)"
 T5GEMMA_PAPER: Final = "[arXiv 2504.06225](https://arxiv.org/abs/2504.06225)"
 
 TEXT: Final = "text-generation"
-"""The Hub's task for text-only models, encoder-decoders included: it no longer lists text2text-generation."""
+"""The Hub's task for text-only models, including encoder-decoders: the Hub no longer lists text2text-generation."""
 
 IMAGES: Final = "image-text-to-text"
 
@@ -32,8 +32,8 @@ class CardTemplate:
         pipeline: The Hub's task.
         tags: The Hub's tags, without the name of this tool.
         loader: The class of transformers that loads the model.
-        what: What the model is and is not, in Markdown.
-        adapt: What to do with it next, in Markdown.
+        what: The description of what the model is and is not, in Markdown.
+        adapt: The next steps with the model, in Markdown.
         part: The part of an encoder-decoder that was extracted; None for a whole model.
         images: Whether the model reads images.
     """
@@ -81,10 +81,10 @@ def template_for(config: Mapping[str, Any], where: Path, *, adapted: bool = Fals
 
 
 def template_for_trained_elsewhere(config: Mapping[str, Any], where: Path) -> CardTemplate:
-    """Return the template for a folder that was trained elsewhere.
+    """Return the template for a folder trained elsewhere.
 
     Raises:
-        CheckpointError: It is neither a T5Gemma 2 nor the encoder of one.
+        CheckpointError: The folder is neither a T5Gemma 2 nor its standalone encoder.
     """
     match config.get("model_type"):
         case "t5gemma2":
@@ -102,7 +102,7 @@ def template_for_trained_elsewhere(config: Mapping[str, Any], where: Path) -> Ca
 
 
 def _reads_images(section: object) -> bool:
-    """Return whether the vision tower has layers; a text-only model has one without any."""
+    """Return whether the vision tower has layers; a text-only model has a tower without layers."""
     vision = section.get("vision_config") if isinstance(section, dict) else None
     depth = vision.get("num_hidden_layers") if isinstance(vision, dict) else None
     return isinstance(depth, int) and depth > 0
@@ -239,7 +239,7 @@ def _gemma3(*, images: bool) -> CardTemplate:
 
 
 def loading(template: CardTemplate, files: Collection[str], name: str) -> Iterator[str]:
-    """Yield how to load a model, in Markdown, one paragraph or block at a time.
+    """Yield the instructions for loading a model, in Markdown, one paragraph or block at a time.
 
     Args:
         template: The texts for its kind.
@@ -273,7 +273,7 @@ def loading(template: CardTemplate, files: Collection[str], name: str) -> Iterat
 
 
 def adapting(template: CardTemplate, files: Collection[str]) -> Iterator[str]:
-    """Yield what to do with a model next, in Markdown; the code uses the names that `loading` defines."""
+    """Yield the next steps with a model, in Markdown; the code uses the names that `loading` defines."""
     yield template.adapt
     if template.loader == "AutoModelForSeq2SeqLM" and (TOKENIZER_FILE in files or PIECES_FILE in files):
         yield fenced(

@@ -1,7 +1,7 @@
-"""The metadata of a model card: YAML between two lines of dashes, changed key by key.
+"""The metadata of a model card: YAML between two lines of dashes, edited key by key.
 
-Other keys keep every byte: loading the YAML and dumping it again would turn the language `no` into `false` and lose
-comments.
+Other keys stay the same byte for byte: loading the YAML and dumping it again would turn the language `no` into `false`
+and lose comments.
 """
 
 import re
@@ -21,7 +21,7 @@ MAX_DEPTH: Final = 32
 Value = str | tuple[str, ...] | None
 """Text, a list of texts, or nothing."""
 
-# Where the Hub looks for it: dashes, YAML, dashes. A byte order mark may come first.
+# The Hub finds the metadata at the start of the card: dashes, YAML, dashes. A byte order mark may come first.
 _BLOCK: Final = re.compile(r"[\s\ufeff]*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)", re.DOTALL)
 _LINE: Final = re.compile(r"[^\r\n\x85\u2028\u2029]*(?:\r\n|[\r\n\x85\u2028\u2029]|$)")
 _NOTHING: Final = {"", "~", "null", "Null", "NULL"}
@@ -33,9 +33,10 @@ class Entry:
 
     Attributes:
         value: Its value, if that is readable.
-        readable: Whether the value is text, a list of texts or empty, and not a mapping, nested, tagged or an alias.
+        readable: Whether the value is text, a list of texts or empty; mappings, nested lists, tags and aliases are not
+            readable.
         start: The number of its first line.
-        end: The number of the line after its last.
+        end: The number of the line after its last line.
     """
 
     value: Value
@@ -108,7 +109,7 @@ def parse_card(text: str, *, error: type[T5g2Error], where: str, hint: str | Non
         hint: The hint of an error.
 
     Raises:
-        T5g2Error: (`error`) The metadata are not YAML that the Hub reads, or are written in braces.
+        T5g2Error: (`error`) The metadata is not YAML that the Hub can read, or is written in braces.
     """
     if len(text) > MAX_CHARACTERS:
         raise error(f"has {len(text):,} characters, expected at most {MAX_CHARACTERS:,}", where=where, hint=hint)
@@ -195,7 +196,7 @@ class _EventParser:
         return (tuple(texts) if readable else None), readable
 
     def _end(self, start: int, end: int) -> int:
-        """Return the end of a key, without blank lines and comments before the next; those in a value are indented."""
+        """Return the end of a key, without blank lines and comments before the next key; those in values are indented."""
         while end > start + 1:
             line = self.lines[end - 1]
             if line.strip() and not line[: self.indent + 1].lstrip().startswith("#"):
@@ -205,5 +206,5 @@ class _EventParser:
 
 
 def _start(event: Any) -> Any:
-    """Return where an event starts; events parsed from text always have a mark."""
+    """Return the start mark of an event; events parsed from text always have one."""
     return event.start_mark

@@ -1,4 +1,4 @@
-"""The license in a model card: whatever the source's card names, and never a default."""
+"""The license in a model card: the license that the source's card names, never a default."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from t5g2convert.publish.frontmatter import Card, Value, parse_card
 from t5g2convert.publish.markdown import code
 
 LICENSE_KEYS: Final = ("license", "license_name", "license_link")
-"""The keys the Hub reads: a license it knows by name, or `other` with a name and a link."""
+"""The keys that the Hub reads: the name of a license that it knows, or `other` with a name and a link."""
 
 GEMMA_TERMS: Final = "https://ai.google.dev/gemma/terms"
 MAX_CHARACTERS: Final = 500
@@ -25,8 +25,8 @@ class SourceLicense:
 
     Attributes:
         has_card: Whether the source's card was available.
-        metadata: Its `license`, `license_name` and `license_link`, as far as they hold for a copy.
-        missing_file: A license file that the source's card links to and that is not in the output.
+        metadata: Its `license`, `license_name` and `license_link`, as far as they are valid for the output.
+        missing_file: A license file that the source's card links to but that is not in the output.
         gemma: Whether the card names the Gemma Terms of Use.
     """
 
@@ -41,7 +41,7 @@ def read_license(source_card: str | None, address: str | None) -> SourceLicense:
 
     Args:
         source_card: The text of the card; None if it is not available.
-        address: The address the source's files start with on the Hub; None for a local folder.
+        address: The start of the URLs of the source's files on the Hub; None for a local folder.
 
     Raises:
         CheckpointError: The card's metadata cannot be read, or its license is neither text nor a list of texts.
@@ -89,7 +89,7 @@ def license_text(source: SourceLicense, own: Value, *, from_source: bool) -> str
     Args:
         source: The license that the source's card names.
         own: The license in this card's own metadata.
-        from_source: Whether that was copied from a card of the source, now or earlier.
+        from_source: Whether `own` was copied from the source's card, now or earlier.
     """
     theirs = source.metadata.get("license")
     if theirs is not None:

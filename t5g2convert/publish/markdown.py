@@ -1,4 +1,4 @@
-"""Markdown that shows text from outside as code, so that it cannot become a heading, a link or HTML."""
+"""Markdown that shows text from outside as code, so it cannot become a heading, a link or HTML."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
@@ -6,13 +6,13 @@ from typing import Final
 from t5g2convert.printable import printable
 
 SHOWN_CHARACTERS: Final = 300
-"""The most characters shown of one text from outside."""
+"""Maximum number of characters to show of one text from outside."""
 
 LINE_CHARACTERS: Final = 1000
-"""The most characters shown of one line in a code block."""
+"""Maximum number of characters to show of one line in a code block."""
 
 _ESCAPED: Final = {character: f"\\x{ord(character):02x}" for character in "`|<"}
-"""Characters that would end the code or the table cell, or that a careless renderer would take for HTML."""
+"""Characters that would end the code or the table cell, or that a careless renderer would interpret as HTML."""
 
 
 def code(text: object) -> str:
@@ -22,7 +22,7 @@ def code(text: object) -> str:
 
 
 def fenced(language: str, lines: Iterable[str]) -> str:
-    """Return a code block; no line may end it."""
+    """Return a code block; lines cannot end it early."""
     shown = [printable(_cut(line, LINE_CHARACTERS)) for line in lines]
     assert not any(line.lstrip().startswith("```") for line in shown), "a line would end the block"
     return "\n".join([f"```{language}", *shown, "```"])

@@ -1,4 +1,4 @@
-"""The model on the Hub: who may write to it, the commit of its branch, and the files there."""
+"""The model on the Hub: write access, the commit of its branch, and its files."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ class Access:
 
     Attributes:
         repo: The model, `org/name`.
-        user: The user the token belongs to.
+        user: The user who owns the token.
         exists: Whether the model exists.
         private: Whether it is private; None if it does not exist.
     """
@@ -47,7 +47,7 @@ class RemoteFile:
     sha256: str | None
 
     def is_same(self, local: LocalFile) -> bool:
-        """Return whether it has the bytes of a local file.
+        """Return whether the file has the same bytes as a local file.
 
         Raises:
             OSError: The local file cannot be read.
@@ -58,17 +58,17 @@ class RemoteFile:
             return self.sha256 == local.sha256
         from huggingface_hub.utils.sha import git_hash
 
-        # Files that are not in LFS are small. One that changed since it was hashed is not the same.
+        # Files outside of LFS are small. A local file that changed since it was hashed is not the same.
         data = local.content if isinstance(local.content, bytes) else local.content.read_bytes()
         return hashlib.sha256(data).hexdigest() == local.sha256 and str(git_hash(data)) == self.blob_id
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFiles:
-    """The files of one commit; none if the model has no commit yet.
+    """The files of one commit; empty if the model has no commit yet.
 
     Attributes:
-        revision: The commit, or the name it was listed by.
+        revision: The commit, or the name with which it was listed.
         files: The files by name.
     """
 
@@ -76,26 +76,26 @@ class RemoteFiles:
     files: Mapping[str, RemoteFile]
 
     def differing(self, files: Iterable[LocalFile]) -> list[LocalFile]:
-        """Return the local files that are missing there or have other bytes."""
+        """Return the local files that are missing in the commit or differ from it."""
         return [file for file in files if file.name not in self.files or not self.files[file.name].is_same(file)]
 
 
 def check_access(repo: str, *, create_pr: bool = False) -> Access:
-    """Make sure that the token may write to a model, or create it; nothing is changed.
+    """Check that the token may write to a model, or create it; change nothing.
 
     Args:
         repo: The model, `org/name`.
         create_pr: Whether to make a pull request, which needs only read access.
 
     Raises:
-        HubError: The token is missing or invalid, lacks write access, or the Hub cannot be reached.
+        HubError: The token is missing, is invalid or lacks write access, or the Hub cannot be reached.
         UsageError: `repo` is not a valid model name.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RepositoryNotFoundError
 
     if not is_repo_id(repo):
-        # The name is not repeated: it may be an address with a token in it.
+        # Do not repeat the name: it may be a URL that contains a token.
         raise UsageError("not a valid model name on the Hub, expected org/name")
     if constants.HF_HUB_OFFLINE:
         raise HubError("cannot upload while HF_HUB_OFFLINE is set", where=repo, hint="unset it")
@@ -137,10 +137,10 @@ def _check_namespace(whoami: Mapping[str, Any], repo: str) -> None:
 
 
 def branch_head(repo: str, revision: str) -> str | None:
-    """Return the commit of a branch, or of a pull request (`refs/pr/1`); None if there is no such branch.
+    """Return the commit of a branch or of a pull request (`refs/pr/1`); None if the branch does not exist.
 
     Raises:
-        HubError: The Hub does not list the branches.
+        HubError: The Hub refuses to list the branches, or cannot be reached.
         UsageError: `revision` is a tag or a commit, which cannot be written to.
     """
     with upload_errors(repo, revision):
@@ -155,10 +155,10 @@ def branch_head(repo: str, revision: str) -> str | None:
 
 
 def list_files(repo: str, revision: str | None) -> RemoteFiles:
-    """Return the files at the top level of a commit, and its additional chat templates.
+    """Return the top-level files of a commit, and its additional chat templates.
 
     Raises:
-        HubError: The Hub does not list them.
+        HubError: The Hub refuses to list the files, or cannot be reached.
     """
     if revision is None:
         return RemoteFiles(None, {})
@@ -177,7 +177,7 @@ def read_text(repo: str, revision: str, name: str) -> str:
     """Return the text of a small file of a commit.
 
     Raises:
-        HubError: The Hub does not return it, or it is not UTF-8.
+        HubError: The Hub does not return the file, or it is not UTF-8.
     """
     with upload_errors(repo, revision):
         path = hub_api().hf_hub_download(repo, name, revision=revision, tqdm_class=silent_bar())
@@ -191,19 +191,19 @@ def read_text(repo: str, revision: str, name: str) -> str:
 
 
 def outdated_files(repo: str, remote: RemoteFiles, files: Sequence[LocalFile]) -> list[str]:
-    """Return the files of an earlier upload that the folder no longer has: those that the remote manifest lists.
+    """Return the files that the remote manifest lists, from an earlier upload, and that the folder no longer has.
 
-    A loader would prefer weights that were left there to the new ones.
+    They must be removed: a loader might prefer old weights to the new ones.
 
     Raises:
-        HubError: There are weights that no manifest lists, or the Hub does not return the manifest.
+        HubError: The model has weights that no manifest lists, or the Hub does not return the manifest.
     """
     ours = {file.name for file in files}
     others = sorted(name for name in remote.files if name not in ours and not name.startswith("."))
     listed: set[str] = set()
     if remote.revision is not None and MANIFEST_FILE in remote.files and others:
         listed = _listed(read_text(repo, remote.revision, MANIFEST_FILE))
-    # A manifest that stayed there would describe other files than those that are sent.
+    # If the folder has no manifest, the old one must go too: it would describe other files than those that are sent.
     listed = listed - {CARD_FILE} | {MANIFEST_FILE}
     weights = [name for name in others if name not in listed and name.endswith(WEIGHTS)]
     if weights:
@@ -216,7 +216,7 @@ def outdated_files(repo: str, remote: RemoteFiles, files: Sequence[LocalFile]) -
 
 
 def _listed(manifest: str) -> set[str]:
-    """The file names in a remote manifest, which is not trusted in anything else."""
+    """Return the file names in a remote manifest; nothing else in it is trusted."""
     try:
         files = json.loads(manifest).get("files")
     except (ValueError, AttributeError, RecursionError):

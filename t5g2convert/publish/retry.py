@@ -1,7 +1,7 @@
 """Retries of requests to the Hub, and the errors of an upload.
 
-huggingface_hub itself retries listing a tree, asking for upload modes and sending data. It does not retry the other
-requests: who the token belongs to, access, references, creating a model or a branch, and the commit.
+huggingface_hub itself retries listing a tree, requesting upload modes and sending data. It does not retry the other
+requests: the token's user, access, references, the creation of a model or a branch, and the commit.
 """
 
 import json
@@ -14,10 +14,10 @@ from t5g2convert.checkpoint.hub.hub_errors import LOGIN_HINT, hub_errors, transp
 from t5g2convert.errors import CheckpointError, HubError, T5g2Error
 
 WAITS: Final = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between attempts, unless the Hub asks for more."""
+"""Seconds between attempts, unless the Hub requests a longer wait."""
 
 LONGEST_WAIT: Final = 300.0
-"""The longest wait, in seconds, that the Hub may ask for: its rate limits count windows of five minutes."""
+"""The longest wait that the Hub may request, in seconds: its rate limits use windows of five minutes."""
 
 AGAIN_HINT: Final = "run again: only missing files are sent"
 BUSY: Final = frozenset({408, 429, 500, 502, 503, 504})
@@ -26,11 +26,11 @@ Answer = TypeVar("Answer")
 
 
 def retry(call: Callable[[], Answer], *, when: Callable[[Exception], bool] | None = None) -> Answer:
-    """Make a request, and repeat it while the Hub is busy or cuts the connection.
+    """Make a request, and retry it while the Hub is busy or cuts the connection.
 
     Args:
         call: The request; it must be safe to repeat.
-        when: Whether to repeat it after an error; `is_transient` by default.
+        when: Returns whether to retry after an error; `is_transient` by default.
 
     Raises:
         Exception: The error of the last attempt.
@@ -47,22 +47,22 @@ def retry(call: Callable[[], Answer], *, when: Callable[[Exception], bool] | Non
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether an error may go away: the Hub is busy, or the connection was cut."""
+    """Return whether an error may be temporary: the Hub is busy, or the connection was cut."""
     cause = _cause(error)
-    # A gateway answers in HTML where the client expects JSON.
+    # A gateway may respond with HTML where the client expects JSON.
     if isinstance(cause, json.JSONDecodeError):
         return True
     return isinstance(cause, transport_error()) and status_of(cause) in BUSY | {0}
 
 
 def status_of(error: Exception) -> int:
-    """Return the HTTP status in an error; 0 if there was no answer."""
+    """Return the HTTP status of an error; 0 if there was no response."""
     status: int = getattr(getattr(error, "response", None), "status_code", 0)
     return status
 
 
 def path_of(error: Exception) -> str:
-    """Return the path of the request that failed; empty if the error does not have it."""
+    """Return the path of the request that failed; empty if the error does not contain it."""
     try:
         request: Any = getattr(error, "request", None)
     except RuntimeError:
@@ -71,13 +71,13 @@ def path_of(error: Exception) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    """The error behind one that only names the file that was being sent."""
+    """Return the cause of an error that itself only names the file being sent."""
     cause = error.__cause__ if isinstance(error, RuntimeError) else None
     return cause if isinstance(cause, Exception) else error
 
 
 def _asked_wait(error: Exception) -> float:
-    """The seconds the Hub asks to wait: Retry-After, or the rest of the window of its rate limit."""
+    """Return the wait that the Hub requests, in seconds: Retry-After, or the rest of the rate limit's window."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     headers: Any = getattr(getattr(_cause(error), "response", None), "headers", {})
@@ -90,7 +90,7 @@ def _asked_wait(error: Exception) -> float:
 
 @contextmanager
 def upload_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Turn the errors of the Hub's client while it writes into ours; see `hub_errors` for the others."""
+    """Turn errors of the Hub's client during a write into ours; see `hub_errors` for other errors."""
     with hub_errors(repo, revision):
         try:
             yield
@@ -102,7 +102,7 @@ def upload_errors(repo: str, revision: str | None = None) -> Iterator[None]:
 
 
 def _explained(error: Exception, repo: str) -> T5g2Error | None:
-    """Return our error for what only happens to writers."""
+    """Return our error for failures that occur only in writes."""
     from huggingface_hub import errors
 
     status = status_of(error)
@@ -122,13 +122,13 @@ def _explained(error: Exception, repo: str) -> T5g2Error | None:
     if isinstance(error, OSError) and error.filename is not None and not theirs:
         return CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename))
     if isinstance(error, OSError | RuntimeError) and not theirs:
-        # hf_xet, which sends the data, raises these.
+        # hf_xet, which sends the data, raises these errors.
         return HubError(f"sending the files failed ({type(error).__name__})", where=repo, hint=AGAIN_HINT)
     return None
 
 
 def stale(repo: str) -> HubError:
-    """Return the error for a commit that somebody else made meanwhile."""
+    """Return the error for a commit that was made by someone else meanwhile."""
     return HubError(
         "has a new commit since the upload began: nothing was overwritten",
         where=repo,

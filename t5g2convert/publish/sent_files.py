@@ -1,6 +1,6 @@
-"""The files of a folder that are sent: those in its manifest with their sha256, and nothing else.
+"""The files of a folder to send: only those that its manifest lists, checked against their sha256.
 
-A folder that was trained elsewhere has no manifest; the files that loaders read by name are sent.
+A folder trained elsewhere has no manifest; of it, the files that loaders read by name are sent.
 """
 
 import hashlib
@@ -41,17 +41,17 @@ class LocalFile:
 
 
 def manifest_files(folder: Path, report: Callable[[str], None] | None = None) -> tuple[LocalFile, ...]:
-    """Return the files of a folder that this tool wrote: those in its manifest, and the manifest.
+    """Return the files of a folder that this tool wrote: the files in its manifest, and the manifest.
 
-    Each is read and compared with its size and sha256 in the manifest.
+    Each file is read and compared with its size and sha256 in the manifest.
 
     Args:
         folder: The folder; it may be a snapshot in the Hub's cache.
         report: Called with the name of each file before it is read.
 
     Raises:
-        CheckpointError: There is no valid manifest, or files are missing, damaged, links or not regular files; the
-            details list all of them.
+        CheckpointError: The manifest is missing or not valid, or files are missing, damaged, links or not regular
+            files; the details list all of them.
     """
     check_folder(folder)
     try:
@@ -67,14 +67,14 @@ def manifest_files(folder: Path, report: Callable[[str], None] | None = None) ->
 
 
 def trained_elsewhere_files(folder: Path, report: Callable[[str], None] | None = None) -> tuple[LocalFile, ...]:
-    """Return the files of a folder that was trained elsewhere: those that loaders read, as they are now.
+    """Return the files of a folder trained elsewhere: the files that loaders read, in their present state.
 
     Args:
         folder: The folder.
         report: Called with the name of each file before it is read.
 
     Raises:
-        CheckpointError: The folder is not a sound checkpoint, or files are links or not regular files; the details
+        CheckpointError: The folder is not a valid checkpoint, or files are links or not regular files; the details
             list all of them.
     """
     named = [(name, None) for name in loaded_files(open_checkpoint(folder))]
@@ -85,7 +85,7 @@ def local_card(folder: Path) -> str | None:
     """Return the README.md of a folder; None if it has none.
 
     Raises:
-        CheckpointError: It is a link, not a regular file, or not UTF-8.
+        CheckpointError: The file is a link, is not a regular file, or is not UTF-8.
     """
     if not (folder / CARD_FILE).is_symlink() and not (folder / CARD_FILE).exists():
         return None
@@ -104,7 +104,7 @@ def _check_all(
     *,
     hint: str,
 ) -> list[LocalFile]:
-    """Check each file, by its name and its entry in the manifest; one error lists all that cannot be sent."""
+    """Check each file against its entry in the manifest; raise one error that lists all files that cannot be sent."""
     faults: list[str] = []
     files: list[LocalFile] = []
     for name, entry in named:
@@ -120,7 +120,7 @@ def _check_all(
 
 
 def _check(folder: Path, name: str, entry: FileRecord | None) -> LocalFile:
-    """Compare a file with its entry in the manifest; None is for a file without an entry."""
+    """Compare a file with its entry in the manifest; `entry` is None for a file without one."""
     if not is_sent_name(name) or (entry is not None and name in (MANIFEST_FILE, CARD_FILE)):
         raise CheckpointError("is not a file name that a conversion writes")
     path = _resolved(folder, name)
@@ -141,7 +141,7 @@ def is_sent_name(name: str) -> bool:
 
 
 def _resolved(folder: Path, name: str) -> Path:
-    """Return the path of a file. A link would send another file: it is refused, except in the Hub's cache."""
+    """Return the path of a file; refuse links, which would send other files, except in the Hub's cache."""
     path = folder / name
     if is_template(name) and (folder / TEMPLATES_FOLDER).is_symlink():
         raise CheckpointError("is in a linked folder: only files in the folder are sent", where=path)
@@ -154,7 +154,7 @@ def _resolved(folder: Path, name: str) -> Path:
 
 
 def _stores(folder: Path) -> Iterator[Path]:
-    """Yield where the links of a snapshot in the Hub's cache point: models--org--name/blobs, or the shared blobs/."""
+    """Yield the folders that a cached snapshot's links point to: models--org--name/blobs, or the shared blobs/."""
     if is_commit(folder.name) and folder.parent.name == "snapshots":
         model = folder.parent.parent
         if model.name.startswith("models--"):

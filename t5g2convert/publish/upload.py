@@ -1,8 +1,8 @@
-"""Upload a folder to the Hub: one commit of the missing files, with checksums compared before and after.
+"""Upload a folder to the Hub: one commit with the missing files; checksums are compared before and after.
 
-huggingface_hub sends the data, skips what its storage already has, and makes the commit. What it does not do: send only
-the files of the manifest, remove those of an earlier upload, find out whether a commit was made whose answer was lost,
-and compare the Hub's checksums with the local ones.
+huggingface_hub sends the data, skips data that its storage already has, and makes the commit. This module does the
+rest: it sends only the files of the manifest, removes the files of an earlier upload, finds out whether a commit was
+made if the response was lost, and compares the Hub's checksums with the local ones.
 """
 
 import threading
@@ -29,7 +29,7 @@ MESSAGE: Final = "Upload with t5g2"
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An upload that was made; with `dry_run`, one that would be made.
+    """A finished upload; with `dry_run`, the upload that would be made.
 
     Attributes:
         plan: The plan of the upload.
@@ -89,7 +89,7 @@ def upload(
 ) -> Upload:
     """Upload a folder: the files in its manifest, the manifest, and the card.
 
-    Running it again after a failure is safe: only missing files are sent, and without changes there is no commit.
+    It is safe to run this again after a failure: only missing files are sent, and without changes no commit is made.
 
     Args:
         folder: The folder; it may be a snapshot in the Hub's cache.
@@ -99,15 +99,16 @@ def upload(
         create_pr: Make a pull request to main.
         card: The mode of `model_card`: `update`, `replace` or `keep`.
         source_card: The source's card, for a source that is not on the Hub.
-        start: The T5Gemma 2 it was trained from, for a folder that was trained elsewhere and has no manifest. The files
-            that loaders read are then sent.
-        dry_run: Change nothing, and return what would be done.
+        start: The T5Gemma 2 it was trained from, for a folder trained elsewhere, which has no manifest. The files that
+            loaders read are then sent.
+        dry_run: Change nothing, and return the upload that would be made.
         bars: Show the progress bars of the Hub's client on stderr.
         report: Called with a description of each step.
 
     Raises:
         CheckpointError: The folder is damaged, or contains links.
-        HubError: The Hub refuses, cannot be reached, has a new commit meanwhile, or has other bytes afterwards.
+        HubError: The Hub refuses a request, cannot be reached, gets another commit meanwhile, or has other bytes
+            afterwards.
         UsageError: An argument is not valid.
 
     Example:
@@ -148,7 +149,7 @@ def upload(
 
 
 def _create(plan: UploadPlan, public: bool) -> UploadPlan:
-    """Create the model and the branch if they do not exist; return the plan with the commit they start at."""
+    """Create the model and the branch if they do not exist; return the plan with the branch's first commit."""
     api, access = hub_api(), plan.access
     if not access.exists:
         with upload_errors(access.repo):
@@ -168,7 +169,7 @@ def _send_data(plan: UploadPlan, *, create_pr: bool) -> "list[CommitOperationAdd
     repo = plan.access.repo
     with upload_errors(repo, plan.branch):
         additions = [CommitOperationAdd(file.name, file.content) for file in plan.files if file.name in plan.send]
-        # Without rules of our own, a .gitignore on the Hub would silently leave files out.
+        # Without explicit rules, a .gitignore on the Hub would silently exclude files.
         _interruptible(
             lambda: hub_api().preupload_lfs_files(
                 repo, additions, revision=plan.branch, create_pr=create_pr, free_memory=False, gitignore_content=""
@@ -178,9 +179,9 @@ def _send_data(plan: UploadPlan, *, create_pr: bool) -> "list[CommitOperationAdd
 
 
 def _interruptible(call: Callable[[], None]) -> None:
-    """Run a call in another thread, as hf_xet blocks Python's signal handlers while it waits for the network.
+    """Run a call in another thread, because hf_xet blocks Python's signal handlers while it waits for the network.
 
-    After a signal the thread is abandoned; it ends with the process, and makes no commit.
+    After a signal the thread is abandoned; it ends with the process, and does not make a commit.
     """
     raised: list[Exception] = []
 
@@ -202,8 +203,9 @@ def _make_commit(
 ) -> tuple[str, int | None]:
     """Make the commit; return it and the number of the pull request.
 
-    The client sends a commit once. If the answer is lost, the files on the Hub show whether the commit was made. If
-    not, a commit to a branch is sent again: it names its parent, so it cannot be made twice. A pull request is not.
+    The client sends a commit once. If the response is lost, the files on the Hub show whether the commit was made. If
+    it was not, a commit to a branch is sent again: it names its parent, so it cannot be made twice. A pull request is
+    not sent again.
     """
     repo, api = plan.access.repo, hub_api()
 
@@ -218,7 +220,7 @@ def _make_commit(
                 create_pr=create_pr,
             )
         except Exception as error:
-            # A stale parent (412) may be our own commit.
+            # A stale parent (412) may mean that our own commit was made.
             refused = 400 <= status_of(error) < 500 and status_of(error) != 412
             if refused or (found := _find_commit(plan, create_pr=create_pr)) is None:
                 raise
@@ -235,12 +237,12 @@ def _make_commit(
 
 
 def _may_be_made(error: Exception) -> bool:
-    """Return whether the commit may have been made in spite of an error."""
+    """Return whether the commit may have been made despite an error."""
     return is_transient(error) and status_of(error) != 429 and not path_of(error).endswith("/validate-yaml")
 
 
 def _find_commit(plan: UploadPlan, *, create_pr: bool) -> tuple[str, int | None] | None:
-    """Return the commit that was made though its answer was lost; None if there is none."""
+    """Return the commit if it was made although the response was lost; None if it was not made."""
     try:
         if create_pr:
             return _open_request(plan)
@@ -280,7 +282,7 @@ def _compare(plan: UploadPlan, revision: str) -> None:
     """Compare the files of a commit with the local hashes.
 
     Raises:
-        HubError: They differ.
+        HubError: Files are missing or differ.
     """
     differing = [file.name for file in list_files(plan.access.repo, revision).differing(plan.files)]
     if differing:
@@ -291,7 +293,7 @@ def _compare(plan: UploadPlan, revision: str) -> None:
 
 @contextmanager
 def _client_output(bars: bool) -> Iterator[list[str]]:
-    """Hide the progress bars of the Hub's client unless wanted, and collect its warnings about the card."""
+    """Hide the progress bars of the Hub's client unless `bars`, and collect its warnings about the card."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     were_disabled = are_progress_bars_disabled()
@@ -309,4 +311,4 @@ def _client_output(bars: bool) -> Iterator[list[str]]:
 
 
 def _ignore(step: str) -> None:
-    """Report nothing."""
+    """Ignore a step."""

@@ -30,7 +30,7 @@ class UploadPlan:
 
     Attributes:
         access: The model and the access to it.
-        branch: The branch to upload to, or that a pull request is for.
+        branch: The branch to upload to, or the target branch of the pull request.
         head: The commit of the branch; None if the model has none yet.
         new_branch: Whether the branch must be created.
         files: All files.
@@ -50,7 +50,7 @@ class UploadPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes to send."""
+        """Number of bytes to send."""
         return sum(file.size for file in self.files if file.name in self.send)
 
     @property
@@ -59,7 +59,7 @@ class UploadPlan:
         return bool(self.send or self.remove)
 
     def is_done(self, remote: RemoteFiles) -> bool:
-        """Return whether a commit has all files, and none of those to remove."""
+        """Return whether a commit has all files, and none of the files to remove."""
         return not remote.differing(self.files) and not set(self.remove) & remote.files.keys()
 
 
@@ -74,16 +74,16 @@ def plan_upload(
     start: Path | None,
     report: Callable[[str], None],
 ) -> UploadPlan:
-    """Compare a folder with the Hub; every file is read, and nothing is changed.
+    """Compare a folder with the Hub; read every file, and change nothing.
 
     Args:
         folder: The folder.
         access: The model and the access to it.
         branch: The branch to upload to.
         card: The mode of `model_card`.
-        source_card: The source's card; if None, it is downloaded where the source is a model on the Hub.
+        source_card: The source's card; if None, it is downloaded if the source is a model on the Hub.
         public: Whether a new model will be public.
-        start: The T5Gemma 2 it was trained from, for a folder that was trained elsewhere.
+        start: The T5Gemma 2 it was trained from, for a folder trained elsewhere.
         report: Called with a description of each step.
 
     Raises:
@@ -129,7 +129,7 @@ def _card(
     start: Path | None,
     notes: list[str],
 ) -> Iterator[LocalFile]:
-    """Yield the README.md to send, if any: the one on the Hub, or else in the folder, with our section in it."""
+    """Yield the README.md to send, if any: the Hub's card, or otherwise the folder's, with our section in it."""
     here, there = local_card(folder), None
     if CARD_FILE in remote.files and remote.revision is not None and mode == "update":
         there = read_text(repo, remote.revision, CARD_FILE)
@@ -144,7 +144,7 @@ def _card(
 
 
 def _download_source_card(folder: Path, notes: list[str]) -> str | None:
-    """Return the card of the source, if that is a model on the Hub; None, with a note, if it is not available."""
+    """Return the source's card if the source is a model on the Hub; None, with a note, if it is not available."""
     from huggingface_hub import errors
 
     if not is_there(folder / MANIFEST_FILE):
@@ -158,7 +158,7 @@ def _download_source_card(folder: Path, notes: list[str]) -> str | None:
             path = Path(hub_api().hf_hub_download(repo, CARD_FILE, revision=revision, tqdm_class=silent_bar()))
             return path.read_text(encoding="utf-8", errors="replace")
         except errors.LocalEntryNotFoundError:
-            # The Hub cannot be reached; a card without the license would be wrong.
+            # The Hub cannot be reached: do not write a card, since it would lack the license.
             raise
         except (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             notes.append(f"the card of {repo} is not available, so the license of the source is not known")

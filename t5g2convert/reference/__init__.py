@@ -1,7 +1,7 @@
 """Gemma 3 and T5Gemma 2 in plain torch: what the two models compute, a layer at a time, from safetensors files.
 
-The judge of a conversion. Nothing here knows of weight maps or of the converter; attribute names are checkpoint keys.
-Tensors carry their shape as a suffix: B batch, T queries (decoder or encoder tokens), S keys, M memory tokens (the
-encoder's output), C hidden width, H query heads, K key-value heads, G query heads per key-value head, D head width,
-V vocabulary, P image patches.
+These models judge a conversion, so this package does not import the converter or weight maps. Attribute names are
+checkpoint keys. Tensors carry their shape as a suffix: B batch, T queries (decoder or encoder tokens), S keys, M memory
+tokens (the encoder's output), C hidden width, H query heads, K key-value heads, G query heads per key-value head,
+D head width, V vocabulary, P image patches.
 """

@@ -1,8 +1,8 @@
 """RoPE, and softmax attention over one set of keys, or over two under one softmax (merged attention).
 
 The eager kernel follows transformers' `eager_attention_forward`: scores in the dtype of the weights, softmax in
-float32, probabilities rounded back before they meet the values. A softcap of the scores is applied where the config
-has one; transformers 5.23 reads that setting of these two models and leaves it alone (Gemma 3 has none).
+float32, probabilities rounded back before the product with the values. A softcap of the scores is applied if the config
+has one; transformers 5.23 reads this setting for these two models but does not apply it (Gemma 3 has none).
 """
 
 from typing import Final, Literal, NamedTuple
@@ -22,11 +22,11 @@ class Rotation(NamedTuple):
 
 
 def rotation(rope: Rope, head_dim: int, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
-    """Return the rotation of each position: wavelengths in float32, the result rounded to `dtype`.
+    """Return the rotation of each position; wavelengths are computed in float32, the result is rounded to `dtype`.
 
     This is rotary position embedding (RoPE; Su et al., arXiv 2104.09864), with linear interpolation of positions.
 
-    Channel d and channel d + D/2 form a pair that turns by position / (factor * theta ** (2 d / D)).
+    Channels d and d + D/2 form a pair that turns by the angle position / (factor * theta ** (2 d / D)).
     """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device)
     frequencies = 1.0 / rope.rope_theta ** (channels / head_dim) / rope.linear_factor
@@ -46,31 +46,31 @@ Kernel = Literal["eager", "sdpa"]
 """`eager`: the order of operations of transformers' eager attention. `sdpa`: torch's fused attention, faster."""
 
 BLOCK_SCORES: Final = 1 << 20
-"""Scores that are computed at once, to fit a processor's cache; more are computed in blocks of queries."""
+"""Number of scores to compute at once, which fits a processor's cache; more are computed in blocks of queries."""
 
 
 class Keys(NamedTuple):
-    """Keys, values, and which of them each query may see."""
+    """Keys, values, and the mask of those that each query may see."""
 
     k_BKSD: Tensor
     v_BKSD: Tensor
     seen_BTS: Tensor | None
-    """[B or 1, 1, T, S]; None: all."""
+    """[B or 1, 1, T, S]; None if each query sees all keys."""
 
 
 def attend(q_BHTD: Tensor, groups: list[Keys], *, scale: float, softcap: float | None) -> Tensor:
     """Attend to the keys of all groups together; return [B, H, T, D].
 
-    Groups that every query sees something of are in one row of scores, as in transformers. Where a query sees
-    nothing of a group, each group gets a softmax of its own and a share by the weight of its scores: softmax([a, b]) is
-    [softmax(a) * A / (A + B), softmax(b) * B / (A + B)], A and B being the sums of the exponentials. A hidden group has
-    the share 0, and leaves the others *exactly* as they are without it, at any length and on any device; in one long
-    row its keys would change the order in which a machine adds the others (2e-6 in float32 at 23 tokens).
+    If every query sees part of every group, all scores are in one row, as in transformers. If a query sees nothing of a
+    group, each group gets a separate softmax and a share by the weight of its scores: softmax([a, b]) is
+    [softmax(a) * A / (A + B), softmax(b) * B / (A + B)], where A and B are the sums of the exponentials. A hidden group
+    has the share 0, so the result is *exactly* the same as without it, at any length and on any device. In one long
+    row, its keys would change the order in which a machine adds the others (2e-6 in float32 at 23 tokens).
     """
     if len(groups) > 1 and all(group.seen_BTS is None or bool(group.seen_BTS.any(-1).all()) for group in groups[1:]):
         groups = [_joined(groups, q_BHTD.shape[2])]
     batch, heads, queries, _ = q_BHTD.shape
-    # By the first group alone: with a hidden group and without it, the same blocks are computed.
+    # Size the blocks by the first group only, so that they are the same with and without a hidden group.
     rows = max(1, BLOCK_SCORES // (batch * heads * groups[0].k_BKSD.shape[2]))
     blocks = [
         _attend_block(q_BHTD[:, :, start : start + rows], _block(groups, start, start + rows), scale, softcap)
@@ -116,9 +116,10 @@ def _attend_block(q_BHTD: Tensor, groups: list[Keys], scale: float, softcap: flo
 
 
 def _shares(scores: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """Return the share of each group in the softmax over all, [B, H, T, groups], float32.
+    """Return the share of each group in the softmax over all groups, [B, H, T, groups], float32.
 
-    The largest weight of a group is 1 / (sum of its exponentials, relative to its largest score): no logarithm needed.
+    The largest weight of a group is 1 / (sum of its exponentials, relative to its largest score), so no logarithm is
+    needed.
     """
     peaks = torch.stack([part.amax(dim=-1).float() for part in scores], dim=-1)
     tops = torch.stack([part.amax(dim=-1) for part in weights], dim=-1)
@@ -129,7 +130,7 @@ def _shares(scores: list[Tensor], weights: list[Tensor]) -> Tensor:
 def _scores(q_BHTD: Tensor, group: Keys, scale: float, softcap: float | None) -> Tensor:
     """Return scaled scores, [B, H, T, S]; hidden keys get the lowest number of the dtype."""
     batch, heads, queries, width = q_BHTD.shape
-    # The query heads of one key-value head are rows of one product; nothing is repeated in memory.
+    # The query heads of one key-value head are rows of one product, so keys are not repeated in memory.
     q_BKGD = q_BHTD.reshape(batch, group.k_BKSD.shape[1], -1, width)
     scores_BHTS = torch.matmul(q_BKGD, group.k_BKSD.transpose(2, 3)).view(batch, heads, queries, -1) * scale
     if softcap is not None:

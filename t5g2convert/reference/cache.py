@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer in one buffer, [memory | own tokens | free]; it doubles when it is full.
+    """Keys and values of one layer in one buffer, [memory | own tokens | free], which doubles when it is full.
 
-    Merged attention reads both together, T5Gemma's two attentions one part each.
+    Merged attention reads both parts together; T5Gemma's two attentions read one part each.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from t5g2convert.reference.weights import Weights
 
 
 class Encoding:
-    """An encoder of a folder, which subclasses read.
+    """The encoder of a folder; subclasses read it.
 
     Attributes:
         weights: The folder's tensors.
@@ -35,11 +35,11 @@ class Encoding:
 
     @property
     def reserved(self) -> frozenset[int]:
-        """Ids that are not embedded like other tokens."""
+        """Ids of tokens that are not embedded like other tokens."""
         return frozenset()
 
     def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
-        """Return the encoder's masks: bidirectional, and within the window in sliding layers."""
+        """Return the encoder's masks: bidirectional, limited to the window in sliding layers."""
         raise NotImplementedError
 
     def embed(self, ids_BT: Tensor, features_ITC: Tensor | None) -> Tensor:
@@ -68,7 +68,7 @@ class Encoding:
 
 
 class EncoderDecoder(Encoding):
-    """An encoder-decoder of a folder, which subclasses read.
+    """The encoder-decoder of a folder; subclasses read it.
 
     Attributes:
         model: Its settings.
@@ -94,11 +94,11 @@ class EncoderDecoder(Encoding):
         """Return a decoder batch before its first layer.
 
         Args:
-            ids_BT: Token ids, int64; with caches, those that they do not hold yet.
+            ids_BT: Token ids, int64; with caches, only the tokens that the caches do not hold yet.
             kept_BS: False at padding, for the tokens in the caches and these.
             memory_BMC: The encoder's output; None to leave out an attention that reads nothing else.
-            memory_kept_BM: False at its padding, or at all of it to hide it.
-            caches: One for each layer; they are filled.
+            memory_kept_BM: False at the memory's padding, or everywhere to hide the memory.
+            caches: One cache for each layer; they are filled.
         """
         settings, (queries, keys) = self.decoder.settings, (ids_BT.shape[1], kept_BS.shape[1])
         embedded = self.decoder.embed(ids_BT)

@@ -22,12 +22,12 @@ class Gemma2Reference:
         text: Its layers.
 
     Args:
-        checkpoint: The folder; the spelling of its names is taken from it.
+        checkpoint: The folder; its tensor names may have any spelling.
         kernel: The attention kernel.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is not Gemma 2's, or the names fit no spelling.
+        CheckpointError: The config is not Gemma 2's, or the tensor names match no spelling.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, kernel: Kernel = "eager", **reading: Unpack[ReadOptions]) -> None:
@@ -45,12 +45,12 @@ class Gemma2Reference:
         )
 
     def start(self, ids_BT: Tensor, kept_BT: Tensor) -> Run:
-        """A batch before its first layer: int64 ids, and False at padding."""
+        """Return a batch before its first layer; ids are int64, and `kept_BT` is False at padding."""
         settings, embedded = self.text.settings, self.text.embed(ids_BT)
         masks = {kind: causal(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}
         return Run(embedded, self.text.rotations(0, ids_BT.shape[1], embedded.dtype), masks)
 
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor, kept_BT: Tensor) -> Tensor:
-        """Logits of every token, [B, T, V]."""
+        """Return the logits of every token, [B, T, V]."""
         return self.text.logits(self.start(ids_BT, kept_BT).through(self.text))

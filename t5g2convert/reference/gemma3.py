@@ -25,12 +25,12 @@ class Gemma3Reference:
         vision: The vision tower; None for a text-only model.
 
     Args:
-        checkpoint: The folder; the spelling of its names is taken from it.
+        checkpoint: The folder; its tensor names may have any spelling.
         kernel: The attention kernel.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is not Gemma 3's, or the names fit no spelling.
+        CheckpointError: The config is not Gemma 3's, or the tensor names match no spelling.
     """
 
     def __init__(
@@ -78,18 +78,19 @@ class Gemma3Reference:
         return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
 
     def with_table_of(self, other: "Gemma3Reference") -> "Gemma3Reference":
-        """This model with the embedding matrix of another of the same width."""
+        """Return this model with the embedding matrix of another model of the same width."""
         changed = copy(self)
         changed.text = self.text.with_table_of(other.text)
         return changed
 
     def start(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Run:
-        """A batch before its first layer.
+        """Return a batch before its first layer.
 
         Args:
             ids_BT: Token ids, int64.
             kept_BT: False at padding.
-            features_ITC: Soft tokens of the images in the batch, in order; their tokens see each other both ways.
+            features_ITC: Soft tokens of the images in the batch, in order; the tokens of an image see each other in
+                both directions.
         """
         token, blocks = self.model.tokens.image_token_index, None
         if features_ITC is None:
@@ -105,12 +106,12 @@ class Gemma3Reference:
 
     @torch.inference_mode()
     def logits(self, ids_BT: Tensor, kept_BT: Tensor, features_ITC: Tensor | None = None) -> Tensor:
-        """Logits of every token, [B, T, V]."""
+        """Return the logits of every token, [B, T, V]."""
         return self.text.logits(self.start(ids_BT, kept_BT, features_ITC).through(self.text))
 
 
 def image_blocks(ids_BT: Tensor, image_token: int) -> Tensor:
-    """The number of the image that each token belongs to, 0 for text: runs of image tokens are counted from 1."""
+    """Return the number of the image that each token belongs to, 0 for text; runs of image tokens count from 1."""
     inside = ids_BT == image_token
     before = torch.nn.functional.pad(inside, (1, 0))[:, :-1]
     return torch.where(inside, (inside & ~before).cumsum(1), 0)

@@ -37,7 +37,7 @@ def generate(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[st
         options: As keyword arguments; see `GenerateOptions`.
 
     Raises:
-        CheckpointError: The folder is not sound, has no tokenizer, or its logits are not finite.
+        CheckpointError: The folder is damaged, has no tokenizer, or its logits are not finite.
         UsageError: The model has no vision tower, the prompt is empty, or float16 overflows.
     """
     image, device = options.image, options.device
@@ -75,7 +75,7 @@ def generate(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[st
 
 
 def _with_image(codec: TextCodec, prompt: str, tokens: ImageTokens) -> list[int]:
-    """Return the ids of a prompt behind an image's tokens."""
+    """Return the ids of an image's tokens followed by the prompt."""
     if tokens.image_token_index in codec.encode(prompt):
         raise UsageError("the prompt already has image tokens; --image adds its own before the prompt")
     return codec.encode_with_image(
@@ -88,7 +88,7 @@ def _with_image(codec: TextCodec, prompt: str, tokens: ImageTokens) -> list[int]
 
 
 def _texts(codec: TextCodec, tokens: Iterator[int]) -> Iterator[str]:
-    """Decode tokens as they come; a character of several tokens is yielded with the last of them."""
+    """Decode tokens as they arrive; a character of several tokens is yielded with the last one."""
     ids: list[int] = []
     yielded = ""
     for token in tokens:
@@ -102,7 +102,7 @@ def _texts(codec: TextCodec, tokens: Iterator[int]) -> Iterator[str]:
 
 
 def end_tokens(model: EncoderDecoder, folder: Path) -> set[int]:
-    """Return the tokens that end a text, from generation_config.json or else the decoder's config."""
+    """Return the tokens that end a text, from generation_config.json or otherwise from the decoder's config."""
     path = folder / "generation_config.json"
     ends = read_json_object(path).get("eos_token_id") if path.is_file() else None
     if ends is None:
@@ -128,15 +128,15 @@ def greedy_tokens(
     Args:
         model: The encoder-decoder; `resident` makes it fast.
         ids_BT: The encoder's input.
-        kept_BT: False at its padding.
-        start_token: What the decoder starts with (`decoder.bos_token_id`).
+        kept_BT: False at the padding of `ids_BT`.
+        start_token: The decoder's first token (`decoder.bos_token_id`).
         max_new_tokens: The largest number of steps.
         features_ITC: Soft tokens of the images in the encoder's input.
-        cached: Keep keys and values between steps; otherwise every step computes all tokens again.
+        cached: Keep keys and values between steps; otherwise every step recomputes all tokens.
 
     Raises:
-        CheckpointError: The logits are not finite: argmax would take the first token for NaN.
-        UsageError: They are not, because float16 overflows.
+        CheckpointError: The logits are not finite: argmax would choose the first token for NaN.
+        UsageError: The logits are not finite because float16 overflows.
     """
     memory_BMC = model.encode(ids_BT, kept_BT, features_ITC)
     caches = [LayerCache() for _ in range(len(model.decoder))] if cached else None
@@ -153,7 +153,7 @@ def greedy_tokens(
 
 
 def until_end(tokens: Iterator[Tensor], ends: Collection[int]) -> Iterator[int]:
-    """Yield the tokens of a single sequence up to the first one that ends it, which is left out."""
+    """Yield the tokens of a single sequence up to the first end token, which is not yielded."""
     for token_B in tokens:
         token = int(token_B[0])
         if token in ends:

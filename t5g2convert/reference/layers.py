@@ -1,4 +1,4 @@
-"""The blocks that Gemma 2, Gemma 3 and T5Gemma 2 are made of; parameter names are checkpoint keys.
+"""The building blocks of Gemma 2, Gemma 3 and T5Gemma 2; parameter names are checkpoint keys.
 
 Sources: transformers 5.23, models/gemma2, gemma3 and t5gemma2; arXiv 2512.14856, section 2, for merged attention.
 """
@@ -60,11 +60,11 @@ ACTIVATIONS: Final[Mapping[Activation, Callable[[Tensor], Tensor]]] = {
     "swish": functional.silu,
     "tanh": torch.tanh,
 }
-"""By their names in config.json; orders of operations are those of `transformers.activations`."""
+"""Activation functions by their names in config.json, with the order of operations of `transformers.activations`."""
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in float32, times 1 + weight, rounded once at the end."""
+    """Root mean square norm, computed in float32, times 1 + weight, and rounded once at the end."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -72,17 +72,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis; any shape, the dtype stays."""
+        """Normalise the last axis of a tensor of any shape; the dtype does not change."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return (wide * (1.0 + self.weight.float())).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """A linear layer that draws no values: they come from a checkpoint."""
+    """A linear layer without random initialisation: its values come from a checkpoint."""
 
     def reset_parameters(self) -> None:
-        """Leave the parameters as they are."""
+        """Leave the parameters unchanged."""
 
 
 class MLP(nn.Module):
@@ -102,7 +102,7 @@ class MLP(nn.Module):
 
 
 class Projections(nn.Module):
-    """Grouped-query attention without the attention: projections, and from Gemma 3 on norms on queries and keys."""
+    """The projections of grouped-query attention, and, from Gemma 3 on, the norms of queries and keys."""
 
     def __init__(self, settings: TextConfig, kernel: Kernel) -> None:
         super().__init__()
@@ -122,13 +122,13 @@ class Projections(nn.Module):
         self.fused = kernel == "sdpa" and self.softcap is None
 
     def project(self, x_BTC: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the tokens themselves; queries and keys are normed and rotated."""
+        """Return queries, keys and values of the stack's own tokens; queries and keys are normed and rotated."""
         q_BHTD = rotate(self.q_norm(self.heads(self.q_proj(x_BTC))), turn)
         k_BKTD = rotate(self.k_norm(self.heads(self.k_proj(x_BTC))), turn)
         return q_BHTD, k_BKTD, self.heads(self.v_proj(x_BTC))
 
     def project_memory(self, memory_BMC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder's output; no rotation: it has no place among the decoder's positions."""
+        """Return keys and values of the encoder's output, not rotated: it has no position in the decoder's sequence."""
         return self.k_norm(self.heads(self.k_proj(memory_BMC))), self.heads(self.v_proj(memory_BMC))
 
     def heads(self, x_BTN: Tensor) -> Tensor:
@@ -137,21 +137,21 @@ class Projections(nn.Module):
         return x_BTN.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
 
     def attended(self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, seen_BTS: Tensor) -> Tensor:
-        """Attention over one set of keys, projected back to the hidden width."""
+        """Attend to one set of keys, and project the result back to the hidden width."""
         if self.fused:
             return self.gather(attend_fused(q_BHTD, k_BKSD, v_BKSD, seen_BTS, scale=self.scale))
         return self.gather(attend(q_BHTD, [Keys(k_BKSD, v_BKSD, seen_BTS)], scale=self.scale, softcap=self.softcap))
 
     def gather(self, output_BHTD: Tensor) -> Tensor:
-        """Heads side by side, projected back to the hidden width."""
+        """Concatenate the heads, and project them back to the hidden width."""
         return self.o_proj(output_BHTD.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(Projections):
-    """Gemma's attention and the encoder's: tokens see each other as the mask allows."""
+    """The self-attention of Gemma and of the encoder: tokens see each other as the mask allows."""
 
     def forward(self, x_BTC: Tensor, turn: Rotation, seen_BTS: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, C] to [B, T, C]; with a cache, its tokens come before these."""
+        """[B, T, C] to [B, T, C]; the tokens in a cache come before these tokens."""
         q_BHTD, k_BKSD, v_BKSD = self.project(x_BTC, turn)
         if cache is not None:
             k_BKSD, v_BKSD = (both[:, :, cache.memory_length :] for both in cache.append(k_BKSD, v_BKSD))
@@ -159,7 +159,7 @@ class SelfAttention(Projections):
 
 
 class MergedAttention(Projections):
-    """The decoder's attention: own tokens and the encoder's output under one softmax, through the same projections."""
+    """The decoder's attention to own tokens and the encoder's output, under one softmax with the same projections."""
 
     def forward(
         self,
@@ -173,12 +173,12 @@ class MergedAttention(Projections):
         """[B, T, C] to [B, T, C].
 
         Args:
-            x_BTC: The tokens that ask; with a cache, those that it does not hold yet.
-            turn: Their rotation.
-            seen_BTS: Which own tokens each may see, those in the cache first.
-            memory_BMC: The encoder's output; it gets k_norm and no rotation.
-            memory_seen_BTM: Which of it each may see.
-            cache: Holds the memory's keys and values, computed once, and those of the tokens seen so far.
+            x_BTC: The states of the querying tokens; with a cache, only of tokens that the cache does not hold yet.
+            turn: The rotation of these tokens.
+            seen_BTS: The own tokens that each token may see, those in the cache first.
+            memory_BMC: The encoder's output; it gets k_norm but no rotation.
+            memory_seen_BTM: The memory tokens that each token may see.
+            cache: Holds the keys and values of the memory, computed once, and of earlier tokens.
         """
         q_BHTD, k_BKSD, v_BKSD = self.project(x_BTC, turn)
         joined, count = None, memory_BMC.shape[1]
@@ -198,7 +198,7 @@ class MergedAttention(Projections):
 
 
 class GemmaLayer(nn.Module):
-    """A layer of Gemma 2 and Gemma 3: attention and MLP, a norm before and after each."""
+    """A layer of Gemma 2 and Gemma 3: attention and MLP, each with a norm before and after."""
 
     def __init__(self, settings: TextConfig, kernel: Kernel) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class GemmaLayer(nn.Module):
 
 
 class StackLayer(nn.Module):
-    """The common layer of all encoders and decoders: Gemma's layer under other names, in two steps."""
+    """The common layer of all encoders and decoders: Gemma's layer with other names, in two steps."""
 
     attention: type[Projections] = SelfAttention
 
@@ -232,7 +232,7 @@ class StackLayer(nn.Module):
         self.post_feedforward_layernorm = norm()
 
     def through_attention(self, x_BTC: Tensor, *attention: object) -> Tensor:
-        """[B, T, C] to [B, T, C]; `attention` is what the layer's attention takes besides."""
+        """[B, T, C] to [B, T, C]; `attention` holds the other arguments of the attention."""
         return x_BTC + self.post_self_attn_layernorm(self.self_attn(self.pre_self_attn_layernorm(x_BTC), *attention))
 
     def through_mlp(self, x_BTC: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class EncoderLayer(StackLayer):
     """A layer of T5Gemma's or T5Gemma 2's encoder."""
 
     def forward(self, x_BTC: Tensor, *attention: object) -> Tensor:
-        """[B, T, C] to [B, T, C]; `attention` is what the layer's attention takes besides."""
+        """[B, T, C] to [B, T, C]; `attention` holds the other arguments of the attention."""
         return self.through_mlp(self.through_attention(x_BTC, *attention))
 
 

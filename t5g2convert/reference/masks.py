@@ -1,6 +1,6 @@
 """Attention masks: True where a query may see a key, [B or 1, 1, T, S].
 
-In the drawings a row is a query, a column a key, # seen, . hidden.
+In the drawings, a row is a query and a column is a key; # is seen, . is hidden.
 """
 
 import torch
@@ -12,9 +12,9 @@ from t5g2convert.checkpoint.families.rope_config import LayerType
 def causal(
     kind: LayerType, window: int, kept_BS: Tensor, *, queries: int | None = None, blocks_BS: Tensor | None = None
 ) -> Tensor:
-    """Return the causal mask of Gemma 3 and of a decoder's own tokens; sliding layers see `window` tokens back.
+    """Return the causal mask of Gemma 3 and of a decoder's own tokens; sliding layers see the last `window` tokens.
 
-    A token counts itself, so that a window of 3 sees itself and two before it::
+    A token counts itself, so with a window of 3 it sees itself and the two tokens before it::
 
         full          sliding, window 3
         # . . . .     # . . . .
@@ -27,9 +27,9 @@ def causal(
         kind: The kind of layer.
         window: `sliding_window` of the config.
         kept_BS: False at padding, [B, S].
-        queries: The number of queries, the last of the tokens; earlier ones are in a cache (default: all).
-        blocks_BS: Number of the image that a token belongs to, 0 for text. Within an image Gemma 3 sees both ways, in
-            sliding layers inside the window.
+        queries: The number of queries, which are the last tokens; earlier tokens are in a cache (default: all).
+        blocks_BS: Number of the image that a token belongs to, 0 for text. Within an image, Gemma 3 sees both ways; in
+            sliding layers, only inside the window.
     """
     keys = kept_BS.shape[1]
     distance_TS = _distance(keys if queries is None else queries, keys, kept_BS.device)
@@ -42,7 +42,7 @@ def causal(
 
 
 def bidirectional(kind: LayerType, window: int, kept_BS: Tensor) -> Tensor:
-    """Return the encoder's mask: everything; in sliding layers (w + 1) // 2 - 1 tokens back and w // 2 ahead.
+    """Return the encoder's mask: all tokens, or (w + 1) // 2 - 1 tokens back and w // 2 ahead in sliding layers.
 
     ::
 
@@ -64,7 +64,7 @@ def bidirectional(kind: LayerType, window: int, kept_BS: Tensor) -> Tensor:
 
 
 def around(kind: LayerType, window: int, kept_BT: Tensor) -> Tensor:
-    """Return the mask of T5Gemma's encoder: everything; in sliding layers `window` tokens back and ahead.
+    """Return the mask of T5Gemma's encoder: all tokens, or `window` tokens back and ahead in sliding layers.
 
     ::
 
@@ -76,7 +76,7 @@ def around(kind: LayerType, window: int, kept_BT: Tensor) -> Tensor:
         # # # # #     . . # # #
 
     Source: `create_bidirectional_sliding_window_mask` of transformers 5.4 to 5.23. In 5.0 the window counts the token
-    itself, as in the decoder, so that one less is seen on either side.
+    itself, as in the decoder, so it sees one token less on either side.
     """
     tokens = kept_BT.shape[1]
     seen = kept_BT[:, None, None, :].expand(-1, 1, tokens, tokens)
@@ -86,9 +86,9 @@ def around(kind: LayerType, window: int, kept_BT: Tensor) -> Tensor:
 
 
 def memory(queries: int, kept_BM: Tensor) -> Tensor:
-    """Return the decoder's mask on the encoder's output: all of it except padding, in every layer.
+    """Return the decoder's mask on the encoder's output: everything except padding, in every layer.
 
-    Beside the causal mask it makes the merged mask, here for 3 tokens and a memory of 4 that ends with padding::
+    Together with the causal mask it forms the merged mask, here for 3 tokens and a memory of 4 that ends with padding::
 
         own tokens | memory
         # . .      | # # # .

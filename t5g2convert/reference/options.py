@@ -15,10 +15,10 @@ Device = Literal["cpu", "cuda"]
 
 
 class PassOptions(CommandOptions):
-    """How a reference pass computes.
+    """The options of a reference pass.
 
     Attributes:
-        dtype: The dtype to compute in; None for the model's own.
+        dtype: The dtype to compute in; None for the model's own dtype.
         device: The device to compute on.
     """
 

@@ -20,7 +20,7 @@ class TextCodec:
 
     Args:
         folder: The folder of tokenizer.json.
-        vocab: The number of rows of the embedding table; a token beyond them is refused.
+        vocab: The number of rows of the embedding table; tokens beyond it are refused.
 
     Raises:
         CheckpointError: The folder has no tokenizer.json, or the tokenizers library cannot read it.
@@ -80,9 +80,9 @@ class TextCodec:
 
 
 def picture(path: Path, tower: VisionTower, folder: Path, dtype: torch.dtype) -> Tensor:
-    """Return the pixels of a picture, [1, channels, side, side], normalised as the folder's processor says.
+    """Return the pixels of a picture, [1, channels, side, side], normalised as the folder's processor specifies.
 
-    Where the folder has no processor, as Gemma 3's does: bilinear, mean and standard deviation 0.5.
+    If the folder has no processor, use Gemma 3's settings: bilinear, mean and standard deviation 0.5.
 
     Raises:
         CheckpointError: The processor's settings are not valid.

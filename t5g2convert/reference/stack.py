@@ -1,7 +1,7 @@
 """A text stack, run one layer at a time: the embedding, the layers, the last norm, the softmax.
 
-`Stack` knows where the parameters are; a `Run` is one batch on its way through. They are apart so that two models can
-advance side by side, with one layer of each in memory.
+`Stack` finds the parameters; a `Run` is one batch on its way through the layers. They are separate so that two models
+can advance side by side with one layer of each in memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from t5g2convert.reference.layers import RMSNorm
 from t5g2convert.reference.weights import Weights
 
 HEAD_ROWS: Final = 16_384
-"""Rows of the softmax's matrix that are read at once."""
+"""Rows of the softmax's matrix to read at once."""
 
 
 class Stack:
@@ -68,13 +68,13 @@ class Stack:
         return len(self.settings.layer_types)
 
     def with_table_of(self, other: "Stack") -> "Stack":
-        """Return this stack with the embedding matrix and the softmax of another of the same width."""
+        """Return this stack with the embedding matrix and the softmax of another stack of the same width."""
         changed = copy(self)
         changed.table_weights, changed.table, changed.head = other.table_weights, other.table, other.head
         return changed
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Return scaled embeddings, [B, T, C]: the scale is rounded to the dtype of the table, then the product."""
+        """Return scaled embeddings, [B, T, C]; first the scale is rounded to the table's dtype, then the product."""
         rows_BTC = self.table_weights.gather(self.table, ids_BT)
         scale = torch.tensor(self.settings.hidden_size**0.5, device=rows_BTC.device).to(rows_BTC.dtype)
         embedded_BTC = rows_BTC * scale
@@ -129,15 +129,15 @@ def _capped(logits_NV: Tensor, softcap: float | None) -> Tensor:
 
 @dataclass
 class Run:
-    """A batch that passes through a stack, layer by layer.
+    """A batch on its way through a stack, layer by layer.
 
     Attributes:
-        hidden_BTC: The states after the last layer that was passed.
-        rotations: By kind of layer.
-        masks: Which of a stack's own tokens each may see, by kind of layer.
+        hidden_BTC: The states after the last layer so far.
+        rotations: The rotations, by kind of layer.
+        masks: The stack's own tokens that each token may see, by kind of layer.
         memory_BMC: The encoder's output, for a decoder.
-        memory_seen_BTM: Which of it each token may see.
-        caches: One for each layer, for a decoder that generates one token at a time.
+        memory_seen_BTM: The memory tokens that each token may see.
+        caches: One cache for each layer, for a decoder that generates one token at a time.
     """
 
     hidden_BTC: Tensor
@@ -148,11 +148,11 @@ class Run:
     caches: list[LayerCache] = field(default_factory=list)
 
     def advance(self, layer: nn.Module, kind: LayerType, number: int) -> None:
-        """Pass one layer."""
+        """Apply one layer."""
         self.hidden_BTC = layer(self.hidden_BTC, *self.arguments(kind, number))
 
     def arguments(self, kind: LayerType, number: int) -> list[object]:
-        """Return the arguments of a layer after the states."""
+        """Return the arguments of a layer that follow the states."""
         arguments: list[object] = [self.rotations[kind], self.masks[kind]]
         if self.memory_BMC is not None:
             arguments += [self.memory_BMC, self.memory_seen_BTM]
@@ -160,7 +160,7 @@ class Run:
         return arguments
 
     def through(self, stack: Stack) -> Tensor:
-        """Pass all layers and the last norm; return the normed states, [B, T, C]."""
+        """Apply all layers and the last norm; return the normed states, [B, T, C]."""
         for number, kind in enumerate(stack.settings.layer_types):
             self.advance(stack.layer(number), kind, number)
         return stack.norm(self.hidden_BTC)

@@ -1,4 +1,4 @@
-"""T5Gemma, the first generation (arXiv 2504.06225): an encoder that sees both ways, a decoder with cross-attention."""
+"""T5Gemma, the first generation (arXiv 2504.06225): a bidirectional encoder and a decoder with cross-attention."""
 
 from functools import partial
 from typing import Unpack
@@ -19,7 +19,7 @@ from t5g2convert.reference.weights import ReadOptions, Weights
 
 
 class CrossAttention(Projections):
-    """Queries from the decoder, keys and values from the encoder's output; nothing is rotated, no window holds."""
+    """Attention of the decoder's queries to the encoder's keys and values, without rotation and without a window."""
 
     def __init__(self, settings: TextConfig, kernel: Kernel, *, memory_size: int) -> None:
         super().__init__(settings, kernel)
@@ -30,14 +30,14 @@ class CrossAttention(Projections):
     def forward(
         self, x_BTC: Tensor, memory_BMC: Tensor, memory_seen_BTM: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        """[B, T, C] to [B, T, C]; a cache holds the memory's keys and values already."""
+        """[B, T, C] to [B, T, C]; a cache already holds the memory's keys and values."""
         q_BHTD = self.q_norm(self.heads(self.q_proj(x_BTC)))
         k_BKMD, v_BKMD = self.project_memory(memory_BMC) if cache is None else cache.memory
         return self.attended(q_BHTD, k_BKMD, v_BKMD, memory_seen_BTM)
 
 
 class CrossDecoderLayer(StackLayer):
-    """Self-attention, attention to the encoder's output, MLP; a norm before and after each.
+    """Self-attention, attention to the encoder's output, and MLP, each with a norm before and after.
 
     `memory_size` is the width of the encoder's output.
     """
@@ -61,12 +61,12 @@ class CrossDecoderLayer(StackLayer):
         """[B, T, C] to [B, T, C].
 
         Args:
-            x_BTC: The tokens that ask; with a cache, those that it does not hold yet.
-            turn: Their rotation.
-            seen_BTS: Which own tokens each may see, those in the cache first.
-            memory_BMC: The encoder's output; None leaves the attention to it out.
-            memory_seen_BTM: Which of it each may see.
-            cache: Holds the memory's keys and values, computed once, and those of the tokens seen so far.
+            x_BTC: The states of the querying tokens; with a cache, only of tokens that the cache does not hold yet.
+            turn: The rotation of these tokens.
+            seen_BTS: The own tokens that each token may see, those in the cache first.
+            memory_BMC: The encoder's output; None to leave out the attention to it.
+            memory_seen_BTM: The memory tokens that each token may see.
+            cache: Holds the keys and values of the memory, computed once, and of earlier tokens.
         """
         if cache is not None and memory_BMC is not None and not cache.started:
             cache.start(*self.cross_attn.project_memory(memory_BMC))
@@ -83,7 +83,7 @@ class T5GemmaReference(EncoderDecoder):
     Args:
         checkpoint: The folder.
         kernel: The attention kernel.
-        model: Settings to use instead of those of the folder's config.json.
+        model: Settings to use instead of the folder's config.json.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
@@ -119,6 +119,6 @@ class T5GemmaReference(EncoderDecoder):
         )
 
     def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
-        """Both ways, in sliding layers the window to either side."""
+        """Return the encoder's masks: all tokens, or the window to either side in sliding layers."""
         settings = self.encoder.settings
         return {kind: around(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}

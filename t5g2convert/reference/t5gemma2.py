@@ -1,4 +1,4 @@
-"""T5Gemma 2 (arXiv 2512.14856): an encoder that sees both ways, and a decoder with merged attention."""
+"""T5Gemma 2 (arXiv 2512.14856): a bidirectional encoder and a decoder with merged attention."""
 
 from typing import Unpack
 
@@ -18,7 +18,7 @@ from t5g2convert.reference.weights import ReadOptions, Weights
 
 
 class EncoderReference(Encoding):
-    """The encoder of a T5Gemma 2, from its own folder.
+    """The standalone encoder of a T5Gemma 2, from its own folder.
 
     Attributes:
         model: Its settings.
@@ -29,12 +29,12 @@ class EncoderReference(Encoding):
     Args:
         checkpoint: The folder.
         kernel: The attention kernel.
-        model: Settings to use instead of those of the folder's config.json.
+        model: Settings to use instead of the folder's config.json.
         root: The prefix of the encoder's published names.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:
-        CheckpointError: The config is of another model, or a tensor has two spellings.
+        CheckpointError: The config is another model's, or a tensor has two spellings.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class EncoderReference(Encoding):
 
     @property
     def reserved(self) -> frozenset[int]:
-        """Those of an image, and of its end."""
+        """Ids of the image token and the end-of-image token."""
         return frozenset({self.model.tokens.image_token_index, self.model.tokens.eoi_token_index})
 
     def encoder_masks(self, kept_BT: Tensor) -> dict[LayerType, Tensor]:
-        """Both ways, in sliding layers half the window to either side."""
+        """Return the encoder's masks: all tokens, or half the window to either side in sliding layers."""
         settings = self.encoder.settings
         return {kind: bidirectional(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}
 
     def embed(self, ids_BT: Tensor, features_ITC: Tensor | None) -> Tensor:
-        """Embeddings, with soft tokens in the place of image tokens."""
+        """Return the embeddings, with soft tokens in place of image tokens."""
         if features_ITC is None:
             return self.encoder.embed(ids_BT)
         token = self.model.tokens.image_token_index
@@ -97,13 +97,13 @@ class T5Gemma2Reference(EncoderReference, EncoderDecoder):
         model: Its settings.
         weights: The folder's tensors.
         encoder: The encoder's text stack.
-        decoder: The decoder's.
+        decoder: The decoder's text stack.
         vision: The vision tower; None for the stub of a text-only model.
 
     Args:
         checkpoint: The folder.
         kernel: The attention kernel.
-        model: Settings to use instead of those of the folder's config.json.
+        model: Settings to use instead of the folder's config.json.
         reading: The dtype to compute in, the device, and whether parameters stay in memory.
 
     Raises:

@@ -1,6 +1,6 @@
 """SigLIP's vision tower (arXiv 2303.15343) and its projector to soft tokens, run one layer at a time.
 
-Names as in the published layout: `vision_tower.vision_model.` and `multi_modal_projector.`
+Names are those of the published layout: `vision_tower.vision_model.` and `multi_modal_projector.`
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from t5g2convert.reference.weights import Weights
 
 
 class VisionEmbeddings(nn.Module):
-    """An image cut into patches, each projected and given its position."""
+    """The embeddings of an image's patches: projected, with a position embedding added."""
 
     def __init__(self, settings: SiglipConfig) -> None:
         super().__init__()
@@ -33,7 +33,8 @@ class VisionEmbeddings(nn.Module):
 class VisionAttention(nn.Module):
     """Multi-head attention over all patches, with biases.
 
-    Always fused: both towers compute the same shapes, and 4,096 patches make it four times as fast as the eager order.
+    Always fused: both towers compute the same shapes, and with 4,096 patches it is four times as fast as the eager
+    kernel.
     """
 
     def __init__(self, settings: SiglipConfig) -> None:
@@ -89,7 +90,7 @@ class VisionLayer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Patch states, averaged over squares (4 x 4 of 64 x 64 to 256 tokens), normed, brought to the text's width."""
+    """Patch states averaged over squares (4 x 4 of 64 x 64 to 256 tokens), normed, and projected to the text's width."""
 
     def __init__(self, settings: SiglipConfig, image_tokens: int, text_width: int) -> None:
         super().__init__()
@@ -137,12 +138,12 @@ class VisionTower:
         self.projector = projector
 
     def stages(self, *, projected: bool = True, normed: bool = True) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the modules with their names in the order in which an image passes them; each is read in its turn.
+        """Yield the modules with their names, in the order of computation; each is read when it is reached.
 
         Args:
-            projected: Whether the last is the projector; otherwise it is its norm, and the matrix is not read:
-                it may lie in a file of its own.
-            normed: Whether that norm is passed, where the projector is not.
+            projected: Whether the last module is the projector. Otherwise it is the projector's norm, and the matrix is
+                not read: it may be in a separate file.
+            normed: Whether to yield that norm if `projected` is False.
         """
         settings = self.settings
         yield "embeddings", self.weights.module(lambda: VisionEmbeddings(settings), f"{self.tower}embeddings.")
@@ -173,12 +174,12 @@ class VisionTower:
     def features(self, pixels_BNYX: Tensor, *, projected: bool = True) -> Tensor:
         """Return the soft tokens of images, [B, mm_tokens_per_image, text width]; pixels have the dtype of the weights.
 
-        Without the projector the normed states of the patches, [B, patches, vision width].
+        If `projected` is False, return the normed states of the patches, [B, patches, vision width].
         """
         state = pixels_BNYX
         for _, module in self.stages(projected=projected):
             state = module(state)
-            # The next stage is read before the name is rebound; two need not be in memory.
+            # Free this stage before the next one is read: the loop variable would keep it in memory meanwhile.
             del module
         return state
 
@@ -189,7 +190,7 @@ class VisionTower:
 
 
 def text_only(ids_BT: Tensor, image_token: int) -> Tensor:
-    """Return the ids with 0 for image tokens, which may be beyond the table; their rows are replaced anyway."""
+    """Return the ids with 0 in place of image tokens, which may be beyond the table; their rows are replaced anyway."""
     return torch.where(ids_BT == image_token, 0, ids_BT)
 
 
@@ -197,7 +198,7 @@ def scatter_images(embedded_BTC: Tensor, ids_BT: Tensor, image_token: int, featu
     """Replace the embeddings of image tokens by soft tokens, in order.
 
     Raises:
-        CheckpointError: The counts differ.
+        CheckpointError: The numbers of image tokens and soft tokens differ.
     """
     at = ids_BT == image_token
     count = features_ITC.shape[0] * features_ITC.shape[1]

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint, read when they are needed and dropped when nothing holds them.
+"""Tensors of a checkpoint, read when they are needed and freed when they are no longer referenced.
 
-Bytes are read, not mapped: mapped pages would count as this process's memory until the kernel wants them back, and a
-file that shrinks would kill the process. Every tensor starts on memory that torch aligned, so that a kernel cannot
+Files are read, not memory-mapped: mapped pages would count as this process's memory until the kernel reclaims them, and
+a file that shrinks would kill the process. Every tensor starts at memory aligned by torch, so that a kernel cannot
 choose another order of additions for one model than for the other.
 """
 
@@ -16,14 +16,14 @@ from t5g2convert.checkpoint.header import BY_CONFIG_NAME
 from t5g2convert.errors import CheckpointError, UsageError
 
 DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""safetensors dtype to torch dtype: the dtypes that a model can be run in."""
+"""torch dtype by safetensors dtype, for the dtypes that a model can run in."""
 
 
 def check_device(dtype: str | None, device: str) -> None:
-    """Refuse a dtype that models are not run in, and a device that is not available.
+    """Refuse a dtype that models cannot run in, and a device that is not available.
 
     Raises:
-        UsageError: Either.
+        UsageError: The dtype or the device is refused.
     """
     if dtype is not None and dtype not in BY_CONFIG_NAME:
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"expected {', '.join(BY_CONFIG_NAME)}")
@@ -42,7 +42,7 @@ class ReadOptions(TypedDict, total=False):
     Attributes:
         dtype: The dtype that every tensor is cast to (default: its own).
         device: The device of the tensors (default: the CPU).
-        resident: Keep tensors in memory, for a model that is run many times; otherwise they are read for each use.
+        resident: Keep tensors in memory, for a model that runs many times; otherwise they are read for each use.
         rounded_to: A dtype that every tensor is cast to before `dtype`, to round a model as a conversion did.
     """
 
@@ -72,7 +72,7 @@ class Weights:
         """Return a whole tensor.
 
         Raises:
-            CheckpointError: It does not exist, its dtype is not a floating one, or its file has become shorter.
+            CheckpointError: The tensor does not exist, does not have a floating dtype, or its file has become shorter.
         """
         if name in self._tensors:
             return self._tensors[name]
@@ -121,7 +121,7 @@ class Weights:
         return torch.cat(rows)[inverse]
 
     def module(self, make: Callable[[], Module], prefix: str) -> Module:
-        """Return a module with each parameter from the tensor of its name after `prefix`.
+        """Return a module with each parameter read from the tensor of the same name after `prefix`.
 
         Raises:
             CheckpointError: A tensor is missing or has another shape than the module's parameter.
@@ -197,18 +197,17 @@ def only_prefix(names: Sequence[str], anchor: str, checkpoint: Checkpoint) -> st
 
 
 PIECE_ELEMENTS = 1 << 24
-"""Elements that are checked at once: 64 MiB in float32."""
+"""Elements to check at once: 64 MiB in float32."""
 
 
 def not_finite(what: str, weights: Weights) -> UsageError | CheckpointError:
-    """Return the error for values that are not finite: it names the dtype if that overflowed, else the checkpoint.
+    """Return the error for values that are not finite: it names the dtype if it overflowed, otherwise the checkpoint.
 
-    The activations of a real Gemma 3 exceed 65,504, the largest float16; the same weights are right in bfloat16 and
-    float32.
+    The activations of a real Gemma 3 exceed 65,504, the largest float16; the same weights work in bfloat16 and float32.
 
     Args:
         what: The values.
-        weights: The weights that they were computed with.
+        weights: The weights with which the values were computed.
     """
     return overflow(what, weights) or CheckpointError(
         f"{what} are not finite in {_dtype_name(weights)}",
