@@ -1,6 +1,6 @@
 """Turn a Gemma 3 checkpoint into a T5Gemma 2 encoder-decoder, exactly.
 
-The public interface; everything else may change between versions::
+This module is the public interface; everything else may change between versions::
 
     from pathlib import Path
     from t5g2convert import convert, inspect, plan, verify

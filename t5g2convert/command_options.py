@@ -13,15 +13,15 @@ from t5g2convert.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How the command line shows a field of an options model. Its name, type and default come from the field.
+    """The presentation of an options model's field on the command line; name, type and default come from the field.
 
     Attributes:
         help: The text in `--help`.
-        flag: The spelling, where it is not `--name-of-the-field`: `--max-shard-size`, or `--hash/--no-hash`.
+        flag: The spelling if it is not `--name-of-the-field`, like `--max-shard-size` or `--hash/--no-hash`.
         metavar: The placeholder for the value.
-        default: A description of the default where None is not one: `the source's`.
+        default: A description of a default of None, like `the source's`.
         group: The section of `--help`.
-        parse: Turn the text of the command line into the value; `default` is then the text of the default.
+        parse: Turns the text of the command line into the value; `default` is then the text of the default.
     """
 
     help: str
@@ -33,10 +33,10 @@ class Option:
 
 
 class CommandOptions(BaseModel):
-    """The options of a command: frozen, strictly typed, and without room for unknown names.
+    """The options of a command: frozen, strictly typed, and unknown names are errors.
 
-    A field has its type, default and constraints as in any pydantic model. One that the command line offers also has an
-    `Option`; the others are for Python alone.
+    A field has its type, default and constraints as in any pydantic model. A field that the command line offers also
+    has an `Option`; other fields are only for Python.
 
     Example:
         >>> class GreetOptions(CommandOptions):
@@ -58,12 +58,12 @@ class CommandOptions(BaseModel):
                 raise UsageError("; ".join(_reasons(error))) from None
 
     def replace(self, **changes: Any) -> Self:
-        """Return these options with other values for some fields, validated."""
+        """Return these options with some fields changed and validated."""
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
 def _reasons(error: ValidationError) -> list[str]:
-    # A field that may have several types gets one reason for each; it is named once.
+    # pydantic gives one reason for each type that a field may have; name the field once.
     reasons = {str(item["loc"][0]) if item["loc"] else "": item["msg"] for item in reversed(error.errors())}
     return [f"{name}: {reason}" if name else reason for name, reason in reversed(reasons.items())]
 
@@ -101,7 +101,7 @@ class _Unfold(Protocol[_M_co, _P]):
 def takes_options(model: Callable[_P, _M]) -> _Unfold[_M, _P]:
     """Let a function take the fields of an options model as keyword arguments.
 
-    The decorated function has the model as its last parameter. Its callers, and type checkers, see the fields.
+    The decorated function has the model as its last parameter; callers and type checkers see the fields instead.
 
     Example:
         >>> @takes_options(GreetOptions)

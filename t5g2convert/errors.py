@@ -12,7 +12,7 @@
     ├── HubError              7   the Hub: not found, not allowed, not reachable
     └── Interrupted      130/143  SIGINT or SIGTERM
 
-Library code raises only these on purpose; `t5g2convert.cli` alone turns them into text and exit codes.
+Library code deliberately raises only these; only `t5g2convert.cli` turns them into text and exit codes.
 """
 
 from collections.abc import Sequence
@@ -53,11 +53,11 @@ class T5g2Error(Exception):
         self.details = tuple(details)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions are pickled by their arguments alone; other processes need the other fields too.
+        # Exceptions are pickled only by their arguments, but other processes need the other fields too.
         return _restored, (type(self), self.args, self.__dict__)
 
     def __str__(self) -> str:
-        # Tracebacks show it too. Only the error of a map has line ends, before its excerpt and its caret.
+        # Tracebacks show this text too. Only errors in maps have line ends, before the excerpt and the caret.
         reason, *excerpt = self.message.rsplit("\n  ", 2) if isinstance(self, MappingError) else [self.message]
         text = printable(reason if self.where is None else f"{self.where}: {reason}")
         text = "\n  ".join([text, *excerpt])

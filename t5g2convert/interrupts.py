@@ -1,4 +1,4 @@
-"""Signals that stop the work: remembered, because libraries turn them into their own errors, and delayed."""
+"""Signals that stop the work: remembered, because libraries turn them into their own errors, and delayed if needed."""
 
 import signal
 import threading
@@ -29,7 +29,7 @@ def interruption() -> Interrupted | None:
 def raise_interruption() -> None:
     """Raise if there was a signal.
 
-    Call it where the error of a library becomes one of ours: the signal may have caused it.
+    Call this where a library's error is turned into ours: the signal may have caused it.
 
     Raises:
         Interrupted: There was a signal.
@@ -47,7 +47,7 @@ def uninterrupted() -> Iterator[None]:
     and Python's handler would still run in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread only
+        yield  # handlers run only in the main thread
         return
     came: list[int] = []
     before = {

@@ -1,12 +1,12 @@
-"""Functions that long work calls to show its progress."""
+"""The types of callbacks with which long work shows its progress."""
 
 from collections.abc import Callable
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes, rows or documents that were just done."""
+"""Called with the number of bytes, rows or documents just done."""
 
 Steps = Callable[[str], None]
-"""Called with what is being done from now on."""
+"""Called with a description of the step that starts."""
 
 
 def silent(_: object) -> None:

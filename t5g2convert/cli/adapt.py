@@ -41,7 +41,7 @@ Several machines, with SLURM:
 
 All processes must see MODEL, DATA and OUT under the same paths. A run can resume with another number of processes.
 """
-"""The end of the help."""
+"""The last paragraph of the help."""
 
 
 @with_options
@@ -123,7 +123,7 @@ def print_forecast(forecast: "Forecast") -> None:
 
 
 def _run(request: "Request", *, every: int, as_json: bool) -> None:
-    """Run it; only rank 0 prints."""
+    """Run the training; only rank 0 prints."""
     from t5g2convert.adaptation.adapt import adapt as run
     from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank
 
@@ -135,14 +135,14 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
                 if not as_json and (step.step % every == 0 or step.step == steps):
                     typer.echo(step.line)
                 advance(step.step)
-                # If the error of a signal was lost, for example in a destructor, stop the run here.
+                # If the exception of a signal was lost, for example in a destructor, stop the run here.
                 raise_interruption()
 
             outcome = run(request, begun=print_notes, report=report)
     except ReportedElsewhere as error:
         raise typer.Exit(error.exit_code) from None
     except Exception as error:
-        # Torch and other libraries turn the error of a signal handler into their own.
+        # Torch and other libraries turn the exception of a signal handler into their own errors.
         stopped = error if isinstance(error, Interrupted) else interruption()
         if stopped is None:
             raise
@@ -171,7 +171,7 @@ def _print(outcome: "Outcome") -> None:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr, if that is a terminal and this is rank 0."""
+    """Show a progress bar on stderr, if stderr is a terminal and this is rank 0."""
     from t5g2convert.adaptation.train.distributed import early_rank
 
     if not sys.stderr.isatty() or early_rank():
@@ -180,7 +180,7 @@ def _progress(steps: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("adapt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Lines go above the bar if stdout is the terminal too, and unchanged to stdout otherwise.
+    # If stdout is the same terminal, lines go above the bar; otherwise they go to stdout unchanged.
     redirect = sys.stdout.isatty()
     with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=redirect) as bar:
         task = bar.add_task("adapt", total=steps)

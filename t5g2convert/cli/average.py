@@ -31,7 +31,7 @@ def average(
     done = average_checkpoints(run, output or run / "average", options)
     if as_json:
         document = done.to_json()
-        # Keys of conversions only.
+        # Only conversions have these keys.
         for key in ("mapping", "kept", "residual"):
             del document[key]
         emit_json({**document, "checkpoints": options.last})

@@ -59,7 +59,7 @@ def _read(path: Path, error: type[T5g2Error]) -> str:
     """Read a card.
 
     Raises:
-        T5g2Error: (`error`) It is not a regular file, is too large, cannot be read or is not UTF-8.
+        T5g2Error: (`error`) The file is not a regular file, is too large, cannot be read or is not UTF-8.
     """
     from t5g2convert.publish.frontmatter import MAX_CHARACTERS
 
@@ -78,10 +78,10 @@ def _read(path: Path, error: type[T5g2Error]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Put a card in place, by one rename.
+    """Write a card atomically.
 
     Raises:
-        OutputError: It cannot be written, or a link is in its place.
+        OutputError: The card cannot be written, or its path is a link.
     """
     if path.is_symlink():
         raise OutputError("is a link, expected a file or no file", where=path, hint="remove it, and run again")

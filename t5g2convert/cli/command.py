@@ -1,4 +1,4 @@
-"""How a command is imported when it runs, and the base of all commands."""
+"""The import of a command when it runs, and the base of all commands."""
 
 from importlib import import_module
 from pathlib import Path
@@ -9,11 +9,11 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 ORIGINS: Final = {"source", "decoder_from", "vision_from", "mapping", "dataset", "against"}
-"""Options that take the name of a folder, a file, or a model of the Hub, but are not of type Path."""
+"""Options that take the name of a folder, a file or a model on the Hub, but do not have the type Path."""
 
 
 class LazyCommand(TyperCommand):
-    """A name and a summary for the list of commands; the command is imported when it runs or prints its own help."""
+    """A name and a summary for the list of commands; the command itself is imported when it runs or prints its help."""
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
         """Parse the command line with the command itself."""
@@ -21,10 +21,10 @@ class LazyCommand(TyperCommand):
 
 
 def load(name: str) -> Any:
-    """Import a command, and return it as typer runs it.
+    """Import a command, and return it in the form that typer runs.
 
-    The module has the command's name, and so has the function in it; `EPILOG`, if there is one, ends the help. A group
-    of commands has a typer `app` instead.
+    The module and the function in it have the command's name; an `EPILOG` in the module ends the help. A module for a
+    group of commands has a typer `app` instead.
     """
     function = name.replace("-", "_")
     module = import_module(f"t5g2convert.cli.{function}")

@@ -1,4 +1,4 @@
-"""Output: tables for people, JSON for scripts, and no control characters from outside."""
+"""Output: tables for people and JSON for scripts, without control characters from outside."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print only one JSON do
 DebugOption = Annotated[bool, typer.Option("--debug", help="Add the traceback to an error.")]
 
 PLAIN_WIDTH: Final = 400
-"""The width of tables that do not go to a terminal: enough for complete names."""
+"""The width of tables that do not go to a terminal, enough for complete names."""
 
 PART_STYLES: Final = {
     "embedding": "yellow", "encoder": "cyan", "decoder": "magenta", "vision": "green", "projector": "blue",
@@ -77,6 +77,6 @@ def size_text(count: int) -> str:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print notes on stderr, as they are about the result."""
+    """Print notes on stderr: stdout is for the result itself."""
     for note in notes:
         print(f"note: {printable(note)}", file=sys.stderr)  # noqa: T201

@@ -1,4 +1,4 @@
-"""`t5g2 convert`, and the writing of every folder that a plan describes."""
+"""`t5g2 convert`, and the common steps of all commands that write a planned folder."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -76,7 +76,7 @@ def _verified(folder: Path, plan: "Plan", sources: "Sources", mapping: str | Non
     from t5g2convert.parity.verify import verify
     from t5g2convert.reference.options import PassDtype
 
-    # The activations of a real model overflow float16; its weights are judged in float32 as exactly.
+    # The activations of a real model overflow float16; float32 judges its weights just as exactly.
     dtype: PassDtype | None = "float32" if plan.dtype == "float16" else None
     with shown_progress() as progress:
         return verify(folder, sources.origin, **sources.other_origins, mapping=mapping, dtype=dtype, progress=progress)
@@ -134,11 +134,11 @@ class ProgressBar:
         self.stop()
 
     def advance(self, count: int) -> None:
-        """Show that so many bytes were written."""
+        """Advance the bar by a number of bytes."""
         if self._bar is not None:
             self._bar.advance(self._task, count)
 
     def stop(self) -> None:
-        """Give the line back; another display may follow."""
+        """Remove the bar, since another display may follow."""
         if self._bar is not None:
             self._bar.stop()

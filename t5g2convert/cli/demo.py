@@ -110,7 +110,7 @@ def _check_absent(folder: Path) -> None:
     """Refuse to write into a folder that is not empty.
 
     Raises:
-        OutputError: It is not empty, is a link, or is not a folder.
+        OutputError: The path is a folder that is not empty, a link, or not a folder.
     """
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise OutputError("exists and is not an empty folder", where=folder, hint="choose another folder for --out")
@@ -150,7 +150,7 @@ _TOKENIZER_CONFIG: Final = {
 
 
 def _tokenizer() -> dict[str, Any]:
-    """Return a BPE tokenizer of single characters, with Gemma's space symbol and special tokens and exactly 256 ids."""
+    """Return a BPE tokenizer of single characters with Gemma's space symbol, its special tokens and exactly 256 ids."""
     vocabulary = {token: number for number, token in _SPECIAL.items()}
     characters = ["▁", *(chr(code) for code in range(33, 127))]
     free = [number for number in range(256) if number not in _SPECIAL]

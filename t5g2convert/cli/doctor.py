@@ -20,7 +20,7 @@ from t5g2convert.version import __version__
 
 DISTRIBUTION: Final = "t5g2convert"
 OPTIONAL: Final = ("transformers", "hf-xet")
-"""Libraries that are shown although they are not required."""
+"""Libraries to show although they are not required."""
 
 _REQUIREMENT: Final = re.compile(r"([\w.-]+)>=(\d+(?:\.\d+)*)")
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
@@ -58,13 +58,13 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
 
 
 def _packages() -> dict[str, tuple[str | None, str | None]]:
-    """The installed and the oldest supported version of each library; None where there is none."""
+    """Return the installed and the oldest supported version of each library; None if there is none."""
     needed = dict.fromkeys(("huggingface-hub", *OPTIONAL))
     return {name: (_version(name), needs) for name, needs in sorted((needed | _requirements()).items())}
 
 
 def _requirements() -> dict[str, str | None]:
-    """The oldest supported version of each required library; empty if this package runs without being installed."""
+    """Return the oldest supported version of each required library; empty if this package is not installed."""
     try:
         required = [need for need in metadata.requires(DISTRIBUTION) or [] if ";" not in need]
     except metadata.PackageNotFoundError:
@@ -81,7 +81,7 @@ def _version(name: str) -> str | None:
 
 
 def _unfit(packages: dict[str, tuple[str | None, str | None]]) -> Iterator[T5g2Error]:
-    """Libraries that are missing or too old."""
+    """Yield an error for each library that is missing or too old."""
     for name, (version, needed) in packages.items():
         if needed is None:
             continue
@@ -93,7 +93,7 @@ def _unfit(packages: dict[str, tuple[str | None, str | None]]) -> Iterator[T5g2E
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, for comparison; without trailing zeros, so that 2.0 equals 2."""
+    """Return the numbers of a version for comparison, without trailing zeros, so that 2.0 equals 2."""
     found = _RELEASE.match(version)
     numbers = [int(number) for number in found[0].split(".")] if found is not None else []
     while numbers and numbers[-1] == 0:
@@ -102,10 +102,10 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _check_hub(problems: list[T5g2Error]) -> dict[str, Any] | None:
-    """The token's location and the cache; adds what keeps the Hub's client from working to `problems`."""
+    """Return the token's location and the cache; add problems that stop the Hub's client to `problems`."""
     address = os.environ.get("HF_ENDPOINT")
     if address and not _is_address(address):
-        # The value is not repeated: it may be a token in the wrong variable.
+        # Do not repeat the value: it may be a token in the wrong variable.
         problems.append(
             HubError("HF_ENDPOINT is not a URL, expected https://...", hint="unset it to use huggingface.co")
         )
@@ -135,16 +135,16 @@ _MOVE: Final = "set HF_HOME to move it"
 def _is_address(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        _ = parts.port  # raises if it is not a number
+        _ = parts.port  # raises if the port is not a number
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _token_location() -> str | None:
-    """The variable that holds the token, or `file`, in the order of huggingface_hub.
+    """Return the variable that holds the token, or `file`, in huggingface_hub's order of precedence.
 
-    huggingface_hub itself may use the network to get the token.
+    This does not call huggingface_hub, which may use the network to get the token.
     """
     from huggingface_hub import constants
 
@@ -158,7 +158,7 @@ def _token_location() -> str | None:
 
 
 def _check_cuda(problems: list[T5g2Error]) -> dict[str, Any]:
-    """The CUDA version of torch, the devices it can use, and what it warns about."""
+    """Return torch's CUDA version, the devices that it can use, and its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -167,7 +167,7 @@ def _check_cuda(problems: list[T5g2Error]) -> dict[str, Any]:
             if _version("torch") is not None:
                 problems.append(UsageError(f"torch cannot be imported: {error}", hint="reinstall it"))
             return {"torch": None, "devices": [], "warning": None}
-        # A driver that is too old is only a warning.
+        # For a driver that is too old, torch only warns.
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         devices = [printable(torch.cuda.get_device_name(number)) for number in range(count)]
     warning = next((str(item.message) for item in caught if "cuda" in str(item.message).lower()), None)

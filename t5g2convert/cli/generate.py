@@ -30,7 +30,7 @@ def generate(
             sys.stdout.write(printable(piece, keep="\n"))
             sys.stdout.flush()
     except T5g2Error:
-        # The error starts on a line of its own, without an empty line where nothing was written.
+        # Start the error on a new line, but without an empty line if nothing was written.
         sys.stdout.write("\n" * began)
         raise
     sys.stdout.write("\n")

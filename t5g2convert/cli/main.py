@@ -1,4 +1,4 @@
-"""The application `t5g2`: its commands, its exit codes, and the one place where errors become text."""
+"""The application `t5g2`: its commands, its exit codes, and the only place where errors become text."""
 
 import os
 import signal
@@ -20,9 +20,9 @@ from t5g2convert.printable import printable
 from t5g2convert.version import __version__
 
 SHOWN_DETAILS: Final = 20
-"""Offenders of one error that are printed; `--json` lists all."""
+"""Maximum number of an error's details to print; `--json` lists all."""
 
-# The base of the errors that typer raises for a wrong command line: from click, or from the click inside newer typer.
+# The base class of typer's errors for a wrong command line: from click, or from the click inside newer typer.
 CommandLineError: Final[type[Exception]] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
@@ -57,7 +57,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     ),
     "mappings": "List, show and check weight maps, and print their JSON Schema.",
 }
-"""The commands in the order of `--help`, each with the first sentence of its own help."""
+"""The commands in the order of `--help`, each with the first sentence of its help."""
 
 ABOUT: Final = "Convert Gemma 3 checkpoints to T5Gemma 2 encoder-decoders, exactly, and train them."
 
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     forget()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
-    # Problems that the Hub's client overcomes are not worth a line; it reads this when it is imported.
+    # Silence warnings about problems that the Hub's client overcomes; it reads this variable when it is imported.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         code = app(arguments, prog_name="t5g2", standalone_mode=False)
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     lost = finish_streams()
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if lost is not None and command is not None and command not in PRINTING:
-        # Only the report is lost: keep the exit code of the work.
+        # Only the printed result is lost: keep the exit code of the work.
         report(OutputError(f"cannot print the result: {lost.strerror}"), as_json=False, debug=False)
         finish_streams()
     elif lost is not None and not code:
@@ -118,8 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
-    """Print an error, on one line where it has no list of offenders, and return its exit code."""
-    # Typer and rich exit if the reader of a pipe has left; that is not an error.
+    """Print an error, on one line unless it has details, and return its exit code."""
+    # Typer and rich exit if the reader of a pipe has left, which is not an error.
     left = isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
     if left and reader_left() and not isinstance(error, T5g2Error):
         return 0
@@ -138,14 +138,14 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
             return UsageError.exit_code
         known: T5g2Error = _usage_error(error)
     elif (stopped := interruption()) is not None and not isinstance(error, Interrupted):
-        # A signal while a class is being built becomes another error, such as RuntimeError; libraries do the same.
+        # A signal while a class is being built becomes another error, like RuntimeError; libraries do the same.
         if isinstance(error, OutputError | HubError):
             stopped.hint = str(error)
         known = stopped
     elif isinstance(error, T5g2Error):
         known = error
     elif isinstance(error, OSError):
-        # Code that reads and writes checkpoints reports its own failures; only streams and the system are left.
+        # Code that reads and writes checkpoints reports its own failures; this one comes from streams or the system.
         known = OutputError(f"the operating system reports: {error.strerror or error}", where=error.filename)
     else:
         known = T5g2Error(
@@ -163,13 +163,13 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
 def _usage_error(error: Any) -> UsageError:
     context = getattr(error, "ctx", None)
     hint = None if context is None else f"see {context.command_path} --help"
-    # Newer versions of typer validate choices with pydantic, and show its prefix.
+    # Newer versions of typer validate choices with pydantic, and show pydantic's prefix.
     message = error.format_message().replace("Value error, ", "")
     return UsageError(" ".join(message.split()), hint=hint)
 
 
 def _text(error: T5g2Error) -> str:
-    # Only the error of a map has several lines: its position in the file, with a caret.
+    # Only errors in maps have several lines: the position in the file, with a caret.
     first = printable(f"t5g2: {error}", keep="\n" if isinstance(error, MappingError) else "")
     lines = [first, *(f"  {printable(detail)}" for detail in error.details[:SHOWN_DETAILS])]
     if len(error.details) > SHOWN_DETAILS:
@@ -178,10 +178,10 @@ def _text(error: T5g2Error) -> str:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """Let the work clean up after the first signal; the second ends the process at once."""
+    """Let the work clean up after the first signal; a second signal ends the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Python complains about a signal that arrived with this one and lost its handler.
+    # Python complains about another signal that arrived with this one and lost its handler.
     sys.unraisablehook = lambda _: None
     note(number)
     raise Interrupted(number)

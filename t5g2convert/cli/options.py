@@ -1,4 +1,4 @@
-"""From an options model to the options of a command, and the options that several commands share."""
+"""The conversion of an options model into the options of a command, and options that several commands share."""
 
 import inspect
 import types
@@ -25,10 +25,10 @@ def with_options(
     only: Collection[str] | None = None,
     omit: Collection[str] = (),
 ) -> Any:
-    """Give a command the options of a model, in the place of its parameter that has the model's type.
+    """Replace a command's parameter of an options model's type by the options of that model.
 
-    A field that has an `Option` becomes an option of the command line, with the field's type, default and range. Other
-    parameters stay as typer reads them.
+    A field with an `Option` becomes an option of the command line, with the field's type, default and range. Other
+    parameters of the command do not change.
 
     Example:
         >>> class GreetOptions(CommandOptions):
@@ -81,7 +81,7 @@ def _option_of(field: FieldInfo) -> Option | None:
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """Return a field as a parameter that typer reads."""
+    """Return a field as a parameter for typer."""
     option = _option_of(field)
     assert option is not None
     flag = f"--{name.replace('_', '-')}"
@@ -109,7 +109,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _on_command_line(annotation: Any) -> Any:
-    """Return the type that a field has on the command line: text where the field takes text among other types."""
+    """Return the type of a field on the command line: text if text is one of the types of the field."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is tuple:
         return list[arguments[0]] | None  # type: ignore[valid-type]

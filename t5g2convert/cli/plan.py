@@ -35,7 +35,7 @@ _INPUTS: Final[Mapping[Role, str]] = {
     DECODER_FROM: "with the decoder of ",
     VISION_FROM: "with the tower of ",
 }
-"""What the plan reads each checkpoint for, as a prefix of its name in the title."""
+"""What the plan reads from each checkpoint, as a prefix of its name in the title."""
 
 
 @with_options
@@ -99,7 +99,7 @@ def _show_resources(disk_needed: int, disk_free: int, download: int, peak_memory
 
 
 def _how(file: "PlannedFile", made: "Plan") -> str:
-    """Return how a file is made, with the names of the checkpoints that it is made from."""
+    """Describe how a file is made, with the names of the checkpoints that it is made from."""
     if file.how != "made" or not file.reads:
         return file.how
     reads = (f"{plain_name(name)} of {made.sources[role_in(name)].name}" for name in file.reads)
@@ -107,7 +107,7 @@ def _how(file: "PlannedFile", made: "Plan") -> str:
 
 
 def _from(tensor: "PlannedTensor") -> str:
-    """Return the source of a target tensor, and the operation if it is not a copy."""
+    """Describe the source of a target tensor, and the operation if it is not a copy."""
     kind = tensor.content.kind
     if tensor.origin is None or tensor.content.source is None:
         return kind

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from t5g2convert.adaptation.sentinel_probe import Probe
 
 SHOWN_RANGES = 40
-"""Ranges printed; `--json` lists all."""
+"""Maximum number of ranges to print; `--json` lists all."""
 
 
 def probe_sentinels(

@@ -1,4 +1,4 @@
-"""stdout and stderr that may be closed, on a full disk, or without a reader.
+"""Robust stdout and stderr: they may be closed, on a full disk, or without a reader.
 
 Closed descriptors 0 to 2 are opened on the null device, so that no other file gets their numbers. stderr never raises.
 stdout raises until `keep_working` is called, because the work matters more than its printed result.
@@ -45,7 +45,7 @@ _raw: Final[dict[str, _Stream]] = {}
 def prepare_streams() -> None:
     """Open closed standard descriptors, and replace the streams in `sys`.
 
-    Call it before any other file is opened. Streams that somebody else has put in `sys` are left alone.
+    Call this before any other file is opened. Streams that other code has put into `sys` are left alone.
     """
     _raw.clear()
     for number, name in enumerate(_NAMES):
@@ -57,10 +57,10 @@ def prepare_streams() -> None:
 
 
 def _opened(number: int, *, taken: bool) -> int:
-    """Return the descriptor for a standard stream: its own, opened on the null device if it was closed.
+    """Return the descriptor of a standard stream, opened on the null device if it was closed.
 
     Args:
-        number: Its own descriptor.
+        number: The stream's descriptor.
         taken: Whether that descriptor, if it is open, belongs to another file.
     """
     try:
@@ -89,7 +89,7 @@ def _prepare(name: str, descriptor: int) -> None:
     raw.survives = name == "stderr"
     unbuffered = found is not None and found.write_through
     stream = io.TextIOWrapper(
-        # Like Python itself with -u.
+        # As Python itself does with -u.
         cast(BinaryIO, raw) if unbuffered else io.BufferedWriter(raw),
         encoding="utf-8" if found is None else found.encoding,
         errors="replace",
@@ -101,13 +101,13 @@ def _prepare(name: str, descriptor: int) -> None:
 
 
 def keep_working() -> None:
-    """Ignore failures of stdout from now on: the exit code reports the work."""
+    """Ignore failures of stdout from now on: the exit code then reports the work."""
     if "stdout" in _raw:
         _raw["stdout"].survives = True
 
 
 def reader_left() -> bool:
-    """Return whether stdout has lost its reader."""
+    """Return whether the reader of stdout has left."""
     lost = _raw["stdout"].lost if "stdout" in _raw else None
     return lost is not None and lost.errno == errno.EPIPE
 

@@ -80,7 +80,7 @@ def upload(
 
 
 def push(output: Path, repo: str, source: str) -> "Upload":
-    """Upload a folder that was just written; a card in the source's folder gives the license."""
+    """Upload a folder that was just written; the license comes from a card in the source's folder."""
     from t5g2convert.errors import HubError
     from t5g2convert.publish.upload import upload as send
 
@@ -91,7 +91,7 @@ def push(output: Path, repo: str, source: str) -> "Upload":
             source_text = _read(card) if has_card else None
             return send(output, repo, source_card=source_text, bars=report is not None, report=report)
     except HubError as error:
-        # The folder is complete: only the upload must be repeated.
+        # The folder is complete, so only the upload must be repeated.
         again = f"t5g2 upload {output} {repo}" + (f" --source-card {card}" if has_card else "")
         hint = f"{error.hint}; {output} is complete: {again}"
         raise HubError(error.message, where=error.where, hint=hint, details=error.details) from None

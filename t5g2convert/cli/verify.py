@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from t5g2convert.parity.reports.report import Report
 
 SHOWN_OFFENDERS: Final = 20
-"""Most faults of one check that are printed."""
+"""Maximum number of faults of one check to print."""
 
 
 @with_options
@@ -48,7 +48,7 @@ def verify(
     from t5g2convert.parity.verify import verify as judge
 
     inputs = [output, source, options.decoder_from, options.vision_from, options.mapping, options.text, options.image]
-    # A verification takes minutes, so a report that cannot be written is refused before.
+    # A verification takes minutes, so refuse a report that cannot be written before it starts.
     check_reports(junit, html, inputs)
     with shown_progress() as progress:
         report = judge(output, source, **dict(options.replace(progress=progress)))
@@ -62,7 +62,7 @@ def verify(
 
 
 def write_reports(report: "Report", junit: Path | None, html: Path | None) -> None:
-    """Write the report as JUnit XML and HTML, where a path is given.
+    """Write the report as JUnit XML and as HTML, to the paths that are not None.
 
     Raises:
         OutputError: A file cannot be written.
@@ -79,13 +79,13 @@ def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Origi
     """Refuse paths that a report cannot be written to, without touching existing files.
 
     Args:
-        junit: Where the JUnit XML goes, if anywhere.
-        html: Where the HTML page goes, if anywhere.
-        inputs: Folders, files and models of the Hub that are read.
+        junit: The path of the JUnit XML, if any.
+        html: The path of the HTML page, if any.
+        inputs: Folders, files and models on the Hub that are read.
 
     Raises:
         OutputError: A file cannot be written, or is an input.
-        UsageError: Both are the same file, or a loader would read one as a part of a model.
+        UsageError: Both paths are the same file, or a loader would read one as a part of a model.
     """
     from t5g2convert.checkpoint.hub.open_and_fetch import parse_id
     from t5g2convert.conversion.output.path_rules import check_report
@@ -108,10 +108,10 @@ def check_reports(junit: Path | None, html: Path | None, inputs: "Sequence[Origi
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file at once, or leave it as it was; write directly to a device or a pipe.
+    """Write a file atomically; write directly to a device or a pipe.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     data = text.encode()
     with _as_output_error(path):
@@ -122,7 +122,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _is_written_directly(path: Path) -> bool:
-    """Return whether a path is a device or a pipe, or names an open file, as /dev/stdout does."""
+    """Return whether a path is a device or a pipe, or names an open file, like /dev/stdout."""
     named = path.absolute()
     if any(named.is_relative_to(folder) for folder in ("/dev", "/proc")):
         return True
@@ -138,7 +138,7 @@ def _as_output_error(path: Path) -> "Iterator[None]":
 
 
 def print_report(report: "Report", out: "Console") -> None:
-    """Print the table of checks, every fault of the failed ones, and the verdict."""
+    """Print the table of checks, the faults of failed checks, and the verdict."""
     from rich.text import Text
 
     shown = table("", "check", "what was compared and found")
@@ -171,7 +171,7 @@ def require_passed(report: "Report", output: Path) -> None:
     """Refuse a report with a failed check.
 
     Raises:
-        VerificationError: A check failed; the details name the failed ones.
+        VerificationError: A check failed; the details name the failed checks.
     """
     if not report.passed:
         names = ", ".join(check.name for check in report.failed)
@@ -184,7 +184,7 @@ def require_passed(report: "Report", output: Path) -> None:
 
 @contextmanager
 def shown_progress() -> "Iterator[Callable[[str], None] | None]":
-    """Show progress in a line on stderr, if that is a terminal."""
+    """Show progress in a line on stderr, if stderr is a terminal."""
     import sys
 
     if not sys.stderr.isatty():

@@ -173,7 +173,7 @@ def movements(
 
 
 def by_layer(found: Mapping[str, Movement], layer_of: Mapping[str, str]) -> dict[str, Movement]:
-    """Combine the movements of tensors into those of their layers."""
+    """Combine the movements of tensors by layer."""
     names: dict[str, list[Movement]] = {}
     for name, each in found.items():
         names.setdefault(layer_of[name], []).append(each)

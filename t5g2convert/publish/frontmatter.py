@@ -196,7 +196,7 @@ class _EventParser:
         return (tuple(texts) if readable else None), readable
 
     def _end(self, start: int, end: int) -> int:
-        """Return the end of a key, without blank lines and comments before the next key; those in values are indented."""
+        """Return the end of a key, without blank lines and comments before the next; those in values are indented."""
         while end > start + 1:
             line = self.lines[end - 1]
             if line.strip() and not line[: self.indent + 1].lstrip().startswith("#"):

@@ -1,6 +1,6 @@
 """SigLIP's vision tower (arXiv 2303.15343) and its projector to soft tokens, run one layer at a time.
 
-Names are those of the published layout: `vision_tower.vision_model.` and `multi_modal_projector.`
+Names follow the published layout: `vision_tower.vision_model.` and `multi_modal_projector.`
 """
 
 from collections.abc import Iterator
@@ -90,7 +90,7 @@ class VisionLayer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Patch states averaged over squares (4 x 4 of 64 x 64 to 256 tokens), normed, and projected to the text's width."""
+    """Patch states averaged over squares (4 x 4 of 64 x 64 to 256 tokens), normed, projected to the text's width."""
 
     def __init__(self, settings: SiglipConfig, image_tokens: int, text_width: int) -> None:
         super().__init__()

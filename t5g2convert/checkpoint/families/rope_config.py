@@ -140,7 +140,7 @@ def agreed(spellings: Mapping[str, object], default: float, where: Path) -> floa
 
 
 def stated_factor(name: str, section: Mapping[str, Any], where: Path, *, bare_type: bool = True) -> object:
-    """Return the factor that a section states: the given one for linear, 1 for default, None if it states no kind.
+    """Return the factor that a section states: its own for linear, 1 for default, None if it states neither.
 
     Args:
         name: The section's name, for errors.

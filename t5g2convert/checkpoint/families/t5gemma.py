@@ -32,8 +32,8 @@ class T5Gemma:
     """A T5Gemma model as its config describes it.
 
     Attributes:
-        encoder: The settings of its encoder, those of a Gemma 2.
-        decoder: The settings of its decoder, likewise.
+        encoder: The settings of its encoder, as of a Gemma 2.
+        decoder: The settings of its decoder, as of a Gemma 2.
         tied: Whether the softmax reads the decoder's embedding matrix; the encoder's matrix is always separate.
     """
 

@@ -100,7 +100,7 @@ class T5Gemma2(T5Gemma2Encoder):
 
     @property
     def values(self) -> Mapping[str, Scalar]:
-        """The fields of the stacks as `encoder.NAME` and `decoder.NAME`, of the tower as `vision_NAME`, and the tokens."""
+        """The tokens, and the fields of the stacks (`encoder.NAME`, `decoder.NAME`) and the tower (`vision_NAME`)."""
         values: dict[str, Scalar] = self.tokens.model_dump()
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             fields = stack.model_dump(exclude={"rope_parameters"})

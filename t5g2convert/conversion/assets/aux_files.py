@@ -71,7 +71,7 @@ def plan_files(weight_map: WeightMap, resolution: Resolution, tokenizer: Tokeniz
     """Plan the auxiliary files: the source's tokenizer, and the image processor of the tower's checkpoint.
 
     Args:
-        weight_map: The map, which says what is copied and what is made.
+        weight_map: The map, which declares the files to copy and the files to make.
         resolution: The map applied to the source.
         tokenizer: The source's tokenizer.
 

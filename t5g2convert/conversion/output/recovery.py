@@ -58,7 +58,7 @@ class WorkFolders:
         return sorted(found)
 
     def free_removed(self) -> Path:
-        """Return an unused name for a folder that is to be removed."""
+        """Return an unused name for a folder before its removal."""
         number, path = 1, self.removed
         while os.path.lexists(path):
             number += 1

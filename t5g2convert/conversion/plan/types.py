@@ -119,7 +119,7 @@ class PlannedTensor:
 
     @property
     def work(self) -> int:
-        """Number of bytes that progress counts: those in the shard, and those of tables that an alignment reads."""
+        """Number of bytes that progress counts: the tensor's in the shard, and the tables' that an alignment reads."""
         return self.nbytes + (0 if self.content.alignment is None else self.content.alignment.nbytes)
 
     @property

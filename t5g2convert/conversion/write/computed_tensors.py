@@ -33,7 +33,7 @@ def write_computed(
         plan: The plan.
         sources: Descriptors of the source files by name.
         shards: The shards, open.
-        values: The values of tensors that no source contains, if the plan has such tensors.
+        values: The values of tensors that no source contains; None if the plan has none of these.
         progress: Called with the number of bytes done.
 
     Returns:

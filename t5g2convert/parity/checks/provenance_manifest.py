@@ -111,7 +111,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def weights_faults(plan: Plan, folders: Folders, manifest: Manifest | None) -> Iterator[str]:
-    """Yield source weights whose sha256 differs from the one that the manifest records, if any."""
+    """Yield source weights with another sha256 than the manifest records, if it records one."""
     unhashed = manifest is None or all(file.sha256 is None for file in manifest.files.values())
     recorded = {} if manifest is None else manifest.sources
     named = []

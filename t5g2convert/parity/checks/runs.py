@@ -25,7 +25,7 @@ def judge_runs(target: EncoderDecoder, *, blind: bool = False, progress: Callabl
 
     Args:
         target: The model.
-        blind: Whether its projector is declared to be zeros, so that it cannot tell images apart.
+        blind: Whether its projector is declared to be zeros, so that all images look the same to it.
         progress: Called once, with a few words.
 
     Raises:
