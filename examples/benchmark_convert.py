@@ -1,11 +1,11 @@
-"""Measure `t5g2 convert` against `cp` of as many bytes and a transformers script, alternating in one run.
+"""Measure `t5g2 convert` against `cp` of the same number of bytes and a transformers script, alternating in one run.
 
     python examples/benchmark_convert.py [270m 1b 4b 27b] [--rounds 5] [--folder DIR]
 
-Sources have the real shapes and seeded random weights; the size `tiny` is there to try the script. Every command is
-timed as a whole process, start-up included; before each, the disk is given time to take what the one before left
-(sync). Printed are medians over the rounds: seconds, the ratio to `cp` of the same round, and peak memory. Sizes that
-the disk cannot hold are left out. 27b is planned only, from headers.
+Sources have the real shapes and seeded random weights; the size `tiny` is for trying the script. Every command is timed
+as a whole process, including start-up; before each, the data of the previous command is flushed to disk (sync). The
+script prints medians over the rounds: seconds, the ratio to `cp` in the same round, and peak memory. Sizes that the
+disk cannot hold are left out. 27b is only planned, from headers.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from pathlib import Path
 from benchmark_sources import DISK, run_apart
 
 TRANSFORMERS_ROUNDS = 3
-"""Rounds in which the slow script takes part."""
+"""Number of rounds for the slow script."""
 
 
 @dataclass
 class Contestant:
-    """A command that leaves its output in a folder, and what was measured of it."""
+    """A command that writes a folder, and its measurements."""
 
     name: str
     command: list[str]
@@ -36,7 +36,7 @@ class Contestant:
     peaks: list[int] = field(default_factory=list)
 
     def run(self, output: Path | None) -> None:
-        """Run it once, alone, and remove what it wrote."""
+        """Run the command once, alone, and remove its output."""
         os.sync()
         start = time.perf_counter()
         process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -50,7 +50,7 @@ class Contestant:
 
 
 def main() -> None:
-    """Measure the sizes that were asked for, as far as the disk allows."""
+    """Measure the requested sizes that fit on the disk."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["270m", "1b", "4b", "27b"], help="sizes to measure")
     parser.add_argument("--rounds", type=int, default=5)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(size: str, rounds: int, folder: Path) -> None:
-    """Make a source, run everyone in turn, print the table."""
+    """Make a source, run all commands in turn, and print the table."""
     source, reference, output = folder / "source", folder / "reference", folder / "output"
     source.mkdir()
     run_apart("make_source", size, str(source))
@@ -91,7 +91,7 @@ def measure(size: str, rounds: int, folder: Path) -> None:
 
 
 def measure_plan(size: str, rounds: int, folder: Path) -> None:
-    """Plan a model of which only the headers are there."""
+    """Plan a model that consists only of headers."""
     run_apart("make_source", size, str(folder), "headers only")
     planner = Contestant("t5g2 plan", [str(Path(sys.executable).with_name("t5g2")), "plan", str(folder)], rounds)
     for _ in range(rounds):
@@ -101,7 +101,7 @@ def measure_plan(size: str, rounds: int, folder: Path) -> None:
 
 
 def report(size: str, contestants: list[Contestant], output_bytes: int) -> None:
-    """Print medians; the plain copies are compared with `cp`, the flushed ones with `cp, then sync`."""
+    """Print medians; unflushed commands are compared with `cp`, flushed ones with `cp, then sync`."""
     by_name = {contestant.name: contestant for contestant in contestants}
     print(f"\n{size}: {output_bytes / 1e9:.2f} GB of output, medians of {contestants[0].rounds} rounds")
     print(f"{'':36}{'seconds':>9}{'to cp':>8}{'over cp':>10}{'peak MB':>9}")

@@ -2,9 +2,10 @@
 
     python examples/benchmark_forward.py [270m] [--rounds 7] [--dtypes float32 bfloat16] [--folder DIR]
 
-A T5Gemma 2 of real shape with seeded random weights is made, and loaded by everyone. Measured are one pass with 512
-tokens in the encoder and 64 in the decoder, and 64 greedily written tokens after 512. Printed are medians over the
-rounds: seconds, and the ratio to transformers' sdpa of the same round. OMP_NUM_THREADS says how many threads all have.
+All implementations load the same T5Gemma 2 of real shape with seeded random weights. The script measures one pass with
+512 tokens in the encoder and 64 in the decoder, and the greedy generation of 64 tokens after 512. It prints medians
+over the rounds: seconds, and the ratio to transformers' sdpa in the same round. OMP_NUM_THREADS sets the number of
+threads for all.
 """
 
 import argparse
@@ -28,7 +29,7 @@ OURS, YARDSTICK, EAGER = "t5g2 reference", "transformers, sdpa", "transformers, 
 
 
 def main() -> None:
-    """Measure the dtypes that were asked for."""
+    """Measure the requested dtypes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", nargs="?", default="270m")
     parser.add_argument("--rounds", type=int, default=7)
@@ -59,7 +60,7 @@ def main() -> None:
 def ours(
     folder: Path, dtype: torch.dtype, ids: torch.Tensor, written: torch.Tensor
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
-    """The reference: a pass, and a writer."""
+    """Return two functions of the reference: a pass, and greedy generation."""
     model = T5Gemma2Reference(open_checkpoint(folder), dtype=dtype, resident=True, kernel="sdpa")
     kept, written_kept = torch.ones_like(ids, dtype=torch.bool), torch.ones_like(written, dtype=torch.bool)
 
@@ -76,11 +77,11 @@ def ours(
 def transformers_model(
     folder: Path, dtype: torch.dtype, kernel: str, ids: torch.Tensor, written: torch.Tensor
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """transformers with one kind of attention: a pass, and a writer."""
+    """Return two functions of transformers with one kind of attention: a pass, and greedy generation."""
     from transformers import T5Gemma2ForConditionalGeneration
 
     model = T5Gemma2ForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=kernel).eval()
-    # Nobody stops early: everyone writes as many tokens.
+    # Without an end token, all implementations generate the same number of tokens.
     model.generation_config.eos_token_id = None
     mask = torch.ones_like(ids)
 
@@ -97,7 +98,7 @@ def transformers_model(
 
 
 def check_equal(texts: dict[str, list[int]]) -> None:
-    """Say where somebody writes other tokens; ties may break differently in bfloat16."""
+    """Report where generated tokens differ; ties may break differently in bfloat16."""
     for label, text in texts.items():
         if len(text) != WRITTEN_TOKENS:
             raise SystemExit(f"{label} wrote {len(text)} tokens, expected {WRITTEN_TOKENS}")
@@ -107,7 +108,7 @@ def check_equal(texts: dict[str, list[int]]) -> None:
 
 
 def report(title: str, runs: dict[str, Callable[[], Any]], rounds: int) -> None:
-    """Everyone in turn, after one round to warm up; print medians."""
+    """Run all functions in turn, after one round to warm up, and print medians."""
     seconds: dict[str, list[float]] = {label: [] for label in runs}
     for number in range(rounds + 1):
         for label, run in runs.items():

@@ -1,9 +1,9 @@
-"""Measure time and peak memory of a text-only source that is given a vision tower, and of the verification of it.
+"""Measure time and peak memory of converting a text-only source with a donor's vision tower, and of verifying it.
 
     python examples/benchmark_graft.py [SOURCE DONOR] [--folder DIR]
 
-By default a 270m-shaped source and a 4b-shaped donor, with seeded random weights: once with a projector of zeros, once
-with one that is aligned by least squares between both embedding tables.
+By default the source is shaped like a 270m and the donor like a 4b, with seeded random weights. The script runs
+once with a projector of zeros and once with a projector aligned by least squares between both embedding tables.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from benchmark_verify import measured
 
 
 def main() -> None:
-    """Make both checkpoints, then convert and verify with each projector."""
+    """Make both checkpoints, and convert and verify with each projector."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["270m", "4b"], help="size of the source, size of the donor")
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")

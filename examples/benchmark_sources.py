@@ -1,4 +1,4 @@
-"""What the benchmarks convert: checkpoints of the real shapes with seeded random weights."""
+"""The sources of the benchmarks: checkpoints of the real shapes with seeded random weights."""
 
 import subprocess
 import sys
@@ -45,17 +45,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 DISK = {"tiny": 1e8, "tiny-vision": 1e8, "270m": 3e9, "1b": 12e9, "4b": 42e9, "27b": 1e6}
-"""Bytes that a size needs: source, reference, and one output at a time."""
+"""Bytes needed for a size: source, reference, and one output at a time."""
 
 
 def run_apart(function: str, *arguments: str) -> None:
-    """Run a function of this file in a process of its own: a child's peak memory starts at its parent's."""
+    """Run a function of this file in a separate process: a child's peak memory starts at its parent's."""
     command = f"import sys; from benchmark_sources import {function}; {function}(*sys.argv[1:])"
     subprocess.run([sys.executable, "-c", command, *arguments], check=True, cwd=Path(__file__).parent)
 
 
 def make_source(size: str, folder: str, headers_only: str = "") -> None:
-    """Write the source, with seeded random weights or with none."""
+    """Write the source, with seeded random weights or without weights."""
     from t5g2convert.mapping.library import find_map
     from t5g2convert.mapping.synthetic import write_synthetic_source
 

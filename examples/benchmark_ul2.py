@@ -1,12 +1,12 @@
-"""Measure how fast texts are taken apart for UL2, on one core.
+"""Measure how fast UL2 samples are made from texts, on one core.
 
     python examples/benchmark_ul2.py [512 4096 16384] [--rounds 7] [--tokens 4000000]
 
-A sample is made as training makes it: its task and its stretch from the schedule, its generator, the span corruption.
-The text is random tokens in memory. A row is a budget, the same for the encoder's input and for the labels: how many
-sentinels a sample may need, and medians over the rounds of microseconds a sample, of millions of raw tokens a second,
-and of millions of tokens that come out, encoder's input and labels together. Time is the processor's, so that others on
-the machine count little.
+A sample is made as in training: its task and its stretch of text from the schedule, its generator, the span corruption.
+The text is random tokens in memory. A row is for one budget, the same for the encoder's input and for the labels. It
+shows how many sentinels a sample may need, and medians over the rounds: microseconds a sample, millions of raw tokens a
+second, and millions of output tokens a second, encoder's input and labels together. Processor time is measured, so
+that other processes on the machine have little effect.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CORPUS_TOKENS = 16_000_000
 
 
 def main() -> None:
-    """Measure the budgets that were asked for."""
+    """Measure the requested budgets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("budgets", nargs="*", type=int, default=[512, 4096, 16_384])
     parser.add_argument("--rounds", type=int, default=7)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(budget: int, corpus: NDArray[np.uint32], rounds: int, tokens: int) -> None:
-    """Print the row of a budget; a first round warms up."""
+    """Print the row of a budget, after a round to warm up."""
     mixture = read_mixture()
     raw_lengths = tuple(longest(task, FRAME, encoder=budget, decoder=budget) for task in mixture.tasks)
     needed = needed_sentinels(mixture, raw_lengths)

@@ -1,10 +1,10 @@
-"""Measure time and peak memory of `t5g2 verify` against the size of what it judges.
+"""Measure time and peak memory of `t5g2 verify` by the size of source and output.
 
     python examples/benchmark_verify.py [270m 1b 4b] [--folder DIR]
 
-Sources have the real shapes and seeded random weights. A verification is timed as a whole process, start-up included:
-all files hashed, all bytes compared, Gemma 3 and both stacks run side by side, and the encoder-decoder once more.
-Sizes that the disk cannot hold are left out.
+Sources have the real shapes and seeded random weights. A verification is timed as a whole process, including start-up:
+it hashes all files, compares all bytes, runs Gemma 3 and both stacks side by side, and then the encoder-decoder. Sizes
+that the disk cannot hold are left out.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmark_sources import DISK, run_apart
 
-# VmHWM starts anew with the process.
+# VmHWM, the peak memory, is reset when a process starts.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ finally:
 
 
 def main() -> None:
-    """Verify the sizes that were asked for, as far as the disk allows."""
+    """Verify the requested sizes that fit on the disk."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["270m", "1b", "4b"], help="sizes to verify")
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measured(*arguments: str | Path) -> tuple[str, float, float]:
-    """Run `t5g2`; what it printed on stdout, the seconds that it took, start-up included, and its peak memory in MB."""
+    """Run `t5g2`; return its stdout, the seconds that it took, including start-up, and its peak memory in MB."""
     start = time.perf_counter()
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -58,7 +58,7 @@ def measured(*arguments: str | Path) -> tuple[str, float, float]:
 
 
 def measure(size: str, folder: Path) -> None:
-    """Make a source, convert it, verify it once."""
+    """Make a source, convert it, and verify it once."""
     source, output = folder / "source", folder / "output"
     source.mkdir()
     run_apart("make_source", size, str(source))

@@ -1,4 +1,4 @@
-"""Convert a Gemma 2 into a T5Gemma of the first generation, verify it, and say what was proved.
+"""Convert a Gemma 2 into a T5Gemma of the first generation, verify it, and print the result of each check.
 
 python examples/convert_gemma2.py SOURCE OUTPUT
 """
@@ -16,7 +16,7 @@ PROVED = {
 
 
 def main(source: Path, output: Path) -> None:
-    """Look at the plan, execute it, judge the result."""
+    """Show the plan, convert, and verify the result."""
     print(plan(source).config["model_type"], "with", f"{plan(source).parameters['total']:,}", "parameters")
     done = convert(source, output)
     print(*done.notes, sep="\n")

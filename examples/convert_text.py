@@ -1,4 +1,4 @@
-"""Convert a text-only Gemma 3, and verify what came of it.
+"""Convert a text-only Gemma 3, and verify the result.
 
 python examples/convert_text.py SOURCE OUTPUT
 """
@@ -10,7 +10,7 @@ from t5g2convert import convert, plan, verify
 
 
 def main(source: Path, output: Path) -> None:
-    """Look at the plan, execute it, judge the result."""
+    """Show the plan, convert, and verify the result."""
     print("will have", f"{plan(source).parameters['total']:,}", "parameters")
     done = convert(source, output)
     print(*done.notes, sep="\n")

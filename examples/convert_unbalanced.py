@@ -1,10 +1,11 @@
-"""A deep encoder and a shallow decoder of one Gemma 3, or a decoder that another Gemma 3 gives.
+"""Make a deep encoder and a shallow decoder from one Gemma 3, or take the decoder from another Gemma 3.
 
     python examples/convert_unbalanced.py SOURCE OUTPUT DECODER_LAYERS [OTHER]
 
-DECODER_LAYERS are those that the decoder takes of its parent: `first:6`, `1:34:2`, or `0,3,5:12`. OTHER is a Gemma 3 of
-the same width and vocabulary, as an instruction-tuned one beside a pretrained SOURCE; without it both stacks are of
-SOURCE. Each layer keeps its kind and its weights, so that each stack still computes what those layers of its parent do.
+DECODER_LAYERS selects the layers that the decoder takes from its parent: `first:6`, `1:34:2`, or `0,3,5:12`. OTHER is a
+Gemma 3 of the same width and vocabulary, for example the instruction-tuned version of a pretrained SOURCE; without it,
+both stacks come from SOURCE. Each layer keeps its kind and its weights, so each stack still computes the same as those
+layers of its parent.
 """
 
 import sys
@@ -14,7 +15,7 @@ from t5g2convert import convert, verify
 
 
 def main(source: Path, output: Path, decoder_layers: str, other: Path | None = None) -> None:
-    """Convert, and judge each stack by its own parent and its own layers."""
+    """Convert, and verify each stack against its own parent and its own layers."""
     done = convert(source, output, decoder_layers=decoder_layers, decoder_from=other)
     print(*done.notes, sep="\n")
     print(f"parameters: encoder {done.parameters['encoder']:,}, decoder {done.parameters['decoder']:,}")

@@ -1,8 +1,9 @@
-"""The same conversion by hand with transformers: load, build on the meta device, assign, save. For comparison.
+"""The same conversion by hand with transformers, for comparison: load, build on the meta device, assign, save.
 
     python examples/convert_with_transformers.py SOURCE OUTPUT
 
-Text-only sources; it ties nothing that transformers does not tie, computes no end-of-image row, and checks nothing.
+It is for text-only sources. It ties only what transformers ties, does not compute the end-of-image row, and checks
+nothing.
 """
 
 import sys
@@ -16,7 +17,7 @@ from t5g2convert import plan
 
 
 def main(source: Path, output: Path) -> None:
-    """Read everything, give both stacks the same tensors, write everything."""
+    """Read everything, give both stacks the same tensors, and write everything."""
     weights = {
         name: tensor for path in sorted(source.glob("*.safetensors")) for name, tensor in load_file(path).items()
     }

@@ -1,9 +1,9 @@
-"""Give a text-only Gemma 3 (270m, 1b) the eyes of a larger one while it is converted, and the context of a release.
+"""Convert a text-only Gemma 3 (270m, 1b) with the vision tower of a larger one and the context length of a release.
 
     python examples/convert_with_vision.py SOURCE DONOR OUTPUT
 
-The projector is aligned by least squares between both embedding tables; without `projector` it would be zeros, and
-images would mean nothing until it is trained.
+The projector is aligned by least squares between both embedding tables. Without `projector` it would be zeros, and
+images would have no effect until it is trained.
 """
 
 import sys
@@ -13,7 +13,7 @@ from t5g2convert import convert, verify
 
 
 def main(source: Path, donor: Path, output: Path) -> None:
-    """Convert with a donor, and judge text and tower, each by the model that it came from."""
+    """Convert with a donor, and verify text and tower, each against the model that it came from."""
     done = convert(source, output, vision_from=donor, projector="aligned", rope_scaling="linear:8")
     print(*done.notes, sep="\n")
     report = verify(output, source, vision_from=donor)

@@ -1,8 +1,8 @@
-"""Give Gemma 3 back from a T5Gemma 2: its decoder without memory, for a model that was trained further too.
+"""Extract a Gemma 3 from a T5Gemma 2: its decoder without memory; this also works for a model that was trained further.
 
     python examples/extract_decoder.py T5GEMMA2 GEMMA3 [PROMPT]
 
-Of a model that was only converted this is the parent again, every tensor of it byte for byte.
+From a model that was only converted, this gives the parent again, every tensor byte for byte.
 """
 
 import sys
@@ -14,7 +14,7 @@ from t5g2convert import convert, verify
 
 
 def main(whole: Path, gemma3: Path, prompt: str) -> None:
-    """Extract, judge, and go on with a prompt in transformers."""
+    """Extract, verify, and continue a prompt in transformers."""
     done = convert(whole, gemma3, part="decoder")
     print(f"{done.parameters['total']:,} parameters: {done.parameters}")
     report = verify(gemma3, whole)

@@ -1,9 +1,9 @@
-"""Take the encoder out of a T5Gemma 2, and let sentence-transformers make vectors of texts with it.
+"""Extract the encoder of a T5Gemma 2, and embed texts with it in sentence-transformers.
 
     python examples/extract_encoder.py T5GEMMA2 ENCODER "a cat" "a dog" "a bus"
 
-Prints how alike the texts are, as cosines. Of a model that was only converted they mean little yet: its encoder has not
-been trained to see both ways.
+Prints the similarity of the texts as cosines. For a model that was only converted they mean little: its encoder has not
+yet been trained to see both ways.
 """
 
 import sys
@@ -15,14 +15,14 @@ from t5g2convert import convert, verify
 
 
 def main(whole: Path, encoder: Path, texts: list[str]) -> None:
-    """Extract, judge, and embed."""
+    """Extract, verify, and embed."""
     convert(whole, encoder, part="encoder")
     report = verify(encoder, whole)
     for check in report.checks:
         print("passed" if check.passed else "FAILED", check.name, "-", check.detail)
     if not report.passed:
         sys.exit(6)
-    # Mean pooling over the tokens' states, unless the folder says otherwise.
+    # By default, sentence-transformers uses mean pooling over the tokens' states.
     model = SentenceTransformer(str(encoder), device="cpu")
     vectors = model.encode(texts)
     for text, row in zip(texts, model.similarity(vectors, vectors), strict=True):

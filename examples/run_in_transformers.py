@@ -1,8 +1,8 @@
-"""Load a converted folder in transformers and let it write, after a text or after a picture and a text.
+"""Load a converted folder in transformers, and generate text from a prompt, with or without a picture.
 
     python examples/run_in_transformers.py FOLDER PROMPT [PICTURE]
 
-A conversion has not learnt to use its encoder yet: until it is trained further, do not expect sense.
+A conversion has not yet learnt to use its encoder: do not expect sensible text until it is trained further.
 """
 
 import sys
@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 
 def write_after_text(folder: Path, prompt: str) -> str:
-    """The encoder reads the prompt, the decoder writes 20 tokens."""
+    """Let the encoder read the prompt and the decoder write 20 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)
     written = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=20, do_sample=False)
@@ -20,7 +20,7 @@ def write_after_text(folder: Path, prompt: str) -> str:
 
 
 def write_after_picture(folder: Path, prompt: str, picture: Path) -> str:
-    """The encoder reads the picture and the prompt; <start_of_image> says where the picture stands."""
+    """Let the encoder read the picture and the prompt; <start_of_image> marks the position of the picture."""
     write = pipeline("image-text-to-text", model=str(folder))
     (answer,) = write(images=str(picture), text=f"<start_of_image> {prompt}", max_new_tokens=20, do_sample=False)
     return str(answer["generated_text"])

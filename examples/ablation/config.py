@@ -1,7 +1,7 @@
 """The config.json of a research model, a variant of T5Gemma 2's ablations (arXiv 2512.14856), and its tensors.
 
 Tied or untied: one embedding table, or one for each stack. Merged or separate: the decoder attends to the encoder in
-its self-attention, or in a cross-attention of its own. In all layers, or only in those of full attention.
+its self-attention, or in a separate cross-attention. It does so in all layers, or only in full-attention layers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,10 +29,10 @@ NO_TOWER: Final = SiglipConfig(hidden_size=1, intermediate_size=1, num_hidden_la
 
 
 class Variant(ConfigSection):
-    """What the ablations vary.
+    """The settings that the ablations vary.
 
     Attributes:
-        tied: Whether one table serves encoder, decoder and softmax; otherwise the softmax uses the decoder's.
+        tied: Whether encoder, decoder and softmax share one table; otherwise the softmax uses the decoder's.
         attention: Whether the decoder attends to the encoder in its self-attention or in a cross-attention after it.
         cross_layers: Which of the decoder's layers attend to the encoder.
     """
@@ -44,7 +44,7 @@ class Variant(ConfigSection):
 
 @dataclass(frozen=True, slots=True)
 class ResearchConfig(T5Gemma2):
-    """A research model: a text-only T5Gemma 2, varied."""
+    """A research model: a variant of a text-only T5Gemma 2."""
 
     variant: Variant = field(kw_only=True)
 
@@ -58,11 +58,11 @@ class ResearchConfig(T5Gemma2):
 
 
 def read_research(config: Mapping[str, Any], where: Path) -> ResearchConfig:
-    """Read the settings that decide which tensors a folder holds and what they compute.
+    """Read the settings that determine a folder's tensors and their computation.
 
     Raises:
-        CheckpointError: It is another model, a field is missing or of the wrong type, the stacks differ in size, or no
-            layer of the decoder attends to the encoder.
+        CheckpointError: The config is another model's, a field is missing or of the wrong type, the stacks differ in
+            size, or no layer of the decoder attends to the encoder.
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{describe_model_type(config)} is not a research model", where=where)
@@ -71,7 +71,7 @@ def read_research(config: Mapping[str, Any], where: Path) -> ResearchConfig:
     for name in ("hidden_size", "vocab_size"):
         if (one := getattr(encoder, name)) != (other := getattr(decoder, name)):
             raise CheckpointError(f"decoder.{name} is {other}, expected the encoder's {one}", where=where)
-    # There are no images: their ids are outside the table.
+    # The model does not read images, so their ids are outside the table.
     outside = encoder.vocab_size
     tokens = T5Gemma2Tokens(
         mm_tokens_per_image=1, boi_token_index=outside, eoi_token_index=outside, image_token_index=outside
@@ -105,7 +105,7 @@ def research_tensors(config: Mapping[str, Any], where: Path) -> Iterator[Expecte
 
 
 def research_settings(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Read what `inspect` shows of config.json.
+    """Read the settings that `inspect` shows.
 
     Raises:
         CheckpointError: As `read_research`.

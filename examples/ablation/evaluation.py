@@ -61,15 +61,15 @@ def evaluate(
     Args:
         model: A converted model.
         data: A folder that `t5g2 pack` wrote, from documents that the model was not trained on.
-        settings: Lengths, mixture and seed of the samples; those of a run give its objective.
+        settings: Lengths, mixture and seed of the samples; a run's settings give its objective.
         samples: Number of samples, a multiple of the mixture's block, so that each task has its share.
-        checkpoint: A checkpoint of a run that started from the model, to evaluate in its place.
+        checkpoint: A checkpoint of a run that started from the model, to evaluate instead of the model.
         micro: Samples per pass.
 
     Raises:
         CheckpointError: The model or the checkpoint is damaged, or they do not belong together.
         DataError: The data does not fit the model.
-        UsageError: The number of samples is not a multiple of the block, or larger than the data gives once.
+        UsageError: The number of samples is not a multiple of the block, or exceeds one pass through the data.
     """
     prepared = prepare(model, data, settings)
     block, schedule = settings.mixture.block, prepared.samples.sampler
@@ -86,7 +86,7 @@ def evaluate(
 
 
 def _take_values(module: nn.Module, prepared: Prepared, trained: CheckpointReader) -> None:
-    """Replace the values of a model by those of a checkpoint."""
+    """Load the values of a checkpoint into a model."""
     where = prepared.checkpoint.path
     shapes = {name: stored.entry.shape for name, stored in prepared.checkpoint.tensors.items()}
     named = {tensor: name for name, tensor in published_names(module, shapes, where).items()}

@@ -1,11 +1,11 @@
 """The research model of T5Gemma 2's ablations (arXiv 2512.14856), built from the blocks of `t5g2convert.reference`.
 
 It is trained like transformers' T5Gemma2ForConditionalGeneration: `model.model(...)` returns the decoder's last hidden
-states, `model.lm_head(...)` their logits, and every parameter has the name of its tensor on disk. Tied, merged and in
-all layers it computes what a T5Gemma 2 computes from text. See `config` for the variants.
+states, `model.lm_head(...)` their logits, and every parameter has the name of its tensor on disk. The variant that is
+tied and merged in all layers computes the same as a T5Gemma 2 from text. See `config` for the variants.
 
 With the encoder hidden, merged attention is the decoder's self-attention. A cross-attention would have nothing to
-normalize over; it is skipped, and the layer computes what the parent's layer computes.
+normalize over, so it is skipped, and the layer computes the same as the parent's layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -86,7 +86,7 @@ class TextStack(nn.Module):
         Args:
             ids_BT: Token ids, int64.
             masks: Which tokens of the stack each token may see, by kind of layer.
-            memories: The encoder's output and its mask for each layer that attends to it, None for the others.
+            memories: For each layer, the encoder's output and its mask; None if the layer does not attend to it.
         """
         x_BTC = self.embed(ids_BT)
         rotations = self.rotations(ids_BT.shape[1], x_BTC)
@@ -105,7 +105,7 @@ class ResearchStacks(nn.Module):
 
     Args:
         model: Its config.
-        kernel: How attention is computed.
+        kernel: The attention kernel.
     """
 
     def __init__(self, model: ResearchConfig, kernel: Kernel) -> None:
@@ -153,7 +153,7 @@ class ResearchStacks(nn.Module):
         return States(states_BDC, memory_BMC)
 
     def _is_read(self, seen_BM: Tensor) -> bool:
-        """Return whether layers get the encoder's output; those with merged attention do, even where it is masked."""
+        """Return whether layers get the encoder's output; layers with merged attention do, even if it is masked."""
         if self.variant.attention == "merged":
             return True
         read_B = seen_BM.any(-1)
@@ -167,12 +167,12 @@ class ResearchModel(nn.Module):
 
     Attributes:
         model: Encoder and decoder.
-        lm_head: The softmax's matrix, which is the decoder's table. The caller applies a softcap of the logits, as
+        lm_head: The softmax's matrix, which is the decoder's table. The caller applies the softcap of the logits, as
             with transformers.
 
     Args:
         model: Its config.
-        kernel: How attention is computed; exact equalities hold for `eager`.
+        kernel: The attention kernel; exact equalities hold for `eager`.
     """
 
     def __init__(self, model: ResearchConfig, *, kernel: Kernel = "sdpa") -> None:
@@ -182,7 +182,7 @@ class ResearchModel(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make one parameter of what is one tensor on disk."""
+        """Share one parameter where there is one tensor on disk."""
         if self.model.variant.tied:
             self.model.decoder.embed_tokens.weight = self.model.encoder.embed_tokens.weight
         self.lm_head.weight = self.model.decoder.embed_tokens.weight
@@ -197,11 +197,11 @@ def load(folder: Path, *, kernel: Kernel = "sdpa", dtype: torch.dtype = torch.fl
 
     Args:
         folder: A conversion by one of the maps in examples/ablation/maps.
-        kernel: How attention is computed.
+        kernel: The attention kernel.
         dtype: Dtype of the parameters.
 
     Raises:
-        CheckpointError: It is another model, or its tensors are not those that its config implies.
+        CheckpointError: The folder holds another model, or its tensors do not match its config.
     """
     checkpoint_read = open_checkpoint(folder)
     settings = read_research(checkpoint_read.config, folder / "config.json")
@@ -228,8 +228,8 @@ def _masks(
 ) -> dict[LayerType, Tensor]:
     """Return a stack's masks, by kind of layer.
 
-    A token that may see nothing is padding or belongs to a hidden encoder. It is let to see everything: its result is
-    not used, and no kernel divides by zero.
+    A token that may see nothing is padding or belongs to a hidden encoder. It may see everything instead: its result is
+    not used, and kernels do not divide by zero.
     """
     masks = {kind: make(kind, settings.sliding_window, kept_BT) for kind in set(settings.layer_types)}
     return {kind: seen | ~seen.any(-1, keepdim=True) for kind, seen in masks.items()}

@@ -2,7 +2,7 @@
 
     python examples/ablation/report.py OUT/results.json OUT
 
-writes both again.
+rewrites both.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Results = Mapping[str, Mapping[str, Any]]
-"""By model: `parameters` by part, and `held_out`, the evaluations by step."""
+"""For each model, `parameters` by part, and `held_out`, the evaluations by step."""
 
 
 def table(results: Results) -> str:
@@ -40,7 +40,7 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # Without a salt the names of elements are random; without a date the file has today's.
+    # By default the names of elements have a random salt, and the file has today's date.
     with matplotlib.rc_context({"svg.hashsalt": "t5g2", "svg.fonttype": "none", "font.family": ["sans-serif"]}):
         figure = Figure(figsize=(9, 4), layout="constrained")
         losses, gains = figure.subplots(1, 2)

@@ -1,12 +1,12 @@
-"""T5Gemma 2's ablations in the small: four variants of one parent and one of random weights, trained alike.
+"""Small-scale ablations of T5Gemma 2: four variants of one parent and one with random weights, trained alike.
 
     python examples/tiny_parent/train.py PARENT
     python examples/ablation/run.py PARENT OUT [--steps 200]
 
-PARENT, a small Gemma 3, is converted by the four maps of examples/ablation/maps: `untied`, `tied`, `merged`, `full`. A
-fifth model, `random`, is `merged` with random weights. All are trained as `t5g2 adapt` trains, on the same samples of
-the standard library's text, and evaluated on held-out documents. OUT becomes a folder with the runs, results.json, a
-table and curves. An interrupted run resumes when it is started again.
+PARENT, a small Gemma 3, is converted with the maps in examples/ablation/maps: `untied`, `tied`, `merged`, `full`. A
+fifth model, `random`, is `merged` with random weights. All are trained as with `t5g2 adapt`, on the same samples of the
+standard library's text, and evaluated on held-out documents. OUT becomes a folder with the runs, results.json, a table
+and curves. An interrupted run resumes when it is started again.
 """
 
 import argparse
@@ -40,11 +40,11 @@ VARIANTS: Final = ("untied", "tied", "merged", "full")
 RANDOM: Final = "random"
 TRAINING, HELD_OUT = "training", "held-out"
 FIRST, SECOND = 1, 2
-"""Seeds of the random model: of its embedding table and encoder, and of its decoder."""
+"""Seeds of the random model: for its embedding table and encoder, and for its decoder."""
 
 
 def main() -> None:
-    """Convert, pack, train, evaluate, report."""
+    """Convert, pack, train, evaluate and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parent", type=Path)
     parser.add_argument("output", type=Path)
@@ -71,8 +71,8 @@ def main() -> None:
 
 
 def make_models(parent: Path, output: Path) -> None:
-    """Convert the parent to the four variants, and two parents of random weights to one whose stacks differ."""
-    if (output / RANDOM).exists():  # the last to be written
+    """Convert the parent to the four variants, and two parents with random weights to a model with different stacks."""
+    if (output / RANDOM).exists():  # it is written last
         return
     for name in VARIANTS:
         convert(parent, output / name, mapping=str(MAPS / f"{name}.yaml"), overwrite=True)
@@ -87,7 +87,7 @@ def make_models(parent: Path, output: Path) -> None:
 
 
 def pack_corpus(output: Path, documents: int | None) -> None:
-    """Pack the corpus; all models have the same tokens."""
+    """Pack the corpus once: all models have the same tokens."""
     if not (output / "corpus").exists():
         write_corpus(output / "corpus", documents)
     for part in (TRAINING, HELD_OUT):

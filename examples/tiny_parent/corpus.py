@@ -1,9 +1,9 @@
-"""Text that every machine has: the sources of Python's standard library, and the pages that `help()` shows.
+"""Text that is on every machine: the sources of Python's standard library, and the pages of `help()`.
 
     python examples/tiny_parent/corpus.py OUT
 
-writes OUT/training.jsonl and OUT/held-out.jsonl, a document a line as {"name": ..., "text": ...}. Files come in the
-order of their names, and every twentieth document is held out, so that one version of Python gives one corpus.
+writes OUT/training.jsonl and OUT/held-out.jsonl, one document per line as {"name": ..., "text": ...}. Files are in the
+order of their names, and every twentieth document is held out, so a version of Python always gives the same corpus.
 """
 
 import json
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
-"""Folders: what not every installation has, tables of character codes, and what is no part of the library."""
+"""Folders to skip: parts that some installations lack, tables of character codes, and code outside the library."""
 HELD_OUT_EVERY = 20
 
 
 class Document(NamedTuple):
-    """A text and what it is called."""
+    """A text and its name."""
 
     name: str
     text: str
 
 
 def documents() -> Iterator[Document]:
-    """Every source file by its path, then every page of `help()` by its topic."""
+    """Yield every source file, ordered by path, then every page of `help()`, ordered by topic."""
     library = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in library.rglob("*.py") if not LEFT_OUT & set(path.relative_to(library).parts)]
     for path in sorted(paths, key=lambda path: path.relative_to(library).as_posix()):
-        # Files that an installation makes for itself are named after the machine.
+        # Files that are generated at installation are named after the machine.
         if not path.name.startswith("_sysconfigdata"):
             text = path.read_text(encoding="utf-8", errors="ignore")
             if text.strip():
@@ -42,7 +42,7 @@ def documents() -> Iterator[Document]:
 
 
 def split() -> tuple[list[Document], list[Document]]:
-    """The documents to train with, and those that are held out."""
+    """Return the training documents and the held-out documents."""
     every = list(documents())
     held_out = every[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     names = {document.name for document in held_out}

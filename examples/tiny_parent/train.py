@@ -1,12 +1,12 @@
-"""Train a small real Gemma 3 on the standard library's text: a parent that is worth converting and adapting.
+"""Train a small real Gemma 3 on the standard library's text, as a parent worth converting and adapting.
 
     python examples/tiny_parent/train.py OUT [--steps 2000] [--minutes 8]
 
-OUT becomes a folder that `t5g2 inspect`, `t5g2 convert` and `t5g2 verify` take: 2.9 million parameters in eight layers,
-seven of them sliding ones with an odd window, heads whose widths do not add up to the model's, and a byte-level
-tokenizer of 4,096 tokens, the last 256 of which no text ever gives: they are left for the sentinels of UL2. The same
-seed, steps and versions of Python and torch give the same model; `--minutes` ends the training, and its learning rate,
-in time.
+OUT becomes a folder for `t5g2 inspect`, `t5g2 convert` and `t5g2 verify`: 2.9 million parameters in eight layers, seven
+of them sliding with an odd window; head widths that do not add up to the model's width; and a byte-level tokenizer of
+4,096 tokens. Texts never contain its last 256 tokens, which are left for the sentinels of UL2. The same seed, steps and
+versions of Python and torch give the same model; `--minutes` ends the training, and the decay of its learning rate, in
+time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 SPECIAL: Final = ("<pad>", "<eos>", "<bos>", "<unk>")
-"""Tokens 0 to 3, as Gemma has them."""
+"""Tokens 0 to 3, as in Gemma."""
 VOCABULARY, UNUSED = 4096, 256
 CONFIG: Final = {
     "vocab_size": VOCABULARY,
@@ -43,11 +43,11 @@ CONFIG: Final = {
 }
 TOKENS, SEQUENCES, HELD_OUT_SEQUENCES = 256, 8, 64
 PEAK, WARM_UP, LAST = 3e-3, 0.05, 0.05
-"""The highest learning rate, the part of the training that leads up to it, and the part of it that is left at last."""
+"""The peak learning rate, the fraction of the training that is warm-up, and the final fraction of the peak."""
 
 
 def main() -> None:
-    """Train and write."""
+    """Train the model, and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=2000, help=f"steps of {SEQUENCES} sequences of {TOKENS} tokens")
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def train_tokenizer(training: list[Document]) -> Tokenizer:
-    """Byte pairs of the text, with Gemma's special tokens at their ids and unused words at the end."""
+    """Train a byte-pair tokenizer, with Gemma's special tokens at their ids and unused tokens at the end."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -78,7 +78,7 @@ def train_tokenizer(training: list[Document]) -> Tokenizer:
     bare.train_from_iterator((document.text for document in training), trainer)
     learned = json.loads(bare.to_str())["model"]
     vocabulary: dict[str, int] = learned["vocab"]
-    # No merge leads to these, so no text has them; a short text may have taught fewer words than there is room for.
+    # No merge produces these tokens, so they never occur in texts; a short text may give fewer merges than fit.
     vocabulary |= {f"<unused{number}>": number for number in range(len(vocabulary), VOCABULARY)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(pair) for pair in learned["merges"]], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,13 +89,13 @@ def train_tokenizer(training: list[Document]) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, part: list[Document]) -> Tensor:
-    """All documents as one row of token ids, each between `<bos>` and `<eos>`."""
+    """Return all documents as one row of token ids, each between `<bos>` and `<eos>`."""
     encoded = tokenizer.encode_batch([document.text for document in part])
     return torch.tensor([token for item in encoded for token in (*item.ids, CONFIG["eos_token_id"])])
 
 
 def train(model: Gemma3ForCausalLM, stream: Tensor, judged: Tensor, steps: int, seconds: float) -> None:
-    """AdamW with warm-up and a cosine to a twentieth; the held-out loss is told ten times."""
+    """Train with AdamW, warm-up and a cosine decay to a twentieth; print the held-out loss ten times."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -118,27 +118,27 @@ def train(model: Gemma3ForCausalLM, stream: Tensor, judged: Tensor, steps: int, 
 
 
 def rate(progress: float) -> float:
-    """The part of the peak learning rate that holds when so much of the training is done."""
+    """Return the learning rate, relative to its peak, after a fraction of the training."""
     cosine = (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
     return min(1.0, (progress + 1e-3) / WARM_UP) if progress < WARM_UP else LAST + (1 - LAST) * cosine
 
 
 def batches(stream: Tensor) -> Iterator[Tensor]:
-    """Random stretches of the row of tokens, [8, 257], for ever."""
+    """Yield random stretches of the row of tokens, [8, 257], without end."""
     while True:
         starts = torch.randint(0, stream.numel() - TOKENS, (SEQUENCES,))
         yield torch.stack([stream[at : at + TOKENS + 1] for at in starts.tolist()])
 
 
 def loss_of(model: Gemma3ForCausalLM, ids_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of each next token, in nats."""
+    """Return the mean cross-entropy of each next token, in nats."""
     logits = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
 @torch.inference_mode()
 def held_out_loss(model: Gemma3ForCausalLM, judged: Tensor) -> float:
-    """The mean loss on stretches that stand evenly in the held-out text."""
+    """Return the mean loss on evenly spaced stretches of the held-out text."""
     count = min(HELD_OUT_SEQUENCES, judged.numel() // (TOKENS + 1))
     starts = [number * (judged.numel() - TOKENS) // count for number in range(count)]
     ids_NT = torch.stack([judged[at : at + TOKENS + 1] for at in starts])
@@ -146,7 +146,7 @@ def held_out_loss(model: Gemma3ForCausalLM, judged: Tensor) -> float:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json."""
+    """Write tokenizer.json and tokenizer_config.json."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "add_bos_token": True,
