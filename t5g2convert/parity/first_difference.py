@@ -1,4 +1,4 @@
-"""The first module inside two layers with different outputs."""
+"""Find the first module at which the outputs of two layers differ."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

@@ -13,7 +13,7 @@ from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER
 from t5g2convert.conversion.assets.aux_files import PlannedFile
 from t5g2convert.errors import CheckpointError
 
-Fate = Literal["read", "carried", "made anew", "left behind", "unknown"]
+Fate = Literal["read", "carried", "rewritten", "left behind", "unknown"]
 
 READ: Final[Mapping[str, str]] = {
     "config.json": "model settings",
@@ -81,7 +81,7 @@ def account_for(source: Checkpoint, planned: Sequence[PlannedFile]) -> tuple[Sou
         if file.name in file.reads and file.how == "copied":
             fates[file.name] = SourceItem(file.name, "carried", "byte for byte")
         elif file.name in file.reads:
-            fates[file.name] = SourceItem(file.name, "made anew", "from the source's, modified")
+            fates[file.name] = SourceItem(file.name, "rewritten", "from the source's, modified")
     return tuple(fates.get(name) or _left(name) for name in sorted(_names(source, fates)))
 
 
