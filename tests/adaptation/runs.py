@@ -106,7 +106,7 @@ def text_only(name: str) -> bool:
 def write_run(folder: Path, model: Path, steps: int) -> None:
     """What a run tells of itself, beside its checkpoints: 512 tokens a step."""
     document = {
-        "format": 1,
+        "format": 2,
         "settings": SETTINGS.to_json(),
         "settings_sha256": SETTINGS.sha256,
         "objective_sha256": SETTINGS.objective_sha256,

@@ -30,7 +30,8 @@ METRICS_FILE: Final = "metrics.jsonl"
 TENSORBOARD_FOLDER: Final = "tensorboard"
 PLOT_FILE: Final = "loss.svg"
 EXPORT_FOLDER: Final = "model"
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""1 read eight texts next to each other for every block of samples (t5g2convert 0.1.0)."""
 
 
 def identity(folder: Path) -> str:
@@ -90,7 +91,7 @@ class History(ConfigSection):
         data: Identity of the data.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     settings: Settings
     settings_sha256: Digest
     objective_sha256: Digest
@@ -137,7 +138,20 @@ def read_history(run: Path) -> History:
     if not (run / RUN_FILE).exists():
         raise CheckpointError(f"has no {RUN_FILE}, expected the folder of a training run", where=run)
     path = run / RUN_FILE
-    return parse_section(History, read_json_object(path), path)
+    document = read_json_object(path)
+    _check_format(document, path)
+    return parse_section(History, document, path)
+
+
+def _check_format(document: Mapping[str, Any], path: Path) -> None:
+    found = document.get("format")
+    if type(found) is not int or found != FORMAT:
+        old = type(found) is int and found == 1
+        raise CheckpointError(
+            f"has format {found!r}{' (t5g2convert 0.1.0)' if old else ''}, expected {FORMAT}",
+            where=path,
+            hint="finish this run with t5g2convert 0.1.0, or start a new one" if old else None,
+        )
 
 
 def check_own_files(run: Path) -> None:
@@ -227,8 +241,9 @@ def check_same(run: Path, description: Mapping[str, Any]) -> None:
         found = read_json_object(path)
     except T5g2Error as error:
         raise CheckpointError(f"{error.message}: nothing to resume", where=path) from None
-    if found.get("format") != FORMAT or not isinstance(found.get("settings"), dict):
-        raise CheckpointError(f"has format {found.get('format')!r}, expected {FORMAT}", where=path)
+    _check_format(found, path)
+    if not isinstance(found.get("settings"), dict):
+        raise CheckpointError("has no settings", where=path)
     wrong = differences(found["settings"], description["settings"])
     for name, what in (("model", "MODEL"), ("data", "DATA")):
         if found.get(name) != description[name]:

@@ -4,6 +4,7 @@ A run therefore resumes from one integer, with any number of processes and worke
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isqrt
 from typing import Final
 
@@ -25,10 +26,12 @@ _WORD: Final = (1 << 64) - 1
 class Sampler:
     """The order of samples.
 
-    Samples come in blocks. A block has as many samples of each task as its weight, in random order, and their texts lie
-    next to each other in one chunk of the corpus (`chunk` tokens), without overlap or gap. An epoch visits each of the
-    `chunks` chunks once, in random order. The rest of the corpus, less than a chunk, is skipped: some of it before the
-    first chunk and some after the last, differently in each epoch.
+    Samples come in blocks. A block has as many samples of each task as its weight, in random order. The corpus is cut
+    into `chunks` chunks of `chunk` tokens, and each chunk into as many texts as a block has samples, one for each. An
+    epoch reads every text of every chunk once: each place in the chunk has its own random order of the chunks, so that
+    the texts of a block, and of a step, come from all over the corpus. Without that, a step would read a few documents
+    in long runs. The order of the texts in the chunks differs by epoch. The rest of the corpus, less than a chunk, is
+    skipped: some of it before the first chunk and some after the last, differently in each epoch.
 
     Args:
         mixture: The tasks.
@@ -55,18 +58,23 @@ class Sampler:
                 f"the corpus has {tokens} tokens, but a block of {len(self._cycle)} samples needs {self.chunk}",
                 hint="pack more text, or reduce --encoder-length and --decoder-length",
             )
-        self._last: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None
+        # Samples are read in order, so keeping the last block and epoch suffices.
+        self._last_block: tuple[int, tuple[int, ...]] | None = None
+        self._last_epoch: _Epoch | None = None
 
     def task(self, i: int) -> int:
         """Return the task of sample i, by its number in the mixture."""
-        block, slot = self._place(i)
-        return self._block(block)[0][slot]
+        block, place = self._place(i)
+        return self._cycle[self._slots(block)[place]]
 
     def text_range(self, i: int) -> tuple[int, int]:
         """Return the text of sample i: tokens [start, stop) of the corpus."""
-        block, slot = self._place(i)
-        tasks, starts = self._block(block)
-        return starts[slot], starts[slot] + self.raw_lengths[tasks[slot]]
+        block, place = self._place(i)
+        slot = self._slots(block)[place]
+        number, at = divmod(block, self.chunks)
+        epoch = self._epoch(number)
+        start = permuted(at, self.chunks, epoch.keys[slot]) * self.chunk + epoch.starts[slot]
+        return start, start + self.raw_lengths[self._cycle[slot]]
 
     def rng(self, i: int) -> np.random.Generator:
         """Return the random generator of sample i: Philox, keyed by seed and number."""
@@ -74,27 +82,36 @@ class Sampler:
         return np.random.Generator(_philox(self.seed, i, _SAMPLE))
 
     def _place(self, i: int) -> tuple[int, int]:
-        """Return the block of a sample, and its index in the block."""
+        """Return the block of a sample, and its place in the block."""
         return divmod(_number(i), len(self._cycle))
 
-    def _block(self, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the tasks of a block's samples, and where their texts start."""
-        # Samples are read in order, so keeping the last block suffices.
-        last = self._last
-        if last is None or last[0] != block:
+    def _slots(self, block: int) -> tuple[int, ...]:
+        """Return the slots of the cycle in the order in which a block has them."""
+        if self._last_block is None or self._last_block[0] != block:
             keys = _words(_philox(self.seed, block, _BLOCK), len(self._cycle))
-            tasks = tuple(self._cycle[slot] for slot in np.argsort(keys, kind="stable").tolist())
-            epoch, place = divmod(block, self.chunks)
-            source = _philox(self.seed, epoch, _CHUNKS)
-            starts = [permuted(place, self.chunks, source) * self.chunk + self._offset(source)]
-            for task in tasks[:-1]:
-                starts.append(starts[-1] + self.raw_lengths[task])
-            last = self._last = (block, tasks, tuple(starts))
-        return last[1:]
+            self._last_block = block, tuple(np.argsort(keys, kind="stable").tolist())
+        return self._last_block[1]
 
-    def _offset(self, source: np.random.Philox) -> int:
-        """Return where the first chunk of an epoch starts."""
-        return int(_words(source, 1)[0]) % (self.tokens - self.chunks * self.chunk + 1)
+    def _epoch(self, number: int) -> "_Epoch":
+        if self._last_epoch is None or self._last_epoch.number != number:
+            source, count = _philox(self.seed, number, _CHUNKS), len(self._cycle)
+            offset = int(_words(source, 1)[0]) % (self.tokens - self.chunks * self.chunk + 1)
+            starts = [0] * count
+            for slot in np.argsort(_words(source, count), kind="stable").tolist():
+                starts[slot] = offset
+                offset += self.raw_lengths[self._cycle[slot]]
+            keys = tuple(_words(source, ROUNDS).tolist() for _ in range(count))
+            self._last_epoch = _Epoch(number, tuple(starts), keys)
+        return self._last_epoch
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """An epoch: by slot of the cycle, where its text starts in the first chunk, and the keys of its order of chunks."""
+
+    number: int
+    starts: tuple[int, ...]
+    keys: tuple[list[int], ...]
 
 
 def document_of(seed: int, i: int, count: int) -> int:
@@ -107,11 +124,11 @@ def document_of(seed: int, i: int, count: int) -> int:
     if count < 1:
         raise DataError("expected documents with images, found none")
     epoch, place = divmod(_number(i), count)
-    return permuted(place, count, _philox(seed, epoch, _DOCUMENTS))
+    return permuted(place, count, _words(_philox(seed, epoch, _DOCUMENTS), ROUNDS).tolist())
 
 
-def permuted(place: int, count: int, source: np.random.Philox) -> int:
-    """Map `place` by a random permutation of 0 to count - 1, drawn from `source`, in constant memory.
+def permuted(place: int, count: int, keys: Sequence[int]) -> int:
+    """Map `place` by the permutation of 0 to count - 1 that belongs to `ROUNDS` random words, in constant memory.
 
     A Feistel network over a grid that is slightly larger than `count`: a place is a pair (row, column), and each round
     moves one of them by an amount that depends on the other, which is invertible. If the result is out of range, the
@@ -119,7 +136,6 @@ def permuted(place: int, count: int, source: np.random.Philox) -> int:
     """
     rows = isqrt(count - 1) + 1
     columns = -(-count // rows)
-    keys = _words(source, ROUNDS).tolist()
     while True:
         row, column = divmod(place, columns)
         for number, key in enumerate(keys):
