@@ -10,6 +10,7 @@
     ├── DataError             3   the training data is missing, damaged, or does not fit the model
     ├── VerificationError     6   a conversion does not compute what its source computes
     ├── HubError              7   the Hub: not found, not allowed, not reachable
+    ├── MachineError          8   training ran out of memory, or lost one of its processes
     └── Interrupted      130/143  SIGINT or SIGTERM
 
 Library code deliberately raises only these; only `t5g2convert.cli` turns them into text and exit codes.
@@ -104,6 +105,12 @@ class HubError(T5g2Error):
     """The model does not exist, access is denied, or the Hub cannot be reached."""
 
     exit_code = 7
+
+
+class MachineError(T5g2Error):
+    """Training ran out of memory, or one of its processes died; it can be resumed."""
+
+    exit_code = 8
 
 
 class Interrupted(T5g2Error):  # noqa: N818 - a signal is not an error

@@ -9,7 +9,7 @@ from typing import Final
 from docs.generate.tables import table
 from examples.benchmark_sources import CONFIGS
 from t5g2convert import plan
-from t5g2convert.adaptation.train.forecast import memory, operations
+from t5g2convert.adaptation.train.cost import memory, operations
 from t5g2convert.adaptation.ul2.corruption import Frame, lengths, longest
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2
@@ -66,7 +66,7 @@ def _training(model: T5Gemma2, encoder: int, decoder: int) -> int:
 
 
 def _memory(made: Plan, model: T5Gemma2, devices: int, budget: int) -> tuple[int, int]:
-    held = memory(model, made.parameters, devices=devices, samples=1, encoder=budget, decoder=budget, chunk=CHUNK)
+    held = memory(model, made.parameters, devices=devices, encoder=budget, decoder=budget, chunk=CHUNK)
     return held.states, held.total
 
 

@@ -33,6 +33,7 @@ from t5g2convert.adaptation.train.distributed import (
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
 from t5g2convert.adaptation.train.loop import make_optimizer, train
 from t5g2convert.adaptation.train.loss import ModelWithLoss
+from t5g2convert.adaptation.train.machine_failures import machine_error
 from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
 from t5g2convert.adaptation.train.run_folder import (
@@ -145,6 +146,7 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
 
     Raises:
         DataError: The data was modified after packing; checked when a run starts, not when it resumes.
+        MachineError: Memory ran out, or another process died.
         T5g2Error: As in `prepare`, `train` and `checkpoints`; on other ranks than 0 `ReportedElsewhere`, with the same
             exit code.
     """
@@ -163,8 +165,10 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
                 engine, lambda: held.enter_context(locked(request.run)) if engine.global_rank == 0 else None
             )
             outcome = _run(engine, request, prepared, begun, report)
-        except BaseException:
+        except BaseException as error:
             end_children(engine)
+            if (failure := machine_error(error)) is not None:
+                raise failure from error
             raise
         # The export needs one process only.
         torch.distributed.destroy_process_group()
@@ -182,7 +186,7 @@ def foresee(request: Request) -> Forecast:
     require_extra()
     options = request.options
     devices = (options.devices or 1) * (options.nodes or 1)
-    return forecast(_prepare(request), devices=devices, micro=options.micro_batch, chunk=options.loss_chunk)
+    return forecast(_prepare(request), devices=devices, loop=options)
 
 
 def _prepare(request: Request) -> Prepared:

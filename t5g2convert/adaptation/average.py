@@ -17,7 +17,7 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     CHECKPOINTS_FOLDER,
     check_files,
     checkpoint_path,
-    complete_checkpoints,
+    regular_checkpoints,
 )
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
@@ -79,7 +79,7 @@ def average_checkpoints(run: Path, output: Path, options: AverageOptions) -> Con
     last, overwrite = options.last, options.overwrite
     if not (run / RUN_FILE).exists() and (saved := trainer_checkpoints(run)):
         return _average_trainer(run, saved, output, options)
-    history, found = read_history(run), complete_checkpoints(run)
+    history, found = read_history(run), regular_checkpoints(run)
     _check_count(len(found), last, run / CHECKPOINTS_FOLDER)
     model = Path(history.model_folder) if options.model is None else options.model
     if not os.path.isdir(model):  # noqa: PTH112 - Path.is_dir raises for names that are too long

@@ -23,19 +23,46 @@ class LoopConfig(CommandOptions):
     """Settings of the training loop that do not change the result.
 
     Attributes:
-        micro_batch: Samples per process and forward pass.
+        micro_tokens: Most encoder tokens and labels per process and forward pass, including padding; a pass has at
+            least one sample. None for the budget of one sample, or with `micro_batch` for no limit.
+        micro_batch: Most samples per process and forward pass; None for no limit.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         loss_chunk: Labels per chunk of logits, to limit memory.
         workers: Additional processes that prepare batches, per process.
         save_every: Steps between checkpoints.
-        keep: Number of checkpoints to keep.
+        save_minutes: Minutes after which an interim checkpoint is written.
+        keep: Number of checkpoints to keep, besides the newest interim one.
     """
 
     save_every: Annotated[int, Field(ge=1), Option("Steps between checkpoints; 10000 in the paper.", group=RUN)] = (
         10_000
     )
-    keep: Annotated[int, Field(ge=1), Option("Checkpoints to keep; the paper averages 5.", group=RUN)] = LAST
-    micro_batch: Annotated[int, Field(ge=1), Option("Samples per process and forward pass.", group=MACHINES)] = 1
+    save_minutes: Annotated[
+        float,
+        Field(gt=0),
+        Option(
+            "Minutes after which a checkpoint is written in between; only the newest of these is kept, and none is "
+            "averaged.",
+            group=RUN,
+        ),
+    ] = 30.0
+    keep: Annotated[
+        int, Field(ge=1), Option("Checkpoints of --save-every to keep; the paper averages 5.", group=RUN)
+    ] = LAST
+    micro_tokens: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            "Most encoder tokens and labels per process and forward pass, padding included.",
+            default="--encoder-length plus --decoder-length",
+            group=MACHINES,
+        ),
+    ] = None
+    micro_batch: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("Most samples per process and forward pass.", default="what --micro-tokens allows", group=MACHINES),
+    ] = None
     gradient_checkpointing: Annotated[
         bool, Option("Recompute activations in the backward pass, to save memory.", group=MACHINES)
     ] = True
@@ -45,6 +72,12 @@ class LoopConfig(CommandOptions):
     workers: Annotated[
         int, Field(ge=0), Option("Additional processes that prepare batches, per process.", group=MACHINES)
     ] = 0
+
+    def most_tokens(self, settings: Settings) -> int | None:
+        """Return the most encoder tokens and labels per process and forward pass; None for no limit."""
+        if self.micro_tokens is None and self.micro_batch is None:
+            return settings.encoder_length + settings.decoder_length
+        return self.micro_tokens
 
 
 class Hardware(CommandOptions):

@@ -106,6 +106,10 @@ def print_forecast(forecast: "Forecast") -> None:
     lines["sentinels"] = "none" if forecast.sentinels is None else "ids {:,} down to {:,}".format(*forecast.sentinels)
     if forecast.operations is not None:
         lines["a step"] = f"{forecast.operations:.2e} operations of matrix products (estimate)"
+    lines["passes"] = (
+        f"{forecast.passes:,.4g} a step; {forecast.useful:.1%} of the work is neither padding nor waiting for another "
+        "device (by the schedule)"
+    )
     held = forecast.memory
     parts = {
         "weights, gradients and moments": held.states,

@@ -24,7 +24,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
 from t5g2convert.adaptation.options import AdaptOptions, Hardware
 from t5g2convert.adaptation.train import checkpoints, loop
-from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete_checkpoints, read_checkpoint_manifest
+from t5g2convert.adaptation.train.checkpoint_manifest import (
+    check_files,
+    complete_checkpoints,
+    read_checkpoint_manifest,
+    regular_checkpoints,
+)
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank, resolve
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.preflight import check_rope, prepare, read_limits
@@ -173,6 +178,51 @@ def test_a_checkpoint_that_is_removed_is_complete_or_away(
     assert list(complete_checkpoints(tmp_path / "run")) == [4]
     run(changed(request, resume=True))
     assert [item.name for item in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
+
+
+def send(number: int, *, at: int) -> Callable[[Metrics], None]:
+    """Return a report that sends this process a signal after a step."""
+    return lambda metrics: os.kill(os.getpid(), number) if metrics.step == at else None
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_that_a_signal_ends_finishes_its_step_and_loses_nothing(small: Path, tmp_path: Path) -> None:
+    settings = settings_of(precision="float32", steps=6, image_every=3)
+    request = request_of(small, tmp_path / "run", settings, save_every=100)
+    with pytest.raises(Interrupted) as raised:
+        adapt(request, begun=lambda notes: None, report=send(signal.SIGTERM, at=2))
+    assert raised.value.exit_code == 143
+    assert list(complete_checkpoints(tmp_path / "run")) == [3]
+    assert not regular_checkpoints(tmp_path / "run")
+    outcome, steps = run(changed(request, resume=True))
+    assert (outcome.start, [step.step for step in steps]) == (3, [4, 5, 6])
+    run(replace(request, run=tmp_path / "whole"))
+    resumed, whole = (tensors_of(tmp_path / name, 6) for name in ("run", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert list(complete_checkpoints(tmp_path / "run")) == [6]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_warning_of_slurm_writes_a_checkpoint_and_the_run_goes_on(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(steps=4), save_every=100)
+    seen: dict[int, list[int]] = {}
+
+    def report(metrics: Metrics) -> None:
+        send(signal.SIGUSR1, at=1)(metrics)
+        seen[metrics.step] = list(complete_checkpoints(tmp_path / "run"))
+
+    adapt(request, begun=lambda notes: None, report=report)
+    assert seen == {1: [], 2: [], 3: [2], 4: [2]}
+    assert list(complete_checkpoints(tmp_path / "run")) == [4]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_by_the_clock_only_the_newest_checkpoint_is_kept(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(steps=5), save_every=2, save_minutes=1e-9)
+    seen: list[list[int]] = []
+    adapt(request, begun=lambda notes: None, report=lambda _: seen.append(list(complete_checkpoints(tmp_path / "run"))))
+    assert seen == [[], [1], [2], [2, 3], [2, 4]]
+    assert list(complete_checkpoints(tmp_path / "run")) == [4, 5]
 
 
 @pytest.mark.slow

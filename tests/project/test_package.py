@@ -130,6 +130,7 @@ def test_every_error_has_the_exit_code_of_the_table() -> None:
         "OutputError": 5,
         "VerificationError": 6,
         "HubError": 7,
+        "MachineError": 8,
     }
 
 

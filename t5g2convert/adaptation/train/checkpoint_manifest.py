@@ -31,6 +31,7 @@ class CheckpointManifest(ConfigSection, extra="forbid"):
         settings_sha256: Hash of all settings of the run.
         objective_sha256: Hash of the settings that define the training objective.
         files: sha256 of every other file, by name.
+        interim: Whether it was written between those of `--save-every`, to lose little if the run ends.
     """
 
     format: Literal[2] = FORMAT
@@ -38,6 +39,7 @@ class CheckpointManifest(ConfigSection, extra="forbid"):
     settings_sha256: Digest
     objective_sha256: Digest
     files: Annotated[dict[ShardName, Digest], Field(min_length=1)]
+    interim: bool = False
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -59,6 +61,22 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder) from None
     found = {int(match[1]): folder / name for name in names if (match := _COMPLETE.fullmatch(name))}
     return dict(sorted(found.items()))
+
+
+def regular_checkpoints(run: Path) -> dict[int, Path]:
+    """Return the complete checkpoints of `--save-every` by step, oldest first; those that cannot be read count.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
+    """
+    return {step: folder for step, folder in complete_checkpoints(run).items() if not _is_interim(folder)}
+
+
+def _is_interim(folder: Path) -> bool:
+    try:
+        return read_checkpoint_manifest(folder).interim
+    except CheckpointError:
+        return False
 
 
 def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:

@@ -31,6 +31,7 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     checkpoint_path,
     complete_checkpoints,
     read_checkpoint_manifest,
+    regular_checkpoints,
 )
 from t5g2convert.adaptation.train.checkpoint_reader import MODEL, OPTIMIZER, read_shards, shape_of
 from t5g2convert.adaptation.train.distributed import run_on_all_ranks
@@ -38,6 +39,7 @@ from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.checkpoint.atomic_write import flush_folder, replace_file
 from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.manifest import encode_json
+from t5g2convert.conversion.write.resources import check_space
 from t5g2convert.errors import CheckpointError, Interrupted, OutputError, T5g2Error
 
 if TYPE_CHECKING:
@@ -67,8 +69,10 @@ class State:
     optimizer: torch.optim.Optimizer
 
 
-def save(engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int) -> Path:
-    """Stage a checkpoint, flush it, rename it into place, and remove the oldest beyond `keep`.
+def save(
+    engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int, interim: bool = False
+) -> Path:
+    """Stage a checkpoint, flush it, rename it into place, and remove those beyond `keep` and older interim ones.
 
     Raises:
         OutputError: The disk is full or fails; on other ranks than 0, `ReportedElsewhere`.
@@ -79,6 +83,8 @@ def save(engine: "Fabric", run: Path, step: int, state: State, settings: Setting
 
     def begin() -> None:
         clear_partial(run)
+        _prune(run, keep)
+        check_space(staged, bytes_of(state))
         staged.mkdir(parents=True)
 
     def write_shards() -> None:
@@ -89,14 +95,17 @@ def save(engine: "Fabric", run: Path, step: int, state: State, settings: Setting
 
     def commit() -> None:
         manifest = CheckpointManifest(
-            step=step, settings_sha256=settings.sha256, objective_sha256=settings.objective_sha256, files=digests
+            step=step,
+            settings_sha256=settings.sha256,
+            objective_sha256=settings.objective_sha256,
+            files=digests,
+            interim=interim,
         )
         replace_file(staged / CHECKPOINT_FILE, encode_json(manifest.model_dump()))
         flush_folder(staged)
         staged.rename(target)
         flush_folder(target.parent)
-        for old in list(complete_checkpoints(run).values())[:-keep]:
-            _remove(old)
+        _prune(run, keep)
 
     def wait() -> None:
         """Do nothing: rank 0 works."""
@@ -187,6 +196,20 @@ def clear_partial(run: Path) -> None:
                 shutil.rmtree(item)
     except OSError as error:
         raise OutputError(f"cannot be removed: {error.strerror}", where=error.filename) from error
+
+
+def bytes_of(state: State) -> int:
+    """Return the bytes of a checkpoint: float32 values and both moments."""
+    return sum(parameter.numel() for parameter in state.parameters.values()) * torch.float32.itemsize * 3
+
+
+def _prune(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest, and the newest `keep` of `--save-every`."""
+    found = complete_checkpoints(run)
+    kept = {*list(found)[-1:], *list(regular_checkpoints(run))[-keep:]}
+    for step, folder in found.items():
+        if step not in kept:
+            _remove(folder)
 
 
 def _remove(folder: Path) -> None:

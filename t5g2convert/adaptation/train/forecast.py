@@ -1,38 +1,19 @@
-"""The plan and estimated cost of a training run, from the model's headers and the index of the data.
+"""The plan of a training run and its estimated cost, from the model's headers and the index of the data."""
 
-Operations and memory are estimates from shapes. Operations are those of matrix products, two per multiply-add; masked
-attention scores count in full, since the class computes them, and a sliding layer as much as a full one.
-"""
-
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.adaptation.options import LoopConfig
+from t5g2convert.adaptation.train.cost import Memory, memory, operations
 from t5g2convert.adaptation.train.preflight import Prepared
+from t5g2convert.adaptation.train.schedule import first_sample
 from t5g2convert.adaptation.ul2.corruption import lengths, spans
+from t5g2convert.adaptation.ul2.dataset import UL2Dataset
+from t5g2convert.adaptation.ul2.micro_batches import deal
 from t5g2convert.checkpoint.families.registry import read_trainable
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
-from t5g2convert.checkpoint.families.text_and_vision import SiglipConfig, TextConfig
 from t5g2convert.mapping.inspection import inspect
-
-TRAINED_BYTES: Final = 16
-"""Per trained parameter: float32 weight, gradient and both AdamW moments."""
-
-FROZEN_BYTES: Final = 4
-"""Per frozen parameter: a float32 weight."""
-
-GATHERED_BYTES: Final = 8
-"""Per gathered parameter: a bfloat16 weight and gradient, and the float32 gradient that is reduced over devices."""
-
-STATE_BYTES: Final = 2
-"""Per element of a layer's input, kept for the backward pass: bfloat16."""
-
-LOGIT_BYTES: Final = 12
-"""Per logit of a chunk: the logit and its gradient, in bfloat16 and in float32."""
-
-PASSES: Final = 4
-"""Forward; forward again in the backward pass (gradient checkpointing); and twice that for the gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +29,6 @@ class TaskForecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes that one device holds in training, besides the activations of the layer being computed.
-
-    Attributes:
-        states: Its shard of weights, gradients and moments, float32.
-        gathered: The embedding matrix and two layers, in bfloat16, with gradients.
-        inputs: Inputs of all layers for a micro-batch.
-        softmax: Logits of one chunk of labels.
-    """
-
-    states: int
-    gathered: int
-    inputs: int
-    softmax: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all."""
-        return self.states + self.gathered + self.inputs + self.softmax
-
-
-@dataclass(frozen=True, slots=True)
 class Forecast:
     """The forecast of a run.
 
@@ -82,6 +41,9 @@ class Forecast:
         corpus: Text tokens in the data.
         epochs: How many times the run reads the text.
         operations: Operations of a text step, over all devices; None if there is no such step.
+        passes: Passes of a step, on average.
+        useful: Share of the devices' work that is not padding or waiting for the slowest device of a pass, by the
+            schedule of the first steps.
         memory: Estimated memory of a device.
         notes: Notes for the user.
     """
@@ -94,6 +56,8 @@ class Forecast:
     corpus: int
     epochs: float
     operations: float | None
+    passes: float
+    useful: float
     memory: Memory
     notes: tuple[str, ...]
 
@@ -102,14 +66,13 @@ class Forecast:
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
-def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> Forecast:
+def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
     """Forecast a run.
 
     Args:
         prepared: The run.
         devices: Number of devices, over all machines.
-        micro: Samples per device and pass.
-        chunk: Labels per chunk of logits, to limit memory.
+        loop: Settings of the loop.
     """
     samples = prepared.samples
     settings, sampler = samples.settings, samples.sampler
@@ -127,6 +90,7 @@ def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> For
     image_steps = 0 if settings.image_every is None else settings.steps // settings.image_every
     blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
     ids = samples.sentinels
+    schedule = simulate(samples, devices=devices, loop=loop)
     model = read_trainable(prepared.checkpoint.config, Path("config.json"))
     return Forecast(
         steps=settings.steps,
@@ -137,7 +101,16 @@ def forecast(prepared: Prepared, *, devices: int, micro: int, chunk: int) -> For
         corpus=samples.packed.tokens,
         epochs=0.0 if sampler is None else blocks / sampler.chunks,
         operations=_operations(model, tasks, settings.samples) if tasks else None,
-        memory=_memory(prepared, model, devices=devices, micro=micro, chunk=chunk),
+        passes=schedule.passes / schedule.steps,
+        useful=schedule.useful,
+        memory=memory(
+            model,
+            inspect(prepared.checkpoint.path).parameters,
+            devices=devices,
+            encoder=schedule.encoder,
+            decoder=schedule.labels,
+            chunk=loop.loss_chunk,
+        ),
         notes=prepared.notes,
     )
 
@@ -147,118 +120,50 @@ def _operations(model: T5Gemma2, tasks: tuple[TaskForecast, ...], samples: int) 
     return samples * sum(each) / sum(task.weight for task in tasks)
 
 
-def _memory(prepared: Prepared, model: T5Gemma2, *, devices: int, micro: int, chunk: int) -> Memory:
-    settings = prepared.samples.settings
-    return memory(
-        model,
-        inspect(prepared.checkpoint.path).parameters,
-        devices=devices,
-        samples=micro,
-        encoder=settings.encoder_length,
-        decoder=settings.decoder_length,
-        chunk=chunk,
-    )
+SIMULATED: Final = 20_000
+"""About how many samples are simulated: every block has the same tasks, so that steps are alike."""
 
 
 @dataclass(frozen=True, slots=True)
-class Operations:
-    """Operations of one forward pass over one sample.
+class Schedule:
+    """Steps of a run as they are dealt to the devices.
 
     Attributes:
-        encoder: Encoder layers.
-        decoder: Decoder layers, including keys and values of the encoder's output.
-        softmax: Product with the embedding matrix.
-        vision: Vision tower, for all images of the sample.
-        projector: Projection to the encoder's width.
+        steps: Number of steps.
+        passes: Passes of all these steps.
+        useful: Share of the devices' operations that is not padding or waiting for the slowest device of a pass.
+        encoder: Most encoder tokens of a micro-batch, including padding.
+        labels: Most labels of a micro-batch, including padding.
     """
 
+    steps: int
+    passes: int
+    useful: float
     encoder: int
-    decoder: int
-    softmax: int
-    vision: int = 0
-    projector: int = 0
-
-    @property
-    def training(self) -> int:
-        """Operations in training: the frozen tower only runs forward, and nothing of images is recomputed."""
-        return PASSES * (self.encoder + self.decoder + self.softmax) + self.vision + 3 * self.projector
+    labels: int
 
 
-def operations(model: T5Gemma2, *, encoder: int, decoder: int, images: int = 0) -> Operations:
-    """Estimate the operations of one forward pass over one sample.
+def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int | None = None) -> Schedule:
+    """Deal the first steps of a run, without reading any text.
 
     Args:
-        model: The model's shapes.
-        encoder: Encoder tokens, including those of images.
-        decoder: Labels.
-        images: Images in the encoder's input.
+        samples: The samples of the run.
+        devices: Number of devices, over all machines.
+        loop: Settings of the loop.
+        steps: Number of steps (default: enough for an estimate).
     """
-    tower, hidden = model.vision, model.encoder.hidden_size
-    return Operations(
-        encoder=encoder * model.encoder.num_hidden_layers * (_layer(model.encoder) + _scores(model.encoder, encoder)),
-        decoder=model.decoder.num_hidden_layers
-        * (
-            decoder * (_layer(model.decoder) + _scores(model.decoder, decoder + encoder))
-            + encoder * _keys_and_values(model.decoder)
-        ),
-        softmax=decoder * 2 * hidden * model.decoder.vocab_size,
-        vision=images * _tower(tower),
-        projector=images * model.tokens.mm_tokens_per_image * 2 * tower.hidden_size * hidden,
-    )
-
-
-def _layer(stack: TextConfig) -> int:
-    """Projections and feed-forward of one layer, per token."""
-    queries_and_output = 2 * 2 * stack.hidden_size * stack.dims["query"]
-    return queries_and_output + _keys_and_values(stack) + 3 * 2 * stack.hidden_size * stack.intermediate_size
-
-
-def _keys_and_values(stack: TextConfig) -> int:
-    return 2 * 2 * stack.hidden_size * stack.dims["key_value"]
-
-
-def _scores(stack: TextConfig, keys: int) -> int:
-    """Scores of one query with `keys` keys, and the weighted sum of their values."""
-    return 2 * 2 * keys * stack.dims["query"]
-
-
-def _tower(tower: SiglipConfig) -> int:
-    """One image through the tower."""
-    patches, hidden = tower.dims["vision_positions"], tower.hidden_size
-    embedding = 2 * tower.num_channels * tower.patch_size**2 * hidden
-    layer = 4 * 2 * hidden**2 + 2 * 2 * hidden * tower.intermediate_size + 2 * 2 * patches * hidden
-    return patches * (embedding + tower.num_hidden_layers * layer)
-
-
-def memory(
-    model: T5Gemma2,
-    parameters: Mapping[str, int],
-    *,
-    devices: int,
-    samples: int,
-    encoder: int,
-    decoder: int,
-    chunk: int,
-) -> Memory:
-    """Estimate the memory of a device: all but the vision tower trained, gradient checkpointing, bfloat16.
-
-    Args:
-        model: The model's shapes.
-        parameters: Number of parameters by part, from `inspect`.
-        devices: Number of devices that share the model.
-        samples: Samples per micro-batch.
-        encoder: Encoder tokens per sample.
-        decoder: Labels per sample.
-        chunk: Labels per chunk of logits, to limit memory.
-    """
-    frozen = parameters["vision"]
-    states = TRAINED_BYTES * (parameters["total"] - frozen) + FROZEN_BYTES * frozen
-    stacks = ((model.encoder, "encoder", encoder), (model.decoder, "decoder", decoder))
-    layer = max(parameters[part] // stack.num_hidden_layers for stack, part, _ in stacks)
-    inputs = sum(tokens * stack.num_hidden_layers * stack.hidden_size for stack, _, tokens in stacks)
-    return Memory(
-        states=states // devices,
-        gathered=GATHERED_BYTES * (parameters["embedding"] + 2 * layer),
-        inputs=STATE_BYTES * samples * inputs,
-        softmax=LOGIT_BYTES * min(chunk, samples * decoder) * model.decoder.vocab_size,
-    )
+    settings = samples.settings
+    steps = min(max(1, SIMULATED // settings.samples), settings.steps) if steps is None else steps
+    useful, paid, passes, encoder, labels = 0, 0, 0, 0, 0
+    for step in range(steps):
+        first = first_sample(settings, step)
+        sizes = [samples.size(step, first + number) for number in range(settings.samples)]
+        dealt = deal(sizes, world=devices, tokens=loop.most_tokens(settings), samples=loop.micro_batch)
+        passes += len(dealt)
+        useful += sum(size.cost for size in sizes)
+        for chosen in dealt:
+            padded = [samples.padded([sizes[number] for number in chosen[rank::devices]]) for rank in range(devices)]
+            paid += devices * max(size.cost for size in padded)
+            encoder = max(encoder, *(size.encoder for size in padded))
+            labels = max(labels, *(size.labels for size in padded))
+    return Schedule(steps, passes, useful / paid, encoder, labels)

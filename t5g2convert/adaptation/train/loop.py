@@ -4,10 +4,13 @@ Apart from rounding, the result does not depend on the number of processes.
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +26,10 @@ from t5g2convert.adaptation.train.metrics import Log, Metrics, open_log
 from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from t5g2convert.adaptation.train.schedule import is_image_step, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, micro_batches, passes_of, task_names
-from t5g2convert.errors import DataError, T5g2Error
+from t5g2convert.adaptation.train.signals import signals_at_step_ends
+from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, task_names
+from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, micro_batches
+from t5g2convert.errors import DataError, Interrupted, T5g2Error
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -52,7 +57,11 @@ def train(
     loop: LoopConfig,
     report: Report,
 ) -> None:
-    """Run all steps from `start` on, and save a checkpoint every `save_every` steps and at the end.
+    """Run all steps from `start` on, and save checkpoints.
+
+    Regular checkpoints are those of every `save_every` steps and of the last step. Interim ones, of which only the
+    newest is kept, are written when `save_minutes` have passed and when a signal requests it; all processes agree on
+    them at the end of a step, in the sum that they share anyway.
 
     Args:
         engine: Fabric, launched.
@@ -66,37 +75,47 @@ def train(
 
     Raises:
         DataError: A gradient is not finite, or a sample cannot be made; `ReportedElsewhere` on other ranks than 0.
+        Interrupted: A signal ended the run; the checkpoint of its last step is complete.
         OutputError: A checkpoint or a log cannot be written.
     """
     settings = samples.settings
-    passes = passes_of(settings, world=engine.world_size, micro=loop.micro_batch)
-    batches = load_batches(
-        samples,
-        lambda: micro_batches(
-            settings, rank=engine.global_rank, world=engine.world_size, micro=loop.micro_batch, start=start
-        ),
-        workers=loop.workers,
+    order = partial(
+        micro_batches,
+        settings,
+        samples.size,
+        rank=engine.global_rank,
+        world=engine.world_size,
+        tokens=loop.most_tokens(settings),
+        samples=loop.micro_batch,
+        start=start,
     )
+    batches = load_batches(samples, order, workers=loop.workers)
     on_rank_0 = engine.global_rank == 0
     log_context = (
         open_log(run / METRICS_FILE, run / TENSORBOARD_FOLDER, start=start) if on_rank_0 else nullcontext(None)
     )
     module.train()
-    with log_context as log:
-        sums = _Sums(engine, settings)
-        for step, batch, is_last in _checked(engine, batches, passes):
+    with signals_at_step_ends() as wishes, log_context as log:
+        sums, saved = _Sums(engine, settings), time.monotonic()
+        for place, batch in _checked(engine, batches):
             loss, losses_T, labels_T = module(engine.to_device(batch))
             engine.backward(loss)
             sums.add(losses_T, labels_T, batch)
-            if not is_last:
+            if not place.is_last:
                 continue
-            metrics = _update(engine, state, settings, step, sums)
+            late = on_rank_0 and time.monotonic() - saved >= 60 * loop.save_minutes
+            totals = sums.over_all_processes(stop=bool(wishes.stop), save=wishes.save or late)
+            metrics = _update(engine, state, settings, place.step, totals)
             _log(log, metrics, report)
-            done = step + 1
-            if done % loop.save_every == 0 or done == settings.steps:
+            done = place.step + 1
+            regular = done % loop.save_every == 0 or done == settings.steps
+            if regular or totals.save or totals.stop:
                 if log is not None:
                     log.flush()
-                checkpoints.save(engine, run, done, state, settings, keep=loop.keep)
+                checkpoints.save(engine, run, done, state, settings, keep=loop.keep, interim=not regular)
+                wishes.save, saved = False, time.monotonic()
+            if totals.stop and done < settings.steps:
+                raise Interrupted(wishes.stop or signal.SIGTERM)
             # Here, so that the time of a step excludes the checkpoint.
             sums = _Sums(engine, settings)
 
@@ -108,9 +127,9 @@ def _log(log: Log | None, metrics: Metrics, report: Report) -> None:
 
 
 def _checked(
-    engine: "Fabric", batches: Iterator[tuple[int, Batch | T5g2Error]], passes: int
-) -> Iterator[tuple[int, Batch, bool]]:
-    """Yield valid batches with their step, and whether they are the last of the step.
+    engine: "Fabric", batches: Iterator[tuple[MicroBatch, Batch | T5g2Error]]
+) -> Iterator[tuple[MicroBatch, Batch]]:
+    """Yield valid batches with their micro-batches.
 
     Errors are shared only before the first and before the last pass of a step, because each time all processes wait for
     their device. In between, the last valid batch replaces one that could not be made, so that all processes make the
@@ -121,46 +140,73 @@ def _checked(
     """
     error: T5g2Error | None = None
     valid: Batch = {}
-    for number, (step, made) in enumerate(batches):
-        place = number % passes
+    for place, made in batches:
         if isinstance(made, T5g2Error):
             error = error or made
         else:
             valid = made
-        if place in (0, passes - 1):
+        if place.is_first or place.is_last:
             raise_first_error(engine, error)
-        yield step, valid, place == passes - 1
+        yield place, valid
+
+
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """The sums of a step over all processes.
+
+    Attributes:
+        losses: By task.
+        labels: By task.
+        read: Encoder tokens, without padding.
+        stop: Whether a signal ends the run after this step.
+        save: Whether a checkpoint is requested.
+        seconds: Since the step started.
+    """
+
+    losses: Mapping[str, float]
+    labels: Mapping[str, int]
+    read: int
+    stop: bool
+    save: bool
+    seconds: float
 
 
 class _Sums:
     """Sums over the micro-batches of a step, and its start time."""
 
     def __init__(self, engine: "Fabric", settings: Settings) -> None:
-        self.names = task_names(settings)
-        self.started = time.perf_counter()
-        # Losses, labels, and last the encoder tokens; float64 holds all counts exactly.
-        self.values = torch.zeros(2 * len(self.names) + 1, dtype=torch.float64, device=engine.device)
+        self._names = task_names(settings)
+        self._started = time.perf_counter()
+        # Losses, labels, encoder tokens, and the requests to stop and to save; float64 holds all counts exactly.
+        self._values = torch.zeros(2 * len(self._names) + 3, dtype=torch.float64, device=engine.device)
         self._engine = engine
 
     def add(self, losses_T: Tensor, labels_T: Tensor, batch: Batch) -> None:
         counted = (batch["labels"] >= 0).any(dim=1)
         read = batch["attention_mask"][counted].sum()
-        self.values += torch.cat([losses_T.double(), labels_T.double(), read[None].to(losses_T.device).double()])
+        self._values[:-2] += torch.cat([losses_T.double(), labels_T.double(), read[None].to(losses_T.device).double()])
 
-    def of_all(self) -> list[float]:
-        """Return the sums over all processes."""
+    def over_all_processes(self, *, stop: bool, save: bool) -> _Totals:
+        """Return the sums over all processes; a request of one is a request of all."""
+        self._values[-2:] = torch.tensor([stop, save])
         if self._engine.world_size > 1:
-            torch.distributed.all_reduce(self.values)
-        return [float(value) for value in self.values.tolist()]
+            torch.distributed.all_reduce(self._values)
+        *sums, read, stops, saves = self._values.tolist()
+        losses, labels = sums[: len(self._names)], sums[len(self._names) :]
+        return _Totals(
+            losses=dict(zip(self._names, losses, strict=True)),
+            labels={name: int(count) for name, count in zip(self._names, labels, strict=True)},
+            read=int(read),
+            stop=stops > 0,
+            save=saves > 0,
+            seconds=max(time.perf_counter() - self._started, 1e-9),
+        )
 
 
-def _update(engine: "Fabric", state: State, settings: Settings, step: int, sums: _Sums) -> Metrics:
+def _update(engine: "Fabric", state: State, settings: Settings, step: int, totals: _Totals) -> Metrics:
     """Update the parameters with the accumulated gradient, and return the metrics."""
-    values = sums.of_all()
-    count = len(sums.names)
-    losses, labels = values[:count], values[count : 2 * count]
-    total = sum(labels)
-    norm = _scale_and_clip(engine, state, settings, step, labels=total)
+    labels = {name: count for name, count in totals.labels.items() if count}
+    norm = _scale_and_clip(engine, state, settings, step, labels=sum(labels.values()))
     if norm is None:
         error = DataError(f"the gradient of step {step + 1} is not finite", hint="lower --lr, or check the data")
         # All processes see the same norm.
@@ -169,18 +215,17 @@ def _update(engine: "Fabric", state: State, settings: Settings, step: int, sums:
         group["lr"] = learning_rate(settings, step)
     state.optimizer.step()
     state.optimizer.zero_grad()
-    present = [number for number in range(count) if labels[number]]
-    tokens = int(values[-1] + total)
+    tokens = totals.read + sum(labels.values())
     return Metrics(
         step=step + 1,
         kind="images" if is_image_step(settings, step) else "text",
-        loss=sum(losses) / total,
-        tasks={sums.names[number]: losses[number] / labels[number] for number in present},
-        labels={sums.names[number]: int(labels[number]) for number in present},
+        loss=sum(totals.losses.values()) / sum(labels.values()),
+        tasks={name: totals.losses[name] / count for name, count in labels.items()},
+        labels=labels,
         grad_norm=norm,
         lr=learning_rate(settings, step),
         tokens=tokens,
-        tokens_per_second=tokens / max(time.perf_counter() - sums.started, 1e-9),
+        tokens_per_second=tokens / totals.seconds,
     )
 
 

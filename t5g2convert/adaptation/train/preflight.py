@@ -77,7 +77,7 @@ def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | 
     check_dropout(checkpoint.config, model / "config.json")
     packed = Packed.open(data)
     check_tokenizer(packed, model)
-    samples = make_samples(packed, settings, tokens, model)
+    samples = make_samples(packed, settings, tokens, checkpoint)
     check_images(samples)
     factor = "different factors" if limits.rope_factor is None else f"linear factor {limits.rope_factor:g}"
     notes = [] if limits.rope_factor == 1 else [f"RoPE in full layers: {factor}, from config.json"]
@@ -196,7 +196,7 @@ def check_freezing(settings: Settings, names: Collection[str]) -> None:
             )
 
 
-def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Path) -> UL2Dataset:
+def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Checkpoint) -> UL2Dataset:
     """Return the samples of packed data, after checking its size and that it leaves the sentinels unused.
 
     Raises:
@@ -224,7 +224,8 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
     )
     # A run of image steps only needs no text.
     sampler = None if settings.image_every == 1 else Sampler(mixture, raw, packed.tokens, settings.seed)
-    return UL2Dataset(packed, settings, tokens, sentinels, sampler, model)
+    shapes = read_trainable(model.config, model.path / "config.json")
+    return UL2Dataset(packed, settings, tokens, sentinels, sampler, model.path, shapes)
 
 
 def _special(tokens: ModelTokens) -> dict[str, int]:

@@ -1,13 +1,7 @@
-"""UL2 samples as batches, and the loader that makes them: pure functions of the seed and a sample's number.
-
-A step takes its samples in order: of `w` processes, process r takes samples r, r + w, and so on. If they do not fill
-the last micro-batch, the step's first sample fills it, with labels that do not count. So all processes make the same
-number of passes over the same kind of data.
-"""
+"""UL2 samples as batches, and the loader that makes them: pure functions of the seed and a sample's number."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,53 +14,22 @@ from torch.utils.data import DataLoader, Dataset
 from t5g2convert.adaptation.data.images import pixel_values
 from t5g2convert.adaptation.data.packed import ImageDocument, Packed
 from t5g2convert.adaptation.data.tokens import ModelTokens
+from t5g2convert.adaptation.train.cost import operations
 from t5g2convert.adaptation.train.loss import IGNORED
-from t5g2convert.adaptation.train.schedule import first_sample, is_image_step
+from t5g2convert.adaptation.train.schedule import is_image_step
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.corruption import Example, Frame, corrupt, split_prefix
+from t5g2convert.adaptation.ul2.corruption import Example, Frame, corrupt, lengths, split_prefix
+from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, SampleSize
 from t5g2convert.adaptation.ul2.mixture import Task
 from t5g2convert.adaptation.ul2.sampler import Sampler, document_of
 from t5g2convert.adaptation.ul2.sentinels import Sentinels
+from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
 from t5g2convert.errors import Interrupted, T5g2Error
 
 IMAGES: Final = "images"
 """Name of the task of documents with images in logs."""
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """The samples of one pass of a process; those with `counted` False are only filling."""
-
-    step: int
-    samples: tuple[int, ...]
-    counted: tuple[bool, ...]
-
-
-def micro_batches(settings: Settings, *, rank: int, world: int, micro: int, start: int) -> Iterator[MicroBatch]:
-    """Yield all micro-batches of a process.
-
-    Args:
-        settings: The run's settings.
-        rank: Number of the process.
-        world: Number of processes.
-        micro: Samples per micro-batch.
-        start: First step.
-    """
-    passes = passes_of(settings, world=world, micro=micro)
-    for step in range(start, settings.steps):
-        for number in range(passes):
-            slots = [rank + world * (number * micro + slot) for slot in range(micro)]
-            first = first_sample(settings, step)
-            counted = tuple(slot < settings.samples for slot in slots)
-            chosen = tuple(first + (slot if counts else 0) for slot, counts in zip(slots, counted, strict=True))
-            yield MicroBatch(step, chosen, counted)
-
-
-def passes_of(settings: Settings, *, world: int, micro: int) -> int:
-    """Return the number of micro-batches per process and step."""
-    return -(-settings.samples // (world * micro))
 
 
 class UL2Dataset(Dataset[Batch]):
@@ -79,6 +42,7 @@ class UL2Dataset(Dataset[Batch]):
         sentinels: The ids that replace spans.
         sampler: The order of text samples; None if all steps are image steps.
         model: The folder with the image processor.
+        shapes: The model's shapes, for the cost of a sample.
     """
 
     def __init__(
@@ -89,11 +53,16 @@ class UL2Dataset(Dataset[Batch]):
         sentinels: Sentinels,
         sampler: Sampler | None,
         model: Path,
+        shapes: T5Gemma2,
     ) -> None:
         self.packed, self.settings, self.tokens, self.sentinels = packed, settings, tokens, sentinels
-        self.sampler, self.model = sampler, model
+        self.sampler, self.model, self.shapes = sampler, model, shapes
         self.frame = frame_of(settings, tokens)
         self.image_task = image_task(settings)
+        self._sizes: dict[tuple[int, int, int], SampleSize] = {}
+        raw_lengths = () if sampler is None else sampler.raw_lengths
+        pairs = zip(settings.mixture.tasks if raw_lengths else (), raw_lengths, strict=True)
+        self.text_sizes = tuple(self._size(*lengths(raw, task, self.frame)) for task, raw in pairs)
 
     def __getitem__(self, chosen: MicroBatch) -> Batch:
         """Return the batch of a micro-batch; see `collate`."""
@@ -110,6 +79,29 @@ class UL2Dataset(Dataset[Batch]):
             # Gemma 3 has never read text without bos, whatever the encoder reads.
             batch |= teaching(examples, self.tokens.bos, width=batch["labels"].shape[1])
         return batch
+
+    def size(self, step: int, i: int) -> SampleSize:
+        """Return the size of sample i of a step's kind, without making it."""
+        if is_image_step(self.settings, step):
+            document = self.document(i)
+            example = self.image(document)
+            return self._size(len(example.encoder), len(example.labels), len(document.images))
+        assert self.sampler is not None, "there are text steps"
+        return self.text_sizes[self.sampler.task(i)]
+
+    def padded(self, sizes: Sequence[SampleSize]) -> SampleSize:
+        """Return the size of a micro-batch, each sample padded to the longest."""
+        encoder, labels = (max((getattr(size, name) for size in sizes), default=0) for name in ("encoder", "labels"))
+        padding = len(sizes) * self._size(encoder, labels).cost
+        padding -= sum(self._size(size.encoder, size.labels).cost for size in sizes)
+        return SampleSize(len(sizes) * encoder, len(sizes) * labels, sum(size.cost for size in sizes) + padding)
+
+    def _size(self, encoder: int, labels: int, images: int = 0) -> SampleSize:
+        key = encoder, labels, images
+        if key not in self._sizes:
+            cost = operations(self.shapes, encoder=encoder, decoder=labels, images=images).training
+            self._sizes[key] = SampleSize(encoder, labels, cost)
+        return self._sizes[key]
 
     def text(self, i: int) -> Example:
         """Return text sample i."""
@@ -216,8 +208,8 @@ def _stacked(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
 
 def load_batches(
     samples: Dataset[Batch], order: Callable[[], Iterator[MicroBatch]], *, workers: int
-) -> Iterator[tuple[int, Batch | T5g2Error]]:
-    """Yield batches in order, each with its step; a batch that cannot be made is replaced by its error.
+) -> Iterator[tuple[MicroBatch, Batch | T5g2Error]]:
+    """Yield batches in order, each with its micro-batch; a batch that cannot be made is replaced by its error.
 
     Args:
         samples: The dataset.
@@ -226,17 +218,17 @@ def load_batches(
     """
     if not workers:
         for chosen in order():
-            yield chosen.step, _Attempts(samples)[chosen]
+            yield chosen, _Attempts(samples)[chosen]
         return
     made = DataLoader(
         _Attempts(samples),
         batch_size=None,
         sampler=_Order(order),
         num_workers=workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
     )
     for chosen, batch in zip(order(), made, strict=True):
-        yield chosen.step, batch
+        yield chosen, batch
 
 
 class _Attempts(Dataset["Batch | T5g2Error"]):
@@ -254,9 +246,10 @@ class _Attempts(Dataset["Batch | T5g2Error"]):
             return error
 
 
-def _ignore_interrupt(_: int) -> None:
-    """Ignore SIGINT, which a terminal sends to all processes: the main process ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    """Ignore the signals that a terminal or SLURM sends to all processes: the main process ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Order:

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from t5g2convert.adaptation.train import checkpoints
+from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints, regular_checkpoints
 from t5g2convert.adaptation.train.checkpoints import State, load, save
-from t5g2convert.errors import CheckpointError
+from t5g2convert.conversion.write import resources
+from t5g2convert.errors import CheckpointError, OutputError
 from tests.adaptation.runs import SETTINGS, write_manifest
 
 NAMES = ("model.encoder.norm.weight", "model.decoder.norm.weight")
@@ -86,3 +88,38 @@ def test_a_missing_moment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_manifest(folder, 3)
     with pytest.raises(CheckpointError, match=r"optimizer\.model\.encoder\.norm\.weight\.exp_avg_sq is missing"):
         load(folder, state_of(steps=0))
+
+
+def test_the_newest_and_the_regular_checkpoints_are_kept(tmp_path: Path) -> None:
+    def kept(step: int, *, interim: bool) -> list[int]:
+        save(ENGINE, tmp_path, step, state_of(steps=1), SETTINGS, keep=2, interim=interim)
+        return list(complete_checkpoints(tmp_path))
+
+    assert kept(3, interim=True) == [3]
+    assert kept(5, interim=True) == [5]
+    assert kept(10, interim=False) == [10]
+    assert kept(13, interim=True) == [10, 13]
+    assert kept(20, interim=False) == [10, 20]
+    assert kept(30, interim=False) == [20, 30]
+    assert kept(31, interim=True) == [20, 30, 31]
+    assert list(regular_checkpoints(tmp_path)) == [20, 30]
+
+
+def test_fewer_are_kept_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20, 30):
+        save(ENGINE, tmp_path, step, state_of(steps=1), SETTINGS, keep=3)
+    found = []
+    monkeypatch.setattr(checkpoints, "check_space", lambda *_: found.extend(complete_checkpoints(tmp_path)))
+    save(ENGINE, tmp_path, 40, state_of(steps=1), SETTINGS, keep=1)
+    assert found == [30]
+    assert list(complete_checkpoints(tmp_path)) == [40]
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(ENGINE, tmp_path, 10, state_of(steps=1), SETTINGS, keep=1)
+    monkeypatch.setattr(resources, "free_bytes", lambda _: 143)
+    with pytest.raises(OutputError, match="the disk has 143 bytes free, the output needs 144"):
+        save(ENGINE, tmp_path, 20, state_of(steps=1), SETTINGS, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]

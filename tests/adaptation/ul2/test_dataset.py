@@ -8,22 +8,21 @@ import torch
 from torch.utils.data import Dataset
 
 from t5g2convert.adaptation.data.tokens import ModelTokens
+from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.forecast import forecast
 from t5g2convert.adaptation.train.loss import IGNORED
 from t5g2convert.adaptation.train.preflight import prepare
-from t5g2convert.adaptation.train.schedule import is_image_step
 from t5g2convert.adaptation.train.settings import Settings, differences
 from t5g2convert.adaptation.ul2.corruption import Example
 from t5g2convert.adaptation.ul2.dataset import (
     Batch,
-    MicroBatch,
     collate,
     image_task,
     load_batches,
-    micro_batches,
     task_names,
     teaching,
 )
+from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, micro_batches
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.errors import DataError, Interrupted, UsageError
 
@@ -88,44 +87,15 @@ def test_data_of_images_alone_is_enough_for_steps_of_images(small: Path, tmp_pat
     with pytest.raises(DataError, match="the corpus has 0 tokens"):
         prepare(small / "model", tmp_path / "data", make(image_every=2))
     prepared = prepare(small / "model", tmp_path / "data", make(image_every=1))
-    found = forecast(prepared, devices=1, micro=1, chunk=8)
+    found = forecast(prepared, devices=1, loop=LoopConfig(loss_chunk=8))
     assert (found.tasks, found.corpus, found.epochs, found.operations) == ((), 0, 0.0, None)
     assert (prepared.samples.longest, found.image_steps) == (0, 100)
     both = prepare(small / "model", small / "data", make(image_every=1)).samples
-    for place in micro_batches(prepared.samples.settings, rank=0, world=1, micro=5, start=98):
+    settings = prepared.samples.settings
+    for place in micro_batches(settings, prepared.samples.size, rank=0, world=1, tokens=None, samples=5, start=98):
         batch, expected = prepared.samples[place], both[place]
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         assert len(batch["pixel_values"]) == 5
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-@pytest.mark.parametrize("micro", [1, 4, 16])
-@pytest.mark.parametrize("every", [None, 1, 3])
-def test_all_processes_together_take_every_sample_once(world: int, micro: int, every: int | None) -> None:
-    settings = make(steps=7, image_every=every)
-    taken: dict[bool, list[int]] = {False: [], True: []}
-    passes = set()
-    for rank in range(world):
-        mine = list(micro_batches(settings, rank=rank, world=world, micro=micro, start=0))
-        passes.add(len(mine))
-        for place in mine:
-            assert len(place.samples) == micro
-            counted = [i for i, counts in zip(place.samples, place.counted, strict=True) if counts]
-            taken[is_image_step(settings, place.step)] += counted
-    assert len(passes) == 1
-    images = 0 if every is None else 7 // every
-    assert sorted(taken[True]) == list(range(10 * images))
-    assert sorted(taken[False]) == list(range(10 * (7 - images)))
-
-
-def test_a_run_that_goes_on_takes_what_it_would_have_taken() -> None:
-    settings = make(steps=9, image_every=2)
-    every = list(micro_batches(settings, rank=1, world=2, micro=3, start=0))
-    assert list(micro_batches(settings, rank=1, world=2, micro=3, start=5)) == [
-        place for place in every if place.step >= 5
-    ]
-    assert every[0] == MicroBatch(0, (1, 3, 5), (True, True, True))
-    assert every[1] == MicroBatch(0, (7, 9, 0), (True, True, False))
 
 
 def test_settings_are_told_apart_by_their_sha256() -> None:
@@ -182,7 +152,7 @@ def at() -> Iterator[MicroBatch]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_cannot_be_made_is_an_error_in_its_place(workers: int) -> None:
     made = list(load_batches(Made(), at, workers=workers))
-    assert [step for step, _ in made] == [0, 1, 2]
+    assert [place.step for place, _ in made] == [0, 1, 2]
     error = made[1][1]
     assert isinstance(error, DataError)
     assert (str(error), error.details, error.exit_code) == ("1.png: no such file (look for it)", ("1.png",), 3)

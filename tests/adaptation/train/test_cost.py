@@ -1,0 +1,81 @@
+"""Estimates of a training's cost, compared with what torch counts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import T5Gemma2ForConditionalGeneration
+
+from t5g2convert import inspect
+from t5g2convert.adaptation.train.cost import Memory, memory, operations
+from t5g2convert.adaptation.train.loss import ModelWithLoss
+from t5g2convert.adaptation.train.model import recompute_activations
+from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2
+from tests.conftest import TwinFolder
+
+ENCODER, DECODER, SAMPLES = 23, 11, 2
+
+
+def shapes(folder: Path) -> T5Gemma2:
+    path = folder / "config.json"
+    return read_t5gemma2(json.loads(path.read_text()), path)
+
+
+def counted(folder: Path, images: int, *, training: bool) -> int:
+    """What torch counts of a pass over two samples, the softmax included."""
+    model: Any = T5Gemma2ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    model.model.encoder.vision_tower.requires_grad_(False)
+    if training:
+        recompute_activations(model)
+    denoiser = ModelWithLoss(model, tasks=1, softcap=None, chunk=3).train(training)
+    ids = torch.arange(3, 3 + ENCODER).repeat(SAMPLES, 1)
+    ids[:, : images * model.config.encoder.mm_tokens_per_image] = model.config.image_token_index
+    labels = torch.full((SAMPLES, DECODER), 5)
+    size = model.config.encoder.vision_config.image_size
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "decoder_input_ids": labels,
+        "decoder_attention_mask": torch.ones_like(labels),
+        "labels": labels,
+        "tasks": torch.zeros(SAMPLES, dtype=torch.int64),
+        **({"pixel_values": torch.zeros(SAMPLES * images, 3, size, size)} if images else {}),
+    }
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        loss, _, _ = denoiser(batch)
+        if training:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("twin", "images"), [("text-13", 0), ("images-8", 0), ("images-8", 1), ("images-8", 2)])
+def test_operations_of_a_pass_are_those_that_torch_counts(converted_twin: TwinFolder, twin: str, images: int) -> None:
+    folder = converted_twin(twin)
+    ours = operations(shapes(folder), encoder=ENCODER, decoder=DECODER, images=images)
+    forward = ours.encoder + ours.decoder + ours.softmax + ours.vision + ours.projector
+    # torch counts the rotation's angles too, of a few elements each.
+    assert counted(folder, images, training=False) == pytest.approx(SAMPLES * forward, rel=2e-3)
+
+
+def test_operations_of_training_are_those_that_torch_counts(converted_twin: TwinFolder) -> None:
+    folder = converted_twin("images-8")
+    ours = operations(shapes(folder), encoder=ENCODER, decoder=DECODER, images=1)
+    assert counted(folder, 1, training=True) == pytest.approx(SAMPLES * ours.training, rel=2e-3)
+
+
+def test_memory_is_shared_out_among_the_devices(converted_twin: TwinFolder) -> None:
+    folder = converted_twin("images-8")
+    parameters, model = inspect(folder).parameters, shapes(folder)
+    one, four = (memory(model, parameters, devices=n, encoder=14, decoder=10, chunk=8) for n in (1, 4))
+    trained = parameters["total"] - parameters["vision"]
+    assert one.states == 16 * trained + 4 * parameters["vision"]
+    assert four == Memory(one.states // 4, one.gathered, one.inputs, one.softmax)
+    assert one.inputs == 2 * 2 * 24 * 8 * (7 + 5)
+    assert one.softmax == 12 * 8 * model.decoder.vocab_size
+    assert one.gathered == 8 * (parameters["embedding"] + 2 * (parameters["encoder"] // 8))
+    assert one.total == one.states + one.gathered + one.inputs + one.softmax
