@@ -1,6 +1,7 @@
 """`t5g2 pack`."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,9 @@ def pack(
         list[Path] | None,
         typer.Argument(
             metavar="INPUT...",
-            help="Files that end in .txt (one document each), .jsonl or .parquet, or folders of them. Images are "
-            'files below the folder of a JSONL: `{"text": "<start_of_image> a cat", "images": ["cat.png"]}`.',
+            help="Files that end in .txt (one document each), .jsonl or .parquet, or folders of them; .gz, .bz2, .xz "
+            "and .zst are decompressed. Images are files below the folder of a JSONL, or bytes in Parquet: "
+            '`{"text": "<start_of_image> a cat", "image": "cat.png"}`.',
         ),
     ] = None,
     dataset: Annotated[
@@ -49,7 +51,7 @@ def pack(
     """
     if bool(inputs) == bool(dataset):
         raise UsageError("pass either files and folders to pack, or --dataset" + (", not both" if inputs else ""))
-    from t5g2convert.adaptation.data.documents import files_of, read_dataset, read_files
+    from t5g2convert.adaptation.data.documents import files_of, read_dataset, read_files, unread_endings
     from t5g2convert.adaptation.data.pack import pack_documents
 
     sources = inputs or []
@@ -60,6 +62,9 @@ def pack(
         )
         folders = sources or [folder for folder in (Path(dataset or ""),) if folder.exists()]
         done = pack_documents(model, output, documents, options.replace(sources=folders))
+    if unread := unread_endings(sources):
+        endings = ", ".join(f"{count:,} {printable(ending)}" for ending, count in sorted(unread.items()))
+        done = replace(done, notes=(*done.notes, f"{unread.total():,} file(s) are not read as documents: {endings}"))
     if as_json:
         emit_json(done.to_json())
         return
@@ -74,4 +79,6 @@ def pack(
     )
     if index.empty:
         console().print(f"skipped {index.empty:,} empty documents")
+    if index.skipped is not None:
+        console().print(f"skipped {index.skipped.documents:,} documents that cannot be packed; see skipped.jsonl")
     print_notes(done.notes)

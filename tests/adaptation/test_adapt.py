@@ -589,7 +589,7 @@ def test_devices_that_are_not_there_or_were_not_started_are_refused(monkeypatch:
         monkeypatch.setenv(name, value)
     assert resolve(Hardware()) == ("cpu", 4, 2)
     assert resolve(Hardware(accelerator="cpu", devices=4, nodes=2)) == ("cpu", 4, 2)
-    with pytest.raises(UsageError, match="torchrun started 8 processes, but --devices 3 and --nodes 2 need 6"):
+    with pytest.raises(UsageError, match=r"torchrun started 8 process\(es\), but --devices 3 and --nodes 2 need 6"):
         resolve(Hardware(accelerator="cpu", devices=3, nodes=2))
 
 
@@ -599,6 +599,44 @@ def test_slurm_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(Hardware(accelerator="cpu")) == ("cpu", 2, 3)
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
     assert resolve(Hardware(accelerator="cpu")) == ("cpu", 1, 1)
+
+
+def slurm(monkeypatch: pytest.MonkeyPatch, *, tasks: int, visible: int) -> None:
+    names = {"SLURM_NTASKS": str(tasks), "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+
+
+def test_a_script_for_sbatch_without_srun_gets_the_command_that_starts_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(monkeypatch, tasks=1, visible=8)
+    with pytest.raises(UsageError, match="slurm started 1 process, but it sees 8 CUDA devices") as unnamed:
+        resolve(Hardware())
+    with pytest.raises(UsageError, match=r"slurm started 1 process\(es\), but --devices 8 and --nodes 1") as named:
+        resolve(Hardware(devices=8))
+    for raised in (unnamed, named):
+        assert str(raised.value.hint).startswith("start it with srun --ntasks-per-node DEVICES")
+    assert resolve(Hardware(devices=1)) == ("cuda", 1, 1)
+
+
+def test_tasks_that_see_one_device_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(monkeypatch, tasks=8, visible=1)
+    with pytest.raises(
+        UsageError, match=r"8 processes run on this machine, but each sees 1 CUDA device\(s\)"
+    ) as raised:
+        resolve(Hardware())
+    assert raised.value.hint == "ask SLURM for --gpus-per-node instead of --gpus-per-task"
+    slurm(monkeypatch, tasks=8, visible=8)
+    assert resolve(Hardware()) == ("cuda", 8, 1)
+
+
+def test_log_files_of_a_batch_system_may_be_in_the_folder_of_a_run(tmp_path: Path) -> None:
+    for name in ("slurm-77.out", "train.err", "train.log"):
+        (tmp_path / name).touch()
+    check_vacant(tmp_path)
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(OutputError, match="exists and is not an empty folder"):
+        check_vacant(tmp_path)
 
 
 def test_which_process_this_is_says_the_launcher_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,22 @@
 """Documents from text files, JSONL, Parquet and data sets, one at a time, in file order."""
 
+import bz2
+import gzip
+import io
 import json
 import logging
+import lzma
 import os
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
+from t5g2convert.adaptation.data.image_columns import IMAGE_KEYS, ImageSource, image_keys, images_of
 from t5g2convert.checkpoint.hub.hub_errors import network_error, without_token
 from t5g2convert.checkpoint.strictjson import is_text
 from t5g2convert.errors import DataError, T5g2Error, UsageError
@@ -16,6 +24,9 @@ from t5g2convert.interrupts import raise_interruption
 from t5g2convert.progress import Progress
 
 SUFFIXES: Final = (".txt", ".jsonl", ".parquet")
+
+COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst")
+"""Endings behind .txt and .jsonl; Parquet compresses its own columns."""
 
 LONGEST: Final = 16 << 20
 """Most bytes of a document, or of a line of JSON. The tokenizer takes whole documents and needs about 120 bytes of
@@ -35,12 +46,12 @@ class Document:
     Attributes:
         where: The file with the line or row, for errors.
         text: The text.
-        images: Image files, in the order of their positions.
+        images: Images, in the order of their positions.
     """
 
     where: str
     text: str
-    images: tuple[Path, ...] = ()
+    images: tuple[ImageSource, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +63,10 @@ class Fault:
 
 
 def files_of(inputs: Iterable[Path]) -> Iterator[Path]:
-    """Yield the files to read: in a folder, all that end in .txt, .jsonl or .parquet, ordered by name.
+    """Yield the files to read: in a folder, all with an ending of documents, ordered by name.
 
-    Hidden files and folders are skipped, and links to folders are not followed.
+    The endings are .txt, .jsonl and .parquet, the first two also compressed. Hidden files and folders are skipped, and
+    links to folders are not followed.
 
     Raises:
         DataError: An input is missing, cannot be read, or is a folder without such files.
@@ -64,13 +76,14 @@ def files_of(inputs: Iterable[Path]) -> Iterator[Path]:
         if given.is_dir():
             found = False
             for path in _walk(given):
-                found = True
-                yield path
+                if kind_of(path) is not None:
+                    found = True
+                    yield _regular(path)
             if not found:
                 raise DataError(f"has no file that ends in {', '.join(SUFFIXES)}", where=given)
         elif not given.exists():
             raise DataError("no such file or folder", where=given)
-        elif given.suffix.lower() not in SUFFIXES:
+        elif kind_of(given) is None:
             raise UsageError(f"{given} ends in {given.suffix or 'nothing'}, expected {', '.join(SUFFIXES)}")
         else:
             yield _regular(given)
@@ -86,8 +99,22 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if item.is_dir(follow_symlinks=False):
             yield from _walk(Path(item.path))
-        elif Path(item.name).suffix.lower() in SUFFIXES and not item.is_dir():
-            yield _regular(Path(item.path))
+        elif not item.is_dir():
+            yield Path(item.path)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the ending that says how a file is read, without that of its compression; None for other files."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings[-1:] and endings[-1] in COMPRESSED:
+        return endings[-2] if endings[-2:-1] in ([".txt"], [".jsonl"]) else None
+    return endings[-1] if endings[-1:] and endings[-1] in SUFFIXES else None
+
+
+def unread_endings(inputs: Iterable[Path]) -> Counter[str]:
+    """Count the files in the folders among the inputs that are not read as documents, by their ending."""
+    walked = (path for given in inputs if given.is_dir() for path in _walk(given))
+    return Counter(path.suffix.lower() or "no ending" for path in walked if kind_of(path) is None)
 
 
 def _regular(path: Path) -> Path:
@@ -109,13 +136,15 @@ def read_files(inputs: Iterable[Path], column: str, progress: Progress) -> Itera
     """
     for path in files_of(inputs):
         try:
-            kind = path.suffix.lower()
+            kind = kind_of(path)
             if kind == ".txt":
                 yield _read_text(path, progress)
             elif kind == ".jsonl":
                 yield from _read_lines(path, column, progress)
             else:
                 yield from _read_parquet(path, column, progress)
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise DataError(f"cannot be decompressed: {error}", where=path) from None
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror or error}", where=path) from None
 
@@ -140,17 +169,28 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
         datasets.disable_progress_bars()
         # Its messages about retries contain addresses.
         datasets.logging.set_verbosity(logging.CRITICAL)
-        rows = iter(datasets.load_dataset(name, subset, split=split, streaming=True))
-        for number, row in enumerate(rows, 1):
+        loaded = _with_encoded_images(datasets.load_dataset(name, subset, split=split, streaming=True), datasets)
+        folder = Path(name) if Path(name).exists() else None
+        for number, row in enumerate(loaded, 1):
             if column not in row:
                 raise DataError(f"has no column {column!r}, but {_named(row)}", where=where)
-            _refuse_images(row, where)
-            yield _checked(f"{where}:{number}", row[column])
+            yield _checked(f"{where}:{number}", row, column, IMAGE_KEYS, folder)
     except T5g2Error:
         raise
     except Exception as error:  # noqa: BLE001 - the library and the readers below it raise anything
         raise_interruption()
         raise _dataset_error(error, name, where, datasets) from None
+
+
+def _with_encoded_images(loaded: Any, datasets: Any) -> Any:
+    """Return a data set with the bytes of its images instead of decoded pixels."""
+    encoded = datasets.Image(decode=False)
+    for name, feature in (loaded.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            loaded = loaded.cast_column(name, encoded)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            loaded = loaded.cast_column(name, datasets.Sequence(encoded))
+    return loaded
 
 
 def _dataset_error(error: Exception, name: str, where: str, datasets: Any) -> T5g2Error:
@@ -179,35 +219,53 @@ def _dataset_error(error: Exception, name: str, where: str, datasets: Any) -> T5
 
 def _read_text(path: Path, progress: Progress) -> Document | Fault:
     """Read a whole file as one document."""
-    with path.open("rb") as file:
+    with _decompressed(path) as (file, _):
         data = file.read(LONGEST + 1)
     progress(path.stat().st_size)
     if len(data) > LONGEST:
         return Fault(str(path), f"is longer than {LONGEST} bytes, the limit for a document; split it")
     try:
-        return _checked(str(path), data.decode("utf-8-sig"))
+        return _checked_text(str(path), data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         return Fault(f"{path}:{line}", f"is not UTF-8: {error.reason} at byte {error.start}")
 
 
 def _read_lines(path: Path, column: str, progress: Progress) -> Iterator[Document | Fault]:
-    with path.open("rb") as file:
-        number = 0
+    with _decompressed(path) as (file, position):
+        number = reported = 0
         while line := file.readline(LONGEST + 1):
             number += 1
-            progress(len(line))
             where = f"{path}:{number}"
             if len(line) > LONGEST:
                 yield Fault(where, f"is longer than {LONGEST} bytes, the limit for a line; split it")
                 while line and not line.endswith(b"\n"):
                     line = file.readline(LONGEST)
-                    progress(len(line))
             elif line.strip():
-                yield _row(line, where, path.parent, column)
+                yield _row(line, where, path, column)
+            progress(position() - reported)
+            reported = position()
 
 
-def _row(line: bytes, where: str, folder: Path, column: str) -> Document | Fault:
+@contextmanager
+def _decompressed(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """Open a file that may be compressed; also return a function for the bytes of it that have been read."""
+    with path.open("rb") as raw:
+        ending = path.suffix.lower()
+        file: Any = raw
+        if ending == ".gz":
+            file = gzip.GzipFile(fileobj=raw)
+        elif ending == ".bz2":
+            file = bz2.BZ2File(raw)
+        elif ending == ".xz":
+            file = lzma.LZMAFile(raw)  # noqa: SIM115 - closed with the file below it
+        elif ending == ".zst":
+            pyarrow = _imported("pyarrow")
+            file = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
+        yield file, raw.tell
+
+
+def _row(line: bytes, where: str, path: Path, column: str) -> Document | Fault:
     try:
         row = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
@@ -222,14 +280,7 @@ def _row(line: bytes, where: str, folder: Path, column: str) -> Document | Fault
         return Fault(where, f"is a JSON {type(row).__name__}, expected an object")
     if column not in row:
         return Fault(where, f"has no {column!r}, but {_named(row)}")
-    images = [] if row.get("images") is None else row["images"]
-    if not isinstance(images, list) or not all(isinstance(name, str) and is_text(name) for name in images):
-        return Fault(where, "'images' is not a list of file names")
-    for name in images:
-        path = Path(name)
-        if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-            return Fault(where, f"the image {name!r} is not a file below the folder of the JSONL")
-    return _checked(where, row[column], tuple(folder / name for name in images))
+    return _checked(where, row, column, image_keys(path.name), path.parent)
 
 
 def _read_parquet(path: Path, column: str, progress: Progress) -> Iterator[Document | Fault]:
@@ -240,26 +291,37 @@ def _read_parquet(path: Path, column: str, progress: Progress) -> Iterator[Docum
             names = file.schema_arrow.names
             if column not in names:
                 raise DataError(f"has no column {column!r}, but {_named(names)}", where=path)
-            _refuse_images(names, str(path))
+            columns = [column, *(name for name in names if name in IMAGE_KEYS)]
             rows, number = file.metadata.num_rows, 0
-            for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+                for row in zip(*(batch.column(name) for name in columns), strict=True):
                     number += 1
-                    yield _parquet_row(f"{path}:{number}", value)
+                    yield _parquet_row(f"{path}:{number}", dict(zip(columns, row, strict=True)), column, path.parent)
                 progress(size * number // rows - reported)
                 reported = size * number // rows
     except pyarrow.ArrowException as error:
         raise DataError(f"cannot be read as Parquet: {' '.join(str(error).split())}", where=path) from None
 
 
-def _parquet_row(where: str, value: Any) -> Document | Fault:
+def _parquet_row(where: str, row: Mapping[str, Any], column: str, folder: Path) -> Document | Fault:
     try:
-        return _checked(where, value.as_py())
+        return _checked(where, {name: value.as_py() for name, value in row.items()}, column, IMAGE_KEYS, folder)
     except UnicodeDecodeError as error:
         return Fault(where, f"is not UTF-8: {error.reason} at byte {error.start}")
 
 
-def _checked(where: str, text: object, images: tuple[Path, ...] = ()) -> Document | Fault:
+def _checked(
+    where: str, row: Mapping[str, Any], column: str, keys: tuple[str, ...], folder: Path | None
+) -> Document | Fault:
+    """Return the document of a row, or a fault if its text or images are not valid."""
+    try:
+        images = images_of(row, keys, folder)
+    except ValueError as error:
+        return Fault(where, str(error))
+    return _checked_text(where, row[column], images)
+
+
+def _checked_text(where: str, text: object, images: tuple[ImageSource, ...] = ()) -> Document | Fault:
     """Return a document, or a fault if its text is not valid."""
     if not isinstance(text, str):
         return Fault(where, f"the text is {'null' if text is None else f'of type {type(text).__name__}'}")
@@ -270,11 +332,6 @@ def _checked(where: str, text: object, images: tuple[Path, ...] = ()) -> Documen
     if len(text) > LONGEST:
         return Fault(where, f"is longer than {LONGEST} characters, the limit for a document; split it")
     return Document(where, text, images)
-
-
-def _refuse_images(columns: Iterable[str], where: str) -> None:
-    if "images" in columns:
-        raise DataError("has a column 'images', but images are read only from JSONL", where=where)
 
 
 def _named(columns: Iterable[str]) -> str:

@@ -52,6 +52,13 @@ class PicturesEntry(_Section):
     sha256: Digest
 
 
+class SkippedEntry(_Section):
+    """Documents that could not be packed and were skipped, as listed in their file."""
+
+    documents: Count
+    sha256: Digest
+
+
 class TokensEntry(_Section):
     """Token ids of the model that the data was packed for."""
 
@@ -80,6 +87,7 @@ class Index(_Section):
     highest: Id
     special: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Count]
     empty: Count
+    skipped: SkippedEntry | None = None
 
 
 def read_index(folder: Path) -> tuple[Index, str]:

@@ -1,6 +1,7 @@
 """Packing: documents are tokenized once, into memory-mapped shards that training reads."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t5g2convert.adaptation.data.documents import Document, Fault
-from t5g2convert.adaptation.data.images import text_pieces, with_images
-from t5g2convert.adaptation.data.index import INDEX_FILE, Index, read_index, tokens_entry
+from t5g2convert.adaptation.data.image_columns import ImageSource
+from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces, with_images
+from t5g2convert.adaptation.data.index import INDEX_FILE, Index, SkippedEntry, read_index, tokens_entry
 from t5g2convert.adaptation.data.packed import (
     COUNTS_FILE,
     END,
     PICTURE,
     PICTURES_FILE,
     PICTURES_FOLDER,
+    SKIPPED_FILE,
     TOKEN,
     mapped_array,
     picture_name,
@@ -71,6 +74,7 @@ class Packing:
             "image_tokens": index.image.tokens,
             "images": index.pictures.files,
             "empty": index.empty,
+            "skipped": 0 if index.skipped is None else index.skipped.documents,
             "shards": len(index.text.shards) + len(index.image.shards),
             "tokenizer_sha256": index.tokenizer_sha256,
             "sha256": self.sha256,
@@ -97,7 +101,7 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
 
     Raises:
         CheckpointError: The model has no tokenizer, or its config is not valid.
-        DataError: Documents cannot be packed (`details` lists them), or there are none.
+        DataError: More documents cannot be packed than may be skipped (`details` lists them), or there are none.
         OutputError: The output exists and is not replaced, or the disk is full or fails.
         UsageError: `bos` is set, but the model has no bos.
     """
@@ -114,7 +118,7 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
         ExitStack() as stack,
     ):
         files = _Files(staging.folder, options.shard_tokens, stack, flush=flush)
-        packer = _Packer(files, encoder, tokens, bos=bos)
+        packer = _Packer(files, encoder, tokens, bos=bos, skip_bad=options.skip_bad)
         packer.run(documents)
         index = packer.finish()
         text = index.model_dump_json(indent=1).encode() + b"\n"
@@ -122,7 +126,12 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
             file.write(text)
             file.finish(flush=flush)
         staging.commit()
-    return Packing(output, index, hashlib.sha256(text).hexdigest(), tuple(staging.notes))
+    notes = [*staging.notes]
+    if packer.plain_placeholders:
+        notes.append(
+            f"{packer.plain_placeholders:,} document(s) without images contain {PLACEHOLDER}, packed as plain text"
+        )
+    return Packing(output, index, hashlib.sha256(text).hexdigest(), tuple(notes))
 
 
 pack = takes_options(PackOptions)(pack_documents)
@@ -144,7 +153,7 @@ class _Files:
     """All files of the output except its index."""
 
     def __init__(self, folder: Path, shard_tokens: int, stack: ExitStack, *, flush: bool) -> None:
-        self.flush = flush
+        self.folder, self.flush = folder, flush
         self.text = stack.enter_context(StreamFiles(folder, "text", shard_tokens, flush=flush))
         self.image = stack.enter_context(StreamFiles(folder, "image", shard_tokens, flush=flush))
         self.pictures = stack.enter_context(PictureFiles(folder, flush=flush))
@@ -155,44 +164,52 @@ class _Files:
 class _Pieces:
     """A document to tokenize: the texts before, between and after its images."""
 
+    number: int
     where: str
     texts: list[str]
-    images: int
+    images: tuple[ImageSource, ...]
 
 
 class _Packer:
     """Tokenizes documents in batches and writes them; memory does not depend on their number."""
 
-    def __init__(self, files: _Files, encoder: TextEncoder, tokens: ModelTokens, *, bos: bool) -> None:
+    def __init__(self, files: _Files, encoder: TextEncoder, tokens: ModelTokens, *, bos: bool, skip_bad: int) -> None:
         self._files, self._encoder, self._tokens, self._bos = files, encoder, tokens, bos
+        self._skip_bad = skip_bad
         self._before = np.array([tokens.bos] if bos else [], dtype=np.uint32)
         self._behind = np.array([tokens.eos], dtype=np.uint32)
         self._counts = np.zeros(tokens.vocabulary, dtype=np.uint64)
         self._batch: list[_Pieces] = []
         self._characters = 0
-        self._faults: list[Fault] = []
+        self._faults: dict[int, Fault] = {}
+        """By the numbers of the documents."""
         self._empty = self._places = 0
+        self.plain_placeholders = 0
+        """Documents without images whose text has the placeholder of one."""
 
     def run(self, documents: Iterable[Document | Fault]) -> None:
         """Pack all documents.
 
         Raises:
-            DataError: Some cannot be packed, or there are none.
+            DataError: More cannot be packed than may be skipped, or there are none.
         """
-        for document in documents:
+        for number, document in enumerate(documents):
             if isinstance(document, Fault):
-                self._faults.append(document)
+                self._faults[number] = document
             else:
-                self._take(document)
-            if len(self._faults) >= MAX_FAULTS:
+                self._take(number, document)
+            if len(self._faults) >= self._skip_bad + MAX_FAULTS:
                 break
         self._pack_batch()
-        if self._faults:
-            raise _refusal(self._faults)
+        if len(self._faults) > self._skip_bad:
+            raise _refusal(self._in_order(), self._skip_bad)
         if not self._files.text.documents + self._files.image.documents:
             raise DataError(f"no document has text ({self._empty} empty)", hint="pass other input")
 
-    def _take(self, document: Document) -> None:
+    def _in_order(self) -> list[Fault]:
+        return [fault for _, fault in sorted(self._faults.items())]
+
+    def _take(self, number: int, document: Document) -> None:
         if not document.images and not document.text.strip():
             self._empty += 1
             return
@@ -202,37 +219,41 @@ class _Packer:
                 if not self._tokens.pictures:
                     raise ValueError("has images, but the model has no vision tower")
                 texts = text_pieces(document.text, len(document.images))
-                for image in document.images:
-                    self._files.pictures.add(image)
         except ValueError as error:
-            self._faults.append(Fault(document.where, str(error)))
+            self._faults[number] = Fault(document.where, str(error))
             return
-        self._batch.append(_Pieces(document.where, texts, len(document.images)))
+        self.plain_placeholders += not document.images and PLACEHOLDER in document.text
+        self._batch.append(_Pieces(number, document.where, texts, document.images))
         self._characters += len(document.text)
         if self._characters >= BATCH_CHARACTERS or len(self._batch) >= BATCH_DOCUMENTS:
             self._pack_batch()
 
     def _pack_batch(self) -> None:
         batch, self._batch, self._characters = self._batch, [], 0
-        if not batch or self._faults:
+        if not batch:
             return
         encoded = iter(self._encoder.encode([text for document in batch for text in document.texts]))
         packed = []
         for document in batch:
             pieces = list(islice(encoded, len(document.texts)))
             if reason := next(filter(None, map(self._encoder.fault, pieces)), None):
-                self._faults.append(Fault(document.where, reason))
+                self._faults[document.number] = Fault(document.where, reason)
             elif not document.images and not len(pieces[0]):
                 self._empty += 1
             else:
-                packed.append(self._write(document, pieces))
+                try:
+                    self._files.pictures.add(document.images)
+                except ValueError as error:
+                    self._faults[document.number] = Fault(document.where, str(error))
+                else:
+                    packed.append(self._write(document, pieces))
         if packed:
             self._counts += np.bincount(np.concatenate(packed), minlength=len(self._counts)).astype(np.uint64)
 
     def _write(self, document: _Pieces, pieces: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
         tokens = np.concatenate([self._before, with_images(pieces, self._tokens), self._behind])
         if document.images:
-            self._places += document.images
+            self._places += len(document.images)
             self._files.image.add(tokens, self._places)
         else:
             self._files.text.add(tokens)
@@ -257,15 +278,28 @@ class _Packer:
                 str(token): int(self._counts[token]) for token in present.tolist() if token in self._encoder.special
             },
             empty=self._empty,
+            skipped=self._write_skipped(),
         )
 
+    def _write_skipped(self) -> SkippedEntry | None:
+        """Write the list of the skipped documents, if there are any: a line of JSON for each."""
+        if not self._faults:
+            return None
+        with HashedFile(self._files.folder / SKIPPED_FILE) as file:
+            for fault in self._in_order():
+                file.write(json.dumps({"where": fault.where, "reason": fault.reason}).encode() + b"\n")
+            return SkippedEntry(documents=len(self._faults), sha256=file.finish(flush=self._files.flush))
 
-def _refusal(faults: Sequence[Fault]) -> DataError:
+
+def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:
     if len(faults) == 1:
-        return DataError(faults[0].reason, where=faults[0].where)
-    count = f"{len(faults)} documents" if len(faults) < MAX_FAULTS else f"{len(faults)} documents or more"
+        return DataError(faults[0].reason, where=faults[0].where, hint="--skip-bad 1 packs the others")
+    count = f"{len(faults)} documents" + " or more" * (len(faults) >= skip_bad + MAX_FAULTS)
     return DataError(
-        f"{count} cannot be packed", where=faults[0].where, details=[f"{it.where}: {it.reason}" for it in faults]
+        f"{count} cannot be packed",
+        where=faults[0].where,
+        hint=f"mend them, or skip up to N with --skip-bad N{f' (now {skip_bad})' if skip_bad else ''}",
+        details=[f"{it.where}: {it.reason}" for it in faults],
     )
 
 
@@ -281,6 +315,8 @@ def packed_listing(folder: Path) -> dict[str, ListedFile]:
         listed[f"{name}.doc"] = ListedFile(sha256=stream.ends)
         for number, shard in enumerate(stream.shards):
             listed[shard_name(name, number)] = ListedFile(shard.tokens * TOKEN.itemsize, shard.sha256)
+    if index.skipped is not None:
+        listed[SKIPPED_FILE] = ListedFile(sha256=index.skipped.sha256)
     listed[COUNTS_FILE] = ListedFile(index.tokens.vocabulary * END.itemsize, index.counts)
     listed[PICTURES_FILE] = ListedFile(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
     for place in mapped_array(folder / PICTURES_FILE, PICTURE, (index.pictures.places,)):

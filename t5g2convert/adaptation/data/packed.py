@@ -39,6 +39,7 @@ from t5g2convert.errors import DataError
 COUNTS_FILE: Final = "counts.bin"
 PICTURES_FILE: Final = "image.pic"
 PICTURES_FOLDER: Final = "images"
+SKIPPED_FILE: Final = "skipped.jsonl"
 
 TOKEN: Final = np.dtype("<u4")
 END: Final = np.dtype("<u8")
@@ -327,6 +328,8 @@ def _verify(folder: Path, index: Index, part: int, parts: int) -> None:
         "text.doc": index.text.ends, "image.doc": index.image.ends,
         PICTURES_FILE: index.pictures.sha256, COUNTS_FILE: index.counts,
     }  # fmt: skip
+    if index.skipped is not None:
+        expected[SKIPPED_FILE] = index.skipped.sha256
     for name, stream in (("text", index.text), ("image", index.image)):
         expected |= {shard_name(name, number): shard.sha256 for number, shard in enumerate(stream.shards)}
     try:

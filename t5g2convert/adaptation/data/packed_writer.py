@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
-from io import FileIO
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from t5g2convert.adaptation.data.image_columns import ImageBytes, ImageSource
 from t5g2convert.adaptation.data.images import check_picture
 from t5g2convert.adaptation.data.index import PicturesEntry, ShardEntry, StreamEntry
 from t5g2convert.adaptation.data.packed import (
@@ -143,38 +145,47 @@ class PictureFiles:
             self._folder.mkdir()
         self._places = HashedFile(folder / PICTURES_FILE)
 
-    def add(self, path: Path) -> None:
-        """Copy an image unless it is already stored, and append it to the list.
+    def add(self, images: Sequence[ImageSource]) -> None:
+        """Copy the images of a document unless they are already stored, and append them to the list.
 
         Raises:
-            ValueError: It is missing or not an image.
+            ValueError: One is missing or not an image; then none is added.
             OutputError: The disk is full or fails.
         """
+        places, new = [], dict[Path, int]()
         try:
-            digest, nbytes = self._copy(path)
+            for image in images:
+                place, nbytes = self._store(image)
+                places.append(place)
+                new |= {} if nbytes is None else {self._folder / picture_name(place[0]): nbytes}
+        except ValueError:
+            with output_errors(self._folder):
+                for path in (*new, self._partial):
+                    path.unlink(missing_ok=True)
+            raise
+        for place in places:
+            self._places.write(place)
+        self._count += len(places)
+        self._files, self._nbytes = self._files + len(new), self._nbytes + sum(new.values())
+
+    def _store(self, image: ImageSource) -> tuple[NDArray[Any], int | None]:
+        """Return the entry of an image in the list, and the bytes of its file; None if it is already stored."""
+        try:
+            digest, nbytes = self._copy(image)
             # Check the copy: the file may change meanwhile.
             ending = check_picture(self._partial)
         except ValueError as error:
-            raise ValueError(f"{path} {error}") from None
+            raise ValueError(f"{image} {error}") from None
         place = np.array([(digest, ending.encode())], PICTURE)
         with output_errors(self._folder):
             target = self._folder / picture_name(place[0])
-            if not target.exists():
-                self._files, self._nbytes = self._files + 1, self._nbytes + nbytes
+            is_new = not target.exists()
             self._partial.replace(target)
-        self._places.write(place)
-        self._count += 1
+        return place, nbytes if is_new else None
 
-    def _copy(self, path: Path) -> tuple[bytes, int]:
-        if not path.is_file():
-            raise ValueError("is not a file" if path.exists() else "is missing")
-        sha256 = hashlib.sha256()
-        nbytes = 0
-        try:
-            source = path.open("rb", buffering=0)
-        except OSError as error:
-            raise ValueError(f"cannot be read: {error.strerror}") from None
-        with source, output_errors(self._partial), self._partial.open("wb", buffering=0) as target:
+    def _copy(self, image: ImageSource) -> tuple[bytes, int]:
+        sha256, nbytes = hashlib.sha256(), 0
+        with _opened(image) as source, output_errors(self._partial), self._partial.open("wb", buffering=0) as target:
             while piece := _read(source):
                 sha256.update(piece)
                 nbytes += len(piece)
@@ -204,7 +215,23 @@ class PictureFiles:
         self._places.__exit__(kind, error, traceback)
 
 
-def _read(source: FileIO) -> bytes:
+def _opened(image: ImageSource) -> BinaryIO:
+    """Open an image for reading.
+
+    Raises:
+        ValueError: It is missing, or cannot be read.
+    """
+    if isinstance(image, ImageBytes):
+        return BytesIO(image.data)
+    if not image.is_file():
+        raise ValueError("is not a file" if image.exists() else "is missing")
+    try:
+        return cast(BinaryIO, image.open("rb", buffering=0))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+
+
+def _read(source: BinaryIO) -> bytes:
     try:
         return source.read(BUFFER_BYTES)
     except OSError as error:

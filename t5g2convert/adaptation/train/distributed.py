@@ -23,6 +23,8 @@ EXTRA: Final = ("lightning_fabric", "matplotlib", "tensorboard", "transformers")
 _RANK_VARIABLES: Final = {"torchrun": "RANK", "slurm": "SLURM_PROCID", None: "LOCAL_RANK"}
 """Environment variable with the rank, by launcher; without a launcher Fabric starts the processes."""
 
+SRUN: Final = "start it with srun --ntasks-per-node DEVICES, also in a script for sbatch"
+
 Result = TypeVar("Result")
 
 
@@ -103,13 +105,30 @@ def resolve(hardware: Hardware) -> tuple[str, int, int]:
     nodes = hardware.nodes or (1 if total is None else max(1, total // devices))
     if total is not None and devices * nodes != total:
         raise UsageError(
-            f"{early_launcher()} started {total} processes, but --devices {devices} and --nodes {nodes} need "
+            f"{early_launcher()} started {total} process(es), but --devices {devices} and --nodes {nodes} need "
             f"{devices * nodes}",
-            hint="omit --devices and --nodes, or make them match",
+            hint=SRUN if early_launcher() == "slurm" else "omit --devices and --nodes, or make them match",
         )
-    if accelerator == "cuda" and devices > cuda:
-        raise UsageError(f"--devices is {devices}, but this machine has {cuda} CUDA device(s)")
+    if accelerator == "cuda":
+        _check_visible(cuda, devices, by_slurm=early_launcher() == "slurm", named=hardware.devices is not None)
     return accelerator, devices, nodes
+
+
+def _check_visible(visible: int, devices: int, *, by_slurm: bool, named: bool) -> None:
+    """Refuse more processes than CUDA devices that they can see, and a SLURM script that would use one of several.
+
+    Raises:
+        UsageError: Either.
+    """
+    if by_slurm and devices > visible:
+        raise UsageError(
+            f"{devices} processes run on this machine, but each sees {visible} CUDA device(s): all must see all",
+            hint="ask SLURM for --gpus-per-node instead of --gpus-per-task",
+        )
+    if devices > visible:
+        raise UsageError(f"--devices is {devices}, but this machine has {visible} CUDA device(s)")
+    if by_slurm and not named and devices == 1 < visible:
+        raise UsageError(f"slurm started 1 process, but it sees {visible} CUDA devices", hint=f"{SRUN}, or --devices 1")
 
 
 def _started() -> tuple[int | None, int | None]:

@@ -30,6 +30,8 @@ METRICS_FILE: Final = "metrics.jsonl"
 TENSORBOARD_FOLDER: Final = "tensorboard"
 PLOT_FILE: Final = "loss.svg"
 EXPORT_FOLDER: Final = "model"
+LOG_ENDINGS: Final = (".log", ".out", ".err")
+"""Endings of the files that batch systems write, often into the folder of the run."""
 FORMAT: Final = 2
 """1 read eight texts next to each other for every block of samples (t5g2convert 0.1.0)."""
 
@@ -215,13 +217,13 @@ def parts_of_run(run: Path) -> tuple[Path, ...]:
 
 
 def check_vacant(run: Path) -> None:
-    """Refuse a folder that is not empty.
+    """Refuse a folder that is not empty; the log files of a batch system may be there already.
 
     Raises:
         OutputError: It is not empty, or not a folder.
     """
     try:
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(item.suffix not in LOG_ENDINGS for item in run.iterdir())):
             raise OutputError(
                 "exists and is not an empty folder", where=run, hint="--resume continues a run that stopped"
             )

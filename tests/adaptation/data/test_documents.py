@@ -1,15 +1,20 @@
+import bz2
+import gzip
 import json
+import lzma
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from t5g2convert.adaptation.data import documents
-from t5g2convert.adaptation.data.documents import Document, Fault, files_of, read_dataset, read_files
+from t5g2convert.adaptation.data.documents import Document, Fault, files_of, read_dataset, read_files, unread_endings
+from t5g2convert.adaptation.data.image_columns import IMAGE_KEYS, ImageBytes
 from t5g2convert.errors import DataError, HubError, T5g2Error, UsageError
 
 
@@ -70,8 +75,9 @@ def test_pictures_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
         (b'{"text": "a\\u0000b"}', "contains NUL at character 1: it is not text"),
         (b'{"text": "\\ud83d"}', "contains half of a surrogate pair"),
         (b'{"text": "a\xffb"}', "is not UTF-8: invalid start byte at byte 11 of the line"),
-        (b'{"text": "a", "images": "a.png"}', "'images' is not a list of file names"),
-        (b'{"text": "a", "images": [1]}', "'images' is not a list of file names"),
+        (b'{"text": "a", "images": [1]}', "'images' is not a file name, or a list of them"),
+        (b'{"text": "a", "image": {"path": null}}', "'image' is not a file name, or a list of them"),
+        (b'{"text": "a", "image": "a.png", "images": ["b.png"]}', "has images under several keys: 'image', 'images'"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"text": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
     ],
@@ -149,10 +155,79 @@ def test_parquet_without_the_column_or_damaged_is_refused(table: Path) -> None:
         read(table)
 
 
-def test_pictures_in_parquet_are_not_left_out_silently(tmp_path: Path) -> None:
-    parquet.write_table(pa.table({"text": ["a"], "images": [["a.png"]]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="has a column 'images', but images are read only from JSONL"):
-        read(tmp_path / "a.parquet")
+@pytest.mark.parametrize("key", IMAGE_KEYS)
+def test_every_key_of_images_is_read(key: str, tmp_path: Path) -> None:
+    rows = [{"text": "x", key: "a.png"}, {"text": "x", key: ["a.png", "b.png"]}, {"text": "x", key: {"path": "a.png"}}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two, three = read(tmp_path / "a.jsonl")
+    assert isinstance(one, Document)
+    assert isinstance(two, Document)
+    assert isinstance(three, Document)
+    assert one.images == three.images == (tmp_path / "a.png",)
+    assert two.images == (tmp_path / "a.png", tmp_path / "b.png")
+
+
+def test_the_rows_of_an_image_folder_name_their_files(tmp_path: Path) -> None:
+    row = json.dumps({"file_name": "a.png", "text": "a cat"})
+    for name in ("metadata.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text(row)
+    image_folder, other = read(tmp_path / "metadata.jsonl", tmp_path / "other.jsonl")
+    assert image_folder == Document(f"{tmp_path}/metadata.jsonl:1", "a cat", (tmp_path / "a.png",))
+    assert other == Document(f"{tmp_path}/other.jsonl:1", "a cat")
+
+
+def test_images_in_parquet_are_files_or_bytes(tmp_path: Path) -> None:
+    images = [[{"bytes": b"1", "path": "one.png"}], [{"bytes": None, "path": "two.png"}], None, []]
+    parquet.write_table(pa.table({"text": ["a", "b", "c", "d"], "images": images}), tmp_path / "a.parquet")
+    found = [document.images for document in read(tmp_path / "a.parquet") if isinstance(document, Document)]
+    assert found == [(ImageBytes("one.png", b"1"),), (tmp_path / "two.png",), (), ()]
+
+
+def test_images_of_a_data_set_are_read_with_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("red", "blue"):
+        Image.new("RGB", (8, 8), name).save(tmp_path / f"images/{name}.png")
+    (tmp_path / "images/metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{name}.png", "text": f"all {name}"}) + "\n" for name in ("red", "blue"))
+    )
+    found = {}
+    for document in read_dataset(str(tmp_path / "images"), "train", "text"):
+        assert isinstance(document, Document)
+        (image,) = document.images
+        found[document.text] = image.data if isinstance(image, ImageBytes) else image.read_bytes()
+    assert found == {f"all {name}": (tmp_path / f"images/{name}.png").read_bytes() for name in ("red", "blue")}
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("ending", COMPRESSIONS)
+def test_compressed_files_are_read(ending: str, tmp_path: Path) -> None:
+    compress = COMPRESSIONS[ending]
+    rows = "".join(json.dumps({"text": f"row {number}"}) + "\n" for number in range(3000))
+    (tmp_path / f"a.jsonl{ending}").write_bytes(compress(rows.encode()))
+    (tmp_path / f"b.txt{ending}").write_bytes(compress("one ä\n".encode()))
+    assert texts(read(tmp_path)) == [*(f"row {number}" for number in range(3000)), "one ä\n"]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])
+def test_a_compressed_file_that_is_cut_short_is_refused(ending: str, tmp_path: Path) -> None:
+    whole = COMPRESSIONS[ending](os.urandom(40_000).hex().encode() + b"\n")
+    (tmp_path / f"a.jsonl{ending}").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.jsonl\.\w+: cannot be decompressed: "):
+        read(tmp_path)
+
+
+def test_other_files_of_a_folder_are_counted_by_their_ending(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.png", "deep/c.PNG", "d.parquet.gz", "README", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert unread_endings([tmp_path, tmp_path / "a.txt"]) == {".png": 2, ".gz": 1, "no ending": 1}
 
 
 def test_folders_give_their_files_in_the_order_of_their_names(tmp_path: Path) -> None:

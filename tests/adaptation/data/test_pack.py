@@ -5,6 +5,7 @@ import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from t5g2convert import convert
 from t5g2convert.adaptation.data import pack as packing
 from t5g2convert.adaptation.data.documents import Document, Fault
+from t5g2convert.adaptation.data.image_columns import ImageBytes
 from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.cli.demo import build_demo_source
@@ -177,6 +179,44 @@ def test_all_documents_that_cannot_be_packed_are_named(model: Path, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
+def test_bad_documents_are_skipped_on_request_and_listed(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
+    red, cut = tmp_path / "in/red.png", tmp_path / "in/cut.png"
+    yellow = tmp_path / "in/yellow.png"
+    Image.new("RGB", (8, 8), "yellow").save(yellow)
+    cut.write_bytes(red.read_bytes()[:40])
+    bad = [Fault("a:1", "is not UTF-8"), Document("a:2", "x", (yellow, cut)), Document("a:3", "x", (red, cut))]
+    with pytest.raises(DataError, match=r"a:1: 3 documents cannot be packed \(mend them, or .* --skip-bad N \(now 2\)"):
+        pack(model, tmp_path / "out", [bad[0], *mixed, *bad[1:]], skip_bad=2, flush=False)
+    done = pack(model, tmp_path / "out", [bad[0], *mixed, *bad[1:]], skip_bad=3, flush=False)
+    assert done.to_json()["skipped"] == 3
+    skipped = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert [item["where"] for item in skipped] == ["a:1", "a:2", "a:3"]
+    assert skipped[1]["reason"].startswith(f"{cut} ")
+    Packed.open(tmp_path / "out", verify=True)
+    pack(model, tmp_path / "good", mixed, flush=False)
+    found, good = contents(tmp_path / "out"), contents(tmp_path / "good")
+    assert {name: data for name, data in found.items() if name not in ("index.json", "skipped.jsonl")} == {
+        name: data for name, data in good.items() if name != "index.json"
+    }
+    pack(model, tmp_path / "out", mixed, overwrite=True, flush=False)
+    assert contents(tmp_path / "out") == good
+
+
+def test_images_inside_rows_are_packed_like_files(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
+    pack(model, tmp_path / "files", mixed, flush=False)
+    inside = [
+        replace(document, images=tuple(ImageBytes("image", Path(str(path)).read_bytes()) for path in document.images))
+        for document in mixed
+    ]
+    pack(model, tmp_path / "bytes", inside, flush=False)
+    assert contents(tmp_path / "files") == contents(tmp_path / "bytes")
+
+
+def test_a_placeholder_without_an_image_is_noted(model: Path, tmp_path: Path) -> None:
+    done = pack_texts(model, tmp_path / "out", ["<start_of_image> a cat", "a dog"])
+    assert done.notes == ("1 document(s) without images contain <start_of_image>, packed as plain text",)
+
+
 def test_after_a_hundred_of_them_no_more_is_read(model: Path, tmp_path: Path) -> None:
     read = 0
 
@@ -261,6 +301,9 @@ def test_a_disk_that_takes_no_more_leaves_nothing(model: Path, tmp_path: Path, m
             pack(model, tmp_path / "new/out", mixed, shard_tokens=300)
         failed.add(Path(str(error.value.where)).name)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    with largest_file(20), pytest.raises(OutputError, match="cannot be written: File too large") as error:
+        pack(model, tmp_path / "new/out", mixed[-7:])
+    failed.add(Path(str(error.value.where)).name)
     assert failed >= {"partial", "text-00000.bin", "index.json", "counts.bin"}
 
 
