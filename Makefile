@@ -77,6 +77,7 @@ bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each aga
 	$(BIN)/python examples/benchmark_verify.py
 	$(BIN)/python examples/benchmark_graft.py
 	$(BIN)/python examples/benchmark_ul2.py
+	$(BIN)/python examples/benchmark_schedule.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) $(OLDEST) $(KERAS) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
+from t5g2convert.adaptation.train.evaluation import hide_encoder
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.model import load_model, published_names
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.dataset import Batch, MicroBatch, task_names
+from t5g2convert.adaptation.ul2.dataset import task_names
+from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.errors import CheckpointError, UsageError
 
 
@@ -116,8 +118,3 @@ def _evaluate(module: nn.Module, prepared: Prepared, samples: int, micro: int) -
     came = {name: number for number, name in enumerate(names) if labels[number]}
     tasks, hidden = ({name: float(part[number] / labels[number]) for name, number in came.items()} for part in sums)
     return Evaluation(tasks, hidden, {name: int(labels[number]) for name, number in came.items()})
-
-
-def hide_encoder(batch: Batch) -> dict[str, Tensor]:
-    """Return the same samples with the encoder hidden from the decoder."""
-    return {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}

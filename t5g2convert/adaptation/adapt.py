@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,13 @@ from t5g2convert.adaptation.train.distributed import (
     require_extra,
     run_on_all_ranks,
 )
+from t5g2convert.adaptation.train.evaluation import (
+    Evaluation,
+    evaluate,
+    open_held_out,
+    read_evaluations,
+    write_evaluations,
+)
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
 from t5g2convert.adaptation.train.loop import make_optimizer, train
 from t5g2convert.adaptation.train.loss import ModelWithLoss
@@ -37,6 +44,7 @@ from t5g2convert.adaptation.train.machine_failures import machine_error
 from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
 from t5g2convert.adaptation.train.run_folder import (
+    EVALUATION_FILE,
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
@@ -54,7 +62,7 @@ from t5g2convert.adaptation.train.teacher import Teacher, check_teacher, load_te
 from t5g2convert.adaptation.ul2.dataset import task_names
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.conversion.output.path_rules import check_apart
-from t5g2convert.errors import T5g2Error, UsageError
+from t5g2convert.errors import DataError, T5g2Error, UsageError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -82,8 +90,7 @@ class Request:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """All folders that are read; none may lie in the run's folder."""
-        teacher = self.options.kd
-        return (self.model, self.data, *([] if teacher is None else [teacher]))
+        return (self.model, self.data, *(path for path in (self.options.kd, self.options.eval) if path is not None))
 
     @property
     def resumes(self) -> bool:
@@ -103,6 +110,7 @@ class Outcome:
         steps: The whole log, on rank 0.
         plot: The plot of the losses.
         settings: The run's settings, with the teacher's identity.
+        evaluations: All held-out losses, on rank 0.
         exported: The exported model, on rank 0, if `export` is set.
     """
 
@@ -113,6 +121,7 @@ class Outcome:
     steps: tuple[Metrics, ...]
     plot: Path
     settings: Settings
+    evaluations: tuple[Evaluation, ...] = ()
     exported: Exported | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -127,10 +136,17 @@ class Outcome:
             "model": None if self.exported is None else self.exported.to_json(),
             "loss": last.loss,
             "tasks": dict(last.tasks),
+            **({"held_out": asdict(self.evaluations[-1])} if self.evaluations else {}),
         }
 
 
-def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: Callable[[Metrics], None]) -> Outcome:
+def adapt(
+    request: Request,
+    *,
+    begun: Callable[[Sequence[str]], None],
+    report: Callable[[Metrics], None],
+    evaluated: Callable[[Evaluation], None] = lambda _: None,
+) -> Outcome:
     """Train a model, or resume its training.
 
     ```python
@@ -143,6 +159,7 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
         request: The run.
         begun: Called once with notes, on rank 0, before the first step.
         report: Called with the metrics of every step, on rank 0.
+        evaluated: Called with the held-out losses, on rank 0.
 
     Raises:
         DataError: The data was modified after packing; checked when a run starts, not when it resumes.
@@ -164,7 +181,7 @@ def adapt(request: Request, *, begun: Callable[[Sequence[str]], None], report: C
             run_on_all_ranks(
                 engine, lambda: held.enter_context(locked(request.run)) if engine.global_rank == 0 else None
             )
-            outcome = _run(engine, request, prepared, begun, report)
+            outcome = _run(engine, request, prepared, begun, report, evaluated)
         except BaseException as error:
             end_children(engine)
             if (failure := machine_error(error)) is not None:
@@ -195,6 +212,11 @@ def _prepare(request: Request) -> Prepared:
     if options.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
         raise UsageError("only T5Gemma 2 can be exported", hint="--no-export leaves the checkpoints alone")
     check_apart(request.run, *request.inputs)
+    if options.eval is not None:
+        held_out = open_held_out(request.model, options.eval, options, options.eval_samples)
+        if not held_out:
+            raise DataError("has no text to evaluate", where=options.eval)
+        prepared = replace(prepared, held_out=held_out)
     if options.kd is not None:
         if options.image_every == 1:
             raise UsageError("--kd applies only to text, but --image-every 1 leaves no text batches")
@@ -215,6 +237,7 @@ def _run(
     prepared: Prepared,
     begun: Callable[[Sequence[str]], None],
     report: Callable[[Metrics], None],
+    evaluated: Callable[[Evaluation], None],
 ) -> Outcome:
     on_rank_0 = engine.global_rank == 0
     known: dict[str, Any] = engine.broadcast(
@@ -243,13 +266,33 @@ def _run(
         run_on_all_ranks(engine, lambda: checkpoints.load(folder, state))
     if on_rank_0:
         begun([*prepared.notes, *([f"resuming after {start:,} steps"] if start else [])])
+    path = request.run / EVALUATION_FILE
+    evaluations = [each for each in read_evaluations(path) if each.step <= start] if on_rank_0 else []
+
+    def evaluation(done: int) -> Mapping[str, float]:
+        found = evaluate(engine, module, prepared.held_out, loop=request.options, step=done)
+        if on_rank_0:
+            evaluations.append(found)
+            write_evaluations(path, evaluations)
+            evaluated(found)
+        return found.scalars
+
     if start < settings.steps:
-        samples = prepared.samples
-        train(engine, module, state, samples, run=request.run, start=start, loop=request.options, report=report)
+        train(
+            engine,
+            module,
+            state,
+            prepared.samples,
+            run=request.run,
+            start=start,
+            loop=request.options,
+            report=report,
+            evaluation=evaluation if prepared.held_out else None,
+        )
     engine.barrier()
     steps = read_metrics(request.run / METRICS_FILE) if on_rank_0 else []
     if on_rank_0:
-        plot_losses(steps, request.run / PLOT_FILE)
+        plot_losses(steps, request.run / PLOT_FILE, held_out=[(each.step, each.loss) for each in evaluations])
     return Outcome(
         first=on_rank_0,
         start=start,
@@ -258,6 +301,7 @@ def _run(
         steps=tuple(steps),
         plot=request.run / PLOT_FILE,
         settings=settings,
+        evaluations=tuple(evaluations),
     )
 
 

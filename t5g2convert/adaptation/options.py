@@ -23,6 +23,8 @@ class LoopConfig(CommandOptions):
     """Settings of the training loop that do not change the result.
 
     Attributes:
+        eval_every: Steps between evaluations.
+        eval_samples: Held-out samples of an evaluation.
         micro_tokens: Most encoder tokens and labels per process and forward pass, including padding; a pass has at
             least one sample. None for the budget of one sample, or with `micro_batch` for no limit.
         micro_batch: Most samples per process and forward pass; None for no limit.
@@ -49,6 +51,14 @@ class LoopConfig(CommandOptions):
     keep: Annotated[
         int, Field(ge=1), Option("Checkpoints of --save-every to keep; the paper averages 5.", group=RUN)
     ] = LAST
+    eval_every: Annotated[
+        int, Field(ge=1), Option("Steps between evaluations, with --eval.", metavar="STEPS", group=RUN)
+    ] = 1000
+    eval_samples: Annotated[
+        int,
+        Field(ge=1),
+        Option("Held-out samples of an evaluation, in whole blocks of the mixture; of images as many.", group=RUN),
+    ] = 256
     micro_tokens: Annotated[
         int | None,
         Field(ge=1),
@@ -111,6 +121,7 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
 
     Attributes:
         kd: A Gemma 3 folder to distil.
+        eval: Held-out packed data.
         rope_scaling: RoPE scaling that the config must have; None accepts any.
         resume: Continue from the newest checkpoint of the run's folder.
         export: Write the last checkpoint as a model.
@@ -123,6 +134,15 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
             "distribution (KL), all others by cross-entropy. Image steps use cross-entropy only.",
             metavar="PARENT",
             group=OBJECTIVE,
+        ),
+    ] = None
+    eval: Annotated[
+        Path | None,
+        Option(
+            "Packed held-out data: its losses are computed before the first step and every --eval-every steps, with "
+            "the encoder visible and hidden.",
+            metavar="DATA",
+            group=RUN,
         ),
     ] = None
     rope_scaling: Annotated[

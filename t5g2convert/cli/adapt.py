@@ -26,6 +26,7 @@ from t5g2convert.interrupts import interruption, raise_interruption
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.adapt import Outcome, Request
+    from t5g2convert.adaptation.train.evaluation import Evaluation
     from t5g2convert.adaptation.train.forecast import Forecast
     from t5g2convert.adaptation.train.metrics import Metrics
 
@@ -130,6 +131,7 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
     """Run the training; only rank 0 prints."""
     from t5g2convert.adaptation.adapt import adapt as run
     from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank
+    from t5g2convert.adaptation.train.evaluation import overfitting
 
     steps = request.options.steps
     try:
@@ -142,7 +144,11 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
                 # If the exception of a signal was lost, for example in a destructor, stop the run here.
                 raise_interruption()
 
-            outcome = run(request, begun=print_notes, report=report)
+            def evaluated(found: "Evaluation") -> None:
+                if not as_json:
+                    typer.echo(found.line)
+
+            outcome = run(request, begun=print_notes, report=report, evaluated=evaluated)
     except ReportedElsewhere as error:
         raise typer.Exit(error.exit_code) from None
     except Exception as error:
@@ -160,6 +166,8 @@ def _run(request: "Request", *, every: int, as_json: bool) -> None:
         emit_json(outcome.to_json())
     else:
         _print(outcome)
+    if (note := overfitting(outcome.evaluations)) is not None:
+        print_notes([note])
 
 
 def _print(outcome: "Outcome") -> None:

@@ -24,7 +24,7 @@ from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.model import MODEL_LOADERS
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.dataset import MicroBatch
+from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.cli.demo import build_demo_source

@@ -36,6 +36,7 @@ def test_every_example_is_run_here() -> None:
         "benchmark_convert.py",
         "benchmark_forward.py",
         "benchmark_graft.py",
+        "benchmark_schedule.py",
         "benchmark_sources.py",
         "benchmark_ul2.py",
         "benchmark_verify.py",
@@ -156,6 +157,18 @@ def test_a_decoder_comes_of_another_checkpoint(twin_folder: TwinFolder, tmp_path
     assert "the decoder's parent is computed with the source's embedding table" in printed
     assert "passed decoder_parity" in printed
     assert "FAILED" not in printed
+
+
+def test_the_schedule_benchmark_prints_useful_work_and_documents() -> None:
+    printed = run("benchmark_schedule.py", "--tokens", "20000000", "--batch-tokens", "262144")
+    head, *rows = printed.splitlines()
+    assert head.split() == ["length", "ranks", "useful", "passes", "documents", "singly", "seconds"]
+    assert [row.split()[1] for row in rows] == ["1", "8", "64"] * 3
+    for row in rows:
+        _, ranks, useful, _, found, singly, _ = row.replace(",", "").split()
+        assert 0.3 < float(useful.rstrip("%")) / 100 <= 1
+        assert float(found) > 0.9 * float(singly)
+        assert ranks != "1" or useful == "100.0%"
 
 
 @pytest.mark.slow

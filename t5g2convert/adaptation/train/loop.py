@@ -56,6 +56,7 @@ def train(
     start: int,
     loop: LoopConfig,
     report: Report,
+    evaluation: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
     """Run all steps from `start` on, and save checkpoints.
 
@@ -72,6 +73,8 @@ def train(
         start: Steps completed before.
         loop: Settings of the loop.
         report: Called with the metrics of every step, on rank 0.
+        evaluation: Evaluates the model after so many steps, on all ranks, and returns scalars for TensorBoard. Called
+            before the first step, every `eval_every` steps, and after the last.
 
     Raises:
         DataError: A gradient is not finite, or a sample cannot be made; `ReportedElsewhere` on other ranks than 0.
@@ -96,6 +99,8 @@ def train(
     )
     module.train()
     with signals_at_step_ends() as wishes, log_context as log:
+        if not start:
+            _evaluate(evaluation, log, 0)
         sums, saved = _Sums(engine, settings), time.monotonic()
         for place, batch in _checked(engine, batches):
             loss, losses_T, labels_T = module(engine.to_device(batch))
@@ -116,8 +121,17 @@ def train(
                 wishes.save, saved = False, time.monotonic()
             if totals.stop and done < settings.steps:
                 raise Interrupted(wishes.stop or signal.SIGTERM)
+            if done % loop.eval_every == 0 or done == settings.steps:
+                _evaluate(evaluation, log, done)
             # Here, so that the time of a step excludes the checkpoint.
             sums = _Sums(engine, settings)
+
+
+def _evaluate(evaluation: Callable[[int], Mapping[str, float]] | None, log: Log | None, done: int) -> None:
+    if evaluation is not None:
+        scalars = evaluation(done)
+        if log is not None:
+            log.add_scalars(scalars, done)
 
 
 def _log(log: Log | None, metrics: Metrics, report: Report) -> None:

@@ -104,8 +104,12 @@ class Log:
         scalars = {"loss": step.loss, "grad norm": step.grad_norm, "lr": step.lr}
         scalars |= {"tokens a second": step.tokens_per_second, "labels": sum(step.labels.values())}
         scalars |= {f"task/{name}": loss for name, loss in step.tasks.items()}
+        self.add_scalars(scalars, step.step)
+
+    def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Add values of a step to the TensorBoard folder."""
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, step.step)
+            self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Wait until all lines are on disk: a checkpoint must not outlive the log of its steps.
@@ -214,8 +218,13 @@ def truncate(path: Path, step: int) -> None:
     replace_file(path, b"".join(kept))
 
 
-def plot_losses(steps: Sequence[Metrics], path: Path) -> None:
+def plot_losses(steps: Sequence[Metrics], path: Path, *, held_out: Sequence[tuple[int, float]] = ()) -> None:
     """Draw the loss of each task over the steps as SVG; the same numbers give the same bytes.
+
+    Args:
+        steps: The log.
+        path: The file.
+        held_out: Steps and their held-out losses, drawn as one more line.
 
     Raises:
         OutputError: It cannot be written.
@@ -231,6 +240,8 @@ def plot_losses(steps: Sequence[Metrics], path: Path) -> None:
         axes = figure.subplots()
         for name in dict.fromkeys(name for step in steps for name in step.tasks):
             axes.plot(*_smoothed(steps, name), label=name, linewidth=1.5)
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), label="held out", color="black", linewidth=1.5, linestyle="dashed")
         axes.set(xlabel="step", ylabel="loss, nats for each label")
         axes.grid(alpha=0.3)
         if steps:

@@ -40,13 +40,14 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked run, ready to start."""
+    """A checked run, ready to start; with held-out samples if it is evaluated."""
 
     checkpoint: Checkpoint
     limits: ModelLimits
     tokens: ModelTokens
     samples: UL2Dataset
     notes: tuple[str, ...]
+    held_out: tuple[UL2Dataset, ...] = ()
 
     @property
     def images(self) -> bool:

@@ -27,6 +27,7 @@ from t5g2convert.version import __version__
 
 RUN_FILE: Final = "run.json"
 METRICS_FILE: Final = "metrics.jsonl"
+EVALUATION_FILE: Final = "evaluation.jsonl"
 TENSORBOARD_FOLDER: Final = "tensorboard"
 PLOT_FILE: Final = "loss.svg"
 EXPORT_FOLDER: Final = "model"
@@ -163,7 +164,7 @@ def check_own_files(run: Path) -> None:
         OutputError: A file of the run is not a regular file, or a folder is not a folder.
     """
     expected = {
-        RUN_FILE: stat.S_ISREG, METRICS_FILE: stat.S_ISREG, PLOT_FILE: stat.S_ISREG,
+        RUN_FILE: stat.S_ISREG, METRICS_FILE: stat.S_ISREG, EVALUATION_FILE: stat.S_ISREG, PLOT_FILE: stat.S_ISREG,
         CHECKPOINTS_FOLDER: stat.S_ISDIR, TENSORBOARD_FOLDER: stat.S_ISDIR,
     }  # fmt: skip
     try:
@@ -213,7 +214,9 @@ def check_bytes(model: Path, exported: Path) -> None:
 
 def parts_of_run(run: Path) -> tuple[Path, ...]:
     """Return the parts of a run's folder that no output may replace."""
-    return tuple(run / name for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, RUN_FILE, METRICS_FILE))
+    return tuple(
+        run / name for name in (CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, RUN_FILE, METRICS_FILE, EVALUATION_FILE)
+    )
 
 
 def check_vacant(run: Path) -> None:

@@ -1,0 +1,209 @@
+"""Held-out losses during a run, by task: with the encoder visible to the decoder, and hidden from it.
+
+Their difference is what the encoder is worth. A converted model that was not trained predicts better with the encoder
+hidden; a model that has learnt to use its encoder predicts worse.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from t5g2convert.adaptation.options import LoopConfig
+from t5g2convert.adaptation.train.distributed import raise_first_error
+from t5g2convert.adaptation.train.metrics import Count, TaskName
+from t5g2convert.adaptation.train.preflight import prepare
+from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, task_names
+from t5g2convert.adaptation.ul2.micro_batches import micro_batches
+from t5g2convert.checkpoint.atomic_write import replace_file
+from t5g2convert.errors import CheckpointError, OutputError, T5g2Error
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out losses after a step, in nats per label.
+
+    Attributes:
+        step: Completed steps.
+        tasks: The loss of each task.
+        hidden: The loss of each task with the encoder hidden from the decoder.
+        labels: Number of labels of each task.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    step: Count
+    tasks: Mapping[TaskName, float]
+    hidden: Mapping[TaskName, float]
+    labels: Mapping[TaskName, Count]
+
+    @property
+    def loss(self) -> float:
+        """Mean over all labels."""
+        return self._mean(self.tasks)
+
+    @property
+    def hidden_loss(self) -> float:
+        """Mean over all labels with the encoder hidden."""
+        return self._mean(self.hidden)
+
+    def _mean(self, losses: Mapping[str, float]) -> float:
+        return sum(losses[name] * count for name, count in self.labels.items()) / sum(self.labels.values())
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """Values for TensorBoard."""
+        tasks = {f"held out/{name}": loss for name, loss in self.tasks.items()}
+        return {"held out/loss": self.loss, "held out/loss with the encoder hidden": self.hidden_loss, **tasks}
+
+    @property
+    def line(self) -> str:
+        """One line for the terminal."""
+        tasks = ", ".join(f"{name} {loss:.3f}" for name, loss in self.tasks.items())
+        return (
+            f"held out after step {self.step}  loss {self.loss:.4f}  ({tasks})  "
+            f"with the encoder hidden {self.hidden_loss:.4f}"
+        )
+
+
+_EVALUATION: Final = TypeAdapter(Evaluation)
+
+
+def open_held_out(model: Path, data: Path, settings: Settings, samples: int) -> tuple[UL2Dataset, ...]:
+    """Open held-out data as one step of text samples, and one of documents with images if the run has such steps.
+
+    Args:
+        model: The model.
+        data: A folder written by `t5g2 pack`.
+        settings: The run's settings.
+        samples: Number of samples, rounded up to whole blocks of the mixture; at most what the data gives once.
+
+    Raises:
+        DataError: The data is missing, damaged, or does not fit the model.
+    """
+    changes = {"steps": 1, "teacher": None, "freeze_until": 0, "trainable": ()}
+    text = prepare(model, data, settings.model_copy(update={**changes, "image_every": None})).samples
+    found = []
+    if text.sampler is not None:
+        block = settings.mixture.block
+        text.settings = _of_samples(text.settings, min(-(-samples // block), text.sampler.chunks) * block)
+        found.append(text)
+    if settings.image_every is not None and len(text.packed.images):
+        images = prepare(model, data, settings.model_copy(update={**changes, "image_every": 1})).samples
+        images.settings = _of_samples(images.settings, min(samples, len(images.packed.images)))
+        found.append(images)
+    return tuple(found)
+
+
+def _of_samples(settings: Settings, samples: int) -> Settings:
+    return settings.model_copy(update={"batch_tokens": samples * settings.encoder_length})
+
+
+@torch.no_grad()
+def evaluate(
+    engine: "Fabric", module: nn.Module, held_out: Sequence[UL2Dataset], *, loop: LoopConfig, step: int
+) -> Evaluation:
+    """Compute the held-out losses, each process its share.
+
+    Args:
+        engine: Fabric, launched.
+        module: The sharded `ModelWithLoss`.
+        held_out: From `open_held_out`.
+        loop: Settings of the loop.
+        step: Completed steps.
+
+    Raises:
+        T5g2Error: A sample cannot be made; on other ranks than 0, `ReportedElsewhere`.
+    """
+    names = task_names(held_out[0].settings)
+    # Losses, losses with the encoder hidden, and labels; float64 holds all counts exactly.
+    sums = torch.zeros(3, len(names), dtype=torch.float64, device=engine.device)
+    module.eval()
+    for samples in held_out:
+        for batch in _batches(engine, samples, loop):
+            for row, seen in zip(sums, (batch, hide_encoder(batch)), strict=False):
+                _, losses_T, labels_T = module(seen)
+                row += losses_T
+            sums[2] += labels_T
+    module.train()
+    if engine.world_size > 1:
+        torch.distributed.all_reduce(sums)
+    seen_losses, hidden_losses, labels = sums.tolist()
+    counted = {name: int(count) for name, count in zip(names, labels, strict=True) if count}
+    tasks, hidden = (
+        {name: loss / counted[name] for name, loss in zip(names, losses, strict=True) if name in counted}
+        for losses in (seen_losses, hidden_losses)
+    )
+    return Evaluation(step, tasks, hidden, counted)
+
+
+def _batches(engine: "Fabric", samples: UL2Dataset, loop: LoopConfig) -> Iterator[Batch]:
+    order = partial(
+        micro_batches,
+        samples.settings,
+        samples.size,
+        rank=engine.global_rank,
+        world=engine.world_size,
+        tokens=loop.most_tokens(samples.settings),
+        samples=loop.micro_batch,
+        start=0,
+    )
+    for _, made in load_batches(samples, order, workers=0):
+        raise_first_error(engine, made if isinstance(made, T5g2Error) else None)
+        assert not isinstance(made, T5g2Error), "raised before"
+        yield engine.to_device(made)
+
+
+def hide_encoder(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same samples with the encoder hidden from the decoder."""
+    return {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Read evaluation.jsonl; an absent file has no evaluations.
+
+    Raises:
+        CheckpointError: A line is not valid.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [_EVALUATION.validate_json(line) for line in path.read_bytes().splitlines()]
+    except (ValidationError, UnicodeDecodeError):
+        raise CheckpointError("has a line that is not an evaluation", where=path, hint="move it away") from None
+
+
+def write_evaluations(path: Path, evaluations: Sequence[Evaluation]) -> None:
+    """Write evaluation.jsonl, one line each.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        replace_file(path, "".join(f"{json.dumps(asdict(each))}\n" for each in evaluations).encode())
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=path) from error
+
+
+def overfitting(evaluations: Sequence[Evaluation]) -> str | None:
+    """Return a note where the held-out loss has risen since its lowest value, over at least two evaluations."""
+    if len(evaluations) < 3:
+        return None
+    lowest = min(evaluations, key=lambda each: each.loss)
+    last = evaluations[-1]
+    if evaluations.index(lowest) >= len(evaluations) - 2:
+        return None
+    return (
+        f"the held-out loss was lowest after step {lowest.step} ({lowest.loss:.4f}) and is now {last.loss:.4f}: "
+        "the model overfits"
+    )
