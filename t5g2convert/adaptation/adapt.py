@@ -3,24 +3,22 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from t5g2convert.adaptation.export import Exported, check_export_place, export_checkpoint
 from t5g2convert.adaptation.options import AdaptOptions
-from t5g2convert.adaptation.train import checkpoints, model
+from t5g2convert.adaptation.train import checkpoints
+from t5g2convert.adaptation.train.build import build
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     check_files,
     checkpoint_path,
     complete_checkpoints,
     read_checkpoint_manifest,
 )
-from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.distributed import (
     ReportedElsewhere,
     build_engine,
@@ -38,8 +36,8 @@ from t5g2convert.adaptation.train.evaluation import (
     write_evaluations,
 )
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
-from t5g2convert.adaptation.train.loop import make_optimizer, train
-from t5g2convert.adaptation.train.loss import ModelWithLoss
+from t5g2convert.adaptation.train.history import check_same, describe, documents_of, identity, newest, write_description
+from t5g2convert.adaptation.train.loop import train
 from t5g2convert.adaptation.train.machine_failures import machine_error
 from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
@@ -49,17 +47,12 @@ from t5g2convert.adaptation.train.run_folder import (
     PLOT_FILE,
     RUN_FILE,
     check_own_files,
-    check_same,
     check_vacant,
-    describe,
-    identity,
     locked,
-    newest,
-    write_description,
 )
-from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.train.teacher import Teacher, check_teacher, load_teacher
-from t5g2convert.adaptation.ul2.dataset import task_names
+from t5g2convert.adaptation.train.schedule import Leg
+from t5g2convert.adaptation.train.settings import Settings, differences
+from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.conversion.output.path_rules import check_apart
 from t5g2convert.errors import DataError, T5g2Error, UsageError
@@ -257,15 +250,21 @@ def _run(
     if not resumes:
         packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
         run_on_all_ranks(engine, lambda: packed.check_bytes(part=rank, parts=world))
-    start, folder = run_on_all_ranks(engine, lambda: _start(engine, request, settings, description, resumes=resumes))
-    module, state = run_on_all_ranks(engine, lambda: _build(engine, request, prepared, settings))
-    if not resumes:
+    start, folder, earlier = run_on_all_ranks(
+        engine, lambda: _start(engine, request, settings, description, resumes=resumes)
+    )
+    prepared.samples.earlier = earlier
+    changed = bool(earlier) and earlier[-1].until == start
+    description |= {"earlier": documents_of(earlier)} if earlier else {}
+    module, state = run_on_all_ranks(engine, lambda: build(engine, request.model, prepared, request.options, settings))
+    if not resumes or changed:
         # After all checks: a refused start leaves the folder free for the next.
         run_on_all_ranks(engine, lambda: write_description(request.run, description) if on_rank_0 else None)
     if folder is not None:
         run_on_all_ranks(engine, lambda: checkpoints.load(folder, state))
     if on_rank_0:
-        begun([*prepared.notes, *([f"resuming after {start:,} steps"] if start else [])])
+        resuming = [f"resuming after {start:,} steps"] if start else []
+        begun([*prepared.notes, *resuming, *(_changes(earlier[-1], settings) if changed else [])])
     path = request.run / EVALUATION_FILE
     evaluations = [each for each in read_evaluations(path) if each.step <= start] if on_rank_0 else []
 
@@ -305,6 +304,11 @@ def _run(
     )
 
 
+def _changes(leg: Leg, settings: Settings) -> list[str]:
+    """Return notes about the settings that change after a leg."""
+    return [f"from step {leg.until + 1} on: {text}" for text in differences(leg.settings.to_json(), settings.to_json())]
+
+
 def _identities(request: Request, prepared: Prepared) -> dict[str, Any]:
     teacher = request.options.kd
     return {
@@ -316,55 +320,18 @@ def _identities(request: Request, prepared: Prepared) -> dict[str, Any]:
 
 def _start(
     engine: "Fabric", request: Request, settings: Settings, description: Mapping[str, Any], *, resumes: bool
-) -> tuple[int, Path | None]:
-    """Return the number of completed steps, and the checkpoint to resume from."""
+) -> tuple[int, Path | None, tuple[Leg, ...]]:
+    """Return the number of completed steps, the checkpoint to resume from, and the legs before these settings."""
     if not resumes:
         if engine.global_rank == 0:
             check_vacant(request.run)
-        return 0, None
+        return 0, None, ()
     check_own_files(request.run)
-    check_same(request.run, description)
+    earlier = check_same(request.run, description, change=request.options.change)
     if engine.global_rank == 0:
         checkpoints.clear_partial(request.run)
-    start, folder = newest(request.run, settings)
+    start, folder = newest(request.run, settings, earlier)
     if folder is not None:
         manifest = read_checkpoint_manifest(folder)
         check_files(folder, manifest, part=engine.global_rank, parts=engine.world_size)
-    return start, folder
-
-
-def _build(engine: "Fabric", request: Request, prepared: Prepared, settings: Settings) -> tuple[nn.Module, State]:
-    """Load and shard the model, and return it with its trained parameters and their optimizer."""
-    checkpoint = prepared.checkpoint
-    network = model.load_model(request.model, checkpoint.config)
-    shapes = {name: tensor.entry.shape for name, tensor in checkpoint.tensors.items()}
-    names = model.published_names(network, shapes, request.model)
-    if engine.global_rank == 0:
-        model.compare_values(network, names, checkpoint)
-    model.freeze(network, names, model.parts_of(checkpoint), images=prepared.images)
-    if request.options.gradient_checkpointing:
-        model.recompute_activations(network)
-    with_loss = ModelWithLoss(
-        network,
-        tasks=len(task_names(settings)),
-        softcap=prepared.limits.softcap,
-        chunk=request.options.loss_chunk,
-        teacher=_teacher(request, prepared),
-    )
-    module = engine.setup_module(with_loss)
-    parameters = {
-        names[name]: parameter for name, parameter in with_loss.model.named_parameters() if parameter.requires_grad
-    }
-    for pattern in settings.trainable:
-        if not any(fnmatchcase(name, pattern) for name in parameters):
-            raise UsageError(f"--trainable {pattern} matches none of the {len(parameters)} trained tensors")
-    # In the order of published names, whatever the class calls them.
-    parameters = dict(sorted(parameters.items()))
-    return module, State(parameters, make_optimizer(parameters, settings))
-
-
-def _teacher(request: Request, prepared: Prepared) -> Teacher | None:
-    if request.options.kd is None:
-        return None
-    dtype = torch.bfloat16 if request.options.precision == "bfloat16" else torch.float32
-    return load_teacher(request.options.kd, vocabulary=prepared.tokens.vocabulary, dtype=dtype)
+    return start, folder, earlier

@@ -20,16 +20,9 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     regular_checkpoints,
 )
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
+from t5g2convert.adaptation.train.history import History, check_model, read_history, settings_at
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
-from t5g2convert.adaptation.train.run_folder import (
-    METRICS_FILE,
-    RUN_FILE,
-    History,
-    check_bytes,
-    check_model,
-    parts_of_run,
-    read_history,
-)
+from t5g2convert.adaptation.train.run_folder import METRICS_FILE, RUN_FILE, check_bytes, parts_of_run
 from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.checkpoint.families.t5gemma2_spellings import as_published
@@ -119,10 +112,12 @@ def _check_alike(run: Path, history: History, checkpoints: Sequence[CheckpointRe
     first = checkpoints[0]
     for checkpoint in checkpoints:
         manifest = checkpoint.manifest
-        for key in ("settings_sha256", "objective_sha256"):
-            if getattr(manifest, key) != getattr(history, key):
+        made_with = settings_at(manifest.step, history.settings, history.legs)
+        expected = {"settings_sha256": made_with.sha256, "objective_sha256": made_with.objective_sha256}
+        for key, digest in expected.items():
+            if getattr(manifest, key) != digest:
                 raise CheckpointError(
-                    f"has {key} {getattr(manifest, key)}, the run has {getattr(history, key)}",
+                    f"has {key} {getattr(manifest, key)}, the run has {digest}",
                     where=checkpoint.folder,
                     hint="only checkpoints of one run can be averaged",
                 )

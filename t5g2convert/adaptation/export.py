@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from t5g2convert.adaptation.train.checkpoint_manifest import check_files
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
+from t5g2convert.adaptation.train.history import check_model, read_history
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
-from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_bytes, check_model, read_history
+from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_bytes
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.checkpoint.sources import Folders

@@ -23,6 +23,7 @@ class LoopConfig(CommandOptions):
     """Settings of the training loop that do not change the result.
 
     Attributes:
+        skip_nonfinite: How many steps with a gradient that is not finite are skipped.
         eval_every: Steps between evaluations.
         eval_samples: Held-out samples of an evaluation.
         micro_tokens: Most encoder tokens and labels per process and forward pass, including padding; a pass has at
@@ -51,6 +52,13 @@ class LoopConfig(CommandOptions):
     keep: Annotated[
         int, Field(ge=1), Option("Checkpoints of --save-every to keep; the paper averages 5.", group=RUN)
     ] = LAST
+    skip_nonfinite: Annotated[
+        int,
+        Field(ge=0),
+        Option(
+            "Make no update in up to N steps whose gradient is not finite, instead of ending.", metavar="N", group=RUN
+        ),
+    ] = 0
     eval_every: Annotated[
         int, Field(ge=1), Option("Steps between evaluations, with --eval.", metavar="STEPS", group=RUN)
     ] = 1000
@@ -124,6 +132,7 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
         eval: Held-out packed data.
         rope_scaling: RoPE scaling that the config must have; None accepts any.
         resume: Continue from the newest checkpoint of the run's folder.
+        change: Whether settings may change when the run resumes.
         export: Write the last checkpoint as a model.
     """
 
@@ -155,7 +164,15 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
         ),
     ] = None
     resume: Annotated[
-        bool, Option("Continue from OUT's newest complete checkpoint; the settings must be the same.", group=RUN)
+        bool, Option("Continue from OUT's newest complete checkpoint, with the same settings.", group=RUN)
+    ] = False
+    change: Annotated[
+        bool,
+        Option(
+            "With --resume: settings that differ, such as --lr, hold from the newest checkpoint on, and run.json "
+            "records both. More --steps need no --change.",
+            group=RUN,
+        ),
     ] = False
     export: Annotated[bool, Option("At the end, write the model to OUT/model and check that it loads.", group=RUN)] = (
         True

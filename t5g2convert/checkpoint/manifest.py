@@ -200,6 +200,25 @@ class TrainingSettings(ConfigSection):
         return self._document
 
 
+class LegRecord(_Section):
+    """The steps of a training until its settings were changed, and the settings until then."""
+
+    until: PositiveInt
+    settings: TrainingSettings
+    settings_sha256: Digest
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_match_the_digest(cls, fields: Any) -> Any:
+        return _matching_settings(fields)
+
+
+def _matching_settings(fields: Any) -> Any:
+    if isinstance(fields, dict) and digest_of(fields.get("settings")) != fields.get("settings_sha256"):
+        raise ValueError("settings_sha256 does not match the settings")
+    return fields
+
+
 class AdaptationRecord(_Section):
     """The training that produced the values that differ from the source's.
 
@@ -212,6 +231,7 @@ class AdaptationRecord(_Section):
         data_sha256: The sha256 of the packed data.
         trained: The names of the trained tensors, with `{layer}` where the tensors of all layers were trained.
         frozen: The parts without any trained tensor.
+        earlier: The steps before each change of the settings, if they were changed.
     """
 
     steps: PositiveInt
@@ -222,13 +242,12 @@ class AdaptationRecord(_Section):
     data_sha256: Digest
     trained: Annotated[list[str], Field(min_length=1)]
     frozen: list[str]
+    earlier: list[LegRecord] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _settings_match_the_digest(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and digest_of(fields.get("settings")) != fields.get("settings_sha256"):
-            raise ValueError("settings_sha256 does not match the settings")
-        return fields
+        return _matching_settings(fields)
 
 
 class Manifest(_Section):

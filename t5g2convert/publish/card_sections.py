@@ -227,6 +227,9 @@ def _training_rows(adaptation: AdaptationRecord, dtype: str | None) -> Iterator[
         f"AdamW, betas {low:g} and {high:g}, weight decay {settings.weight_decay:g}, gradients clipped at "
         f"{settings.clip:g}",
     ]
+    if adaptation.earlier:
+        steps = ", ".join(f"{leg.until:,}" for leg in adaptation.earlier)
+        yield ["settings changed", f"after step {steps}; the values above are those since then"]
     yield ["settings", f"in `t5g2.json`, sha256 {code(adaptation.settings_sha256)}"]
     yield ["data", f"sha256 {code(adaptation.data_sha256)}"]
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
+from t5g2convert.adaptation.train.history import identity
 from t5g2convert.adaptation.train.metrics import Metrics
-from t5g2convert.adaptation.train.run_folder import identity
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.file_store import sha256_of

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
+from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.options import AdaptOptions, Hardware
 from t5g2convert.adaptation.train import checkpoints, loop
 from t5g2convert.adaptation.train.checkpoint_manifest import (
@@ -31,15 +32,19 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     regular_checkpoints,
 )
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank, resolve
-from t5g2convert.adaptation.train.metrics import Metrics
+from t5g2convert.adaptation.train.history import check_same, identity, newest, read_history
+from t5g2convert.adaptation.train.metrics import Metrics, read_metrics
 from t5g2convert.adaptation.train.preflight import check_rope, prepare, read_limits
-from t5g2convert.adaptation.train.run_folder import check_same, check_vacant, identity, locked, newest
+from t5g2convert.adaptation.train.run_folder import check_vacant, locked
+from t5g2convert.adaptation.train.schedule import first_sample, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.adaptation.ul2 import dataset
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task, read_mixture
 from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, T5g2Error, UsageError
+from t5g2convert.publish.card import model_card
 from tests.adaptation.runs import SHARD
 from tests.adaptation.trainings import tensors_of
 from tests.conftest import TwinFolder
@@ -267,6 +272,105 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small: Path, tmp_path: Path
     with pytest.raises(DataError, match="the gradient of step 1 is not finite"):
         run(request)
     assert not complete_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_steps_with_a_gradient_that_is_not_finite_are_skipped_on_request(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = loop.get_total_norm
+
+    def broken(gradients: list[torch.Tensor]) -> Any:
+        norm = get(gradients)
+        return norm * float("nan") if len(made) == 1 else norm
+
+    made: list[Metrics] = []
+    monkeypatch.setattr(loop, "get_total_norm", broken)
+    request = request_of(
+        small, tmp_path / "run", settings_of(precision="float32"), save_every=1, keep=9, skip_nonfinite=1
+    )
+    adapt(request, begun=lambda notes: None, report=made.append)
+    assert [step.grad_norm is None for step in made] == [False, True, False, False]
+    assert "grad norm not finite, no update" in made[1].line
+    assert read_metrics(tmp_path / "run/metrics.jsonl") == made
+    first, second, third = (tensors_of(tmp_path / "run", step) for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(second[name], third[name]) for name in first)
+    made.clear()
+    with pytest.raises(DataError, match=r"the gradient of step 2 is not finite \(--skip-nonfinite N makes no update"):
+        adapt(
+            changed(replace(request, run=tmp_path / "other"), skip_nonfinite=0),
+            begun=lambda notes: None,
+            report=made.append,
+        )
+
+
+def lr_of(steps: Sequence[Metrics]) -> list[float]:
+    return [step.lr for step in steps]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_more_steps_are_made_by_resuming_with_more(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(precision="float32", image_every=2))
+    run(request)
+    notes: list[str] = []
+    more: list[Metrics] = []
+    longer = changed(request, steps=7, resume=True)
+    outcome = adapt(longer, begun=notes.extend, report=more.append)
+    assert notes == ["resuming after 4 steps", "from step 5 on: steps 4, now 7"]
+    assert (outcome.start, [step.step for step in more]) == (4, [5, 6, 7])
+    assert lr_of(more) == [learning_rate(longer.options, step) for step in (4, 5, 6)]
+    document = json.loads((tmp_path / "run/run.json").read_text())
+    assert [(leg["until"], leg["settings"]["steps"]) for leg in document["earlier"]] == [(4, 4)]
+    again, steps = run(longer)
+    assert (again.start, steps) == (7, [])
+    with pytest.raises(UsageError, match="--steps is 5, but the run has made 7"):
+        run(changed(longer, steps=5, change=True))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_settings_that_may_change_hold_from_the_newest_checkpoint_on(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(precision="float32", steps=8, image_every=3))
+    with pytest.raises(Interrupted):
+        adapt(request, begun=lambda notes: None, report=send(signal.SIGTERM, at=3))
+    other = changed(request, resume=True, lr=5e-4, batch_tokens=512, clip=0.5)
+    with pytest.raises(
+        UsageError, match=r"batch_tokens 256, now 512 \(--change lets it hold from the newest checkpoint"
+    ):
+        run(other)
+    with pytest.raises(UsageError, match=r"encoder_eos false, now true \(use the options of the first start"):
+        run(changed(other, change=True, encoder_eos=True))
+    _, steps = run(changed(other, change=True))
+    assert [step.step for step in steps] == [5, 6, 7, 8]
+    assert lr_of(steps) == [learning_rate(other.options, step) for step in (4, 5, 6, 7)]
+    history = read_history(tmp_path / "run")
+    (leg,) = history.legs
+    assert (leg.until, leg.settings.lr, history.settings.lr) == (4, 1e-3, 5e-4)
+    # Three text steps and one of images came before, of four samples each.
+    assert first_sample(history.settings, 4, history.legs) == 12
+    assert first_sample(history.settings, 5, history.legs) == 4
+    assert first_sample(history.settings, 6, history.legs) == 12 + 8
+    average(tmp_path / "run", tmp_path / "mean", last=2)
+    manifest = read_manifest(tmp_path / "mean")
+    assert manifest.adaptation is not None
+    assert manifest.adaptation.earlier is not None
+    assert [leg.until for leg in manifest.adaptation.earlier] == [4]
+    card = model_card(tmp_path / "mean", repo="", source_card=None, existing=None, mode="update")
+    assert card is not None
+    assert "| settings changed | after step 4; the values above are those since then |" in card
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_change_before_the_first_checkpoint_starts_over(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(), save_every=100)
+
+    def stop(_: Metrics) -> None:
+        raise DataError("stopped")
+
+    with pytest.raises(DataError, match="stopped"):
+        adapt(request, begun=lambda notes: None, report=stop)
+    outcome, _ = run(changed(request, resume=True, change=True, lr=5e-4))
+    assert (outcome.start, read_history(tmp_path / "run").legs) == (0, ())
 
 
 @pytest.mark.usefixtures("one_process")

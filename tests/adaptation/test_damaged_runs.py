@@ -21,9 +21,10 @@ from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.train.checkpoint_manifest import check_files, complete_checkpoints, read_checkpoint_manifest
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.checkpoints import State, load
+from t5g2convert.adaptation.train.history import check_same, describe, newest, read_history
 from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics, tokens_until, truncate
 from t5g2convert.adaptation.train.preflight import prepare
-from t5g2convert.adaptation.train.run_folder import check_own_files, check_same, describe, newest, read_history
+from t5g2convert.adaptation.train.run_folder import check_own_files
 from t5g2convert.errors import CheckpointError, DataError, OutputError, T5g2Error
 from tests.adaptation.runs import DATA, SETTINGS, SHARD, write_checkpoint, write_manifest
 

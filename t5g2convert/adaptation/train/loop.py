@@ -91,6 +91,7 @@ def train(
         tokens=loop.most_tokens(settings),
         samples=loop.micro_batch,
         start=start,
+        earlier=samples.earlier,
     )
     batches = load_batches(samples, order, workers=loop.workers)
     on_rank_0 = engine.global_rank == 0
@@ -101,7 +102,7 @@ def train(
     with signals_at_step_ends() as wishes, log_context as log:
         if not start:
             _evaluate(evaluation, log, 0)
-        sums, saved = _Sums(engine, settings), time.monotonic()
+        sums, saved, skipped = _Sums(engine, settings), time.monotonic(), 0
         for place, batch in _checked(engine, batches):
             loss, losses_T, labels_T = module(engine.to_device(batch))
             engine.backward(loss)
@@ -110,7 +111,8 @@ def train(
                 continue
             late = on_rank_0 and time.monotonic() - saved >= 60 * loop.save_minutes
             totals = sums.over_all_processes(stop=bool(wishes.stop), save=wishes.save or late)
-            metrics = _update(engine, state, settings, place.step, totals)
+            metrics = _update(engine, state, settings, place.step, totals, may_skip=skipped < loop.skip_nonfinite)
+            skipped += metrics.grad_norm is None
             _log(log, metrics, report)
             done = place.step + 1
             regular = done % loop.save_every == 0 or done == settings.steps
@@ -217,17 +219,24 @@ class _Sums:
         )
 
 
-def _update(engine: "Fabric", state: State, settings: Settings, step: int, totals: _Totals) -> Metrics:
-    """Update the parameters with the accumulated gradient, and return the metrics."""
+def _update(
+    engine: "Fabric", state: State, settings: Settings, step: int, totals: _Totals, *, may_skip: bool
+) -> Metrics:
+    """Update the parameters with the accumulated gradient, unless it is skipped, and return the metrics."""
     labels = {name: count for name, count in totals.labels.items() if count}
     norm = _scale_and_clip(engine, state, settings, step, labels=sum(labels.values()))
-    if norm is None:
-        error = DataError(f"the gradient of step {step + 1} is not finite", hint="lower --lr, or check the data")
+    if norm is None and not may_skip:
+        error = DataError(
+            f"the gradient of step {step + 1} is not finite",
+            hint="--skip-nonfinite N makes no update in up to N such steps; with --resume --change, a lower --lr holds "
+            "from the newest checkpoint on",
+        )
         # All processes see the same norm.
         raise error if engine.global_rank == 0 else ReportedElsewhere(error.exit_code)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(settings, step)
-    state.optimizer.step()
+    if norm is not None:
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        state.optimizer.step()
     state.optimizer.zero_grad()
     tokens = totals.read + sum(labels.values())
     return Metrics(

@@ -38,7 +38,7 @@ class Metrics:
         loss: Nats per label.
         tasks: The same by task, for the tasks in this step.
         labels: Number of labels by task.
-        grad_norm: Norm of the whole gradient before clipping.
+        grad_norm: Norm of the whole gradient before clipping; None if it was not finite, and no update was made.
         lr: Learning rate.
         tokens: Encoder and decoder tokens, without padding.
         tokens_per_second: Over all processes.
@@ -51,7 +51,7 @@ class Metrics:
     loss: float
     tasks: Mapping[TaskName, float]
     labels: Mapping[TaskName, Count]
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     tokens: Count
     tokens_per_second: float
@@ -60,8 +60,9 @@ class Metrics:
     def line(self) -> str:
         """One line for the terminal."""
         tasks = ", ".join(f"{name} {loss:.3f}" for name, loss in self.tasks.items())
+        norm = "not finite, no update" if self.grad_norm is None else f"{self.grad_norm:.3f}"
         return (
-            f"step {self.step}  loss {self.loss:.4f}  ({tasks})  grad norm {self.grad_norm:.3f}  "
+            f"step {self.step}  loss {self.loss:.4f}  ({tasks})  grad norm {norm}  "
             f"lr {self.lr:.2e}  {self.tokens_per_second:,.0f} tokens/s"
         )
 
@@ -101,7 +102,8 @@ class Log:
                 raise OutputError("was written in part: the disk is full", where=self._path)
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", where=self._path) from error
-        scalars = {"loss": step.loss, "grad norm": step.grad_norm, "lr": step.lr}
+        scalars = {"loss": step.loss, "lr": step.lr}
+        scalars |= {} if step.grad_norm is None else {"grad norm": step.grad_norm}
         scalars |= {"tokens a second": step.tokens_per_second, "labels": sum(step.labels.values())}
         scalars |= {f"task/{name}": loss for name, loss in step.tasks.items()}
         self.add_scalars(scalars, step.step)

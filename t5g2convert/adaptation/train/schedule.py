@@ -1,8 +1,26 @@
-"""The schedule of a run: the learning rate of every step, and which steps use documents with images."""
+"""The schedule of a run: the learning rate of every step, which steps use images, and the samples of a step.
+
+A run whose settings were changed when it was resumed has several legs. Image steps and the seed are the same in all.
+"""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from t5g2convert.adaptation.train.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """The steps of a run until a change of its settings.
+
+    Attributes:
+        until: Completed steps when the settings were changed.
+        settings: The settings until then.
+    """
+
+    until: int
+    settings: Settings
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -19,7 +37,22 @@ def is_image_step(settings: Settings, step: int) -> bool:
     return settings.image_every is not None and (step + 1) % settings.image_every == 0
 
 
-def first_sample(settings: Settings, step: int) -> int:
-    """Return the first sample of a step, counted among the samples of its kind."""
-    images = 0 if settings.image_every is None else step // settings.image_every
-    return (images if is_image_step(settings, step) else step - images) * settings.samples
+def first_sample(settings: Settings, step: int, earlier: Sequence[Leg] = ()) -> int:
+    """Return the first sample of a step, counted among the samples of its kind.
+
+    Args:
+        settings: The settings of the leg that the step is in.
+        step: The step.
+        earlier: The legs before it.
+    """
+    count = start = 0
+    for leg in (*earlier, Leg(step, settings)):
+        steps = _steps_of_kind(settings, step, leg.until) - _steps_of_kind(settings, step, start)
+        count, start = count + steps * leg.settings.samples, leg.until
+    return count
+
+
+def _steps_of_kind(settings: Settings, step: int, stop: int) -> int:
+    """Return how many of the steps before `stop` are of the kind of a step."""
+    images = 0 if settings.image_every is None else stop // settings.image_every
+    return images if is_image_step(settings, step) else stop - images

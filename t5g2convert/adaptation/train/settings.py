@@ -29,6 +29,12 @@ _OBJECTIVE_FIELDS: Final = frozenset(
 """Settings that define the objective; weights trained for different objectives are never averaged."""
 
 
+CHANGEABLE: Final = frozenset(
+    {"steps", "batch_tokens", "lr", "lr_floor", "warmup", "betas", "eps", "weight_decay", "clip", "precision"}
+)
+"""Settings that may change when a run is resumed, by their names in run.json."""
+
+
 def _mixture(text: str) -> Mixture:
     return read_mixture() if text == PAPER_MIXTURE else read_mixture(Path(text))
 

@@ -16,7 +16,7 @@ from t5g2convert.adaptation.data.packed import ImageDocument, Packed
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.train.cost import operations
 from t5g2convert.adaptation.train.loss import IGNORED
-from t5g2convert.adaptation.train.schedule import is_image_step
+from t5g2convert.adaptation.train.schedule import Leg, is_image_step
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import Example, Frame, corrupt, lengths, split_prefix
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, SampleSize
@@ -57,6 +57,8 @@ class UL2Dataset(Dataset[Batch]):
     ) -> None:
         self.packed, self.settings, self.tokens, self.sentinels = packed, settings, tokens, sentinels
         self.sampler, self.model, self.shapes = sampler, model, shapes
+        self.earlier: tuple[Leg, ...] = ()
+        """The legs of the run before these settings."""
         self.frame = frame_of(settings, tokens)
         self.image_task = image_task(settings)
         self._sizes: dict[tuple[int, int, int], SampleSize] = {}

@@ -12,7 +12,7 @@ as many as fit, padding included. The samples of a step, and the sum of their gr
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from t5g2convert.adaptation.train.schedule import first_sample
+from t5g2convert.adaptation.train.schedule import Leg, first_sample
 from t5g2convert.adaptation.train.settings import Settings
 
 
@@ -53,6 +53,7 @@ def micro_batches(
     tokens: int | None,
     samples: int | None = None,
     start: int,
+    earlier: Sequence[Leg] = (),
 ) -> Iterator[MicroBatch]:
     """Yield all micro-batches of a process.
 
@@ -65,9 +66,10 @@ def micro_batches(
             at least one sample.
         samples: Most samples per micro-batch; None for no limit.
         start: First step.
+        earlier: The legs of the run before these settings.
     """
     for step in range(start, settings.steps):
-        first = first_sample(settings, step)
+        first = first_sample(settings, step, earlier)
         sizes = [size(step, first + number) for number in range(settings.samples)]
         passes = deal(sizes, world=world, tokens=tokens, samples=samples)
         for number, chosen in enumerate(passes):

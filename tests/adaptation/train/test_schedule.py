@@ -1,6 +1,6 @@
 import pytest
 
-from t5g2convert.adaptation.train.schedule import first_sample, is_image_step, learning_rate
+from t5g2convert.adaptation.train.schedule import Leg, first_sample, is_image_step, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
 from tests.adaptation.runs import SETTINGS
 
@@ -29,3 +29,16 @@ def test_each_kind_of_step_goes_through_its_own_samples(every: int | None) -> No
         assert kind == (every is not None and step % every == every - 1)
         assert first_sample(settings, step) == next_sample[kind]
         next_sample[kind] += settings.samples
+
+
+@pytest.mark.parametrize("every", [None, 2, 3])
+def test_legs_with_other_batches_leave_no_sample_out(every: int | None) -> None:
+    batches, ends = (512, 1024, 256), (4, 9, 15)
+    settings = [changed(image_every=every, batch_tokens=tokens) for tokens in batches]
+    legs = [Leg(until, each) for until, each in zip(ends, settings, strict=True)]
+    next_sample = {False: 0, True: 0}
+    for step in range(15):
+        number = sum(step >= until for until in ends)
+        kind = is_image_step(settings[number], step)
+        assert first_sample(settings[number], step, legs[:number]) == next_sample[kind]
+        next_sample[kind] += settings[number].samples

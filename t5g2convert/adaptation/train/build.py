@@ -1,0 +1,73 @@
+"""Build what is trained: a model with its loss, sharded, its trained parameters, and their optimizer."""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from t5g2convert.adaptation.options import AdaptOptions
+from t5g2convert.adaptation.train import model
+from t5g2convert.adaptation.train.checkpoints import State
+from t5g2convert.adaptation.train.loop import make_optimizer
+from t5g2convert.adaptation.train.loss import ModelWithLoss
+from t5g2convert.adaptation.train.preflight import Prepared
+from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.teacher import Teacher, load_teacher
+from t5g2convert.adaptation.ul2.dataset import task_names
+from t5g2convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def build(
+    engine: "Fabric", folder: Path, prepared: Prepared, options: AdaptOptions, settings: Settings
+) -> tuple[nn.Module, State]:
+    """Load and shard a model, and return it with its trained parameters and their optimizer.
+
+    Args:
+        engine: Fabric, launched.
+        folder: The model's folder.
+        prepared: The checked run.
+        options: The options of `t5g2 adapt`.
+        settings: The run's settings, with the teacher's identity.
+
+    Raises:
+        CheckpointError: The model's tensors do not fit the class.
+        UsageError: A pattern of `trainable` matches no trained tensor.
+    """
+    checkpoint = prepared.checkpoint
+    network = model.load_model(folder, checkpoint.config)
+    shapes = {name: tensor.entry.shape for name, tensor in checkpoint.tensors.items()}
+    names = model.published_names(network, shapes, folder)
+    if engine.global_rank == 0:
+        model.compare_values(network, names, checkpoint)
+    model.freeze(network, names, model.parts_of(checkpoint), images=prepared.images)
+    if options.gradient_checkpointing:
+        model.recompute_activations(network)
+    with_loss = ModelWithLoss(
+        network,
+        tasks=len(task_names(settings)),
+        softcap=prepared.limits.softcap,
+        chunk=options.loss_chunk,
+        teacher=_teacher(options, prepared),
+    )
+    module = engine.setup_module(with_loss)
+    parameters = {
+        names[name]: parameter for name, parameter in with_loss.model.named_parameters() if parameter.requires_grad
+    }
+    for pattern in settings.trainable:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise UsageError(f"--trainable {pattern} matches none of the {len(parameters)} trained tensors")
+    # In the order of published names, whatever the class calls them.
+    parameters = dict(sorted(parameters.items()))
+    return module, State(parameters, make_optimizer(parameters, settings))
+
+
+def _teacher(options: AdaptOptions, prepared: Prepared) -> Teacher | None:
+    if options.kd is None:
+        return None
+    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+    return load_teacher(options.kd, vocabulary=prepared.tokens.vocabulary, dtype=dtype)

@@ -1,0 +1,288 @@
+"""run.json, which identifies a run: its model, data and settings, and every change of the settings.
+
+A run that is resumed must have all of them in common with the run that was started.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from pydantic import Field, PositiveInt, ValidatorFunctionWrapHandler, field_validator, model_validator
+
+from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints, read_checkpoint_manifest
+from t5g2convert.adaptation.train.run_folder import RUN_FILE
+from t5g2convert.adaptation.train.schedule import Leg
+from t5g2convert.adaptation.train.settings import CHANGEABLE, Settings, differences
+from t5g2convert.checkpoint.atomic_write import replace_file
+from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
+from t5g2convert.checkpoint.file_store import sha256_of
+from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Digest, encode_json, read_manifest
+from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
+from t5g2convert.version import __version__
+
+FORMAT: Final = 2
+"""1 read eight texts next to each other for every block of samples (t5g2convert 0.1.0)."""
+
+
+def identity(folder: Path) -> str:
+    """Return the identity of a model: the sha256 of its manifest, or a hash over its config and weights.
+
+    A verification recorded in the manifest does not change the identity. A manifest without sha256 of the files (from
+    `t5g2 convert --no-hash`) does not identify a model, so its files are hashed.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else None
+    if manifest is not None and manifest.hashed:
+        return hashlib.sha256(encode_json(manifest.unverified())).hexdigest()
+    checkpoint = open_checkpoint(folder)
+    try:
+        digests = {name: sha256_of(folder / name) for name in ["config.json", *sorted(checkpoint.files)]}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=folder) from None
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def describe(
+    settings: Settings, *, model: str, model_folder: Path, data: str, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the document for run.json.
+
+    Args:
+        settings: The run's settings.
+        model: Identity of the model that it starts from.
+        model_folder: Folder of that model.
+        data: Identity of the packed data.
+        versions: Versions of the libraries at the start.
+    """
+    return {
+        "format": FORMAT,
+        "tool": {"name": "t5g2convert", "version": __version__},
+        "settings": settings.to_json(),
+        "settings_sha256": settings.sha256,
+        "objective_sha256": settings.objective_sha256,
+        "model": model,
+        "model_folder": str(model_folder.resolve()),
+        "data": data,
+        "versions": dict(versions),
+    }
+
+
+class EarlierLeg(ConfigSection, extra="forbid"):
+    """The steps of a run until its settings were changed, and the settings until then."""
+
+    until: PositiveInt
+    settings: Settings
+    settings_sha256: Digest
+
+
+class History(ConfigSection):
+    """run.json.
+
+    Attributes:
+        settings: The run's settings; after a change, those since then.
+        settings_sha256: sha256 of all settings.
+        objective_sha256: sha256 of the settings of the objective.
+        model: Identity of the model that is trained.
+        model_folder: Folder of that model at the start.
+        data: Identity of the data.
+        earlier: The steps before each change of the settings.
+    """
+
+    format: Literal[2] = FORMAT
+    settings: Settings
+    settings_sha256: Digest
+    objective_sha256: Digest
+    model: Digest
+    model_folder: str
+    data: Digest
+    earlier: list[EarlierLeg] = Field(default_factory=list)
+
+    @property
+    def legs(self) -> tuple[Leg, ...]:
+        """The legs before the last change of settings."""
+        return tuple(Leg(leg.until, leg.settings) for leg in self.earlier)
+
+    @field_validator("settings", mode="wrap")
+    @classmethod
+    def _settings_are_valid(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Settings:
+        try:
+            settings: Settings = handler(value)
+        except UsageError as error:
+            raise ValueError(error.message) from None
+        return settings
+
+    @model_validator(mode="after")
+    def _settings_are_those_of_the_digest(self) -> Self:
+        if self.settings.sha256 != self.settings_sha256:
+            part = "" if self.settings.objective_sha256 == self.objective_sha256 else " of the objective"
+            raise ValueError(
+                f"settings: one{part} was modified after the run wrote them: settings_sha256 does not match"
+            )
+        before = 0
+        for leg in self.earlier:
+            if leg.until <= before:
+                raise ValueError(f"earlier: a leg until step {leg.until} follows one until step {before}")
+            if leg.settings.sha256 != leg.settings_sha256:
+                raise ValueError("earlier: settings were modified after the run wrote them")
+            if leg.settings.objective_sha256 != self.objective_sha256:
+                raise ValueError("earlier: a leg has another objective")
+            before = leg.until
+        return self
+
+    def facts(self, steps: Sequence[int], tokens: int) -> Mapping[str, Any]:
+        """Return what a manifest records of the training up to the last of these steps; see `export`."""
+        return {
+            "steps": steps[-1],
+            "checkpoints": list(steps),
+            "tokens": tokens,
+            "settings": self.settings.to_json(),
+            "settings_sha256": self.settings_sha256,
+            "data_sha256": self.data,
+            **({"earlier": documents_of(self.legs)} if self.earlier else {}),
+        }
+
+
+def documents_of(legs: Sequence[Leg]) -> list[dict[str, Any]]:
+    """Return legs as in run.json and in manifests."""
+    return [
+        {"until": leg.until, "settings": leg.settings.to_json(), "settings_sha256": leg.settings.sha256} for leg in legs
+    ]
+
+
+def settings_at(step: int, settings: Settings, earlier: Sequence[Leg]) -> Settings:
+    """Return the settings with which the checkpoint of a step was made."""
+    return next((leg.settings for leg in earlier if step <= leg.until), settings)
+
+
+def read_history(run: Path) -> History:
+    """Read run.json.
+
+    Raises:
+        CheckpointError: It is missing or not valid.
+    """
+    if not (run / RUN_FILE).exists():
+        raise CheckpointError(f"has no {RUN_FILE}, expected the folder of a training run", where=run)
+    path = run / RUN_FILE
+    document = read_json_object(path)
+    _check_format(document, path)
+    return parse_section(History, document, path)
+
+
+def _check_format(document: Mapping[str, Any], path: Path) -> None:
+    found = document.get("format")
+    if type(found) is not int or found != FORMAT:
+        old = type(found) is int and found == 1
+        raise CheckpointError(
+            f"has format {found!r}{' (t5g2convert 0.1.0)' if old else ''}, expected {FORMAT}",
+            where=path,
+            hint="finish this run with t5g2convert 0.1.0, or start a new one" if old else None,
+        )
+
+
+def check_model(history: History, model: Path) -> None:
+    """Refuse a model that is not the one that was trained.
+
+    Raises:
+        CheckpointError: It is another model, or was modified since.
+    """
+    if history.model != identity(model):
+        raise CheckpointError(
+            "is not the model that was trained", where=model, hint="an export needs that model, unmodified"
+        )
+
+
+def check_same(run: Path, description: Mapping[str, Any], *, change: bool = False) -> tuple[Leg, ...]:
+    """Refuse to resume a run with another model, other data, or settings that may not change.
+
+    Args:
+        run: The run's folder.
+        description: From `describe`, for the run as it is to be resumed.
+        change: Whether settings may change; more steps may always be made.
+
+    Returns:
+        The legs before the settings of `description`.
+
+    Raises:
+        UsageError: Something differs; the message names it.
+        CheckpointError: run.json is missing or not valid.
+    """
+    path = run / RUN_FILE
+    try:
+        found = read_json_object(path)
+    except T5g2Error as error:
+        raise CheckpointError(f"{error.message}: nothing to resume", where=path) from None
+    _check_format(found, path)
+    if not isinstance(found.get("settings"), dict):
+        raise CheckpointError("has no settings", where=path)
+    wrong = []
+    for name, what in (("model", "MODEL"), ("data", "DATA")):
+        if found.get(name) != description[name]:
+            wrong.append(f"{what} {str(found.get(name))[:16]}, now {description[name][:16]}")
+    changed = differences(found["settings"], description["settings"])
+    names = {difference.partition(" ")[0] for difference in changed}
+    more_steps = names == {"steps"} and description["settings"]["steps"] > (found["settings"].get("steps") or 0)
+    allowed = names <= CHANGEABLE and (change or more_steps)
+    if wrong or (changed and not allowed):
+        fixed = [*wrong, *(text for text in changed if text.partition(" ")[0] not in CHANGEABLE)]
+        raise UsageError(
+            f"{run} cannot be resumed with these options: {[*fixed, *changed][0]}",
+            hint="use the options of the first start, or another folder"
+            if fixed
+            else "--change lets it hold from the newest checkpoint on",
+        )
+    if not changed and found.get("settings_sha256") != description["settings_sha256"]:
+        raise CheckpointError("settings_sha256 does not match the settings", where=path)
+    if not changed and not found.get("earlier"):
+        return ()
+    history, made = read_history(run), max(complete_checkpoints(run), default=0)
+    if not changed:
+        return history.legs
+    if description["settings"]["steps"] < made:
+        raise UsageError(f"--steps is {description['settings']['steps']}, but the run has made {made}")
+    legs = [leg for leg in history.legs if leg.until < made]
+    return (*legs, Leg(made, history.settings)) if made else ()
+
+
+def newest(run: Path, settings: Settings, earlier: Sequence[Leg] = ()) -> tuple[int, Path | None]:
+    """Return the step and the folder of the newest complete checkpoint; 0 and None without one.
+
+    Args:
+        run: The run's folder.
+        settings: The run's settings.
+        earlier: The legs before them.
+
+    Raises:
+        CheckpointError: It was written with other settings.
+    """
+    found = complete_checkpoints(run)
+    if not found:
+        return 0, None
+    step, folder = max(found.items())
+    settings = settings_at(step, settings, earlier)
+    manifest = read_checkpoint_manifest(folder)
+    for name, expected in (("settings_sha256", settings.sha256), ("objective_sha256", settings.objective_sha256)):
+        if getattr(manifest, name) != expected:
+            raise CheckpointError(
+                f"{name} is {getattr(manifest, name)[:16]}, but the run has {expected[:16]}", where=folder
+            )
+    if manifest.step != step:
+        raise CheckpointError(f"is the checkpoint of step {manifest.step}, renamed", where=folder)
+    return step, folder
+
+
+def write_description(run: Path, description: Mapping[str, Any]) -> None:
+    """Write run.json.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        replace_file(run / RUN_FILE, encode_json(description))
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=run / RUN_FILE) from error
