@@ -55,6 +55,7 @@ from t5g2convert.adaptation.train.settings import Settings, differences
 from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.conversion.output.path_rules import check_apart
+from t5g2convert.conversion.write.resources import check_space
 from t5g2convert.errors import DataError, T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -257,6 +258,9 @@ def _run(
     changed = bool(earlier) and earlier[-1].until == start
     description |= {"earlier": documents_of(earlier)} if earlier else {}
     module, state = run_on_all_ranks(engine, lambda: build(engine, request.model, prepared, request.options, settings))
+    if not resumes:
+        space = checkpoints.bytes_of(state)
+        run_on_all_ranks(engine, lambda: check_space(request.run, space) if on_rank_0 else None)
     if not resumes or changed:
         # After all checks: a refused start leaves the folder free for the next.
         run_on_all_ranks(engine, lambda: write_description(request.run, description) if on_rank_0 else None)

@@ -43,6 +43,7 @@ from t5g2convert.adaptation.ul2 import dataset
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task, read_mixture
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.conversion.write import resources
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, T5g2Error, UsageError
 from t5g2convert.publish.card import model_card
 from tests.adaptation.runs import SHARD
@@ -205,6 +206,16 @@ def test_a_run_that_a_signal_ends_finishes_its_step_and_loses_nothing(small: Pat
     resumed, whole = (tensors_of(tmp_path / name, 6) for name in ("run", "whole"))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert list(complete_checkpoints(tmp_path / "run")) == [6]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "free_bytes", lambda _: 1000)
+    with pytest.raises(OutputError, match=r"the disk has 1,000 bytes free, the output needs [\d,]+"):
+        run(request_of(small, tmp_path / "run", settings_of()))
+    check_vacant(tmp_path / "run")
 
 
 @pytest.mark.usefixtures("one_process")
