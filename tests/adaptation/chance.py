@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Collection, Hashable
 
 NORMAL_QUANTILE = 3.09
-"""Of 0.999."""
+"""Of the standard normal distribution, at 0.999."""
 
 
 def excess(found: Counter[Hashable], outcomes: Collection[Hashable]) -> float:
-    """Chi-square of counts against equal chances, over its 0.999 quantile; above 1 they are not equally likely."""
+    """Return chi-square of counts over its 0.999 quantile; above 1, the outcomes are not equally likely."""
     assert set(found) <= set(outcomes)
     expected = found.total() / len(outcomes)
     assert expected >= 20

@@ -1,4 +1,4 @@
-"""A tiny model with images, packed real text, and one run of 60 steps that many tests look at."""
+"""A tiny model with images, packed real text, and one run of 60 steps that many tests read."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ from tests.adaptation.trainings import RUN_OPTIONS, adapt, write_text
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """A folder that is made once, by whichever process of the tests asks first."""
+    """Return a function that makes a folder once, in the test process that needs it first."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "adaptation"
     root.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def _write_small(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def trained(shared: Shared, small: Path) -> Path:
-    """`run`, 60 steps in one process, every fourth of images; `output.json`, what it printed."""
+    """`run`, 60 steps in one process, every fourth with images; `output.json`, its output."""
 
     def build(folder: Path) -> None:
         done = adapt(small, folder / "run", *RUN_OPTIONS, "--micro-batch", "8", "--json")
@@ -85,7 +85,7 @@ def trained(shared: Shared, small: Path) -> Path:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs in this process leave neither variables nor a process group behind."""
+    """Restore the environment and destroy the process group after runs in this process."""
     import torch
 
     before = dict(os.environ)

@@ -1,4 +1,4 @@
-"""`t5g2`, whose second process finds a picture no more."""
+"""`t5g2` with a second process that does not find an image."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""`t5g2`, with a SIGKILL at the worst place: a checkpoint is written and flushed, and not yet in its place."""
+"""`t5g2` with a SIGKILL at the worst moment: a checkpoint is written and flushed, but not yet renamed."""
 
 import os
 import signal

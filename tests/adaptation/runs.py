@@ -1,4 +1,4 @@
-"""Folders of training runs as `t5g2 adapt` leaves them, made without training: checkpoints of plain dicts."""
+"""Folders of training runs as `t5g2 adapt` writes them, made without training from plain dicts."""
 
 import json
 import warnings
@@ -68,7 +68,7 @@ def write_manifest(folder: Path, step: int, **changes: Any) -> Path:
 
 
 def write_by_two(folder: Path, tensors: Tensors, step: int) -> Path:
-    """Write a checkpoint as two processes do: each the rows that it holds, as with FSDP2."""
+    """Write a checkpoint as two processes do with FSDP2: each writes the rows that it holds."""
     folder.mkdir(parents=True)
     torch.multiprocessing.spawn(_save, (folder, dict(tensors)), nprocs=2)  # type: ignore[no-untyped-call]
     return write_manifest(folder, step)
@@ -86,7 +86,7 @@ def _save(rank: int, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def trained_from(model: Path, which: Callable[[str], bool], *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Float32 values for some tensors of a model, all of them other than the model's."""
+    """Return float32 values for some tensors of a model, all different from the model's."""
     generator = torch.Generator().manual_seed(seed)
     stored: dict[str, torch.Tensor] = {}
     for file in sorted(model.glob("*.safetensors")):
@@ -99,12 +99,12 @@ def trained_from(model: Path, which: Callable[[str], bool], *, seed: int = 0) ->
 
 
 def text_only(name: str) -> bool:
-    """What a training without images trains."""
+    """Return whether a run without images trains a tensor."""
     return "vision_tower" not in name and "multi_modal_projector" not in name
 
 
 def write_run(folder: Path, model: Path, steps: int) -> None:
-    """What a run tells of itself, beside its checkpoints: 512 tokens a step."""
+    """Write the run.json and metrics.jsonl of a run with 512 tokens a step."""
     document = {
         "format": 2,
         "settings": SETTINGS.to_json(),

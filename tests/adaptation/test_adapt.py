@@ -1,4 +1,4 @@
-"""Short runs in this process, and what is refused before and between runs."""
+"""Short runs in this process, and runs that are refused before they start or resume."""
 
 import errno
 import json
@@ -55,7 +55,7 @@ PROJECTOR = "model.encoder.multi_modal_projector."
 
 
 MANY_SPANS = Mixture(tasks=(Task(name="many", kind="spans", rate=0.45, mean_span=1.0, weight=1),))
-"""Nearly half of all tokens are spans of one token, with more sentinels than the vocabulary has free."""
+"""Nearly half of all tokens are spans of one token, which need more sentinels than the vocabulary has."""
 
 
 def settings_of(**changes: Any) -> Settings:
@@ -83,12 +83,12 @@ def changed(request: Request, **changes: Any) -> Request:
 
 
 def run(request: Request) -> tuple[Outcome, list[Metrics]]:
-    told: list[Metrics] = []
-    return adapt(request, begun=lambda notes: None, report=told.append), told
+    steps: list[Metrics] = []
+    return adapt(request, begun=lambda notes: None, report=steps.append), steps
 
 
 @pytest.mark.usefixtures("one_process")
-def test_until_a_step_only_the_named_tensors_are_trained(small: Path, tmp_path: Path) -> None:
+def test_freeze_until_trains_only_the_named_tensors(small: Path, tmp_path: Path) -> None:
     settings = settings_of(freeze_until=2, trainable=(ENCODER,), precision="float32")
     outcome, _ = run(request_of(small, tmp_path / "run", settings))
     before = {name: tensor.float() for name, tensor in load_file(small / "model/model.safetensors").items()}
@@ -96,29 +96,29 @@ def test_until_a_step_only_the_named_tensors_are_trained(small: Path, tmp_path: 
     moved = {name for name, tensor in frozen.items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in frozen if name.startswith("model.encoder.layers.")}
     moved = {name for name, tensor in all_trained.items() if not torch.equal(tensor, before[name])}
-    # No text has an end-of-image token, and without images there is no projector to be trained.
+    # No text has an end-of-image token, and without images the projector is not trained.
     assert moved == all_trained.keys() - {"model.encoder.embed_tokens.eoi_embedding"}
     assert not any("projector" in name for name in all_trained)
     assert outcome.trained == sum(tensor.numel() for tensor in all_trained.values())
 
 
 @pytest.mark.usefixtures("one_process")
-def test_patterns_that_name_nothing_are_refused_and_leave_the_folder_free(small: Path, tmp_path: Path) -> None:
-    # Beside one that names something; the second is known when it is clear what is trained, in the launched processes.
-    for pattern, told in (("encoder.*", r"the model's \d+ tensors"), (TOWER, r"the 5\d trained tensors")):
+def test_patterns_that_match_nothing_are_refused_and_leave_the_folder_free(small: Path, tmp_path: Path) -> None:
+    # Next to a pattern that matches. The second is found in the launched processes, once the trained tensors are known.
+    for pattern, expected in (("encoder.*", r"the model's \d+ tensors"), (TOWER, r"the 5\d trained tensors")):
         request = request_of(small, tmp_path / "run", settings_of(freeze_until=2, trainable=(ENCODER, pattern)))
-        with pytest.raises(UsageError, match=rf"--trainable {re.escape(pattern)} matches none of {told}"):
+        with pytest.raises(UsageError, match=rf"--trainable {re.escape(pattern)} matches none of {expected}"):
             run(request)
         check_vacant(tmp_path / "run")
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_step_in_which_nothing_is_trained_is_made_all_the_same(small: Path, tmp_path: Path) -> None:
+def test_a_step_that_trains_nothing_is_made_too(small: Path, tmp_path: Path) -> None:
     settings = settings_of(image_every=2, freeze_until=2, steps=3, trainable=(f"{PROJECTOR}*",), precision="float32")
-    _, told = run(request_of(small, tmp_path / "run", settings))
-    assert [step.kind for step in told] == ["text", "images", "text"]
-    assert told[0].grad_norm == 0.0
-    assert min(step.grad_norm for step in told[1:]) > 0.0
+    _, steps = run(request_of(small, tmp_path / "run", settings))
+    assert [step.kind for step in steps] == ["text", "images", "text"]
+    assert steps[0].grad_norm == 0.0
+    assert min(step.grad_norm for step in steps[1:]) > 0.0
     before, after = load_file(small / "model/model.safetensors"), tensors_of(tmp_path / "run", 2)
     assert {name for name in after if not torch.equal(after[name], before[name].float())} == {
         name for name in after if name.startswith(PROJECTOR)
@@ -126,20 +126,20 @@ def test_a_step_in_which_nothing_is_trained_is_made_all_the_same(small: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "message"),
     [
         ("model/run", "model/run: lies inside the source folder"),
         ("data/run", "data/run: lies inside the source folder"),
         ("", "contains the source folder"),
     ],
 )
-def test_where_a_run_must_not_be_is_told_before_the_first_step(place: str, told: str, small: Path) -> None:
-    with pytest.raises(OutputError, match=told):
+def test_a_run_in_a_source_folder_is_refused_before_the_first_step(place: str, message: str, small: Path) -> None:
+    with pytest.raises(OutputError, match=message):
         foresee(request_of(small, small / place, settings_of()))
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_time_of_a_step_has_no_checkpoint_in_it_and_the_log_is_on_disk_before(
+def test_the_time_of_a_step_excludes_the_checkpoint_and_the_log_is_flushed_first(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, fsync, flushed, clock = checkpoints.save, os.fsync, [], [0.0]
@@ -159,12 +159,12 @@ def test_the_time_of_a_step_has_no_checkpoint_in_it_and_the_log_is_on_disk_befor
     monkeypatch.setattr(loop.time, "perf_counter", lambda: perf_counter() + clock[0])
     monkeypatch.setattr(os, "fsync", noted)
     request = request_of(small, tmp_path / "run", settings_of(steps=2, precision="float32"))
-    _, told = run(changed(request, save_every=1))
-    assert told[1].tokens / told[1].tokens_per_second < 3600
+    _, steps = run(changed(request, save_every=1))
+    assert steps[1].tokens / steps[1].tokens_per_second < 3600
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_checkpoint_that_is_removed_is_complete_or_away(
+def test_a_checkpoint_that_is_being_removed_is_complete_or_absent(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove = shutil.rmtree
@@ -219,7 +219,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_warning_of_slurm_writes_a_checkpoint_and_the_run_goes_on(small: Path, tmp_path: Path) -> None:
+def test_sigusr1_writes_a_checkpoint_and_the_run_continues(small: Path, tmp_path: Path) -> None:
     request = request_of(small, tmp_path / "run", settings_of(steps=4), save_every=100)
     seen: dict[int, list[int]] = {}
 
@@ -233,7 +233,7 @@ def test_a_warning_of_slurm_writes_a_checkpoint_and_the_run_goes_on(small: Path,
 
 
 @pytest.mark.usefixtures("one_process")
-def test_by_the_clock_only_the_newest_checkpoint_is_kept(small: Path, tmp_path: Path) -> None:
+def test_only_the_newest_interim_checkpoint_is_kept(small: Path, tmp_path: Path) -> None:
     request = request_of(small, tmp_path / "run", settings_of(steps=5), save_every=2, save_minutes=1e-9)
     seen: list[list[int]] = []
     adapt(request, begun=lambda notes: None, report=lambda _: seen.append(list(complete_checkpoints(tmp_path / "run"))))
@@ -243,13 +243,13 @@ def test_by_the_clock_only_the_newest_checkpoint_is_kept(small: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
-def test_distilling_in_bfloat16_with_images_learns_and_names_the_teacher(small: Path, tmp_path: Path) -> None:
+def test_distillation_in_bfloat16_with_images_learns_and_names_the_teacher(small: Path, tmp_path: Path) -> None:
     settings = settings_of(image_every=3, lr=2e-3, steps=9, batch_tokens=512)
     request = request_of(
         small, tmp_path / "run", settings, kd=small / "parent", gradient_checkpointing=True, export=True
     )
-    outcome, told = run(request)
-    text = [step for step in told if step.kind == "text"]
+    outcome, steps = run(request)
+    text = [step for step in steps if step.kind == "text"]
     # Cross-entropy alone would start at log 256, 5.5; the parent is nearly as random as its child.
     assert text[-1].loss < text[0].loss < 1.0
     assert all(tensor.dtype == torch.float32 for tensor in tensors_of(tmp_path / "run", 9).values())
@@ -321,7 +321,7 @@ def lr_of(steps: Sequence[Metrics]) -> list[float]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_more_steps_are_made_by_resuming_with_more(small: Path, tmp_path: Path) -> None:
+def test_a_run_is_extended_by_resuming_with_more_steps(small: Path, tmp_path: Path) -> None:
     request = request_of(small, tmp_path / "run", settings_of(precision="float32", image_every=2))
     run(request)
     notes: list[str] = []
@@ -340,7 +340,7 @@ def test_more_steps_are_made_by_resuming_with_more(small: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("one_process")
-def test_settings_that_may_change_hold_from_the_newest_checkpoint_on(small: Path, tmp_path: Path) -> None:
+def test_changed_settings_apply_from_the_newest_checkpoint_on(small: Path, tmp_path: Path) -> None:
     request = request_of(small, tmp_path / "run", settings_of(precision="float32", steps=8, image_every=3))
     with pytest.raises(Interrupted):
         adapt(request, begun=lambda notes: None, report=send(signal.SIGTERM, at=3))
@@ -357,7 +357,7 @@ def test_settings_that_may_change_hold_from_the_newest_checkpoint_on(small: Path
     history = read_history(tmp_path / "run")
     (leg,) = history.legs
     assert (leg.until, leg.settings.lr, history.settings.lr) == (4, 1e-3, 5e-4)
-    # Three text steps and one of images came before, of four samples each.
+    # Before it came three text steps and one image step, with four samples each.
     assert first_sample(history.settings, 4, history.legs) == 12
     assert first_sample(history.settings, 5, history.legs) == 4
     assert first_sample(history.settings, 6, history.legs) == 12 + 8
@@ -399,24 +399,30 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
 
     monkeypatch.setattr(dataset, "pixel_values", second_is_lost)
     request = request_of(small, tmp_path / "run", settings_of(image_every=2))
-    told: list[Metrics] = []
+    steps: list[Metrics] = []
     with pytest.raises(DataError, match="no such file"):
-        adapt(changed(request, micro_batch=1), begun=lambda notes: None, report=told.append)
-    assert [step.step for step in told] == [1]
+        adapt(changed(request, micro_batch=1), begun=lambda notes: None, report=steps.append)
+    assert [step.step for step in steps] == [1]
     assert len(calls) == 4
 
 
 @pytest.mark.usefixtures("one_process")
-def test_data_of_images_alone_is_trained_on_if_every_step_is_of_images(small: Path, tmp_path: Path) -> None:
+def test_data_without_text_suffices_if_every_step_uses_images(small: Path, tmp_path: Path) -> None:
     from t5g2convert.adaptation.data.documents import read_files
     from t5g2convert.adaptation.data.pack import pack
     from t5g2convert.cli.adapt import print_forecast
 
     pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
     request = replace(request_of(small, tmp_path / "run", settings_of(image_every=1)), data=tmp_path / "data")
-    told = foresee(request)
-    print_forecast(told)
-    assert (told.steps, told.image_steps, told.tasks, told.corpus, told.epochs) == (4, 4, (), 0, 0.0)
+    forecast = foresee(request)
+    print_forecast(forecast)
+    assert (forecast.steps, forecast.image_steps, forecast.tasks, forecast.corpus, forecast.epochs) == (
+        4,
+        4,
+        (),
+        0,
+        0.0,
+    )
     _, steps = run(request)
     assert [step.kind for step in steps] == ["images"] * 4
     with pytest.raises(UsageError, match="--kd applies only to text"):
@@ -435,11 +441,11 @@ def test_a_folder_that_another_process_trains_into_is_refused(small: Path, tmp_p
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, OutputError), (1, ReportedElsewhere)])
-def test_a_full_disk_is_told_by_the_first_process_alone(
+def test_a_full_disk_is_reported_by_the_first_process_only(
     rank: int, expected: type[T5g2Error], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
-        # As torch tells all processes of the failure of one.
+        # As torch does on all processes when one fails.
         raise CheckpointException("", {1: _wrap_exception(OSError(errno.ENOSPC, "No space left on device"))})
 
     monkeypatch.setattr(checkpoints, "save_distributed", full)
@@ -453,7 +459,7 @@ def test_a_full_disk_is_told_by_the_first_process_alone(
 
 
 @pytest.mark.usefixtures("one_process")
-def test_data_that_was_damaged_is_found_when_a_run_begins(small: Path, tmp_path: Path) -> None:
+def test_damaged_data_is_found_when_a_run_starts(small: Path, tmp_path: Path) -> None:
     shutil.copytree(small / "data", tmp_path / "data")
     path = tmp_path / "data/text-00000.bin"
     tokens = bytearray(path.read_bytes())
@@ -496,7 +502,7 @@ def description(trained: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (_not_json, "is not valid JSON"),
         (_no_record, "is missing"),
@@ -508,12 +514,12 @@ def description(trained: Path) -> dict[str, Any]:
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
-    damage: Callable[[Path], None], told: str, copied: Path, description: dict[str, Any]
+    damage: Callable[[Path], None], message: str, copied: Path, description: dict[str, Any]
 ) -> None:
     settings = Settings.model_validate_json(json.dumps(description["settings"]))
     assert newest(copied, settings)[0] == 60
     damage(copied / "checkpoints/step-00000060")
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         newest(copied, settings)
 
 
@@ -534,7 +540,7 @@ def test_a_flipped_byte_or_a_lost_file_of_a_checkpoint_is_found(copied: Path) ->
         (folder / name).write_bytes(data)
 
 
-def test_a_recorded_verification_makes_no_other_model(small: Path, tmp_path: Path) -> None:
+def test_a_recorded_verification_does_not_change_the_identity(small: Path, tmp_path: Path) -> None:
     shutil.copytree(small / "model", tmp_path / "model")
     before, path = identity(tmp_path / "model"), tmp_path / "model/t5g2.json"
     assert before == json.loads(path.read_text())["sha256"]
@@ -547,7 +553,7 @@ def test_a_recorded_verification_makes_no_other_model(small: Path, tmp_path: Pat
     assert identity(tmp_path / "model") != before
 
 
-def test_models_of_one_config_are_told_apart_where_no_sha256_was_recorded(small: Path, tmp_path: Path) -> None:
+def test_models_with_equal_configs_differ_without_recorded_sha256(small: Path, tmp_path: Path) -> None:
     from t5g2convert import convert
 
     convert(small / "parent", tmp_path / "model", hashing=False, flush=False)
@@ -559,7 +565,7 @@ def test_models_of_one_config_are_told_apart_where_no_sha256_was_recorded(small:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"settings": {"lr": 5e-3}}, "lr 0.004, now 0.005"),
         ({"settings": {"clip": 2.0}}, "clip 1.0, now 2.0"),
@@ -567,12 +573,12 @@ def test_models_of_one_config_are_told_apart_where_no_sha256_was_recorded(small:
         ({"data": "0" * 64}, "DATA .*, now 0000"),
     ],
 )
-def test_another_run_is_not_gone_on_with_and_the_difference_is_named(
-    change: dict[str, Any], told: str, trained: Path, description: dict[str, Any]
+def test_another_run_is_not_resumed_and_the_difference_is_named(
+    change: dict[str, Any], message: str, trained: Path, description: dict[str, Any]
 ) -> None:
     check_same(trained / "run", description)
     settings = {**description["settings"], **change.get("settings", {})}
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         check_same(trained / "run", {**description, **change, "settings": settings})
 
 
@@ -585,7 +591,7 @@ def test_a_changed_run_json_is_refused(copied: Path, description: dict[str, Any]
         check_same(copied, description)
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     check_vacant(tmp_path / "absent")
     check_vacant(tmp_path)
     (tmp_path / "file").touch()
@@ -595,7 +601,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "error", "message"),
     [
         (
             {"encoder_length": 513, "batch_tokens": 513},
@@ -616,14 +622,14 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_do_not_fit_model_or_data_are_refused(
-    changes: dict[str, Any], error: type[T5g2Error], told: str, small: Path
+    changes: dict[str, Any], error: type[T5g2Error], message: str, small: Path
 ) -> None:
     prepare(small / "model", small / "data", settings_of())
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         prepare(small / "model", small / "data", settings_of(**changes))
 
 
-def test_images_for_a_model_or_data_without_are_refused(small: Path, tmp_path: Path) -> None:
+def test_image_steps_without_a_vision_tower_or_images_are_refused(small: Path, tmp_path: Path) -> None:
     from t5g2convert.adaptation.data.documents import read_files
     from t5g2convert.adaptation.data.pack import pack
 
@@ -638,13 +644,13 @@ def test_images_for_a_model_or_data_without_are_refused(small: Path, tmp_path: P
     ("part", "rate"),
     [((), "attention_dropout"), (("encoder", "text_config"), "dropout_rate"), (("decoder",), "dropout_rate")],
 )
-def test_a_model_that_drops_out_is_refused(part: tuple[str, ...], rate: str, small: Path, tmp_path: Path) -> None:
+def test_a_model_with_dropout_is_refused(part: tuple[str, ...], rate: str, small: Path, tmp_path: Path) -> None:
     with_config(small, tmp_path, part, rate, 0.1)
     with pytest.raises(CheckpointError, match=rf"{'.'.join((*part, rate))} is 0.1, expected 0"):
         prepare(tmp_path / "model", small / "data", settings_of())
 
 
-def test_a_pad_without_a_row_is_no_special_token(small: Path, tmp_path: Path) -> None:
+def test_a_pad_without_a_row_is_not_a_special_token(small: Path, tmp_path: Path) -> None:
     with_config(small, tmp_path, ("decoder",), "pad_token_id", 256)
     shutil.copytree(small / "data", tmp_path / "data")
     index = json.loads((tmp_path / "data/index.json").read_text())
@@ -654,7 +660,7 @@ def test_a_pad_without_a_row_is_no_special_token(small: Path, tmp_path: Path) ->
 
 
 def with_config(small: Path, folder: Path, part: tuple[str, ...], name: str, value: object) -> None:
-    """A copy of the small model in `folder`, with another value in its config."""
+    """Copy the small model to `folder`, with another value in its config."""
     shutil.copytree(small / "model", folder / "model")
     path = folder / "model/config.json"
     config = section = json.loads(path.read_text())
@@ -672,7 +678,7 @@ def test_data_of_another_tokenizer_is_refused(small: Path, tmp_path: Path) -> No
         prepare(tmp_path / "model", small / "data", settings_of())
 
 
-def test_rope_is_the_configs_or_refused(small: Path) -> None:
+def test_a_rope_scaling_that_differs_from_the_config_is_refused(small: Path) -> None:
     checkpoint = open_checkpoint(small / "model")
     limits = read_limits(checkpoint.config, checkpoint.path)
     check_rope(limits, None)
@@ -708,7 +714,7 @@ def test_devices_that_are_not_there_or_were_not_started_are_refused(monkeypatch:
         resolve(Hardware(accelerator="cpu", devices=3, nodes=2))
 
 
-def test_slurm_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_and_nodes_come_from_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}.items():
         monkeypatch.setenv(name, value)
     assert resolve(Hardware(accelerator="cpu")) == ("cpu", 2, 3)
@@ -723,7 +729,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, *, tasks: int, visible: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
 
 
-def test_a_script_for_sbatch_without_srun_gets_the_command_that_starts_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sbatch_script_without_srun_gets_the_command_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm(monkeypatch, tasks=1, visible=8)
     with pytest.raises(UsageError, match="slurm started 1 process, but it sees 8 CUDA devices") as unnamed:
         resolve(Hardware())
@@ -754,12 +760,12 @@ def test_log_files_of_a_batch_system_may_be_in_the_folder_of_a_run(tmp_path: Pat
         check_vacant(tmp_path)
 
 
-def test_which_process_this_is_says_the_launcher_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert early_rank() == 0
     for name, value in {"SLURM_NTASKS": "6", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "x", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     assert early_rank() == 3
-    # In a shell of SLURM, Fabric's children inherit what the shell has.
+    # In a SLURM shell, Fabric's child processes inherit the variables of the shell.
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
     assert early_rank() == 1
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "5"}.items():
@@ -769,10 +775,10 @@ def test_which_process_this_is_says_the_launcher_that_started_it(monkeypatch: py
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("place", ["prepare_local_plan", "prepare_global_plan", "write_data", "finish"])
-def test_a_signal_while_torch_writes_a_checkpoint_is_still_one(
+def test_a_signal_while_torch_writes_a_checkpoint_ends_the_run(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """Torch sends the errors of all processes through pickles, and raises one of its own."""
+    """Torch pickles the errors of all processes, and raises its own error."""
 
     def stopped(*_: object, **__: object) -> None:
         raise Interrupted(signal.SIGTERM)
@@ -785,7 +791,7 @@ def test_a_signal_while_torch_writes_a_checkpoint_is_still_one(
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("limit", [100, 200_000], ids=["in the first file", "in a later one"])
-def test_a_full_disk_is_named_in_the_words_of_the_disk(
+def test_a_full_disk_is_reported_with_the_error_of_the_system(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     opened, written = FileSystem.create_stream, []

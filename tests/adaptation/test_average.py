@@ -38,7 +38,7 @@ from tests.parity.elsewhere import change, copied, train, write_start
 
 @dataclass(frozen=True)
 class Run:
-    """A run, and the model that it trains."""
+    """A run and its model."""
 
     folder: Path
     model: Path
@@ -53,20 +53,20 @@ class Run:
 Runs = Callable[..., Run]
 
 
-def few(name: str) -> bool:
-    """The first layers, and what stands in none."""
+def first_layers(name: str) -> bool:
+    """Return whether a tensor is in the first layers, or in no layer."""
     return text_only(name) and (".layers." not in name or ".layers.0." in name)
 
 
 @pytest.fixture
 def run_of(converted_twin: TwinFolder, tmp_path: Path) -> Runs:
-    """A run with some checkpoints of a converted twin; without values, all of other ones."""
+    """Return a function that makes a run of a converted twin; by default each checkpoint has different values."""
 
     def make(name: str, count: int = 5, values: Tensors | None = None) -> Run:
         model = converted_twin(name)
         write_run(tmp_path / "run", model, 20 * count)
         for number in range(1, count + 1):
-            tensors = trained_from(model, few, seed=number) if values is None else values
+            tensors = trained_from(model, first_layers, seed=number) if values is None else values
             write_checkpoint(tmp_path / f"run/checkpoints/step-{number * 20:08d}", tensors, number * 20)
         return Run(tmp_path / "run", model)
 
@@ -74,7 +74,7 @@ def run_of(converted_twin: TwinFolder, tmp_path: Path) -> Runs:
 
 
 @pytest.mark.parametrize("name", ["text-8", "text-float16", "text-float32"])
-def test_the_mean_is_numpys_rounded_once(
+def test_the_mean_equals_numpys_rounded_once(
     name: str, run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(name, count=6)
@@ -87,7 +87,7 @@ def test_the_mean_is_numpys_rounded_once(
         mean = np.stack([each.read(tensor).numpy().astype(np.float64) for each in read]).mean(axis=0)
         stored = found[tensor]
         if stored.dtype == torch.bfloat16:
-            # Exactly: the neighbour that is nearer, by float64 arithmetic on both.
+            # Exactly the nearer neighbour, by float64 arithmetic on both.
             near = mean.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.int32)
             around = (near[..., None] + [-1, 0, 1]).astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
             chosen = np.abs(around - mean[..., None]).argmin(axis=-1)
@@ -97,8 +97,8 @@ def test_the_mean_is_numpys_rounded_once(
             assert np.array_equal(stored.numpy(), mean.astype(stored.numpy().dtype)), tensor
 
 
-def test_a_mean_just_beyond_the_middle_is_not_rounded_twice(run_of: Runs, tmp_path: Path) -> None:
-    """Two float32 neighbours around a middle of bfloat16 have their mean where float32 has none."""
+def test_a_mean_just_above_the_midpoint_is_not_rounded_twice(run_of: Runs, tmp_path: Path) -> None:
+    """The mean of two float32 neighbours around a bfloat16 midpoint is not a float32 value."""
     name = "model.decoder.norm.weight"
     run = run_of("text-8", count=2)
     for step, bits in ((20, 0x3F80_8000), (40, 0x3F80_8001)):
@@ -115,7 +115,7 @@ def test_the_mean_of_one_checkpoint_five_times_is_that_checkpoint(
     run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     model = converted_twin("images-8")
-    values = trained_from(model, few)
+    values = trained_from(model, first_layers)
     run = run_of("images-8", values=values)
     for dtype in ("keep", "float32"):
         run.average(5, tmp_path / dtype, dtype=dtype)
@@ -134,27 +134,27 @@ def test_the_same_run_gives_the_same_bytes_by_one_process_or_two(
     run.average(2, tmp_path / "one")
     run.average(2, tmp_path / "again")
     shutil.rmtree(run.checkpoint(40))
-    write_by_two(run.checkpoint(40), trained_from(converted_twin("text-8"), few, seed=2), 40)
+    write_by_two(run.checkpoint(40), trained_from(converted_twin("text-8"), first_layers, seed=2), 40)
     run.average(2, tmp_path / "two")
     for path in (tmp_path / "one").iterdir():
         for other in ("again", "two"):
             assert (tmp_path / other / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_manifest_tells_what_was_averaged_and_verify_passes(
+def test_the_manifest_records_what_was_averaged_and_verify_passes(
     run_of: Runs, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     done = run_of("images-8").average(3, tmp_path / "out")
-    told = read_manifest(tmp_path / "out").document()["adaptation"]
-    assert (told["steps"], told["checkpoints"], told["tokens"]) == (100, [60, 80, 100], 100 * 512)
-    assert told["settings"] == SETTINGS.to_json()
+    recorded = read_manifest(tmp_path / "out").document()["adaptation"]
+    assert (recorded["steps"], recorded["checkpoints"], recorded["tokens"]) == (100, [60, 80, 100], 100 * 512)
+    assert recorded["settings"] == SETTINGS.to_json()
     assert done.output == tmp_path / "out"
     report = verify(tmp_path / "out", converted_twin("images-8"), record=False)
     assert report.passed
     assert any("the mean of 3 checkpoints" in remark for remark in report.remarks)
 
 
-def _told(**changes: Any) -> Callable[[Path], None]:
+def _with_entries(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "checkpoint.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -162,7 +162,7 @@ def _told(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-def _saved(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+def _with_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         trained = CheckpointReader(folder)
         tensors = {name: trained.read(name) for name in trained.names}
@@ -173,7 +173,7 @@ def _saved(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pat
     return save
 
 
-def _flipped(folder: Path) -> None:
+def _flip_byte(folder: Path) -> None:
     path = folder / SHARD
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -183,13 +183,19 @@ def _flipped(folder: Path) -> None:
 NORM = "model.decoder.norm.weight"
 
 STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "other settings": (_told(settings_sha256="d" * 64), "has settings_sha256 dddd"),
-    "another objective": (_told(objective_sha256="d" * 64), "has objective_sha256 dddd"),
-    "another step": (_told(step=41), "is the checkpoint of step 41, renamed"),
-    "a tensor less": (_saved(lambda tensors: tensors.pop(NORM)), f"differs from .* in its tensors or shapes: {NORM}"),
-    "a tensor more": (_saved(lambda tensors: tensors.update(more=torch.ones(2))), "differs from .*: more"),
-    "another shape": (_saved(lambda tensors: tensors.update({NORM: torch.ones(23)})), f"differs from .*: {NORM}"),
-    "one bit": (_flipped, f"is damaged: {SHARD} was modified: its sha256 differs"),
+    "other settings": (_with_entries(settings_sha256="d" * 64), "has settings_sha256 dddd"),
+    "another objective": (_with_entries(objective_sha256="d" * 64), "has objective_sha256 dddd"),
+    "another step": (_with_entries(step=41), "is the checkpoint of step 41, renamed"),
+    "a tensor less": (
+        _with_tensors(lambda tensors: tensors.pop(NORM)),
+        f"differs from .* in its tensors or shapes: {NORM}",
+    ),
+    "a tensor more": (_with_tensors(lambda tensors: tensors.update(more=torch.ones(2))), "differs from .*: more"),
+    "another shape": (
+        _with_tensors(lambda tensors: tensors.update({NORM: torch.ones(23)})),
+        f"differs from .*: {NORM}",
+    ),
+    "one bit": (_flip_byte, f"is damaged: {SHARD} was modified: its sha256 differs"),
     "no checkpoint": (
         lambda folder: (folder / SHARD).unlink(),
         f"{SHARD}: cannot be read: No such file",
@@ -198,11 +204,11 @@ STRANGERS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
-def test_checkpoints_that_are_not_alike_are_refused(stranger: str, run_of: Runs, tmp_path: Path) -> None:
-    change, told = STRANGERS[stranger]
+def test_checkpoints_of_different_runs_are_refused(stranger: str, run_of: Runs, tmp_path: Path) -> None:
+    change, message = STRANGERS[stranger]
     run = run_of("text-8", count=3)
     change(run.checkpoint(40))
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         run.average(3, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run.average(1, tmp_path / "out")
@@ -217,7 +223,7 @@ def test_too_few_checkpoints_are_refused(run_of: Runs, tmp_path: Path) -> None:
         run.average(0, tmp_path / "out")
 
 
-def test_another_model_than_the_one_that_was_trained_is_refused(run_of: Runs, tmp_path: Path) -> None:
+def test_a_model_other_than_the_trained_one_is_refused(run_of: Runs, tmp_path: Path) -> None:
     run, model = run_of("text-8", count=1), tmp_path / "model"
     shutil.copytree(run.model, model)
     run.average(1, tmp_path / "moved", model=model)
@@ -231,7 +237,7 @@ def test_another_model_than_the_one_that_was_trained_is_refused(run_of: Runs, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_verification_makes_no_other_model(run_of: Runs, twin_folder: TwinFolder, tmp_path: Path) -> None:
+def test_a_verification_does_not_change_the_identity(run_of: Runs, twin_folder: TwinFolder, tmp_path: Path) -> None:
     run, model = run_of("text-8", count=1), tmp_path / "model"
     shutil.copytree(run.model, model)
     before = read_manifest(model).document()["sha256"]
@@ -240,41 +246,41 @@ def test_a_verification_makes_no_other_model(run_of: Runs, twin_folder: TwinFold
     run.average(1, tmp_path / "out", model=model)
 
 
-def test_a_model_without_a_manifest_is_known_by_its_files(run_of: Runs, tmp_path: Path) -> None:
+def test_a_model_without_a_manifest_is_identified_by_its_files(run_of: Runs, tmp_path: Path) -> None:
     run, model = run_of("text-8", count=1), tmp_path / "model"
     shutil.copytree(run.model, model)
     (model / "t5g2.json").unlink()
     files = {
         name: hashlib.sha256((model / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")
     }
-    told = json.loads((run.folder / "run.json").read_text())
-    told["model"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    (run.folder / "run.json").write_text(json.dumps(told))
+    document = json.loads((run.folder / "run.json").read_text())
+    document["model"] = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (run.folder / "run.json").write_text(json.dumps(document))
     run.average(1, tmp_path / "out", model=model)
     with pytest.raises(CheckpointError, match="is not the model that was trained"):
         run.average(1, tmp_path / "again", model=run.model)
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda text: text.replace('"step": 7,', '"step": 8,'), "has no line for step 7"),
         (lambda text: text[:-10], "is not a valid log line"),
         (lambda text: text.replace("tokens", "words", 1), "is not a valid log line"),
     ],
 )
-def test_a_log_that_does_not_tell_of_every_step_is_refused(
-    damage: Callable[[str], str], told: str, run_of: Runs, tmp_path: Path
+def test_a_log_without_every_step_is_refused(
+    damage: Callable[[str], str], message: str, run_of: Runs, tmp_path: Path
 ) -> None:
     run = run_of("text-8", count=1)
     path = run.folder / "metrics.jsonl"
     path.write_text(damage(path.read_text()))
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         run.average(1, tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["{}", "[]", '{"format": 2}'])
-def test_a_folder_that_is_no_run_is_refused(damage: str, run_of: Runs, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(damage: str, run_of: Runs, tmp_path: Path) -> None:
     run = run_of("text-8", count=1)
     (run.folder / "run.json").write_text(damage)
     with pytest.raises(CheckpointError, match=r"run\.json: "):
@@ -284,8 +290,8 @@ def test_a_folder_that_is_no_run_is_refused(damage: str, run_of: Runs, tmp_path:
 
 
 @pytest.mark.slow
-def test_memory_holds_rows_and_no_tensors(tmp_path: Path) -> None:
-    """Five checkpoints with a tensor of 16 MB each, in a process of its own."""
+def test_memory_holds_rows_instead_of_whole_tensors(tmp_path: Path) -> None:
+    """Average five checkpoints with a tensor of 16 MB each, in a separate process."""
     folders = [
         write_checkpoint(tmp_path / f"step-{step:08d}", {"t": torch.full((4096, 1024), float(step))}, step)
         for step in range(1, 6)
@@ -312,7 +318,7 @@ def fill(number: int, tensors: Tensors) -> None:
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`start`, a conversion, and `run` as transformers' Trainer leaves it after three saves."""
+    """`start`, a conversion, and `run`, as transformers' Trainer writes it with three checkpoints."""
     root = tmp_path_factory.mktemp("trainer")
     start = write_start(root)
     for number, dtype in ((9, torch.float32), (10, torch.float32), (100, torch.bfloat16)):
@@ -322,7 +328,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_mean_of_checkpoints_of_transformers_is_trained_elsewhere(trainer: Path, tmp_path: Path) -> None:
+def test_the_mean_of_checkpoints_of_transformers_has_no_manifest(trainer: Path, tmp_path: Path) -> None:
     average(trainer / "run", tmp_path / "out", last=2, model=trainer / "start", dtype="float32")
     found = load_file(tmp_path / "out/model.safetensors")
     assert found["model.decoder.norm.weight"].tolist() == [55.0] * 48, "steps 10 and 100, by number"

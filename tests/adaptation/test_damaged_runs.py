@@ -1,4 +1,4 @@
-"""T5: what a run's folder and packed data hold is changed at random: it works, or is refused in one of our errors."""
+"""T5: files of runs and of packed data are changed at random; they still work or are refused with one of our errors."""
 
 import json
 import os
@@ -32,80 +32,80 @@ NASTY: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**48, 2**63, 10**30, -(10**30), 0.5, 1e308, float("nan"), float("inf"), "", "x", "\0",
     "../../x", "/dev/zero", "a" * 5000, "$\\frac{", [], {}, [[]], {"": None}, [1] * 300, "0" * 64,
 ]  # fmt: skip
-"""What stands in no such file."""
+"""Values that no valid file contains."""
 
 TENSORS = {"model.encoder.norm.weight": torch.arange(6.0).view(3, 2), "model.decoder.norm.weight": torch.ones(4)}
 SECONDS = 2.0
-"""Of the processor's time, for one try; each takes some hundredths."""
+"""Limit of processor time for one attempt; each takes a few hundredths."""
 
 
-def damaged(data: bytes, chance: random.Random) -> bytes:
-    """Bytes changed, left out, put in or cut off."""
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Return the data with bytes changed, removed, inserted or cut off."""
     changed = bytearray(data)
-    for _ in range(chance.choice([1, 1, 2, 8])):
-        at = chance.randrange(len(changed) or 1)
-        match chance.randrange(5):
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(changed) or 1)
+        match rng.randrange(5):
             case 0:
-                changed[at : at + 1] = bytes([chance.randrange(256)])
+                changed[at : at + 1] = bytes([rng.randrange(256)])
             case 1:
-                del changed[at : at + chance.randint(1, 9)]
+                del changed[at : at + rng.randint(1, 9)]
             case 2:
-                changed[at:at] = chance.randbytes(chance.randint(1, 9))
+                changed[at:at] = rng.randbytes(rng.randint(1, 9))
             case 3:
                 changed[at : at + 4] = b"\xff\xff\xff\x7f"
-            case 4 if chance.random() < 0.1:
+            case 4 if rng.random() < 0.1:
                 del changed[at:]
     return bytes(changed)
 
 
-def altered(document: Any, chance: random.Random) -> Any:
-    """A JSON document with one value that does not belong there, or one key too many or too few."""
-    if not isinstance(document, dict | list) or not document or chance.random() < 0.1:
-        return chance.choice(NASTY)
+def altered(document: Any, rng: random.Random) -> Any:
+    """Return a JSON document with an invalid value, a key too many or a key too few."""
+    if not isinstance(document, dict | list) or not document or rng.random() < 0.1:
+        return rng.choice(NASTY)
     if isinstance(document, list):
-        place = chance.randrange(len(document))
-        return [*document[:place], altered(document[place], chance), *document[place + 1 :]]
-    key = chance.choice(sorted(document))
-    changed = {**document, key: altered(document[key], chance)}
-    if chance.random() < 0.1:
-        changed |= {chance.choice(["more", "", "../x"]): chance.choice(NASTY)}
-    if chance.random() < 0.1:
+        place = rng.randrange(len(document))
+        return [*document[:place], altered(document[place], rng), *document[place + 1 :]]
+    key = rng.choice(sorted(document))
+    changed = {**document, key: altered(document[key], rng)}
+    if rng.random() < 0.1:
+        changed |= {rng.choice(["more", "", "../x"]): rng.choice(NASTY)}
+    if rng.random() < 0.1:
         del changed[key]
     return changed
 
 
-def mutated(data: bytes, chance: random.Random, *, lines: bool = False) -> bytes:
-    """A JSON file, or one of JSON lines, that was damaged or altered."""
-    if chance.random() < 0.4:
-        return damaged(data, chance)
+def mutated(data: bytes, rng: random.Random, *, lines: bool = False) -> bytes:
+    """Return a JSON or JSONL file, damaged or altered."""
+    if rng.random() < 0.4:
+        return damaged(data, rng)
     if not lines:
-        return json.dumps(altered(json.loads(data), chance)).encode()
+        return json.dumps(altered(json.loads(data), rng)).encode()
     each = data.splitlines(keepends=True)
-    place = chance.randrange(len(each))
-    each[place] = json.dumps(altered(json.loads(each[place]), chance)).encode() + b"\n"
+    place = rng.randrange(len(each))
+    each[place] = json.dumps(altered(json.loads(each[place]), rng)).encode() + b"\n"
     return b"".join(each)
 
 
 @contextmanager
 def refused_in_time(*kinds: type[T5g2Error]) -> Iterator[None]:
-    began, told = time.process_time(), ""
+    began, message = time.process_time(), ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except kinds as error:
-            told = str(error)
-    assert "\n" not in told
-    assert len(told) < 20_000
+            message = str(error)
+    assert "\n" not in message
+    assert len(message) < 20_000
     assert time.process_time() - began < SECONDS
 
 
 def fuzz(path: Path, tries: int, seed: int, use: Callable[[], object], *kinds: type[T5g2Error], **how: Any) -> None:
-    """Change a file at random, again and again, and use it."""
-    chance, original = random.Random(seed), path.read_bytes()
+    """Change a file at random and use it, many times."""
+    rng, original = random.Random(seed), path.read_bytes()
     use()
     for _ in range(tries):
-        path.write_bytes(mutated(original, chance, **how))
+        path.write_bytes(mutated(original, rng, **how))
         with refused_in_time(*kinds):
             use()
     path.write_bytes(original)
@@ -183,16 +183,16 @@ def test_T5_a_damaged_record(run: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["header", "all"])
-def test_T5_a_damaged_checkpoint_whose_manifest_was_made_to_fit(run: Path, part: str) -> None:
-    """The sha256 is no help against somebody who writes it."""
+def test_T5_a_damaged_checkpoint_with_a_matching_manifest(run: Path, part: str) -> None:
+    """The sha256 does not help against an attacker who can write it."""
     folder, name = run / "checkpoints/step-00000020", SHARD
     with refused_in_time():
         read_all(folder)
         load(folder, state())
-    chance, original = random.Random(part), (folder / name).read_bytes()
+    rng, original = random.Random(part), (folder / name).read_bytes()
     size = 8 + int.from_bytes(original[:8], "little") if part == "header" else len(original)
     for _ in range(400):
-        (folder / name).write_bytes(damaged(original[:size], chance) + original[size:])
+        (folder / name).write_bytes(damaged(original[:size], rng) + original[size:])
         with refused_in_time(CheckpointError):
             read_all(folder)
         write_manifest(folder, 20)
@@ -228,7 +228,7 @@ STRANGE: Mapping[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize(
     "name", ["index.json", "text.doc", "text-00000.bin", "counts.bin", "image.pic", "images/0.png"]
 )
-def test_T5_strange_files_in_packed_data_are_named_and_not_waited_for(
+def test_T5_special_files_in_packed_data_are_named_without_waiting(
     small: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
     shutil.copytree(small / "data", tmp_path / "data")
@@ -240,7 +240,7 @@ def test_T5_strange_files_in_packed_data_are_named_and_not_waited_for(
 
 @pytest.mark.parametrize("kind", STRANGE)
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "checkpoints/step-00000020/" + SHARD])
-def test_T5_strange_files_in_a_run_are_named_and_not_waited_for(
+def test_T5_special_files_in_a_run_are_named_without_waiting(
     run: Path, tmp_path: Path, name: str, kind: str, converted_twin: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -254,9 +254,7 @@ def test_T5_strange_files_in_a_run_are_named_and_not_waited_for(
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", "run.json", "loss.svg", "checkpoints", "tensorboard", "tensorboard/x"]
 )
-def test_T5_a_run_in_which_links_have_the_place_of_its_files_does_not_go_on(
-    run: Path, tmp_path: Path, name: str
-) -> None:
+def test_T5_a_run_with_links_in_place_of_its_files_is_not_resumed(run: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "mine").mkdir()
     path = run / name
     path.parent.mkdir(exist_ok=True)
@@ -268,7 +266,7 @@ def test_T5_a_run_in_which_links_have_the_place_of_its_files_does_not_go_on(
         check_own_files(run)
 
 
-def test_T5_a_checkpoint_that_is_a_link_is_none(run: Path, tmp_path: Path) -> None:
+def test_T5_a_link_is_not_a_checkpoint(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints/step-00000020").rename(tmp_path / "elsewhere")
     (run / "checkpoints/step-00000020").symlink_to(tmp_path / "elsewhere")
     assert complete_checkpoints(run) == {}

@@ -1,4 +1,4 @@
-"""What comes of a run's last checkpoint, and what of it never appears; the run was made without training."""
+"""The export of a run's last checkpoint, and exports that are refused; the run was made without training."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def model(small: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(model: Path, tmp_path: Path) -> Path:
-    """A run of `model`, with one checkpoint, of step 20, and the export of an earlier one, of step 10."""
+    """A run of `model` with one checkpoint, of step 20, and the export of step 10."""
     write_run(tmp_path / "run", model, 20)
     earlier = write_checkpoint(tmp_path / "earlier", trained_from(model, text_only, seed=1), 10)
     facts = {**FACTS, "steps": 10, "checkpoints": [10]}
@@ -49,7 +49,7 @@ def run(model: Path, tmp_path: Path) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """The step that an export is of."""
+    """Return the step of an export."""
     return int(read_manifest(folder).document()["adaptation"]["steps"])
 
 
@@ -57,9 +57,9 @@ def finished(run: Path, model: Path) -> Exported:
     return export_checkpoint(run, run / "checkpoints/step-00000020", model)
 
 
-def refused(run: Path, model: Path, error: type[T5g2Error], told: str) -> None:
-    """It is, and what stood there still stands, and nothing more."""
-    with pytest.raises(error, match=told):
+def assert_refused(run: Path, model: Path, error: type[T5g2Error], message: str) -> None:
+    """Check that the export fails and leaves the folder unchanged."""
+    with pytest.raises(error, match=message):
         finished(run, model)
     assert step_of(run / "model") == 10
     assert {item.name for item in run.iterdir()} == {"run.json", "metrics.jsonl", "checkpoints", "model"}
@@ -71,7 +71,7 @@ def test_an_export_replaces_an_earlier_one(run: Path, model: Path) -> None:
     assert step_of(run / "model") == 20
 
 
-def test_O9_what_was_exported_before_is_not_exported_again(run: Path, model: Path) -> None:
+def test_O9_an_exported_checkpoint_is_not_exported_again(run: Path, model: Path) -> None:
     assert not finished(run, model).before
     (run / "model/README.md").write_text("my card")
     (run / "model/eval").mkdir()
@@ -88,7 +88,7 @@ def test_O9_what_was_exported_before_is_not_exported_again(run: Path, model: Pat
     assert contents(moved) == before
 
 
-def test_O9_files_of_people_are_not_replaced_by_another_export(run: Path, model: Path) -> None:
+def test_O9_files_of_the_user_are_not_replaced_by_another_export(run: Path, model: Path) -> None:
     (run / "model/eval").mkdir()
     (run / "model/eval/results.csv").write_text("0.73")
     before = contents(run / "model")
@@ -97,7 +97,7 @@ def test_O9_files_of_people_are_not_replaced_by_another_export(run: Path, model:
     assert contents(run / "model") == before
 
 
-def test_O9_a_link_in_the_place_of_the_export_is_not_followed(run: Path, model: Path, tmp_path: Path) -> None:
+def test_O9_a_link_in_place_of_the_export_is_not_followed(run: Path, model: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "model")
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk/backup.tar").write_text("all")
@@ -117,7 +117,7 @@ def test_O9_the_mean_of_checkpoints_is_not_replaced_by_an_export(run: Path, mode
     assert contents(run / "model") == before
 
 
-def test_O9_an_export_that_was_damaged_is_not_taken_for_one(run: Path, model: Path) -> None:
+def test_O9_a_damaged_export_does_not_count_as_an_export(run: Path, model: Path) -> None:
     finished(run, model)
     (run / "model/generation_config.json").unlink()
     assert not finished(run, model).before
@@ -127,7 +127,7 @@ def test_O9_an_export_that_was_damaged_is_not_taken_for_one(run: Path, model: Pa
 def test_a_model_that_was_changed_since_is_refused(run: Path, model: Path) -> None:
     path = model / "t5g2.json"
     path.unlink()
-    refused(run, model, CheckpointError, "is not the model that was trained")
+    assert_refused(run, model, CheckpointError, "is not the model that was trained")
 
 
 def test_weights_that_were_damaged_since_are_refused(run: Path, model: Path) -> None:
@@ -135,7 +135,7 @@ def test_weights_that_were_damaged_since_are_refused(run: Path, model: Path) -> 
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    refused(run, model, CheckpointError, r"model\.safetensors differs from its sha256 in t5g2\.json")
+    assert_refused(run, model, CheckpointError, r"model\.safetensors differs from its sha256 in t5g2\.json")
 
 
 def test_a_damaged_checkpoint_is_refused(run: Path, model: Path) -> None:
@@ -143,24 +143,24 @@ def test_a_damaged_checkpoint_is_refused(run: Path, model: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    refused(run, model, CheckpointError, f"is damaged: {SHARD} was modified")
+    assert_refused(run, model, CheckpointError, f"is damaged: {SHARD} was modified")
 
 
-def test_tensors_that_are_missing_are_found_before_anything_appears(
+def test_missing_tensors_are_found_before_anything_appears(
     run: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(folder: Path) -> Inspection:
         return replace(inspect(folder), missing=("model.decoder.norm.weight",))
 
     monkeypatch.setattr(finishing, "inspect", short)
-    refused(run, model, VerificationError, "with missing or unexpected tensors")
+    assert_refused(run, model, VerificationError, "with missing or unexpected tensors")
 
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 class InMemory:
-    """CheckpointReader values that are at hand."""
+    """The interface of CheckpointReader for tensors in memory."""
 
     def __init__(self, tensors: Tensors, *, at_once: int = 100) -> None:
         self.tensors, self.at_once = tensors, at_once
@@ -186,7 +186,7 @@ def raw_bytes(checkpoint: Checkpoint, name: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["images-8", "images-sharded", "text-float32", "text-float16", "text-sharded"])
-def test_trained_values_are_rounded_once_and_all_else_is_the_models(
+def test_trained_values_are_rounded_once_and_all_else_is_copied(
     name: str, twin_folder: TwinFolder, tmp_path: Path
 ) -> None:
     model, output = tmp_path / "model", tmp_path / "out"
@@ -218,15 +218,15 @@ def test_trained_values_are_rounded_once_and_all_else_is_the_models(
     assert done.shards == {file: read_manifest(output).document()["files"][file]["sha256"] for file in after.files}
 
 
-def test_the_manifest_tells_of_the_training_and_of_the_model(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_the_manifest_describes_the_training_and_the_model(converted_twin: TwinFolder, tmp_path: Path) -> None:
     model = converted_twin("images-8")
     export(model, InMemory(trained_from(model, text_only)), tmp_path / "out", facts=FACTS)
     manifest = read_manifest(tmp_path / "out").document()
-    told = manifest["adaptation"]
-    assert {key: told[key] for key in FACTS} == FACTS
-    assert told["frozen"] == ["projector", "vision"]
-    assert "model.decoder.layers.{layer}.mlp.up_proj.weight" in told["trained"]
-    assert len(told["trained"]) == 2 * 14 + 2
+    recorded = manifest["adaptation"]
+    assert {key: recorded[key] for key in FACTS} == FACTS
+    assert recorded["frozen"] == ["projector", "vision"]
+    assert "model.decoder.layers.{layer}.mlp.up_proj.weight" in recorded["trained"]
+    assert len(recorded["trained"]) == 2 * 14 + 2
     assert "mapping" not in manifest
     assert manifest["source"]["family"] == "t5gemma2"
     assert (
@@ -270,9 +270,9 @@ def test_a_cast_changes_the_dtype_of_everything_and_nothing_else(converted_twin:
     ]
 
 
-def test_values_in_the_middle_go_to_the_even_neighbour(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_ties_are_rounded_to_even(converted_twin: TwinFolder, tmp_path: Path) -> None:
     model = converted_twin("text-8")
-    # Bits of float32 whose lower half is exactly the middle, and one beside it.
+    # Bits of float32 values: lower halves exactly at the midpoint, and one next to it.
     bits = np.array([0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x3F81_7FFF, 0xBF80_8000, 0x0000_8000] * 4, np.uint32)
     values = torch.from_numpy(bits.view(np.float32))
     export(model, InMemory({"model.decoder.norm.weight": values}), tmp_path / "out", facts=FACTS)
@@ -281,7 +281,7 @@ def test_values_in_the_middle_go_to_the_even_neighbour(converted_twin: TwinFolde
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_no_numbers_leave_no_output(value: float, converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_leave_no_output(value: float, converted_twin: TwinFolder, tmp_path: Path) -> None:
     trained = trained_from(converted_twin("text-8"), text_only)
     trained["model.decoder.norm.weight"][3] = value
     trained["model.encoder.layers.2.mlp.up_proj.weight"][1, 2] = value
@@ -306,7 +306,7 @@ def test_values_too_large_for_the_dtype_are_refused(converted_twin: TwinFolder, 
         )
 
 
-def test_what_is_not_of_the_model_is_refused_all_of_it(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_all_tensors_that_do_not_fit_the_model_are_listed(converted_twin: TwinFolder, tmp_path: Path) -> None:
     trained = {
         "model.decoder.norm.weight": torch.ones(24),
         "model.decoder.norm.bias": torch.ones(24),
@@ -327,13 +327,13 @@ def test_what_is_not_of_the_model_is_refused_all_of_it(converted_twin: TwinFolde
         export(converted_twin("images-8"), InMemory({}), tmp_path / "out", facts=FACTS)
 
 
-@pytest.mark.parametrize(("count", "told"), [(23, "23 of its 24"), (25, "more than its 24")])
-def test_a_count_of_values_that_is_wrong_is_refused(
-    count: int, told: str, converted_twin: TwinFolder, tmp_path: Path
+@pytest.mark.parametrize(("count", "message"), [(23, "23 of its 24"), (25, "more than its 24")])
+def test_a_wrong_number_of_values_is_refused(
+    count: int, message: str, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     values = InMemory({"model.decoder.norm.weight": torch.ones(24)})
     values.pieces = lambda name: iter([np.ones(count, np.float32)])  # type: ignore[method-assign]
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         export(converted_twin("text-8"), values, tmp_path / "out", facts=FACTS)
 
 
@@ -347,7 +347,7 @@ def test_a_count_of_values_that_is_wrong_is_refused(
         {**FACTS, "checkpoints": []},
     ],
 )
-def test_facts_that_a_manifest_cannot_tell_are_refused(
+def test_facts_that_a_manifest_cannot_record_are_refused(
     facts: dict[str, Any], converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     values = InMemory({"model.decoder.norm.weight": torch.ones(24)})
@@ -375,7 +375,7 @@ def test_a_model_in_another_layout_is_refused(
         export(twin_folder("text-8"), values, tmp_path / "out", facts=FACTS)
 
 
-def test_the_output_is_guarded_as_that_of_a_conversion(converted_twin: TwinFolder, tmp_path: Path) -> None:
+def test_the_output_is_guarded_like_that_of_a_conversion(converted_twin: TwinFolder, tmp_path: Path) -> None:
     model, values = converted_twin("text-8"), InMemory({"model.decoder.norm.weight": torch.ones(24)})
     with pytest.raises(OutputError, match="is the source folder"):
         export(model, values, model, facts=FACTS)
@@ -409,13 +409,13 @@ def test_an_adapted_folder_is_a_model_like_any_other(converted_twin: TwinFolder,
     assert torch.equal(taken, trained["model.encoder.layers.3.mlp.up_proj.weight"].to(torch.bfloat16))
 
 
-def test_the_peak_of_memory_is_told(converted_twin: TwinFolder) -> None:
+def test_the_peak_of_memory_is_reported(converted_twin: TwinFolder) -> None:
     model = open_checkpoint(converted_twin("text-real-vocabulary"))
     names = {"model.encoder.embed_tokens.weight": (262_144, 8)}
     assert peak_memory(plan_adapted(model, names, FACTS)) < 100_000_000
 
 
-def test_patterns_stand_for_the_names_that_they_were_made_of() -> None:
+def test_patterns_match_the_names_they_were_made_from() -> None:
     every = [f"m.layers.{layer}.{name}" for layer in range(3) for name in ("a", "b")] + ["m.norm"]
     names = {"m.norm", "m.layers.1.b", *(f"m.layers.{layer}.a" for layer in range(3))}
     assert patterns_of(names, every) == ["m.layers.{layer}.a", "m.layers.1.b", "m.norm"]

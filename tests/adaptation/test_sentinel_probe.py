@@ -16,7 +16,7 @@ TABLE = "model.encoder.embed_tokens.weight"
 
 
 def trained(model: Path, output: Path, rows: Iterable[int], *, drift: float = 0.0) -> Path:
-    """A model in which some rows of the table have moved far, and all a little."""
+    """Write a model: some rows of its table have moved far, and all have moved a little."""
     output.mkdir()
     (output / "config.json").write_bytes((model / "config.json").read_bytes())
     tensors = load_file(model / "model.safetensors")
@@ -25,7 +25,7 @@ def trained(model: Path, output: Path, rows: Iterable[int], *, drift: float = 0.
     table += drift * noise
     chosen = torch.tensor(list(rows), dtype=torch.long)
     table[chosen] += noise[chosen]
-    # Nothing of a drift is to be lost in rounding, and nothing of a row that did not move is to change.
+    # Rounding must not lose any drift, and rows that did not move must not change.
     tensors = {name: tensor.float() for name, tensor in tensors.items()} | {TABLE: table}
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
     return output
@@ -61,7 +61,7 @@ def test_the_sentinels_that_a_model_was_trained_with_are_found(
     assert found.notes == ("the tables have 262208 and 262144 rows: the 262144 that both have are compared",)
 
 
-def test_nothing_moved_gives_none(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
+def test_an_unchanged_table_has_no_moved_rows(twin_folder: TwinFolder, converted_twin: TwinFolder) -> None:
     found = probe(twin_folder("text-real-vocabulary"), converted_twin("text-real-vocabulary"))
     assert found.ranges == ()
     assert (found.moved, found.equal, found.largest) == (0, found.compared, 0.0)
@@ -74,7 +74,7 @@ def test_most_of_the_rows_may_have_moved(twin_folder: TwinFolder, converted_twin
     assert ids(probe(twin_folder("text-8"), output)) == [(40, 299)]
 
 
-def test_rows_that_are_known_for_something_stand_alone(
+def test_rows_with_a_known_meaning_are_their_own_ranges(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     name = "text-real-vocabulary"
@@ -90,7 +90,7 @@ def test_rows_that_are_known_for_something_stand_alone(
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 64])
-def test_blocks_of_rows_change_nothing(
+def test_the_block_size_changes_nothing(
     at_once: int,
     twin_folder: TwinFolder,
     converted_twin: TwinFolder,
@@ -125,7 +125,7 @@ def test_a_row_of_zeros_that_moved_is_infinitely_far(
     assert document["ranges"] == [{"first": 6, "last": 6, "count": 1, "median": None, "largest": None, "known": None}]
 
 
-def test_models_without_a_common_space_are_refused(
+def test_models_that_cannot_be_compared_are_refused(
     twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="its rows have 24 values, but the rows of donor-wide have 32"):
@@ -143,13 +143,13 @@ def test_models_without_a_common_space_are_refused(
         probe(twin_folder("text-8"), bad)
 
 
-def test_of_a_model_of_the_hub_the_file_with_the_table_is_fetched(
+def test_only_the_file_with_the_table_is_downloaded_from_the_hub(
     converted_twin: TwinFolder, twin_folder: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[str]] = []
+    requested: list[list[str]] = []
 
     def fetched(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-        asked.append([*names])
+        requested.append([*names])
         return checkpoint
 
     model = tmp_path / "model"
@@ -157,4 +157,4 @@ def test_of_a_model_of_the_hub_the_file_with_the_table_is_fetched(
     monkeypatch.setattr("t5g2convert.adaptation.sentinel_probe.fetch", fetched)
     probe(converted_twin("images-8"), open_checkpoint(model))
     table = open_checkpoint(model).tensors[TABLE].file
-    assert asked == [["model.safetensors"], [table]]
+    assert requested == [["model.safetensors"], [table]]

@@ -19,9 +19,9 @@ from t5g2convert.errors import DataError, HubError, T5g2Error, UsageError
 
 
 def read(*paths: Path, column: str = "text") -> list[Document | Fault]:
-    told: list[int] = []
-    found = list(read_files(paths, column, told.append))
-    assert sum(told) == sum(path.stat().st_size for path in files_of(paths)), "progress comes to the end"
+    progress: list[int] = []
+    found = list(read_files(paths, column, progress.append))
+    assert sum(progress) == sum(path.stat().st_size for path in files_of(paths)), "progress comes to the end"
     return found
 
 
@@ -40,7 +40,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert texts(read(tmp_path / "a.txt")) == ["one\r\n\n\ntwo ä\n"]
 
 
-def test_a_line_of_jsonl_is_a_document_and_blank_ones_are_none(tmp_path: Path) -> None:
+def test_a_jsonl_line_is_a_document_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     rows = [{"text": "a\nb"}, {"text": "ü", "images": []}, {"text": "", "other": [1]}, {"text": "x", "images": None}]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\r\n \n")
     found = read(tmp_path / "a.jsonl")
@@ -50,7 +50,7 @@ def test_a_line_of_jsonl_is_a_document_and_blank_ones_are_none(tmp_path: Path) -
     assert texts(read(tmp_path / "b.jsonl", column="body")) == ["z"]
 
 
-def test_pictures_are_files_below_the_folder_of_the_jsonl(tmp_path: Path) -> None:
+def test_images_are_files_below_the_folder_of_the_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "images": ["a.png", "deep/b.png"]}))
     (document,) = read(tmp_path / "a.jsonl")
     assert isinstance(document, Document)
@@ -58,13 +58,13 @@ def test_pictures_are_files_below_the_folder_of_the_jsonl(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.png", "a/../../b.png", "", "a\0b", "\ud800.png"])
-def test_pictures_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+def test_images_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "images": [name]}))
     assert f"{tmp_path}/a.jsonl:1: " in reason(read(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         (b'{"text": "a', "is not valid JSON: Unterminated string starting at at column 10"),
         (b'["text"]', "is a JSON list, expected an object"),
@@ -82,22 +82,24 @@ def test_pictures_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
         (b'{"text": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
     ],
 )
-def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: bytes, told: str) -> None:
+def test_a_bad_line_is_named_and_the_others_are_read(tmp_path: Path, line: bytes, message: str) -> None:
     good = b'{"text": "good"}\n'
     (tmp_path / "a.jsonl").write_bytes(good * 2 + line + b"\n" + good)
     found = read(tmp_path / "a.jsonl")
-    assert reason(found).startswith(f"{tmp_path}/a.jsonl:3: {told}")
+    assert reason(found).startswith(f"{tmp_path}/a.jsonl:3: {message}")
     assert len(found) == 4
 
 
-def test_a_text_that_is_none_is_named_with_its_line(tmp_path: Path) -> None:
+def test_an_invalid_text_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\xff\n")
     assert reason(read(tmp_path / "a.txt")) == f"{tmp_path}/a.txt:2: is not UTF-8: invalid start byte at byte 7"
     (tmp_path / "b.txt").write_bytes(b"\x7fELF\0\0")
     assert "contains NUL at character 4" in reason(read(tmp_path / "b.txt"))
 
 
-def test_what_is_too_long_is_left_out_without_being_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_that_is_too_long_is_skipped_without_being_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "LONGEST", 100)
     (tmp_path / "a.txt").write_text("x" * 101)
     assert "a.txt: is longer than 100 bytes" in reason(read(tmp_path / "a.txt"))
@@ -113,27 +115,27 @@ def test_what_is_too_long_is_left_out_without_being_held(tmp_path: Path, monkeyp
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A Parquet file of three row groups, with an empty text and a null."""
+    """A Parquet file with three row groups, an empty text and a null."""
     path = tmp_path / "a.parquet"
     values = [*(f"row {number}" for number in range(200)), "", None]
     parquet.write_table(pa.table({"text": values, "n": range(202)}), path, row_group_size=90)
     return path
 
 
-def test_a_row_of_parquet_is_a_document(table: Path) -> None:
+def test_a_parquet_row_is_a_document(table: Path) -> None:
     found = read(table)
     assert [item.text for item in found if isinstance(item, Document)] == [f"row {n}" for n in range(200)] + [""]
     assert reason(found) == f"{table}:202: the text is null"
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
-def test_every_kind_of_text_that_parquet_has_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+def test_every_text_type_of_parquet_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": pa.array(["a", "b", "a"]).cast(kind)}), path)
     assert texts(read(path)) == ["a", "b", "a"]
 
 
-def test_text_in_parquet_that_is_none_is_named(tmp_path: Path) -> None:
+def test_invalid_text_in_parquet_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     raw = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\x01\0\0\0\x02\0\0\0"), pa.py_buffer(b"a\xff")]
@@ -142,7 +144,7 @@ def test_text_in_parquet_that_is_none_is_named(tmp_path: Path) -> None:
     assert reason(read(path)) == f"{path}:2: is not UTF-8: invalid start byte at byte 0"
 
 
-def test_parquet_without_the_column_or_damaged_is_refused(table: Path) -> None:
+def test_parquet_that_is_damaged_or_lacks_the_column_is_refused(table: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet: has no column 'body', but 'n', 'text'"):
         read(table, column="body")
     data = bytearray(table.read_bytes())
@@ -156,7 +158,7 @@ def test_parquet_without_the_column_or_damaged_is_refused(table: Path) -> None:
 
 
 @pytest.mark.parametrize("key", IMAGE_KEYS)
-def test_every_key_of_images_is_read(key: str, tmp_path: Path) -> None:
+def test_every_image_key_is_read(key: str, tmp_path: Path) -> None:
     rows = [{"text": "x", key: "a.png"}, {"text": "x", key: ["a.png", "b.png"]}, {"text": "x", key: {"path": "a.png"}}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one, two, three = read(tmp_path / "a.jsonl")
@@ -230,7 +232,7 @@ def test_other_files_of_a_folder_are_counted_by_their_ending(tmp_path: Path) -> 
     assert unread_endings([tmp_path, tmp_path / "a.txt"]) == {".png": 2, ".gz": 1, "no ending": 1}
 
 
-def test_folders_give_their_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_files_of_a_folder_are_read_in_order_of_their_names(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.TXT", "a/b/c.jsonl", "c.png", ".hidden.txt", ".git/x.txt", "B.parquet"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -253,10 +255,10 @@ def special_files(folder: Path) -> Iterator[tuple[Path, type[Exception], str]]:
     yield folder / "broken", DataError, "is a broken symlink"
 
 
-def test_what_cannot_be_an_input_is_refused(tmp_path: Path) -> None:
+def test_invalid_inputs_are_refused(tmp_path: Path) -> None:
     tried = 0
-    for path, kind, told in special_files(tmp_path):
-        with pytest.raises(kind, match=told):
+    for path, kind, message in special_files(tmp_path):
+        with pytest.raises(kind, match=message):
             list(files_of([path]))
         tried += 1
     assert tried == 5
@@ -273,7 +275,7 @@ def test_a_data_set_is_streamed(tmp_path: Path) -> None:
         list(read_dataset(str(tmp_path), "test", "body"))
 
 
-def test_without_the_extra_one_line_tells_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -281,10 +283,10 @@ def test_without_the_extra_one_line_tells_what_to_install(tmp_path: Path, monkey
         list(read_dataset(str(tmp_path), "train", "text"))
 
 
-def raised(*errors: Exception) -> Exception:
-    """The last of these, with those before it behind it."""
-    for behind, error in pairwise(errors):
-        error.__cause__ = behind
+def chained(*errors: Exception) -> Exception:
+    """Return the last error; each is caused by the one before."""
+    for cause, error in pairwise(errors):
+        error.__cause__ = cause
     return errors[-1]
 
 
@@ -293,16 +295,16 @@ CONFIGS = ValueError("Config name is missing.\nPlease pick one among the availab
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "told"),
+    ("error", "kind", "message"),
     [
         (RuntimeError("you sent Bearer hf_secretsecret"), DataError, r"cannot be read as a data set \(RuntimeError\)$"),
         (SPLITS, DataError, r"has no such split \(--split takes one of train\)$"),
         (CONFIGS, DataError, r"several configurations, or none with that name \(--subset takes one of en, de\)$"),
-        (raised(ConnectionError("hf_secretsecret"), ValueError("no data")), HubError, r"\(ConnectionError\)"),
+        (chained(ConnectionError("hf_secretsecret"), ValueError("no data")), HubError, r"\(ConnectionError\)"),
     ],
 )
-def test_H6_of_a_data_set_of_the_hub_no_text_of_the_library_is_repeated(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[T5g2Error], told: str
+def test_H6_errors_of_the_library_are_not_quoted_for_a_data_set_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[T5g2Error], message: str
 ) -> None:
     import datasets
 
@@ -311,6 +313,6 @@ def test_H6_of_a_data_set_of_the_hub_no_text_of_the_library_is_repeated(
 
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(kind, match=told) as found:
+    with pytest.raises(kind, match=message) as found:
         list(read_dataset("org/name", "train", "text"))
     assert "secret" not in str(found.value)

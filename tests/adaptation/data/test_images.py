@@ -26,14 +26,14 @@ def colours(width: int, height: int) -> Image.Image:
     return Image.merge("RGB", (gradient, turned, gradient.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
 
 
-def _lying(path: Path) -> None:
+def _rotated_by_exif(path: Path) -> None:
     picture = colours(60, 90)
     exif = picture.getexif()
     exif[0x0112] = 6
     picture.save(path, exif=exif)
 
 
-def _moving(path: Path) -> None:
+def _animated(path: Path) -> None:
     colours(40, 30).save(path, save_all=True, append_images=[colours(40, 30).rotate(90)])
 
 
@@ -41,14 +41,14 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "rgb.png": lambda path: colours(131, 90).save(path),
     "small.png": lambda path: colours(1, 2).save(path),
     "exact.png": lambda path: colours(56, 56).save(path),
-    "lying.jpg": _lying,
+    "lying.jpg": _rotated_by_exif,
     "cmyk.jpg": lambda path: colours(70, 70).convert("CMYK").save(path),
     "grey.png": lambda path: colours(90, 30).convert("L").save(path),
     "bit.png": lambda path: colours(90, 30).convert("1").save(path),
     "clear.png": lambda path: colours(30, 90).convert("RGBA").rotate(30).save(path),
     "palette.png": lambda path: colours(77, 78).quantize(16).save(path, transparency=3),
     "deep.png": lambda path: Image.fromarray(np.arange(3600, dtype=np.uint16).reshape(60, 60) * 18).save(path),
-    "moving.gif": _moving,
+    "moving.gif": _animated,
     "a.webp": lambda path: colours(70, 20).save(path),
     "a.bmp": lambda path: colours(70, 20).save(path),
     "a.tiff": lambda path: colours(70, 20).save(path),
@@ -75,10 +75,10 @@ def model(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "model"
 
 
-# transformers leaves the file of a picture that moves open.
+# transformers does not close the file of an animated image.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
-def test_pixels_are_those_of_transformers_bit_for_bit(model: Path, pictures: Path) -> None:
+def test_pixels_equal_those_of_transformers_bit_for_bit(model: Path, pictures: Path) -> None:
     paths = [pictures / name for name in PICTURES]
     processor = AutoProcessor.from_pretrained(model)
     expected = processor(images=[[str(path)] for path in paths], return_tensors="np")["pixel_values"]
@@ -91,7 +91,7 @@ def test_pixels_are_those_of_transformers_bit_for_bit(model: Path, pictures: Pat
     assert len({row.tobytes() for row in found}) > 10, "and the pictures differ"
 
 
-def test_other_means_and_sizes_are_followed_or_refused(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_other_means_and_sizes_are_applied_or_refused(model: Path, pictures: Path, tmp_path: Path) -> None:
     other = tmp_path / "model"
     shutil.copytree(model, other)
     path = other / "processor_config.json"
@@ -124,7 +124,7 @@ TEXTS: dict[str, list[str]] = {
 }
 
 
-def test_tokens_are_those_of_transformers(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_tokens_equal_those_of_transformers(model: Path, pictures: Path, tmp_path: Path) -> None:
     given = [Document("a:1", text, tuple(pictures / name for name in names)) for text, names in TEXTS.items()]
     pack(model, tmp_path / "out", given, bos=True, shard_tokens=10, flush=False)
     packed = Packed.open(tmp_path / "out", verify=True)
@@ -142,14 +142,14 @@ def test_tokens_are_those_of_transformers(model: Path, pictures: Path, tmp_path:
     assert packed.counts[256_001:].sum() == 20
 
 
-def test_a_text_without_places_has_its_pictures_first() -> None:
+def test_a_text_without_placeholders_has_its_images_first() -> None:
     blank = "\n\n"
     assert text_pieces("ab", 2) == [blank, blank * 2, f"{blank}ab"]
     assert text_pieces("a<start_of_image>b", 1) == [f"a{blank}", f"{blank}b"]
 
 
 @pytest.mark.parametrize(
-    ("text", "images", "told"),
+    ("text", "images", "message"),
     [
         ("a<start_of_image>b", 2, "has 2 image(s), but <start_of_image> 1 time(s)"),
         ("<start_of_image><start_of_image>b", 1, "has 1 image(s), but <start_of_image> 2 time(s)"),
@@ -158,12 +158,12 @@ def test_a_text_without_places_has_its_pictures_first() -> None:
         ("", 1, "ends with an image"),
     ],
 )
-def test_a_document_whose_places_do_not_fit_is_refused(text: str, images: int, told: str) -> None:
-    with pytest.raises(ValueError, match=told.replace("(", r"\(").replace(")", r"\)")):
+def test_a_document_with_a_wrong_number_of_placeholders_is_refused(text: str, images: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         text_pieces(text, images)
 
 
-def test_pictures_that_cannot_be_read_are_refused(pictures: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_refused(pictures: Path, tmp_path: Path) -> None:
     whole = (pictures / "rgb.png").read_bytes()
     made = {
         "cut.png": (whole[: len(whole) // 2], "cannot be read as an image: "),
@@ -171,9 +171,9 @@ def test_pictures_that_cannot_be_read_are_refused(pictures: Path, tmp_path: Path
         "empty.png": (b"", "is not an image of a supported format"),
         "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "is not an image of a supported format"),
     }
-    for name, (data, told) in made.items():
+    for name, (data, message) in made.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             check_picture(tmp_path / name)
     with pytest.raises(ValueError, match="no such file"):
         check_picture(tmp_path / "absent.png")
@@ -182,13 +182,13 @@ def test_pictures_that_cannot_be_read_are_refused(pictures: Path, tmp_path: Path
     assert {check_picture(pictures / name) for name in PICTURES} == {"png", "jpg", "gif", "webp", "bmp", "tiff", "ppm"}
 
 
-def test_a_picture_that_would_take_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_would_take_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     colours(100, 100).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="cannot be read as an image: Image size"):
         check_picture(tmp_path / "a.png")
 
 
-def test_a_picture_that_is_lost_later_is_a_data_error(model: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_lost_later_is_a_data_error(model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.png: no such file"):
         pixel_values([tmp_path / "a.png"], model)

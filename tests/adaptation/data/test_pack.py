@@ -54,7 +54,7 @@ def decoded(packed: Packed, model: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 2, 3, 7, 22, 95, 96, 1000])
-def test_what_is_packed_is_read_again_wherever_shards_end(model: Path, tmp_path: Path, shard_tokens: int) -> None:
+def test_packed_documents_are_read_back_wherever_shards_end(model: Path, tmp_path: Path, shard_tokens: int) -> None:
     texts = ["ab" * (length // 2) + "c" * (length % 2) for length in LENGTHS]
     done = pack_texts(model, tmp_path / "out", texts, shard_tokens=shard_tokens)
     packed = Packed.open(tmp_path / "out", verify=True)
@@ -70,7 +70,7 @@ def test_what_is_packed_is_read_again_wherever_shards_end(model: Path, tmp_path:
     assert np.array_equal(packed.counts, np.bincount(whole, minlength=256))
 
 
-def test_bos_stands_before_each_document_if_asked_for(model: Path, tmp_path: Path) -> None:
+def test_bos_precedes_each_document_on_request(model: Path, tmp_path: Path) -> None:
     pack(model, tmp_path / "out", documents(["ab", "c"]), bos=True, flush=False)
     packed = Packed.open(tmp_path / "out")
     assert packed.read(0, packed.tokens).tolist() == [BOS, 69, 70, EOS, BOS, 71, EOS]
@@ -80,7 +80,7 @@ def test_bos_stands_before_each_document_if_asked_for(model: Path, tmp_path: Pat
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> list[Document]:
-    """Documents with and without pictures."""
+    """Documents with and without images."""
     paths = []
     for name in ("red", "blue", "green"):
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -117,12 +117,12 @@ def test_names_of_special_tokens_in_texts_stay_text(model: Path, tmp_path: Path)
     assert not packed.counts[253:].any()
 
 
-def test_what_the_tokenizer_does_not_know_is_counted(model: Path, tmp_path: Path) -> None:
+def test_unknown_tokens_are_counted(model: Path, tmp_path: Path) -> None:
     pack_texts(model, tmp_path / "out", ["aäöb", "ß"])
     assert Packed.open(tmp_path / "out").index.special == {str(EOS): 2, "3": 2}
 
 
-def test_empty_documents_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
+def test_empty_documents_are_skipped_and_counted(model: Path, tmp_path: Path) -> None:
     done = pack_texts(model, tmp_path / "out", ["", "a", " \n\t", "b"])
     assert (done.index.empty, done.index.text.documents) == (2, 2)
     for texts in ([], ["", " "]):
@@ -132,7 +132,7 @@ def test_empty_documents_are_left_out_and_counted(model: Path, tmp_path: Path) -
 
 
 def with_tokenizer(model: Path, folder: Path, section: str, value: dict[str, object]) -> Path:
-    """The model with another section in its tokenizer.json."""
+    """Write a copy of the model with another section in its tokenizer.json."""
     shutil.copytree(model, folder)
     path = folder / "tokenizer.json"
     document = json.loads(path.read_text())
@@ -141,13 +141,13 @@ def with_tokenizer(model: Path, folder: Path, section: str, value: dict[str, obj
     return folder
 
 
-def test_a_text_that_gives_a_special_token_all_the_same_is_named(model: Path, tmp_path: Path) -> None:
+def test_a_text_that_still_becomes_a_special_token_is_named(model: Path, tmp_path: Path) -> None:
     other = with_tokenizer(model, tmp_path / "model", "model", {"ignore_merges": True})
     with pytest.raises(DataError, match=r"texts:2: contains the special token 1 \(<eos>\)"):
         pack_texts(other, tmp_path / "out", ["a", "<eos>", "b"])
 
 
-def test_a_text_of_which_the_tokenizer_leaves_nothing_is_empty(model: Path, tmp_path: Path) -> None:
+def test_a_text_without_any_token_is_empty(model: Path, tmp_path: Path) -> None:
     nothing = {"type": "Replace", "pattern": {"Regex": "x+"}, "content": ""}
     other = with_tokenizer(model, tmp_path / "model", "normalizer", nothing)
     index = pack_texts(other, tmp_path / "out", ["a", "xxx"]).index
@@ -217,7 +217,7 @@ def test_a_placeholder_without_an_image_is_noted(model: Path, tmp_path: Path) ->
     assert done.notes == ("1 document(s) without images contain <start_of_image>, packed as plain text",)
 
 
-def test_after_a_hundred_of_them_no_more_is_read(model: Path, tmp_path: Path) -> None:
+def test_reading_stops_after_a_hundred_faults(model: Path, tmp_path: Path) -> None:
     read = 0
 
     def faults() -> Iterator[Fault]:
@@ -230,7 +230,9 @@ def test_after_a_hundred_of_them_no_more_is_read(model: Path, tmp_path: Path) ->
     assert read == len(failed.value.details) == MAX_FAULTS
 
 
-def test_a_model_without_eyes_takes_no_pictures(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
+def test_images_for_a_model_without_a_vision_tower_are_refused(
+    model: Path, tmp_path: Path, mixed: list[Document]
+) -> None:
     shutil.copytree(model, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     config["encoder"]["vision_config"]["num_hidden_layers"] = 0
@@ -244,9 +246,7 @@ def test_a_model_without_eyes_takes_no_pictures(model: Path, tmp_path: Path, mix
         pack(tmp_path / "model", tmp_path / "other", mixed[:5], bos=True, flush=False)
 
 
-def test_an_output_that_is_there_stays_unless_it_is_to_be_replaced(
-    model: Path, tmp_path: Path, mixed: list[Document]
-) -> None:
+def test_an_existing_output_stays_unless_overwrite_is_set(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
     pack_texts(model, tmp_path / "out", ["old"])
     before = contents(tmp_path / "out")
     with pytest.raises(OutputError, match="exists and is not empty"):
@@ -261,7 +261,7 @@ def test_an_output_that_is_there_stays_unless_it_is_to_be_replaced(
             pack(model, target, mixed, sources=[tmp_path / "in"], overwrite=True, flush=False)
 
 
-def test_a_folder_that_no_packing_wrote_is_never_replaced(model: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_packed_data_is_never_replaced(model: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "novel.txt").write_text("Call me Ishmael.")
@@ -293,8 +293,8 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_takes_no_more_leaves_nothing(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
-    """The system refuses every write beyond so many bytes of a file; which file that is depends on the limit."""
+def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path, mixed: list[Document]) -> None:
+    """The system refuses writes beyond a file size; the limit decides which file fails."""
     failed = set()
     for size in (0, 20, 79, 150, 300, 700, 1500, 2000, 2100):
         with largest_file(size), pytest.raises(OutputError, match="cannot be written: File too large") as error:
@@ -332,13 +332,13 @@ def test_O2_any_call_that_fails_leaves_nothing(
                 refused += 1
             else:
                 break
-            if (tmp_path / "out").exists():  # the last of all: the folder's parent could not be flushed
+            if (tmp_path / "out").exists():  # the last call: the folder's parent could not be flushed
                 break
             assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "whole"]
     assert refused >= {"fsync": 10, "rename": 1, "mkdir": 2}[name]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_shard_has_a_token_at_least(model: Path, tmp_path: Path) -> None:
+def test_a_shard_has_at_least_one_token(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="shard_tokens: Input should be greater"):
         pack_texts(model, tmp_path / "out", ["a"], shard_tokens=0)

@@ -20,7 +20,7 @@ from t5g2convert.errors import DataError
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model, and data of three documents without pictures and two with them, in `data`."""
+    """The demo's model, and `data`, with three documents without images and two with images."""
     folder = tmp_path_factory.mktemp("made")
     build_demo_source(folder / "source")
     convert(folder / "source", folder / "model", flush=False)
@@ -39,12 +39,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(made: Path, tmp_path: Path) -> Path:
-    """The data, free to be damaged."""
+    """A copy of the data that tests may damage."""
     shutil.copytree(made / "data", tmp_path / "data")
     return tmp_path / "data"
 
 
-def test_documents_with_pictures_stand_apart(made: Path) -> None:
+def test_documents_with_images_are_stored_separately(made: Path) -> None:
     packed = Packed.open(made / "data", verify=True)
     assert (packed.index.text.documents, packed.tokens, len(packed.images)) == (3, 15, 2)
     red, both = packed.images
@@ -82,8 +82,8 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(data: Path, name: st
     whole = (data / name).read_bytes()
     for damaged in (whole[:-1], whole + b"\0", b""):
         (data / name).write_bytes(damaged)
-        told = rf"{name}: has {len(damaged)} bytes, but the index says {len(whole)}"
-        with pytest.raises(DataError, match=told):
+        message = rf"{name}: has {len(damaged)} bytes, but the index says {len(whole)}"
+        with pytest.raises(DataError, match=message):
             Packed.open(data)
     (data / name).unlink()
     with pytest.raises(DataError, match=f"{name}: is missing"):
@@ -91,20 +91,20 @@ def test_a_file_that_is_missing_or_of_another_size_is_named(data: Path, name: st
 
 
 @pytest.mark.parametrize("name", [*FILES, "images"])
-def test_bytes_that_changed_are_found_if_asked_for(data: Path, name: str) -> None:
+def test_changed_bytes_are_found_on_request(data: Path, name: str) -> None:
     path = next((data / name).iterdir()) if name == "images" else data / name
     Packed.open(data, verify=True)
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)
-    if name not in ("text.doc", "image.doc"):  # whose order tells it already
+    if name not in ("text.doc", "image.doc"):  # their order already shows the damage
         Packed.open(data)
     with pytest.raises(DataError) as failed:
         Packed.open(data, verify=True)
     assert failed.value.details in ((path.relative_to(data).as_posix(),), ())
 
 
-def test_several_processes_look_at_all_files_together(data: Path) -> None:
+def test_several_processes_share_the_check_of_all_files(data: Path) -> None:
     packed = Packed.open(data)
     found: list[str] = []
     for path in (item for item in data.rglob("*") if item.is_file() and item.name != "index.json"):
@@ -119,7 +119,7 @@ def test_several_processes_look_at_all_files_together(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ends", "told"),
+    ("ends", "message"),
     [
         ([4, 4, 15], "document 1 ends before it begins"),
         ([9, 4, 15], "document 1 ends"),
@@ -130,15 +130,15 @@ def test_several_processes_look_at_all_files_together(data: Path) -> None:
 )
 @pytest.mark.parametrize("at_once", [1, 2, 100])
 def test_ends_that_do_not_ascend_are_refused(
-    data: Path, ends: list[int], told: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+    data: Path, ends: list[int], message: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "CHECKED_AT_ONCE", at_once)
     (data / "text.doc").write_bytes(np.array(ends, "<u8").tobytes())
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         Packed.open(data)
 
 
-def test_pictures_that_are_missing_or_more_are_refused(data: Path) -> None:
+def test_missing_or_additional_images_are_refused(data: Path) -> None:
     picture = next((data / "images").iterdir())
     shutil.copy(picture, data / "images/more.png")
     with pytest.raises(DataError, match="images: has 3 images of"):
@@ -152,7 +152,7 @@ def test_pictures_that_are_missing_or_more_are_refused(data: Path) -> None:
         Packed.open(data)
 
 
-def test_a_picture_elsewhere_is_refused(data: Path) -> None:
+def test_an_image_outside_the_folder_is_refused(data: Path) -> None:
     content = bytearray((data / "image.pic").read_bytes())
     content[32:40] = b"/../../x"
     (data / "image.pic").write_bytes(content)
@@ -160,7 +160,7 @@ def test_a_picture_elsewhere_is_refused(data: Path) -> None:
         Packed.open(data).images[0]
 
 
-def test_pictures_and_their_tokens_must_be_as_many(data: Path) -> None:
+def test_the_number_of_images_must_fit_their_tokens(data: Path) -> None:
     total = Packed.open(data).index.image.tokens
     (data / "image.doc").write_bytes(np.array([[12, 2], [total, 3]], "<u8").tobytes())
     with pytest.raises(DataError, match="document 0: has 2 images and 1 end-of-image tokens"):
@@ -174,7 +174,7 @@ def change(path: Path, act: Callable[[dict[str, Any]], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "told"),
+    ("act", "message"),
     [
         (lambda index: index.update(format=2), "is not an index of packed data: format"),
         (lambda index: index.pop("text"), "is not an index of packed data: text"),
@@ -186,13 +186,13 @@ def change(path: Path, act: Callable[[dict[str, Any]], object]) -> None:
         (lambda index: index["special"].update(eos=1), "is not an index of packed data: special"),
     ],
 )
-def test_an_index_that_is_none_is_refused(data: Path, act: Callable[[dict[str, Any]], object], told: str) -> None:
+def test_an_invalid_index_is_refused(data: Path, act: Callable[[dict[str, Any]], object], message: str) -> None:
     change(data / "index.json", act)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         Packed.open(data)
 
 
-def test_a_folder_that_is_none_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_folder_without_packed_data_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent/index\.json: is missing: this is not a folder of packed data"):
         Packed.open(tmp_path / "absent")
     with pytest.raises(DataError, match=r"got an address \(https://\.\.\.\)"):

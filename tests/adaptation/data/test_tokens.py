@@ -29,7 +29,7 @@ def gemma(twin_folder: TwinFolder, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The demo's T5Gemma 2, free to be damaged."""
+    """A copy of the demo's T5Gemma 2 that tests may damage."""
     build_demo_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "model", flush=False)
     return tmp_path / "model"
@@ -75,14 +75,14 @@ def test_the_name_of_a_special_token_is_read_as_text(encoder: TextEncoder, plain
     assert set(plain.encode(text, add_special_tokens=False).ids) & encoder.special.keys(), "or there was no danger"
 
 
-def test_text_without_such_names_is_read_as_ever(encoder: TextEncoder, plain: Tokenizer) -> None:
+def test_text_without_names_of_special_tokens_is_read_unchanged(encoder: TextEncoder, plain: Tokenizer) -> None:
     texts = ["ab ab\n\nab", "\n\n\nä€𝄞\t{}", " ab  ab ", "", "[multimodal]"]
     found = encoder.encode(texts)
     assert [tokens.tolist() for tokens in found] == [plain.encode(text, add_special_tokens=False).ids for text in texts]
     assert all(tokens.dtype == np.uint32 for tokens in found)
 
 
-def test_a_tokenizer_that_asks_for_cutting_and_filling_does_neither(model: Path) -> None:
+def test_truncation_and_padding_of_a_tokenizer_are_disabled(model: Path) -> None:
     before = [tokens.tolist() for tokens in TextEncoder(model, read_tokens(model)).encode(["abcdefgh", "a"])]
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.enable_truncation(3)
@@ -93,7 +93,7 @@ def test_a_tokenizer_that_asks_for_cutting_and_filling_does_neither(model: Path)
     assert list(map(len, after)) == [8, 1]
 
 
-def test_what_the_config_names_is_special_whatever_the_tokenizer_says(model: Path) -> None:
+def test_tokens_in_the_config_are_special_whatever_the_tokenizer_says(model: Path) -> None:
     def act(document: dict[str, Any]) -> None:
         for entry in document["added_tokens"]:
             entry["special"] = False
@@ -105,7 +105,7 @@ def test_what_the_config_names_is_special_whatever_the_tokenizer_says(model: Pat
     assert not set(tokens.tolist()) & encoder.special.keys()
 
 
-def test_a_special_token_that_a_tokenizer_gives_all_the_same_is_a_fault(model: Path) -> None:
+def test_a_special_token_that_a_tokenizer_still_returns_is_a_fault(model: Path) -> None:
     change(model / "tokenizer.json", lambda document: document["model"].update(ignore_merges=True))
     encoder = TextEncoder(model, read_tokens(model))
     (bad, good) = encoder.encode(["<eos>", "a<eos>"])
@@ -113,7 +113,7 @@ def test_a_special_token_that_a_tokenizer_gives_all_the_same_is_a_fault(model: P
     assert encoder.fault(good) is None
 
 
-def test_the_unknown_token_is_no_fault(model: Path) -> None:
+def test_the_unknown_token_is_not_a_fault(model: Path) -> None:
     encoder = TextEncoder(model, read_tokens(model))
     (tokens,) = encoder.encode(["aäa"])
     assert tokens.tolist() == [69, 3, 69]
@@ -128,7 +128,7 @@ def test_a_token_without_a_row_is_a_fault(model: Path) -> None:
     assert encoder.fault(tokens) == "contains token 256, but the embedding table has 256 rows"
 
 
-def test_a_folder_without_what_is_needed_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_folder_without_the_needed_files_is_refused(model: Path, tmp_path: Path) -> None:
     assert tokenizer_sha256(model) == sha256_of(model / "tokenizer.json")
     tokens = read_tokens(model)
     (model / "tokenizer.json").write_text("{}")

@@ -48,7 +48,7 @@ def by_torch(folder: Path) -> dict[str, torch.Tensor]:
     return state["model"]
 
 
-def test_a_checkpoint_is_what_was_saved(folder: Path) -> None:
+def test_a_checkpoint_holds_what_was_saved(folder: Path) -> None:
     trained = CheckpointReader(folder)
     manifest = trained.manifest
     assert (manifest.step, manifest.settings_sha256, manifest.objective_sha256) == (
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_what_was_saved(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_save_what_one_reads(by_two: Path) -> None:
+def test_one_process_reads_what_two_saved(by_two: Path) -> None:
     assert len(list(by_two.glob("shard-*"))) == 2
     trained, expected = CheckpointReader(by_two), by_torch(by_two)
     assert [(shard.first, shard.rows) for shard in trained._shards[EMBEDDING]] == [(0, 4), (4, 3)]
@@ -73,7 +73,7 @@ def test_two_processes_save_what_one_reads(by_two: Path) -> None:
 
 @pytest.mark.parametrize("elements", [1, 10, 25, 1 << 20])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_tensor_comes_in_rows(
+def test_a_tensor_is_read_in_rows(
     elements: int, processes: int, folder: Path, by_two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_reader, "BLOCK_ELEMENTS", elements)
@@ -202,7 +202,7 @@ def test_a_file_that_is_cut_after_it_was_opened_is_refused(folder: Path) -> None
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_rows_of_a_process_that_are_missing_or_come_twice_are_refused(rank: int, by_two: Path, tmp_path: Path) -> None:
+def test_missing_or_repeated_rows_of_a_process_are_refused(rank: int, by_two: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(by_two, tmp_path / "step"))
     own, other = (folder / f"shard-{each:05d}-model-00001-of-00001.safetensors" for each in (rank, 3 - rank))
     shutil.copyfile(other, own)
@@ -215,7 +215,7 @@ def test_rows_of_a_process_that_are_missing_or_come_twice_are_refused(rank: int,
         with pytest.raises(CheckpointError, match=r"expected row 0 next, found row \d"):
             CheckpointReader(folder)
     else:
-        # Nothing in the rest shows it: the shapes no longer fit the model.
+        # The other files do not show it, but the shapes no longer fit the model.
         names = CheckpointReader(folder).names
         assert math.prod(names["model.encoder.embed_tokens.weight"]) == 40
 

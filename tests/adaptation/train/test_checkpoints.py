@@ -21,15 +21,15 @@ ENGINE: Any = SimpleNamespace(global_rank=0, world_size=1)
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """Torch warns of loading and saving without a process group."""
+def without_process_group_warning() -> Iterator[None]:
+    """Ignore torch's warning about loading and saving without a process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 
 def state_of(*, steps: int) -> State:
-    """Two tensors, the first of them trained."""
+    """Return the state of two tensors; only the first is trained."""
     torch.manual_seed(steps)
     parameters = {name: nn.Parameter(torch.randn(3, 2)) for name in NAMES}
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("size", [1 << 30, 48, 1])
-def test_values_and_moments_come_back_from_any_number_of_files(
+def test_values_and_moments_are_loaded_from_any_number_of_files(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "FILE_BYTES", size)
@@ -105,7 +105,9 @@ def test_the_newest_and_the_regular_checkpoints_are_kept(tmp_path: Path) -> None
     assert list(regular_checkpoints(tmp_path)) == [20, 30]
 
 
-def test_fewer_are_kept_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_checkpoints_are_removed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for step in (10, 20, 30):
         save(ENGINE, tmp_path, step, state_of(steps=1), SETTINGS, keep=3)
     found = []

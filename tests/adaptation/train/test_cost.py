@@ -1,4 +1,4 @@
-"""Estimates of a training's cost, compared with what torch counts."""
+"""Estimated operations and memory of training, compared with torch's own counts."""
 
 import json
 from pathlib import Path
@@ -25,14 +25,14 @@ def shapes(folder: Path) -> T5Gemma2:
 
 
 def counted(folder: Path, images: int, *, training: bool) -> int:
-    """What torch counts of a pass over two samples, the softmax included."""
+    """Return torch's count for a pass over two samples, including the softmax."""
     model: Any = T5Gemma2ForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     model.model.encoder.vision_tower.requires_grad_(False)
     if training:
         recompute_activations(model)
-    denoiser = ModelWithLoss(model, tasks=1, softcap=None, chunk=3).train(training)
+    module = ModelWithLoss(model, tasks=1, softcap=None, chunk=3).train(training)
     ids = torch.arange(3, 3 + ENCODER).repeat(SAMPLES, 1)
     ids[:, : images * model.config.encoder.mm_tokens_per_image] = model.config.image_token_index
     labels = torch.full((SAMPLES, DECODER), 5)
@@ -47,28 +47,28 @@ def counted(folder: Path, images: int, *, training: bool) -> int:
         **({"pixel_values": torch.zeros(SAMPLES * images, 3, size, size)} if images else {}),
     }
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        loss, _, _ = denoiser(batch)
+        loss, _, _ = module(batch)
         if training:
             loss.backward()
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("twin", "images"), [("text-13", 0), ("images-8", 0), ("images-8", 1), ("images-8", 2)])
-def test_operations_of_a_pass_are_those_that_torch_counts(converted_twin: TwinFolder, twin: str, images: int) -> None:
+def test_operations_of_a_pass_equal_those_that_torch_counts(converted_twin: TwinFolder, twin: str, images: int) -> None:
     folder = converted_twin(twin)
     ours = operations(shapes(folder), encoder=ENCODER, decoder=DECODER, images=images)
     forward = ours.encoder + ours.decoder + ours.softmax + ours.vision + ours.projector
-    # torch counts the rotation's angles too, of a few elements each.
+    # torch also counts the angles of the rotation, a few elements each.
     assert counted(folder, images, training=False) == pytest.approx(SAMPLES * forward, rel=2e-3)
 
 
-def test_operations_of_training_are_those_that_torch_counts(converted_twin: TwinFolder) -> None:
+def test_operations_of_training_equal_those_that_torch_counts(converted_twin: TwinFolder) -> None:
     folder = converted_twin("images-8")
     ours = operations(shapes(folder), encoder=ENCODER, decoder=DECODER, images=1)
     assert counted(folder, 1, training=True) == pytest.approx(SAMPLES * ours.training, rel=2e-3)
 
 
-def test_memory_is_shared_out_among_the_devices(converted_twin: TwinFolder) -> None:
+def test_memory_is_divided_among_the_devices(converted_twin: TwinFolder) -> None:
     folder = converted_twin("images-8")
     parameters, model = inspect(folder).parameters, shapes(folder)
     one, four = (memory(model, parameters, devices=n, encoder=14, decoder=10, chunk=8) for n in (1, 4))

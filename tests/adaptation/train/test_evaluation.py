@@ -34,7 +34,7 @@ def module_of(small: Path, tasks: int) -> ModelWithLoss:
     return ModelWithLoss(network, tasks=tasks, softcap=None, chunk=100)
 
 
-def test_the_losses_are_those_of_the_samples_one_by_one(small: Path) -> None:
+def test_the_losses_equal_those_of_single_samples(small: Path) -> None:
     settings = settings_of(image_every=2)
     held_out = open_held_out(small / "model", small / "data", settings, 10)
     assert [samples.settings.samples for samples in held_out] == [16, 10]
@@ -59,7 +59,7 @@ def test_the_losses_are_those_of_the_samples_one_by_one(small: Path) -> None:
     assert module.training
 
 
-def test_a_hidden_encoder_changes_nothing_whatever_it_reads(small: Path) -> None:
+def test_the_input_of_a_hidden_encoder_has_no_effect(small: Path) -> None:
     samples = prepare(small / "model", small / "data", settings_of()).samples
     module = module_of(small, len(task_names(samples.settings))).eval()
     batch = samples[MicroBatch(0, (0, 1), (True, True))]
@@ -72,7 +72,7 @@ def test_a_hidden_encoder_changes_nothing_whatever_it_reads(small: Path) -> None
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_run_writes_its_held_out_losses_and_goes_on_with_them(small: Path, tmp_path: Path) -> None:
+def test_a_run_writes_its_held_out_losses_and_appends_when_resumed(small: Path, tmp_path: Path) -> None:
     settings = settings_of(steps=4, precision="float32", lr=4e-3)
     request = request_of(small, tmp_path / "run", settings, eval=small / "data", eval_every=2, eval_samples=8)
     seen: list[Evaluation] = []

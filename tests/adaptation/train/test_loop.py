@@ -1,4 +1,4 @@
-"""Runs as a user has them, in processes of their own: what is learnt, and what a kill costs."""
+"""Runs in separate processes, as users start them: what they learn, and what a kill costs."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoint
 from tests.adaptation.trainings import OPTIONS, RUN_OPTIONS, TASKS, adapt, steps_of, tensors_of
 
 TOLERANCE = 1e-4
-"""Between numbers of processes: they add up gradients in other orders. 1e-5 and less were seen."""
+"""Different numbers of processes add up gradients in different orders; differences were at most 1e-5."""
 
 
 def mean_loss(steps: list[dict[str, Any]], task: str) -> float:
@@ -24,7 +24,7 @@ def mean_loss(steps: list[dict[str, Any]], task: str) -> float:
 
 
 @pytest.mark.parametrize("task", [*sorted(TASKS), "images"])
-def test_every_task_is_learnt(task: str, trained: Path) -> None:
+def test_the_loss_of_every_task_falls(task: str, trained: Path) -> None:
     steps = steps_of(trained / "run")
     assert [step["step"] for step in steps] == list(range(1, 61))
     assert mean_loss(steps[40:], task) < mean_loss(steps[:20], task) - 0.5
@@ -36,27 +36,27 @@ def test_text_and_image_steps_alternate(trained: Path) -> None:
         assert set(step["tasks"]) == (TASKS if step["step"] % 4 else {"images"})
 
 
-def test_the_tower_keeps_its_bytes_and_all_else_moves(small: Path, trained: Path) -> None:
+def test_the_tower_keeps_its_bytes_and_all_else_is_trained(small: Path, trained: Path) -> None:
     before = load_file(small / "model/model.safetensors")
     after = load_file(trained / "run/model/model.safetensors")
     assert before.keys() == after.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}
     tower = {name for name in before if ".vision_tower." in name}
     assert tower
-    # The embedding of the end-of-image token is read by documents with images alone, and is trained by them.
+    # Only documents with images read the embedding of the end-of-image token, and so train it.
     assert same == tower
 
 
-def test_it_prints_one_document(trained: Path) -> None:
-    told = json.loads((trained / "output.json").read_text())
-    assert told["steps"] == 60
-    assert told["resumed_from"] == 0
-    assert Path(told["checkpoint"]).name == "step-00000060"
-    assert told["model"]["parameters"]["vision"] > 0
-    assert told["tasks"].keys() == {"images"}
+def test_json_output_is_one_document(trained: Path) -> None:
+    output = json.loads((trained / "output.json").read_text())
+    assert output["steps"] == 60
+    assert output["resumed_from"] == 0
+    assert Path(output["checkpoint"]).name == "step-00000060"
+    assert output["model"]["parameters"]["vision"] > 0
+    assert output["tasks"].keys() == {"images"}
 
 
-def test_the_export_loads_in_transformers_and_writes(trained: Path) -> None:
+def test_the_export_loads_in_transformers_and_generates(trained: Path) -> None:
     from transformers import T5Gemma2ForConditionalGeneration
 
     model, found = T5Gemma2ForConditionalGeneration.from_pretrained(
@@ -77,7 +77,7 @@ def test_the_export_is_the_last_checkpoint_rounded(trained: Path) -> None:
         assert torch.equal(tensor.to(torch.bfloat16), exported[name])
 
 
-def test_what_a_run_leaves(trained: Path) -> None:
+def test_the_files_of_a_run(trained: Path) -> None:
     run = trained / "run"
     names = {item.name for item in run.iterdir()}
     assert names == {"run.json", "metrics.jsonl", "tensorboard", "checkpoints", "loss.svg", "model"}
@@ -87,7 +87,7 @@ def test_what_a_run_leaves(trained: Path) -> None:
 
 @pytest.fixture(scope="module")
 def killed(shared: Any, small: Path) -> Path:
-    """`run` and `other`, of two processes, killed when the checkpoint of step 40 was written and not yet in place."""
+    """`run` and `other`, of two processes, killed when the checkpoint of step 40 was written but not yet renamed."""
 
     def build(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +119,7 @@ def test_two_processes_equal_one_and_a_kill_leaves_the_older_checkpoint(killed: 
 
 
 @pytest.mark.slow
-def test_resumed_on_as_many_processes_it_goes_on_bit_for_bit(killed: Path, small: Path, trained: Path) -> None:
+def test_resuming_on_as_many_processes_continues_bit_for_bit(killed: Path, small: Path, trained: Path) -> None:
     before = steps_of(killed / "run")
     assert [step["step"] for step in before] == list(range(1, 41))
     options = (*RUN_OPTIONS, "--devices", "2", "--micro-batch", "3", "--no-export", "--resume")
@@ -133,7 +133,7 @@ def test_resumed_on_as_many_processes_it_goes_on_bit_for_bit(killed: Path, small
     assert_close(killed / "run", trained / "run", 60)
 
 
-def test_resumed_on_one_process_it_equals_the_uninterrupted(killed: Path, small: Path, trained: Path) -> None:
+def test_resuming_on_one_process_equals_the_uninterrupted_run(killed: Path, small: Path, trained: Path) -> None:
     adapt(small, killed / "other", *RUN_OPTIONS, "--micro-batch", "8", "--no-export", "--resume", "--workers", "1")
     assert_close(killed / "other", trained / "run", 60)
     ours, theirs = steps_of(killed / "other"), steps_of(trained / "run")
@@ -141,7 +141,7 @@ def test_resumed_on_one_process_it_equals_the_uninterrupted(killed: Path, small:
 
 
 @pytest.mark.slow
-def test_a_signal_ends_it_with_its_own_code(small: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_a_run_with_its_own_exit_code(small: Path, tmp_path: Path) -> None:
     import os
     import subprocess
 
@@ -158,16 +158,16 @@ def test_a_signal_ends_it_with_its_own_code(small: Path, tmp_path: Path) -> None
         if line.startswith("step 3 "):
             process.send_signal(signal.SIGTERM)
             break
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM, told
-    assert "stopped by signal 15 (repeat the command with --resume to continue from the last checkpoint" in told
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert "stopped by signal 15 (repeat the command with --resume to continue from the last checkpoint" in stderr
     (last,) = complete_checkpoints(run)
     assert last == len(steps_of(run)) >= 3
     assert tensors_of(run, last)
 
 
 @pytest.mark.slow
-def test_an_error_is_told_once_and_all_processes_end_with_its_code(small: Path, trained: Path) -> None:
+def test_an_error_is_printed_once_and_all_processes_end_with_its_code(small: Path, trained: Path) -> None:
     options = (*RUN_OPTIONS, "--devices", "2", "--no-export", "--resume", "--seed", "1")
     done = adapt(small, trained / "run", *options, code=2)
     assert done.stderr.count("seed 0, now 1") == 1
@@ -175,7 +175,7 @@ def test_an_error_is_told_once_and_all_processes_end_with_its_code(small: Path, 
 
 
 @pytest.mark.slow
-def test_an_error_of_the_second_process_is_told_once_with_its_code(small: Path, tmp_path: Path) -> None:
+def test_an_error_of_the_second_process_is_printed_once_with_its_code(small: Path, tmp_path: Path) -> None:
     options = (*OPTIONS, "--devices", "2", "--micro-batch", "1", "--no-export")
     done = adapt(small, tmp_path / "run", *options, code=3, module="tests.adaptation.faulty")
     assert done.stderr.count("no such file") == 1
@@ -183,7 +183,7 @@ def test_an_error_of_the_second_process_is_told_once_with_its_code(small: Path, 
     assert [step["step"] for step in steps_of(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_safetensors_of_the_export_has_the_models_dtype(small: Path, trained: Path) -> None:
+def test_the_export_has_the_models_dtype(small: Path, trained: Path) -> None:
     for folder in (small / "model", trained / "run/model"):
         with safe_open(folder / "model.safetensors", "pt") as file:
             assert file.get_slice("model.encoder.norm.weight").get_dtype() == "BF16"

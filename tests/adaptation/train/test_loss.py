@@ -16,7 +16,7 @@ def model(converted_twin: TwinFolder) -> T5Gemma2ForConditionalGeneration:
 
 
 def make_batch(*, vocabulary: int = 300) -> dict[str, torch.Tensor]:
-    """Three samples of three tasks, the second shorter than the others; every length is odd."""
+    """Return three samples of three tasks, the second the shortest; every length is odd."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(*shape: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def add_teaching(batch: dict[str, torch.Tensor], *, vocabulary: int = 300) -> di
 
 @pytest.mark.parametrize("chunk", [4, 29, 1000])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_loss_and_its_gradient_are_the_class_own(
+def test_the_loss_and_its_gradient_equal_those_of_the_class(
     chunk: int, softcap: float | None, model: T5Gemma2ForConditionalGeneration
 ) -> None:
     model.config.decoder.final_logit_softcapping = softcap
@@ -67,10 +67,10 @@ def test_the_loss_and_its_gradient_are_the_class_own(
 
 def test_each_task_has_its_own_sum(model: T5Gemma2ForConditionalGeneration) -> None:
     batch = make_batch()
-    denoiser = ModelWithLoss(model, tasks=4, softcap=None, chunk=5)
-    together = denoiser(batch)[1]
+    module = ModelWithLoss(model, tasks=4, softcap=None, chunk=5)
+    together = module(batch)[1]
     for row, task in enumerate(batch["tasks"].tolist()):
-        alone = denoiser({name: tensor[row : row + 1] for name, tensor in batch.items()})[1]
+        alone = module({name: tensor[row : row + 1] for name, tensor in batch.items()})[1]
         assert float(alone[task]) == pytest.approx(float(together[task]), rel=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_a_batch_of_padding_has_no_loss_and_a_gradient_of_zero(model: T5Gemma2Fo
     assert not table.any()
 
 
-def test_distilling_is_the_divergence_where_a_teacher_speaks_and_cross_entropy_elsewhere(
+def test_distillation_is_the_divergence_for_text_tokens_and_cross_entropy_elsewhere(
     model: T5Gemma2ForConditionalGeneration, twin_folder: TwinFolder
 ) -> None:
     teacher = load_teacher(twin_folder(TEXT), vocabulary=300, dtype=torch.float32)
@@ -112,14 +112,14 @@ def test_distilling_is_the_divergence_where_a_teacher_speaks_and_cross_entropy_e
 
 def test_a_teacher_is_never_trained(model: T5Gemma2ForConditionalGeneration, twin_folder: TwinFolder) -> None:
     teacher = load_teacher(twin_folder(TEXT), vocabulary=300, dtype=torch.float32)
-    denoiser = ModelWithLoss(model, tasks=4, softcap=None, chunk=5, teacher=teacher).train()
-    denoiser(add_teaching(make_batch()))[0].backward()
+    module = ModelWithLoss(model, tasks=4, softcap=None, chunk=5, teacher=teacher).train()
+    module(add_teaching(make_batch()))[0].backward()
     assert model.training
     assert not any(part.training for part in teacher.modules())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_a_teachers_rows_of_fill_are_left_out() -> None:
+def test_unused_rows_of_a_teacher_are_ignored() -> None:
     head = torch.nn.Linear(4, 10, bias=False)
     teacher = Teacher(torch.nn.Identity(), head, vocabulary=7, softcap=3.0)
     states = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

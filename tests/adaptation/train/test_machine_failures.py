@@ -35,7 +35,7 @@ CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capac
         (torch.distributed.DistBackendError("NCCL error"), "another process of this run died", "--resume"),
     ],
 )
-def test_a_machine_that_fails_gets_one_line_with_a_way_on(error: BaseException, message: str, options: str) -> None:
+def test_a_machine_failure_is_one_line_with_a_next_step(error: BaseException, message: str, options: str) -> None:
     found = machine_error(error)
     assert found is not None
     assert found.exit_code == 8
@@ -48,10 +48,10 @@ def test_a_machine_that_fails_gets_one_line_with_a_way_on(error: BaseException, 
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not match"), ValueError("x"), DataError("Broken pipe"), KeyboardInterrupt()]
 )
-def test_other_errors_stay_what_they_are(error: BaseException) -> None:
+def test_other_errors_are_not_machine_errors(error: BaseException) -> None:
     assert machine_error(error) is None
 
 
-def test_a_machine_error_stays_itself() -> None:
+def test_a_machine_error_is_not_wrapped_again() -> None:
     error = MachineError("out of memory")
     assert machine_error(error) is error

@@ -22,7 +22,7 @@ def write(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps(count)))
 
 
-def test_a_log_is_read_as_it_was_written_and_goes_on_where_it_is_cut(tmp_path: Path) -> None:
+def test_a_log_is_read_as_written_and_continues_where_it_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for start, stop in ((0, 5), (3, 7)):
         with open_log(path, tmp_path / "board", start=start) as log:
@@ -32,7 +32,7 @@ def test_a_log_is_read_as_it_was_written_and_goes_on_where_it_is_cut(tmp_path: P
     assert len(list((tmp_path / "board").iterdir())) >= 1
 
 
-def test_a_run_that_begins_again_leaves_nothing_of_the_first_on_the_board(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_purges_earlier_tensorboard_events(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for stop in (5, 2):
@@ -44,7 +44,7 @@ def test_a_run_that_begins_again_leaves_nothing_of_the_first_on_the_board(tmp_pa
     assert [scalar.step for scalar in board.Scalars("loss")] == [1, 2]
 
 
-def test_a_line_that_was_being_written_is_cut_too(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_cut_too(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 3)
     with path.open("a") as file:
@@ -53,7 +53,7 @@ def test_a_line_that_was_being_written_is_cut_too(tmp_path: Path) -> None:
     assert read_metrics(path) == steps(3)
 
 
-def test_a_damaged_log_is_told_by_its_line(tmp_path: Path) -> None:
+def test_a_damaged_log_is_reported_with_the_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 2)
     path.write_text(path.read_text() + "[]\n")
@@ -61,18 +61,18 @@ def test_a_damaged_log_is_told_by_its_line(tmp_path: Path) -> None:
         read_metrics(path)
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError), open_log(tmp_path / "file/metrics.jsonl", tmp_path / "board", start=0):
         pass
 
 
-def test_a_line_for_people_has_all_of_a_step() -> None:
+def test_the_line_of_a_step_has_all_its_metrics() -> None:
     assert STEP.line == "step 1  loss 2.5000  (a 2.000, b 3.000)  grad norm 1.000  lr 1.00e-03  100 tokens/s"
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 260])
-def test_a_plot_is_the_same_bytes_for_the_same_steps(count: int, tmp_path: Path) -> None:
+def test_a_plot_has_the_same_bytes_for_the_same_steps(count: int, tmp_path: Path) -> None:
     for name in ("one.svg", "other.svg"):
         plot_losses(steps(count), tmp_path / name)
     one = (tmp_path / "one.svg").read_bytes()
@@ -90,7 +90,7 @@ def test_a_plot_names_its_tasks_and_says_when_it_cannot_be_written(tmp_path: Pat
         plot_losses(steps(3), tmp_path / "absent/loss.svg")
 
 
-def test_T5_what_is_not_utf8_is_refused_by_its_line(tmp_path: Path) -> None:
+def test_T5_invalid_utf8_is_reported_with_the_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 3)
     data = bytearray(path.read_bytes())
@@ -103,7 +103,7 @@ def test_T5_what_is_not_utf8_is_refused_by_its_line(tmp_path: Path) -> None:
     assert path.read_bytes() == data
 
 
-def test_T5_what_is_behind_the_step_is_cut_whatever_it_is(tmp_path: Path) -> None:
+def test_T5_anything_after_the_step_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 3)
     path.write_bytes(path.read_bytes() + bytes(1000))
@@ -126,14 +126,14 @@ def test_T5_nothing_is_written_through_a_link(tmp_path: Path, link: Callable[[Pa
 
 
 @pytest.mark.parametrize("change", [{"tasks": {"a": 1.0}}, {"step": -1}, {"tokens": 2**70}, {"more": 1}, {"kind": "x"}])
-def test_T5_numbers_that_no_step_has_are_no_line_of_a_log(tmp_path: Path, change: dict[str, object]) -> None:
+def test_T5_invalid_values_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({**asdict(STEP), **change}) + "\n")
     with pytest.raises(CheckpointError, match=r"metrics.jsonl:1: is not a valid log line"):
         read_metrics(path)
 
 
-def test_T5_a_line_without_end_is_not_waited_for(tmp_path: Path) -> None:
+def test_T5_an_endless_line_is_refused_without_waiting(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with path.open("wb") as file:
         file.truncate(1 << 40)

@@ -37,7 +37,7 @@ def test_every_parameter_has_one_tensor_of_its_shape_and_values(checkpoint: Chec
     compare_values(model, names, checkpoint)
 
 
-def test_older_and_newer_names_of_modules_lead_to_the_same_tensors() -> None:
+def test_older_and_newer_module_names_map_to_the_same_tensors() -> None:
     shapes: Shapes = {
         "model.encoder.norm.weight": (3,),
         "model.encoder.vision_tower.vision_model.post_layernorm.weight": (3,),
@@ -76,9 +76,7 @@ def _with_both_spellings(shapes: Shapes) -> None:
 
 
 @pytest.mark.parametrize("damage", [_without_one, _with_another, _of_another_shape, _with_both_spellings])
-def test_a_correspondence_that_is_not_one_to_one_is_refused(
-    damage: Callable[[Shapes], None], checkpoint: Checkpoint
-) -> None:
+def test_a_mapping_that_is_not_one_to_one_is_refused(damage: Callable[[Shapes], None], checkpoint: Checkpoint) -> None:
     model, shapes = load_model(checkpoint.path, checkpoint.config), shapes_of(checkpoint)
     damage(shapes)
     with pytest.raises(CheckpointError, match="do not match the parameters"):
@@ -112,6 +110,6 @@ def test_another_kind_of_model_is_refused(twin_folder: TwinFolder) -> None:
         load_model(checkpoint.path, checkpoint.config)
 
 
-def test_a_model_that_cannot_recompute_says_so() -> None:
+def test_a_model_without_gradient_checkpointing_is_refused() -> None:
     with pytest.raises(UsageError, match="--no-gradient-checkpointing"):
         recompute_activations(nn.Linear(2, 2))

@@ -15,7 +15,7 @@ def _hold(run: Path, has_it: Event) -> None:
         multiprocessing.Event().wait()
 
 
-def test_a_run_has_its_folder_to_itself_until_its_process_is_dead(tmp_path: Path) -> None:
+def test_a_run_locks_its_folder_until_its_process_is_dead(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     has_it = fork.Event()
     other = fork.Process(target=_hold, args=(tmp_path / "run", has_it))
@@ -32,7 +32,7 @@ def test_a_run_has_its_folder_to_itself_until_its_process_is_dead(tmp_path: Path
         assert (tmp_path / "run/file").exists()
 
 
-def test_a_folder_that_was_made_for_it_and_stayed_empty_goes_with_it(tmp_path: Path) -> None:
+def test_a_new_folder_that_stayed_empty_is_removed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with locked(tmp_path / "mine"), locked(tmp_path / "a/b"):
         assert (tmp_path / "a/b").is_dir()
@@ -42,7 +42,7 @@ def test_a_folder_that_was_made_for_it_and_stayed_empty_goes_with_it(tmp_path: P
     assert (tmp_path / "a/b/file").exists()
 
 
-def test_what_is_no_folder_cannot_be_locked(tmp_path: Path) -> None:
+def test_a_file_cannot_be_locked_as_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(OutputError, match="cannot be locked"), locked(path):

@@ -9,7 +9,7 @@ def changed(**changes: object) -> Settings:
     return SETTINGS.model_copy(update=changes)
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_to_the_floor() -> None:
+def test_the_learning_rate_rises_linearly_and_falls_to_the_floor() -> None:
     settings = changed(steps=300, warmup=100, lr=1.0, lr_floor=0.2)
     assert [learning_rate(settings, step) for step in (0, 49, 99, 100)] == pytest.approx([0.01, 0.5, 1.0, 1.0])
     assert learning_rate(settings, 200) == pytest.approx(0.6)
@@ -32,7 +32,7 @@ def test_each_kind_of_step_goes_through_its_own_samples(every: int | None) -> No
 
 
 @pytest.mark.parametrize("every", [None, 2, 3])
-def test_legs_with_other_batches_leave_no_sample_out(every: int | None) -> None:
+def test_legs_with_other_batches_skip_no_sample(every: int | None) -> None:
     batches, ends = (512, 1024, 256), (4, 9, 15)
     settings = [changed(image_every=every, batch_tokens=tokens) for tokens in batches]
     legs = [Leg(until, each) for until, each in zip(ends, settings, strict=True)]

@@ -43,7 +43,7 @@ each_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 
 def text(length: int) -> NDArray[np.uint32]:
-    """Tokens that are all unlike, so that a token in the wrong place shows."""
+    """Return tokens that are all different, so that a misplaced token shows."""
     return np.arange(1000, 1000 + length, dtype=np.uint32)
 
 
@@ -56,7 +56,7 @@ def with_options(task: Task, **options: object) -> Task:
 
 
 def pieces_of(example: Example, frame: Frame, task: Task) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Kept pieces, taken pieces and sentinels, read from the sample alone, as a decoder that knows the format would."""
+    """Return kept pieces, taken pieces and sentinels, read from the sample alone by its format."""
     encoder, labels = example.encoder.tolist(), example.labels.tolist()
     for token in (frame.encoder_bos, task.mode_token):
         assert token is None or encoder.pop(0) == token
@@ -80,7 +80,7 @@ def pieces_of(example: Example, frame: Frame, task: Task) -> tuple[list[list[int
 
 
 def check(example: Example, raw: NDArray[np.uint32], task: Task, frame: Frame) -> None:
-    """All that holds for every sample."""
+    """Check what holds for every sample."""
     kept, taken, marks = pieces_of(example, frame, task)
     assert [token for pair in zip(kept, taken, strict=True) for piece in pair for token in piece] == raw.tolist()
     assert all(kept)
@@ -103,14 +103,14 @@ def check(example: Example, raw: NDArray[np.uint32], task: Task, frame: Frame) -
 
 
 @each_task
-def test_every_length_comes_back_whole(task: Task) -> None:
+def test_every_length_is_recovered_whole(task: Task) -> None:
     for length in LENGTHS:
         raw = text(length)
         check(corrupt(raw, task, SENTINELS, FRAME, philox(length)), raw, task, FRAME)
 
 
 @each_task
-def test_density_and_spans_are_t5s(task: Task) -> None:
+def test_density_and_spans_equal_those_of_t5(task: Task) -> None:
     for length in LENGTHS:
         mean, rate = PAPER[task.name]
         noise = min(max(round(rate * length), 1), length - 1)
@@ -125,19 +125,19 @@ def tasks(draw: st.DrawFn) -> Task:
     rate = draw(st.floats(0.01, 0.99))
     if draw(st.booleans()):
         return Task(kind="prefix", rate=rate, sentinel=draw(st.booleans()), **options)
-    least = max(1.0, 1.01 * rate / (1 - rate))  # else the spans touch
+    least = max(1.0, 1.01 * rate / (1 - rate))  # otherwise the spans touch
     return Task(kind="spans", rate=rate, mean_span=draw(st.floats(least, least + 40)), **options)
 
 
-def parted(length: int, task: Task) -> bool:
-    """Whether enough tokens are kept to part the spans; rounding may take too many of a short text."""
+def separable(length: int, task: Task) -> bool:
+    """Return whether enough tokens remain to separate the spans; rounding may take too many of a short text."""
     noise = min(max(round(length * task.rate), 1), length - 1)
     return task.mean_span is None or round(noise / task.mean_span) <= length - noise
 
 
 @given(tasks(), st.integers(2, 300), st.sampled_from(FRAMES), st.integers(0, 2**64 - 1))
-def test_any_task_and_frame_comes_back_whole(task: Task, length: int, frame: Frame, seed: int) -> None:
-    assume(parted(length, task))
+def test_any_task_and_frame_is_recovered_whole(task: Task, length: int, frame: Frame, seed: int) -> None:
+    assume(separable(length, task))
     raw = text(length)
     check(corrupt(raw, task, SENTINELS, frame, philox(seed)), raw, task, frame)
 
@@ -159,13 +159,13 @@ def test_the_longest_text_fits_and_a_longer_one_does_not(task: Task) -> None:
 @given(tasks(), st.sampled_from(FRAMES), st.integers(6, 90), st.integers(6, 90))
 def test_no_longer_text_fits_at_all(task: Task, frame: Frame, encoder: int, decoder: int) -> None:
     every = range(2, encoder + decoder + 2)
-    assume(all(parted(length, task) for length in every))
+    assume(all(separable(length, task) for length in every))
     sizes = {length: lengths(length, task, frame) for length in every}
     fitting = [length for length in every if sizes[length][0] <= encoder and sizes[length][1] <= decoder]
     assert longest(task, frame, encoder=encoder, decoder=decoder) == max(fitting)
 
 
-def test_budgets_that_hold_nothing_are_refused() -> None:
+def test_budgets_that_are_too_small_are_refused() -> None:
     # Two tokens: bos, one kept, its sentinel; sentinel, one taken, eos.
     assert longest(TASKS[0], FRAME, encoder=3, decoder=3) == 2
     for encoder, decoder in ((2, 3), (3, 2), (0, 0)):
@@ -174,18 +174,18 @@ def test_budgets_that_hold_nothing_are_refused() -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 0, 1])
-def test_less_than_two_tokens_are_refused(length: int) -> None:
+def test_fewer_than_two_tokens_are_refused(length: int) -> None:
     with pytest.raises(DataError, match=f"at least 2 tokens, got {length}"):
         lengths(length, TASKS[0], FRAME)
 
 
 def test_spans_that_would_touch_are_refused() -> None:
     dense = Task(name="dense", kind="spans", rate=0.5, mean_span=1, weight=1)
-    # round(7 * 0.5) is 4, and 4 spans of one token are parted by 4 tokens; 3 are left.
+    # round(7 * 0.5) is 4, and 4 spans of one token need 4 tokens to separate them; 3 are left.
     assert spans(6, dense) == (3, 3)
     with pytest.raises(DataError, match="removes 4 spans from 7 tokens, but only 3"):
         spans(7, dense)
-    # The longest that fits 7 and 9 is such a text; it is told rather than used.
+    # The longest that fits 7 and 9 is this text; it is reported instead of being used.
     frame = Frame(None, None, EOS)
     assert longest(dense, frame, encoder=6, decoder=9) == 6
     with pytest.raises(DataError, match="removes 4 spans from 7 tokens"):
@@ -204,7 +204,7 @@ def test_the_prefix_task_takes_the_end() -> None:
 
 
 class Scripted:
-    """A generator whose raw words are given."""
+    """A generator with given raw words."""
 
     def __init__(self, *answers: list[int]) -> None:
         self.answers = list(answers)
@@ -217,16 +217,16 @@ class Scripted:
 
 
 def test_a_composition_cuts_at_the_lowest_words() -> None:
-    # Five tokens have four places to cut, after the 1st, 2nd, 3rd and 4th. The two lowest words are those of the 2nd
-    # and of the 4th place, 3 and 5: 2 + 2 + 1.
+    # Five tokens have four places to cut, after the 1st, 2nd, 3rd and 4th. The two lowest words, 3 and 5,
+    # belong to the 2nd and the 4th place: 2 + 2 + 1.
     assert composition(5, 3, Scripted([9, 3, 2**64 - 1, 5])).tolist() == [2, 2, 1]
-    # One piece and single tokens leave nothing to choose.
+    # With one piece or with single tokens there is nothing to choose.
     assert composition(5, 1, Scripted()).tolist() == [5]
     assert composition(3, 3, Scripted([8, 1])).tolist() == [1, 1, 1]
 
 
 def test_equal_words_are_drawn_again() -> None:
-    # The 2nd and the 3rd place tie for the second cut; of the second draw the lowest are those of the 1st and the 2nd.
+    # The 2nd and the 3rd place tie for the second cut; in the second draw the 1st and the 2nd are lowest.
     scripted = Scripted([0, 7, 7, 9], [1, 2, 3, 4])
     assert composition(5, 3, scripted).tolist() == [1, 1, 3]
     assert scripted.answers == []
@@ -237,7 +237,7 @@ def test_equal_words_are_drawn_again() -> None:
 def test_spans_by_hand() -> None:
     # Eleven tokens, rate 0.4 and spans of 2: round(4.4) = 4 are taken in round(4 / 2) = 2 spans, 7 are kept.
     task = Task(name="hand", kind="spans", rate=0.4, mean_span=2, weight=1, mode_token=9)
-    # Taken, three places: the lowest word is that of the 3rd, 3 + 1. Kept, six places: that of the 2nd, 2 + 5.
+    # Taken, three places: the 3rd has the lowest word, 3 + 1. Kept, six places: the 2nd has it, 2 + 5.
     rng = Scripted([5, 6, 4], [8, 1, 9, 9, 9, 9])
     raw = np.array([10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], np.uint32)
     # 10 11 [12 13 14] 15 16 17 18 19 [20]
@@ -265,7 +265,7 @@ def test_a_seeded_composition_by_hand() -> None:
     # The first words of Philox with key 0, in every numpy; only their first digits are needed.
     words = [int(word) >> 48 for word in philox(0).bit_generator.random_raw(9)]
     assert words == [0x02F4, 0x3DD6, 0x1C86, 0x907D, 0x809B, 0x4711, 0xF250, 0xFC6E, 0x40FA]
-    # The three lowest stand first, third and second: ten tokens are cut after the 1st, 2nd and 3rd.
+    # The three lowest are the first, third and second: ten tokens are cut after the 1st, 2nd and 3rd.
     assert composition(10, 4, philox(0)).tolist() == [1, 1, 1, 7]
     # The five lowest are these, the 9th and the 6th.
     assert composition(10, 6, philox(0)).tolist() == [1, 1, 1, 3, 3, 1]
@@ -292,7 +292,7 @@ def test_every_composition_is_equally_likely(total: int, pieces: int) -> None:
 
 
 def test_every_mask_is_equally_likely() -> None:
-    # Twelve tokens at 0.5 in spans of 2: 6 are taken in 3 spans, parted by 6: 10 compositions of both, 100 masks.
+    # Twelve tokens at 0.5 in spans of 2: 6 are taken in 3 spans, separated by 6: 10 compositions of both, 100 masks.
     task = Task(name="law", kind="spans", rate=0.5, mean_span=2, weight=1)
     every = {
         tuple(np.repeat([0, 1] * 3, [kept[0], taken[0], kept[1], taken[1], kept[2], taken[2]]).tolist())
@@ -308,8 +308,8 @@ def test_every_mask_is_equally_likely() -> None:
     assert excess(found, every) < 1
 
 
-def test_unlike_chances_are_noticed() -> None:
-    # Lengths by throwing tokens into pieces, which a composition is easily mistaken for, are not equally likely.
+def test_unequal_probabilities_are_detected() -> None:
+    # Assigning each token to a random piece looks similar, but its compositions are not equally likely.
     every, rng = compositions(6, 3), np.random.default_rng(0)
     thrown = Counter(tuple((rng.multinomial(3, [1 / 3] * 3) + 1).tolist()) for _ in range(1000))
     assert excess(thrown, every) > 2
@@ -348,7 +348,7 @@ def test_a_sentinel_in_the_text_is_refused(task: Task, token: int) -> None:
 
 
 @pytest.mark.parametrize("token", [0, 260_778, 262_144, 2**32 - 1])
-def test_ids_beside_the_sentinels_are_text(token: int) -> None:
+def test_ids_next_to_the_sentinels_are_text(token: int) -> None:
     raw = text(100)
     raw[[0, 63, 99]] = token
     example = corrupt(raw, TASKS[1], SENTINELS, FRAME, philox(0))
@@ -376,7 +376,7 @@ def test_16384_in_and_out_need_1260_sentinels() -> None:
     assert needed_sentinels(read_mixture(), raw_lengths) == 1260
     # The densest task: 30,246 tokens, 15,123 of them taken, in spans of 12.
     assert spans(30_246, TASKS[1]) == (15_123, 1260)
-    # T5's own number of sentinels, which other code wraps or clamps at.
+    # T5's own number of sentinels, where other code wraps or clamps.
     with pytest.raises(DataError, match="samples of these lengths need 1260 sentinels, but 100 are available"):
         Sentinels.of(vocabulary=262_144, reserved={262_043}, needed=1260)
 

@@ -44,7 +44,7 @@ def example(*, encoder: int, labels: int, task: int) -> Example:
     )
 
 
-def test_a_batch_is_padded_to_its_longest_and_the_decoder_reads_what_stands_before() -> None:
+def test_a_batch_is_padded_to_its_longest_and_the_decoder_reads_shifted_labels() -> None:
     batch = collate([example(encoder=5, labels=3, task=4), example(encoder=2, labels=4, task=0)], [True, False], TOKENS)
     assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14], [10, 11, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
@@ -55,12 +55,12 @@ def test_a_batch_is_padded_to_its_longest_and_the_decoder_reads_what_stands_befo
 
 
 @pytest.mark.parametrize(("bos", "expected"), [(None, [-1, -1, 0, -1]), (2, [-1, -1, 1, -1])])
-def test_a_label_is_taught_from_the_place_before_it(bos: int | None, expected: list[int]) -> None:
+def test_the_teacher_predicts_a_label_from_the_position_before_it(bos: int | None, expected: list[int]) -> None:
     taught = teaching([example(encoder=5, labels=3, task=0)], bos, width=4)
     assert taught["teacher_positions"].tolist() == [expected]
     raw = taught["raw_ids"][0]
     assert len(raw) == 8 + (bos is not None)
-    # The label at raw position 1 is raw[1]; the teacher, having read all before it, stands on raw[0].
+    # The label at raw position 1 is raw[1]; the teacher has read everything before it and is at raw[0].
     assert int(raw[expected[2]]) == 100
     assert torch.equal(taught["raw_mask"], torch.ones_like(taught["raw_ids"]))
 
@@ -79,7 +79,7 @@ def test_a_teacher_reads_bos_first_whatever_the_encoder_reads(encoder_bos: bool,
     assert torch.equal(batch["raw_ids"][rows, at + 1], expected)
 
 
-def test_data_of_images_alone_is_enough_for_steps_of_images(small: Path, tmp_path: Path) -> None:
+def test_data_without_text_suffices_for_image_steps(small: Path, tmp_path: Path) -> None:
     from t5g2convert.adaptation.data.documents import read_files
     from t5g2convert.adaptation.data.pack import pack
 
@@ -98,7 +98,7 @@ def test_data_of_images_alone_is_enough_for_steps_of_images(small: Path, tmp_pat
         assert len(batch["pixel_values"]) == 5
 
 
-def test_settings_are_told_apart_by_their_sha256() -> None:
+def test_different_settings_have_different_sha256() -> None:
     one, other = make(), make(lr=2e-3)
     assert one.sha256 == make().sha256
     assert one.sha256 != other.sha256
@@ -109,16 +109,16 @@ def test_settings_are_told_apart_by_their_sha256() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [({"lr": 0.0}, "lr: .* greater than 0"), ({"steps": 0}, "steps: "), ({"betas": (1.0, 0.9)}, "beta1: "),
      ({"lr": float("nan")}, "lr: "), ({"seed": -1}, "seed: "), ({"precision": "float16"}, "precision: ")],
 )  # fmt: skip
-def test_a_setting_out_of_range_is_told_by_its_option(change: dict[str, object], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_setting_out_of_range_is_named_by_its_option(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         make(**change)
 
 
-def test_images_are_marked_as_the_mixtures_prefixes_are() -> None:
+def test_image_samples_have_the_mode_token_of_the_prefix_task() -> None:
     settings = make()
     assert task_names(settings)[-1] == "images"
     assert image_task(settings).sentinel is False
@@ -131,7 +131,7 @@ PLACES = [MicroBatch(step, (step,), (True,)) for step in range(3)]
 
 
 class Made(Dataset[Batch]):
-    """The number of a step, and whether its process minds SIGINT; step 1 cannot be made."""
+    """Items with the number of a step, and whether their process handles SIGINT; step 1 cannot be made."""
 
     def __getitem__(self, place: MicroBatch) -> Batch:
         if place.step == 1:
@@ -150,7 +150,7 @@ def at() -> Iterator[MicroBatch]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_made_is_an_error_in_its_place(workers: int) -> None:
+def test_a_batch_that_cannot_be_made_is_replaced_by_its_error(workers: int) -> None:
     made = list(load_batches(Made(), at, workers=workers))
     assert [place.step for place, _ in made] == [0, 1, 2]
     error = made[1][1]
@@ -160,10 +160,10 @@ def test_what_cannot_be_made_is_an_error_in_its_place(workers: int) -> None:
         batch = made[step][1]
         assert isinstance(batch, dict)
         assert batch["step"].item() == step
-        # Ctrl-C goes to workers too, which leave it to this process.
+        # Ctrl-C also reaches the workers, which ignore it.
         assert batch["ignored"].item() == (workers > 0)
 
 
-def test_a_signal_is_no_error_of_a_sample() -> None:
+def test_a_signal_is_not_an_error_of_a_sample() -> None:
     with pytest.raises(Interrupted):
         list(load_batches(Stopped(), at, workers=0))

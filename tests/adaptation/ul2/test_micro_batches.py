@@ -8,7 +8,7 @@ from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, SampleSize, dea
 from tests.adaptation.runs import SETTINGS
 
 SIZES = [SampleSize(8, 8, 40), SampleSize(8, 2, 20), SampleSize(3, 8, 30), SampleSize(3, 2, 10)]
-"""Sizes of four kinds of samples."""
+"""Sizes of four different samples."""
 
 
 def settings_of(**changes: object) -> Settings:

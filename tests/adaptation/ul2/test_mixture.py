@@ -10,7 +10,7 @@ PAPER = DEFAULT_MIXTURE.read_text()
 
 
 def fault(text: str, folder: Path) -> tuple[str, str]:
-    """What the error for such a file says, and the line and column that it names."""
+    """Return the message of the error for a file, and the line and column it names."""
     path = folder / "mixture.yaml"
     path.write_text(text)
     with pytest.raises(MappingError) as caught:
@@ -70,13 +70,15 @@ def test_a_file_gives_another_mixture(tmp_path: Path) -> None:
         ("format: 1", "formats: 1", "(did you mean format?)", 4),
     ],
 )
-def test_a_fault_is_told_with_its_place(found: str, instead: str, reason: str, line: int, tmp_path: Path) -> None:
+def test_a_fault_is_reported_with_its_position(
+    found: str, instead: str, reason: str, line: int, tmp_path: Path
+) -> None:
     assert found in PAPER
     said, place = fault(PAPER.replace(found, instead, 1), tmp_path)
     assert reason in said
     assert int(place.partition(":")[0]) == line
 
 
-def test_no_task_is_no_mixture(tmp_path: Path) -> None:
+def test_a_mixture_without_tasks_is_refused(tmp_path: Path) -> None:
     assert "at least 1 item" in fault("format: 1\ntasks: []\n", tmp_path)[0]
     assert fault("[]\n", tmp_path)[1] == "1:1"

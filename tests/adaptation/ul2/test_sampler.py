@@ -27,7 +27,7 @@ CHECKOUT = Path(__file__).parents[3]
 
 
 def keys(number: int) -> list[int]:
-    """Return the words of a permutation."""
+    """Return the random words of a permutation."""
     return np.random.Philox(key=number).random_raw(ROUNDS).tolist()
 
 
@@ -54,8 +54,8 @@ def test_every_order_of_a_block_is_equally_likely() -> None:
     assert excess(found, list(permutations(range(4)))) < 1
 
 
-def tiles(schedule: Sampler, epoch: int) -> None:
-    """An epoch reads every token of every chunk once, in samples of the tasks' lengths."""
+def assert_tiles(schedule: Sampler, epoch: int) -> None:
+    """Check that an epoch reads every token of every chunk once, in samples of the tasks' lengths."""
     samples = schedule.chunks * schedule.mixture.block
     numbers = range(epoch * samples, (epoch + 1) * samples)
     stretches = sorted(schedule.text_range(i) for i in numbers)
@@ -69,7 +69,7 @@ def tiles(schedule: Sampler, epoch: int) -> None:
         assert stop - start == schedule.raw_lengths[schedule.task(i)]
 
 
-def test_what_no_chunk_holds_in_one_epoch_is_read_in_another() -> None:
+def test_tokens_skipped_in_one_epoch_are_read_in_another() -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, 42 * 2 + 5, seed=3)
     block = schedule.mixture.block
     firsts = [min(schedule.text_range(2 * epoch * block + i)[0] for i in range(2 * block)) for epoch in range(600)]
@@ -81,18 +81,18 @@ def test_an_epoch_reads_every_token_of_every_chunk_once(tokens: int) -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, tokens, seed=3)
     assert (schedule.chunk, schedule.chunks) == (CHUNK, tokens // CHUNK)
     for epoch in (0, 1, 2, 1000):
-        tiles(schedule, epoch)
+        assert_tiles(schedule, epoch)
 
 
 @given(st.data())
-def test_any_corpus_is_read_once_an_epoch(data: st.DataObject) -> None:
+def test_any_corpus_is_read_once_per_epoch(data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.integers(1, 5), min_size=5, max_size=5))
     tasks = [task.model_copy(update={"weight": weight}) for task, weight in zip(MIXTURE.tasks, weights, strict=True)]
     raw_lengths = data.draw(st.lists(st.integers(2, 60), min_size=5, max_size=5))
     chunk = sum(weight * length for weight, length in zip(weights, raw_lengths, strict=True))
     tokens = data.draw(st.integers(chunk, 40 * chunk))
     seed, epoch = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(0, 10**9))
-    tiles(Sampler(Mixture(tasks=tuple(tasks)), raw_lengths, tokens, seed), epoch)
+    assert_tiles(Sampler(Mixture(tasks=tuple(tasks)), raw_lengths, tokens, seed), epoch)
 
 
 def documents(schedule: Sampler, numbers: range, length: int) -> int:
@@ -100,7 +100,7 @@ def documents(schedule: Sampler, numbers: range, length: int) -> int:
     return len({schedule.text_range(i)[0] // length for i in numbers})
 
 
-def test_the_texts_of_a_step_come_from_as_many_documents_as_if_drawn_singly() -> None:
+def test_the_texts_of_a_step_come_from_as_many_documents_as_independent_draws() -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 5000, seed=2)
     length, drawn = 10 * CHUNK, np.random.default_rng(0)
     for count in (8, 32, 256):
@@ -109,7 +109,7 @@ def test_the_texts_of_a_step_come_from_as_many_documents_as_if_drawn_singly() ->
         assert np.mean(steps) > 0.98 * np.mean(singly)
 
 
-def test_every_place_of_a_chunk_has_an_order_of_its_own() -> None:
+def test_every_position_in_a_chunk_has_its_own_order() -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 50, seed=4)
     by_place: dict[int, list[int]] = {}
     for i in range(50 * 8):
@@ -120,7 +120,7 @@ def test_every_place_of_a_chunk_has_an_order_of_its_own() -> None:
     assert len({tuple(order) for order in by_place.values()}) == 8
 
 
-def test_the_places_of_the_tasks_in_a_chunk_differ_by_epoch() -> None:
+def test_the_positions_of_the_tasks_in_a_chunk_differ_by_epoch() -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 4, seed=4)
     layouts = set()
     for epoch in range(20):
@@ -140,7 +140,7 @@ def test_orders_differ_by_epoch_and_by_seed() -> None:
 
 
 def sample(schedule: Sampler, i: int) -> str:
-    """A digest of sample i, of a corpus whose n-th token is n + 10."""
+    """Return a digest of sample i of a corpus with the tokens 10, 11, 12, ..."""
     number, (start, stop) = schedule.task(i), schedule.text_range(i)
     raw = np.arange(start + 10, stop + 10, dtype=np.uint32)
     task, frame = schedule.mixture.tasks[number], Frame(2, None, 1)
@@ -151,7 +151,7 @@ def sample(schedule: Sampler, i: int) -> str:
 LONG = (50, 70, 90, 110, 40)  # 480 tokens a block
 
 
-def test_a_sample_is_the_same_in_whatever_order_it_is_asked_for() -> None:
+def test_a_sample_is_the_same_in_any_order_of_access() -> None:
     schedule = Sampler(MIXTURE, LONG, 480 * 20 + 5, seed=9)
     forwards = [sample(schedule, i) for i in range(200)]
     assert len(set(forwards[:160])) == 160  # one epoch
@@ -163,9 +163,9 @@ def test_a_sample_is_the_same_in_whatever_order_it_is_asked_for() -> None:
     assert [sample(Sampler(MIXTURE, LONG, 480 * 20 + 5, seed=9), i) for i in range(3, 200, 4)] == forwards[3::4]
 
 
-def test_spans_of_another_seed_are_others() -> None:
+def test_another_seed_gives_other_spans() -> None:
     schedules = [Sampler(MIXTURE, LONG, 480 * 20, seed) for seed in (9, 10)]
-    # Both tasks that have several spans at these lengths; where there is one, it is the end of the text.
+    # Both tasks with several spans at these lengths; a single span is always the end of the text.
     spans = [{sample(schedule, i) for i in range(320) if schedule.task(i) < 2} for schedule in schedules]
     assert [len(found) for found in spans] == [80, 80]
     assert not spans[0] & spans[1]
@@ -184,26 +184,26 @@ def test_a_sample_is_the_same_in_another_process() -> None:
     assert json.loads(run.stdout) == [sample(schedule, i) for i in range(63, 150, 2)]
 
 
-def test_samples_do_not_share_chance() -> None:
+def test_samples_do_not_share_random_words() -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, 4200, seed=5)
     words = [schedule.rng(i).bit_generator.random_raw(50) for i in (0, 1, 2, 2**32, 2**64 - 1)]
     assert np.unique(np.concatenate(words)).size == 250
     assert (schedule.rng(2).bit_generator.random_raw(50) == words[2]).all()
-    # Keyed by (seed, number), as anyone may compute it.
+    # Keyed by (seed, number), which anyone can compute.
     key = np.array([5, 2], np.uint64)
     assert (np.random.Philox(key=key).random_raw(50) == words[2]).all()
-    # Orders come from elsewhere: no word of a sample's is used for them.
+    # Orders use other words than the samples.
     assert not np.isin(Sampler(MIXTURE, RAW_LENGTHS, 4200, seed=2).rng(5).bit_generator.random_raw(50), words[2]).any()
 
 
-# Written down, not derived: they must be the same for ever, or a later version could not resume a run.
+# Constants, not computed: they must never change, or a later version could not resume a run.
 GOLDEN_CHUNKS = [8, 6, 7, 5, 1, 2, 9, 0, 3, 4]
 GOLDEN_TASKS = [4, 4, 2, 4, 4, 0, 1, 3, 0, 1, 4, 4, 4, 2, 3, 4]
 GOLDEN_DOCUMENTS = [1, 6, 4, 0, 3, 2, 5, 4, 1, 2, 5, 0, 3, 6]
 GOLDEN_SAMPLE = "61aac13034dac42805bf5149dced7e686201a964f580837e80dc1604768d8087"
 
 
-def test_orders_and_samples_stay_what_they_were() -> None:
+def test_orders_and_samples_never_change() -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 10, seed=0)
     assert orders(schedule, 0)[0] == GOLDEN_CHUNKS
     assert [schedule.task(i) for i in range(16)] == GOLDEN_TASKS
@@ -212,17 +212,17 @@ def test_orders_and_samples_stay_what_they_were() -> None:
 
 
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1))
-def test_a_permutation_takes_every_place_once(count: int, key: int) -> None:
+def test_a_permutation_has_every_index_once(count: int, key: int) -> None:
     assert sorted(permuted(place, count, keys(key)) for place in range(count)) == list(range(count))
 
 
 @pytest.mark.parametrize("count", [10**6 + 3, 2**40, 10**15 + 37])
-def test_a_large_permutation_stays_in_range_and_spreads(count: int) -> None:
+def test_a_large_permutation_stays_in_range_and_separates_neighbours(count: int) -> None:
     found = [permuted(place, count, keys(1)) for place in range(2000)]
     assert len(set(found)) == 2000
     assert 0 <= min(found) < max(found) < count
     assert excess(Counter(place * 50 // count for place in found), range(50)) < 1
-    # Neighbours are as far apart as any two places: no step is common.
+    # Neighbours are as far apart as any two positions: no difference is common.
     assert len({after - before for before, after in pairwise(found)}) > 1900
 
 
@@ -242,12 +242,12 @@ def test_an_epoch_of_documents_holds_each_once(count: int) -> None:
 def test_orders_of_documents_differ_by_epoch_and_by_seed() -> None:
     found = {tuple(document_of(seed, i + e * 24, 24) for i in range(24)) for seed in (1, 2) for e in range(20)}
     assert len(found) == 40
-    # Nor are they the order of chunks, of which this corpus has as many.
+    # They also differ from the order of chunks; this corpus has as many chunks.
     same = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 24, seed=1)
     assert not found & {tuple(orders(same, epoch)[0]) for epoch in range(20)}
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_integers_are_accepted() -> None:
     schedule = Sampler(MIXTURE, RAW_LENGTHS, CHUNK * 1000, seed=0)
     i: Any = np.int64(4321)
     assert schedule.text_range(i) == schedule.text_range(4321)
@@ -280,6 +280,6 @@ def test_a_number_out_of_range_is_refused(ask: str, i: int) -> None:
         document_of(0, i, 3) if ask == "document" else getattr(schedule, ask)(i)
 
 
-def test_no_documents_are_refused() -> None:
+def test_a_corpus_without_documents_is_refused() -> None:
     with pytest.raises(DataError, match="found none"):
         document_of(0, 0, 0)

@@ -9,7 +9,7 @@ SPECIAL = {"pad": 0, "eos": 1, "bos": 2, "boi": 255_999, "eoi": 256_000, "image"
 RESERVED = frozenset(SPECIAL.values())
 
 
-def test_gemma_3_has_6142_of_them() -> None:
+def test_gemma_3_has_6142_sentinels() -> None:
     run = Sentinels.available(vocabulary=262_144, reserved=RESERVED)
     assert (run.first, run.count, run.last) == (262_143, 6142, 256_002)
     assert not any(token in run for token in RESERVED)
@@ -31,7 +31,7 @@ def test_only_as_many_as_needed_are_taken() -> None:
         (10, {9}, 8, 9),
         (10, {8, 9, 3}, 7, 4),
         (10, {0, 5}, 9, 4),
-        (10, {12, 2}, 9, 7),  # 12 is no id
+        (10, {12, 2}, 9, 7),  # 12 is not an id
         (3, {0, 1, 2}, -1, 0),
     ],
 )
@@ -64,8 +64,8 @@ def test_no_id_is_negative(first: int, count: int) -> None:
     assert Sentinels(4, 5).last == 0
 
 
-def ask(**changes: Any) -> None:
-    """`check_reserved` of a sound set-up with changes."""
+def check(**changes: Any) -> None:
+    """Call `check_reserved` with valid arguments and changes."""
     sound = {
         "sentinels": Sentinels(262_143, 1260),
         "special": SPECIAL,
@@ -77,10 +77,10 @@ def ask(**changes: Any) -> None:
     check_reserved(**{**sound, **changes})
 
 
-def test_a_sound_set_up_passes() -> None:
-    ask()
-    ask(absent=[], occurrences={255_999: 3, 256_000: 3, 256_001: 768})
-    ask(mode_tokens=[])
+def test_valid_ids_pass() -> None:
+    check()
+    check(absent=[], occurrences={255_999: 3, 256_000: 3, 256_001: 768})
+    check(mode_tokens=[])
 
 
 @pytest.mark.parametrize(
@@ -98,24 +98,24 @@ def test_a_sound_set_up_passes() -> None:
         ({"occurrences": {0: 1}}, "token 0 of the data is pad, which must not occur in this data"),
     ],
 )
-def test_what_gets_in_the_way_is_told(changes: dict[str, Any], reason: str) -> None:
+def test_collisions_are_named(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        ask(**changes)
+        check(**changes)
 
 
-def test_all_offenders_are_counted_and_some_named() -> None:
+def test_all_colliding_ids_are_counted_and_some_named() -> None:
     occurrences = {262_143 - number: number + 2 for number in range(9)}
     with pytest.raises(DataError, match=r"token 262143 of the data is a sentinel.*, and 8 more such ids") as caught:
-        ask(highest=262_143, occurrences=occurrences)
+        check(highest=262_143, occurrences=occurrences)
     assert caught.value.details == tuple(f"id {262_143 - number} occurs {number + 2} times" for number in range(5))
 
 
-def test_only_what_is_known_is_counted() -> None:
+def test_only_known_ids_are_counted() -> None:
     with pytest.raises(DataError, match="token 262143 of the data is a sentinel, ids 260884 to 262143 ") as caught:
-        ask(highest=262_143, occurrences={262_140: 0})
+        check(highest=262_143, occurrences={262_140: 0})
     assert caught.value.details == ()
 
 
 def test_an_id_next_to_the_sentinels_is_text() -> None:
-    ask(highest=260_883, occurrences={260_883: 1})
-    ask(highest=262_144, occurrences={262_144: 1})
+    check(highest=260_883, occurrences={260_883: 1})
+    check(highest=262_144, occurrences={262_144: 1})
