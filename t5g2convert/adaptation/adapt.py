@@ -83,7 +83,7 @@ class Request:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """All folders that are read; none may lie in the run's folder."""
+        """All folders that are read; none may be in the run's folder."""
         return (self.model, self.data, *(path for path in (self.options.kd, self.options.eval) if path is not None))
 
     @property
@@ -262,7 +262,7 @@ def _run(
         space = checkpoints.bytes_of(state)
         run_on_all_ranks(engine, lambda: check_space(request.run, space) if on_rank_0 else None)
     if not resumes or changed:
-        # After all checks: a refused start leaves the folder free for the next.
+        # After all checks, so that a refused start leaves the folder free.
         run_on_all_ranks(engine, lambda: write_description(request.run, description) if on_rank_0 else None)
     if folder is not None:
         run_on_all_ranks(engine, lambda: checkpoints.load(folder, state))

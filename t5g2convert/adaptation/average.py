@@ -1,7 +1,7 @@
 """Averaging: the mean of a run's last checkpoints, written as a model.
 
 T5Gemma 2 averages its last five checkpoints (arXiv 2512.14856). Values are summed in float64 over the checkpoints,
-divided by their number and rounded once, to the stored dtype. In float64 such a sum of float32 values is exact unless
+divided by their number and rounded once, to the stored dtype. A float64 sum of float32 values is exact unless
 their magnitudes differ widely, so the mean of equal checkpoints is that checkpoint.
 """
 
@@ -58,14 +58,14 @@ def average_checkpoints(run: Path, output: Path, options: AverageOptions) -> Con
     ```
 
     Args:
-        run: The folder of a run; or one with checkpoints of transformers' Trainer (`checkpoint-100`, ...), whose mean
+        run: The folder of a run, or of checkpoints of transformers' Trainer (`checkpoint-100`, ...); their mean
             is a model without a manifest. All checkpoints must share the run's settings and objective.
         output: The folder to write. An empty folder is filled, and keeps its mode and owner.
         options: The options of `t5g2 average`.
 
     Raises:
         CheckpointError: There are too few checkpoints; one is damaged or has other settings or tensors; or the model
-            is not the one that was trained.
+            is not the trained one.
         OutputError: The output exists or cannot be written.
         UsageError: The model is needed and was not found.
     """
@@ -182,7 +182,7 @@ def _average_trainer(run: Path, found: Mapping[int, Path], output: Path, options
 
 
 class TrainerCheckpoint:
-    """The values of one checkpoint of transformers' Trainer, which is a model folder of its own.
+    """The values of one checkpoint of transformers' Trainer, which is a complete model folder.
 
     It holds all tensors, the frozen ones too, in whatever spelling and dtype transformers chose. Trainer's own state
     (optimizer.pt and others) is pickled and never opened.

@@ -115,7 +115,7 @@ def export_checkpoint(run: Path, checkpoint: Path, model: Path) -> Exported:
         model: The model that was trained.
 
     Raises:
-        CheckpointError: The checkpoint or the model is damaged, the model is not the one that was trained, or the
+        CheckpointError: The checkpoint or the model is damaged, the model is not the trained one, or the
             result does not load.
         OutputError: The output cannot be written, or RUN/model is not an export of this run.
         VerificationError: The result has missing or unexpected tensors.
@@ -172,7 +172,7 @@ def _is_exported(output: Path, facts: Mapping[str, Any]) -> bool:
 
 
 def check_whole(folder: Path, output: Path) -> None:
-    """Refuse a folder whose tensors are not those that its config implies.
+    """Refuse a folder if its tensors differ from the tensors that its config implies.
 
     Args:
         folder: The staged folder.

@@ -1,7 +1,7 @@
 """Probing sentinels: which rows of the embedding table moved between a Gemma 3 and a T5Gemma 2.
 
 The sentinels and mode tokens of Google's training are not established. But the row of a token that was read or written
-has moved far more than that of an unused token. The probe compares rows of tokens without a use of their own,
+has moved far more than the row of an unused token. The probe compares rows of tokens without a use of their own,
 `<unused...>` and every id from 256000 on; without a tokenizer, all rows.
 
 The distance of a row is ||t - g|| / ||g||, with the T5Gemma 2's row t and the Gemma 3's row g. Embedding and softmax

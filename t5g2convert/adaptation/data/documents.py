@@ -26,7 +26,7 @@ from t5g2convert.progress import Progress
 SUFFIXES: Final = (".txt", ".jsonl", ".parquet")
 
 COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst")
-"""Endings behind .txt and .jsonl; Parquet compresses its own columns."""
+"""Endings after .txt and .jsonl; Parquet compresses its own columns."""
 
 LONGEST: Final = 16 << 20
 """Most bytes of a document, or of a line of JSON. The tokenizer takes whole documents and needs about 120 bytes of
@@ -69,7 +69,7 @@ def files_of(inputs: Iterable[Path]) -> Iterator[Path]:
     links to folders are not followed.
 
     Raises:
-        DataError: An input is missing, cannot be read, or is a folder without such files.
+        DataError: An input is missing, cannot be read, or is a folder without documents.
         UsageError: A file has another ending.
     """
     for given in inputs:
@@ -104,7 +104,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the ending that says how a file is read, without that of its compression; None for other files."""
+    """Return the ending that decides how a file is read, without a compression ending; None for other files."""
     endings = [ending.lower() for ending in path.suffixes]
     if endings[-1:] and endings[-1] in COMPRESSED:
         return endings[-2] if endings[-2:-1] in ([".txt"], [".jsonl"]) else None
@@ -249,7 +249,7 @@ def _read_lines(path: Path, column: str, progress: Progress) -> Iterator[Documen
 
 @contextmanager
 def _decompressed(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """Open a file that may be compressed; also return a function for the bytes of it that have been read."""
+    """Open a file that may be compressed; also return a function for the number of its bytes read so far."""
     with path.open("rb") as raw:
         ending = path.suffix.lower()
         file: Any = raw

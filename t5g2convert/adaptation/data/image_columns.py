@@ -17,7 +17,7 @@ from t5g2convert.checkpoint.strictjson import is_text
 IMAGE_KEYS: Final = ("image", "images", "image_path", "img_path", "img", "picture", "pictures")
 
 METADATA_FILE: Final = "metadata.jsonl"
-"""The file of an image folder, whose rows name their images under `file_name`."""
+"""The file of an image folder; its rows name their images under `file_name`."""
 
 
 @dataclass(frozen=True, slots=True)

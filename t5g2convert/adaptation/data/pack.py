@@ -185,7 +185,7 @@ class _Packer:
         """By the numbers of the documents."""
         self._empty = self._places = 0
         self.plain_placeholders = 0
-        """Documents without images whose text has the placeholder of one."""
+        """Documents without images that have a placeholder in their text."""
 
     def run(self, documents: Iterable[Document | Fault]) -> None:
         """Pack all documents.

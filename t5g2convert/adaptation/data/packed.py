@@ -200,7 +200,7 @@ class Packed:
         """Compare the sha256 of all files, or with `parts` of this part's share of them.
 
         Raises:
-            DataError: A file cannot be read or was modified; all such files are listed.
+            DataError: Files cannot be read or were modified; all are listed.
         """
         _verify(self.folder, self.index, part, parts)
 
@@ -234,7 +234,7 @@ class Packed:
 
 
 def check_tokenizer(packed: Packed, model: Path) -> None:
-    """Refuse data that was packed with another tokenizer than the model's, or for other special tokens.
+    """Refuse data that was packed with a different tokenizer, or for different special tokens, than the model's.
 
     Raises:
         DataError: The tokenizer or the tokens differ.
@@ -274,7 +274,7 @@ def picture_name(place: Any) -> str:
 
 
 def mapped_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Memory-map a file as an array, and refuse another size than the index implies."""
+    """Memory-map a file as an array, and refuse a size that differs from the index."""
     expected = math.prod(shape) * dtype.itemsize
     check_regular(path)
     try:

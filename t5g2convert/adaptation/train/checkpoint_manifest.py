@@ -31,7 +31,7 @@ class CheckpointManifest(ConfigSection, extra="forbid"):
         settings_sha256: Hash of all settings of the run.
         objective_sha256: Hash of the settings that define the training objective.
         files: sha256 of every other file, by name.
-        interim: Whether it was written between those of `--save-every`, to lose little if the run ends.
+        interim: Whether it was written between the checkpoints of `--save-every`, to lose little if the run ends.
     """
 
     format: Literal[2] = FORMAT
@@ -64,7 +64,7 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def regular_checkpoints(run: Path) -> dict[int, Path]:
-    """Return the complete checkpoints of `--save-every` by step, oldest first; those that cannot be read count.
+    """Return the complete checkpoints of `--save-every` by step, oldest first, including unreadable ones.
 
     Raises:
         CheckpointError: The folder cannot be read.

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint, checked and read from its safetensors files in blocks of rows.
 
-torch.distributed.checkpoint writes one set of files per process, each with that process's rows of every tensor, and the
+torch.distributed.checkpoint writes one set of files per process, each with this process's rows of every tensor, and the
 first row's number in the header (`DCP_SHARDING_INFO`). The number of processes makes no difference to a reader.
 """
 

@@ -72,7 +72,7 @@ class State:
 def save(
     engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int, interim: bool = False
 ) -> Path:
-    """Stage a checkpoint, flush it, rename it into place, and remove those beyond `keep` and older interim ones.
+    """Stage a checkpoint, flush it, rename it into place, and remove checkpoints beyond `keep` and older interim ones.
 
     Raises:
         OutputError: The disk is full or fails; on other ranks than 0, `ReportedElsewhere`.
@@ -154,7 +154,7 @@ def _tree(state: State) -> dict[str, dict[str, Any]]:
 
 
 def _file_numbers(tree: Mapping[str, Mapping[str, Any]], size: int) -> dict[str, int]:
-    """Assign each tensor to a file, numbered from 1; `size` is the bytes of such a file over all processes."""
+    """Assign each tensor to a file, numbered from 1; `size` is the bytes of a file over all processes."""
     tensors = {MODEL + name: tensor for name, tensor in tree["model"].items()}
     tensors |= {
         f"{OPTIMIZER}{name}.{key}": tensor
@@ -243,7 +243,7 @@ def load(folder: Path, state: State) -> None:
 
 
 def _check_tensors(folder: Path, stored: Mapping[str, tuple[int, ...]], state: State) -> None:
-    """Refuse missing, unknown or misshapen tensors; moments come all or none."""
+    """Refuse missing, unknown or misshapen tensors; a checkpoint has all moments of a tensor or none."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, parameter in state.parameters.items():
         shape = tuple(parameter.shape)

@@ -1,6 +1,6 @@
 """The cost of training, from shapes: operations of a sample, and memory of a device.
 
-Both are estimates. Operations are those of matrix products, two per multiply-add; masked attention scores count in
+Both are estimates. Operations count matrix products, two per multiply-add; masked attention scores count in
 full, since the class computes them, and a sliding layer as much as a full one.
 """
 
@@ -72,7 +72,7 @@ class Operations:
 
     @property
     def training(self) -> int:
-        """Operations in training: the frozen tower only runs forward, and nothing of images is recomputed."""
+        """Operations in training: the frozen tower only runs forward, and image parts are not recomputed."""
         return PASSES * (self.encoder + self.decoder + self.softmax) + self.vision + 3 * self.projector
 
 
@@ -81,7 +81,7 @@ def operations(model: T5Gemma2, *, encoder: int, decoder: int, images: int = 0) 
 
     Args:
         model: The model's shapes.
-        encoder: Encoder tokens, including those of images.
+        encoder: Encoder tokens, including image tokens.
         decoder: Labels.
         images: Images in the encoder's input.
     """

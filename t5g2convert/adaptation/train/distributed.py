@@ -28,7 +28,7 @@ SRUN: Final = "start it with srun --ntasks-per-node DEVICES, also in a script fo
 Result = TypeVar("Result")
 
 
-class ReportedElsewhere(T5g2Error):  # noqa: N818 - the error is that of another process
+class ReportedElsewhere(T5g2Error):  # noqa: N818 - the error belongs to another process
     """Raised on the ranks that do not report an error of another rank; carries its exit code."""
 
     def __init__(self, exit_code: int) -> None:
@@ -93,7 +93,7 @@ def build_engine(hardware: Hardware, precision: str) -> "Fabric":
 
 
 def resolve(hardware: Hardware) -> tuple[str, int, int]:
-    """Return the accelerator, the devices per machine, and the number of hardware.
+    """Return the accelerator, the devices per machine, and the number of machines.
 
     Raises:
         UsageError: The devices are not available, or torchrun or SLURM started another number of processes.

@@ -80,7 +80,7 @@ _EVALUATION: Final = TypeAdapter(Evaluation)
 
 
 def open_held_out(model: Path, data: Path, settings: Settings, samples: int) -> tuple[UL2Dataset, ...]:
-    """Open held-out data as one step of text samples, and one of documents with images if the run has such steps.
+    """Open held-out data as one step of text samples, and one of documents with images if the run has image steps.
 
     Args:
         model: The model.

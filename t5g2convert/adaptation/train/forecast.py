@@ -40,7 +40,7 @@ class Forecast:
         sentinels: The first and the last sentinel id in use; None if no task uses any.
         corpus: Text tokens in the data.
         epochs: How many times the run reads the text.
-        operations: Operations of a text step, over all devices; None if there is no such step.
+        operations: Operations of a text step, over all devices; None if there are no text steps.
         passes: Passes of a step, on average.
         useful: Share of the devices' work that is not padding or waiting for the slowest device of a pass, by the
             schedule of the first steps.

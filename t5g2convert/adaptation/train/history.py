@@ -24,7 +24,7 @@ from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageErr
 from t5g2convert.version import __version__
 
 FORMAT: Final = 2
-"""1 read eight texts next to each other for every block of samples (t5g2convert 0.1.0)."""
+"""Format 1 read eight adjacent texts for every block of samples (t5g2convert 0.1.0)."""
 
 
 def identity(folder: Path) -> str:
@@ -84,7 +84,7 @@ class History(ConfigSection):
     """run.json.
 
     Attributes:
-        settings: The run's settings; after a change, those since then.
+        settings: The run's settings; after a change, the new ones.
         settings_sha256: sha256 of all settings.
         objective_sha256: sha256 of the settings of the objective.
         model: Identity of the model that is trained.
@@ -185,7 +185,7 @@ def _check_format(document: Mapping[str, Any], path: Path) -> None:
 
 
 def check_model(history: History, model: Path) -> None:
-    """Refuse a model that is not the one that was trained.
+    """Refuse a model other than the trained one.
 
     Raises:
         CheckpointError: It is another model, or was modified since.

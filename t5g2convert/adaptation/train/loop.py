@@ -60,9 +60,9 @@ def train(
 ) -> None:
     """Run all steps from `start` on, and save checkpoints.
 
-    Regular checkpoints are those of every `save_every` steps and of the last step. Interim ones, of which only the
-    newest is kept, are written when `save_minutes` have passed and when a signal requests it; all processes agree on
-    them at the end of a step, in the sum that they share anyway.
+    Regular checkpoints are written every `save_every` steps and after the last step. Interim checkpoints are written
+    when `save_minutes` have passed and when a signal requests it; only the newest is kept. All processes agree on them
+    at the end of a step, in the sum that they share anyway.
 
     Args:
         engine: Fabric, launched.

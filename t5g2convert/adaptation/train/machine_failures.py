@@ -17,10 +17,10 @@ _PEER: Final = re.compile(r"closed by peer|reset by peer|Broken pipe|\bgloo\b|\b
 
 
 def machine_error(error: BaseException) -> MachineError | None:
-    """Return the error of a machine that failed; None if this is another error.
+    """Return the error of a machine that failed; None for other errors.
 
     Args:
-        error: An error that torch raised: most of its errors are RuntimeError, and only their text tells them apart.
+        error: An error that torch raised: most of its errors are RuntimeError and differ only in their text.
     """
     if isinstance(error, MachineError):
         return error

@@ -122,7 +122,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def compare_values(model: nn.Module, names: Mapping[str, str], checkpoint: Checkpoint) -> None:
-    """Refuse a model whose parameters differ from the values on disk; one tensor is in memory at a time.
+    """Refuse a model if its parameters differ from the values on disk; one tensor is in memory at a time.
 
     Tensors of two layers have equal shapes, so shapes alone do not prove the mapping.
 
@@ -146,7 +146,7 @@ def compare_values(model: nn.Module, names: Mapping[str, str], checkpoint: Check
 
 
 def parts_of(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """The part that each tensor of a model is of, by its name on disk."""
+    """Return the part of each tensor of a model, by its name on disk."""
     return {item.name: item.part for item in expected_tensors(checkpoint.config, checkpoint.path / "config.json")}
 
 

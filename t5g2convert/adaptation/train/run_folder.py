@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its lock, and what may lie in it before the run starts."""
+"""The folder of a run: its files, its lock, and what it may contain before the run starts."""
 
 import os
 import stat
@@ -91,13 +91,13 @@ def check_vacant(run: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run's folder, made if there is none, for as long as the block runs; what stayed empty is removed then.
+    """Lock a run's folder while the block runs; create it if it is absent, and remove it again if it stayed empty.
 
-    The lock is on the folder itself and goes with the process that holds it, or with the last of its data workers. It
-    is seen on other machines too, if their file system has locks.
+    The lock is on the folder itself and ends with the process that holds it, or with the last of its data workers.
+    Other machines see it too, if their file system has locks.
 
     Raises:
-        OutputError: Another process holds it, or it is no folder that can be made and locked.
+        OutputError: Another process holds it, or the folder cannot be created or locked.
     """
     made: list[Path] = []
     try:
@@ -107,7 +107,7 @@ def locked(run: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: whoever waits for it sees that it is another than the one of that name.
+        # Removed while it is locked: a process that waits for the lock sees that the name now has another folder.
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()

@@ -1,6 +1,6 @@
 """The schedule of a run: the learning rate of every step, which steps use images, and the samples of a step.
 
-A run whose settings were changed when it was resumed has several legs. Image steps and the seed are the same in all.
+A run has several legs if its settings were changed when it was resumed. Image steps and the seed are the same in all.
 """
 
 import math

@@ -117,7 +117,7 @@ def longest(task: Task, frame: Frame, *, encoder: int, decoder: int) -> int:
             f"task {task.name!r} needs at least {needed[0]} encoder tokens and {needed[1]} labels, "
             f"got {encoder} and {decoder}"
         )
-    # Every raw token takes a place in one of the two.
+    # Every raw token takes a position in one of the two.
     low, high = 2, encoder + decoder + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -135,8 +135,8 @@ def needed_sentinels(mixture: Mixture, raw_lengths: tuple[int, ...]) -> int:
 def composition(total: int, pieces: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Split `total` into `pieces` non-empty pieces, uniformly at random; return their lengths, int64 [pieces].
 
-    A split chooses pieces - 1 of the total - 1 gaps between tokens: those with the lowest random keys. The keys are raw
-    words of the bit generator, whose sequence is the same in every version of numpy, unlike that of its methods.
+    A split chooses pieces - 1 of the total - 1 gaps between tokens: the gaps with the lowest random keys. The keys are
+    raw words of the bit generator: unlike the results of its methods, they are the same in every version of numpy.
     """
     if pieces == 1:
         return np.array([total])
@@ -144,7 +144,7 @@ def composition(total: int, pieces: int, rng: np.random.Generator) -> NDArray[np
         keys = rng.bit_generator.random_raw(total - 1)
         highest = np.partition(keys, pieces - 2)[pieces - 2]
         cuts = np.flatnonzero(keys <= highest)
-        if cuts.size == pieces - 1:  # else two keys are equal, and the choice would not be uniform
+        if cuts.size == pieces - 1:  # otherwise two keys are equal, and the choice would not be uniform
             return np.diff(cuts + 1, prepend=0, append=total)
 
 

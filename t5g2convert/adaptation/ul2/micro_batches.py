@@ -31,7 +31,7 @@ class MicroBatch:
 
     Attributes:
         step: The step.
-        samples: Numbers of the samples, among those of the step's kind.
+        samples: Numbers of the samples, counted among samples of the step's kind.
         counted: Whether each counts; one that does not only fills the pass.
         is_first: Whether the pass is the first of its step.
         is_last: Whether it is the last.
@@ -90,7 +90,7 @@ def deal(
 ) -> list[tuple[int, ...]]:
     """Return the samples of each pass over all processes, the most costly first.
 
-    Process r makes those at r, r + world, and so on.
+    Process r makes the samples at r, r + world, and so on.
 
     Args:
         sizes: The samples of a step.

@@ -54,7 +54,7 @@ class Task(Declaration):
 
 
 class Mixture(Declaration):
-    """All tasks. In every block of `block` consecutive samples each task comes `weight` times."""
+    """All tasks. In every block of `block` consecutive samples, each task occurs `weight` times."""
 
     format: Literal[1] = 1
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
