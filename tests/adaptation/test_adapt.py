@@ -414,15 +414,9 @@ def test_data_without_text_suffices_if_every_step_uses_images(small: Path, tmp_p
 
     pack(small / "model", tmp_path / "data", read_files([small / "texts/pictures.jsonl"], "text", lambda _: None))
     request = replace(request_of(small, tmp_path / "run", settings_of(image_every=1)), data=tmp_path / "data")
-    forecast = foresee(request)
-    print_forecast(forecast)
-    assert (forecast.steps, forecast.image_steps, forecast.tasks, forecast.corpus, forecast.epochs) == (
-        4,
-        4,
-        (),
-        0,
-        0.0,
-    )
+    found = foresee(request)
+    print_forecast(found)
+    assert (found.steps, found.image_steps, found.tasks, found.corpus, found.epochs) == (4, 4, (), 0, 0.0)
     _, steps = run(request)
     assert [step.kind for step in steps] == ["images"] * 4
     with pytest.raises(UsageError, match="--kd applies only to text"):
