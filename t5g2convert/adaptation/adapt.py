@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,8 @@ from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train import checkpoints
 from t5g2convert.adaptation.train.build import build
 from t5g2convert.adaptation.train.checkpoint_manifest import (
-    check_files,
     checkpoint_path,
     complete_checkpoints,
-    read_checkpoint_manifest,
 )
 from t5g2convert.adaptation.train.distributed import (
     ReportedElsewhere,
@@ -36,22 +35,26 @@ from t5g2convert.adaptation.train.evaluation import (
     write_evaluations,
 )
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
-from t5g2convert.adaptation.train.history import check_same, describe, documents_of, identity, newest, write_description
+from t5g2convert.adaptation.train.history import (
+    describe,
+    documents_of,
+    identity,
+    write_description,
+)
 from t5g2convert.adaptation.train.loop import train
 from t5g2convert.adaptation.train.machine_failures import machine_error
 from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
+from t5g2convert.adaptation.train.resume import find_start
 from t5g2convert.adaptation.train.run_folder import (
     EVALUATION_FILE,
     METRICS_FILE,
     PLOT_FILE,
     RUN_FILE,
-    check_own_files,
     check_vacant,
     locked,
 )
-from t5g2convert.adaptation.train.schedule import Leg
-from t5g2convert.adaptation.train.settings import Settings, differences
+from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
 from t5g2convert.conversion.output.path_rules import check_apart
@@ -251,26 +254,26 @@ def _run(
     if not resumes:
         packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
         run_on_all_ranks(engine, lambda: packed.check_bytes(part=rank, parts=world))
-    start, folder, earlier = run_on_all_ranks(
-        engine, lambda: _start(engine, request, settings, description, resumes=resumes)
-    )
-    prepared.samples.earlier = earlier
-    changed = bool(earlier) and earlier[-1].until == start
-    description |= {"earlier": documents_of(earlier)} if earlier else {}
+    change = request.options.change
+    find = partial(find_start, engine, request.run, settings, description, resumes=resumes, change=change)
+    place = run_on_all_ranks(engine, find)
+    start, prepared.samples.earlier = place.step, place.earlier
+    description |= {"earlier": documents_of(place.earlier)} if place.earlier else {}
     module, state = run_on_all_ranks(engine, lambda: build(engine, request.model, prepared, request.options, settings))
     if not resumes:
         space = checkpoints.bytes_of(state)
         run_on_all_ranks(engine, lambda: check_space(request.run, space) if on_rank_0 else None)
-    if not resumes or changed:
-        # After all checks, so that a refused start leaves the folder free.
+    if not resumes or place.changes:
+        # After all checks: a refused start leaves the folder free for the next.
         run_on_all_ranks(engine, lambda: write_description(request.run, description) if on_rank_0 else None)
-    if folder is not None:
+    if (folder := place.folder) is not None:
         run_on_all_ranks(engine, lambda: checkpoints.load(folder, state))
     if on_rank_0:
         resuming = [f"resuming after {start:,} steps"] if start else []
-        begun([*prepared.notes, *resuming, *(_changes(earlier[-1], settings) if changed else [])])
+        begun([*prepared.notes, *resuming, *(f"from step {start + 1} on: {text}" for text in place.changes)])
     path = request.run / EVALUATION_FILE
-    evaluations = [each for each in read_evaluations(path) if each.step <= start] if on_rank_0 else []
+    before = run_on_all_ranks(engine, lambda: read_evaluations(path) if on_rank_0 else [])
+    evaluations = [each for each in before if each.step <= start]
 
     def evaluation(done: int) -> Mapping[str, float]:
         found = evaluate(engine, module, prepared.held_out, loop=request.options, step=done)
@@ -308,11 +311,6 @@ def _run(
     )
 
 
-def _changes(leg: Leg, settings: Settings) -> list[str]:
-    """Return notes about the settings that change after a leg."""
-    return [f"from step {leg.until + 1} on: {text}" for text in differences(leg.settings.to_json(), settings.to_json())]
-
-
 def _identities(request: Request, prepared: Prepared) -> dict[str, Any]:
     teacher = request.options.kd
     return {
@@ -320,22 +318,3 @@ def _identities(request: Request, prepared: Prepared) -> dict[str, Any]:
         "teacher": None if teacher is None else identity(teacher),
         "versions": {name: version(name) for name in LIBRARIES},
     }
-
-
-def _start(
-    engine: "Fabric", request: Request, settings: Settings, description: Mapping[str, Any], *, resumes: bool
-) -> tuple[int, Path | None, tuple[Leg, ...]]:
-    """Return the number of completed steps, the checkpoint to resume from, and the legs before these settings."""
-    if not resumes:
-        if engine.global_rank == 0:
-            check_vacant(request.run)
-        return 0, None, ()
-    check_own_files(request.run)
-    earlier = check_same(request.run, description, change=request.options.change)
-    if engine.global_rank == 0:
-        checkpoints.clear_partial(request.run)
-    start, folder = newest(request.run, settings, earlier)
-    if folder is not None:
-        manifest = read_checkpoint_manifest(folder)
-        check_files(folder, manifest, part=engine.global_rank, parts=engine.world_size)
-    return start, folder, earlier

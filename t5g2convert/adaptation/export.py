@@ -155,8 +155,9 @@ def check_export_place(run: Path) -> None:
         error.hint = hint
         raise
     if (output / MANIFEST_FILE).is_file():
-        found = read_manifest(output).adaptation
-        if found is None or found.settings_sha256 != read_history(run).settings_sha256 or len(found.checkpoints) != 1:
+        found, history = read_manifest(output).adaptation, read_history(run)
+        own = {history.settings_sha256, *(leg.settings_sha256 for leg in history.earlier)}
+        if found is None or found.settings_sha256 not in own or len(found.checkpoints) != 1:
             raise OutputError("is not an export of this run, and is not replaced", where=output, hint=hint)
 
 

@@ -1,5 +1,6 @@
 """`t5g2 pack`."""
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,7 @@ def pack(
     if bool(inputs) == bool(dataset):
         raise UsageError("pass either files and folders to pack, or --dataset" + (", not both" if inputs else ""))
     from t5g2convert.adaptation.data.documents import files_of, read_dataset, read_files, unread_endings
+    from t5g2convert.adaptation.data.image_columns import IMAGE_ENDINGS
     from t5g2convert.adaptation.data.pack import pack_documents
 
     sources = inputs or []
@@ -62,7 +64,11 @@ def pack(
         )
         folders = sources or [folder for folder in (Path(dataset or ""),) if folder.exists()]
         done = pack_documents(model, output, documents, options.replace(sources=folders))
-    if unread := unread_endings(sources):
+    unread = unread_endings(sources)
+    if done.index.pictures.files:
+        # Rows name the images of their folder.
+        unread = Counter({ending: count for ending, count in unread.items() if ending not in IMAGE_ENDINGS})
+    if unread:
         endings = ", ".join(f"{count:,} {printable(ending)}" for ending, count in sorted(unread.items()))
         done = replace(done, notes=(*done.notes, f"{unread.total():,} file(s) are not read as documents: {endings}"))
     if as_json:

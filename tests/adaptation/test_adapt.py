@@ -321,20 +321,24 @@ def lr_of(steps: Sequence[Metrics]) -> list[float]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_run_is_extended_by_resuming_with_more_steps(small: Path, tmp_path: Path) -> None:
-    request = request_of(small, tmp_path / "run", settings_of(precision="float32", image_every=2))
+def test_more_steps_are_made_by_resuming_with_more(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(precision="float32", image_every=2), export=True)
     run(request)
     notes: list[str] = []
     more: list[Metrics] = []
     longer = changed(request, steps=7, resume=True)
     outcome = adapt(longer, begun=notes.extend, report=more.append)
     assert notes == ["resuming after 4 steps", "from step 5 on: steps 4, now 7"]
+    exported = read_manifest(tmp_path / "run/model").adaptation
+    assert exported is not None
+    assert exported.steps == 7
     assert (outcome.start, [step.step for step in more]) == (4, [5, 6, 7])
     assert lr_of(more) == [learning_rate(longer.options, step) for step in (4, 5, 6)]
     document = json.loads((tmp_path / "run/run.json").read_text())
     assert [(leg["until"], leg["settings"]["steps"]) for leg in document["earlier"]] == [(4, 4)]
     again, steps = run(longer)
     assert (again.start, steps) == (7, [])
+    assert json.loads((tmp_path / "run/run.json").read_text()) == document
     with pytest.raises(UsageError, match="--steps is 5, but the run has made 7"):
         run(changed(longer, steps=5, change=True))
 
@@ -381,7 +385,8 @@ def test_a_change_before_the_first_checkpoint_starts_over(small: Path, tmp_path:
     with pytest.raises(DataError, match="stopped"):
         adapt(request, begun=lambda notes: None, report=stop)
     outcome, _ = run(changed(request, resume=True, change=True, lr=5e-4))
-    assert (outcome.start, read_history(tmp_path / "run").legs) == (0, ())
+    history = read_history(tmp_path / "run")
+    assert (outcome.start, history.legs, history.settings.lr) == (0, (), 5e-4)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -740,7 +745,7 @@ def test_tasks_that_see_one_device_each_are_refused(monkeypatch: pytest.MonkeyPa
         UsageError, match=r"8 processes run on this machine, but each sees 1 CUDA device\(s\)"
     ) as raised:
         resolve(Hardware())
-    assert raised.value.hint == "ask SLURM for --gpus-per-node instead of --gpus-per-task"
+    assert raised.value.hint == "ask SLURM for gpus-per-node instead of gpus-per-task"
     slurm(monkeypatch, tasks=8, visible=8)
     assert resolve(Hardware()) == ("cuda", 8, 1)
 

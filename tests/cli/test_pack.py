@@ -53,12 +53,22 @@ def test_json_reports_what_was_packed(t5g2: CommandLine, model: Path, inputs: Pa
         "image_tokens": 12,
         "images": 1,
         "empty": 1,
+        "skipped": 0,
         "shards": 6,
         "tokenizer_sha256": sha256_of(model / "tokenizer.json"),
         "sha256": packed.sha256,
         "highest": 255,
         "special": {"1": 5, "3": 2, "253": 1, "254": 1, "255": 4},
     }
+
+
+def test_files_that_are_not_read_are_counted(t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path) -> None:
+    (inputs / "notes.md").touch()
+    run = t5g2("pack", model, tmp_path / "out", inputs)
+    assert run.err == "note: 1 file(s) are not read as documents: 1 .md\n"
+    (inputs / "b.jsonl").unlink()
+    run = t5g2("pack", model, tmp_path / "text", inputs, "--json")
+    assert json.loads(run.out)["notes"] == ["2 file(s) are not read as documents: 1 .md, 1 .png"]
 
 
 def test_no_torch_is_loaded(model: Path, inputs: Path, tmp_path: Path) -> None:
@@ -96,7 +106,7 @@ def test_bad_documents_are_listed_and_nothing_is_left(
     run = t5g2("pack", model, tmp_path / "out", inputs)
     assert run.code == 3
     assert run.err.splitlines() == [
-        f"t5g2: {inputs}/b.jsonl:2: 3 documents cannot be packed",
+        f"t5g2: {inputs}/b.jsonl:2: 3 documents cannot be packed (mend them, or skip up to N with --skip-bad N)",
         f"  {inputs}/b.jsonl:2: the text is of type int",
         f"  {inputs}/b.jsonl:3: {inputs}/no.png is missing",
         f"  {inputs}/d.txt:1: is not UTF-8: invalid start byte at byte 0",

@@ -16,6 +16,10 @@ from t5g2convert.checkpoint.strictjson import is_text
 
 IMAGE_KEYS: Final = ("image", "images", "image_path", "img_path", "img", "picture", "pictures")
 
+IMAGE_ENDINGS: Final = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
+)
+
 METADATA_FILE: Final = "metadata.jsonl"
 """The file of an image folder; its rows name their images under `file_name`."""
 

@@ -123,7 +123,7 @@ def _check_visible(visible: int, devices: int, *, by_slurm: bool, named: bool) -
     if by_slurm and devices > visible:
         raise UsageError(
             f"{devices} processes run on this machine, but each sees {visible} CUDA device(s): all must see all",
-            hint="ask SLURM for --gpus-per-node instead of --gpus-per-task",
+            hint="ask SLURM for gpus-per-node instead of gpus-per-task",
         )
     if devices > visible:
         raise UsageError(f"--devices is {devices}, but this machine has {visible} CUDA device(s)")
