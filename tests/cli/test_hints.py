@@ -53,7 +53,6 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "--resume continues a run that stopped": ("adapt",),
     "--skip-nonfinite N makes no update in up to N such steps; with --resume --change, a lower --lr holds from the "
     "newest checkpoint on": ("adapt",),
-    "ask SLURM for gpus-per-node instead of gpus-per-task": ("adapt",),
     "reduce --workers; {}": ("adapt",),
     "{}, or --devices 1": ("adapt",),
     "--change lets it hold from the newest checkpoint on": ("adapt",),
