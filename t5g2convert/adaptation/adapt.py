@@ -1,6 +1,6 @@
 """`t5g2 adapt`: a whole training run, from preflight to the exported model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,10 +29,8 @@ from t5g2convert.adaptation.train.distributed import (
 )
 from t5g2convert.adaptation.train.evaluation import (
     Evaluation,
-    evaluate,
+    Evaluator,
     open_held_out,
-    read_evaluations,
-    write_evaluations,
 )
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
 from t5g2convert.adaptation.train.history import (
@@ -271,18 +269,8 @@ def _run(
     if on_rank_0:
         resuming = [f"resuming after {start:,} steps"] if start else []
         begun([*prepared.notes, *resuming, *(f"from step {start + 1} on: {text}" for text in place.changes)])
-    path = request.run / EVALUATION_FILE
-    before = run_on_all_ranks(engine, lambda: read_evaluations(path) if on_rank_0 else [])
-    evaluations = [each for each in before if each.step <= start]
-
-    def evaluation(done: int) -> Mapping[str, float]:
-        found = evaluate(engine, module, prepared.held_out, loop=request.options, step=done)
-        if on_rank_0:
-            evaluations.append(found)
-            write_evaluations(path, evaluations)
-            evaluated(found)
-        return found.scalars
-
+    loop, path = request.options, request.run / EVALUATION_FILE
+    evaluator = Evaluator(engine, module, prepared.held_out, loop, path, start=start, report=evaluated)
     if start < settings.steps:
         train(
             engine,
@@ -291,14 +279,14 @@ def _run(
             prepared.samples,
             run=request.run,
             start=start,
-            loop=request.options,
+            loop=loop,
             report=report,
-            evaluation=evaluation if prepared.held_out else None,
+            evaluation=evaluator,
         )
     engine.barrier()
     steps = read_metrics(request.run / METRICS_FILE) if on_rank_0 else []
     if on_rank_0:
-        plot_losses(steps, request.run / PLOT_FILE, held_out=[(each.step, each.loss) for each in evaluations])
+        plot_losses(steps, request.run / PLOT_FILE, held_out=[(each.step, each.loss) for each in evaluator.evaluations])
     return Outcome(
         first=on_rank_0,
         start=start,
@@ -307,7 +295,7 @@ def _run(
         steps=tuple(steps),
         plot=request.run / PLOT_FILE,
         settings=settings,
-        evaluations=tuple(evaluations),
+        evaluations=tuple(evaluator.evaluations),
     )
 
 

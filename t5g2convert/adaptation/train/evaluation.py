@@ -5,9 +5,8 @@ hidden; a model that has learnt to use its encoder predicts worse.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -16,12 +15,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from t5g2convert.adaptation.options import LoopConfig
-from t5g2convert.adaptation.train.distributed import raise_first_error
+from t5g2convert.adaptation.train.distributed import raise_first_error, run_on_all_ranks
 from t5g2convert.adaptation.train.metrics import Count, TaskName
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, task_names
-from t5g2convert.adaptation.ul2.micro_batches import micro_batches
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error
 
@@ -148,16 +146,7 @@ def evaluate(
 
 
 def _batches(engine: "Fabric", samples: UL2Dataset, loop: LoopConfig) -> Iterator[Batch]:
-    order = partial(
-        micro_batches,
-        samples.settings,
-        samples.size,
-        rank=engine.global_rank,
-        world=engine.world_size,
-        tokens=loop.most_tokens(samples.settings),
-        samples=loop.micro_batch,
-        start=0,
-    )
+    order = samples.order(loop, rank=engine.global_rank, world=engine.world_size)
     for _, made in load_batches(samples, order, workers=0):
         raise_first_error(engine, made if isinstance(made, T5g2Error) else None)
         assert not isinstance(made, T5g2Error), "raised before"
@@ -167,6 +156,48 @@ def _batches(engine: "Fabric", samples: UL2Dataset, loop: LoopConfig) -> Iterato
 def hide_encoder(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same samples with the encoder hidden from the decoder."""
     return {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
+
+
+class Evaluator:
+    """Evaluates a run after some of its steps, and keeps all results in evaluation.jsonl.
+
+    Args:
+        engine: Fabric, launched.
+        module: The sharded `ModelWithLoss`.
+        held_out: From `open_held_out`; empty for no evaluation.
+        loop: Settings of the loop.
+        path: The run's evaluation.jsonl.
+        start: Steps completed before; later evaluations in the file are dropped.
+        report: Called with every evaluation, on rank 0.
+    """
+
+    def __init__(
+        self,
+        engine: "Fabric",
+        module: nn.Module,
+        held_out: Sequence[UL2Dataset],
+        loop: LoopConfig,
+        path: Path,
+        *,
+        start: int,
+        report: Callable[[Evaluation], None],
+    ) -> None:
+        self._engine, self._module, self._held_out, self._loop = engine, module, held_out, loop
+        self._path, self._report = path, report
+        on_rank_0 = engine.global_rank == 0
+        before = run_on_all_ranks(engine, lambda: read_evaluations(path) if on_rank_0 else [])
+        self.evaluations = [each for each in before if each.step <= start]
+
+    def __call__(self, done: int) -> Mapping[str, float]:
+        """Evaluate after so many steps, and return scalars for TensorBoard; none without held-out data."""
+        if not self._held_out:
+            return {}
+        found = evaluate(self._engine, self._module, self._held_out, loop=self._loop, step=done)
+        if self._engine.global_rank == 0:
+            self.evaluations.append(found)
+            write_evaluations(self._path, self.evaluations)
+            self._report(found)
+        return found.scalars
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:

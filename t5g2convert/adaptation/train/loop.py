@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from t5g2convert.adaptation.train.schedule import is_image_step, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.signals import signals_at_step_ends
 from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, task_names
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, micro_batches
+from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.errors import DataError, Interrupted, T5g2Error
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def train(
     start: int,
     loop: LoopConfig,
     report: Report,
-    evaluation: Callable[[int], Mapping[str, float]] | None = None,
+    evaluation: Callable[[int], Mapping[str, float]] = lambda _: {},
 ) -> None:
     """Run all steps from `start` on, and save checkpoints.
 
@@ -82,17 +81,7 @@ def train(
         OutputError: A checkpoint or a log cannot be written.
     """
     settings = samples.settings
-    order = partial(
-        micro_batches,
-        settings,
-        samples.size,
-        rank=engine.global_rank,
-        world=engine.world_size,
-        tokens=loop.most_tokens(settings),
-        samples=loop.micro_batch,
-        start=start,
-        earlier=samples.earlier,
-    )
+    order = samples.order(loop, rank=engine.global_rank, world=engine.world_size, start=start)
     batches = load_batches(samples, order, workers=loop.workers)
     on_rank_0 = engine.global_rank == 0
     log_context = (
@@ -129,11 +118,10 @@ def train(
             sums = _Sums(engine, settings)
 
 
-def _evaluate(evaluation: Callable[[int], Mapping[str, float]] | None, log: Log | None, done: int) -> None:
-    if evaluation is not None:
-        scalars = evaluation(done)
-        if log is not None:
-            log.add_scalars(scalars, done)
+def _evaluate(evaluation: Callable[[int], Mapping[str, float]], log: Log | None, done: int) -> None:
+    scalars = evaluation(done)
+    if log is not None:
+        log.add_scalars(scalars, done)
 
 
 def _log(log: Log | None, metrics: Metrics, report: Report) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from t5g2convert.adaptation.data.images import pixel_values
 from t5g2convert.adaptation.data.packed import ImageDocument, Packed
 from t5g2convert.adaptation.data.tokens import ModelTokens
+from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.cost import operations
 from t5g2convert.adaptation.train.loss import IGNORED
 from t5g2convert.adaptation.train.schedule import Leg, is_image_step
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import Example, Frame, corrupt, lengths, split_prefix
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, SampleSize
+from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, SampleSize, micro_batches
 from t5g2convert.adaptation.ul2.mixture import Task
 from t5g2convert.adaptation.ul2.sampler import Sampler, document_of
 from t5g2convert.adaptation.ul2.sentinels import Sentinels
@@ -81,6 +83,20 @@ class UL2Dataset(Dataset[Batch]):
             # Gemma 3 has never read text without bos, whatever the encoder reads.
             batch |= teaching(examples, self.tokens.bos, width=batch["labels"].shape[1])
         return batch
+
+    def order(self, loop: LoopConfig, *, rank: int, world: int, start: int = 0) -> Callable[[], Iterator[MicroBatch]]:
+        """Return a function that returns an iterator over the micro-batches of a process, from step `start` on."""
+        return partial(
+            micro_batches,
+            self.settings,
+            self.size,
+            rank=rank,
+            world=world,
+            tokens=loop.most_tokens(self.settings),
+            samples=loop.micro_batch,
+            start=start,
+            earlier=self.earlier,
+        )
 
     def size(self, step: int, i: int) -> SampleSize:
         """Return the size of sample i of a step's kind, without making it."""
