@@ -199,6 +199,9 @@ def is_there(path: Path) -> bool:
 
 PIECE_BYTES: Final = 1 << 20
 
+HASH_THREADS: Final = 2
+"""Threads that hash the files of a folder that was written before."""
+
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, hexadecimal, in bounded memory.

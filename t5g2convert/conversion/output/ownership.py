@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from t5g2convert.checkpoint.file_store import sha256_of
+from t5g2convert.checkpoint.file_store import HASH_THREADS, sha256_of
 from t5g2convert.checkpoint.folder import some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.errors import CheckpointError, DataError, OutputError
-
-THREADS: Final = 2
-"""Threads that hash the files before they are replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +163,7 @@ def _has_other_size(status: os.stat_result, written: ListedFile | None) -> bool:
 def _with_other_bytes(folder: Path, found: Mapping[str, os.stat_result], listed: Mapping[str, ListedFile]) -> list[str]:
     noted = {name: listed[name].sha256 for name in found if name in listed and listed[name].sha256 is not None}
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
             digests = pool.map(lambda name: sha256_of(folder / name), noted)
             return [name for name, digest in zip(noted, digests, strict=True) if digest != noted[name]]
     except OSError as error:

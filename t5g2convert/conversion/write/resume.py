@@ -15,17 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
-from typing import Final
 
 from t5g2convert.checkpoint.atomic_write import clear, usual_mode
-from t5g2convert.checkpoint.file_store import sha256_of
+from t5g2convert.checkpoint.file_store import HASH_THREADS, sha256_of
 from t5g2convert.conversion.output.recovery import JOURNAL_FILE
 from t5g2convert.conversion.plan.types import Plan, Shard
 from t5g2convert.errors import OutputError
 from t5g2convert.version import __version__
-
-THREADS: Final = 2
-"""Threads that hash the shards of an earlier run."""
 
 
 class Journal:
@@ -69,7 +65,7 @@ class Journal:
         """
         try:
             noted = self._read()
-            with ThreadPoolExecutor(THREADS) as pool:
+            with ThreadPoolExecutor(HASH_THREADS) as pool:
                 sound = pool.map(lambda shard: self._is_sound(shard, noted), self._plan.shards)
                 kept = {
                     shard.name: noted[shard.name] for shard, good in zip(self._plan.shards, sound, strict=True) if good
