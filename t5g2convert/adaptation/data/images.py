@@ -27,6 +27,10 @@ ENDINGS: Final = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BM
 """Supported formats and their extensions; pillow starts other programs for some others."""
 
 
+LOSING_MODES: Final = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F", "LA", "La", "PA", "RGBA", "RGBa"})
+"""Modes of pillow that hold more than 8-bit RGB."""
+
+
 def text_pieces(text: str, images: int) -> list[str]:
     """Split a document into the texts around its images, with the blank lines that Gemma 3 puts there.
 
@@ -54,16 +58,20 @@ def with_images(pieces: Sequence[NDArray[np.uint32]], tokens: ModelTokens) -> ND
     return np.concatenate(joined)
 
 
-def check_picture(path: Path) -> str:
-    """Decode an image, and return the extension for its file.
+def check_picture(path: Path) -> tuple[str, bool]:
+    """Decode an image.
+
+    Returns:
+        The extension for its file, and whether it has more than 8-bit RGB holds: 16 bits, floats or transparency.
 
     Raises:
         ValueError: It is missing, damaged, of another format, or so large that it would take gigabytes.
     """
     with _opened(path) as image:
         kind = image.format or ""
+        loses = image.mode in LOSING_MODES or image.info.get("transparency") is not None
         _upright(image)
-    return ENDINGS[kind]
+    return ENDINGS[kind], loses
 
 
 def pixel_values(paths: Sequence[Path], model: Path) -> NDArray[np.float32]:

@@ -131,6 +131,11 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
         notes.append(
             f"{packer.plain_placeholders:,} document(s) without images contain {PLACEHOLDER}, packed as plain text"
         )
+    if files.pictures.losing:
+        notes.append(
+            f"{files.pictures.losing:,} image(s) have 16-bit or float values or transparency, which become 8-bit RGB "
+            "as in transformers: check that they still show what they should"
+        )
     return Packing(output, index, hashlib.sha256(text).hexdigest(), tuple(notes))
 
 

@@ -141,6 +141,8 @@ class PictureFiles:
         self._folder, self._flush = folder / PICTURES_FOLDER, flush
         self._partial = self._folder / "partial"
         self._count = self._files = self._nbytes = 0
+        self.losing = 0
+        """Images of which 8-bit RGB loses something."""
         with output_errors(self._folder):
             self._folder.mkdir()
         self._places = HashedFile(folder / PICTURES_FILE)
@@ -173,13 +175,14 @@ class PictureFiles:
         try:
             digest, nbytes = self._copy(image)
             # Check the copy: the file may change meanwhile.
-            ending = check_picture(self._partial)
+            ending, loses = check_picture(self._partial)
         except ValueError as error:
             raise ValueError(f"{image} {error}") from None
         place = np.array([(digest, ending.encode())], PICTURE)
         with output_errors(self._folder):
             target = self._folder / picture_name(place[0])
             is_new = not target.exists()
+            self.losing += is_new and loses
             self._partial.replace(target)
         return place, nbytes if is_new else None
 

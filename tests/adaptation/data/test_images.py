@@ -179,7 +179,16 @@ def test_images_that_cannot_be_read_are_refused(pictures: Path, tmp_path: Path) 
         check_picture(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="is not a file"):
         check_picture(tmp_path)
-    assert {check_picture(pictures / name) for name in PICTURES} == {"png", "jpg", "gif", "webp", "bmp", "tiff", "ppm"}
+    endings = {check_picture(pictures / name)[0] for name in PICTURES}
+    assert endings == {
+        "png",
+        "jpg",
+        "gif",
+        "webp",
+        "bmp",
+        "tiff",
+        "ppm",
+    }
 
 
 def test_an_image_that_would_take_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,6 +212,20 @@ def test_images_inside_rows_are_packed_like_files(model: Path, tmp_path: Path, m
     assert contents(tmp_path / "files") == contents(tmp_path / "bytes")
 
 
+def test_images_that_lose_something_in_8_bit_rgb_are_noted(model: Path, tmp_path: Path) -> None:
+    images = {
+        "deep": Image.new("I;16", (8, 8), 60_000),
+        "clear": Image.new("RGBA", (8, 8), (0, 0, 0, 0)),
+        "plain": Image.new("RGB", (8, 8), "red"),
+        "grey": Image.new("L", (8, 8), 7),
+    }
+    for name, image in images.items():
+        image.save(tmp_path / f"{name}.png")
+    found = [Document(name, f"image {name}", (tmp_path / f"{name}.png",)) for name in (*images, "deep")]
+    (note,) = pack(model, tmp_path / "out", found, flush=False).notes
+    assert note.startswith("2 image(s) have 16-bit or float values or transparency, which become 8-bit RGB")
+
+
 def test_a_placeholder_without_an_image_is_noted(model: Path, tmp_path: Path) -> None:
     done = pack_texts(model, tmp_path / "out", ["<start_of_image> a cat", "a dog"])
     assert done.notes == ("1 document(s) without images contain <start_of_image>, packed as plain text",)
