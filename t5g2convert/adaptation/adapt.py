@@ -261,7 +261,7 @@ def _run(
     if not resumes:
         space = checkpoints.bytes_of(state)
         run_on_all_ranks(engine, lambda: check_space(request.run, space) if on_rank_0 else None)
-    if not resumes or place.changes:
+    if not resumes or place.is_new_leg:
         # After all checks: a refused start leaves the folder free for the next.
         run_on_all_ranks(engine, lambda: write_description(request.run, description) if on_rank_0 else None)
     if (folder := place.folder) is not None:

@@ -376,6 +376,21 @@ def test_changed_settings_apply_from_the_newest_checkpoint_on(small: Path, tmp_p
 
 
 @pytest.mark.usefixtures("one_process")
+def test_legs_end_at_the_newest_checkpoint_that_is_left(small: Path, tmp_path: Path) -> None:
+    request = request_of(small, tmp_path / "run", settings_of(precision="float32"), save_every=1, keep=9)
+    run(request)
+    longer = changed(request, steps=6, lr=5e-4, resume=True, change=True)
+    run(longer)
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:08d}")
+    outcome, steps = run(changed(longer, change=False))
+    assert (outcome.start, [step.step for step in steps]) == (3, [4, 5, 6])
+    history = read_history(tmp_path / "run")
+    assert [(leg.until, leg.settings.lr) for leg in history.legs] == [(3, 1e-3)]
+    assert [step.lr for step in steps] == [learning_rate(longer.options, step) for step in (3, 4, 5)]
+
+
+@pytest.mark.usefixtures("one_process")
 def test_a_change_before_the_first_checkpoint_starts_over(small: Path, tmp_path: Path) -> None:
     request = request_of(small, tmp_path / "run", settings_of(), save_every=100)
 

@@ -237,15 +237,17 @@ def check_same(run: Path, description: Mapping[str, Any], *, change: bool = Fals
         )
     if not changed and found.get("settings_sha256") != description["settings_sha256"]:
         raise CheckpointError("settings_sha256 does not match the settings", where=path)
-    if not changed and not found.get("earlier"):
-        return ()
-    history, made = read_history(run), max(complete_checkpoints(run), default=0)
-    if not changed:
-        return history.legs
-    if description["settings"]["steps"] < made:
+    made = max(complete_checkpoints(run), default=0)
+    if changed and description["settings"]["steps"] < made:
         raise UsageError(f"--steps is {description['settings']['steps']}, but the run has made {made}")
+    return _legs_until(made, read_history(run), description["settings"])
+
+
+def _legs_until(made: int, history: History, settings: Mapping[str, Any]) -> tuple[Leg, ...]:
+    """Return the legs of the first `made` steps, before other settings; checkpoints after these steps may be gone."""
     legs = [leg for leg in history.legs if leg.until < made]
-    return (*legs, Leg(made, history.settings)) if made else ()
+    last = settings_at(made, history.settings, history.legs)
+    return (*legs, Leg(made, last)) if made and last.to_json() != settings else tuple(legs)
 
 
 def newest(run: Path, settings: Settings, earlier: Sequence[Leg] = ()) -> tuple[int, Path | None]:

@@ -25,12 +25,14 @@ class Start:
         folder: The checkpoint to resume from.
         earlier: The legs before the settings of this start.
         changes: The settings that change, with both values.
+        is_new_leg: Whether run.json must name other legs or settings than it does.
     """
 
     step: int = 0
     folder: Path | None = None
     earlier: tuple[Leg, ...] = ()
     changes: tuple[str, ...] = ()
+    is_new_leg: bool = False
 
 
 def find_start(
@@ -57,11 +59,12 @@ def find_start(
         return Start()
     check_own_files(run)
     earlier = check_same(run, description, change=change)
-    changes = differences(read_history(run).settings.to_json(), settings.to_json())
+    history = read_history(run)
+    changes = differences(history.settings.to_json(), settings.to_json())
     if engine.global_rank == 0:
         checkpoints.clear_partial(run)
     start, folder = newest(run, settings, earlier)
     if folder is not None:
         manifest = read_checkpoint_manifest(folder)
         check_files(folder, manifest, part=engine.global_rank, parts=engine.world_size)
-    return Start(start, folder, earlier, tuple(changes))
+    return Start(start, folder, earlier, tuple(changes), is_new_leg=bool(changes) or earlier != history.legs)
