@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.adaptation.data.packed import ImageDocument, Packed, check_tokenizer
+from t5g2convert.adaptation.data.packed import Packed, check_tokenizer
 from t5g2convert.adaptation.data.tokens import ModelTokens, read_tokens
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import longest, needed_sentinels
@@ -250,9 +250,9 @@ def check_images(samples: UL2Dataset) -> None:
         raise DataError("has no documents with images", where=samples.packed.folder, hint="omit --image-every")
     wrong = []
     for number, document in enumerate(documents):
-        encoder, labels = image_lengths(document, samples)
-        if encoder > settings.encoder_length or labels > settings.decoder_length:
-            wrong.append(f"document {number}: {encoder} encoder tokens and {labels} labels")
+        size = samples.image_size(document)
+        if size.encoder > settings.encoder_length or size.labels > settings.decoder_length:
+            wrong.append(f"document {number}: {size.encoder} encoder tokens and {size.labels} labels")
     if wrong:
         raise DataError(
             f"{len(wrong)} document(s) with images are longer than {settings.encoder_length} encoder tokens or "
@@ -260,9 +260,3 @@ def check_images(samples: UL2Dataset) -> None:
             where=samples.packed.folder,
             details=wrong[:SHOWN],
         )
-
-
-def image_lengths(document: ImageDocument, samples: UL2Dataset) -> tuple[int, int]:
-    """Return the encoder tokens and labels of a document with images."""
-    example = samples.image(document)
-    return len(example.encoder), len(example.labels)

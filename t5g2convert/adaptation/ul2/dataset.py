@@ -1,8 +1,8 @@
 """UL2 samples as batches, and the loader that makes them: pure functions of the seed and a sample's number."""
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from itertools import tee
 from pathlib import Path
 from typing import Final
 
@@ -84,10 +84,9 @@ class UL2Dataset(Dataset[Batch]):
             batch |= teaching(examples, self.tokens.bos, width=batch["labels"].shape[1])
         return batch
 
-    def order(self, loop: LoopConfig, *, rank: int, world: int, start: int = 0) -> Callable[[], Iterator[MicroBatch]]:
-        """Return a function that returns an iterator over the micro-batches of a process, from step `start` on."""
-        return partial(
-            micro_batches,
+    def order(self, loop: LoopConfig, *, rank: int, world: int, start: int = 0) -> Iterator[MicroBatch]:
+        """Return an iterator over the micro-batches of a process, from step `start` on."""
+        return micro_batches(
             self.settings,
             self.size,
             rank=rank,
@@ -101,11 +100,14 @@ class UL2Dataset(Dataset[Batch]):
     def size(self, step: int, i: int) -> SampleSize:
         """Return the size of sample i of a step's kind, without making it."""
         if is_image_step(self.settings, step):
-            document = self.document(i)
-            example = self.image(document)
-            return self._size(len(example.encoder), len(example.labels), len(document.images))
+            return self.image_size(self.document(i))
         assert self.sampler is not None, "there are text steps"
         return self.text_sizes[self.sampler.task(i)]
+
+    def image_size(self, document: ImageDocument) -> SampleSize:
+        """Return the size of the sample of a document with images."""
+        example = self.image(document)
+        return self._size(len(example.encoder), len(example.labels), len(document.images))
 
     def padded(self, sizes: Sequence[SampleSize]) -> SampleSize:
         """Return the size of a micro-batch, each sample padded to the longest."""
@@ -225,28 +227,29 @@ def _stacked(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
 
 
 def load_batches(
-    samples: Dataset[Batch], order: Callable[[], Iterator[MicroBatch]], *, workers: int
+    samples: Dataset[Batch], order: Iterator[MicroBatch], *, workers: int
 ) -> Iterator[tuple[MicroBatch, Batch | T5g2Error]]:
     """Yield batches in order, each with its micro-batch; a batch that cannot be made is replaced by its error.
 
     Args:
         samples: The dataset.
-        order: Returns an iterator over all micro-batches.
+        order: All micro-batches.
         workers: Processes that prepare batches ahead of time; with 0 this process makes them on demand.
     """
     if not workers:
-        for chosen in order():
+        for chosen in order:
             yield chosen, _Attempts(samples)[chosen]
         return
+    # The loader takes micro-batches ahead of those that are yielded.
+    places, ahead = tee(order)
     made = DataLoader(
         _Attempts(samples),
         batch_size=None,
-        sampler=_Order(order),
+        sampler=ahead,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
     )
-    for chosen, batch in zip(order(), made, strict=True):
-        yield chosen, batch
+    yield from zip(places, made, strict=True)
 
 
 class _Attempts(Dataset["Batch | T5g2Error"]):
@@ -268,13 +271,3 @@ def _ignore_signals(_: int) -> None:
     """Ignore the signals that a terminal or SLURM sends to all processes: the main process ends the workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-class _Order:
-    """The micro-batches as a sampler of a DataLoader."""
-
-    def __init__(self, order: Callable[[], Iterator[MicroBatch]]) -> None:
-        self._order = order
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self._order()

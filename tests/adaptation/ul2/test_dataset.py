@@ -151,7 +151,7 @@ def at() -> Iterator[MicroBatch]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_that_cannot_be_made_is_replaced_by_its_error(workers: int) -> None:
-    made = list(load_batches(Made(), at, workers=workers))
+    made = list(load_batches(Made(), at(), workers=workers))
     assert [place.step for place, _ in made] == [0, 1, 2]
     error = made[1][1]
     assert isinstance(error, DataError)
@@ -166,4 +166,4 @@ def test_a_batch_that_cannot_be_made_is_replaced_by_its_error(workers: int) -> N
 
 def test_a_signal_is_not_an_error_of_a_sample() -> None:
     with pytest.raises(Interrupted):
-        list(load_batches(Stopped(), at, workers=0))
+        list(load_batches(Stopped(), at(), workers=0))
