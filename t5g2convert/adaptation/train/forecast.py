@@ -1,18 +1,15 @@
 """The plan of a training run and its estimated cost, from the model's headers and the index of the data."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from t5g2convert.adaptation.options import LoopConfig
-from t5g2convert.adaptation.train.cost import Memory, memory, operations
+from t5g2convert.adaptation.train.cost import Memory, memory
 from t5g2convert.adaptation.train.preflight import Prepared
 from t5g2convert.adaptation.train.schedule import first_sample
-from t5g2convert.adaptation.ul2.corruption import lengths, spans
+from t5g2convert.adaptation.ul2.corruption import spans
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
 from t5g2convert.adaptation.ul2.micro_batches import deal
-from t5g2convert.checkpoint.families.registry import read_trainable
-from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
 from t5g2convert.mapping.inspection import inspect
 
 
@@ -82,16 +79,17 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
             task.name,
             task.weight,
             raw,
-            *lengths(raw, task, samples.frame),
+            size.encoder,
+            size.labels,
             spans(raw, task)[1] if task.sentinel else 0,
         )
-        for task, raw in zip(settings.mixture.tasks if raw_lengths else (), raw_lengths, strict=True)
+        # Without text there are no lengths and no sizes.
+        for task, raw, size in zip(settings.mixture.tasks, raw_lengths, samples.text_sizes, strict=False)
     )
     image_steps = 0 if settings.image_every is None else settings.steps // settings.image_every
     blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
     ids = samples.sentinels
     schedule = simulate(samples, devices=devices, loop=loop)
-    model = read_trainable(prepared.checkpoint.config, Path("config.json"))
     return Forecast(
         steps=settings.steps,
         image_steps=image_steps,
@@ -100,11 +98,11 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
         sentinels=(ids.first, ids.last) if ids.count else None,
         corpus=samples.packed.tokens,
         epochs=0.0 if sampler is None else blocks / sampler.chunks,
-        operations=_operations(model, tasks, settings.samples) if tasks else None,
+        operations=_operations(samples) if tasks else None,
         passes=schedule.passes / schedule.steps,
         useful=schedule.useful,
         memory=memory(
-            model,
+            samples.shapes,
             inspect(prepared.checkpoint.path).parameters,
             devices=devices,
             encoder=schedule.encoder,
@@ -115,9 +113,10 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
     )
 
 
-def _operations(model: T5Gemma2, tasks: tuple[TaskForecast, ...], samples: int) -> float:
-    each = [operations(model, encoder=task.encoder, decoder=task.labels).training * task.weight for task in tasks]
-    return samples * sum(each) / sum(task.weight for task in tasks)
+def _operations(samples: UL2Dataset) -> float:
+    mixture = samples.settings.mixture
+    block = sum(size.cost * task.weight for size, task in zip(samples.text_sizes, mixture.tasks, strict=True))
+    return samples.settings.samples * block / mixture.block
 
 
 SIMULATED: Final = 20_000
