@@ -4,15 +4,13 @@ Their difference is the encoder's gain. A converted model that was not trained d
 model that has learnt to use its encoder does worse.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
-from t5g2convert.adaptation.train.evaluation import hide_encoder
+from t5g2convert.adaptation.train.evaluation import Evaluation, hide_encoder
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.model import load_model, published_names
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
@@ -20,39 +18,6 @@ from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.dataset import task_names
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.errors import CheckpointError, UsageError
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Losses in nats per label.
-
-    Attributes:
-        tasks: The loss of each task.
-        hidden: The loss of each task with the encoder hidden.
-        labels: Number of labels of each task.
-    """
-
-    tasks: Mapping[str, float]
-    hidden: Mapping[str, float]
-    labels: Mapping[str, int]
-
-    @property
-    def loss(self) -> float:
-        """Return the mean over all labels."""
-        return self._mean(self.tasks)
-
-    @property
-    def hidden_loss(self) -> float:
-        """Return the mean over all labels with the encoder hidden."""
-        return self._mean(self.hidden)
-
-    @property
-    def gain(self) -> float:
-        """Return the loss without the encoder minus the loss with it."""
-        return self.hidden_loss - self.loss
-
-    def _mean(self, losses: Mapping[str, float]) -> float:
-        return sum(losses[name] * count for name, count in self.labels.items()) / sum(self.labels.values())
 
 
 def evaluate(
@@ -82,9 +47,12 @@ def evaluate(
             f"expected a multiple of {block} up to {schedule.chunks * block} held-out samples, got {samples}"
         )
     module = load_model(model, prepared.checkpoint.config)
+    step = 0
     if checkpoint is not None:
-        _take_values(module, prepared, CheckpointReader(checkpoint))
-    return _evaluate(module, prepared, samples, micro)
+        trained = CheckpointReader(checkpoint)
+        _take_values(module, prepared, trained)
+        step = trained.manifest.step
+    return _evaluate(module, prepared, samples, micro, step)
 
 
 def _take_values(module: nn.Module, prepared: Prepared, trained: CheckpointReader) -> None:
@@ -103,18 +71,15 @@ def _take_values(module: nn.Module, prepared: Prepared, trained: CheckpointReade
 
 
 @torch.no_grad()
-def _evaluate(module: nn.Module, prepared: Prepared, samples: int, micro: int) -> Evaluation:
+def _evaluate(module: nn.Module, prepared: Prepared, samples: int, micro: int, step: int) -> Evaluation:
     names = task_names(prepared.samples.settings)
     denoiser = ModelWithLoss(module, tasks=len(names), softcap=prepared.limits.softcap, chunk=4096).eval()
-    sums = torch.zeros(2, len(names), dtype=torch.float64)
-    labels = torch.zeros(len(names), dtype=torch.int64)
+    sums = torch.zeros(3, len(names), dtype=torch.float64)
     for start in range(0, samples, micro):
         numbers = tuple(range(start, min(start + micro, samples)))
         batch = prepared.samples[MicroBatch(0, numbers, (True,) * len(numbers))]
-        for number, seen in enumerate((batch, hide_encoder(batch))):
+        for row, seen in enumerate((batch, hide_encoder(batch))):
             _, losses_T, labels_T = denoiser(seen)
-            sums[number] += losses_T.double()
-        labels += labels_T
-    came = {name: number for number, name in enumerate(names) if labels[number]}
-    tasks, hidden = ({name: float(part[number] / labels[number]) for name, number in came.items()} for part in sums)
-    return Evaluation(tasks, hidden, {name: int(labels[number]) for name, number in came.items()})
+            sums[row] += losses_T
+        sums[2] += labels_T
+    return Evaluation.of_sums(step, names, sums)

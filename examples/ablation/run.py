@@ -27,10 +27,11 @@ from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
+from t5g2convert.adaptation.train.evaluation import Evaluation
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 
 sys.path.append(str(Path(__file__).parent.parent))
-from ablation.evaluation import Evaluation, evaluate
+from ablation.evaluation import evaluate
 from ablation.model import load, register
 from ablation.report import draw, table
 from tiny_parent.corpus import write_corpus

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ablation.config import MODEL_TYPE, read_research, research_tensors
-from ablation.evaluation import Evaluation, evaluate, hide_encoder
+from ablation.evaluation import evaluate
 from ablation.model import ResearchModel, load, register
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +21,7 @@ from t5g2convert.adaptation.adapt import Request, adapt
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.options import AdaptOptions
+from t5g2convert.adaptation.train.evaluation import Evaluation, hide_encoder
 from t5g2convert.adaptation.train.model import MODEL_LOADERS
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings
@@ -365,7 +366,7 @@ def checkpoint(trained: Path, step: int) -> Path:
 
 
 def test_the_means_are_over_labels() -> None:
-    found = Evaluation({"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 8.0}, {"a": 3, "b": 1})
+    found = Evaluation(0, {"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 8.0}, {"a": 3, "b": 1})
     assert (found.loss, found.hidden_loss, found.gain) == (1.75, 3.5, 1.75)
 
 

@@ -5,10 +5,11 @@ hidden; a model that has learnt to use its encoder predicts worse.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.distributed import raise_first_error, run_on_all_ranks
-from t5g2convert.adaptation.train.metrics import Count, TaskName
+from t5g2convert.adaptation.train.metrics import Count, TaskName, log_lines
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, task_names
@@ -45,6 +46,23 @@ class Evaluation:
     hidden: Mapping[TaskName, float]
     labels: Mapping[TaskName, Count]
 
+    @classmethod
+    def of_sums(cls, step: int, names: Sequence[str], sums: Tensor) -> Self:
+        """Return the mean losses of the tasks that have labels.
+
+        Args:
+            step: Completed steps.
+            names: The names of the tasks.
+            sums: float64 [3, tasks]: losses, losses with the encoder hidden, and numbers of labels.
+        """
+        columns = {name: column for name, column in zip(names, sums.T.tolist(), strict=True) if column[2]}
+        return cls(
+            step,
+            {name: visible / count for name, (visible, _, count) in columns.items()},
+            {name: hidden / count for name, (_, hidden, count) in columns.items()},
+            {name: int(count) for name, (_, _, count) in columns.items()},
+        )
+
     @property
     def loss(self) -> float:
         """Mean over all labels."""
@@ -54,6 +72,11 @@ class Evaluation:
     def hidden_loss(self) -> float:
         """Mean over all labels with the encoder hidden."""
         return self._mean(self.hidden)
+
+    @property
+    def gain(self) -> float:
+        """The loss with the encoder hidden minus the loss with it visible."""
+        return self.hidden_loss - self.loss
 
     def _mean(self, losses: Mapping[str, float]) -> float:
         return sum(losses[name] * count for name, count in self.labels.items()) / sum(self.labels.values())
@@ -136,13 +159,7 @@ def evaluate(
     module.train()
     if engine.world_size > 1:
         torch.distributed.all_reduce(sums)
-    seen_losses, hidden_losses, labels = sums.tolist()
-    counted = {name: int(count) for name, count in zip(names, labels, strict=True) if count}
-    tasks, hidden = (
-        {name: loss / counted[name] for name, loss in zip(names, losses, strict=True) if name in counted}
-        for losses in (seen_losses, hidden_losses)
-    )
-    return Evaluation(step, tasks, hidden, counted)
+    return Evaluation.of_sums(step, names, sums)
 
 
 def _batches(engine: "Fabric", samples: UL2Dataset, loop: LoopConfig) -> Iterator[Batch]:
@@ -204,12 +221,12 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     """Read evaluation.jsonl; an absent file has no evaluations.
 
     Raises:
-        CheckpointError: A line is not valid.
+        CheckpointError: The file is too large or not a regular file, or a line is not valid.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
-        return [_EVALUATION.validate_json(line) for line in path.read_bytes().splitlines()]
+        return [_EVALUATION.validate_json(line) for line in log_lines(path)]
     except (ValidationError, UnicodeDecodeError):
         raise CheckpointError("has a line that is not an evaluation", where=path, hint="move it away") from None
 
@@ -228,7 +245,7 @@ def write_evaluations(path: Path, evaluations: Sequence[Evaluation]) -> None:
 
 def overfitting(evaluations: Sequence[Evaluation]) -> str | None:
     """Return a note where the held-out loss has risen since its lowest value, over at least two evaluations."""
-    if len(evaluations) < 3:
+    if not evaluations:
         return None
     lowest = min(evaluations, key=lambda each: each.loss)
     last = evaluations[-1]

@@ -146,11 +146,15 @@ def read_metrics(path: Path) -> list[Metrics]:
     Raises:
         CheckpointError: The file is missing or too large, or a line is not valid.
     """
-    return [_parse(line, number, path) for number, line in enumerate(_lines(path), 1)]
+    return [_parse(line, number, path) for number, line in enumerate(log_lines(path), 1)]
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines with their line ends, each at most `LONGEST_LINE` long."""
+def log_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a log with their line ends, each at most `LONGEST_LINE` long.
+
+    Raises:
+        CheckpointError: The file is missing, too large, or not a regular file.
+    """
     try:
         with regular_file(path).open("rb") as file:
             number = 0
@@ -208,7 +212,7 @@ def truncate(path: Path, step: int) -> None:
     if not os.path.lexists(path):
         return
     kept: list[bytes] = []
-    for number, line in enumerate(_lines(path) if step else (), 1):
+    for number, line in enumerate(log_lines(path) if step else (), 1):
         if not line.endswith(b"\n"):
             break  # the line that was being written when the run died
         found = _parse(line, number, path)

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,4 +133,15 @@ def test_a_line_that_is_not_an_evaluation_is_refused(line: str, tmp_path: Path) 
     assert json.loads(path.read_text())["step"] == 1
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(CheckpointError, match="has a line that is not an evaluation"):
+        read_evaluations(path)
+
+
+def test_something_else_in_place_of_the_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r"evaluation\.jsonl: "):
+        read_evaluations(path)
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"evaluation\.jsonl: "):
         read_evaluations(path)
