@@ -21,33 +21,26 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from t5g2convert.adaptation.adapt import Outcome, Request, adapt, foresee
-from t5g2convert.adaptation.average import average
-from t5g2convert.adaptation.options import AdaptOptions, Hardware
+from t5g2convert.adaptation.adapt import adapt, foresee
 from t5g2convert.adaptation.train import checkpoints, loop
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     check_files,
     complete_checkpoints,
     read_checkpoint_manifest,
-    regular_checkpoints,
 )
-from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank, resolve
-from t5g2convert.adaptation.train.history import check_same, identity, newest, read_history
+from t5g2convert.adaptation.train.distributed import ReportedElsewhere
+from t5g2convert.adaptation.train.history import check_same, identity, newest
 from t5g2convert.adaptation.train.metrics import Metrics, read_metrics
 from t5g2convert.adaptation.train.preflight import check_rope, prepare, read_limits
 from t5g2convert.adaptation.train.run_folder import check_vacant, locked
-from t5g2convert.adaptation.train.schedule import first_sample, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.adaptation.ul2 import dataset
-from t5g2convert.adaptation.ul2.mixture import Mixture, Task, read_mixture
+from t5g2convert.adaptation.ul2.mixture import Mixture, Task
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.checkpoint.manifest import read_manifest
-from t5g2convert.conversion.write import resources
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, T5g2Error, UsageError
-from t5g2convert.publish.card import model_card
 from tests.adaptation.runs import SHARD
-from tests.adaptation.trainings import tensors_of
+from tests.adaptation.trainings import changed, request_of, run, settings_of, tensors_of
 from tests.conftest import TwinFolder
 
 ENCODER, TOWER = "model.encoder.layers.*", "model.encoder.vision_tower.*"
@@ -56,35 +49,6 @@ PROJECTOR = "model.encoder.multi_modal_projector."
 
 MANY_SPANS = Mixture(tasks=(Task(name="many", kind="spans", rate=0.45, mean_span=1.0, weight=1),))
 """Nearly half of all tokens are spans of one token, which need more sentinels than the vocabulary has."""
-
-
-def settings_of(**changes: Any) -> Settings:
-    values = {
-        "mixture": read_mixture(),
-        "encoder_length": 64,
-        "decoder_length": 64,
-        "batch_tokens": 256,
-        "steps": 4,
-        "lr": 1e-3,
-        "warmup": 2,
-    }
-    return Settings(**{**values, **changes})
-
-
-def request_of(small: Path, run: Path, settings: Settings, **changes: Any) -> Request:
-    how = {"micro_batch": 4, "save_every": 2, "keep": 2, "accelerator": "cpu", "devices": 1, "nodes": 1}
-    defaults = {"export": False, "gradient_checkpointing": False}
-    options = AdaptOptions(**{**dict(settings), **how, **defaults, **changes})
-    return Request(small / "model", small / "data", run, options)
-
-
-def changed(request: Request, **changes: Any) -> Request:
-    return replace(request, options=request.options.replace(**changes))
-
-
-def run(request: Request) -> tuple[Outcome, list[Metrics]]:
-    steps: list[Metrics] = []
-    return adapt(request, begun=lambda notes: None, report=steps.append), steps
 
 
 @pytest.mark.usefixtures("one_process")
@@ -186,61 +150,6 @@ def test_a_checkpoint_that_is_being_removed_is_complete_or_absent(
     assert [item.name for item in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
 
 
-def send(number: int, *, at: int) -> Callable[[Metrics], None]:
-    """Return a report that sends this process a signal after a step."""
-    return lambda metrics: os.kill(os.getpid(), number) if metrics.step == at else None
-
-
-@pytest.mark.usefixtures("one_process")
-def test_a_run_that_a_signal_ends_finishes_its_step_and_loses_nothing(small: Path, tmp_path: Path) -> None:
-    settings = settings_of(precision="float32", steps=6, image_every=3)
-    request = request_of(small, tmp_path / "run", settings, save_every=100)
-    with pytest.raises(Interrupted) as raised:
-        adapt(request, begun=lambda notes: None, report=send(signal.SIGTERM, at=2))
-    assert raised.value.exit_code == 143
-    assert list(complete_checkpoints(tmp_path / "run")) == [3]
-    assert not regular_checkpoints(tmp_path / "run")
-    outcome, steps = run(changed(request, resume=True))
-    assert (outcome.start, [step.step for step in steps]) == (3, [4, 5, 6])
-    run(replace(request, run=tmp_path / "whole"))
-    resumed, whole = (tensors_of(tmp_path / name, 6) for name in ("run", "whole"))
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert list(complete_checkpoints(tmp_path / "run")) == [6]
-
-
-@pytest.mark.usefixtures("one_process")
-def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resources, "free_bytes", lambda _: 1000)
-    with pytest.raises(OutputError, match=r"the disk has 1,000 bytes free, the output needs [\d,]+"):
-        run(request_of(small, tmp_path / "run", settings_of()))
-    check_vacant(tmp_path / "run")
-
-
-@pytest.mark.usefixtures("one_process")
-def test_sigusr1_writes_a_checkpoint_and_the_run_continues(small: Path, tmp_path: Path) -> None:
-    request = request_of(small, tmp_path / "run", settings_of(steps=4), save_every=100)
-    seen: dict[int, list[int]] = {}
-
-    def report(metrics: Metrics) -> None:
-        send(signal.SIGUSR1, at=1)(metrics)
-        seen[metrics.step] = list(complete_checkpoints(tmp_path / "run"))
-
-    adapt(request, begun=lambda notes: None, report=report)
-    assert seen == {1: [], 2: [], 3: [2], 4: [2]}
-    assert list(complete_checkpoints(tmp_path / "run")) == [4]
-
-
-@pytest.mark.usefixtures("one_process")
-def test_only_the_newest_interim_checkpoint_is_kept(small: Path, tmp_path: Path) -> None:
-    request = request_of(small, tmp_path / "run", settings_of(steps=5), save_every=2, save_minutes=1e-9)
-    seen: list[list[int]] = []
-    adapt(request, begun=lambda notes: None, report=lambda _: seen.append(list(complete_checkpoints(tmp_path / "run"))))
-    assert seen == [[], [1], [2], [2, 3], [2, 4]]
-    assert list(complete_checkpoints(tmp_path / "run")) == [4, 5]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_distillation_in_bfloat16_with_images_learns_and_names_the_teacher(small: Path, tmp_path: Path) -> None:
@@ -314,94 +223,6 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_on_request(
             begun=lambda notes: None,
             report=made.append,
         )
-
-
-def lr_of(steps: Sequence[Metrics]) -> list[float]:
-    return [step.lr for step in steps]
-
-
-@pytest.mark.usefixtures("one_process")
-def test_more_steps_are_made_by_resuming_with_more(small: Path, tmp_path: Path) -> None:
-    request = request_of(small, tmp_path / "run", settings_of(precision="float32", image_every=2), export=True)
-    run(request)
-    notes: list[str] = []
-    more: list[Metrics] = []
-    longer = changed(request, steps=7, resume=True)
-    outcome = adapt(longer, begun=notes.extend, report=more.append)
-    assert notes == ["resuming after 4 steps", "from step 5 on: steps 4, now 7"]
-    exported = read_manifest(tmp_path / "run/model").adaptation
-    assert exported is not None
-    assert exported.steps == 7
-    assert (outcome.start, [step.step for step in more]) == (4, [5, 6, 7])
-    assert lr_of(more) == [learning_rate(longer.options, step) for step in (4, 5, 6)]
-    document = json.loads((tmp_path / "run/run.json").read_text())
-    assert [(leg["until"], leg["settings"]["steps"]) for leg in document["earlier"]] == [(4, 4)]
-    again, steps = run(longer)
-    assert (again.start, steps) == (7, [])
-    assert json.loads((tmp_path / "run/run.json").read_text()) == document
-    with pytest.raises(UsageError, match="--steps is 5, but the run has made 7"):
-        run(changed(longer, steps=5, change=True))
-
-
-@pytest.mark.usefixtures("one_process")
-def test_changed_settings_apply_from_the_newest_checkpoint_on(small: Path, tmp_path: Path) -> None:
-    request = request_of(small, tmp_path / "run", settings_of(precision="float32", steps=8, image_every=3))
-    with pytest.raises(Interrupted):
-        adapt(request, begun=lambda notes: None, report=send(signal.SIGTERM, at=3))
-    other = changed(request, resume=True, lr=5e-4, batch_tokens=512, clip=0.5)
-    with pytest.raises(
-        UsageError, match=r"batch_tokens 256, now 512 \(--change lets it hold from the newest checkpoint"
-    ):
-        run(other)
-    with pytest.raises(UsageError, match=r"encoder_eos false, now true \(use the options of the first start"):
-        run(changed(other, change=True, encoder_eos=True))
-    _, steps = run(changed(other, change=True))
-    assert [step.step for step in steps] == [5, 6, 7, 8]
-    assert lr_of(steps) == [learning_rate(other.options, step) for step in (4, 5, 6, 7)]
-    history = read_history(tmp_path / "run")
-    (leg,) = history.legs
-    assert (leg.until, leg.settings.lr, history.settings.lr) == (4, 1e-3, 5e-4)
-    # Before it came three text steps and one image step, with four samples each.
-    assert first_sample(history.settings, 4, history.legs) == 12
-    assert first_sample(history.settings, 5, history.legs) == 4
-    assert first_sample(history.settings, 6, history.legs) == 12 + 8
-    average(tmp_path / "run", tmp_path / "mean", last=2)
-    manifest = read_manifest(tmp_path / "mean")
-    assert manifest.adaptation is not None
-    assert manifest.adaptation.earlier is not None
-    assert [leg.until for leg in manifest.adaptation.earlier] == [4]
-    card = model_card(tmp_path / "mean", repo="", source_card=None, existing=None, mode="update")
-    assert card is not None
-    assert "| settings changed | after step 4; the values above are those since then |" in card
-
-
-@pytest.mark.usefixtures("one_process")
-def test_legs_end_at_the_newest_checkpoint_that_is_left(small: Path, tmp_path: Path) -> None:
-    request = request_of(small, tmp_path / "run", settings_of(precision="float32"), save_every=1, keep=9)
-    run(request)
-    longer = changed(request, steps=6, lr=5e-4, resume=True, change=True)
-    run(longer)
-    for step in (4, 5, 6):
-        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:08d}")
-    outcome, steps = run(changed(longer, change=False))
-    assert (outcome.start, [step.step for step in steps]) == (3, [4, 5, 6])
-    history = read_history(tmp_path / "run")
-    assert [(leg.until, leg.settings.lr) for leg in history.legs] == [(3, 1e-3)]
-    assert [step.lr for step in steps] == [learning_rate(longer.options, step) for step in (3, 4, 5)]
-
-
-@pytest.mark.usefixtures("one_process")
-def test_a_change_before_the_first_checkpoint_starts_over(small: Path, tmp_path: Path) -> None:
-    request = request_of(small, tmp_path / "run", settings_of(), save_every=100)
-
-    def stop(_: Metrics) -> None:
-        raise DataError("stopped")
-
-    with pytest.raises(DataError, match="stopped"):
-        adapt(request, begun=lambda notes: None, report=stop)
-    outcome, _ = run(changed(request, resume=True, change=True, lr=5e-4))
-    history = read_history(tmp_path / "run")
-    assert (outcome.start, history.legs, history.settings.lr) == (0, (), 5e-4)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -715,56 +536,6 @@ def test_a_teacher_that_does_not_fit_is_refused(small: Path, twin_folder: TwinFo
         check_teacher(small / "model", vocabulary=256, longest=10)
 
 
-def test_devices_that_are_not_there_or_were_not_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert resolve(Hardware()) == ("cpu", 1, 1)
-    with pytest.raises(UsageError, match="this machine has 0 CUDA"):
-        resolve(Hardware(accelerator="cuda", devices=2))
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5"}.items():
-        monkeypatch.setenv(name, value)
-    assert resolve(Hardware()) == ("cpu", 4, 2)
-    assert resolve(Hardware(accelerator="cpu", devices=4, nodes=2)) == ("cpu", 4, 2)
-    with pytest.raises(UsageError, match=r"torchrun started 8 process\(es\), but --devices 3 and --nodes 2 need 6"):
-        resolve(Hardware(accelerator="cpu", devices=3, nodes=2))
-
-
-def test_devices_and_nodes_come_from_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}.items():
-        monkeypatch.setenv(name, value)
-    assert resolve(Hardware(accelerator="cpu")) == ("cpu", 2, 3)
-    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert resolve(Hardware(accelerator="cpu")) == ("cpu", 1, 1)
-
-
-def slurm(monkeypatch: pytest.MonkeyPatch, *, tasks: int, visible: int) -> None:
-    names = {"SLURM_NTASKS": str(tasks), "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-
-
-def test_an_sbatch_script_without_srun_gets_the_command_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm(monkeypatch, tasks=1, visible=8)
-    with pytest.raises(UsageError, match="slurm started 1 process, but it sees 8 CUDA devices") as unnamed:
-        resolve(Hardware())
-    with pytest.raises(UsageError, match=r"slurm started 1 process\(es\), but --devices 8 and --nodes 1") as named:
-        resolve(Hardware(devices=8))
-    for raised in (unnamed, named):
-        assert str(raised.value.hint).startswith("start it with srun --ntasks-per-node DEVICES")
-    assert resolve(Hardware(devices=1)) == ("cuda", 1, 1)
-
-
-def test_tasks_that_see_one_device_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    slurm(monkeypatch, tasks=8, visible=1)
-    with pytest.raises(
-        UsageError, match=r"8 processes run on this machine, but each sees 1 CUDA device\(s\)"
-    ) as raised:
-        resolve(Hardware())
-    assert raised.value.hint == "ask SLURM for gpus-per-node instead of gpus-per-task"
-    slurm(monkeypatch, tasks=8, visible=8)
-    assert resolve(Hardware()) == ("cuda", 8, 1)
-
-
 def test_log_files_of_a_batch_system_may_be_in_the_folder_of_a_run(tmp_path: Path) -> None:
     for name in ("slurm-77.out", "train.err", "train.log"):
         (tmp_path / name).touch()
@@ -772,19 +543,6 @@ def test_log_files_of_a_batch_system_may_be_in_the_folder_of_a_run(tmp_path: Pat
     (tmp_path / "notes.md").touch()
     with pytest.raises(OutputError, match="exists and is not an empty folder"):
         check_vacant(tmp_path)
-
-
-def test_the_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert early_rank() == 0
-    for name, value in {"SLURM_NTASKS": "6", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "x", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert early_rank() == 3
-    # In a SLURM shell, Fabric's child processes inherit the variables of the shell.
-    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert early_rank() == 1
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "5"}.items():
-        monkeypatch.setenv(name, value)
-    assert early_rank() == 5
 
 
 @pytest.mark.usefixtures("one_process")

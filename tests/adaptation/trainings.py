@@ -5,12 +5,20 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from t5g2convert.adaptation.adapt import Outcome, Request
+from t5g2convert.adaptation.adapt import adapt as adapt_here
+from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
+from t5g2convert.adaptation.train.metrics import Metrics
+from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.ul2.mixture import read_mixture
 from tests.processes.forked import Preload, python
 
 OPTIONS = (
@@ -55,3 +63,40 @@ def tensors_of(run: Path, step: int) -> dict[str, Tensor]:
     """Return the trained tensors of a checkpoint."""
     checkpoint = CheckpointReader(run / "checkpoints" / f"step-{step:08d}")
     return {name: checkpoint.read(name) for name in checkpoint.names}
+
+
+# Runs in this process
+
+
+def settings_of(**changes: Any) -> Settings:
+    values = {
+        "mixture": read_mixture(),
+        "encoder_length": 64,
+        "decoder_length": 64,
+        "batch_tokens": 256,
+        "steps": 4,
+        "lr": 1e-3,
+        "warmup": 2,
+    }
+    return Settings(**{**values, **changes})
+
+
+def request_of(small: Path, run: Path, settings: Settings, **changes: Any) -> Request:
+    how = {"micro_batch": 4, "save_every": 2, "keep": 2, "accelerator": "cpu", "devices": 1, "nodes": 1}
+    defaults = {"export": False, "gradient_checkpointing": False}
+    options = AdaptOptions(**{**dict(settings), **how, **defaults, **changes})
+    return Request(small / "model", small / "data", run, options)
+
+
+def changed(request: Request, **changes: Any) -> Request:
+    return replace(request, options=request.options.replace(**changes))
+
+
+def run(request: Request) -> tuple[Outcome, list[Metrics]]:
+    steps: list[Metrics] = []
+    return adapt_here(request, begun=lambda notes: None, report=steps.append), steps
+
+
+def send(number: int, *, at: int) -> Callable[[Metrics], None]:
+    """Return a report that sends this process a signal after a step."""
+    return lambda metrics: os.kill(os.getpid(), number) if metrics.step == at else None

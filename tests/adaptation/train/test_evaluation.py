@@ -25,7 +25,7 @@ from t5g2convert.adaptation.ul2.dataset import task_names
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError
-from tests.adaptation.test_adapt import request_of, settings_of
+from tests.adaptation.trainings import request_of, settings_of
 
 ENGINE: Any = SimpleNamespace(global_rank=0, world_size=1, device=torch.device("cpu"), to_device=lambda batch: batch)
 
