@@ -23,11 +23,11 @@ GATHERED_BYTES: Final = 8
 STATE_BYTES: Final = 2
 """Per element of a layer's input, kept for the backward pass: bfloat16."""
 
-LOGIT_BYTES: Final = 12
-"""Per logit of a chunk: the logit and its gradient, in bfloat16 and in float32."""
+LOGIT_BYTES: Final = 8
+"""Per logit of a chunk: in bfloat16, and in float32; the gradients replace them."""
 
 PASSES: Final = 4
-"""Forward; forward again in the backward pass (gradient checkpointing); and twice that for the gradients."""
+"""Of the layers: forward; forward again in the backward pass (recomputation); and twice that for the gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,8 @@ class Operations:
 
     @property
     def training(self) -> int:
-        """Operations in training: the frozen tower only runs forward, and image parts are not recomputed."""
-        return PASSES * (self.encoder + self.decoder + self.softmax) + self.vision + 3 * self.projector
+        """Operations in training: the frozen tower only runs forward; softmax and projector are not recomputed."""
+        return PASSES * (self.encoder + self.decoder) + 3 * (self.softmax + self.projector) + self.vision
 
 
 def operations(model: T5Gemma2, *, encoder: int, decoder: int, images: int = 0) -> Operations:

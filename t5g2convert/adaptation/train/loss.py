@@ -3,17 +3,18 @@
 Legend of shape suffixes: B samples, E encoder tokens, D labels, R raw tokens, N labels that count, C hidden width,
 V vocabulary, T tasks, I images.
 
-The logits of 16,384 labels over 262,144 tokens are 16 GiB in float32. They never exist at once: the head and the
-softmax run over `chunk` labels at a time, and the backward pass computes each chunk's logits again.
+The logits of 16,384 labels over 262,144 tokens are 16 GiB in float32. They never exist at once: head and softmax run
+over `chunk` labels at a time, and each chunk's gradient is computed before the next chunk, so no logit is computed
+twice.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from t5g2convert.adaptation.train.teacher import Teacher
 
@@ -66,11 +67,20 @@ class ModelWithLoss(nn.Module):
         tasks_N = batch["tasks"][:, None].expand_as(counted_BD)[counted_BD]
         if not len(tasks_N):
             # All is padding; the pass is still needed, because the other processes wait for its gradients.
-            nothing = self._chunk(hidden_BDC[:1, 0], batch["labels"].new_zeros(1), None, None).sum() * 0.0
+            nothing = (hidden_BDC.sum() + self._table[0].sum()) * 0.0
             return nothing, nothing.detach().new_zeros(self.tasks), tasks_N.new_zeros(self.tasks)
-        loss_N = self._losses(hidden_BDC[counted_BD], batch["labels"][counted_BD], taught_NC, is_taught_N)
-        sums_T = loss_N.new_zeros(self.tasks).index_add_(0, tasks_N, loss_N.detach())
-        return loss_N.sum(), sums_T, torch.bincount(tasks_N, minlength=self.tasks)
+        targets = _Targets(batch["labels"][counted_BD], self.teacher, taught_NC, is_taught_N)
+        loss, loss_N = _SoftmaxLoss.apply(  # type: ignore[no-untyped-call]
+            hidden_BDC[counted_BD], self._table, targets, self.chunk, self.softcap, torch.is_grad_enabled()
+        )
+        sums_T = loss_N.new_zeros(self.tasks).index_add_(0, tasks_N, loss_N)
+        return loss, sums_T, torch.bincount(tasks_N, minlength=self.tasks)
+
+    @property
+    def _table(self) -> nn.Parameter:
+        """The softmax's matrix, [V, C]; whole in a forward pass, even if the model is sharded."""
+        (table,) = self.model.lm_head.parameters()
+        return table
 
     def _taught(self, batch: Mapping[str, Tensor], counted_BD: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the teacher's states that predict the counted labels, [N, C], and which labels have one, [N]."""
@@ -82,30 +92,90 @@ class ModelWithLoss(nn.Module):
         taught_NC = states_BRC[rows_BD[counted_BD], at_BD[counted_BD].clamp(min=0)]
         return taught_NC, at_BD[counted_BD] >= 0
 
-    def _losses(
-        self, hidden_NC: Tensor, labels_N: Tensor, taught_NC: Tensor | None, is_taught_N: Tensor | None
-    ) -> Tensor:
-        """Return the loss of each label, float32 [N]."""
-        pieces = [hidden_NC.new_zeros(0, dtype=torch.float32)]
-        for start in range(0, len(labels_N), self.chunk):
-            piece = slice(start, start + self.chunk)
-            teaching = (
-                (None, None) if taught_NC is None or is_taught_N is None else (taught_NC[piece], is_taught_N[piece])
-            )
-            pieces.append(checkpoint(self._chunk, hidden_NC[piece], labels_N[piece], *teaching, use_reentrant=False))
-        return torch.cat(pieces)
 
-    def _chunk(
-        self, hidden_NC: Tensor, labels_N: Tensor, taught_NC: Tensor | None, is_taught_N: Tensor | None
-    ) -> Tensor:
-        logits_NV = self.model.lm_head(hidden_NC)
-        if self.softcap is not None:
-            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
-        logits_NV = logits_NV.float()
-        loss_N = functional.cross_entropy(logits_NV, labels_N, reduction="none")
-        if self.teacher is None or taught_NC is None or is_taught_N is None:
-            return loss_N
-        with torch.no_grad():
-            expected_NV = self.teacher.logits(taught_NC).log_softmax(-1)
-        divergence_N = (expected_NV.exp() * (expected_NV - logits_NV.log_softmax(-1))).sum(-1)
-        return torch.where(is_taught_N, divergence_N, loss_N)
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """What the counted labels are learnt from.
+
+    Attributes:
+        labels_N: The labels.
+        teacher: The model to distil.
+        taught_NC: Its states that predict the labels.
+        is_taught_N: Which labels have one.
+    """
+
+    labels_N: Tensor
+    teacher: Teacher | None = None
+    taught_NC: Tensor | None = None
+    is_taught_N: Tensor | None = None
+
+    def losses(self, logits_NV: Tensor, piece: slice) -> Tensor:
+        """Return the losses of a chunk, float32 [N], and replace its logits by their gradient.
+
+        A label's loss is its cross-entropy, with gradient softmax(logits) - onehot(label); or the divergence of the
+        teacher's distribution q, with gradient softmax(logits) - q.
+        """
+        labels_N1 = self.labels_N[piece, None]
+        logits_NV -= logits_NV.amax(-1, keepdim=True)
+        wanted_N = logits_NV.gather(-1, labels_N1)[:, 0]
+        expected_NV = self._expected(piece)
+        if expected_NV is not None:
+            wanted_N = (expected_NV * logits_NV).sum(-1) + torch.special.entr(expected_NV).sum(-1)
+        total_N1 = logits_NV.exp_().sum(-1, keepdim=True)
+        logits_NV /= total_N1
+        if expected_NV is None:
+            logits_NV.scatter_add_(-1, labels_N1, torch.full_like(total_N1, -1.0))
+        else:
+            logits_NV -= expected_NV
+        return total_N1[:, 0].log() - wanted_N
+
+    def _expected(self, piece: slice) -> Tensor | None:
+        """Return the distribution that each label of a chunk is learnt from, float32 [N, V]; None without a teacher."""
+        if self.teacher is None or self.taught_NC is None or self.is_taught_N is None:
+            return None
+        expected_NV = self.teacher.logits(self.taught_NC[piece]).softmax(-1)
+        text_N = ~self.is_taught_N[piece]
+        expected_NV[text_N] = functional.one_hot(self.labels_N[piece][text_N], expected_NV.shape[-1]).float()
+        return expected_NV
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """Head, softmax and loss, one chunk of labels at a time, with the gradients of each chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NC: Tensor,
+        table_VC: Tensor,
+        targets: _Targets,
+        chunk: int,
+        softcap: float | None,
+        trained: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of all losses, and the loss of each label without gradient; both float32."""
+        loss_N = hidden_NC.new_empty(len(hidden_NC), dtype=torch.float32)
+        d_hidden_NC, d_table_VC = (torch.empty_like(hidden_NC), torch.zeros_like(table_VC)) if trained else (None, None)
+        for start in range(0, len(loss_N), chunk):
+            piece = slice(start, start + chunk)
+            logits_NV = (hidden_NC[piece] @ table_VC.T).float()
+            slopes_NV = None
+            if softcap is not None:
+                logits_NV.div_(softcap).tanh_()
+                slopes_NV = 1 - logits_NV.square() if trained else None
+                logits_NV *= softcap
+            loss_N[piece] = targets.losses(logits_NV, piece)
+            if d_hidden_NC is not None and d_table_VC is not None:
+                gradient_NV = (logits_NV if slopes_NV is None else logits_NV.mul_(slopes_NV)).to(hidden_NC.dtype)
+                d_hidden_NC[piece] = gradient_NV @ table_VC
+                d_table_VC.addmm_(gradient_NV.T, hidden_NC[piece])
+        if trained:
+            ctx.save_for_backward(d_hidden_NC, d_table_VC)
+        ctx.mark_non_differentiable(loss_N)
+        return loss_N.sum(), loss_N
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients of the forward pass."""
+        d_hidden_NC, d_table_VC = ctx.saved_tensors
+        # In place: the gradient of a table is gigabytes, and each graph is used once.
+        return d_hidden_NC.mul_(d_loss), d_table_VC.mul_(d_loss), None, None, None, None

@@ -65,7 +65,9 @@ def test_operations_of_a_pass_equal_those_that_torch_counts(converted_twin: Twin
 def test_operations_of_training_equal_those_that_torch_counts(converted_twin: TwinFolder) -> None:
     folder = converted_twin("images-8")
     ours = operations(shapes(folder), encoder=ENCODER, decoder=DECODER, images=1)
-    assert counted(folder, 1, training=True) == pytest.approx(SAMPLES * ours.training, rel=2e-3)
+    # torch does not count products that are added in place, as those of the table's gradient.
+    expected = ours.training - ours.softmax
+    assert counted(folder, 1, training=True) == pytest.approx(SAMPLES * expected, rel=2e-3)
 
 
 def test_memory_is_divided_among_the_devices(converted_twin: TwinFolder) -> None:
@@ -76,6 +78,6 @@ def test_memory_is_divided_among_the_devices(converted_twin: TwinFolder) -> None
     assert one.states == 16 * trained + 4 * parameters["vision"]
     assert four == Memory(one.states // 4, one.gathered, one.inputs, one.softmax)
     assert one.inputs == 2 * 2 * 24 * 8 * (7 + 5)
-    assert one.softmax == 12 * 8 * model.decoder.vocab_size
+    assert one.softmax == 8 * 8 * model.decoder.vocab_size
     assert one.gathered == 8 * (parameters["embedding"] + 2 * (parameters["encoder"] // 8))
     assert one.total == one.states + one.gathered + one.inputs + one.softmax
