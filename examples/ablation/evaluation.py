@@ -46,7 +46,7 @@ def evaluate(
         raise UsageError(
             f"expected a multiple of {block} up to {schedule.chunks * block} held-out samples, got {samples}"
         )
-    module = load_model(model, prepared.checkpoint.config)
+    module = load_model(prepared.checkpoint)
     step = 0
     if checkpoint is not None:
         trained = CheckpointReader(checkpoint)

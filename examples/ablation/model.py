@@ -18,17 +18,15 @@ from ablation.config import MODEL_TYPE, ResearchConfig, read_research, research_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t5g2convert.adaptation.train.model import MODEL_LOADERS
+from t5g2convert.adaptation.train.model import MODEL_BUILDERS
 from t5g2convert.checkpoint.families.registry import TARGETS, TargetFamily
 from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.text_and_vision import TextConfig
-from t5g2convert.checkpoint.folder import open_checkpoint, some
-from t5g2convert.errors import CheckpointError
+from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.attention import Kernel, Rotation, rotation
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer, RMSNorm, StackLayer
 from t5g2convert.reference.masks import bidirectional, causal, memory
 from t5g2convert.reference.t5gemma import CrossDecoderLayer
-from t5g2convert.reference.weights import Weights
 
 
 def register() -> None:
@@ -36,7 +34,7 @@ def register() -> None:
     TARGETS[MODEL_TYPE] = TargetFamily(
         research_tensors, {"encoder": "encoder.", "decoder": "decoder."}, research_settings, read_research
     )
-    MODEL_LOADERS[MODEL_TYPE] = load
+    MODEL_BUILDERS[MODEL_TYPE] = build
 
 
 class States(NamedTuple):
@@ -192,35 +190,17 @@ class ResearchModel(nn.Module):
         self.model.encoder.recomputes = self.model.decoder.recomputes = True
 
 
-def load(folder: Path, *, kernel: Kernel = "sdpa", dtype: torch.dtype = torch.float32) -> ResearchModel:
-    """Load a research model for training.
+def build(folder: Path, *, kernel: Kernel = "sdpa") -> ResearchModel:
+    """Build a research model without its values.
 
     Args:
         folder: A conversion by one of the maps in examples/ablation/maps.
         kernel: The attention kernel.
-        dtype: Dtype of the parameters.
 
     Raises:
-        CheckpointError: The folder holds another model, or its tensors do not match its config.
+        CheckpointError: The folder holds another model.
     """
-    checkpoint_read = open_checkpoint(folder)
-    settings = read_research(checkpoint_read.config, folder / "config.json")
-    names = [item.name for item in research_tensors(checkpoint_read.config, folder / "config.json")]
-    if strangers := sorted(checkpoint_read.tensors.keys() - set(names)):
-        raise CheckpointError(f"has tensors that its config does not imply: {some(strangers)}", where=folder)
-    weights = Weights(checkpoint_read, dtype=dtype)
-    with torch.device("meta"):
-        model = ResearchModel(settings, kernel=kernel)
-    parameters = dict(model.named_parameters())
-    for name in names:
-        if (found := weights.shape(name)) != (expected := tuple(parameters[name].shape)):
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(found)}, but its config implies {list(expected)}", where=folder
-            )
-    # A tied tensor is stored once, so its other names are missing.
-    model.load_state_dict({name: weights.tensor(name) for name in names}, assign=True, strict=False)
-    model.tie()
-    return model
+    return ResearchModel(read_research(open_checkpoint(folder).config, folder / "config.json"), kernel=kernel)
 
 
 def _masks(

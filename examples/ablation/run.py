@@ -114,7 +114,7 @@ def train_and_evaluate(output: Path, name: str, arguments: argparse.Namespace) -
         micro_batch=arguments.batch,
         save_every=every,
         keep=arguments.checkpoints + 1,
-        gradient_checkpointing=False,
+        recompute="none",
         resume=True,
         export=False,
     )

@@ -165,7 +165,7 @@ def adapt(
     try:
         require_extra()
         prepared = _prepare(request)
-        engine = build_engine(request.options, request.options.precision)
+        engine = build_engine(request.options)
     except T5g2Error as error:
         if early_rank() == 0:
             raise

@@ -17,7 +17,7 @@ from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.history import check_model, read_history
 from t5g2convert.adaptation.train.metrics import read_metrics, tokens_until
 from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_bytes
-from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.folder import open_checkpoint, some
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.convert import Conversion, execute
@@ -197,9 +197,11 @@ def check_loads(folder: Path) -> None:
     Raises:
         CheckpointError: Tensors are missing, unexpected or misshapen.
     """
-    from t5g2convert.adaptation.train.model import quiet_transformers, refuse_incomplete
+    from t5g2convert.adaptation.train.model import quiet_transformers
 
     _, found = quiet_transformers().T5Gemma2ForConditionalGeneration.from_pretrained(
         folder, dtype="auto", output_loading_info=True, local_files_only=True
     )
-    refuse_incomplete(found, folder)
+    names = {what: {str(name) for name in found[f"{what}_keys"]} for what in ("missing", "unexpected", "mismatched")}
+    if problems := [f"{what}: {some(which)}" for what, which in names.items() if which]:
+        raise CheckpointError(f"does not load in transformers: {'; '.join(problems)}", where=folder)

@@ -29,7 +29,11 @@ class LoopConfig(CommandOptions):
         micro_tokens: Most encoder tokens and labels per process and forward pass, including padding; a pass has at
             least one sample. None for the budget of one sample, or with `micro_batch` for no limit.
         micro_batch: Most samples per process and forward pass; None for no limit.
-        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        recompute: Which activations are recomputed in the backward pass, to save memory: none, all but the results of
+            matrix products (selective), or all but the inputs of layers (full).
+        reduce: Whether gradients are summed over processes after each pass, or once a step, which needs memory for the
+            whole gradient on each device; auto for once where a quarter of the memory suffices.
+        compile: Compile the layers with torch.compile.
         loss_chunk: Labels per chunk of logits, to limit memory.
         workers: Additional processes that prepare batches, per process.
         save_every: Steps between checkpoints.
@@ -81,9 +85,25 @@ class LoopConfig(CommandOptions):
         Field(ge=1),
         Option("Most samples per process and forward pass.", default="what --micro-tokens allows", group=MACHINES),
     ] = None
-    gradient_checkpointing: Annotated[
-        bool, Option("Recompute activations in the backward pass, to save memory.", group=MACHINES)
-    ] = True
+    recompute: Annotated[
+        Literal["none", "selective", "full"],
+        Option(
+            "Activations to recompute in the backward pass, to save memory: none, all but the results of matrix "
+            "products (selective), or all but the inputs of layers (full).",
+            group=MACHINES,
+        ),
+    ] = "full"
+    reduce: Annotated[
+        Literal["auto", "step", "pass"],
+        Option(
+            "Sum gradients over devices after each pass, or once a step, for which each device holds the whole "
+            "gradient; auto is once if a quarter of the memory suffices.",
+            group=MACHINES,
+        ),
+    ] = "auto"
+    compile: Annotated[
+        bool, Option("Compile the layers with torch.compile.", flag="--compile/--no-compile", group=MACHINES)
+    ] = False
     loss_chunk: Annotated[int, Field(ge=1), Option("Labels per chunk of logits, to limit memory.", group=MACHINES)] = (
         1024
     )
@@ -105,6 +125,7 @@ class Hardware(CommandOptions):
         accelerator: `cpu`, `cuda`, or `auto` for cuda if available.
         devices: Processes per machine, one per device; None for the number that torchrun or SLURM started, else 1.
         nodes: Machines; None for the number that torchrun or SLURM started, else 1.
+        shard_size: Processes that share one copy of the model; None for all.
         timeout: Seconds that a process waits for the others.
     """
 
@@ -120,6 +141,17 @@ class Hardware(CommandOptions):
         int | None,
         Field(ge=1),
         Option("Number of machines.", default="1, or what torchrun or SLURM started", group=MACHINES),
+    ] = None
+    shard_size: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            "Processes that share one copy of the model; with those of one machine, only gradients travel between "
+            "machines.",
+            default="all",
+            metavar="N",
+            group=MACHINES,
+        ),
     ] = None
     timeout: float = 1800.0
 

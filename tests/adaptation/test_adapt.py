@@ -154,9 +154,7 @@ def test_a_checkpoint_that_is_being_removed_is_complete_or_absent(
 @pytest.mark.usefixtures("one_process")
 def test_distillation_in_bfloat16_with_images_learns_and_names_the_teacher(small: Path, tmp_path: Path) -> None:
     settings = settings_of(image_every=3, lr=2e-3, steps=9, batch_tokens=512)
-    request = request_of(
-        small, tmp_path / "run", settings, kd=small / "parent", gradient_checkpointing=True, export=True
-    )
+    request = request_of(small, tmp_path / "run", settings, kd=small / "parent", recompute="full", export=True)
     outcome, steps = run(request)
     text = [step for step in steps if step.kind == "text"]
     # Cross-entropy alone would start at log 256, 5.5; the parent is nearly as random as its child.
@@ -174,10 +172,10 @@ def test_distillation_in_bfloat16_with_images_learns_and_names_the_teacher(small
 @pytest.mark.usefixtures("one_process")
 def test_recomputed_activations_change_nothing(small: Path, tmp_path: Path) -> None:
     settings = settings_of(precision="float32", steps=2)
-    for name, recompute in (("plain", False), ("again", True)):
-        run(request_of(small, tmp_path / name, settings, gradient_checkpointing=recompute))
-    plain, again = (tensors_of(tmp_path / name, 2) for name in ("plain", "again"))
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    for name in ("none", "selective", "full"):
+        run(request_of(small, tmp_path / name, settings, recompute=name))
+    none, selective, full = (tensors_of(tmp_path / name, 2) for name in ("none", "selective", "full"))
+    assert all(torch.equal(none[name], selective[name]) and torch.equal(none[name], full[name]) for name in none)
 
 
 @pytest.mark.usefixtures("one_process")

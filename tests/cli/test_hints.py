@@ -45,7 +45,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "omit --devices and --nodes, or make them match": ("adapt",),
     "t5g2 convert --rope-scaling {} makes one": ("convert",),
     "t5g2 pack writes one": ("pack",),
-    "pass --no-gradient-checkpointing": ("adapt",),
+    "pass --recompute none": ("adapt",),
     "pass --no-encoder-bos": ("adapt",),
     "pack more text, or reduce --encoder-length and --decoder-length": ("adapt",),
     "omit --image-every": ("adapt",),

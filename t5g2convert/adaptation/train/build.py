@@ -14,9 +14,12 @@ from t5g2convert.adaptation.train.loop import make_optimizer
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.preflight import Prepared
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.train.teacher import Teacher, load_teacher
+from t5g2convert.adaptation.train.sharding import load_values, shard
+from t5g2convert.adaptation.train.teacher import Teacher, build_teacher, teacher_names
 from t5g2convert.adaptation.ul2.dataset import task_names
+from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import UsageError
+from t5g2convert.reference.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 def build(
     engine: "Fabric", folder: Path, prepared: Prepared, options: AdaptOptions, settings: Settings
 ) -> tuple[nn.Module, State]:
-    """Load and shard a model, and return it with its trained parameters and their optimizer.
+    """Build, shard and load a model, and return it with its trained parameters and their optimizer.
 
     Args:
         engine: Fabric, launched.
@@ -39,14 +42,13 @@ def build(
         UsageError: A pattern of `trainable` matches no trained tensor.
     """
     checkpoint = prepared.checkpoint
-    network = model.load_model(folder, checkpoint.config)
-    shapes = {name: tensor.entry.shape for name, tensor in checkpoint.tensors.items()}
-    names = model.published_names(network, shapes, folder)
-    if engine.global_rank == 0:
-        model.compare_values(network, names, checkpoint)
+    network = model.build_model(folder, checkpoint.config)
+    names = model.names_on_disk(network, checkpoint)
     model.freeze(network, names, model.parts_of(checkpoint), images=prepared.images)
-    if options.gradient_checkpointing:
-        model.recompute_activations(network)
+    if options.recompute != "none":
+        model.recompute_activations(network, options.recompute)
+    if options.compile:
+        model.compile_layers(network)
     with_loss = ModelWithLoss(
         network,
         tasks=len(task_names(settings)),
@@ -54,6 +56,11 @@ def build(
         chunk=options.loss_chunk,
         teacher=_teacher(options, prepared),
     )
+    shard(engine, with_loss, precision=settings.precision, shard_size=options.shard_size)
+    load_values(with_loss.model, names, Weights(checkpoint), engine.device)
+    if with_loss.teacher is not None and options.kd is not None:
+        teacher = open_checkpoint(options.kd)
+        load_values(with_loss.teacher, teacher_names(with_loss.teacher, teacher), Weights(teacher), engine.device)
     module = engine.setup_module(with_loss)
     parameters = {
         names[name]: parameter for name, parameter in with_loss.model.named_parameters() if parameter.requires_grad
@@ -70,4 +77,4 @@ def _teacher(options: AdaptOptions, prepared: Prepared) -> Teacher | None:
     if options.kd is None:
         return None
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
-    return load_teacher(options.kd, vocabulary=prepared.tokens.vocabulary, dtype=dtype)
+    return build_teacher(options.kd, vocabulary=prepared.tokens.vocabulary, dtype=dtype)

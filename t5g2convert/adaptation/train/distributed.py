@@ -1,4 +1,4 @@
-"""Devices and processes: Lightning Fabric with FSDP2, and errors that all processes share."""
+"""Devices and processes: Lightning Fabric, and errors that all processes share."""
 
 import logging
 import os
@@ -8,15 +8,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from t5g2convert.adaptation.options import Hardware
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-    from torch.distributed.device_mesh import DeviceMesh
 
 EXTRA: Final = ("lightning_fabric", "matplotlib", "tensorboard", "transformers")
 
@@ -71,24 +68,27 @@ def early_launcher() -> Literal["torchrun", "slurm"] | None:
     return None
 
 
-def build_engine(hardware: Hardware, precision: str) -> "Fabric":
+def build_engine(hardware: Hardware) -> "Fabric":
     """Create Fabric, without launching it.
 
     Raises:
-        UsageError: The devices are not available.
+        UsageError: The devices are not available, or --shard-size does not divide their number.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     accelerator, devices, nodes = resolve(hardware)
+    if hardware.shard_size is not None and devices * nodes % hardware.shard_size:
+        raise UsageError(f"--shard-size {hardware.shard_size} does not divide the {devices * nodes} processes")
     strategy = ModelParallelStrategy(
-        _sharding(precision),
+        # The module is sharded before: Fabric would replace its buffers, and has no groups that each hold the model.
+        lambda module, _: module,
         data_parallel_size=devices * nodes,
         tensor_parallel_size=1,
         timeout=timedelta(seconds=hardware.timeout),
     )
-    # Master weights stay float32; FSDP2's policy computes in bfloat16.
+    # Weights stay float32; FSDP2's policy sets the dtype of the computation.
     return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true")
 
 
@@ -140,23 +140,6 @@ def _started() -> tuple[int | None, int | None]:
         return int(os.environ["LOCAL_WORLD_SIZE"]), total
     nodes = int(os.environ.get("SLURM_NNODES", "1"))
     return max(1, total // nodes), total
-
-
-def _sharding(precision: str) -> "Callable[[nn.Module, DeviceMesh], nn.Module]":
-    """Return how to shard a model: each layer of each stack separately; the rest, mainly the embedding, as the root."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32, reduce_dtype=torch.float32
-    )
-
-    def shard(module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
-        mesh = mesh["data_parallel"]
-        layers = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-        for layer in (layer for part in layers for layer in part):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        return module
-
-    return shard
 
 
 def run_on_all_ranks(engine: "Fabric", work: Callable[[], Result]) -> Result:

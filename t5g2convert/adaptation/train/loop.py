@@ -25,6 +25,7 @@ from t5g2convert.adaptation.train.metrics import Log, Metrics, open_log
 from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from t5g2convert.adaptation.train.schedule import is_image_step, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.sharding import reduces_once, sum_over_processes
 from t5g2convert.adaptation.train.signals import signals_at_step_ends
 from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, task_names
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
@@ -42,7 +43,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Settings) -
         {"params": [each for each in parameters.values() if each.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [each for each in parameters.values() if each.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+    )
 
 
 def train(
@@ -84,6 +87,7 @@ def train(
     order = samples.order(loop, rank=engine.global_rank, world=engine.world_size, start=start)
     batches = load_batches(samples, order, workers=loop.workers)
     on_rank_0 = engine.global_rank == 0
+    once = reduces_once(engine, loop.reduce, sum(each.numel() for each in state.parameters.values()))
     log_context = (
         open_log(run / METRICS_FILE, run / TENSORBOARD_FOLDER, start=start) if on_rank_0 else nullcontext(None)
     )
@@ -93,6 +97,7 @@ def train(
             _evaluate(evaluation, log, 0)
         sums, saved, skipped = _Sums(engine, settings), time.monotonic(), 0
         for place, batch in _checked(engine, batches):
+            sum_over_processes(module, place.is_last or not once)
             loss, losses_T, labels_T = module(engine.to_device(batch))
             engine.backward(loss)
             sums.add(losses_T, labels_T, batch)

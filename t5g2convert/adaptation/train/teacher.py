@@ -6,11 +6,16 @@ from typing import Any, Final, Self
 import torch
 from torch import Tensor, nn
 
-from t5g2convert.adaptation.train.model import quiet_transformers, refuse_incomplete
+from t5g2convert.adaptation.train.model import quiet_transformers
+from t5g2convert.adaptation.train.sharding import parameters_on_meta
 from t5g2convert.checkpoint.families.config_section import describe_model_type
 from t5g2convert.checkpoint.families.gemma3 import MULTIMODAL, TEXT_ONLY, read_gemma3
-from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
 from t5g2convert.errors import CheckpointError
+
+ROOTS: Final = ("model.", "language_model.model.", "model.language_model.", "language_model.", "")
+"""Prefixes of the text stack's tensors: text-only folders, and the two spellings of multimodal ones; the last two are
+those of an untied head."""
 
 FILL_ROWS: Final = 64
 """Unused rows at the end of Gemma 3's table of 262208 rows, which a conversion cuts off."""
@@ -79,18 +84,31 @@ def check_teacher(folder: Path, *, vocabulary: int, longest: int) -> None:
         )
 
 
-def load_teacher(folder: Path, *, vocabulary: int, dtype: torch.dtype) -> Teacher:
-    """Load the text stack of a Gemma 3 folder, frozen.
+def build_teacher(folder: Path, *, vocabulary: int, dtype: torch.dtype) -> Teacher:
+    """Build the text stack of a Gemma 3 folder, frozen, with its parameters on the meta device."""
+    transformers: Any = quiet_transformers()
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    text = getattr(config, "text_config", config)
+    with parameters_on_meta():
+        model = transformers.Gemma3ForCausalLM._from_config(text, dtype=dtype)
+    return Teacher(model.model, model.lm_head, vocabulary=vocabulary, softcap=text.final_logit_softcapping)
+
+
+def teacher_names(teacher: Teacher, checkpoint: Checkpoint) -> dict[str, str]:
+    """Map the names of a teacher's parameters to the names of their tensors on disk; tied parameters appear once.
 
     Raises:
-        CheckpointError: Its tensors do not fit the class.
+        CheckpointError: A tensor is missing or has another shape.
     """
-    transformers: Any = quiet_transformers()
-    config = open_checkpoint(folder).config
-    multimodal = config.get("model_type") == MULTIMODAL
-    loader = transformers.Gemma3ForConditionalGeneration if multimodal else transformers.Gemma3ForCausalLM
-    model, found = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
-    refuse_incomplete(found, folder)
-    text = model.config.text_config if multimodal else model.config
-    stack = model.model.language_model if multimodal else model.model
-    return Teacher(stack, model.lm_head, vocabulary=vocabulary, softcap=text.final_logit_softcapping)
+    names = {}
+    for name, parameter in teacher.named_parameters():
+        inner = name.removeprefix("stack.")
+        candidates = [root + inner for root in ROOTS if root + inner in checkpoint.tensors]
+        shapes = [checkpoint.tensors[candidate].entry.shape for candidate in candidates]
+        if shapes != [tuple(parameter.shape)]:
+            raise CheckpointError(
+                f"cannot be distilled: expected one {inner} of shape {tuple(parameter.shape)}, found {shapes}",
+                where=checkpoint.path,
+            )
+        names[name] = candidates[0]
+    return names

@@ -31,7 +31,7 @@ def counted(folder: Path, images: int, *, training: bool) -> int:
     )
     model.model.encoder.vision_tower.requires_grad_(False)
     if training:
-        recompute_activations(model)
+        recompute_activations(model, "full")
     module = ModelWithLoss(model, tasks=1, softcap=None, chunk=3).train(training)
     ids = torch.arange(3, 3 + ENCODER).repeat(SAMPLES, 1)
     ids[:, : images * model.config.encoder.mm_tokens_per_image] = model.config.image_token_index

@@ -31,7 +31,7 @@ ENGINE: Any = SimpleNamespace(global_rank=0, world_size=1, device=torch.device("
 
 
 def module_of(small: Path, tasks: int) -> ModelWithLoss:
-    network = load_model(small / "model", open_checkpoint(small / "model").config)
+    network = load_model(open_checkpoint(small / "model"))
     return ModelWithLoss(network, tasks=tasks, softcap=None, chunk=100)
 
 

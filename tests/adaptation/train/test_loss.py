@@ -1,10 +1,15 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
-from transformers import T5Gemma2ForConditionalGeneration
+from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, T5Gemma2ForConditionalGeneration
 
 from t5g2convert.adaptation.train.loss import IGNORED, ModelWithLoss
-from t5g2convert.adaptation.train.teacher import Teacher, load_teacher
+from t5g2convert.adaptation.train.sharding import load_values
+from t5g2convert.adaptation.train.teacher import Teacher, build_teacher, teacher_names
+from t5g2convert.checkpoint.folder import open_checkpoint
+from t5g2convert.reference.weights import Weights
 from tests.conftest import TwinFolder
 
 TEXT = "text-float32"
@@ -13,6 +18,12 @@ TEXT = "text-float32"
 @pytest.fixture
 def model(converted_twin: TwinFolder) -> T5Gemma2ForConditionalGeneration:
     return T5Gemma2ForConditionalGeneration.from_pretrained(converted_twin(TEXT), dtype=torch.float32).train()
+
+
+def load_teacher(folder: Path) -> Teacher:
+    teacher, checkpoint = build_teacher(folder, vocabulary=300, dtype=torch.float32), open_checkpoint(folder)
+    load_values(teacher, teacher_names(teacher, checkpoint), Weights(checkpoint), torch.device("cpu"))
+    return teacher
 
 
 def make_batch(*, vocabulary: int = 300) -> dict[str, torch.Tensor]:
@@ -88,7 +99,7 @@ def test_a_batch_of_padding_has_no_loss_and_a_gradient_of_zero(model: T5Gemma2Fo
 def test_distillation_is_the_divergence_for_text_tokens_and_cross_entropy_elsewhere(
     model: T5Gemma2ForConditionalGeneration, twin_folder: TwinFolder
 ) -> None:
-    teacher = load_teacher(twin_folder(TEXT), vocabulary=300, dtype=torch.float32)
+    teacher = load_teacher(twin_folder(TEXT))
     batch = add_teaching(make_batch())
     loss, _, _ = ModelWithLoss(model, tasks=4, softcap=None, chunk=5, teacher=teacher)(batch)
     names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
@@ -111,7 +122,7 @@ def test_distillation_is_the_divergence_for_text_tokens_and_cross_entropy_elsewh
 
 
 def test_a_teacher_is_never_trained(model: T5Gemma2ForConditionalGeneration, twin_folder: TwinFolder) -> None:
-    teacher = load_teacher(twin_folder(TEXT), vocabulary=300, dtype=torch.float32)
+    teacher = load_teacher(twin_folder(TEXT))
     module = ModelWithLoss(model, tasks=4, softcap=None, chunk=5, teacher=teacher).train()
     module(add_teaching(make_batch()))[0].backward()
     assert model.training
@@ -125,3 +136,17 @@ def test_unused_rows_of_a_teacher_are_ignored() -> None:
     states = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     expected = 3.0 * torch.tanh(head(states)[:, :7] / 3.0)
     assert torch.equal(teacher.logits(states), expected)
+
+
+@pytest.mark.parametrize("twin", ["text-float32", "images-8", "text-13"])
+def test_a_teacher_computes_as_the_text_stack_that_transformers_loads(twin: str, twin_folder: TwinFolder) -> None:
+    folder = twin_folder(twin)
+    teacher = load_teacher(folder)
+    multimodal = open_checkpoint(folder).config["model_type"] == "gemma3"
+    loader = Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM
+    model = loader.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(4, 290, (2, 19), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    states = teacher.states(ids, torch.ones_like(ids))
+    assert torch.equal(teacher.logits(states.flatten(0, 1)), expected[..., :300].flatten(0, 1))
