@@ -33,6 +33,7 @@ class LoopConfig(CommandOptions):
             matrix products (selective), or all but the inputs of layers (full).
         reduce: Whether gradients are summed over processes after each pass, or once a step, which needs memory for the
             whole gradient on each device; auto for once where a quarter of the memory suffices.
+        attention: Attention with dense masks, or by blocks of the scores that are seen (flex_attention).
         compile: Compile the layers with torch.compile.
         loss_chunk: Labels per chunk of logits, to limit memory.
         workers: Additional processes that prepare batches, per process.
@@ -101,6 +102,14 @@ class LoopConfig(CommandOptions):
             group=MACHINES,
         ),
     ] = "auto"
+    attention: Annotated[
+        Literal["dense", "blocks"],
+        Option(
+            "With masks of all scores, or by blocks of 128 x 128 scores (flex_attention), of which hidden ones are "
+            "skipped; needs a GPU, and its speed is not measured yet.",
+            group=MACHINES,
+        ),
+    ] = "dense"
     compile: Annotated[
         bool, Option("Compile the layers with torch.compile.", flag="--compile/--no-compile", group=MACHINES)
     ] = False

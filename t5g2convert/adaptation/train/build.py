@@ -9,6 +9,7 @@ from torch import nn
 
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train import model
+from t5g2convert.adaptation.train.block_attention import use_block_attention
 from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.loop import make_optimizer
 from t5g2convert.adaptation.train.loss import ModelWithLoss
@@ -47,6 +48,10 @@ def build(
     model.freeze(network, names, model.parts_of(checkpoint), images=prepared.images)
     if options.recompute != "none":
         model.recompute_activations(network, options.recompute)
+    if options.attention == "blocks":
+        if engine.device.type == "cpu":
+            raise UsageError("attention by blocks needs a GPU: on the CPU, torch has no backward pass for it")
+        use_block_attention(network)
     if options.compile:
         model.compile_layers(network)
     with_loss = ModelWithLoss(
@@ -55,6 +60,7 @@ def build(
         softcap=prepared.limits.softcap,
         chunk=options.loss_chunk,
         teacher=_teacher(options, prepared),
+        by_blocks=options.attention == "blocks",
     )
     shard(engine, with_loss, precision=settings.precision, shard_size=options.shard_size)
     load_values(with_loss.model, names, Weights(checkpoint), engine.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from t5g2convert.adaptation.train.block_attention import run_by_blocks
 from t5g2convert.adaptation.train.teacher import Teacher
 
 IGNORED: Final = -100
@@ -32,15 +33,23 @@ class ModelWithLoss(nn.Module):
         softcap: The decoder's `final_logit_softcapping`, which the class applies outside its head.
         chunk: Labels per chunk of logits, to limit memory.
         teacher: The model to distil: labels that are raw tokens are learnt from its distribution.
+        by_blocks: Whether the model attends by blocks; see `block_attention`.
     """
 
     model: Any
 
     def __init__(
-        self, model: nn.Module, *, tasks: int, softcap: float | None, chunk: int, teacher: Teacher | None = None
+        self,
+        model: nn.Module,
+        *,
+        tasks: int,
+        softcap: float | None,
+        chunk: int,
+        teacher: Teacher | None = None,
+        by_blocks: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.by_blocks = model, by_blocks
         self.teacher = teacher
         self.tasks, self.softcap, self.chunk = tasks, softcap, chunk
 
@@ -54,14 +63,7 @@ class ModelWithLoss(nn.Module):
             The sum of all losses; the sums by task, [T], without gradient; and the number of labels by task, [T].
             Losses are float32, counts int64.
         """
-        pixels = {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
-        hidden_BDC = self.model.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            decoder_input_ids=batch["decoder_input_ids"],
-            decoder_attention_mask=batch["decoder_attention_mask"],
-            **pixels,
-        ).last_hidden_state
+        hidden_BDC = self._states(batch)
         counted_BD = batch["labels"] != IGNORED
         taught_NC, is_taught_N = self._taught(batch, counted_BD)
         tasks_N = batch["tasks"][:, None].expand_as(counted_BD)[counted_BD]
@@ -75,6 +77,20 @@ class ModelWithLoss(nn.Module):
         )
         sums_T = loss_N.new_zeros(self.tasks).index_add_(0, tasks_N, loss_N)
         return loss, sums_T, torch.bincount(tasks_N, minlength=self.tasks)
+
+    def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the decoder's last hidden states, [B, D, C]."""
+        pixels = {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
+        if self.by_blocks:
+            return run_by_blocks(self.model, batch, pixels)
+        states: Tensor = self.model.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=batch["decoder_input_ids"],
+            decoder_attention_mask=batch["decoder_attention_mask"],
+            **pixels,
+        ).last_hidden_state
+        return states
 
     @property
     def _table(self) -> nn.Parameter:

@@ -103,6 +103,7 @@ def assert_close(one: Path, other: Path, step: int) -> None:
     first, second = tensors_of(one, step), tensors_of(other, step)
     assert first.keys() == second.keys()
     for name in first:
+        print(name, float((first[name] - second[name]).abs().max()))
         assert (first[name] - second[name]).abs().max() < TOLERANCE, name
 
 
@@ -187,3 +188,14 @@ def test_the_export_has_the_models_dtype(small: Path, trained: Path) -> None:
     for folder in (small / "model", trained / "run/model"):
         with safe_open(folder / "model.safetensors", "pt") as file:
             assert file.get_slice("model.encoder.norm.weight").get_dtype() == "BF16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--shard-size", "2", "--reduce", "step"), ("--reduce", "pass")])
+def test_four_processes_equal_one_with_two_copies_of_the_model_and_with_one(
+    options: tuple[str, ...], small: Path, trained: Path, tmp_path: Path
+) -> None:
+    adapt(small, tmp_path / "run", *RUN_OPTIONS, "--devices", "4", "--micro-batch", "1", "--no-export", *options)
+    assert_close(tmp_path / "run", trained / "run", 60)
+    ours, theirs = steps_of(tmp_path / "run"), steps_of(trained / "run")
+    assert [step["labels"] for step in ours] == [step["labels"] for step in theirs]
