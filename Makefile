@@ -71,13 +71,15 @@ fmt: $(INSTALLED)  ## format the code
 docs: $(INSTALLED)  ## make the pages that come from the code
 	$(BIN)/python -m docs.generate
 
-bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each against its yardstick, and UL2
+bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each against its yardstick, and training
 	$(BIN)/python examples/benchmark_convert.py
 	$(BIN)/python examples/benchmark_forward.py
 	$(BIN)/python examples/benchmark_verify.py
 	$(BIN)/python examples/benchmark_graft.py
 	$(BIN)/python examples/benchmark_ul2.py
 	$(BIN)/python examples/benchmark_schedule.py
+	$(BIN)/python examples/benchmark_training.py
+	$(BIN)/python examples/benchmark_start.py 1b
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) $(OLDEST) $(KERAS) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,6 +38,8 @@ def test_every_example_is_run_here() -> None:
         "benchmark_graft.py",
         "benchmark_schedule.py",
         "benchmark_sources.py",
+        "benchmark_start.py",
+        "benchmark_training.py",
         "benchmark_ul2.py",
         "benchmark_verify.py",
         "convert_gemma2.py",
@@ -317,3 +319,19 @@ def test_the_ablations_are_trained_evaluated_and_drawn(tiny_parent: Path, tmp_pa
     assert [result["held_out"] for result in again.values()] == [result["held_out"] for result in results.values()]
     run("ablation/report.py", out / "results.json", out)
     assert ((out / "ablation.svg").read_bytes(), (out / "table.md").read_text()) == (picture, table)
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_measures_everyone(tmp_path: Path) -> None:
+    options = ("--layers", "2", "--length", "64", "--steps", "3", "--rounds", "1", "--folder", tmp_path)
+    rows = run("benchmark_training.py", "tiny", *options).splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["adapt", "trainer", "plain"]
+    assert all(float(row.split()[1]) > 100 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_start_benchmark_measures_the_memory_of_all_processes(tmp_path: Path) -> None:
+    _, row = run("benchmark_start.py", "tiny", "--folder", tmp_path).splitlines()
+    # Two interpreters with torch.
+    assert float(row.split()[-2]) > 0.3
+    assert list(tmp_path.iterdir()) == []
