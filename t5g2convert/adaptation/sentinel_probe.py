@@ -6,14 +6,14 @@ without a use of their own, `<unused...>` and every id from 256000 on; without a
 
 The distance of a row is ||t - g|| / ||g||, with the T5Gemma 2's row t and the Gemma 3's row g. Embedding and softmax
 share one matrix, so every row drifts a little in training. A row counts as moved if its distance exceeds `factor` times
-the 10% quantile of the compared distances, and what rounding to the T5Gemma 2's dtype can add. Thousands of moved
-sentinels do not hide each other.
+the 10% quantile of the compared distances and what rounding to the T5Gemma 2's dtype can add, and is above the next gap
+in the sorted distances: still rows must not be split in two. Thousands of moved sentinels do not hide each other.
 
 The premise is that unused rows stay behind. The softmax gives every row a gradient. AdamW divides it by its own size,
 so an unused row stays only if its gradient is far below AdamW's epsilon: if the model gives unused tokens almost no
 probability. In a model with a small vocabulary, or with an optimizer without such an epsilon, rows that nothing uses
 move as far as the others. Therefore the premise is measured with rows that text certainly used: of the rows of ordinary
-tokens, those that moved most. If they are not above the same threshold, the probe has no answer.
+tokens, those that moved most. If they are not above the same threshold, or there is no gap, the probe has no answer.
 """
 
 import os
@@ -43,6 +43,9 @@ FACTOR: Final = 10.0
 
 STILL: Final = 0.1
 """Share of the compared rows that is assumed to be still."""
+
+GAP: Final = 1.5
+"""How many times as far as any still row the stillest moved row has moved; not established, our default."""
 
 ROUNDOFF: Final = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
 """The largest relative error of rounding to a dtype, and so of a rounded row."""
@@ -166,8 +169,8 @@ def probe(gemma3: Origin, t5gemma2: Origin, *, factor: float = FACTOR, progress:
         distances = _distances(tables[0], tables[1], rows, progress)
     compared = distances[candidates]
     still, median = map(float, np.quantile(compared, (STILL, 0.5))) if len(compared) else (0.0, 0.0)
-    threshold = max(factor * still, ROUNDOFF[found[1][1].entry.dtype])
-    premise = _premise(distances[ordinary], compared, still=still, threshold=threshold)
+    threshold, has_gap = _threshold(compared, max(factor * still, ROUNDOFF[found[1][1].entry.dtype]))
+    premise = _premise(distances[ordinary], compared, still=still, threshold=threshold, has_gap=has_gap)
     moved = np.flatnonzero(candidates & (distances > threshold))
     return Probe(
         premise=premise,
@@ -183,8 +186,26 @@ def probe(gemma3: Origin, t5gemma2: Origin, *, factor: float = FACTOR, progress:
     )
 
 
+def _threshold(compared: "NDArray[np.float64]", lowest: float) -> tuple[float, bool]:
+    """Return the distance below the first gap from `lowest` on, and whether there is one, or no row that far."""
+    import numpy as np
+
+    ordered = np.sort(compared)
+    first = int(np.searchsorted(ordered, lowest, side="right"))
+    if first == len(ordered):
+        return lowest, True
+    below = np.concatenate([[0.0], ordered[:-1]])[first:]
+    gaps = np.flatnonzero(ordered[first:] >= GAP * below)
+    return (max(lowest, float(below[gaps[0]])), True) if len(gaps) else (lowest, False)
+
+
 def _premise(
-    ordinary: "NDArray[np.float64]", compared: "NDArray[np.float64]", *, still: float, threshold: float
+    ordinary: "NDArray[np.float64]",
+    compared: "NDArray[np.float64]",
+    *,
+    still: float,
+    threshold: float,
+    has_gap: bool,
 ) -> Premise:
     """Compare the rows that text certainly used with the stillest of the compared rows.
 
@@ -193,6 +214,7 @@ def _premise(
         compared: Distances of the compared rows.
         still: Their 10% quantile.
         threshold: Distance above which a row counts as moved.
+        has_gap: Whether there is a gap between still and moved rows.
     """
     import numpy as np
 
@@ -203,13 +225,17 @@ def _premise(
     else:
         count, pool, who = 1, compared, "the farthest row"
     text = float(np.median(np.sort(pool)[-count:]))
-    holds, ratio = text > threshold, text / still if still else None
+    holds, ratio = has_gap and text > threshold, text / still if still else None
     if not text:
         reason = f"{who} did not move{'' if compared.any() else ': the table was not trained'}"
     else:
         others = f"moved {still:.3g} or less" if still else "did not move"
         times = "" if ratio is None else f", a ratio of {ratio:.3g}"
-        needed = "" if holds else f"; to differ from unused rows, {who} must move more than {threshold:.3g}"
+        needed = "" if text > threshold else f"; to differ from unused rows, {who} must move more than {threshold:.3g}"
+        if not has_gap:
+            needed += (
+                f"; from {threshold:.3g} to {compared.max():.3g} the distances have no gap between still and moved"
+            )
         reason = f"{who} moved {text:.3g}, the stillest tenth of the compared rows {others}{times}{needed}"
     return Premise(holds, reason, len(ordinary), count, text, ratio)
 

@@ -21,7 +21,8 @@ def probe_sentinels(
         float,
         typer.Option(
             "--factor",
-            help="A row moved if its distance exceeds this multiple of the 10% quantile. Not established; our default.",
+            help="A row moved if its distance exceeds this multiple of the 10% quantile, and the next gap. Not "
+            "established; our default.",
             min=0,
         ),
     ] = 10.0,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import CheckpointError, UsageError, convert
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
-from t5g2convert.adaptation.sentinel_probe import MovedRange, Probe, probe
+from t5g2convert.adaptation.sentinel_probe import FACTOR, MovedRange, Probe, probe
 from t5g2convert.adaptation.ul2.corruption import Frame, longest, spans
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
@@ -162,6 +162,40 @@ def test_there_is_no_answer_where_text_moved_hardly_more_than_unused_rows(
     )
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert (document["premise"]["holds"], document["moved"], document["ranges"]) == (False, None, [])
+
+
+def with_distances(model: Path, output: Path, distances: torch.Tensor) -> Path:
+    """Write a model with rows that moved by given distances."""
+    trained(model, output, [])
+    with_tokenizer(output, range(6, 104))
+    tensors = load_file(output / "model.safetensors")
+    table = tensors[TABLE]
+    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(4))
+    way = noise / noise.norm(dim=1, keepdim=True) * table.norm(dim=1, keepdim=True)
+    tensors[TABLE] = table + distances[:, None] * way
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    return output
+
+
+def test_still_rows_are_not_split_by_the_threshold(
+    twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path
+) -> None:
+    # Ten times as far as the 10% quantile is in the midst of the still rows, which moved unequally.
+    distances = torch.full((262_144,), 0.14)
+    distances[:104] = distances[256_000:256_700] = 0.009
+    distances[256_700:257_000] = torch.logspace(-2, -0.9, 300)
+    distances[110:150] = 2.0
+    distances[262_100:] = 0.5
+    model, parent = converted_twin("text-with-fill"), twin_folder("text-with-fill")
+    found = probe(parent, with_distances(model, tmp_path / "gap", distances))
+    assert found.median > FACTOR * found.still
+    assert found.threshold == pytest.approx(0.14, rel=1e-3)
+    assert ids(found) == [(262_100, 262_143)]
+    # No gap, no answer.
+    distances[257_000:] = torch.logspace(-1.5, 0, 262_144 - 257_000)
+    found = probe(parent, with_distances(model, tmp_path / "no-gap", distances))
+    assert (found.premise.holds, found.moved, found.ranges) == (False, None, ())
+    assert "from 0.09 to 1 the distances have no gap between still and moved" in found.premise.reason
 
 
 def test_rounding_alone_is_not_a_movement(twin_folder: TwinFolder, converted_twin: TwinFolder, tmp_path: Path) -> None:
