@@ -128,7 +128,7 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
         decoder=schedule.labels,
         chunk=loop.loss_chunk,
     )
-    method = Method(recomputed=1.0 if loop.gradient_checkpointing else 0.0)
+    method = Method(recompute="full" if loop.gradient_checkpointing else "none")
     pace = Pace(samples.shapes, parameters, devices, method=method)
     return Forecast(
         steps=settings.steps,

@@ -28,18 +28,29 @@ class Method:
     """How a run computes; the defaults are those of `adapt`.
 
     Attributes:
-        group: Devices that share one copy of the model; None for all.
-        recomputed: Share of the layers' forward pass that the backward pass computes again.
-        recomputed_logits: The same for the softmax.
+        shard_size: Devices that share one copy of the model; None for all.
+        recompute: Which activations of layers the backward pass computes again: none, all but the results of matrix
+            products and attention (selective), or all (full).
+        recompute_logits: Whether it computes the logits again.
         attention: `dense` computes all scores; `blocks` only those that a query sees.
-        reduced: Whether gradients are reduced over devices after each pass, or once a step.
+        reduce: Whether gradients are summed over devices after each pass, or once a step.
     """
 
-    group: int | None = None
-    recomputed: float = 1.0
-    recomputed_logits: float = 1.0
+    shard_size: int | None = None
+    recompute: Literal["none", "selective", "full"] = "full"
+    recompute_logits: bool = True
     attention: Literal["dense", "blocks"] = "dense"
-    reduced: Literal["pass", "step"] = "pass"
+    reduce: Literal["pass", "step"] = "pass"
+
+    @property
+    def forwards(self) -> int:
+        """How often the matrix products and scores of a layer's forward pass are computed."""
+        return 1 + (self.recompute == "full")
+
+    @property
+    def element_forwards(self) -> int:
+        """The same for its operations by element."""
+        return 1 + (self.recompute != "none")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -136,7 +147,7 @@ class Pace:
     @property
     def group(self) -> int:
         """Devices that share one copy of the model."""
-        return self.method.group or self.devices
+        return self.method.shard_size or self.devices
 
     def step(self, passes: Mapping[tuple[BatchShape, ...], int], *, steps: int, save_every: int) -> Seconds:
         """Return the seconds of a step, on average.
@@ -156,7 +167,7 @@ class Pace:
             waiting = max(0.0, max(one.total for one in each) - mean.total)
             found = found.plus(mean.plus(Seconds(waiting=waiting)), count / steps)
         trained = self._trained
-        once = self._reduction(trained) if self.method.reduced == "step" else 0.0
+        once = self._reduction(trained) if self.method.reduce == "step" else 0.0
         return found.plus(
             Seconds(
                 communication=once,
@@ -197,12 +208,12 @@ class Pace:
             + _scores(decoder, shape.labels, shape.encoder, how.attention)
         )
         # The backward pass of fused attention computes the scores again: 5 products instead of 2.
-        scored = wanted * (1 + how.recomputed + 2.5) / (self.machine.peak * self.machine.score_share)
+        scored = wanted * (how.forwards + 2.5) / (self.machine.peak * self.machine.score_share)
         moved = sum(stack.num_hidden_layers * _element_bytes(stack, tokens, memory) for stack, tokens, memory in layers)
-        elements = (1 + how.recomputed + BACKWARD) * moved + LOGIT_BYTES * written * decoder.vocab_size
+        elements = (how.element_forwards + BACKWARD) * moved + LOGIT_BYTES * written * decoder.vocab_size
         elements += GATHERED_BYTES * self._trained
         return (
-            (3 + how.recomputed) * forward + (3 + how.recomputed_logits) * softmax,
+            (how.forwards + 2) * forward + (3 + how.recompute_logits) * softmax,
             scored,
             elements / self._memory_rate,
         )
@@ -217,14 +228,14 @@ class Pace:
         """Return the seconds in which a process launches all kernels of a pass."""
         depth = {"encoder": self.model.encoder.num_hidden_layers, "decoder": self.model.decoder.num_hidden_layers}
         calls = sum(CALLS[part] * count for part, count in depth.items())
-        return calls * (1 + self.method.recomputed + BACKWARD_CALLS) * self.machine.launch
+        return calls * (self.method.element_forwards + BACKWARD_CALLS) * self.machine.launch
 
     def _communicating(self) -> tuple[float, float]:
         """Return the seconds of a pass's collectives: those that overlap with computing, and the others.
 
         Layers are gathered forward and backward. The embedding is gathered before all, and its gradient reduced last.
         """
-        each_pass = self.method.reduced == "pass"
+        each_pass = self.method.reduce == "pass"
         overlapped = 0.0
         for stack, part in ((self.model.encoder, "encoder"), (self.model.decoder, "decoder")):
             layer = self.parameters[part] / stack.num_hidden_layers

@@ -66,11 +66,22 @@ def test_a_pass_takes_as_long_as_its_products_and_scores(shapes: T5Gemma2) -> No
     # The cost of a sample counts four passes of scores, and the rest alike.
     cost = 3 * operations(shapes, encoder=10, decoder=4).training
     assert cost == pytest.approx(1e12 * (found.products + found.scores * 4 / 4.5))
-    kept = Pace(shapes, PARTS, 1, COMPUTING, Method(recomputed=0.0, recomputed_logits=0.0)).one_pass(
+    kept = Pace(shapes, PARTS, 1, COMPUTING, Method(recompute="none", recompute_logits=False)).one_pass(
         BatchShape(3, 10, 4)
     )
     assert kept.products == pytest.approx(found.products * 3 / 4)
     assert kept.scores == pytest.approx(found.scores * 3.5 / 4.5)
+
+
+def test_selective_recomputation_repeats_only_operations_by_element(shapes: T5Gemma2) -> None:
+    machine = replace(COMPUTING, memory_rate=1e9)
+    none, selective, full = (
+        Pace(shapes, PARTS, 1, machine, Method(recompute=how)).one_pass(BatchShape(3, 10, 4))
+        for how in ("none", "selective", "full")
+    )
+    assert (selective.products, selective.scores, selective.elements) == (none.products, none.scores, full.elements)
+    assert none.elements < full.elements
+    assert none.products < full.products
 
 
 def test_a_product_takes_as_long_as_its_bytes_if_they_are_slower(shapes: T5Gemma2) -> None:
@@ -84,7 +95,7 @@ def test_a_pass_waits_for_weights_and_gradients(shapes: T5Gemma2) -> None:
     layer, embedding = (2 * 200 + 400) / 2 / 1000, (2000 + 4000) / 2 / 1000
     found = Pace(shapes, PARTS, 2, CONNECTED).one_pass(BatchShape(1, 10, 4))
     assert found.communication == pytest.approx(16 * layer + embedding)
-    once = Pace(shapes, PARTS, 2, CONNECTED, Method(reduced="step"))
+    once = Pace(shapes, PARTS, 2, CONNECTED, Method(reduce="step"))
     assert once.one_pass(BatchShape(1, 10, 4)).communication == pytest.approx((16 * 400 + 2000) / 2 / 1000)
     step = once.step({(BatchShape(1, 10, 4),) * 2: 3}, steps=1, save_every=1)
     assert step.communication == pytest.approx(3 * (16 * 400 + 2000) / 2 / 1000 + 4 * 2600 / 2 / 1000)
@@ -104,7 +115,7 @@ def test_a_group_over_machines_is_never_faster_than_one_inside_a_machine(shapes:
 
 
 def test_with_groups_of_one_machine_only_gradients_travel_between_machines(shapes: T5Gemma2) -> None:
-    found = Pace(shapes, PARTS, 16, CONNECTED, Method(group=8)).one_pass(BatchShape(1, 10, 4)).communication
+    found = Pace(shapes, PARTS, 16, CONNECTED, Method(shard_size=8)).one_pass(BatchShape(1, 10, 4)).communication
     inside = 7 / 8 / 1000 * (16 * (2 * 200 + 400) + 2000 + 4000)
     between = 2 * (16 * 400 + 4000) / 8 / 2 / 10
     assert found == pytest.approx(inside + between)
@@ -116,10 +127,10 @@ def test_a_pass_takes_as_long_as_the_launch_of_its_kernels(shapes: T5Gemma2) -> 
     assert found.launches == pytest.approx(8 * (CALLS["encoder"] + CALLS["decoder"]) * (2 + BACKWARD_CALLS))
 
 
-@pytest.mark.parametrize("recomputed", [0.0, 1.0])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("attention", ["dense", "blocks"])
-def test_more_devices_never_read_fewer_tokens(shapes: T5Gemma2, recomputed: float, attention: Any) -> None:
-    method = Method(recomputed=recomputed, attention=attention)
+def test_more_devices_never_read_fewer_tokens(shapes: T5Gemma2, recompute: Any, attention: Any) -> None:
+    method = Method(recompute=recompute, attention=attention)
     rates = []
     for devices in (1, 2, 4, 8, 16, 32, 64, 128):
         pace = Pace(shapes, PARTS, devices, H100, method)
