@@ -11,19 +11,13 @@ import argparse
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any
 
-from benchmark_sources import CONFIGS
+from benchmark_sources import CONFIGS, samples_of
 
 from t5g2convert import plan
-from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.forecast import simulate
-from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.corruption import longest
-from t5g2convert.adaptation.ul2.dataset import UL2Dataset, frame_of
-from t5g2convert.adaptation.ul2.sampler import Sampler
+from t5g2convert.adaptation.ul2.dataset import UL2Dataset
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -42,7 +36,7 @@ def main() -> None:
     print(f"{'length':>7} {'ranks':>6} {'useful':>8} {'passes':>7} {'documents':>10} {'singly':>8} {'seconds':>8}")
     for length in (1024, 4096, 16_384):
         started = time.perf_counter()
-        samples = dataset(shapes, arguments.tokens, length, arguments.batch_tokens)
+        samples = samples_of(shapes, arguments.tokens, length, arguments.batch_tokens, STEPS)
         settings = samples.settings
         samples.size(0, settings.samples)
         seconds = time.perf_counter() - started
@@ -53,18 +47,6 @@ def main() -> None:
                 f"{length:>7,} {ranks:>6} {schedule.useful:>8.1%} {schedule.passes / schedule.steps:>7,.0f} "
                 f"{found:>10,.0f} {singly:>8,.0f} {seconds:>8.3f}"
             )
-
-
-def dataset(shapes: T5Gemma2, tokens: int, length: int, batch_tokens: int) -> UL2Dataset:
-    """Return the samples of a corpus of which only the size is known."""
-    settings = Settings(encoder_length=length, decoder_length=length, batch_tokens=batch_tokens, steps=STEPS, lr=1e-4)
-    ids = ModelTokens(
-        262_144, bos=2, eos=1, pad=0, boi=255_999, eoi=256_000, image=256_001, per_image=256, pictures=True
-    )
-    frame = frame_of(settings, ids)
-    raw = [longest(task, frame, encoder=length, decoder=length) for task in settings.mixture.tasks]
-    nothing: Any = SimpleNamespace()
-    return UL2Dataset(nothing, settings, ids, nothing, Sampler(settings.mixture, raw, tokens, 0), Path(), shapes)
 
 
 def documents(samples: UL2Dataset, tokens: int) -> tuple[float, float]:

@@ -3,7 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t5g2convert.adaptation.ul2.dataset import UL2Dataset
+    from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
 
 TEXT: dict[str, dict[str, Any]] = {
     "270m": {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
@@ -60,3 +65,21 @@ def make_source(size: str, folder: str, headers_only: str = "") -> None:
     from t5g2convert.mapping.synthetic import write_synthetic_source
 
     write_synthetic_source(Path(folder), find_map("gemma3").map, CONFIGS[size], seed=None if headers_only else 0)
+
+
+def samples_of(shapes: "T5Gemma2", tokens: int, length: int, batch_tokens: int, steps: int) -> "UL2Dataset":
+    """Return the samples of a corpus of which only the size is known."""
+    from t5g2convert.adaptation.data.tokens import ModelTokens
+    from t5g2convert.adaptation.train.settings import Settings
+    from t5g2convert.adaptation.ul2.corruption import longest
+    from t5g2convert.adaptation.ul2.dataset import UL2Dataset, frame_of
+    from t5g2convert.adaptation.ul2.sampler import Sampler
+
+    settings = Settings(encoder_length=length, decoder_length=length, batch_tokens=batch_tokens, steps=steps, lr=1e-4)
+    ids = ModelTokens(
+        262_144, bos=2, eos=1, pad=0, boi=255_999, eoi=256_000, image=256_001, per_image=256, pictures=True
+    )
+    frame = frame_of(settings, ids)
+    raw = [longest(task, frame, encoder=length, decoder=length) for task in settings.mixture.tasks]
+    nothing: Any = SimpleNamespace()
+    return UL2Dataset(nothing, settings, ids, nothing, Sampler(settings.mixture, raw, tokens, 0), Path(), shapes)

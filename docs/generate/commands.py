@@ -14,7 +14,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "extract": ("t5g2 extract t5gemma-2-4b-4b encoder-4b --part encoder",),
     "verify": ("t5g2 verify t5gemma-2-4b-4b --source gemma-3-4b-pt --html report.html --junit report.xml",),
     "average": ("t5g2 average run-4b t5gemma-2-4b-4b-adapted --model t5gemma-2-4b-4b --last 5",),
-    "probe-sentinels": ("t5g2 probe-sentinels gemma-3-4b-pt t5gemma-2-4b-4b",),
+    "probe-sentinels": ("t5g2 probe-sentinels gemma-3-270m t5gemma-2-270m-trained",),
     "compare": ("t5g2 compare gemma-3-4b-pt t5gemma-2-4b-4b --text novel.txt --max-kl 0.1 --min-agreement 0.9",),
     "generate": ("t5g2 generate t5gemma-2-4b-4b --prompt 'an encoder-decoder' --max-new-tokens 8",),
     "pack": ("t5g2 pack t5gemma-2-4b-4b packed novel.txt",),

@@ -198,7 +198,7 @@ def foresee(request: Request) -> Forecast:
     require_extra()
     options = request.options
     devices = (options.devices or 1) * (options.nodes or 1)
-    return forecast(_prepare(request), devices=devices, loop=options)
+    return forecast(_prepare(request), devices=devices, loop=options, shard_size=options.shard_size)
 
 
 def _prepare(request: Request) -> Prepared:

@@ -27,7 +27,7 @@ from t5g2convert.interrupts import interruption, raise_interruption
 if TYPE_CHECKING:
     from t5g2convert.adaptation.adapt import Outcome, Request
     from t5g2convert.adaptation.train.evaluation import Evaluation
-    from t5g2convert.adaptation.train.forecast import Forecast
+    from t5g2convert.adaptation.train.forecast import Forecast, Throughput
     from t5g2convert.adaptation.train.metrics import Metrics
 
 EPILOG: Final = """\b
@@ -122,9 +122,40 @@ def print_forecast(forecast: "Forecast") -> None:
     lines["a device"] = (
         f"{size_text(held.total)} plus the activations of one layer (estimate, bfloat16, no teacher): {parts_text}"
     )
+    if forecast.throughput is not None:
+        lines |= _speed(forecast.throughput)
     for name, line in lines.items():
         out.print(f"{name:<10} {line}", soft_wrap=True)
     print_notes(forecast.notes)
+
+
+_PARTS: Final = {
+    "products": "matrix products",
+    "scores": "attention scores",
+    "elements": "operations by element",
+    "launches": "launching kernels",
+    "communication": "communication",
+    "waiting": "waiting for other devices",
+    "optimizer": "optimizer",
+    "checkpoints": "checkpoints",
+}
+
+
+def _speed(found: "Throughput") -> dict[str, str]:
+    """Return a line for the expected speed, and one for the machine that it assumes."""
+    from t5g2convert.adaptation.train.assumed_machine import assumptions
+
+    shares = {title: getattr(found.seconds, name) / found.step for name, title in _PARTS.items()}
+    parts = sorted(((share, title) for title, share in shares.items() if share >= 0.005), reverse=True)
+    text = (
+        f"{float(f'{found.tokens_per_second:.2g}'):,.0f} tokens/s in text steps of {found.step:.2g} s, "
+        f"{found.peak_share:.0%} of the "
+        f"peak of {found.devices} {found.machine.name} (estimate, bfloat16): "
+    )
+    text += ", ".join(f"{title} {share:.0%}" for share, title in parts)
+    if not found.fits:
+        text += f"; but it does not fit in the {size_text(int(found.machine.memory))} of a device"
+    return {"speed": text, "assumed": assumptions(found.machine)}
 
 
 def _run(request: "Request", *, every: int, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from t5g2convert.cli.main import COMMANDS, app
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.adaptation.runs import write_checkpoint, write_run
+from tests.adaptation.test_sentinel_probe import trained
 from tests.conftest import TwinFolder
 
 ROOT: Final = Path(__file__).parents[2]
@@ -204,6 +206,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = {**DEMO_CONFIG["text_config"], "hidden_size": 640, "num_hidden_layers": 18, "sliding_window": 512}
     (folder / "gemma-3-270m").mkdir()
     write_synthetic_source(folder / "gemma-3-270m", find_map("gemma3").map, text, seed=0)
+    convert(folder / "gemma-3-270m", folder / "t5gemma-2-270m")
+    trained(folder / "t5gemma-2-270m", folder / "t5gemma-2-270m-trained", range(200, 256))
+    shutil.rmtree(folder / "t5gemma-2-270m")
     write_run(folder / "run-4b", folder / "t5gemma-2-4b-4b", 5)
     for step in range(1, 6):
         values = {"model.decoder.norm.weight": torch.full((48,), float(step))}

@@ -1,15 +1,19 @@
 """The plan of a training run and its estimated cost, from the model's headers and the index of the data."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from t5g2convert.adaptation.options import LoopConfig
+from t5g2convert.adaptation.train.assumed_machine import Machine
 from t5g2convert.adaptation.train.cost import Memory, memory
 from t5g2convert.adaptation.train.preflight import Prepared
-from t5g2convert.adaptation.train.schedule import first_sample
+from t5g2convert.adaptation.train.schedule import first_sample, is_image_step
+from t5g2convert.adaptation.train.throughput import BatchShape, Method, Pace, Seconds
 from t5g2convert.adaptation.ul2.corruption import spans
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
-from t5g2convert.adaptation.ul2.micro_batches import deal
+from t5g2convert.adaptation.ul2.micro_batches import SampleSize, deal
 from t5g2convert.mapping.inspection import inspect
 
 
@@ -23,6 +27,29 @@ class TaskForecast:
     encoder: int
     labels: int
     sentinels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """The expected speed of text steps on an assumed machine.
+
+    Attributes:
+        machine: What is assumed.
+        devices: Number of devices.
+        fits: Whether the estimated memory is within that of a device.
+        tokens_per_second: Tokens that encoder and decoder read, without padding, as in the log.
+        seconds: Where the time of a step goes.
+        step: Seconds of a step.
+        peak_share: Share of the peak of all devices that the operations of the samples are.
+    """
+
+    machine: Machine
+    devices: int
+    fits: bool
+    tokens_per_second: float
+    seconds: Seconds
+    step: float
+    peak_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +69,7 @@ class Forecast:
         useful: Share of the devices' work that is not padding or waiting for the slowest device of a pass, by the
             schedule of the first steps.
         memory: Estimated memory of a device.
+        throughput: Expected speed; None if there are no text steps.
         notes: Notes for the user.
     """
 
@@ -56,6 +84,7 @@ class Forecast:
     passes: float
     useful: float
     memory: Memory
+    throughput: Throughput | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -63,13 +92,14 @@ class Forecast:
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
-def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
+def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: int | None = None) -> Forecast:
     """Forecast a run.
 
     Args:
         prepared: The run.
         devices: Number of devices, over all machines.
         loop: Settings of the loop.
+        shard_size: Devices that share one copy of the model; None for all.
     """
     samples = prepared.samples
     settings, sampler = samples.settings, samples.sampler
@@ -90,6 +120,17 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
     blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
     ids = samples.sentinels
     schedule = simulate(samples, devices=devices, loop=loop)
+    parameters = inspect(prepared.checkpoint.path).parameters
+    held = memory(
+        samples.shapes,
+        parameters,
+        devices=devices,
+        encoder=schedule.encoder,
+        decoder=schedule.labels,
+        chunk=loop.loss_chunk,
+    )
+    method = Method(loop.shard_size, loop.recompute, loop.attention, "step" if loop.reduce == "step" else "pass")
+    pace = Pace(samples.shapes, parameters, devices, method=method)
     return Forecast(
         steps=settings.steps,
         image_steps=image_steps,
@@ -101,14 +142,8 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
         operations=_operations(samples) if tasks else None,
         passes=schedule.passes / schedule.steps,
         useful=schedule.useful,
-        memory=memory(
-            samples.shapes,
-            inspect(prepared.checkpoint.path).parameters,
-            devices=devices,
-            encoder=schedule.encoder,
-            decoder=schedule.labels,
-            chunk=loop.loss_chunk,
-        ),
+        memory=held,
+        throughput=throughput(schedule, pace, held, save_every=loop.save_every) if tasks else None,
         notes=prepared.notes,
     )
 
@@ -117,6 +152,29 @@ def _operations(samples: UL2Dataset) -> float:
     mixture = samples.settings.mixture
     block = sum(size.cost * task.weight for size, task in zip(samples.text_sizes, mixture.tasks, strict=True))
     return samples.settings.samples * block / mixture.block
+
+
+def throughput(schedule: "Schedule", pace: Pace, held: Memory, *, save_every: int) -> Throughput:
+    """Estimate the speed of text steps.
+
+    Args:
+        schedule: Text steps, as they are dealt to the devices.
+        pace: The times of passes.
+        held: Estimated memory of a device.
+        save_every: Steps between checkpoints.
+    """
+    machine, devices = pace.machine, pace.devices
+    seconds = pace.step(schedule.text_passes, steps=schedule.text_steps, save_every=save_every)
+    work = schedule.text_operations / schedule.text_steps
+    return Throughput(
+        machine=machine,
+        devices=devices,
+        fits=held.total <= machine.memory,
+        tokens_per_second=schedule.text_tokens / schedule.text_steps / seconds.total,
+        seconds=seconds,
+        step=seconds.total,
+        peak_share=work / seconds.total / machine.peak / devices,
+    )
 
 
 SIMULATED: Final = 20_000
@@ -133,6 +191,11 @@ class Schedule:
         useful: Share of the devices' operations that is not padding or waiting for the slowest device of a pass.
         encoder: Most encoder tokens of a micro-batch, including padding.
         labels: Most labels of a micro-batch, including padding.
+        text_steps: Steps on text.
+        text_passes: How often the devices make micro-batches of these shapes together, one for each device that has
+            samples.
+        text_tokens: Tokens that encoder and decoder read in text steps, without padding.
+        text_operations: Operations of the samples of text steps.
     """
 
     steps: int
@@ -140,6 +203,10 @@ class Schedule:
     useful: float
     encoder: int
     labels: int
+    text_steps: int
+    text_passes: Mapping[tuple[BatchShape, ...], int]
+    text_tokens: int
+    text_operations: int
 
 
 def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int | None = None) -> Schedule:
@@ -152,17 +219,32 @@ def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int 
         steps: Number of steps (default: enough for an estimate).
     """
     settings = samples.settings
-    steps = min(max(1, SIMULATED // settings.samples), settings.steps) if steps is None else steps
+    if steps is None:
+        steps = min(max(1, SIMULATED // settings.samples), settings.steps)
     useful, paid, passes, encoder, labels = 0, 0, 0, 0, 0
+    shapes: Counter[tuple[BatchShape, ...]] = Counter()
+    text_steps, text_tokens, text_operations = 0, 0, 0
     for step in range(steps):
         first = first_sample(settings, step)
         sizes = [samples.size(step, first + number) for number in range(settings.samples)]
         dealt = deal(sizes, world=devices, tokens=loop.most_tokens(settings), samples=loop.micro_batch)
         passes += len(dealt)
         useful += sum(size.cost for size in sizes)
+        is_text = not is_image_step(settings, step)
+        if is_text:
+            text_steps += 1
+            text_tokens += sum(size.encoder + size.labels for size in sizes)
+            text_operations += sum(size.cost for size in sizes)
         for chosen in dealt:
-            padded = [samples.padded([sizes[number] for number in chosen[rank::devices]]) for rank in range(devices)]
+            each = [[sizes[number] for number in chosen[rank::devices]] for rank in range(devices)]
+            padded = [samples.padded(own) for own in each]
             paid += devices * max(size.cost for size in padded)
             encoder = max(encoder, *(size.encoder for size in padded))
             labels = max(labels, *(size.labels for size in padded))
-    return Schedule(steps, passes, useful / paid, encoder, labels)
+            if is_text:
+                shapes[tuple(sorted(_shape(own) for own in each if own))] += 1
+    return Schedule(steps, passes, useful / paid, encoder, labels, text_steps, shapes, text_tokens, text_operations)
+
+
+def _shape(sizes: list[SampleSize]) -> BatchShape:
+    return BatchShape(len(sizes), max(size.encoder for size in sizes), max(size.labels for size in sizes))

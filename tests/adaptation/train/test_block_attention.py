@@ -111,7 +111,7 @@ def test_losses_equal_those_with_dense_masks(twin: str, hidden: bool, converted_
 
 
 def by_formula(query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float, **_: Any) -> Tensor:
-    """Attend with the scores that the mask's blocks and formula leave: torch's kernel has no backward pass on the CPU."""
+    """Attend with the scores that blocks and formula leave: torch's kernel has no backward pass on the CPU."""
     mask = seen(block_mask, query.shape[2], key.shape[2])[:, None]
     return functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
 

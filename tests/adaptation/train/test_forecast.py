@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from t5g2convert.adaptation.train.metrics import read_metrics
 from tests.adaptation.trainings import RUN_OPTIONS, adapt
 
@@ -35,10 +37,29 @@ def test_a_dry_run_agrees_with_the_run(small: Path, trained: Path, tmp_path: Pat
         forecast["memory"][part] for part in ("states", "gathered", "inputs", "softmax")
     )
     assert forecast["operations"] > 0
+    speed = forecast["throughput"]
+    assert (speed["devices"], speed["machine"]["name"], speed["fits"]) == (4, "H100 SXM", True)
+    assert speed["step"] == pytest.approx(sum(speed["seconds"].values()))
+    tokens = sum(task["weight"] * (task["encoder"] + task["labels"]) for task in forecast["tasks"]) / block
+    assert speed["tokens_per_second"] * speed["step"] == pytest.approx(tokens * forecast["samples"])
 
 
 def test_a_dry_run_prints_a_table(small: Path, tmp_path: Path) -> None:
     done = adapt(small, tmp_path / "run", *RUN_OPTIONS, "--dry-run")
-    for line in ("spans-3-15", "prefix", "steps      60 of 8 samples, 15 of them", "tokens, read", "(estimate)"):
+    for line in (
+        "spans-3-15",
+        "prefix",
+        "steps      60 of 8 samples, 15 of them",
+        "tokens, read",
+        "(estimate)",
+        "tokens/s",
+        "guesses",
+    ):
         assert line in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_images_alone_has_no_expected_speed(small: Path, tmp_path: Path) -> None:
+    options = (*RUN_OPTIONS, "--image-every", "1", "--dry-run")
+    assert json.loads(adapt(small, tmp_path / "run", *options, "--json").stdout)["throughput"] is None
+    assert "tokens/s" not in adapt(small, tmp_path / "run", *options).stdout
