@@ -129,7 +129,7 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
         decoder=schedule.labels,
         chunk=loop.loss_chunk,
     )
-    method = Method(loop.shard_size, loop.recompute, loop.attention, "step" if loop.reduce == "step" else "pass")
+    method = Method(shard_size, loop.recompute, loop.attention, "step" if loop.reduce == "step" else "pass")
     pace = Pace(samples.shapes, parameters, devices, method=method)
     return Forecast(
         steps=settings.steps,

@@ -83,8 +83,8 @@ GATHERED_BYTES: Final = 24
 """Bytes per parameter and pass, to copy gathered weights and gradients from and to FSDP2's buffers (a guess)."""
 
 OPTIMIZER_BYTES: Final = 44
-"""Bytes per trained parameter and step: AdamW in one kernel, which reads four values and writes three (28), the norm and
-the scale of the gradient (16)."""
+"""Bytes per trained parameter and step: AdamW in one kernel, which reads four values and writes three (28), the norm
+and the scale of the gradient (16)."""
 
 CHECKPOINT_BYTES: Final = 12
 """Bytes per trained parameter of a checkpoint: float32 weight and both moments."""

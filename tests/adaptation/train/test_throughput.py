@@ -302,6 +302,6 @@ def test_an_update_is_one_kernel() -> None:
     with Moved() as counter:
         optimizer.step()
     assert max(counter.bytes, key=lambda name: counter.bytes[name]) == "_fused_adamw_"
-    # Its four tensors, of which three are also written; besides, the norm reads the gradient, which is scaled: 16 bytes.
+    # Its four tensors, of which three are written too; besides, the norm reads the gradient, which is then scaled.
     assert counter.bytes["_fused_adamw_"] / 1000 == pytest.approx(4 * 4, rel=0.02)
     assert OPTIMIZER_BYTES == 7 * 4 + 16
