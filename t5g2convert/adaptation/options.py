@@ -35,6 +35,8 @@ class LoopConfig(CommandOptions):
         save_every: Steps between checkpoints.
         save_minutes: Minutes after which an interim checkpoint is written.
         keep: Number of checkpoints to keep, besides the newest interim one.
+        async_save: Whether checkpoints are written while training goes on, from a copy in host memory; None for each
+            time that memory allows it.
     """
 
     save_every: Annotated[int, Field(ge=1), Option("Steps between checkpoints; 10000 in the paper.", group=RUN)] = (
@@ -52,6 +54,15 @@ class LoopConfig(CommandOptions):
     keep: Annotated[
         int, Field(ge=1), Option("Checkpoints of --save-every to keep; the paper averages 5.", group=RUN)
     ] = LAST
+    async_save: Annotated[
+        bool | None,
+        Option(
+            "Write checkpoints while training goes on, from a copy of weights and moments in the host's memory.",
+            flag="--async-save/--no-async-save",
+            default="where memory allows",
+            group=RUN,
+        ),
+    ] = None
     skip_nonfinite: Annotated[
         int,
         Field(ge=0),

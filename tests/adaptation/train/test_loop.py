@@ -92,7 +92,7 @@ def killed(shared: Any, small: Path) -> Path:
     def build(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KILLED_AT", ".step-00000040.partial")
-            options = (*RUN_OPTIONS, "--devices", "2", "--micro-batch", "3", "--no-export")
+            options = (*RUN_OPTIONS, "--devices", "2", "--micro-batch", "3", "--no-export", "--async-save")
             adapt(small, folder / "run", *options, code=-signal.SIGKILL, module="tests.adaptation.killed")
         shutil.copytree(folder / "run", folder / "other")
 
