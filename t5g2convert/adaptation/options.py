@@ -143,6 +143,7 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
         eval: Held-out packed data.
         rope_scaling: RoPE scaling that the config must have; None accepts any.
         resume: Continue from the newest checkpoint of the run's folder.
+        from_step: With `resume`, continue from the checkpoint of this step; newer ones are set aside.
         change: Whether settings may change when the run resumes.
         export: Write the last checkpoint as a model.
     """
@@ -177,11 +178,23 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
     resume: Annotated[
         bool, Option("Continue from OUT's newest complete checkpoint, with the same settings.", group=RUN)
     ] = False
+    from_step: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            "With --resume: continue from the checkpoint of this step; newer ones are renamed to "
+            "step-XXXXXXXX.abandoned. Once the run has gone back, the same command continues from the newest.",
+            flag="--from",
+            metavar="STEP",
+            default="the newest",
+            group=RUN,
+        ),
+    ] = None
     change: Annotated[
         bool,
         Option(
             "With --resume: settings that differ, such as --lr, hold from the newest checkpoint on, and run.json "
-            "records both. More --steps need no --change.",
+            "records both. More --steps and --skip-steps need no --change.",
             group=RUN,
         ),
     ] = False

@@ -112,7 +112,7 @@ def open_held_out(model: Path, data: Path, settings: Settings, samples: int) -> 
     Raises:
         DataError: The data is missing, damaged, or does not fit the model.
     """
-    changes = {"steps": 1, "teacher": None, "freeze_until": 0, "trainable": ()}
+    changes = {"steps": 1, "teacher": None, "freeze_until": 0, "trainable": (), "skip_steps": ()}
     text = prepare(model, data, settings.model_copy(update={**changes, "image_every": None})).samples
     found = []
     if text.sampler is not None:

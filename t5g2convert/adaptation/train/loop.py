@@ -225,8 +225,9 @@ def _update(
     if norm is None and not may_skip:
         error = DataError(
             f"the gradient of step {step + 1} is not finite",
-            hint="--skip-nonfinite N makes no update in up to N such steps; with --resume --change, a lower --lr holds "
-            "from the newest checkpoint on",
+            hint="--skip-nonfinite N makes no update in up to N such steps; "
+            f"--resume --skip-steps {step + 1}-{step + 1} passes over its data; with --resume --change a lower --lr "
+            "holds from the newest checkpoint on, and with --from STEP from an earlier one",
         )
         # All processes see the same norm.
         raise error if engine.global_rank == 0 else ReportedElsewhere(error.exit_code)
