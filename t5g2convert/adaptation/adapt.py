@@ -291,6 +291,9 @@ def _run(
             report=report,
             evaluation=evaluator,
         )
+    else:
+        # It may have died after its last checkpoint.
+        evaluator(start)
     engine.barrier()
     steps = read_metrics(request.run / METRICS_FILE) if on_rank_0 else []
     if on_rank_0:

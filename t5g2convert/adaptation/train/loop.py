@@ -74,7 +74,8 @@ def train(
         loop: Settings of the loop.
         report: Called with the metrics of every step, on rank 0.
         evaluation: Evaluates the model after so many steps, on all ranks, and returns scalars for TensorBoard. Called
-            before the first step, every `eval_every` steps, and after the last.
+            before the first step, every `eval_every` steps, and after the last; a run that resumes after one of these
+            steps calls it again.
 
     Raises:
         DataError: A gradient is not finite, or a sample cannot be made; `ReportedElsewhere` on other ranks than 0.
@@ -91,8 +92,9 @@ def train(
     module.train()
     saver = Saver(engine, run, state, settings, keep=loop.keep, background=loop.async_save)
     with signals_at_step_ends() as wishes, log_context as log, saver:
-        if not start:
-            _evaluate(evaluation, log, 0)
+        if start % loop.eval_every == 0:
+            # A run that resumes may have died after the checkpoint of this step, before its evaluation.
+            _evaluate(evaluation, log, start)
         sums, saved, skipped = _Sums(engine, settings), time.monotonic(), 0
         for place, batch in _checked(engine, batches):
             loss, losses_T, labels_T = module(engine.to_device(batch))
