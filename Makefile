@@ -38,7 +38,7 @@ test: check  ## ruff, mypy and the quick tests, in minutes
 test-all: check  ## every test: all mutants, faults and bad inputs
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-faults: $(INSTALLED)  ## make every system call of a conversion fail in turn, or kill it there, and count what is lost
+faults: $(INSTALLED)  ## make every system call of a conversion fail in turn, or kill it there; kill trainings 200 times
 	$(BIN)/python -m pytest tests/faults --numprocesses 2 --dist worksteal
 
 test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the parity tests again, judged by transformers 5.0.0

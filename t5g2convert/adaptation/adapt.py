@@ -43,7 +43,7 @@ from t5g2convert.adaptation.train.loop import train
 from t5g2convert.adaptation.train.machine_failures import machine_error
 from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metrics
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
-from t5g2convert.adaptation.train.resume import find_start
+from t5g2convert.adaptation.train.resume import find_start, go_back
 from t5g2convert.adaptation.train.run_folder import (
     EVALUATION_FILE,
     METRICS_FILE,
@@ -203,6 +203,8 @@ def foresee(request: Request) -> Forecast:
 
 def _prepare(request: Request) -> Prepared:
     options = request.options
+    if options.from_step is not None and not options.resume:
+        raise UsageError("--from needs --resume")
     prepared = prepare(request.model, request.data, options, rope_scaling=options.rope_scaling)
     if options.export and prepared.checkpoint.config.get("model_type") != MODEL_TYPE:
         raise UsageError("only T5Gemma 2 can be exported", hint="--no-export leaves the checkpoints alone")
@@ -252,15 +254,21 @@ def _run(
     if not resumes:
         packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
         run_on_all_ranks(engine, lambda: packed.check_bytes(part=rank, parts=world))
-    change = request.options.change
-    find = partial(find_start, engine, request.run, settings, description, resumes=resumes, change=change)
+    change, back_to = request.options.change, request.options.from_step
+    find = partial(
+        find_start, engine, request.run, settings, description, resumes=resumes, change=change, back_to=back_to
+    )
     place = run_on_all_ranks(engine, find)
     start, prepared.samples.earlier = place.step, place.earlier
     description |= {"earlier": documents_of(place.earlier)} if place.earlier else {}
+    description |= {} if place.returned is None else {"returned": place.returned}
     module, state = run_on_all_ranks(engine, lambda: build(engine, request.model, prepared, request.options, settings))
     if not resumes:
         space = checkpoints.bytes_of(state)
         run_on_all_ranks(engine, lambda: check_space(request.run, space) if on_rank_0 else None)
+    if place.goes_back:
+        # Before run.json says so: a run that dies in between can go back again.
+        run_on_all_ranks(engine, lambda: go_back(request.run, start) if on_rank_0 else None)
     if not resumes or place.is_new_leg:
         # After all checks: a refused start leaves the folder free for the next.
         run_on_all_ranks(engine, lambda: write_description(request.run, description) if on_rank_0 else None)
@@ -283,6 +291,9 @@ def _run(
             report=report,
             evaluation=evaluator,
         )
+    else:
+        # It may have died after its last checkpoint.
+        evaluator(start)
     engine.barrier()
     steps = read_metrics(request.run / METRICS_FILE) if on_rank_0 else []
     if on_rank_0:

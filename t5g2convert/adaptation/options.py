@@ -40,6 +40,8 @@ class LoopConfig(CommandOptions):
         save_every: Steps between checkpoints.
         save_minutes: Minutes after which an interim checkpoint is written.
         keep: Number of checkpoints to keep, besides the newest interim one.
+        async_save: Whether checkpoints are written while training goes on, from a copy in host memory; None for each
+            time that memory allows it.
     """
 
     save_every: Annotated[int, Field(ge=1), Option("Steps between checkpoints; 10000 in the paper.", group=RUN)] = (
@@ -57,6 +59,15 @@ class LoopConfig(CommandOptions):
     keep: Annotated[
         int, Field(ge=1), Option("Checkpoints of --save-every to keep; the paper averages 5.", group=RUN)
     ] = LAST
+    async_save: Annotated[
+        bool | None,
+        Option(
+            "Write checkpoints while training goes on, from a copy of weights and moments in the host's memory.",
+            flag="--async-save/--no-async-save",
+            default="where memory allows",
+            group=RUN,
+        ),
+    ] = None
     skip_nonfinite: Annotated[
         int,
         Field(ge=0),
@@ -173,6 +184,7 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
         eval: Held-out packed data.
         rope_scaling: RoPE scaling that the config must have; None accepts any.
         resume: Continue from the newest checkpoint of the run's folder.
+        from_step: With `resume`, continue from the checkpoint of this step; newer ones are set aside.
         change: Whether settings may change when the run resumes.
         export: Write the last checkpoint as a model.
     """
@@ -207,11 +219,23 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
     resume: Annotated[
         bool, Option("Continue from OUT's newest complete checkpoint, with the same settings.", group=RUN)
     ] = False
+    from_step: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            "With --resume: continue from the checkpoint of this step; newer ones are renamed to "
+            "step-XXXXXXXX.abandoned. Once the run has gone back, the same command continues from the newest.",
+            flag="--from",
+            metavar="STEP",
+            default="the newest",
+            group=RUN,
+        ),
+    ] = None
     change: Annotated[
         bool,
         Option(
             "With --resume: settings that differ, such as --lr, hold from the newest checkpoint on, and run.json "
-            "records both. More --steps need no --change.",
+            "records both. More --steps and --skip-steps need no --change.",
             group=RUN,
         ),
     ] = False

@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from t5g2convert.adaptation.adapt import adapt, foresee
@@ -28,6 +27,7 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     complete_checkpoints,
     read_checkpoint_manifest,
 )
+from t5g2convert.adaptation.train.checkpoint_writer import HashedFiles
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere
 from t5g2convert.adaptation.train.history import check_same, identity, newest
 from t5g2convert.adaptation.train.metrics import Metrics, read_metrics
@@ -564,7 +564,7 @@ def test_a_signal_while_torch_writes_a_checkpoint_ends_the_run(
 def test_a_full_disk_is_reported_with_the_error_of_the_system(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    opened, written = FileSystem.create_stream, []
+    opened, written = HashedFiles.create_stream, []
 
     class Full:
         def __init__(self, stream: Any) -> None:
@@ -580,11 +580,11 @@ def test_a_full_disk_is_reported_with_the_error_of_the_system(
             return getattr(self.stream, name)
 
     @contextmanager
-    def full(self: FileSystem, path: Any, mode: str) -> Iterator[Any]:
+    def full(self: HashedFiles, path: Any, mode: str) -> Iterator[Any]:
         with opened(self, path, mode) as stream:
             yield Full(stream)
 
-    monkeypatch.setattr(FileSystem, "create_stream", full)
+    monkeypatch.setattr(HashedFiles, "create_stream", full)
     monkeypatch.setattr(checkpoints, "FILE_BYTES", 50_000)
     with pytest.raises(OutputError, match=r"step-00000001: cannot be written: No space left on device$"):
         run(request_of(small, tmp_path / "run", settings_of(steps=1, precision="float32")))

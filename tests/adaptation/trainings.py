@@ -83,7 +83,7 @@ def settings_of(**changes: Any) -> Settings:
 
 def request_of(small: Path, run: Path, settings: Settings, **changes: Any) -> Request:
     how = {"micro_batch": 4, "save_every": 2, "keep": 2, "accelerator": "cpu", "devices": 1, "nodes": 1}
-    defaults = {"export": False, "recompute": "none"}
+    defaults = {"export": False, "recompute": "none", "async_save": False}
     options = AdaptOptions(**{**dict(settings), **how, **defaults, **changes})
     return Request(small / "model", small / "data", run, options)
 

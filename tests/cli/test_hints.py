@@ -51,8 +51,11 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "omit --image-every": ("adapt",),
     "remove it: t5g2 adapt --resume then continues from the checkpoint before": ("adapt",),
     "--resume continues a run that stopped": ("adapt",),
-    "--skip-nonfinite N makes no update in up to N such steps; with --resume --change, a lower --lr holds from the "
-    "newest checkpoint on": ("adapt",),
+    "--skip-nonfinite N makes no update in up to N such steps; --resume --skip-steps {}-{} passes over its data; with "
+    "--resume --change a lower --lr holds from the newest checkpoint on, and with --from STEP from an earlier one": (
+        "adapt",
+    ),
+    "--from STEP goes back to an earlier checkpoint": ("adapt",),
     "reduce --workers; {}": ("adapt",),
     "{}, or --devices 1": ("adapt",),
     "--change lets it hold from the newest checkpoint on": ("adapt",),

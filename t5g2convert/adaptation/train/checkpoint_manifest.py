@@ -1,18 +1,21 @@
 """The checkpoints of a run: which are complete, and checkpoint.json, which holds the sha256 of every file."""
 
+import os
 import re
 import stat
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import Field, PositiveInt
 
+from t5g2convert.checkpoint.atomic_write import flush_folder
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
 from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import read_json_object
 from t5g2convert.checkpoint.manifest import Digest
-from t5g2convert.errors import CheckpointError
+from t5g2convert.errors import CheckpointError, OutputError
 
 CHECKPOINTS_FOLDER: Final = "checkpoints"
 CHECKPOINT_FILE: Final = "checkpoint.json"
@@ -61,6 +64,26 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=folder) from None
     found = {int(match[1]): folder / name for name in names if (match := _COMPLETE.fullmatch(name))}
     return dict(sorted(found.items()))
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Rename the checkpoints after a step to `step-00000060.abandoned`, or -2, -3, ... if that exists; newest first.
+
+    They are not read, counted or removed any more. A run that dies in between can go back again.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
+        OutputError: They cannot be renamed.
+    """
+    for made, folder in reversed(complete_checkpoints(run).items()):
+        if made <= step:
+            return
+        names = (f"{folder.name}.abandoned{'' if number == 1 else f'-{number}'}" for number in count(1))
+        try:
+            folder.rename(next(path for path in map(folder.with_name, names) if not os.path.lexists(path)))
+            flush_folder(folder.parent)
+        except OSError as error:
+            raise OutputError(f"cannot be renamed: {error.strerror}", where=folder) from error
 
 
 def regular_checkpoints(run: Path) -> dict[int, Path]:

@@ -13,15 +13,17 @@ their published names. Any number of processes can load what any other number sa
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from t5g2convert.adaptation.train.checkpoint_manifest import (
@@ -34,10 +36,11 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     regular_checkpoints,
 )
 from t5g2convert.adaptation.train.checkpoint_reader import MODEL, OPTIMIZER, read_shards, shape_of
+from t5g2convert.adaptation.train.checkpoint_writer import CheckpointWriter
 from t5g2convert.adaptation.train.distributed import run_on_all_ranks
+from t5g2convert.adaptation.train.machine_failures import machine_error
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.checkpoint.atomic_write import flush_folder, replace_file
-from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.manifest import encode_json
 from t5g2convert.conversion.write.resources import check_space
 from t5g2convert.errors import CheckpointError, Interrupted, OutputError, T5g2Error
@@ -77,9 +80,53 @@ def save(
     Raises:
         OutputError: The disk is full or fails; on other ranks than 0, `ReportedElsewhere`.
     """
+    writer = _begin(engine, run, step, state, settings, keep=keep, interim=interim)
+    target = checkpoint_path(run, step)
+    run_on_all_ranks(engine, writing(target, lambda: save_distributed(_tree(state), storage_writer=writer)))
+    return target
+
+
+def save_in_background(
+    engine: "Fabric",
+    run: Path,
+    step: int,
+    state: State,
+    settings: Settings,
+    *,
+    keep: int,
+    interim: bool,
+    group: torch.distributed.ProcessGroup,
+) -> Future[object]:
+    """Copy the state to host memory, and do all else that `save` does in another thread.
+
+    The copy is torch's: a second set of the tensors that this process holds, freed when they are written.
+
+    Args:
+        engine: Fabric, launched.
+        run: The run's folder.
+        step: Completed steps.
+        state: What is saved; it may change as soon as this function returns.
+        settings: The run's settings.
+        keep: Number of checkpoints of `--save-every` to keep.
+        interim: Whether the checkpoint is an interim one.
+        group: A process group on the CPU for this alone: two threads cannot share one.
+
+    Returns:
+        The save; once it is done the checkpoint is complete. Its error is for `writing`.
+
+    Raises:
+        OutputError: The disk has too little space, or the folder cannot be made.
+    """
+    writer = _begin(engine, run, step, state, settings, keep=keep, interim=interim)
+    return cast(Future[object], async_save(_tree(state), storage_writer=writer, process_group=group))
+
+
+def _begin(
+    engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int, interim: bool
+) -> CheckpointWriter:
+    """Make room and an empty staged folder, and return the writer that fills and commits it."""
     target = checkpoint_path(run, step)
     staged = target.with_name(f".{target.name}.partial")
-    on_rank_0 = engine.global_rank == 0
 
     def begin() -> None:
         clear_partial(run)
@@ -87,18 +134,12 @@ def save(
         check_space(staged, bytes_of(state))
         staged.mkdir(parents=True)
 
-    def write_shards() -> None:
-        tree = _tree(state)
-        files = _file_numbers(tree, FILE_BYTES * engine.world_size)
-        writer = HuggingFaceStorageWriter(str(staged), fqn_to_index_mapping=files, save_distributed=True)
-        save_distributed(tree, storage_writer=writer)
-
-    def commit() -> None:
+    def commit(digests: Mapping[str, str]) -> None:
         manifest = CheckpointManifest(
             step=step,
             settings_sha256=settings.sha256,
             objective_sha256=settings.objective_sha256,
-            files=digests,
+            files=dict(digests),
             interim=interim,
         )
         replace_file(staged / CHECKPOINT_FILE, encode_json(manifest.model_dump()))
@@ -110,16 +151,11 @@ def save(
     def wait() -> None:
         """Do nothing: rank 0 works."""
 
-    run_on_all_ranks(engine, _writing(target, begin if on_rank_0 else wait))
-    run_on_all_ranks(engine, _writing(target, write_shards))
-    digests = _gather(
-        engine, run_on_all_ranks(engine, _writing(target, lambda: _own_digests(staged, engine.global_rank)))
-    )
-    run_on_all_ranks(engine, _writing(target, commit if on_rank_0 else wait))
-    return target
+    run_on_all_ranks(engine, writing(target, begin if engine.global_rank == 0 else wait))
+    return CheckpointWriter(staged, _file_numbers(_tree(state), FILE_BYTES * engine.world_size), commit)
 
 
-def _writing(target: Path, work: Callable[[], Result]) -> Callable[[], Result]:
+def writing(target: Path, work: Callable[[], Result]) -> Callable[[], Result]:
     """Return the work with errors of the disk and of torch turned into OutputError."""
 
     def guarded() -> Result:
@@ -134,12 +170,15 @@ def _writing(target: Path, work: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def _cause(error: CheckpointException, target: Path) -> T5g2Error:
-    """Unwrap torch's error: a signal, or the first failure of the disk."""
+    """Unwrap torch's error: a signal, or the first failure of the disk or the machine."""
     causes = [wrapped[0] for wrapped in error.failures.values()]
     stopped = next((cause for cause in causes if isinstance(cause, Interrupted)), None)
     if stopped is not None:
         return stopped
     first = causes[0] if causes else error
+    own = first if isinstance(first, T5g2Error) else machine_error(first)
+    if own is not None:
+        return own
     reason = first.strerror if isinstance(first, OSError) and first.strerror else (str(first).splitlines() or [""])[0]
     return OutputError(f"cannot be written: {reason}", where=target)
 
@@ -168,20 +207,6 @@ def _file_numbers(tree: Mapping[str, Mapping[str, Any]], size: int) -> dict[str,
             number, used = number + 1, 0
         numbers[name], used = number, used + nbytes
     return numbers
-
-
-def _own_digests(folder: Path, rank: int) -> dict[str, str]:
-    """Return the sha256 of the files that this process wrote; torch numbers processes from 1."""
-    return {path.name: sha256_of(path) for path in sorted(folder.glob(f"shard-{rank + 1:05d}-*"))}
-
-
-def _gather(engine: "Fabric", digests: dict[str, str]) -> dict[str, str]:
-    """Return the digests of all processes."""
-    if engine.world_size == 1:
-        return digests
-    by_rank: list[Any] = [None] * engine.world_size
-    torch.distributed.all_gather_object(by_rank, digests)
-    return {name: digest for each in by_rank for name, digest in sorted(each.items())}
 
 
 def clear_partial(run: Path) -> None:
@@ -232,7 +257,8 @@ def load(folder: Path, state: State) -> None:
         tree["model"][name] = parameter.detach()
         if f"{OPTIMIZER}{name}.step" in stored:
             moments: dict[str, Tensor] = {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
-            tree["optimizer"][name] = {"step": torch.zeros(()), **moments}
+            # The fused AdamW counts steps on the parameter's device.
+            tree["optimizer"][name] = {"step": torch.zeros((), device=parameter.device), **moments}
     try:
         load_distributed(tree, storage_reader=HuggingFaceStorageReader(str(folder)))
     except CheckpointException as error:

@@ -112,7 +112,7 @@ def open_held_out(model: Path, data: Path, settings: Settings, samples: int) -> 
     Raises:
         DataError: The data is missing, damaged, or does not fit the model.
     """
-    changes = {"steps": 1, "teacher": None, "freeze_until": 0, "trainable": ()}
+    changes = {"steps": 1, "teacher": None, "freeze_until": 0, "trainable": (), "skip_steps": ()}
     text = prepare(model, data, settings.model_copy(update={**changes, "image_every": None})).samples
     found = []
     if text.sampler is not None:
@@ -202,12 +202,15 @@ class Evaluator:
         self._engine, self._module, self._held_out, self._loop = engine, module, held_out, loop
         self._path, self._report = path, report
         on_rank_0 = engine.global_rank == 0
-        before = run_on_all_ranks(engine, lambda: read_evaluations(path) if on_rank_0 else [])
-        self.evaluations = [each for each in before if each.step <= start]
+        before = engine.broadcast(run_on_all_ranks(engine, lambda: read_evaluations(path) if on_rank_0 else []))
+        self.evaluations: list[Evaluation] = [each for each in before if each.step <= start]
 
     def __call__(self, done: int) -> Mapping[str, float]:
-        """Evaluate after so many steps, and return scalars for TensorBoard; none without held-out data."""
-        if not self._held_out:
+        """Evaluate after so many steps, and return scalars for TensorBoard.
+
+        Return none without held-out data, or if the file has this evaluation from before a run resumed.
+        """
+        if not self._held_out or any(each.step == done for each in self.evaluations):
             return {}
         found = evaluate(self._engine, self._module, self._held_out, loop=self._loop, step=done)
         if self._engine.global_rank == 0:

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt, ValidatorFunctionWrapHandler, field_val
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints, read_checkpoint_manifest
 from t5g2convert.adaptation.train.run_folder import RUN_FILE
 from t5g2convert.adaptation.train.schedule import Leg
-from t5g2convert.adaptation.train.settings import CHANGEABLE, Settings, differences
+from t5g2convert.adaptation.train.settings import CHANGEABLE, Settings, differences, step_range
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
 from t5g2convert.checkpoint.file_store import sha256_of
@@ -91,6 +91,7 @@ class History(ConfigSection):
         model_folder: Folder of that model at the start.
         data: Identity of the data.
         earlier: The steps before each change of the settings.
+        returned: The step that the run last went back to, with `--from`; None for never.
     """
 
     format: Literal[2] = FORMAT
@@ -101,6 +102,7 @@ class History(ConfigSection):
     model_folder: str
     data: Digest
     earlier: list[EarlierLeg] = Field(default_factory=list)
+    returned: PositiveInt | None = None
 
     @property
     def legs(self) -> tuple[Leg, ...]:
@@ -196,13 +198,16 @@ def check_model(history: History, model: Path) -> None:
         )
 
 
-def check_same(run: Path, description: Mapping[str, Any], *, change: bool = False) -> tuple[Leg, ...]:
+def check_same(
+    run: Path, description: Mapping[str, Any], *, change: bool = False, made: int | None = None
+) -> tuple[Leg, ...]:
     """Refuse to resume a run with another model, other data, or settings that may not change.
 
     Args:
         run: The run's folder.
         description: From `describe`, for the run as it is to be resumed.
-        change: Whether settings may change; more steps may always be made.
+        change: Whether settings may change; more steps may always be made, and more data be skipped.
+        made: Steps of the checkpoint to resume from; None for the newest.
 
     Returns:
         The legs before the settings of `description`.
@@ -225,9 +230,10 @@ def check_same(run: Path, description: Mapping[str, Any], *, change: bool = Fals
             wrong.append(f"{what} {str(found.get(name))[:16]}, now {description[name][:16]}")
     changed = differences(found["settings"], description["settings"])
     names = {difference.partition(" ")[0] for difference in changed}
-    more_steps = names == {"steps"} and description["settings"]["steps"] > (found["settings"].get("steps") or 0)
-    allowed = names <= CHANGEABLE and (change or more_steps)
-    if wrong or (changed and not allowed):
+    allowed = names <= CHANGEABLE and (
+        not names or change or _is_more(read_history(run).settings, description["settings"], names)
+    )
+    if wrong or not allowed:
         fixed = [*wrong, *(text for text in changed if text.partition(" ")[0] not in CHANGEABLE)]
         raise UsageError(
             f"{run} cannot be resumed with these options: {[*fixed, *changed][0]}",
@@ -237,10 +243,32 @@ def check_same(run: Path, description: Mapping[str, Any], *, change: bool = Fals
         )
     if not changed and found.get("settings_sha256") != description["settings_sha256"]:
         raise CheckpointError("settings_sha256 does not match the settings", where=path)
-    made = max(complete_checkpoints(run), default=0)
+    made = max(complete_checkpoints(run), default=0) if made is None else made
     if changed and description["settings"]["steps"] < made:
         raise UsageError(f"--steps is {description['settings']['steps']}, but the run has made {made}")
-    return _legs_until(made, read_history(run), description["settings"])
+    history = read_history(run)
+    _check_skipped(made, history.settings, description["settings"])
+    return _legs_until(made, history, description["settings"])
+
+
+def _is_more(before: Settings, now: Mapping[str, Any], names: set[str]) -> bool:
+    """Return whether only steps are added, of the run or of those whose data is skipped."""
+    more_steps = "steps" not in names or now["steps"] > before.steps
+    return names <= {"steps", "skip_steps"} and more_steps and {*before.skip_steps} <= {*now["skip_steps"]}
+
+
+def _check_skipped(made: int, before: Settings, now: Mapping[str, Any]) -> None:
+    """Refuse another skip in the steps that were made.
+
+    Raises:
+        UsageError: One begins there.
+    """
+    wrong = [each for each in sorted({*before.skip_steps} ^ {*now["skip_steps"]}) if step_range(each)[0] <= made]
+    if wrong:
+        raise UsageError(
+            f"--skip-steps {wrong[0]} differs, but the run has made {made} steps",
+            hint="--from STEP goes back to an earlier checkpoint",
+        )
 
 
 def _legs_until(made: int, history: History, settings: Mapping[str, Any]) -> tuple[Leg, ...]:
@@ -250,18 +278,21 @@ def _legs_until(made: int, history: History, settings: Mapping[str, Any]) -> tup
     return (*legs, Leg(made, last)) if made and last.to_json() != settings else tuple(legs)
 
 
-def newest(run: Path, settings: Settings, earlier: Sequence[Leg] = ()) -> tuple[int, Path | None]:
+def newest(
+    run: Path, settings: Settings, earlier: Sequence[Leg] = (), *, until: int | None = None
+) -> tuple[int, Path | None]:
     """Return the step and the folder of the newest complete checkpoint; 0 and None without one.
 
     Args:
         run: The run's folder.
         settings: The run's settings.
         earlier: The legs before them.
+        until: The last step that counts; None for all.
 
     Raises:
         CheckpointError: It was written with other settings.
     """
-    found = complete_checkpoints(run)
+    found = {step: folder for step, folder in complete_checkpoints(run).items() if until is None or step <= until}
     if not found:
         return 0, None
     step, folder = max(found.items())

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from t5g2convert.adaptation.options import LoopConfig
-from t5g2convert.adaptation.train import checkpoints
 from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere, raise_first_error
 from t5g2convert.adaptation.train.metrics import Log, Metrics, open_log
 from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
+from t5g2convert.adaptation.train.saver import Saver
 from t5g2convert.adaptation.train.schedule import is_image_step, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.sharding import reduces_once, sum_over_processes
@@ -64,7 +64,8 @@ def train(
 
     Regular checkpoints are written every `save_every` steps and after the last step. Interim checkpoints are written
     when `save_minutes` have passed and when a signal requests it; only the newest is kept. All processes agree on them
-    at the end of a step, in the sum that they share anyway.
+    at the end of a step, in the sum that they share anyway; that is also where they learn that a save in the background
+    has ended.
 
     Args:
         engine: Fabric, launched.
@@ -76,7 +77,8 @@ def train(
         loop: Settings of the loop.
         report: Called with the metrics of every step, on rank 0.
         evaluation: Evaluates the model after so many steps, on all ranks, and returns scalars for TensorBoard. Called
-            before the first step, every `eval_every` steps, and after the last.
+            before the first step, every `eval_every` steps, and after the last; a run that resumes after one of these
+            steps calls it again.
 
     Raises:
         DataError: A gradient is not finite, or a sample cannot be made; `ReportedElsewhere` on other ranks than 0.
@@ -92,9 +94,11 @@ def train(
         open_log(run / METRICS_FILE, run / TENSORBOARD_FOLDER, start=start) if on_rank_0 else nullcontext(None)
     )
     module.train()
-    with signals_at_step_ends() as wishes, log_context as log:
-        if not start:
-            _evaluate(evaluation, log, 0)
+    saver = Saver(engine, run, state, settings, keep=loop.keep, background=loop.async_save)
+    with signals_at_step_ends() as wishes, log_context as log, saver:
+        if start % loop.eval_every == 0:
+            # A run that resumes may have died after the checkpoint of this step, before its evaluation.
+            _evaluate(evaluation, log, start)
         sums, saved, skipped = _Sums(engine, settings), time.monotonic(), 0
         for place, batch in _checked(engine, batches):
             sum_over_processes(module, place.is_last or not once)
@@ -104,7 +108,9 @@ def train(
             if not place.is_last:
                 continue
             late = on_rank_0 and time.monotonic() - saved >= 60 * loop.save_minutes
-            totals = sums.over_all_processes(stop=bool(wishes.stop), save=wishes.save or late)
+            totals = sums.over_all_processes(stop=bool(wishes.stop), save=wishes.save or late, written=saver.is_written)
+            if totals.written:
+                saver.finish()
             metrics = _update(engine, state, settings, place.step, totals, may_skip=skipped < loop.skip_nonfinite)
             skipped += metrics.grad_norm is None
             _log(log, metrics, report)
@@ -113,7 +119,8 @@ def train(
             if regular or totals.save or totals.stop:
                 if log is not None:
                     log.flush()
-                checkpoints.save(engine, run, done, state, settings, keep=loop.keep, interim=not regular)
+                at_once = totals.stop or done == settings.steps
+                saver.save(done, interim=not regular, at_once=at_once)
                 wishes.save, saved = False, time.monotonic()
             if totals.stop and done < settings.steps:
                 raise Interrupted(wishes.stop or signal.SIGTERM)
@@ -169,6 +176,7 @@ class _Totals:
         read: Encoder tokens, without padding.
         stop: Whether a signal ends the run after this step.
         save: Whether a checkpoint is requested.
+        written: Whether a save in the background has ended on all processes.
         seconds: Since the step started.
     """
 
@@ -177,6 +185,7 @@ class _Totals:
     read: int
     stop: bool
     save: bool
+    written: bool
     seconds: float
 
 
@@ -186,21 +195,22 @@ class _Sums:
     def __init__(self, engine: "Fabric", settings: Settings) -> None:
         self._names = task_names(settings)
         self._started = time.perf_counter()
-        # Losses, labels, encoder tokens, and the requests to stop and to save; float64 holds all counts exactly.
-        self._values = torch.zeros(2 * len(self._names) + 3, dtype=torch.float64, device=engine.device)
+        # Losses, labels, encoder tokens, the requests to stop and to save, and ended saves; float64 holds all counts
+        # exactly.
+        self._values = torch.zeros(2 * len(self._names) + 4, dtype=torch.float64, device=engine.device)
         self._engine = engine
 
     def add(self, losses_T: Tensor, labels_T: Tensor, batch: Batch) -> None:
         counted = (batch["labels"] >= 0).any(dim=1)
         read = batch["attention_mask"][counted].sum()
-        self._values[:-2] += torch.cat([losses_T.double(), labels_T.double(), read[None].to(losses_T.device).double()])
+        self._values[:-3] += torch.cat([losses_T.double(), labels_T.double(), read[None].to(losses_T.device).double()])
 
-    def over_all_processes(self, *, stop: bool, save: bool) -> _Totals:
+    def over_all_processes(self, *, stop: bool, save: bool, written: bool) -> _Totals:
         """Return the sums over all processes; a request of one is a request of all."""
-        self._values[-2:] = torch.tensor([stop, save])
+        self._values[-3:] = torch.tensor([stop, save, written])
         if self._engine.world_size > 1:
             torch.distributed.all_reduce(self._values)
-        *sums, read, stops, saves = self._values.tolist()
+        *sums, read, stops, saves, ended = self._values.tolist()
         losses, labels = sums[: len(self._names)], sums[len(self._names) :]
         return _Totals(
             losses=dict(zip(self._names, losses, strict=True)),
@@ -208,6 +218,7 @@ class _Sums:
             read=int(read),
             stop=stops > 0,
             save=saves > 0,
+            written=ended == self._engine.world_size,
             seconds=max(time.perf_counter() - self._started, 1e-9),
         )
 
@@ -221,8 +232,9 @@ def _update(
     if norm is None and not may_skip:
         error = DataError(
             f"the gradient of step {step + 1} is not finite",
-            hint="--skip-nonfinite N makes no update in up to N such steps; with --resume --change, a lower --lr holds "
-            "from the newest checkpoint on",
+            hint="--skip-nonfinite N makes no update in up to N such steps; "
+            f"--resume --skip-steps {step + 1}-{step + 1} passes over its data; with --resume --change a lower --lr "
+            "holds from the newest checkpoint on, and with --from STEP from an earlier one",
         )
         # All processes see the same norm.
         raise error if engine.global_rank == 0 else ReportedElsewhere(error.exit_code)

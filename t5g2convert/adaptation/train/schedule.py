@@ -40,19 +40,26 @@ def is_image_step(settings: Settings, step: int) -> bool:
 def first_sample(settings: Settings, step: int, earlier: Sequence[Leg] = ()) -> int:
     """Return the first sample of a step, counted among the samples of its kind.
 
+    Where the steps A to B of `--skip-steps` begin, as many samples as these steps have are passed over.
+
     Args:
         settings: The settings of the leg that the step is in.
         step: The step.
         earlier: The legs before it.
     """
     count = start = 0
-    for leg in (*earlier, Leg(step, settings)):
-        steps = _steps_of_kind(settings, step, leg.until) - _steps_of_kind(settings, step, start)
+    for leg in (*earlier, Leg(step + 1, settings)):
+        steps = _steps_of_kind(settings, step, start, leg.until) + sum(
+            _steps_of_kind(settings, step, first - 1, last)
+            for first, last in leg.settings.skipped
+            if start < first <= leg.until
+        )
         count, start = count + steps * leg.settings.samples, leg.until
-    return count
+    # Without the step itself.
+    return count - settings.samples
 
 
-def _steps_of_kind(settings: Settings, step: int, stop: int) -> int:
-    """Return how many of the steps before `stop` are of the kind of a step."""
-    images = 0 if settings.image_every is None else stop // settings.image_every
-    return images if is_image_step(settings, step) else stop - images
+def _steps_of_kind(settings: Settings, step: int, start: int, stop: int) -> int:
+    """Return how many of the steps from `start` to before `stop` are of the kind of a step."""
+    images = 0 if settings.image_every is None else stop // settings.image_every - start // settings.image_every
+    return images if is_image_step(settings, step) else stop - start - images

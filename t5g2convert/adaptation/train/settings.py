@@ -5,15 +5,18 @@ The command line, the Python API and run.json all read this model. Options that 
 """
 
 import json
+import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from t5g2convert.adaptation.ul2.mixture import Mixture, read_mixture
 from t5g2convert.checkpoint.manifest import digest_of
 from t5g2convert.command_options import CommandOptions, Option
+from t5g2convert.errors import UsageError
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -30,9 +33,44 @@ _OBJECTIVE_FIELDS: Final = frozenset(
 
 
 CHANGEABLE: Final = frozenset(
-    {"steps", "batch_tokens", "lr", "lr_floor", "warmup", "betas", "eps", "weight_decay", "clip", "precision"}
+    {
+        "steps",
+        "skip_steps",
+        "batch_tokens",
+        "lr",
+        "lr_floor",
+        "warmup",
+        "betas",
+        "eps",
+        "weight_decay",
+        "clip",
+        "precision",
+    }
 )
 """Settings that may change when a run is resumed, by their names in run.json."""
+
+
+_RANGE: Final = re.compile(r"([1-9][0-9]{0,17})-([1-9][0-9]{0,17})")
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """Return the first and the last step of `A-B`, counted from 1.
+
+    Raises:
+        UsageError: The text is something else.
+    """
+    found = _RANGE.fullmatch(text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise UsageError(f"--skip-steps {text}: expected A-B, the first and the last step, counted from 1")
+    return int(found[1]), int(found[2])
+
+
+def _in_order(texts: tuple[str, ...]) -> tuple[str, ...]:
+    ordered = sorted(texts, key=step_range)
+    for one, other in pairwise(ordered):
+        if step_range(one)[1] >= step_range(other)[0]:
+            raise UsageError(f"--skip-steps {one} and {other} overlap")
+    return tuple(ordered)
 
 
 def _mixture(text: str) -> Mixture:
@@ -52,6 +90,8 @@ class Settings(CommandOptions):
         teacher: Identity of the model that is distilled; None for none. Filled in by `adapt`.
         seed: Seed of the order of the data and of the noise.
         steps: Steps of the whole run; the learning rate schedule ends with them.
+        skip_steps: Steps A-B, counted from 1, whose data is passed over: step A has the samples that step B + 1 would
+            have had.
         batch_tokens: Encoder tokens per step, including padding.
         lr: Peak learning rate.
         lr_floor: Final learning rate, as a fraction of the peak.
@@ -108,6 +148,17 @@ class Settings(CommandOptions):
         Field(ge=1),
         Option("Steps of the whole run; the learning rate ends with them, so they cannot change.", group=OPTIMIZER),
     ]
+    skip_steps: Annotated[
+        tuple[str, ...],
+        Field(strict=False),
+        AfterValidator(_in_order),
+        Option(
+            "Pass over the data of steps A to B, counted from 1: step A has the samples that step B + 1 would have "
+            "had; may be repeated. A run that resumes may add steps after its checkpoint.",
+            metavar="A-B",
+            group=OPTIMIZER,
+        ),
+    ] = ()
     batch_tokens: Annotated[
         int,
         Field(ge=1),
@@ -161,6 +212,11 @@ class Settings(CommandOptions):
     def samples(self) -> int:
         """Samples per step; 0 if a batch is smaller than one sample."""
         return self.batch_tokens // self.encoder_length
+
+    @property
+    def skipped(self) -> tuple[tuple[int, int], ...]:
+        """The first and last steps of `skip_steps`, counted from 1, in order."""
+        return tuple(step_range(each) for each in self.skip_steps)
 
     @property
     def sha256(self) -> str:

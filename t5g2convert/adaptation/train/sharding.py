@@ -5,7 +5,6 @@ the processes form groups that each hold the whole model (HSDP): values are gath
 travel between groups. Fabric's strategy knows one group of all processes, so the mesh is made here.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -16,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from t5g2convert.adaptation.train.host_memory import free_memory
 from t5g2convert.reference.weights import Weights
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def reduces_once(engine: "Fabric", choice: Literal["auto", "step", "pass"], trai
         memory = torch.cuda.mem_get_info(engine.device)[1]
     else:
         # Processes on other machines are counted too, which is on the safe side.
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // engine.world_size
+        memory = (free_memory() or 0) // engine.world_size
     fits: bool = engine.broadcast(GRADIENT_SHARE * trained * torch.float32.itemsize <= memory)
     return fits
 

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from t5g2convert.adaptation.adapt import adapt
 from t5g2convert.adaptation.options import LoopConfig
+from t5g2convert.adaptation.train import evaluation as module_under_test
 from t5g2convert.adaptation.train.evaluation import (
     Evaluation,
     evaluate,
@@ -24,8 +26,8 @@ from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.ul2.dataset import task_names
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.errors import CheckpointError
-from tests.adaptation.trainings import request_of, settings_of
+from t5g2convert.errors import CheckpointError, DataError
+from tests.adaptation.trainings import changed, request_of, run, settings_of
 
 ENGINE: Any = SimpleNamespace(global_rank=0, world_size=1, device=torch.device("cpu"), to_device=lambda batch: batch)
 
@@ -91,6 +93,30 @@ def test_a_run_writes_its_held_out_losses_and_appends_when_resumed(small: Path, 
     )
     assert again.evaluations == outcome.evaluations
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.usefixtures("one_process")
+def test_an_evaluation_that_a_run_died_in_is_made_when_it_resumes(
+    step: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(steps=4, precision="float32", lr=4e-3)
+    request = request_of(small, tmp_path / "run", settings, eval=small / "data", eval_every=2, eval_samples=8)
+    compute = module_under_test.evaluate
+
+    def die(*arguments: Any, **options: Any) -> Evaluation:
+        if options["step"] == step:
+            raise DataError("died")
+        return compute(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module_under_test, "evaluate", die)
+        with pytest.raises(DataError, match="died"):
+            run(request)
+    outcome, _ = run(changed(request, resume=True))
+    run(replace(request, run=tmp_path / "whole"))
+    assert (outcome.start, [found.step for found in outcome.evaluations]) == (step, [0, 2, 4])
+    assert (tmp_path / "run/evaluation.jsonl").read_bytes() == (tmp_path / "whole/evaluation.jsonl").read_bytes()
 
 
 def evaluation(step: int, loss: float) -> Evaluation:

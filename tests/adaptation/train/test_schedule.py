@@ -2,6 +2,7 @@ import pytest
 
 from t5g2convert.adaptation.train.schedule import Leg, first_sample, is_image_step, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.errors import UsageError
 from tests.adaptation.runs import SETTINGS
 
 
@@ -42,3 +43,38 @@ def test_legs_with_other_batches_skip_no_sample(every: int | None) -> None:
         kind = is_image_step(settings[number], step)
         assert first_sample(settings[number], step, legs[:number]) == next_sample[kind]
         next_sample[kind] += settings[number].samples
+
+
+@pytest.mark.parametrize("every", [None, 1, 2, 3])
+@pytest.mark.parametrize("ranges", [("1-1",), ("3-7",), ("2-2", "5-6", "12-40")])
+def test_the_samples_of_skipped_steps_are_passed_over_once(every: int | None, ranges: tuple[str, ...]) -> None:
+    settings = changed(image_every=every, skip_steps=ranges)
+    next_sample = {False: 0, True: 0}
+    for step in range(15):
+        for first, last in settings.skipped:
+            if step == first - 1:
+                for passed in range(first - 1, last):
+                    next_sample[is_image_step(settings, passed)] += settings.samples
+        kind = is_image_step(settings, step)
+        assert first_sample(settings, step) == next_sample[kind]
+        next_sample[kind] += settings.samples
+
+
+def test_a_skip_counts_in_the_leg_in_which_it_begins() -> None:
+    before, after = changed(skip_steps=("2-3", "9-9")), changed(skip_steps=("2-3", "7-8"), batch_tokens=1024)
+    legs = [Leg(5, before)]
+    assert (before.samples, after.samples) == (8, 16)
+    firsts = [first_sample(before if step < 5 else after, step, legs if step >= 5 else ()) for step in range(8)]
+    assert firsts == [0, 24, 32, 40, 48, 56, 56 + 16 + 32, 56 + 16 + 32 + 16]
+
+
+@pytest.mark.parametrize("text", ["0-3", "4-3", "3", "3-", "a-b", "1-2-3", " 1-2", "1-2\n", "-1-2", ""])
+def test_a_range_that_is_not_two_steps_in_order_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="expected A-B, the first and the last step"):
+        SETTINGS.replace(skip_steps=(text,))
+
+
+def test_ranges_are_put_in_order_and_do_not_overlap() -> None:
+    assert SETTINGS.replace(skip_steps=("20-30", "3-3")).skipped == ((3, 3), (20, 30))
+    with pytest.raises(UsageError, match="--skip-steps 3-5 and 5-9 overlap"):
+        SETTINGS.replace(skip_steps=("5-9", "3-5"))
