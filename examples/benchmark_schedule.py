@@ -24,6 +24,7 @@ from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import longest
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset, frame_of
 from t5g2convert.adaptation.ul2.sampler import Sampler
+from t5g2convert.adaptation.ul2.texts import Chunks
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2, read_t5gemma2
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
@@ -64,7 +65,8 @@ def dataset(shapes: T5Gemma2, tokens: int, length: int, batch_tokens: int) -> UL
     frame = frame_of(settings, ids)
     raw = [longest(task, frame, encoder=length, decoder=length) for task in settings.mixture.tasks]
     nothing: Any = SimpleNamespace()
-    return UL2Dataset(nothing, settings, ids, nothing, Sampler(settings.mixture, raw, tokens, 0), Path(), shapes)
+    sampler = Sampler(settings.mixture, raw, [Chunks(settings.mixture, raw, tokens, 0)], seed=0)
+    return UL2Dataset(nothing, settings, ids, nothing, sampler, None, Path(), shapes)
 
 
 def documents(samples: UL2Dataset, tokens: int) -> tuple[float, float]:
@@ -72,7 +74,7 @@ def documents(samples: UL2Dataset, tokens: int) -> tuple[float, float]:
     assert samples.sampler is not None
     count, total = samples.settings.samples, tokens // DOCUMENT
     found = [
-        len({samples.sampler.text_range(step * count + number)[0] // DOCUMENT for number in range(count)})
+        len({samples.sampler.text(step * count + number).start // DOCUMENT for number in range(count)})
         for step in range(STEPS)
     ]
     return sum(found) / STEPS, total * (1 - (1 - 1 / total) ** count)

@@ -242,9 +242,10 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
     request = request_of(small, tmp_path / "run", settings_of(image_every=2))
     steps: list[Metrics] = []
     with pytest.raises(DataError, match="no such file"):
-        adapt(changed(request, micro_batch=1), begun=lambda notes: None, report=steps.append)
+        adapt(changed(request, micro_batch=1, workers=0), begun=lambda notes: None, report=steps.append)
     assert [step.step for step in steps] == [1]
-    assert len(calls) == 4
+    # All documents of the step are tried, 256 tokens by 8.
+    assert len(calls) == 32
 
 
 @pytest.mark.usefixtures("one_process")

@@ -3,13 +3,16 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.cost import Memory, memory
 from t5g2convert.adaptation.train.preflight import Prepared
-from t5g2convert.adaptation.train.schedule import first_sample
+from t5g2convert.adaptation.train.samples import text_steps_of
+from t5g2convert.adaptation.train.schedule import first_sample, is_image_step, samples_of
 from t5g2convert.adaptation.ul2.corruption import spans
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
 from t5g2convert.adaptation.ul2.micro_batches import deal
+from t5g2convert.adaptation.ul2.sampler import Sampler
 from t5g2convert.mapping.inspection import inspect
 
 
@@ -26,17 +29,30 @@ class TaskForecast:
 
 
 @dataclass(frozen=True, slots=True)
+class CorpusForecast:
+    """A corpus: its text tokens, its share of the text that is read, and how many times the run reads it."""
+
+    name: str
+    tokens: int
+    share: float
+    epochs: float
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """The forecast of a run.
 
     Attributes:
         steps: Number of steps.
         image_steps: Steps on documents with images, among them.
-        samples: Samples per step.
+        samples: Samples per text step.
+        image_samples: Documents per image step; None without image steps.
+        documents: `packed` or `single`.
         tasks: The text tasks; empty if all steps are image steps.
         sentinels: The first and the last sentinel id in use; None if no task uses any.
         corpus: Text tokens in the data.
-        epochs: How many times the run reads the text.
+        epochs: How many times the run reads the text, on average.
+        corpora: The corpora that have text; empty if all steps are image steps.
         operations: Operations of a text step, over all devices; None if there are no text steps.
         passes: Passes of a step, on average.
         useful: Share of the devices' work that is not padding or waiting for the slowest device of a pass, by the
@@ -48,10 +64,13 @@ class Forecast:
     steps: int
     image_steps: int
     samples: int
+    image_samples: int | None
+    documents: str
     tasks: tuple[TaskForecast, ...]
     sentinels: tuple[int, int] | None
     corpus: int
     epochs: float
+    corpora: tuple[CorpusForecast, ...]
     operations: float | None
     passes: float
     useful: float
@@ -86,19 +105,23 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
         # Without text there are no lengths and no sizes.
         for task, raw, size in zip(settings.mixture.tasks, raw_lengths, samples.text_sizes, strict=False)
     )
-    image_steps = 0 if settings.image_every is None else settings.steps // settings.image_every
-    blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
+    text_steps = text_steps_of(settings)
+    corpora = () if sampler is None else _corpora(samples.corpora, sampler, text_steps * settings.samples)
+    tokens = samples.corpora.tokens
     ids = samples.sentinels
     schedule = simulate(samples, devices=devices, loop=loop)
     return Forecast(
         steps=settings.steps,
-        image_steps=image_steps,
+        image_steps=settings.steps - text_steps,
         samples=settings.samples,
+        image_samples=settings.image_samples,
+        documents=settings.documents,
         tasks=tasks,
         sentinels=(ids.first, ids.last) if ids.count else None,
-        corpus=samples.packed.tokens,
-        epochs=0.0 if sampler is None else blocks / sampler.chunks,
-        operations=_operations(samples) if tasks else None,
+        corpus=tokens,
+        epochs=sum(corpus.epochs * corpus.tokens for corpus in corpora) / max(1, tokens),
+        corpora=corpora,
+        operations=schedule.operations,
         passes=schedule.passes / schedule.steps,
         useful=schedule.useful,
         memory=memory(
@@ -113,10 +136,11 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig) -> Forecast:
     )
 
 
-def _operations(samples: UL2Dataset) -> float:
-    mixture = samples.settings.mixture
-    block = sum(size.cost * task.weight for size, task in zip(samples.text_sizes, mixture.tasks, strict=True))
-    return samples.settings.samples * block / mixture.block
+def _corpora(corpora: Corpora, sampler: Sampler, samples: int) -> tuple[CorpusForecast, ...]:
+    return tuple(
+        CorpusForecast(corpora[texts.corpus].name, corpora[texts.corpus].packed.tokens, float(share), float(epochs))
+        for texts, share, epochs in zip(sampler.texts, sampler.shares, sampler.epochs(samples), strict=True)
+    )
 
 
 SIMULATED: Final = 20_000
@@ -131,6 +155,7 @@ class Schedule:
         steps: Number of steps.
         passes: Passes of all these steps.
         useful: Share of the devices' operations that is not padding or waiting for the slowest device of a pass.
+        operations: Operations of a text step, on average, without padding; None if there are no text steps.
         encoder: Most encoder tokens of a micro-batch, including padding.
         labels: Most labels of a micro-batch, including padding.
     """
@@ -138,6 +163,7 @@ class Schedule:
     steps: int
     passes: int
     useful: float
+    operations: float | None
     encoder: int
     labels: int
 
@@ -154,15 +180,20 @@ def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int 
     settings = samples.settings
     steps = min(max(1, SIMULATED // settings.samples), settings.steps) if steps is None else steps
     useful, paid, passes, encoder, labels = 0, 0, 0, 0, 0
+    text: list[int] = []
     for step in range(steps):
         first = first_sample(settings, step)
-        sizes = [samples.size(step, first + number) for number in range(settings.samples)]
+        sizes = [samples.size(step, first + number) for number in range(samples_of(settings, step))]
         dealt = deal(sizes, world=devices, tokens=loop.most_tokens(settings), samples=loop.micro_batch)
         passes += len(dealt)
-        useful += sum(size.cost for size in sizes)
+        cost = sum(size.cost for size in sizes)
+        useful += cost
+        if not is_image_step(settings, step):
+            text.append(cost)
         for chosen in dealt:
             padded = [samples.padded([sizes[number] for number in chosen[rank::devices]]) for rank in range(devices)]
             paid += devices * max(size.cost for size in padded)
             encoder = max(encoder, *(size.encoder for size in padded))
             labels = max(labels, *(size.labels for size in padded))
-    return Schedule(steps, passes, useful / paid, encoder, labels)
+    operations = sum(text) / len(text) if text else None
+    return Schedule(steps, passes, useful / paid, operations, encoder, labels)

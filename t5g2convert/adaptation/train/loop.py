@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -82,13 +82,13 @@ def train(
     """
     settings = samples.settings
     order = samples.order(loop, rank=engine.global_rank, world=engine.world_size, start=start)
-    batches = load_batches(samples, order, workers=loop.workers)
+    batches = load_batches(samples, order, workers=loop.workers_of(settings))
     on_rank_0 = engine.global_rank == 0
     log_context = (
         open_log(run / METRICS_FILE, run / TENSORBOARD_FOLDER, start=start) if on_rank_0 else nullcontext(None)
     )
     module.train()
-    with signals_at_step_ends() as wishes, log_context as log:
+    with signals_at_step_ends() as wishes, log_context as log, closing(batches):
         if not start:
             _evaluate(evaluation, log, 0)
         sums, saved, skipped = _Sums(engine, settings), time.monotonic(), 0

@@ -37,6 +37,14 @@ def is_image_step(settings: Settings, step: int) -> bool:
     return settings.image_every is not None and (step + 1) % settings.image_every == 0
 
 
+def samples_of(settings: Settings, step: int) -> int:
+    """Return the number of samples of a step."""
+    if not is_image_step(settings, step):
+        return settings.samples
+    assert settings.image_samples is not None, "`prepare` sets it"
+    return settings.image_samples
+
+
 def first_sample(settings: Settings, step: int, earlier: Sequence[Leg] = ()) -> int:
     """Return the first sample of a step, counted among the samples of its kind.
 
@@ -48,7 +56,7 @@ def first_sample(settings: Settings, step: int, earlier: Sequence[Leg] = ()) -> 
     count = start = 0
     for leg in (*earlier, Leg(step, settings)):
         steps = _steps_of_kind(settings, step, leg.until) - _steps_of_kind(settings, step, start)
-        count, start = count + steps * leg.settings.samples, leg.until
+        count, start = count + steps * samples_of(leg.settings, step), leg.until
     return count
 
 
