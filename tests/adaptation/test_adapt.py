@@ -29,7 +29,7 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     read_checkpoint_manifest,
 )
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere
-from t5g2convert.adaptation.train.history import check_same, identity, newest
+from t5g2convert.adaptation.train.history import check_same, identity, newest, read_history
 from t5g2convert.adaptation.train.metrics import Metrics, read_metrics
 from t5g2convert.adaptation.train.preflight import check_rope, prepare, read_limits
 from t5g2convert.adaptation.train.run_folder import check_vacant, locked
@@ -425,6 +425,15 @@ def test_a_changed_run_json_is_refused(copied: Path, description: dict[str, Any]
     (copied / "run.json").unlink()
     with pytest.raises(CheckpointError, match="nothing to resume"):
         check_same(copied, description)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_of_an_earlier_format_is_refused(number: int, copied: Path, description: dict[str, Any]) -> None:
+    (copied / "run.json").write_text(json.dumps({**description, "format": number}))
+    message = rf"run\.json: has format {number}, expected 3 \(finish this run with the version of t5g2convert that"
+    for use in (lambda: check_same(copied, description), lambda: read_history(copied)):
+        with pytest.raises(CheckpointError, match=message):
+            use()
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:

@@ -101,9 +101,10 @@ class Evaluation:
     @property
     def line(self) -> str:
         """One line for the terminal."""
-        tasks = ", ".join(f"{name} {loss:.3f}" for name, loss in (*self.tasks.items(), *self.corpora.items()))
+        kinds = [each for each in (self.tasks, self.corpora) if each]
+        parts = "; ".join(", ".join(f"{name} {loss:.3f}" for name, loss in kind.items()) for kind in kinds)
         return (
-            f"held out after step {self.step}  loss {self.loss:.4f}  ({tasks})  "
+            f"held out after step {self.step}  loss {self.loss:.4f}  ({parts})  "
             f"with the encoder hidden {self.hidden_loss:.4f}"
         )
 

@@ -267,7 +267,7 @@ def _notes_of_corpora(corpora: Corpora, settings: Settings, sampler: Sampler) ->
     epochs_of = sampler.epochs(text_steps_of(settings) * settings.samples)
     for texts, share, epochs in zip(sampler.texts, sampler.shares, epochs_of, strict=True):
         corpus = corpora[texts.corpus]
-        often = f" (more than {READ_OFTEN}: it adds little then, arXiv 2305.16264)" if epochs > READ_OFTEN else ""
+        often = f"; more than {READ_OFTEN} add little (arXiv 2305.16264)" if epochs > READ_OFTEN else ""
         if len(corpora) > 1:
             yield (
                 f"{corpus.name}: {corpus.packed.tokens:,} text tokens, {float(share):.1%} of the text that is read; "

@@ -76,7 +76,7 @@ def test_a_list_of_corpora_gives_the_loss_of_each_by_its_weight(small: Path, two
     assert found.corpora == pytest.approx({"one": one.loss, "two": two.loss})
     assert (one.corpora, two.corpora) == ({}, {})
     assert found.scalars["held out corpus/two"] == found.corpora["two"]
-    assert f", two {two.loss:.3f})" in found.line
+    assert f"; one {one.loss:.3f}, two {two.loss:.3f})" in found.line
     assert found.labels["images"] == one.labels["images"]
 
 

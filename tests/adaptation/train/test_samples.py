@@ -185,7 +185,7 @@ def test_notes_say_how_often_each_corpus_is_read(small: Path, two_corpora: Path)
     one, two = notes
     assert one.startswith(f"one: {tokens[0]} text tokens, 75.0% of the text that is read; read ")
     assert two.startswith(f"two: {tokens[1]} text tokens, 25.0% of the text that is read; read ")
-    assert two.endswith("times (more than 4: it adds little then, arXiv 2305.16264)")
+    assert two.endswith("times; more than 4 add little (arXiv 2305.16264)")
     assert prepare(small / "model", two_corpora, settings_of(steps=3)).notes[0].endswith(" times")
     (alone,) = prepare(small / "model", small / "data", settings_of(steps=30_000)).notes
     assert alone.startswith("the text is read ")
