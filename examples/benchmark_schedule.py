@@ -54,7 +54,7 @@ def documents(samples: UL2Dataset, tokens: int) -> tuple[float, float]:
     assert samples.sampler is not None
     count, total = samples.settings.samples, tokens // DOCUMENT
     found = [
-        len({samples.sampler.text_range(step * count + number)[0] // DOCUMENT for number in range(count)})
+        len({samples.sampler.text(step * count + number).start // DOCUMENT for number in range(count)})
         for step in range(STEPS)
     ]
     return sum(found) / STEPS, total * (1 - (1 - 1 / total) ** count)

@@ -74,6 +74,7 @@ def samples_of(shapes: "T5Gemma2", tokens: int, length: int, batch_tokens: int, 
     from t5g2convert.adaptation.ul2.corruption import longest
     from t5g2convert.adaptation.ul2.dataset import UL2Dataset, frame_of
     from t5g2convert.adaptation.ul2.sampler import Sampler
+    from t5g2convert.adaptation.ul2.texts import Chunks
 
     settings = Settings(encoder_length=length, decoder_length=length, batch_tokens=batch_tokens, steps=steps, lr=1e-4)
     ids = ModelTokens(
@@ -82,4 +83,5 @@ def samples_of(shapes: "T5Gemma2", tokens: int, length: int, batch_tokens: int, 
     frame = frame_of(settings, ids)
     raw = [longest(task, frame, encoder=length, decoder=length) for task in settings.mixture.tasks]
     nothing: Any = SimpleNamespace()
-    return UL2Dataset(nothing, settings, ids, nothing, Sampler(settings.mixture, raw, tokens, 0), Path(), shapes)
+    sampler = Sampler(settings.mixture, raw, [Chunks(settings.mixture, raw, tokens, 0)], seed=0)
+    return UL2Dataset(nothing, settings, ids, nothing, sampler, None, Path(), shapes)

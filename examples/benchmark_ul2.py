@@ -20,6 +20,7 @@ from t5g2convert.adaptation.ul2.corruption import Frame, corrupt, longest, neede
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.adaptation.ul2.sampler import Sampler
 from t5g2convert.adaptation.ul2.sentinels import Sentinels
+from t5g2convert.adaptation.ul2.texts import Chunks
 
 VOCABULARY, RESERVED = 262_144, frozenset({0, 1, 2, 255_999, 256_000, 256_001})
 FRAME = Frame(encoder_bos=2, encoder_eos=None, eos=1)
@@ -46,14 +47,15 @@ def measure(budget: int, corpus: NDArray[np.uint32], rounds: int, tokens: int) -
     raw_lengths = tuple(longest(task, FRAME, encoder=budget, decoder=budget) for task in mixture.tasks)
     needed = needed_sentinels(mixture, raw_lengths)
     sentinels = Sentinels.of(vocabulary=VOCABULARY, reserved=RESERVED, needed=needed)
-    schedule = Sampler(mixture, raw_lengths, corpus.size, seed=0)
-    samples = max(1, tokens // schedule.chunk) * mixture.block
+    chunks = Chunks(mixture, raw_lengths, corpus.size, seed=0)
+    schedule = Sampler(mixture, raw_lengths, [chunks], seed=0)
+    samples = max(1, tokens // chunks.chunk) * mixture.block
     rows = []
     for number in range(rounds + 1):
         raw = out = 0
         began = time.process_time()
         for i in range(number * samples, (number + 1) * samples):
-            task, (start, stop) = schedule.task(i), schedule.text_range(i)
+            task, (_, start, stop) = schedule.task(i), schedule.text(i)
             text = corpus[start:stop]
             example = corrupt(text, mixture.tasks[task], sentinels, FRAME, schedule.rng(i), index=task)
             raw, out = raw + stop - start, out + example.encoder.size + example.labels.size

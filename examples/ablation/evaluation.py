@@ -42,10 +42,9 @@ def evaluate(
     block, schedule = settings.mixture.block, prepared.samples.sampler
     if schedule is None:
         raise UsageError("image_every=1 leaves no samples of text to evaluate")
-    if samples < 1 or samples % block or samples > schedule.chunks * block:
-        raise UsageError(
-            f"expected a multiple of {block} up to {schedule.chunks * block} held-out samples, got {samples}"
-        )
+    most = min(texts.per_epoch for texts in schedule.texts)
+    if samples < 1 or samples % block or samples > most:
+        raise UsageError(f"expected a multiple of {block} up to {most} held-out samples, got {samples}")
     module = load_model(prepared.checkpoint)
     step = 0
     if checkpoint is not None:

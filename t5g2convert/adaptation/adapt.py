@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from t5g2convert.adaptation.data.corpora import folders_of
 from t5g2convert.adaptation.export import Exported, check_export_place, export_checkpoint
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train import checkpoints
@@ -72,7 +73,7 @@ class Request:
 
     Attributes:
         model: The folder of a converted model.
-        data: The folder of packed data.
+        data: The folder of packed data, or a file that lists several; see `data.corpora`.
         run: The run's folder; absent or empty, unless the run resumes.
         options: The options of `t5g2 adapt`.
     """
@@ -85,7 +86,9 @@ class Request:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """All folders that are read; none may be in the run's folder."""
-        return (self.model, self.data, *(path for path in (self.options.kd, self.options.eval) if path is not None))
+        teacher = () if self.options.kd is None else (self.options.kd,)
+        held_out = () if self.options.eval is None else folders_of(self.options.eval)
+        return (self.model, *folders_of(self.data), *teacher, *held_out)
 
     @property
     def resumes(self) -> bool:
@@ -240,20 +243,20 @@ def _run(
     known: dict[str, Any] = engine.broadcast(
         run_on_all_ranks(engine, lambda: _identities(request, prepared) if on_rank_0 else {})
     )
-    settings = request.options.model_copy(update={"teacher": known["teacher"]})
+    settings = prepared.samples.settings.model_copy(update={"teacher": known["teacher"]})
     prepared.samples.settings = settings
     description = describe(
         settings,
         model=known["model"],
         model_folder=request.model,
-        data=prepared.samples.packed.sha256,
+        corpora=prepared.samples.corpora,
         versions=known["versions"],
     )
     # As rank 0 sees it, before it writes anything.
     resumes = engine.broadcast(request.resumes)
     if not resumes:
-        packed, rank, world = prepared.samples.packed, engine.global_rank, engine.world_size
-        run_on_all_ranks(engine, lambda: packed.check_bytes(part=rank, parts=world))
+        corpora, rank, world = prepared.samples.corpora, engine.global_rank, engine.world_size
+        run_on_all_ranks(engine, lambda: corpora.check_bytes(part=rank, parts=world))
     change, back_to = request.options.change, request.options.from_step
     find = partial(
         find_start, engine, request.run, settings, description, resumes=resumes, change=change, back_to=back_to

@@ -16,6 +16,9 @@ LAST: Final = 5
 SHARD_TOKENS: Final = 1 << 28
 """Tokens per shard: 1 GiB."""
 
+IMAGE_WORKERS: Final = 2
+"""Processes that prepare batches by default, if some have images."""
+
 REPLACE: Final = "Replace an existing t5g2 output at the very end; a folder that contains anything else is refused."
 
 
@@ -36,7 +39,8 @@ class LoopConfig(CommandOptions):
         attention: Attention with dense masks, or by blocks of the scores that are seen (flex_attention).
         compile: Compile the layers with torch.compile.
         loss_chunk: Labels per chunk of logits, to limit memory.
-        workers: Additional processes that prepare batches, per process.
+        workers: Additional processes that prepare batches, per process; None for `IMAGE_WORKERS` if there are image
+            steps, and none otherwise.
         save_every: Steps between checkpoints.
         save_minutes: Minutes after which an interim checkpoint is written.
         keep: Number of checkpoints to keep, besides the newest interim one.
@@ -128,14 +132,26 @@ class LoopConfig(CommandOptions):
         1024
     )
     workers: Annotated[
-        int, Field(ge=0), Option("Additional processes that prepare batches, per process.", group=MACHINES)
-    ] = 0
+        int | None,
+        Field(ge=0),
+        Option(
+            "Additional processes that prepare batches and decode their images, per process.",
+            default=f"{IMAGE_WORKERS} with --image-every, else 0",
+            group=MACHINES,
+        ),
+    ] = None
 
     def most_tokens(self, settings: Settings) -> int | None:
         """Return the most encoder tokens and labels per process and forward pass; None for no limit."""
         if self.micro_tokens is None and self.micro_batch is None:
             return settings.encoder_length + settings.decoder_length
         return self.micro_tokens
+
+    def workers_of(self, settings: Settings) -> int:
+        """Return the number of additional processes that prepare batches: images are decoded by them."""
+        if self.workers is not None:
+            return self.workers
+        return 0 if settings.image_every is None else IMAGE_WORKERS
 
 
 class Hardware(CommandOptions):
@@ -201,8 +217,8 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
     eval: Annotated[
         Path | None,
         Option(
-            "Packed held-out data: its losses are computed before the first step and every --eval-every steps, with "
-            "the encoder visible and hidden.",
+            "Packed held-out data, or a YAML file like DATA: its losses are computed before the first step and every "
+            "--eval-every steps, with the encoder visible and hidden.",
             metavar="DATA",
             group=RUN,
         ),

@@ -171,6 +171,7 @@ class TrainingSettings(ConfigSection):
     mixture: MixtureRecord
     encoder_length: PositiveInt
     decoder_length: PositiveInt
+    documents: Literal["packed", "single"] = "packed"
     image_every: PositiveInt | None
     teacher: Digest | None
     steps: PositiveInt

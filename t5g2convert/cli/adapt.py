@@ -48,7 +48,13 @@ All processes must see MODEL, DATA and OUT under the same paths. A run can resum
 @with_options
 def adapt(
     model: Annotated[Path, typer.Argument(help="The converted folder to train.")],
-    data: Annotated[Path, typer.Argument(help="The folder that `t5g2 pack` wrote with MODEL's tokenizer.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder that `t5g2 pack` wrote with MODEL's tokenizer, or a YAML file that lists several folders "
+            "with their weights."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The run's folder: checkpoints, logs, and the trained model.")],
     options: AdaptOptions,
     log_every: Annotated[
@@ -99,8 +105,8 @@ def print_forecast(forecast: "Forecast") -> None:
     for task in forecast.tasks:
         counts = (task.weight, task.raw, task.encoder, task.labels, task.sentinels)
         tasks.add_row(task.name, *(f"{count:,}" for count in counts))
-    images = f", {forecast.image_steps:,} of them on documents with images" if forecast.image_steps else ""
-    lines = {"steps": f"{forecast.steps:,} of {forecast.samples:,} samples{images}"}
+    images = f", {forecast.image_steps:,} of them of {forecast.image_samples:,} documents with images"
+    lines = {"steps": f"{forecast.steps:,} of {forecast.samples:,} samples{images if forecast.image_steps else ''}"}
     if forecast.tasks:
         out.print(tasks)
         lines["text"] = f"{forecast.corpus:,} tokens, read {forecast.epochs:.3g} times"

@@ -239,6 +239,8 @@ def _adapt_flags(settings: TrainingSettings) -> Iterator[str]:
     for name in ("lr", "steps", "batch_tokens", "encoder_length", "decoder_length", "image_every", "warmup", "seed"):
         if (value := getattr(settings, name)) is not None:
             yield f"--{name.replace('_', '-')} {value}"
+    if settings.documents != "packed":
+        yield f"--documents {settings.documents}"
     if settings.teacher is not None:
         yield "--kd PARENT"
     if settings.freeze_until:

@@ -73,6 +73,24 @@ def _write_small(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def two_corpora(shared: Shared, small: Path) -> Path:
+    """A list of two corpora: `one`, a copy of the small model's data, and `two`, text only; 3 to 1."""
+
+    def build(folder: Path) -> None:
+        from t5g2convert.adaptation.data.documents import read_files
+        from t5g2convert.adaptation.data.pack import pack
+
+        shutil.copytree(small / "data", folder / "one")
+        lines = (small / "texts/inspect.txt").read_text().splitlines()
+        rows = (json.dumps({"text": line}) for line in lines if line)
+        (folder / "lines.jsonl").write_text("".join(f"{row}\n" for row in rows))
+        pack(small / "model", folder / "two", read_files([folder / "lines.jsonl"], "text", lambda _: None))
+        (folder / "corpora.yaml").write_text("corpora: [{data: one, weight: 0.75}, {data: two, weight: 0.25}]\n")
+
+    return shared("two_corpora", build) / "corpora.yaml"
+
+
+@pytest.fixture(scope="session")
 def trained(shared: Shared, small: Path) -> Path:
     """`run`, 60 steps in one process, every fourth with images; `output.json`, its output."""
 

@@ -5,7 +5,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
+from t5g2convert.adaptation.data.corpora import Corpora, Corpus
+from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.train.history import identity
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.settings import Settings
@@ -25,6 +28,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 SETTINGS = Settings(mixture=read_mixture(), encoder_length=64, decoder_length=64, steps=200, batch_tokens=512, lr=1e-3)
 DATA = "c" * 64
+CORPORA = Corpora([Corpus("packed", cast(Packed, SimpleNamespace(sha256=DATA)))])
 
 FACTS: dict[str, Any] = {
     "steps": 100,
@@ -106,13 +110,14 @@ def text_only(name: str) -> bool:
 def write_run(folder: Path, model: Path, steps: int) -> None:
     """Write the run.json and metrics.jsonl of a run with 512 tokens a step."""
     document = {
-        "format": 2,
+        "format": 3,
         "settings": SETTINGS.to_json(),
         "settings_sha256": SETTINGS.sha256,
         "objective_sha256": SETTINGS.objective_sha256,
         "model": identity(model),
         "model_folder": str(model),
         "data": DATA,
+        "corpora": CORPORA.to_json(),
         "versions": {},
     }
     (folder / "checkpoints").mkdir(parents=True)

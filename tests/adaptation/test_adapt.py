@@ -29,7 +29,7 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
 )
 from t5g2convert.adaptation.train.checkpoint_writer import HashedFiles
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere
-from t5g2convert.adaptation.train.history import check_same, identity, newest
+from t5g2convert.adaptation.train.history import check_same, identity, newest, read_history
 from t5g2convert.adaptation.train.metrics import Metrics, read_metrics
 from t5g2convert.adaptation.train.preflight import check_rope, prepare, read_limits
 from t5g2convert.adaptation.train.run_folder import check_vacant, locked
@@ -240,9 +240,10 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
     request = request_of(small, tmp_path / "run", settings_of(image_every=2))
     steps: list[Metrics] = []
     with pytest.raises(DataError, match="no such file"):
-        adapt(changed(request, micro_batch=1), begun=lambda notes: None, report=steps.append)
+        adapt(changed(request, micro_batch=1, workers=0), begun=lambda notes: None, report=steps.append)
     assert [step.step for step in steps] == [1]
-    assert len(calls) == 4
+    # All documents of the step are tried, 256 tokens by 8.
+    assert len(calls) == 32
 
 
 @pytest.mark.usefixtures("one_process")
@@ -422,6 +423,15 @@ def test_a_changed_run_json_is_refused(copied: Path, description: dict[str, Any]
     (copied / "run.json").unlink()
     with pytest.raises(CheckpointError, match="nothing to resume"):
         check_same(copied, description)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_of_an_earlier_format_is_refused(number: int, copied: Path, description: dict[str, Any]) -> None:
+    (copied / "run.json").write_text(json.dumps({**description, "format": number}))
+    message = rf"run\.json: has format {number}, expected 3 \(finish this run with the version of t5g2convert that"
+    for use in (lambda: check_same(copied, description), lambda: read_history(copied)):
+        with pytest.raises(CheckpointError, match=message):
+            use()
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from t5g2convert.adaptation.train.metrics import Metrics, plot_losses, read_metr
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.run_folder import check_own_files
 from t5g2convert.errors import CheckpointError, DataError, OutputError, T5g2Error
-from tests.adaptation.runs import DATA, SETTINGS, SHARD, write_checkpoint, write_manifest
+from tests.adaptation.runs import CORPORA, SETTINGS, SHARD, write_checkpoint, write_manifest
 
 NASTY: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**48, 2**63, 10**30, -(10**30), 0.5, 1e308, float("nan"), float("inf"), "", "x", "\0",
@@ -114,7 +114,7 @@ def fuzz(path: Path, tries: int, seed: int, use: Callable[[], object], *kinds: t
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
-    document = describe(SETTINGS, model="a" * 64, model_folder=tmp_path / "model", data=DATA, versions={})
+    document = describe(SETTINGS, model="a" * 64, model_folder=tmp_path / "model", corpora=CORPORA, versions={})
     write_checkpoint(folder / "checkpoints/step-00000020", TENSORS, 20)
     (folder / "run.json").write_text(json.dumps(document))
     steps = [Metrics(n, "text", 1.5, {"r": 1.5}, {"r": 100}, 1.0, 1e-3, 512, 1e4) for n in range(1, 21)]
@@ -123,7 +123,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_T5_a_damaged_run_json(run: Path, tmp_path: Path) -> None:
-    description = describe(SETTINGS, model="a" * 64, model_folder=tmp_path, data=DATA, versions={})
+    description = describe(SETTINGS, model="a" * 64, model_folder=tmp_path, corpora=CORPORA, versions={})
 
     def use() -> None:
         check_own_files(run)
@@ -138,7 +138,7 @@ def test_T5_a_damaged_run_json(run: Path, tmp_path: Path) -> None:
 def test_T5_a_setting_that_was_edited_is_named(run: Path) -> None:
     path = run / "run.json"
     for name, value in {"warmup": 101, "lr": 0.5, "encoder_length": 65}.items():
-        document = describe(SETTINGS, model="a" * 64, model_folder=run, data=DATA, versions={})
+        document = describe(SETTINGS, model="a" * 64, model_folder=run, corpora=CORPORA, versions={})
         document["settings"][name] = value
         path.write_text(json.dumps(document))
         with pytest.raises(CheckpointError, match=r"run\.json: settings: one( of the objective)? was modified after"):

@@ -49,6 +49,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "pass --no-encoder-bos": ("adapt",),
     "pack more text, or reduce --encoder-length and --decoder-length": ("adapt",),
     "omit --image-every": ("adapt",),
+    "give the task a longer mean_span or a lower rate, or use --documents packed": ("adapt",),
     "remove it: t5g2 adapt --resume then continues from the checkpoint before": ("adapt",),
     "--resume continues a run that stopped": ("adapt",),
     "--skip-nonfinite N makes no update in up to N such steps; --resume --skip-steps {}-{} passes over its data; with "

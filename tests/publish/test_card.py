@@ -199,6 +199,7 @@ def test_the_training_is_described(kinds: Path, tmp_path: Path) -> None:
     assert "learning rate, weight decay, optimizer" in card
     folder = shutil.copytree(kinds / "adapted", tmp_path / "adapted")
     taught = {"teacher": "d" * 64, "image_every": 4, "freeze_until": 50, "trainable": ["*.projector.`<b>*"]}
+    taught["documents"] = "single"
     settings = {**SETTINGS.to_json(), **taught}
     trained = {"checkpoints": [100], "settings": settings, "settings_sha256": digest_of(settings)}
     change_manifest(folder, lambda manifest: manifest["adaptation"].update(trained))
@@ -207,7 +208,8 @@ def test_the_training_is_described(kinds: Path, tmp_path: Path) -> None:
     trained = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "value"] for row in rows}
     assert trained["weights"] == "step 100, in `float32`"
     assert trained["trained on"] == f"the data and the teacher `{'d' * 64}`"
-    assert "--image-every 4 --warmup 100 --seed 0 --kd PARENT --freeze-until 50 --trainable '*.projector.`<b>*'" in card
+    flags = "--image-every 4 --warmup 100 --seed 0 --documents single --kd PARENT --freeze-until 50"
+    assert f"{flags} --trainable '*.projector.`<b>*'" in card
     assert "<b>" not in render(card).html
     assert "t5g2 average" not in card
 

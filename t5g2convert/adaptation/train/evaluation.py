@@ -5,16 +5,18 @@ hidden; a model that has learnt to use its encoder predicts worse.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.distributed import raise_first_error, run_on_all_ranks
 from t5g2convert.adaptation.train.metrics import Count, TaskName, log_lines
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+CorpusName = Annotated[str, Field(max_length=4096)]
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Held-out losses after a step, in nats per label.
@@ -37,6 +42,7 @@ class Evaluation:
         tasks: The loss of each task.
         hidden: The loss of each task with the encoder hidden from the decoder.
         labels: Number of labels of each task.
+        corpora: The loss of each corpus; empty if there is one.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -45,15 +51,17 @@ class Evaluation:
     tasks: Mapping[TaskName, float]
     hidden: Mapping[TaskName, float]
     labels: Mapping[TaskName, Count]
+    corpora: Mapping[CorpusName, float] = field(default_factory=dict)
 
     @classmethod
-    def of_sums(cls, step: int, names: Sequence[str], sums: Tensor) -> Self:
+    def of_sums(cls, step: int, names: Sequence[str], sums: Tensor, corpora: Mapping[str, float] | None = None) -> Self:
         """Return the mean losses of the tasks that have labels.
 
         Args:
             step: Completed steps.
             names: The names of the tasks.
             sums: float64 [3, tasks]: losses, losses with the encoder hidden, and numbers of labels.
+            corpora: The mean loss of each corpus, if there are several.
         """
         columns = {name: column for name, column in zip(names, sums.T.tolist(), strict=True) if column[2]}
         return cls(
@@ -61,6 +69,7 @@ class Evaluation:
             {name: visible / count for name, (visible, _, count) in columns.items()},
             {name: hidden / count for name, (_, hidden, count) in columns.items()},
             {name: int(count) for name, (_, _, count) in columns.items()},
+            corpora or {},
         )
 
     @property
@@ -85,14 +94,17 @@ class Evaluation:
     def scalars(self) -> dict[str, float]:
         """Values for TensorBoard."""
         tasks = {f"held out/{name}": loss for name, loss in self.tasks.items()}
-        return {"held out/loss": self.loss, "held out/loss with the encoder hidden": self.hidden_loss, **tasks}
+        corpora = {f"held out corpus/{name}": loss for name, loss in self.corpora.items()}
+        whole = {"held out/loss": self.loss, "held out/loss with the encoder hidden": self.hidden_loss}
+        return {**whole, **tasks, **corpora}
 
     @property
     def line(self) -> str:
         """One line for the terminal."""
-        tasks = ", ".join(f"{name} {loss:.3f}" for name, loss in self.tasks.items())
+        kinds = [each for each in (self.tasks, self.corpora) if each]
+        parts = "; ".join(", ".join(f"{name} {loss:.3f}" for name, loss in kind.items()) for kind in kinds)
         return (
-            f"held out after step {self.step}  loss {self.loss:.4f}  ({tasks})  "
+            f"held out after step {self.step}  loss {self.loss:.4f}  ({parts})  "
             f"with the encoder hidden {self.hidden_loss:.4f}"
         )
 
@@ -101,33 +113,42 @@ _EVALUATION: Final = TypeAdapter(Evaluation)
 
 
 def open_held_out(model: Path, data: Path, settings: Settings, samples: int) -> tuple[UL2Dataset, ...]:
-    """Open held-out data as one step of text samples, and one of documents with images if the run has image steps.
+    """Open held-out data as steps of text samples, and of documents with images if the run has image steps.
+
+    Each step has samples of one corpus.
 
     Args:
         model: The model.
-        data: A folder written by `t5g2 pack`.
+        data: A folder written by `t5g2 pack`, or a file that lists several with weights.
         settings: The run's settings.
-        samples: Number of samples, rounded up to whole blocks of the mixture; at most what the data gives once.
+        samples: Number of samples, divided by the weights of the corpora, and of each rounded up to whole blocks of
+            the mixture; at most what its data gives once.
 
     Raises:
         DataError: The data is missing, damaged, or does not fit the model.
     """
-    changes = {"steps": 1, "teacher": None, "freeze_until": 0, "trainable": (), "skip_steps": ()}
-    text = prepare(model, data, settings.model_copy(update={**changes, "image_every": None})).samples
-    found = []
-    if text.sampler is not None:
-        block = settings.mixture.block
-        text.settings = _of_samples(text.settings, min(-(-samples // block), text.sampler.chunks) * block)
-        found.append(text)
-    if settings.image_every is not None and len(text.packed.images):
-        images = prepare(model, data, settings.model_copy(update={**changes, "image_every": 1})).samples
-        images.settings = _of_samples(images.settings, min(samples, len(images.packed.images)))
-        found.append(images)
+    corpora = Corpora.open(data)
+    found: list[UL2Dataset] = []
+    for corpus, share in zip(corpora, corpora.shares, strict=True):
+        found += _held_out(model, Corpora([corpus]), settings, math.ceil(samples * share))
     return tuple(found)
 
 
-def _of_samples(settings: Settings, samples: int) -> Settings:
-    return settings.model_copy(update={"batch_tokens": samples * settings.encoder_length})
+def _held_out(model: Path, data: Corpora, settings: Settings, count: int) -> Iterator[UL2Dataset]:
+    """Yield a corpus as a step of text, and as one of documents with images, if it has such samples."""
+    changes = {"steps": 1, "teacher": None, "freeze_until": 0, "trainable": (), "skip_steps": ()}
+    if data.tokens:
+        text = prepare(model, data, settings.model_copy(update={**changes, "image_every": None})).samples
+        assert text.sampler is not None, "all steps are text steps"
+        block = settings.mixture.block
+        once = int(1 / max(text.sampler.epochs(1)))
+        blocks = max(1, min(-(-count // block), once // block))
+        text.settings = text.settings.model_copy(update={"text_samples": blocks * block})
+        yield text
+    if settings.image_every is not None and (documents := len(data[0].packed.images)):
+        images = prepare(model, data, settings.model_copy(update={**changes, "image_every": 1})).samples
+        images.settings = images.settings.model_copy(update={"image_samples": min(count, documents)})
+        yield images
 
 
 @torch.no_grad()
@@ -148,9 +169,11 @@ def evaluate(
     """
     names = task_names(held_out[0].settings)
     # Losses, losses with the encoder hidden, and labels; float64 holds all counts exactly.
-    sums = torch.zeros(3, len(names), dtype=torch.float64, device=engine.device)
+    corpora = list(dict.fromkeys(samples.corpora[0].name for samples in held_out))
+    every = torch.zeros(len(corpora), 3, len(names), dtype=torch.float64, device=engine.device)
     module.eval()
     for samples in held_out:
+        sums = every[corpora.index(samples.corpora[0].name)]
         for batch in _batches(engine, samples, loop):
             for row, seen in zip(sums, (batch, hide_encoder(batch)), strict=False):
                 _, losses_T, labels_T = module(seen)
@@ -158,8 +181,11 @@ def evaluate(
             sums[2] += labels_T
     module.train()
     if engine.world_size > 1:
-        torch.distributed.all_reduce(sums)
-    return Evaluation.of_sums(step, names, sums)
+        torch.distributed.all_reduce(every)
+    by_corpus = {
+        name: float(sums[0].sum() / sums[2].sum()) for name, sums in zip(corpora, every, strict=True) if len(every) > 1
+    }
+    return Evaluation.of_sums(step, names, every.sum(dim=0), by_corpus)
 
 
 def _batches(engine: "Fabric", samples: UL2Dataset, loop: LoopConfig) -> Iterator[Batch]:

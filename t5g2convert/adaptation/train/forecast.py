@@ -5,15 +5,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.assumed_machine import Machine
 from t5g2convert.adaptation.train.cost import Memory, memory
 from t5g2convert.adaptation.train.preflight import Prepared
-from t5g2convert.adaptation.train.schedule import first_sample, is_image_step
+from t5g2convert.adaptation.train.samples import text_steps_of
+from t5g2convert.adaptation.train.schedule import first_sample, is_image_step, samples_of
 from t5g2convert.adaptation.train.throughput import BatchShape, Method, Pace, Seconds
 from t5g2convert.adaptation.ul2.corruption import spans
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
 from t5g2convert.adaptation.ul2.micro_batches import SampleSize, deal
+from t5g2convert.adaptation.ul2.sampler import Sampler
 from t5g2convert.mapping.inspection import inspect
 
 
@@ -53,17 +56,30 @@ class Throughput:
 
 
 @dataclass(frozen=True, slots=True)
+class CorpusForecast:
+    """A corpus: its text tokens, its share of the text that is read, and how many times the run reads it."""
+
+    name: str
+    tokens: int
+    share: float
+    epochs: float
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """The forecast of a run.
 
     Attributes:
         steps: Number of steps.
         image_steps: Steps on documents with images, among them.
-        samples: Samples per step.
+        samples: Samples per text step.
+        image_samples: Documents per image step; None without image steps.
+        documents: `packed` or `single`.
         tasks: The text tasks; empty if all steps are image steps.
         sentinels: The first and the last sentinel id in use; None if no task uses any.
         corpus: Text tokens in the data.
-        epochs: How many times the run reads the text.
+        epochs: How many times the run reads the text, on average.
+        corpora: The corpora that have text; empty if all steps are image steps.
         operations: Operations of a text step, over all devices; None if there are no text steps.
         passes: Passes of a step, on average.
         useful: Share of the devices' work that is not padding or waiting for the slowest device of a pass, by the
@@ -76,10 +92,13 @@ class Forecast:
     steps: int
     image_steps: int
     samples: int
+    image_samples: int | None
+    documents: str
     tasks: tuple[TaskForecast, ...]
     sentinels: tuple[int, int] | None
     corpus: int
     epochs: float
+    corpora: tuple[CorpusForecast, ...]
     operations: float | None
     passes: float
     useful: float
@@ -116,8 +135,9 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
         # Without text there are no lengths and no sizes.
         for task, raw, size in zip(settings.mixture.tasks, raw_lengths, samples.text_sizes, strict=False)
     )
-    image_steps = 0 if settings.image_every is None else settings.steps // settings.image_every
-    blocks = (settings.steps - image_steps) * settings.samples / settings.mixture.block
+    text_steps = text_steps_of(settings)
+    corpora = () if sampler is None else _corpora(samples.corpora, sampler, text_steps * settings.samples)
+    tokens = samples.corpora.tokens
     ids = samples.sentinels
     schedule = simulate(samples, devices=devices, loop=loop)
     parameters = inspect(prepared.checkpoint.path).parameters
@@ -133,13 +153,16 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
     pace = Pace(samples.shapes, parameters, devices, method=method)
     return Forecast(
         steps=settings.steps,
-        image_steps=image_steps,
+        image_steps=settings.steps - text_steps,
         samples=settings.samples,
+        image_samples=settings.image_samples,
+        documents=settings.documents,
         tasks=tasks,
         sentinels=(ids.first, ids.last) if ids.count else None,
-        corpus=samples.packed.tokens,
-        epochs=0.0 if sampler is None else blocks / sampler.chunks,
-        operations=_operations(samples) if tasks else None,
+        corpus=tokens,
+        epochs=sum(corpus.epochs * corpus.tokens for corpus in corpora) / max(1, tokens),
+        corpora=corpora,
+        operations=schedule.operations,
         passes=schedule.passes / schedule.steps,
         useful=schedule.useful,
         memory=held,
@@ -148,10 +171,11 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
     )
 
 
-def _operations(samples: UL2Dataset) -> float:
-    mixture = samples.settings.mixture
-    block = sum(size.cost * task.weight for size, task in zip(samples.text_sizes, mixture.tasks, strict=True))
-    return samples.settings.samples * block / mixture.block
+def _corpora(corpora: Corpora, sampler: Sampler, samples: int) -> tuple[CorpusForecast, ...]:
+    return tuple(
+        CorpusForecast(corpora[texts.corpus].name, corpora[texts.corpus].packed.tokens, float(share), float(epochs))
+        for texts, share, epochs in zip(sampler.texts, sampler.shares, sampler.epochs(samples), strict=True)
+    )
 
 
 def throughput(schedule: "Schedule", pace: Pace, held: Memory, *, save_every: int) -> Throughput:
@@ -208,6 +232,11 @@ class Schedule:
     text_tokens: int
     text_operations: int
 
+    @property
+    def operations(self) -> float | None:
+        """Operations of a text step, on average, without padding; None if there are no text steps."""
+        return self.text_operations / self.text_steps if self.text_steps else None
+
 
 def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int | None = None) -> Schedule:
     """Deal the first steps of a run, without reading any text.
@@ -226,7 +255,7 @@ def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int 
     text_steps, text_tokens, text_operations = 0, 0, 0
     for step in range(steps):
         first = first_sample(settings, step)
-        sizes = [samples.size(step, first + number) for number in range(settings.samples)]
+        sizes = [samples.size(step, first + number) for number in range(samples_of(settings, step))]
         dealt = deal(sizes, world=devices, tokens=loop.most_tokens(settings), samples=loop.micro_batch)
         passes += len(dealt)
         useful += sum(size.cost for size in sizes)

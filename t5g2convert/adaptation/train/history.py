@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidatorFunctionWrapHandler, field_validator, model_validator
 
+from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints, read_checkpoint_manifest
 from t5g2convert.adaptation.train.run_folder import RUN_FILE
 from t5g2convert.adaptation.train.schedule import Leg
@@ -23,8 +24,9 @@ from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Digest, encode_json, 
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
 from t5g2convert.version import __version__
 
-FORMAT: Final = 2
-"""Format 1 read eight adjacent texts for every block of samples (t5g2convert 0.1.0)."""
+FORMAT: Final = 3
+"""Format 1 read eight adjacent texts for every block of samples (t5g2convert 0.1.0); in format 2, an image step had as
+many documents as a text step has samples."""
 
 
 def identity(folder: Path) -> str:
@@ -48,7 +50,7 @@ def identity(folder: Path) -> str:
 
 
 def describe(
-    settings: Settings, *, model: str, model_folder: Path, data: str, versions: Mapping[str, str]
+    settings: Settings, *, model: str, model_folder: Path, corpora: Corpora, versions: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the document for run.json.
 
@@ -56,7 +58,7 @@ def describe(
         settings: The run's settings.
         model: Identity of the model that it starts from.
         model_folder: Folder of that model.
-        data: Identity of the packed data.
+        corpora: The data.
         versions: Versions of the libraries at the start.
     """
     return {
@@ -67,7 +69,8 @@ def describe(
         "objective_sha256": settings.objective_sha256,
         "model": model,
         "model_folder": str(model_folder.resolve()),
-        "data": data,
+        "data": corpora.sha256,
+        "corpora": corpora.to_json(),
         "versions": dict(versions),
     }
 
@@ -80,6 +83,14 @@ class EarlierLeg(ConfigSection, extra="forbid"):
     settings_sha256: Digest
 
 
+class CorpusRecord(ConfigSection):
+    """A corpus of a run: its name in the list, the sha256 of its index, and its weight."""
+
+    data: str
+    sha256: Digest
+    weight: float
+
+
 class History(ConfigSection):
     """run.json.
 
@@ -89,18 +100,20 @@ class History(ConfigSection):
         objective_sha256: sha256 of the settings of the objective.
         model: Identity of the model that is trained.
         model_folder: Folder of that model at the start.
-        data: Identity of the data.
+        data: Identity of the data: of all corpora with their shares.
+        corpora: The corpora.
         earlier: The steps before each change of the settings.
         returned: The step that the run last went back to, with `--from`; None for never.
     """
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     settings: Settings
     settings_sha256: Digest
     objective_sha256: Digest
     model: Digest
     model_folder: str
     data: Digest
+    corpora: list[CorpusRecord] = Field(min_length=1)
     earlier: list[EarlierLeg] = Field(default_factory=list)
     returned: PositiveInt | None = None
 
@@ -178,11 +191,11 @@ def read_history(run: Path) -> History:
 def _check_format(document: Mapping[str, Any], path: Path) -> None:
     found = document.get("format")
     if type(found) is not int or found != FORMAT:
-        old = type(found) is int and found == 1
+        old = type(found) is int and 0 < found < FORMAT
         raise CheckpointError(
-            f"has format {found!r}{' (t5g2convert 0.1.0)' if old else ''}, expected {FORMAT}",
+            f"has format {found!r}, expected {FORMAT}",
             where=path,
-            hint="finish this run with t5g2convert 0.1.0, or start a new one" if old else None,
+            hint="finish this run with the version of t5g2convert that started it, or start a new one" if old else None,
         )
 
 
@@ -225,9 +238,10 @@ def check_same(
     if not isinstance(found.get("settings"), dict):
         raise CheckpointError("has no settings", where=path)
     wrong = []
-    for name, what in (("model", "MODEL"), ("data", "DATA")):
-        if found.get(name) != description[name]:
-            wrong.append(f"{what} {str(found.get(name))[:16]}, now {description[name][:16]}")
+    if found.get("model") != description["model"]:
+        wrong.append(f"MODEL {str(found.get('model'))[:16]}, now {description['model'][:16]}")
+    if found.get("data") != description["data"]:
+        wrong.append(f"DATA {_corpora_text(found)}, now {_corpora_text(description)}")
     changed = differences(found["settings"], description["settings"])
     names = {difference.partition(" ")[0] for difference in changed}
     allowed = names <= CHANGEABLE and (
@@ -269,6 +283,14 @@ def _check_skipped(made: int, before: Settings, now: Mapping[str, Any]) -> None:
             f"--skip-steps {wrong[0]} differs, but the run has made {made} steps",
             hint="--from STEP goes back to an earlier checkpoint",
         )
+
+
+def _corpora_text(document: Mapping[str, Any]) -> str:
+    """Return the data of a run in a few words: its sha256, or those of several corpora with their weights."""
+    corpora = document.get("corpora")
+    if not isinstance(corpora, list) or len(corpora) < 2 or not all(isinstance(corpus, dict) for corpus in corpora):
+        return str(document.get("data"))[:16]
+    return " + ".join(f"{corpus.get('weight')!r} of {str(corpus.get('sha256'))[:16]}" for corpus in corpora)
 
 
 def _legs_until(made: int, history: History, settings: Mapping[str, Any]) -> tuple[Leg, ...]:

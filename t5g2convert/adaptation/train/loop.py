@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -87,7 +87,7 @@ def train(
     """
     settings = samples.settings
     order = samples.order(loop, rank=engine.global_rank, world=engine.world_size, start=start)
-    batches = load_batches(samples, order, workers=loop.workers)
+    batches = load_batches(samples, order, workers=loop.workers_of(settings))
     on_rank_0 = engine.global_rank == 0
     once = reduces_once(engine, loop.reduce, sum(each.numel() for each in state.parameters.values()))
     log_context = (
@@ -95,7 +95,7 @@ def train(
     )
     module.train()
     saver = Saver(engine, run, state, settings, keep=loop.keep, background=loop.async_save)
-    with signals_at_step_ends() as wishes, log_context as log, saver:
+    with signals_at_step_ends() as wishes, log_context as log, closing(batches), saver:
         if start % loop.eval_every == 0:
             # A run that resumes may have died after the checkpoint of this step, before its evaluation.
             _evaluate(evaluation, log, start)

@@ -4,21 +4,16 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from t5g2convert.adaptation.data.packed import Packed, check_tokenizer
+from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.data.tokens import ModelTokens, read_tokens
+from t5g2convert.adaptation.train.samples import make_samples, measure, notes_of
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.corruption import longest, needed_sentinels
-from t5g2convert.adaptation.ul2.dataset import UL2Dataset, frame_of
-from t5g2convert.adaptation.ul2.sampler import Sampler
-from t5g2convert.adaptation.ul2.sentinels import Sentinels, check_reserved
+from t5g2convert.adaptation.ul2.dataset import UL2Dataset
 from t5g2convert.checkpoint.families.registry import read_trainable
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
-from t5g2convert.errors import CheckpointError, DataError, UsageError
-
-SHOWN: Final = 5
-"""Documents listed in an error."""
+from t5g2convert.errors import CheckpointError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +50,20 @@ class Prepared:
         return self.samples.settings.image_every is not None
 
 
-def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | None = None) -> Prepared:
+def prepare(model: Path, data: Path | Corpora, settings: Settings, *, rope_scaling: str | None = None) -> Prepared:
     """Open model and data, and check that they fit the settings and each other.
 
     Args:
         model: A converted model.
-        data: A folder written by `t5g2 pack`.
+        data: A folder written by `t5g2 pack`, a file that lists several with weights (see `data.corpora`), or both
+            opened.
         settings: The run's settings.
         rope_scaling: `linear:F` that the config must have; None accepts any.
 
     Raises:
         CheckpointError: The model is damaged or of another kind.
         DataError: The data is missing, damaged, packed with another tokenizer, or does not fit the objective.
+        MappingError: The file that lists the data is not valid.
         UsageError: The settings do not fit the model or each other.
     """
     checkpoint = open_checkpoint(model)
@@ -76,16 +73,14 @@ def prepare(model: Path, data: Path, settings: Settings, *, rope_scaling: str | 
     check_lengths(settings, limits)
     check_freezing(settings, checkpoint.tensors)
     check_dropout(checkpoint.config, model / "config.json")
-    packed = Packed.open(data)
-    check_tokenizer(packed, model)
-    samples = make_samples(packed, settings, tokens, checkpoint)
-    check_images(samples)
+    corpora = data if isinstance(data, Corpora) else Corpora.open(data)
+    corpora.check_tokenizer(model)
+    samples = make_samples(corpora, settings, tokens, checkpoint)
+    sizes = measure(samples)
+    samples.settings = settings.model_copy(update=sizes.per_step(settings))
     factor = "different factors" if limits.rope_factor is None else f"linear factor {limits.rope_factor:g}"
     notes = [] if limits.rope_factor == 1 else [f"RoPE in full layers: {factor}, from config.json"]
-    if settings.batch_tokens % settings.encoder_length:
-        used = settings.samples * settings.encoder_length
-        notes.append(f"a step has {settings.samples} samples, {used:,} encoder tokens of the {settings.batch_tokens:,}")
-    return Prepared(checkpoint, limits, tokens, samples, tuple(notes))
+    return Prepared(checkpoint, limits, tokens, samples, (*notes, *notes_of(samples, sizes)))
 
 
 def read_limits(config: Mapping[str, Any], where: Path) -> ModelLimits:
@@ -195,68 +190,3 @@ def check_freezing(settings: Settings, names: Collection[str]) -> None:
                 f"--trainable {pattern} matches none of the model's {len(names)} tensors",
                 hint="use the names in MODEL's safetensors, for example model.encoder.layers.0.mlp.up_proj.weight",
             )
-
-
-def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Checkpoint) -> UL2Dataset:
-    """Return the samples of packed data, after checking its size and that it leaves the sentinels unused.
-
-    Raises:
-        DataError: There is too little data, or a sentinel occurs in it.
-        UsageError: A task does not fit the lengths.
-    """
-    mixture, frame, special = settings.mixture, frame_of(settings, tokens), _special(tokens)
-    if settings.encoder_bos and tokens.bos is None:
-        raise UsageError("the model has no bos", hint="pass --no-encoder-bos")
-    raw = tuple(
-        longest(task, frame, encoder=settings.encoder_length, decoder=settings.decoder_length) for task in mixture.tasks
-    )
-    sentinels = Sentinels.of(
-        vocabulary=tokens.vocabulary,
-        reserved=tokens.reserved | mixture.mode_tokens,
-        needed=needed_sentinels(mixture, raw),
-    )
-    check_reserved(
-        sentinels,
-        special=special,
-        mode_tokens=mixture.mode_tokens,
-        highest=packed.highest,
-        occurrences={token: int(count) for token, count in enumerate(packed.counts) if count},
-        absent=special.keys() & {"pad"},
-    )
-    # A run of image steps only needs no text.
-    sampler = None if settings.image_every == 1 else Sampler(mixture, raw, packed.tokens, settings.seed)
-    shapes = read_trainable(model.config, model.path / "config.json")
-    return UL2Dataset(packed, settings, tokens, sentinels, sampler, model.path, shapes)
-
-
-def _special(tokens: ModelTokens) -> dict[str, int]:
-    named = {name: getattr(tokens, name) for name in ("bos", "eos", "pad", "boi", "eoi", "image")}
-    return {name: token for name, token in named.items() if token is not None and 0 <= token < tokens.vocabulary}
-
-
-def check_images(samples: UL2Dataset) -> None:
-    """Refuse image steps without images, and documents that are too long: they are never cut.
-
-    Raises:
-        DataError: There are no documents with images, or some are too long.
-        UsageError: The model has no vision tower.
-    """
-    settings, documents = samples.settings, samples.packed.images
-    if settings.image_every is None:
-        return
-    if not samples.tokens.pictures:
-        raise UsageError("--image-every needs a model with a vision tower")
-    if not len(documents):
-        raise DataError("has no documents with images", where=samples.packed.folder, hint="omit --image-every")
-    wrong = []
-    for number, document in enumerate(documents):
-        size = samples.image_size(document)
-        if size.encoder > settings.encoder_length or size.labels > settings.decoder_length:
-            wrong.append(f"document {number}: {size.encoder} encoder tokens and {size.labels} labels")
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} document(s) with images are longer than {settings.encoder_length} encoder tokens or "
-            f"{settings.decoder_length} labels, first {wrong[0]}",
-            where=samples.packed.folder,
-            details=wrong[:SHOWN],
-        )

@@ -37,6 +37,14 @@ def is_image_step(settings: Settings, step: int) -> bool:
     return settings.image_every is not None and (step + 1) % settings.image_every == 0
 
 
+def samples_of(settings: Settings, step: int) -> int:
+    """Return the number of samples of a step."""
+    if not is_image_step(settings, step):
+        return settings.samples
+    assert settings.image_samples is not None, "`prepare` sets it"
+    return settings.image_samples
+
+
 def first_sample(settings: Settings, step: int, earlier: Sequence[Leg] = ()) -> int:
     """Return the first sample of a step, counted among the samples of its kind.
 
@@ -54,9 +62,9 @@ def first_sample(settings: Settings, step: int, earlier: Sequence[Leg] = ()) -> 
             for first, last in leg.settings.skipped
             if start < first <= leg.until
         )
-        count, start = count + steps * leg.settings.samples, leg.until
+        count, start = count + steps * samples_of(leg.settings, step), leg.until
     # Without the step itself.
-    return count - settings.samples
+    return count - samples_of(settings, step)
 
 
 def _steps_of_kind(settings: Settings, step: int, start: int, stop: int) -> int:

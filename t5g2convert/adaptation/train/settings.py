@@ -27,26 +27,17 @@ OBJECTIVE, OPTIMIZER, RUN, MACHINES = "Objective", "Optimizer", "Run", "Machines
 """Sections of the help."""
 
 _OBJECTIVE_FIELDS: Final = frozenset(
-    {"mixture", "encoder_length", "decoder_length", "encoder_bos", "encoder_eos", "teacher"}
+    {"mixture", "encoder_length", "decoder_length", "encoder_bos", "encoder_eos", "documents", "teacher"}
 )
 """Settings that define the objective; weights trained for different objectives are never averaged."""
 
 
 CHANGEABLE: Final = frozenset(
     {
-        "steps",
-        "skip_steps",
-        "batch_tokens",
-        "lr",
-        "lr_floor",
-        "warmup",
-        "betas",
-        "eps",
-        "weight_decay",
-        "clip",
-        "precision",
+        "steps", "skip_steps", "batch_tokens", "text_samples", "image_samples", "lr", "lr_floor", "warmup", "betas",
+        "eps", "weight_decay", "clip", "precision",
     }
-)
+)  # fmt: skip
 """Settings that may change when a run is resumed, by their names in run.json."""
 
 
@@ -86,6 +77,7 @@ class Settings(CommandOptions):
         decoder_length: Most labels per sample, including the final eos.
         encoder_bos: Whether the encoder's input starts with bos.
         encoder_eos: Whether it ends with eos.
+        documents: Whether a sample's text runs on across documents (`packed`), or stays in one (`single`).
         image_every: Every how many steps one uses documents with images; None for never.
         teacher: Identity of the model that is distilled; None for none. Filled in by `adapt`.
         seed: Seed of the order of the data and of the noise.
@@ -93,6 +85,9 @@ class Settings(CommandOptions):
         skip_steps: Steps A-B, counted from 1, whose data is passed over: step A has the samples that step B + 1 would
             have had.
         batch_tokens: Encoder tokens per step, including padding.
+        text_samples: Samples of a text step; None for samples of `encoder_length`. Filled in by `adapt` for single
+            documents, from the batch and their mean size, and so is `image_samples`.
+        image_samples: Documents of an image step; None without image steps.
         lr: Peak learning rate.
         lr_floor: Final learning rate, as a fraction of the peak.
         warmup: Steps of linear warmup.
@@ -129,11 +124,20 @@ class Settings(CommandOptions):
         bool,
         Option(f"End the encoder's input with eos ({OURS}).", flag="--encoder-eos/--no-encoder-eos", group=OBJECTIVE),
     ] = False
+    documents: Annotated[
+        Literal["packed", "single"],
+        Option(
+            "packed: texts fill the lengths and run on across documents. single: a text is one document, or an equal "
+            f"piece of a long one ({OURS}).",
+            group=OBJECTIVE,
+        ),
+    ] = "packed"
     image_every: Annotated[
         int | None,
         Field(ge=1),
         Option(
-            f"Use documents with images in every K-th step, and train the projector ({OURS}).",
+            "Use documents with images in every K-th step, as many as fill --batch-tokens, and train the projector "
+            f"({OURS}).",
             default="none",
             metavar="K",
             group=OBJECTIVE,
@@ -163,10 +167,13 @@ class Settings(CommandOptions):
         int,
         Field(ge=1),
         Option(
-            "Encoder tokens per step, over all devices: samples of --encoder-length; 4.2M in the paper.",
+            "Encoder tokens per step, over all devices: samples of --encoder-length; documents, with images or single, "
+            "by their mean. 4.2M in the paper.",
             group=OPTIMIZER,
         ),
     ] = 256 * 16_384
+    text_samples: Annotated[int | None, Field(ge=1)] = None
+    image_samples: Annotated[int | None, Field(ge=1)] = None
     lr: Annotated[Positive, Option("Peak learning rate; the paper's is not established.", group=OPTIMIZER)]
     lr_floor: Annotated[
         float, Field(ge=0, le=1), Option(f"Final learning rate, as a fraction of --lr ({OURS}).", group=OPTIMIZER)
@@ -210,8 +217,8 @@ class Settings(CommandOptions):
 
     @property
     def samples(self) -> int:
-        """Samples per step; 0 if a batch is smaller than one sample."""
-        return self.batch_tokens // self.encoder_length
+        """Samples per text step; 0 if a batch is smaller than one sample."""
+        return self.text_samples or self.batch_tokens // self.encoder_length
 
     @property
     def skipped(self) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,7 @@
 """UL2 samples as batches, and the loader that makes them: pure functions of the seed and a sample's number."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import tee
 from pathlib import Path
 from typing import Final
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.data.images import pixel_values
-from t5g2convert.adaptation.data.packed import ImageDocument, Packed
+from t5g2convert.adaptation.data.packed import ImageDocument
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.cost import operations
@@ -23,7 +24,7 @@ from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import Example, Frame, corrupt, lengths, split_prefix
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, SampleSize, micro_batches
 from t5g2convert.adaptation.ul2.mixture import Task
-from t5g2convert.adaptation.ul2.sampler import Sampler, document_of
+from t5g2convert.adaptation.ul2.sampler import DocumentSampler, Sampler
 from t5g2convert.adaptation.ul2.sentinels import Sentinels
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
 from t5g2convert.errors import Interrupted, T5g2Error
@@ -38,35 +39,37 @@ class UL2Dataset(Dataset[Batch]):
     """The batches of packed data, by micro-batch.
 
     Args:
-        packed: The data.
+        corpora: The data.
         settings: The run's settings.
         tokens: The model's token ids.
         sentinels: The ids that replace spans.
         sampler: The order of text samples; None if all steps are image steps.
+        documents: The order of documents with images; None without image steps.
         model: The folder with the image processor.
         shapes: The model's shapes, for the cost of a sample.
     """
 
     def __init__(
         self,
-        packed: Packed,
+        corpora: Corpora,
         settings: Settings,
         tokens: ModelTokens,
         sentinels: Sentinels,
         sampler: Sampler | None,
+        documents: DocumentSampler | None,
         model: Path,
         shapes: T5Gemma2,
     ) -> None:
-        self.packed, self.settings, self.tokens, self.sentinels = packed, settings, tokens, sentinels
-        self.sampler, self.model, self.shapes = sampler, model, shapes
+        self.corpora, self.settings, self.tokens, self.sentinels = corpora, settings, tokens, sentinels
+        self.sampler, self.documents, self.model, self.shapes = sampler, documents, model, shapes
         self.earlier: tuple[Leg, ...] = ()
         """The legs of the run before these settings."""
         self.frame = frame_of(settings, tokens)
         self.image_task = image_task(settings)
         self._sizes: dict[tuple[int, int, int], SampleSize] = {}
         raw_lengths = () if sampler is None else sampler.raw_lengths
-        pairs = zip(settings.mixture.tasks if raw_lengths else (), raw_lengths, strict=True)
-        self.text_sizes = tuple(self._size(*lengths(raw, task, self.frame)) for task, raw in pairs)
+        self.text_sizes = tuple(self.text_size(task, raw) for task, raw in enumerate(raw_lengths))
+        """The size of a text sample of each task, as long as they are at most."""
 
     def __getitem__(self, chosen: MicroBatch) -> Batch:
         """Return the batch of a micro-batch; see `collate`."""
@@ -102,7 +105,11 @@ class UL2Dataset(Dataset[Batch]):
         if is_image_step(self.settings, step):
             return self.image_size(self.document(i))
         assert self.sampler is not None, "there are text steps"
-        return self.text_sizes[self.sampler.task(i)]
+        return self.text_size(self.sampler.task(i), self.sampler.length(i))
+
+    def text_size(self, task: int, raw: int) -> SampleSize:
+        """Return the size of a text sample of so many raw tokens."""
+        return self._size(*lengths(raw, self.settings.mixture.tasks[task], self.frame))
 
     def image_size(self, document: ImageDocument) -> SampleSize:
         """Return the size of the sample of a document with images."""
@@ -127,13 +134,16 @@ class UL2Dataset(Dataset[Batch]):
         """Return text sample i."""
         assert self.sampler is not None, "there are text steps"
         number = self.sampler.task(i)
-        raw = self.packed.read(*self.sampler.text_range(i))
+        found = self.sampler.text(i)
+        raw = self.corpora[found.corpus].packed.read(found.start, found.stop)
         task = self.settings.mixture.tasks[number]
         return corrupt(raw, task, self.sentinels, self.frame, self.sampler.rng(i), index=number)
 
     def document(self, i: int) -> ImageDocument:
         """Return the document of image sample i."""
-        return self.packed.images[document_of(self.settings.seed, i, len(self.packed.images))]
+        assert self.documents is not None, "there are image steps"
+        corpus, number = self.documents.document(i)
+        return self.corpora[corpus].packed.images[number]
 
     @property
     def longest(self) -> int:
@@ -228,8 +238,10 @@ def _stacked(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
 
 def load_batches(
     samples: Dataset[Batch], order: Iterator[MicroBatch], *, workers: int
-) -> Iterator[tuple[MicroBatch, Batch | T5g2Error]]:
+) -> Generator[tuple[MicroBatch, Batch | T5g2Error], None, None]:
     """Yield batches in order, each with its micro-batch; a batch that cannot be made is replaced by its error.
+
+    Closing the generator ends the workers.
 
     Args:
         samples: The dataset.

@@ -12,7 +12,7 @@ as many as fit, padding included. The samples of a step, and the sum of their gr
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from t5g2convert.adaptation.train.schedule import Leg, first_sample
+from t5g2convert.adaptation.train.schedule import Leg, first_sample, samples_of
 from t5g2convert.adaptation.train.settings import Settings
 
 
@@ -70,7 +70,7 @@ def micro_batches(
     """
     for step in range(start, settings.steps):
         first = first_sample(settings, step, earlier)
-        sizes = [size(step, first + number) for number in range(settings.samples)]
+        sizes = [size(step, first + number) for number in range(samples_of(settings, step))]
         passes = deal(sizes, world=world, tokens=tokens, samples=samples)
         for number, chosen in enumerate(passes):
             own = chosen[rank::world]

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from t5g2convert.errors import MappingError
+from t5g2convert.adaptation.declarations import read_declaration
 from t5g2convert.mapping.schema import Declaration
-from t5g2convert.mapping.strictyaml import Document, load_yaml
-from t5g2convert.mapping.weightmap import did_you_mean
 
 DEFAULT_MIXTURE: Final = Path(__file__).with_name("ul2.yaml")
 """The paper's mixture."""
@@ -90,19 +88,4 @@ def read_mixture(path: Path | None = None) -> Mixture:
     Raises:
         MappingError: The file is not valid; shows `file:line:column` and a caret at the first fault.
     """
-    document = load_yaml(DEFAULT_MIXTURE if path is None else path)
-    try:
-        return Mixture.model_validate(document.data)
-    except ValidationError as error:
-        raise _fault(document, error) from None
-
-
-def _fault(document: Document, error: ValidationError) -> MappingError:
-    # A misspelt key is also missing; reporting the spelling helps more.
-    errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    at, message = errors[0]["loc"], str(errors[0]["msg"])
-    if errors[0]["type"] == "extra_forbidden":
-        known = Mixture.model_fields if len(at) == 1 else Task.model_fields
-        return document.error(f"unknown key {at[-1]!r}", (*at, "<key>"), hint=did_you_mean(str(at[-1]), known))
-    field = f"{at[-1]}: " if at and isinstance(at[-1], str) else ""
-    return document.error(field + message.removeprefix("Value error, "), at)
+    return read_declaration(DEFAULT_MIXTURE if path is None else path, Mixture, Task)

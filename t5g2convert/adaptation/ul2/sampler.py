@@ -4,169 +4,154 @@ A run therefore resumes from one integer, with any number of processes and worke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isqrt
-from typing import Final
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from t5g2convert.adaptation.ul2.mixture import Mixture
+from t5g2convert.adaptation.ul2.permutation import (
+    BLOCK,
+    DOCUMENTS,
+    IMAGE_SHARES,
+    SAMPLE,
+    TEXT_SHARES,
+    WORD,
+    permutation_keys,
+    permuted,
+    philox,
+    sample_number,
+    words,
+)
+from t5g2convert.adaptation.ul2.shares import Shares
+from t5g2convert.adaptation.ul2.texts import Chunks, Pieces
 from t5g2convert.errors import DataError, UsageError
 
-_SAMPLE, _BLOCK, _CHUNKS, _DOCUMENTS = range(4)
-"""Uses of randomness. Each has its own quarter of Philox' counter, so that equal keys give different words."""
 
-ROUNDS: Final = 12
-"""Rounds of a permutation. Large ones look random after 4; after 8 some orders of five items are still too frequent."""
+class Text(NamedTuple):
+    """A stretch of text: tokens [start, stop) of a corpus."""
 
-_WORD: Final = (1 << 64) - 1
+    corpus: int
+    start: int
+    stop: int
 
 
 class Sampler:
-    """The order of samples.
+    """The order of text samples.
 
-    Samples come in blocks. A block has as many samples of each task as its weight, in random order. The corpus is cut
-    into `chunks` chunks of `chunk` tokens, and each chunk into as many texts as a block has samples, one for each. An
-    epoch reads every text of every chunk once: each place in the chunk has its own random order of the chunks, so that
-    the texts of a block, and of a step, come from all over the corpus. Without that, a step would read a few documents
-    in long runs. The order of the texts in the chunks differs by epoch. The rest of the corpus, less than a chunk, is
-    skipped: some of it before the first chunk and some after the last, differently in each epoch.
+    Samples come in blocks. A block has as many samples of each task as its weight, in random order. Texts across
+    documents have a sequence of corpora for each slot of the mixture's cycle, pieces of documents one for all; see
+    `Shares`, `Chunks` and `Pieces`. The share of a corpus in all samples is such that its share of the tokens is its
+    weight.
 
     Args:
         mixture: The tasks.
-        raw_lengths: Raw tokens per sample, by task.
-        tokens: Tokens in the corpus.
+        raw_lengths: Most raw tokens of a sample, by task.
+        texts: The texts of each corpus that has any, all of one kind.
+        weights: The weights of these corpora; by default there is one.
         seed: 0 to 2**64 - 1.
 
     Raises:
-        DataError: The corpus is smaller than a chunk.
-        UsageError: The seed or the number of lengths is wrong.
+        UsageError: The seed is out of range.
     """
 
-    def __init__(self, mixture: Mixture, raw_lengths: Sequence[int], tokens: int, seed: int) -> None:
-        if not 0 <= seed <= _WORD:
-            raise UsageError(f"seed must be between 0 and {_WORD}, got {seed}")
-        if len(raw_lengths) != len(mixture.tasks):
-            raise UsageError(f"expected {len(mixture.tasks)} raw lengths, one per task, got {len(raw_lengths)}")
-        self.mixture, self.raw_lengths, self.tokens, self.seed = mixture, tuple(raw_lengths), tokens, seed
+    def __init__(
+        self,
+        mixture: Mixture,
+        raw_lengths: Sequence[int],
+        texts: Sequence[Chunks | Pieces],
+        *,
+        weights: Sequence[Fraction] = (Fraction(1),),
+        seed: int,
+    ) -> None:
+        if not 0 <= seed <= WORD:
+            raise UsageError(f"seed must be between 0 and {WORD}, got {seed}")
+        self.mixture, self.raw_lengths, self.texts, self.seed = mixture, tuple(raw_lengths), tuple(texts), seed
         self._cycle = mixture.cycle
-        self.chunk = sum(self.raw_lengths[task] for task in self._cycle)
-        self.chunks = tokens // self.chunk
-        if not self.chunks:
-            raise DataError(
-                f"the corpus has {tokens} tokens, but a block of {len(self._cycle)} samples needs {self.chunk}",
-                hint="pack more text, or reduce --encoder-length and --decoder-length",
-            )
-        # Samples are read in order, so keeping the last block and epoch suffices.
+        self.shares = tuple(weight / sum(weights) for weight in weights)
+        """The share of each of these corpora in the tokens that are read."""
+        scaled = [share * each.per_epoch / each.read for share, each in zip(self.shares, texts, strict=True)]
+        self._shares = [_shares(scaled, seed, number, TEXT_SHARES) for number in range(texts[0].sequences)]
+        # Samples are read in order, so keeping the last block suffices.
         self._last_block: tuple[int, tuple[int, ...]] | None = None
-        self._last_epoch: _Epoch | None = None
 
     def task(self, i: int) -> int:
         """Return the task of sample i, by its number in the mixture."""
         block, place = self._place(i)
         return self._cycle[self._slots(block)[place]]
 
-    def text_range(self, i: int) -> tuple[int, int]:
-        """Return the text of sample i: tokens [start, stop) of the corpus."""
-        block, place = self._place(i)
-        slot = self._slots(block)[place]
-        number, at = divmod(block, self.chunks)
-        epoch = self._epoch(number)
-        start = permuted(at, self.chunks, epoch.keys[slot]) * self.chunk + epoch.starts[slot]
-        return start, start + self.raw_lengths[self._cycle[slot]]
+    def text(self, i: int) -> Text:
+        """Return the text of sample i."""
+        texts, slot, number = self._draw(i)
+        return Text(texts.corpus, *texts.text(slot, number))
+
+    def length(self, i: int) -> int:
+        """Return the number of raw tokens of sample i."""
+        texts, slot, number = self._draw(i)
+        return texts.length(slot, number)
 
     def rng(self, i: int) -> np.random.Generator:
         """Return the random generator of sample i: Philox, keyed by seed and number."""
-        self._place(i)
-        return np.random.Generator(_philox(self.seed, i, _SAMPLE))
+        return np.random.Generator(philox(self.seed, sample_number(i), SAMPLE))
+
+    def epochs(self, samples: int) -> tuple[Fraction, ...]:
+        """Return how many times so many samples read each of these corpora."""
+        pairs = zip(self._shares[0].shares, self.texts, strict=True)
+        return tuple(samples * share / each.per_epoch for share, each in pairs)
+
+    def _draw(self, i: int) -> tuple[Chunks | Pieces, int, int]:
+        """Return the texts that a sample is from, and the slot and the number of its text there."""
+        block, place = self._place(i)
+        slot, number = (self._slots(block)[place], block) if len(self._shares) > 1 else (0, sample_number(i))
+        which, number = self._shares[slot].draw(number)
+        return self.texts[which], slot, number
 
     def _place(self, i: int) -> tuple[int, int]:
         """Return the block of a sample, and its place in the block."""
-        return divmod(_number(i), len(self._cycle))
+        return divmod(sample_number(i), len(self._cycle))
 
     def _slots(self, block: int) -> tuple[int, ...]:
         """Return the slots of the cycle in the order in which a block has them."""
         if self._last_block is None or self._last_block[0] != block:
-            keys = _words(_philox(self.seed, block, _BLOCK), len(self._cycle))
+            keys = words(philox(self.seed, block, BLOCK), len(self._cycle))
             self._last_block = block, tuple(np.argsort(keys, kind="stable").tolist())
         return self._last_block[1]
 
-    def _epoch(self, number: int) -> "_Epoch":
-        if self._last_epoch is None or self._last_epoch.number != number:
-            source, count = _philox(self.seed, number, _CHUNKS), len(self._cycle)
-            offset = int(_words(source, 1)[0]) % (self.tokens - self.chunks * self.chunk + 1)
-            starts = [0] * count
-            for slot in np.argsort(_words(source, count), kind="stable").tolist():
-                starts[slot] = offset
-                offset += self.raw_lengths[self._cycle[slot]]
-            keys = tuple(_words(source, ROUNDS).tolist() for _ in range(count))
-            self._last_epoch = _Epoch(number, tuple(starts), keys)
-        return self._last_epoch
 
+class DocumentSampler:
+    """The order of documents with images; an epoch visits each document of a corpus once.
 
-@dataclass(frozen=True, slots=True)
-class _Epoch:
-    """An epoch: by slot of the cycle, where its text starts in the first chunk, and the keys of its order of chunks."""
-
-    number: int
-    starts: tuple[int, ...]
-    keys: tuple[list[int], ...]
-
-
-def document_of(seed: int, i: int, count: int) -> int:
-    """Return the document of image sample i, among `count`; an epoch visits each once.
+    Args:
+        counts: Documents with images of each corpus.
+        weights: The weight of each corpus: its share of the documents drawn. Corpora without such documents have none.
+        seed: 0 to 2**64 - 1.
 
     Raises:
         DataError: There are no documents.
-        UsageError: The number is out of range.
     """
-    if count < 1:
-        raise DataError("expected documents with images, found none")
-    epoch, place = divmod(_number(i), count)
-    return permuted(place, count, _words(_philox(seed, epoch, _DOCUMENTS), ROUNDS).tolist())
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[Fraction] = (Fraction(1),), *, seed: int) -> None:
+        if not any(counts):
+            raise DataError("expected documents with images, found none")
+        self._seed, self._counts = seed, tuple(counts)
+        self._corpora = [number for number, count in enumerate(counts) if count]
+        shares = _shares([weights[number] for number in self._corpora], seed, 0, IMAGE_SHARES)
+        self._shares = shares
+        self.shares = dict(zip(self._corpora, shares.shares, strict=True))
+        """The share of each corpus that has such documents."""
+
+    def document(self, i: int) -> tuple[int, int]:
+        """Return the corpus of image sample i, and the number of its document there.
+
+        Raises:
+            UsageError: The number is out of range.
+        """
+        which, number = self._shares.draw(sample_number(i))
+        corpus = self._corpora[which]
+        count = self._counts[corpus]
+        epoch, place = divmod(number, count)
+        return corpus, permuted(place, count, permutation_keys(self._seed, epoch, DOCUMENTS, corpus=corpus))
 
 
-def permuted(place: int, count: int, keys: Sequence[int]) -> int:
-    """Map `place` by the permutation of 0 to count - 1 that belongs to `ROUNDS` random words, in constant memory.
-
-    A Feistel network over a grid that is slightly larger than `count`: a place is a pair (row, column), and each round
-    moves one of them by an amount that depends on the other, which is invertible. If the result is out of range, the
-    network is applied again until it is in range, so the map stays a permutation.
-    """
-    rows = isqrt(count - 1) + 1
-    columns = -(-count // rows)
-    while True:
-        row, column = divmod(place, columns)
-        for number, key in enumerate(keys):
-            if number % 2:
-                column = (column + _mixed(key, row)) % columns
-            else:
-                row = (row + _mixed(key, column)) % rows
-        place = row * columns + column
-        if place < count:
-            return place
-
-
-def _mixed(key: int, value: int) -> int:
-    """Mix both into a word that depends on every bit: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
-    word = (key + value * 0x9E3779B97F4A7C15) & _WORD
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
-    return word ^ (word >> 31)
-
-
-def _number(i: int) -> int:
-    """Return a sample's number as a Python int, in range: divmod of numpy's unsigned integers does not stay exact."""
-    if not 0 <= i <= _WORD:
-        raise UsageError(f"sample number must be between 0 and {_WORD}, got {i}")
-    return int(i)
-
-
-def _philox(seed: int, number: int, use: int) -> np.random.Philox:
-    return np.random.Philox(key=np.array([seed, number], np.uint64), counter=np.array([0, 0, 0, use], np.uint64))
-
-
-def _words(source: np.random.Philox, count: int) -> NDArray[np.uint64]:
-    """Return the next raw words; their sequence is the same in every version of numpy."""
-    return source.random_raw(count)
+def _shares(weights: Sequence[Fraction], seed: int, number: int, use: int) -> Shares:
+    return Shares(weights, words(philox(seed, number, use), len(weights)).tolist())

@@ -23,6 +23,7 @@ from t5g2convert.adaptation.train.evaluation import (
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.model import load_model
 from t5g2convert.adaptation.train.preflight import prepare
+from t5g2convert.adaptation.train.schedule import samples_of
 from t5g2convert.adaptation.ul2.dataset import task_names
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.checkpoint.folder import open_checkpoint
@@ -40,7 +41,7 @@ def module_of(small: Path, tasks: int) -> ModelWithLoss:
 def test_the_losses_equal_those_of_single_samples(small: Path) -> None:
     settings = settings_of(image_every=2)
     held_out = open_held_out(small / "model", small / "data", settings, 10)
-    assert [samples.settings.samples for samples in held_out] == [16, 10]
+    assert [samples_of(samples.settings, 0) for samples in held_out] == [16, 10]
     names = task_names(settings)
     module = module_of(small, len(names))
     found = evaluate(ENGINE, module, held_out, loop=LoopConfig(micro_tokens=300), step=7)
@@ -49,7 +50,7 @@ def test_the_losses_equal_those_of_single_samples(small: Path) -> None:
     expected = torch.zeros(3, len(names), dtype=torch.float64)
     with torch.no_grad():
         for samples in held_out:
-            for number in range(samples.settings.samples):
+            for number in range(samples_of(samples.settings, 0)):
                 batch = samples[MicroBatch(0, (number,), (True,))]
                 for row, seen in enumerate((batch, hide_encoder(batch))):
                     _, losses, labels = module(seen)
@@ -60,6 +61,25 @@ def test_the_losses_equal_those_of_single_samples(small: Path) -> None:
         assert found.tasks[name] == pytest.approx(float(expected[0, number] / expected[2, number]), rel=1e-5)
         assert found.hidden[name] == pytest.approx(float(expected[1, number] / expected[2, number]), rel=1e-5)
     assert module.training
+
+
+def test_a_list_of_corpora_gives_the_loss_of_each_by_its_weight(small: Path, two_corpora: Path) -> None:
+    settings = settings_of(image_every=2)
+    held_out = open_held_out(small / "model", two_corpora, settings, 20)
+    assert [(each.corpora[0].name, samples_of(each.settings, 0)) for each in held_out] == [
+        ("one", 16), ("one", 12), ("two", 8),
+    ]  # fmt: skip
+    module = module_of(small, len(task_names(settings)))
+    found = evaluate(ENGINE, module, held_out, loop=LoopConfig(), step=1)
+    (one, two) = (
+        evaluate(ENGINE, module, [each for each in held_out if each.corpora[0].name == name], loop=LoopConfig(), step=1)
+        for name in ("one", "two")
+    )
+    assert found.corpora == pytest.approx({"one": one.loss, "two": two.loss})
+    assert (one.corpora, two.corpora) == ({}, {})
+    assert found.scalars["held out corpus/two"] == found.corpora["two"]
+    assert f"; one {one.loss:.3f}, two {two.loss:.3f})" in found.line
+    assert found.labels["images"] == one.labels["images"]
 
 
 def test_the_input_of_a_hidden_encoder_has_no_effect(small: Path) -> None:

@@ -89,7 +89,7 @@ def test_more_steps_are_made_by_resuming_with_more(small: Path, tmp_path: Path) 
     more: list[Metrics] = []
     longer = changed(request, steps=7, resume=True)
     outcome = adapt(longer, begun=notes.extend, report=more.append)
-    assert notes == ["resuming after 4 steps", "from step 5 on: steps 4, now 7"]
+    assert notes[-2:] == ["resuming after 4 steps", "from step 5 on: steps 4, now 7"]
     exported = read_manifest(tmp_path / "run/model").adaptation
     assert exported is not None
     assert exported.steps == 7
@@ -122,9 +122,11 @@ def test_changed_settings_apply_from_the_newest_checkpoint_on(small: Path, tmp_p
     history = read_history(tmp_path / "run")
     (leg,) = history.legs
     assert (leg.until, leg.settings.lr, history.settings.lr) == (4, 1e-3, 5e-4)
-    # Before it came three text steps and one image step, with four samples each.
+    # Before it came three text steps of four samples and one image step, of as many documents as fill the batch.
+    images = [leg.settings.image_samples, history.settings.image_samples]
+    assert images == [256 // 8, 512 // 8]
     assert first_sample(history.settings, 4, history.legs) == 12
-    assert first_sample(history.settings, 5, history.legs) == 4
+    assert first_sample(history.settings, 5, history.legs) == images[0]
     assert first_sample(history.settings, 6, history.legs) == 12 + 8
     average(tmp_path / "run", tmp_path / "mean", last=2)
     manifest = read_manifest(tmp_path / "mean")

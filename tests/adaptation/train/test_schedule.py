@@ -1,6 +1,6 @@
 import pytest
 
-from t5g2convert.adaptation.train.schedule import Leg, first_sample, is_image_step, learning_rate
+from t5g2convert.adaptation.train.schedule import Leg, first_sample, is_image_step, learning_rate, samples_of
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.errors import UsageError
 from tests.adaptation.runs import SETTINGS
@@ -23,26 +23,31 @@ def test_without_warmup_the_first_step_has_the_peak() -> None:
 
 @pytest.mark.parametrize("every", [None, 1, 3])
 def test_each_kind_of_step_goes_through_its_own_samples(every: int | None) -> None:
-    settings = changed(image_every=every)
+    settings = changed(image_every=every, image_samples=3)
     next_sample = {False: 0, True: 0}
     for step in range(10):
         kind = is_image_step(settings, step)
         assert kind == (every is not None and step % every == every - 1)
+        assert samples_of(settings, step) == (3 if kind else settings.samples)
         assert first_sample(settings, step) == next_sample[kind]
-        next_sample[kind] += settings.samples
+        next_sample[kind] += samples_of(settings, step)
 
 
 @pytest.mark.parametrize("every", [None, 2, 3])
-def test_legs_with_other_batches_skip_no_sample(every: int | None) -> None:
-    batches, ends = (512, 1024, 256), (4, 9, 15)
-    settings = [changed(image_every=every, batch_tokens=tokens) for tokens in batches]
+@pytest.mark.parametrize("single", [None, (5, 11, 2)])
+def test_legs_with_other_batches_skip_no_sample(every: int | None, single: tuple[int, ...] | None) -> None:
+    batches, images, ends = (512, 1024, 256), (7, 15, 3), (4, 9, 15)
+    settings = [
+        changed(image_every=every, batch_tokens=tokens, image_samples=count, text_samples=text)
+        for tokens, count, text in zip(batches, images, single or [None] * 3, strict=True)
+    ]
     legs = [Leg(until, each) for until, each in zip(ends, settings, strict=True)]
     next_sample = {False: 0, True: 0}
     for step in range(15):
         number = sum(step >= until for until in ends)
         kind = is_image_step(settings[number], step)
         assert first_sample(settings[number], step, legs[:number]) == next_sample[kind]
-        next_sample[kind] += settings[number].samples
+        next_sample[kind] += samples_of(settings[number], step)
 
 
 @pytest.mark.parametrize("every", [None, 1, 2, 3])

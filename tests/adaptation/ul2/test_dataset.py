@@ -1,3 +1,4 @@
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,37 @@ def test_a_batch_that_cannot_be_made_is_replaced_by_its_error(workers: int) -> N
         assert batch["step"].item() == step
         # Ctrl-C also reaches the workers, which ignore it.
         assert batch["ignored"].item() == (workers > 0)
+
+
+def test_workers_end_when_the_batches_are_closed() -> None:
+    before = set(multiprocessing.active_children())
+    batches = load_batches(Made(), iter([MicroBatch(0, (0,), (True,))] * 100), workers=2)
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_images_are_decoded_by_workers_unless_told_otherwise() -> None:
+    assert LoopConfig().workers_of(make()) == 0
+    assert LoopConfig().workers_of(make(image_every=4)) == 2
+    assert LoopConfig(workers=0).workers_of(make(image_every=4)) == 0
+    assert LoopConfig(workers=3).workers_of(make()) == 3
+
+
+def test_batches_of_workers_equal_those_of_this_process(small: Path) -> None:
+    samples = prepare(small / "model", small / "data", make(image_every=2, steps=4, batch_tokens=256)).samples
+    here, there = (
+        list(load_batches(samples, samples.order(LoopConfig(), rank=0, world=1), workers=workers)) for workers in (0, 2)
+    )
+    assert [place for place, _ in here] == [place for place, _ in there]
+    assert any("pixel_values" in batch for _, batch in here if isinstance(batch, dict))
+    for (_, one), (_, other) in zip(here, there, strict=True):
+        assert isinstance(one, dict)
+        assert isinstance(other, dict)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_signal_is_not_an_error_of_a_sample() -> None:
