@@ -238,7 +238,8 @@ def _run(
     known: dict[str, Any] = engine.broadcast(
         run_on_all_ranks(engine, lambda: _identities(request, prepared) if on_rank_0 else {})
     )
-    settings = request.options.model_copy(update={"teacher": known["teacher"]})
+    mixture = prepared.samples.settings.mixture
+    settings = request.options.model_copy(update={"teacher": known["teacher"], "mixture": mixture})
     prepared.samples.settings = settings
     description = describe(
         settings,

@@ -1,5 +1,6 @@
 """Preflight: everything that can be checked before a process is started and a weight is read."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,9 +13,12 @@ from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import longest, needed_sentinels
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset, frame_of
 from t5g2convert.adaptation.ul2.sampler import Sampler
-from t5g2convert.adaptation.ul2.sentinels import Sentinels, check_reserved
+from t5g2convert.adaptation.ul2.sentinels import FirstSentinel, Sentinels, check_reserved
 from t5g2convert.checkpoint.families.registry import read_trainable
+from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint, open_checkpoint
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.errors import CheckpointError, DataError, UsageError
 
 SHOWN: Final = 5
@@ -200,10 +204,16 @@ def check_freezing(settings: Settings, names: Collection[str]) -> None:
 def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model: Checkpoint) -> UL2Dataset:
     """Return the samples of packed data, after checking its size and that it leaves the sentinels unused.
 
+    Their settings name the first sentinel that was found in the tokenizer.
+
     Raises:
-        DataError: There is too little data, or a sentinel occurs in it.
+        DataError: There is too little data, a sentinel occurs in it, or the model was trained with other sentinels.
         UsageError: A task does not fit the lengths.
     """
+    first = find_first_sentinel(settings, tokens, model)
+    settings = settings.model_copy(
+        update={"mixture": settings.mixture.model_copy(update={"first_sentinel": first.recorded})}
+    )
     mixture, frame, special = settings.mixture, frame_of(settings, tokens), _special(tokens)
     if settings.encoder_bos and tokens.bos is None:
         raise UsageError("the model has no bos", hint="pass --no-encoder-bos")
@@ -214,6 +224,7 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
         vocabulary=tokens.vocabulary,
         reserved=tokens.reserved | mixture.mode_tokens,
         needed=needed_sentinels(mixture, raw),
+        first=first.id,
     )
     check_reserved(
         sentinels,
@@ -227,6 +238,31 @@ def make_samples(packed: Packed, settings: Settings, tokens: ModelTokens, model:
     sampler = None if settings.image_every == 1 else Sampler(mixture, raw, packed.tokens, settings.seed)
     shapes = read_trainable(model.config, model.path / "config.json")
     return UL2Dataset(packed, settings, tokens, sentinels, sampler, model.path, shapes)
+
+
+def find_first_sentinel(settings: Settings, tokens: ModelTokens, model: Checkpoint) -> FirstSentinel:
+    """Return the first sentinel of a mixture for a model.
+
+    Raises:
+        DataError: The tokenizer does not have it, or the model was trained with another one.
+    """
+    tokenizer = Tokenizer(model).json
+    names = {} if tokenizer is None else tokenizer.vocabulary()
+    reserved = tokens.reserved | settings.mixture.mode_tokens
+    first = FirstSentinel.find(settings.mixture.first_sentinel, names, vocabulary=tokens.vocabulary, reserved=reserved)
+    trained = read_manifest(model.path).adaptation if is_there(model.path / MANIFEST_FILE) else None
+    if trained is not None and any(task.sentinel for task in trained.settings.mixture.tasks):
+        before = trained.settings.mixture.first_sentinel
+        # Version 0.1.0 recorded no name: it began with the highest id.
+        if before is None:
+            before = Sentinels.available(vocabulary=tokens.vocabulary, reserved=tokens.reserved).first
+        if (names.get(before) if isinstance(before, str) else before) != first.id:
+            raise DataError(
+                f"was trained with sentinels from {before} downwards, but this mixture's first is {first.recorded}",
+                where=model.path,
+                hint=f"add `first_sentinel: {json.dumps(before)}` to a mixture",
+            )
+    return first
 
 
 def _special(tokens: ModelTokens) -> dict[str, int]:
