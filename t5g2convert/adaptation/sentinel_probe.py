@@ -69,7 +69,7 @@ class Probe:
         median: Median of their distances.
         largest: Largest of their distances.
         threshold: Distance above which a row counts as moved.
-        ranges: Moved rows as runs of ids, last first, since sentinels would descend from the last id.
+        ranges: Moved rows as runs of ids, last first, since sentinels descend.
         notes: Notes for the reader.
     """
 

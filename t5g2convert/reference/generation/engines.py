@@ -96,7 +96,7 @@ class TransformersEngine:
         self._library.utils.logging.disable_progress_bar()
         try:
             model, found = getattr(self._library, name).from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True
             )
         except Exception as error:  # noqa: BLE001 - transformers raises whatever its loaders raise
             raise_interruption()

@@ -8,6 +8,7 @@ from transformers import Gemma3ForCausalLM, T5Gemma2ForConditionalGeneration
 from t5g2convert import CheckpointError, UsageError
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.generation.engines import Engine, ReferenceEngine, TransformersEngine
+from t5g2convert.reference.t5gemma import T5GemmaReference
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
 from tests.models.twins import SIGLIP
@@ -141,6 +142,17 @@ def test_with_the_encoder_hidden_the_tokens_are_gemma_3s(
                 following = step(tokens if tokens is prompt else tokens[:, -1:]).argmax(-1)[:, None]
                 tokens = torch.cat((tokens, following), dim=1)
         assert tokens[:, prompt.shape[1] :].tolist() == expected.tolist()
+
+
+def test_both_engines_run_the_first_t5gemma(converted_twin: TwinFolder, inputs: Batch) -> None:
+    folder = converted_twin("gemma2-float32")
+    reference = T5GemmaReference(open_checkpoint(folder), dtype=torch.float32, resident=True, kernel="sdpa")
+    engines: list[Engine] = [
+        ReferenceEngine(reference),
+        TransformersEngine(folder, "T5GemmaForConditionalGeneration", dtype=torch.float32, device="cpu"),
+    ]
+    found, expected = (stepped(engine, inputs, torch.tensor([[2, 9], [2, 8], [2, 7]])) for engine in engines)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sequence_gives_the_same_tokens_alone_and_in_a_batch(model: T5Gemma2Reference, inputs: Batch) -> None:
