@@ -460,6 +460,7 @@ def test_only_a_folder_that_was_not_trained_is_noted(t5g2: CommandLine, output: 
         ([], "a prompt is missing"),
         (["--prompt", "a", "--prompts", "FILE"], "cannot be used together"),
         (["--prompt", "a", "--hide-encoder"], "--decoder-prompt"),
+        (["--image", "MISSING", "--hide-encoder"], "hides the prompt and --image"),
         (["--chat", "--hide-encoder"], "--chat is for the encoder's text"),
         (["--prompt", "a", "--seed", "1"], "--seed applies only to sampling"),
         (["--prompt", "a", "--stop", ""], "--stop must not be empty"),
@@ -481,6 +482,8 @@ def test_options_that_do_not_fit_are_exit_2(
 def test_hide_encoder_is_refused_in_python_too(lively: Path) -> None:
     with pytest.raises(UsageError, match="hides --prompt"):
         list(generate(lively, PROMPT, hide_encoder=True))
+    with pytest.raises(UsageError, match="a prompt is missing"):
+        list(generate(lively))
 
 
 def test_an_image_token_of_a_chat_template_is_where_the_image_is(t5g2: CommandLine, output: Path, image: Path) -> None:

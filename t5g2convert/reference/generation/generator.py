@@ -82,6 +82,8 @@ def generate(folder: Path, prompt: str | None = None, options: GenerateOptions =
     """
     if prompt is not None and options.hide_encoder:
         raise UsageError("--hide-encoder hides --prompt from the decoder", hint="pass the text with --decoder-prompt")
+    if prompt is None and not options.hide_encoder:
+        raise UsageError("a prompt is missing", hint="pass --prompt TEXT or --prompts FILE")
     chosen = Prompt(prompt or "", options.decoder_prompt, options.image)
     yield from Generator(folder, options).stream(chosen)
 
@@ -167,6 +169,8 @@ class Generator:
             CheckpointError: The chat template fails, or a token has no row in the embedding table.
             UsageError: The model has no vision tower, or the prompt is empty.
         """
+        if self._options.hide_encoder and (prompt.text or prompt.image is not None):
+            raise UsageError("--hide-encoder hides the prompt and --image", hint="pass the text with --decoder-prompt")
         masked = None
         if self._masks is not None:
             if prompt.decoder or prompt.image is not None:
