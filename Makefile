@@ -71,9 +71,10 @@ fmt: $(INSTALLED)  ## format the code
 docs: $(INSTALLED)  ## make the pages that come from the code
 	$(BIN)/python -m docs.generate
 
-bench: $(INSTALLED)  ## measure convert, the reference pass and verify, each against its yardstick, and training
+bench: $(INSTALLED)  ## measure convert, the reference pass, generate and verify, each against its yardstick, and training
 	$(BIN)/python examples/benchmark_convert.py
 	$(BIN)/python examples/benchmark_forward.py
+	$(BIN)/python examples/benchmark_generate.py
 	$(BIN)/python examples/benchmark_verify.py
 	$(BIN)/python examples/benchmark_graft.py
 	$(BIN)/python examples/benchmark_ul2.py

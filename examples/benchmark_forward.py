@@ -21,7 +21,7 @@ from benchmark_sources import make_source
 
 from t5g2convert import convert
 from t5g2convert.checkpoint.folder import open_checkpoint
-from t5g2convert.reference.generation import greedy_tokens
+from t5g2convert.reference.generation.engines import ReferenceEngine
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 
 ENCODER_TOKENS, DECODER_TOKENS, WRITTEN_TOKENS = 512, 64, 64
@@ -68,8 +68,11 @@ def ours(
         return model.decoder.logits(model.decode(written, written_kept, model.encode(ids, kept), kept))
 
     def write() -> list[int]:
-        steps = greedy_tokens(model, ids, kept, start_token=2, max_new_tokens=WRITTEN_TOKENS)
-        return [int(token) for token in steps]
+        step, tokens = ReferenceEngine(model).start(ids, kept, room=WRITTEN_TOKENS), [2]
+        with torch.inference_mode():
+            for _ in range(WRITTEN_TOKENS):
+                tokens.append(int(step(torch.tensor([tokens[-1:]])).argmax()))
+        return tokens[1:]
 
     return {OURS: one_pass}, {OURS: write}
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from t5g2convert.parity.compare import Comparison, compare
     from t5g2convert.parity.reports.report import Report
     from t5g2convert.parity.verify import verify
-    from t5g2convert.reference.generation import generate
+    from t5g2convert.reference.generation.generator import generate
 
 __all__ = [
     "CheckpointError",
@@ -81,7 +81,7 @@ _HOME = {
     "inspect": "mapping.inspection",
     "plan": "conversion.plan.builder",
     "verify": "parity.verify",
-    "generate": "reference.generation",
+    "generate": "reference.generation.generator",
 }
 
 

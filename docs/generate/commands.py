@@ -16,7 +16,11 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "average": ("t5g2 average run-4b t5gemma-2-4b-4b-adapted --model t5gemma-2-4b-4b --last 5",),
     "probe-sentinels": ("t5g2 probe-sentinels gemma-3-270m t5gemma-2-270m-trained",),
     "compare": ("t5g2 compare gemma-3-4b-pt t5gemma-2-4b-4b --text novel.txt --max-kl 0.1 --min-agreement 0.9",),
-    "generate": ("t5g2 generate t5gemma-2-4b-4b --prompt 'an encoder-decoder' --max-new-tokens 8",),
+    "generate": (
+        "t5g2 generate t5gemma-2-4b-4b --prompt 'an encoder-decoder' --max-new-tokens 8",
+        "t5g2 generate t5gemma-2-4b-4b --hide-encoder --decoder-prompt 'a decoder' --max-new-tokens 8",
+        "t5g2 generate t5gemma-2-4b-4b --prompt 'an encoder-decoder' --temperature 0.7 --seed 1 --json",
+    ),
     "pack": ("t5g2 pack t5gemma-2-4b-4b packed novel.txt",),
     "card": ("t5g2 card t5gemma-2-4b-4b --repo your-name/t5gemma-2-4b-4b --write",),
     "doctor": ("t5g2 doctor",),

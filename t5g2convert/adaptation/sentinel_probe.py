@@ -1,8 +1,9 @@
 """Probing sentinels: which rows of the embedding table moved between a Gemma 3 and a T5Gemma 2.
 
-The sentinels and mode tokens of Google's training are not established. But the row of a token that was read or written
-has moved far more than the row of an unused token, if the premise below holds. The probe compares rows of tokens
-without a use of their own, `<unused...>` and every id from 256000 on; without a tokenizer, all rows.
+Google's models have their sentinels from `<unused6237>`, id 262139, downwards; whether other unused tokens, such as
+262140 to 262143, have a use is not established. The row of a token that was read or written has moved far more than the
+row of an unused token, if the premise below holds. The probe compares rows of tokens without a use of their own,
+`<unused...>` and every id from 256000 on; without a tokenizer, all rows.
 
 The distance of a row is ||t - g|| / ||g||, with the T5Gemma 2's row t and the Gemma 3's row g. Embedding and softmax
 share one matrix, so every row drifts a little in training. A row counts as moved if its distance exceeds `factor` times
@@ -107,8 +108,7 @@ class Probe:
         median: Median of their distances.
         largest: Largest of their distances.
         threshold: Distance above which a row counts as moved.
-        ranges: Moved rows as runs of ids, last first, since sentinels would descend from the last id; empty if the
-            premise does not hold.
+        ranges: Moved rows as runs of ids, last first, since sentinels descend; empty if the premise does not hold.
         notes: Notes for the reader.
     """
 

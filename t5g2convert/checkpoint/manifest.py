@@ -32,7 +32,6 @@ FORMAT: Final = 1
 SEAL: Final = "sha256"
 """The last key of the manifest: the sha256 of everything before it."""
 
-
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A sha256, hexadecimal."""
 
@@ -160,6 +159,7 @@ class MixtureRecord(ConfigSection):
     """The tasks of the training objective; other keys are ignored."""
 
     tasks: Annotated[list[TaskRecord], Field(min_length=1)]
+    first_sentinel: str | NonNegativeInt | None = None
 
 
 class TrainingSettings(ConfigSection):

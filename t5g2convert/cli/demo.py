@@ -64,7 +64,7 @@ def demo(
     from t5g2convert.conversion.plan.builder import plan as make_plan
     from t5g2convert.mapping.inspection import inspect
     from t5g2convert.parity.verify import verify
-    from t5g2convert.reference.generation import generate
+    from t5g2convert.reference.generation.generator import generate
 
     screen = console()
     with ExitStack() as stack:

@@ -40,7 +40,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "extract": "Take the encoder out of a T5Gemma 2 folder, or its decoder as the Gemma 3 that it is without memory.",
     "verify": "Judge a conversion: files, bytes, settings, and what both models compute.",
     "compare": "Measure how far a trained T5Gemma 2 has moved from its Gemma 3; the options make it a gate for CI.",
-    "generate": "Write greedily with the reference encoder-decoder.",
+    "generate": "Generate text with the reference encoder-decoder, or with transformers.",
     "pack": "Tokenize text and images into the files that `t5g2 adapt` trains on.",
     "adapt": "Continue the training of a converted model with UL2, on one device or many.",
     "average": "Average the last checkpoints of a training run into a model, as T5Gemma 2 was finished.",

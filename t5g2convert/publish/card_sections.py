@@ -23,11 +23,11 @@ from t5g2convert.publish.license import SourceLicense
 from t5g2convert.publish.markdown import code, fenced, table
 
 NOT_ESTABLISHED: Final = (
-    "learning rate", "weight decay", "optimizer", "sentinel and mode tokens", "packing",
-    "begin and end tokens of the encoder's input",
+    "learning rate", "weight decay", "optimizer", "its noise", "whether the prefix task has a sentinel", "packing",
 )  # fmt: skip
 """Unknown facts about Google's training of T5Gemma 2: a run uses its user's choice or a default of this tool."""
 
+_UNUSED: Final = re.compile(r"<unused[0-9]{1,6}>")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -214,6 +214,10 @@ def _training_rows(adaptation: AdaptationRecord, dtype: str | None) -> Iterator[
     yield ["weights", weights + ("" if dtype is None else f", in {code(dtype)}")]
     yield ["training tokens", f"{adaptation.tokens:,}"]
     yield ["trained on", "the data" if teacher is None else f"the data and the teacher {code(teacher)}"]
+    if (first := settings.mixture.first_sentinel) is not None:
+        # `code` escapes angle brackets, but the names of Gemma's unused tokens need them.
+        named = f"`{first}`" if _UNUSED.fullmatch(str(first)) else code(first)
+        yield ["first sentinel", f"{named}; the others descend from it"]
     yield ["trained tensors", f"{len(adaptation.trained)} names, listed in `t5g2.json`"]
     yield ["frozen parts", ", ".join(map(code, adaptation.frozen)) or "none"]
     yield [

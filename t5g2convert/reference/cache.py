@@ -1,6 +1,5 @@
 """The key-value cache of one decoder layer: the encoder's output, then the decoder's own tokens."""
 
-import torch
 from torch import Tensor
 
 
@@ -8,11 +7,15 @@ class LayerCache:
     """Keys and values of one layer in one buffer, [memory | own tokens | free], which doubles when it is full.
 
     Merged attention reads both parts together; T5Gemma's two attentions read one part each.
+
+    Args:
+        room: The number of own tokens to reserve at the start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
         self.length = 0
         self.memory_length = 0
+        self._room = room
         self._buffer_2BKSD: Tensor | None = None
 
     @property
@@ -22,8 +25,11 @@ class LayerCache:
 
     def start(self, k_BKMD: Tensor, v_BKMD: Tensor) -> None:
         """Store the memory's keys and values."""
-        self._buffer_2BKSD = torch.stack((k_BKMD, v_BKMD))
-        self.length = self.memory_length = k_BKMD.shape[2]
+        batch, heads, tokens, width = k_BKMD.shape
+        self._buffer_2BKSD = k_BKMD.new_empty((2, batch, heads, tokens + self._room, width))
+        self._buffer_2BKSD[0, :, :, :tokens] = k_BKMD
+        self._buffer_2BKSD[1, :, :, :tokens] = v_BKMD
+        self.length = self.memory_length = tokens
 
     @property
     def memory(self) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,11 @@ class TextCodec:
             raise_interruption()
             raise CheckpointError(f"cannot be read by the tokenizers library: {error}", where=path) from None
 
+    @property
+    def rows(self) -> int:
+        """The number of ids: rows of the embedding table, or tokens of the tokenizer."""
+        return int(self._tokenizer.get_vocab_size()) if self._vocab is None else self._vocab
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of a text, with the special tokens around it if `special`.
 
@@ -56,11 +61,23 @@ class TextCodec:
             )
         return tokens
 
-    def decode(self, tokens: list[int]) -> str:
-        """Return the text of token ids, without special tokens."""
-        return str(self._tokenizer.decode(tokens))
+    def decode(self, tokens: list[int], *, special: bool = False) -> str:
+        """Return the text of token ids, with special tokens if `special`."""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=not special))
 
-    def encode_with_image(self, text: str, *, boi: int, eoi: int, image: int, count: int) -> list[int]:
+    def token_id(self, name: str) -> int | None:
+        """Return the id of a token by its name; None if the vocabulary has no such token."""
+        found = self._tokenizer.token_to_id(name)
+        return None if found is None else int(found)
+
+    def token_name(self, token: int) -> str | None:
+        """Return the name of a token by its id; None if the vocabulary has no such token."""
+        found = self._tokenizer.id_to_token(token)
+        return None if found is None else str(found)
+
+    def encode_with_image(
+        self, text: str, *, boi: int, eoi: int, image: int, count: int, before: str = "", special: bool = True
+    ) -> list[int]:
         """Return the ids of an image and a text as Gemma 3's processor encodes them, with blank lines around the image.
 
         Args:
@@ -69,9 +86,11 @@ class TextCodec:
             eoi: The end-of-image token.
             image: The image token.
             count: The number of image tokens.
+            before: The text before the image.
+            special: Put the special tokens around it.
         """
         return [
-            *self.encode("\n\n"),
+            *self.encode(f"{before}\n\n", special=special),
             boi,
             *[image] * count,
             eoi,

@@ -89,6 +89,11 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "use --card replace for a new card, or --card keep to leave it": ("upload",),
     "delete them on the Hub, or choose another name or --revision": ("upload",),
     "compute with --dtype float32": ("verify", "generate", "compare"),
+    "pass --prompt TEXT or --prompts FILE": ("generate",),
+    "pass the text with --decoder-prompt": ("generate",),
+    "add --temperature 1 to sample": ("generate",),
+    "omit --chat": ("generate",),
+    "omit --chat or --image": ("generate",),
 }
 """By its text, {} for what is filled in, the commands that end with it, or that it names; * is every command."""
 

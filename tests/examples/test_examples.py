@@ -35,6 +35,7 @@ def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix == ".py"} == {
         "benchmark_convert.py",
         "benchmark_forward.py",
+        "benchmark_generate.py",
         "benchmark_graft.py",
         "benchmark_schedule.py",
         "benchmark_sources.py",
@@ -81,6 +82,17 @@ def test_the_forward_benchmark_measures_everyone_with_every_dtype(tmp_path: Path
         assert f"tiny-tiny, {dtype}: 512 tokens in, 64 written greedily" in run.stdout
     for name in ("t5g2 reference", "transformers, sdpa", "transformers, eager"):
         assert sum(line.startswith(f"{name}  ") for line in run.stdout.splitlines()) == 4, run.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_generate_benchmark_measures_both_with_every_dtype(tmp_path: Path) -> None:
+    command = [str(EXAMPLES / "benchmark_generate.py"), "tiny", "--rounds", "1", "--folder", str(tmp_path)]
+    run = python(command, preload=Preload.TRANSFORMERS, check=True)
+    for dtype in ("float32", "bfloat16"):
+        for count in (16, 512):
+            assert f"{dtype}, {count} tokens in, 64 written: t5g2 generate " in run.stdout
+    assert run.stdout.count("ratio") == 4
     assert list(tmp_path.iterdir()) == []
 
 

@@ -64,7 +64,7 @@ def test_verify_compare_and_write_are_public() -> None:
         assert getattr(t5g2convert, name) is not None
     assert verify is t5g2convert.verify
     assert t5g2convert.compare.__module__ == "t5g2convert.parity.compare"
-    assert t5g2convert.generate.__module__ == "t5g2convert.reference.generation"
+    assert t5g2convert.generate.__module__ == "t5g2convert.reference.generation.generator"
 
 
 # Sound conversions

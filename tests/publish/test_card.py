@@ -201,6 +201,7 @@ def test_the_training_is_described(kinds: Path, tmp_path: Path) -> None:
     taught = {"teacher": "d" * 64, "image_every": 4, "freeze_until": 50, "trainable": ["*.projector.`<b>*"]}
     taught["documents"] = "single"
     settings = {**SETTINGS.to_json(), **taught}
+    settings["mixture"] = {**settings["mixture"], "first_sentinel": "<unused6237>"}
     trained = {"checkpoints": [100], "settings": settings, "settings_sha256": digest_of(settings)}
     change_manifest(folder, lambda manifest: manifest["adaptation"].update(trained))
     change_manifest(folder, lambda manifest: manifest["options"].update(dtype="float32"))
@@ -208,6 +209,7 @@ def test_the_training_is_described(kinds: Path, tmp_path: Path) -> None:
     trained = {row[0]: row[1] for rows in render(card).tables if rows[0] == ["training", "value"] for row in rows}
     assert trained["weights"] == "step 100, in `float32`"
     assert trained["trained on"] == f"the data and the teacher `{'d' * 64}`"
+    assert trained["first sentinel"] == "`<unused6237>`; the others descend from it"
     flags = "--image-every 4 --warmup 100 --seed 0 --documents single --kd PARENT --freeze-until 50"
     assert f"{flags} --trainable '*.projector.`<b>*'" in card
     assert "<b>" not in render(card).html

@@ -18,6 +18,8 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
+from t5g2convert.reference.encoder_decoder import EncoderDecoder
+from t5g2convert.reference.generation.engines import ReferenceEngine
 from tests.models.twins import BY_NAME
 
 SOFTCAPPED = "eager-softcapped"
@@ -127,3 +129,26 @@ def loaded(kind: type[PreTrainedModel], folder: Path, attention: str = "eager") 
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     return model.eval()
+
+
+def greedy_tokens(
+    model: EncoderDecoder,
+    inputs: Batch,
+    count: int,
+    *,
+    start: int = 2,
+    images: Tensor | None = None,
+    cached: bool = True,
+) -> Tensor:
+    """Return the most probable tokens of every row, [B, count]; without caches, each step recomputes all tokens."""
+    tokens = torch.full((len(inputs.ids), 1), start)
+    step = ReferenceEngine(model).start(inputs.ids, inputs.kept, images)
+    memory = None if cached else model.encode(inputs.ids, inputs.kept)
+    for _ in range(count):
+        if memory is None:
+            logits = step(tokens[:, -1:])
+        else:
+            states = model.decode(tokens, torch.ones_like(tokens, dtype=torch.bool), memory, inputs.kept)
+            logits = model.decoder.logits(states[:, -1])
+        tokens = torch.cat((tokens, logits.argmax(-1)[:, None]), dim=1)
+    return tokens[:, 1:]

@@ -12,12 +12,11 @@ from torch import Tensor
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.gemma3 import Gemma3Reference
-from t5g2convert.reference.generation import greedy_tokens
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 from tests.conftest import TwinFolder
 from tests.interop.judge import load
 from tests.models.twins import BY_NAME, TWINS
-from tests.reference.models import Batch, difference, padded_batch, pixels, with_images
+from tests.reference.models import Batch, difference, greedy_tokens, padded_batch, pixels, with_images
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.0}
 """bfloat16 rounds the differences in the order of additions away."""
@@ -167,8 +166,7 @@ def test_32_greedy_tokens_with_and_without_cache(case: Case) -> None:
     assert expected.shape == (3, 32)
     start = case.their_t5gemma.config.decoder.bos_token_id
     for cached in (True, False):
-        steps = greedy_tokens(model, inputs.ids, inputs.kept, start_token=start, max_new_tokens=32, cached=cached)
-        assert torch.stack(list(steps), dim=1).tolist() == expected.tolist()
+        assert greedy_tokens(model, inputs, 32, start=start, cached=cached).tolist() == expected.tolist()
 
 
 @two_twins_in_float32

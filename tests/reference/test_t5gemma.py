@@ -15,11 +15,10 @@ from transformers import Gemma2ForCausalLM, T5GemmaConfig, T5GemmaForConditional
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.reference.cache import LayerCache
 from t5g2convert.reference.gemma2 import Gemma2Reference
-from t5g2convert.reference.generation import greedy_tokens
 from t5g2convert.reference.t5gemma import T5GemmaReference
 from tests.conftest import TwinFolder
 from tests.models.twins import BY_NAME, GEMMA2_TWINS
-from tests.reference.models import Batch, difference, padded_batch
+from tests.reference.models import Batch, difference, greedy_tokens, padded_batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAMES = [twin.name for twin in GEMMA2_TWINS]
@@ -126,8 +125,7 @@ def test_greedy_tokens_with_and_without_cache(name: str, converted_twin: TwinFol
     )[:, 1:]
     assert expected.shape == (3, 32)
     for cached in (True, False):
-        steps = greedy_tokens(ours, inputs.ids, inputs.kept, start_token=2, max_new_tokens=32, cached=cached)
-        assert torch.stack(list(steps), dim=1).tolist() == expected.tolist()
+        assert greedy_tokens(ours, inputs, 32, cached=cached).tolist() == expected.tolist()
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def prepare(model: Path, data: Path | Corpora, settings: Settings, *, rope_scali
     corpora.check_tokenizer(model)
     samples = make_samples(corpora, settings, tokens, checkpoint)
     sizes = measure(samples)
-    samples.settings = settings.model_copy(update=sizes.per_step(settings))
+    samples.settings = samples.settings.model_copy(update=sizes.per_step(settings))
     factor = "different factors" if limits.rope_factor is None else f"linear factor {limits.rope_factor:g}"
     notes = [] if limits.rope_factor == 1 else [f"RoPE in full layers: {factor}, from config.json"]
     return Prepared(checkpoint, limits, tokens, samples, (*notes, *notes_of(samples, sizes)))

@@ -1,5 +1,6 @@
 """The samples of a run: made from the corpora and the settings after all checks, and described in notes."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,10 +13,13 @@ from t5g2convert.adaptation.ul2.corruption import Frame, longest, needed_sentine
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset, frame_of
 from t5g2convert.adaptation.ul2.mixture import Mixture
 from t5g2convert.adaptation.ul2.sampler import DocumentSampler, Sampler
-from t5g2convert.adaptation.ul2.sentinels import Sentinels, check_reserved
+from t5g2convert.adaptation.ul2.sentinels import FirstSentinel, Sentinels, check_reserved
 from t5g2convert.adaptation.ul2.texts import Chunks, Pieces
 from t5g2convert.checkpoint.families.registry import read_trainable
+from t5g2convert.checkpoint.file_store import is_there
 from t5g2convert.checkpoint.folder import Checkpoint
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.errors import DataError, UsageError
 
 SHOWN: Final = 5
@@ -31,10 +35,17 @@ MEASURED: Final = 4096
 def make_samples(corpora: Corpora, settings: Settings, tokens: ModelTokens, model: Checkpoint) -> UL2Dataset:
     """Return the samples of packed data, after checking its size and that it leaves the sentinels unused.
 
+    Their settings name the first sentinel that was found in the tokenizer.
+
     Raises:
-        DataError: There is too little data, there are no documents with images for image steps, or a sentinel occurs.
+        DataError: There is too little data, there are no documents with images for image steps, a sentinel occurs, or
+            the model was trained with other sentinels.
         UsageError: A task does not fit the lengths.
     """
+    first = find_first_sentinel(settings, tokens, model)
+    settings = settings.model_copy(
+        update={"mixture": settings.mixture.model_copy(update={"first_sentinel": first.recorded})}
+    )
     mixture, frame, special = settings.mixture, frame_of(settings, tokens), _special(tokens)
     if settings.encoder_bos and tokens.bos is None:
         raise UsageError("the model has no bos", hint="pass --no-encoder-bos")
@@ -43,6 +54,7 @@ def make_samples(corpora: Corpora, settings: Settings, tokens: ModelTokens, mode
         vocabulary=tokens.vocabulary,
         reserved=tokens.reserved | mixture.mode_tokens,
         needed=needed_sentinels(mixture, raw),
+        first=first.id,
     )
     for corpus in corpora:
         check_reserved(
@@ -58,6 +70,31 @@ def make_samples(corpora: Corpora, settings: Settings, tokens: ModelTokens, mode
     documents = None if settings.image_every is None else _documents(corpora, settings, tokens)
     shapes = read_trainable(model.config, model.path / "config.json")
     return UL2Dataset(corpora, settings, tokens, sentinels, sampler, documents, model.path, shapes)
+
+
+def find_first_sentinel(settings: Settings, tokens: ModelTokens, model: Checkpoint) -> FirstSentinel:
+    """Return the first sentinel of a mixture for a model.
+
+    Raises:
+        DataError: The tokenizer does not have it, or the model was trained with another one.
+    """
+    tokenizer = Tokenizer(model).json
+    names = {} if tokenizer is None else tokenizer.vocabulary()
+    reserved = tokens.reserved | settings.mixture.mode_tokens
+    first = FirstSentinel.find(settings.mixture.first_sentinel, names, vocabulary=tokens.vocabulary, reserved=reserved)
+    trained = read_manifest(model.path).adaptation if is_there(model.path / MANIFEST_FILE) else None
+    if trained is not None and any(task.sentinel for task in trained.settings.mixture.tasks):
+        before = trained.settings.mixture.first_sentinel
+        # Version 0.1.0 recorded no name: it began with the highest id.
+        if before is None:
+            before = Sentinels.available(vocabulary=tokens.vocabulary, reserved=tokens.reserved).first
+        if (names.get(before) if isinstance(before, str) else before) != first.id:
+            raise DataError(
+                f"was trained with sentinels from {before} downwards, but this mixture's first is {first.recorded}",
+                where=model.path,
+                hint=f"add `first_sentinel: {json.dumps(before)}` to a mixture",
+            )
+    return first
 
 
 def _special(tokens: ModelTokens) -> dict[str, int]:

@@ -106,7 +106,7 @@ class Settings(CommandOptions):
     mixture: Annotated[
         Mixture,
         Option(
-            f"A YAML table of tasks. Of the paper's five, sentinels and mode tokens are {OURS}.",
+            "A YAML table of tasks and the first sentinel, `<unused6237>` as in Google's models.",
             metavar="PATH",
             default=PAPER_MIXTURE,
             group=OBJECTIVE,
@@ -119,10 +119,16 @@ class Settings(CommandOptions):
     decoder_length: Annotated[
         int, Field(ge=2), Option("Most labels per sample; 16384 in the paper.", group=OBJECTIVE)
     ] = 16_384
-    encoder_bos: Annotated[bool, Option(f"Start the encoder's input with bos ({OURS}).", group=OBJECTIVE)] = True
+    encoder_bos: Annotated[
+        bool, Option("Start the encoder's input with bos, as Google's notebook does.", group=OBJECTIVE)
+    ] = True
     encoder_eos: Annotated[
         bool,
-        Option(f"End the encoder's input with eos ({OURS}).", flag="--encoder-eos/--no-encoder-eos", group=OBJECTIVE),
+        Option(
+            "End the encoder's input with eos; Google's notebook does not.",
+            flag="--encoder-eos/--no-encoder-eos",
+            group=OBJECTIVE,
+        ),
     ] = False
     documents: Annotated[
         Literal["packed", "single"],

@@ -55,6 +55,11 @@ class Mixture(Declaration):
     """All tasks. In every block of `block` consecutive samples, each task occurs `weight` times."""
 
     format: Literal[1] = 1
+    first_sentinel: Annotated[str, Field(min_length=1)] | NonNegativeInt | None = Field(
+        default=None,
+        description="The first sentinel, a token's name or id; the others descend from it. Without it `<unused6237>`, "
+        "as in Google's models, or in a tokenizer without that token the highest unused id.",
+    )
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, strict=False)]
 
     @field_validator("tasks")

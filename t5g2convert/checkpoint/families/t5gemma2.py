@@ -31,6 +31,12 @@ from t5g2convert.errors import CheckpointError, MappingError
 MODEL_TYPE: Final = "t5gemma2"
 ENCODER_TYPE: Final = "t5gemma2_encoder"
 
+FIRST_SENTINEL: Final = "<unused6237>"
+"""The first sentinel of Google's models, id 262139 of Gemma 3's vocabulary; the others descend from it.
+
+Source: the notebook Research/[T5Gemma_2]Example.ipynb in google-gemma/cookbook.
+"""
+
 DEFAULT_THETA: Final[Mapping[LayerType, float]] = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 """transformers' defaults for a kind of layer that a config does not have."""
 

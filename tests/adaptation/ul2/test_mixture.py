@@ -79,6 +79,20 @@ def test_a_fault_is_reported_with_its_position(
     assert int(place.partition(":")[0]) == line
 
 
+@pytest.mark.parametrize(("written", "first"), [("<unused7>", "<unused7>"), (262_143, 262_143), ("null", None)])
+def test_a_mixture_names_its_first_sentinel(written: str | int, first: str | int | None, tmp_path: Path) -> None:
+    (tmp_path / "mixture.yaml").write_text(PAPER.replace("format: 1", f"format: 1\nfirst_sentinel: {written}"))
+    assert read_mixture(tmp_path / "mixture.yaml").first_sentinel == first
+    assert read_mixture().first_sentinel is None
+
+
+@pytest.mark.parametrize("written", ["-1", "1.5", '""', "[1]"])
+def test_a_first_sentinel_is_a_name_or_an_id(written: str, tmp_path: Path) -> None:
+    said, place = fault(PAPER.replace("format: 1", f"format: 1\nfirst_sentinel: {written}"), tmp_path)
+    assert said.startswith("first_sentinel") or "first_sentinel" in said
+    assert place.startswith("5:")
+
+
 def test_a_mixture_without_tasks_is_refused(tmp_path: Path) -> None:
     assert "at least 1 item" in fault("format: 1\ntasks: []\n", tmp_path)[0]
     assert fault("[]\n", tmp_path)[1] == "1:1"

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from t5g2convert.adaptation.ul2.sentinels import Sentinels, check_reserved
+from t5g2convert.adaptation.ul2.sentinels import FirstSentinel, Sentinels, check_reserved
 from t5g2convert.errors import DataError
 
 SPECIAL = {"pad": 0, "eos": 1, "bos": 2, "boi": 255_999, "eoi": 256_000, "image": 256_001}
@@ -119,3 +119,51 @@ def test_only_known_ids_are_counted() -> None:
 def test_an_id_next_to_the_sentinels_is_text() -> None:
     check(highest=260_883, occurrences={260_883: 1})
     check(highest=262_144, occurrences={262_144: 1})
+
+
+# The first sentinel
+
+
+GEMMA = {"<bos>": 2, "<unused99>": 256_001, "<unused6236>": 262_138, "<unused6237>": 262_139, "<unused6241>": 262_143}
+
+
+def find(wanted: str | int | None, names: dict[str, int] = GEMMA, **changes: Any) -> FirstSentinel:
+    return FirstSentinel.find(wanted, names, **{"vocabulary": 262_144, "reserved": RESERVED, **changes})
+
+
+def test_the_first_sentinel_is_googles() -> None:
+    assert find(None) == FirstSentinel(262_139, "<unused6237>")
+    run = Sentinels.available(vocabulary=262_144, reserved=RESERVED, first=262_139)
+    assert (run.first, run.last, run.count) == (262_139, 256_002, 6138)
+    assert Sentinels.of(vocabulary=262_144, reserved=RESERVED, needed=1260, first=262_139) == Sentinels(262_139, 1260)
+
+
+def test_it_is_found_by_its_name_whatever_its_id() -> None:
+    moved = {**GEMMA, "<unused6237>": 500}
+    assert find(None, moved) == find("<unused6237>", moved) == FirstSentinel(500, "<unused6237>")
+
+
+def test_an_id_is_recorded_by_its_name() -> None:
+    assert find(262_143) == find("<unused6241>") == FirstSentinel(262_143, "<unused6241>")
+    assert find(262_140) == FirstSentinel(262_140, 262_140)
+
+
+def test_in_another_vocabulary_the_default_is_the_highest_unused_id() -> None:
+    names = {"<unused7>": 297, "<eos>": 1}
+    assert find(None, names, vocabulary=300, reserved={299, 298, 1}) == FirstSentinel(297, "<unused7>")
+    assert find(None, {}, vocabulary=300, reserved={1}) == FirstSentinel(299, 299)
+    # The table has no row for Google's.
+    assert find(None, GEMMA, vocabulary=262_139, reserved=RESERVED) == FirstSentinel(262_138, "<unused6236>")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ("<unused7>", "the tokenizer has no token <unused7>, the mixture's first_sentinel"),
+        ("<bos>", "first_sentinel, id 2, is a reserved token"),
+        (262_144, "first_sentinel, id 262144, is beyond the table of 262144 rows"),
+    ],
+)
+def test_a_first_sentinel_that_cannot_be_used_is_refused(wanted: str | int, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        find(wanted)

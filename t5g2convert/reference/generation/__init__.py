@@ -1,0 +1,1 @@
+"""Generation: prompts, sampling, batches and streaming, with the reference pass or with transformers."""
