@@ -32,7 +32,6 @@ FORMAT: Final = 1
 SEAL: Final = "sha256"
 """The last key of the manifest: the sha256 of everything before it."""
 
-
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A sha256, hexadecimal."""
 
