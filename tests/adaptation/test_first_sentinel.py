@@ -81,10 +81,10 @@ def test_a_model_trained_by_version_0_1_0_began_with_the_highest_id(
         kept = SimpleNamespace(first_sentinel=None, tasks=tasks)
         return SimpleNamespace(adaptation=SimpleNamespace(settings=SimpleNamespace(mixture=kept)))
 
-    monkeypatch.setattr("t5g2convert.adaptation.train.preflight.read_manifest", lambda _: trained())
+    monkeypatch.setattr("t5g2convert.adaptation.train.samples.read_manifest", lambda _: trained())
     prepare(small / "model", small / "data", settings_of())
     with pytest.raises(DataError, match=f"from {HIGHEST} downwards"):
         prepare(small / "model", small / "data", settings_of(mixture=mixture(NEXT)))
     # A training without sentinels fits every mixture.
-    monkeypatch.setattr("t5g2convert.adaptation.train.preflight.read_manifest", lambda _: trained(sentinels=(False,)))
+    monkeypatch.setattr("t5g2convert.adaptation.train.samples.read_manifest", lambda _: trained(sentinels=(False,)))
     prepare(small / "model", small / "data", settings_of(mixture=mixture(NEXT)))

@@ -46,6 +46,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "t5g2 convert --rope-scaling {} makes one": ("convert",),
     "t5g2 pack writes one": ("pack",),
     "pass --recompute none": ("adapt",),
+    "pass --attention dense": ("adapt",),
     "pass --no-encoder-bos": ("adapt",),
     "pack more text, or reduce --encoder-length and --decoder-length": ("adapt",),
     "omit --image-every": ("adapt",),

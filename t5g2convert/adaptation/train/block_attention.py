@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from t5g2convert.adaptation.train.model import quiet_transformers
 from t5g2convert.errors import UsageError
 
 NAME: Final = "t5g2_block_attention"
@@ -43,9 +44,7 @@ def use_block_attention(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "model_type", None) != "t5gemma2":
         raise UsageError("this model has no attention by blocks", hint="pass --attention dense")
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, _attend)
+    quiet_transformers().AttentionInterface.register(NAME, _attend)
     for part in (config.encoder.text_config, config.decoder):
         part._attn_implementation = NAME
 
