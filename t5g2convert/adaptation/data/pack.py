@@ -14,21 +14,12 @@ from numpy.typing import NDArray
 
 from t5g2convert.adaptation.data.documents import Document, Fault
 from t5g2convert.adaptation.data.image_columns import ImageSource
+from t5g2convert.adaptation.data.image_documents import IMAGE_COLUMNS, PICTURE, PICTURES, PICTURES_FILE
 from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces, with_images
-from t5g2convert.adaptation.data.index import INDEX_FILE, Index, SkippedEntry, read_index, tokens_entry
-from t5g2convert.adaptation.data.packed import (
-    COUNTS_FILE,
-    END,
-    PICTURE,
-    PICTURES_FILE,
-    PICTURES_FOLDER,
-    SKIPPED_FILE,
-    TOKEN,
-    mapped_array,
-    picture_name,
-    shard_name,
-)
+from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, read_index, tokens_entry
+from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE
 from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles
+from t5g2convert.adaptation.data.token_stream import END, TOKEN, shard_name
 from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder, read_tokens
 from t5g2convert.adaptation.options import PackOptions
 from t5g2convert.command_options import takes_options
@@ -72,7 +63,7 @@ class Packing:
             "tokens": index.text.tokens,
             "image_documents": index.image.documents,
             "image_tokens": index.image.tokens,
-            "images": index.pictures.files,
+            "images": index.pictures.images,
             "empty": index.empty,
             "skipped": 0 if index.skipped is None else index.skipped.documents,
             "shards": len(index.text.shards) + len(index.image.shards),
@@ -176,7 +167,7 @@ class _Pieces:
 
 
 class _Packer:
-    """Tokenizes documents in batches and writes them; memory does not depend on their number."""
+    """Tokenizes documents in batches and writes them; memory depends only on the number of distinct images."""
 
     def __init__(self, files: _Files, encoder: TextEncoder, tokens: ModelTokens, *, bos: bool, skip_bad: int) -> None:
         self._files, self._encoder, self._tokens, self._bos = files, encoder, tokens, bos
@@ -259,7 +250,8 @@ class _Packer:
         tokens = np.concatenate([self._before, with_images(pieces, self._tokens), self._behind])
         if document.images:
             self._places += len(document.images)
-            self._files.image.add(tokens, self._places)
+            split = len(tokens) - len(pieces[-1]) - len(self._behind)
+            self._files.image.add(tokens, self._places, split)
         else:
             self._files.text.add(tokens)
         return tokens
@@ -270,7 +262,7 @@ class _Packer:
         files.counts.write(self._counts.astype(END))
         present = np.flatnonzero(self._counts)
         return Index(
-            format=1,
+            format=FORMAT,
             tokenizer_sha256=self._encoder.sha256,
             tokens=tokens_entry(self._tokens),
             bos=self._bos,
@@ -309,21 +301,24 @@ def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:
 
 
 def packed_listing(folder: Path) -> dict[str, ListedFile]:
-    """List the files of packed data, from its index and its list of images.
+    """List the files of packed data, from its index.
 
     Raises:
-        DataError: The index is missing, or an image has an invalid name.
+        DataError: The index is missing or not valid.
     """
     index, _ = read_index(folder)
-    listed = {INDEX_FILE: ListedFile()}
+    listed = {
+        INDEX_FILE: ListedFile(),
+        "text.doc": ListedFile(index.text.documents * END.itemsize, index.text.ends),
+        "image.doc": ListedFile(index.image.documents * IMAGE_COLUMNS * END.itemsize, index.image.ends),
+        PICTURES_FILE: ListedFile(index.pictures.places * PICTURE.itemsize, index.pictures.sha256),
+        COUNTS_FILE: ListedFile(index.tokens.vocabulary * END.itemsize, index.counts),
+    }
     for name, stream in (("text", index.text), ("image", index.image)):
-        listed[f"{name}.doc"] = ListedFile(sha256=stream.ends)
         for number, shard in enumerate(stream.shards):
             listed[shard_name(name, number)] = ListedFile(shard.tokens * TOKEN.itemsize, shard.sha256)
+    for number, pictures in enumerate(index.pictures.shards):
+        listed[shard_name(PICTURES, number)] = ListedFile(pictures.nbytes, pictures.sha256)
     if index.skipped is not None:
         listed[SKIPPED_FILE] = ListedFile(sha256=index.skipped.sha256)
-    listed[COUNTS_FILE] = ListedFile(index.tokens.vocabulary * END.itemsize, index.counts)
-    listed[PICTURES_FILE] = ListedFile(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
-    for place in mapped_array(folder / PICTURES_FILE, PICTURE, (index.pictures.places,)):
-        listed[f"{PICTURES_FOLDER}/{picture_name(place)}"] = ListedFile(sha256=bytes(place["sha256"]).hex())
     return listed

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from t5g2convert.adaptation.data.packed import Packed, check_tokenizer
 from t5g2convert.adaptation.data.tokens import ModelTokens, read_tokens
 from t5g2convert.adaptation.train.settings import Settings
@@ -19,6 +21,9 @@ from t5g2convert.errors import CheckpointError, DataError, UsageError
 
 SHOWN: Final = 5
 """Documents listed in an error."""
+
+CHECKED_AT_ONCE: Final = 1 << 20
+"""Sizes of documents compared at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,15 +253,23 @@ def check_images(samples: UL2Dataset) -> None:
         raise UsageError("--image-every needs a model with a vision tower")
     if not len(documents):
         raise DataError("has no documents with images", where=samples.packed.folder, hint="omit --image-every")
-    wrong = []
-    for number, document in enumerate(documents):
-        size = samples.image_size(document)
-        if size.encoder > settings.encoder_length or size.labels > settings.decoder_length:
-            wrong.append(f"document {number}: {size.encoder} encoder tokens and {size.labels} labels")
+    # The objective adds the same tokens to every document.
+    first = documents[0]
+    size = samples.image_size(first)
+    added = size.encoder - first.split, size.labels - (len(first.tokens) - first.split)
+    limits = settings.encoder_length, settings.decoder_length
+    wrong, shown = 0, list[str]()
+    for start in range(0, len(documents), CHECKED_AT_ONCE):
+        sizes = documents.sizes(start, min(start + CHECKED_AT_ONCE, len(documents))) + added
+        over = np.flatnonzero((sizes > limits).any(axis=1))
+        wrong += len(over)
+        for number in over[: SHOWN - len(shown)].tolist():
+            encoder, labels = sizes[number].tolist()
+            shown.append(f"document {start + number}: {encoder} encoder tokens and {labels} labels")
     if wrong:
         raise DataError(
-            f"{len(wrong)} document(s) with images are longer than {settings.encoder_length} encoder tokens or "
-            f"{settings.decoder_length} labels, first {wrong[0]}",
+            f"{wrong} document(s) with images are longer than {settings.encoder_length} encoder tokens or "
+            f"{settings.decoder_length} labels, first {shown[0]}",
             where=samples.packed.folder,
-            details=wrong[:SHOWN],
+            details=shown,
         )
