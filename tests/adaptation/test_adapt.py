@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from t5g2convert.adaptation.adapt import adapt, foresee
-from t5g2convert.adaptation.train import checkpoints, loop
+from t5g2convert.adaptation.data.image_columns import ImageSource
+from t5g2convert.adaptation.train import checkpoints, loop, preflight
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     check_files,
     complete_checkpoints,
@@ -36,6 +38,7 @@ from t5g2convert.adaptation.train.run_folder import check_vacant, locked
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.adaptation.ul2 import dataset
+from t5g2convert.adaptation.ul2.dataset import UL2Dataset
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, T5g2Error, UsageError
