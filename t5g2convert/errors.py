@@ -108,7 +108,7 @@ class HubError(T5g2Error):
 
 
 class MachineError(T5g2Error):
-    """Training ran out of memory, or one of its processes died; it can be resumed."""
+    """Training ran out of memory, or a process of training or packing died; training can be resumed."""
 
     exit_code = 8
 

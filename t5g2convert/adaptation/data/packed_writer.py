@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
@@ -123,6 +124,23 @@ class StreamFiles:
                 file.__exit__(kind, error, traceback)
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedImage:
+    """An image to store.
+
+    Attributes:
+        sha256: The sha256 of its bytes.
+        data: Its bytes; none if it is already stored.
+        ending: The extension of its format.
+        loses: Whether it has more than 8-bit RGB holds.
+    """
+
+    sha256: bytes
+    data: bytes
+    ending: str
+    loses: bool
+
+
 class PictureFiles:
     """The shards of images, each distinct image once, and the list of the images of all documents.
 
@@ -144,32 +162,23 @@ class PictureFiles:
         self.losing = 0
         """Images of which 8-bit RGB loses something."""
 
-    def add(self, images: Sequence[ImageSource]) -> None:
-        """Copy the images of a document unless they are already stored, and append them to the list.
+    @property
+    def known(self) -> Container[bytes]:
+        """The sha256 of all stored images."""
+        return self._known.keys()
 
-        All images of the document are in memory at once.
+    def add(self, images: Sequence[CheckedImage]) -> None:
+        """Store the images of a document unless they are already stored, and append them to the list.
 
         Raises:
-            ValueError: One is missing, not an image, or larger than a shard; then none is added.
             OutputError: The disk is full or fails.
         """
-        checked = []
         for image in images:
-            try:
-                data = _bytes_of(image)
-                digest = hashlib.sha256(data).digest()
-                # A known image was checked when it was stored.
-                new = None if digest in self._known else check_picture(ImageBytes(str(image), data))
-                checked.append((digest, data, new))
-            except ValueError as error:
-                raise ValueError(f"{image} {error}") from None
-        for digest, data, new in checked:
-            if new is not None and digest not in self._known:
-                ending, loses = new
-                self.losing += loses
-                self._known[digest] = self._store(digest, data, ending)
-            self._rows.write(self._known[digest])
-        self._places += len(checked)
+            if image.sha256 not in self._known:
+                self.losing += image.loses
+                self._known[image.sha256] = self._store(image.sha256, image.data, image.ending)
+            self._rows.write(self._known[image.sha256])
+        self._places += len(images)
 
     def _store(self, digest: bytes, data: bytes, ending: str) -> bytes:
         """Append an image to its shard and return its row; a shard is closed before an image that does not fit."""
@@ -206,6 +215,23 @@ class PictureFiles:
         for file in (self._shard, self._rows):
             if file is not None:
                 file.__exit__(kind, error, traceback)
+
+
+def checked_image(image: ImageSource, known: Container[bytes]) -> CheckedImage:
+    """Read an image and decode it, unless its sha256 is known.
+
+    Raises:
+        ValueError: It is missing, not an image, or larger than a shard.
+    """
+    try:
+        data = _bytes_of(image)
+        digest = hashlib.sha256(data).digest()
+        if digest in known:
+            return CheckedImage(digest, b"", "", loses=False)
+        ending, loses = check_picture(ImageBytes(str(image), data))
+    except ValueError as error:
+        raise ValueError(f"{image} {error}") from None
+    return CheckedImage(digest, data, ending, loses)
 
 
 def _bytes_of(image: ImageSource) -> bytes:

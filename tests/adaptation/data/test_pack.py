@@ -1,5 +1,6 @@
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -22,7 +23,7 @@ from t5g2convert.adaptation.data.image_columns import ImageBytes
 from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.cli.demo import build_demo_source
-from t5g2convert.errors import DataError, Interrupted, OutputError, UsageError
+from t5g2convert.errors import DataError, Interrupted, MachineError, OutputError, UsageError
 from tests.folders import contents
 
 EOS, BOS = 1, 2
@@ -105,6 +106,39 @@ def test_the_same_input_gives_the_same_bytes_however_it_is_cut_into_batches(
         monkeypatch.setattr(packing, "BATCH_DOCUMENTS", count)
         pack(model, tmp_path / str(number), mixed, shard_tokens=100, flush=True)
         assert contents(tmp_path / str(number)) == expected
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
+    model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 3)
+    (tmp_path / "in/cut.png").write_bytes((tmp_path / "in/red.png").read_bytes()[:40])
+    given = [Fault("a:1", "is not UTF-8"), *mixed[:9], Document("a:2", "x", (tmp_path / "in/cut.png",)), *mixed[9:]]
+    done = [
+        pack(model, tmp_path / f"{workers}", given, workers=workers, skip_bad=2, shard_tokens=100, flush=False)
+        for workers in (0, 1, 3)
+    ]
+    assert len({(each.sha256, each.notes) for each in done}) == 1
+    assert done[0].to_json()["skipped"] == 2
+    assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_a_worker_that_dies_ends_the_packing_and_leaves_nothing(
+    model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 3)
+
+    def killing() -> Iterator[Document]:
+        for number, document in enumerate(mixed):
+            if number == 20:
+                multiprocessing.active_children()[0].kill()
+            yield document
+
+    with pytest.raises(MachineError, match="a worker process of pack died") as failed:
+        pack(model, tmp_path / "new/out", killing(), workers=2, flush=False)
+    assert failed.value.exit_code == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    assert not multiprocessing.active_children()
 
 
 HOSTILE = ["<eos>", "<bos>a<eos>b", "<pad>", "<unk>", "<start_of_image>", "<image_soft_token>x<end_of_image>"]
