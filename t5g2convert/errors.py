@@ -10,7 +10,7 @@
     ├── DataError             3   the training data is missing, damaged, or does not fit the model
     ├── VerificationError     6   a conversion does not compute what its source computes
     ├── HubError              7   the Hub: not found, not allowed, not reachable
-    ├── MachineError          8   training ran out of memory, or lost one of its processes
+    ├── MachineError          8   training ran out of memory, or training or packing lost a process
     └── Interrupted      130/143  SIGINT or SIGTERM
 
 Library code deliberately raises only these; only `t5g2convert.cli` turns them into text and exit codes.
@@ -108,7 +108,7 @@ class HubError(T5g2Error):
 
 
 class MachineError(T5g2Error):
-    """Training ran out of memory, or one of its processes died; it can be resumed."""
+    """Training ran out of memory, or a process of training or packing died; training can be resumed."""
 
     exit_code = 8
 

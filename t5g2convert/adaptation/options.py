@@ -266,6 +266,7 @@ class PackOptions(CommandOptions):
     Attributes:
         bos: Start each document with the model's bos; each ends with its eos.
         skip_bad: How many documents that cannot be packed are skipped; one more ends the packing.
+        workers: Additional processes that tokenize and decode images; the output does not depend on it.
         shard_tokens: Most tokens per file.
         flush: Wait until all bytes are on disk before the output appears.
         overwrite: Replace existing packed data at the very end; nothing else is ever replaced.
@@ -284,6 +285,9 @@ class PackOptions(CommandOptions):
         int,
         Field(ge=0),
         Option("Skip up to N documents that cannot be packed, and list them in OUTPUT/skipped.jsonl.", metavar="N"),
+    ] = 0
+    workers: Annotated[
+        int, Field(ge=0), Option("Processes that tokenize and decode images; the output is the same for any number.")
     ] = 0
     shard_tokens: Annotated[int, Field(ge=1), Option("Tokens per file, 4 bytes each.")] = SHARD_TOKENS
     flush: Annotated[bool, Option("Flush all bytes to disk, to survive power loss.")] = True

@@ -32,6 +32,7 @@ FORMAT: Final = 1
 SEAL: Final = "sha256"
 """The last key of the manifest: the sha256 of everything before it."""
 
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A sha256, hexadecimal."""
 
@@ -163,10 +164,7 @@ class MixtureRecord(ConfigSection):
 
 
 class TrainingSettings(ConfigSection):
-    """The settings that determine the result of a training.
-
-    The fields are the settings that this tool reads; `document()` has all settings, in the order they were written.
-    """
+    """The settings of a training that this tool reads; `document()` has all of them, in the order they were written."""
 
     mixture: MixtureRecord
     encoder_length: PositiveInt

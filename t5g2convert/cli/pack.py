@@ -65,7 +65,7 @@ def pack(
         folders = sources or [folder for folder in (Path(dataset or ""),) if folder.exists()]
         done = pack_documents(model, output, documents, options.replace(sources=folders))
     unread = unread_endings(sources)
-    if done.index.pictures.files:
+    if done.index.pictures.images:
         # Rows name the images of their folder.
         unread = Counter({ending: count for ending, count in unread.items() if ending not in IMAGE_ENDINGS})
     if unread:

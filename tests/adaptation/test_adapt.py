@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from t5g2convert.adaptation.adapt import adapt, foresee
+from t5g2convert.adaptation.data.image_columns import ImageSource
 from t5g2convert.adaptation.train import checkpoints, loop
+from t5g2convert.adaptation.train import samples as samples_of_run
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     check_files,
     complete_checkpoints,
@@ -36,6 +39,7 @@ from t5g2convert.adaptation.train.run_folder import check_vacant, locked
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.train.teacher import check_teacher
 from t5g2convert.adaptation.ul2 import dataset
+from t5g2convert.adaptation.ul2.dataset import UL2Dataset
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, T5g2Error, UsageError
@@ -228,13 +232,13 @@ def test_a_step_with_a_sample_that_cannot_be_made_is_not_finished(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = dataset.pixel_values
-    calls: list[Path] = []
+    calls: list[ImageSource] = []
 
-    def second_is_lost(paths: Sequence[Path], model: Path) -> Any:
-        calls.extend(paths)
+    def second_is_lost(images: Sequence[ImageSource], model: Path) -> Any:
+        calls.extend(images)
         if len(calls) == 2:
-            raise DataError("no such file", where=paths[0])
-        return made(paths, model)
+            raise DataError("no such file", where=str(images[0]))
+        return made(images, model)
 
     monkeypatch.setattr(dataset, "pixel_values", second_is_lost)
     request = request_of(small, tmp_path / "run", settings_of(image_every=2))
@@ -481,6 +485,37 @@ def test_image_steps_without_a_vision_tower_or_images_are_refused(small: Path, t
     prepare(small / "model", tmp_path / "data", settings_of())
     with pytest.raises(DataError, match="has no documents with images"):
         prepare(small / "model", tmp_path / "data", settings_of(image_every=2))
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 100])
+def test_sizes_of_documents_with_images_are_those_of_their_samples(
+    small: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = prepare(small / "model", small / "data", settings_of(image_every=2)).samples
+    sizes = [samples.image_size(document) for document in samples.corpora[0].packed.images]
+    expected = [
+        f"document {number}: {size.encoder} encoder tokens and {size.labels} labels"
+        for number, size in enumerate(sizes)
+        if size.labels > 40
+    ]
+    monkeypatch.setattr(samples_of_run, "CHECKED_AT_ONCE", at_once)
+    with pytest.raises(DataError) as failed:
+        prepare(small / "model", small / "data", settings_of(image_every=2, decoder_length=40))
+    assert list(failed.value.details) == expected
+    longest = max(size.encoder for size in sizes)
+    monkeypatch.setattr(samples_of_run, "SHOWN", 1)
+    with pytest.raises(DataError, match=r"\d+ document\(s\) with images are longer than") as failed:
+        samples_of_run.measure(with_settings(samples, encoder_length=longest - 1))
+    first = next(number for number, size in enumerate(sizes) if size.encoder == longest)
+    assert failed.value.details[0].startswith(f"document {first}: {longest} encoder tokens")
+    samples_of_run.measure(with_settings(samples, encoder_length=longest))
+
+
+def with_settings(samples: UL2Dataset, **changes: Any) -> UL2Dataset:
+    """Return the same samples with other settings."""
+    changed = copy(samples)
+    changed.settings = samples.settings.model_copy(update=changes)
+    return changed
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ STRANGE: Mapping[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("kind", STRANGE)
 @pytest.mark.parametrize(
-    "name", ["index.json", "text.doc", "text-00000.bin", "counts.bin", "image.pic", "images/0.png"]
+    "name", ["index.json", "text.doc", "text-00000.bin", "counts.bin", "image.pic", "pictures-00000.bin"]
 )
 def test_T5_special_files_in_packed_data_are_named_without_waiting(
     small: Path, tmp_path: Path, name: str, kind: str

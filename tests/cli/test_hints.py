@@ -61,6 +61,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "reduce --workers; {}": ("adapt",),
     "{}, or --devices 1": ("adapt",),
     "--change lets it hold from the newest checkpoint on": ("adapt",),
+    "pack again with fewer --workers": ("pack",),
     "--skip-bad 1 packs the others": ("pack",),
     "mend them, or skip up to N with --skip-bad N{}": ("pack",),
     "repeat the command with --resume to continue from the last checkpoint, if any": ("adapt",),

@@ -20,7 +20,8 @@ from typing import Annotated, Any, Final, Literal, Self
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from t5g2convert.adaptation.data.packed import END, Packed, check_tokenizer, mapped_array
+from t5g2convert.adaptation.data.packed import Packed, check_tokenizer
+from t5g2convert.adaptation.data.token_stream import END, mapped_array
 from t5g2convert.adaptation.declarations import read_declaration
 from t5g2convert.checkpoint.manifest import digest_of
 from t5g2convert.errors import DataError

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat
 
+from t5g2convert.adaptation.data.image_columns import ImageBytes, ImageSource
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Size, parse_section
 from t5g2convert.checkpoint.families.t5gemma2 import read_t5gemma2
@@ -58,7 +60,7 @@ def with_images(pieces: Sequence[NDArray[np.uint32]], tokens: ModelTokens) -> ND
     return np.concatenate(joined)
 
 
-def check_picture(path: Path) -> tuple[str, bool]:
+def check_picture(source: ImageSource) -> tuple[str, bool]:
     """Decode an image.
 
     Returns:
@@ -67,20 +69,20 @@ def check_picture(path: Path) -> tuple[str, bool]:
     Raises:
         ValueError: It is missing, damaged, of another format, or so large that it would take gigabytes.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         kind = image.format or ""
         loses = image.mode in LOSING_MODES or image.info.get("transparency") is not None
         _upright(image)
     return ENDINGS[kind], loses
 
 
-def pixel_values(paths: Sequence[Path], model: Path) -> NDArray[np.float32]:
+def pixel_values(images: Sequence[ImageSource], model: Path) -> NDArray[np.float32]:
     """Return the pixels of images exactly as transformers' pillow-based image processor for the model's folder.
 
     With torchvision installed, transformers resizes with other arithmetic, which is not reproduced.
 
     Args:
-        paths: Image files.
+        images: Images, as files or bytes.
         model: The folder of a converted model.
 
     Returns:
@@ -88,31 +90,32 @@ def pixel_values(paths: Sequence[Path], model: Path) -> NDArray[np.float32]:
 
     Raises:
         CheckpointError: The processor's settings are missing or not supported.
-        DataError: A file is not an image.
+        DataError: One is not an image.
     """
     settings = _processor(model)
-    result = np.empty((len(paths), 3, settings.height, settings.width), dtype=np.float32)
-    for row, path in zip(result, paths, strict=True):
+    result = np.empty((len(images), 3, settings.height, settings.width), dtype=np.float32)
+    for row, source in zip(result, images, strict=True):
         try:
-            with _opened(path) as image:
+            with _opened(source) as image:
                 row[:] = settings.apply(_upright(image))
         except ValueError as error:
-            raise DataError(str(error), where=path) from None
+            raise DataError(str(error), where=str(source)) from None
     return result
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator["Image"]:
+def _opened(source: ImageSource) -> Iterator["Image"]:
     from PIL import Image, UnidentifiedImageError
 
-    if not path.is_file():
-        raise ValueError("is not a file" if path.exists() else "no such file")
+    if isinstance(source, Path) and not source.is_file():
+        raise ValueError("is not a file" if source.exists() else "no such file")
     with warnings.catch_warnings():
         # Pillow warns about a very large image, and refuses one of twice that size.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path, formats=list(ENDINGS)) as image:
+            file = BytesIO(source.data) if isinstance(source, ImageBytes) else source
+            with Image.open(file, formats=list(ENDINGS)) as image:
                 yield image
         except UnidentifiedImageError:
             raise_interruption()

@@ -16,6 +16,8 @@ from t5g2convert.errors import CheckpointError, DataError
 
 INDEX_FILE: Final = "index.json"
 
+FORMAT: Final = 2
+
 MAX_BYTES: Final = 1 << 24
 """Largest index: about a hundred thousand shards."""
 
@@ -43,12 +45,20 @@ class StreamEntry(_Section):
     ends: Digest
 
 
+class PictureShardEntry(_Section):
+    """A file of images."""
+
+    nbytes: Annotated[int, Field(gt=0, lt=2**48)]
+    sha256: Digest
+
+
 class PicturesEntry(_Section):
-    """Images: positions in documents, files, and bytes of all files."""
+    """Images: positions in documents, distinct images, their bytes in shards, and the sha256 of image.pic."""
 
     places: Count
-    files: Count
+    images: Count
     nbytes: Count
+    shards: tuple[PictureShardEntry, ...]
     sha256: Digest
 
 
@@ -76,7 +86,7 @@ class TokensEntry(_Section):
 class Index(_Section):
     """index.json."""
 
-    format: Literal[1]
+    format: Literal[2]
     tokenizer_sha256: Digest
     tokens: TokensEntry
     bos: bool
@@ -113,6 +123,12 @@ def read_index(folder: Path) -> tuple[Index, str]:
         index = Index.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("format",) and first["type"] == "literal_error":
+            raise DataError(
+                f"has format {first['input']!r}, but this version of t5g2 reads format {FORMAT}",
+                where=path,
+                hint="pack the data again",
+            ) from None
         place = ".".join(map(str, first["loc"]))
         raise DataError(
             f"is not an index of packed data: {f'{place}: ' if place else ''}{first['msg']}",

@@ -2,34 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
+from t5g2convert.adaptation.data.document_encoder import DocumentEncoder, Encoded, Pieces, encode_batches
 from t5g2convert.adaptation.data.documents import Document, Fault
-from t5g2convert.adaptation.data.image_columns import ImageSource
-from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces, with_images
-from t5g2convert.adaptation.data.index import INDEX_FILE, Index, SkippedEntry, read_index, tokens_entry
-from t5g2convert.adaptation.data.packed import (
-    COUNTS_FILE,
-    END,
-    PICTURE,
-    PICTURES_FILE,
-    PICTURES_FOLDER,
-    SKIPPED_FILE,
-    TOKEN,
-    mapped_array,
-    picture_name,
-    shard_name,
-)
+from t5g2convert.adaptation.data.image_documents import IMAGE_COLUMNS, PICTURE, PICTURES, PICTURES_FILE
+from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces
+from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, read_index, tokens_entry
+from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE
 from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles
-from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder, read_tokens
+from t5g2convert.adaptation.data.token_stream import END, TOKEN, shard_name
+from t5g2convert.adaptation.data.tokens import read_tokens
 from t5g2convert.adaptation.options import PackOptions
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.output.ownership import ListedFile
@@ -42,6 +31,9 @@ BATCH_CHARACTERS: Final = 1 << 20
 """Characters tokenized at once, plus at most one document."""
 
 BATCH_DOCUMENTS: Final = 4096
+
+BATCH_IMAGES: Final = 64
+"""Images in memory at once, plus those of at most one document."""
 
 MAX_FAULTS: Final = 100
 """Faulty documents after which packing stops."""
@@ -72,7 +64,7 @@ class Packing:
             "tokens": index.text.tokens,
             "image_documents": index.image.documents,
             "image_tokens": index.image.tokens,
-            "images": index.pictures.files,
+            "images": index.pictures.images,
             "empty": index.empty,
             "skipped": 0 if index.skipped is None else index.skipped.documents,
             "shards": len(index.text.shards) + len(index.image.shards),
@@ -102,6 +94,7 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     Raises:
         CheckpointError: The model has no tokenizer, or its config is not valid.
         DataError: More documents cannot be packed than may be skipped (`details` lists them), or there are none.
+        MachineError: A worker process died.
         OutputError: The output exists and is not replaced, or the disk is full or fails.
         UsageError: `bos` is set, but the model has no bos.
     """
@@ -112,13 +105,13 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     check_target(output, model, *options.sources, overwrite=overwrite, listing=packed_listing)
     if bos and tokens.bos is None:
         raise UsageError("--bos needs a model with a bos token")
-    encoder = TextEncoder(model, tokens)
+    encoder = DocumentEncoder(model, tokens, bos=bos)
     with (
         Staging(output, overwrite=overwrite, flush=flush, listing=packed_listing, last=[INDEX_FILE]) as staging,
         ExitStack() as stack,
     ):
         files = _Files(staging.folder, options.shard_tokens, stack, flush=flush)
-        packer = _Packer(files, encoder, tokens, bos=bos, skip_bad=options.skip_bad)
+        packer = _Packer(files, encoder, skip_bad=options.skip_bad, workers=options.workers)
         packer.run(documents)
         index = packer.finish()
         text = index.model_dump_json(indent=1).encode() + b"\n"
@@ -165,27 +158,13 @@ class _Files:
         self.counts = stack.enter_context(HashedFile(folder / COUNTS_FILE))
 
 
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """A document to tokenize: the texts before, between and after its images."""
-
-    number: int
-    where: str
-    texts: list[str]
-    images: tuple[ImageSource, ...]
-
-
 class _Packer:
-    """Tokenizes documents in batches and writes them; memory does not depend on their number."""
+    """Tokenizes documents in batches and writes them; memory depends only on the number of distinct images."""
 
-    def __init__(self, files: _Files, encoder: TextEncoder, tokens: ModelTokens, *, bos: bool, skip_bad: int) -> None:
-        self._files, self._encoder, self._tokens, self._bos = files, encoder, tokens, bos
-        self._skip_bad = skip_bad
-        self._before = np.array([tokens.bos] if bos else [], dtype=np.uint32)
-        self._behind = np.array([tokens.eos], dtype=np.uint32)
-        self._counts = np.zeros(tokens.vocabulary, dtype=np.uint64)
-        self._batch: list[_Pieces] = []
-        self._characters = 0
+    def __init__(self, files: _Files, encoder: DocumentEncoder, *, skip_bad: int, workers: int) -> None:
+        self._files, self._encoder, self._tokens = files, encoder, encoder.tokens
+        self._skip_bad, self._workers = skip_bad, workers
+        self._counts = np.zeros(self._tokens.vocabulary, dtype=np.uint64)
         self._faults: dict[int, Fault] = {}
         """By the numbers of the documents."""
         self._empty = self._places = 0
@@ -198,14 +177,10 @@ class _Packer:
         Raises:
             DataError: More cannot be packed than may be skipped, or there are none.
         """
-        for number, document in enumerate(documents):
-            if isinstance(document, Fault):
-                self._faults[number] = document
-            else:
-                self._take(number, document)
-            if len(self._faults) >= self._skip_bad + MAX_FAULTS:
-                break
-        self._pack_batch()
+        known = self._files.pictures.known
+        with closing(encode_batches(self._batches(documents), self._encoder, known, workers=self._workers)) as encoded:
+            for batch, results in encoded:
+                self._write_batch(batch, results)
         if len(self._faults) > self._skip_bad:
             raise _refusal(self._in_order(), self._skip_bad)
         if not self._files.text.documents + self._files.image.documents:
@@ -214,10 +189,27 @@ class _Packer:
     def _in_order(self) -> list[Fault]:
         return [fault for _, fault in sorted(self._faults.items())]
 
-    def _take(self, number: int, document: Document) -> None:
+    def _batches(self, documents: Iterable[Document | Fault]) -> Iterator[list[Pieces]]:
+        """Yield the documents in batches, until there are too many faults."""
+        batch, characters, images = list[Pieces](), 0, 0
+        for number, document in enumerate(documents):
+            if isinstance(document, Fault):
+                self._faults[number] = document
+            elif (pieces := self._pieces(number, document)) is not None:
+                batch.append(pieces)
+                characters, images = characters + len(document.text), images + len(document.images)
+            if len(self._faults) >= self._skip_bad + MAX_FAULTS:
+                break
+            if characters >= BATCH_CHARACTERS or images >= BATCH_IMAGES or len(batch) >= BATCH_DOCUMENTS:
+                yield batch
+                batch, characters, images = [], 0, 0
+        if batch:
+            yield batch
+
+    def _pieces(self, number: int, document: Document) -> Pieces | None:
         if not document.images and not document.text.strip():
             self._empty += 1
-            return
+            return None
         texts = [document.text]
         try:
             if document.images:
@@ -226,62 +218,44 @@ class _Packer:
                 texts = text_pieces(document.text, len(document.images))
         except ValueError as error:
             self._faults[number] = Fault(document.where, str(error))
-            return
+            return None
         self.plain_placeholders += not document.images and PLACEHOLDER in document.text
-        self._batch.append(_Pieces(number, document.where, texts, document.images))
-        self._characters += len(document.text)
-        if self._characters >= BATCH_CHARACTERS or len(self._batch) >= BATCH_DOCUMENTS:
-            self._pack_batch()
+        return Pieces(number, document.where, texts, document.images)
 
-    def _pack_batch(self) -> None:
-        batch, self._batch, self._characters = self._batch, [], 0
-        if not batch:
-            return
-        encoded = iter(self._encoder.encode([text for document in batch for text in document.texts]))
+    def _write_batch(self, batch: list[Pieces], results: list[Encoded | Fault | None]) -> None:
         packed = []
-        for document in batch:
-            pieces = list(islice(encoded, len(document.texts)))
-            if reason := next(filter(None, map(self._encoder.fault, pieces)), None):
-                self._faults[document.number] = Fault(document.where, reason)
-            elif not document.images and not len(pieces[0]):
+        for document, result in zip(batch, results, strict=True):
+            if result is None:
                 self._empty += 1
+            elif isinstance(result, Fault):
+                self._faults[document.number] = result
             else:
-                try:
-                    self._files.pictures.add(document.images)
-                except ValueError as error:
-                    self._faults[document.number] = Fault(document.where, str(error))
+                packed.append(result.tokens)
+                if result.images:
+                    self._files.pictures.add(result.images)
+                    self._places += len(result.images)
+                    self._files.image.add(result.tokens, self._places, result.split)
                 else:
-                    packed.append(self._write(document, pieces))
+                    self._files.text.add(result.tokens)
         if packed:
             self._counts += np.bincount(np.concatenate(packed), minlength=len(self._counts)).astype(np.uint64)
-
-    def _write(self, document: _Pieces, pieces: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
-        tokens = np.concatenate([self._before, with_images(pieces, self._tokens), self._behind])
-        if document.images:
-            self._places += len(document.images)
-            self._files.image.add(tokens, self._places)
-        else:
-            self._files.text.add(tokens)
-        return tokens
 
     def finish(self) -> Index:
         """Close all files and return their index."""
         files = self._files
         files.counts.write(self._counts.astype(END))
-        present = np.flatnonzero(self._counts)
+        present, special = np.flatnonzero(self._counts), self._encoder.text.special
         return Index(
-            format=1,
-            tokenizer_sha256=self._encoder.sha256,
+            format=FORMAT,
+            tokenizer_sha256=self._encoder.text.sha256,
             tokens=tokens_entry(self._tokens),
-            bos=self._bos,
+            bos=self._encoder.bos,
             text=files.text.finish(),
             image=files.image.finish(),
             pictures=files.pictures.finish(),
             counts=files.counts.finish(flush=files.flush),
             highest=int(present[-1]),
-            special={
-                str(token): int(self._counts[token]) for token in present.tolist() if token in self._encoder.special
-            },
+            special={str(token): int(self._counts[token]) for token in present.tolist() if token in special},
             empty=self._empty,
             skipped=self._write_skipped(),
         )
@@ -309,21 +283,24 @@ def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:
 
 
 def packed_listing(folder: Path) -> dict[str, ListedFile]:
-    """List the files of packed data, from its index and its list of images.
+    """List the files of packed data, from its index.
 
     Raises:
-        DataError: The index is missing, or an image has an invalid name.
+        DataError: The index is missing or not valid.
     """
     index, _ = read_index(folder)
-    listed = {INDEX_FILE: ListedFile()}
+    listed = {
+        INDEX_FILE: ListedFile(),
+        "text.doc": ListedFile(index.text.documents * END.itemsize, index.text.ends),
+        "image.doc": ListedFile(index.image.documents * IMAGE_COLUMNS * END.itemsize, index.image.ends),
+        PICTURES_FILE: ListedFile(index.pictures.places * PICTURE.itemsize, index.pictures.sha256),
+        COUNTS_FILE: ListedFile(index.tokens.vocabulary * END.itemsize, index.counts),
+    }
     for name, stream in (("text", index.text), ("image", index.image)):
-        listed[f"{name}.doc"] = ListedFile(sha256=stream.ends)
         for number, shard in enumerate(stream.shards):
             listed[shard_name(name, number)] = ListedFile(shard.tokens * TOKEN.itemsize, shard.sha256)
+    for number, pictures in enumerate(index.pictures.shards):
+        listed[shard_name(PICTURES, number)] = ListedFile(pictures.nbytes, pictures.sha256)
     if index.skipped is not None:
         listed[SKIPPED_FILE] = ListedFile(sha256=index.skipped.sha256)
-    listed[COUNTS_FILE] = ListedFile(index.tokens.vocabulary * END.itemsize, index.counts)
-    listed[PICTURES_FILE] = ListedFile(index.pictures.places * PICTURE.itemsize, index.pictures.sha256)
-    for place in mapped_array(folder / PICTURES_FILE, PICTURE, (index.pictures.places,)):
-        listed[f"{PICTURES_FOLDER}/{picture_name(place)}"] = ListedFile(sha256=bytes(place["sha256"]).hex())
     return listed

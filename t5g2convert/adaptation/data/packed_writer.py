@@ -2,32 +2,27 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
-from io import BytesIO
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Self, cast
+from typing import Any, BinaryIO, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from t5g2convert.adaptation.data.image_columns import ImageBytes, ImageSource
+from t5g2convert.adaptation.data.image_documents import PICTURE, PICTURES, PICTURES_FILE
 from t5g2convert.adaptation.data.images import check_picture
-from t5g2convert.adaptation.data.index import PicturesEntry, ShardEntry, StreamEntry
-from t5g2convert.adaptation.data.packed import (
-    END,
-    PICTURE,
-    PICTURES_FILE,
-    PICTURES_FOLDER,
-    TOKEN,
-    picture_name,
-    shard_name,
-)
-from t5g2convert.checkpoint.atomic_write import flush_folder
+from t5g2convert.adaptation.data.index import PicturesEntry, PictureShardEntry, ShardEntry, StreamEntry
+from t5g2convert.adaptation.data.token_stream import END, TOKEN, shard_name
 from t5g2convert.conversion.write.copy import output_errors
 
 BUFFER_BYTES: Final = 1 << 20
+
+PICTURE_SHARD_BYTES: Final = 1 << 30
+"""Most bytes of a shard of images, and of an image."""
 
 
 class HashedFile:
@@ -129,8 +124,27 @@ class StreamFiles:
                 file.__exit__(kind, error, traceback)
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedImage:
+    """An image to store.
+
+    Attributes:
+        sha256: The sha256 of its bytes.
+        data: Its bytes; none if it is already stored.
+        ending: The extension of its format.
+        loses: Whether it has more than 8-bit RGB holds.
+    """
+
+    sha256: bytes
+    data: bytes
+    ending: str
+    loses: bool
+
+
 class PictureFiles:
-    """The folder of images, each stored once, and the list of the images of all documents.
+    """The shards of images, each distinct image once, and the list of the images of all documents.
+
+    The sha256 and the row of each distinct image stay in memory: about 250 bytes per image, 2.5 GB for ten million.
 
     Args:
         folder: The folder to write to.
@@ -138,76 +152,59 @@ class PictureFiles:
     """
 
     def __init__(self, folder: Path, *, flush: bool) -> None:
-        self._folder, self._flush = folder / PICTURES_FOLDER, flush
-        self._partial = self._folder / "partial"
-        self._count = self._files = self._nbytes = 0
+        self._folder, self._flush = folder, flush
+        self._rows = HashedFile(folder / PICTURES_FILE)
+        self._known: dict[bytes, bytes] = {}
+        """The row of each distinct image, by its sha256."""
+        self._shard: HashedFile | None = None
+        self._finished: list[PictureShardEntry] = []
+        self._places = 0
         self.losing = 0
         """Images of which 8-bit RGB loses something."""
-        with output_errors(self._folder):
-            self._folder.mkdir()
-        self._places = HashedFile(folder / PICTURES_FILE)
 
-    def add(self, images: Sequence[ImageSource]) -> None:
-        """Copy the images of a document unless they are already stored, and append them to the list.
+    @property
+    def known(self) -> Container[bytes]:
+        """The sha256 of all stored images."""
+        return self._known.keys()
+
+    def add(self, images: Sequence[CheckedImage]) -> None:
+        """Store the images of a document unless they are already stored, and append them to the list.
 
         Raises:
-            ValueError: One is missing or not an image; then none is added.
             OutputError: The disk is full or fails.
         """
-        places, new = [], dict[Path, int]()
-        try:
-            for image in images:
-                place, nbytes = self._store(image)
-                places.append(place)
-                new |= {} if nbytes is None else {self._folder / picture_name(place[0]): nbytes}
-        except ValueError:
-            with output_errors(self._folder):
-                for path in (*new, self._partial):
-                    path.unlink(missing_ok=True)
-            raise
-        for place in places:
-            self._places.write(place)
-        self._count += len(places)
-        self._files, self._nbytes = self._files + len(new), self._nbytes + sum(new.values())
+        for image in images:
+            if image.sha256 not in self._known:
+                self.losing += image.loses
+                self._known[image.sha256] = self._store(image.sha256, image.data, image.ending)
+            self._rows.write(self._known[image.sha256])
+        self._places += len(images)
 
-    def _store(self, image: ImageSource) -> tuple[NDArray[Any], int | None]:
-        """Return the entry of an image in the list, and the bytes of its file; None if it is already stored."""
-        try:
-            digest, nbytes = self._copy(image)
-            # Check the copy: the file may change meanwhile.
-            ending, loses = check_picture(self._partial)
-        except ValueError as error:
-            raise ValueError(f"{image} {error}") from None
-        place = np.array([(digest, ending.encode())], PICTURE)
-        with output_errors(self._folder):
-            target = self._folder / picture_name(place[0])
-            is_new = not target.exists()
-            self.losing += is_new and loses
-            self._partial.replace(target)
-        return place, nbytes if is_new else None
+    def _store(self, digest: bytes, data: bytes, ending: str) -> bytes:
+        """Append an image to its shard and return its row; a shard is closed before an image that does not fit."""
+        if self._shard is not None and self._shard.nbytes + len(data) > PICTURE_SHARD_BYTES:
+            self._finish_shard(self._shard)
+        if self._shard is None:
+            self._shard = HashedFile(self._folder / shard_name(PICTURES, len(self._finished)))
+        row = np.array([(digest, ending.encode(), len(self._finished), self._shard.nbytes, len(data))], PICTURE)
+        self._shard.write(data)
+        return row.tobytes()
 
-    def _copy(self, image: ImageSource) -> tuple[bytes, int]:
-        sha256, nbytes = hashlib.sha256(), 0
-        with _opened(image) as source, output_errors(self._partial), self._partial.open("wb", buffering=0) as target:
-            while piece := _read(source):
-                sha256.update(piece)
-                nbytes += len(piece)
-                written = 0
-                while written < len(piece):
-                    written += target.write(piece[written:])
-            if self._flush:
-                os.fsync(target.fileno())
-        return sha256.digest(), nbytes
+    def _finish_shard(self, shard: HashedFile) -> None:
+        self._finished.append(PictureShardEntry(nbytes=shard.nbytes, sha256=shard.finish(flush=self._flush)))
+        self._shard = None
 
     def finish(self) -> PicturesEntry:
-        """Close the list and return the entry for the index."""
-        with output_errors(self._folder):
-            if not self._files:
-                self._folder.rmdir()
-            elif self._flush:
-                flush_folder(self._folder)
-        sha256 = self._places.finish(flush=self._flush)
-        return PicturesEntry(places=self._count, files=self._files, nbytes=self._nbytes, sha256=sha256)
+        """Close all files and return the entry for the index."""
+        if self._shard is not None:
+            self._finish_shard(self._shard)
+        return PicturesEntry(
+            places=self._places,
+            images=len(self._known),
+            nbytes=sum(shard.nbytes for shard in self._finished),
+            shards=tuple(self._finished),
+            sha256=self._rows.finish(flush=self._flush),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -215,27 +212,44 @@ class PictureFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._places.__exit__(kind, error, traceback)
+        for file in (self._shard, self._rows):
+            if file is not None:
+                file.__exit__(kind, error, traceback)
 
 
-def _opened(image: ImageSource) -> BinaryIO:
-    """Open an image for reading.
+def checked_image(image: ImageSource, known: Container[bytes]) -> CheckedImage:
+    """Read an image and decode it, unless its sha256 is known.
 
     Raises:
-        ValueError: It is missing, or cannot be read.
+        ValueError: It is missing, not an image, or larger than a shard.
+    """
+    try:
+        data = _bytes_of(image)
+        digest = hashlib.sha256(data).digest()
+        if digest in known:
+            return CheckedImage(digest, b"", "", loses=False)
+        ending, loses = check_picture(ImageBytes(str(image), data))
+    except ValueError as error:
+        raise ValueError(f"{image} {error}") from None
+    return CheckedImage(digest, data, ending, loses)
+
+
+def _bytes_of(image: ImageSource) -> bytes:
+    """Return the bytes of an image.
+
+    Raises:
+        ValueError: It is missing, cannot be read, or is larger than a shard.
     """
     if isinstance(image, ImageBytes):
-        return BytesIO(image.data)
-    if not image.is_file():
+        data = image.data
+    elif not image.is_file():
         raise ValueError("is not a file" if image.exists() else "is missing")
-    try:
-        return cast(BinaryIO, image.open("rb", buffering=0))
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-
-
-def _read(source: BinaryIO) -> bytes:
-    try:
-        return source.read(BUFFER_BYTES)
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
+    else:
+        try:
+            with image.open("rb") as file:
+                data = file.read(PICTURE_SHARD_BYTES + 1)
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}") from None
+    if len(data) > PICTURE_SHARD_BYTES:
+        raise ValueError(f"is larger than {PICTURE_SHARD_BYTES} bytes, the limit for an image")
+    return data

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
+import numpy as np
+
 from t5g2convert.adaptation.data.corpora import Corpora, Corpus
+from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import Frame, longest, needed_sentinels, spans
@@ -21,6 +24,9 @@ from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from t5g2convert.checkpoint.tokenizer.files import Tokenizer
 from t5g2convert.errors import DataError, UsageError
+
+CHECKED_AT_ONCE: Final = 1 << 20
+"""Sizes of documents compared at once."""
 
 SHOWN: Final = 5
 """Documents listed in an error."""
@@ -228,26 +234,37 @@ def _text_means(samples: UL2Dataset) -> Means | None:
 def _image_means(samples: UL2Dataset) -> Means | None:
     if samples.documents is None:
         return None
-    settings = samples.settings
     encoder = labels = Fraction(0)
     for number, share in samples.documents.shares.items():
-        packed = samples.corpora[number].packed
-        sizes = [samples.image_size(document) for document in packed.images]
-        wrong = [
-            f"document {place}: {size.encoder} encoder tokens and {size.labels} labels"
-            for place, size in enumerate(sizes)
-            if size.encoder > settings.encoder_length or size.labels > settings.decoder_length
-        ]
-        if wrong:
-            raise DataError(
-                f"{len(wrong)} document(s) with images are longer than {settings.encoder_length} encoder tokens or "
-                f"{settings.decoder_length} labels, first {wrong[0]}",
-                where=packed.folder,
-                details=wrong[:SHOWN],
-            )
-        encoder += share * Fraction(sum(size.encoder for size in sizes), len(sizes))
-        labels += share * Fraction(sum(size.labels for size in sizes), len(sizes))
+        means = _means_of_documents(samples, samples.corpora[number].packed)
+        encoder, labels = encoder + share * means.encoder, labels + share * means.labels
     return Means(encoder, labels)
+
+
+def _means_of_documents(samples: UL2Dataset, packed: Packed) -> Means:
+    """Return the means of a corpus, from the rows of its documents alone."""
+    settings, documents = samples.settings, packed.images
+    # The objective adds the same tokens to every document.
+    first = documents[0]
+    size = samples.image_size(first)
+    added = size.encoder - first.split, size.labels - (len(first.tokens) - first.split)
+    totals, wrong, shown = np.zeros(2, np.int64), 0, list[str]()
+    for start in range(0, len(documents), CHECKED_AT_ONCE):
+        sizes = documents.sizes(start, min(start + CHECKED_AT_ONCE, len(documents))) + added
+        totals += sizes.sum(axis=0)
+        over = np.flatnonzero((sizes > (settings.encoder_length, settings.decoder_length)).any(axis=1))
+        wrong += len(over)
+        for number in over[: SHOWN - len(shown)].tolist():
+            encoder, labels = sizes[number].tolist()
+            shown.append(f"document {start + number}: {encoder} encoder tokens and {labels} labels")
+    if wrong:
+        raise DataError(
+            f"{wrong} document(s) with images are longer than {settings.encoder_length} encoder tokens or "
+            f"{settings.decoder_length} labels, first {shown[0]}",
+            where=packed.folder,
+            details=shown,
+        )
+    return Means(*(Fraction(total, len(documents)) for total in totals.tolist()))
 
 
 def notes_of(samples: UL2Dataset, sizes: Sizes) -> Iterator[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from t5g2convert.adaptation.data.corpora import Corpora
+from t5g2convert.adaptation.data.image_documents import ImageDocument
 from t5g2convert.adaptation.data.images import pixel_values
-from t5g2convert.adaptation.data.packed import ImageDocument
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.cost import operations
@@ -76,9 +76,9 @@ class UL2Dataset(Dataset[Batch]):
         if is_image_step(self.settings, chosen.step):
             documents = [self.document(i) for i in chosen.samples]
             examples = [self.image(document) for document in documents]
-            paths = [path for document in documents for path in document.images]
+            images = [image.read() for document in documents for image in document.images]
             batch = collate(examples, chosen.counted, self.tokens)
-            batch["pixel_values"] = torch.from_numpy(pixel_values(paths, self.model))
+            batch["pixel_values"] = torch.from_numpy(pixel_values(images, self.model))
             return batch
         examples = [self.text(i) for i in chosen.samples]
         batch = collate(examples, chosen.counted, self.tokens)

@@ -1,5 +1,6 @@
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -16,12 +17,13 @@ from tokenizers import Tokenizer
 
 from t5g2convert import convert
 from t5g2convert.adaptation.data import pack as packing
+from t5g2convert.adaptation.data import packed_writer
 from t5g2convert.adaptation.data.documents import Document, Fault
 from t5g2convert.adaptation.data.image_columns import ImageBytes
 from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.cli.demo import build_demo_source
-from t5g2convert.errors import DataError, Interrupted, OutputError, UsageError
+from t5g2convert.errors import DataError, Interrupted, MachineError, OutputError, UsageError
 from tests.folders import contents
 
 EOS, BOS = 1, 2
@@ -98,12 +100,45 @@ def test_the_same_input_gives_the_same_bytes_however_it_is_cut_into_batches(
     pack(model, tmp_path / "a", mixed, shard_tokens=100, flush=False)
     expected = contents(tmp_path / "a")
     assert len(expected) > 50
-    assert sum(name.startswith("images/") for name in expected) == 3
+    assert [name for name in expected if name.startswith("pictures-")] == ["pictures-00000.bin"]
     for number, (characters, count) in enumerate([(1, 4096), (50, 4096), (1 << 20, 5)]):
         monkeypatch.setattr(packing, "BATCH_CHARACTERS", characters)
         monkeypatch.setattr(packing, "BATCH_DOCUMENTS", count)
         pack(model, tmp_path / str(number), mixed, shard_tokens=100, flush=True)
         assert contents(tmp_path / str(number)) == expected
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
+    model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 3)
+    (tmp_path / "in/cut.png").write_bytes((tmp_path / "in/red.png").read_bytes()[:40])
+    given = [Fault("a:1", "is not UTF-8"), *mixed[:9], Document("a:2", "x", (tmp_path / "in/cut.png",)), *mixed[9:]]
+    done = [
+        pack(model, tmp_path / f"{workers}", given, workers=workers, skip_bad=2, shard_tokens=100, flush=False)
+        for workers in (0, 1, 3)
+    ]
+    assert len({(each.sha256, each.notes) for each in done}) == 1
+    assert done[0].to_json()["skipped"] == 2
+    assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_a_worker_that_dies_ends_the_packing_and_leaves_nothing(
+    model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 3)
+
+    def killing() -> Iterator[Document]:
+        for number, document in enumerate(mixed):
+            if number == 20:
+                multiprocessing.active_children()[0].kill()
+            yield document
+
+    with pytest.raises(MachineError, match="a worker process of pack died") as failed:
+        pack(model, tmp_path / "new/out", killing(), workers=2, flush=False)
+    assert failed.value.exit_code == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    assert not multiprocessing.active_children()
 
 
 HOSTILE = ["<eos>", "<bos>a<eos>b", "<pad>", "<unk>", "<start_of_image>", "<image_soft_token>x<end_of_image>"]
@@ -212,6 +247,28 @@ def test_images_inside_rows_are_packed_like_files(model: Path, tmp_path: Path, m
     assert contents(tmp_path / "files") == contents(tmp_path / "bytes")
 
 
+def test_each_image_is_stored_once_in_shards_of_limited_size(
+    model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbytes = {path: path.stat().st_size for path in (tmp_path / "in").iterdir()}
+    largest = max(nbytes.values())
+    for limit, shards in ((largest, 3), (2 * largest, 2), (3 * largest, 1)):
+        monkeypatch.setattr(packed_writer, "PICTURE_SHARD_BYTES", limit)
+        done = pack(model, tmp_path / str(limit), mixed, flush=False)
+        packed = Packed.open(tmp_path / str(limit), verify=True)
+        entry = packed.index.pictures
+        assert (entry.places, entry.images, entry.nbytes, len(entry.shards)) == (7, 3, sum(nbytes.values()), shards)
+        assert all(shard.nbytes <= limit for shard in entry.shards)
+        assert done.to_json()["images"] == 3
+        for document, given in zip(packed.images, mixed[-7:], strict=True):
+            assert [image.read().data for image in document.images] == [
+                Path(str(path)).read_bytes() for path in given.images
+            ]
+    monkeypatch.setattr(packed_writer, "PICTURE_SHARD_BYTES", largest - 1)
+    with pytest.raises(DataError, match=rf"is larger than {largest - 1} bytes, the limit for an image"):
+        pack(model, tmp_path / "out", [doc for doc in mixed if largest in map(nbytes.get, doc.images)][:1], flush=False)
+
+
 def test_images_that_lose_something_in_8_bit_rgb_are_noted(model: Path, tmp_path: Path) -> None:
     images = {
         "deep": Image.new("I;16", (8, 8), 60_000),
@@ -315,10 +372,10 @@ def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path, mixed: list[Doc
             pack(model, tmp_path / "new/out", mixed, shard_tokens=300)
         failed.add(Path(str(error.value.where)).name)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-    with largest_file(20), pytest.raises(OutputError, match="cannot be written: File too large") as error:
-        pack(model, tmp_path / "new/out", mixed[-7:])
+    with largest_file(200), pytest.raises(OutputError, match="cannot be written: File too large") as error:
+        pack(model, tmp_path / "new/out", mixed[-7:], shard_tokens=1)
     failed.add(Path(str(error.value.where)).name)
-    assert failed >= {"partial", "text-00000.bin", "index.json", "counts.bin"}
+    assert failed >= {"pictures-00000.bin", "text-00000.bin", "index.json", "counts.bin"}
 
 
 @pytest.mark.parametrize("name", ["fsync", "rename", "mkdir"])
@@ -349,7 +406,7 @@ def test_O2_any_call_that_fails_leaves_nothing(
             if (tmp_path / "out").exists():  # the last call: the folder's parent could not be flushed
                 break
             assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "whole"]
-    assert refused >= {"fsync": 10, "rename": 1, "mkdir": 2}[name]
+    assert refused >= {"fsync": 10, "rename": 1, "mkdir": 1}[name]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
