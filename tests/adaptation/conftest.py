@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.adaptation.trainings import RUN_OPTIONS, adapt, write_text
+from tests.adaptation.trainings import RUN_OPTIONS, adapt, runs_in_this_process, write_text
 
 
 @pytest.fixture(scope="session")
@@ -102,13 +102,7 @@ def trained(shared: Shared, small: Path) -> Path:
 
 
 @pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_process() -> Iterator[None]:
     """Restore the environment and destroy the process group after runs in this process."""
-    import torch
-
-    before = dict(os.environ)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
+    with runs_in_this_process():
+        yield

@@ -5,11 +5,13 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from t5g2convert.adaptation.adapt import Outcome, Request
@@ -66,6 +68,19 @@ def tensors_of(run: Path, step: int) -> dict[str, Tensor]:
 
 
 # Runs in this process
+
+
+@contextmanager
+def runs_in_this_process() -> Iterator[None]:
+    """Restore the environment and destroy the process group at the end of the block."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def settings_of(**changes: Any) -> Settings:

@@ -16,7 +16,16 @@ from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoint
 from t5g2convert.adaptation.train.history import read_history
 from t5g2convert.adaptation.train.schedule import learning_rate
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, UsageError
-from tests.adaptation.trainings import changed, request_of, run, send, settings_of, steps_of, tensors_of
+from tests.adaptation.trainings import (
+    changed,
+    request_of,
+    run,
+    runs_in_this_process,
+    send,
+    settings_of,
+    steps_of,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -31,9 +40,8 @@ def request_in(small: Path, folder: Path, **changes: Any) -> Request:
 def made(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps, made once."""
     folder = tmp_path_factory.mktemp("going-back") / "run"
-    with pytest.MonkeyPatch.context():
+    with runs_in_this_process():
         run(request_in(small, folder))
-    torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
     return folder
 
 
