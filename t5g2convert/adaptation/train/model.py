@@ -190,8 +190,8 @@ def recompute_activations(model: nn.Module, which: Literal["selective", "full"])
     raise UsageError("this model does not support recomputation", hint="pass --recompute none")
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile each layer of each stack, in place, when it first runs."""
+def compile_layers(model: nn.Module, *, backend: str = "inductor") -> None:
+    """Let torch.compile compile each layer of each stack when it first runs."""
     for stack in [part for part in model.modules() if isinstance(part, nn.ModuleList)]:
         for layer in stack:
-            layer.compile()
+            layer.compile(backend=backend)

@@ -156,7 +156,10 @@ class Settings(CommandOptions):
     steps: Annotated[
         int,
         Field(ge=1),
-        Option("Steps of the whole run; the learning rate ends with them, so they cannot change.", group=OPTIMIZER),
+        Option(
+            "Steps of the whole run; the learning rate ends with them. A run that resumes may have more.",
+            group=OPTIMIZER,
+        ),
     ]
     skip_steps: Annotated[
         tuple[str, ...],

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import T5Gemma2ForConditionalGeneration
 
 from t5g2convert.adaptation.train.model import (
     build_model,
+    compile_layers,
     freeze,
     load_model,
     names_on_disk,
@@ -122,3 +124,28 @@ def test_another_kind_of_model_is_refused(twin_folder: TwinFolder) -> None:
 def test_a_model_without_recomputation_is_refused() -> None:
     with pytest.raises(UsageError, match="--recompute none"):
         recompute_activations(nn.Linear(2, 2), "full")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+def test_compiled_layers_compute_the_same(
+    recompute: Literal["selective", "full"] | None, checkpoint: Checkpoint
+) -> None:
+    ids = torch.randint(4, 250, (2, 23), generator=torch.Generator().manual_seed(0))
+    found, compiled = [], []
+    for backend in (None, "aot_eager"):
+        model: Any = load_model(checkpoint)
+        if recompute is not None:
+            recompute_activations(model, recompute)
+        if backend is not None:
+            compile_layers(model, backend=backend)
+            compiled = [part for part in model.modules() if part._compiled_call_impl is not None]
+        model.train()
+        model(input_ids=ids, decoder_input_ids=ids, labels=ids).loss.backward()
+        found.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    # Eight layers of each stack, and three of the tower.
+    assert len(compiled) == 8 + 8 + 3
+    plain, ours = found
+    assert plain.keys() == ours.keys()
+    for name, gradient in plain.items():
+        assert torch.allclose(ours[name], gradient, rtol=1e-4, atol=1e-6), name
