@@ -22,6 +22,8 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
 from t5g2convert.adaptation.train.distributed import (
     ReportedElsewhere,
     build_engine,
+    check_attention,
+    check_shard_size,
     early_launcher,
     early_rank,
     end_children,
@@ -167,6 +169,7 @@ def adapt(
     """
     try:
         require_extra()
+        check_attention(request.options)
         prepared = _prepare(request)
         engine = build_engine(request.options)
     except T5g2Error as error:
@@ -201,6 +204,7 @@ def foresee(request: Request) -> Forecast:
     require_extra()
     options = request.options
     devices = (options.devices or 1) * (options.nodes or 1)
+    check_shard_size(options, devices)
     return forecast(_prepare(request), devices=devices, loop=options, shard_size=options.shard_size)
 
 
@@ -225,7 +229,12 @@ def _prepare(request: Request) -> Prepared:
     if not request.resumes and early_launcher() is None and early_rank() == 0:
         # Before other processes start; those that torchrun or SLURM started check this together.
         check_vacant(request.run)
-    if options.export and request.resumes and options.steps not in complete_checkpoints(request.run):
+    if (
+        options.export
+        and request.resumes
+        and options.from_step is None
+        and options.steps not in complete_checkpoints(request.run)
+    ):
         # Now, not after days of training; a completed run may have been exported, which is checked later.
         check_export_place(request.run)
     return prepared

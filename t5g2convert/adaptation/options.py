@@ -23,10 +23,10 @@ REPLACE: Final = "Replace an existing t5g2 output at the very end; a folder that
 
 
 class LoopConfig(CommandOptions):
-    """Settings of the training loop that do not change the result.
+    """Settings of the training loop that do not change the result, apart from rounding and `skip_nonfinite`.
 
     Attributes:
-        skip_nonfinite: How many steps with a gradient that is not finite are skipped.
+        skip_nonfinite: How many steps with a gradient that is not finite are skipped, counted from each start.
         eval_every: Steps between evaluations.
         eval_samples: Held-out samples of an evaluation.
         micro_tokens: Most encoder tokens and labels per process and forward pass, including padding; a pass has at
@@ -250,7 +250,7 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
     change: Annotated[
         bool,
         Option(
-            "With --resume: settings that differ, such as --lr, hold from the newest checkpoint on, and run.json "
+            "With --resume: settings that differ, such as --lr, hold from the checkpoint on, and run.json "
             "records both. More --steps and --skip-steps need no --change.",
             group=RUN,
         ),

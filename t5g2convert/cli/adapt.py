@@ -123,10 +123,12 @@ def print_forecast(forecast: "Forecast") -> None:
         "gathered": held.gathered,
         "inputs of layers": held.inputs,
         "softmax": held.softmax,
+        "the whole gradient": held.gradient,
     }
-    parts_text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    parts_text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    kept = "of one layer" if forecast.recompute == "full" else f"that --recompute {forecast.recompute} keeps"
     lines["a device"] = (
-        f"{size_text(held.total)} plus the activations of one layer (estimate, bfloat16, no teacher): {parts_text}"
+        f"{size_text(held.total)} plus the activations {kept} (estimate, bfloat16, no teacher): {parts_text}"
     )
     if forecast.throughput is not None:
         lines |= _speed(forecast.throughput)

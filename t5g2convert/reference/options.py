@@ -96,7 +96,9 @@ class GenerateOptions(PassOptions):
         Option("Maximum number of tokens to generate.", metavar="N", default=f"{CONFIGURED}, or 64"),
     ] = None
     stop: Annotated[
-        tuple[str, ...], Option("End the text before this; may be repeated.", metavar="TEXT", default="none")
+        tuple[str, ...],
+        Field(strict=False),
+        Option("End the text before this; may be repeated.", metavar="TEXT", default="none"),
     ] = ()
     show_special: Annotated[bool, Option("Show special tokens in the text.", "--show-special")] = False
     batch: Annotated[int, Field(ge=1), Option("Prompts to run at once.", metavar="N")] = 8

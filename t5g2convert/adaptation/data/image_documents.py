@@ -174,7 +174,7 @@ class ImageDocuments(Sequence[ImageDocument]):
         return ImageDocument(tokens, images, split)
 
     def sizes(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the tokens before the target and in the target of documents `start` to `stop`, [stop - start, 2].
+        """Return the sizes of documents `start` to `stop`, [stop - start, 3]: tokens before the target, in it, images.
 
         Only image.doc is read.
 
@@ -182,14 +182,14 @@ class ImageDocuments(Sequence[ImageDocument]):
             DataError: A document ends before it begins, or its target is not inside it.
         """
         # Ends are less than 2**48, as in the index; larger ones become negative or fail the comparison.
-        ends = self._rows[start:stop, 0].astype(np.int64)
+        ends = self._rows[start:stop, :2].astype(np.int64)
         splits = self._rows[start:stop, 2].astype(np.int64)
-        before = self._rows[start - 1, 0].astype(np.int64) if start else np.int64(0)
-        lengths = np.diff(ends, prepend=before)
+        before = self._rows[start - 1 : start, :2].astype(np.int64) if start else np.zeros((1, 2), np.int64)
+        lengths, images = np.diff(ends, axis=0, prepend=before).T
         wrong = (lengths <= 0) | (splits <= 0) | (splits >= lengths)
         if wrong.any():
             raise self._error(start + int(np.argmax(wrong)), "ends before it begins, or its target is not inside it")
-        return np.stack([splits, lengths - splits], axis=1)
+        return np.stack([splits, lengths - splits, images], axis=1)
 
     def _error(self, number: int, reason: str) -> DataError:
         return DataError(reason, where=f"{self._where}: document {number}", hint=PACK_AGAIN)

@@ -85,6 +85,8 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     pack(Path("t5gemma-2"), Path("packed"), [Document("greeting", "Hello, world")], bos=True)
     ```
 
+    With `workers`, a script must call it below `if __name__ == "__main__"`, since each worker imports the script.
+
     Args:
         model: The folder of the model to train: its tokenizer and token ids are used.
         output: The folder to write. An empty folder is filled, and keeps its mode and owner.

@@ -49,8 +49,6 @@ def build(
     if options.recompute != "none":
         model.recompute_activations(network, options.recompute)
     if options.attention == "blocks":
-        if engine.device.type == "cpu":
-            raise UsageError("attention by blocks needs a GPU: on the CPU, torch has no backward pass for it")
         use_block_attention(network)
     if options.compile:
         model.compile_layers(network)

@@ -67,7 +67,7 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def set_aside(run: Path, step: int) -> None:
-    """Rename the checkpoints after a step to `step-00000060.abandoned`, or -2, -3, ... if that exists; newest first.
+    """Rename the checkpoints after a step to `step-00000060.abandoned`, newest first; see `rename_abandoned`.
 
     They are not read, counted or removed any more. A run that dies in between can go back again.
 
@@ -78,12 +78,21 @@ def set_aside(run: Path, step: int) -> None:
     for made, folder in reversed(complete_checkpoints(run).items()):
         if made <= step:
             return
-        names = (f"{folder.name}.abandoned{'' if number == 1 else f'-{number}'}" for number in count(1))
-        try:
-            folder.rename(next(path for path in map(folder.with_name, names) if not os.path.lexists(path)))
-            flush_folder(folder.parent)
-        except OSError as error:
-            raise OutputError(f"cannot be renamed: {error.strerror}", where=folder) from error
+        rename_abandoned(folder)
+
+
+def rename_abandoned(folder: Path) -> None:
+    """Rename a folder to `NAME.abandoned`, or -2, -3, ... if that exists.
+
+    Raises:
+        OutputError: It cannot be renamed.
+    """
+    names = (f"{folder.name}.abandoned{'' if number == 1 else f'-{number}'}" for number in count(1))
+    try:
+        folder.rename(next(path for path in map(folder.with_name, names) if not os.path.lexists(path)))
+        flush_folder(folder.parent)
+    except OSError as error:
+        raise OutputError(f"cannot be renamed: {error.strerror}", where=folder) from error
 
 
 def regular_checkpoints(run: Path) -> dict[int, Path]:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.tensor import DTensor
 
 from t5g2convert.adaptation.train.checkpoint_manifest import (
     CHECKPOINT_FILE,
@@ -226,6 +227,14 @@ def clear_partial(run: Path) -> None:
 def bytes_of(state: State) -> int:
     """Return the bytes of a checkpoint: float32 values and both moments."""
     return sum(parameter.numel() for parameter in state.parameters.values()) * torch.float32.itemsize * 3
+
+
+def bytes_here(state: State) -> int:
+    """Return the bytes of this process's part: with `--shard-size`, each group of processes holds everything."""
+    held = (
+        parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in state.parameters.values()
+    )
+    return sum(part.numel() for part in held) * torch.float32.itemsize * 3
 
 
 def _prune(run: Path, keep: int) -> None:

@@ -20,6 +20,9 @@ FROZEN_BYTES: Final = 4
 GATHERED_BYTES: Final = 8
 """Per gathered parameter: a bfloat16 weight and gradient, and the float32 gradient that is reduced over devices."""
 
+GRADIENT_BYTES: Final = 4
+"""Per trained parameter: its float32 gradient, of which `TRAINED_BYTES` counts a device's share."""
+
 STATE_BYTES: Final = 2
 """Per element of a layer's input, kept for the backward pass: bfloat16."""
 
@@ -39,17 +42,19 @@ class Memory:
         gathered: The embedding matrix and two layers, in bfloat16, with gradients.
         inputs: Inputs of all layers for a micro-batch.
         softmax: Logits of one chunk of labels.
+        gradient: The rest of the whole gradient, float32, if gradients are summed over devices once a step.
     """
 
     states: int
     gathered: int
     inputs: int
     softmax: int
+    gradient: int = 0
 
     @property
     def total(self) -> int:
         """Sum of all."""
-        return self.states + self.gathered + self.inputs + self.softmax
+        return self.states + self.gathered + self.inputs + self.softmax + self.gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +135,18 @@ def memory(
     encoder: int,
     decoder: int,
     chunk: int,
+    reduces_once: bool = False,
 ) -> Memory:
-    """Estimate the memory of a device: all but the vision tower trained, gradient checkpointing, bfloat16.
+    """Estimate the memory of a device: all but the vision tower trained, layers recomputed, bfloat16.
 
     Args:
         model: The model's shapes.
         parameters: Number of parameters by part, from `inspect`.
-        devices: Number of devices that share the model.
+        devices: Number of devices that share a copy of the model.
         encoder: Encoder tokens per micro-batch, including padding.
         decoder: Labels per micro-batch, including padding.
         chunk: Labels per chunk of logits, to limit memory.
+        reduces_once: Whether gradients are summed over devices once a step.
     """
     frozen = parameters["vision"]
     states = TRAINED_BYTES * (parameters["total"] - frozen) + FROZEN_BYTES * frozen
@@ -151,4 +158,5 @@ def memory(
         gathered=GATHERED_BYTES * (parameters["embedding"] + 2 * layer),
         inputs=STATE_BYTES * inputs,
         softmax=LOGIT_BYTES * min(chunk, decoder) * model.decoder.vocab_size,
+        gradient=GRADIENT_BYTES * (parameters["total"] - frozen) * (devices - 1) // devices if reduces_once else 0,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import torch
 
-from t5g2convert.adaptation.options import Hardware
+from t5g2convert.adaptation.options import AdaptOptions, Hardware
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def build_engine(hardware: Hardware) -> "Fabric":
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     accelerator, devices, nodes = resolve(hardware)
-    if hardware.shard_size is not None and devices * nodes % hardware.shard_size:
-        raise UsageError(f"--shard-size {hardware.shard_size} does not divide the {devices * nodes} processes")
+    check_shard_size(hardware, devices * nodes)
     strategy = ModelParallelStrategy(
         # The module is sharded before: Fabric would replace its buffers, and has no groups that each hold the model.
         lambda module, _: module,
@@ -90,6 +89,29 @@ def build_engine(hardware: Hardware) -> "Fabric":
     )
     # Weights stay float32; FSDP2's policy sets the dtype of the computation.
     return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true")
+
+
+def check_shard_size(hardware: Hardware, processes: int) -> None:
+    """Refuse groups that do not have all processes.
+
+    Raises:
+        UsageError: --shard-size does not divide the number of processes.
+    """
+    if hardware.shard_size is not None and processes % hardware.shard_size:
+        raise UsageError(f"--shard-size {hardware.shard_size} does not divide the number of processes, {processes}")
+
+
+def check_attention(options: AdaptOptions) -> None:
+    """Refuse attention by blocks on the CPU.
+
+    Raises:
+        UsageError: It is requested there, or the devices are not available.
+    """
+    if options.attention == "blocks" and resolve(options)[0] == "cpu":
+        raise UsageError(
+            "attention by blocks needs a GPU: on the CPU, torch has no backward pass for it",
+            hint="pass --attention dense",
+        )
 
 
 def resolve(hardware: Hardware) -> tuple[str, int, int]:

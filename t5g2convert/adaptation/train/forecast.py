@@ -7,11 +7,12 @@ from typing import Any, Final
 
 from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.options import LoopConfig
-from t5g2convert.adaptation.train.assumed_machine import Machine
+from t5g2convert.adaptation.train.assumed_machine import H100, Machine
 from t5g2convert.adaptation.train.cost import Memory, memory
 from t5g2convert.adaptation.train.preflight import Prepared
 from t5g2convert.adaptation.train.samples import text_steps_of
 from t5g2convert.adaptation.train.schedule import first_sample, is_image_step, samples_of
+from t5g2convert.adaptation.train.sharding import gradient_fits
 from t5g2convert.adaptation.train.throughput import BatchShape, Method, Pace, Seconds
 from t5g2convert.adaptation.ul2.corruption import spans
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
@@ -84,6 +85,7 @@ class Forecast:
         passes: Passes of a step, on average.
         useful: Share of the devices' work that is not padding or waiting for the slowest device of a pass, by the
             schedule of the first steps.
+        recompute: Which activations are recomputed.
         memory: Estimated memory of a device.
         throughput: Expected speed; None if there are no text steps.
         notes: Notes for the user.
@@ -103,6 +105,7 @@ class Forecast:
     passes: float
     useful: float
     memory: Memory
+    recompute: str
     throughput: Throughput | None
     notes: tuple[str, ...]
 
@@ -141,15 +144,19 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
     ids = samples.sentinels
     schedule = simulate(samples, devices=devices, loop=loop)
     parameters = inspect(prepared.checkpoint.path).parameters
+    once = loop.reduce == "step" or (
+        loop.reduce == "auto" and gradient_fits(parameters["total"] - parameters["vision"], H100.memory)
+    )
     held = memory(
         samples.shapes,
         parameters,
-        devices=devices,
+        devices=shard_size or devices,
         encoder=schedule.encoder,
         decoder=schedule.labels,
         chunk=loop.loss_chunk,
+        reduces_once=once and devices > 1,
     )
-    method = Method(shard_size, loop.recompute, loop.attention, "step" if loop.reduce == "step" else "pass")
+    method = Method(shard_size, loop.recompute, loop.attention, "step" if once else "pass")
     pace = Pace(samples.shapes, parameters, devices, method=method)
     return Forecast(
         steps=settings.steps,
@@ -166,6 +173,7 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
         passes=schedule.passes / schedule.steps,
         useful=schedule.useful,
         memory=held,
+        recompute=loop.recompute,
         throughput=throughput(schedule, pace, held, save_every=loop.save_every) if tasks else None,
         notes=prepared.notes,
     )

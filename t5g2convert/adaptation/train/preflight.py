@@ -72,6 +72,7 @@ def prepare(model: Path, data: Path | Corpora, settings: Settings, *, rope_scali
     check_rope(limits, rope_scaling)
     check_lengths(settings, limits)
     check_freezing(settings, checkpoint.tensors)
+    check_skipped(settings)
     check_dropout(checkpoint.config, model / "config.json")
     corpora = data if isinstance(data, Corpora) else Corpora.open(data)
     corpora.check_tokenizer(model)
@@ -165,6 +166,17 @@ def check_lengths(settings: Settings, limits: ModelLimits) -> None:
             f"--batch-tokens {settings.batch_tokens} is smaller than one sample of {settings.encoder_length} encoder "
             "tokens"
         )
+
+
+def check_skipped(settings: Settings) -> None:
+    """Refuse to skip steps that the run does not have.
+
+    Raises:
+        UsageError: A range begins after the last step.
+    """
+    for first, last in settings.skipped:
+        if first > settings.steps:
+            raise UsageError(f"--skip-steps {first}-{last} begins after the last step, {settings.steps}")
 
 
 def check_freezing(settings: Settings, names: Collection[str]) -> None:

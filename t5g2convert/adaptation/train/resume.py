@@ -10,13 +10,15 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
     check_files,
     complete_checkpoints,
     read_checkpoint_manifest,
+    rename_abandoned,
     set_aside,
 )
 from t5g2convert.adaptation.train.history import check_same, newest, read_history
 from t5g2convert.adaptation.train.metrics import truncate
-from t5g2convert.adaptation.train.run_folder import METRICS_FILE, check_own_files, check_vacant
+from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_own_files, check_vacant
 from t5g2convert.adaptation.train.schedule import Leg
 from t5g2convert.adaptation.train.settings import Settings, differences
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -110,12 +112,14 @@ def find_start(
 
 
 def go_back(run: Path, step: int) -> None:
-    """Set newer checkpoints aside, and cut the log after a step.
+    """Set newer checkpoints and the model that was exported from one aside, and cut the log after a step.
 
     Raises:
         OutputError: It cannot be done.
     """
     set_aside(run, step)
+    if (run / EXPORT_FOLDER / MANIFEST_FILE).is_file():
+        rename_abandoned(run / EXPORT_FOLDER)
     try:
         truncate(run / METRICS_FILE, step)
     except OSError as error:

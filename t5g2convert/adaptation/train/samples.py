@@ -9,7 +9,6 @@ from typing import Final
 import numpy as np
 
 from t5g2convert.adaptation.data.corpora import Corpora, Corpus
-from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.corruption import Frame, longest, needed_sentinels, spans
@@ -236,21 +235,18 @@ def _image_means(samples: UL2Dataset) -> Means | None:
         return None
     encoder = labels = Fraction(0)
     for number, share in samples.documents.shares.items():
-        means = _means_of_documents(samples, samples.corpora[number].packed)
+        means = _means_of_documents(samples, number)
         encoder, labels = encoder + share * means.encoder, labels + share * means.labels
     return Means(encoder, labels)
 
 
-def _means_of_documents(samples: UL2Dataset, packed: Packed) -> Means:
-    """Return the means of a corpus, from the rows of its documents alone."""
-    settings, documents = samples.settings, packed.images
-    # The objective adds the same tokens to every document.
-    first = documents[0]
-    size = samples.image_size(first)
-    added = size.encoder - first.split, size.labels - (len(first.tokens) - first.split)
+def _means_of_documents(samples: UL2Dataset, corpus: int) -> Means:
+    """Return the means of a corpus, from the table of its documents alone."""
+    settings, packed = samples.settings, samples.corpora[corpus].packed
+    documents = len(packed.images)
     totals, wrong, shown = np.zeros(2, np.int64), 0, list[str]()
-    for start in range(0, len(documents), CHECKED_AT_ONCE):
-        sizes = documents.sizes(start, min(start + CHECKED_AT_ONCE, len(documents))) + added
+    for start in range(0, documents, CHECKED_AT_ONCE):
+        sizes = samples.image_sizes(corpus, start, min(start + CHECKED_AT_ONCE, documents))[:, :2]
         totals += sizes.sum(axis=0)
         over = np.flatnonzero((sizes > (settings.encoder_length, settings.decoder_length)).any(axis=1))
         wrong += len(over)
@@ -264,7 +260,7 @@ def _means_of_documents(samples: UL2Dataset, packed: Packed) -> Means:
             where=packed.folder,
             details=shown,
         )
-    return Means(*(Fraction(total, len(documents)) for total in totals.tolist()))
+    return Means(*(Fraction(total, documents) for total in totals.tolist()))
 
 
 def notes_of(samples: UL2Dataset, sizes: Sizes) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 
 from t5g2convert.adaptation.train import checkpoints
 from t5g2convert.adaptation.train.checkpoint_manifest import checkpoint_path
-from t5g2convert.adaptation.train.checkpoints import State, bytes_of, writing
+from t5g2convert.adaptation.train.checkpoints import State, bytes_here, writing
 from t5g2convert.adaptation.train.distributed import run_on_all_ranks
 from t5g2convert.adaptation.train.host_memory import free_memory
 from t5g2convert.adaptation.train.settings import Settings
@@ -94,7 +94,7 @@ class Saver(AbstractContextManager["Saver"]):
         if self._background is not None:
             return self._background
         strategy = cast("ModelParallelStrategy", self._engine.strategy)
-        here, free = bytes_of(self._state) * strategy.num_processes // self._engine.world_size, free_memory()
+        here, free = bytes_here(self._state) * strategy.num_processes, free_memory()
         return strategy.reduce_boolean_decision(free is not None and free >= MARGIN * here)
 
     def __exit__(

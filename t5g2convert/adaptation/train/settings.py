@@ -82,8 +82,8 @@ class Settings(CommandOptions):
         teacher: Identity of the model that is distilled; None for none. Filled in by `adapt`.
         seed: Seed of the order of the data and of the noise.
         steps: Steps of the whole run; the learning rate schedule ends with them.
-        skip_steps: Steps A-B, counted from 1, whose data is passed over: step A has the samples that step B + 1 would
-            have had.
+        skip_steps: Steps A-B, counted from 1, whose data is passed over: from step A on, steps read what follows it,
+            text steps and image steps each of their kind.
         batch_tokens: Encoder tokens per step, including padding.
         text_samples: Samples of a text step; None for samples of `encoder_length`. Filled in by `adapt` for single
             documents, from the batch and their mean size, and so is `image_samples`.
@@ -166,8 +166,8 @@ class Settings(CommandOptions):
         Field(strict=False),
         AfterValidator(_in_order),
         Option(
-            "Pass over the data of steps A to B, counted from 1: step A has the samples that step B + 1 would have "
-            "had; may be repeated. A run that resumes may add steps after its checkpoint.",
+            "Pass over the data of steps A to B, counted from 1: from step A on, steps read the data that follows it; "
+            "may be repeated. A run that resumes may add steps after its checkpoint.",
             metavar="A-B",
             group=OPTIMIZER,
         ),

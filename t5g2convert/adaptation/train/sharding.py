@@ -90,8 +90,13 @@ def reduces_once(engine: "Fabric", choice: Literal["auto", "step", "pass"], trai
     else:
         # Processes on other machines are counted too, which is on the safe side.
         memory = (free_memory() or 0) // engine.world_size
-    fits: bool = engine.broadcast(GRADIENT_SHARE * trained * torch.float32.itemsize <= memory)
+    fits: bool = engine.broadcast(gradient_fits(trained, memory))
     return fits
+
+
+def gradient_fits(trained: int, memory: float) -> bool:
+    """Return whether the whole gradient, float32, takes at most one byte in `GRADIENT_SHARE` of a device's memory."""
+    return GRADIENT_SHARE * trained * torch.float32.itemsize <= memory
 
 
 def sum_over_processes(module: nn.Module, now: bool) -> None:

@@ -67,6 +67,7 @@ class UL2Dataset(Dataset[Batch]):
         self.frame = frame_of(settings, tokens)
         self.image_task = image_task(settings)
         self._sizes: dict[tuple[int, int, int], SampleSize] = {}
+        self._added: dict[int, tuple[int, int, int]] = {}
         raw_lengths = () if sampler is None else sampler.raw_lengths
         self.text_sizes = tuple(self.text_size(task, raw) for task, raw in enumerate(raw_lengths))
         """The size of a text sample of each task, as long as they are at most."""
@@ -103,13 +104,28 @@ class UL2Dataset(Dataset[Batch]):
     def size(self, step: int, i: int) -> SampleSize:
         """Return the size of sample i of a step's kind, without making it."""
         if is_image_step(self.settings, step):
-            return self.image_size(self.document(i))
+            assert self.documents is not None, "there are image steps"
+            corpus, number = self.documents.document(i)
+            encoder, labels, images = self.image_sizes(corpus, number, number + 1)[0].tolist()
+            return self._size(encoder, labels, images)
         assert self.sampler is not None, "there are text steps"
         return self.text_size(self.sampler.task(i), self.sampler.length(i))
 
     def text_size(self, task: int, raw: int) -> SampleSize:
         """Return the size of a text sample of so many raw tokens."""
         return self._size(*lengths(raw, self.settings.mixture.tasks[task], self.frame))
+
+    def image_sizes(self, corpus: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the sizes of samples of documents with images, [stop - start, 3]: encoder tokens, labels and images.
+
+        Only the table of the documents is read: the objective adds the same tokens to each.
+        """
+        documents = self.corpora[corpus].packed.images
+        if corpus not in self._added:
+            first = documents[0]
+            size = self.image_size(first)
+            self._added[corpus] = size.encoder - first.split, size.labels - (len(first.tokens) - first.split), 0
+        return documents.sizes(start, stop) + self._added[corpus]
 
     def image_size(self, document: ImageDocument) -> SampleSize:
         """Return the size of the sample of a document with images."""

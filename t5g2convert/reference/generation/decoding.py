@@ -16,6 +16,9 @@ from t5g2convert.reference.options import GenerateOptions
 DEFAULT_TOKENS: Final = 64
 """The largest number of tokens, if neither an option nor generation_config.json names it."""
 
+LOWEST_TEMPERATURE: Final = 1e-4
+"""Below it, the most probable token is as good as certain, and logits divided by it are not finite."""
+
 DEFAULT_TOP_K: Final = 50
 """transformers' top_k for a generation_config.json that samples but does not name it."""
 
@@ -75,7 +78,7 @@ class Decoding:
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is chosen."""
-        return self.temperature == 0
+        return self.temperature < LOWEST_TEMPERATURE
 
 
 class _GenerationConfig(ConfigSection):

@@ -56,8 +56,9 @@ class Row:
     def write(self, token: int, decoding: Decoding) -> str:
         """Add a token; return the text that is certain now."""
         if token in decoding.ends or token in self.ends:
-            self.finish = "end"
-            return (self.stream.push(token) if self.stream.special else "") + self.stream.finish()
+            text = (self.stream.push(token) if self.stream.special else "") + self.stream.finish()
+            self.finish = "stop" if self.stream.stopped else "end"
+            return text
         self.tokens.append(token)
         text = self.stream.push(token)
         if self.stream.stopped:

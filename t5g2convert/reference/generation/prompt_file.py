@@ -39,7 +39,7 @@ def read_prompts(path: Path, options: GenerateOptions) -> list[Prompt]:
         UsageError: The file cannot be read, has no prompt, or a line is not valid.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
