@@ -182,7 +182,7 @@ class _Packer:
         """Start with all documents of existing packed data.
 
         Raises:
-            DataError: Its tables or counts cannot be read, or were modified.
+            DataError: Its tables cannot be read, or were modified.
             OutputError: The disk is full or fails.
         """
         files, index, self._existing = self._files, existing.index, existing

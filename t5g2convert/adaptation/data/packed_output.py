@@ -1,5 +1,6 @@
 """A folder of packed data as an output: the files that may be replaced, and the data that may be appended to."""
 
+import hashlib
 from pathlib import Path
 
 from t5g2convert.adaptation.data.image_documents import IMAGE_COLUMNS, PICTURE, PICTURES, PICTURES_FILE
@@ -38,6 +39,12 @@ def open_existing(output: Path, model: Path, *, bos: bool) -> Packed:
     if packed.index.bos != bos:
         found = "--bos" if packed.index.bos else "--no-bos"
         raise DataError(f"was packed with {found}", where=output, hint=f"pass {found}, or choose another folder")
+    if hashlib.sha256(packed.counts.tobytes()).hexdigest() != packed.index.counts:
+        raise DataError(
+            "was modified after packing: its sha256 differs",
+            where=output / COUNTS_FILE,
+            hint="copy the file again, or pack the data again",
+        )
     return packed
 
 

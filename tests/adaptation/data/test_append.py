@@ -153,7 +153,7 @@ def test_an_append_that_does_not_fit_changes_nothing(model: Path, tmp_path: Path
         (model / "tokenizer.json").write_text(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["text.doc", "image.doc", "image.pic", "skipped.jsonl"])
+@pytest.mark.parametrize("name", ["text.doc", "image.doc", "image.pic", "counts.bin", "skipped.jsonl"])
 def test_tables_that_were_modified_are_refused(model: Path, tmp_path: Path, given: list[Document], name: str) -> None:
     out = tmp_path / "out"
     pack(model, out, [*given, Fault("a", "is not UTF-8")], skip_bad=1, flush=False)
