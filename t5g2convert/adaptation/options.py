@@ -270,6 +270,7 @@ class PackOptions(CommandOptions):
         shard_tokens: Most tokens per file.
         flush: Wait until all bytes are on disk before the output appears.
         overwrite: Replace existing packed data at the very end; nothing else is ever replaced.
+        append: Add the documents to existing packed data, which is replaced at the very end.
         sources: Files and folders that the documents come from; the output must not be among them.
     """
 
@@ -292,6 +293,13 @@ class PackOptions(CommandOptions):
     shard_tokens: Annotated[int, Field(ge=1), Option("Tokens per file, 4 bytes each.")] = SHARD_TOKENS
     flush: Annotated[bool, Option("Flush all bytes to disk, to survive power loss.")] = True
     overwrite: Annotated[bool, Option(REPLACE)] = False
+    append: Annotated[
+        bool,
+        Option(
+            "Add the documents to the packed data in OUTPUT, of the same tokenizer, tokens and --bos. Its shards are "
+            "linked, not rewritten; the data changes at once, when all new files are complete."
+        ),
+    ] = False
     sources: Annotated[tuple[Path, ...], Field(strict=False)] = ()
 
 

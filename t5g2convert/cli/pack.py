@@ -78,11 +78,9 @@ def pack(
     images = ", no images"
     if index.image.documents:
         images = f"; {index.image.documents:,} more with images, {index.image.tokens:,} tokens"
-    console().print(
-        f"packed {index.text.documents:,} documents ({index.text.tokens:,} tokens{images}) into "
-        f"{printable(str(output))}",
-        soft_wrap=True,
-    )
+    what, where = f"{index.text.documents:,} documents ({index.text.tokens:,} tokens{images})", printable(str(output))
+    line = f"appended to {where}, which now has {what}" if options.append else f"packed {what} into {where}"
+    console().print(line, soft_wrap=True)
     if index.empty:
         console().print(f"skipped {index.empty:,} empty documents")
     if index.skipped is not None:

@@ -12,20 +12,18 @@ import numpy as np
 
 from t5g2convert.adaptation.data.document_encoder import DocumentEncoder, Encoded, Pieces, encode_batches
 from t5g2convert.adaptation.data.documents import Document, Fault
-from t5g2convert.adaptation.data.image_documents import IMAGE_COLUMNS, PICTURE, PICTURES, PICTURES_FILE
 from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces
-from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, read_index, tokens_entry
-from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE
+from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, tokens_entry
+from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE, Packed
+from t5g2convert.adaptation.data.packed_output import check_packed_output, open_existing, packed_listing
 from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles
-from t5g2convert.adaptation.data.token_stream import END, TOKEN, shard_name
+from t5g2convert.adaptation.data.token_stream import END
 from t5g2convert.adaptation.data.tokens import read_tokens
 from t5g2convert.adaptation.options import PackOptions
 from t5g2convert.command_options import takes_options
-from t5g2convert.conversion.output.ownership import ListedFile
 from t5g2convert.conversion.output.path_rules import check_apart, check_target
-from t5g2convert.conversion.output.recovery import leftovers
 from t5g2convert.conversion.output.staging import Staging
-from t5g2convert.errors import DataError, OutputError, UsageError
+from t5g2convert.errors import DataError, UsageError
 
 BATCH_CHARACTERS: Final = 1 << 20
 """Characters tokenized at once, plus at most one document."""
@@ -45,7 +43,7 @@ class Packing:
 
     Attributes:
         output: The folder.
-        index: Its index.
+        index: Its index, with `append` of all documents, old and new.
         sha256: sha256 of index.json, the identity of the data.
         notes: Notes for the user.
     """
@@ -95,25 +93,41 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
 
     Raises:
         CheckpointError: The model has no tokenizer, or its config is not valid.
-        DataError: More documents cannot be packed than may be skipped (`details` lists them), or there are none.
+        DataError: More documents cannot be packed than may be skipped (`details` lists them), or there are none. Or
+            the existing data of `append` is missing, damaged, or was packed with another tokenizer or `bos`.
         MachineError: A worker process died.
         OutputError: The output exists and is not replaced, or the disk is full or fails.
-        UsageError: `bos` is set, but the model has no bos.
+        UsageError: `bos` is set, but the model has no bos; or both `append` and `overwrite` are set.
     """
-    bos, overwrite, flush = options.bos, options.overwrite, options.flush
+    bos, append, flush = options.bos, options.append, options.flush
+    if append and options.overwrite:
+        raise UsageError("pass either --append or --overwrite, not both")
+    overwrite = append or options.overwrite
     tokens = read_tokens(model)
     check_apart(output, model, *options.sources)
-    _check_packed(output)
+    check_packed_output(output)
     check_target(output, model, *options.sources, overwrite=overwrite, listing=packed_listing)
     if bos and tokens.bos is None:
         raise UsageError("--bos needs a model with a bos token")
     encoder = DocumentEncoder(model, tokens, bos=bos)
     with (
-        Staging(output, overwrite=overwrite, flush=flush, listing=packed_listing, last=[INDEX_FILE]) as staging,
+        Staging(
+            output,
+            overwrite=overwrite,
+            flush=flush,
+            listing=packed_listing,
+            last=[INDEX_FILE],
+            # Files that are linked are not lost, and hashing them would take longer than packing.
+            thoroughly=not append,
+        ) as staging,
         ExitStack() as stack,
     ):
+        # A killed run's data is back in its place only now.
+        existing = open_existing(output, model, bos=bos) if append else None
         files = _Files(staging.folder, options.shard_tokens, stack, flush=flush)
         packer = _Packer(files, encoder, skip_bad=options.skip_bad, workers=options.workers)
+        if existing is not None:
+            packer.take_over(existing)
         packer.run(documents)
         index = packer.finish()
         text = index.model_dump_json(indent=1).encode() + b"\n"
@@ -137,18 +151,6 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
 pack = takes_options(PackOptions)(pack_documents)
 
 
-def _check_packed(output: Path) -> None:
-    """Refuse a folder that is not packed data: with a forgotten argument, OUTPUT is a folder of texts."""
-    if not output.is_dir() or (output / INDEX_FILE).is_file():
-        return
-    if {item.name for item in output.iterdir()} - leftovers(output):
-        raise OutputError(
-            "contains other files than packed data, and is not replaced",
-            where=output,
-            hint="the arguments are MODEL OUTPUT INPUT...",
-        )
-
-
 class _Files:
     """All files of the output except its index."""
 
@@ -158,6 +160,10 @@ class _Files:
         self.image = stack.enter_context(StreamFiles(folder, "image", shard_tokens, flush=flush))
         self.pictures = stack.enter_context(PictureFiles(folder, flush=flush))
         self.counts = stack.enter_context(HashedFile(folder / COUNTS_FILE))
+
+    @property
+    def documents(self) -> int:
+        return self.text.documents + self.image.documents
 
 
 class _Packer:
@@ -169,9 +175,24 @@ class _Packer:
         self._counts = np.zeros(self._tokens.vocabulary, dtype=np.uint64)
         self._faults: dict[int, Fault] = {}
         """By the numbers of the documents."""
-        self._empty = self._places = 0
+        self._empty = self._before = 0
+        self._existing: Packed | None = None
         self.plain_placeholders = 0
         """Documents without images that have a placeholder in their text."""
+
+    def take_over(self, existing: Packed) -> None:
+        """Start with all documents of existing packed data.
+
+        Raises:
+            DataError: Its tables cannot be read, or were modified.
+            OutputError: The disk is full or fails.
+        """
+        files, index, self._existing = self._files, existing.index, existing
+        files.text.take_over(existing.folder, index.text)
+        files.image.take_over(existing.folder, index.image)
+        files.pictures.take_over(existing.folder, index.pictures)
+        self._before, self._empty = files.documents, index.empty
+        self._counts += existing.counts
 
     def run(self, documents: Iterable[Document | Fault]) -> None:
         """Pack all documents.
@@ -185,8 +206,9 @@ class _Packer:
                 self._write_batch(batch, results)
         if len(self._faults) > self._skip_bad:
             raise _refusal(self._in_order(), self._skip_bad)
-        if not self._files.text.documents + self._files.image.documents:
-            raise DataError(f"no document has text ({self._empty} empty)", hint="pass other input")
+        if self._files.documents == self._before:
+            empty = self._empty - (0 if self._existing is None else self._existing.index.empty)
+            raise DataError(f"no document has text ({empty} empty)", hint="pass other input")
 
     def _in_order(self) -> list[Fault]:
         return [fault for _, fault in sorted(self._faults.items())]
@@ -235,8 +257,7 @@ class _Packer:
                 packed.append(result.tokens)
                 if result.images:
                     self._files.pictures.add(result.images)
-                    self._places += len(result.images)
-                    self._files.image.add(result.tokens, self._places, result.split)
+                    self._files.image.add(result.tokens, self._files.pictures.places, result.split)
                 else:
                     self._files.text.add(result.tokens)
         if packed:
@@ -264,12 +285,16 @@ class _Packer:
 
     def _write_skipped(self) -> SkippedEntry | None:
         """Write the list of the skipped documents, if there are any: a line of JSON for each."""
-        if not self._faults:
+        earlier = None if self._existing is None else self._existing.index.skipped
+        if not self._faults and earlier is None:
             return None
         with HashedFile(self._files.folder / SKIPPED_FILE) as file:
+            if self._existing is not None and earlier is not None:
+                file.copy(self._existing.folder / SKIPPED_FILE, earlier.sha256)
             for fault in self._in_order():
                 file.write(json.dumps({"where": fault.where, "reason": fault.reason}).encode() + b"\n")
-            return SkippedEntry(documents=len(self._faults), sha256=file.finish(flush=self._files.flush))
+            count = len(self._faults) + (0 if earlier is None else earlier.documents)
+            return SkippedEntry(documents=count, sha256=file.finish(flush=self._files.flush))
 
 
 def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:
@@ -282,27 +307,3 @@ def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:
         hint=f"mend them, or skip up to N with --skip-bad N{f' (now {skip_bad})' if skip_bad else ''}",
         details=[f"{it.where}: {it.reason}" for it in faults],
     )
-
-
-def packed_listing(folder: Path) -> dict[str, ListedFile]:
-    """List the files of packed data, from its index.
-
-    Raises:
-        DataError: The index is missing or not valid.
-    """
-    index, _ = read_index(folder)
-    listed = {
-        INDEX_FILE: ListedFile(),
-        "text.doc": ListedFile(index.text.documents * END.itemsize, index.text.ends),
-        "image.doc": ListedFile(index.image.documents * IMAGE_COLUMNS * END.itemsize, index.image.ends),
-        PICTURES_FILE: ListedFile(index.pictures.places * PICTURE.itemsize, index.pictures.sha256),
-        COUNTS_FILE: ListedFile(index.tokens.vocabulary * END.itemsize, index.counts),
-    }
-    for name, stream in (("text", index.text), ("image", index.image)):
-        for number, shard in enumerate(stream.shards):
-            listed[shard_name(name, number)] = ListedFile(shard.tokens * TOKEN.itemsize, shard.sha256)
-    for number, pictures in enumerate(index.pictures.shards):
-        listed[shard_name(PICTURES, number)] = ListedFile(pictures.nbytes, pictures.sha256)
-    if index.skipped is not None:
-        listed[SKIPPED_FILE] = ListedFile(sha256=index.skipped.sha256)
-    return listed

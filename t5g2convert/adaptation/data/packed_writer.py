@@ -16,8 +16,9 @@ from t5g2convert.adaptation.data.image_columns import ImageBytes, ImageSource
 from t5g2convert.adaptation.data.image_documents import PICTURE, PICTURES, PICTURES_FILE
 from t5g2convert.adaptation.data.images import check_picture
 from t5g2convert.adaptation.data.index import PicturesEntry, PictureShardEntry, ShardEntry, StreamEntry
-from t5g2convert.adaptation.data.token_stream import END, TOKEN, shard_name
+from t5g2convert.adaptation.data.token_stream import END, TOKEN, mapped_array, shard_name
 from t5g2convert.conversion.write.copy import output_errors
+from t5g2convert.errors import DataError
 
 BUFFER_BYTES: Final = 1 << 20
 
@@ -47,6 +48,25 @@ class HashedFile:
         with output_errors(self.path):
             self._file.write(data)
 
+    def copy(self, source: Path, sha256: str) -> None:
+        """Fill the empty file with the bytes of another one, in blocks.
+
+        Raises:
+            DataError: The other file cannot be read, or its sha256 differs.
+        """
+        try:
+            with source.open("rb", buffering=0) as file:
+                while block := file.read(BUFFER_BYTES):
+                    self.write(block)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", where=source) from None
+        if self._sha256.hexdigest() != sha256:
+            raise DataError(
+                "was modified after packing: its sha256 differs",
+                where=source,
+                hint="copy the file again, or pack the data again",
+            )
+
     def finish(self, *, flush: bool) -> str:
         """Close the file, after a flush to disk if `flush`, and return its sha256, hexadecimal."""
         assert self._file is not None, "the file is open"
@@ -70,6 +90,16 @@ class HashedFile:
                 self._file.close()
 
 
+def _link(source: Path, target: Path, sha256: str, *, flush: bool) -> None:
+    """Make a hard link to a file, or a copy of it where the file system has no links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        with HashedFile(target) as file:
+            file.copy(source, sha256)
+            file.finish(flush=flush)
+
+
 class StreamFiles:
     """The shards of concatenated documents, and the end of each document.
 
@@ -86,6 +116,19 @@ class StreamFiles:
         self._finished: list[ShardEntry] = []
         self._ends = HashedFile(folder / f"{name}.doc")
         self.tokens = self.documents = 0
+
+    def take_over(self, folder: Path, entry: StreamEntry) -> None:
+        """Start with all documents of existing packed data; its last shard stays as short as it is.
+
+        Raises:
+            DataError: The table of ends cannot be read, or was modified.
+            OutputError: The disk is full or fails.
+        """
+        for name, shard in ((shard_name(self._name, number), shard) for number, shard in enumerate(entry.shards)):
+            _link(folder / name, self._folder / name, shard.sha256, flush=self._flush)
+        self._finished.extend(entry.shards)
+        self._ends.copy(folder / f"{self._name}.doc", entry.ends)
+        self.tokens, self.documents = entry.tokens, entry.documents
 
     def add(self, document: NDArray[np.uint32], *more: int) -> None:
         """Append a document of at least one token; `more` is recorded with its end."""
@@ -158,7 +201,8 @@ class PictureFiles:
         """The row of each distinct image, by its sha256."""
         self._shard: HashedFile | None = None
         self._finished: list[PictureShardEntry] = []
-        self._places = 0
+        self.places = 0
+        """Images of all documents."""
         self.losing = 0
         """Images of which 8-bit RGB loses something."""
 
@@ -166,6 +210,23 @@ class PictureFiles:
     def known(self) -> Container[bytes]:
         """The sha256 of all stored images."""
         return self._known.keys()
+
+    def take_over(self, folder: Path, entry: PicturesEntry) -> None:
+        """Start with all images of existing packed data; none of them is stored again.
+
+        Raises:
+            DataError: image.pic cannot be read, or was modified.
+            OutputError: The disk is full or fails.
+        """
+        for name, shard in ((shard_name(PICTURES, number), shard) for number, shard in enumerate(entry.shards)):
+            _link(folder / name, self._folder / name, shard.sha256, flush=self._flush)
+        self._finished.extend(entry.shards)
+        self._rows.copy(folder / PICTURES_FILE, entry.sha256)
+        self.places = entry.places
+        rows = mapped_array(folder / PICTURES_FILE, PICTURE, (entry.places,))
+        for start in range(0, len(rows), BUFFER_BYTES):
+            for row in rows[start : start + BUFFER_BYTES]:
+                self._known.setdefault(row["sha256"].tobytes(), row.tobytes())
 
     def add(self, images: Sequence[CheckedImage]) -> None:
         """Store the images of a document unless they are already stored, and append them to the list.
@@ -178,7 +239,7 @@ class PictureFiles:
                 self.losing += image.loses
                 self._known[image.sha256] = self._store(image.sha256, image.data, image.ending)
             self._rows.write(self._known[image.sha256])
-        self._places += len(images)
+        self.places += len(images)
 
     def _store(self, digest: bytes, data: bytes, ending: str) -> bytes:
         """Append an image to its shard and return its row; a shard is closed before an image that does not fit."""
@@ -199,7 +260,7 @@ class PictureFiles:
         if self._shard is not None:
             self._finish_shard(self._shard)
         return PicturesEntry(
-            places=self._places,
+            places=self.places,
             images=len(self._known),
             nbytes=sum(shard.nbytes for shard in self._finished),
             shards=tuple(self._finished),

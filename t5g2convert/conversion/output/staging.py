@@ -72,6 +72,7 @@ class Staging:
             if it is stopped or the disk fails.
         listing: Returns the files of an output to replace.
         last: Files that are moved last into a target that is filled.
+        thoroughly: Whether to compare the sha256 of every file of an output to replace, not only its size.
     """
 
     def __init__(
@@ -83,13 +84,14 @@ class Staging:
         resume: bool = False,
         listing: Listing = manifest_listing,
         last: Sequence[str] = LAST_FILES,
+        thoroughly: bool = True,
     ) -> None:
         self._given, self.target = target, real_path(target)
         self._work = WorkFolders.of(self.target)
         self.folder = self._work.staging
         self.notes: list[str] = []
         self._overwrite, self._flush, self._resume = overwrite, flush, resume
-        self._listing, self._last = listing, last
+        self._listing, self._last, self._thoroughly = listing, last, thoroughly
         self._fills = False
         self._replaced: tuple[int, Snapshot] | None = None
         self._fd = -1
@@ -265,7 +267,8 @@ class Staging:
         self._replaced = status.st_ino, take_snapshot(self.target, frozenset({INSIDE}))
         if not self._replaced[1]:
             raise OutputError("was created by another process", where=self.target, hint="run again")
-        check_ours(self.target, self._listing, ignored=frozenset(leftovers(self.target)), thoroughly=True)
+        ignored = frozenset(leftovers(self.target))
+        check_ours(self.target, self._listing, ignored=ignored, thoroughly=self._thoroughly)
         if os.fstat(self._fd).st_gid != status.st_gid:
             with suppress(PermissionError):
                 os.fchown(self._fd, -1, status.st_gid)
