@@ -81,3 +81,14 @@ def test_memory_is_divided_among_the_devices(converted_twin: TwinFolder) -> None
     assert one.softmax == 8 * 8 * model.decoder.vocab_size
     assert one.gathered == 8 * (parameters["embedding"] + 2 * (parameters["encoder"] // 8))
     assert one.total == one.states + one.gathered + one.inputs + one.softmax
+
+
+def test_summing_gradients_once_a_step_keeps_the_whole_gradient(converted_twin: TwinFolder) -> None:
+    folder = converted_twin("images-8")
+    parameters, model = inspect(folder).parameters, shapes(folder)
+    trained = parameters["total"] - parameters["vision"]
+    for devices, rest in ((1, 0), (4, 3 * trained)):
+        kept = memory(model, parameters, devices=devices, encoder=14, decoder=10, chunk=8, reduces_once=True)
+        plain = memory(model, parameters, devices=devices, encoder=14, decoder=10, chunk=8)
+        assert kept.gradient == rest
+        assert kept.total == plain.total + rest

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from t5g2convert.adaptation.options import Hardware
-from t5g2convert.adaptation.train.distributed import early_rank, resolve
+from t5g2convert.adaptation.options import AdaptOptions, Hardware
+from t5g2convert.adaptation.train.distributed import check_attention, check_shard_size, early_rank, resolve
 from t5g2convert.errors import UsageError
 
 
@@ -69,3 +69,15 @@ def test_the_rank_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "5"}.items():
         monkeypatch.setenv(name, value)
     assert early_rank() == 5
+
+
+def test_groups_that_do_not_have_all_processes_are_refused() -> None:
+    check_shard_size(Hardware(shard_size=4), 8)
+    with pytest.raises(UsageError, match="--shard-size 3 does not divide the number of processes, 8"):
+        check_shard_size(Hardware(shard_size=3), 8)
+
+
+def test_attention_by_blocks_is_refused_on_the_cpu() -> None:
+    check_attention(AdaptOptions(lr=1e-3, steps=1, attention="dense", accelerator="cpu"))
+    with pytest.raises(UsageError, match="needs a GPU"):
+        check_attention(AdaptOptions(lr=1e-3, steps=1, attention="blocks", accelerator="cpu"))

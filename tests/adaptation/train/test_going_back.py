@@ -14,6 +14,7 @@ from t5g2convert.adaptation.adapt import Request, adapt, foresee
 from t5g2convert.adaptation.train import checkpoint_manifest, loop
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
 from t5g2convert.adaptation.train.history import read_history
+from t5g2convert.adaptation.train.resume import go_back
 from t5g2convert.adaptation.train.schedule import learning_rate
 from t5g2convert.errors import CheckpointError, DataError, Interrupted, OutputError, UsageError
 from tests.adaptation.trainings import (
@@ -204,3 +205,17 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_as_the_hint_says(
     outcome, _ = run(changed(request, resume=True, skip_steps=("5-5",)))
     assert outcome.start == 4
     assert [step["step"] for step in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_exported_from_a_later_checkpoint_is_set_aside(again: Request) -> None:
+    exported = again.run / "model"
+    exported.mkdir()
+    (exported / "t5g2.json").write_text("{}")
+    go_back(again.run, 4)
+    assert not exported.exists()
+    assert (again.run / "model.abandoned/t5g2.json").read_text() == "{}"
+    # A folder of the user stays.
+    exported.mkdir()
+    (exported / "notes.txt").write_text("mine")
+    go_back(again.run, 4)
+    assert (exported / "notes.txt").read_text() == "mine"

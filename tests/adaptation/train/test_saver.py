@@ -168,7 +168,7 @@ def test_by_default_memory_decides_at_each_save(
     share: float | None, copies: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin, sizes, made = checkpoints.save_in_background, [], []
-    size = checkpoints.bytes_of
+    size = checkpoints.bytes_here
 
     def noted(*arguments: Any, **options: Any) -> Any:
         made.append(arguments[2])
@@ -179,7 +179,7 @@ def test_by_default_memory_decides_at_each_save(
         return sizes[-1]
 
     monkeypatch.setattr(checkpoints, "save_in_background", noted)
-    monkeypatch.setattr(saver, "bytes_of", sized)
+    monkeypatch.setattr(saver, "bytes_here", sized)
     monkeypatch.setattr(saver, "free_memory", lambda: None if share is None else int(share * sizes[-1]))
     run(background(small, tmp_path / "run", async_save=None))
     # The last checkpoint is never written in the background: nothing comes after it.
