@@ -18,7 +18,8 @@ from ablation.config import MODEL_TYPE, ResearchConfig, read_research, research_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t5g2convert.adaptation.train.model import MODEL_BUILDERS
+from t5g2convert.adaptation.train.model import MODEL_BUILDERS, names_on_disk
+from t5g2convert.adaptation.train.sharding import load_values, parameters_on_meta
 from t5g2convert.checkpoint.families.registry import TARGETS, TargetFamily
 from t5g2convert.checkpoint.families.rope_config import LayerType
 from t5g2convert.checkpoint.families.text_and_vision import TextConfig
@@ -27,6 +28,7 @@ from t5g2convert.reference.attention import Kernel, Rotation, rotation
 from t5g2convert.reference.layers import DecoderLayer, EncoderLayer, RMSNorm, StackLayer
 from t5g2convert.reference.masks import bidirectional, causal, memory
 from t5g2convert.reference.t5gemma import CrossDecoderLayer
+from t5g2convert.reference.weights import Weights
 
 
 def register() -> None:
@@ -201,6 +203,23 @@ def build(folder: Path, *, kernel: Kernel = "sdpa") -> ResearchModel:
         CheckpointError: The folder holds another model.
     """
     return ResearchModel(read_research(open_checkpoint(folder).config, folder / "config.json"), kernel=kernel)
+
+
+def load(folder: Path, *, kernel: Kernel = "sdpa") -> ResearchModel:
+    """Load a research model, float32.
+
+    Args:
+        folder: A conversion by one of the maps in examples/ablation/maps.
+        kernel: The attention kernel.
+
+    Raises:
+        CheckpointError: The folder holds another model, or its tensors do not match its config.
+    """
+    checkpoint_read = open_checkpoint(folder)
+    with parameters_on_meta():
+        model = build(folder, kernel=kernel)
+    load_values(model, names_on_disk(model, checkpoint_read), Weights(checkpoint_read), torch.device("cpu"))
+    return model
 
 
 def _masks(

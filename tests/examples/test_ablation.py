@@ -11,7 +11,7 @@ import pytest
 import torch
 from ablation.config import MODEL_TYPE, read_research, research_tensors
 from ablation.evaluation import evaluate
-from ablation.model import ResearchModel, build, register
+from ablation.model import ResearchModel, load, register
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, PreTrainedModel, T5Gemma2ForConditionalGeneration
@@ -22,18 +22,14 @@ from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.evaluation import Evaluation, hide_encoder
-from t5g2convert.adaptation.train.model import MODEL_BUILDERS, names_on_disk
+from t5g2convert.adaptation.train.model import MODEL_BUILDERS
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.train.sharding import load_values, parameters_on_meta
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.registry import TARGETS
-from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import CheckpointError, MappingError, UsageError
-from t5g2convert.reference.attention import Kernel
-from t5g2convert.reference.weights import Weights
 from tests.adaptation.trainings import write_text
 from tests.conftest import TwinFolder
 from tests.reference.models import Batch, padded_batch
@@ -62,14 +58,6 @@ def registered() -> Iterator[None]:
     register()
     yield
     del TARGETS[MODEL_TYPE], MODEL_BUILDERS[MODEL_TYPE]
-
-
-def load(folder: Path, *, kernel: Kernel = "sdpa") -> ResearchModel:
-    checkpoint = open_checkpoint(folder)
-    with parameters_on_meta():
-        model = build(folder, kernel=kernel)
-    load_values(model, names_on_disk(model, checkpoint), Weights(checkpoint), torch.device("cpu"))
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,8 @@ def check_vacant(run: Path) -> None:
 def locked(run: Path) -> Iterator[None]:
     """Lock a run's folder while the block runs; create it if it is absent, and remove it again if it stayed empty.
 
-    The lock is on the folder itself and ends with the process that holds it, or with the last of its data workers.
-    Other machines see it too, if their file system has locks.
+    The lock is on the folder itself and ends with the process that holds it: its data workers give it up, since they
+    outlive a process that is killed by some seconds. Other machines see it too, if their file system has locks.
 
     Raises:
         OutputError: Another process holds it, or the folder cannot be created or locked.
@@ -104,14 +104,28 @@ def locked(run: Path) -> Iterator[None]:
         fd = _lock(run, made)
     except OSError as error:
         raise OutputError(f"cannot be locked: {error.strerror}", where=run) from error
+    _held.add(fd)
     try:
         yield
     finally:
+        _held.remove(fd)
         # Removed while it is locked: a process that waits for the lock sees that the name now has another folder.
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
         os.close(fd)
+
+
+_held: Final = set[int]()
+
+
+def _give_up() -> None:
+    """Close the locks that a forked process has inherited."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_give_up)
 
 
 def _lock(run: Path, made: list[Path]) -> int:

@@ -40,7 +40,8 @@ def test_sixty_steps_of_several_processes_equal_those_of_one(
     assert len(ours) == len(theirs) == 60
     for one, other in zip(ours, theirs, strict=True):
         assert one["labels"] == other["labels"]
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=TOLERANCE)
+        # Weights that differ by 1e-5 have gradients that differ by more.
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * TOLERANCE)
         assert one["tasks"] == pytest.approx(other["tasks"], abs=TOLERANCE)
 
 
