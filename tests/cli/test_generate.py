@@ -362,6 +362,9 @@ def test_the_first_sentinel_of_a_training_is_used(output: Path, monkeypatch: pyt
     read = scripted(monkeypatch, output, "<unused153>", "x", "<eos>")
     assert list(generate(output, "a[MASK]b", infill=True)) == ["axb"]
     assert read[0][1] == 252
+    mixture.first_sentinel = "x"
+    with pytest.raises(UsageError, match=r"names such as <unused0>, but the first of .* is x"):
+        list(generate(output, "a[MASK]b", infill=True))
 
 
 @pytest.mark.parametrize(

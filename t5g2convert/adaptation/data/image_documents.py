@@ -186,7 +186,7 @@ class ImageDocuments(Sequence[ImageDocument]):
         splits = self._rows[start:stop, 2].astype(np.int64)
         before = self._rows[start - 1 : start, :2].astype(np.int64) if start else np.zeros((1, 2), np.int64)
         lengths, images = np.diff(ends, axis=0, prepend=before).T
-        wrong = (lengths <= 0) | (splits <= 0) | (splits >= lengths)
+        wrong = (lengths <= 0) | (images <= 0) | (splits <= 0) | (splits >= lengths)
         if wrong.any():
             raise self._error(start + int(np.argmax(wrong)), "ends before it begins, or its target is not inside it")
         return np.stack([splits, lengths - splits, images], axis=1)

@@ -77,15 +77,19 @@ class Masks:
     """
 
     def __init__(self, folder: Path, codec: TextCodec, reserved: Collection[int]) -> None:
-        named, trained = _first(folder, codec, reserved)
+        named = _first(folder, codec, reserved)
         first = codec.token_id(named) if isinstance(named, str) else named
         if first is None or first >= codec.rows:
             raise UsageError(f"--infill needs the first sentinel, but the tokenizer of {folder} has no token {named}")
         self._first, self._codec = first, codec
         last = first
-        # A training used every id below its first, whatever its name.
-        while last >= 0 and last not in reserved and (trained or _UNUSED.fullmatch(codec.token_name(last) or "")):
+        while last >= 0 and last not in reserved and _UNUSED.fullmatch(codec.token_name(last) or ""):
             last -= 1
+        if last == first:
+            raise UsageError(
+                f"--infill needs sentinels with names such as <unused0>, but the first of {folder} is "
+                f"{codec.token_name(first) or first}"
+            )
         self._run = range(first, last, -1)
 
     def read(self, text: str) -> Masked:
@@ -114,12 +118,12 @@ class Masks:
         return frozenset(self._run[len(masked.sentinels) :])
 
 
-def _first(folder: Path, codec: TextCodec, reserved: Collection[int]) -> tuple[str | int, bool]:
-    """Return the first sentinel's name or id, and whether it is that of a training."""
+def _first(folder: Path, codec: TextCodec, reserved: Collection[int]) -> str | int:
+    """Return the first sentinel's name or id."""
     manifest = read_manifest(folder) if is_there(folder / MANIFEST_FILE) else None
     if manifest is None or manifest.adaptation is None:
-        return FIRST_SENTINEL, False
+        return FIRST_SENTINEL
     # Version 0.1.0 trained with the highest id and did not record it.
     highest = max(token for token in range(codec.rows) if token not in reserved)
     recorded = manifest.adaptation.settings.mixture.first_sentinel
-    return (highest if recorded is None else recorded), True
+    return highest if recorded is None else recorded

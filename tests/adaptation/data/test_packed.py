@@ -187,10 +187,10 @@ def test_a_wrong_row_of_a_document_with_images_is_refused_when_it_is_read(
 
 def test_sizes_of_documents_with_images_are_those_of_their_tokens(data: Path) -> None:
     images = Packed.open(data).images
-    expected = [[document.split, len(document.tokens) - document.split] for document in images]
+    expected = [[each.split, len(each.tokens) - each.split, len(each.images)] for each in images]
     assert images.sizes(0, 2).tolist() == expected
     assert images.sizes(1, 2).tolist() == expected[1:]
-    for column, value in ((0, 2**63), (0, 10**6), (2, 0), (2, 1000), (2, 2**63)):
+    for column, value in ((0, 2**63), (0, 10**6), (1, 2**63), (1, 0), (2, 0), (2, 1000), (2, 2**63)):
         rows = table(data)
         kept = rows.copy()
         rows[0, column] = value
