@@ -34,6 +34,7 @@ class LoopConfig(CommandOptions):
         micro_batch: Most samples per process and forward pass; None for no limit.
         recompute: Which activations are recomputed in the backward pass, to save memory: none, all but the results of
             matrix products (selective), or all but the inputs of layers (full).
+        gradient_checkpointing: False is the older spelling of `recompute="none"`.
         reduce: Whether gradients are summed over processes after each pass, or once a step, which needs memory for the
             whole gradient on each device; auto for once where a quarter of the memory suffices.
         attention: Attention with dense masks, or by blocks of the scores that are seen (flex_attention).
@@ -109,6 +110,9 @@ class LoopConfig(CommandOptions):
             group=MACHINES,
         ),
     ] = "full"
+    gradient_checkpointing: Annotated[
+        bool, Option("--no-gradient-checkpointing is the older spelling of --recompute none.", group=MACHINES)
+    ] = True
     reduce: Annotated[
         Literal["auto", "step", "pass"],
         Option(
@@ -140,6 +144,11 @@ class LoopConfig(CommandOptions):
             group=MACHINES,
         ),
     ] = None
+
+    @property
+    def recomputed(self) -> Literal["none", "selective", "full"]:
+        """Which activations are recomputed, in either spelling."""
+        return self.recompute if self.gradient_checkpointing else "none"
 
     def most_tokens(self, settings: Settings) -> int | None:
         """Return the most encoder tokens and labels per process and forward pass; None for no limit."""

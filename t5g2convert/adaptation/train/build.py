@@ -46,8 +46,8 @@ def build(
     network = model.build_model(folder, checkpoint.config)
     names = model.names_on_disk(network, checkpoint)
     model.freeze(network, names, model.parts_of(checkpoint), images=prepared.images)
-    if options.recompute != "none":
-        model.recompute_activations(network, options.recompute)
+    if options.recomputed != "none":
+        model.recompute_activations(network, options.recomputed)
     if options.attention == "blocks":
         use_block_attention(network)
     if options.compile:

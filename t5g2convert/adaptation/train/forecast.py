@@ -156,7 +156,7 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
         chunk=loop.loss_chunk,
         reduces_once=once and devices > 1,
     )
-    method = Method(shard_size, loop.recompute, loop.attention, "step" if once else "pass")
+    method = Method(shard_size, loop.recomputed, loop.attention, "step" if once else "pass")
     pace = Pace(samples.shapes, parameters, devices, method=method)
     return Forecast(
         steps=settings.steps,
@@ -173,7 +173,7 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
         passes=schedule.passes / schedule.steps,
         useful=schedule.useful,
         memory=held,
-        recompute=loop.recompute,
+        recompute=loop.recomputed,
         throughput=throughput(schedule, pace, held, save_every=loop.save_every) if tasks else None,
         notes=prepared.notes,
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t5g2convert.adaptation.options import AdaptOptions, Hardware
+from t5g2convert.adaptation.options import AdaptOptions, Hardware, LoopConfig
 from t5g2convert.adaptation.train.distributed import check_attention, check_shard_size, early_rank, resolve
 from t5g2convert.errors import UsageError
 
@@ -81,3 +81,9 @@ def test_attention_by_blocks_is_refused_on_the_cpu() -> None:
     check_attention(AdaptOptions(lr=1e-3, steps=1, attention="dense", accelerator="cpu"))
     with pytest.raises(UsageError, match="needs a GPU"):
         check_attention(AdaptOptions(lr=1e-3, steps=1, attention="blocks", accelerator="cpu"))
+
+
+def test_the_older_spelling_of_no_recomputation_still_holds() -> None:
+    assert LoopConfig().recomputed == "full"
+    assert LoopConfig(recompute="selective").recomputed == "selective"
+    assert LoopConfig(gradient_checkpointing=False).recomputed == "none"
