@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a tensor, in its shape; `step` is a scalar."""
 
+PARAMETER_BYTES: Final = 3 * torch.float32.itemsize
+"""Per trained parameter: its value and both moments."""
+
 FILE_BYTES: Final = 1 << 30
 """Approximate size of a file: torch builds each one in memory before it is written."""
 
@@ -225,8 +228,8 @@ def clear_partial(run: Path) -> None:
 
 
 def bytes_of(state: State) -> int:
-    """Return the bytes of a checkpoint: float32 values and both moments."""
-    return sum(parameter.numel() for parameter in state.parameters.values()) * torch.float32.itemsize * 3
+    """Return the bytes of a checkpoint."""
+    return PARAMETER_BYTES * sum(parameter.numel() for parameter in state.parameters.values())
 
 
 def bytes_here(state: State) -> int:
@@ -234,7 +237,7 @@ def bytes_here(state: State) -> int:
     held = (
         parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in state.parameters.values()
     )
-    return sum(part.numel() for part in held) * torch.float32.itemsize * 3
+    return PARAMETER_BYTES * sum(part.numel() for part in held)
 
 
 def _prune(run: Path, keep: int) -> None:

@@ -25,7 +25,7 @@ from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FO
 from t5g2convert.adaptation.train.saver import Saver
 from t5g2convert.adaptation.train.schedule import is_image_step, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.train.sharding import reduces_once, sum_over_processes
+from t5g2convert.adaptation.train.sharding import reduces_once, sum_over_processes, trained_parts
 from t5g2convert.adaptation.train.signals import signals_at_step_ends
 from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, task_names
 from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
@@ -90,6 +90,7 @@ def train(
     batches = load_batches(samples, order, workers=loop.workers_of(settings))
     on_rank_0 = engine.global_rank == 0
     once = reduces_once(engine, loop.reduce, sum(each.numel() for each in state.parameters.values()))
+    parts = trained_parts(module)
     log_context = (
         open_log(run / METRICS_FILE, run / TENSORBOARD_FOLDER, start=start) if on_rank_0 else nullcontext(None)
     )
@@ -101,7 +102,7 @@ def train(
             _evaluate(evaluation, log, start)
         sums, saved, skipped = _Sums(engine, settings), time.monotonic(), 0
         for place, batch in _checked(engine, batches):
-            sum_over_processes(module, place.is_last or not once)
+            sum_over_processes(parts, place.is_last or not once)
             loss, losses_T, labels_T = module(engine.to_device(batch))
             engine.backward(loss)
             sums.add(losses_T, labels_T, batch)

@@ -84,8 +84,10 @@ def find_start(
             check_vacant(run)
         return Start()
     check_own_files(run)
-    if back_to is not None and not differences(read_history(run).settings.to_json(), settings.to_json()):
-        back_to = None if read_history(run).returned == back_to else back_to
+    if back_to is not None:
+        before = read_history(run)
+        if before.returned == back_to and not differences(before.settings.to_json(), settings.to_json()):
+            back_to = None
     found = complete_checkpoints(run)
     if back_to is not None and back_to not in found:
         kept = ", ".join(map(str, found)) or "none"

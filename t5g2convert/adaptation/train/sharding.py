@@ -5,7 +5,7 @@ the processes form groups that each hold the whole model (HSDP): values are gath
 travel between groups. Fabric's strategy knows one group of all processes, so the mesh is made here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 READ_ELEMENTS: Final = 1 << 24
 """Values read at once; at least one row."""
-
 
 GRADIENT_SHARE: Final = 4
 """With `--reduce auto`, the whole gradient takes at most one in so many bytes of a device's memory."""
@@ -99,12 +98,21 @@ def gradient_fits(trained: int, memory: float) -> bool:
     return GRADIENT_SHARE * trained * torch.float32.itemsize <= memory
 
 
-def sum_over_processes(module: nn.Module, now: bool) -> None:
-    """Choose whether the next backward pass sums gradients over processes, or adds them to those of this process."""
-    for part in module.modules():
-        # In frozen parts torch expects values that a pass without images never gathers.
-        if isinstance(part, FSDPModule) and any(each.requires_grad for each in part.parameters()):
-            part.set_requires_gradient_sync(now, recurse=False)
+def trained_parts(module: nn.Module) -> tuple[FSDPModule, ...]:
+    """Return the sharded parts of a module that have trained parameters."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    return tuple(part for part in parts if any(each.requires_grad for each in part.parameters()))
+
+
+def sum_over_processes(parts: Sequence[FSDPModule], now: bool) -> None:
+    """Choose whether the next backward pass sums gradients over processes, or adds them to those of this process.
+
+    Args:
+        parts: From `trained_parts`: in frozen parts torch expects values that a pass without images never gathers.
+        now: Whether it sums them.
+    """
+    for part in parts:
+        part.set_requires_gradient_sync(now, recurse=False)
 
 
 def load_values(module: nn.Module, names: Mapping[str, str], weights: Weights, device: torch.device) -> None:
