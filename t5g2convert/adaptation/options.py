@@ -111,7 +111,7 @@ class LoopConfig(CommandOptions):
         ),
     ] = "full"
     gradient_checkpointing: Annotated[
-        bool, Option("--no-gradient-checkpointing is the older spelling of --recompute none.", group=MACHINES)
+        bool, Option("An older spelling: --no-gradient-checkpointing is --recompute none.", group=MACHINES)
     ] = True
     reduce: Annotated[
         Literal["auto", "step", "pass"],
