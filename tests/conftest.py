@@ -94,6 +94,20 @@ def converted_twin(twin_folder: TwinFolder, shared_folder: Path) -> TwinFolder:
     return partial(_written_once, shared_folder / "converted", write)
 
 
+@pytest.fixture(scope="session")
+def demo_model(shared_folder: Path) -> Path:
+    """The demo's T5Gemma 2, written by the first worker that needs it; do not change it.
+
+    It has 256 tokens, one for each printable character of ASCII, and images of 4 tokens.
+    """
+
+    def write(_: str, folder: Path) -> None:
+        build_demo_source(folder.with_name("source"))
+        convert(folder.with_name("source"), folder, flush=False)
+
+    return _written_once(shared_folder / "demo", write, "model")
+
+
 def _written_once(root: Path, write: Callable[[str, Path], object], name: str) -> Path:
     root.mkdir(exist_ok=True)
     with FileLock(root / f"{name}.lock"):

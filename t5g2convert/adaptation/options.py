@@ -280,6 +280,7 @@ class PackOptions(CommandOptions):
         flush: Wait until all bytes are on disk before the output appears.
         overwrite: Replace existing packed data at the very end; nothing else is ever replaced.
         append: Add the documents to existing packed data, which is replaced at the very end.
+        resume: Continue an interrupted pack of the same documents into the same output, if there is one.
         sources: Files and folders that the documents come from; the output must not be among them.
     """
 
@@ -308,6 +309,10 @@ class PackOptions(CommandOptions):
             "Add the documents to the packed data in OUTPUT, of the same tokenizer, tokens and --bos. Its shards are "
             "linked, not rewritten; the data changes at once, when all new files are complete."
         ),
+    ] = False
+    resume: Annotated[
+        bool,
+        Option("Continue an interrupted pack of the same input, options and OUTPUT; without one, begin."),
     ] = False
     sources: Annotated[tuple[Path, ...], Field(strict=False)] = ()
 

@@ -11,21 +11,19 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from t5g2convert import convert
+from t5g2convert.adaptation.data import pack as packing
+from t5g2convert.adaptation.data import pack_journal
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.checkpoint.file_store import sha256_of
-from t5g2convert.cli.demo import build_demo_source
 from tests.cli.commandline import CommandLine
+from tests.folders import contents
 from tests.processes.memory import run_and_measure
 from tests.project.test_package import HEAVY, modules_after
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_demo_source(folder / "source")
-    convert(folder / "source", folder / "model", flush=False)
-    return folder / "model"
+def model(demo_model: Path) -> Path:
+    return demo_model
 
 
 @pytest.fixture
@@ -120,6 +118,32 @@ def rows(path: Path, count: int) -> Path:
         for number in range(count):
             file.write(json.dumps({"text": f"document {number} " + "abc " * 495}) + "\n")
     return path
+
+
+def test_a_pack_that_found_too_many_bad_documents_goes_on_with_resume(
+    t5g2: CommandLine, model: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_journal, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(pack_journal, "SAVE_SHARE", 1)
+    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 2)
+    (inputs / "d.txt").write_bytes(b"\xff")
+    run = t5g2("pack", model, tmp_path / "out", inputs)
+    assert (run.code, run.err) == (
+        3,
+        f"t5g2: {inputs}/d.txt:1: is not UTF-8: invalid start byte at byte 0 (--skip-bad 1 packs the others; what was "
+        "packed is kept; continue with --resume)\n",
+    )
+    run = t5g2("pack", model, tmp_path / "out", inputs, "--resume", "--bos", "--skip-bad", "1")
+    assert run.code == 3
+    assert run.err == (
+        f"t5g2: {tmp_path}/.out.t5g2-staging: the interrupted pack had --no-bos (continue with the same, or pack again "
+        "without --resume)\n"
+    )
+    run = t5g2("pack", model, tmp_path / "out", inputs, "--resume", "--skip-bad", "1")
+    assert run.code == 0
+    assert run.err == "note: continued an interrupted pack after its first 7 documents\n"
+    assert t5g2("pack", model, tmp_path / "whole", inputs, "--skip-bad", "1").code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,16 +16,26 @@ from t5g2convert.adaptation.data.document_encoder import DocumentEncoder, Encode
 from t5g2convert.adaptation.data.documents import Document, Fault
 from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces
 from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, tokens_entry
-from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE, Packed
+from t5g2convert.adaptation.data.output_files import HashedFile, OutputFiles
+from t5g2convert.adaptation.data.pack_journal import (
+    Deciding,
+    InputDigest,
+    Journal,
+    Mark,
+    PackState,
+    counts_text,
+    faults_text,
+)
+from t5g2convert.adaptation.data.packed import SKIPPED_FILE, Packed
+from t5g2convert.adaptation.data.packed_files import PackedFiles
 from t5g2convert.adaptation.data.packed_output import check_packed_output, open_existing, packed_listing
-from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles
-from t5g2convert.adaptation.data.token_stream import END
 from t5g2convert.adaptation.data.tokens import read_tokens
 from t5g2convert.adaptation.options import PackOptions
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.output.path_rules import check_apart, check_target
 from t5g2convert.conversion.output.staging import Staging
 from t5g2convert.errors import DataError, UsageError
+from t5g2convert.version import __version__
 
 BATCH_CHARACTERS: Final = 1 << 20
 """Characters tokenized at once, plus at most one document."""
@@ -35,6 +47,8 @@ BATCH_IMAGES: Final = 64
 
 MAX_FAULTS: Final = 100
 """Faulty documents after which packing stops."""
+
+KEPT_HINT: Final = "what was packed is kept; continue with --resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +108,11 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     Raises:
         CheckpointError: The model has no tokenizer, or its config is not valid.
         DataError: More documents cannot be packed than may be skipped (`details` lists them), or there are none. Or
-            the existing data of `append` is missing, damaged, or was packed with another tokenizer or `bos`.
+            the existing data of `append` is missing, damaged, or was packed with another tokenizer or `bos`. Or the run
+            that `resume` continues had other documents or options.
         MachineError: A worker process died.
-        OutputError: The output exists and is not replaced, or the disk is full or fails.
+        OutputError: The output exists and is not replaced, or the disk is full or fails. Or the files of the run that
+            `resume` continues are damaged.
         UsageError: `bos` is set, but the model has no bos; or both `append` and `overwrite` are set.
     """
     bos, append, flush = options.bos, options.append, options.flush
@@ -115,6 +131,8 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
             output,
             overwrite=overwrite,
             flush=flush,
+            resume=options.resume,
+            kept_hint=KEPT_HINT,
             listing=packed_listing,
             last=[INDEX_FILE],
             # Files that are linked are not lost, and hashing them would take longer than packing.
@@ -124,8 +142,20 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     ):
         # A killed run's data is back in its place only now.
         existing = open_existing(output, model, bos=bos) if append else None
-        files = _Files(staging.folder, options.shard_tokens, stack, flush=flush)
-        packer = _Packer(files, encoder, skip_bad=options.skip_bad, workers=options.workers)
+        deciding = Deciding(
+            version=__version__,
+            tokenizer_sha256=encoder.text.sha256,
+            tokens=tokens_entry(tokens),
+            bos=bos,
+            shard_tokens=options.shard_tokens,
+            existing=None if existing is None else existing.sha256,
+        )
+        journal = Journal(staging.folder, deciding, flush=flush)
+        begun = journal.read() if options.resume else None
+        output_files = OutputFiles(staging.folder, flush=flush, kept=None if begun is None else begun.files)
+        counts = np.zeros(tokens.vocabulary, np.uint64) if begun is None else begun.read_counts()
+        files = PackedFiles(stack.enter_context(output_files), options.shard_tokens, counts)
+        packer = _Packer(files, encoder, journal, begun, skip_bad=options.skip_bad, workers=options.workers)
         if existing is not None:
             packer.take_over(existing)
         packer.run(documents)
@@ -136,6 +166,8 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
             file.finish(flush=flush)
         staging.commit()
     notes = [*staging.notes]
+    if begun is not None:
+        notes.append(f"continued an interrupted pack after its first {begun.documents:,} documents")
     if packer.plain_placeholders:
         notes.append(
             f"{packer.plain_placeholders:,} document(s) without images contain {PLACEHOLDER}, packed as plain text"
@@ -151,48 +183,47 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
 pack = takes_options(PackOptions)(pack_documents)
 
 
-class _Files:
-    """All files of the output except its index."""
-
-    def __init__(self, folder: Path, shard_tokens: int, stack: ExitStack, *, flush: bool) -> None:
-        self.folder, self.flush = folder, flush
-        self.text = stack.enter_context(StreamFiles(folder, "text", shard_tokens, flush=flush))
-        self.image = stack.enter_context(StreamFiles(folder, "image", shard_tokens, flush=flush))
-        self.pictures = stack.enter_context(PictureFiles(folder, flush=flush))
-        self.counts = stack.enter_context(HashedFile(folder / COUNTS_FILE))
-
-    @property
-    def documents(self) -> int:
-        return self.text.documents + self.image.documents
-
-
 class _Packer:
     """Tokenizes documents in batches and writes them; memory depends only on the number of distinct images."""
 
-    def __init__(self, files: _Files, encoder: DocumentEncoder, *, skip_bad: int, workers: int) -> None:
+    def __init__(
+        self,
+        files: PackedFiles,
+        encoder: DocumentEncoder,
+        journal: Journal,
+        begun: PackState | None,
+        *,
+        skip_bad: int,
+        workers: int,
+    ) -> None:
         self._files, self._encoder, self._tokens = files, encoder, encoder.tokens
+        self._journal, self._begun, self._input = journal, begun, InputDigest(begun)
         self._skip_bad, self._workers = skip_bad, workers
-        self._counts = np.zeros(self._tokens.vocabulary, dtype=np.uint64)
+        self._marks: deque[Mark] = deque()
+        """How far the input was read, for each batch that is not written yet."""
         self._faults: dict[int, Fault] = {}
         """By the numbers of the documents."""
-        self._empty = self._before = 0
+        self._blank = self._empty = self._before = 0
+        """Documents without text, found ahead of the writing; those without tokens; those of existing data."""
         self._existing: Packed | None = None
         self.plain_placeholders = 0
         """Documents without images that have a placeholder in their text."""
+        if begun is not None:
+            self._faults, self._blank = begun.read_faults(), begun.empty
+            self.plain_placeholders, files.pictures.losing = begun.plain_placeholders, begun.losing
 
     def take_over(self, existing: Packed) -> None:
-        """Start with all documents of existing packed data.
+        """Start with all documents of existing packed data, which an interrupted run has already taken over.
 
         Raises:
             DataError: Its tables cannot be read, or were modified.
             OutputError: The disk is full or fails.
         """
-        files, index, self._existing = self._files, existing.index, existing
-        files.text.take_over(existing.folder, index.text)
-        files.image.take_over(existing.folder, index.image)
-        files.pictures.take_over(existing.folder, index.pictures)
-        self._before, self._empty = files.documents, index.empty
-        self._counts += existing.counts
+        self._existing = existing
+        self._before = existing.index.text.documents + existing.index.image.documents
+        if self._begun is None:
+            self._files.take_over(existing)
+            self._blank = existing.index.empty
 
     def run(self, documents: Iterable[Document | Fault]) -> None:
         """Pack all documents.
@@ -204,11 +235,29 @@ class _Packer:
         with closing(encode_batches(self._batches(documents), self._encoder, known, workers=self._workers)) as encoded:
             for batch, results in encoded:
                 self._write_batch(batch, results)
+                mark = self._marks.popleft()
+                if self._journal.is_due:
+                    self._journal.save(partial(self._state, mark))
         if len(self._faults) > self._skip_bad:
             raise _refusal(self._in_order(), self._skip_bad)
         if self._files.documents == self._before:
-            empty = self._empty - (0 if self._existing is None else self._existing.index.empty)
+            empty = self._blank + self._empty - (0 if self._existing is None else self._existing.index.empty)
             raise DataError(f"no document has text ({empty} empty)", hint="pass other input")
+
+    def _state(self, mark: Mark) -> PackState:
+        """Return the state after the documents of a mark, when the system has all their bytes, or the disk."""
+        return PackState(
+            format=1,
+            deciding=self._journal.deciding,
+            documents=mark.documents,
+            sha256=mark.sha256,
+            empty=mark.blank + self._empty,
+            plain_placeholders=mark.plain_placeholders,
+            losing=self._files.pictures.losing,
+            faults=faults_text(self._faults, mark.documents),
+            counts=counts_text(self._files.counts),
+            files=self._files.files.states(),
+        )
 
     def _in_order(self) -> list[Fault]:
         return [fault for _, fault in sorted(self._faults.items())]
@@ -216,7 +265,7 @@ class _Packer:
     def _batches(self, documents: Iterable[Document | Fault]) -> Iterator[list[Pieces]]:
         """Yield the documents in batches, until there are too many faults."""
         batch, characters, images = list[Pieces](), 0, 0
-        for number, document in enumerate(documents):
+        for number, document in self._input.follow(documents):
             if isinstance(document, Fault):
                 self._faults[number] = document
             elif (pieces := self._pieces(number, document)) is not None:
@@ -225,14 +274,18 @@ class _Packer:
             if len(self._faults) >= self._skip_bad + MAX_FAULTS:
                 break
             if characters >= BATCH_CHARACTERS or images >= BATCH_IMAGES or len(batch) >= BATCH_DOCUMENTS:
-                yield batch
+                yield self._marked(batch)
                 batch, characters, images = [], 0, 0
         if batch:
-            yield batch
+            yield self._marked(batch)
+
+    def _marked(self, batch: list[Pieces]) -> list[Pieces]:
+        self._marks.append(Mark(self._input.documents, self._input.sha256, self._blank, self.plain_placeholders))
+        return batch
 
     def _pieces(self, number: int, document: Document) -> Pieces | None:
         if not document.images and not document.text.strip():
-            self._empty += 1
+            self._blank += 1
             return None
         texts = [document.text]
         try:
@@ -254,33 +307,19 @@ class _Packer:
             elif isinstance(result, Fault):
                 self._faults[document.number] = result
             else:
-                packed.append(result.tokens)
-                if result.images:
-                    self._files.pictures.add(result.images)
-                    self._files.image.add(result.tokens, self._files.pictures.places, result.split)
-                else:
-                    self._files.text.add(result.tokens)
-        if packed:
-            self._counts += np.bincount(np.concatenate(packed), minlength=len(self._counts)).astype(np.uint64)
+                packed.append(result)
+        self._files.add(packed)
 
     def finish(self) -> Index:
         """Close all files and return their index."""
-        files = self._files
-        files.counts.write(self._counts.astype(END))
-        present, special = np.flatnonzero(self._counts), self._encoder.text.special
         return Index(
             format=FORMAT,
             tokenizer_sha256=self._encoder.text.sha256,
             tokens=tokens_entry(self._tokens),
             bos=self._encoder.bos,
-            text=files.text.finish(),
-            image=files.image.finish(),
-            pictures=files.pictures.finish(),
-            counts=files.counts.finish(flush=files.flush),
-            highest=int(present[-1]),
-            special={str(token): int(self._counts[token]) for token in present.tolist() if token in special},
-            empty=self._empty,
+            empty=self._blank + self._empty,
             skipped=self._write_skipped(),
+            **self._files.finish(self._encoder.text.special),
         )
 
     def _write_skipped(self) -> SkippedEntry | None:
@@ -288,13 +327,13 @@ class _Packer:
         earlier = None if self._existing is None else self._existing.index.skipped
         if not self._faults and earlier is None:
             return None
-        with HashedFile(self._files.folder / SKIPPED_FILE) as file:
+        with HashedFile(self._files.files.folder / SKIPPED_FILE) as file:
             if self._existing is not None and earlier is not None:
                 file.copy(self._existing.folder / SKIPPED_FILE, earlier.sha256)
             for fault in self._in_order():
                 file.write(json.dumps({"where": fault.where, "reason": fault.reason}).encode() + b"\n")
             count = len(self._faults) + (0 if earlier is None else earlier.documents)
-            return SkippedEntry(documents=count, sha256=file.finish(flush=self._files.flush))
+            return SkippedEntry(documents=count, sha256=file.finish(flush=self._files.files.flush))
 
 
 def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:

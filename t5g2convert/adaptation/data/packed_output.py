@@ -1,6 +1,7 @@
 """A folder of packed data as an output: the files that may be replaced, and the data that may be appended to."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from t5g2convert.adaptation.data.image_documents import IMAGE_COLUMNS, PICTURE, PICTURES, PICTURES_FILE
@@ -8,7 +9,7 @@ from t5g2convert.adaptation.data.index import INDEX_FILE, read_index
 from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE, Packed, check_tokenizer
 from t5g2convert.adaptation.data.token_stream import END, TOKEN, shard_name
 from t5g2convert.conversion.output.ownership import ListedFile
-from t5g2convert.conversion.output.recovery import leftovers
+from t5g2convert.conversion.output.recovery import JOURNAL_FILE, leftovers
 from t5g2convert.errors import DataError, OutputError
 
 
@@ -67,6 +68,8 @@ def packed_listing(folder: Path) -> dict[str, ListedFile]:
             listed[shard_name(name, number)] = ListedFile(shard.tokens * TOKEN.itemsize, shard.sha256)
     for number, pictures in enumerate(index.pictures.shards):
         listed[shard_name(PICTURES, number)] = ListedFile(pictures.nbytes, pictures.sha256)
+    if os.path.lexists(folder / JOURNAL_FILE):  # a run was killed in the moment between its commit and its end
+        listed[JOURNAL_FILE] = ListedFile()
     if index.skipped is not None:
         listed[SKIPPED_FILE] = ListedFile(sha256=index.skipped.sha256)
     return listed

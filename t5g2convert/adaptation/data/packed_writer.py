@@ -1,13 +1,10 @@
 """The writer of packed data: tokens in shards of fixed size, the ends of documents, and images."""
 
 import hashlib
-import os
 from collections.abc import Container, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,106 +13,36 @@ from t5g2convert.adaptation.data.image_columns import ImageBytes, ImageSource
 from t5g2convert.adaptation.data.image_documents import PICTURE, PICTURES, PICTURES_FILE
 from t5g2convert.adaptation.data.images import check_picture
 from t5g2convert.adaptation.data.index import PicturesEntry, PictureShardEntry, ShardEntry, StreamEntry
+from t5g2convert.adaptation.data.output_files import BUFFER_BYTES, HashedFile, OutputFiles
 from t5g2convert.adaptation.data.token_stream import END, TOKEN, mapped_array, shard_name
-from t5g2convert.conversion.write.copy import output_errors
-from t5g2convert.errors import DataError
-
-BUFFER_BYTES: Final = 1 << 20
 
 PICTURE_SHARD_BYTES: Final = 1 << 30
 """Most bytes of a shard of images, and of an image."""
 
 
-class HashedFile:
-    """A file that is written sequentially, with its sha256.
-
-    Raises:
-        OutputError: The disk is full or fails; the methods raise it too.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.nbytes = path, 0
-        self._sha256 = hashlib.sha256()
-        with output_errors(path):
-            self._file: BinaryIO | None = path.open("xb", buffering=BUFFER_BYTES)
-
-    def write(self, values: NDArray[Any] | bytes) -> None:
-        """Append the bytes of an array."""
-        assert self._file is not None, "the file is open"
-        data = values if isinstance(values, bytes) else np.ascontiguousarray(values).tobytes()
-        self._sha256.update(data)
-        self.nbytes += len(data)
-        with output_errors(self.path):
-            self._file.write(data)
-
-    def copy(self, source: Path, sha256: str) -> None:
-        """Fill the empty file with the bytes of another one, in blocks.
-
-        Raises:
-            DataError: The other file cannot be read, or its sha256 differs.
-        """
-        try:
-            with source.open("rb", buffering=0) as file:
-                while block := file.read(BUFFER_BYTES):
-                    self.write(block)
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=source) from None
-        if self._sha256.hexdigest() != sha256:
-            raise DataError(
-                "was modified after packing: its sha256 differs",
-                where=source,
-                hint="copy the file again, or pack the data again",
-            )
-
-    def finish(self, *, flush: bool) -> str:
-        """Close the file, after a flush to disk if `flush`, and return its sha256, hexadecimal."""
-        assert self._file is not None, "the file is open"
-        with output_errors(self.path):
-            self._file.flush()
-            if flush:
-                os.fsync(self._file.fileno())
-            self._file.close()
-        self._file = None
-        return self._sha256.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            # The file is discarded, so errors of its last bytes do not matter.
-            with suppress(OSError):
-                self._file.close()
-
-
-def _link(source: Path, target: Path, sha256: str, *, flush: bool) -> None:
-    """Make a hard link to a file, or a copy of it where the file system has no links."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        with HashedFile(target) as file:
-            file.copy(source, sha256)
-            file.finish(flush=flush)
-
-
 class StreamFiles:
     """The shards of concatenated documents, and the end of each document.
 
+    The files begin with what an earlier run left in them.
+
     Args:
-        folder: The folder to write to.
+        files: The files of the output.
         name: Prefix of the file names: `text` or `image`.
         shard_tokens: Tokens per shard, except the last.
-        flush: Wait until all bytes are on disk.
+        columns: Numbers that are recorded for each document.
     """
 
-    def __init__(self, folder: Path, name: str, shard_tokens: int, *, flush: bool) -> None:
-        self._folder, self._name, self._shard_tokens, self._flush = folder, name, shard_tokens, flush
-        self._shard: HashedFile | None = None
-        self._finished: list[ShardEntry] = []
-        self._ends = HashedFile(folder / f"{name}.doc")
-        self.tokens = self.documents = 0
+    def __init__(self, files: OutputFiles, name: str, shard_tokens: int, *, columns: int = 1) -> None:
+        self._files, self._name, self._shard_tokens = files, name, shard_tokens
+        shards = [shard.nbytes // TOKEN.itemsize for shard in files.finished(name)]
+        self._finished = [
+            ShardEntry(tokens=tokens, sha256=shard.sha256)
+            for tokens, shard in zip(shards, files.finished(name), strict=True)
+        ]
+        self._shard = files.begun_shard(name)
+        self._ends = files.open(f"{name}.doc")
+        begun = 0 if self._shard is None else self._shard.nbytes // TOKEN.itemsize
+        self.tokens, self.documents = sum(shards) + begun, self._ends.nbytes // (columns * END.itemsize)
 
     def take_over(self, folder: Path, entry: StreamEntry) -> None:
         """Start with all documents of existing packed data; its last shard stays as short as it is.
@@ -124,8 +51,8 @@ class StreamFiles:
             DataError: The table of ends cannot be read, or was modified.
             OutputError: The disk is full or fails.
         """
-        for name, shard in ((shard_name(self._name, number), shard) for number, shard in enumerate(entry.shards)):
-            _link(folder / name, self._folder / name, shard.sha256, flush=self._flush)
+        for number, shard in enumerate(entry.shards):
+            self._files.link(folder / shard_name(self._name, number), shard.sha256)
         self._finished.extend(entry.shards)
         self._ends.copy(folder / f"{self._name}.doc", entry.ends)
         self.tokens, self.documents = entry.tokens, entry.documents
@@ -137,7 +64,7 @@ class StreamFiles:
         self._ends.write(np.array([self.tokens, *more], END))
         while len(document):
             if self._shard is None:
-                self._shard = HashedFile(self._folder / shard_name(self._name, len(self._finished)))
+                self._shard = self._files.open(shard_name(self._name, len(self._finished)))
             room = self._shard_tokens - self._shard.nbytes // TOKEN.itemsize
             self._shard.write(document[:room].astype(TOKEN, copy=False))
             document = document[room:]
@@ -146,25 +73,15 @@ class StreamFiles:
 
     def _finish_shard(self, shard: HashedFile) -> None:
         tokens = shard.nbytes // TOKEN.itemsize
-        self._finished.append(ShardEntry(tokens=tokens, sha256=shard.finish(flush=self._flush)))
+        self._finished.append(ShardEntry(tokens=tokens, sha256=shard.finish(flush=self._files.flush)))
         self._shard = None
 
     def finish(self) -> StreamEntry:
         """Close all files and return their entry for the index."""
         if self._shard is not None:
             self._finish_shard(self._shard)
-        ends = self._ends.finish(flush=self._flush)
+        ends = self._ends.finish(flush=self._files.flush)
         return StreamEntry(documents=self.documents, tokens=self.tokens, shards=tuple(self._finished), ends=ends)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for file in (self._shard, self._ends):
-            if file is not None:
-                file.__exit__(kind, error, traceback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,23 +105,26 @@ class PictureFiles:
     """The shards of images, each distinct image once, and the list of the images of all documents.
 
     The sha256 and the row of each distinct image stay in memory: about 250 bytes per image, 2.5 GB for ten million.
+    The files begin with what an earlier run left in them.
 
     Args:
-        folder: The folder to write to.
-        flush: Wait until all bytes are on disk.
+        files: The files of the output.
     """
 
-    def __init__(self, folder: Path, *, flush: bool) -> None:
-        self._folder, self._flush = folder, flush
-        self._rows = HashedFile(folder / PICTURES_FILE)
+    def __init__(self, files: OutputFiles) -> None:
+        self._files = files
+        self._finished = [
+            PictureShardEntry(nbytes=shard.nbytes, sha256=shard.sha256) for shard in files.finished(PICTURES)
+        ]
+        self._shard = files.begun_shard(PICTURES)
+        self._rows = files.open(PICTURES_FILE)
         self._known: dict[bytes, bytes] = {}
         """The row of each distinct image, by its sha256."""
-        self._shard: HashedFile | None = None
-        self._finished: list[PictureShardEntry] = []
-        self.places = 0
+        self.places = self._rows.nbytes // PICTURE.itemsize
         """Images of all documents."""
         self.losing = 0
         """Images of which 8-bit RGB loses something."""
+        self._note_known(files.table(PICTURES_FILE, PICTURE))
 
     @property
     def known(self) -> Container[bytes]:
@@ -218,12 +138,14 @@ class PictureFiles:
             DataError: image.pic cannot be read, or was modified.
             OutputError: The disk is full or fails.
         """
-        for name, shard in ((shard_name(PICTURES, number), shard) for number, shard in enumerate(entry.shards)):
-            _link(folder / name, self._folder / name, shard.sha256, flush=self._flush)
+        for number, shard in enumerate(entry.shards):
+            self._files.link(folder / shard_name(PICTURES, number), shard.sha256)
         self._finished.extend(entry.shards)
         self._rows.copy(folder / PICTURES_FILE, entry.sha256)
         self.places = entry.places
-        rows = mapped_array(folder / PICTURES_FILE, PICTURE, (entry.places,))
+        self._note_known(mapped_array(folder / PICTURES_FILE, PICTURE, (entry.places,)))
+
+    def _note_known(self, rows: NDArray[Any]) -> None:
         for start in range(0, len(rows), BUFFER_BYTES):
             for row in rows[start : start + BUFFER_BYTES]:
                 self._known.setdefault(row["sha256"].tobytes(), row.tobytes())
@@ -246,13 +168,13 @@ class PictureFiles:
         if self._shard is not None and self._shard.nbytes + len(data) > PICTURE_SHARD_BYTES:
             self._finish_shard(self._shard)
         if self._shard is None:
-            self._shard = HashedFile(self._folder / shard_name(PICTURES, len(self._finished)))
+            self._shard = self._files.open(shard_name(PICTURES, len(self._finished)))
         row = np.array([(digest, ending.encode(), len(self._finished), self._shard.nbytes, len(data))], PICTURE)
         self._shard.write(data)
         return row.tobytes()
 
     def _finish_shard(self, shard: HashedFile) -> None:
-        self._finished.append(PictureShardEntry(nbytes=shard.nbytes, sha256=shard.finish(flush=self._flush)))
+        self._finished.append(PictureShardEntry(nbytes=shard.nbytes, sha256=shard.finish(flush=self._files.flush)))
         self._shard = None
 
     def finish(self) -> PicturesEntry:
@@ -264,18 +186,8 @@ class PictureFiles:
             images=len(self._known),
             nbytes=sum(shard.nbytes for shard in self._finished),
             shards=tuple(self._finished),
-            sha256=self._rows.finish(flush=self._flush),
+            sha256=self._rows.finish(flush=self._files.flush),
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for file in (self._shard, self._rows):
-            if file is not None:
-                file.__exit__(kind, error, traceback)
 
 
 def checked_image(image: ImageSource, known: Container[bytes]) -> CheckedImage:

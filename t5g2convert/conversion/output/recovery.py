@@ -26,7 +26,7 @@ MOVES_FILE: Final = ".t5g2-moves"
 """In that folder: the list of files to move, written before the first move."""
 
 JOURNAL_FILE: Final = ".t5g2-finished"
-"""In the staging folder: the list of finished shards, which `--resume` keeps."""
+"""In the staging folder: the list of finished shards, or how far a pack was, from which `--resume` continues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +123,23 @@ def fill(folder: Path, target: Path, *, last: Sequence[str], left: Collection[st
         raise
 
 
-def take_back(target: Path) -> None:
+def take_back(target: Path, *, keep: bool = False) -> None:
     """Remove the files that a killed run moved into a target before it was complete.
 
+    Args:
+        target: The folder that was filled.
+        keep: Move them back into the staging folder instead.
+
     Raises:
-        OSError: A file cannot be removed.
+        OSError: A file cannot be removed or moved.
     """
     moved = moved_files(target)
     for name in moved:
-        (target / name).unlink()
+        if keep:
+            (target / INSIDE / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).rename(target / INSIDE / name)
+        else:
+            (target / name).unlink()
     for name in {name.partition("/")[0] for name in moved if "/" in name}:
         for folder, _, _ in os.walk(target / name, topdown=False):
             with suppress(OSError):

@@ -70,6 +70,8 @@ class Staging:
         flush: Whether to flush the folder and its parent to the disk around the rename.
         resume: Whether to keep the files that an earlier run left in the folder, and to leave this run's finished files
             if it is stopped or the disk fails.
+        kept_hint: With this hint, a folder that has a journal is left after any failure, whether or not `resume`. It is
+            moved into place with its journal, which is removed there.
         listing: Returns the files of an output to replace.
         last: Files that are moved last into a target that is filled.
         thoroughly: Whether to compare the sha256 of every file of an output to replace, not only its size.
@@ -82,6 +84,7 @@ class Staging:
         overwrite: bool = False,
         flush: bool = True,
         resume: bool = False,
+        kept_hint: str | None = None,
         listing: Listing = manifest_listing,
         last: Sequence[str] = LAST_FILES,
         thoroughly: bool = True,
@@ -90,7 +93,7 @@ class Staging:
         self._work = WorkFolders.of(self.target)
         self.folder = self._work.staging
         self.notes: list[str] = []
-        self._overwrite, self._flush, self._resume = overwrite, flush, resume
+        self._overwrite, self._flush, self._resume, self._kept_hint = overwrite, flush, resume, kept_hint
         self._listing, self._last, self._thoroughly = listing, last, thoroughly
         self._fills = False
         self._replaced: tuple[int, Snapshot] | None = None
@@ -167,9 +170,12 @@ class Staging:
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         # Finished shards stay valid when the disk fails, but not when the source is faulty.
         failed = isinstance(error, OutputError) or isinstance(getattr(error, "__cause__", None), OSError)
-        keep = (stopped or failed) and self._is_worth_keeping()
+        keep = (stopped or failed or self._kept_hint is not None) and self._is_worth_keeping()
         if keep and isinstance(error, T5g2Error):
-            error.hint = "finished shards are kept; continue with --resume"
+            if self._kept_hint is None:
+                error.hint = "finished shards are kept; continue with --resume"
+            elif "--resume" not in (error.hint or ""):
+                error.hint = "; ".join(filter(None, [error.hint, self._kept_hint]))
         with nullcontext() if stopped else uninterrupted():
             self._leave(keep=keep)
 
@@ -190,6 +196,9 @@ class Staging:
             raise
         self._committed = True
         try:
+            if self._kept_hint is not None:
+                # Not before: a run that is killed here would lose its work.
+                (self.target / JOURNAL_FILE).unlink(missing_ok=True)
             if self._flush:
                 flush_folder(self.target.parent)
         finally:
@@ -231,7 +240,7 @@ class Staging:
             self._leave(keep=not self._made)
             self._made.clear()
         if self._fills:
-            take_back(self.target)
+            take_back(self.target, keep=self._resume)
         else:
             self._settle_old()
             os.fchmod(self._fd, usual_mode(0o777))
@@ -307,7 +316,8 @@ class Staging:
                 return
 
     def _is_worth_keeping(self) -> bool:
-        return self._resume and self._fd >= 0 and (self.folder / JOURNAL_FILE).exists()
+        wanted = self._resume or self._kept_hint is not None
+        return wanted and self._fd >= 0 and (self.folder / JOURNAL_FILE).exists()
 
     def _is_needed(self) -> bool:
         """Return whether the next run needs the folder to recover from a killed run that this one could not recover."""

@@ -2,8 +2,7 @@ import errno
 import json
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,24 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t5g2convert import convert
 from t5g2convert.adaptation.data.documents import Document, Fault
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
-from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError, OutputError, UsageError
+from tests.adaptation.data.killed import killed_at
 from tests.folders import contents
 
 Given = Sequence[Document | Fault]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's T5Gemma 2."""
-    folder = tmp_path_factory.mktemp("model")
-    build_demo_source(folder / "source")
-    convert(folder / "source", folder / "model", flush=False)
-    return folder / "model"
 
 
 @pytest.fixture
@@ -125,7 +114,9 @@ def test_an_append_that_does_not_fit_changes_nothing(model: Path, tmp_path: Path
     pack(model, out, given[:9], flush=False)
     before = contents(out)
 
-    def refused(error: type[Exception], match: str, documents: Given = text, **options: bool) -> None:
+    def refused(
+        error: type[Exception], match: str, documents: Given = text, model: Path = model, **options: bool
+    ) -> None:
         with pytest.raises(error, match=match):
             pack(model, out, documents, **{"append": True, "flush": False, **options})
         assert contents(out) == before
@@ -137,20 +128,16 @@ def test_an_append_that_does_not_fit_changes_nothing(model: Path, tmp_path: Path
     refused(DataError, r"no document has text \(0 empty\)", [])
     refused(DataError, r"no document has text \(1 empty\)", [Document("a", " ")])
     refused(DataError, "is not UTF-8", [*text, Fault("b", "is not UTF-8")])
-    config = json.loads((model / "config.json").read_text())
-    original = (model / "config.json").read_text()
+    other = tmp_path / "in/model"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
     config["decoder"]["pad_token_id"] = 7
-    try:
-        (model / "config.json").write_text(json.dumps(config))
-        refused(DataError, "model with other tokens")
-    finally:
-        (model / "config.json").write_text(original)
-    tokenizer = (model / "tokenizer.json").read_text()
-    try:
-        (model / "tokenizer.json").write_text(tokenizer + "\n")
-        refused(DataError, "was packed with the tokenizer")
-    finally:
-        (model / "tokenizer.json").write_text(tokenizer)
+    (other / "config.json").write_text(json.dumps(config))
+    refused(DataError, "model with other tokens", model=other)
+    shutil.copy(model / "config.json", other)
+    tokenizer = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(tokenizer + "\n")
+    refused(DataError, "was packed with the tokenizer", model=other)
 
 
 @pytest.mark.parametrize("name", ["text.doc", "image.doc", "image.pic", "counts.bin", "skipped.jsonl"])
@@ -176,28 +163,6 @@ def test_only_packed_data_is_appended_to(model: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "texts"]
 
 
-def killed_at(call: str, number: int, work: Callable[[], object]) -> bool:
-    """Do the work in a forked process, with SIGKILL before call `number` of a function of `os`; return if it died."""
-    child = os.fork()
-    if not child:
-        original, calls = getattr(os, call), 0
-
-        def counted(*arguments: object, **options: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **options)
-
-        setattr(os, call, counted)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
-
-
 @pytest.mark.parametrize("call", ["link", "rename", "fsync", "rmdir"])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_data(
     model: Path, tmp_path: Path, given: list[Document], call: str, monkeypatch: pytest.MonkeyPatch
@@ -212,7 +177,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_data(
         folder.mkdir()
         out = folder / "out"
         pack(model, out, given[:9], shard_tokens=100, flush=False)
-        if not killed_at(call, number, lambda out=out: pack(model, out, given[9:], shard_tokens=100, append=True)):
+        if not killed_at(os, call, number, lambda out=out: pack(model, out, given[9:], shard_tokens=100, append=True)):
             break
         kills += 1
         # Between two renames, the old data has the name of a work folder.

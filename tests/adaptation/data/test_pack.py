@@ -15,28 +15,17 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from t5g2convert import convert
 from t5g2convert.adaptation.data import pack as packing
 from t5g2convert.adaptation.data import packed_writer
 from t5g2convert.adaptation.data.documents import Document, Fault
 from t5g2convert.adaptation.data.image_columns import ImageBytes
 from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
-from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError, Interrupted, MachineError, OutputError, UsageError
 from tests.folders import contents
 
 EOS, BOS = 1, 2
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's T5Gemma 2: 256 tokens, one for each printable character of ASCII, and images of 4 tokens."""
-    folder = tmp_path_factory.mktemp("model")
-    build_demo_source(folder / "source")
-    convert(folder / "source", folder / "model", flush=False)
-    return folder / "model"
 
 
 def documents(texts: Sequence[str]) -> list[Document]:
