@@ -53,6 +53,8 @@ def test_json_reports_what_was_packed(t5g2: CommandLine, model: Path, inputs: Pa
         "image_tokens": 12,
         "pairs": 0,
         "pair_tokens": 0,
+        "cut": 0,
+        "too_long": 0,
         "images": 1,
         "empty": 1,
         "skipped": 0,

@@ -15,12 +15,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from t5g2convert.adaptation.data.documents import Fault
 from t5g2convert.adaptation.data.image_columns import ImageSource
 from t5g2convert.adaptation.data.packed_writer import CheckedImage, checked_image
 from t5g2convert.adaptation.data.pair_documents import Part
-from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder
-from t5g2convert.errors import MachineError
+from t5g2convert.adaptation.data.rows import Fault
+from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder, read_positions
+from t5g2convert.adaptation.pack_options import PackOptions
+from t5g2convert.errors import MachineError, UsageError
 
 WAITING: Final = 2
 """Batches per process that are in work or wait to be written; they bound the memory."""
@@ -54,12 +55,46 @@ class Encoded:
         split: Start of the text after the last image, or of the target of a pair.
         images: Its images.
         pair: Whether it is a pair.
+        cut: Whether its input was cut.
     """
 
     tokens: NDArray[np.uint32]
     split: int
     images: tuple[CheckedImage, ...]
     pair: bool
+    cut: bool = False
+
+
+class TooLong(Fault):
+    """A pair that is too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairLimits:
+    """The limits of pairs.
+
+    Attributes:
+        source: Most tokens of an input; the first ones after bos are left out if `cut`.
+        target: Most tokens of a target.
+        cut: Whether inputs are cut.
+    """
+
+    source: int
+    target: int
+    cut: bool = False
+
+
+def pair_limits(model: Path, options: PackOptions) -> PairLimits:
+    """Return the limits that the options give to pairs, at most what the model reads.
+
+    Raises:
+        UsageError: A limit is more than the model reads.
+    """
+    encoder, decoder = read_positions(model)
+    for name, limit, most in (("input", options.max_input, encoder), ("target", options.max_target, decoder)):
+        if limit is not None and limit > most:
+            raise UsageError(f"--max-{name} is {limit}, but the model reads at most {most} tokens")
+    return PairLimits(options.max_input or encoder, options.max_target or decoder, cut=options.truncate == "input")
 
 
 class DocumentEncoder:
@@ -69,10 +104,11 @@ class DocumentEncoder:
         model: The folder of the model.
         tokens: Its token ids.
         bos: Start each document with bos.
+        limits: The limits of pairs.
     """
 
-    def __init__(self, model: Path, tokens: ModelTokens, *, bos: bool) -> None:
-        self.model, self.tokens, self.bos = model, tokens, bos
+    def __init__(self, model: Path, tokens: ModelTokens, *, bos: bool, limits: PairLimits) -> None:
+        self.model, self.tokens, self.bos, self.limits = model, tokens, bos, limits
         self.text = TextEncoder(model, tokens)
         self._picture = np.array([tokens.boi, *[tokens.image] * tokens.per_image, tokens.eoi], dtype=np.uint32)
 
@@ -122,7 +158,27 @@ class DocumentEncoder:
             before = np.insert(before, 0, bos)
         if behind[-1] != eos:
             behind = np.append(behind, np.uint32(eos))
-        return Encoded(np.concatenate([before, behind]), len(before), images, pair=True)
+        limits = self.limits
+        if len(behind) > limits.target:
+            return TooLong(where, f"its target has {len(behind)} tokens, more than {limits.target}")
+        if len(before) <= limits.source:
+            return Encoded(np.concatenate([before, behind]), len(before), images, pair=True)
+        if not limits.cut:
+            return TooLong(where, f"its input has {len(before)} tokens, more than {limits.source}")
+        before = self._cut(before)
+        if len(before) == (bos is not None):
+            return TooLong(where, f"its input ends with an image of more than {limits.source} tokens")
+        kept = int(np.count_nonzero(before == self.tokens.eoi))
+        return Encoded(np.concatenate([before, behind]), len(before), images[len(images) - kept :], pair=True, cut=True)
+
+    def _cut(self, source: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Return the end of an input, after its bos; an image that would lose tokens is left out."""
+        first = int(self.tokens.bos is not None)
+        start = len(source) - (self.limits.source - first)
+        begun, ended = (int(np.count_nonzero(source[:start] == token)) for token in (self.tokens.boi, self.tokens.eoi))
+        if begun > ended:
+            start += int(np.argmax(source[start:] == self.tokens.eoi)) + 1
+        return np.concatenate([source[:first], source[start:]])
 
     def _token(self, token: int) -> NDArray[np.uint32]:
         return self._picture if token == self.tokens.boi else np.array([token], dtype=np.uint32)
@@ -153,7 +209,7 @@ def encode_batches(
             yield batch, encoder.encode(batch, known)
         return
     waiting: deque[tuple[list[Pieces], Future[list[Encoded | Fault | None]]]] = deque()
-    given = (encoder.model, encoder.tokens, encoder.bos)
+    given = (encoder.model, encoder.tokens, encoder.bos, encoder.limits)
     # A forked copy of this process would have locks of the tokenizer's threads.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=given)
     try:
@@ -176,12 +232,12 @@ def encode_batches(
 _workers_encoder: list[DocumentEncoder] = []
 
 
-def _start(model: Path, tokens: ModelTokens, bos: bool) -> None:
+def _start(model: Path, tokens: ModelTokens, bos: bool, limits: PairLimits) -> None:
     """Prepare a worker process; it ends with its parent, which alone reacts to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _workers_encoder[:] = [DocumentEncoder(model, tokens, bos=bos)]
+    _workers_encoder[:] = [DocumentEncoder(model, tokens, bos=bos, limits=limits)]
 
 
 def _end_with_parent() -> None:

@@ -66,10 +66,19 @@ class PicturesEntry(_Section):
 
 
 class PairEntry(StreamEntry):
-    """Pairs of an input and a target, and the length and the sha256 of pair.pic, the list of their images."""
+    """Pairs of an input and a target.
+
+    Attributes:
+        places: The length of pair.pic, the list of their images.
+        pictures: The sha256 of pair.pic.
+        cut: Pairs with an input that was cut.
+        too_long: Pairs that were skipped because they are too long.
+    """
 
     places: Count
     pictures: Digest
+    cut: Count = 0
+    too_long: Count = 0
 
 
 NO_FILE: Final = hashlib.sha256().hexdigest()

@@ -10,19 +10,26 @@ from typing import Any, Final
 
 import numpy as np
 
-from t5g2convert.adaptation.data.document_encoder import DocumentEncoder, Encoded, Pieces, encode_batches
-from t5g2convert.adaptation.data.documents import Document, Fault
-from t5g2convert.adaptation.data.image_documents import PICTURES_FILE
+from t5g2convert.adaptation.data.chat import PairMaker
+from t5g2convert.adaptation.data.document_encoder import (
+    DocumentEncoder,
+    Encoded,
+    Pieces,
+    TooLong,
+    encode_batches,
+    pair_limits,
+)
 from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces
-from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, PairEntry, SkippedEntry, tokens_entry
-from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE, Packed
+from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, tokens_entry
+from t5g2convert.adaptation.data.packed import SKIPPED_FILE, Packed
+from t5g2convert.adaptation.data.packed_files import PackedFiles
 from t5g2convert.adaptation.data.packed_output import check_packed_output, open_existing, packed_listing
-from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles, places_of
-from t5g2convert.adaptation.data.pair_documents import PairDocument, Part, with_places
-from t5g2convert.adaptation.data.pairs import PAIR, PAIR_PICTURES_FILE
+from t5g2convert.adaptation.data.packed_writer import HashedFile
+from t5g2convert.adaptation.data.pair_documents import PairDocument, with_places
+from t5g2convert.adaptation.data.rows import Document, Fault, Row
 from t5g2convert.adaptation.data.token_stream import END
 from t5g2convert.adaptation.data.tokens import read_tokens
-from t5g2convert.adaptation.options import PackOptions
+from t5g2convert.adaptation.pack_options import PackOptions
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.output.path_rules import check_apart, check_target
 from t5g2convert.conversion.output.staging import Staging
@@ -67,6 +74,8 @@ class Packing:
             "image_tokens": index.image.tokens,
             "pairs": index.pair.documents,
             "pair_tokens": index.pair.tokens,
+            "cut": index.pair.cut,
+            "too_long": index.pair.too_long,
             "images": index.pictures.images,
             "empty": index.empty,
             "skipped": 0 if index.skipped is None else index.skipped.documents,
@@ -79,9 +88,7 @@ class Packing:
         }
 
 
-def pack_documents(
-    model: Path, output: Path, documents: Iterable[Document | PairDocument | Fault], options: PackOptions
-) -> Packing:
+def pack_documents(model: Path, output: Path, documents: Iterable[Row | PairDocument], options: PackOptions) -> Packing:
     """Write documents as packed data, in a folder that appears when it is complete.
 
     `pack` is the same with the options as keyword arguments:
@@ -95,7 +102,7 @@ def pack_documents(
     Args:
         model: The folder of the model to train: its tokenizer and token ids are used.
         output: The folder to write. An empty folder is filled, and keeps its mode and owner.
-        documents: The documents and pairs, in order.
+        documents: The documents, pairs and conversations, in order.
         options: The options of `t5g2 pack`.
 
     Raises:
@@ -116,7 +123,8 @@ def pack_documents(
     check_target(output, model, *options.sources, overwrite=overwrite, listing=packed_listing)
     if bos and tokens.bos is None:
         raise UsageError("--bos needs a model with a bos token")
-    encoder = DocumentEncoder(model, tokens, bos=bos)
+    encoder = DocumentEncoder(model, tokens, bos=bos, limits=pair_limits(model, options))
+    maker = PairMaker(model, tokens, encoder.text.special, all_turns=options.all_turns)
     with (
         Staging(
             output,
@@ -131,11 +139,11 @@ def pack_documents(
     ):
         # A killed run's data is back in its place only now.
         existing = open_existing(output, model, bos=bos) if append else None
-        files = _Files(staging.folder, options.shard_tokens, stack, flush=flush)
-        packer = _Packer(files, encoder, skip_bad=options.skip_bad, workers=options.workers)
+        files = PackedFiles(staging.folder, options.shard_tokens, stack, flush=flush)
+        packer = _Packer(files, encoder, options)
         if existing is not None:
             packer.take_over(existing)
-        packer.run(documents)
+        packer.run(maker.documents(documents))
         index = packer.finish()
         text = index.model_dump_json(indent=1).encode() + b"\n"
         with HashedFile(staging.folder / INDEX_FILE) as file:
@@ -158,35 +166,17 @@ def pack_documents(
 pack = takes_options(PackOptions)(pack_documents)
 
 
-class _Files:
-    """All files of the output except its index."""
-
-    def __init__(self, folder: Path, shard_tokens: int, stack: ExitStack, *, flush: bool) -> None:
-        self.folder, self.flush = folder, flush
-        self.text = stack.enter_context(StreamFiles(folder, "text", shard_tokens, flush=flush))
-        self.image = stack.enter_context(StreamFiles(folder, "image", shard_tokens, flush=flush))
-        self.pair = stack.enter_context(StreamFiles(folder, PAIR, shard_tokens, flush=flush))
-        self.pictures = stack.enter_context(PictureFiles(folder, flush=flush))
-        self.image_rows, self.pair_rows = (
-            stack.enter_context(HashedFile(folder / name)) for name in (PICTURES_FILE, PAIR_PICTURES_FILE)
-        )
-        self.counts = stack.enter_context(HashedFile(folder / COUNTS_FILE))
-
-    @property
-    def documents(self) -> int:
-        return self.text.documents + self.image.documents + self.pair.documents
-
-
 class _Packer:
     """Tokenizes documents in batches and writes them; memory depends only on the number of distinct images."""
 
-    def __init__(self, files: _Files, encoder: DocumentEncoder, *, skip_bad: int, workers: int) -> None:
+    def __init__(self, files: PackedFiles, encoder: DocumentEncoder, options: PackOptions) -> None:
         self._files, self._encoder, self._tokens = files, encoder, encoder.tokens
-        self._skip_bad, self._workers = skip_bad, workers
+        self._skip_bad, self._workers = options.skip_bad, options.workers
+        self._skip_long = options.truncate == "skip"
         self._counts = np.zeros(self._tokens.vocabulary, dtype=np.uint64)
         self._faults: dict[int, Fault] = {}
         """By the numbers of the documents."""
-        self._empty = self._before = 0
+        self._empty = self._before = self._cut = self._too_long = 0
         self._existing: Packed | None = None
         self.plain_placeholders = 0
         """Documents without images that have a placeholder in their text."""
@@ -199,14 +189,9 @@ class _Packer:
             OutputError: The disk is full or fails.
         """
         files, index, self._existing = self._files, existing.index, existing
-        files.text.take_over(existing.folder, index.text)
-        files.image.take_over(existing.folder, index.image)
-        rows = [(files.image_rows, index.pictures.places, index.pictures.sha256)]
-        if index.has_pair_files:
-            files.pair.take_over(existing.folder, index.pair)
-            rows.append((files.pair_rows, index.pair.places, index.pair.pictures))
-        files.pictures.take_over(existing.folder, index.pictures, *rows)
+        files.take_over(existing)
         self._before, self._empty = files.documents, index.empty
+        self._cut, self._too_long = index.pair.cut, index.pair.too_long
         self._counts += existing.counts
 
     def run(self, documents: Iterable[Document | PairDocument | Fault]) -> None:
@@ -222,8 +207,11 @@ class _Packer:
         if len(self._faults) > self._skip_bad:
             raise _refusal(self._in_order(), self._skip_bad)
         if self._files.documents == self._before:
-            empty = self._empty - (0 if self._existing is None else self._existing.index.empty)
-            raise DataError(f"no document has text ({empty} empty)", hint="pass other input")
+            index = None if self._existing is None else self._existing.index
+            empty = self._empty - (0 if index is None else index.empty)
+            too_long = self._too_long - (0 if index is None else index.pair.too_long)
+            counts = f"{empty} empty" + f", {too_long} too long" * (too_long > 0)
+            raise DataError(f"no document has text ({counts})", hint="pass other input")
 
     def _in_order(self) -> list[Fault]:
         return [fault for _, fault in sorted(self._faults.items())]
@@ -252,46 +240,40 @@ class _Packer:
         if isinstance(document, Document) and not document.images and not document.text.strip():
             self._empty += 1
             return None
+        source, target = (document.source, document.target) if isinstance(document, PairDocument) else ((), None)
         try:
             if document.images and not self._tokens.pictures:
                 raise ValueError("has images, but the model has no vision tower")
-            if isinstance(document, PairDocument):
-                return Pieces(number, document.where, document.source, document.target, document.images)
-            parts: Sequence[Part] = [document.text]
-            if document.images:
-                parts = with_places(text_pieces(document.text, len(document.images)), self._tokens)
+            if isinstance(document, Document):
+                texts = text_pieces(document.text, len(document.images)) if document.images else [document.text]
+                source = tuple(with_places(texts, self._tokens))
         except ValueError as error:
             self._faults[number] = Fault(document.where, str(error))
             return None
-        self.plain_placeholders += not document.images and PLACEHOLDER in document.text
-        return Pieces(number, document.where, parts, None, document.images)
+        self.plain_placeholders += not document.images and any(
+            PLACEHOLDER in part for part in source if isinstance(part, str)
+        )
+        return Pieces(number, document.where, source, target, document.images)
 
     def _write_batch(self, batch: list[Pieces], results: list[Encoded | Fault | None]) -> None:
         packed = []
         for document, result in zip(batch, results, strict=True):
             if result is None:
                 self._empty += 1
+            elif isinstance(result, TooLong) and self._skip_long:
+                self._too_long += 1
             elif isinstance(result, Fault):
                 self._faults[document.number] = result
             else:
                 packed.append(result.tokens)
-                self._write(result)
+                self._files.write(result)
+                self._cut += result.cut
         if packed:
             self._counts += np.bincount(np.concatenate(packed), minlength=len(self._counts)).astype(np.uint64)
-
-    def _write(self, document: Encoded) -> None:
-        files = self._files
-        if not document.pair and not document.images:
-            files.text.add(document.tokens)
-            return
-        stream, rows = (files.pair, files.pair_rows) if document.pair else (files.image, files.image_rows)
-        files.pictures.add(document.images, rows)
-        stream.add(document.tokens, places_of(rows), document.split)
 
     def finish(self) -> Index:
         """Close all files and return their index."""
         files = self._files
-        pairs, places = files.pair.finish(), places_of(files.pair_rows)
         files.counts.write(self._counts.astype(END))
         present, special = np.flatnonzero(self._counts), self._encoder.text.special
         return Index(
@@ -301,7 +283,7 @@ class _Packer:
             bos=self._encoder.bos,
             text=files.text.finish(),
             image=files.image.finish(),
-            pair=PairEntry(**dict(pairs), places=places, pictures=files.pair_rows.finish(flush=files.flush)),
+            pair=files.finish_pairs(cut=self._cut, too_long=self._too_long),
             pictures=files.pictures.finish(files.image_rows),
             counts=files.counts.finish(flush=files.flush),
             highest=int(present[-1]),

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from t5g2convert.adaptation.data.image_columns import ImageSource
-from t5g2convert.adaptation.data.images import text_pieces
 from t5g2convert.adaptation.data.tokens import ModelTokens
 
 Part = str | int
@@ -37,21 +36,3 @@ def with_places(texts: Sequence[str], tokens: ModelTokens) -> list[Part]:
     for text in texts[1:]:
         parts += [tokens.boi, text]
     return parts
-
-
-def plain_pair(
-    where: str, text: str, target: str, images: tuple[ImageSource, ...], tokens: ModelTokens
-) -> PairDocument:
-    """Return the pair of an input and a target without a chat template.
-
-    The images are where the input has `<start_of_image>`; without it, they come first.
-
-    Raises:
-        ValueError: The target is empty, or the input without images; or the input has another number of places.
-    """
-    if not images and not text.strip():
-        raise ValueError("the input is empty")
-    if not target.strip():
-        raise ValueError("the target is empty")
-    texts = text_pieces(text, len(images), at_end=True) if images else [text]
-    return PairDocument(where, tuple(with_places(texts, tokens)), (target,), images)

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from t5g2convert import convert
-from t5g2convert.adaptation.data.documents import Document, Fault
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.pair_documents import PairDocument
+from t5g2convert.adaptation.data.rows import Document, Fault
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError, OutputError, UsageError
 from tests.folders import contents

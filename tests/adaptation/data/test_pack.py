@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 from t5g2convert import convert
 from t5g2convert.adaptation.data import pack as packing
 from t5g2convert.adaptation.data import packed_writer
-from t5g2convert.adaptation.data.documents import Document, Fault
 from t5g2convert.adaptation.data.image_columns import ImageBytes
 from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
+from t5g2convert.adaptation.data.rows import Document, Fault
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError, Interrupted, MachineError, OutputError, UsageError
 from tests.folders import contents

@@ -12,10 +12,10 @@ from PIL import Image
 from t5g2convert import convert
 from t5g2convert.adaptation.data import packed, pairs
 from t5g2convert.adaptation.data.document_table import PICTURE
-from t5g2convert.adaptation.data.documents import Document
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed, check_tokenizer
 from t5g2convert.adaptation.data.pair_documents import PairDocument
+from t5g2convert.adaptation.data.rows import Document
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError
 
