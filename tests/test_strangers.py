@@ -12,8 +12,8 @@ import pytest
 
 from t5g2convert import OutputError, convert
 from t5g2convert.adaptation.average import average
-from t5g2convert.adaptation.data.documents import Document
 from t5g2convert.adaptation.data.pack import pack
+from t5g2convert.adaptation.data.rows import Document
 from t5g2convert.adaptation.export import export, export_checkpoint
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.errors import T5g2Error

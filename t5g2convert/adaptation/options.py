@@ -1,4 +1,4 @@
-"""The options of `adapt`, `pack` and `average`, for the command line and the Python API."""
+"""The options of `adapt` and `average`, for the command line and the Python API."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,6 @@ from t5g2convert.conversion.options import KEEP, Dtype
 
 LAST: Final = 5
 """Number of checkpoints that the paper averages."""
-
-SHARD_TOKENS: Final = 1 << 28
-"""Tokens per shard: 1 GiB."""
 
 IMAGE_WORKERS: Final = 2
 """Processes that prepare batches by default, if some have images."""
@@ -267,54 +264,6 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
     export: Annotated[bool, Option("At the end, write the model to OUT/model and check that it loads.", group=RUN)] = (
         True
     )
-
-
-class PackOptions(CommandOptions):
-    """The options of packing.
-
-    Attributes:
-        bos: Start each document with the model's bos; each ends with its eos.
-        skip_bad: How many documents that cannot be packed are skipped; one more ends the packing.
-        workers: Additional processes that tokenize and decode images; the output does not depend on it.
-        shard_tokens: Most tokens per file.
-        flush: Wait until all bytes are on disk before the output appears.
-        overwrite: Replace existing packed data at the very end; nothing else is ever replaced.
-        append: Add the documents to existing packed data, which is replaced at the very end.
-        resume: Continue an interrupted pack of the same documents into the same output, if there is one.
-        sources: Files and folders that the documents come from; the output must not be among them.
-    """
-
-    bos: Annotated[
-        bool,
-        Option(
-            "Start each document with `<bos>`. Whether the releases did is not established; our default is not to. "
-            "Each document ends with `<eos>`.",
-            flag="--bos/--no-bos",
-        ),
-    ] = False
-    skip_bad: Annotated[
-        int,
-        Field(ge=0),
-        Option("Skip up to N documents that cannot be packed, and list them in OUTPUT/skipped.jsonl.", metavar="N"),
-    ] = 0
-    workers: Annotated[
-        int, Field(ge=0), Option("Processes that tokenize and decode images; the output is the same for any number.")
-    ] = 0
-    shard_tokens: Annotated[int, Field(ge=1), Option("Tokens per file, 4 bytes each.")] = SHARD_TOKENS
-    flush: Annotated[bool, Option("Flush all bytes to disk, to survive power loss.")] = True
-    overwrite: Annotated[bool, Option(REPLACE)] = False
-    append: Annotated[
-        bool,
-        Option(
-            "Add the documents to the packed data in OUTPUT, of the same tokenizer, tokens and --bos. Its shards are "
-            "linked, not rewritten; the data changes at once, when all new files are complete."
-        ),
-    ] = False
-    resume: Annotated[
-        bool,
-        Option("Continue an interrupted pack of the same input, options and OUTPUT; without one, begin."),
-    ] = False
-    sources: Annotated[tuple[Path, ...], Field(strict=False)] = ()
 
 
 class AverageOptions(CommandOptions):

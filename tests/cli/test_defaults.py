@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from t5g2convert.adaptation.options import LAST, SHARD_TOKENS
+from t5g2convert.adaptation.options import LAST
+from t5g2convert.adaptation.pack_options import SHARD_TOKENS
 from t5g2convert.adaptation.sentinel_probe import FACTOR
 from t5g2convert.cli.adapt import adapt
 from t5g2convert.cli.average import average

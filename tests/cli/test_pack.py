@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from t5g2convert.adaptation.data import pack as packing
-from t5g2convert.adaptation.data import pack_journal
+from t5g2convert.adaptation.data import document_batches, pack_journal
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.checkpoint.file_store import sha256_of
 from tests.cli.commandline import CommandLine
@@ -49,6 +48,10 @@ def test_json_reports_what_was_packed(t5g2: CommandLine, model: Path, inputs: Pa
         "tokens": 7 + 7 + 8 + 8,
         "image_documents": 1,
         "image_tokens": 12,
+        "pairs": 0,
+        "pair_tokens": 0,
+        "cut": 0,
+        "too_long": 0,
         "images": 1,
         "empty": 1,
         "skipped": 0,
@@ -125,7 +128,7 @@ def test_a_pack_that_found_too_many_bad_documents_goes_on_with_resume(
 ) -> None:
     monkeypatch.setattr(pack_journal, "SAVE_SECONDS", 0)
     monkeypatch.setattr(pack_journal, "SAVE_SHARE", 1)
-    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(document_batches, "BATCH_DOCUMENTS", 2)
     (inputs / "d.txt").write_bytes(b"\xff")
     run = t5g2("pack", model, tmp_path / "out", inputs)
     assert (run.code, run.err) == (

@@ -132,6 +132,11 @@ class Corpora:
         """Tokens of all documents without images."""
         return sum(corpus.packed.tokens for corpus in self)
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of all corpora."""
+        return sum(len(corpus.packed.pairs) for corpus in self)
+
     def to_json(self) -> list[dict[str, Any]]:
         """Return the corpora as in run.json."""
         return [{"data": each.name, "sha256": each.packed.sha256, "weight": each.weight} for each in self]

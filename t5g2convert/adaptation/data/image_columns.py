@@ -7,7 +7,7 @@ a value            a file name, `{"bytes": ..., "path": ...}`, or a list of them
 =================  =============================================================
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +44,7 @@ def image_keys(name: str) -> tuple[str, ...]:
     return (*IMAGE_KEYS, "file_name") if name == METADATA_FILE else IMAGE_KEYS
 
 
-def images_of(row: Mapping[str, Any], keys: tuple[str, ...], folder: Path | None) -> tuple[ImageSource, ...]:
+def images_of(row: Mapping[str, Any], keys: Sequence[str], folder: Path | None) -> tuple[ImageSource, ...]:
     """Return the images of a row, in order.
 
     Args:
@@ -62,17 +62,27 @@ def images_of(row: Mapping[str, Any], keys: tuple[str, ...], folder: Path | None
         return ()
     (key,) = found
     values = row[key] if isinstance(row[key], list) else [row[key]]
-    return tuple(_image(value, key, folder) for value in values)
+    return tuple(image_source(value, repr(key), folder) for value in values)
 
 
-def _image(value: object, key: str, folder: Path | None) -> ImageSource:
+def image_source(value: object, name: str, folder: Path | None) -> ImageSource:
+    """Return the image that a value of a row is: the name of a file, or `{"bytes": ..., "path": ...}`.
+
+    Args:
+        value: The value.
+        name: Its name, for errors.
+        folder: The folder that file names are relative to; None if rows cannot name files.
+
+    Raises:
+        ValueError: It is not an image, or not below the folder.
+    """
     if isinstance(value, Mapping):
         data, path = value.get("bytes"), value.get("path")
         if isinstance(data, bytes):
-            return ImageBytes(path if isinstance(path, str) else key, data)
+            return ImageBytes(path if isinstance(path, str) else name.strip("'"), data)
         value = path
     if not isinstance(value, str) or not is_text(value):
-        raise ValueError(f"{key!r} is not a file name, or a list of them")
+        raise ValueError(f"{name} is not a file name, or a list of them")
     path = Path(value)
     if folder is not None and path.is_relative_to(folder.absolute()):
         # The datasets library makes the names of an image folder absolute.

@@ -181,9 +181,9 @@ class OutputFiles:
         name = shard_name(stream, len(self.finished(stream)))
         return self.open(name) if name in self._begun else None
 
-    def table(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Return the rows so far of an open file, memory-mapped."""
-        return mapped_array(self.folder / name, dtype, (self._files[name].nbytes // dtype.itemsize,))
+    def table(self, file: HashedFile, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return the rows that an earlier run left in an open file, memory-mapped."""
+        return mapped_array(file.path, dtype, (file.nbytes // dtype.itemsize,))
 
     def link(self, source: Path, sha256: str) -> None:
         """Make a hard link to a finished file, or a copy of it where the file system has no links."""

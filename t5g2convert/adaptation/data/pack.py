@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -12,41 +11,32 @@ from typing import Any, Final
 
 import numpy as np
 
-from t5g2convert.adaptation.data.document_encoder import DocumentEncoder, Encoded, Pieces, encode_batches
-from t5g2convert.adaptation.data.documents import Document, Fault
-from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces
+from t5g2convert.adaptation.data.chat import PairMaker, template_sha256
+from t5g2convert.adaptation.data.document_batches import MAX_FAULTS, DocumentBatches
+from t5g2convert.adaptation.data.document_encoder import (
+    DocumentEncoder,
+    Encoded,
+    Pieces,
+    TooLong,
+    encode_batches,
+    pair_limits,
+)
+from t5g2convert.adaptation.data.images import PLACEHOLDER
 from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, tokens_entry
 from t5g2convert.adaptation.data.output_files import HashedFile, OutputFiles
-from t5g2convert.adaptation.data.pack_journal import (
-    Deciding,
-    InputDigest,
-    Journal,
-    Mark,
-    PackState,
-    counts_text,
-    faults_text,
-)
+from t5g2convert.adaptation.data.pack_journal import Deciding, Journal, Mark, PackState, counts_text, faults_text
 from t5g2convert.adaptation.data.packed import SKIPPED_FILE, Packed
 from t5g2convert.adaptation.data.packed_files import PackedFiles
 from t5g2convert.adaptation.data.packed_output import check_packed_output, open_existing, packed_listing
+from t5g2convert.adaptation.data.pair_documents import PairDocument
+from t5g2convert.adaptation.data.rows import Fault, Row
 from t5g2convert.adaptation.data.tokens import read_tokens
-from t5g2convert.adaptation.options import PackOptions
+from t5g2convert.adaptation.pack_options import PackOptions
 from t5g2convert.command_options import takes_options
 from t5g2convert.conversion.output.path_rules import check_apart, check_target
 from t5g2convert.conversion.output.staging import Staging
 from t5g2convert.errors import DataError, UsageError
 from t5g2convert.version import __version__
-
-BATCH_CHARACTERS: Final = 1 << 20
-"""Characters tokenized at once, plus at most one document."""
-
-BATCH_DOCUMENTS: Final = 4096
-
-BATCH_IMAGES: Final = 64
-"""Images in memory at once, plus those of at most one document."""
-
-MAX_FAULTS: Final = 100
-"""Faulty documents after which packing stops."""
 
 KEPT_HINT: Final = "what was packed is kept; continue with --resume"
 
@@ -76,10 +66,14 @@ class Packing:
             "tokens": index.text.tokens,
             "image_documents": index.image.documents,
             "image_tokens": index.image.tokens,
+            "pairs": index.pair.documents,
+            "pair_tokens": index.pair.tokens,
+            "cut": index.pair.cut,
+            "too_long": index.pair.too_long,
             "images": index.pictures.images,
             "empty": index.empty,
             "skipped": 0 if index.skipped is None else index.skipped.documents,
-            "shards": len(index.text.shards) + len(index.image.shards),
+            "shards": len(index.text.shards) + len(index.image.shards) + len(index.pair.shards),
             "tokenizer_sha256": index.tokenizer_sha256,
             "sha256": self.sha256,
             "highest": index.highest,
@@ -88,7 +82,7 @@ class Packing:
         }
 
 
-def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fault], options: PackOptions) -> Packing:
+def pack_documents(model: Path, output: Path, documents: Iterable[Row | PairDocument], options: PackOptions) -> Packing:
     """Write documents as packed data, in a folder that appears when it is complete.
 
     `pack` is the same with the options as keyword arguments:
@@ -102,7 +96,7 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     Args:
         model: The folder of the model to train: its tokenizer and token ids are used.
         output: The folder to write. An empty folder is filled, and keeps its mode and owner.
-        documents: The documents, in order.
+        documents: The documents, pairs and conversations, in order.
         options: The options of `t5g2 pack`.
 
     Raises:
@@ -125,7 +119,8 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     check_target(output, model, *options.sources, overwrite=overwrite, listing=packed_listing)
     if bos and tokens.bos is None:
         raise UsageError("--bos needs a model with a bos token")
-    encoder = DocumentEncoder(model, tokens, bos=bos)
+    encoder = DocumentEncoder(model, tokens, bos=bos, limits=pair_limits(model, options))
+    maker = PairMaker(model, tokens, encoder.text.special, all_turns=options.all_turns)
     with (
         Staging(
             output,
@@ -142,23 +137,15 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     ):
         # A killed run's data is back in its place only now.
         existing = open_existing(output, model, bos=bos) if append else None
-        deciding = Deciding(
-            version=__version__,
-            tokenizer_sha256=encoder.text.sha256,
-            tokens=tokens_entry(tokens),
-            bos=bos,
-            shard_tokens=options.shard_tokens,
-            existing=None if existing is None else existing.sha256,
-        )
-        journal = Journal(staging.folder, deciding, flush=flush)
+        journal = Journal(staging.folder, _deciding(encoder, options, existing), flush=flush)
         begun = journal.read() if options.resume else None
         output_files = OutputFiles(staging.folder, flush=flush, kept=None if begun is None else begun.files)
         counts = np.zeros(tokens.vocabulary, np.uint64) if begun is None else begun.read_counts()
         files = PackedFiles(stack.enter_context(output_files), options.shard_tokens, counts)
-        packer = _Packer(files, encoder, journal, begun, skip_bad=options.skip_bad, workers=options.workers)
-        if existing is not None:
-            packer.take_over(existing)
-        packer.run(documents)
+        batches = DocumentBatches(maker, tokens, begun, skip_bad=options.skip_bad)
+        packer = _Packer(files, encoder, batches, options)
+        packer.start(existing, begun)
+        packer.run(documents, journal)
         index = packer.finish()
         text = index.model_dump_json(indent=1).encode() + b"\n"
         with HashedFile(staging.folder / INDEX_FILE) as file:
@@ -167,10 +154,10 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
         staging.commit()
     notes = [*staging.notes]
     if begun is not None:
-        notes.append(f"continued an interrupted pack after its first {begun.documents:,} documents")
-    if packer.plain_placeholders:
+        notes.append(f"continued an interrupted pack after its first {begun.rows:,} documents")
+    if batches.plain_placeholders:
         notes.append(
-            f"{packer.plain_placeholders:,} document(s) without images contain {PLACEHOLDER}, packed as plain text"
+            f"{batches.plain_placeholders:,} document(s) without images contain {PLACEHOLDER}, packed as plain text"
         )
     if files.pictures.losing:
         notes.append(
@@ -183,131 +170,107 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
 pack = takes_options(PackOptions)(pack_documents)
 
 
+def _deciding(encoder: DocumentEncoder, options: PackOptions, existing: Packed | None) -> Deciding:
+    limits = encoder.limits
+    truncate = "" if options.truncate is None else f" --truncate {options.truncate}"
+    return Deciding(
+        version=__version__,
+        tokenizer_sha256=encoder.text.sha256,
+        tokens=tokens_entry(encoder.tokens),
+        bos=encoder.bos,
+        shard_tokens=options.shard_tokens,
+        pairs=f"--max-input {limits.source} --max-target {limits.target}{truncate}"
+        + " --all-turns" * options.all_turns,
+        template=template_sha256(encoder.model),
+        existing=None if existing is None else existing.sha256,
+    )
+
+
 class _Packer:
     """Tokenizes documents in batches and writes them; memory depends only on the number of distinct images."""
 
     def __init__(
-        self,
-        files: PackedFiles,
-        encoder: DocumentEncoder,
-        journal: Journal,
-        begun: PackState | None,
-        *,
-        skip_bad: int,
-        workers: int,
+        self, files: PackedFiles, encoder: DocumentEncoder, batches: DocumentBatches, options: PackOptions
     ) -> None:
-        self._files, self._encoder, self._tokens = files, encoder, encoder.tokens
-        self._journal, self._begun, self._input = journal, begun, InputDigest(begun)
-        self._skip_bad, self._workers = skip_bad, workers
-        self._marks: deque[Mark] = deque()
-        """How far the input was read, for each batch that is not written yet."""
-        self._faults: dict[int, Fault] = {}
-        """By the numbers of the documents."""
-        self._blank = self._empty = self._before = 0
-        """Documents without text, found ahead of the writing; those without tokens; those of existing data."""
+        self._files, self._encoder, self._batches = files, encoder, batches
+        self._skip_bad, self._workers = options.skip_bad, options.workers
+        self._skip_long = options.truncate == "skip"
+        self._empty = self._before = self._cut = self._too_long = 0
         self._existing: Packed | None = None
-        self.plain_placeholders = 0
-        """Documents without images that have a placeholder in their text."""
-        if begun is not None:
-            self._faults, self._blank = begun.read_faults(), begun.empty
-            self.plain_placeholders, files.pictures.losing = begun.plain_placeholders, begun.losing
 
-    def take_over(self, existing: Packed) -> None:
-        """Start with all documents of existing packed data, which an interrupted run has already taken over.
+    def start(self, existing: Packed | None, begun: PackState | None) -> None:
+        """Start with all documents of existing packed data, or with those of an interrupted run, which has these too.
 
         Raises:
-            DataError: Its tables cannot be read, or were modified.
+            DataError: The tables of the existing data cannot be read, or were modified.
             OutputError: The disk is full or fails.
         """
         self._existing = existing
-        self._before = existing.index.text.documents + existing.index.image.documents
-        if self._begun is None:
-            self._files.take_over(existing)
-            self._blank = existing.index.empty
+        if existing is not None:
+            index = existing.index
+            self._before = index.text.documents + index.image.documents + index.pair.documents
+            if begun is None:
+                self._cut, self._too_long, self._batches.blank = index.pair.cut, index.pair.too_long, index.empty
+                self._files.take_over(existing)
+        if begun is not None:
+            self._cut, self._too_long, self._files.pictures.losing = begun.cut, begun.too_long, begun.losing
 
-    def run(self, documents: Iterable[Document | Fault]) -> None:
+    def run(self, rows: Iterable[Row | PairDocument], journal: Journal) -> None:
         """Pack all documents.
 
         Raises:
             DataError: More cannot be packed than may be skipped, or there are none.
         """
         known = self._files.pictures.known
-        with closing(encode_batches(self._batches(documents), self._encoder, known, workers=self._workers)) as encoded:
+        batches = self._batches.read(rows)
+        with closing(encode_batches(batches, self._encoder, known, workers=self._workers)) as encoded:
             for batch, results in encoded:
                 self._write_batch(batch, results)
-                mark = self._marks.popleft()
-                if self._journal.is_due:
-                    self._journal.save(partial(self._state, mark))
-        if len(self._faults) > self._skip_bad:
+                mark = self._batches.next_mark()
+                if journal.is_due:
+                    journal.save(partial(self._state, mark, journal.deciding))
+        if len(self._batches.faults) > self._skip_bad:
             raise _refusal(self._in_order(), self._skip_bad)
         if self._files.documents == self._before:
-            empty = self._blank + self._empty - (0 if self._existing is None else self._existing.index.empty)
-            raise DataError(f"no document has text ({empty} empty)", hint="pass other input")
+            index = None if self._existing is None else self._existing.index
+            empty = self._batches.blank + self._empty - (0 if index is None else index.empty)
+            too_long = self._too_long - (0 if index is None else index.pair.too_long)
+            counts = f"{empty} empty" + f", {too_long} too long" * (too_long > 0)
+            raise DataError(f"no document has text ({counts})", hint="pass other input")
 
-    def _state(self, mark: Mark) -> PackState:
-        """Return the state after the documents of a mark, when the system has all their bytes, or the disk."""
+    def _state(self, mark: Mark, deciding: Deciding) -> PackState:
+        """Return the state after the rows of a mark, when the system has all their bytes, or the disk."""
         return PackState(
             format=1,
-            deciding=self._journal.deciding,
-            documents=mark.documents,
+            deciding=deciding,
+            rows=mark.rows,
             sha256=mark.sha256,
+            documents=mark.documents,
             empty=mark.blank + self._empty,
+            cut=self._cut,
+            too_long=self._too_long,
             plain_placeholders=mark.plain_placeholders,
             losing=self._files.pictures.losing,
-            faults=faults_text(self._faults, mark.documents),
+            faults=faults_text(self._batches.faults, mark.documents),
             counts=counts_text(self._files.counts),
             files=self._files.files.states(),
         )
 
     def _in_order(self) -> list[Fault]:
-        return [fault for _, fault in sorted(self._faults.items())]
-
-    def _batches(self, documents: Iterable[Document | Fault]) -> Iterator[list[Pieces]]:
-        """Yield the documents in batches, until there are too many faults."""
-        batch, characters, images = list[Pieces](), 0, 0
-        for number, document in self._input.follow(documents):
-            if isinstance(document, Fault):
-                self._faults[number] = document
-            elif (pieces := self._pieces(number, document)) is not None:
-                batch.append(pieces)
-                characters, images = characters + len(document.text), images + len(document.images)
-            if len(self._faults) >= self._skip_bad + MAX_FAULTS:
-                break
-            if characters >= BATCH_CHARACTERS or images >= BATCH_IMAGES or len(batch) >= BATCH_DOCUMENTS:
-                yield self._marked(batch)
-                batch, characters, images = [], 0, 0
-        if batch:
-            yield self._marked(batch)
-
-    def _marked(self, batch: list[Pieces]) -> list[Pieces]:
-        self._marks.append(Mark(self._input.documents, self._input.sha256, self._blank, self.plain_placeholders))
-        return batch
-
-    def _pieces(self, number: int, document: Document) -> Pieces | None:
-        if not document.images and not document.text.strip():
-            self._blank += 1
-            return None
-        texts = [document.text]
-        try:
-            if document.images:
-                if not self._tokens.pictures:
-                    raise ValueError("has images, but the model has no vision tower")
-                texts = text_pieces(document.text, len(document.images))
-        except ValueError as error:
-            self._faults[number] = Fault(document.where, str(error))
-            return None
-        self.plain_placeholders += not document.images and PLACEHOLDER in document.text
-        return Pieces(number, document.where, texts, document.images)
+        return [fault for _, fault in sorted(self._batches.faults.items())]
 
     def _write_batch(self, batch: list[Pieces], results: list[Encoded | Fault | None]) -> None:
         packed = []
         for document, result in zip(batch, results, strict=True):
             if result is None:
                 self._empty += 1
+            elif isinstance(result, TooLong) and self._skip_long:
+                self._too_long += 1
             elif isinstance(result, Fault):
-                self._faults[document.number] = result
+                self._batches.faults[document.number] = result
             else:
                 packed.append(result)
+                self._cut += result.cut
         self._files.add(packed)
 
     def finish(self) -> Index:
@@ -315,24 +278,24 @@ class _Packer:
         return Index(
             format=FORMAT,
             tokenizer_sha256=self._encoder.text.sha256,
-            tokens=tokens_entry(self._tokens),
+            tokens=tokens_entry(self._encoder.tokens),
             bos=self._encoder.bos,
-            empty=self._blank + self._empty,
+            empty=self._batches.blank + self._empty,
             skipped=self._write_skipped(),
-            **self._files.finish(self._encoder.text.special),
+            **self._files.finish(self._encoder.text.special, cut=self._cut, too_long=self._too_long),
         )
 
     def _write_skipped(self) -> SkippedEntry | None:
         """Write the list of the skipped documents, if there are any: a line of JSON for each."""
         earlier = None if self._existing is None else self._existing.index.skipped
-        if not self._faults and earlier is None:
+        if not self._batches.faults and earlier is None:
             return None
         with HashedFile(self._files.files.folder / SKIPPED_FILE) as file:
             if self._existing is not None and earlier is not None:
                 file.copy(self._existing.folder / SKIPPED_FILE, earlier.sha256)
             for fault in self._in_order():
                 file.write(json.dumps({"where": fault.where, "reason": fault.reason}).encode() + b"\n")
-            count = len(self._faults) + (0 if earlier is None else earlier.documents)
+            count = len(self._batches.faults) + (0 if earlier is None else earlier.documents)
             return SkippedEntry(documents=count, sha256=file.finish(flush=self._files.files.flush))
 
 

@@ -4,8 +4,8 @@ It is a file in the staging folder: a line with the sha256 of the rest, and a JS
 many of its bytes belong to that moment, and is replaced by one rename when the disk has these bytes. What was written
 later is cut off and written again, so a run may be killed at any moment.
 
-Documents are read again from the start, and passed over without tokenizing. Their sha256 must be that of the documents
-that the interrupted run read.
+Rows are read again from the start, and passed over without tokenizing. Their sha256 must be that of the rows that the
+interrupted run read.
 """
 
 import base64
@@ -15,7 +15,7 @@ import os
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeVar
@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from t5g2convert.adaptation.data.documents import Fault
 from t5g2convert.adaptation.data.index import Count, TokensEntry
 from t5g2convert.adaptation.data.output_files import FileState
+from t5g2convert.adaptation.data.rows import Fault
 from t5g2convert.adaptation.data.token_stream import END
 from t5g2convert.checkpoint.atomic_write import clear, flush_folder, replace_file
 from t5g2convert.checkpoint.manifest import Digest
@@ -50,7 +50,7 @@ class _Section(BaseModel):
 
 
 class Deciding(_Section):
-    """All that decides the bytes of packed data, except the documents.
+    """All that decides the bytes of packed data, except the rows.
 
     Attributes:
         version: The version of t5g2.
@@ -58,6 +58,8 @@ class Deciding(_Section):
         tokens: The token ids of the model.
         bos: Whether documents start with bos.
         shard_tokens: Tokens per shard.
+        pairs: The options of pairs, with the limits of the model.
+        template: sha256 of the files with the chat template.
         existing: sha256 of the index of the data that is appended to.
     """
 
@@ -66,6 +68,8 @@ class Deciding(_Section):
     tokens: TokensEntry
     bos: bool
     shard_tokens: int
+    pairs: str
+    template: Digest
     existing: Digest | None
 
     def differences(self, now: "Deciding") -> list[str]:
@@ -75,10 +79,14 @@ class Deciding(_Section):
             found.append(f"version {self.version} of t5g2, not {now.version}")
         if (self.tokenizer_sha256, self.tokens) != (now.tokenizer_sha256, now.tokens):
             found.append("another tokenizer or other tokens")
+        if self.template != now.template:
+            found.append("another chat template")
         if self.bos != now.bos:
             found.append("--bos" if self.bos else "--no-bos")
         if self.shard_tokens != now.shard_tokens:
             found.append(f"--shard-tokens {self.shard_tokens}, not {now.shard_tokens}")
+        if self.pairs != now.pairs:
+            found.append(f"{self.pairs}, not {now.pairs}")
         if self.existing != now.existing:
             other = "other data to append to" if now.existing is not None else "--append"
             found.append("no --append" if self.existing is None else other)
@@ -90,14 +98,16 @@ class Mark:
     """How far the input was read at the end of a batch.
 
     Attributes:
-        documents: Documents so far, with those that are empty or cannot be packed.
+        rows: Rows so far.
         sha256: Their sha256.
+        documents: Documents and pairs so far, with those that are empty or cannot be packed.
         blank: Those without text; with an earlier run, all that it found empty.
         plain_placeholders: Those without images that have a placeholder in their text.
     """
 
-    documents: int
+    rows: int
     sha256: str
+    documents: int
     blank: int
     plain_placeholders: int
 
@@ -108,8 +118,10 @@ class PackState(_Section):
     Attributes:
         format: The format of the journal.
         deciding: What decides the bytes.
-        documents, sha256, plain_placeholders: See `Mark`.
+        rows, sha256, documents, plain_placeholders: See `Mark`.
         empty: Documents without text or tokens, also of the existing data.
+        cut: Pairs with an input that was cut, also of the existing data.
+        too_long: Pairs that were skipped because they are too long, also of the existing data.
         losing: Images of which 8-bit RGB loses something.
         faults: The documents that cannot be packed, as JSON: number, where, reason.
         counts: The occurrences of each token, compressed.
@@ -118,9 +130,12 @@ class PackState(_Section):
 
     format: Literal[1]
     deciding: Deciding
-    documents: Count
+    rows: Count
     sha256: Digest
+    documents: Count
     empty: Count
+    cut: Count
+    too_long: Count
     plain_placeholders: Count
     losing: Count
     faults: str
@@ -225,7 +240,7 @@ class Journal:
 
 
 class InputDigest:
-    """The sha256 of all documents so far: their texts, images and the places they come from.
+    """The sha256 of all rows so far: their texts, images and the places they come from.
 
     Of an image that is a file, only the path, the size and the modification time are taken.
 
@@ -233,11 +248,11 @@ class InputDigest:
         begun: The state of an interrupted run.
 
     Attributes:
-        documents: Documents so far.
+        rows: Rows so far.
     """
 
     def __init__(self, begun: PackState | None) -> None:
-        self.documents = 0
+        self.rows = 0
         self._begun = begun
         self._sha256 = hashlib.sha256()
 
@@ -246,38 +261,40 @@ class InputDigest:
         """The sha256 so far, hexadecimal."""
         return self._sha256.hexdigest()
 
-    def follow(self, documents: Iterable[T]) -> Iterator[tuple[int, T]]:
-        """Yield all documents with their numbers, without those that the interrupted run packed.
+    def follow(self, rows: Iterable[T]) -> Iterator[T]:
+        """Yield all rows but those that the interrupted run packed.
 
         Raises:
             DataError: Those are not the same as then.
         """
         begun = self._begun
-        for number, document in enumerate(documents):
-            self._sha256.update(_bytes_of(document))
-            self.documents = number + 1
-            if begun is None or number >= begun.documents:
-                yield number, document
-            elif self.documents == begun.documents and self.sha256 != begun.sha256:
-                raise self._changed(begun)
-        if begun is not None and self.documents < begun.documents:
-            raise self._changed(begun)
+        for row in rows:
+            self._sha256.update(_bytes_of(row))
+            self.rows += 1
+            if begun is None or self.rows > begun.rows:
+                yield row
+            elif self.rows == begun.rows and self.sha256 != begun.sha256:
+                raise _changed(begun)
+        if begun is not None and self.rows < begun.rows:
+            raise _changed(begun)
 
-    def _changed(self, begun: PackState) -> DataError:
-        return DataError(
-            f"the input changed since the pack was interrupted, among its first {begun.documents:,} documents",
-            hint=ANEW_HINT,
-        )
+
+def _changed(begun: PackState) -> DataError:
+    return DataError(
+        f"the input changed since the pack was interrupted, among its first {begun.rows:,} documents", hint=ANEW_HINT
+    )
 
 
 def _bytes_of(value: object) -> bytes:
-    """Return bytes that differ for different values: documents, faults, and what they consist of."""
+    """Return bytes that differ for different values: rows, faults, and what they consist of."""
     if isinstance(value, str):
         kind, data = b"s", value.encode("utf-8", "surrogatepass")
     elif isinstance(value, bytes):
         kind, data = b"b", value
     elif isinstance(value, Path):
         kind, data = b"p", _bytes_of((str(value), repr(_identity(value))))
+    elif isinstance(value, Mapping):
+        kind, data = b"m", b"".join(map(_bytes_of, value.items()))
     elif isinstance(value, list | tuple):
         kind, data = b"t", b"".join(map(_bytes_of, value))
     elif is_dataclass(value):

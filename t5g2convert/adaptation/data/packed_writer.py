@@ -9,8 +9,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from t5g2convert.adaptation.data.document_table import PICTURE, PICTURES
 from t5g2convert.adaptation.data.image_columns import ImageBytes, ImageSource
-from t5g2convert.adaptation.data.image_documents import PICTURE, PICTURES, PICTURES_FILE
 from t5g2convert.adaptation.data.images import check_picture
 from t5g2convert.adaptation.data.index import PicturesEntry, PictureShardEntry, ShardEntry, StreamEntry
 from t5g2convert.adaptation.data.output_files import BUFFER_BYTES, HashedFile, OutputFiles
@@ -27,7 +27,7 @@ class StreamFiles:
 
     Args:
         files: The files of the output.
-        name: Prefix of the file names: `text` or `image`.
+        name: Prefix of the file names: `text`, `image` or `pair`.
         shard_tokens: Tokens per shard, except the last.
         columns: Numbers that are recorded for each document.
     """
@@ -102,56 +102,61 @@ class CheckedImage:
 
 
 class PictureFiles:
-    """The shards of images, each distinct image once, and the list of the images of all documents.
+    """The shards of images, each distinct image once.
 
     The sha256 and the row of each distinct image stay in memory: about 250 bytes per image, 2.5 GB for ten million.
     The files begin with what an earlier run left in them.
 
     Args:
         files: The files of the output.
+        lists: The files with lists of images.
     """
 
-    def __init__(self, files: OutputFiles) -> None:
+    def __init__(self, files: OutputFiles, *lists: HashedFile) -> None:
         self._files = files
         self._finished = [
             PictureShardEntry(nbytes=shard.nbytes, sha256=shard.sha256) for shard in files.finished(PICTURES)
         ]
         self._shard = files.begun_shard(PICTURES)
-        self._rows = files.open(PICTURES_FILE)
         self._known: dict[bytes, bytes] = {}
         """The row of each distinct image, by its sha256."""
-        self.places = self._rows.nbytes // PICTURE.itemsize
-        """Images of all documents."""
         self.losing = 0
         """Images of which 8-bit RGB loses something."""
-        self._note_known(files.table(PICTURES_FILE, PICTURE))
+        for rows in lists:
+            self._note_known(files.table(rows, PICTURE))
 
     @property
     def known(self) -> Container[bytes]:
         """The sha256 of all stored images."""
         return self._known.keys()
 
-    def take_over(self, folder: Path, entry: PicturesEntry) -> None:
+    def take_over(self, folder: Path, entry: PicturesEntry, *lists: tuple[HashedFile, int, str]) -> None:
         """Start with all images of existing packed data; none of them is stored again.
 
+        Args:
+            folder: The folder of the data.
+            entry: Its images.
+            lists: Lists of images to start with the existing ones, their lengths and sha256.
+
         Raises:
-            DataError: image.pic cannot be read, or was modified.
+            DataError: A list cannot be read, or was modified.
             OutputError: The disk is full or fails.
         """
         for number, shard in enumerate(entry.shards):
             self._files.link(folder / shard_name(PICTURES, number), shard.sha256)
         self._finished.extend(entry.shards)
-        self._rows.copy(folder / PICTURES_FILE, entry.sha256)
-        self.places = entry.places
-        self._note_known(mapped_array(folder / PICTURES_FILE, PICTURE, (entry.places,)))
+        for file, places, sha256 in lists:
+            source = folder / file.path.name
+            file.copy(source, sha256)
+            self._note_known(mapped_array(source, PICTURE, (places,)))
 
     def _note_known(self, rows: NDArray[Any]) -> None:
         for start in range(0, len(rows), BUFFER_BYTES):
             for row in rows[start : start + BUFFER_BYTES]:
                 self._known.setdefault(row["sha256"].tobytes(), row.tobytes())
 
-    def add(self, images: Sequence[CheckedImage]) -> None:
-        """Store the images of a document unless they are already stored, and append them to the list.
+    def add(self, images: Sequence[CheckedImage], rows: HashedFile) -> None:
+        """Store the images of a document unless they are already stored, and append their rows to a list.
 
         Raises:
             OutputError: The disk is full or fails.
@@ -160,8 +165,7 @@ class PictureFiles:
             if image.sha256 not in self._known:
                 self.losing += image.loses
                 self._known[image.sha256] = self._store(image.sha256, image.data, image.ending)
-            self._rows.write(self._known[image.sha256])
-        self.places += len(images)
+            rows.write(self._known[image.sha256])
 
     def _store(self, digest: bytes, data: bytes, ending: str) -> bytes:
         """Append an image to its shard and return its row; a shard is closed before an image that does not fit."""
@@ -177,17 +181,22 @@ class PictureFiles:
         self._finished.append(PictureShardEntry(nbytes=shard.nbytes, sha256=shard.finish(flush=self._files.flush)))
         self._shard = None
 
-    def finish(self) -> PicturesEntry:
-        """Close all files and return the entry for the index."""
+    def finish(self, rows: HashedFile) -> PicturesEntry:
+        """Close all files and return the entry for the index, with the list `image.pic`."""
         if self._shard is not None:
             self._finish_shard(self._shard)
         return PicturesEntry(
-            places=self.places,
+            places=places_of(rows),
             images=len(self._known),
             nbytes=sum(shard.nbytes for shard in self._finished),
             shards=tuple(self._finished),
-            sha256=self._rows.finish(flush=self._files.flush),
+            sha256=rows.finish(flush=self._files.flush),
         )
+
+
+def places_of(rows: HashedFile) -> int:
+    """Return the length of a list of images."""
+    return rows.nbytes // PICTURE.itemsize
 
 
 def checked_image(image: ImageSource, known: Container[bytes]) -> CheckedImage:

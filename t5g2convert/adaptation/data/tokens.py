@@ -76,6 +76,17 @@ def read_tokens(model: Path) -> ModelTokens:
     return found
 
 
+def read_positions(model: Path) -> tuple[int, int]:
+    """Return the most tokens that the encoder and the decoder of a converted model read.
+
+    Raises:
+        CheckpointError: config.json is missing or describes another kind of model.
+    """
+    where = model / "config.json"
+    settings = read_trainable(read_json_object(where), where)
+    return settings.encoder.max_position_embeddings, settings.decoder.max_position_embeddings
+
+
 def _check_rows(tokens: ModelTokens, where: Path) -> None:
     needed = {"eos_token_id": tokens.eos}
     if tokens.bos is not None:

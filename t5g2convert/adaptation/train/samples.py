@@ -47,6 +47,7 @@ def make_samples(corpora: Corpora, settings: Settings, tokens: ModelTokens, mode
             the model was trained with other sentinels.
         UsageError: A task does not fit the lengths.
     """
+    _check_kinds(corpora)
     first = find_first_sentinel(settings, tokens, model)
     settings = settings.model_copy(
         update={"mixture": settings.mixture.model_copy(update={"first_sentinel": first.recorded})}
@@ -75,6 +76,12 @@ def make_samples(corpora: Corpora, settings: Settings, tokens: ModelTokens, mode
     documents = None if settings.image_every is None else _documents(corpora, settings, tokens)
     shapes = read_trainable(model.config, model.path / "config.json")
     return UL2Dataset(corpora, settings, tokens, sentinels, sampler, documents, model.path, shapes)
+
+
+def _check_kinds(corpora: Corpora) -> None:
+    if (pairs := corpora.pairs) and not any(corpus.packed.tokens or len(corpus.packed.images) for corpus in corpora):
+        where = corpora[0].packed.folder if len(corpora) == 1 else "DATA"
+        raise DataError(f"has no text: it has {pairs:,} pairs, which t5g2 finetune trains on", where=where)
 
 
 def find_first_sentinel(settings: Settings, tokens: ModelTokens, model: Checkpoint) -> FirstSentinel:
@@ -271,6 +278,8 @@ def notes_of(samples: UL2Dataset, sizes: Sizes) -> Iterator[str]:
         sizes: From `measure`.
     """
     settings, sampler = samples.settings, samples.sampler
+    if pairs := samples.corpora.pairs:
+        yield f"{pairs:,} pairs are not read: t5g2 finetune trains on them"
     if sampler is not None and sizes.text is not None:
         yield from _notes_of_steps(settings, sampler, sizes.text)
         yield from _notes_of_corpora(samples.corpora, settings, sampler)

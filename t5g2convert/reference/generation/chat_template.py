@@ -30,6 +30,8 @@ class ChatTemplate:
         if text is None:
             raise UsageError(f"{folder} has no chat template", hint="omit --chat")
         self._tokens = {name: _content(settings[name]) for name in _NAMED_TOKENS if settings.get(name) is not None}
+        self.text = text
+        """The template."""
         self._template = self._guarded(lambda: _environment().from_string(text))
 
     def render(self, prompt: str, *, image: bool = False) -> str:
@@ -43,9 +45,25 @@ class ChatTemplate:
             CheckpointError: The template refuses the turn or fails.
         """
         content = [{"type": "image"}, {"type": "text", "text": prompt}] if image else prompt
-        messages = [{"role": "user", "content": content}]
+        return self.render_messages([{"role": "user", "content": content}], answer_next=True)
+
+    def render_messages(
+        self, messages: list[dict[str, Any]], *, answer_next: bool, tools: list[Any] | None = None
+    ) -> str:
+        """Return a conversation with all special tokens as text.
+
+        Args:
+            messages: Messages with `role` and `content`, which is a text or a list of parts.
+            answer_next: Add the beginning of an answer.
+            tools: The tools to describe, if any.
+
+        Raises:
+            CheckpointError: The template refuses the messages or fails.
+        """
         rendered = self._guarded(
-            lambda: self._template.render(messages=messages, add_generation_prompt=True, tools=None, **self._tokens)
+            lambda: self._template.render(
+                messages=messages, add_generation_prompt=answer_next, tools=tools, **self._tokens
+            )
         )
         return str(rendered)
 

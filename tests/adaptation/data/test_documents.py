@@ -13,8 +13,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from t5g2convert.adaptation.data import documents
-from t5g2convert.adaptation.data.documents import Document, Fault, files_of, read_dataset, read_files, unread_endings
+from t5g2convert.adaptation.data.dataset_rows import read_dataset
+from t5g2convert.adaptation.data.documents import files_of, read_files, unread_endings
 from t5g2convert.adaptation.data.image_columns import IMAGE_KEYS, ImageBytes
+from t5g2convert.adaptation.data.rows import Document, Fault
 from t5g2convert.errors import DataError, HubError, T5g2Error, UsageError
 
 
@@ -244,10 +246,10 @@ def test_files_of_a_folder_are_read_in_order_of_their_names(tmp_path: Path) -> N
 
 def special_files(folder: Path) -> Iterator[tuple[Path, type[Exception], str]]:
     (folder / "empty").mkdir()
-    yield folder / "empty", DataError, "has no file that ends in .txt, .jsonl, .parquet"
+    yield folder / "empty", DataError, "has no file that ends in .txt, .jsonl, .csv, .parquet"
     yield folder / "absent", DataError, "no such file or folder"
-    (folder / "a.csv").touch()
-    yield folder / "a.csv", UsageError, "ends in .csv, expected .txt, .jsonl, .parquet"
+    (folder / "a.tsv").touch()
+    yield folder / "a.tsv", UsageError, "ends in .tsv, expected .txt, .jsonl, .csv, .parquet"
     os.mkfifo(folder / "a.txt")
     yield folder / "a.txt", DataError, "is not a readable file"
     (folder / "broken").mkdir()

@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from t5g2convert import convert
-from t5g2convert.adaptation.data.documents import Document
 from t5g2convert.adaptation.data.images import check_picture, pixel_values, text_pieces
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
+from t5g2convert.adaptation.data.rows import Document
 from t5g2convert.errors import CheckpointError, DataError
 from tests.conftest import TwinFolder
 from tests.models.gemma_tokenizer import write_processor, write_tokenizer

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from t5g2convert.adaptation.data import pack as packing
-from t5g2convert.adaptation.data import packed_writer
-from t5g2convert.adaptation.data.documents import Document, Fault
+from t5g2convert.adaptation.data import document_batches, packed_writer
+from t5g2convert.adaptation.data.document_batches import MAX_FAULTS
 from t5g2convert.adaptation.data.image_columns import ImageBytes
-from t5g2convert.adaptation.data.pack import MAX_FAULTS, Packing, pack
+from t5g2convert.adaptation.data.pack import Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
+from t5g2convert.adaptation.data.rows import Document, Fault
 from t5g2convert.errors import DataError, Interrupted, MachineError, OutputError, UsageError
 from tests.folders import contents
 
@@ -91,8 +91,8 @@ def test_the_same_input_gives_the_same_bytes_however_it_is_cut_into_batches(
     assert len(expected) > 50
     assert [name for name in expected if name.startswith("pictures-")] == ["pictures-00000.bin"]
     for number, (characters, count) in enumerate([(1, 4096), (50, 4096), (1 << 20, 5)]):
-        monkeypatch.setattr(packing, "BATCH_CHARACTERS", characters)
-        monkeypatch.setattr(packing, "BATCH_DOCUMENTS", count)
+        monkeypatch.setattr(document_batches, "BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(document_batches, "BATCH_DOCUMENTS", count)
         pack(model, tmp_path / str(number), mixed, shard_tokens=100, flush=True)
         assert contents(tmp_path / str(number)) == expected
 
@@ -100,7 +100,7 @@ def test_the_same_input_gives_the_same_bytes_however_it_is_cut_into_batches(
 def test_the_bytes_do_not_depend_on_the_number_of_workers(
     model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(document_batches, "BATCH_DOCUMENTS", 3)
     (tmp_path / "in/cut.png").write_bytes((tmp_path / "in/red.png").read_bytes()[:40])
     given = [Fault("a:1", "is not UTF-8"), *mixed[:9], Document("a:2", "x", (tmp_path / "in/cut.png",)), *mixed[9:]]
     done = [
@@ -115,7 +115,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
 def test_a_worker_that_dies_ends_the_packing_and_leaves_nothing(
     model: Path, tmp_path: Path, mixed: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(document_batches, "BATCH_DOCUMENTS", 3)
 
     def killing() -> Iterator[Document]:
         for number, document in enumerate(mixed):

@@ -12,20 +12,23 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from t5g2convert.adaptation.data import document_batches, pack_journal, packed_writer
 from t5g2convert.adaptation.data import pack as packing
-from t5g2convert.adaptation.data import pack_journal, packed_writer
 from t5g2convert.adaptation.data.document_encoder import DocumentEncoder
-from t5g2convert.adaptation.data.documents import Document, Fault
+from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.image_columns import ImageBytes
 from t5g2convert.adaptation.data.output_files import HashedFile
 from t5g2convert.adaptation.data.pack import Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
+from t5g2convert.adaptation.data.pair_documents import PairDocument
+from t5g2convert.adaptation.data.rows import Columns, Document, Fault, PairRow, Row
 from t5g2convert.conversion.output.recovery import INSIDE, JOURNAL_FILE
 from t5g2convert.errors import DataError, Interrupted, OutputError, T5g2Error
 from tests.adaptation.data.killed import killed_at
 from tests.folders import contents
+from tests.models.gemma_chat import write_chat_model
 
-Given = Sequence[Document | Fault]
+Given = Sequence[Row | PairDocument]
 
 STAGED = ".out.t5g2-staging"
 
@@ -41,8 +44,8 @@ CALLS = {
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> list[Document | Fault]:
-    """Forty documents: with and without images, of a file or in the row, some of them empty or faulty."""
+def given(tmp_path: Path) -> list[Row]:
+    """Forty rows: documents and pairs, with and without images, of a file or in the row, some empty or faulty."""
     (tmp_path / "in").mkdir()
     images = []
     for number in range(9):
@@ -50,7 +53,7 @@ def given(tmp_path: Path) -> list[Document | Fault]:
         Image.new("RGB", (8 + number, 8), (number * 20, 0, 0)).save(path)
         images.append(path if number % 2 else ImageBytes(f"row {number}", path.read_bytes()))
     (tmp_path / "in/cut.png").write_bytes((tmp_path / "in/1.png").read_bytes()[:40])
-    found: list[Document | Fault] = []
+    found: list[Row] = []
     for number in range(40):
         if number % 9 == 4:
             found.append(Fault(f"t:{number}", "is not UTF-8"))
@@ -58,6 +61,9 @@ def given(tmp_path: Path) -> list[Document | Fault]:
             found.append(Document("t:20", "cut", (tmp_path / "in/cut.png",)))
         elif number % 7 == 5:
             found.append(Document(f"t:{number}", " "))
+        elif number % 11 in (2, 3):
+            own = (images[number % 9],) if number % 2 else ()
+            found.append(PairRow(f"t:{number}", "a question " * (number % 4 + 1), f"answer {number}", own))
         elif number % 3 == 0:
             found.append(Document(f"t:{number}", f"picture {number}", (images[number % 9], images[number % 4])))
         else:
@@ -70,12 +76,12 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write the journal after every batch of three documents, and several shards of images."""
     monkeypatch.setattr(pack_journal, "SAVE_SECONDS", 0)
     monkeypatch.setattr(pack_journal, "SAVE_SHARE", 1)
-    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(document_batches, "BATCH_DOCUMENTS", 3)
     monkeypatch.setattr(packed_writer, "PICTURE_SHARD_BYTES", 300)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
-OPTIONS: dict[str, Any] = {"skip_bad": 9, "shard_tokens": 70, "flush": True}
+OPTIONS: dict[str, Any] = {"skip_bad": 9, "shard_tokens": 70, "max_input": 30, "truncate": "skip", "flush": True}
 
 
 class Scene:
@@ -131,7 +137,7 @@ class Scene:
         return killed
 
 
-QUICK = [("write", 37, 3), ("fsync", 41, 2), ("rename", 5, 1), ("replace", 5, 1), ("unlink", 9, 1)]
+QUICK = [("write", 31, 3), ("fsync", 41, 2), ("rename", 5, 1), ("replace", 5, 1), ("unlink", 9, 1)]
 """A call, every how many of them the pack is killed, and the least number of kills."""
 
 THOROUGH = [("write", 3, 20), ("rename", 1, 1), ("fsync", 5, 15), ("replace", 1, 7), ("unlink", 1, 7)]
@@ -213,7 +219,7 @@ def test_packs_with_workers_are_resumed_with_any_number_of_them(
     assert contents(scene.out) == scene.expected
 
 
-def stopped(documents: Given, after: int, error: BaseException | None = None) -> Iterator[Document | Fault]:
+def stopped(documents: Given, after: int, error: BaseException | None = None) -> Iterator[Row | PairDocument]:
     """Yield the first documents, and fail."""
     yield from documents[:after]
     raise error or Interrupted(15)
@@ -299,9 +305,7 @@ def refuse(
     assert contents(out.parent / STAGED) == before
 
 
-def test_an_input_that_changed_is_refused(
-    model: Path, tmp_path: Path, given: list[Document | Fault], whole: dict[str, bytes]
-) -> None:
+def test_an_input_that_changed_is_refused(model: Path, tmp_path: Path, given: Given, whole: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     interrupt(model, out, given)
     changed = "the input changed since the pack was interrupted, among its first [0-9]+ documents"
@@ -349,6 +353,9 @@ def test_other_options_and_another_tokenizer_are_refused(
         ({"bos": True}, "--no-bos"),
         ({"shard_tokens": 71}, "--shard-tokens 70, not 71"),
         ({"bos": True, "shard_tokens": 71}, "--no-bos, --shard-tokens 70, not 71"),
+        ({"max_input": 31}, "--max-input 30 --max-target 512 --truncate skip, not --max-input 31 .* --truncate skip"),
+        ({"truncate": "input"}, ".* --truncate skip, not .* --truncate input"),
+        ({"all_turns": True}, ".* --truncate skip, not .* --truncate skip --all-turns"),
     ]:
         refuse(DataError, f"the interrupted pack had {had} ", model, out, given, **options)
     with monkeypatch.context() as patched:
@@ -358,6 +365,9 @@ def test_other_options_and_another_tokenizer_are_refused(
     (model / "tokenizer.json").write_text(tokenizer + "\n")
     refuse(DataError, "had another tokenizer or other tokens", model, out, given)
     (model / "tokenizer.json").write_text(tokenizer)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    refuse(DataError, "had another chat template", model, out, given)
+    (model / "chat_template.jinja").unlink()
     # Those that do not decide the bytes may differ.
     pack(model, out, given, **OPTIONS | {"skip_bad": 30, "flush": True}, resume=True, overwrite=True)
     assert contents(out) == whole
@@ -506,7 +516,7 @@ def test_the_journal_is_written_every_30_seconds_and_takes_at_most_2_percent_of_
 ) -> None:
     """A clock of its own: a batch takes a second, and writing the journal what a slow disk takes."""
     monkeypatch.undo()
-    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 1)
+    monkeypatch.setattr(document_batches, "BATCH_DOCUMENTS", 1)
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     save, spent = pack_journal.Journal.save, []
@@ -541,6 +551,40 @@ def test_the_folder_of_an_interrupted_pack_is_inside_an_empty_target(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [INSIDE]
     pack(model, tmp_path / "out", given, **OPTIONS, resume=True)
     assert contents(tmp_path / "out") == whole
+
+
+def test_a_pack_of_conversations_with_all_turns_is_resumed_between_two_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document_batches, "BATCH_DOCUMENTS", 2)
+    model = write_chat_model(tmp_path / "model")
+    lines = []
+    for number in range(12):
+        turns = [
+            message
+            for turn in range(number % 4 + 1)
+            for message in (
+                {"role": "user", "content": f"question {number} {turn}"},
+                {"role": "assistant", "content": "x" * (turn * 10 + 1)},
+            )
+        ]
+        lines.append(json.dumps({"messages": turns}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    limits = {"max_input": 200, "max_target": 15, "truncate": None}
+    out, options = tmp_path / "out", OPTIONS | limits | {"all_turns": True}
+
+    def run(**more: Any) -> Packing:
+        return pack(model, out, read_files([tmp_path / "rows.jsonl"], Columns(), lambda _: None), **options | more)
+
+    run()
+    expected = contents(out)
+    assert Packed.open(out).index.pair.documents == 3 + 6 + 6 + 6
+    assert len(expected["skipped.jsonl"].splitlines()) == 3 + 6, "the third and fourth answers are too long"
+    for number in (2, 4, 5):
+        shutil.rmtree(out)
+        assert killed_at(*CALLS["replace"], number, run)
+        assert any("interrupted" in note for note in run(resume=True).notes)
+        assert contents(out) == expected
 
 
 def test_names_that_are_not_utf8_survive_in_the_list_of_skipped_documents(model: Path, tmp_path: Path) -> None:
