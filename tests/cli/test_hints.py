@@ -63,6 +63,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "--change lets it hold from the newest checkpoint on": ("adapt",),
     "pack again with fewer --workers": ("pack",),
     "--skip-bad 1 packs the others": ("pack",),
+    "--truncate skip leaves such pairs out, --truncate input cuts inputs": ("pack",),
     "mend them, or skip up to N with --skip-bad N{}": ("pack",),
     "repeat the command with --resume to continue from the last checkpoint, if any": ("adapt",),
     "--projector zeros or aligned": PLANNED,

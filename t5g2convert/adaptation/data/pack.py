@@ -308,7 +308,10 @@ class _Packer:
 
 def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:
     if len(faults) == 1:
-        return DataError(faults[0].reason, where=faults[0].where, hint="--skip-bad 1 packs the others")
+        hint = "--skip-bad 1 packs the others"
+        if isinstance(faults[0], TooLong):
+            hint = "--truncate skip leaves such pairs out, --truncate input cuts inputs"
+        return DataError(faults[0].reason, where=faults[0].where, hint=hint)
     count = f"{len(faults)} documents" + " or more" * (len(faults) >= skip_bad + MAX_FAULTS)
     return DataError(
         f"{count} cannot be packed",
