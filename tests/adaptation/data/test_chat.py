@@ -121,6 +121,22 @@ def test_an_input_is_what_generate_reads_for_the_same_prompt(small: Path, tmp_pa
         assert len(pictured.source) == len(plain.source) + 6 + 4
 
 
+def test_bos_comes_first_once_whether_the_template_writes_it_or_not(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(TEMPLATE.replace("{{ bos_token }}", ""))
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found = [
+        [
+            packed(folder, tmp_path / f"out{number}", asked)[0].source.tolist(),
+            Generator(folder, GenerateOptions(chat=True)).row(Prompt("a")).encoder,
+        ]
+        for number, folder in enumerate((small, tmp_path / "model"))
+    ]
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][1]
+    assert found[0][0].count(2) == 1
+
+
 def test_a_plain_input_is_what_generate_reads(small: Path, tmp_path: Path) -> None:
     generator = Generator(small, GenerateOptions())
     pack(small, tmp_path / "out", [row_of("a", {"input": "a b\n", "target": "c"}, Columns(), None)], flush=False)
