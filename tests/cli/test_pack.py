@@ -16,6 +16,7 @@ from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.checkpoint.file_store import sha256_of
 from tests.cli.commandline import CommandLine
 from tests.folders import contents
+from tests.models.gemma_chat import write_chat_model
 from tests.processes.memory import run_and_measure
 from tests.project.test_package import HEAVY, modules_after
 
@@ -134,7 +135,7 @@ def test_a_pack_that_found_too_many_bad_documents_goes_on_with_resume(
     assert (run.code, run.err) == (
         3,
         f"t5g2: {inputs}/d.txt:1: is not UTF-8: invalid start byte at byte 0 (--skip-bad 1 packs the others; what was "
-        "packed is kept; continue with --resume)\n",
+        "packed is kept; --resume continues it with the same options and any --skip-bad)\n",
     )
     run = t5g2("pack", model, tmp_path / "out", inputs, "--resume", "--bos", "--skip-bad", "1")
     assert run.code == 3
@@ -185,3 +186,84 @@ def test_a_bar_is_drawn_only_on_a_terminal(model: Path, inputs: Path, tmp_path: 
     assert b"pack" in os.read(parent, 10_000)
     os.close(parent)
     assert json.loads(run.stdout)["documents"] == 4
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+SHOWN = """\
+packed 1 documents (81 tokens; 1 more with images, 12 tokens) and 2 pairs (26 tokens) into {out}
+document 1: tokens 64 and 17 more
+  tokens  69:a x64
+image document 1: input 8, target 4, 1 image(s)
+  input   202:\\n x2 253:<start_of_image> 255:<image_soft_token> x4 254:<end_of_image>
+  target  202:\\n x2 69:a 1:<eos>
+pair 1: input 4, target 2
+  input   2:<bos> 69:a 4:\u2581 70:b
+  target  71:c 1:<eos>
+"""
+
+
+def test_show_prints_the_first_samples_of_each_kind(
+    t5g2: CommandLine, chat_model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    given = [
+        {"text": "a" * 80},
+        {"text": "<start_of_image>a", "image": "red.png"},
+        {"input": "a b", "target": "c"},
+        {"messages": messages},
+    ]
+    (inputs / "b.jsonl").write_text("\n".join(map(json.dumps, given)))
+    run = t5g2("pack", chat_model, tmp_path / "out", inputs / "b.jsonl", "--show", 1)
+    assert (run.code, run.err) == (0, "")
+    assert run.out == SHOWN.format(out=tmp_path / "out")
+    run = t5g2("pack", chat_model, tmp_path / "json", inputs / "b.jsonl", "--show", 9, "--json")
+    samples = json.loads(run.out)["samples"]
+    assert [(each["kind"], each["number"]) for each in samples] == [
+        ("document", 1), ("image document", 1), ("pair", 1), ("pair", 2)
+    ]  # fmt: skip
+    assert samples[0]["left_out"] == 17
+    assert samples[1]["images"] == 1
+    last = samples[3]
+    assert [(each["id"], each["token"]) for each in last["target"]] == [(70, "b"), (201, "<end_of_turn>"), (1, "<eos>")]
+    assert last["input"][:2] == [{"id": 2, "token": "<bos>"}, {"id": 200, "token": "<start_of_turn>"}]
+    assert "samples" not in json.loads(t5g2("pack", chat_model, tmp_path / "none", inputs / "b.jsonl", "--json").out)
+
+
+def test_columns_and_limits_of_pairs(t5g2: CommandLine, chat_model: Path, inputs: Path, tmp_path: Path) -> None:
+    (inputs / "b.csv").write_text("question,answer,text\na,b,t\ncccc,d,t\n")
+    command = ("pack", chat_model, tmp_path / "out", inputs / "b.csv", "--overwrite")
+    named = (*command, "--input-column", "question", "--target-column", "answer", "--max-input", 4)
+    run = t5g2(*named)
+    assert (run.code, run.err) == (
+        3, f"t5g2: {inputs}/b.csv:3: its input has 5 tokens, more than 4 (--truncate skip leaves such pairs out, "
+        "--truncate input cuts inputs)\n"
+    )  # fmt: skip
+    run = t5g2(*named, "--truncate", "skip")
+    assert (run.code, run.err) == (0, "")
+    assert run.out == f"packed 1 pairs (4 tokens) into {tmp_path}/out\nskipped 1 pairs that are too long\n"
+    run = t5g2(*named, "--truncate", "input")
+    assert run.out == f"packed 2 pairs (10 tokens) into {tmp_path}/out\ncut the beginning of 1 inputs\n"
+    run = t5g2(*command, "--column", "text", "--json")
+    assert json.loads(run.out)["documents"] == 2
+    run = t5g2(*command, "--target-column", "answer")
+    assert run.err == f"t5g2: {inputs}/b.csv:1: has no column 'input' and 'answer', but 'answer', 'question', 'text'\n"
+    run = t5g2(*command, "--messages-column", "messages")
+    assert run.err == f"t5g2: {inputs}/b.csv:1: has no column 'messages', but 'answer', 'question', 'text'\n"
+
+
+def test_every_turn_and_a_model_without_a_template(
+    t5g2: CommandLine, model: Path, chat_model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    messages = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    (inputs / "b.jsonl").write_text(json.dumps({"chat": messages}))
+    command = (tmp_path / "out", inputs / "b.jsonl", "--messages-column", "chat", "--all-turns")
+    assert json.loads(t5g2("pack", chat_model, *command, "--json").out)["pairs"] == 2
+    run = t5g2("pack", model, *command, "--overwrite")
+    assert (run.code, run.err) == (
+        3, f"t5g2: {inputs}/b.jsonl:1: is a conversation, but {model} has no chat template (put a chat_template.jinja "
+        "there, or pack prompts and completions that are texts)\n"
+    )  # fmt: skip

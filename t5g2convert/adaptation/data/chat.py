@@ -14,7 +14,7 @@ from typing import Any, Final
 from t5g2convert.adaptation.data.images import text_pieces
 from t5g2convert.adaptation.data.pair_documents import PairDocument, Part, with_places
 from t5g2convert.adaptation.data.rows import ChatRow, Document, Fault, PairRow, Row
-from t5g2convert.adaptation.data.tokens import ModelTokens
+from t5g2convert.adaptation.data.tokens import UNUSED, ModelTokens
 from t5g2convert.checkpoint.file_names import OLDER_TEMPLATE_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.errors import CheckpointError, DataError, UsageError
@@ -47,8 +47,10 @@ class PairMaker:
     def __init__(self, model: Path, tokens: ModelTokens, special: Mapping[int, str], *, all_turns: bool) -> None:
         self._model, self._tokens, self._all_turns = model, tokens, all_turns
         self._ids = {name: token for token, name in special.items() if name}
-        names = sorted(self._ids, key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, names)))
+        # Thousands of unused tokens as one pattern: a list of all names would be tried at each "<" of a text.
+        names = sorted((name for name in self._ids if not UNUSED.fullmatch(name)), key=len, reverse=True)
+        self._names = re.compile("|".join([*map(re.escape, names), UNUSED.pattern]))
+        self._special = special
         self._image = special.get(tokens.boi) or None
         self._template: ChatTemplate | None = None
 
@@ -134,7 +136,9 @@ class PairMaker:
     def _protected(self, value: Any, mark: str) -> Any:
         """Return messages or tools with a mark in place of each name of a special token."""
         if isinstance(value, str):
-            return self._names.sub(lambda found: f"{mark}{self._ids[found[0]]}x", value)
+            return self._names.sub(
+                lambda found: f"{mark}{self._ids[found[0]]}x" if found[0] in self._ids else found[0], value
+            )
         if isinstance(value, Mapping):
             return {key: self._protected(each, mark) for key, each in value.items()}
         return [self._protected(each, mark) for each in value] if isinstance(value, list | tuple) else value
@@ -143,16 +147,16 @@ class PairMaker:
         """Split rendered text at the special tokens of the template, and put the names in contents back."""
         if self._image is not None:
             rendered = rendered.replace(self._image, f"{BLANK}{self._image}{BLANK}")
-        names = {str(token): name for name, token in self._ids.items()}
-        hidden = re.compile(f"{mark}([0-9]+)x")
         parts: list[Part] = []
         end = 0
         for found in self._names.finditer(rendered):
-            parts += [rendered[end : found.start()], self._ids[found[0]]]
-            end = found.end()
+            if found[0] in self._ids:
+                parts += [rendered[end : found.start()], self._ids[found[0]]]
+                end = found.end()
         parts.append(rendered[end:])
+        hidden = re.compile(f"{mark}([0-9]+)x")
         return tuple(
-            hidden.sub(lambda found: names[found[1]], part) if isinstance(part, str) else part
+            hidden.sub(lambda found: self._special[int(found[1])], part) if isinstance(part, str) else part
             for part in parts
             if part != ""
         )

@@ -38,7 +38,7 @@ from t5g2convert.conversion.output.staging import Staging
 from t5g2convert.errors import DataError, UsageError
 from t5g2convert.version import __version__
 
-KEPT_HINT: Final = "what was packed is kept; continue with --resume"
+KEPT_HINT: Final = "what was packed is kept; --resume continues it with the same options and any --skip-bad"
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +301,10 @@ class _Packer:
 
 def _refusal(faults: Sequence[Fault], skip_bad: int) -> DataError:
     if len(faults) == 1:
-        return DataError(faults[0].reason, where=faults[0].where, hint="--skip-bad 1 packs the others")
+        hint = "--skip-bad 1 packs the others"
+        if isinstance(faults[0], TooLong):
+            hint = "--truncate skip leaves such pairs out, --truncate input cuts inputs"
+        return DataError(faults[0].reason, where=faults[0].where, hint=hint)
     count = f"{len(faults)} documents" + " or more" * (len(faults) >= skip_bad + MAX_FAULTS)
     return DataError(
         f"{count} cannot be packed",

@@ -177,6 +177,9 @@ class Generator:
                 raise UsageError("--infill takes no --decoder-prompt and no --image")
             masked = self._masks.read(prompt.text)
         tokens, pixels = ([], None) if self._options.hide_encoder else self._encoded(prompt, masked)
+        if self._template is not None and tokens[:1] != [self._start]:
+            # As in training on conversations: bos comes first, also if the template does not write it.
+            tokens = [self._start, *tokens]
         return Row(
             tokens,
             [self._start, *self.codec.encode(prompt.decoder, special=False)],

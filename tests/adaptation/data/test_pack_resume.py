@@ -227,7 +227,7 @@ def stopped(documents: Given, after: int, error: BaseException | None = None) ->
 
 def interrupt(model: Path, out: Path, given: Given, after: int = 30, **options: Any) -> None:
     """Interrupt a pack that has a journal."""
-    with pytest.raises(Interrupted, match=r"continue with --resume\)$"):
+    with pytest.raises(Interrupted, match=r"what was packed is kept; --resume continues it with the same options"):
         pack(model, out, stopped(given, after), **OPTIONS | {"flush": False} | options)
     assert (out.parent / STAGED / JOURNAL_FILE).is_file()
 
@@ -399,7 +399,8 @@ def test_more_faults_than_may_be_skipped_are_skipped_by_a_resumed_pack(
     with pytest.raises(DataError, match="4 documents cannot be packed") as error:
         pack(model, tmp_path / "out", given, **few)
     assert error.value.hint == (
-        "mend them, or skip up to N with --skip-bad N (now 1); what was packed is kept; continue with --resume"
+        "mend them, or skip up to N with --skip-bad N (now 1); what was packed is kept; --resume continues it with the "
+        "same options and any --skip-bad"
     )
     with pytest.raises(DataError, match="4 documents cannot be packed"):
         pack(model, tmp_path / "out", given, **few, resume=True)

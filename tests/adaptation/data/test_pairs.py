@@ -238,6 +238,21 @@ def test_images_inside_a_message(model: Path, folder: Path) -> None:
         assert found == (["<bos>", *USER, *around, "a", *END, *MODEL], ["b", "<end_of_turn>", "<eos>"])
 
 
+def test_a_data_set_with_images_in_its_messages(model: Path, folder: Path) -> None:
+    import datasets
+
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    features = datasets.Features({"messages": [{"role": datasets.Value("string"), "content": [part]}]})
+    data = (folder / "red.png").read_bytes()
+    question = {**PLACE, "image": {"bytes": data, "path": None}, "text": None}
+    messages = [user([question]), assistant([{**text_part("b"), "image": None}])]
+    made = datasets.Dataset.from_list([{"messages": messages}], features=features)
+    made.to_parquet(folder / "set/train.parquet")
+    pack(model, folder.parent / "out", read_dataset(str(folder / "set"), "train", Columns()), flush=False)
+    assert images(folder) == [[data]]
+    assert [target for _, target in names_of(model, folder.parent / "out")] == [["b", "<end_of_turn>", "<eos>"]]
+
+
 CSV = 'input,target,image\r\na,"b, ""c""\r\nd",\r\n,e,red.png\r\n'
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from t5g2convert.adaptation.adapt import foresee
 from t5g2convert.adaptation.data.corpora import Corpora
+from t5g2convert.adaptation.data.pack import pack
+from t5g2convert.adaptation.data.pair_documents import PairDocument
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.forecast import forecast
 from t5g2convert.adaptation.train.history import read_history
@@ -231,3 +233,19 @@ def test_image_steps_use_those_documents_and_no_others(small: Path) -> None:
     numbers = sorted(i for place in made for i in place.samples)
     assert numbers == list(range(2 * count))
     assert all(is_image_step(samples.settings, place.step) for place in made)
+
+
+def test_pairs_are_for_finetune(small: Path, tmp_path: Path) -> None:
+    pair = PairDocument("a", ("b",), ("c",))
+    pack(small / "model", tmp_path / "pairs", [pair, pair], flush=False)
+    with pytest.raises(DataError, match="pairs: has no text: it has 2 pairs, which t5g2 finetune trains on"):
+        prepare(small / "model", tmp_path / "pairs", settings_of())
+    shutil.copytree(small / "data", tmp_path / "both")
+    pack(small / "model", tmp_path / "both", [pair], append=True, flush=False)
+    (tmp_path / "corpora.yaml").write_text("corpora: [{data: pairs, weight: 1}, {data: both, weight: 1}]\n")
+    for data, count in ((tmp_path / "both", 1), (tmp_path / "corpora.yaml", 3)):
+        found = prepare(small / "model", data, settings_of())
+        assert f"{count} pairs are not read: t5g2 finetune trains on them" in found.notes
+    # The samples of the text do not change.
+    both = samples_of_run(small, tmp_path / "both")
+    assert texts_of(both, 40) == texts_of(samples_of_run(small, small / "data"), 40)
