@@ -5,6 +5,7 @@ from typing import Final
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 ADAPTER_FILE: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 GENERATION_FILE: Final = "generation_config.json"
 
 TOKENIZER_FILE: Final = "tokenizer.json"

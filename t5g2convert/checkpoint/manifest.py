@@ -24,6 +24,9 @@ from pydantic import (
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, parse_section
 from t5g2convert.checkpoint.folder import read_json_file
 from t5g2convert.checkpoint.header import BY_CONFIG_NAME
+from t5g2convert.checkpoint.manifest_section import Digest as Digest
+from t5g2convert.checkpoint.manifest_section import ManifestSection
+from t5g2convert.checkpoint.merge_record import MergeRecord
 from t5g2convert.checkpoint.strictjson import parse_object
 from t5g2convert.errors import CheckpointError
 
@@ -32,9 +35,6 @@ FORMAT: Final = 1
 SEAL: Final = "sha256"
 """The last key of the manifest: the sha256 of everything before it."""
 
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-"""A sha256, hexadecimal."""
 
 _RELEASE: Final = r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?(\+[a-z0-9.]+)?"
 Version = Annotated[str, Field(max_length=60, pattern=f"^{_RELEASE}$")]
@@ -65,43 +65,35 @@ def digest_of(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-class _Section(ConfigSection, extra="forbid"):
-    """A section of the manifest; it remembers which keys are present."""
-
-    def document(self) -> dict[str, Any]:
-        """Return the section as JSON, without absent keys."""
-        return self.model_dump(exclude_unset=True)
-
-
-class FileRecord(_Section):
+class FileRecord(ManifestSection):
     """A file: its size, and its sha256 if it was hashed."""
 
     bytes: NonNegativeInt
     sha256: Digest | None
 
 
-class ToolRecord(_Section):
+class ToolRecord(ManifestSection):
     """The program that wrote the folder."""
 
     name: Literal["t5g2convert"]
     version: Version
 
 
-class MappingRecord(_Section):
+class MappingRecord(ManifestSection):
     """The weight map of the conversion."""
 
     name: str
     sha256: Digest
 
 
-class HubRecord(_Section):
+class HubRecord(ManifestSection):
     """A commit of a model on the Hub."""
 
     repo: str
     revision: str
 
 
-class SourceRecord(_Section):
+class SourceRecord(ManifestSection):
     """A checkpoint that the conversion read."""
 
     family: str
@@ -114,14 +106,14 @@ OptionValue = str | bool | int | Number | Annotated[list[Depth], Field(min_lengt
 """The value of an option: text, a switch, a number, or the numbers of layers."""
 
 
-class DroppedRecord(_Section):
+class DroppedRecord(ManifestSection):
     """A source tensor that was left out."""
 
     name: str
     because: str
 
 
-class ChangeRecord(_Section):
+class ChangeRecord(ManifestSection):
     """A setting that differs from the source's."""
 
     field: str
@@ -135,7 +127,7 @@ class ChangeRecord(_Section):
         return self
 
 
-class TokenRecord(_Section):
+class TokenRecord(ManifestSection):
     """A token with another id than in the source."""
 
     token: str
@@ -144,7 +136,7 @@ class TokenRecord(_Section):
     replaces: str | None
 
 
-class TaskRecord(_Section):
+class TaskRecord(ManifestSection):
     """A task of the training objective."""
 
     name: str
@@ -199,7 +191,7 @@ class TrainingSettings(ConfigSection):
         return self._document
 
 
-class LegRecord(_Section):
+class LegRecord(ManifestSection):
     """The steps of a training until its settings were changed, and the settings until then."""
 
     until: PositiveInt
@@ -218,7 +210,7 @@ def _matching_settings(fields: Any) -> Any:
     return fields
 
 
-class AdaptationRecord(_Section):
+class AdaptationRecord(ManifestSection):
     """The training that produced the values that differ from the source's.
 
     Attributes:
@@ -249,18 +241,19 @@ class AdaptationRecord(_Section):
         return _matching_settings(fields)
 
 
-class Manifest(_Section):
+class Manifest(ManifestSection):
     """The contents of a manifest.
 
-    `mapping` is present for a conversion, `adaptation` for a training, never both. `options` holds the options that
-    differ from their defaults: `PlanOptions.record` in `conversion/options.py` writes it, `PlanOptions.of_record` reads
-    it.
+    `mapping` is present for a conversion, `adaptation` for a training, `merged` for a merge with an adapter; a merge
+    also has the `adaptation` of its source, if that was trained. `options` holds the options that differ from their
+    defaults: `PlanOptions.record` in `conversion/options.py` writes it, `PlanOptions.of_record` reads it.
     """
 
     format: Literal[1]
     tool: ToolRecord
     mapping: MappingRecord | None = None
     adaptation: AdaptationRecord | None = None
+    merged: MergeRecord | None = None
     options: dict[str, OptionValue]
     source: SourceRecord
     decoder_from: SourceRecord | None = None
@@ -277,11 +270,11 @@ class Manifest(_Section):
     _read: dict[str, Any] | None = PrivateAttr(None)
 
     @model_validator(mode="after")
-    def _converted_or_trained(self) -> Self:
-        found = {"mapping": self.mapping, "adaptation": self.adaptation}
-        present = [found[key] for key in found if key in self.model_fields_set]
-        if len(present) != 1 or present[0] is None:
-            raise ValueError("expected either a mapping (of a conversion) or an adaptation (of a training)")
+    def _converted_trained_or_merged(self) -> Self:
+        given = [key for key in ("mapping", "adaptation", "merged") if key in self.model_fields_set]
+        known = ["mapping"], ["adaptation"], ["merged"], ["adaptation", "merged"]
+        if given not in known or any(getattr(self, key) is None for key in given):
+            raise ValueError("expected a mapping (of a conversion), an adaptation (of a training) or a merged adapter")
         return self
 
     @property

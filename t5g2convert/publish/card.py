@@ -79,7 +79,12 @@ def _content(folder: Path, repo: str, source_card: str | None) -> CardContent:
     config = folder / "config.json"
     sources = base_checkpoints(manifest, folder)
     return CardContent(
-        template=template_for(read_json_object(config), config, adapted=manifest.adaptation is not None),
+        template=template_for(
+            read_json_object(config),
+            config,
+            adapted=manifest.adaptation is not None,
+            merged=manifest.merged is not None,
+        ),
         manifest=manifest,
         files=manifest.files,
         parameters=manifest.parameters,

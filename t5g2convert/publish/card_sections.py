@@ -148,7 +148,12 @@ def _provenance(content: CardContent) -> Iterator[str]:
         yield "How the model it was trained from was made is not recorded."
         return
     mapping: list[list[str]] = []
-    if manifest.adaptation is not None:
+    if manifest.merged is not None:
+        yield from _merge(manifest, content.sources[0].argument)
+        if manifest.adaptation is not None:
+            yield "The model that the adapter was merged into was trained like this:"
+            yield from _training(manifest.adaptation, None, source="START")
+    elif manifest.adaptation is not None:
         cast_to = manifest.options.get("dtype")
         yield from _training(
             manifest.adaptation, None if cast_to is None else str(cast_to), source=content.sources[0].argument
@@ -172,6 +177,22 @@ def _provenance(content: CardContent) -> Iterator[str]:
         for name, sha256 in source.files.items()
     ]
     yield table(["read from", "file", "sha256"], rows)
+
+
+def _merge(manifest: Manifest, source: str) -> Iterator[str]:
+    """Yield how an adapter was merged into a model."""
+    merged, cast_to = manifest.merged, manifest.options.get("dtype")
+    assert merged is not None, "called for a merge"
+    dtype = "" if cast_to is None else f" --dtype {cast_to}"
+    yield fenced("console", [f"$ t5g2 merge {source} ADAPTER OUTPUT{dtype}"])
+    groups = [f"rank {group.rank} and scale {group.scale:g}" for group in merged.targets]
+    rows = [
+        ["kind", "LoRA: W + scale times B A, rounded once"],
+        ["changed tensors", f"{merged.tensors}, listed in `t5g2.json`; all others are the source's"],
+        ["products", "; ".join(groups[:4]) + (f"; and {len(groups) - 4} more" if len(groups) > 4 else "")],
+        *([code(name), f"sha256 {code(digest)}"] for name, digest in merged.adapter.items()),
+    ]
+    yield table(["adapter", "value"], rows)
 
 
 def _training(adaptation: AdaptationRecord, dtype: str | None, *, source: str) -> Iterator[str]:
