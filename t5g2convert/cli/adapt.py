@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from t5g2convert.adaptation.options import AdaptOptions
-from t5g2convert.adaptation.train.settings import RUN
+from t5g2convert.adaptation.train.run_settings import RUN
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,
@@ -25,7 +25,8 @@ from t5g2convert.errors import Interrupted
 from t5g2convert.interrupts import interruption, raise_interruption
 
 if TYPE_CHECKING:
-    from t5g2convert.adaptation.adapt import Outcome, Request
+    from t5g2convert.adaptation.adapt import Request
+    from t5g2convert.adaptation.run_request import Outcome
     from t5g2convert.adaptation.train.evaluation import Evaluation
     from t5g2convert.adaptation.train.forecast import Forecast, Throughput
     from t5g2convert.adaptation.train.metrics import Metrics
