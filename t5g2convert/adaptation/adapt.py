@@ -45,7 +45,7 @@ def adapt(
     Raises:
         T5g2Error: As in `prepare` and `run_training`.
     """
-    return run_training(request, lambda: _prepare(request), Watch(begun, report, evaluated))
+    return run_training(request, lambda: _prepare(request), Watch(lambda notes, _: begun(notes), report, evaluated))
 
 
 def foresee(request: Request) -> Forecast:

@@ -103,14 +103,14 @@ class Watch:
     """What is done with the run while it trains.
 
     Attributes:
-        begun: Called once with notes, on rank 0, before the first step.
+        begun: Called once with notes and the steps of the whole run, on rank 0, before the first step.
         report: Called with the metrics of every step, on rank 0.
         evaluated: Called with the held-out losses, on rank 0.
         policy: What the evaluations decide.
         generate: Returns the scores of generated texts, on all ranks; None to generate nothing.
     """
 
-    begun: Callable[[Sequence[str]], None]
+    begun: Callable[[Sequence[str], int], None]
     report: Callable[[Metrics], None]
     evaluated: Callable[[Evaluation], None]
     policy: Policy = NOTHING_DECIDED

@@ -175,7 +175,8 @@ def _run(engine: "Fabric", request: RunRequest[RunOptions], prepared: Prepared[A
     module, state = _build(engine, request, prepared, settings, description, place, resumes=resumes)
     if on_rank_0:
         resuming = [f"resuming after {start:,} steps"] if start else []
-        watch.begun([*prepared.notes, *resuming, *(f"from step {start + 1} on: {text}" for text in place.changes)])
+        changes = [f"from step {start + 1} on: {text}" for text in place.changes]
+        watch.begun([*prepared.notes, *resuming, *changes], settings.steps)
     loop, path = request.options, request.run / EVALUATION_FILE
     evaluator = Evaluator(
         engine,

@@ -22,6 +22,10 @@ from t5g2convert.adaptation.train.teacher import Teacher
 IGNORED: Final = -100
 """Label of padding, ignored as in transformers and torch."""
 
+PIXELS: Final = "pixel_values"
+IDLE_PIXELS: Final = "idle_pixel_values"
+"""Pixels of a batch without images in a pass where other processes have some: all must gather the same weights."""
+
 
 class ModelWithLoss(nn.Module):
     """A model together with its summed loss.
@@ -64,6 +68,10 @@ class ModelWithLoss(nn.Module):
             Losses are float32, counts int64.
         """
         hidden_BDC = self._states(batch)
+        if IDLE_PIXELS in batch:
+            encoder = self.model.model.encoder
+            features = encoder.multi_modal_projector(encoder.vision_tower(pixel_values=batch[IDLE_PIXELS])[0])
+            hidden_BDC = hidden_BDC + (features.sum() * 0.0).to(hidden_BDC.dtype)
         counted_BD = batch["labels"] != IGNORED
         taught_NC, is_taught_N = self._taught(batch, counted_BD)
         tasks_N = batch["tasks"][:, None].expand_as(counted_BD)[counted_BD]
@@ -80,7 +88,7 @@ class ModelWithLoss(nn.Module):
 
     def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the decoder's last hidden states, [B, D, C]."""
-        pixels = {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
+        pixels = {PIXELS: batch[PIXELS]} if PIXELS in batch else {}
         if self.by_blocks:
             return run_by_blocks(self.model, batch, pixels)
         states: Tensor = self.model.model(
