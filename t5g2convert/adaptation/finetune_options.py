@@ -11,7 +11,7 @@ from t5g2convert.adaptation.train.run_settings import MACHINES, OBJECTIVE, OPTIM
 from t5g2convert.command_options import Option
 
 
-class FinetuneOptions(RunOptions, PairSettings):
+class FinetuneOptions(PairSettings, RunOptions):
     """All options of `t5g2 finetune`.
 
     Attributes:

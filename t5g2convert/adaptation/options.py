@@ -270,7 +270,7 @@ class RunOptions(LoopConfig, Hardware, RunSettings):
     )
 
 
-class AdaptOptions(RunOptions, Settings):
+class AdaptOptions(Settings, RunOptions):
     """All options of `t5g2 adapt`."""
 
 

@@ -14,7 +14,7 @@ from t5g2convert.adaptation.run_request import Outcome
 from t5g2convert.adaptation.train.metrics import Metrics
 from tests.processes.forked import Preload, python
 
-NUMBERS = "zero one two three four five six seven eight nine".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 OPTIONS = ("--lr", "4e-3", "--batch-pairs", "7", "--warmup", "2", "--precision", "float32")
 
@@ -32,9 +32,7 @@ def command(small: Path, pairs: Path, run: Path, *options: str, module: str = "t
     return [sys.executable, "-m", module, "finetune", str(small / "model"), str(pairs), str(run), *options]
 
 
-def finetuned(
-    small: Path, pairs: Path, run: Path, *options: str, code: int = 0, module: str = "t5g2convert"
-) -> Any:
+def finetuned(small: Path, pairs: Path, run: Path, *options: str, code: int = 0, module: str = "t5g2convert") -> Any:
     """Fine-tune the small model in a separate process, and return the completed process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = command(small, pairs, run, *options, module=module)[1:]

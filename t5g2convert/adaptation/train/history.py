@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.objectives import AnySettings, read_settings
+from t5g2convert.adaptation.pairs.settings import PairSettings
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints, read_checkpoint_manifest
 from t5g2convert.adaptation.train.run_folder import RUN_FILE
 from t5g2convert.adaptation.train.run_settings import RunSettings, differences, step_range
@@ -21,7 +22,8 @@ from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
 from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Digest, encode_json, read_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, read_manifest
+from t5g2convert.checkpoint.manifest_section import Digest
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
 from t5g2convert.version import __version__
 
@@ -141,8 +143,9 @@ class History(ConfigSection):
             before = leg.until
         return self
 
-    def facts(self, steps: Sequence[int], tokens: int) -> Mapping[str, Any]:
-        """Return what a manifest records of the training up to the last of these steps; see `export`."""
+    def facts(self, steps: Sequence[int], tokens: int, model: Path) -> Mapping[str, Any]:
+        """Return what a manifest records of the training of a model up to the last of these steps; see `export`."""
+        before = _training_of(model) if isinstance(self.settings, PairSettings) else {}
         return {
             "steps": steps[-1],
             "checkpoints": list(steps),
@@ -151,7 +154,14 @@ class History(ConfigSection):
             "settings_sha256": self.settings_sha256,
             "data_sha256": self.data,
             **({"earlier": documents_of(self.legs)} if self.earlier else {}),
+            **before,
         }
+
+
+def _training_of(model: Path) -> Mapping[str, Any]:
+    """Return the training that a model had, as a manifest records it."""
+    found = read_manifest(model).adaptation if (model / MANIFEST_FILE).is_file() else None
+    return {} if found is None else {"before": found.document()}
 
 
 def documents_of(legs: Sequence[Leg]) -> list[dict[str, Any]]:

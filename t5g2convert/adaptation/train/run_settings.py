@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from t5g2convert.checkpoint.manifest import digest_of
+from t5g2convert.checkpoint.manifest_section import digest_of
 from t5g2convert.command_options import CommandOptions, Option
 from t5g2convert.errors import UsageError
 
