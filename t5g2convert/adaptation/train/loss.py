@@ -67,11 +67,11 @@ class ModelWithLoss(nn.Module):
             The sum of all losses; the sums by task, [T], without gradient; and the number of labels by task, [T].
             Losses are float32, counts int64.
         """
+        # Before the layers of text, in the order in which processes with images gather their weights.
+        nothing = self._idle(batch)
         hidden_BDC = self._states(batch)
-        if IDLE_PIXELS in batch:
-            encoder = self.model.model.encoder
-            features = encoder.multi_modal_projector(encoder.vision_tower(pixel_values=batch[IDLE_PIXELS])[0])
-            hidden_BDC = hidden_BDC + (features.sum() * 0.0).to(hidden_BDC.dtype)
+        if nothing is not None:
+            hidden_BDC = hidden_BDC + nothing.to(hidden_BDC.dtype)
         counted_BD = batch["labels"] != IGNORED
         taught_NC, is_taught_N = self._taught(batch, counted_BD)
         tasks_N = batch["tasks"][:, None].expand_as(counted_BD)[counted_BD]
@@ -85,6 +85,14 @@ class ModelWithLoss(nn.Module):
         )
         sums_T = loss_N.new_zeros(self.tasks).index_add_(0, tasks_N, loss_N)
         return loss, sums_T, torch.bincount(tasks_N, minlength=self.tasks)
+
+    def _idle(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return 0, computed from pixels that are no part of the batch; None if there are none."""
+        if IDLE_PIXELS not in batch:
+            return None
+        encoder = self.model.model.encoder
+        features = encoder.multi_modal_projector(encoder.vision_tower(pixel_values=batch[IDLE_PIXELS])[0])
+        return features.sum() * 0.0
 
     def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the decoder's last hidden states, [B, D, C]."""
