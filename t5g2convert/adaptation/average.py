@@ -87,7 +87,7 @@ def average_checkpoints(run: Path, output: Path, options: AverageOptions) -> Con
         model,
         Mean(checkpoints),
         output,
-        facts=history.facts(steps, tokens_until(read_metrics(log), steps[-1], log)),
+        facts=history.facts(steps, tokens_until(read_metrics(log), steps[-1], log), model),
         dtype=options.dtype,
         overwrite=overwrite,
         progress=options.progress,

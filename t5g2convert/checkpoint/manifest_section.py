@@ -1,5 +1,7 @@
-"""The base of the manifest's sections, and the form of a sha256 in it."""
+"""The base of the manifest's sections, and the sha256 of JSON documents."""
 
+import hashlib
+import json
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -10,7 +12,12 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A sha256, hexadecimal."""
 
 
-class ManifestSection(ConfigSection, extra="forbid"):
+def digest_of(document: Any) -> str:
+    """Return the sha256 of a JSON document, hexadecimal; the order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Section(ConfigSection, extra="forbid"):
     """A section of the manifest; it remembers which keys are present."""
 
     def document(self) -> dict[str, Any]:

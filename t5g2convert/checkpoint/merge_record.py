@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from t5g2convert.checkpoint.families.config_section import Number
-from t5g2convert.checkpoint.manifest_section import Digest, ManifestSection
+from t5g2convert.checkpoint.manifest_section import Digest, Section
 
 
-class MergedTargets(ManifestSection):
+class MergedTargets(Section):
     """Tensors to which the same multiple of a product was added: W + scale * B A.
 
     Attributes:
@@ -22,7 +22,7 @@ class MergedTargets(ManifestSection):
     scale: Number
 
 
-class MergeRecord(ManifestSection):
+class MergeRecord(Section):
     """The adapter that was merged into the source; every tensor that is not a target is the source's.
 
     Attributes:

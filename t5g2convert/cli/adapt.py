@@ -1,34 +1,28 @@
 """`t5g2 adapt`, and the forecast that `--dry-run` prints."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from t5g2convert.adaptation.options import AdaptOptions
-from t5g2convert.adaptation.train.settings import RUN
+from t5g2convert.adaptation.train.run_settings import RUN
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,
     console,
     emit_json,
-    parameter_table,
     print_notes,
     size_text,
     table,
 )
 from t5g2convert.cli.options import with_options
-from t5g2convert.errors import Interrupted
-from t5g2convert.interrupts import interruption, raise_interruption
+from t5g2convert.cli.training import Watched, run_and_print
 
 if TYPE_CHECKING:
-    from t5g2convert.adaptation.adapt import Outcome, Request
-    from t5g2convert.adaptation.train.evaluation import Evaluation
+    from t5g2convert.adaptation.adapt import Request
+    from t5g2convert.adaptation.run_request import Outcome
     from t5g2convert.adaptation.train.forecast import Forecast, Throughput
-    from t5g2convert.adaptation.train.metrics import Metrics
 
 EPILOG: Final = """\b
 One machine:
@@ -85,7 +79,17 @@ def adapt(
     if dry_run:
         _foresee(request, as_json=as_json)
     else:
-        _run(request, every=log_every, as_json=as_json)
+        from t5g2convert.adaptation.adapt import adapt as run
+
+        def start(watched: Watched) -> "Outcome":
+            return run(
+                request,
+                begun=lambda notes: watched.begun(notes, options.steps),
+                report=watched.report,
+                evaluated=watched.evaluated,
+            )
+
+        run_and_print("adapt", start, every=log_every, as_json=as_json)
 
 
 def _foresee(request: "Request", *, as_json: bool) -> None:
@@ -164,75 +168,3 @@ def _speed(found: "Throughput") -> dict[str, str]:
     if not found.fits:
         text += f"; but it does not fit in the {size_text(int(found.machine.memory))} of a device"
     return {"speed": text, "assumed": assumptions(found.machine)}
-
-
-def _run(request: "Request", *, every: int, as_json: bool) -> None:
-    """Run the training; only rank 0 prints."""
-    from t5g2convert.adaptation.adapt import adapt as run
-    from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank
-    from t5g2convert.adaptation.train.evaluation import overfitting
-
-    steps = request.options.steps
-    try:
-        with _progress(steps) as advance:
-
-            def report(step: "Metrics") -> None:
-                if not as_json and (step.step % every == 0 or step.step == steps):
-                    typer.echo(step.line)
-                advance(step.step)
-                # If the exception of a signal was lost, for example in a destructor, stop the run here.
-                raise_interruption()
-
-            def evaluated(found: "Evaluation") -> None:
-                if not as_json:
-                    typer.echo(found.line)
-
-            outcome = run(request, begun=print_notes, report=report, evaluated=evaluated)
-    except ReportedElsewhere as error:
-        raise typer.Exit(error.exit_code) from None
-    except Exception as error:
-        # Torch and other libraries turn the exception of a signal handler into their own errors.
-        stopped = error if isinstance(error, Interrupted) else interruption()
-        if stopped is None:
-            raise
-        if early_rank():
-            raise typer.Exit(stopped.exit_code) from None
-        stopped.hint = "repeat the command with --resume to continue from the last checkpoint, if any"
-        raise stopped from None
-    if not outcome.first:
-        return
-    if as_json:
-        emit_json(outcome.to_json())
-    else:
-        _print(outcome)
-    if (note := overfitting(outcome.evaluations)) is not None:
-        print_notes([note])
-
-
-def _print(outcome: "Outcome") -> None:
-    out = console()
-    out.print(f"{outcome.steps[-1].step:,} steps of {outcome.trained:,} trained parameters")
-    out.print(f"checkpoint  {outcome.checkpoint}", soft_wrap=True)
-    out.print(f"losses      {outcome.plot}", soft_wrap=True)
-    if outcome.exported is not None:
-        how = "already exported, unchanged" if outcome.exported.before else "loads in transformers"
-        out.print(f"model       {outcome.exported.output}, {how}", soft_wrap=True)
-        out.print(parameter_table(outcome.exported.inspection.parameters))
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr, if stderr is a terminal and this is rank 0."""
-    from t5g2convert.adaptation.train.distributed import early_rank
-
-    if not sys.stderr.isatty() or early_rank():
-        yield lambda done: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("adapt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # If stdout is the same terminal, lines go above the bar; otherwise they go to stdout unchanged.
-    redirect = sys.stdout.isatty()
-    with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=redirect) as bar:
-        task = bar.add_task("adapt", total=steps)
-        yield lambda done: bar.update(task, completed=done)

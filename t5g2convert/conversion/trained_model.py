@@ -26,10 +26,11 @@ from t5g2convert.checkpoint.file_names import (
 )
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, refuse_unheld
 from t5g2convert.checkpoint.header import BY_CONFIG_NAME, CONFIG_NAMES, TensorEntry, encode_header, tensor_bits
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, AdaptationRecord
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.checkpoint.merge_record import MergeRecord
 from t5g2convert.checkpoint.sources import SOURCE
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, held
+from t5g2convert.checkpoint.training_record import AdaptationRecord
 from t5g2convert.conversion.assets.aux_files import copied
 from t5g2convert.conversion.options import KEEP, Dtype, PlanOptions
 from t5g2convert.conversion.plan.types import (

@@ -51,6 +51,8 @@ def test_json_reports_what_was_packed(t5g2: CommandLine, model: Path, inputs: Pa
         "tokens": 7 + 7 + 8 + 8,
         "image_documents": 1,
         "image_tokens": 12,
+        "pairs": 0,
+        "pair_tokens": 0,
         "images": 1,
         "empty": 1,
         "skipped": 0,

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, digest_of
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.manifest_section import digest_of
 from t5g2convert.errors import CheckpointError, OutputError, UsageError
 from t5g2convert.publish.card import CARD_FILE, model_card
 from t5g2convert.publish.license import GEMMA_TERMS

@@ -4,11 +4,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Container, Generator, Iterable
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Final
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from t5g2convert.adaptation.data.documents import Fault
 from t5g2convert.adaptation.data.image_columns import ImageSource
-from t5g2convert.adaptation.data.images import with_images
 from t5g2convert.adaptation.data.packed_writer import CheckedImage, checked_image
+from t5g2convert.adaptation.data.pair_documents import Part
 from t5g2convert.adaptation.data.tokens import ModelTokens, TextEncoder
 from t5g2convert.errors import MachineError
 
@@ -29,11 +28,20 @@ WAITING: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """A document to encode: the texts before, between and after its images."""
+    """A document to encode.
+
+    Attributes:
+        number: Its number, for the order of faults.
+        where: The file with the line or row, for errors.
+        source: Its text, or the input of a pair.
+        target: The target of a pair; None for a document.
+        images: Its images.
+    """
 
     number: int
     where: str
-    texts: list[str]
+    source: Sequence[Part]
+    target: Sequence[Part] | None
     images: tuple[ImageSource, ...]
 
 
@@ -42,14 +50,16 @@ class Encoded:
     """A document to write.
 
     Attributes:
-        tokens: Token ids, with bos if documents start with it, and eos.
-        split: Start of the text after the last image.
+        tokens: Token ids, complete.
+        split: Start of the text after the last image, or of the target of a pair.
         images: Its images.
+        pair: Whether it is a pair.
     """
 
     tokens: NDArray[np.uint32]
     split: int
     images: tuple[CheckedImage, ...]
+    pair: bool
 
 
 class DocumentEncoder:
@@ -64,30 +74,67 @@ class DocumentEncoder:
     def __init__(self, model: Path, tokens: ModelTokens, *, bos: bool) -> None:
         self.model, self.tokens, self.bos = model, tokens, bos
         self.text = TextEncoder(model, tokens)
-        self._before = np.array([tokens.bos] if bos else [], dtype=np.uint32)
-        self._behind = np.array([tokens.eos], dtype=np.uint32)
+        self._picture = np.array([tokens.boi, *[tokens.image] * tokens.per_image, tokens.eoi], dtype=np.uint32)
 
     def encode(self, batch: list[Pieces], known: Container[bytes] = frozenset()) -> list[Encoded | Fault | None]:
         """Return each document, why it cannot be packed, or None if its text has no token.
 
         Images with a sha256 in `known` were checked before.
         """
-        encoded = iter(self.text.encode([text for document in batch for text in document.texts]))
-        return [self._one(document, list(islice(encoded, len(document.texts))), known) for document in batch]
+        texts = [part for document in batch for part in _parts(document) if isinstance(part, str)]
+        encoded = iter(self.text.encode(texts))
+        return [self._one(document, encoded, known) for document in batch]
 
     def _one(
-        self, document: Pieces, pieces: list[NDArray[np.uint32]], known: Container[bytes]
+        self, document: Pieces, encoded: Iterator[NDArray[np.uint32]], known: Container[bytes]
     ) -> Encoded | Fault | None:
-        if reason := next(filter(None, map(self.text.fault, pieces)), None):
+        pieces = [next(encoded) if isinstance(part, str) else self._token(part) for part in _parts(document)]
+        texts = (piece for part, piece in zip(_parts(document), pieces, strict=True) if isinstance(part, str))
+        if reason := next(filter(None, map(self.text.fault, texts)), None):
             return Fault(document.where, reason)
-        if not document.images and not len(pieces[0]):
-            return None
         try:
             images = tuple(checked_image(image, known) for image in document.images)
         except ValueError as error:
             return Fault(document.where, str(error))
-        tokens = np.concatenate([self._before, with_images(pieces, self.tokens), self._behind])
-        return Encoded(tokens, len(tokens) - len(pieces[-1]) - len(self._behind), images)
+        if document.target is None:
+            return self._document(pieces, images)
+        return self._pair(document.where, pieces[: len(document.source)], pieces[len(document.source) :], images)
+
+    def _document(self, pieces: list[NDArray[np.uint32]], images: tuple[CheckedImage, ...]) -> Encoded | None:
+        if not images and not any(map(len, pieces)):
+            return None
+        tokens = _joined(self.tokens.bos if self.bos else None, pieces, self.tokens.eos)
+        return Encoded(tokens, len(tokens) - len(pieces[-1]) - 1, images, pair=False)
+
+    def _pair(
+        self,
+        where: str,
+        source: list[NDArray[np.uint32]],
+        target: list[NDArray[np.uint32]],
+        images: tuple[CheckedImage, ...],
+    ) -> Encoded | Fault:
+        bos, eos = self.tokens.bos, self.tokens.eos
+        before, behind = _joined(None, source, None), _joined(None, target, None)
+        for name, tokens in (("input", before), ("target", behind)):
+            if not len(tokens):
+                return Fault(where, f"the {name} has no token")
+        if bos is not None and before[0] != bos:
+            before = np.insert(before, 0, bos)
+        if behind[-1] != eos:
+            behind = np.append(behind, np.uint32(eos))
+        return Encoded(np.concatenate([before, behind]), len(before), images, pair=True)
+
+    def _token(self, token: int) -> NDArray[np.uint32]:
+        return self._picture if token == self.tokens.boi else np.array([token], dtype=np.uint32)
+
+
+def _parts(document: Pieces) -> list[Part]:
+    return [*document.source, *(document.target or ())]
+
+
+def _joined(before: int | None, pieces: Sequence[NDArray[np.uint32]], behind: int | None) -> NDArray[np.uint32]:
+    first, last = (np.array([] if token is None else [token], dtype=np.uint32) for token in (before, behind))
+    return np.concatenate([first, *pieces, last])
 
 
 Result = tuple[list[Pieces], list[Encoded | Fault | None]]

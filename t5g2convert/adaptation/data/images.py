@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat
 
 from t5g2convert.adaptation.data.image_columns import ImageBytes, ImageSource
-from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Size, parse_section
 from t5g2convert.checkpoint.families.t5gemma2 import read_t5gemma2
 from t5g2convert.checkpoint.folder import read_json_object
@@ -33,8 +32,13 @@ LOSING_MODES: Final = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F", "L
 """Modes of pillow that hold more than 8-bit RGB."""
 
 
-def text_pieces(text: str, images: int) -> list[str]:
+def text_pieces(text: str, images: int, *, at_end: bool = False) -> list[str]:
     """Split a document into the texts around its images, with the blank lines that Gemma 3 puts there.
+
+    Args:
+        text: The text, with a placeholder for each image; without any, the images come first.
+        images: Their number.
+        at_end: Whether the text may end with an image.
 
     Raises:
         ValueError: The text has another number of placeholders, or nothing after the last.
@@ -45,19 +49,10 @@ def text_pieces(text: str, images: int) -> list[str]:
     if places != images:
         raise ValueError(f"has {images} image(s), but {PLACEHOLDER} {places} time(s)")
     pieces = text.split(PLACEHOLDER)
-    if not pieces[-1].strip():
+    if not at_end and not pieces[-1].strip():
         raise ValueError("ends with an image: no text is left to learn")
     blank = "\n\n"
     return f"{blank}{PLACEHOLDER}{blank}".join(pieces).split(PLACEHOLDER)
-
-
-def with_images(pieces: Sequence[NDArray[np.uint32]], tokens: ModelTokens) -> NDArray[np.uint32]:
-    """Join the pieces of a document with the tokens of an image between them, [tokens]."""
-    picture = np.array([tokens.boi, *[tokens.image] * tokens.per_image, tokens.eoi], dtype=np.uint32)
-    joined = [pieces[0]]
-    for piece in pieces[1:]:
-        joined += [picture, piece]
-    return np.concatenate(joined)
 
 
 def check_picture(source: ImageSource) -> tuple[str, bool]:

@@ -3,20 +3,23 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.checkpoint.families.config_section import MAX_INTEGER, Size
 from t5g2convert.checkpoint.file_store import regular_file
 from t5g2convert.checkpoint.folder import scheme_of
-from t5g2convert.checkpoint.manifest import Digest
+from t5g2convert.checkpoint.manifest_section import Digest
 from t5g2convert.errors import CheckpointError, DataError
 
 INDEX_FILE: Final = "index.json"
 
-FORMAT: Final = 2
+FORMAT: Final = 3
+
+WITHOUT_PAIRS: Final = 2
+"""The format before pairs, which is still read: it has no files of them."""
 
 MAX_BYTES: Final = 1 << 24
 """Largest index: about a hundred thousand shards."""
@@ -62,6 +65,18 @@ class PicturesEntry(_Section):
     sha256: Digest
 
 
+class PairEntry(StreamEntry):
+    """Pairs of an input and a target, and the length and the sha256 of pair.pic, the list of their images."""
+
+    places: Count
+    pictures: Digest
+
+
+NO_FILE: Final = hashlib.sha256().hexdigest()
+
+NO_PAIRS: Final = PairEntry(documents=0, tokens=0, shards=(), ends=NO_FILE, places=0, pictures=NO_FILE)
+
+
 class SkippedEntry(_Section):
     """Documents that could not be packed and were skipped, as listed in their file."""
 
@@ -86,18 +101,30 @@ class TokensEntry(_Section):
 class Index(_Section):
     """index.json."""
 
-    format: Literal[2]
+    format: Literal[2, 3]
     tokenizer_sha256: Digest
     tokens: TokensEntry
     bos: bool
     text: StreamEntry
     image: StreamEntry
+    pair: PairEntry = NO_PAIRS
     pictures: PicturesEntry
     counts: Digest
     highest: Id
     special: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Count]
     empty: Count
     skipped: SkippedEntry | None = None
+
+    @property
+    def has_pair_files(self) -> bool:
+        """Whether the data has files of pairs, which may be empty."""
+        return self.format > WITHOUT_PAIRS
+
+    @model_validator(mode="after")
+    def _pairs_need_files(self) -> Self:
+        if self.pair.documents and not self.has_pair_files:
+            raise ValueError(f"format {self.format} has no pairs")
+        return self
 
 
 def read_index(folder: Path) -> tuple[Index, str]:
@@ -125,7 +152,7 @@ def read_index(folder: Path) -> tuple[Index, str]:
         first = error.errors()[0]
         if first["loc"] == ("format",) and first["type"] == "literal_error":
             raise DataError(
-                f"has format {first['input']!r}, but this version of t5g2 reads format {FORMAT}",
+                f"has format {first['input']!r}, but this version of t5g2 reads formats {WITHOUT_PAIRS} and {FORMAT}",
                 where=path,
                 hint="pack the data again",
             ) from None

@@ -12,11 +12,14 @@ import numpy as np
 
 from t5g2convert.adaptation.data.document_encoder import DocumentEncoder, Encoded, Pieces, encode_batches
 from t5g2convert.adaptation.data.documents import Document, Fault
+from t5g2convert.adaptation.data.image_documents import PICTURES_FILE
 from t5g2convert.adaptation.data.images import PLACEHOLDER, text_pieces
-from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, SkippedEntry, tokens_entry
+from t5g2convert.adaptation.data.index import FORMAT, INDEX_FILE, Index, PairEntry, SkippedEntry, tokens_entry
 from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE, Packed
 from t5g2convert.adaptation.data.packed_output import check_packed_output, open_existing, packed_listing
-from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles
+from t5g2convert.adaptation.data.packed_writer import HashedFile, PictureFiles, StreamFiles, places_of
+from t5g2convert.adaptation.data.pair_documents import PairDocument, Part, with_places
+from t5g2convert.adaptation.data.pairs import PAIR, PAIR_PICTURES_FILE
 from t5g2convert.adaptation.data.token_stream import END
 from t5g2convert.adaptation.data.tokens import read_tokens
 from t5g2convert.adaptation.options import PackOptions
@@ -62,10 +65,12 @@ class Packing:
             "tokens": index.text.tokens,
             "image_documents": index.image.documents,
             "image_tokens": index.image.tokens,
+            "pairs": index.pair.documents,
+            "pair_tokens": index.pair.tokens,
             "images": index.pictures.images,
             "empty": index.empty,
             "skipped": 0 if index.skipped is None else index.skipped.documents,
-            "shards": len(index.text.shards) + len(index.image.shards),
+            "shards": len(index.text.shards) + len(index.image.shards) + len(index.pair.shards),
             "tokenizer_sha256": index.tokenizer_sha256,
             "sha256": self.sha256,
             "highest": index.highest,
@@ -74,7 +79,9 @@ class Packing:
         }
 
 
-def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fault], options: PackOptions) -> Packing:
+def pack_documents(
+    model: Path, output: Path, documents: Iterable[Document | PairDocument | Fault], options: PackOptions
+) -> Packing:
     """Write documents as packed data, in a folder that appears when it is complete.
 
     `pack` is the same with the options as keyword arguments:
@@ -88,7 +95,7 @@ def pack_documents(model: Path, output: Path, documents: Iterable[Document | Fau
     Args:
         model: The folder of the model to train: its tokenizer and token ids are used.
         output: The folder to write. An empty folder is filled, and keeps its mode and owner.
-        documents: The documents, in order.
+        documents: The documents and pairs, in order.
         options: The options of `t5g2 pack`.
 
     Raises:
@@ -158,12 +165,16 @@ class _Files:
         self.folder, self.flush = folder, flush
         self.text = stack.enter_context(StreamFiles(folder, "text", shard_tokens, flush=flush))
         self.image = stack.enter_context(StreamFiles(folder, "image", shard_tokens, flush=flush))
+        self.pair = stack.enter_context(StreamFiles(folder, PAIR, shard_tokens, flush=flush))
         self.pictures = stack.enter_context(PictureFiles(folder, flush=flush))
+        self.image_rows, self.pair_rows = (
+            stack.enter_context(HashedFile(folder / name)) for name in (PICTURES_FILE, PAIR_PICTURES_FILE)
+        )
         self.counts = stack.enter_context(HashedFile(folder / COUNTS_FILE))
 
     @property
     def documents(self) -> int:
-        return self.text.documents + self.image.documents
+        return self.text.documents + self.image.documents + self.pair.documents
 
 
 class _Packer:
@@ -190,11 +201,15 @@ class _Packer:
         files, index, self._existing = self._files, existing.index, existing
         files.text.take_over(existing.folder, index.text)
         files.image.take_over(existing.folder, index.image)
-        files.pictures.take_over(existing.folder, index.pictures)
+        rows = [(files.image_rows, index.pictures.places, index.pictures.sha256)]
+        if index.has_pair_files:
+            files.pair.take_over(existing.folder, index.pair)
+            rows.append((files.pair_rows, index.pair.places, index.pair.pictures))
+        files.pictures.take_over(existing.folder, index.pictures, *rows)
         self._before, self._empty = files.documents, index.empty
         self._counts += existing.counts
 
-    def run(self, documents: Iterable[Document | Fault]) -> None:
+    def run(self, documents: Iterable[Document | PairDocument | Fault]) -> None:
         """Pack all documents.
 
         Raises:
@@ -213,7 +228,7 @@ class _Packer:
     def _in_order(self) -> list[Fault]:
         return [fault for _, fault in sorted(self._faults.items())]
 
-    def _batches(self, documents: Iterable[Document | Fault]) -> Iterator[list[Pieces]]:
+    def _batches(self, documents: Iterable[Document | PairDocument | Fault]) -> Iterator[list[Pieces]]:
         """Yield the documents in batches, until there are too many faults."""
         batch, characters, images = list[Pieces](), 0, 0
         for number, document in enumerate(documents):
@@ -221,7 +236,10 @@ class _Packer:
                 self._faults[number] = document
             elif (pieces := self._pieces(number, document)) is not None:
                 batch.append(pieces)
-                characters, images = characters + len(document.text), images + len(document.images)
+                characters += sum(
+                    len(part) for part in (*pieces.source, *(pieces.target or ())) if isinstance(part, str)
+                )
+                images += len(document.images)
             if len(self._faults) >= self._skip_bad + MAX_FAULTS:
                 break
             if characters >= BATCH_CHARACTERS or images >= BATCH_IMAGES or len(batch) >= BATCH_DOCUMENTS:
@@ -230,21 +248,23 @@ class _Packer:
         if batch:
             yield batch
 
-    def _pieces(self, number: int, document: Document) -> Pieces | None:
-        if not document.images and not document.text.strip():
+    def _pieces(self, number: int, document: Document | PairDocument) -> Pieces | None:
+        if isinstance(document, Document) and not document.images and not document.text.strip():
             self._empty += 1
             return None
-        texts = [document.text]
         try:
+            if document.images and not self._tokens.pictures:
+                raise ValueError("has images, but the model has no vision tower")
+            if isinstance(document, PairDocument):
+                return Pieces(number, document.where, document.source, document.target, document.images)
+            parts: Sequence[Part] = [document.text]
             if document.images:
-                if not self._tokens.pictures:
-                    raise ValueError("has images, but the model has no vision tower")
-                texts = text_pieces(document.text, len(document.images))
+                parts = with_places(text_pieces(document.text, len(document.images)), self._tokens)
         except ValueError as error:
             self._faults[number] = Fault(document.where, str(error))
             return None
         self.plain_placeholders += not document.images and PLACEHOLDER in document.text
-        return Pieces(number, document.where, texts, document.images)
+        return Pieces(number, document.where, parts, None, document.images)
 
     def _write_batch(self, batch: list[Pieces], results: list[Encoded | Fault | None]) -> None:
         packed = []
@@ -255,17 +275,23 @@ class _Packer:
                 self._faults[document.number] = result
             else:
                 packed.append(result.tokens)
-                if result.images:
-                    self._files.pictures.add(result.images)
-                    self._files.image.add(result.tokens, self._files.pictures.places, result.split)
-                else:
-                    self._files.text.add(result.tokens)
+                self._write(result)
         if packed:
             self._counts += np.bincount(np.concatenate(packed), minlength=len(self._counts)).astype(np.uint64)
+
+    def _write(self, document: Encoded) -> None:
+        files = self._files
+        if not document.pair and not document.images:
+            files.text.add(document.tokens)
+            return
+        stream, rows = (files.pair, files.pair_rows) if document.pair else (files.image, files.image_rows)
+        files.pictures.add(document.images, rows)
+        stream.add(document.tokens, places_of(rows), document.split)
 
     def finish(self) -> Index:
         """Close all files and return their index."""
         files = self._files
+        pairs, places = files.pair.finish(), places_of(files.pair_rows)
         files.counts.write(self._counts.astype(END))
         present, special = np.flatnonzero(self._counts), self._encoder.text.special
         return Index(
@@ -275,7 +301,8 @@ class _Packer:
             bos=self._encoder.bos,
             text=files.text.finish(),
             image=files.image.finish(),
-            pictures=files.pictures.finish(),
+            pair=PairEntry(**dict(pairs), places=places, pictures=files.pair_rows.finish(flush=files.flush)),
+            pictures=files.pictures.finish(files.image_rows),
             counts=files.counts.finish(flush=files.flush),
             highest=int(present[-1]),
             special={str(token): int(self._counts[token]) for token in present.tolist() if token in special},

@@ -9,6 +9,9 @@
     image.doc           uint64 [documents, 3]: the end of each in the tokens, its end in image.pic, and the start of
                         its target in the document
     image.pic           56 bytes per image of a document: its sha256, extension, shard, first byte, number of bytes
+    pair-00000.bin      the tokens of all pairs: each input, complete, and its target, complete
+    pair.doc            uint64 [pairs, 3], like image.doc
+    pair.pic            the images of the inputs, like image.pic
     pictures-00000.bin  the bytes of the images, each distinct image once, concatenated
     counts.bin          uint64 [vocabulary]: occurrences of each token in all documents
 """
@@ -22,14 +25,10 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from t5g2convert.adaptation.data.image_documents import (
-    IMAGE_COLUMNS,
-    PICTURES,
-    PICTURES_FILE,
-    ImageDocuments,
-    StoredImages,
-)
+from t5g2convert.adaptation.data.document_table import PICTURES, TABLE_COLUMNS, StoredImages
+from t5g2convert.adaptation.data.image_documents import PICTURES_FILE, ImageDocuments
 from t5g2convert.adaptation.data.index import INDEX_FILE, Index, PictureShardEntry, ShardEntry, read_index, tokens_entry
+from t5g2convert.adaptation.data.pairs import PAIR, PAIR_PICTURES_FILE, PAIRS_FILE, Pairs
 from t5g2convert.adaptation.data.token_stream import END, TokenStream, mapped_array, shard_name
 from t5g2convert.adaptation.data.tokens import read_tokens, tokenizer_sha256
 from t5g2convert.checkpoint.file_store import sha256_of
@@ -52,6 +51,7 @@ class Packed:
         sha256: sha256 of index.json, which lists the sha256 of all files: the identity of the data.
         text: The documents without images.
         images: The documents with images.
+        pairs: The pairs of an input and a target.
         counts: Occurrences of each token in all documents, uint64 [vocabulary].
     """
 
@@ -60,6 +60,7 @@ class Packed:
     sha256: str
     text: TokenStream
     images: ImageDocuments
+    pairs: Pairs
     counts: NDArray[np.uint64]
 
     @classmethod
@@ -86,14 +87,17 @@ class Packed:
             )
         text, image = TokenStream(folder, "text", index.text), TokenStream(folder, "image", index.image)
         ends = mapped_array(folder / "text.doc", END, (index.text.documents,))
-        rows = mapped_array(folder / "image.doc", END, (index.image.documents, IMAGE_COLUMNS))
+        rows = mapped_array(folder / "image.doc", END, (index.image.documents, TABLE_COLUMNS))
         counts = mapped_array(folder / COUNTS_FILE, END, (index.tokens.vocabulary,))
         _check_last(ends, index.text.tokens, folder / "text.doc")
         _check_last(rows[:, 0], index.image.tokens, folder / "image.doc")
         _check_last(rows[:, 1], index.pictures.places, folder / "image.doc")
-        stored = StoredImages(folder, index.pictures)
+        stored = StoredImages(folder, index.pictures, PICTURES_FILE, index.pictures.places)
         images = ImageDocuments(image, rows, stored, folder / "image.doc", index.tokens.eoi)
-        packed = cls(folder, index, found, text, images, counts)
+        pairs = Pairs.open(folder, index)
+        _check_last(pairs.rows[:, 0], index.pair.tokens, folder / PAIRS_FILE)
+        _check_last(pairs.rows[:, 1], index.pair.places, folder / PAIRS_FILE)
+        packed = cls(folder, index, found, text, images, pairs, counts)
         if verify:
             packed.check_bytes()
         return packed
@@ -166,11 +170,13 @@ def _check_last(ends: NDArray[Any], total: int, where: Path) -> None:
         )
 
 
-def _check_ascending(ends: NDArray[Any], where: Path) -> None:
+def _check_ascending(ends: NDArray[Any], where: Path, *, fewest: int = 1) -> None:
+    """Refuse ends that do not ascend by `fewest` (0 or 1) or more."""
     last = 0
     for start in range(0, len(ends), CHECKED_AT_ONCE):
         piece = ends[start : start + CHECKED_AT_ONCE].astype(np.uint64)
-        wrong = piece <= np.concatenate([np.array([last], np.uint64), piece[:-1]])
+        before = np.concatenate([np.array([last], np.uint64), piece[:-1]])
+        wrong = piece <= before if fewest else piece < before
         if wrong.any():
             number = start + int(np.argmax(wrong))
             raise DataError(f"document {number} ends before it begins", where=where, hint="pack the data again")
@@ -182,10 +188,13 @@ def _verify(folder: Path, index: Index, part: int, parts: int) -> None:
         "text.doc": index.text.ends, "image.doc": index.image.ends,
         PICTURES_FILE: index.pictures.sha256, COUNTS_FILE: index.counts,
     }  # fmt: skip
+    if index.has_pair_files:
+        expected |= {PAIRS_FILE: index.pair.ends, PAIR_PICTURES_FILE: index.pair.pictures}
     if index.skipped is not None:
         expected[SKIPPED_FILE] = index.skipped.sha256
     shards: dict[str, Sequence[ShardEntry | PictureShardEntry]] = {
-        "text": index.text.shards, "image": index.image.shards, PICTURES: index.pictures.shards,
+        "text": index.text.shards, "image": index.image.shards, PAIR: index.pair.shards,
+        PICTURES: index.pictures.shards,
     }  # fmt: skip
     for name, entries in shards.items():
         expected |= {shard_name(name, number): entry.sha256 for number, entry in enumerate(entries)}
@@ -193,9 +202,13 @@ def _verify(folder: Path, index: Index, part: int, parts: int) -> None:
     if "text.doc" in share:
         _check_ascending(mapped_array(folder / "text.doc", END, (index.text.documents,)), folder / "text.doc")
     if "image.doc" in share:
-        rows = mapped_array(folder / "image.doc", END, (index.image.documents, IMAGE_COLUMNS))
+        rows = mapped_array(folder / "image.doc", END, (index.image.documents, TABLE_COLUMNS))
         _check_ascending(rows[:, 0], folder / "image.doc")
         _check_ascending(rows[:, 1], folder / "image.doc")
+    if PAIRS_FILE in share:
+        rows = mapped_array(folder / PAIRS_FILE, END, (index.pair.documents, TABLE_COLUMNS))
+        _check_ascending(rows[:, 0], folder / PAIRS_FILE)
+        _check_ascending(rows[:, 1], folder / PAIRS_FILE, fewest=0)
     try:
         wrong = [name for name in share if sha256_of(folder / name) != expected[name]]
     except OSError as error:

@@ -3,9 +3,11 @@
 import hashlib
 from pathlib import Path
 
-from t5g2convert.adaptation.data.image_documents import IMAGE_COLUMNS, PICTURE, PICTURES, PICTURES_FILE
+from t5g2convert.adaptation.data.document_table import PICTURE, PICTURES, TABLE_COLUMNS
+from t5g2convert.adaptation.data.image_documents import PICTURES_FILE
 from t5g2convert.adaptation.data.index import INDEX_FILE, read_index
 from t5g2convert.adaptation.data.packed import COUNTS_FILE, SKIPPED_FILE, Packed, check_tokenizer
+from t5g2convert.adaptation.data.pairs import PAIR, PAIR_PICTURES_FILE, PAIRS_FILE
 from t5g2convert.adaptation.data.token_stream import END, TOKEN, shard_name
 from t5g2convert.conversion.output.ownership import ListedFile
 from t5g2convert.conversion.output.recovery import leftovers
@@ -58,11 +60,14 @@ def packed_listing(folder: Path) -> dict[str, ListedFile]:
     listed = {
         INDEX_FILE: ListedFile(),
         "text.doc": ListedFile(index.text.documents * END.itemsize, index.text.ends),
-        "image.doc": ListedFile(index.image.documents * IMAGE_COLUMNS * END.itemsize, index.image.ends),
+        "image.doc": ListedFile(index.image.documents * TABLE_COLUMNS * END.itemsize, index.image.ends),
         PICTURES_FILE: ListedFile(index.pictures.places * PICTURE.itemsize, index.pictures.sha256),
         COUNTS_FILE: ListedFile(index.tokens.vocabulary * END.itemsize, index.counts),
     }
-    for name, stream in (("text", index.text), ("image", index.image)):
+    if index.has_pair_files:
+        listed[PAIRS_FILE] = ListedFile(index.pair.documents * TABLE_COLUMNS * END.itemsize, index.pair.ends)
+        listed[PAIR_PICTURES_FILE] = ListedFile(index.pair.places * PICTURE.itemsize, index.pair.pictures)
+    for name, stream in (("text", index.text), ("image", index.image), (PAIR, index.pair)):
         for number, shard in enumerate(stream.shards):
             listed[shard_name(name, number)] = ListedFile(shard.tokens * TOKEN.itemsize, shard.sha256)
     for number, pictures in enumerate(index.pictures.shards):

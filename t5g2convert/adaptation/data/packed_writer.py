@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from t5g2convert.adaptation.data.document_table import PICTURE, PICTURES
 from t5g2convert.adaptation.data.image_columns import ImageBytes, ImageSource
-from t5g2convert.adaptation.data.image_documents import PICTURE, PICTURES, PICTURES_FILE
 from t5g2convert.adaptation.data.images import check_picture
 from t5g2convert.adaptation.data.index import PicturesEntry, PictureShardEntry, ShardEntry, StreamEntry
 from t5g2convert.adaptation.data.token_stream import END, TOKEN, mapped_array, shard_name
@@ -105,7 +105,7 @@ class StreamFiles:
 
     Args:
         folder: The folder to write to.
-        name: Prefix of the file names: `text` or `image`.
+        name: Prefix of the file names: `text`, `image` or `pair`.
         shard_tokens: Tokens per shard, except the last.
         flush: Wait until all bytes are on disk.
     """
@@ -185,7 +185,7 @@ class CheckedImage:
 
 
 class PictureFiles:
-    """The shards of images, each distinct image once, and the list of the images of all documents.
+    """The shards of images, each distinct image once.
 
     The sha256 and the row of each distinct image stay in memory: about 250 bytes per image, 2.5 GB for ten million.
 
@@ -196,13 +196,10 @@ class PictureFiles:
 
     def __init__(self, folder: Path, *, flush: bool) -> None:
         self._folder, self._flush = folder, flush
-        self._rows = HashedFile(folder / PICTURES_FILE)
         self._known: dict[bytes, bytes] = {}
         """The row of each distinct image, by its sha256."""
         self._shard: HashedFile | None = None
         self._finished: list[PictureShardEntry] = []
-        self.places = 0
-        """Images of all documents."""
         self.losing = 0
         """Images of which 8-bit RGB loses something."""
 
@@ -211,25 +208,31 @@ class PictureFiles:
         """The sha256 of all stored images."""
         return self._known.keys()
 
-    def take_over(self, folder: Path, entry: PicturesEntry) -> None:
+    def take_over(self, folder: Path, entry: PicturesEntry, *lists: tuple[HashedFile, int, str]) -> None:
         """Start with all images of existing packed data; none of them is stored again.
 
+        Args:
+            folder: The folder of the data.
+            entry: Its images.
+            lists: Lists of images to start with the existing ones, their lengths and sha256.
+
         Raises:
-            DataError: image.pic cannot be read, or was modified.
+            DataError: A list cannot be read, or was modified.
             OutputError: The disk is full or fails.
         """
         for name, shard in ((shard_name(PICTURES, number), shard) for number, shard in enumerate(entry.shards)):
             _link(folder / name, self._folder / name, shard.sha256, flush=self._flush)
         self._finished.extend(entry.shards)
-        self._rows.copy(folder / PICTURES_FILE, entry.sha256)
-        self.places = entry.places
-        rows = mapped_array(folder / PICTURES_FILE, PICTURE, (entry.places,))
-        for start in range(0, len(rows), BUFFER_BYTES):
-            for row in rows[start : start + BUFFER_BYTES]:
-                self._known.setdefault(row["sha256"].tobytes(), row.tobytes())
+        for file, places, sha256 in lists:
+            source = folder / file.path.name
+            file.copy(source, sha256)
+            rows = mapped_array(source, PICTURE, (places,))
+            for start in range(0, len(rows), BUFFER_BYTES):
+                for row in rows[start : start + BUFFER_BYTES]:
+                    self._known.setdefault(row["sha256"].tobytes(), row.tobytes())
 
-    def add(self, images: Sequence[CheckedImage]) -> None:
-        """Store the images of a document unless they are already stored, and append them to the list.
+    def add(self, images: Sequence[CheckedImage], rows: HashedFile) -> None:
+        """Store the images of a document unless they are already stored, and append their rows to a list.
 
         Raises:
             OutputError: The disk is full or fails.
@@ -238,8 +241,7 @@ class PictureFiles:
             if image.sha256 not in self._known:
                 self.losing += image.loses
                 self._known[image.sha256] = self._store(image.sha256, image.data, image.ending)
-            self._rows.write(self._known[image.sha256])
-        self.places += len(images)
+            rows.write(self._known[image.sha256])
 
     def _store(self, digest: bytes, data: bytes, ending: str) -> bytes:
         """Append an image to its shard and return its row; a shard is closed before an image that does not fit."""
@@ -255,16 +257,16 @@ class PictureFiles:
         self._finished.append(PictureShardEntry(nbytes=shard.nbytes, sha256=shard.finish(flush=self._flush)))
         self._shard = None
 
-    def finish(self) -> PicturesEntry:
-        """Close all files and return the entry for the index."""
+    def finish(self, rows: HashedFile) -> PicturesEntry:
+        """Close all files and return the entry for the index, with the list `image.pic`."""
         if self._shard is not None:
             self._finish_shard(self._shard)
         return PicturesEntry(
-            places=self.places,
+            places=places_of(rows),
             images=len(self._known),
             nbytes=sum(shard.nbytes for shard in self._finished),
             shards=tuple(self._finished),
-            sha256=self._rows.finish(flush=self._flush),
+            sha256=rows.finish(flush=self._flush),
         )
 
     def __enter__(self) -> Self:
@@ -273,9 +275,13 @@ class PictureFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for file in (self._shard, self._rows):
-            if file is not None:
-                file.__exit__(kind, error, traceback)
+        if self._shard is not None:
+            self._shard.__exit__(kind, error, traceback)
+
+
+def places_of(rows: HashedFile) -> int:
+    """Return the length of a list of images."""
+    return rows.nbytes // PICTURE.itemsize
 
 
 def checked_image(image: ImageSource, known: Container[bytes]) -> CheckedImage:

@@ -9,14 +9,14 @@ from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.assumed_machine import H100, Machine
 from t5g2convert.adaptation.train.cost import Memory, memory
+from t5g2convert.adaptation.train.micro_batches import SampleSize, deal
 from t5g2convert.adaptation.train.preflight import Prepared
 from t5g2convert.adaptation.train.samples import text_steps_of
-from t5g2convert.adaptation.train.schedule import first_sample, is_image_step, samples_of
+from t5g2convert.adaptation.train.schedule import first_sample
 from t5g2convert.adaptation.train.sharding import gradient_fits
 from t5g2convert.adaptation.train.throughput import BatchShape, Method, Pace, Seconds
 from t5g2convert.adaptation.ul2.corruption import spans
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
-from t5g2convert.adaptation.ul2.micro_batches import SampleSize, deal
 from t5g2convert.adaptation.ul2.sampler import Sampler
 from t5g2convert.mapping.inspection import inspect
 
@@ -114,7 +114,9 @@ class Forecast:
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
-def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: int | None = None) -> Forecast:
+def forecast(
+    prepared: Prepared[UL2Dataset], *, devices: int, loop: LoopConfig, shard_size: int | None = None
+) -> Forecast:
     """Forecast a run.
 
     Args:
@@ -263,11 +265,11 @@ def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int 
     text_steps, text_tokens, text_operations = 0, 0, 0
     for step in range(steps):
         first = first_sample(settings, step)
-        sizes = [samples.size(step, first + number) for number in range(samples_of(settings, step))]
+        sizes = [samples.size(step, first + number) for number in range(settings.samples_of(step))]
         dealt = deal(sizes, world=devices, tokens=loop.most_tokens(settings), samples=loop.micro_batch)
         passes += len(dealt)
         useful += sum(size.cost for size in sizes)
-        is_text = not is_image_step(settings, step)
+        is_text = settings.kind_of(step) == "text"
         if is_text:
             text_steps += 1
             text_tokens += sum(size.encoder + size.labels for size in sizes)

@@ -22,6 +22,10 @@ from t5g2convert.adaptation.train.teacher import Teacher
 IGNORED: Final = -100
 """Label of padding, ignored as in transformers and torch."""
 
+PIXELS: Final = "pixel_values"
+IDLE_PIXELS: Final = "idle_pixel_values"
+"""Pixels of a batch without images in a pass where other processes have some: all must gather the same weights."""
+
 
 class ModelWithLoss(nn.Module):
     """A model together with its summed loss.
@@ -63,7 +67,11 @@ class ModelWithLoss(nn.Module):
             The sum of all losses; the sums by task, [T], without gradient; and the number of labels by task, [T].
             Losses are float32, counts int64.
         """
+        # Before the layers of text, in the order in which processes with images gather their weights.
+        nothing = self._idle(batch)
         hidden_BDC = self._states(batch)
+        if nothing is not None:
+            hidden_BDC = hidden_BDC + nothing.to(hidden_BDC.dtype)
         counted_BD = batch["labels"] != IGNORED
         taught_NC, is_taught_N = self._taught(batch, counted_BD)
         tasks_N = batch["tasks"][:, None].expand_as(counted_BD)[counted_BD]
@@ -78,9 +86,17 @@ class ModelWithLoss(nn.Module):
         sums_T = loss_N.new_zeros(self.tasks).index_add_(0, tasks_N, loss_N)
         return loss, sums_T, torch.bincount(tasks_N, minlength=self.tasks)
 
+    def _idle(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return 0, computed from pixels that are no part of the batch; None if there are none."""
+        if IDLE_PIXELS not in batch:
+            return None
+        encoder = self.model.model.encoder
+        features = encoder.multi_modal_projector(encoder.vision_tower(pixel_values=batch[IDLE_PIXELS])[0])
+        return features.sum() * 0.0
+
     def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the decoder's last hidden states, [B, D, C]."""
-        pixels = {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
+        pixels = {PIXELS: batch[PIXELS]} if PIXELS in batch else {}
         if self.by_blocks:
             return run_by_blocks(self.model, batch, pixels)
         states: Tensor = self.model.model(

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from t5g2convert.checkpoint.file_store import HubOrigin
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity, element_bytes
-from t5g2convert.checkpoint.manifest import AdaptationRecord
 from t5g2convert.checkpoint.merge_record import MergeRecord
 from t5g2convert.checkpoint.sources import SOURCE, Role, plain_name, role_in
+from t5g2convert.checkpoint.training_record import AdaptationRecord
 from t5g2convert.conversion.assets.aux_files import PlannedFile, downloaded
 from t5g2convert.conversion.assets.tokenizer import TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem

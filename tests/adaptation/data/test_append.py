@@ -15,11 +15,12 @@ from t5g2convert import convert
 from t5g2convert.adaptation.data.documents import Document, Fault
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
+from t5g2convert.adaptation.data.pair_documents import PairDocument
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError, OutputError, UsageError
 from tests.folders import contents
 
-Given = Sequence[Document | Fault]
+Given = Sequence[Document | PairDocument | Fault]
 
 
 @pytest.fixture(scope="module")
@@ -32,52 +33,77 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> list[Document]:
-    """Ten documents without images and seven with one of three images, in turns."""
+def given(tmp_path: Path) -> list[Document | PairDocument]:
+    """Ten documents without images and seven with one of three images, in turns, with a pair after every third."""
     (tmp_path / "in").mkdir()
     paths = [tmp_path / f"in/{name}.png" for name in ("red", "blue", "green")]
     for path in paths:
         Image.new("RGB", (8, 8), path.stem).save(path)
     texts = [Document(f"t:{number}", f"document {number} " * (number + 1)) for number in range(10)]
     pictured = [Document(f"p:{number}", f"picture {number}", (paths[number * 2 % 3],)) for number in range(7)]
-    return [document for pair in zip(texts, pictured, strict=False) for document in pair] + texts[7:]
+    found: list[Document | PairDocument] = []
+    for number, document in enumerate([each for both in zip(texts, pictured, strict=False) for each in both]):
+        found.append(document)
+        if number % 3 == 2:
+            images = (paths[number % 2],) * (number % 2)
+            source = ("pair", *[253] * len(images), str(number))
+            found.append(PairDocument(f"q:{number}", source, ("target " * number,), images))
+    return found + texts[7:]
 
 
-def read_back(folder: Path) -> tuple[list[list[int]], list[tuple[list[int], int, list[bytes]]]]:
-    """Return all documents without images, and with their targets and images those with images."""
+Stored = list[tuple[list[int], int, list[bytes]]]
+
+
+def read_back(folder: Path) -> tuple[list[list[int]], Stored, Stored]:
+    """Return all documents without images, and with their targets and images those with images, and pairs."""
     packed = Packed.open(folder, verify=True)
     ends = np.fromfile(folder / "text.doc", "<u8").tolist()
     texts = [packed.read(start, stop).tolist() for start, stop in zip([0, *ends], ends, strict=False)]
     pictured = [(one.tokens.tolist(), one.split, [it.read().data for it in one.images]) for one in packed.images]
-    return texts, pictured
+    pairs = [
+        ([*one.source.tolist(), *one.target.tolist()], len(one.source), [it.read().data for it in one.images])
+        for one in packed.pairs
+    ]
+    return texts, pictured, pairs
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4, 9, 16])
 def test_append_has_the_documents_images_and_counts_of_one_packing(
-    model: Path, tmp_path: Path, given: list[Document], cut: int
+    model: Path, tmp_path: Path, given: list[Document | PairDocument], cut: int
 ) -> None:
     whole = pack(model, tmp_path / "whole", given, shard_tokens=40, flush=False)
     pack(model, tmp_path / "out", given[:cut], shard_tokens=40, flush=False)
     done = pack(model, tmp_path / "out", given[cut:], shard_tokens=40, append=True, flush=True)
     assert read_back(tmp_path / "out") == read_back(tmp_path / "whole")
-    same = {"text.doc", "image.doc", "counts.bin"}
+    same = {"text.doc", "image.doc", "pair.doc", "counts.bin"}
     assert {name: (tmp_path / "out" / name).read_bytes() for name in same} == {
         name: (tmp_path / "whole" / name).read_bytes() for name in same
     }
-    for name in ("documents", "tokens", "image_documents", "image_tokens", "images", "empty", "highest", "special"):
+    for name in (
+        "documents",
+        "tokens",
+        "image_documents",
+        "image_tokens",
+        "images",
+        "pairs",
+        "pair_tokens",
+        "empty",
+        "highest",
+        "special",
+    ):
         assert done.to_json()[name] == whole.to_json()[name]
     assert done.index.pictures.nbytes == whole.index.pictures.nbytes
     assert Packed.open(tmp_path / "out").sha256 == done.sha256
 
 
 def test_shards_are_linked_and_data_that_a_run_reads_stays_as_it_is(
-    model: Path, tmp_path: Path, given: list[Document]
+    model: Path, tmp_path: Path, given: list[Document | PairDocument]
 ) -> None:
     out = tmp_path / "out"
     pack(model, out, given[:9], shard_tokens=40, flush=False)
     shards = {path.name: (path.stat().st_ino, path.read_bytes()) for path in out.glob("*.bin")}
     del shards["counts.bin"]
-    assert {name.split("-")[0] for name in shards} == {"text", "image", "pictures"}
+    assert {name.split("-")[0] for name in shards} == {"text", "image", "pair", "pictures"}
     reading, expected = Packed.open(out), read_back(out)
     pack(model, out, given[9:], shard_tokens=1000, append=True, flush=False)
     for name, found in shards.items():
@@ -93,7 +119,7 @@ def test_shards_are_linked_and_data_that_a_run_reads_stays_as_it_is(
 
 
 def test_shards_are_copied_where_the_file_system_has_no_links(
-    model: Path, tmp_path: Path, given: list[Document], monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, given: list[Document | PairDocument], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -120,7 +146,9 @@ def test_skipped_and_empty_documents_of_both_packings_are_listed(model: Path, tm
     assert [json.loads(line)["where"] for line in lines] == ["b", "g"]
 
 
-def test_an_append_that_does_not_fit_changes_nothing(model: Path, tmp_path: Path, given: list[Document]) -> None:
+def test_an_append_that_does_not_fit_changes_nothing(
+    model: Path, tmp_path: Path, given: list[Document | PairDocument]
+) -> None:
     out, text = tmp_path / "out", [Document("a", "b")]
     pack(model, out, given[:9], flush=False)
     before = contents(out)
@@ -153,8 +181,12 @@ def test_an_append_that_does_not_fit_changes_nothing(model: Path, tmp_path: Path
         (model / "tokenizer.json").write_text(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["text.doc", "image.doc", "image.pic", "counts.bin", "skipped.jsonl"])
-def test_tables_that_were_modified_are_refused(model: Path, tmp_path: Path, given: list[Document], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["text.doc", "image.doc", "image.pic", "pair.doc", "pair.pic", "counts.bin", "skipped.jsonl"]
+)
+def test_tables_that_were_modified_are_refused(
+    model: Path, tmp_path: Path, given: list[Document | PairDocument], name: str
+) -> None:
     out = tmp_path / "out"
     pack(model, out, [*given, Fault("a", "is not UTF-8")], skip_bad=1, flush=False)
     data = bytearray((out / name).read_bytes())
@@ -200,7 +232,7 @@ def killed_at(call: str, number: int, work: Callable[[], object]) -> bool:
 
 @pytest.mark.parametrize("call", ["link", "rename", "fsync", "rmdir"])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_data(
-    model: Path, tmp_path: Path, given: list[Document], call: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, given: list[Document | PairDocument], call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     for name in ("old", "new"):
@@ -233,7 +265,9 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_data(
     assert found_old >= {"link": 4, "rename": 2, "fsync": 8, "rmdir": 0}[call]
 
 
-def test_an_interrupted_append_leaves_the_old_data(model: Path, tmp_path: Path, given: list[Document]) -> None:
+def test_an_interrupted_append_leaves_the_old_data(
+    model: Path, tmp_path: Path, given: list[Document | PairDocument]
+) -> None:
     out = tmp_path / "out"
     pack(model, out, given[:9], flush=False)
     before = contents(out)

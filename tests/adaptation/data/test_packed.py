@@ -10,24 +10,28 @@ import pytest
 from PIL import Image
 
 from t5g2convert import convert
-from t5g2convert.adaptation.data import packed
+from t5g2convert.adaptation.data import packed, pairs
+from t5g2convert.adaptation.data.document_table import PICTURE
 from t5g2convert.adaptation.data.documents import Document
-from t5g2convert.adaptation.data.image_documents import PICTURE
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed, check_tokenizer
+from t5g2convert.adaptation.data.pair_documents import PairDocument
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.errors import DataError
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model, and `data`, with three documents without images and two with images."""
+    """The demo's model, and `data`, with three documents without images, two with images, and three pairs."""
     folder = tmp_path_factory.mktemp("made")
     build_demo_source(folder / "source")
     convert(folder / "source", folder / "model", flush=False)
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
         Image.new("RGB", (8, 8), colour).save(folder / name)
     documents = [
+        PairDocument("6", ("in",), ("out",)),
+        PairDocument("7", ("a", 253, "b", 253), ("c", 106), (folder / "a.png", folder / "b.png")),
+        PairDocument("8", (2, "in"), ("out", 1)),
         Document("1", "one"),
         Document("2", "<start_of_image>red", (folder / "a.png",)),
         Document("3", "three"),
@@ -78,7 +82,7 @@ def test_another_process_opens_the_folder_again(data: Path) -> None:
 
 FILES = [
     "text-00000.bin", "text-00002.bin", "text.doc", "image-00000.bin", "image.doc", "image.pic", "counts.bin",
-    "pictures-00000.bin",
+    "pictures-00000.bin", "pair-00000.bin", "pair-00003.bin", "pair.doc", "pair.pic",
 ]  # fmt: skip
 
 
@@ -113,7 +117,7 @@ def test_several_processes_share_the_check_of_all_files(data: Path) -> None:
     found: list[str] = []
     for path in (item for item in data.iterdir() if item.name != "index.json"):
         content = bytearray(path.read_bytes())
-        content[16 if path.name == "image.doc" else 0] ^= 1  # its order stays right
+        content[16 if path.name in ("image.doc", "pair.doc") else 0] ^= 1  # its order stays right
         path.write_bytes(content)
     for part in range(3):
         with pytest.raises(DataError) as failed:
@@ -153,10 +157,11 @@ def test_opening_reads_only_the_last_row_of_each_table(data: Path, monkeypatch: 
             return found
 
     mapped = packed.mapped_array
-    monkeypatch.setattr(packed, "mapped_array", lambda *arguments: mapped(*arguments).view(Counted))
+    for module in (packed, pairs):
+        monkeypatch.setattr(module, "mapped_array", lambda *arguments: mapped(*arguments).view(Counted))
     monkeypatch.setattr(packed, "sha256_of", None)
     Packed.open(data)
-    assert sum(rows) == 3
+    assert sum(rows) == 5
 
 
 def table(data: Path) -> Any:
@@ -238,8 +243,10 @@ def change(path: Path, act: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda index: index.update(format=1), "has format 1, but this version of t5g2 reads format 2"),
+        (lambda index: index.update(format=1), "has format 1, but this version of t5g2 reads formats 2 and 3"),
         (lambda index: index["pictures"].update(nbytes=1), "of pictures have [0-9]+ bytes, but the index says 1"),
+        (lambda index: index.update(format=2), "is not an index of packed data: Value error, format 2 has no pairs"),
+        (lambda index: index["pair"].pop("places"), r"is not an index of packed data: pair\.places"),
         (lambda index: index.pop("text"), "is not an index of packed data: text"),
         (lambda index: index.update(more=1), "is not an index of packed data: more"),
         (lambda index: index["text"].update(tokens="15"), r"is not an index of packed data: text\.tokens"),
@@ -277,3 +284,81 @@ def test_data_belongs_to_a_tokenizer_and_to_special_tokens(made: Path, tmp_path:
     change(tmp_path / "model/config.json", lambda config: config["encoder"].update(eoi_token_index=250))
     with pytest.raises(DataError, match=r"with other tokens \(data and model\): eoi 254 and 250"):
         check_tokenizer(packed, tmp_path / "model")
+
+
+def test_pairs_are_complete_as_the_model_will_see_them(made: Path) -> None:
+    """The demo's images have 4 tokens (255) between 253 and 254; bos is 2 and eos 1."""
+    opened = Packed.open(made / "data", verify=True)
+    picture = [253, 255, 255, 255, 255, 254]
+    first, second, third = opened.pairs
+    assert (first.source.tolist(), first.target.tolist()) == ([2, 77, 82], [83, 89, 88, 1])
+    assert (third.source.tolist(), third.target.tolist()) == ([2, 77, 82], [83, 89, 88, 1])
+    assert second.source.tolist() == [2, 69, *picture, 70, *picture]
+    assert second.target.tolist() == [71, 106, 1]
+    assert [image.read().data for image in second.images] == [(made / name).read_bytes() for name in ("a.png", "b.png")]
+    assert second.images == opened.images[1].images[::-1]
+    assert first.images == () == third.images
+    assert opened.pairs.sizes(0, 3).tolist() == [[3, 4, 0], [15, 3, 2], [3, 4, 0]]
+    assert opened.pairs.sizes(1, 2).tolist() == [[15, 3, 2]]
+    assert len(opened.pairs[1:]) == 2
+    assert opened.pairs[-1].source.tolist() == [2, 77, 82]
+    assert (opened.index.pair.documents, opened.index.pair.tokens, opened.index.pair.places) == (3, 32, 2)
+    assert opened.index.pictures.images == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value", "message"),
+    [
+        (0, 0, 0, "document 0: ends before it begins"),
+        (1, 0, 2**63, "document 1: ends before it begins"),
+        (1, 1, 3, "document 1: ends before it begins"),
+        (1, 1, 1, "document 1: has 1 images and 2 end-of-image tokens"),
+        (2, 1, 1, "document 2: ends before it begins"),
+        (0, 2, 0, "document 0: has its target at 0 of 7, or an image in it"),
+        (0, 2, 7, "document 0: has its target at 7 of 7, or an image in it"),
+        (1, 2, 14, "document 1: has its target at 14 of 18, or an image in it"),
+    ],
+)
+def test_a_wrong_row_of_a_pair_is_refused_when_it_is_read(
+    data: Path, row: int, column: int, value: int, message: str
+) -> None:
+    rows = np.fromfile(data / "pair.doc", "<u8").reshape(-1, 3)
+    opened = Packed.open(data)
+    rows[row, column] = value
+    rows.tofile(data / "pair.doc")
+    with pytest.raises(DataError, match=message):
+        opened.pairs[row]
+    with pytest.raises(DataError, match=r"pair\.doc: document|were modified after packing"):
+        opened.check_bytes()
+
+
+def test_sizes_of_wrong_rows_of_pairs_are_refused(data: Path) -> None:
+    for column, value in ((0, 2**63), (0, 10**6), (1, 2**63), (2, 0), (2, 1000), (2, 2**63)):
+        rows = np.fromfile(data / "pair.doc", "<u8").reshape(-1, 3)
+        kept = rows.copy()
+        rows[1, column] = value
+        rows.tofile(data / "pair.doc")
+        with pytest.raises(DataError, match=r"pair\.doc: document [12]: ends before it begins, or its target"):
+            Packed.open(data).pairs.sizes(0, 3)
+        kept.tofile(data / "pair.doc")
+
+
+def test_data_of_the_format_before_pairs_is_read(data: Path, made: Path) -> None:
+    def older(index: dict[str, Any]) -> None:
+        index["format"] = 2
+        del index["pair"]
+
+    for path in data.glob("pair*"):
+        path.unlink()
+    change(data / "index.json", older)
+    opened = Packed.open(data, verify=True)
+    assert len(opened.pairs) == 0
+    assert opened.pairs.sizes(0, 0).tolist() == []
+    assert (opened.index.text.documents, len(opened.images)) == (3, 2)
+    more = [PairDocument("1", ("x",), ("y",)), Document("2", "z", (made / "a.png",))]
+    pack(made / "model", data, more, append=True, flush=False)
+    opened = Packed.open(data, verify=True)
+    assert (opened.index.format, len(opened.pairs), len(opened.images), opened.index.pictures.images) == (3, 1, 3, 2)
+    older_again = made / "model", data, [Document("1", "x")]
+    pack(*older_again, overwrite=True, flush=False)
+    assert Packed.open(data, verify=True).index.pair.documents == 0

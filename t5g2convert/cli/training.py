@@ -1,0 +1,118 @@
+"""What `t5g2 adapt` and `t5g2 finetune` print while they train, and at their end."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import typer
+
+from t5g2convert.cli.console import console, emit_json, parameter_table, print_notes
+from t5g2convert.errors import Interrupted
+from t5g2convert.interrupts import interruption, raise_interruption
+
+if TYPE_CHECKING:
+    from t5g2convert.adaptation.run_request import Outcome
+    from t5g2convert.adaptation.train.evaluation import Evaluation
+    from t5g2convert.adaptation.train.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """The callbacks of a run: with notes and the number of steps, with every step, and with every evaluation."""
+
+    begun: Callable[[Sequence[str], int], None]
+    report: "Callable[[Metrics], None]"
+    evaluated: "Callable[[Evaluation], None]"
+
+
+def run_and_print(name: str, start: "Callable[[Watched], Outcome]", *, every: int, as_json: bool) -> None:
+    """Run a training; only rank 0 prints.
+
+    Args:
+        name: The command.
+        start: The training.
+        every: Steps between printed lines.
+        as_json: Whether to print one document at the end.
+    """
+    from t5g2convert.adaptation.train.distributed import ReportedElsewhere, early_rank
+    from t5g2convert.adaptation.train.evaluation import overfitting
+
+    last = 0
+    try:
+        with _progress(name) as (extend, advance):
+
+            def begun(notes: Sequence[str], steps: int) -> None:
+                nonlocal last
+                last = steps
+                print_notes(notes)
+                extend(steps)
+
+            def report(step: "Metrics") -> None:
+                if not as_json and (step.step % every == 0 or step.step == last):
+                    typer.echo(step.line)
+                advance(step.step)
+                # If the exception of a signal was lost, for example in a destructor, stop the run here.
+                raise_interruption()
+
+            def evaluated(found: "Evaluation") -> None:
+                if not as_json:
+                    typer.echo(found.line)
+
+            outcome = start(Watched(begun, report, evaluated))
+    except ReportedElsewhere as error:
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:
+        # Torch and other libraries turn the exception of a signal handler into their own errors.
+        stopped = error if isinstance(error, Interrupted) else interruption()
+        if stopped is None:
+            raise
+        if early_rank():
+            raise typer.Exit(stopped.exit_code) from None
+        stopped.hint = "repeat the command with --resume to continue from the last checkpoint, if any"
+        raise stopped from None
+    if not outcome.first:
+        return
+    if as_json:
+        emit_json(outcome.to_json())
+    else:
+        _print(outcome)
+    if outcome.best is None and (note := overfitting(outcome.evaluations)) is not None:
+        print_notes([note])
+
+
+def _print(outcome: "Outcome") -> None:
+    out = console()
+    out.print(f"{outcome.steps[-1].step:,} steps of {outcome.trained:,} trained parameters")
+    if outcome.stopped is not None:
+        out.print(f"ended early, after step {outcome.stopped:,}: the held-out loss has not fallen any more")
+    best = "" if outcome.best is None else ", the lowest held-out loss"
+    out.print(f"checkpoint  {outcome.checkpoint}{best}", soft_wrap=True)
+    out.print(f"losses      {outcome.plot}", soft_wrap=True)
+    if outcome.exported is not None:
+        how = "already exported, unchanged" if outcome.exported.before else "loads in transformers"
+        out.print(f"model       {outcome.exported.output}, {how}", soft_wrap=True)
+        out.print(parameter_table(outcome.exported.inspection.parameters))
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Show a progress bar on stderr, if stderr is a terminal and this is rank 0.
+
+    Yields:
+        What sets the number of all steps, and what sets that of the steps done.
+    """
+    from t5g2convert.adaptation.train.distributed import early_rank
+
+    if not sys.stderr.isatty() or early_rank():
+        yield lambda steps: None, lambda done: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # If stdout is the same terminal, lines go above the bar; otherwise they go to stdout unchanged.
+    redirect = sys.stdout.isatty()
+    with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=redirect) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda steps: bar.update(task, total=steps), lambda done: bar.update(task, completed=done)
