@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
 from t5g2convert.adaptation.pairs.dataset import PairDataset
+from t5g2convert.adaptation.pairs.generation import generate_and_score
 from t5g2convert.adaptation.pairs.preflight import prepare_pairs
 from t5g2convert.adaptation.run_request import Outcome, RunRequest, Watch
 from t5g2convert.adaptation.train.evaluation import Evaluation, Policy
@@ -45,7 +47,12 @@ def finetune(
     """
     options = request.options
     policy = Policy(keep_best=options.keep_best, patience=options.patience)
-    return run_training(request, lambda: prepare(request), Watch(begun, report, evaluated, policy))
+    generate = (
+        partial(generate_and_score, loop=options, pairs=options.generate_samples, model=request.model)
+        if options.generate_eval
+        else None
+    )
+    return run_training(request, lambda: prepare(request), Watch(begun, report, evaluated, policy, generate))
 
 
 def prepare(request: FinetuneRequest) -> Prepared[PairDataset]:
@@ -56,8 +63,11 @@ def prepare(request: FinetuneRequest) -> Prepared[PairDataset]:
     """
     options = request.options
     check_resume(options)
-    if options.patience is not None and options.eval is None and not options.eval_pairs:
-        raise UsageError("--patience needs held-out pairs", hint="pass --eval DATA or --eval-pairs N")
+    for name, wanted in (("patience", options.patience is not None), ("generate-eval", options.generate_eval)):
+        if wanted and options.eval is None and not options.eval_pairs:
+            raise UsageError(f"--{name} needs held-out pairs", hint="pass --eval DATA or --eval-pairs N")
+    if options.generate_eval and options.attention == "blocks":
+        raise UsageError("--generate-eval needs --attention dense")
     prepared = prepare_pairs(
         request.model,
         request.data,

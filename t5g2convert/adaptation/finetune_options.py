@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from t5g2convert.adaptation.options import LAST, RunOptions
+from t5g2convert.adaptation.options import IMAGE_WORKERS, LAST, RunOptions
 from t5g2convert.adaptation.pairs.settings import TOKENS_OF_PASS, PairSettings
 from t5g2convert.adaptation.train.run_settings import MACHINES, OBJECTIVE, OPTIMIZER, RUN
 from t5g2convert.command_options import Option
@@ -18,6 +18,8 @@ class FinetuneOptions(PairSettings, RunOptions):
         steps: Steps of the whole run; 0 with `epochs`.
         epochs: How many times the pairs are read.
         keep_best: Keep the checkpoint of the lowest held-out loss, and export it.
+        generate_eval: Generate texts for held-out pairs, and compare them with the targets.
+        generate_samples: Pairs that texts are generated for.
         patience: Evaluations without a lower held-out loss that end the run.
     """
 
@@ -45,6 +47,18 @@ class FinetuneOptions(PairSettings, RunOptions):
             group=RUN,
         ),
     ] = True
+    generate_eval: Annotated[
+        bool,
+        Option(
+            "With every evaluation, generate texts for held-out pairs, and compare them with the targets: exact match, "
+            "and chrF of sacrebleu.",
+            flag="--generate-eval/--no-generate-eval",
+            group=RUN,
+        ),
+    ] = False
+    generate_samples: Annotated[
+        int, Field(ge=1), Option("Pairs that --generate-eval generates texts for.", group=RUN)
+    ] = 128
     patience: Annotated[
         int | None,
         Field(ge=1),
@@ -74,6 +88,15 @@ class FinetuneOptions(PairSettings, RunOptions):
     keep: Annotated[int, Field(ge=1), Option("Checkpoints of --save-every to keep.", group=RUN)] = LAST
     eval_every: Annotated[int, Field(ge=1), Option("Steps between evaluations.", metavar="STEPS", group=RUN)] = 100
     eval_samples: Annotated[int, Field(ge=1), Option("Pairs of --eval that are evaluated, at most.", group=RUN)] = 1024
+    workers: Annotated[
+        int | None,
+        Field(ge=0),
+        Option(
+            "Additional processes that prepare batches and decode their images, per process.",
+            default=f"{IMAGE_WORKERS} if pairs have images, else 0",
+            group=MACHINES,
+        ),
+    ] = None
     micro_tokens: Annotated[
         int | None,
         Field(ge=1),

@@ -107,11 +107,11 @@ class Watch:
         report: Called with the metrics of every step, on rank 0.
         evaluated: Called with the held-out losses, on rank 0.
         policy: What the evaluations decide.
-        generate: Returns the scores of generated texts, on all ranks; None to generate nothing.
+        generate: Returns the scores of texts generated for held-out samples, on all ranks; None to generate nothing.
     """
 
     begun: Callable[[Sequence[str], int], None]
     report: Callable[[Metrics], None]
     evaluated: Callable[[Evaluation], None]
     policy: Policy = NOTHING_DECIDED
-    generate: "Callable[[Fabric, nn.Module], Scores] | None" = None
+    generate: "Callable[[Fabric, nn.Module, Sequence[Any]], Scores] | None" = None

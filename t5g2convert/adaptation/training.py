@@ -32,6 +32,7 @@ from t5g2convert.adaptation.train.distributed import (
 )
 from t5g2convert.adaptation.train.evaluation import (
     Evaluator,
+    Scores,
 )
 from t5g2convert.adaptation.train.history import (
     describe,
@@ -187,7 +188,7 @@ def _run(engine: "Fabric", request: RunRequest[RunOptions], prepared: Prepared[A
         start=start,
         report=watch.evaluated,
         policy=watch.policy,
-        generate=None if watch.generate is None else partial(watch.generate, engine),
+        generate=_generating(engine, prepared, watch),
     )
     if start < settings.steps and not evaluator.is_over:
         train(
@@ -221,6 +222,11 @@ def _run(engine: "Fabric", request: RunRequest[RunOptions], prepared: Prepared[A
         best=best,
         stopped=made if evaluator.is_over and made < settings.steps else None,
     )
+
+
+def _generating(engine: "Fabric", prepared: Prepared[Any], watch: Watch) -> Callable[[nn.Module], Scores] | None:
+    generate = watch.generate
+    return None if generate is None else lambda module: generate(engine, module, prepared.held_out)
 
 
 def _build(

@@ -20,6 +20,7 @@ from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.dataset import Batch, Samples, load_batches
 from t5g2convert.adaptation.train.distributed import raise_first_error, run_on_all_ranks
 from t5g2convert.adaptation.train.metrics import Count, TaskName, log_lines
+from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error
 
@@ -153,7 +154,7 @@ def evaluate(
     module.eval()
     for samples in held_out:
         sums = every[corpora.index(samples.corpora[0].name)]
-        for batch in _batches(engine, samples, loop):
+        for _, batch in held_out_batches(engine, samples, loop):
             for row, seen in zip(sums, (batch, hide_encoder(batch)), strict=False):
                 _, losses_T, labels_T = module(seen)
                 row += losses_T
@@ -167,12 +168,17 @@ def evaluate(
     return Evaluation.of_sums(step, names, every.sum(dim=0), by_corpus)
 
 
-def _batches(engine: "Fabric", samples: Samples[Any], loop: LoopConfig) -> Iterator[Batch]:
+def held_out_batches(engine: "Fabric", samples: Samples[Any], loop: LoopConfig) -> Iterator[tuple[MicroBatch, Batch]]:
+    """Yield this process's batches of held-out samples, each with its micro-batch.
+
+    Raises:
+        T5g2Error: A sample cannot be made; on other ranks than 0, `ReportedElsewhere`.
+    """
     order = samples.order(loop, rank=engine.global_rank, world=engine.world_size)
-    for _, made in load_batches(samples, order, workers=0):
+    for place, made in load_batches(samples, order, workers=0):
         raise_first_error(engine, made if isinstance(made, T5g2Error) else None)
         assert not isinstance(made, T5g2Error), "raised before"
-        yield engine.to_device(made)
+        yield place, engine.to_device(made)
 
 
 def hide_encoder(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,43 @@ class ModelWithLoss(nn.Module):
         self.teacher = teacher
         self.tasks, self.softcap, self.chunk = tasks, softcap, chunk
 
-    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, batch: Mapping[str, Tensor], *, new_tokens: int | None = None, eos: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+        """Compute the losses of a micro-batch, or with `new_tokens` generate: a sharded model runs only in here.
+
+        Args:
+            batch: As for `losses`.
+            new_tokens: The most tokens to generate, the same on all processes.
+            eos: The token that ends a generated text.
+
+        Returns:
+            As `losses`, or int64 [B, new_tokens or fewer], the most likely token at each step; what follows eos is
+            padding.
+        """
+        return self.losses(batch) if new_tokens is None else self.generate(batch, new_tokens, eos)
+
+    def generate(self, batch: Mapping[str, Tensor], new_tokens: int, eos: int) -> Tensor:
+        """Generate the most likely tokens, with a cache of keys and values; see `forward`."""
+        self._idle(batch)
+        pixels = {PIXELS: batch[PIXELS]} if PIXELS in batch else {}
+        written: Tensor = self.model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=batch["decoder_input_ids"][:, :1],
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            # All processes must gather the weights as often as the one with the longest text.
+            synced_gpus=torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1,
+            **pixels,
+        )
+        return written[:, 1:]
+
+    def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the losses of a micro-batch.
 
         Args:
