@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+from t5g2convert.adaptation.adapter_export import check_base
 from t5g2convert.adaptation.options import REPLACE
 from t5g2convert.checkpoint.adapter import Adapter, open_adapter
 from t5g2convert.checkpoint.file_names import ADAPTER_FILE
@@ -101,13 +102,14 @@ def merge_adapter(model: Path, adapter: Path, output: Path, options: MergeOption
     """
     check_target(output, model, adapter, overwrite=options.overwrite)
     opened, start = open_adapter(adapter), open_checkpoint(model)
+    known = check_base(adapter, model)
     digests = {path.name: sha256_of(path) for path in (adapter / ADAPTER_FILE, opened.weights)}
     adaptation = read_manifest(model).adaptation if is_there(model / MANIFEST_FILE) else None
     plan = plan_merged(start, opened, digests, adaptation, dtype=options.dtype)
     values = MergedValues(start, opened, {tensor.name: tensor.dtype for tensor in plan.tensors})
     write = WriteOptions(overwrite=options.overwrite, progress=options.progress)
     done = execute(plan, Folders(model), output, write, values=values)
-    notes = (*done.notes, *_notes(opened, start, values))
+    notes = (*done.notes, *_notes(opened, start, values, known=known))
     ranks = tuple(sorted({target.rank for target in opened.targets.values()}))
     return Merge(replace(done, notes=notes), len(opened.targets), ranks, values.lost)
 
@@ -115,8 +117,8 @@ def merge_adapter(model: Path, adapter: Path, output: Path, options: MergeOption
 merge = takes_options(MergeOptions)(merge_adapter)
 
 
-def _notes(adapter: Adapter, model: Checkpoint, values: "MergedValues") -> Iterator[str]:
-    if adapter.base is not None and Path(adapter.base).name != model.name.rpartition("/")[2]:
+def _notes(adapter: Adapter, model: Checkpoint, values: "MergedValues", *, known: bool) -> Iterator[str]:
+    if not known and adapter.base is not None and Path(adapter.base).name != model.name.rpartition("/")[2]:
         yield f"the adapter was trained on {adapter.base}; not checked: that {model.name} has the same weights"
     if values.unchanged:
         yield f"{len(values.unchanged)} of {len(adapter.targets)} targets have a product of zero, and did not change"

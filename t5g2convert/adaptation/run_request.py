@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import nn
 
+from t5g2convert.adaptation.adapter_export import ExportedAdapter
 from t5g2convert.adaptation.data.corpora import folders_of
 from t5g2convert.adaptation.export import Exported
 from t5g2convert.adaptation.options import RunOptions
@@ -66,6 +67,7 @@ class Outcome:
         best: The step of the lowest held-out loss, if its checkpoint is kept; it is the one that is exported.
         stopped: The step after which the run ended early, if it did.
         exported: The exported model, on rank 0, if `export` is set.
+        adapter: The exported adapter in its place, if one was trained.
     """
 
     first: bool
@@ -79,6 +81,7 @@ class Outcome:
     best: int | None = None
     stopped: int | None = None
     exported: Exported | None = None
+    adapter: ExportedAdapter | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -90,6 +93,7 @@ class Outcome:
             "checkpoint": str(self.checkpoint),
             "plot": str(self.plot),
             "model": None if self.exported is None else self.exported.to_json(),
+            **({} if self.adapter is None else {"adapter": self.adapter.to_json()}),
             "loss": last.loss,
             "tasks": dict(last.tasks),
             **({"held_out": asdict(self.evaluations[-1])} if self.evaluations else {}),

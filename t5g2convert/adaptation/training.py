@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from t5g2convert.adaptation.adapter_export import check_adapter_place, export_adapter
 from t5g2convert.adaptation.export import check_export_place, export_checkpoint
 from t5g2convert.adaptation.options import RunOptions
 from t5g2convert.adaptation.run_request import Outcome, RunRequest, Watch
@@ -67,7 +68,7 @@ LIBRARIES = ("torch", "transformers", "lightning_fabric", "numpy")
 
 
 def run_training(request: RunRequest[RunOptions], prepare: Callable[[], Prepared[Any]], watch: Watch) -> Outcome:
-    """Train a model, or resume its training, and export it.
+    """Train a model or an adapter, or resume its training, and export it.
 
     Args:
         request: The run.
@@ -105,6 +106,8 @@ def run_training(request: RunRequest[RunOptions], prepare: Callable[[], Prepared
         torch.distributed.destroy_process_group()
         if not outcome.first or not request.options.export:
             return outcome
+        if outcome.settings.adapter is not None:
+            return replace(outcome, adapter=export_adapter(request.run, outcome.checkpoint, request.model))
         return replace(outcome, exported=export_checkpoint(request.run, outcome.checkpoint, request.model))
 
 
@@ -133,7 +136,10 @@ def check_request(request: RunRequest[RunOptions], prepared: Prepared[Any]) -> N
         and prepared.samples.settings.steps not in complete_checkpoints(request.run)
     ):
         # Now, not after days of training; a completed run may have been exported, which is checked later.
-        check_export_place(request.run)
+        if prepared.samples.settings.adapter is None:
+            check_export_place(request.run)
+        else:
+            check_adapter_place(request.run)
 
 
 def check_resume(options: RunOptions) -> None:

@@ -94,6 +94,10 @@ def _print(outcome: "Outcome") -> None:
         how = "already exported, unchanged" if outcome.exported.before else "loads in transformers"
         out.print(f"model       {outcome.exported.output}, {how}", soft_wrap=True)
         out.print(parameter_table(outcome.exported.inspection.parameters))
+    if outcome.adapter is not None:
+        how = "already exported, unchanged" if outcome.adapter.before else "loads in peft"
+        out.print(f"adapter     {outcome.adapter.output}, {outcome.adapter.targets} targets, {how}", soft_wrap=True)
+        out.print(f"t5g2 merge MODEL {outcome.adapter.output} OUTPUT makes a model of it", soft_wrap=True)
 
 
 @contextmanager

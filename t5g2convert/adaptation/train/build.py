@@ -12,10 +12,11 @@ from t5g2convert.adaptation.train import model
 from t5g2convert.adaptation.train.block_attention import use_block_attention
 from t5g2convert.adaptation.train.checkpoints import State
 from t5g2convert.adaptation.train.loop import make_optimizer
+from t5g2convert.adaptation.train.lora import AdapterStart, add_adapter, is_matrix, weight_of
 from t5g2convert.adaptation.train.loss import ModelWithLoss
 from t5g2convert.adaptation.train.preflight import Prepared
 from t5g2convert.adaptation.train.run_settings import RunSettings
-from t5g2convert.adaptation.train.sharding import load_values, shard
+from t5g2convert.adaptation.train.sharding import Rows, load_values, shard
 from t5g2convert.adaptation.train.teacher import Teacher, build_teacher, teacher_names
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import UsageError
@@ -46,6 +47,11 @@ def build(
     names = model.names_on_disk(network, checkpoint)
     parts = model.parts_of(checkpoint)
     model.freeze(network, names, parts, images=prepared.samples.has_images)
+    weights: Rows = Weights(checkpoint)
+    if (adapter := settings.adapter) is not None:
+        names = add_adapter(network, names, adapter)
+        parts = {**parts, **{name: parts[weight_of(name)] for name in names.values() if is_matrix(name)}}
+        weights = AdapterStart(Weights(checkpoint), adapter, seed=settings.seed)
     if options.recomputed != "none":
         model.recompute_activations(network, options.recomputed)
     if options.attention == "blocks":
@@ -61,7 +67,7 @@ def build(
         by_blocks=options.attention == "blocks",
     )
     shard(engine, with_loss, precision=settings.precision, shard_size=options.shard_size)
-    load_values(with_loss.model, names, Weights(checkpoint), engine.device)
+    load_values(with_loss.model, names, weights, engine.device)
     if with_loss.teacher is not None and options.kd is not None:
         teacher = open_checkpoint(options.kd)
         load_values(with_loss.teacher, teacher_names(with_loss.teacher, teacher), Weights(teacher), engine.device)

@@ -222,7 +222,9 @@ class _SoftmaxLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of all losses, and the loss of each label without gradient; both float32."""
         loss_N = hidden_NC.new_empty(len(hidden_NC), dtype=torch.float32)
-        d_hidden_NC, d_table_VC = (torch.empty_like(hidden_NC), torch.zeros_like(table_VC)) if trained else (None, None)
+        d_hidden_NC = torch.empty_like(hidden_NC) if trained else None
+        # The table is frozen if an adapter is trained.
+        d_table_VC = torch.zeros_like(table_VC) if trained and ctx.needs_input_grad[1] else None
         for start in range(0, len(loss_N), chunk):
             piece = slice(start, start + chunk)
             logits_NV = (hidden_NC[piece] @ table_VC.T).float()
@@ -232,10 +234,11 @@ class _SoftmaxLoss(torch.autograd.Function):
                 slopes_NV = 1 - logits_NV.square() if trained else None
                 logits_NV *= softcap
             loss_N[piece] = targets.losses(logits_NV, piece)
-            if d_hidden_NC is not None and d_table_VC is not None:
+            if d_hidden_NC is not None:
                 gradient_NV = (logits_NV if slopes_NV is None else logits_NV.mul_(slopes_NV)).to(hidden_NC.dtype)
                 d_hidden_NC[piece] = gradient_NV @ table_VC
-                d_table_VC.addmm_(gradient_NV.T, hidden_NC[piece])
+                if d_table_VC is not None:
+                    d_table_VC.addmm_(gradient_NV.T, hidden_NC[piece])
         if trained:
             ctx.save_for_backward(d_hidden_NC, d_table_VC)
         ctx.mark_non_differentiable(loss_N)
@@ -246,4 +249,5 @@ class _SoftmaxLoss(torch.autograd.Function):
         """Scale the gradients of the forward pass."""
         d_hidden_NC, d_table_VC = ctx.saved_tensors
         # In place: the gradient of a table is gigabytes, and each graph is used once.
-        return d_hidden_NC.mul_(d_loss), d_table_VC.mul_(d_loss), None, None, None, None
+        d_table_VC = None if d_table_VC is None else d_table_VC.mul_(d_loss)
+        return d_hidden_NC.mul_(d_loss), d_table_VC, None, None, None, None

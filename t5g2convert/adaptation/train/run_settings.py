@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from t5g2convert.adaptation.train.lora_shape import LoraShape
 from t5g2convert.checkpoint.manifest_section import digest_of
 from t5g2convert.command_options import CommandOptions, Option
 from t5g2convert.errors import UsageError
@@ -171,6 +172,11 @@ class RunSettings(CommandOptions):
     def rate_of(self, part: str) -> float:
         """Return the peak learning rate of a part of the model."""
         return self.lr
+
+    @property
+    def adapter(self) -> LoraShape | None:
+        """The adapter that is trained instead of the model; None if the model is."""
+        return None
 
     @property
     def skipped(self) -> tuple[tuple[int, int], ...]:
