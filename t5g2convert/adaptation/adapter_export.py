@@ -14,7 +14,7 @@ from t5g2convert.adaptation.train.history import History, check_model, identity,
 from t5g2convert.checkpoint.adapter import open_adapter
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.families.config_section import parse_section
-from t5g2convert.checkpoint.file_names import ADAPTER_FILE, ADAPTER_WEIGHTS
+from t5g2convert.checkpoint.file_names import ADAPTER_FILE, ADAPTER_RECORD, ADAPTER_WEIGHTS
 from t5g2convert.checkpoint.file_store import is_there, sha256_of
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object, some
 from t5g2convert.checkpoint.manifest import FileRecord, ToolRecord, encode_json
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 ADAPTER_FOLDER: Final = "adapter"
 """Folder of a run with its adapter."""
-
-RECORD_FILE: Final = "t5g2_adapter.json"
-"""A file that peft ignores: the model and the training of an adapter, and the sha256 of its files."""
 
 
 class AdapterRecord(Section):
@@ -81,7 +78,7 @@ def read_record(folder: Path) -> AdapterRecord:
     Raises:
         CheckpointError: It is missing or not valid.
     """
-    path = folder / RECORD_FILE
+    path = folder / ADAPTER_RECORD
     return parse_section(AdapterRecord, read_json_object(path), path)
 
 
@@ -91,11 +88,11 @@ def check_base(adapter: Path, model: Path) -> bool:
     Raises:
         CheckpointError: The adapter was trained on another model, or its record is not valid.
     """
-    if not is_there(adapter / RECORD_FILE):
+    if not is_there(adapter / ADAPTER_RECORD):
         return False
     if read_record(adapter).model != identity(model):
         raise CheckpointError(
-            f"is not the model that {adapter} was trained on: {RECORD_FILE} has the sha256 of another",
+            f"is not the model that {adapter} was trained on: {ADAPTER_RECORD} has the sha256 of another",
             where=model,
             hint="pass that model, unmodified",
         )
@@ -109,7 +106,7 @@ def adapter_listing(folder: Path) -> Mapping[str, ListedFile]:
         CheckpointError: The record is missing or not valid.
     """
     files = read_record(folder).files
-    return {**{name: ListedFile(file.bytes, file.sha256) for name, file in files.items()}, RECORD_FILE: ListedFile()}
+    return {**{name: ListedFile(file.bytes, file.sha256) for name, file in files.items()}, ADAPTER_RECORD: ListedFile()}
 
 
 def check_adapter_place(run: Path) -> None:
@@ -182,7 +179,7 @@ def export_adapter(run: Path, checkpoint: Path, model: Path) -> ExportedAdapter:
                 data_sha256=history.data,
                 files=files,
             )
-            replace_file(staging.folder / RECORD_FILE, encode_json(record.document()))
+            replace_file(staging.folder / ADAPTER_RECORD, encode_json(record.document()))
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", where=output) from error
         staging.commit()

@@ -273,6 +273,25 @@ def test_killed_and_resumed_on_one_two_and_one_processes_equals_one_process(
 
 
 @pytest.mark.slow
+def test_killed_and_resumed_on_as_many_processes_equals_bit_for_bit(
+    small: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    options = (*OPTIONS, *LORA, "--steps", "6", "--save-every", "2", "--eval-pairs", "5", "--eval-every", "3")
+    options = (*options, "--generate-eval", "--devices", "2")
+    finetuned(small, pairs, whole, *options)
+    monkeypatch.setenv("KILLED_IN", "files")
+    monkeypatch.setenv("KILLED_AT", "4")
+    finetuned(small, pairs, run, *options, code=-signal.SIGKILL, module="tests.adaptation.killed")
+    finetuned(small, pairs, run, *options, "--resume")
+    assert steps_of(run) == steps_of(whole)
+    names = "evaluation.jsonl", "adapter/adapter_model.safetensors", "adapter/t5g2_adapter.json"
+    for name in names:
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert "generated" in (run / "evaluation.jsonl").read_text()
+
+
+@pytest.mark.slow
 def test_a_rank_smaller_than_the_number_of_processes_is_sharded(small: Path, pairs: Path, tmp_path: Path) -> None:
     options = (*OPTIONS, "--lora", "1", "--steps", "2", "--no-export")
     finetuned(small, pairs, tmp_path / "one", *options)

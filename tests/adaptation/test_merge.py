@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from t5g2convert import CheckpointError, OutputError
 from t5g2convert.adaptation import merge as merging
 from t5g2convert.adaptation.merge import merge
+from t5g2convert.checkpoint.adapter import open_adapter
 from t5g2convert.checkpoint.families.t5gemma2_spellings import published_name
+from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from tests.adaptation.adapters import load, wrapped, write_adapter
 from tests.conftest import TwinFolder
@@ -199,6 +201,21 @@ def test_a_sum_too_large_for_the_dtype_is_refused(converted_twin: TwinFolder, tm
     adapter = write_adapter(model, tmp_path / "adapter", target_modules=["q_proj"], size=300.0)
     with pytest.raises(CheckpointError, match="has a value too large for F16"):
         merge(model, adapter, tmp_path / "merged")
+
+
+def test_only_a_block_of_rows_is_in_memory(
+    converted_twin: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = converted_twin("text-8")
+    adapter = write_adapter(model, tmp_path / "adapter", target_modules=TEXT)
+    monkeypatch.setattr(merging, "BLOCK_ELEMENTS", 100)
+    opened, start = open_adapter(adapter), open_checkpoint(model)
+    dtypes = {name: tensor.entry.dtype for name, tensor in start.tensors.items()}
+    values = merging.MergedValues(start, opened, dtypes)
+    for name, target in opened.targets.items():
+        sizes = [piece.size for piece in values.pieces(name)]
+        assert max(sizes) <= max(100, target.shape[1])
+        assert sum(sizes) == target.shape[0] * target.shape[1]
 
 
 def test_inputs_are_never_the_output(converted_twin: TwinFolder, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "move it away; or t5g2 average {} OUTPUT --last 1 writes the model elsewhere": ("average",),
     "t5g2 verify {} --source {} shows how far it moved": ("verify",),
     "pass the adapter with --adapter": ("verify",),
+    "t5g2 merge MODEL RUN/adapter OUTPUT makes a model of it": ("merge",),
     "choose another folder for --out": ("demo",),
     "--split takes one of {}": ("pack",),
     "--subset takes one of {}": ("pack",),

@@ -44,6 +44,7 @@ PIPELINES = {
     "paired": "text-generation",
     "t5gemma": "text-generation",
     "adapted": "image-text-to-text",
+    "merged": "image-text-to-text",
 }
 
 
