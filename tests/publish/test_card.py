@@ -121,6 +121,11 @@ def test_the_card_names_the_kind_of_folder(kind: str, kinds: Path) -> None:
         options = "--lr 0.001 --steps 200 --batch-tokens 512 --encoder-length 64 --decoder-length 64"
         options += " --warmup 100 --seed 0 --save-every 20"
         assert f"$ t5g2 adapt SOURCE DATA RUN {options}\n$ t5g2 average RUN --last 3" in card
+    elif kind == "merged":
+        assert "a **LoRA adapter merged into its weights**" in card
+        assert "$ t5g2 merge SOURCE ADAPTER OUTPUT" in card
+        assert "The model that the adapter was merged into was trained like this:" in card
+        assert "$ t5g2 adapt START DATA RUN --lr 0.001" in card
     else:
         assert "**It was converted and not trained further.**" in card
         assert "it needs adaptation before it is useful" in card
