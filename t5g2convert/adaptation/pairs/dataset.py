@@ -33,7 +33,7 @@ class PairDataset(Samples[PairSettings]):
         shapes: The model's shapes, for the cost of a sample.
         sampler: The order of the pairs.
         pairs: Number of pairs that the order has.
-        longest: Tokens of the longest pair, source and target.
+        longest: Tokens of the longest pair, source and target, without bos.
         has_images: Whether pairs have images.
     """
 

@@ -81,7 +81,7 @@ def prepare_pairs(
     has_images = any(size.images for size in sizes)
     if has_images and not tokens.pictures:
         raise DataError("has images, but the model has no vision tower", where=data)
-    longest = max(size.longest for size in sizes)
+    longest = max(size.longest for size in sizes) - (tokens.bos is not None)
     samples = PairDataset(
         corpora, settings, tokens, model, shapes, sampler, pairs=trained, longest=longest, has_images=has_images
     )
