@@ -6,9 +6,11 @@ from functools import partial
 
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
 from t5g2convert.adaptation.pairs.dataset import PairDataset
+from t5g2convert.adaptation.pairs.forecast import PairForecast, forecast_pairs
 from t5g2convert.adaptation.pairs.generation import generate_and_score
 from t5g2convert.adaptation.pairs.preflight import prepare_pairs
 from t5g2convert.adaptation.run_request import Outcome, RunRequest, Watch
+from t5g2convert.adaptation.train.distributed import check_shard_size, require_extra
 from t5g2convert.adaptation.train.evaluation import Evaluation, Policy
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.preflight import Prepared
@@ -53,6 +55,19 @@ def finetune(
         else None
     )
     return run_training(request, lambda: prepare(request), Watch(begun, report, evaluated, policy, generate))
+
+
+def foresee(request: FinetuneRequest) -> PairForecast:
+    """Forecast a run, after all checks that need no process group.
+
+    Raises:
+        T5g2Error: As in `prepare`.
+    """
+    require_extra()
+    options = request.options
+    devices = (options.devices or 1) * (options.nodes or 1)
+    check_shard_size(options, devices)
+    return forecast_pairs(prepare(request), devices=devices, loop=options, shard_size=options.shard_size)
 
 
 def prepare(request: FinetuneRequest) -> Prepared[PairDataset]:

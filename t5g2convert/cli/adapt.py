@@ -13,16 +13,15 @@ from t5g2convert.cli.console import (
     console,
     emit_json,
     print_notes,
-    size_text,
     table,
 )
 from t5g2convert.cli.options import with_options
-from t5g2convert.cli.training import Watched, run_and_print
+from t5g2convert.cli.training import Watched, cost_lines, run_and_print
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.adapt import Request
     from t5g2convert.adaptation.run_request import Outcome
-    from t5g2convert.adaptation.train.forecast import Forecast, Throughput
+    from t5g2convert.adaptation.train.forecast import Forecast
 
 EPILOG: Final = """\b
 One machine:
@@ -109,62 +108,14 @@ def print_forecast(forecast: "Forecast") -> None:
     for task in forecast.tasks:
         counts = (task.weight, task.raw, task.encoder, task.labels, task.sentinels)
         tasks.add_row(task.name, *(f"{count:,}" for count in counts))
-    images = f", {forecast.image_steps:,} of them of {forecast.image_samples:,} documents with images"
-    lines = {"steps": f"{forecast.steps:,} of {forecast.samples:,} samples{images if forecast.image_steps else ''}"}
+    lines = {"steps": f"{forecast.steps:,} of {forecast.samples:,} samples"}
+    if forecast.image_steps:
+        lines["steps"] += f", {forecast.image_steps:,} of them of {forecast.image_samples:,} documents with images"
     if forecast.tasks:
         out.print(tasks)
         lines["text"] = f"{forecast.corpus:,} tokens, read {forecast.epochs:.3g} times"
     lines["sentinels"] = "none" if forecast.sentinels is None else "ids {:,} down to {:,}".format(*forecast.sentinels)
-    if forecast.operations is not None:
-        lines["a step"] = f"{forecast.operations:.2e} operations of matrix products (estimate)"
-    lines["passes"] = (
-        f"{forecast.passes:,.4g} a step; {forecast.useful:.1%} of the work is neither padding nor waiting for another "
-        "device (by the schedule)"
-    )
-    held = forecast.memory
-    parts = {
-        "weights, gradients and moments": held.states,
-        "gathered": held.gathered,
-        "inputs of layers": held.inputs,
-        "softmax": held.softmax,
-        "the whole gradient": held.gradient,
-    }
-    parts_text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
-    kept = "of one layer" if forecast.recompute == "full" else f"that --recompute {forecast.recompute} keeps"
-    lines["a device"] = (
-        f"{size_text(held.total)} plus the activations {kept} (estimate, bfloat16, no teacher): {parts_text}"
-    )
-    if forecast.throughput is not None:
-        lines |= _speed(forecast.throughput)
+    lines |= cost_lines(forecast, steps="text steps")
     for name, line in lines.items():
         out.print(f"{name:<10} {line}", soft_wrap=True)
     print_notes(forecast.notes)
-
-
-_PARTS: Final = {
-    "products": "matrix products",
-    "scores": "attention scores",
-    "elements": "operations by element",
-    "launches": "launching kernels",
-    "communication": "communication",
-    "waiting": "waiting for other devices",
-    "optimizer": "optimizer",
-    "checkpoints": "checkpoints",
-}
-
-
-def _speed(found: "Throughput") -> dict[str, str]:
-    """Return a line for the expected speed, and one for the machine that it assumes."""
-    from t5g2convert.adaptation.train.assumed_machine import assumptions
-
-    shares = {title: getattr(found.seconds, name) / found.step for name, title in _PARTS.items()}
-    parts = sorted(((share, title) for title, share in shares.items() if share >= 0.005), reverse=True)
-    text = (
-        f"{float(f'{found.tokens_per_second:.2g}'):,.0f} tokens/s in text steps of {found.step:.2g} s, "
-        f"{found.peak_share:.0%} of the "
-        f"peak of {found.devices} {found.machine.name} (estimate, bfloat16): "
-    )
-    text += ", ".join(f"{title} {share:.0%}" for share, title in parts)
-    if not found.fits:
-        text += f"; but it does not fit in the {size_text(int(found.machine.memory))} of a device"
-    return {"speed": text, "assumed": assumptions(found.machine)}

@@ -7,11 +7,12 @@ import typer
 
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
 from t5g2convert.adaptation.train.run_settings import RUN
-from t5g2convert.cli.console import DebugOption, JsonOption
+from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes
 from t5g2convert.cli.options import with_options
-from t5g2convert.cli.training import Watched, run_and_print
+from t5g2convert.cli.training import Watched, cost_lines, run_and_print
 
 if TYPE_CHECKING:
+    from t5g2convert.adaptation.finetune import FinetuneRequest
     from t5g2convert.adaptation.run_request import Outcome
 
 
@@ -33,6 +34,14 @@ def finetune(
             "--log-every", min=1, help="Steps between printed lines; OUT/metrics.jsonl has all.", rich_help_panel=RUN
         ),
     ] = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what the run would do and an estimate of its cost; write nothing.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -45,8 +54,29 @@ def finetune(
     from t5g2convert.adaptation.finetune import finetune as run
 
     request = FinetuneRequest(model, data, out, options)
+    if dry_run:
+        _foresee(request, as_json=as_json)
+        return
 
     def start(watched: Watched) -> "Outcome":
         return run(request, begun=watched.begun, report=watched.report, evaluated=watched.evaluated)
 
     run_and_print("finetune", start, every=log_every, as_json=as_json)
+
+
+def _foresee(request: "FinetuneRequest", *, as_json: bool) -> None:
+    from t5g2convert.adaptation.finetune import foresee
+
+    found = foresee(request)
+    if as_json:
+        emit_json(found.to_json())
+        return
+    lines = {
+        "steps": f"{found.steps:,} of {found.batch_pairs:,} pairs",
+        "pairs": f"{found.pairs:,}, read {found.epochs:.3g} times; {found.held_out:,} are evaluated",
+        "padding": f"{found.cost.padding:.1%} of the tokens of a pass",
+        **cost_lines(found.cost, steps="steps"),
+    }
+    for name, line in lines.items():
+        console().print(f"{name:<10} {line}", soft_wrap=True)
+    print_notes(found.notes)

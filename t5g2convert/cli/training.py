@@ -4,17 +4,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import typer
 
-from t5g2convert.cli.console import console, emit_json, parameter_table, print_notes
+from t5g2convert.cli.console import console, emit_json, parameter_table, print_notes, size_text
 from t5g2convert.errors import Interrupted
 from t5g2convert.interrupts import interruption, raise_interruption
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.run_request import Outcome
     from t5g2convert.adaptation.train.evaluation import Evaluation
+    from t5g2convert.adaptation.train.forecast import Forecast, RunCost, Throughput
     from t5g2convert.adaptation.train.metrics import Metrics
 
 
@@ -120,3 +121,64 @@ def _progress(name: str) -> Iterator[tuple[Callable[[int], None], Callable[[int]
     with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=redirect) as bar:
         task = bar.add_task(name, total=None)
         yield lambda steps: bar.update(task, total=steps), lambda done: bar.update(task, completed=done)
+
+
+def cost_lines(forecast: "Forecast | RunCost", *, steps: str) -> dict[str, str]:
+    """Return lines for a step, its passes, a device, and the speed.
+
+    Args:
+        forecast: The cost.
+        steps: What the steps are called whose speed is expected.
+    """
+    lines = {}
+    if forecast.operations is not None:
+        lines["a step"] = f"{forecast.operations:.2e} operations of matrix products (estimate)"
+    lines["passes"] = (
+        f"{forecast.passes:,.4g} a step; {forecast.useful:.1%} of the work is neither padding nor waiting for another "
+        "device (by the schedule)"
+    )
+    held = forecast.memory
+    parts = {
+        "weights, gradients and moments": held.states,
+        "gathered": held.gathered,
+        "inputs of layers": held.inputs,
+        "softmax": held.softmax,
+        "the whole gradient": held.gradient,
+    }
+    parts_text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    kept = "of one layer" if forecast.recompute == "full" else f"that --recompute {forecast.recompute} keeps"
+    lines["a device"] = (
+        f"{size_text(held.total)} plus the activations {kept} (estimate, bfloat16, no teacher): {parts_text}"
+    )
+    if forecast.throughput is not None:
+        lines |= _speed(forecast.throughput, steps)
+    return lines
+
+
+_PARTS: Final = {
+    "products": "matrix products",
+    "scores": "attention scores",
+    "elements": "operations by element",
+    "launches": "launching kernels",
+    "communication": "communication",
+    "waiting": "waiting for other devices",
+    "optimizer": "optimizer",
+    "checkpoints": "checkpoints",
+}
+
+
+def _speed(found: "Throughput", steps: str) -> dict[str, str]:
+    """Return a line for the expected speed, and one for the machine that it assumes."""
+    from t5g2convert.adaptation.train.assumed_machine import assumptions
+
+    shares = {title: getattr(found.seconds, name) / found.step for name, title in _PARTS.items()}
+    parts = sorted(((share, title) for title, share in shares.items() if share >= 0.005), reverse=True)
+    text = (
+        f"{float(f'{found.tokens_per_second:.2g}'):,.0f} tokens/s in {steps} of {found.step:.2g} s, "
+        f"{found.peak_share:.0%} of the "
+        f"peak of {found.devices} {found.machine.name} (estimate, bfloat16): "
+    )
+    text += ", ".join(f"{title} {share:.0%}" for share, title in parts)
+    if not found.fits:
+        text += f"; but it does not fit in the {size_text(int(found.machine.memory))} of a device"
+    return {"speed": text, "assumed": assumptions(found.machine)}

@@ -52,6 +52,8 @@ HINTS: Final[dict[str, tuple[str, ...]]] = {
     "pass --no-encoder-bos": ("adapt",),
     "pack more text, or reduce --encoder-length and --decoder-length": ("adapt",),
     "omit --image-every": ("adapt",),
+    "t5g2 adapt trains on texts": ("adapt",),
+    "pass --eval DATA or --eval-pairs N": ("finetune",),
     "give the task a longer mean_span or a lower rate, or use --documents packed": ("adapt",),
     "remove it: t5g2 adapt --resume then continues from the checkpoint before": ("adapt",),
     "--resume continues a run that stopped": ("adapt",),

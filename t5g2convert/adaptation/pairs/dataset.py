@@ -32,7 +32,8 @@ class PairDataset(Samples[PairSettings]):
         model: The folder with the image processor.
         shapes: The model's shapes, for the cost of a sample.
         sampler: The order of the pairs.
-        longest: Tokens of the longest pair, source and target.
+        pairs: Number of pairs that the order has.
+        longest: Tokens of the longest pair, source and target, without bos.
         has_images: Whether pairs have images.
     """
 
@@ -47,11 +48,13 @@ class PairDataset(Samples[PairSettings]):
         shapes: T5Gemma2,
         sampler: Order,
         *,
+        pairs: int,
         longest: int,
         has_images: bool,
     ) -> None:
         super().__init__(corpora, settings, tokens, model, shapes)
-        self.sampler, self.longest_raw, self.has_images = sampler, longest, has_images
+        self.sampler, self.pairs = sampler, pairs
+        self.longest_raw, self.has_images = longest, has_images
 
     def __getitem__(self, chosen: MicroBatch) -> Batch:
         """Return the batch of a micro-batch; see `collate`."""

@@ -81,8 +81,10 @@ def prepare_pairs(
     has_images = any(size.images for size in sizes)
     if has_images and not tokens.pictures:
         raise DataError("has images, but the model has no vision tower", where=data)
-    longest = max(size.longest for size in sizes)
-    samples = PairDataset(corpora, settings, tokens, model, shapes, sampler, longest=longest, has_images=has_images)
+    longest = max(size.longest for size in sizes) - (tokens.bos is not None)
+    samples = PairDataset(
+        corpora, settings, tokens, model, shapes, sampler, pairs=trained, longest=longest, has_images=has_images
+    )
     parts = [(Corpora([corpus]), sampler.held_out(number)) for number, corpus in enumerate(corpora) if held[number]]
     if held_out is not None:
         parts += _own(model, held_out, held_out_pairs, limits, settings.seed)
@@ -127,7 +129,7 @@ def measure(corpus: Corpus, limits: ModelLimits) -> PairSizes:
             f"{wrong} pair(s) exceed the model's {most[0]} positions of the encoder or {most[1]} of the decoder, first "
             f"{shown[0]}",
             where=corpus.packed.folder,
-            hint="pack them with shorter lengths",
+            hint="leave them out, or shorten them",
             details=shown,
         )
     source, target, images = totals.tolist()
@@ -154,9 +156,11 @@ def _one_step(
     """Return pairs as a run of one step."""
     changes = {"steps": 1, "batch_pairs": len(numbers), "teacher": None, "freeze_until": 0, "skip_steps": ()}
     order: Order = FixedOrder(numbers)
-    has_images = corpora[0].packed.index.pair.places > 0
     settings = settings.model_copy(update=changes)
-    return PairDataset(corpora, settings, tokens, model, shapes, order, longest=0, has_images=has_images)
+    pictured = corpora[0].packed.index.pair.places > 0
+    return PairDataset(
+        corpora, settings, tokens, model, shapes, order, pairs=len(numbers), longest=0, has_images=pictured
+    )
 
 
 def _notes(

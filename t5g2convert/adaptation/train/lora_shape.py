@@ -1,5 +1,7 @@
 """The shape of a LoRA adapter that is trained: its rank, its scale, and the layers that it changes."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +18,11 @@ class LoraShape:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+
+    def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Return the number of the adapter's parameters, from the shapes of the model's tensors on disk."""
+        targets = [shape for name, shape in shapes.items() if re.fullmatch(rf"{self.pattern}\.weight", name)]
+        return sum(self.rank * (rows + columns) for rows, columns in targets)
 
     @property
     def pattern(self) -> str:

@@ -186,6 +186,23 @@ def test_pairs_of_their_own_are_evaluated(small: Path, pairs: Path, tmp_path: Pa
     assert outcome.evaluations[-1].loss < outcome.evaluations[0].loss
 
 
+def test_corpora_have_their_own_held_out_pairs_and_losses(small: Path, pairs: Path, tmp_path: Path) -> None:
+    tokens = read_tokens(small / "model")
+    pack(small / "model", tmp_path / "two", [plain_pair(f"{n}", f"Say {n}", str(n), (), tokens) for n in range(10)])
+    listed = tmp_path / "corpora.yaml"
+    listed.write_text(f"corpora: [{{data: {pairs}, weight: 3}}, {{data: two, weight: 1}}]\n")
+    request = finetune_request(small, listed, tmp_path / "run", eval_pairs=8, steps=8)
+    prepared = prepare(request)
+    assert [part.settings.samples_of(0) for part in prepared.held_out] == [6, 2]
+    drawn = [prepared.samples.sampler.pair(i) for i in range(56)]
+    assert sum(corpus == 0 for corpus, _ in drawn) == 42
+    for number, part in enumerate(prepared.held_out):
+        out = {part.sampler.pair(i)[1] for i in range(part.settings.samples_of(0))}
+        assert not out & {pair for corpus, pair in drawn if corpus == number}
+    outcome, _ = finetune_here(request)
+    assert outcome.evaluations[0].corpora.keys() == {str(pairs), "two"}
+
+
 def test_the_best_checkpoint_is_kept_and_exported(
     small: Path, pairs: Path, tmp_path: Path, losses: list[float]
 ) -> None:
@@ -294,6 +311,32 @@ def test_a_teacher_predicts_targets_from_source_and_target_as_one_text(
     assert [text[position + 1] for position in at[:-1]] == target[:-1]
     assert at[-1] == -1
     assert (batch["teacher_positions"][1] == -1).all()
+
+
+def test_the_loss_of_a_taught_target_is_the_divergence_from_the_teachers_distribution(
+    small: Path, pairs: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForImageTextToText, T5Gemma2ForConditionalGeneration
+
+    request = finetune_request(small, pairs, tmp_path / "run", kd=small / "parent", steps=1, batch_pairs=12)
+    _, (step,) = finetune_here(request)
+    samples = prepare(changed(request, resume=True)).samples
+    student = T5Gemma2ForConditionalGeneration.from_pretrained(small / "model", dtype=torch.float32).eval()
+    teacher = AutoModelForImageTextToText.from_pretrained(small / "parent", dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for number in range(12):
+        pair = samples.pair(number)
+        if pair.images:
+            continue
+        source, target = (torch.from_numpy(each.astype(np.int64))[None] for each in (pair.source, pair.target))
+        with torch.no_grad():
+            ours = student(input_ids=source, attention_mask=torch.ones_like(source), labels=target).logits
+            theirs = teacher(input_ids=torch.cat([source, target], dim=1)).logits
+        ours = ours[0].log_softmax(-1)
+        theirs = theirs[0, source.shape[1] - 1 : -1, : ours.shape[-1]].log_softmax(-1)
+        total += float((theirs.exp() * (theirs - ours))[:-1].sum() - ours[-1, target[0, -1]])
+        count += target.shape[1]
+    assert step.tasks["pairs"] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_distillation_trains_and_names_the_teacher(small: Path, pairs: Path, tmp_path: Path) -> None:
