@@ -14,6 +14,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "extract": ("t5g2 extract t5gemma-2-4b-4b encoder-4b --part encoder",),
     "verify": ("t5g2 verify t5gemma-2-4b-4b --source gemma-3-4b-pt --html report.html --junit report.xml",),
     "average": ("t5g2 average run-4b t5gemma-2-4b-4b-adapted --model t5gemma-2-4b-4b --last 5",),
+    "merge": ("t5g2 merge t5gemma-2-4b-4b adapter t5gemma-2-4b-4b-tuned",),
     "probe-sentinels": ("t5g2 probe-sentinels gemma-3-270m t5gemma-2-270m-trained",),
     "compare": ("t5g2 compare gemma-3-4b-pt t5gemma-2-4b-4b --text novel.txt --max-kl 0.1 --min-agreement 0.9",),
     "generate": (

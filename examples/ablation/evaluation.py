@@ -12,11 +12,11 @@ from torch import nn
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.evaluation import Evaluation, hide_encoder
 from t5g2convert.adaptation.train.loss import ModelWithLoss
+from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.adaptation.train.model import load_model, published_names
 from t5g2convert.adaptation.train.preflight import Prepared, prepare
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.dataset import task_names
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.errors import CheckpointError, UsageError
 
 

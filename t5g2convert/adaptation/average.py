@@ -73,6 +73,11 @@ def average_checkpoints(run: Path, output: Path, options: AverageOptions) -> Con
     if not (run / RUN_FILE).exists() and (saved := trainer_checkpoints(run)):
         return _average_trainer(run, saved, output, options)
     history, found = read_history(run), regular_checkpoints(run)
+    if history.settings.adapter is not None:
+        raise UsageError(
+            f"{run} trained a LoRA adapter, and the mean of products is not the product of means",
+            hint="t5g2 merge MODEL RUN/adapter OUTPUT makes a model of it",
+        )
     _check_count(len(found), last, run / CHECKPOINTS_FOLDER)
     model = Path(history.model_folder) if options.model is None else options.model
     if not os.path.isdir(model):  # noqa: PTH112 - Path.is_dir raises for names that are too long
@@ -87,7 +92,7 @@ def average_checkpoints(run: Path, output: Path, options: AverageOptions) -> Con
         model,
         Mean(checkpoints),
         output,
-        facts=history.facts(steps, tokens_until(read_metrics(log), steps[-1], log)),
+        facts=history.facts(steps, tokens_until(read_metrics(log), steps[-1], log), model),
         dtype=options.dtype,
         overwrite=overwrite,
         progress=options.progress,

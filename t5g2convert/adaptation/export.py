@@ -125,7 +125,7 @@ def export_checkpoint(run: Path, checkpoint: Path, model: Path) -> Exported:
     step = values.manifest.step
     history = read_history(run)
     check_model(history, model)
-    facts = history.facts([step], tokens_until(read_metrics(log), step, log))
+    facts = history.facts([step], tokens_until(read_metrics(log), step, log), model)
     if _is_exported(output, facts):
         return Exported(output, inspect(output), before=True)
     check_export_place(run)

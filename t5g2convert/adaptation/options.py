@@ -6,7 +6,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from t5g2convert.adaptation.train.settings import MACHINES, OBJECTIVE, RUN, Settings
+from t5g2convert.adaptation.train.run_settings import MACHINES, OBJECTIVE, RUN, RunSettings
+from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.command_options import CommandOptions, Option
 from t5g2convert.conversion.options import KEEP, Dtype
 
@@ -147,17 +148,17 @@ class LoopConfig(CommandOptions):
         """Which activations are recomputed, in either spelling."""
         return self.recompute if self.gradient_checkpointing else "none"
 
-    def most_tokens(self, settings: Settings) -> int | None:
+    def most_tokens(self, settings: RunSettings) -> int | None:
         """Return the most encoder tokens and labels per process and forward pass; None for no limit."""
         if self.micro_tokens is None and self.micro_batch is None:
-            return settings.encoder_length + settings.decoder_length
+            return settings.tokens_of_pass
         return self.micro_tokens
 
-    def workers_of(self, settings: Settings) -> int:
+    def workers_of(self, *, has_images: bool) -> int:
         """Return the number of additional processes that prepare batches: images are decoded by them."""
         if self.workers is not None:
             return self.workers
-        return 0 if settings.image_every is None else IMAGE_WORKERS
+        return IMAGE_WORKERS if has_images else 0
 
 
 class Hardware(CommandOptions):
@@ -198,8 +199,8 @@ class Hardware(CommandOptions):
     timeout: float = 1800.0
 
 
-class AdaptOptions(LoopConfig, Hardware, Settings):
-    """All options of a run.
+class RunOptions(LoopConfig, Hardware, RunSettings):
+    """The options of every kind of training run.
 
     Attributes:
         kd: A Gemma 3 folder to distil.
@@ -264,6 +265,10 @@ class AdaptOptions(LoopConfig, Hardware, Settings):
     export: Annotated[bool, Option("At the end, write the model to OUT/model and check that it loads.", group=RUN)] = (
         True
     )
+
+
+class AdaptOptions(Settings, RunOptions):
+    """All options of `t5g2 adapt`."""
 
 
 class AverageOptions(CommandOptions):

@@ -5,6 +5,10 @@ from typing import Final
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 ADAPTER_FILE: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+ADAPTER_RECORD: Final = "t5g2_adapter.json"
+"""A file that peft ignores: the model and the training of an adapter that this tool trained."""
+
 GENERATION_FILE: Final = "generation_config.json"
 
 TOKENIZER_FILE: Final = "tokenizer.json"

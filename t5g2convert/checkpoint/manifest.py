@@ -13,18 +13,18 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     Field,
-    ModelWrapValidatorHandler,
     NonNegativeInt,
-    PositiveInt,
     PrivateAttr,
-    model_serializer,
     model_validator,
 )
 
-from t5g2convert.checkpoint.families.config_section import ConfigSection, Depth, Number, Positive, parse_section
+from t5g2convert.checkpoint.families.config_section import Depth, Number, parse_section
 from t5g2convert.checkpoint.folder import read_json_file
 from t5g2convert.checkpoint.header import BY_CONFIG_NAME
+from t5g2convert.checkpoint.manifest_section import Digest, Section
+from t5g2convert.checkpoint.merge_record import MergeRecord
 from t5g2convert.checkpoint.strictjson import parse_object
+from t5g2convert.checkpoint.training_record import AdaptationRecord
 from t5g2convert.errors import CheckpointError
 
 MANIFEST_FILE: Final = "t5g2.json"
@@ -32,9 +32,6 @@ FORMAT: Final = 1
 SEAL: Final = "sha256"
 """The last key of the manifest: the sha256 of everything before it."""
 
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-"""A sha256, hexadecimal."""
 
 _RELEASE: Final = r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?(\+[a-z0-9.]+)?"
 Version = Annotated[str, Field(max_length=60, pattern=f"^{_RELEASE}$")]
@@ -60,48 +57,35 @@ def unverified(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in (SEAL, "verification")}
 
 
-def digest_of(document: Any) -> str:
-    """Return the sha256 of a JSON document, hexadecimal; the order of its keys does not matter."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-class _Section(ConfigSection, extra="forbid"):
-    """A section of the manifest; it remembers which keys are present."""
-
-    def document(self) -> dict[str, Any]:
-        """Return the section as JSON, without absent keys."""
-        return self.model_dump(exclude_unset=True)
-
-
-class FileRecord(_Section):
+class FileRecord(Section):
     """A file: its size, and its sha256 if it was hashed."""
 
     bytes: NonNegativeInt
     sha256: Digest | None
 
 
-class ToolRecord(_Section):
+class ToolRecord(Section):
     """The program that wrote the folder."""
 
     name: Literal["t5g2convert"]
     version: Version
 
 
-class MappingRecord(_Section):
+class MappingRecord(Section):
     """The weight map of the conversion."""
 
     name: str
     sha256: Digest
 
 
-class HubRecord(_Section):
+class HubRecord(Section):
     """A commit of a model on the Hub."""
 
     repo: str
     revision: str
 
 
-class SourceRecord(_Section):
+class SourceRecord(Section):
     """A checkpoint that the conversion read."""
 
     family: str
@@ -114,14 +98,14 @@ OptionValue = str | bool | int | Number | Annotated[list[Depth], Field(min_lengt
 """The value of an option: text, a switch, a number, or the numbers of layers."""
 
 
-class DroppedRecord(_Section):
+class DroppedRecord(Section):
     """A source tensor that was left out."""
 
     name: str
     because: str
 
 
-class ChangeRecord(_Section):
+class ChangeRecord(Section):
     """A setting that differs from the source's."""
 
     field: str
@@ -135,7 +119,7 @@ class ChangeRecord(_Section):
         return self
 
 
-class TokenRecord(_Section):
+class TokenRecord(Section):
     """A token with another id than in the source."""
 
     token: str
@@ -144,123 +128,19 @@ class TokenRecord(_Section):
     replaces: str | None
 
 
-class TaskRecord(_Section):
-    """A task of the training objective."""
-
-    name: str
-    kind: Literal["spans", "prefix"]
-    rate: Number
-    mean_span: Number | None
-    weight: PositiveInt
-    mode_token: NonNegativeInt | None
-    sentinel: bool
-
-
-class MixtureRecord(ConfigSection):
-    """The tasks of the training objective; other keys are ignored."""
-
-    tasks: Annotated[list[TaskRecord], Field(min_length=1)]
-    first_sentinel: str | NonNegativeInt | None = None
-
-
-class TrainingSettings(ConfigSection):
-    """The settings of a training that this tool reads; `document()` has all of them, in the order they were written."""
-
-    mixture: MixtureRecord
-    encoder_length: PositiveInt
-    decoder_length: PositiveInt
-    documents: Literal["packed", "single"] = "packed"
-    image_every: PositiveInt | None
-    teacher: Digest | None
-    steps: PositiveInt
-    batch_tokens: PositiveInt
-    lr: Positive
-    lr_floor: Number
-    warmup: NonNegativeInt
-    seed: NonNegativeInt
-    betas: Annotated[list[Number], Field(min_length=2, max_length=2)]
-    weight_decay: Number
-    clip: Positive
-    freeze_until: NonNegativeInt
-    trainable: list[str]
-    _document: dict[str, Any] = PrivateAttr(default_factory=dict)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _keep_all(cls, fields: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        settings = handler(fields)
-        if isinstance(fields, dict):
-            settings._document = fields
-        return settings
-
-    @model_serializer
-    def document(self) -> dict[str, Any]:
-        """Return all settings as JSON."""
-        return self._document
-
-
-class LegRecord(_Section):
-    """The steps of a training until its settings were changed, and the settings until then."""
-
-    until: PositiveInt
-    settings: TrainingSettings
-    settings_sha256: Digest
-
-    @model_validator(mode="before")
-    @classmethod
-    def _settings_match_the_digest(cls, fields: Any) -> Any:
-        return _matching_settings(fields)
-
-
-def _matching_settings(fields: Any) -> Any:
-    if isinstance(fields, dict) and digest_of(fields.get("settings")) != fields.get("settings_sha256"):
-        raise ValueError("settings_sha256 does not match the settings")
-    return fields
-
-
-class AdaptationRecord(_Section):
-    """The training that produced the values that differ from the source's.
-
-    Attributes:
-        steps: Number of steps run.
-        checkpoints: The steps of the averaged checkpoints, or of the single exported one.
-        tokens: Number of tokens read until then.
-        settings: All settings that determine the result, including the identity of a teacher.
-        settings_sha256: The sha256 of the settings.
-        data_sha256: The sha256 of the packed data.
-        trained: The names of the trained tensors, with `{layer}` where the tensors of all layers were trained.
-        frozen: The parts without any trained tensor.
-        earlier: The steps before each change of the settings, if they were changed.
-    """
-
-    steps: PositiveInt
-    checkpoints: Annotated[list[PositiveInt], Field(min_length=1)]
-    tokens: NonNegativeInt
-    settings: TrainingSettings
-    settings_sha256: Digest
-    data_sha256: Digest
-    trained: Annotated[list[str], Field(min_length=1)]
-    frozen: list[str]
-    earlier: list[LegRecord] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _settings_match_the_digest(cls, fields: Any) -> Any:
-        return _matching_settings(fields)
-
-
-class Manifest(_Section):
+class Manifest(Section):
     """The contents of a manifest.
 
-    `mapping` is present for a conversion, `adaptation` for a training, never both. `options` holds the options that
-    differ from their defaults: `PlanOptions.record` in `conversion/options.py` writes it, `PlanOptions.of_record` reads
-    it.
+    `mapping` is present for a conversion, `adaptation` for a training, `merged` for a merge with an adapter; a merge
+    also has the `adaptation` of its source, if that was trained. `options` holds the options that differ from their
+    defaults: `PlanOptions.record` in `conversion/options.py` writes it, `PlanOptions.of_record` reads it.
     """
 
     format: Literal[1]
     tool: ToolRecord
     mapping: MappingRecord | None = None
     adaptation: AdaptationRecord | None = None
+    merged: MergeRecord | None = None
     options: dict[str, OptionValue]
     source: SourceRecord
     decoder_from: SourceRecord | None = None
@@ -277,11 +157,11 @@ class Manifest(_Section):
     _read: dict[str, Any] | None = PrivateAttr(None)
 
     @model_validator(mode="after")
-    def _converted_or_trained(self) -> Self:
-        found = {"mapping": self.mapping, "adaptation": self.adaptation}
-        present = [found[key] for key in found if key in self.model_fields_set]
-        if len(present) != 1 or present[0] is None:
-            raise ValueError("expected either a mapping (of a conversion) or an adaptation (of a training)")
+    def _converted_trained_or_merged(self) -> Self:
+        given = [key for key in ("mapping", "adaptation", "merged") if key in self.model_fields_set]
+        known = ["mapping"], ["adaptation"], ["merged"], ["adaptation", "merged"]
+        if given not in known or any(getattr(self, key) is None for key in given):
+            raise ValueError("expected a mapping (of a conversion), an adaptation (of a training) or a merged adapter")
         return self
 
     @property

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from t5g2convert.checkpoint.file_names import ADAPTER_FILE, INDEX_FILE, SINGLE_FILE
+from t5g2convert.checkpoint.file_names import ADAPTER_FILE, ADAPTER_RECORD, INDEX_FILE, SINGLE_FILE
 from t5g2convert.checkpoint.file_store import REPO_ID, FileStore, HubOrigin
 from t5g2convert.checkpoint.folder import found_in, some
 from t5g2convert.errors import T5g2Error
@@ -268,6 +268,8 @@ def _words(ordered: list[str], folder: str, plain: str, read: ReadJson) -> dict[
         f"merge it first with peft: PeftModel.from_pretrained(base, {plain!r}).merge_and_unload().save_pretrained(OUT)"
     )
     merge += f", where base is {where} loaded in transformers; save the tokenizer there too"
+    if ADAPTER_RECORD in ordered or "T5Gemma2" in str(config.get("auto_mapping")):
+        merge = f"t5g2 merge {where} {folder} OUTPUT makes a model of it"
     if config.get("peft_type") in NOT_MERGED:
         merge = f"it cannot be merged into weights: pass its base model{f', {base}' if base else ''}"
     models = [path.removesuffix("/config.json") for path in _matching("*/config.json", ordered)]

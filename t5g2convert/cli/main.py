@@ -43,7 +43,9 @@ COMMANDS: Final[Mapping[str, str]] = {
     "generate": "Generate text with the reference encoder-decoder, or with transformers.",
     "pack": "Tokenize text and images into the files that `t5g2 adapt` trains on.",
     "adapt": "Continue the training of a converted model with UL2, on one device or many.",
+    "finetune": "Fine-tune a model on pairs of an input and a target, on one device or many.",
     "average": "Average the last checkpoints of a training run into a model, as T5Gemma 2 was finished.",
+    "merge": "Merge a LoRA adapter of peft into the weights of a T5Gemma 2.",
     "probe-sentinels": (
         "Find the unused rows of the embedding that moved between two checkpoints: the sentinels of a training."
     ),

@@ -47,7 +47,8 @@ def verify(
     """Judge a conversion: files, bytes, settings, and what both models compute. Exits 6 if anything is wrong."""
     from t5g2convert.parity.verify import verify as judge
 
-    inputs = [output, source, options.decoder_from, options.vision_from, options.mapping, options.text, options.image]
+    inputs = [output, source, options.decoder_from, options.vision_from, options.mapping, options.adapter]
+    inputs += [options.text, options.image]
     # A verification takes minutes, so refuse a report that cannot be written before it starts.
     check_reports(junit, html, inputs)
     with shown_progress() as progress:

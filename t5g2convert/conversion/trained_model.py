@@ -1,16 +1,19 @@
-"""The plan that puts trained values into a T5Gemma 2: the model's own files with other values in some tensors.
+"""The plan that puts trained or merged values into a T5Gemma 2: its own files with other values in some tensors.
 
 Nothing else changes: names, shards, the order of headers and bytes, dtypes, settings and all other files stay the same,
 and tensors that were not trained are copied byte for byte.
 """
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from t5g2convert.checkpoint.adapter import Adapter, LoraTarget
 from t5g2convert.checkpoint.families.config_section import ExpectedTensor, describe_model_type, parse_section
 from t5g2convert.checkpoint.families.registry import expected_tensors
 from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE
@@ -23,14 +26,17 @@ from t5g2convert.checkpoint.file_names import (
 )
 from t5g2convert.checkpoint.folder import Checkpoint, StoredTensor, refuse_unheld
 from t5g2convert.checkpoint.header import BY_CONFIG_NAME, CONFIG_NAMES, TensorEntry, encode_header, tensor_bits
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, AdaptationRecord
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.merge_record import MergeRecord
 from t5g2convert.checkpoint.sources import SOURCE
 from t5g2convert.checkpoint.tokenizer.chat_templates import TEMPLATES_FOLDER, held
+from t5g2convert.checkpoint.training_record import AdaptationRecord
 from t5g2convert.conversion.assets.aux_files import copied
 from t5g2convert.conversion.options import KEEP, Dtype, PlanOptions
 from t5g2convert.conversion.plan.types import (
     Change,
     Content,
+    ContentKind,
     Plan,
     PlannedSource,
     PlannedTensor,
@@ -78,15 +84,99 @@ def plan_adapted(
             list all of these tensors.
         UsageError: The dtype is unknown.
     """
-    options = PlanOptions(dtype=dtype)
-    refuse_unheld(model)
-    parts = {item.name: item for item in _published(model)}
+    parts = _parts(model)
     faults = [fault for name, shape in trained.items() for fault in _trained_faults(name, shape, parts)]
     if faults:
         message = f"{len(faults)} trained tensor(s) do not belong to this model"
         raise CheckpointError(message, where=model.path, details=faults)
+    plan = _planned(model, parts, trained.keys(), "given", dtype)
+    return plan if facts is None else replace(plan, adaptation=_adaptation_record(facts, trained, parts))
+
+
+def plan_merged(
+    model: Checkpoint,
+    adapter: Adapter,
+    digests: Mapping[str, str],
+    adaptation: AdaptationRecord | None,
+    *,
+    dtype: Dtype = KEEP,
+) -> Plan:
+    """Plan a copy of a model with an adapter merged into some of its tensors.
+
+    Args:
+        model: A T5Gemma 2 in the published layout, open.
+        adapter: The adapter, open.
+        digests: The sha256 of the adapter's files, by name.
+        adaptation: The training of the model, which stays part of the history of the result.
+        dtype: `keep`, or `bfloat16`, `float16` or `float32` for all tensors.
+
+    Raises:
+        CheckpointError: The model is of another family or layout, or the adapter does not fit it; the details list
+            all targets that do not.
+        UsageError: The dtype is unknown.
+    """
+    parts, targets = _parts(model), adapter.targets
+    faults = [fault for target in targets.values() for fault in _target_faults(target, parts)]
+    if faults:
+        raise CheckpointError(
+            f"{len(faults)} of {len(targets)} targets do not fit {model.name}, first {faults[0]}",
+            where=adapter.path,
+            details=faults,
+            hint="pass the model that the adapter was trained on" + (f", {adapter.base}" if adapter.base else ""),
+        )
+    plan = _planned(model, parts, targets.keys(), "merged", dtype)
+    alike: dict[tuple[int, float], list[str]] = {}
+    for target in targets.values():
+        alike.setdefault((target.rank, scale_of(target, rslora=adapter.rslora)), []).append(target.name)
+    record = {
+        "method": "lora",
+        "adapter": dict(sorted(digests.items())),
+        "targets": [
+            {"names": patterns_of(names, parts), "rank": rank, "scale": scale}
+            for (rank, scale), names in sorted(alike.items())
+        ],
+        "tensors": len(targets),
+    }
+    frozen = sum(parts[name].part == FROZEN for name in targets)
+    return replace(
+        plan,
+        adaptation=adaptation,
+        merged=parse_section(MergeRecord, record, Path(MANIFEST_FILE), "merged"),
+        notes=(
+            *plan.notes,
+            *([f"the adapter also changes the vision tower: {frozen} of its {len(targets)} targets"] if frozen else []),
+        ),
+    )
+
+
+def scale_of(target: LoraTarget, *, rslora: bool) -> float:
+    """Return the factor of an adapter's product, computed as peft does."""
+    return target.alpha / (math.sqrt(target.rank) if rslora else target.rank)
+
+
+def _target_faults(target: LoraTarget, parts: Mapping[str, ExpectedTensor]) -> Iterator[str]:
+    if target.name not in parts:
+        yield f"{target.module} is not a linear layer of this model"
+    elif target.shape != parts[target.name].shape:
+        yield f"{target.module} needs a weight {list(target.shape)}, the model's is {list(parts[target.name].shape)}"
+
+
+def _parts(model: Checkpoint) -> dict[str, ExpectedTensor]:
+    refuse_unheld(model)
+    return {item.name: item for item in _published(model)}
+
+
+def _planned(
+    model: Checkpoint,
+    parts: Mapping[str, ExpectedTensor],
+    changed: Collection[str],
+    kind: ContentKind,
+    dtype: Dtype,
+) -> Plan:
+    """Plan a copy of a model in which some tensors have another kind of content."""
+    options = PlanOptions(dtype=dtype)
     cast_to = None if dtype == KEEP else BY_CONFIG_NAME[dtype]
-    tensors, shards = _laid_out(model, trained.keys(), parts, cast_to)
+    tensors, shards = _laid_out(model, changed, kind, parts, cast_to)
     counted: Counter[str] = Counter()
     for item in parts.values():
         counted[item.part] += tensor_bits("I8", item.shape) // 8
@@ -108,7 +198,6 @@ def plan_adapted(
         config=_with_dtype(model.config, CONFIG_NAMES[main], top=True) if cast_to is not None else model.config,
         generation_config=None,
         notes=model.notes,
-        adaptation=None if facts is None else _adaptation_record(facts, trained, parts),
     )
 
 
@@ -177,7 +266,11 @@ def _trained_faults(name: str, shape: tuple[int, ...], parts: Mapping[str, Expec
 
 
 def _laid_out(
-    model: Checkpoint, trained: Collection[str], parts: Mapping[str, ExpectedTensor], cast_to: str | None
+    model: Checkpoint,
+    changed: Collection[str],
+    kind: ContentKind,
+    parts: Mapping[str, ExpectedTensor],
+    cast_to: str | None,
 ) -> tuple[tuple[PlannedTensor, ...], tuple[Shard, ...]]:
     """Lay out the model's own shards under published names, with headers and bytes in the model's order."""
     tensors: list[PlannedTensor] = []
@@ -204,18 +297,18 @@ def _laid_out(
                 header_size + entry.start,
                 header_size + entry.end,
                 entry.name,
-                _content(entry, model.tensors[entry.name], trained),
+                _content(entry, model.tensors[entry.name], kind if entry.name in changed else None),
             )
             for entry in entries
         ]
     return tuple(tensors), tuple(shards)
 
 
-def _content(entry: TensorEntry, stored: StoredTensor, trained: Collection[str]) -> Content:
-    if entry.name in trained:
+def _content(entry: TensorEntry, stored: StoredTensor, kind: ContentKind | None) -> Content:
+    if kind == "given":
         return Content("given", None, "F32")
     source = SourceRange(stored.file, stored.entry.start, stored.entry.end)
-    return Content("copy" if entry.dtype == stored.entry.dtype else "cast", source, stored.entry.dtype)
+    return Content(kind or ("copy" if entry.dtype == stored.entry.dtype else "cast"), source, stored.entry.dtype)
 
 
 def _source(model: Checkpoint) -> PlannedSource:

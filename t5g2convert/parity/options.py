@@ -21,6 +21,7 @@ class VerifyOptions(PassOptions):
         tolerance: Largest difference that passes, as a fraction of the largest value; 0 is exact.
         text: A text file to read instead of seeded tokens, with the output's tokenizer.
         image: A picture to read instead of seeded pixels.
+        adapter: For a folder that `t5g2 merge` wrote: the adapter that was merged into the source.
         frozen: For a folder trained elsewhere: parts, or layers like `encoder.layers.0`, that were frozen on purpose
             in addition to the vision tower; `none` if that was trained too.
         record: Write the result into the output's t5g2.json.
@@ -37,6 +38,10 @@ class VerifyOptions(PassOptions):
     tolerance: Annotated[float, Option("Largest difference allowed, as a fraction of the largest value.")] = 0.0
     text: Annotated[Path | None, Option("Text file to use instead of seeded tokens, with OUTPUT's tokenizer.")] = None
     image: Annotated[Path | None, Option("Image file to use instead of seeded pixels.")] = None
+    adapter: Annotated[
+        Path | None,
+        Option("For a folder that t5g2 merge wrote: the adapter that was merged into SOURCE.", metavar="ADAPTER"),
+    ] = None
     frozen: Annotated[
         tuple[str, ...],
         Option(

@@ -1,4 +1,4 @@
-"""The plan of a conversion or training, rebuilt from its source and the options in its manifest.
+"""The plan of a conversion, training or merge, rebuilt from its source and the options in its manifest.
 
 Only provenance and its modules use the converter, and only for the origin of each tensor. They read the bytes
 themselves.
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t5g2convert.checkpoint.manifest import Manifest
+from t5g2convert.checkpoint.adapter import Adapter, open_adapter
+from t5g2convert.checkpoint.file_names import ADAPTER_FILE
+from t5g2convert.checkpoint.file_store import is_there, sha256_of
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest
 from t5g2convert.checkpoint.sources import Sources
 from t5g2convert.conversion.options import PlanOptions
 from t5g2convert.conversion.plan.builder import build_plan, open_sources
 from t5g2convert.conversion.plan.types import Plan
-from t5g2convert.conversion.trained_model import named_by, plan_adapted
+from t5g2convert.conversion.trained_model import named_by, plan_adapted, plan_merged
 from t5g2convert.errors import CheckpointError, MappingError, UsageError
 
 
@@ -26,11 +29,13 @@ class Replay:
         plan: Its plan.
         mismatch: Why the plan differs from the manifest's; None if it may be the same.
         shipped: Whether the map ships with this tool, so that it may change between versions.
+        adapter: The adapter that the plan merges into the source.
     """
 
     plan: Plan
     mismatch: str | None = None
     shipped: bool = True
+    adapter: Adapter | None = None
 
 
 def replay_conversion(
@@ -102,6 +107,26 @@ def replay_training(sources: Sources, manifest: Manifest | None, _mapping: str |
         reason = error.details[0] if error.details else error.message
         mismatch = f"t5g2.json records a training that does not fit this source: {reason}"
         return Replay(plan_adapted(source, {}, None), mismatch)
+
+
+def replay_merge(
+    sources: Sources, manifest: Manifest | None, _mapping: str | None = None, adapter: Path | None = None
+) -> Replay:
+    """Plan again the merge of an adapter into a model.
+
+    Raises:
+        CheckpointError: The source does not match its config, or the adapter is damaged or does not fit it.
+    """
+    assert adapter is not None, "verify requires an adapter for a merge"
+    opened = open_adapter(adapter)
+    digests = {path.name: sha256_of(path) for path in (adapter / ADAPTER_FILE, opened.weights)}
+    options = {} if manifest is None else manifest.options
+    mismatch = None if manifest is None or manifest.merged is not None else "t5g2.json records no merged adapter"
+    adaptation = None if manifest is None else manifest.adaptation
+    if is_there(sources.source.path / MANIFEST_FILE):
+        adaptation = read_manifest(sources.source.path).adaptation
+    dtype = PlanOptions.of_record(options).dtype
+    return Replay(plan_merged(sources.source, opened, digests, adaptation, dtype=dtype), mismatch, adapter=opened)
 
 
 def check_options(manifest: Manifest) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import torch
 
-from t5g2convert.checkpoint.folder import check_folder
+from t5g2convert.checkpoint.folder import Checkpoint, check_folder
 from t5g2convert.checkpoint.hub.open_and_fetch import Origin
 from t5g2convert.checkpoint.manifest import Manifest, read_manifest
 from t5g2convert.checkpoint.sources import DECODER_FROM, SOURCE, VISION_FROM, OtherOrigins, Sources, download_progress
@@ -14,7 +14,7 @@ from t5g2convert.errors import CheckpointError, UsageError
 from t5g2convert.interrupts import raise_interruption
 from t5g2convert.parity.batches import Inputs, read_inputs
 from t5g2convert.parity.options import VerifyOptions
-from t5g2convert.parity.replay import check_options
+from t5g2convert.parity.replay import check_options, replay_merge
 from t5g2convert.parity.reports.report import Check, Report, Skipped, record_report
 from t5g2convert.parity.session import COMPUTE_ERRORS, CheckFunction, Verification
 from t5g2convert.parity.suites.base import Suite
@@ -55,8 +55,10 @@ def verify(output: Path, source: Origin | None = None, options: VerifyOptions = 
     others: OtherOrigins = {"decoder_from": options.decoder_from, "vision_from": options.vision_from}
     if source is None and any(origin is not None for origin in others.values()):
         raise UsageError("--decoder-from and --vision-from need --source")
+    if source is None and options.adapter is not None:
+        raise UsageError("--adapter needs --source, the model that the adapter was merged into")
     sources = None if source is None else Sources.open(source, **others)
-    suite = suite_for(output, None if sources is None else sources.source)
+    suite = suite_for(output, None if sources is None else sources.source, adapter=options.adapter)
     if suite is TRAINED_ELSEWHERE and sources is not None:
         verification = _of_training(output, sources, options)
     else:
@@ -77,7 +79,8 @@ def _of_training(output: Path, sources: Sources, options: VerifyOptions) -> Veri
     """
     applied = {
         "--decoder-from": options.decoder_from, "--vision-from": options.vision_from, "--mapping": options.mapping,
-        "--text": options.text, "--image": options.image, "--tolerance": options.tolerance or None,
+        "--adapter": options.adapter, "--text": options.text, "--image": options.image,
+        "--tolerance": options.tolerance or None,
     }  # fmt: skip
     if used := [option for option, value in applied.items() if value is not None]:
         raise UsageError(
@@ -129,16 +132,14 @@ def _of_conversion(
     replay = None
     if sources is not None and suite.replay is not None:
         remarks = source_remarks(output, sources.source)
-        if manifest is not None and manifest.adaptation is not None and not suite.trained:
-            raise UsageError(
-                "OUTPUT was trained after conversion; "
-                f"pass the T5Gemma 2 it was trained from, not {sources.source.name}",
-                hint="to compare it with a Gemma 3, use t5g2 compare",
-            )
+        _check_kind(manifest, suite, sources.source, options)
         origins = {SOURCE: source, DECODER_FROM: options.decoder_from, VISION_FROM: options.vision_from}
         if manifest is not None:
             remarks = (*remarks, *check_sources(sources, origins, manifest))
-        replay = suite.replay(sources, manifest, options.mapping)
+        if suite.merged:
+            replay = replay_merge(sources, manifest, adapter=options.adapter)
+        else:
+            replay = suite.replay(sources, manifest, options.mapping)
         size = sources.size(sources.missing(replay.plan.reads))
         sources.fetch(replay.plan.reads, download_progress(size, options.progress or silent))
     return Verification(
@@ -155,6 +156,27 @@ def _of_conversion(
         progress=options.progress or silent,
         remarks=remarks,
     )
+
+
+def _check_kind(manifest: Manifest | None, suite: Suite, source: Checkpoint, options: VerifyOptions) -> None:
+    """Refuse a source or an adapter that a folder of this kind cannot come from.
+
+    Raises:
+        UsageError: The source is of another family than the model that was trained or merged, or an adapter is missing.
+    """
+    if not suite.trained:
+        if options.adapter is not None or (manifest is not None and manifest.merged is not None):
+            raise UsageError(
+                f"an adapter is merged into a T5Gemma 2; pass that as --source, not {source.name}",
+                hint="to compare it with a Gemma 3, use t5g2 compare",
+            )
+        if manifest is not None and manifest.adaptation is not None:
+            raise UsageError(
+                f"OUTPUT was trained after conversion; pass the T5Gemma 2 it was trained from, not {source.name}",
+                hint="to compare it with a Gemma 3, use t5g2 compare",
+            )
+    if suite.merged and options.adapter is None:
+        raise UsageError("OUTPUT is a model with a merged adapter", hint="pass the adapter with --adapter")
 
 
 def _manifest_of(output: Path) -> tuple[Manifest | None, CheckpointError | None]:

@@ -7,11 +7,12 @@ the same bytes.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from t5g2convert.checkpoint.file_store import is_repo_id
 from t5g2convert.checkpoint.folder import check_folder, read_json_object
-from t5g2convert.checkpoint.manifest import read_manifest
+from t5g2convert.checkpoint.manifest import Manifest, read_manifest
+from t5g2convert.checkpoint.training_record import PairSettings
 from t5g2convert.errors import CheckpointError, OutputError, UsageError
 from t5g2convert.publish.base_model import base_checkpoints, missing_manifest, read_trained_elsewhere
 from t5g2convert.publish.card_sections import CardContent, read_verification, sections
@@ -79,7 +80,7 @@ def _content(folder: Path, repo: str, source_card: str | None) -> CardContent:
     config = folder / "config.json"
     sources = base_checkpoints(manifest, folder)
     return CardContent(
-        template=template_for(read_json_object(config), config, adapted=manifest.adaptation is not None),
+        template=template_for(read_json_object(config), config, trained=_trained(manifest)),
         manifest=manifest,
         files=manifest.files,
         parameters=manifest.parameters,
@@ -88,6 +89,15 @@ def _content(folder: Path, repo: str, source_card: str | None) -> CardContent:
         license=read_license(source_card, sources[0].address),
         repo=repo,
     )
+
+
+def _trained(manifest: Manifest) -> Literal["ul2", "pairs", "merged"] | None:
+    """Return how a model was changed after its conversion, if it was."""
+    if manifest.merged is not None:
+        return "merged"
+    if manifest.adaptation is None:
+        return None
+    return "pairs" if isinstance(manifest.adaptation.settings, PairSettings) else "ul2"
 
 
 def _content_trained_elsewhere(folder: Path, start: Path, repo: str, source_card: str | None) -> CardContent:

@@ -10,12 +10,13 @@ from typing import Any, Final
 
 from t5g2convert.checkpoint.families.config_section import ConfigSection, Number, parse_section
 from t5g2convert.checkpoint.header import CONFIG_NAMES
-from t5g2convert.checkpoint.manifest import (
-    MANIFEST_FILE,
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Manifest
+from t5g2convert.checkpoint.training_record import (
     AdaptationRecord,
-    Manifest,
+    PairSettings,
     TaskRecord,
     TrainingSettings,
+    UL2Settings,
 )
 from t5g2convert.publish.base_model import ROLES, BaseCheckpoint, command
 from t5g2convert.publish.card_templates import CardTemplate, adapting, loading
@@ -148,7 +149,12 @@ def _provenance(content: CardContent) -> Iterator[str]:
         yield "How the model it was trained from was made is not recorded."
         return
     mapping: list[list[str]] = []
-    if manifest.adaptation is not None:
+    if manifest.merged is not None:
+        yield from _merge(manifest, content.sources[0].argument)
+        if manifest.adaptation is not None:
+            yield "The model that the adapter was merged into was trained like this:"
+            yield from _training(manifest.adaptation, None, source="START")
+    elif manifest.adaptation is not None:
         cast_to = manifest.options.get("dtype")
         yield from _training(
             manifest.adaptation, None if cast_to is None else str(cast_to), source=content.sources[0].argument
@@ -174,6 +180,22 @@ def _provenance(content: CardContent) -> Iterator[str]:
     yield table(["read from", "file", "sha256"], rows)
 
 
+def _merge(manifest: Manifest, source: str) -> Iterator[str]:
+    """Yield how an adapter was merged into a model."""
+    merged, cast_to = manifest.merged, manifest.options.get("dtype")
+    assert merged is not None, "called for a merge"
+    dtype = "" if cast_to is None else f" --dtype {cast_to}"
+    yield fenced("console", [f"$ t5g2 merge {source} ADAPTER OUTPUT{dtype}"])
+    groups = [f"rank {group.rank} and scale {group.scale:g}" for group in merged.targets]
+    rows = [
+        ["kind", "LoRA: W + scale times B A, rounded once"],
+        ["changed tensors", f"{merged.tensors}, listed in `t5g2.json`; all others are the source's"],
+        ["products", "; ".join(groups[:4]) + (f"; and {len(groups) - 4} more" if len(groups) > 4 else "")],
+        *([code(name), f"sha256 {code(digest)}"] for name, digest in merged.adapter.items()),
+    ]
+    yield table(["adapter", "value"], rows)
+
+
 def _training(adaptation: AdaptationRecord, dtype: str | None, *, source: str) -> Iterator[str]:
     """Yield how a model was trained further, from its manifest.
 
@@ -183,10 +205,13 @@ def _training(adaptation: AdaptationRecord, dtype: str | None, *, source: str) -
         source: The argument for the trained model in a command.
     """
     averaged, settings = adaptation.checkpoints, adaptation.settings
+    verb = "finetune" if isinstance(settings, PairSettings) else "adapt"
     average = [f"$ t5g2 average RUN --last {len(averaged)}"] if len(averaged) > 1 else []
-    flags = [*_adapt_flags(settings), *([f"--save-every {averaged[-1] - averaged[-2]}"] if average else [])]
-    yield fenced("console", [f"$ t5g2 adapt {source} DATA RUN {' '.join(flags)}", *average])
+    flags = [*_flags(settings), *([f"--save-every {averaged[-1] - averaged[-2]}"] if average else [])]
+    yield fenced("console", [f"$ t5g2 {verb} {source} DATA RUN {' '.join(flags)}", *average])
     yield table(["training", "value"], _training_rows(adaptation, dtype))
+    if not isinstance(settings, UL2Settings):
+        return
     yield "The tasks and their weights:"
     rows = [
         [
@@ -214,7 +239,12 @@ def _training_rows(adaptation: AdaptationRecord, dtype: str | None) -> Iterator[
     yield ["weights", weights + ("" if dtype is None else f", in {code(dtype)}")]
     yield ["training tokens", f"{adaptation.tokens:,}"]
     yield ["trained on", "the data" if teacher is None else f"the data and the teacher {code(teacher)}"]
-    if (first := settings.mixture.first_sentinel) is not None:
+    ul2 = adaptation.ul2
+    if isinstance(settings, PairSettings):
+        yield ["objective", "pairs of an input and a target; the loss is that of the targets alone"]
+        if ul2 is not None:
+            yield ["trained before with", f"UL2, {ul2.steps:,} steps"]
+    if ul2 is not None and (first := ul2.mixture.first_sentinel) is not None:
         # `code` escapes angle brackets, but the names of Gemma's unused tokens need them.
         named = f"`{first}`" if _UNUSED.fullmatch(str(first)) else code(first)
         yield ["first sentinel", f"{named}; the others descend from it"]
@@ -238,12 +268,14 @@ def _training_rows(adaptation: AdaptationRecord, dtype: str | None) -> Iterator[
     yield ["data", f"sha256 {code(adaptation.data_sha256)}"]
 
 
-def _adapt_flags(settings: TrainingSettings) -> Iterator[str]:
-    """Yield the options of `t5g2 adapt` that matter most for the result."""
-    for name in ("lr", "steps", "batch_tokens", "encoder_length", "decoder_length", "image_every", "warmup", "seed"):
-        if (value := getattr(settings, name)) is not None:
+def _flags(settings: TrainingSettings) -> Iterator[str]:
+    """Yield the options of the training that matter most for the result."""
+    ul2 = ("batch_tokens", "encoder_length", "decoder_length", "image_every")
+    pairs = ("batch_pairs", "eval_pairs", "lr_encoder", "lr_decoder", "lr_projector")
+    for name in ("lr", "steps", *ul2, *pairs, "warmup", "seed"):
+        if (value := getattr(settings, name, None)) is not None:
             yield f"--{name.replace('_', '-')} {value}"
-    if settings.documents != "packed":
+    if isinstance(settings, UL2Settings) and settings.documents != "packed":
         yield f"--documents {settings.documents}"
     if settings.teacher is not None:
         yield "--kd PARENT"

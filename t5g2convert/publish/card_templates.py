@@ -54,20 +54,22 @@ class CardTemplate:
     images: bool = False
 
 
-def template_for(config: Mapping[str, Any], where: Path, *, adapted: bool = False) -> CardTemplate:
+def template_for(
+    config: Mapping[str, Any], where: Path, *, trained: Literal["ul2", "pairs", "merged"] | None = None
+) -> CardTemplate:
     """Return the template for a folder that this tool wrote.
 
     Args:
         config: Its config.json.
         where: The path of config.json, for errors.
-        adapted: Whether the model was trained further by this tool.
+        trained: How the model was changed after its conversion: trained by this tool, or merged with an adapter.
 
     Raises:
         CheckpointError: This tool does not write models of that type.
     """
     match config.get("model_type"):
         case "t5gemma2":
-            make = _adapted if adapted else _t5gemma2
+            make = {None: _t5gemma2, "ul2": _adapted, "pairs": _finetuned, "merged": _merged}[trained]
             return make(images=_reads_images(config.get("encoder")))
         case "t5gemma":
             return _T5GEMMA
@@ -145,6 +147,40 @@ def _adapted(*, images: bool) -> CardTemplate:
             f"model can do. {input_text}"
         ),
         adapt=("It was already adapted. Continue with the same command, or train it for a task. " + _ATTENTION_MASK),
+        images=images,
+    )
+
+
+def _merged(*, images: bool) -> CardTemplate:
+    input_text = "It reads images with the encoder." if images else "It reads text only."
+    return CardTemplate(
+        title="T5Gemma 2 with a merged LoRA adapter",
+        pipeline=IMAGES if images else TEXT,
+        tags=("t5gemma2", "encoder-decoder", "lora"),
+        loader="AutoModelForSeq2SeqLM",
+        what=(
+            "A T5Gemma 2 encoder-decoder with a **LoRA adapter merged into its weights**. It needs no adapter to load. "
+            "The tool that wrote this card did not measure what the model can do, and does not know what the adapter "
+            f"was trained on. {input_text}"
+        ),
+        adapt=("Train it for another task, in full or with a new adapter. " + _ATTENTION_MASK),
+        images=images,
+    )
+
+
+def _finetuned(*, images: bool) -> CardTemplate:
+    input_text = "It reads images with the encoder." if images else "It reads text only."
+    return CardTemplate(
+        title="T5Gemma 2, fine-tuned",
+        pipeline=IMAGES if images else TEXT,
+        tags=("t5gemma2", "encoder-decoder"),
+        loader="AutoModelForSeq2SeqLM",
+        what=(
+            "A T5Gemma 2 encoder-decoder that was converted from Gemma 3 and **fine-tuned on pairs of an input and a "
+            "target**: its encoder reads the input, its decoder writes the target. The tool that wrote this card did "
+            f"not measure what the model can do. {input_text}"
+        ),
+        adapt=("It was already trained for a task. Fine-tune it further with the same command. " + _ATTENTION_MASK),
         images=images,
     )
 

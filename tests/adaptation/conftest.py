@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.adaptation.finetunings import pair_documents
 from tests.adaptation.trainings import RUN_OPTIONS, adapt, runs_in_this_process, write_text
 
 
@@ -99,6 +100,19 @@ def trained(shared: Shared, small: Path) -> Path:
         (folder / "output.json").write_text(done.stdout)
 
     return shared("trained", build)
+
+
+@pytest.fixture(scope="session")
+def pairs(shared: Shared, small: Path) -> Path:
+    """40 pairs packed for the small model, every fourth with an image and one of these with two."""
+
+    def build(folder: Path) -> None:
+        from t5g2convert.adaptation.data.pack import pack
+        from t5g2convert.adaptation.data.tokens import read_tokens
+
+        pack(small / "model", folder / "data", pair_documents(small / "texts", read_tokens(small / "model")))
+
+    return shared("pairs", build) / "data"
 
 
 @pytest.fixture

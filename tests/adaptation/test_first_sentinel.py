@@ -79,7 +79,7 @@ def test_a_model_trained_by_version_0_1_0_began_with_the_highest_id(
     def trained(**changes: Any) -> Any:
         tasks = [SimpleNamespace(sentinel=each) for each in changes.get("sentinels", (True, False))]
         kept = SimpleNamespace(first_sentinel=None, tasks=tasks)
-        return SimpleNamespace(adaptation=SimpleNamespace(settings=SimpleNamespace(mixture=kept)))
+        return SimpleNamespace(adaptation=SimpleNamespace(ul2=SimpleNamespace(mixture=kept)))
 
     monkeypatch.setattr("t5g2convert.adaptation.train.samples.read_manifest", lambda _: trained())
     prepare(small / "model", small / "data", settings_of())

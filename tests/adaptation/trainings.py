@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t5g2convert.adaptation.adapt import Outcome, Request
+from t5g2convert.adaptation.adapt import Request
 from t5g2convert.adaptation.adapt import adapt as adapt_here
 from t5g2convert.adaptation.options import AdaptOptions
+from t5g2convert.adaptation.run_request import Outcome
 from t5g2convert.adaptation.train.checkpoint_reader import CheckpointReader
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.settings import Settings

@@ -32,6 +32,20 @@ FOLDERS: Final[dict[str, tuple[dict[str, str], str, str]]] = {
         "is a LoRA adapter of google/gemma-3-270m",
         "merge_and_unload",
     ),
+    "an adapter of T5Gemma 2": (
+        {
+            "adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "a/b", '
+            '"auto_mapping": {"base_model_class": "T5Gemma2ForConditionalGeneration"}}',
+            "adapter_model.safetensors": "",
+        },
+        "is a LoRA adapter of a/b, not a model",
+        "t5g2 merge a/b",
+    ),
+    "an adapter of t5g2 finetune": (
+        {"adapter_config.json": PEFT, "adapter_model.safetensors": "", "t5g2_adapter.json": "{}"},
+        "is a LoRA adapter of google/gemma-3-270m, not a model",
+        "t5g2 merge google/gemma-3-270m",
+    ),
     "an adapter without its config": ({"adapter_model.safetensors": ""}, "is a LoRA adapter, not a model", "BASE"),
     "soft prompts": (
         {"adapter_config.json": '{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "a/b"}'},

@@ -353,7 +353,7 @@ def test_the_first_sentinel_of_a_training_is_used(output: Path, monkeypatch: pyt
     read = scripted(monkeypatch, output, "<unused150>", "x", "<eos>")
     for recorded, first in (("<unused150>", "<unused150>"), (TextCodec(output).token_id("<unused150>"), "<unused150>")):
         mixture = SimpleNamespace(first_sentinel=recorded)
-        trained = SimpleNamespace(adaptation=SimpleNamespace(settings=SimpleNamespace(mixture=mixture)))
+        trained = SimpleNamespace(adaptation=SimpleNamespace(ul2=SimpleNamespace(mixture=mixture)))
         monkeypatch.setattr("t5g2convert.reference.generation.infill.read_manifest", lambda _, it=trained: it)
         scripted(monkeypatch, output, first, "x", "<eos>")
         assert list(generate(output, "a[MASK]b", infill=True)) == ["axb"]

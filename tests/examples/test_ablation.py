@@ -22,10 +22,10 @@ from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.evaluation import Evaluation, hide_encoder
+from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.adaptation.train.model import MODEL_BUILDERS
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.registry import TARGETS
 from t5g2convert.cli.demo import build_demo_source

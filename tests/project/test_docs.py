@@ -22,6 +22,7 @@ from t5g2convert.cli.demo import DEMO_CONFIG, build_demo_source
 from t5g2convert.cli.main import COMMANDS, app
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
+from tests.adaptation.adapters import write_adapter
 from tests.adaptation.runs import write_checkpoint, write_run
 from tests.adaptation.test_sentinel_probe import trained
 from tests.conftest import TwinFolder
@@ -213,6 +214,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in range(1, 6):
         values = {"model.decoder.norm.weight": torch.full((48,), float(step))}
         write_checkpoint(folder / f"run-4b/checkpoints/step-{step:08d}", values, step)
+    write_adapter(folder / "t5gemma-2-4b-4b", folder / "adapter", target_modules=["q_proj"])
     (folder / "novel.txt").write_text("an encoder-decoder reads, and writes what it has read; " * 4)
     for name in ("examples", "mappings"):
         (folder / name).symlink_to(ROOT / name)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t5g2convert import convert
+from t5g2convert.adaptation.merge import merge
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE, read_manifest, seal
 from t5g2convert.checkpoint.sources import Folders
@@ -18,6 +19,7 @@ from t5g2convert.conversion.options import WriteOptions
 from t5g2convert.conversion.trained_model import plan_adapted
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
+from tests.adaptation.adapters import write_adapter
 from tests.adaptation.runs import FACTS
 
 Document = dict[str, Any]
@@ -45,6 +47,7 @@ KINDS: Final = (
     "paired",
     "t5gemma",
     "adapted",
+    "merged",
 )
 
 
@@ -69,6 +72,8 @@ def write_kinds(folder: Path) -> None:
     layers: dict[str, Any] = {"encoder_layers": "first:7", "decoder_layers": "0:8:2"}
     convert(folder / "gemma-text", folder / "paired", flush=False, decoder_from=folder / "gemma-text", **layers)
     write_adapted(folder / "images", folder / "adapted")
+    write_adapter(folder / "images", folder / "lora", target_modules=["q_proj"])
+    merge(folder / "adapted", folder / "lora", folder / "merged")
     for kind in KINDS:
         change_manifest(folder / kind, lambda manifest: manifest.update(verification=RECORD))
 

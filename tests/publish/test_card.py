@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, digest_of
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE
+from t5g2convert.checkpoint.manifest_section import digest_of
 from t5g2convert.errors import CheckpointError, OutputError, UsageError
 from t5g2convert.publish.card import CARD_FILE, model_card
 from t5g2convert.publish.license import GEMMA_TERMS
@@ -43,6 +44,7 @@ PIPELINES = {
     "paired": "text-generation",
     "t5gemma": "text-generation",
     "adapted": "image-text-to-text",
+    "merged": "image-text-to-text",
 }
 
 
@@ -119,6 +121,11 @@ def test_the_card_names_the_kind_of_folder(kind: str, kinds: Path) -> None:
         options = "--lr 0.001 --steps 200 --batch-tokens 512 --encoder-length 64 --decoder-length 64"
         options += " --warmup 100 --seed 0 --save-every 20"
         assert f"$ t5g2 adapt SOURCE DATA RUN {options}\n$ t5g2 average RUN --last 3" in card
+    elif kind == "merged":
+        assert "a **LoRA adapter merged into its weights**" in card
+        assert "$ t5g2 merge SOURCE ADAPTER OUTPUT" in card
+        assert "The model that the adapter was merged into was trained like this:" in card
+        assert "$ t5g2 adapt START DATA RUN --lr 0.001" in card
     else:
         assert "**It was converted and not trained further.**" in card
         assert "it needs adaptation before it is useful" in card

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 from t5g2convert.adaptation.data.packed import Packed, check_tokenizer
 from t5g2convert.adaptation.data.token_stream import END, mapped_array
 from t5g2convert.adaptation.declarations import read_declaration
-from t5g2convert.checkpoint.manifest import digest_of
+from t5g2convert.checkpoint.manifest_section import digest_of
 from t5g2convert.errors import DataError
 from t5g2convert.mapping.schema import Declaration
 

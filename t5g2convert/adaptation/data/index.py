@@ -11,7 +11,7 @@ from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.checkpoint.families.config_section import MAX_INTEGER, Size
 from t5g2convert.checkpoint.file_store import regular_file
 from t5g2convert.checkpoint.folder import scheme_of
-from t5g2convert.checkpoint.manifest import Digest
+from t5g2convert.checkpoint.manifest_section import Digest
 from t5g2convert.errors import CheckpointError, DataError
 
 INDEX_FILE: Final = "index.json"

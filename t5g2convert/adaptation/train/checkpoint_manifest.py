@@ -14,7 +14,7 @@ from t5g2convert.checkpoint.atomic_write import flush_folder
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
 from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import read_json_object
-from t5g2convert.checkpoint.manifest import Digest
+from t5g2convert.checkpoint.manifest_section import Digest
 from t5g2convert.errors import CheckpointError, OutputError
 
 CHECKPOINTS_FOLDER: Final = "checkpoints"

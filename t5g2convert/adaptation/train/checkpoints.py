@@ -40,7 +40,7 @@ from t5g2convert.adaptation.train.checkpoint_reader import MODEL, OPTIMIZER, rea
 from t5g2convert.adaptation.train.checkpoint_writer import CheckpointWriter
 from t5g2convert.adaptation.train.distributed import run_on_all_ranks
 from t5g2convert.adaptation.train.machine_failures import machine_error
-from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.run_settings import RunSettings
 from t5g2convert.checkpoint.atomic_write import flush_folder, replace_file
 from t5g2convert.checkpoint.manifest import encode_json
 from t5g2convert.conversion.write.resources import check_space
@@ -77,14 +77,24 @@ class State:
 
 
 def save(
-    engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int, interim: bool = False
+    engine: "Fabric",
+    run: Path,
+    step: int,
+    state: State,
+    settings: RunSettings,
+    *,
+    keep: int,
+    interim: bool = False,
+    best: int | None = None,
 ) -> Path:
     """Stage a checkpoint, flush it, rename it into place, and remove checkpoints beyond `keep` and older interim ones.
+
+    The checkpoint of step `best` is not removed.
 
     Raises:
         OutputError: The disk is full or fails; on other ranks than 0, `ReportedElsewhere`.
     """
-    writer = _begin(engine, run, step, state, settings, keep=keep, interim=interim)
+    writer = _begin(engine, run, step, state, settings, keep=keep, interim=interim, best=best)
     target = checkpoint_path(run, step)
     run_on_all_ranks(engine, writing(target, lambda: save_distributed(_tree(state), storage_writer=writer)))
     return target
@@ -95,10 +105,11 @@ def save_in_background(
     run: Path,
     step: int,
     state: State,
-    settings: Settings,
+    settings: RunSettings,
     *,
     keep: int,
     interim: bool,
+    best: int | None,
     group: torch.distributed.ProcessGroup,
 ) -> Future[object]:
     """Copy the state to host memory, and do all else that `save` does in another thread.
@@ -113,6 +124,7 @@ def save_in_background(
         settings: The run's settings.
         keep: Number of checkpoints of `--save-every` to keep.
         interim: Whether the checkpoint is an interim one.
+        best: The step of a checkpoint that is not removed, if any.
         group: A process group on the CPU for this alone: two threads cannot share one.
 
     Returns:
@@ -121,12 +133,20 @@ def save_in_background(
     Raises:
         OutputError: The disk has too little space, or the folder cannot be made.
     """
-    writer = _begin(engine, run, step, state, settings, keep=keep, interim=interim)
+    writer = _begin(engine, run, step, state, settings, keep=keep, interim=interim, best=best)
     return cast(Future[object], async_save(_tree(state), storage_writer=writer, process_group=group))
 
 
 def _begin(
-    engine: "Fabric", run: Path, step: int, state: State, settings: Settings, *, keep: int, interim: bool
+    engine: "Fabric",
+    run: Path,
+    step: int,
+    state: State,
+    settings: RunSettings,
+    *,
+    keep: int,
+    interim: bool,
+    best: int | None,
 ) -> CheckpointWriter:
     """Make room and an empty staged folder, and return the writer that fills and commits it."""
     target = checkpoint_path(run, step)
@@ -134,7 +154,7 @@ def _begin(
 
     def begin() -> None:
         clear_partial(run)
-        _prune(run, keep)
+        _prune(run, keep, best)
         check_space(staged, bytes_of(state))
         staged.mkdir(parents=True)
 
@@ -150,7 +170,7 @@ def _begin(
         flush_folder(staged)
         staged.rename(target)
         flush_folder(target.parent)
-        _prune(run, keep)
+        _prune(run, keep, best)
 
     def wait() -> None:
         """Do nothing: rank 0 works."""
@@ -240,10 +260,10 @@ def bytes_here(state: State) -> int:
     return PARAMETER_BYTES * sum(part.numel() for part in held)
 
 
-def _prune(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest, and the newest `keep` of `--save-every`."""
+def _prune(run: Path, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the newest, the best, and the newest `keep` of `--save-every`."""
     found = complete_checkpoints(run)
-    kept = {*list(found)[-1:], *list(regular_checkpoints(run))[-keep:]}
+    kept = {*list(found)[-1:], *list(regular_checkpoints(run))[-keep:], best}
     for step, folder in found.items():
         if step not in kept:
             _remove(folder)

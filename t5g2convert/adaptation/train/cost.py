@@ -136,8 +136,9 @@ def memory(
     decoder: int,
     chunk: int,
     reduces_once: bool = False,
+    adapter: int | None = None,
 ) -> Memory:
-    """Estimate the memory of a device: all but the vision tower trained, layers recomputed, bfloat16.
+    """Estimate the memory of a device: all but the vision tower or an adapter trained, layers recomputed, bfloat16.
 
     Args:
         model: The model's shapes.
@@ -147,9 +148,11 @@ def memory(
         decoder: Labels per micro-batch, including padding.
         chunk: Labels per chunk of logits, to limit memory.
         reduces_once: Whether gradients are summed over devices once a step.
+        adapter: Parameters of the adapter that is trained; None if the model is.
     """
-    frozen = parameters["vision"]
-    states = TRAINED_BYTES * (parameters["total"] - frozen) + FROZEN_BYTES * frozen
+    frozen = parameters["vision"] if adapter is None else parameters["total"]
+    trained = parameters["total"] - frozen if adapter is None else adapter
+    states = TRAINED_BYTES * trained + FROZEN_BYTES * frozen
     stacks = ((model.encoder, "encoder", encoder), (model.decoder, "decoder", decoder))
     layer = max(parameters[part] // stack.num_hidden_layers for stack, part, _ in stacks)
     inputs = sum(tokens * stack.num_hidden_layers * stack.hidden_size for stack, _, tokens in stacks)
@@ -158,5 +161,5 @@ def memory(
         gathered=GATHERED_BYTES * (parameters["embedding"] + 2 * layer),
         inputs=STATE_BYTES * inputs,
         softmax=LOGIT_BYTES * min(chunk, decoder) * model.decoder.vocab_size,
-        gradient=GRADIENT_BYTES * (parameters["total"] - frozen) * (devices - 1) // devices if reduces_once else 0,
+        gradient=GRADIENT_BYTES * trained * (devices - 1) // devices if reduces_once else 0,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import torch
 
-from t5g2convert.adaptation.options import AdaptOptions, Hardware
+from t5g2convert.adaptation.options import Hardware, RunOptions
 from t5g2convert.errors import T5g2Error, UsageError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def check_shard_size(hardware: Hardware, processes: int) -> None:
         raise UsageError(f"--shard-size {hardware.shard_size} does not divide the number of processes, {processes}")
 
 
-def check_attention(options: AdaptOptions) -> None:
+def check_attention(options: RunOptions) -> None:
     """Refuse attention by blocks on the CPU.
 
     Raises:

@@ -9,14 +9,15 @@ from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.assumed_machine import H100, Machine
 from t5g2convert.adaptation.train.cost import Memory, memory
+from t5g2convert.adaptation.train.dataset import Samples
+from t5g2convert.adaptation.train.micro_batches import SampleSize, deal
 from t5g2convert.adaptation.train.preflight import Prepared
 from t5g2convert.adaptation.train.samples import text_steps_of
-from t5g2convert.adaptation.train.schedule import first_sample, is_image_step, samples_of
+from t5g2convert.adaptation.train.schedule import first_sample
 from t5g2convert.adaptation.train.sharding import gradient_fits
 from t5g2convert.adaptation.train.throughput import BatchShape, Method, Pace, Seconds
 from t5g2convert.adaptation.ul2.corruption import spans
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
-from t5g2convert.adaptation.ul2.micro_batches import SampleSize, deal
 from t5g2convert.adaptation.ul2.sampler import Sampler
 from t5g2convert.mapping.inspection import inspect
 
@@ -114,7 +115,59 @@ class Forecast:
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
-def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: int | None = None) -> Forecast:
+@dataclass(frozen=True, slots=True)
+class RunCost:
+    """What the steps of a run cost; the fields are those of `Forecast`."""
+
+    operations: float | None
+    passes: float
+    useful: float
+    padding: float
+    memory: Memory
+    recompute: str
+    throughput: Throughput | None
+
+
+def cost_of(
+    prepared: Prepared[Samples[Any]], *, devices: int, loop: LoopConfig, shard_size: int | None = None
+) -> RunCost:
+    """Estimate the cost of a run, whatever its objective; the arguments are those of `forecast`."""
+    samples = prepared.samples
+    schedule = simulate(samples, devices=devices, loop=loop)
+    parameters = inspect(prepared.checkpoint.path).parameters
+    shapes = {name: stored.entry.shape for name, stored in prepared.checkpoint.tensors.items()}
+    adapter = None if (shape := samples.settings.adapter) is None else shape.parameters(shapes)
+    trained = parameters["total"] - parameters["vision"] if adapter is None else adapter
+    once = loop.reduce == "step" or (loop.reduce == "auto" and gradient_fits(trained, H100.memory))
+    held = memory(
+        samples.shapes,
+        parameters,
+        devices=shard_size or devices,
+        encoder=schedule.encoder,
+        decoder=schedule.labels,
+        chunk=loop.loss_chunk,
+        reduces_once=once and devices > 1,
+        adapter=adapter,
+    )
+    method = Method(shard_size, loop.recomputed, loop.attention, "step" if once else "pass")
+    pace = Pace(samples.shapes, parameters, devices, method=method)
+    return RunCost(
+        # Both are those of training the model: an adapter has no gradients of the frozen weights.
+        operations=schedule.operations if adapter is None else None,
+        passes=schedule.passes / schedule.steps,
+        useful=schedule.useful,
+        padding=schedule.padding,
+        memory=held,
+        recompute=loop.recomputed,
+        throughput=throughput(schedule, pace, held, save_every=loop.save_every)
+        if schedule.text_steps and adapter is None
+        else None,
+    )
+
+
+def forecast(
+    prepared: Prepared[UL2Dataset], *, devices: int, loop: LoopConfig, shard_size: int | None = None
+) -> Forecast:
     """Forecast a run.
 
     Args:
@@ -142,22 +195,7 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
     corpora = () if sampler is None else _corpora(samples.corpora, sampler, text_steps * settings.samples)
     tokens = samples.corpora.tokens
     ids = samples.sentinels
-    schedule = simulate(samples, devices=devices, loop=loop)
-    parameters = inspect(prepared.checkpoint.path).parameters
-    once = loop.reduce == "step" or (
-        loop.reduce == "auto" and gradient_fits(parameters["total"] - parameters["vision"], H100.memory)
-    )
-    held = memory(
-        samples.shapes,
-        parameters,
-        devices=shard_size or devices,
-        encoder=schedule.encoder,
-        decoder=schedule.labels,
-        chunk=loop.loss_chunk,
-        reduces_once=once and devices > 1,
-    )
-    method = Method(shard_size, loop.recomputed, loop.attention, "step" if once else "pass")
-    pace = Pace(samples.shapes, parameters, devices, method=method)
+    cost = cost_of(prepared, devices=devices, loop=loop, shard_size=shard_size)
     return Forecast(
         steps=settings.steps,
         image_steps=settings.steps - text_steps,
@@ -169,12 +207,12 @@ def forecast(prepared: Prepared, *, devices: int, loop: LoopConfig, shard_size: 
         corpus=tokens,
         epochs=sum(corpus.epochs * corpus.tokens for corpus in corpora) / max(1, tokens),
         corpora=corpora,
-        operations=schedule.operations,
-        passes=schedule.passes / schedule.steps,
-        useful=schedule.useful,
-        memory=held,
-        recompute=loop.recomputed,
-        throughput=throughput(schedule, pace, held, save_every=loop.save_every) if tasks else None,
+        operations=cost.operations,
+        passes=cost.passes,
+        useful=cost.useful,
+        memory=cost.memory,
+        recompute=cost.recompute,
+        throughput=cost.throughput,
         notes=prepared.notes,
     )
 
@@ -223,11 +261,12 @@ class Schedule:
         useful: Share of the devices' operations that is not padding or waiting for the slowest device of a pass.
         encoder: Most encoder tokens of a micro-batch, including padding.
         labels: Most labels of a micro-batch, including padding.
-        text_steps: Steps on text.
+        text_steps: Steps on text or pairs.
         text_passes: How often the devices make micro-batches of these shapes together, one for each device that has
             samples.
         text_tokens: Tokens that encoder and decoder read in text steps, without padding.
         text_operations: Operations of the samples of text steps.
+        padding: Share of the tokens of micro-batches that is padding.
     """
 
     steps: int
@@ -239,6 +278,7 @@ class Schedule:
     text_passes: Mapping[tuple[BatchShape, ...], int]
     text_tokens: int
     text_operations: int
+    padding: float
 
     @property
     def operations(self) -> float | None:
@@ -246,7 +286,7 @@ class Schedule:
         return self.text_operations / self.text_steps if self.text_steps else None
 
 
-def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int | None = None) -> Schedule:
+def simulate(samples: Samples[Any], *, devices: int, loop: LoopConfig, steps: int | None = None) -> Schedule:
     """Deal the first steps of a run, without reading any text.
 
     Args:
@@ -257,17 +297,18 @@ def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int 
     """
     settings = samples.settings
     if steps is None:
-        steps = min(max(1, SIMULATED // settings.samples), settings.steps)
-    useful, paid, passes, encoder, labels = 0, 0, 0, 0, 0
+        steps = min(max(1, SIMULATED // settings.samples_of(0)), settings.steps)
+    useful, paid, passes, encoder, labels, read, padded_to = 0, 0, 0, 0, 0, 0, 0
     shapes: Counter[tuple[BatchShape, ...]] = Counter()
     text_steps, text_tokens, text_operations = 0, 0, 0
     for step in range(steps):
         first = first_sample(settings, step)
-        sizes = [samples.size(step, first + number) for number in range(samples_of(settings, step))]
+        sizes = [samples.size(step, first + number) for number in range(settings.samples_of(step))]
         dealt = deal(sizes, world=devices, tokens=loop.most_tokens(settings), samples=loop.micro_batch)
         passes += len(dealt)
         useful += sum(size.cost for size in sizes)
-        is_text = not is_image_step(settings, step)
+        read += sum(size.encoder + size.labels for size in sizes)
+        is_text = settings.kind_of(step) != "images"
         if is_text:
             text_steps += 1
             text_tokens += sum(size.encoder + size.labels for size in sizes)
@@ -276,11 +317,23 @@ def simulate(samples: UL2Dataset, *, devices: int, loop: LoopConfig, steps: int 
             each = [[sizes[number] for number in chosen[rank::devices]] for rank in range(devices)]
             padded = [samples.padded(own) for own in each]
             paid += devices * max(size.cost for size in padded)
+            padded_to += sum(size.encoder + size.labels for size in padded)
             encoder = max(encoder, *(size.encoder for size in padded))
             labels = max(labels, *(size.labels for size in padded))
             if is_text:
                 shapes[tuple(sorted(_shape(own) for own in each if own))] += 1
-    return Schedule(steps, passes, useful / paid, encoder, labels, text_steps, shapes, text_tokens, text_operations)
+    return Schedule(
+        steps,
+        passes,
+        useful / paid,
+        encoder,
+        labels,
+        text_steps,
+        shapes,
+        text_tokens,
+        text_operations,
+        1 - read / padded_to,
+    )
 
 
 def _shape(sizes: list[SampleSize]) -> BatchShape:

@@ -9,18 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from t5g2convert.adaptation.data.corpora import Corpora
+from t5g2convert.adaptation.objectives import AnySettings, read_settings
+from t5g2convert.adaptation.pairs.settings import PairSettings
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints, read_checkpoint_manifest
 from t5g2convert.adaptation.train.run_folder import RUN_FILE
+from t5g2convert.adaptation.train.run_settings import RunSettings, differences, step_range
 from t5g2convert.adaptation.train.schedule import Leg
-from t5g2convert.adaptation.train.settings import CHANGEABLE, Settings, differences, step_range
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.families.config_section import ConfigSection, parse_section
 from t5g2convert.checkpoint.file_store import sha256_of
 from t5g2convert.checkpoint.folder import open_checkpoint, read_json_object
-from t5g2convert.checkpoint.manifest import MANIFEST_FILE, Digest, encode_json, read_manifest
+from t5g2convert.checkpoint.manifest import MANIFEST_FILE, encode_json, read_manifest
+from t5g2convert.checkpoint.manifest_section import Digest
 from t5g2convert.errors import CheckpointError, OutputError, T5g2Error, UsageError
 from t5g2convert.version import __version__
 
@@ -50,7 +53,7 @@ def identity(folder: Path) -> str:
 
 
 def describe(
-    settings: Settings, *, model: str, model_folder: Path, corpora: Corpora, versions: Mapping[str, str]
+    settings: RunSettings, *, model: str, model_folder: Path, corpora: Corpora, versions: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the document for run.json.
 
@@ -79,7 +82,7 @@ class EarlierLeg(ConfigSection, extra="forbid"):
     """The steps of a run until its settings were changed, and the settings until then."""
 
     until: PositiveInt
-    settings: Settings
+    settings: AnySettings
     settings_sha256: Digest
 
 
@@ -107,7 +110,7 @@ class History(ConfigSection):
     """
 
     format: Literal[3] = FORMAT
-    settings: Settings
+    settings: AnySettings
     settings_sha256: Digest
     objective_sha256: Digest
     model: Digest
@@ -121,15 +124,6 @@ class History(ConfigSection):
     def legs(self) -> tuple[Leg, ...]:
         """The legs before the last change of settings."""
         return tuple(Leg(leg.until, leg.settings) for leg in self.earlier)
-
-    @field_validator("settings", mode="wrap")
-    @classmethod
-    def _settings_are_valid(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Settings:
-        try:
-            settings: Settings = handler(value)
-        except UsageError as error:
-            raise ValueError(error.message) from None
-        return settings
 
     @model_validator(mode="after")
     def _settings_are_those_of_the_digest(self) -> Self:
@@ -149,8 +143,9 @@ class History(ConfigSection):
             before = leg.until
         return self
 
-    def facts(self, steps: Sequence[int], tokens: int) -> Mapping[str, Any]:
-        """Return what a manifest records of the training up to the last of these steps; see `export`."""
+    def facts(self, steps: Sequence[int], tokens: int, model: Path) -> Mapping[str, Any]:
+        """Return what a manifest records of the training of a model up to the last of these steps; see `export`."""
+        before = _training_of(model) if isinstance(self.settings, PairSettings) else {}
         return {
             "steps": steps[-1],
             "checkpoints": list(steps),
@@ -159,7 +154,14 @@ class History(ConfigSection):
             "settings_sha256": self.settings_sha256,
             "data_sha256": self.data,
             **({"earlier": documents_of(self.legs)} if self.earlier else {}),
+            **before,
         }
+
+
+def _training_of(model: Path) -> Mapping[str, Any]:
+    """Return the training that a model had, as a manifest records it."""
+    found = read_manifest(model).adaptation if (model / MANIFEST_FILE).is_file() else None
+    return {} if found is None else {"before": found.document()}
 
 
 def documents_of(legs: Sequence[Leg]) -> list[dict[str, Any]]:
@@ -169,7 +171,7 @@ def documents_of(legs: Sequence[Leg]) -> list[dict[str, Any]]:
     ]
 
 
-def settings_at(step: int, settings: Settings, earlier: Sequence[Leg]) -> Settings:
+def settings_at(step: int, settings: RunSettings, earlier: Sequence[Leg]) -> RunSettings:
     """Return the settings with which the checkpoint of a step was made."""
     return next((leg.settings for leg in earlier if step <= leg.until), settings)
 
@@ -244,11 +246,12 @@ def check_same(
         wrong.append(f"DATA {_corpora_text(found)}, now {_corpora_text(description)}")
     changed = differences(found["settings"], description["settings"])
     names = {difference.partition(" ")[0] for difference in changed}
-    allowed = names <= CHANGEABLE and (
+    changeable = {*read_settings(description["settings"]).changeable}
+    allowed = names <= changeable and (
         not names or change or _is_more(read_history(run).settings, description["settings"], names)
     )
     if wrong or not allowed:
-        fixed = [*wrong, *(text for text in changed if text.partition(" ")[0] not in CHANGEABLE)]
+        fixed = [*wrong, *(text for text in changed if text.partition(" ")[0] not in changeable)]
         raise UsageError(
             f"{run} cannot be resumed with these options: {[*fixed, *changed][0]}",
             hint="use the options of the first start, or another folder"
@@ -265,13 +268,13 @@ def check_same(
     return _legs_until(made, history, description["settings"])
 
 
-def _is_more(before: Settings, now: Mapping[str, Any], names: set[str]) -> bool:
+def _is_more(before: RunSettings, now: Mapping[str, Any], names: set[str]) -> bool:
     """Return whether only steps are added, of the run or of those whose data is skipped."""
     more_steps = "steps" not in names or now["steps"] > before.steps
     return names <= {"steps", "skip_steps"} and more_steps and {*before.skip_steps} <= {*now["skip_steps"]}
 
 
-def _check_skipped(made: int, before: Settings, now: Mapping[str, Any]) -> None:
+def _check_skipped(made: int, before: RunSettings, now: Mapping[str, Any]) -> None:
     """Refuse another skip in the steps that were made.
 
     Raises:
@@ -301,7 +304,7 @@ def _legs_until(made: int, history: History, settings: Mapping[str, Any]) -> tup
 
 
 def newest(
-    run: Path, settings: Settings, earlier: Sequence[Leg] = (), *, until: int | None = None
+    run: Path, settings: RunSettings, earlier: Sequence[Leg] = (), *, until: int | None = None
 ) -> tuple[int, Path | None]:
     """Return the step and the folder of the newest complete checkpoint; 0 and None without one.
 

@@ -6,12 +6,12 @@ Apart from rounding, the result does not depend on the number of processes.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,16 @@ from torch.nn.utils import get_total_norm
 
 from t5g2convert.adaptation.options import LoopConfig
 from t5g2convert.adaptation.train.checkpoints import State
+from t5g2convert.adaptation.train.dataset import Batch, Samples, load_batches
 from t5g2convert.adaptation.train.distributed import ReportedElsewhere, raise_first_error
 from t5g2convert.adaptation.train.metrics import Log, Metrics, open_log
+from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
+from t5g2convert.adaptation.train.run_settings import RunSettings
 from t5g2convert.adaptation.train.saver import Saver
-from t5g2convert.adaptation.train.schedule import is_image_step, learning_rate
-from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.schedule import learning_rate
 from t5g2convert.adaptation.train.sharding import reduces_once, sum_over_processes, trained_parts
 from t5g2convert.adaptation.train.signals import signals_at_step_ends
-from t5g2convert.adaptation.ul2.dataset import Batch, UL2Dataset, load_batches, task_names
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
 from t5g2convert.errors import DataError, Interrupted, T5g2Error
 
 if TYPE_CHECKING:
@@ -36,12 +36,56 @@ if TYPE_CHECKING:
 
 Report = Callable[[Metrics], None]
 
+PEAK: Final = "peak"
+"""Key of a parameter group's peak learning rate."""
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Settings) -> torch.optim.AdamW:
-    """Return AdamW; only matrices are decayed, since Gemma's norm weights are offsets from 1."""
+
+class Evaluates(Protocol):
+    """Evaluates a run after some of its steps, on all ranks."""
+
+    def __call__(self, done: int) -> Mapping[str, float]:
+        """Evaluate after so many steps, and return scalars for TensorBoard."""
+
+    @property
+    def best(self) -> int | None:
+        """The step whose checkpoint is kept; None for none."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ends after the last evaluation."""
+
+
+class NotEvaluated:
+    """A run without evaluations."""
+
+    best = None
+    is_over = False
+
+    def __call__(self, done: int) -> Mapping[str, float]:
+        """Return nothing."""
+        return {}
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: RunSettings, parts: Mapping[str, str] | None = None
+) -> torch.optim.AdamW:
+    """Return AdamW; only matrices are decayed, since Gemma's norm weights are offsets from 1.
+
+    Args:
+        parameters: Trained parameters by their published names.
+        settings: The run's settings, with the learning rate of each part.
+        parts: The part of each parameter; by default all have the same learning rate.
+    """
+    rates = {name: settings.lr if parts is None else settings.rate_of(parts[name]) for name in parameters}
     groups = [
-        {"params": [each for each in parameters.values() if each.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [each for each in parameters.values() if each.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [each for name, each in parameters.items() if (each.ndim >= 2, rates[name]) == (decayed, rate)],
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+            "lr": rate,
+            PEAK: rate,
+        }
+        for rate in dict.fromkeys(rates.values())
+        for decayed in (True, False)
     ]
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
@@ -52,13 +96,13 @@ def train(
     engine: "Fabric",
     module: nn.Module,
     state: State,
-    samples: UL2Dataset,
+    samples: Samples[Any],
     *,
     run: Path,
     start: int,
     loop: LoopConfig,
     report: Report,
-    evaluation: Callable[[int], Mapping[str, float]] = lambda _: {},
+    evaluation: Evaluates | None = None,
 ) -> None:
     """Run all steps from `start` on, and save checkpoints.
 
@@ -76,18 +120,17 @@ def train(
         start: Steps completed before.
         loop: Settings of the loop.
         report: Called with the metrics of every step, on rank 0.
-        evaluation: Evaluates the model after so many steps, on all ranks, and returns scalars for TensorBoard. Called
-            before the first step, every `eval_every` steps, and after the last; a run that resumes after one of these
-            steps calls it again.
+        evaluation: Called before the first step, every `eval_every` steps, and after the last; a run that resumes after
+            one of these steps calls it again. The checkpoint of its best step is kept, and made if there is none.
 
     Raises:
         DataError: A gradient is not finite, or a sample cannot be made; `ReportedElsewhere` on other ranks than 0.
         Interrupted: A signal ended the run; the checkpoint of its last step is complete.
         OutputError: A checkpoint or a log cannot be written.
     """
-    settings = samples.settings
+    settings, evaluation = samples.settings, evaluation or NotEvaluated()
     order = samples.order(loop, rank=engine.global_rank, world=engine.world_size, start=start)
-    batches = load_batches(samples, order, workers=loop.workers_of(settings))
+    batches = load_batches(samples, order, workers=loop.workers_of(has_images=samples.has_images))
     on_rank_0 = engine.global_rank == 0
     once = reduces_once(engine, loop.reduce, sum(each.numel() for each in state.parameters.values()))
     parts = trained_parts(module)
@@ -100,7 +143,9 @@ def train(
         if start % loop.eval_every == 0:
             # A run that resumes may have died after the checkpoint of this step, before its evaluation.
             _evaluate(evaluation, log, start)
-        sums, saved, skipped = _Sums(engine, settings), time.monotonic(), 0
+            if evaluation.is_over:
+                return
+        sums, saved, skipped = _Sums(engine, samples.task_names), time.monotonic(), 0
         for place, batch in _checked(engine, batches):
             sum_over_processes(parts, place.is_last or not once)
             loss, losses_T, labels_T = module(engine.to_device(batch))
@@ -121,17 +166,24 @@ def train(
                 if log is not None:
                     log.flush()
                 at_once = totals.stop or done == settings.steps
-                saver.save(done, interim=not regular, at_once=at_once)
+                saver.save(done, interim=not regular, at_once=at_once, best=evaluation.best)
                 wishes.save, saved = False, time.monotonic()
             if totals.stop and done < settings.steps:
                 raise Interrupted(wishes.stop or signal.SIGTERM)
             if done % loop.eval_every == 0 or done == settings.steps:
                 _evaluate(evaluation, log, done)
+                is_over = evaluation.is_over
+                if (is_over or evaluation.best == done) and saver.last != done:
+                    if log is not None:
+                        log.flush()
+                    saver.save(done, interim=True, at_once=is_over, best=evaluation.best)
+                if is_over:
+                    return
             # Here, so that the time of a step excludes the checkpoint.
-            sums = _Sums(engine, settings)
+            sums = _Sums(engine, samples.task_names)
 
 
-def _evaluate(evaluation: Callable[[int], Mapping[str, float]], log: Log | None, done: int) -> None:
+def _evaluate(evaluation: Evaluates, log: Log | None, done: int) -> None:
     scalars = evaluation(done)
     if log is not None:
         log.add_scalars(scalars, done)
@@ -193,8 +245,8 @@ class _Totals:
 class _Sums:
     """Sums over the micro-batches of a step, and its start time."""
 
-    def __init__(self, engine: "Fabric", settings: Settings) -> None:
-        self._names = task_names(settings)
+    def __init__(self, engine: "Fabric", task_names: Sequence[str]) -> None:
+        self._names = task_names
         self._started = time.perf_counter()
         # Losses, labels, encoder tokens, the requests to stop and to save, and ended saves; float64 holds all counts
         # exactly.
@@ -225,7 +277,7 @@ class _Sums:
 
 
 def _update(
-    engine: "Fabric", state: State, settings: Settings, step: int, totals: _Totals, *, may_skip: bool
+    engine: "Fabric", state: State, settings: RunSettings, step: int, totals: _Totals, *, may_skip: bool
 ) -> Metrics:
     """Update the parameters with the accumulated gradient, unless it is skipped, and return the metrics."""
     labels = {name: count for name, count in totals.labels.items() if count}
@@ -241,13 +293,13 @@ def _update(
         raise error if engine.global_rank == 0 else ReportedElsewhere(error.exit_code)
     if norm is not None:
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = learning_rate(settings, step, group[PEAK])
         state.optimizer.step()
     state.optimizer.zero_grad()
     tokens = totals.read + sum(labels.values())
     return Metrics(
         step=step + 1,
-        kind="images" if is_image_step(settings, step) else "text",
+        kind=settings.kind_of(step),
         loss=sum(totals.losses.values()) / sum(labels.values()),
         tasks={name: totals.losses[name] / count for name, count in labels.items()},
         labels=labels,
@@ -258,7 +310,7 @@ def _update(
     )
 
 
-def _scale_and_clip(engine: "Fabric", state: State, settings: Settings, step: int, *, labels: float) -> float | None:
+def _scale_and_clip(engine: "Fabric", state: State, settings: RunSettings, step: int, *, labels: float) -> float | None:
     """Scale gradients of summed losses to the mean over all labels, and clip them by their global norm.
 
     Returns:

@@ -22,6 +22,10 @@ from t5g2convert.adaptation.train.teacher import Teacher
 IGNORED: Final = -100
 """Label of padding, ignored as in transformers and torch."""
 
+PIXELS: Final = "pixel_values"
+IDLE_PIXELS: Final = "idle_pixel_values"
+"""Pixels of a batch without images in a pass where other processes have some: all must gather the same weights."""
+
 
 class ModelWithLoss(nn.Module):
     """A model together with its summed loss.
@@ -53,7 +57,43 @@ class ModelWithLoss(nn.Module):
         self.teacher = teacher
         self.tasks, self.softcap, self.chunk = tasks, softcap, chunk
 
-    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, batch: Mapping[str, Tensor], *, new_tokens: int | None = None, eos: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+        """Compute the losses of a micro-batch, or with `new_tokens` generate: a sharded model runs only in here.
+
+        Args:
+            batch: As for `losses`.
+            new_tokens: The most tokens to generate, the same on all processes.
+            eos: The token that ends a generated text.
+
+        Returns:
+            As `losses`, or int64 [B, new_tokens or fewer], the most likely token at each step; what follows eos is
+            padding.
+        """
+        return self.losses(batch) if new_tokens is None else self.generate(batch, new_tokens, eos)
+
+    def generate(self, batch: Mapping[str, Tensor], new_tokens: int, eos: int) -> Tensor:
+        """Generate the most likely tokens, with a cache of keys and values; see `forward`."""
+        self._idle(batch)
+        pixels = {PIXELS: batch[PIXELS]} if PIXELS in batch else {}
+        written: Tensor = self.model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=batch["decoder_input_ids"][:, :1],
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            # All processes must gather the weights as often as the one with the longest text.
+            synced_gpus=torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1,
+            **pixels,
+        )
+        return written[:, 1:]
+
+    def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the losses of a micro-batch.
 
         Args:
@@ -63,7 +103,11 @@ class ModelWithLoss(nn.Module):
             The sum of all losses; the sums by task, [T], without gradient; and the number of labels by task, [T].
             Losses are float32, counts int64.
         """
+        # Before the layers of text, in the order in which processes with images gather their weights.
+        nothing = self._idle(batch)
         hidden_BDC = self._states(batch)
+        if nothing is not None:
+            hidden_BDC = hidden_BDC + nothing.to(hidden_BDC.dtype)
         counted_BD = batch["labels"] != IGNORED
         taught_NC, is_taught_N = self._taught(batch, counted_BD)
         tasks_N = batch["tasks"][:, None].expand_as(counted_BD)[counted_BD]
@@ -78,9 +122,17 @@ class ModelWithLoss(nn.Module):
         sums_T = loss_N.new_zeros(self.tasks).index_add_(0, tasks_N, loss_N)
         return loss, sums_T, torch.bincount(tasks_N, minlength=self.tasks)
 
+    def _idle(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return 0, computed from pixels that are no part of the batch; None if there are none."""
+        if IDLE_PIXELS not in batch:
+            return None
+        encoder = self.model.model.encoder
+        features = encoder.multi_modal_projector(encoder.vision_tower(pixel_values=batch[IDLE_PIXELS])[0])
+        return features.sum() * 0.0
+
     def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the decoder's last hidden states, [B, D, C]."""
-        pixels = {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
+        pixels = {PIXELS: batch[PIXELS]} if PIXELS in batch else {}
         if self.by_blocks:
             return run_by_blocks(self.model, batch, pixels)
         states: Tensor = self.model.model(
@@ -170,7 +222,9 @@ class _SoftmaxLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of all losses, and the loss of each label without gradient; both float32."""
         loss_N = hidden_NC.new_empty(len(hidden_NC), dtype=torch.float32)
-        d_hidden_NC, d_table_VC = (torch.empty_like(hidden_NC), torch.zeros_like(table_VC)) if trained else (None, None)
+        d_hidden_NC = torch.empty_like(hidden_NC) if trained else None
+        # The table is frozen if an adapter is trained.
+        d_table_VC = torch.zeros_like(table_VC) if trained and ctx.needs_input_grad[1] else None
         for start in range(0, len(loss_N), chunk):
             piece = slice(start, start + chunk)
             logits_NV = (hidden_NC[piece] @ table_VC.T).float()
@@ -180,10 +234,11 @@ class _SoftmaxLoss(torch.autograd.Function):
                 slopes_NV = 1 - logits_NV.square() if trained else None
                 logits_NV *= softcap
             loss_N[piece] = targets.losses(logits_NV, piece)
-            if d_hidden_NC is not None and d_table_VC is not None:
+            if d_hidden_NC is not None:
                 gradient_NV = (logits_NV if slopes_NV is None else logits_NV.mul_(slopes_NV)).to(hidden_NC.dtype)
                 d_hidden_NC[piece] = gradient_NV @ table_VC
-                d_table_VC.addmm_(gradient_NV.T, hidden_NC[piece])
+                if d_table_VC is not None:
+                    d_table_VC.addmm_(gradient_NV.T, hidden_NC[piece])
         if trained:
             ctx.save_for_backward(d_hidden_NC, d_table_VC)
         ctx.mark_non_differentiable(loss_N)
@@ -194,4 +249,5 @@ class _SoftmaxLoss(torch.autograd.Function):
         """Scale the gradients of the forward pass."""
         d_hidden_NC, d_table_VC = ctx.saved_tensors
         # In place: the gradient of a table is gigabytes, and each graph is used once.
-        return d_hidden_NC.mul_(d_loss), d_table_VC.mul_(d_loss), None, None, None, None
+        d_table_VC = None if d_table_VC is None else d_table_VC.mul_(d_loss)
+        return d_hidden_NC.mul_(d_loss), d_table_VC, None, None, None, None

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from t5g2convert.adaptation.train.run_settings import Kind
 from t5g2convert.checkpoint.atomic_write import replace_file
 from t5g2convert.checkpoint.file_store import regular_file
 from t5g2convert.errors import CheckpointError, OutputError
@@ -47,7 +48,7 @@ class Metrics:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     step: Count
-    kind: Literal["text", "images"]
+    kind: Kind
     loss: float
     tasks: Mapping[TaskName, float]
     labels: Mapping[TaskName, Count]

@@ -1,13 +1,15 @@
 """Preflight: everything that can be checked before a process is started and a weight is read."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from t5g2convert.adaptation.data.corpora import Corpora
 from t5g2convert.adaptation.data.tokens import ModelTokens, read_tokens
+from t5g2convert.adaptation.train.dataset import Samples
+from t5g2convert.adaptation.train.run_settings import RunSettings
 from t5g2convert.adaptation.train.samples import make_samples, measure, notes_of
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
@@ -32,25 +34,31 @@ class ModelLimits:
     decoder_positions: int
     rope_factor: float | None
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Notes for the user."""
+        factor = "different factors" if self.rope_factor is None else f"linear factor {self.rope_factor:g}"
+        return [] if self.rope_factor == 1 else [f"RoPE in full layers: {factor}, from config.json"]
+
+
+S_co = TypeVar("S_co", bound=Samples[Any], covariant=True)
+
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Generic[S_co]):
     """A checked run, ready to start; with held-out samples if it is evaluated."""
 
     checkpoint: Checkpoint
     limits: ModelLimits
     tokens: ModelTokens
-    samples: UL2Dataset
+    samples: S_co
     notes: tuple[str, ...]
-    held_out: tuple[UL2Dataset, ...] = ()
-
-    @property
-    def images(self) -> bool:
-        """Whether there are image steps."""
-        return self.samples.settings.image_every is not None
+    held_out: tuple[S_co, ...] = ()
 
 
-def prepare(model: Path, data: Path | Corpora, settings: Settings, *, rope_scaling: str | None = None) -> Prepared:
+def prepare(
+    model: Path, data: Path | Corpora, settings: Settings, *, rope_scaling: str | None = None
+) -> Prepared[UL2Dataset]:
     """Open model and data, and check that they fit the settings and each other.
 
     Args:
@@ -66,22 +74,36 @@ def prepare(model: Path, data: Path | Corpora, settings: Settings, *, rope_scali
         MappingError: The file that lists the data is not valid.
         UsageError: The settings do not fit the model or each other.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint, limits = open_model(model, settings, rope_scaling=rope_scaling)
     tokens = read_tokens(model)
-    limits = read_limits(checkpoint.config, model / "config.json")
-    check_rope(limits, rope_scaling)
     check_lengths(settings, limits)
-    check_freezing(settings, checkpoint.tensors)
-    check_skipped(settings)
-    check_dropout(checkpoint.config, model / "config.json")
     corpora = data if isinstance(data, Corpora) else Corpora.open(data)
     corpora.check_tokenizer(model)
     samples = make_samples(corpora, settings, tokens, checkpoint)
     sizes = measure(samples)
     samples.settings = samples.settings.model_copy(update=sizes.per_step(settings))
-    factor = "different factors" if limits.rope_factor is None else f"linear factor {limits.rope_factor:g}"
-    notes = [] if limits.rope_factor == 1 else [f"RoPE in full layers: {factor}, from config.json"]
-    return Prepared(checkpoint, limits, tokens, samples, (*notes, *notes_of(samples, sizes)))
+    return Prepared(checkpoint, limits, tokens, samples, (*limits.notes, *notes_of(samples, sizes)))
+
+
+def open_model(model: Path, settings: RunSettings, *, rope_scaling: str | None) -> tuple[Checkpoint, ModelLimits]:
+    """Open the model to train, and check that it fits the settings of every objective.
+
+    Args:
+        model: A converted model.
+        settings: The run's settings.
+        rope_scaling: `linear:F` that the config must have; None accepts any.
+
+    Raises:
+        CheckpointError: The model is damaged or of another kind.
+        UsageError: The settings do not fit the model or each other.
+    """
+    checkpoint = open_checkpoint(model)
+    limits = read_limits(checkpoint.config, model / "config.json")
+    check_rope(limits, rope_scaling)
+    check_freezing(settings, checkpoint.tensors)
+    check_skipped(settings)
+    check_dropout(checkpoint.config, model / "config.json")
+    return checkpoint, limits
 
 
 def read_limits(config: Mapping[str, Any], where: Path) -> ModelLimits:
@@ -168,7 +190,7 @@ def check_lengths(settings: Settings, limits: ModelLimits) -> None:
         )
 
 
-def check_skipped(settings: Settings) -> None:
+def check_skipped(settings: RunSettings) -> None:
     """Refuse to skip steps that the run does not have.
 
     Raises:
@@ -179,7 +201,7 @@ def check_skipped(settings: Settings) -> None:
             raise UsageError(f"--skip-steps {first}-{last} begins after the last step, {settings.steps}")
 
 
-def check_freezing(settings: Settings, names: Collection[str]) -> None:
+def check_freezing(settings: RunSettings, names: Collection[str]) -> None:
     """Refuse a freeze without tensors to train or without an end, and patterns that match no tensor.
 
     Args:

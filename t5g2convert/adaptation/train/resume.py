@@ -16,8 +16,8 @@ from t5g2convert.adaptation.train.checkpoint_manifest import (
 from t5g2convert.adaptation.train.history import check_same, newest, read_history
 from t5g2convert.adaptation.train.metrics import truncate
 from t5g2convert.adaptation.train.run_folder import EXPORT_FOLDER, METRICS_FILE, check_own_files, check_vacant
+from t5g2convert.adaptation.train.run_settings import RunSettings, differences
 from t5g2convert.adaptation.train.schedule import Leg
-from t5g2convert.adaptation.train.settings import Settings, differences
 from t5g2convert.checkpoint.manifest import MANIFEST_FILE
 from t5g2convert.errors import OutputError, UsageError
 
@@ -51,7 +51,7 @@ class Start:
 def find_start(
     engine: "Fabric",
     run: Path,
-    settings: Settings,
+    settings: RunSettings,
     description: Mapping[str, Any],
     *,
     resumes: bool,

@@ -94,9 +94,10 @@ def find_first_sentinel(settings: Settings, tokens: ModelTokens, model: Checkpoi
     names = {} if tokenizer is None else tokenizer.vocabulary()
     reserved = tokens.reserved | settings.mixture.mode_tokens
     first = FirstSentinel.find(settings.mixture.first_sentinel, names, vocabulary=tokens.vocabulary, reserved=reserved)
-    trained = read_manifest(model.path).adaptation if is_there(model.path / MANIFEST_FILE) else None
-    if trained is not None and any(task.sentinel for task in trained.settings.mixture.tasks):
-        before = trained.settings.mixture.first_sentinel
+    record = read_manifest(model.path).adaptation if is_there(model.path / MANIFEST_FILE) else None
+    trained = None if record is None else record.ul2
+    if trained is not None and any(task.sentinel for task in trained.mixture.tasks):
+        before = trained.mixture.first_sentinel
         # Version 0.1.0 recorded no name: it began with the highest id.
         if before is None:
             before = Sentinels.available(vocabulary=tokens.vocabulary, reserved=tokens.reserved).first

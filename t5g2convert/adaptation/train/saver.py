@@ -13,7 +13,7 @@ from t5g2convert.adaptation.train.checkpoint_manifest import checkpoint_path
 from t5g2convert.adaptation.train.checkpoints import State, bytes_here, writing
 from t5g2convert.adaptation.train.distributed import run_on_all_ranks
 from t5g2convert.adaptation.train.host_memory import free_memory
-from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -44,37 +44,41 @@ class Saver(AbstractContextManager["Saver"]):
     """
 
     def __init__(
-        self, engine: "Fabric", run: Path, state: State, settings: Settings, *, keep: int, background: bool | None
+        self, engine: "Fabric", run: Path, state: State, settings: RunSettings, *, keep: int, background: bool | None
     ) -> None:
         self._engine, self._run, self._state, self._settings = engine, run, state, settings
         self._keep, self._background = keep, background
         # The collectives of two threads would mix in one group; and async_save needs one on the CPU.
         self._group = None if background is False else torch.distributed.new_group(backend="gloo")
         self._running: tuple[int, Future[object]] | None = None
+        self.last: int | None = None
+        """The step of the last checkpoint that was saved, or is being saved."""
 
     @property
     def is_written(self) -> bool:
         """Whether this process's part in the running save has ended; False if none runs."""
         return self._running is not None and self._running[1].done()
 
-    def save(self, step: int, *, interim: bool, at_once: bool) -> None:
+    def save(self, step: int, *, interim: bool, at_once: bool, best: int | None = None) -> None:
         """Save a checkpoint, after the one that is being saved.
 
         Args:
             step: Completed steps.
             interim: Whether it is an interim checkpoint.
             at_once: Whether to return only when it is complete.
+            best: The step of a checkpoint that is not removed, if any.
 
         Raises:
             OutputError: This checkpoint, or the one before, cannot be written.
         """
         self.finish()
+        self.last = step
         engine, run, state, settings, keep = self._engine, self._run, self._state, self._settings, self._keep
         if self._group is None or at_once or not self._may_copy():
-            checkpoints.save(engine, run, step, state, settings, keep=keep, interim=interim)
+            checkpoints.save(engine, run, step, state, settings, keep=keep, interim=interim, best=best)
             return
         saving = checkpoints.save_in_background(
-            engine, run, step, state, settings, keep=keep, interim=interim, group=self._group
+            engine, run, step, state, settings, keep=keep, interim=interim, best=best, group=self._group
         )
         self._running = step, saving
 

@@ -7,7 +7,7 @@ travel between groups. Fabric's strategy knows one group of all processes, so th
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from t5g2convert.adaptation.train.host_memory import free_memory
-from t5g2convert.reference.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -115,13 +114,20 @@ def sum_over_processes(parts: Sequence[FSDPModule], now: bool) -> None:
         part.set_requires_gradient_sync(now, recurse=False)
 
 
-def load_values(module: nn.Module, names: Mapping[str, str], weights: Weights, device: torch.device) -> None:
+class Rows(Protocol):
+    """Tensors that are read by rows, for example those of a checkpoint (`Weights`)."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` of a tensor."""
+
+
+def load_values(module: nn.Module, names: Mapping[str, str], weights: Rows, device: torch.device) -> None:
     """Give a sharded module on the meta device its values: each process reads only the rows that it holds.
 
     Args:
         module: The module; its parameters are replaced.
         names: The name of each parameter's tensor; tied parameters appear once, under their first name.
-        weights: The checkpoint.
+        weights: The checkpoint, or other values.
         device: The device of the parameters.
 
     Raises:
@@ -138,7 +144,7 @@ def load_values(module: nn.Module, names: Mapping[str, str], weights: Weights, d
     module.load_state_dict(state, strict=False, assign=True)
 
 
-def _read(name: str, parameter: nn.Parameter, weights: Weights, device: torch.device) -> Tensor:
+def _read(name: str, parameter: nn.Parameter, weights: Rows, device: torch.device) -> Tensor:
     """Return a parameter's values; of a DTensor, the rows that this process holds."""
     held = torch.empty_like(parameter, device=device, requires_grad=False)
     local, first = held, 0

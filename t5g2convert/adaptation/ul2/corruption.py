@@ -16,12 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from t5g2convert.adaptation.data.example import NO_POSITION, Example
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task
 from t5g2convert.adaptation.ul2.sentinels import Sentinels
 from t5g2convert.errors import DataError, UsageError
-
-NO_POSITION = -1
-"""Position of a label that is not a raw token: a sentinel, or the final eos."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,25 +29,6 @@ class Frame:
     encoder_bos: int | None
     encoder_eos: int | None
     eos: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """One sample.
-
-    Attributes:
-        encoder: uint32 [E], the encoder's input.
-        labels: uint32 [D], the decoder's target; the last is eos.
-        positions: int64 [D], position of each label in `raw`; -1 for sentinels and the final eos.
-        raw: uint32 [L], the text.
-        task: Number of the task in its mixture.
-    """
-
-    encoder: NDArray[np.uint32]
-    labels: NDArray[np.uint32]
-    positions: NDArray[np.int64]
-    raw: NDArray[np.uint32]
-    task: int
 
 
 def spans(length: int, task: Task) -> tuple[int, int]:

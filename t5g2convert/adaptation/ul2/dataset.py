@@ -1,41 +1,31 @@
-"""UL2 samples as batches, and the loader that makes them: pure functions of the seed and a sample's number."""
+"""UL2 samples as batches: pure functions of the seed and a sample's number."""
 
-import signal
-from collections.abc import Generator, Iterator, Sequence
-from itertools import tee
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from t5g2convert.adaptation.data.corpora import Corpora
+from t5g2convert.adaptation.data.example import Example
 from t5g2convert.adaptation.data.image_documents import ImageDocument
 from t5g2convert.adaptation.data.images import pixel_values
 from t5g2convert.adaptation.data.tokens import ModelTokens
-from t5g2convert.adaptation.options import LoopConfig
-from t5g2convert.adaptation.train.cost import operations
-from t5g2convert.adaptation.train.loss import IGNORED
-from t5g2convert.adaptation.train.schedule import Leg, is_image_step
+from t5g2convert.adaptation.train.dataset import Batch, Samples, collate, teaching
+from t5g2convert.adaptation.train.micro_batches import MicroBatch, SampleSize
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.corruption import Example, Frame, corrupt, lengths, split_prefix
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, SampleSize, micro_batches
+from t5g2convert.adaptation.ul2.corruption import Frame, corrupt, lengths, split_prefix
 from t5g2convert.adaptation.ul2.mixture import Task
 from t5g2convert.adaptation.ul2.sampler import DocumentSampler, Sampler
 from t5g2convert.adaptation.ul2.sentinels import Sentinels
 from t5g2convert.checkpoint.families.t5gemma2 import T5Gemma2
-from t5g2convert.errors import Interrupted, T5g2Error
 
 IMAGES: Final = "images"
 """Name of the task of documents with images in logs."""
 
-Batch = dict[str, Tensor]
 
-
-class UL2Dataset(Dataset[Batch]):
+class UL2Dataset(Samples[Settings]):
     """The batches of packed data, by micro-batch.
 
     Args:
@@ -60,13 +50,11 @@ class UL2Dataset(Dataset[Batch]):
         model: Path,
         shapes: T5Gemma2,
     ) -> None:
-        self.corpora, self.settings, self.tokens, self.sentinels = corpora, settings, tokens, sentinels
-        self.sampler, self.documents, self.model, self.shapes = sampler, documents, model, shapes
-        self.earlier: tuple[Leg, ...] = ()
-        """The legs of the run before these settings."""
+        super().__init__(corpora, settings, tokens, model, shapes)
+        self.sentinels, self.sampler, self.documents = sentinels, sampler, documents
+        self.task_names = task_names(settings)
         self.frame = frame_of(settings, tokens)
         self.image_task = image_task(settings)
-        self._sizes: dict[tuple[int, int, int], SampleSize] = {}
         self._added: dict[int, tuple[int, int, int]] = {}
         raw_lengths = () if sampler is None else sampler.raw_lengths
         self.text_sizes = tuple(self.text_size(task, raw) for task, raw in enumerate(raw_lengths))
@@ -74,7 +62,7 @@ class UL2Dataset(Dataset[Batch]):
 
     def __getitem__(self, chosen: MicroBatch) -> Batch:
         """Return the batch of a micro-batch; see `collate`."""
-        if is_image_step(self.settings, chosen.step):
+        if self.settings.kind_of(chosen.step) == "images":
             documents = [self.document(i) for i in chosen.samples]
             examples = [self.image(document) for document in documents]
             images = [image.read() for document in documents for image in document.images]
@@ -88,32 +76,19 @@ class UL2Dataset(Dataset[Batch]):
             batch |= teaching(examples, self.tokens.bos, width=batch["labels"].shape[1])
         return batch
 
-    def order(self, loop: LoopConfig, *, rank: int, world: int, start: int = 0) -> Iterator[MicroBatch]:
-        """Return an iterator over the micro-batches of a process, from step `start` on."""
-        return micro_batches(
-            self.settings,
-            self.size,
-            rank=rank,
-            world=world,
-            tokens=loop.most_tokens(self.settings),
-            samples=loop.micro_batch,
-            start=start,
-            earlier=self.earlier,
-        )
-
     def size(self, step: int, i: int) -> SampleSize:
         """Return the size of sample i of a step's kind, without making it."""
-        if is_image_step(self.settings, step):
+        if self.settings.kind_of(step) == "images":
             assert self.documents is not None, "there are image steps"
             corpus, number = self.documents.document(i)
             encoder, labels, images = self.image_sizes(corpus, number, number + 1)[0].tolist()
-            return self._size(encoder, labels, images)
+            return self.sized(encoder, labels, images)
         assert self.sampler is not None, "there are text steps"
         return self.text_size(self.sampler.task(i), self.sampler.length(i))
 
     def text_size(self, task: int, raw: int) -> SampleSize:
         """Return the size of a text sample of so many raw tokens."""
-        return self._size(*lengths(raw, self.settings.mixture.tasks[task], self.frame))
+        return self.sized(*lengths(raw, self.settings.mixture.tasks[task], self.frame))
 
     def image_sizes(self, corpus: int, start: int, stop: int) -> NDArray[np.int64]:
         """Return the sizes of samples of documents with images, [stop - start, 3]: encoder tokens, labels and images.
@@ -130,21 +105,7 @@ class UL2Dataset(Dataset[Batch]):
     def image_size(self, document: ImageDocument) -> SampleSize:
         """Return the size of the sample of a document with images."""
         example = self.image(document)
-        return self._size(len(example.encoder), len(example.labels), len(document.images))
-
-    def padded(self, sizes: Sequence[SampleSize]) -> SampleSize:
-        """Return the size of a micro-batch, each sample padded to the longest."""
-        encoder, labels = (max((getattr(size, name) for size in sizes), default=0) for name in ("encoder", "labels"))
-        padding = len(sizes) * self._size(encoder, labels).cost
-        padding -= sum(self._size(size.encoder, size.labels).cost for size in sizes)
-        return SampleSize(len(sizes) * encoder, len(sizes) * labels, sum(size.cost for size in sizes) + padding)
-
-    def _size(self, encoder: int, labels: int, images: int = 0) -> SampleSize:
-        key = encoder, labels, images
-        if key not in self._sizes:
-            cost = operations(self.shapes, encoder=encoder, decoder=labels, images=images).training
-            self._sizes[key] = SampleSize(encoder, labels, cost)
-        return self._sizes[key]
+        return self.sized(len(example.encoder), len(example.labels), len(document.images))
 
     def text(self, i: int) -> Example:
         """Return text sample i."""
@@ -162,7 +123,12 @@ class UL2Dataset(Dataset[Batch]):
         return self.corpora[corpus].packed.images[number]
 
     @property
-    def longest(self) -> int:
+    def has_images(self) -> bool:  # type: ignore[override]
+        """Whether there are image steps."""
+        return self.settings.image_every is not None
+
+    @property
+    def longest_raw(self) -> int:  # type: ignore[override]
         """Raw tokens of the longest text sample; 0 without text."""
         return 0 if self.sampler is None else max(self.sampler.raw_lengths)
 
@@ -194,108 +160,3 @@ def image_task(settings: Settings) -> Task:
 def task_names(settings: Settings) -> tuple[str, ...]:
     """Return the names of the tasks by number; images come last."""
     return (*(task.name for task in settings.mixture.tasks), IMAGES)
-
-
-def collate(examples: Sequence[Example], counted: Sequence[bool], tokens: ModelTokens) -> Batch:
-    """Return samples as a batch, padded on the right to the longest.
-
-    Returns:
-        `input_ids` and `attention_mask` [B, E], `decoder_input_ids`, `decoder_attention_mask` and `labels` [B, D],
-        `tasks` [B]; all int64. The decoder reads bos and all labels but the last. Labels of padding and of samples that
-        do not count are `IGNORED`.
-    """
-    pad = 0 if tokens.pad is None else tokens.pad
-    start = tokens.eos if tokens.bos is None else tokens.bos
-    labels = [example.labels.astype(np.int64) for example in examples]
-    inputs = [np.concatenate([[start], each[:-1]]) for each in labels]
-    hidden = [each if counts else np.full_like(each, IGNORED) for each, counts in zip(labels, counted, strict=True)]
-    encoder = [example.encoder.astype(np.int64) for example in examples]
-    return {
-        "input_ids": _stacked(encoder, pad),
-        "attention_mask": _stacked([np.ones_like(each) for each in encoder], 0),
-        "decoder_input_ids": _stacked(inputs, pad),
-        "decoder_attention_mask": _stacked([np.ones_like(each) for each in inputs], 0),
-        "labels": _stacked(hidden, IGNORED),
-        "tasks": torch.tensor([example.task for example in examples]),
-    }
-
-
-def teaching(examples: Sequence[Example], bos: int | None, *, width: int) -> Batch:
-    """Return the teacher's input, and the position of its prediction for each label.
-
-    The label at raw position p is predicted at p - 1 of the raw text, or one later if bos comes first. The first token
-    of a text has no prediction, so it is learnt from the text itself.
-
-    Args:
-        examples: The samples.
-        bos: First token of the teacher's input, if any.
-        width: Labels of the padded batch.
-
-    Returns:
-        `raw_ids` and `raw_mask` [B, R], and `teacher_positions` [B, width], -1 where the teacher predicts nothing.
-    """
-    before = [] if bos is None else [bos]
-    texts = [np.concatenate([before, example.raw]).astype(np.int64) for example in examples]
-    at = [np.where(example.positions >= 1, example.positions - 1 + len(before), -1) for example in examples]
-    positions = _stacked(at, -1)
-    return {
-        "raw_ids": _stacked(texts, 0),
-        "raw_mask": _stacked([np.ones_like(each) for each in texts], 0),
-        "teacher_positions": torch.nn.functional.pad(positions, (0, width - positions.shape[1]), value=-1),
-    }
-
-
-def _stacked(rows: Sequence[NDArray[np.int64]], fill: int) -> Tensor:
-    result = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
-    for target, row in zip(result, rows, strict=True):
-        target[: len(row)] = row
-    return torch.from_numpy(result)
-
-
-def load_batches(
-    samples: Dataset[Batch], order: Iterator[MicroBatch], *, workers: int
-) -> Generator[tuple[MicroBatch, Batch | T5g2Error], None, None]:
-    """Yield batches in order, each with its micro-batch; a batch that cannot be made is replaced by its error.
-
-    Closing the generator ends the workers.
-
-    Args:
-        samples: The dataset.
-        order: All micro-batches.
-        workers: Processes that prepare batches ahead of time; with 0 this process makes them on demand.
-    """
-    if not workers:
-        for chosen in order:
-            yield chosen, _Attempts(samples)[chosen]
-        return
-    # The loader takes micro-batches ahead of those that are yielded.
-    places, ahead = tee(order)
-    made = DataLoader(
-        _Attempts(samples),
-        batch_size=None,
-        sampler=ahead,
-        num_workers=workers,
-        worker_init_fn=_ignore_signals,
-    )
-    yield from zip(places, made, strict=True)
-
-
-class _Attempts(Dataset["Batch | T5g2Error"]):
-    """Batches, or their errors as values: torch would wrap an error that a worker raises into a traceback."""
-
-    def __init__(self, samples: Dataset[Batch]) -> None:
-        self._samples = samples
-
-    def __getitem__(self, chosen: MicroBatch) -> Batch | T5g2Error:
-        try:
-            return self._samples[chosen]
-        except Interrupted:
-            raise
-        except T5g2Error as error:
-            return error
-
-
-def _ignore_signals(_: int) -> None:
-    """Ignore the signals that a terminal or SLURM sends to all processes: the main process ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

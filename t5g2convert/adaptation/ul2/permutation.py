@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from t5g2convert.errors import UsageError
 
-SAMPLE, BLOCK, CHUNKS, DOCUMENTS, PIECES, TEXT_SHARES, IMAGE_SHARES = range(7)
+SAMPLE, BLOCK, CHUNKS, DOCUMENTS, PIECES, TEXT_SHARES, IMAGE_SHARES, PAIRS, HELD_OUT, PAIR_SHARES = range(10)
 """Uses of randomness. Each has its own part of Philox' counter, so that equal keys give different words."""
 
 ROUNDS: Final = 12

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from t5g2convert.checkpoint.file_store import HubOrigin
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import FileIdentity, element_bytes
-from t5g2convert.checkpoint.manifest import AdaptationRecord
+from t5g2convert.checkpoint.merge_record import MergeRecord
 from t5g2convert.checkpoint.sources import SOURCE, Role, plain_name, role_in
+from t5g2convert.checkpoint.training_record import AdaptationRecord
 from t5g2convert.conversion.assets.aux_files import PlannedFile, downloaded
 from t5g2convert.conversion.assets.tokenizer import TokenChange
 from t5g2convert.conversion.plan.source_files import SourceItem
 
-ContentKind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given"]
+ContentKind = Literal["copy", "cast", "scaled_row", "zeros", "aligned", "given", "merged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ class Content:
 
     Attributes:
         kind: copy (the bytes unchanged), cast (element by element), scaled_row (the range is one row), zeros, aligned
-            (the range is a projector, mapped into another space), or given (trained values that are passed to the
-            writer; see `conversion.trained_model`).
+            (the range is a projector, mapped into another space), given (trained values that are passed to the
+            writer; see `conversion.trained_model`), or merged (the range plus an adapter's product, also passed).
         source: The bytes to read; None for zeros and for given values.
         dtype: The safetensors dtype of those bytes.
         alignment: The inputs of an aligned projector.
@@ -217,7 +218,7 @@ class Plan:
     """A complete conversion before its first byte is written.
 
     `mapping` is the map that it follows; None if trained values are put into a model: `adaptation` then describes the
-    training. `source_items` lists everything in the source folder, with its treatment.
+    training, and `merged` an adapter. `source_items` lists everything in the source folder, with its treatment.
     """
 
     mapping: str | None
@@ -237,6 +238,7 @@ class Plan:
     generation_config: Mapping[str, Any] | None
     notes: tuple[str, ...]
     adaptation: AdaptationRecord | None = None
+    merged: MergeRecord | None = None
     source_items: tuple[SourceItem, ...] = ()
 
     @property
@@ -308,6 +310,7 @@ class Plan:
             "notes": list(self.notes),
             "source_files": [asdict(item) for item in self.source_items],
             **({} if self.adaptation is None else {"adaptation": self.adaptation.document()}),
+            **({} if self.merged is None else {"merged": self.merged.document()}),
         }
 
 

@@ -1,8 +1,8 @@
-"""The tensors of a plan that are not copied: zeros, a scaled row, an aligned projector, trained values."""
+"""The tensors of a plan that are not copied: zeros, a scaled row, an aligned projector, trained or merged values."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from t5g2convert.checkpoint.header import element_bytes
 from t5g2convert.conversion.plan.types import Plan, PlannedAlignment, PlannedTensor, SourceRange
@@ -15,6 +15,10 @@ from t5g2convert.progress import Progress
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+PASSED: Final = ("given", "merged")
+"""Kinds of contents whose values are passed to the writer."""
 
 
 class TensorValues(Protocol):
@@ -47,7 +51,7 @@ def write_computed(
     _write_values(plan, values, shards, progress)
     for tensor in plan.tensors:
         content = tensor.content
-        if content.kind in ("copy", "cast", "given") or tensor.shard not in shards.files:
+        if content.kind in ("copy", "cast", *PASSED) or tensor.shard not in shards.files:
             continue
         data = bytes(tensor.nbytes)
         if content.kind == "scaled_row" and content.source is not None:
@@ -112,7 +116,7 @@ def _write_values(plan: Plan, values: TensorValues | None, shards: OpenShards, p
     """
     nonfinite: list[str] = []
     for tensor in plan.tensors:
-        if tensor.content.kind == "given" and tensor.shard in shards.files:
+        if tensor.content.kind in PASSED and tensor.shard in shards.files:
             assert values is not None, "a plan with computed tensors needs their values"
             nonfinite += _write_pieces(tensor, values, shards.files[tensor.shard], progress)
     if nonfinite:

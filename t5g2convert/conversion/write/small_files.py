@@ -61,7 +61,7 @@ def write_assets(plan: Plan, folders: Folders, folder: Path, written: Written, *
         files[name] = FileRecord(bytes=size, sha256=digest if hashing else None)
     if flush and (folder / TEMPLATES_FOLDER).is_dir():
         _flush(folder / TEMPLATES_FOLDER)
-    if plan.mapping is not None or plan.adaptation is not None:
+    if any(made is not None for made in (plan.mapping, plan.adaptation, plan.merged)):
         _write(folder / MANIFEST_FILE, [_manifest(plan, written, files).encode()], flush=flush)
 
 
@@ -72,6 +72,8 @@ def _manifest(plan: Plan, written: Written, files: Mapping[str, FileRecord]) -> 
         made["mapping"] = MappingRecord(name=plan.mapping, sha256=plan.mapping_sha256)
     if plan.adaptation is not None:
         made["adaptation"] = plan.adaptation
+    if plan.merged is not None:
+        made["merged"] = plan.merged
     return Manifest(
         format=FORMAT,
         tool=ToolRecord(name="t5g2convert", version=__version__),

@@ -61,7 +61,7 @@ def judge_provenance(
     faults += mapping_faults(plan, manifest, shipped=replay.shipped)
     bytes_found = Comparison([], [], [])
     if not faults:
-        bytes_found = compare_bytes(plan, folders, source.checkpoint, target, progress)
+        bytes_found = compare_bytes(plan, folders, source.checkpoint, target, progress, replay.adapter)
         faults += bytes_found.faults
         progress("sha256 of the source's weights")
         faults += weights_faults(plan, folders, manifest)
@@ -87,7 +87,7 @@ def _copied_file_faults(plan: Plan, folders: Folders, target: Path) -> Iterator[
 
 
 def source_coverage(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
-    """Group the source's tensors by what became of them: whole, rounded, cut, trained, dropped, or lost."""
+    """Group the source's tensors by what became of them: whole, rounded, cut, trained or merged, dropped, or lost."""
     exact: dict[str, list[tuple[int, int]]] = defaultdict(list)
     rounded: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for tensor in plan.tensors:
@@ -96,7 +96,7 @@ def source_coverage(plan: Plan, source: Checkpoint) -> dict[str, list[str]]:
             whole = content.kind == "copy" or (content.dtype, tensor.dtype) in LOSSLESS_CASTS
             (exact if whole else rounded)[content.source.file].append((content.source.start, content.source.end))
     declared = {drop.name for drop in plan.dropped}
-    trained = {tensor.origin for tensor in plan.tensors if tensor.content.kind == "given"}
+    trained = {tensor.origin for tensor in plan.tensors if tensor.content.kind in ("given", "merged")}
     cut = any(change.field == "vocab_size" for change in plan.changes)
     coverage: dict[str, list[str]] = {kind: [] for kind in ("whole", "rounded", "cut", "trained", "dropped", "lost")}
     for name, stored in source.tensors.items():
@@ -137,6 +137,7 @@ def _summary(
         "zeros": "is zeros" if kinds["zeros", SOURCE] == 1 else "are zeros",
         "aligned": f"is {{owner}}, aligned ({', '.join(map(_residual, residuals))})",
         "given": "tensors were trained and are finite; their values are not judged",
+        "merged": "tensors are {owner} plus the adapter's product, rounded once",
     }
     parts = [
         f"{kinds[kind, role]} {phrase.format(owner=owner, it=it)}"

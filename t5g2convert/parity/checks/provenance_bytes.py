@@ -14,12 +14,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from t5g2convert.checkpoint.adapter import Adapter
 from t5g2convert.checkpoint.folder import Checkpoint
 from t5g2convert.checkpoint.header import BITS, element_bytes
 from t5g2convert.checkpoint.sources import Folders
 from t5g2convert.conversion.plan.types import Content, Plan, PlannedAlignment, PlannedTable, PlannedTensor
 from t5g2convert.errors import CheckpointError
 from t5g2convert.parity.checks.aligned_projector import aligned_projector, projector_faults
+from t5g2convert.parity.checks.merged_values import merged_faults
 from t5g2convert.reference.weights import DTYPES
 
 PIECE_BYTES: Final = 1 << 24
@@ -45,7 +47,12 @@ class Comparison:
 
 
 def compare_bytes(
-    plan: Plan, folders: Folders, source: Checkpoint, target: Checkpoint, progress: Callable[[str], None]
+    plan: Plan,
+    folders: Folders,
+    source: Checkpoint,
+    target: Checkpoint,
+    progress: Callable[[str], None],
+    adapter: Adapter | None = None,
 ) -> Comparison:
     """Compare every tensor of an output with its plan and source.
 
@@ -55,6 +62,7 @@ def compare_bytes(
         source: The source, open.
         target: The output, open.
         progress: Called at every hundredth tensor.
+        adapter: The adapter that was merged into the source, if one was.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -65,6 +73,8 @@ def compare_bytes(
         found.faults.extend(_byte_faults(plan, folders, target, read, found.residuals, progress))
         found.faults.extend(_repeated_faults(plan, folders, read))
         found.faults.extend(_trained_faults(plan, source, target, read, found.unmoved))
+        if adapter is not None:
+            found.faults.extend(merged_faults(adapter, source, target, read, found.unmoved, progress))
     return found
 
 
@@ -96,7 +106,7 @@ def _byte_faults(
 ) -> Iterator[str]:
     """Read every range of the source once, and yield the faults of all targets that it fills."""
     fills: dict[object, list[PlannedTensor]] = defaultdict(list)
-    for tensor in (tensor for tensor in plan.tensors if tensor.content.kind != "given"):
+    for tensor in (tensor for tensor in plan.tensors if tensor.content.kind not in ("given", "merged")):
         fills[tensor.content, tensor.dtype, tensor.name if tensor.content.source is None else None].append(tensor)
     for number, tensors in enumerate(fills.values()):
         if number % 100 == 0:

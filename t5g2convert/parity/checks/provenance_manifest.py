@@ -1,9 +1,9 @@
 """The headers, file names and manifest of an output, compared for provenance with its plan."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 from t5g2convert.checkpoint.file_names import INDEX_FILE, weight_files
 from t5g2convert.checkpoint.file_store import sha256_of
@@ -58,7 +58,13 @@ def manifest_faults(plan: Plan, manifest: Manifest | None) -> Iterator[str]:
     if made_with != plan.mapping:
         yield f"t5g2.json was made with mapping {made_with!r}, not {plan.mapping!r}: pass that one with --mapping"
     if recorded.get("adaptation") != document.get("adaptation"):
-        yield "t5g2.json records trained names or parts that this source does not have"
+        yield (
+            "t5g2.json records trained names or parts that this source does not have"
+            if plan.merged is None
+            else "t5g2.json records another training of the source than the source's own t5g2.json"
+        )
+    if recorded.get("merged") != document.get("merged"):
+        yield from _merge_faults(recorded.get("merged") or {}, document.get("merged") or {})
     for key in ("dtype", "parameters", "options", "changes", "tokens"):
         if recorded[key] != document[key]:
             yield f"t5g2.json says {key} {recorded[key]!r}, expected {document[key]!r}"
@@ -68,6 +74,17 @@ def manifest_faults(plan: Plan, manifest: Manifest | None) -> Iterator[str]:
         yield f"t5g2.json says dropped {dropped!r}, expected {expected!r}"
     for role, source in plan.sources.items():
         yield from _source_faults(role, source, manifest.sources.get(role))
+
+
+def _merge_faults(recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """Yield differences between the recorded merge and the merge of this adapter."""
+    told, found = recorded.get("adapter", {}), expected.get("adapter", {})
+    for name in sorted(told.keys() | found.keys()):
+        if told.get(name) != found.get(name):
+            yield f"t5g2.json records another adapter: {name} has sha256 {found.get(name)}, not {told.get(name)}"
+    for key in ("method", "targets", "tensors"):
+        if recorded.get(key) != expected.get(key):
+            yield f"t5g2.json records other {key} of the merged adapter than this adapter has"
 
 
 def mapping_faults(plan: Plan, manifest: Manifest | None, *, shipped: bool) -> Iterator[str]:

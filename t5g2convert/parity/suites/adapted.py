@@ -28,7 +28,7 @@ NORM: Final = "model.encoder.multi_modal_projector.mm_soft_emb_norm.weight"
 PIECE_BYTES: Final = 1 << 20
 
 
-def _config(verification: Verification[T5Gemma2Source]) -> Check:
+def config(verification: Verification[T5Gemma2Source]) -> Check:
     """Require the source's settings, except for a declared dtype."""
     expected: dict[str, Any] = dict(flatten(verification.source.checkpoint.config))
     if "dtype" in verification.changes:
@@ -56,7 +56,7 @@ def _runs(verification: Verification[T5Gemma2Source]) -> Check:
     blind = (
         model.vision is not None
         and PROJECTOR not in _trained(verification)
-        and _is_zeros(verification.target, PROJECTOR)
+        and is_zeros(verification.target, PROJECTOR)
     )
     check = judge_runs(model, blind=blind, progress=verification.progress)
     return check.remarked(["its projector is zeros and was not trained, so images have no effect"] if blind else [])
@@ -68,7 +68,8 @@ def _trained(verification: Verification[Any]) -> set[str]:
     return set() if adaptation is None else {*adaptation.trained}
 
 
-def _is_zeros(checkpoint: Checkpoint, name: str) -> bool:
+def is_zeros(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether all bytes of a tensor are zero."""
     stored = checkpoint.tensors[name]
     with (checkpoint.path / stored.file).open("rb") as file:
         return not any(
@@ -101,7 +102,7 @@ ADAPTED: Final = Suite(
     checks={
         "integrity": integrity,
         "provenance": provenance,
-        "config": _config,
+        "config": config,
         "tokenizer": copied_tokenizer,
         "vision_parity": _vision_parity,
         "runs": _runs,

@@ -37,7 +37,8 @@ class Suite:
     Attributes:
         sources: The possible `model_type`s of the source.
         targets: The possible `model_type`s of the folder.
-        trained: Whether `t5g2 adapt` trained the folder.
+        trained: Whether the folder has other values than its source: `t5g2 adapt` trained it, or `t5g2 merge` wrote it.
+        merged: Whether `t5g2 merge` wrote it.
         open_source: Opens the source as a model; raises CheckpointError if it is of another family.
         read_config: Reads a config.json; takes its path for errors, and raises CheckpointError if it is not valid.
         replay: Plans the conversion again from its sources, its manifest and a map; None if there was no conversion.
@@ -48,6 +49,7 @@ class Suite:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     trained: bool = False
+    merged: bool = False
     open_source: Callable[[Sources], SourceModel]
     read_config: Callable[[Mapping[str, Any], Path], object]
     replay: Callable[[Sources, Manifest | None, str | None], Replay] | None

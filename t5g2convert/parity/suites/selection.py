@@ -16,16 +16,17 @@ from t5g2convert.parity.checks.integrity import matches_its_files
 from t5g2convert.parity.suites.adapted import ADAPTED
 from t5g2convert.parity.suites.base import Suite
 from t5g2convert.parity.suites.extracted import TO_ENCODER, TO_GEMMA3
+from t5g2convert.parity.suites.merged import MERGED
 from t5g2convert.parity.suites.t5gemma import TO_T5GEMMA
 from t5g2convert.parity.suites.t5gemma2 import TO_T5GEMMA2
 from t5g2convert.parity.suites.trained_elsewhere import TRAINED_ELSEWHERE
 
-SUITES: Final[tuple[Suite, ...]] = (TO_T5GEMMA2, TO_T5GEMMA, TO_ENCODER, TO_GEMMA3, ADAPTED)
+SUITES: Final[tuple[Suite, ...]] = (TO_T5GEMMA2, TO_T5GEMMA, TO_ENCODER, TO_GEMMA3, ADAPTED, MERGED)
 """The suites of folders that this tool writes; the first also judges folders that fit none of them."""
 
 
-def suite_for(output: Path, source: Checkpoint | None) -> Suite:
-    """Return the suite for a folder.
+def suite_for(output: Path, source: Checkpoint | None, *, adapter: Path | None = None) -> Suite:
+    """Return the suite for a folder; with an adapter, or a manifest that records one, the suite for merges.
 
     Choose the suite for this type of source and this type of folder, if there is one. Otherwise either the folder or
     the source is wrong: the folder is, if its manifest names a source of this family.
@@ -33,17 +34,19 @@ def suite_for(output: Path, source: Checkpoint | None) -> Suite:
     if source is not None and is_trained_elsewhere(output, source):
         return TRAINED_ELSEWHERE
     model_type, family = _read(output / "config.json", "model_type"), _read(output / MANIFEST_FILE, "source", "family")
-    of_target = [suite for suite in SUITES if model_type in suite.targets]
-    trained = _read(output / MANIFEST_FILE, "adaptation") is not None
+    merged = adapter is not None or _read(output / MANIFEST_FILE, "merged") is not None
+    suites = [suite for suite in SUITES if not suite.trained or suite.merged == merged]
+    of_target = [suite for suite in suites if model_type in suite.targets]
+    trained = merged or _read(output / MANIFEST_FILE, "adaptation") is not None
     if source is None:
-        return next((suite for suite in of_target if suite.trained == trained), (of_target or SUITES)[0])
+        return next((suite for suite in of_target if suite.trained == trained), (of_target or suites)[0])
     if not trained and family not in (None, MODEL_TYPE):
         # Its manifest says that it was converted, so it cannot come from a T5Gemma 2.
         of_target = [suite for suite in of_target if not suite.trained]
     source_type = source.config.get("model_type")
-    of_source = [suite for suite in SUITES if source_type in suite.sources]
+    of_source = [suite for suite in suites if source_type in suite.sources]
     of_both = [suite for suite in of_target if suite in of_source]
-    return (of_both or (of_source if family == source_type or not of_target else of_target) or SUITES)[0]
+    return (of_both or (of_source if family == source_type or not of_target else of_target) or suites)[0]
 
 
 def is_trained_elsewhere(output: Path, source: Checkpoint) -> bool:
@@ -81,7 +84,7 @@ def check_manifest_fits(output: Path, source: Checkpoint) -> None:
         manifest = read_json_object(output / MANIFEST_FILE)
     except CheckpointError:
         return
-    if source.config.get("model_type") not in TRAINED_ELSEWHERE.sources or "adaptation" in manifest:
+    if source.config.get("model_type") not in TRAINED_ELSEWHERE.sources or {"adaptation", "merged"} & manifest.keys():
         return
     if "source" in manifest and not matches_its_files(output, manifest):
         raise CheckpointError(

@@ -121,9 +121,10 @@ class Masks:
 def _first(folder: Path, codec: TextCodec, reserved: Collection[int]) -> str | int:
     """Return the first sentinel's name or id."""
     manifest = read_manifest(folder) if is_there(folder / MANIFEST_FILE) else None
-    if manifest is None or manifest.adaptation is None:
+    ul2 = None if manifest is None or manifest.adaptation is None else manifest.adaptation.ul2
+    if ul2 is None:
         return FIRST_SENTINEL
     # Version 0.1.0 trained with the highest id and did not record it.
     highest = max(token for token in range(codec.rows) if token not in reserved)
-    recorded = manifest.adaptation.settings.mixture.first_sentinel
+    recorded = ul2.mixture.first_sentinel
     return highest if recorded is None else recorded

@@ -15,17 +15,16 @@ from t5g2convert.adaptation.train.evaluation import (
     Evaluation,
     evaluate,
     hide_encoder,
-    open_held_out,
     overfitting,
     read_evaluations,
     write_evaluations,
 )
 from t5g2convert.adaptation.train.loss import ModelWithLoss
+from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.adaptation.train.model import load_model
 from t5g2convert.adaptation.train.preflight import prepare
-from t5g2convert.adaptation.train.schedule import samples_of
 from t5g2convert.adaptation.ul2.dataset import task_names
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch
+from t5g2convert.adaptation.ul2.held_out import open_held_out
 from t5g2convert.checkpoint.folder import open_checkpoint
 from t5g2convert.errors import CheckpointError, DataError
 from tests.adaptation.trainings import changed, request_of, run, settings_of
@@ -41,7 +40,7 @@ def module_of(small: Path, tasks: int) -> ModelWithLoss:
 def test_the_losses_equal_those_of_single_samples(small: Path) -> None:
     settings = settings_of(image_every=2)
     held_out = open_held_out(small / "model", small / "data", settings, 10)
-    assert [samples_of(samples.settings, 0) for samples in held_out] == [16, 10]
+    assert [samples.settings.samples_of(0) for samples in held_out] == [16, 10]
     names = task_names(settings)
     module = module_of(small, len(names))
     found = evaluate(ENGINE, module, held_out, loop=LoopConfig(micro_tokens=300), step=7)
@@ -50,7 +49,7 @@ def test_the_losses_equal_those_of_single_samples(small: Path) -> None:
     expected = torch.zeros(3, len(names), dtype=torch.float64)
     with torch.no_grad():
         for samples in held_out:
-            for number in range(samples_of(samples.settings, 0)):
+            for number in range(samples.settings.samples_of(0)):
                 batch = samples[MicroBatch(0, (number,), (True,))]
                 for row, seen in enumerate((batch, hide_encoder(batch))):
                     _, losses, labels = module(seen)
@@ -66,7 +65,7 @@ def test_the_losses_equal_those_of_single_samples(small: Path) -> None:
 def test_a_list_of_corpora_gives_the_loss_of_each_by_its_weight(small: Path, two_corpora: Path) -> None:
     settings = settings_of(image_every=2)
     held_out = open_held_out(small / "model", two_corpora, settings, 20)
-    assert [(each.corpora[0].name, samples_of(each.settings, 0)) for each in held_out] == [
+    assert [(each.corpora[0].name, each.settings.samples_of(0)) for each in held_out] == [
         ("one", 16), ("one", 12), ("two", 8),
     ]  # fmt: skip
     module = module_of(small, len(task_names(settings)))

@@ -44,6 +44,12 @@ def test_a_dry_run_agrees_with_the_run(small: Path, trained: Path, tmp_path: Pat
     assert speed["tokens_per_second"] * speed["step"] == pytest.approx(tokens * forecast["samples"])
 
 
+def test_a_dry_run_without_images_prints_its_steps(small: Path, tmp_path: Path) -> None:
+    options = ("--lr", "1e-3", "--steps", "5", "--encoder-length", "64", "--decoder-length", "64")
+    done = adapt(small, tmp_path / "run", *options, "--batch-tokens", "512", "--dry-run")
+    assert "steps      5 of 8 samples\n" in done.stdout
+
+
 def test_a_dry_run_prints_a_table(small: Path, tmp_path: Path) -> None:
     done = adapt(small, tmp_path / "run", *RUN_OPTIONS, "--dry-run")
     for line in (

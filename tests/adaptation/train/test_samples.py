@@ -18,7 +18,7 @@ from t5g2convert.adaptation.train.forecast import forecast
 from t5g2convert.adaptation.train.history import read_history
 from t5g2convert.adaptation.train.preflight import prepare
 from t5g2convert.adaptation.train.samples import shortest_text
-from t5g2convert.adaptation.train.schedule import first_sample, is_image_step, samples_of
+from t5g2convert.adaptation.train.schedule import first_sample
 from t5g2convert.adaptation.ul2.dataset import UL2Dataset
 from t5g2convert.adaptation.ul2.mixture import Mixture, Task, read_mixture
 from t5g2convert.errors import DataError, UsageError
@@ -91,7 +91,7 @@ def test_single_documents_are_never_joined(small: Path, two_corpora: Path) -> No
         assert size.encoder <= 64
         assert size.labels <= 64
         lengths[stop - start] += 1
-    assert min(lengths) < 20 < samples.longest == max(lengths)
+    assert min(lengths) < 20 < samples.longest_raw == max(lengths)
 
 
 def test_steps_of_single_documents_are_filled_by_tokens(small: Path, two_corpora: Path) -> None:
@@ -104,7 +104,7 @@ def test_steps_of_single_documents_are_filled_by_tokens(small: Path, two_corpora
     found = forecast(prepared, devices=1, loop=LoopConfig())
     assert (found.documents, found.samples) == ("single", settings.samples)
     assert found.operations is not None
-    assert {task.raw for task in found.tasks} == {prepared.samples.longest}
+    assert {task.raw for task in found.tasks} == {prepared.samples.longest_raw}
 
 
 def test_documents_too_short_for_a_task_are_skipped_or_refused(small: Path, two_corpora: Path) -> None:
@@ -128,7 +128,7 @@ def test_image_steps_are_filled_by_tokens(small: Path) -> None:
     encoder = [samples.image_size(document).encoder for document in samples.corpora[0].packed.images]
     mean = sum(encoder) / len(encoder)
     assert settings.image_samples == int(256 / mean)
-    assert [samples_of(settings, step) for step in range(4)] == [4, settings.image_samples] * 2
+    assert [settings.samples_of(step) for step in range(4)] == [4, settings.image_samples] * 2
     assert first_sample(settings, 3) == settings.image_samples
     labels = [samples.image_size(document).labels for document in samples.corpora[0].packed.images]
     text = [samples.size(0, i) for i in range(8)]
@@ -229,10 +229,10 @@ def test_a_run_on_several_corpora_resumes_exactly_and_with_the_same_corpora_only
 def test_image_steps_use_those_documents_and_no_others(small: Path) -> None:
     samples = samples_of_run(small, small / "data", image_every=1, steps=2)
     made = list(samples.order(LoopConfig(), rank=0, world=1))
-    count = samples_of(samples.settings, 0)
+    count = samples.settings.samples_of(0)
     numbers = sorted(i for place in made for i in place.samples)
     assert numbers == list(range(2 * count))
-    assert all(is_image_step(samples.settings, place.step) for place in made)
+    assert all(samples.settings.kind_of(place.step) == "images" for place in made)
 
 
 def test_pairs_are_for_finetune(small: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from t5g2convert.adaptation.train.schedule import Leg, first_sample, is_image_step, learning_rate, samples_of
+from t5g2convert.adaptation.train.schedule import Leg, first_sample, learning_rate
 from t5g2convert.adaptation.train.settings import Settings
 from t5g2convert.errors import UsageError
 from tests.adaptation.runs import SETTINGS
@@ -26,11 +26,11 @@ def test_each_kind_of_step_goes_through_its_own_samples(every: int | None) -> No
     settings = changed(image_every=every, image_samples=3)
     next_sample = {False: 0, True: 0}
     for step in range(10):
-        kind = is_image_step(settings, step)
+        kind = settings.kind_of(step) == "images"
         assert kind == (every is not None and step % every == every - 1)
-        assert samples_of(settings, step) == (3 if kind else settings.samples)
+        assert settings.samples_of(step) == (3 if kind else settings.samples)
         assert first_sample(settings, step) == next_sample[kind]
-        next_sample[kind] += samples_of(settings, step)
+        next_sample[kind] += settings.samples_of(step)
 
 
 @pytest.mark.parametrize("every", [None, 2, 3])
@@ -45,9 +45,9 @@ def test_legs_with_other_batches_skip_no_sample(every: int | None, single: tuple
     next_sample = {False: 0, True: 0}
     for step in range(15):
         number = sum(step >= until for until in ends)
-        kind = is_image_step(settings[number], step)
+        kind = settings[number].kind_of(step) == "images"
         assert first_sample(settings[number], step, legs[:number]) == next_sample[kind]
-        next_sample[kind] += samples_of(settings[number], step)
+        next_sample[kind] += settings[number].samples_of(step)
 
 
 @pytest.mark.parametrize("every", [None, 1, 2, 3])
@@ -59,10 +59,10 @@ def test_the_samples_of_skipped_steps_are_passed_over_once(every: int | None, ra
         for first, last in settings.skipped:
             if step == first - 1:
                 for passed in range(first - 1, last):
-                    next_sample[is_image_step(settings, passed)] += samples_of(settings, passed)
-        kind = is_image_step(settings, step)
+                    next_sample[(settings.kind_of(passed) == "images")] += settings.samples_of(passed)
+        kind = settings.kind_of(step) == "images"
         assert first_sample(settings, step) == next_sample[kind]
-        next_sample[kind] += samples_of(settings, step)
+        next_sample[kind] += settings.samples_of(step)
 
 
 def test_a_skip_counts_in_the_leg_in_which_it_begins() -> None:

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from t5g2convert.adaptation.data.example import Example
 from t5g2convert.adaptation.ul2.corruption import (
-    Example,
     Frame,
     composition,
     corrupt,

@@ -8,22 +8,17 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from t5g2convert.adaptation.data.example import Example
 from t5g2convert.adaptation.data.tokens import ModelTokens
 from t5g2convert.adaptation.options import LoopConfig
+from t5g2convert.adaptation.train.dataset import Batch, collate, load_batches, teaching
 from t5g2convert.adaptation.train.forecast import forecast
 from t5g2convert.adaptation.train.loss import IGNORED
+from t5g2convert.adaptation.train.micro_batches import MicroBatch, micro_batches
 from t5g2convert.adaptation.train.preflight import prepare
-from t5g2convert.adaptation.train.settings import Settings, differences
-from t5g2convert.adaptation.ul2.corruption import Example
-from t5g2convert.adaptation.ul2.dataset import (
-    Batch,
-    collate,
-    image_task,
-    load_batches,
-    task_names,
-    teaching,
-)
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, micro_batches
+from t5g2convert.adaptation.train.run_settings import differences
+from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.ul2.dataset import image_task, task_names
 from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.errors import DataError, Interrupted, UsageError
 
@@ -90,7 +85,7 @@ def test_data_without_text_suffices_for_image_steps(small: Path, tmp_path: Path)
     prepared = prepare(small / "model", tmp_path / "data", make(image_every=1))
     found = forecast(prepared, devices=1, loop=LoopConfig(loss_chunk=8))
     assert (found.tasks, found.corpus, found.epochs, found.operations) == ((), 0, 0.0, None)
-    assert (prepared.samples.longest, found.image_steps) == (0, 100)
+    assert (prepared.samples.longest_raw, found.image_steps) == (0, 100)
     both = prepare(small / "model", small / "data", make(image_every=1)).samples
     settings = prepared.samples.settings
     for place in micro_batches(settings, prepared.samples.size, rank=0, world=1, tokens=None, samples=5, start=98):
@@ -176,10 +171,10 @@ def test_workers_end_when_the_batches_are_closed() -> None:
 
 
 def test_images_are_decoded_by_workers_unless_told_otherwise() -> None:
-    assert LoopConfig().workers_of(make()) == 0
-    assert LoopConfig().workers_of(make(image_every=4)) == 2
-    assert LoopConfig(workers=0).workers_of(make(image_every=4)) == 0
-    assert LoopConfig(workers=3).workers_of(make()) == 3
+    assert LoopConfig().workers_of(has_images=False) == 0
+    assert LoopConfig().workers_of(has_images=True) == 2
+    assert LoopConfig(workers=0).workers_of(has_images=True) == 0
+    assert LoopConfig(workers=3).workers_of(has_images=False) == 3
 
 
 def test_batches_of_workers_equal_those_of_this_process(small: Path) -> None:

@@ -2,9 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t5g2convert.adaptation.train.schedule import is_image_step
+from t5g2convert.adaptation.train.micro_batches import MicroBatch, SampleSize, deal, micro_batches
 from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.micro_batches import MicroBatch, SampleSize, deal, micro_batches
 from tests.adaptation.runs import SETTINGS
 
 SIZES = [SampleSize(8, 8, 40), SampleSize(8, 2, 20), SampleSize(3, 8, 30), SampleSize(3, 2, 10)]
@@ -69,7 +68,7 @@ def test_all_processes_together_make_every_sample_once(
         shapes.append([(place.step, len(place.samples), place.is_first, place.is_last) for place in own])
         for place in own:
             counted = [i for i, counts in zip(place.samples, place.counted, strict=True) if counts]
-            made[is_image_step(settings, place.step)] += counted
+            made[(settings.kind_of(place.step) == "images")] += counted
     assert all(shape == shapes[0] for shape in shapes)
     assert [step for step, _, is_first, _ in shapes[0] if is_first] == list(range(7))
     assert [step for step, _, _, is_last in shapes[0] if is_last] == list(range(7))

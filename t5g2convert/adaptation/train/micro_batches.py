@@ -12,17 +12,18 @@ as many as fit, padding included. The samples of a step, and the sum of their gr
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from t5g2convert.adaptation.train.schedule import Leg, first_sample, samples_of
-from t5g2convert.adaptation.train.settings import Settings
+from t5g2convert.adaptation.train.run_settings import RunSettings
+from t5g2convert.adaptation.train.schedule import Leg, first_sample
 
 
 @dataclass(frozen=True, slots=True)
 class SampleSize:
-    """Encoder tokens and labels of a sample, and the operations of its training."""
+    """Encoder tokens, labels and images of a sample, and the operations of its training."""
 
     encoder: int
     labels: int
     cost: int
+    images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class MicroBatch:
         counted: Whether each counts; one that does not only fills the pass.
         is_first: Whether the pass is the first of its step.
         is_last: Whether it is the last.
+        has_images: Whether samples of the pass have images, on any process.
     """
 
     step: int
@@ -42,10 +44,11 @@ class MicroBatch:
     counted: tuple[bool, ...]
     is_first: bool = True
     is_last: bool = True
+    has_images: bool = False
 
 
 def micro_batches(
-    settings: Settings,
+    settings: RunSettings,
     size: Callable[[int, int], SampleSize],
     *,
     rank: int,
@@ -70,7 +73,7 @@ def micro_batches(
     """
     for step in range(start, settings.steps):
         first = first_sample(settings, step, earlier)
-        sizes = [size(step, first + number) for number in range(samples_of(settings, step))]
+        sizes = [size(step, first + number) for number in range(settings.samples_of(step))]
         passes = deal(sizes, world=world, tokens=tokens, samples=samples)
         for number, chosen in enumerate(passes):
             own = chosen[rank::world]
@@ -82,6 +85,7 @@ def micro_batches(
                 (True,) * len(own) + (False,) * filling,
                 is_first=number == 0,
                 is_last=number == len(passes) - 1,
+                has_images=any(sizes[sample].images for sample in chosen),
             )
 
 
