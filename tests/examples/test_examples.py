@@ -15,10 +15,10 @@ from t5g2convert import convert, inspect, verify
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
+from tests.examples.conftest import EXAMPLES, run
 from tests.models.gemma_tokenizer import write_processor, write_tokenizer
 from tests.processes.forked import Preload, python
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = {
     "model_type": "gemma3_text",
     "vocab_size": 64,
@@ -47,6 +47,7 @@ def test_every_example_is_run_here() -> None:
         "convert_text.py",
         "convert_unbalanced.py",
         "convert_with_vision.py",
+        "dates.py",
         "extract_decoder.py",
         "extract_encoder.py",
         "run_in_transformers.py",
@@ -112,13 +113,6 @@ def test_the_verify_benchmark_verifies(tmp_path: Path) -> None:
     row = next(line for line in run.stdout.splitlines() if line.startswith("tiny"))
     assert float(row.split()[-1]) > 100
     assert list(tmp_path.iterdir()) == []
-
-
-def run(script: str, *arguments: str | Path) -> str:
-    command = [str(EXAMPLES / script), *map(str, arguments)]
-    done = python(command, preload=Preload.TRANSFORMERS)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -236,18 +230,6 @@ def test_the_decoder_example_gives_the_source_back(tmp_path: Path) -> None:
     assert any("passed decoder_parity - logits with hidden memory" in line for line in lines)
     weights = (tmp_path / "source/model.safetensors").read_bytes()
     assert (tmp_path / "back/model.safetensors").read_bytes() == weights
-
-
-TINY_PARENT = EXAMPLES / "tiny_parent"
-
-
-@pytest.fixture(scope="module")
-def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the small Gemma 3 after two training steps, with the training's output."""
-    folder = tmp_path_factory.mktemp("tiny-parent") / "parent"
-    printed = run("tiny_parent/train.py", folder, "--steps", "2", "--documents", "12")
-    (folder.parent / "said").write_text(printed)
-    return folder
 
 
 @pytest.mark.slow
