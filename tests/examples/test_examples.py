@@ -43,13 +43,16 @@ def test_every_example_is_run_here() -> None:
         "benchmark_training.py",
         "benchmark_ul2.py",
         "benchmark_verify.py",
+        "compare_resumes.py",
         "convert_gemma2.py",
         "convert_text.py",
         "convert_unbalanced.py",
         "convert_with_vision.py",
         "dates.py",
+        "embedding.py",
         "extract_decoder.py",
         "extract_encoder.py",
+        "finetune_with_trainer.py",
         "run_in_transformers.py",
         "convert_with_transformers.py",
     }
@@ -220,6 +223,19 @@ def test_the_encoder_example_prints_text_similarity(tmp_path: Path) -> None:
     cosines = [[float(number) for number in row.split()[:3]] for row in rows]
     assert [round(row[place], 3) for place, row in enumerate(cosines)] == [1, 1, 1]
     assert cosines[0][1] < 1
+
+
+@pytest.mark.slow
+def test_an_embedding_model_is_trained_saved_and_measured(tiny_parent: Path, tmp_path: Path) -> None:
+    convert(tiny_parent, tmp_path / "whole")
+    convert(tmp_path / "whole", tmp_path / "encoder", part="encoder")
+    options = ("--steps", "30", "--batch", "16", "--lr", "3e-3", "--held-out", "40")
+    lines = run("embedding.py", tmp_path / "encoder", tmp_path / "out", *options).splitlines()
+    found = {line.split()[0]: float(line.split()[-2].rstrip("%")) for line in lines if line.endswith("found")}
+    assert list(found) == ["before:", "after"]
+    # By chance it would be one in 40.
+    assert found["after"] > max(10, found["before:"])
+    assert verify(tmp_path / "out", tmp_path / "encoder").passed
 
 
 @pytest.mark.slow
