@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.losses import MultipleNegativesRankingLoss
-from sentence_transformers.training_args import BatchSamplers
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
 sys.path.append(str(Path(__file__).parent))
 from tiny_parent.corpus import Document, split
@@ -84,6 +84,7 @@ def train(model: SentenceTransformer, training: list[Pair], chosen: argparse.Nam
         learning_rate=chosen.lr,
         warmup_steps=chosen.steps // 10,
         bf16=chosen.bf16,
+        use_cpu=not torch.cuda.is_available(),
         # A text that is twice in a batch would be its own negative.
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         # Its checkpoints cannot be resumed: Trainer does not load them under the names that it saves.

@@ -103,6 +103,7 @@ def settings(chosen: argparse.Namespace) -> Seq2SeqTrainingArguments:
         warmup_steps=chosen.steps // 10,
         lr_scheduler_type="cosine",
         bf16=chosen.bf16,
+        use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps",
         eval_steps=chosen.every,
         # Without it, Trainer keeps the logits of all held-out labels: 1 MB for each at 262,144 tokens.
