@@ -6,8 +6,8 @@ The model has the shapes of the real one with fewer layers and seeded random wei
 code, of a quarter to the whole of `--length` tokens. The batches are those of `t5g2 finetune`; both make the same
 updates with AdamW, with float32 weights and without recomputation, and compute in float32, or with
 `--precision bfloat16` in bfloat16 (Trainer by autocast). They take turns, each in a process of its own. A step's speed
-is encoder tokens and labels per second, without padding; the first step of each process is not counted. Printed are the
-median of each, and the median over the rounds of the ratio of the two.
+is encoder tokens and labels, without padding, per second of processor time; the first step of each process is not
+counted. Printed are the median of each, and the median over the rounds of the ratio of the two.
 """
 
 import argparse
@@ -18,7 +18,9 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -109,12 +111,12 @@ def finetune(arguments: argparse.Namespace) -> list[float]:
     from t5g2convert.adaptation.finetune import FinetuneRequest
     from t5g2convert.adaptation.finetune import finetune as run
 
-    speeds: list[float] = []
+    ends = [(0, time.process_time())]
     with TemporaryDirectory() as out:
         folder: Path = arguments.folder
         request = FinetuneRequest(folder / "model", folder / "pairs", Path(out) / "run", options(arguments))
-        run(request, begun=lambda *_: None, report=lambda metrics: speeds.append(metrics.tokens_per_second))
-    return speeds
+        run(request, begun=lambda *_: None, report=lambda metrics: ends.append((metrics.tokens, time.process_time())))
+    return [tokens / (end - start) for (_, start), (tokens, end) in pairwise(ends)]
 
 
 def trainer(arguments: argparse.Namespace) -> list[float]:
@@ -125,9 +127,8 @@ def trainer(arguments: argparse.Namespace) -> list[float]:
     samples = prepare_pairs(arguments.folder / "model", arguments.folder / "pairs", how, epochs=None).samples
     passes = [(samples[place], place.is_last) for place in samples.order(how, rank=0, world=1)]
     batches = [({name: batch[name] for name in batch if name != "tasks"}, is_last) for batch, is_last in passes]
-    return training.run_trainer(
-        training.load(arguments.folder), batches, arguments.steps, bf16=arguments.precision == "bfloat16"
-    )
+    model, bf16 = training.load(arguments.folder), arguments.precision == "bfloat16"
+    return training.run_trainer(model, batches, arguments.steps, bf16=bf16, clock=time.process_time)
 
 
 ROLES: dict[str, Callable[[argparse.Namespace], list[float]]] = {"finetune": finetune, "trainer": trainer}

@@ -173,7 +173,12 @@ def trainer(folder: Path, length: int, steps: int) -> list[float]:
 
 
 def run_trainer(
-    model: Any, batches: list[tuple[dict[str, Any], bool]], steps: int, *, bf16: bool = False
+    model: Any,
+    batches: list[tuple[dict[str, Any], bool]],
+    steps: int,
+    *,
+    bf16: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Train with Seq2SeqTrainer, which for a loss is Trainer, on given batches; return the speed of each step."""
     from torch.utils.data import IterableDataset
@@ -181,7 +186,7 @@ def run_trainer(
 
     a_step = [is_last for _, is_last in batches].index(True) + 1
     tokens = [sum(tokens_of(batch) for batch, _ in batches[at : at + a_step]) for at in range(0, len(batches), a_step)]
-    ends = [time.perf_counter()]
+    ends = [clock()]
 
     class InOrder(IterableDataset[dict[str, Any]]):
         def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -189,10 +194,10 @@ def run_trainer(
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            ends[0] = time.perf_counter()
+            ends[0] = clock()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(clock())
 
     with TemporaryDirectory() as out:
         arguments = Seq2SeqTrainingArguments(

@@ -14,6 +14,7 @@ import ast
 import random
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -95,7 +96,11 @@ def train(model: SentenceTransformer, training: list[Pair], chosen: argparse.Nam
     )
     lines, codes = zip(*training, strict=True)
     rows = Dataset.from_dict({"anchor": lines, "positive": codes})
+    encoder = model[0].auto_model
+    # Trainer writes the tokenizer's eos into the config, and turns its cache off.
+    config = deepcopy(encoder.config)
     SentenceTransformerTrainer(model, arguments, train_dataset=rows, loss=MultipleNegativesRankingLoss(model)).train()
+    encoder.config = config
 
 
 def accuracy(model: SentenceTransformer, held_out: list[Pair]) -> float:

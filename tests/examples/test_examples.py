@@ -229,16 +229,20 @@ def test_the_encoder_example_prints_text_similarity(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_embedding_model_is_trained_saved_and_measured(tiny_parent: Path, tmp_path: Path) -> None:
-    convert(tiny_parent, tmp_path / "whole")
+def test_an_embedding_model_is_trained_saved_and_measured(tmp_path: Path) -> None:
+    # The tiny parent would not do: sentence-transformers reads its byte-level tokenizer as Gemma's.
+    write_readable_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "whole")
     convert(tmp_path / "whole", tmp_path / "encoder", part="encoder")
     options = ("--steps", "3", "--batch", "8", "--held-out", "20")
     printed = run("embedding.py", tmp_path / "encoder", tmp_path / "out", *options)
-    # So small a parent, after two steps of training, finds little; that it was trained is what verify says.
+    # Random weights find little; that they were trained is what verify says.
     shares = [float(line.split()[-2].rstrip("%")) for line in printed.splitlines() if line.endswith("found")]
     assert len(shares) == 2
     assert all(0 <= share <= 100 for share in shares)
-    assert verify(tmp_path / "out", tmp_path / "encoder").passed
+    report = verify(tmp_path / "out", tmp_path / "encoder")
+    assert [(check.name, check.detail) for check in report.checks if not check.passed] == []
+    assert report.passed
     assert (tmp_path / "out/modules.json").exists()
 
 
