@@ -169,13 +169,24 @@ def plain(folder: Path, length: int, steps: int) -> list[float]:
 
 def trainer(folder: Path, length: int, steps: int) -> list[float]:
     """Train with transformers' Trainer, and return the tokens a second of each step."""
-    from torch.utils.data import IterableDataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    return run_trainer(load(folder), list(passes(folder, length, steps)), steps)
 
-    batches = list(passes(folder, length, steps))
+
+def run_trainer(
+    model: Any,
+    batches: list[tuple[dict[str, Any], bool]],
+    steps: int,
+    *,
+    bf16: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Train with Seq2SeqTrainer, which for a loss is Trainer, on given batches; return the speed of each step."""
+    from torch.utils.data import IterableDataset
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+
     a_step = [is_last for _, is_last in batches].index(True) + 1
     tokens = [sum(tokens_of(batch) for batch, _ in batches[at : at + a_step]) for at in range(0, len(batches), a_step)]
-    ends = [time.perf_counter()]
+    ends = [clock()]
 
     class InOrder(IterableDataset[dict[str, Any]]):
         def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -183,19 +194,19 @@ def trainer(folder: Path, length: int, steps: int) -> list[float]:
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            ends[0] = time.perf_counter()
+            ends[0] = clock()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(clock())
 
     with TemporaryDirectory() as out:
-        arguments = TrainingArguments(
+        arguments = Seq2SeqTrainingArguments(
             out, max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=a_step, learning_rate=LR,
-            adam_beta2=0.95, lr_scheduler_type="constant", optim="adamw_torch_fused", use_cpu=True, report_to=[],
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
+            adam_beta2=0.95, lr_scheduler_type="constant", optim="adamw_torch_fused", use_cpu=True, bf16=bf16,
+            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
-        Trainer(
-            load(folder),
+        Seq2SeqTrainer(
+            model,
             arguments,
             train_dataset=InOrder(),
             data_collator=lambda rows: rows[0],

@@ -15,10 +15,10 @@ from t5g2convert import convert, inspect, verify
 from t5g2convert.mapping.library import find_map
 from t5g2convert.mapping.synthetic import write_synthetic_source
 from tests.conftest import TwinFolder
+from tests.examples.conftest import EXAMPLES, run
 from tests.models.gemma_tokenizer import write_processor, write_tokenizer
 from tests.processes.forked import Preload, python
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXT = {
     "model_type": "gemma3_text",
     "vocab_size": 64,
@@ -34,6 +34,7 @@ TEXT = {
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix == ".py"} == {
         "benchmark_convert.py",
+        "benchmark_finetune.py",
         "benchmark_forward.py",
         "benchmark_generate.py",
         "benchmark_graft.py",
@@ -43,13 +44,19 @@ def test_every_example_is_run_here() -> None:
         "benchmark_training.py",
         "benchmark_ul2.py",
         "benchmark_verify.py",
+        "chat.py",
+        "compare_resumes.py",
         "convert_gemma2.py",
         "convert_text.py",
         "convert_unbalanced.py",
         "convert_with_vision.py",
+        "dates.py",
+        "embedding.py",
         "extract_decoder.py",
         "extract_encoder.py",
+        "finetune_with_trainer.py",
         "run_in_transformers.py",
+        "translation.py",
         "convert_with_transformers.py",
     }
 
@@ -112,13 +119,6 @@ def test_the_verify_benchmark_verifies(tmp_path: Path) -> None:
     row = next(line for line in run.stdout.splitlines() if line.startswith("tiny"))
     assert float(row.split()[-1]) > 100
     assert list(tmp_path.iterdir()) == []
-
-
-def run(script: str, *arguments: str | Path) -> str:
-    command = [str(EXAMPLES / script), *map(str, arguments)]
-    done = python(command, preload=Preload.TRANSFORMERS)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -229,6 +229,47 @@ def test_the_encoder_example_prints_text_similarity(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_embedding_model_is_trained_saved_and_measured(tmp_path: Path) -> None:
+    # The tiny parent would not do: sentence-transformers reads its byte-level tokenizer as Gemma's.
+    write_readable_source(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "whole")
+    convert(tmp_path / "whole", tmp_path / "encoder", part="encoder")
+    options = ("--steps", "3", "--batch", "8", "--held-out", "20")
+    printed = run("embedding.py", tmp_path / "encoder", tmp_path / "out", *options)
+    # Random weights find little; that they were trained is what verify says.
+    shares = [float(line.split()[-2].rstrip("%")) for line in printed.splitlines() if line.endswith("found")]
+    assert len(shares) == 2
+    assert all(0 <= share <= 100 for share in shares)
+    report = verify(tmp_path / "out", tmp_path / "encoder")
+    assert [(check.name, check.detail) for check in report.checks if not check.passed] == []
+    assert report.passed
+    assert (tmp_path / "out/modules.json").exists()
+
+
+def test_code_is_paired_with_the_first_line_of_its_docstring() -> None:
+    from embedding import pairs
+    from tiny_parent.corpus import Document
+
+    text = '''
+@cached
+def area(side):
+    """Return the area of a square.
+
+    More.
+    """
+    return side * side
+def short():
+    """Too short."""
+    return 1
+def empty():
+    """Do nothing for ever and ever."""
+'''
+    found = list(pairs(Document("shapes.py", text)))
+    assert found == [("Return the area of a square.", "def area(side):\n    return side * side")]
+    assert list(pairs(Document("help/while", text))) == []
+
+
+@pytest.mark.slow
 def test_the_decoder_example_gives_the_source_back(tmp_path: Path) -> None:
     write_readable_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "whole")
@@ -236,18 +277,6 @@ def test_the_decoder_example_gives_the_source_back(tmp_path: Path) -> None:
     assert any("passed decoder_parity - logits with hidden memory" in line for line in lines)
     weights = (tmp_path / "source/model.safetensors").read_bytes()
     assert (tmp_path / "back/model.safetensors").read_bytes() == weights
-
-
-TINY_PARENT = EXAMPLES / "tiny_parent"
-
-
-@pytest.fixture(scope="module")
-def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the small Gemma 3 after two training steps, with the training's output."""
-    folder = tmp_path_factory.mktemp("tiny-parent") / "parent"
-    printed = run("tiny_parent/train.py", folder, "--steps", "2", "--documents", "12")
-    (folder.parent / "said").write_text(printed)
-    return folder
 
 
 @pytest.mark.slow

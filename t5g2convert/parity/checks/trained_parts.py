@@ -16,10 +16,7 @@ TRAINED: Final = ("encoder", "decoder")
 NONE: Final = "none"
 """The value of --frozen for a training that froze no part, not even the vision tower."""
 
-LOST: Final = (
-    "transformers' Trainer puts the encoder back to the start on resume and with load_best_model_at_end "
-    "(huggingface/transformers#48805)"
-)
+LOST: Final = "transformers' Trainer puts the encoder back to the start on resume (huggingface/transformers#48805)"
 
 _LAYER: Final = re.compile(
     r"(?:model\.)?(?:(encoder|decoder)\.)?(vision_tower\.vision_model\.encoder\.)?layers\.(\d+)\."

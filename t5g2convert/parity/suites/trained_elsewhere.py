@@ -2,8 +2,8 @@
 
 Without a t5g2.json there is no record of the training, but some things hold after any training. Settings and tokens
 keep their meaning. Frozen parts equal the start's bit for bit. Trained parts have moved but are still near the start.
-This finds a known failure: transformers' Trainer loses the encoder on resume and with load_best_model_at_end, and only
-warns (huggingface/transformers#48805); the encoder is then the start's, or random.
+This finds a known failure: transformers' Trainer loses the encoder on resume, and only warns
+(huggingface/transformers#48805); the encoder is then the start's, or random.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
