@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from t5g2convert.adaptation.data.index import Count
 from t5g2convert.adaptation.data.token_stream import mapped_array, shard_name
 from t5g2convert.checkpoint.file_store import HASH_THREADS, sha256_of
-from t5g2convert.checkpoint.manifest import Digest
+from t5g2convert.checkpoint.manifest_section import Digest
 from t5g2convert.conversion.write.copy import output_errors
 from t5g2convert.errors import DataError, OutputError
 

@@ -29,7 +29,7 @@ from t5g2convert.adaptation.data.output_files import FileState
 from t5g2convert.adaptation.data.rows import Fault
 from t5g2convert.adaptation.data.token_stream import END
 from t5g2convert.checkpoint.atomic_write import clear, flush_folder, replace_file
-from t5g2convert.checkpoint.manifest import Digest
+from t5g2convert.checkpoint.manifest_section import Digest
 from t5g2convert.conversion.output.recovery import JOURNAL_FILE
 from t5g2convert.conversion.write.copy import output_errors
 from t5g2convert.errors import DataError, OutputError

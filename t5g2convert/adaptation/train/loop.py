@@ -27,7 +27,7 @@ from t5g2convert.adaptation.train.run_folder import METRICS_FILE, TENSORBOARD_FO
 from t5g2convert.adaptation.train.run_settings import RunSettings
 from t5g2convert.adaptation.train.saver import Saver
 from t5g2convert.adaptation.train.schedule import learning_rate
-from t5g2convert.adaptation.train.sharding import reduces_once, sum_over_processes, trained_parts
+from t5g2convert.adaptation.train.sharding import before_pass, reduces_once, trained_parts
 from t5g2convert.adaptation.train.signals import signals_at_step_ends
 from t5g2convert.errors import DataError, Interrupted, T5g2Error
 
@@ -147,7 +147,7 @@ def train(
                 return
         sums, saved, skipped = _Sums(engine, samples.task_names), time.monotonic(), 0
         for place, batch in _checked(engine, batches):
-            sum_over_processes(parts, place.is_last or not once)
+            before_pass(parts, is_last=place.is_last, sums=place.is_last or not once)
             loss, losses_T, labels_T = module(engine.to_device(batch))
             engine.backward(loss)
             sums.add(losses_T, labels_T, batch)

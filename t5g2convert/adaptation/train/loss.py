@@ -224,7 +224,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         loss_N = hidden_NC.new_empty(len(hidden_NC), dtype=torch.float32)
         d_hidden_NC = torch.empty_like(hidden_NC) if trained else None
         # The table is frozen if an adapter is trained.
-        d_table_VC = torch.zeros_like(table_VC) if trained and ctx.needs_input_grad[1] else None
+        d_table_VC, trains_table = None, ctx.needs_input_grad[1]
         for start in range(0, len(loss_N), chunk):
             piece = slice(start, start + chunk)
             logits_NV = (hidden_NC[piece] @ table_VC.T).float()
@@ -239,6 +239,8 @@ class _SoftmaxLoss(torch.autograd.Function):
                 d_hidden_NC[piece] = gradient_NV @ table_VC
                 if d_table_VC is not None:
                     d_table_VC.addmm_(gradient_NV.T, hidden_NC[piece])
+                elif trains_table:
+                    d_table_VC = gradient_NV.T @ hidden_NC[piece]
         if trained:
             ctx.save_for_backward(d_hidden_NC, d_table_VC)
         ctx.mark_non_differentiable(loss_N)

@@ -98,20 +98,23 @@ def gradient_fits(trained: int, memory: float) -> bool:
 
 
 def trained_parts(module: nn.Module) -> tuple[FSDPModule, ...]:
-    """Return the sharded parts of a module that have trained parameters."""
+    """Return the sharded parts of a module that have trained parameters; the first is the root."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     return tuple(part for part in parts if any(each.requires_grad for each in part.parameters()))
 
 
-def sum_over_processes(parts: Sequence[FSDPModule], now: bool) -> None:
-    """Choose whether the next backward pass sums gradients over processes, or adds them to those of this process.
+def before_pass(parts: Sequence[FSDPModule], *, is_last: bool, sums: bool) -> None:
+    """Choose what the next backward pass does with gradients, and with the values of the root.
 
     Args:
         parts: From `trained_parts`: in frozen parts torch expects values that a pass without images never gathers.
-        now: Whether it sums them.
+        is_last: Whether it is the last of its step. The values of the root, mainly the embedding, stay gathered until
+            then: the next pass begins and ends with them.
+        sums: Whether it sums gradients over processes, or adds them to those of this process.
     """
     for part in parts:
-        part.set_requires_gradient_sync(now, recurse=False)
+        part.set_requires_gradient_sync(sums, recurse=False)
+    parts[0].set_reshard_after_backward(is_last, recurse=False)
 
 
 class Rows(Protocol):
