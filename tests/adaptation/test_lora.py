@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t5g2convert import CheckpointError, OutputError, UsageError, verify
+from t5g2convert import CheckpointError, OutputError, UsageError, inspect, verify
 from t5g2convert.adaptation.adapter_export import export_adapter
 from t5g2convert.adaptation.average import average
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
@@ -170,6 +170,18 @@ def test_a_run_in_bfloat16_with_recomputation_and_parts_trains(
     assert moved["encoder"] > 50 * moved["decoder"] > 0
 
 
+def test_a_dry_run_estimates_the_memory_of_an_adapter(adapted: Path, small: Path, pairs: Path, tmp_path: Path) -> None:
+    done = finetuned(small, pairs, tmp_path / "run", *OPTIONS, *LORA, "--steps", "6", "--dry-run", "--json")
+    found = json.loads(done.stdout)
+    trained = sum(tensor.numel() for tensor in tensors_of(adapted / "run", 6).values())
+    total = inspect(small / "model").parameters["total"]
+    assert found["memory"]["states"] == 16 * trained + 4 * total
+    assert found["throughput"] is found["operations"] is None
+    assert json.loads((adapted / "output.json").read_text())["trained_parameters"] == trained
+    shown = finetuned(small, pairs, tmp_path / "run", *OPTIONS, *LORA, "--steps", "6", "--dry-run")
+    assert "weights, gradients and moments" in shown.stdout
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "the tower's layers": (
         {"lora": 2, "lora_targets": ("q_proj", "out_proj")},
@@ -283,7 +295,9 @@ def test_killed_and_resumed_on_as_many_processes_equals_bit_for_bit(
     monkeypatch.setenv("KILLED_IN", "files")
     monkeypatch.setenv("KILLED_AT", "4")
     finetuned(small, pairs, run, *options, code=-signal.SIGKILL, module="tests.adaptation.killed")
-    finetuned(small, pairs, run, *options, "--resume")
+    done = finetuned(small, pairs, run, *options, "--resume")
+    assert f"adapter     {run / 'adapter'}, 28 targets, loads in peft" in done.stdout
+    assert f"t5g2 merge MODEL {run / 'adapter'} OUTPUT makes a model of it" in done.stdout
     assert steps_of(run) == steps_of(whole)
     names = "evaluation.jsonl", "adapter/adapter_model.safetensors", "adapter/t5g2_adapter.json"
     for name in names:
