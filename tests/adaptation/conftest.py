@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.adaptation.finetunings import pair_documents
+from tests.adaptation.finetunings import pair_rows
 from tests.adaptation.trainings import RUN_OPTIONS, adapt, runs_in_this_process, write_text
 
 
@@ -108,9 +108,8 @@ def pairs(shared: Shared, small: Path) -> Path:
 
     def build(folder: Path) -> None:
         from t5g2convert.adaptation.data.pack import pack
-        from t5g2convert.adaptation.data.tokens import read_tokens
 
-        pack(small / "model", folder / "data", pair_documents(small / "texts", read_tokens(small / "model")))
+        pack(small / "model", folder / "data", pair_rows(small / "texts"))
 
     return shared("pairs", build) / "data"
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from t5g2convert.adaptation.data.pair_documents import PairDocument, plain_pair
-from t5g2convert.adaptation.data.tokens import ModelTokens
+from t5g2convert.adaptation.data.rows import PairRow
 from t5g2convert.adaptation.finetune import FinetuneRequest, finetune
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
 from t5g2convert.adaptation.run_request import Outcome
@@ -19,12 +18,12 @@ NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 OPTIONS = ("--lr", "4e-3", "--batch-pairs", "7", "--warmup", "2", "--precision", "float32")
 
 
-def pair_documents(pictures: Path, tokens: ModelTokens) -> Iterator[PairDocument]:
+def pair_rows(pictures: Path) -> Iterator[PairRow]:
     """Yield 40 pairs: a number in digits, and in words; every fourth has a picture, and one of these two."""
     for number in range(40):
         images = (pictures / f"{number % 12}.png",) * (0 if number % 4 else 2 if number == 20 else 1)
         words = " ".join(NUMBERS[int(digit)] for digit in str(number))
-        yield plain_pair(f"pair {number}", f"The number {number}" * (1 + number % 3), words, images, tokens)
+        yield PairRow(f"pair {number}", f"The number {number}" * (1 + number % 3), words, images)
 
 
 def command(small: Path, pairs: Path, run: Path, *options: str, module: str = "t5g2convert") -> list[str]:

@@ -1,6 +1,7 @@
 """Short runs of fine-tuning in this process, compared with plain torch, and requests that are refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from t5g2convert import verify
 from t5g2convert.adaptation.adapt import adapt
 from t5g2convert.adaptation.data.pack import pack
 from t5g2convert.adaptation.data.packed import Packed
-from t5g2convert.adaptation.data.pair_documents import plain_pair
-from t5g2convert.adaptation.data.tokens import read_tokens
+from t5g2convert.adaptation.data.rows import PairRow
 from t5g2convert.adaptation.finetune import FinetuneRequest, prepare
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
 from t5g2convert.adaptation.train import checkpoints, evaluation
@@ -187,8 +187,7 @@ def test_pairs_of_their_own_are_evaluated(small: Path, pairs: Path, tmp_path: Pa
 
 
 def test_corpora_have_their_own_held_out_pairs_and_losses(small: Path, pairs: Path, tmp_path: Path) -> None:
-    tokens = read_tokens(small / "model")
-    pack(small / "model", tmp_path / "two", [plain_pair(f"{n}", f"Say {n}", str(n), (), tokens) for n in range(10)])
+    pack(small / "model", tmp_path / "two", [PairRow(f"{n}", f"Say {n}", str(n)) for n in range(10)])
     listed = tmp_path / "corpora.yaml"
     listed.write_text(f"corpora: [{{data: {pairs}, weight: 3}}, {{data: two, weight: 1}}]\n")
     request = finetune_request(small, listed, tmp_path / "run", eval_pairs=8, steps=8)
@@ -422,12 +421,15 @@ def test_data_without_pairs_is_refused(small: Path, pairs: Path, tmp_path: Path)
 
 
 def test_pairs_beyond_the_models_positions_are_refused(small: Path, tmp_path: Path) -> None:
-    tokens = read_tokens(small / "model")
+    shutil.copytree(small / "model", tmp_path / "longer")
     config = json.loads((small / "model/config.json").read_text())
     most = config["decoder"]["max_position_embeddings"]
+    for stack in (config["encoder"]["text_config"], config["decoder"]):
+        stack["max_position_embeddings"] = 2 * most
+    (tmp_path / "longer/config.json").write_text(json.dumps(config))
     texts = [("short", "target"), ("x" * (most + 1), "target"), ("short", "y" * (most + 1))]
-    documents = [plain_pair(f"{n}", source, target, (), tokens) for n, (source, target) in enumerate(texts)]
-    pack(small / "model", tmp_path / "data", documents)
+    documents = [PairRow(f"{n}", source, target) for n, (source, target) in enumerate(texts)]
+    pack(tmp_path / "longer", tmp_path / "data", documents)
     with pytest.raises(DataError, match=r"[12] pair\(s\) exceed the model's .* first pair 1") as caught:
         prepare(finetune_request(small, tmp_path / "data", tmp_path / "run"))
     assert caught.value.details
