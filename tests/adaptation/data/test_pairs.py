@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from t5g2convert.adaptation.data import document_encoder
+from t5g2convert.adaptation.data import chat, document_encoder
 from t5g2convert.adaptation.data.dataset_rows import read_dataset
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import Packing, pack
@@ -386,6 +386,21 @@ def test_a_row_that_is_not_valid_is_refused_by_file_and_line(
 ) -> None:
     found = fault(model, folder, row)
     assert found.removeprefix(f"{folder}/") == message
+
+
+def test_conversations_that_would_fill_the_memory_are_refused(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"messages": [user("a"), assistant("b")] * 40}
+    assert len(pairs(model, folder, row, all_turns=True, truncate="input")) == 40
+    monkeypatch.setattr(chat, "LONGEST", 2000)
+    assert fault(model, folder, row, truncate="input").startswith("is longer than 2000 characters")
+    monkeypatch.setattr(chat, "LONGEST", 1000)
+    assert fault(model, folder, {"messages": [user("a"), assistant("b" * 999)]}).startswith("is longer than 1000")
+    row = {"messages": [user("a"), assistant("b")] * 40}
+    assert fault(model, folder, row, all_turns=True) == (
+        "is too long for 40 pairs that each repeat all before them; split it"
+    )
 
 
 def with_template(model: Path, tmp_path: Path, template: str | None) -> Path:
