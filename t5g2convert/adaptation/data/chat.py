@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from t5g2convert.adaptation.data.images import text_pieces
 from t5g2convert.adaptation.data.pair_documents import PairDocument, Part, with_places
-from t5g2convert.adaptation.data.rows import ChatRow, Document, Fault, PairRow, Row
+from t5g2convert.adaptation.data.rows import LONGEST, ChatRow, Document, Fault, PairRow, Row
 from t5g2convert.adaptation.data.tokens import UNUSED, ModelTokens
 from t5g2convert.checkpoint.file_names import OLDER_TEMPLATE_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from t5g2convert.checkpoint.file_store import sha256_of
@@ -22,6 +22,9 @@ from t5g2convert.reference.generation.chat_template import ChatTemplate
 
 BLANK: Final = "\n\n"
 """What Gemma 3's processor puts on both sides of an image."""
+
+MOST_REPEATED: Final = 64
+"""Most characters of the inputs of one conversation, in documents of the largest length: a gigabyte."""
 
 
 def template_sha256(model: Path) -> str:
@@ -85,6 +88,8 @@ class PairMaker:
         if not turns:
             raise ValueError("has only an answer, but no message before it")
         every = self._all_turns and not row.only_last
+        if every and len(turns) * len(repr(messages)) > MOST_REPEATED * LONGEST:
+            raise ValueError(f"is too long for {len(turns)} pairs that each repeat all before them; split it")
         return [self._turn(row, number, named=every) for number in (turns if every else turns[-1:])]
 
     def _turn(self, row: ChatRow, number: int, *, named: bool) -> PairDocument:
@@ -101,6 +106,8 @@ class PairMaker:
             messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
         before = _rendered(template, messages[:-1], tools, answer_next=True)
         whole = _rendered(template, messages, tools, answer_next=False)
+        if len(whole) > LONGEST:
+            raise ValueError(f"is longer than {LONGEST} characters, the limit for a document; split it")
         if not whole.startswith(before):
             raise ValueError(
                 f"cannot be split before message {number + 1}: with it, the chat template renders other text before it"

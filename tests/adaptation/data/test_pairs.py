@@ -13,13 +13,14 @@ from PIL import Image
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from t5g2convert.adaptation.data import document_encoder
+from t5g2convert.adaptation.data import chat, document_encoder
 from t5g2convert.adaptation.data.dataset_rows import read_dataset
 from t5g2convert.adaptation.data.documents import read_files
 from t5g2convert.adaptation.data.pack import Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.pair_documents import PairDocument
 from t5g2convert.adaptation.data.rows import Columns, Document, Fault, PairRow
+from t5g2convert.adaptation.data.shown import first_samples
 from t5g2convert.errors import CheckpointError, DataError, UsageError
 from tests.folders import contents
 from tests.models.gemma_chat import write_chat_model
@@ -143,6 +144,37 @@ def test_every_turn_of_the_assistant(model: Path, folder: Path) -> None:
     rows = read_files([folder / "rows.jsonl"], Columns(), lambda _: None)
     with pytest.raises(DataError, match=r"rows\.jsonl:1 \(message 4\): its input has 36 tokens, more than 35"):
         pack(model, folder.parent / "refused", rows, all_turns=True, max_input=35)
+
+
+TURN = "2:<bos> 200:<start_of_turn> 89:u 87:s 73:e 86:r 202:\\n"
+MODEL_TURN = "201:<end_of_turn> 202:\\n 200:<start_of_turn> 81:m 83:o 72:d 73:e 80:l 202:\\n"
+
+SHOWN = [
+    "pair 1: input 2, target 2", "  input   2:<bos> 69:a", "  target  70:b 1:<eos>",
+    "pair 2: input 2, target 2", "  input   2:<bos> 71:c", "  target  72:d 1:<eos>",
+    "pair 3: input 17, target 3", f"  input   {TURN} 73:e {MODEL_TURN}", "  target  74:f 201:<end_of_turn> 1:<eos>",
+    "pair 4: input 17, target 3", f"  input   {TURN} 75:g {MODEL_TURN}", "  target  76:h 201:<end_of_turn> 1:<eos>",
+    "pair 5: input 17, target 3", f"  input   {TURN} 77:i {MODEL_TURN}", "  target  78:j 201:<end_of_turn> 1:<eos>",
+    "pair 6: input 27, target 3, 1 image(s)",
+    f"  input   {TURN} x3 253:<start_of_image> 255:<image_soft_token> x4 254:<end_of_image> 202:\\n x2 79:k "
+    f"{MODEL_TURN}",
+    "  target  80:l 201:<end_of_turn> 1:<eos>",
+]  # fmt: skip
+
+
+def test_a_sample_of_each_form_is_shown_token_by_token(model: Path, folder: Path) -> None:
+    rows = [
+        {"input": "a", "target": "b"},
+        {"prompt": "c", "completion": "d"},
+        {"prompt": [user("e")], "completion": [assistant("f")]},
+        {"messages": [user("g"), assistant("h")]},
+        {"conversations": [{"from": "human", "value": "i"}, {"from": "gpt", "value": "j"}]},
+        {"messages": [user([RED, text_part("k")]), assistant("l")]},
+    ]
+    done = packed_rows(model, folder, *rows, flush=False)
+    lines = [line for sample in first_samples(done.output, model, 9) for line in sample.lines()]
+    print("\n".join(lines))
+    assert lines == SHOWN
 
 
 def test_names_of_special_tokens_in_contents_are_plain_characters(model: Path, folder: Path) -> None:
@@ -386,6 +418,21 @@ def test_a_row_that_is_not_valid_is_refused_by_file_and_line(
 ) -> None:
     found = fault(model, folder, row)
     assert found.removeprefix(f"{folder}/") == message
+
+
+def test_conversations_that_would_fill_the_memory_are_refused(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"messages": [user("a"), assistant("b")] * 40}
+    assert len(pairs(model, folder, row, all_turns=True, truncate="input")) == 40
+    monkeypatch.setattr(chat, "LONGEST", 2000)
+    assert fault(model, folder, row, truncate="input").startswith("is longer than 2000 characters")
+    monkeypatch.setattr(chat, "LONGEST", 1000)
+    assert fault(model, folder, {"messages": [user("a"), assistant("b" * 999)]}).startswith("is longer than 1000")
+    row = {"messages": [user("a"), assistant("b")] * 40}
+    assert fault(model, folder, row, all_turns=True) == (
+        "is too long for 40 pairs that each repeat all before them; split it"
+    )
 
 
 def with_template(model: Path, tmp_path: Path, template: str | None) -> Path:
