@@ -170,6 +170,16 @@ def test_a_run_in_bfloat16_with_recomputation_and_parts_trains(
     assert moved["encoder"] > 50 * moved["decoder"] > 0
 
 
+def test_an_adapter_is_distilled_too(small: Path, pairs: Path, tmp_path: Path, one_process: None) -> None:
+    request = finetune_request(small, pairs, tmp_path / "run", lora=2, kd=small / "parent", steps=2)
+    outcome, steps = finetune_here(request)
+    assert outcome.trained == sum(tensor.numel() for tensor in tensors_of(tmp_path / "run", 2).values())
+    # The teacher is the parent of the model, so it predicts almost the same.
+    plain, other = finetune_here(finetune_request(small, pairs, tmp_path / "plain", lora=2, steps=2))
+    assert plain.trained == outcome.trained
+    assert 0 < steps[0].loss < other[0].loss
+
+
 def test_a_dry_run_estimates_the_memory_of_an_adapter(adapted: Path, small: Path, pairs: Path, tmp_path: Path) -> None:
     done = finetuned(small, pairs, tmp_path / "run", *OPTIONS, *LORA, "--steps", "6", "--dry-run", "--json")
     found = json.loads(done.stdout)

@@ -17,6 +17,8 @@ from t5g2convert.checkpoint.manifest import read_manifest
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.parity.checks import merged_values
 from tests.adaptation.adapters import write_adapter
+from tests.adaptation.test_merge import KINDS
+from tests.conftest import TwinFolder
 from tests.parity.mutations import OPERATORS, Bench, Document, Tally, check_of, close, exchange, message_of
 from tests.publish.folders import write_adapted
 
@@ -81,6 +83,16 @@ def test_a_merge_is_judged_with_its_source_and_its_adapter(scene: Scene, bench: 
 def test_a_merge_in_another_dtype_is_judged_too(options: dict[str, Any], scene: Scene, tmp_path: Path) -> None:
     merge(scene["model"], scene["adapter"], tmp_path / "merged", **options)
     report = verify(tmp_path / "merged", scene["model"], adapter=scene["adapter"], record=False)
+    assert report.passed, report.failed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_of_every_kind_of_adapter_is_judged(kind: str, converted_twin: TwinFolder, tmp_path: Path) -> None:
+    name, config = KINDS[kind]
+    model = converted_twin(name)
+    adapter = write_adapter(model, tmp_path / "adapter", **config)
+    merge(model, adapter, tmp_path / "merged")
+    report = verify(tmp_path / "merged", model, adapter=adapter, record=False)
     assert report.passed, report.failed
 
 
