@@ -196,7 +196,7 @@ def test_a_resumed_pack_that_is_killed_while_it_cuts_its_files_is_resumed(
             for mode in ("new", "append")
             for call, number in [
                 ("write", 9),
-                ("write", 81),
+                ("write", 61),
                 ("fsync", 8),
                 ("fsync", 47),
                 ("fsync", 90),
