@@ -128,7 +128,7 @@ def trainer(arguments: argparse.Namespace) -> list[float]:
     passes = [(samples[place], place.is_last) for place in samples.order(how, rank=0, world=1)]
     batches = [({name: batch[name] for name in batch if name != "tasks"}, is_last) for batch, is_last in passes]
     model, bf16 = training.load(arguments.folder), arguments.precision == "bfloat16"
-    return training.run_trainer(model, batches, arguments.steps, bf16=bf16, clock=time.process_time)
+    return training.run_trainer(model, batches, arguments.steps, bf16=bf16)
 
 
 ROLES: dict[str, Callable[[argparse.Namespace], list[float]]] = {"finetune": finetune, "trainer": trainer}

@@ -4,9 +4,9 @@
 
 The model has the shapes of the real one with fewer layers and seeded random weights; the text is source code. The order
 of the batches is the one of `t5g2 adapt`, and all three make the same updates with AdamW, in float32 and without
-recomputation. They take turns, each in a process of its own. A step's speed is encoder tokens and labels per second;
-the first step of each process is not counted. Printed are the median of each, and the median over the rounds of the
-ratio to the fastest other. Trainer needs the package `accelerate`.
+recomputation. They take turns, each in a process of its own. A step's speed is encoder tokens and labels, without
+padding, per second of processor time; the first step of each process is not counted. Printed are the median of each,
+and the median over the rounds of the ratio to the fastest other. Trainer needs the package `accelerate`.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -112,11 +113,11 @@ def adapt(folder: Path, length: int, steps: int) -> list[float]:
     from t5g2convert.adaptation.options import AdaptOptions
 
     how = AdaptOptions(**options(length, steps), export=False, recompute="none", accelerator="cpu", save_minutes=1e6)
-    speeds: list[float] = []
+    ends = [(0, time.process_time())]
     with TemporaryDirectory() as out:
         request = Request(folder / "model", folder / "data", Path(out) / "run", how)
-        run(request, begun=lambda _: None, report=lambda metrics: speeds.append(metrics.tokens_per_second))
-    return speeds
+        run(request, begun=lambda _: None, report=lambda metrics: ends.append((metrics.tokens, time.process_time())))
+    return [tokens / (end - start) for (_, start), (tokens, end) in pairwise(ends)]
 
 
 def passes(folder: Path, length: int, steps: int) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -150,7 +151,7 @@ def plain(folder: Path, length: int, steps: int) -> list[float]:
 
     model = load(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    speeds, tokens, labels, began = [], 0, 0, time.perf_counter()
+    speeds, tokens, labels, began = [], 0, 0, time.process_time()
     for batch, is_last in passes(folder, length, steps):
         counted = int((batch["labels"] >= 0).sum())
         (model(**batch).loss * counted).backward()
@@ -162,8 +163,8 @@ def plain(folder: Path, length: int, steps: int) -> list[float]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            speeds.append(tokens / (time.perf_counter() - began))
-            tokens, labels, began = 0, 0, time.perf_counter()
+            speeds.append(tokens / (time.process_time() - began))
+            tokens, labels, began = 0, 0, time.process_time()
     return speeds
 
 
@@ -178,7 +179,6 @@ def run_trainer(
     steps: int,
     *,
     bf16: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Train with Seq2SeqTrainer, which for a loss is Trainer, on given batches; return the speed of each step."""
     from torch.utils.data import IterableDataset
@@ -186,7 +186,7 @@ def run_trainer(
 
     a_step = [is_last for _, is_last in batches].index(True) + 1
     tokens = [sum(tokens_of(batch) for batch, _ in batches[at : at + a_step]) for at in range(0, len(batches), a_step)]
-    ends = [clock()]
+    ends = [time.process_time()]
 
     class InOrder(IterableDataset[dict[str, Any]]):
         def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -194,10 +194,10 @@ def run_trainer(
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            ends[0] = clock()
+            ends[0] = time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(clock())
+            ends.append(time.process_time())
 
     with TemporaryDirectory() as out:
         arguments = Seq2SeqTrainingArguments(
