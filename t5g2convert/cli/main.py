@@ -41,7 +41,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "verify": "Judge a conversion: files, bytes, settings, and what both models compute.",
     "compare": "Measure how far a trained T5Gemma 2 has moved from its Gemma 3; the options make it a gate for CI.",
     "generate": "Generate text with the reference encoder-decoder, or with transformers.",
-    "pack": "Tokenize text and images into the files that `t5g2 adapt` trains on.",
+    "pack": "Tokenize text, images and pairs into the files that `t5g2 adapt` and `t5g2 finetune` train on.",
     "adapt": "Continue the training of a converted model with UL2, on one device or many.",
     "finetune": "Fine-tune a model on pairs of an input and a target, on one device or many.",
     "average": "Average the last checkpoints of a training run into a model, as T5Gemma 2 was finished.",
