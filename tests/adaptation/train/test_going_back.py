@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from t5g2convert.adaptation import adapt as adapt_module
+from t5g2convert.adaptation import training
 from t5g2convert.adaptation.adapt import Request, adapt, foresee
 from t5g2convert.adaptation.train import checkpoint_manifest, loop
 from t5g2convert.adaptation.train.checkpoint_manifest import complete_checkpoints
@@ -129,7 +129,7 @@ def test_a_run_that_dies_while_it_goes_back_can_go_back_again(
 
     with monkeypatch.context() as patch:
         if renamed == 2:
-            patch.setattr(adapt_module, "write_description", die)
+            patch.setattr(training, "write_description", die)
         else:
             patch.setattr(checkpoint_manifest, "flush_folder", flush_some)
         with pytest.raises((OutputError, OSError), match="Input/output error"):
