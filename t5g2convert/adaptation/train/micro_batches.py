@@ -75,6 +75,8 @@ def micro_batches(
         first = first_sample(settings, step, earlier)
         sizes = [size(step, first + number) for number in range(settings.samples_of(step))]
         passes = deal(sizes, world=world, tokens=tokens, samples=samples)
+        # Images first: where gradients of several passes are added up, each part's sum has to begin in the first pass.
+        passes.sort(key=lambda chosen: not _has_images(chosen, sizes))
         for number, chosen in enumerate(passes):
             own = chosen[rank::world]
             # All processes make passes of one shape, or nearly: the cheapest sample fills the last.
@@ -85,8 +87,12 @@ def micro_batches(
                 (True,) * len(own) + (False,) * filling,
                 is_first=number == 0,
                 is_last=number == len(passes) - 1,
-                has_images=any(sizes[sample].images for sample in chosen),
+                has_images=_has_images(chosen, sizes),
             )
+
+
+def _has_images(chosen: Sequence[int], sizes: Sequence[SampleSize]) -> bool:
+    return any(sizes[number].images for number in chosen)
 
 
 def deal(

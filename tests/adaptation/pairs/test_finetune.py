@@ -451,3 +451,11 @@ def test_settings_that_may_not_change_are_refused_when_a_run_resumes(small: Path
     outcome, _ = finetune_here(changed(request, resume=True, change=True, steps=4, lr_encoder=1e-3, batch_pairs=3))
     assert outcome.settings.steps == 4
     assert isinstance(request.options, FinetuneOptions)
+
+
+@pytest.mark.parametrize("reduce", ["pass", "step"])
+def test_pairs_of_both_kinds_train_in_bfloat16(reduce: str, small: Path, pairs: Path, tmp_path: Path) -> None:
+    # The projector's gradient begins in the first pass of a step or not at all: FSDP sums gradients of one dtype.
+    changes = {"precision": "bfloat16", "micro_batch": 1, "reduce": reduce, "eval_pairs": 6}
+    _, steps = finetune_here(finetune_request(small, pairs, tmp_path / "run", steps=6, **changes))
+    assert steps[-1].loss < steps[0].loss

@@ -127,3 +127,11 @@ def test_the_best_checkpoint_of_an_early_end_is_exported_on_two_processes(
     again = json.loads(finetuned(small, pairs, copy, *options_of(2), *options, "--resume").stdout)
     assert (again["stopped"], again["best"]) == (found["stopped"], found["best"])
     assert len(steps_of(copy)) == found["stopped"]
+
+
+def test_two_processes_train_in_bfloat16_with_a_teacher(small: Path, pairs: Path, tmp_path: Path) -> None:
+    # FSDP sums gradients of one dtype: the projector's must not begin after the first pass of a step.
+    options = ("--precision", "bfloat16", "--kd", str(small / "parent"))
+    finetuned(small, pairs, tmp_path / "run", *options_of(2), *options)
+    steps = steps_of(tmp_path / "run")
+    assert steps[-1]["loss"] < steps[0]["loss"]

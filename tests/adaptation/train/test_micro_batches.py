@@ -42,6 +42,15 @@ def test_every_sample_is_dealt_once_within_the_limits(
             assert tokens is None or len(own) <= 1 or padded(own) <= tokens
 
 
+def test_passes_with_images_come_first() -> None:
+    sizes = [SampleSize(8, 8, 9), SampleSize(2, 2, 1, images=1), SampleSize(4, 4, 3), SampleSize(8, 8, 7, images=1)]
+    settings = SETTINGS.model_copy(update={"steps": 1, "text_samples": 4})
+    made = list(micro_batches(settings, lambda _, i: sizes[i], rank=0, world=1, tokens=None, samples=1, start=0))
+    assert [place.samples for place in made] == [(3,), (1,), (0,), (2,)]
+    assert [place.has_images for place in made] == [True, True, False, False]
+    assert [(place.is_first, place.is_last) for place in made] == [(True, False), *[(False, False)] * 2, (False, True)]
+
+
 def test_a_pass_takes_as_many_as_fit() -> None:
     sizes = [SIZES[number] for number in (3, 0, 3, 1, 3, 2)]
     assert deal(sizes, world=1, tokens=16) == [(1,), (5,), (3,), (0, 2, 4)]
