@@ -63,7 +63,8 @@ def main() -> None:
 
 def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Read pairs, as the model reads them."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # A text may have other line ends than JSONL, so not splitlines().
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     return [encode(tokenizer, row["input"], row["target"]) for row in rows]
 
 
@@ -145,7 +146,8 @@ def save(start: Path, checkpoint: Path, output: Path, *, adapted: bool) -> None:
     if adapted:
         model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
     model.to(AutoConfig.from_pretrained(start).dtype).save_pretrained(output)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json"):
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    for name in (*tokenizer, "processor_config.json", "preprocessor_config.json"):
         if (start / name).exists():
             shutil.copyfile(start / name, output / name)
 

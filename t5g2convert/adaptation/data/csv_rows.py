@@ -14,12 +14,14 @@ UNCLOSED: Final = "unexpected end of data"
 
 
 class _Decoded:
-    """The lines of a file as text; after a line that is not valid, the next one can be read."""
+    """The lines of a file as text. Bytes that are not UTF-8 are replaced, so that a row ends where it should."""
 
     def __init__(self, lines: Iterator[tuple[str, bytes]]) -> None:
         self._lines = lines
         self.number = 0
-        """Lines read so far; the csv module does not count those that are not valid."""
+        """Lines read so far."""
+        self.fault: str | None = None
+        """What is wrong with the lines since this was last None."""
 
     def __iter__(self) -> "_Decoded":
         return self
@@ -32,7 +34,8 @@ class _Decoded:
         try:
             return line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start} of the line") from None
+            self.fault = self.fault or f"is not UTF-8: {error.reason} at byte {error.start} of the line"
+            return line.decode("utf-8-sig", "replace")
 
 
 def csv_rows(path: Path, lines: Iterator[tuple[str, bytes]], columns: Columns) -> Iterator[Row]:
@@ -44,16 +47,17 @@ def csv_rows(path: Path, lines: Iterator[tuple[str, bytes]], columns: Columns) -
         columns: The columns that decide the form of a row.
 
     Raises:
-        DataError: The file has no valid header, lacks the columns, or has a quote that is not closed.
+        DataError: The file has no valid header, lacks the columns, or is not CSV from some line on: where its rows end
+            is not known behind a quote that is not valid.
     """
     csv.field_size_limit(LONGEST)
     decoded = _Decoded(lines)
     reader = csv.reader(decoded, strict=True)
-    header = _header(path, reader, columns)
+    header = _header(path, reader, columns, decoded)
     if header is None:
         return
     while True:
-        where = f"{path}:{decoded.number + 1}"
+        where, decoded.fault = f"{path}:{decoded.number + 1}", None
         try:
             fields = next(reader)
         except StopIteration:
@@ -63,10 +67,11 @@ def csv_rows(path: Path, lines: Iterator[tuple[str, bytes]], columns: Columns) -
                 raise DataError(
                     f"has a quote that is not closed within {LONGEST} characters, or before the file ends", where=where
                 ) from None
-            reason = str(error)
-            yield Fault(where, reason if isinstance(error, ValueError) else f"is not valid CSV: {reason}")
-            continue
-        if len(fields) == len(header):
+            reason = str(error) if isinstance(error, ValueError) else f"is not valid CSV: {error}"
+            raise DataError(reason, where=where, hint="mend the file: its other rows cannot be told apart") from None
+        if decoded.fault is not None:
+            yield Fault(where, decoded.fault)
+        elif len(fields) == len(header):
             row = {
                 name: None if name in IMAGE_KEYS and not field else field
                 for name, field in zip(header, fields, strict=True)
@@ -76,7 +81,7 @@ def csv_rows(path: Path, lines: Iterator[tuple[str, bytes]], columns: Columns) -
             yield Fault(where, f"has {len(fields)} fields, but the header has {len(header)}")
 
 
-def _header(path: Path, reader: Iterator[list[str]], columns: Columns) -> list[str] | None:
+def _header(path: Path, reader: Iterator[list[str]], columns: Columns, decoded: _Decoded) -> list[str] | None:
     """Return the names of the columns; None for an empty file."""
     try:
         header = next(reader)
@@ -84,6 +89,8 @@ def _header(path: Path, reader: Iterator[list[str]], columns: Columns) -> list[s
         return None
     except (csv.Error, ValueError) as error:
         raise DataError(f"has no valid header: {error}", where=f"{path}:1") from None
+    if decoded.fault is not None:
+        raise DataError(f"has no valid header: {decoded.fault}", where=f"{path}:1")
     if twice := [name for name in header if header.count(name) > 1]:
         raise DataError(f"has the column {twice[0]!r} twice", where=f"{path}:1")
     if not columns.fitting(header):

@@ -197,6 +197,8 @@ def _read_parquet(path: Path, columns: Columns, progress: Progress) -> Iterator[
             forms = columns.fitting(names)
             if not forms:
                 raise DataError(columns.absence(names, "column "), where=path)
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"has the column {twice[0]!r} twice", where=path)
             wanted = {key for form in forms for key in form.keys} | {*IMAGE_KEYS, TOOLS}
             read = [name for name in names if name in wanted]
             rows, number = file.metadata.num_rows, 0

@@ -22,6 +22,9 @@ from t5g2convert.adaptation.data.images import PLACEHOLDER
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES: Final = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
+DEEPEST: Final = 100
+"""Most levels of lists and objects in a value of a message or tool."""
+
 PLACES: Final = (PLACEHOLDER, "<image>")
 """Marks of images in contents without parts for them."""
 
@@ -141,22 +144,24 @@ def _image(value: object, name: str, folder: Path | None) -> ImageSource:
     return image_source(value, name, folder)
 
 
-def checked_value(value: Any, name: str, check_text: CheckText) -> Any:
+def checked_value(value: Any, name: str, check_text: CheckText, *, depth: int = 0) -> Any:
     """Return a value of a message or tool after a check of all texts in it; keys with null are left out.
 
     Raises:
-        ValueError: A text is not valid, or a value has a type that JSON lacks.
+        ValueError: A text is not valid, a value has a type that JSON lacks, or it is nested too deeply.
     """
+    if depth > DEEPEST:
+        raise ValueError(f"{name} is nested more than {DEEPEST} deep")
     if isinstance(value, str):
         return check_text(value, name)
     if isinstance(value, Mapping):
         return {
-            check_text(key, name): checked_value(each, name, check_text)
+            check_text(key, name): checked_value(each, name, check_text, depth=depth + 1)
             for key, each in value.items()
             if each is not None
         }
     if isinstance(value, list):
-        return [checked_value(each, name, check_text) for each in value]
+        return [checked_value(each, name, check_text, depth=depth + 1) for each in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     raise ValueError(f"{name} has a value of type {type(value).__name__}")

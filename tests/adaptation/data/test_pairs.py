@@ -316,22 +316,36 @@ def test_rows_of_a_csv_that_are_not_valid(folder: Path) -> None:
     assert read(b'text,n\na,1\nb\nc,1,2\nd,2\n') == [
         "2", "3: has 1 fields, but the header has 2", "4: has 3 fields, but the header has 2", "5"
     ]  # fmt: skip
-    assert read(b'text\n"a\nb"\n\xff\n"c"d\ne\n') == [
-        "2",
-        "4: is not UTF-8: invalid start byte at byte 0 of the line",
-        "5: is not valid CSV: ',' expected after '\"'",
-        "6",
-    ]
+    not_text = "is not UTF-8: invalid start byte at byte {} of the line"
+    assert read(b'text\n"a\nb"\n\xff\ne\n') == ["2", f"4: {not_text.format(0)}", "5"]
+    # The rest of a row with bytes that are no text is no row.
+    assert read(b'input,target\na,"b \xff\nc, d"\ne,f\n') == [f"2: {not_text.format(5)}", "4"]
     for text, message in (
         (b"a,a\n", r"a\.csv:1: has the column 'a' twice"),
         (b"n\n1\n", r"a\.csv:1: has 'n', expected 'text', or 'input' and 'target'"),
         (b"\xff\n1\n", r"a\.csv:1: has no valid header: is not UTF-8"),
+        (b'input,target\na,"b "c" d\ne, f"\ng,h\n', r"a\.csv:2: is not valid CSV: ',' expected after '\"'"),
         (b'text\na\n"b\nc', r"a\.csv:3: has a quote that is not closed"),
     ):
         with pytest.raises(DataError, match=message):
             read(text)
     with pytest.raises(DataError, match=r"a\.csv:1: has no column 'body', but 'n'"):
         read(b"n\n1\n", Columns(text="body"))
+
+
+def test_a_parquet_file_with_two_columns_of_a_name_is_refused(folder: Path) -> None:
+    columns = pa.table([["a"], ["b"], ["c"]], names=["input", "target", "input"])
+    parquet.write_table(columns, folder / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: has the column 'input' twice"):
+        list(read_files([folder / "a.parquet"], Columns(), lambda _: None))
+
+
+def test_values_nested_deeply_are_refused(model: Path, folder: Path) -> None:
+    value: Any = []
+    for _ in range(300):
+        value = [value]
+    row = {"messages": [{**user("a"), "extra": value}, assistant("b")]}
+    assert "is nested more than 100 deep" in fault(model, folder, row)
 
 
 def test_options_decide_between_forms(model: Path, folder: Path) -> None:
