@@ -20,8 +20,14 @@ class _Decoded:
         self._lines = lines
         self.number = 0
         """Lines read so far."""
-        self.fault: str | None = None
-        """What is wrong with the lines since this was last None."""
+        self.quotes = 0
+        """Double quotes since the last call of `fault`."""
+        self._fault: str | None = None
+
+    def fault(self) -> str | None:
+        """Return what is wrong with the lines since the last call, if anything."""
+        found, self._fault, self.quotes = self._fault, None, 0
+        return found
 
     def __iter__(self) -> "_Decoded":
         return self
@@ -29,12 +35,13 @@ class _Decoded:
     def __next__(self) -> str:
         _, line = next(self._lines)
         self.number += 1
+        self.quotes += line.count(b'"')
         if len(line) > LONGEST:
             raise ValueError(f"is longer than {LONGEST} bytes, the limit for a line; split it")
         try:
             return line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            self.fault = self.fault or f"is not UTF-8: {error.reason} at byte {error.start} of the line"
+            self._fault = self._fault or f"is not UTF-8: {error.reason} at byte {error.start} of the line"
             return line.decode("utf-8-sig", "replace")
 
 
@@ -47,8 +54,8 @@ def csv_rows(path: Path, lines: Iterator[tuple[str, bytes]], columns: Columns) -
         columns: The columns that decide the form of a row.
 
     Raises:
-        DataError: The file has no valid header, lacks the columns, or is not CSV from some line on: where its rows end
-            is not known behind a quote that is not valid.
+        DataError: The file has no valid header, lacks the columns, or has a row that is not valid with a quote left
+            open, so that the ends of the rows behind it are not known.
     """
     csv.field_size_limit(LONGEST)
     decoded = _Decoded(lines)
@@ -57,7 +64,7 @@ def csv_rows(path: Path, lines: Iterator[tuple[str, bytes]], columns: Columns) -
     if header is None:
         return
     while True:
-        where, decoded.fault = f"{path}:{decoded.number + 1}", None
+        where = f"{path}:{decoded.number + 1}"
         try:
             fields = next(reader)
         except StopIteration:
@@ -68,9 +75,14 @@ def csv_rows(path: Path, lines: Iterator[tuple[str, bytes]], columns: Columns) -
                     f"has a quote that is not closed within {LONGEST} characters, or before the file ends", where=where
                 ) from None
             reason = str(error) if isinstance(error, ValueError) else f"is not valid CSV: {error}"
-            raise DataError(reason, where=where, hint="mend the file: its other rows cannot be told apart") from None
-        if decoded.fault is not None:
-            yield Fault(where, decoded.fault)
+            if decoded.quotes % 2:
+                hint = "mend the file: behind a quote that is open, its rows cannot be told apart"
+                raise DataError(reason, where=where, hint=hint) from None
+            decoded.fault()
+            yield Fault(where, reason)
+            continue
+        if (fault := decoded.fault()) is not None:
+            yield Fault(where, fault)
         elif len(fields) == len(header):
             row = {
                 name: None if name in IMAGE_KEYS and not field else field
@@ -89,8 +101,8 @@ def _header(path: Path, reader: Iterator[list[str]], columns: Columns, decoded: 
         return None
     except (csv.Error, ValueError) as error:
         raise DataError(f"has no valid header: {error}", where=f"{path}:1") from None
-    if decoded.fault is not None:
-        raise DataError(f"has no valid header: {decoded.fault}", where=f"{path}:1")
+    if (fault := decoded.fault()) is not None:
+        raise DataError(f"has no valid header: {fault}", where=f"{path}:1")
     if twice := [name for name in header if header.count(name) > 1]:
         raise DataError(f"has the column {twice[0]!r} twice", where=f"{path}:1")
     if not columns.fitting(header):

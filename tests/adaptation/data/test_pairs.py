@@ -316,6 +316,7 @@ def test_rows_of_a_csv_that_are_not_valid(folder: Path) -> None:
     assert read(b'text,n\na,1\nb\nc,1,2\nd,2\n') == [
         "2", "3: has 1 fields, but the header has 2", "4: has 3 fields, but the header has 2", "5"
     ]  # fmt: skip
+    assert read(b'text\n"c"d\ne\n') == ["2: is not valid CSV: ',' expected after '\"'", "3"]
     not_text = "is not UTF-8: invalid start byte at byte {} of the line"
     assert read(b'text\n"a\nb"\n\xff\ne\n') == ["2", f"4: {not_text.format(0)}", "5"]
     # The rest of a row with bytes that are no text is no row.
