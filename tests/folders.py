@@ -1,6 +1,9 @@
-"""Folders in tests: all their bytes, and an old output, as `--overwrite` finds it."""
+"""Folders in tests: all their bytes, an old output, as `--overwrite` finds it, and a disk that is full."""
 
 import hashlib
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +41,17 @@ def write_old(folder: Path) -> None:
     for name, data in OLD.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let writing fail behind so many bytes of a file, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.run_request import Outcome, RunRequest, Watch
-from t5g2convert.adaptation.train.distributed import check_shard_size, require_extra
+from t5g2convert.adaptation.train.distributed import planned_processes, require_extra
 from t5g2convert.adaptation.train.evaluation import Evaluation
 from t5g2convert.adaptation.train.forecast import Forecast, forecast
 from t5g2convert.adaptation.train.metrics import Metrics
@@ -56,8 +56,7 @@ def foresee(request: Request) -> Forecast:
     """
     require_extra()
     options = request.options
-    devices = (options.devices or 1) * (options.nodes or 1)
-    check_shard_size(options, devices)
+    devices = planned_processes(options)
     return forecast(_prepare(request), devices=devices, loop=options, shard_size=options.shard_size)
 
 

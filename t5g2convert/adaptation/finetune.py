@@ -10,7 +10,7 @@ from t5g2convert.adaptation.pairs.forecast import PairForecast, forecast_pairs
 from t5g2convert.adaptation.pairs.generation import generate_and_score
 from t5g2convert.adaptation.pairs.preflight import prepare_pairs
 from t5g2convert.adaptation.run_request import Outcome, RunRequest, Watch
-from t5g2convert.adaptation.train.distributed import check_shard_size, require_extra
+from t5g2convert.adaptation.train.distributed import planned_processes, require_extra
 from t5g2convert.adaptation.train.evaluation import Evaluation, Policy
 from t5g2convert.adaptation.train.metrics import Metrics
 from t5g2convert.adaptation.train.preflight import Prepared
@@ -65,8 +65,7 @@ def foresee(request: FinetuneRequest) -> PairForecast:
     """
     require_extra()
     options = request.options
-    devices = (options.devices or 1) * (options.nodes or 1)
-    check_shard_size(options, devices)
+    devices = planned_processes(options)
     return forecast_pairs(prepare(request), devices=devices, loop=options, shard_size=options.shard_size)
 
 

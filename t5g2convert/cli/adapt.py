@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from t5g2convert.adaptation.options import AdaptOptions
-from t5g2convert.adaptation.train.run_settings import RUN
 from t5g2convert.cli.console import (
     DebugOption,
     JsonOption,
@@ -16,7 +15,7 @@ from t5g2convert.cli.console import (
     table,
 )
 from t5g2convert.cli.options import with_options
-from t5g2convert.cli.training import Watched, cost_lines, run_and_print
+from t5g2convert.cli.training import DryRunOption, LogEveryOption, RunArgument, Watched, cost_lines, run_and_print
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.adapt import Request
@@ -48,22 +47,10 @@ def adapt(
             "with their weights."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The run's folder: checkpoints, logs, and the trained model.")],
+    out: RunArgument,
     options: AdaptOptions,
-    log_every: Annotated[
-        int,
-        typer.Option(
-            "--log-every", min=1, help="Steps between printed lines; OUT/metrics.jsonl has all.", rich_help_panel=RUN
-        ),
-    ] = 1,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Print what the run would do and an estimate of its cost; write nothing.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
+    log_every: LogEveryOption = 1,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

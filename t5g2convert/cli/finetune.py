@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from t5g2convert.adaptation.finetune_options import FinetuneOptions
-from t5g2convert.adaptation.train.run_settings import RUN
 from t5g2convert.cli.console import DebugOption, JsonOption, console, emit_json, print_notes
 from t5g2convert.cli.options import with_options
-from t5g2convert.cli.training import Watched, cost_lines, run_and_print
+from t5g2convert.cli.training import DryRunOption, LogEveryOption, RunArgument, Watched, cost_lines, run_and_print
 
 if TYPE_CHECKING:
     from t5g2convert.adaptation.finetune import FinetuneRequest
@@ -26,22 +25,10 @@ def finetune(
             "folders with their weights."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The run's folder: checkpoints, logs, and the trained model.")],
+    out: RunArgument,
     options: FinetuneOptions,
-    log_every: Annotated[
-        int,
-        typer.Option(
-            "--log-every", min=1, help="Steps between printed lines; OUT/metrics.jsonl has all.", rich_help_panel=RUN
-        ),
-    ] = 1,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Print what the run would do and an estimate of its cost; write nothing.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
+    log_every: LogEveryOption = 1,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

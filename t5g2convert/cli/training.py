@@ -1,13 +1,15 @@
-"""What `t5g2 adapt` and `t5g2 finetune` print while they train, and at their end."""
+"""What `t5g2 adapt` and `t5g2 finetune` share: parameters, and what they print while they train and at their end."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from t5g2convert.adaptation.train.run_settings import RUN
 from t5g2convert.cli.console import console, emit_json, parameter_table, print_notes, size_text
 from t5g2convert.errors import Interrupted
 from t5g2convert.interrupts import interruption, raise_interruption
@@ -17,6 +19,22 @@ if TYPE_CHECKING:
     from t5g2convert.adaptation.train.evaluation import Evaluation
     from t5g2convert.adaptation.train.forecast import Forecast, RunCost, Throughput
     from t5g2convert.adaptation.train.metrics import Metrics
+
+RunArgument = Annotated[Path, typer.Argument(help="The run's folder: checkpoints, logs, and the trained model.")]
+LogEveryOption = Annotated[
+    int,
+    typer.Option(
+        "--log-every", min=1, help="Steps between printed lines; OUT/metrics.jsonl has all.", rich_help_panel=RUN
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print what the run would do and an estimate of its cost; write nothing.",
+        rich_help_panel=RUN,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,53 +134,56 @@ def _t5gemma2(*, images: bool) -> CardTemplate:
 
 
 def _adapted(*, images: bool) -> CardTemplate:
-    input_text = "It reads images with the encoder." if images else "It reads text only."
-    return CardTemplate(
-        title="T5Gemma 2, trained further",
-        pipeline=IMAGES if images else TEXT,
-        tags=("t5gemma2", "encoder-decoder", "ul2"),
-        loader="AutoModelForSeq2SeqLM",
+    return _trained(
+        "T5Gemma 2, trained further",
         what=(
             "A T5Gemma 2 encoder-decoder that was converted from Gemma 3 and **trained further**, so that its decoder "
             f"learns to use its encoder, as in the T5Gemma 2 paper ({T5GEMMA2_PAPER}). The table below has the number "
             "of training tokens; the paper used two trillion. The tool that wrote this card did not measure what the "
-            f"model can do. {input_text}"
+            "model can do."
         ),
-        adapt=("It was already adapted. Continue with the same command, or train it for a task. " + _ATTENTION_MASK),
+        adapt="It was already adapted. Continue with the same command, or train it for a task.",
+        tags=("ul2",),
         images=images,
     )
 
 
 def _merged(*, images: bool) -> CardTemplate:
-    input_text = "It reads images with the encoder." if images else "It reads text only."
-    return CardTemplate(
-        title="T5Gemma 2 with a merged LoRA adapter",
-        pipeline=IMAGES if images else TEXT,
-        tags=("t5gemma2", "encoder-decoder", "lora"),
-        loader="AutoModelForSeq2SeqLM",
+    return _trained(
+        "T5Gemma 2 with a merged LoRA adapter",
         what=(
             "A T5Gemma 2 encoder-decoder with a **LoRA adapter merged into its weights**. It needs no adapter to load. "
             "The tool that wrote this card did not measure what the model can do, and does not know what the adapter "
-            f"was trained on. {input_text}"
+            "was trained on."
         ),
-        adapt=("Train it for another task, in full or with a new adapter. " + _ATTENTION_MASK),
+        adapt="Train it for another task, in full or with a new adapter.",
+        tags=("lora",),
         images=images,
     )
 
 
 def _finetuned(*, images: bool) -> CardTemplate:
-    input_text = "It reads images with the encoder." if images else "It reads text only."
-    return CardTemplate(
-        title="T5Gemma 2, fine-tuned",
-        pipeline=IMAGES if images else TEXT,
-        tags=("t5gemma2", "encoder-decoder"),
-        loader="AutoModelForSeq2SeqLM",
+    return _trained(
+        "T5Gemma 2, fine-tuned",
         what=(
             "A T5Gemma 2 encoder-decoder that was converted from Gemma 3 and **fine-tuned on pairs of an input and a "
             "target**: its encoder reads the input, its decoder writes the target. The tool that wrote this card did "
-            f"not measure what the model can do. {input_text}"
+            "not measure what the model can do."
         ),
-        adapt=("It was already trained for a task. Fine-tune it further with the same command. " + _ATTENTION_MASK),
+        adapt="It was already trained for a task. Fine-tune it further with the same command.",
+        images=images,
+    )
+
+
+def _trained(title: str, *, what: str, adapt: str, images: bool, tags: tuple[str, ...] = ()) -> CardTemplate:
+    input_text = "It reads images with the encoder." if images else "It reads text only."
+    return CardTemplate(
+        title=title,
+        pipeline=IMAGES if images else TEXT,
+        tags=("t5gemma2", "encoder-decoder", *tags),
+        loader="AutoModelForSeq2SeqLM",
+        what=f"{what} {input_text}",
+        adapt=f"{adapt} {_ATTENTION_MASK}",
         images=images,
     )
 

@@ -101,6 +101,17 @@ def check_shard_size(hardware: Hardware, processes: int) -> None:
         raise UsageError(f"--shard-size {hardware.shard_size} does not divide the number of processes, {processes}")
 
 
+def planned_processes(hardware: Hardware) -> int:
+    """Return the number of processes that the options ask for, before any of them is started.
+
+    Raises:
+        UsageError: --shard-size does not divide it.
+    """
+    processes = (hardware.devices or 1) * (hardware.nodes or 1)
+    check_shard_size(hardware, processes)
+    return processes
+
+
 def check_attention(options: RunOptions) -> None:
     """Refuse attention by blocks on the CPU.
 

@@ -1,23 +1,19 @@
 """The checks of a T5Gemma 2 that `t5g2 merge` wrote: the source, plus the products of an adapter."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Final
 
-from t5g2convert.checkpoint.families.t5gemma2 import MODEL_TYPE, read_t5gemma2
 from t5g2convert.parity.checks.runs import judge_runs
 from t5g2convert.parity.replay import replay_merge
 from t5g2convert.parity.reports.report import Check, Skipped
 from t5g2convert.parity.session import Verification
 from t5g2convert.parity.source_models import T5Gemma2Source
-from t5g2convert.parity.suites.adapted import PROJECTOR, config, is_zeros
+from t5g2convert.parity.suites.adapted import ADAPTED, PROJECTOR, is_zeros
 from t5g2convert.parity.suites.base import (
     NO_IMAGES,
-    Suite,
     compare_towers,
     conversion_remarks,
-    copied_tokenizer,
-    integrity,
-    provenance,
 )
 from t5g2convert.reference.t5gemma2 import T5Gemma2Reference
 
@@ -53,22 +49,11 @@ def _remarks(verification: Verification[Any]) -> Iterator[str]:
         yield "provenance judges that this adapter was merged into this source, not how the adapter was trained"
 
 
-MERGED: Final = Suite(
-    sources=(MODEL_TYPE,),
-    targets=(MODEL_TYPE,),
-    trained=True,
+MERGED: Final = replace(
+    ADAPTED,
     merged=True,
-    open_source=T5Gemma2Source,
-    read_config=read_t5gemma2,
     replay=replay_merge,
-    checks={
-        "integrity": integrity,
-        "provenance": provenance,
-        "config": config,
-        "tokenizer": copied_tokenizer,
-        "vision_parity": _vision_parity,
-        "runs": _runs,
-    },
+    checks={**ADAPTED.checks, "vision_parity": _vision_parity, "runs": _runs},
     remarks=_remarks,
 )
 """T5Gemma 2 with an adapter merged into some of its tensors."""

@@ -2,10 +2,8 @@ import errno
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +20,7 @@ from t5g2convert.adaptation.data.pack import Packing, pack
 from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.data.rows import Document, Fault
 from t5g2convert.errors import DataError, Interrupted, MachineError, OutputError, UsageError
-from tests.folders import contents
+from tests.folders import contents, largest_file
 
 EOS, BOS = 1, 2
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)
@@ -341,16 +339,6 @@ def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, mixed: list
         with pytest.raises(Interrupted):
             pack(model, tmp_path / "new/out", stopped(), flush=False)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path, mixed: list[Document]) -> None:

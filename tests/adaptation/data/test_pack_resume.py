@@ -1,11 +1,9 @@
 import itertools
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from t5g2convert.adaptation.data.rows import Columns, Document, Fault, PairRow, 
 from t5g2convert.conversion.output.recovery import INSIDE, JOURNAL_FILE
 from t5g2convert.errors import DataError, Interrupted, OutputError, T5g2Error
 from tests.adaptation.data.killed import killed_at
-from tests.folders import contents
+from tests.folders import contents, largest_file
 from tests.models.gemma_chat import write_chat_model
 
 Given = Sequence[Row | PairDocument]
@@ -464,16 +462,6 @@ def test_a_damaged_journal_and_damaged_files_are_refused_in_one_line(
     pack(model, tmp_path / "out", given, **OPTIONS)
     assert (tmp_path / "out/index.json").is_file()
     assert not (tmp_path / STAGED).exists()
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_pack_on_a_full_disk_is_resumed_when_there_is_room(

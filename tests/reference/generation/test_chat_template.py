@@ -8,34 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from t5g2convert import CheckpointError, UsageError
 from t5g2convert.cli.demo import build_demo_source
 from t5g2convert.reference.generation.chat_template import ChatTemplate
+from tests.models.gemma_chat import TEMPLATE
 
-GEMMA = """{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-{%- for message in loop_messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
-    {%- endif -%}
-    {{ '<start_of_turn>' + message['role'] + '\n' }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- else -%}
-        {%- for item in message['content'] -%}
-            {%- if item['type'] == 'image' -%}
-                {{ '<start_of_image>' }}
-            {%- elif item['type'] == 'text' -%}
-                {{ item['text'] | trim }}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{ '<end_of_turn>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{ '<start_of_turn>model\n' }}
-{%- endif -%}"""
 OTHERS = (
     "{% for m in messages %}\n  {% if loop.first %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n",
     "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ tools is none }}",
@@ -54,7 +28,7 @@ def set_setting(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize("template", [GEMMA, *OTHERS])
+@pytest.mark.parametrize("template", [TEMPLATE, *OTHERS])
 @pytest.mark.parametrize("place", ["setting", "file", "named"])
 def test_it_is_rendered_as_in_transformers(template: str, place: str, folder: Path) -> None:
     if place == "file":
