@@ -169,6 +169,7 @@ def test_the_code_of_the_cards_runs(kinds: Path) -> None:
         ["paired", "T5Gemma2ForConditionalGeneration", "False", "False", "False"],
         ["t5gemma", "T5GemmaForConditionalGeneration", "False", "False", "False"],
         ["adapted", "T5Gemma2ForConditionalGeneration", "True", "False", "True"],
+        ["merged", "T5Gemma2ForConditionalGeneration", "True", "False", "True"],
     ]
 
 
