@@ -1,12 +1,9 @@
-"""Dates in many written forms to ISO 8601: seeded pairs for `t5g2 finetune`, and how many a model gets exactly right.
+"""Dates in many written forms to ISO 8601: seeded pairs for `t5g2 finetune`.
 
-    python examples/dates.py make FOLDER [--train 20000] [--held-out 1000]
-    python examples/dates.py few-shot FOLDER GEMMA3 [--shots 8] [--rows 200]
-    python examples/dates.py score FOLDER T5GEMMA2 [--rows 200]
+    python examples/dates.py FOLDER [--train 20000] [--held-out 1000]
 
-`make` writes train.jsonl and held-out.jsonl, rows such as {"input": "the 3rd of March, 1987", "target": "1987-03-03"};
-no date is in both. `few-shot` shows a decoder-only Gemma 3 some rows of train.jsonl and then a held-out date; `score`
-gives a T5Gemma 2 the held-out date alone. Both decode greedily, and print the share of exact matches.
+FOLDER gets train.jsonl and held-out.jsonl, rows such as {"input": "the 3rd of March, 1987", "target": "1987-03-03"}; no
+date is in both. exact_match.py measures models on them.
 """
 
 import argparse
@@ -94,30 +91,14 @@ SHORT_FORMS: Final[tuple[Callable[[date], str], ...]] = (
 
 
 def main() -> None:
-    """Make the rows, or measure a model."""
+    """Make the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "few-shot", "score"])
-    parser.add_argument("folder", type=Path, help="the folder of train.jsonl and held-out.jsonl")
-    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=20_000, help="rows to train on")
     parser.add_argument("--held-out", type=int, default=1000, help="rows to measure with")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shots", type=int, default=8, help="examples in the prompt")
-    parser.add_argument("--rows", type=int, default=200, help="held-out rows to measure, from the first")
-    parser.add_argument("--batch", type=int, default=20, help="rows that run at once")
-    arguments = parser.parse_args()
-    folder: Path = arguments.folder
-    if arguments.what == "make":
-        make(folder, arguments.train, arguments.held_out, arguments.seed)
-        return
-    if arguments.model is None:
-        parser.error("a model is missing")
-    rows = read(folder / HELD_OUT)[: arguments.rows]
-    if arguments.what == "score":
-        written = answers(arguments.model, rows, arguments.batch)
-    else:
-        written = few_shot(arguments.model, read(folder / TRAIN)[: arguments.shots], rows, arguments.batch)
-    report(rows, written)
+    chosen = parser.parse_args()
+    make(chosen.folder, chosen.train, chosen.held_out, chosen.seed)
 
 
 def make(folder: Path, train: int, held_out: int, seed: int) -> None:
@@ -142,49 +123,6 @@ def row(each: date, chosen: random.Random) -> Row:
 def write(path: Path, rows: Iterator[Row]) -> None:
     """Write rows, one on each line."""
     path.write_text("".join(f"{json.dumps(each)}\n" for each in rows), encoding="utf-8")
-
-
-def read(path: Path) -> list[Row]:
-    """Read rows."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def few_shot(model: Path, shots: list[Row], rows: list[Row], batch: int) -> list[str]:
-    """Return what a decoder-only model writes after the examples and each row's date."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # On the left, so that the generated tokens follow the prompt of each row.
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    decoder = AutoModelForCausalLM.from_pretrained(model).eval()
-    beginning = "".join(f"Date: {shot['input']}\nISO: {shot['target']}\n\n" for shot in shots)
-    texts = []
-    for at in range(0, len(rows), batch):
-        prompts = [f"{beginning}Date: {each['input']}\nISO:" for each in rows[at : at + batch]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-        with torch.inference_mode():
-            tokens = decoder.generate(**inputs, max_new_tokens=14, do_sample=False)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        texts += [text.strip().split("\n")[0] for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return texts
-
-
-def answers(model: Path, rows: list[Row], batch: int) -> list[str]:
-    """Return what an encoder-decoder writes for each row's date."""
-    from t5g2convert.reference.generation.generator import Generator, Prompt
-    from t5g2convert.reference.options import GenerateOptions
-
-    generator = Generator(model, GenerateOptions(temperature=0, max_new_tokens=14, batch=batch))
-    return [found.text.strip() for found in generator.texts(Prompt(each["input"]) for each in rows)]
-
-
-def report(rows: list[Row], written: list[str]) -> None:
-    """Print the first wrong answers, and the share of exact matches."""
-    pairs = list(zip(rows, written, strict=True))
-    wrong = [(each, text) for each, text in pairs if text != each["target"]]
-    for each, text in wrong[:10]:
-        print(f"{each['input']!r}: {text!r} in place of {each['target']}")
-    print(f"{len(rows) - len(wrong)} of {len(rows)} exactly right ({1 - len(wrong) / len(rows):.1%})")
 
 
 if __name__ == "__main__":

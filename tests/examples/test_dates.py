@@ -4,14 +4,11 @@ import json
 from datetime import date
 from pathlib import Path
 
-import pytest
-
-from t5g2convert import convert
 from tests.examples.conftest import run
 
 
 def make(folder: Path, *options: str) -> dict[str, list[dict[str, str]]]:
-    run("dates.py", "make", folder, *options)
+    run("dates.py", folder, *options)
     return {
         name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "held-out")
@@ -91,26 +88,3 @@ def test_no_date_is_both_trained_on_and_held_out_and_a_seed_gives_the_same_rows(
     assert make(tmp_path / "two", "--train", "3000", "--held-out", "200") == rows
     assert make(tmp_path / "three", "--train", "10", "--held-out", "200")["held-out"] == rows["held-out"]
     assert make(tmp_path / "four", "--train", "10", "--held-out", "200", "--seed", "1")["held-out"] != rows["held-out"]
-
-
-def test_only_exact_matches_count(capsys: pytest.CaptureFixture[str]) -> None:
-    from dates import report
-
-    rows = [{"input": "3.3.1987", "target": "1987-03-03"}, {"input": "4.3.1987", "target": "1987-03-04"}]
-    report(rows, ["1987-03-03", "1987-03-04."])
-    assert capsys.readouterr().out.splitlines() == [
-        "'4.3.1987': '1987-03-04.' in place of 1987-03-04",
-        "1 of 2 exactly right (50.0%)",
-    ]
-
-
-@pytest.mark.slow
-def test_a_parent_and_its_conversion_are_measured(tiny_parent: Path, tmp_path: Path) -> None:
-    make(tmp_path, "--train", "20", "--held-out", "6")
-    convert(tiny_parent, tmp_path / "model")
-    # After two steps of training, neither writes a date.
-    options = ("--rows", "5", "--batch", "2")
-    for what, model in (("few-shot", tiny_parent), ("score", tmp_path / "model")):
-        lines = run("dates.py", what, tmp_path, model, *options).splitlines()
-        assert len(lines) == 6
-        assert lines[-1] == "0 of 5 exactly right (0.0%)"

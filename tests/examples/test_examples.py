@@ -52,6 +52,7 @@ def test_every_example_is_run_here() -> None:
         "convert_with_vision.py",
         "dates.py",
         "embedding.py",
+        "exact_match.py",
         "extract_decoder.py",
         "extract_encoder.py",
         "finetune_with_trainer.py",

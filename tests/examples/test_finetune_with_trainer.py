@@ -143,7 +143,7 @@ def test_trainer_alone_loses_encoder_and_embedding_and_the_example_resumes_exact
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--lora", "2")])
 def test_a_run_is_trained_resumed_and_verified(model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    run("dates.py", "make", tmp_path, "--train", "64", "--held-out", "8")
+    run("dates.py", tmp_path, "--train", "64", "--held-out", "8")
     files = (tmp_path / "train.jsonl", tmp_path / "held-out.jsonl")
     common = ("--every", "1", "--batch", "4", "--accumulate", "2", "--lr", "1e-3", *options)
     for steps in ("2", "4"):
