@@ -1,7 +1,6 @@
 """The research models of examples/ablation: T5Gemma 2 in its variants, and their parent with the encoder hidden."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,27 +9,15 @@ from typing import Any
 import pytest
 import torch
 from ablation.config import MODEL_TYPE, read_research, research_tensors
-from ablation.evaluation import evaluate
 from ablation.model import ResearchModel, load, register
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, PreTrainedModel, T5Gemma2ForConditionalGeneration
 
 from t5g2convert import convert, inspect, plan, verify
-from t5g2convert.adaptation.adapt import Request, adapt
-from t5g2convert.adaptation.data.documents import read_files
-from t5g2convert.adaptation.data.pack import pack
-from t5g2convert.adaptation.options import AdaptOptions
-from t5g2convert.adaptation.train.evaluation import Evaluation, hide_encoder
-from t5g2convert.adaptation.train.micro_batches import MicroBatch
 from t5g2convert.adaptation.train.model import MODEL_BUILDERS
-from t5g2convert.adaptation.train.preflight import prepare
-from t5g2convert.adaptation.train.settings import Settings
-from t5g2convert.adaptation.ul2.mixture import read_mixture
 from t5g2convert.checkpoint.families.registry import TARGETS
-from t5g2convert.cli.demo import build_demo_source
-from t5g2convert.errors import CheckpointError, MappingError, UsageError
-from tests.adaptation.trainings import write_text
+from t5g2convert.errors import CheckpointError, MappingError
 from tests.conftest import TwinFolder
 from tests.reference.models import Batch, padded_batch
 
@@ -322,96 +309,3 @@ def test_another_config_is_refused_in_one_line(document: Config, message: str) -
 def test_sliding_layers_alone_may_read_the_encoder_where_all_layers_do() -> None:
     model = read_research(config(decoder=SLIDING), WHERE)
     assert [model.reads_encoder(layer) for layer in range(3)] == [True] * 3
-
-
-# The evaluation
-
-
-SAMPLES = 16
-
-SETTINGS = Settings(
-    mixture=read_mixture(), encoder_length=64, decoder_length=64, batch_tokens=512, steps=4, lr=4e-3, warmup=1, seed=0,
-    precision="float32",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """`Write `model`, a conversion of the demo; `data`, packed for it; `run`, four steps with two checkpoints."""
-    folder = tmp_path_factory.mktemp("trained")
-    build_demo_source(folder / "parent")
-    convert(folder / "parent", folder / "model")
-    (folder / "texts").mkdir()
-    write_text(folder / "texts")
-    pack(folder / "model", folder / "data", read_files([folder / "texts"], "text", lambda _: None))
-    before = dict(os.environ)
-    options = AdaptOptions(**dict(SETTINGS), micro_batch=8, save_every=2, keep=2, recompute="none", export=False)
-    request = Request(folder / "model", folder / "data", folder / "run", options)
-    adapt(request, begun=lambda _: None, report=lambda _: None)
-    yield folder
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def before(trained: Path) -> Evaluation:
-    """Return the conversion before its training."""
-    return evaluate(trained / "model", trained / "data", SETTINGS, samples=SAMPLES)
-
-
-def checkpoint(trained: Path, step: int) -> Path:
-    return trained / f"run/checkpoints/step-{step:08d}"
-
-
-def test_the_means_are_over_labels() -> None:
-    found = Evaluation(0, {"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 8.0}, {"a": 3, "b": 1})
-    assert (found.loss, found.hidden_loss, found.gain) == (1.75, 3.5, 1.75)
-
-
-@pytest.mark.slow
-def test_the_size_of_a_pass_does_not_matter(trained: Path, before: Evaluation) -> None:
-    again = evaluate(trained / "model", trained / "data", SETTINGS, samples=SAMPLES, micro=3)
-    assert again.labels == before.labels
-    assert len(again.labels) == 5
-    assert again.tasks == pytest.approx(before.tasks, rel=1e-5)
-    assert again.hidden == pytest.approx(before.hidden, rel=1e-5)
-
-
-def test_a_checkpoint_is_evaluated_in_place_of_its_model(trained: Path, before: Evaluation) -> None:
-    losses = [before.loss]
-    for step in (2, 4):
-        place = checkpoint(trained, step)
-        found = evaluate(trained / "model", trained / "data", SETTINGS, samples=SAMPLES, checkpoint=place)
-        losses.append(found.loss)
-    assert losses == sorted(losses, reverse=True)
-
-
-def test_hiding_leaves_the_samples_as_they_are(trained: Path) -> None:
-    batch = prepare(trained / "model", trained / "data", SETTINGS).samples[MicroBatch(0, (0, 1), (True, True))]
-    hidden = hide_encoder(batch)
-    assert int(batch["attention_mask"].sum()) > int(hidden["attention_mask"].sum()) == 0
-    assert all(torch.equal(hidden[name], batch[name]) for name in batch if name != "attention_mask")
-
-
-@pytest.mark.parametrize("samples", [0, 4, -8, 8_000_000])
-def test_samples_are_whole_blocks_and_never_repeated(samples: int, trained: Path) -> None:
-    with pytest.raises(UsageError, match=rf"expected a multiple of 8 up to \d+ held-out samples, got {samples}"):
-        evaluate(trained / "model", trained / "data", SETTINGS, samples=samples)
-
-
-def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(trained / "model", other)
-    tensors = load_file(other / "model.safetensors")
-    document = json.loads((other / "config.json").read_text())
-    document["decoder"]["num_hidden_layers"] = 1
-    document["decoder"]["layer_types"] = document["decoder"]["layer_types"][:1]
-    (other / "config.json").write_text(json.dumps(document))
-    kept = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith("model.decoder.layers.") or name.startswith("model.decoder.layers.0.")
-    }
-    save_file(kept, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"has 'model.decoder.layers.\d+.\S+' of shape .* not a tensor of"):
-        evaluate(other, trained / "data", SETTINGS, samples=SAMPLES, checkpoint=checkpoint(trained, 4))

@@ -326,22 +326,41 @@ def test_the_corpus_is_the_same_each_time_and_holds_nothing_out_twice(tmp_path: 
     assert 19 * len(names["held-out"]) <= len(names["training"]) < 20 * (len(names["held-out"]) + 1)
 
 
+SMALL_STUDY = (
+    "--steps",
+    "2",
+    "--evaluations",
+    "2",
+    "--batch",
+    "2",
+    "--length",
+    "32",
+    "--samples",
+    "8",
+    "--documents",
+    "4",
+)
+
+
 @pytest.mark.slow
 def test_the_ablations_are_trained_evaluated_and_drawn(tiny_parent: Path, tmp_path: Path) -> None:
-    options = ["--models", "untied", "random", "--steps", "2", "--checkpoints", "2", "--batch", "2", "--length", "32"]
     out = tmp_path / "out"
-    printed = run("ablation/run.py", tiny_parent, out, *options, "--samples", "8", "--documents", "4")
+    options = ("--models", "untied", "random", "--seeds", "0", "1", *SMALL_STUDY)
+    printed = run("ablation/run.py", tiny_parent, out, *options)
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["untied", "random"]
     assert results["untied"]["difference_from_parent"] == 0
     assert results["untied"]["parameters"]["embedding"] == 2 * results["random"]["parameters"]["embedding"]
     for result in results.values():
-        assert len(result["training"]) == 2
-        assert [*result["held_out"]] == ["0", "1", "2"]
-        for found in result["held_out"].values():
-            assert len(found["tasks"]) == len(found["hidden_tasks"]) == 5
-            assert found["gain"] == pytest.approx(found["hidden_loss"] - found["loss"])
-        assert result["held_out"]["2"]["loss"] < result["held_out"]["0"]["loss"]
+        assert list(result["runs"]) == ["0", "1"]
+        assert result["runs"]["0"]["training"] != result["runs"]["1"]["training"]
+        for once in result["runs"].values():
+            assert len(once["training"]) == 2
+            assert [*once["held_out"]] == ["0", "1", "2"]
+            for found in once["held_out"].values():
+                assert len(found["tasks"]) == len(found["hidden_tasks"]) == 5
+                assert found["gain"] == pytest.approx(found["hidden_loss"] - found["loss"])
+            assert once["held_out"]["2"]["loss"] < once["held_out"]["0"]["loss"]
     encoder, decoder = (
         load_file(out / "random/model.safetensors")[f"model.{part}.layers.0.mlp.up_proj.weight"]
         for part in ("encoder", "decoder")
@@ -351,16 +370,37 @@ def test_the_ablations_are_trained_evaluated_and_drawn(tiny_parent: Path, tmp_pa
     assert printed.endswith(f"{table}\n")
     assert b"untied" in picture
     assert f"| random | {results['random']['parameters']['embedding']:,} |" in table
+    ends = [once["held_out"]["2"]["loss"] for once in results["untied"]["runs"].values()]
+    # The standard error of two values is half their difference.
+    assert f"{sum(ends) / 2:.3f} ± {abs(ends[0] - ends[1]) / 2:.3f}" in table
     for name in ("ablation.svg", "table.md"):
         (out / name).unlink()
-    shutil.rmtree(out / "run-random")
+    shutil.rmtree(out / "run-random-1")
     (out / "results.json").unlink()
-    run("ablation/run.py", tiny_parent, out, *options, "--samples", "8", "--documents", "4")
+    run("ablation/run.py", tiny_parent, out, *options)
     again = json.loads((out / "results.json").read_text())
-    assert [result["training"] for result in again.values()] == [result["training"] for result in results.values()]
-    assert [result["held_out"] for result in again.values()] == [result["held_out"] for result in results.values()]
+    for name, result in results.items():
+        for seed, once in result["runs"].items():
+            assert again[name]["runs"][seed]["training"] == once["training"]
+            assert again[name]["runs"][seed]["held_out"] == once["held_out"]
     run("ablation/report.py", out / "results.json", out)
     assert ((out / "ablation.svg").read_bytes(), (out / "table.md").read_text()) == (picture, table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["objective", "start"])
+def test_studies_of_the_objective_and_of_the_start_begin_alike(study: str, tiny_parent: Path, tmp_path: Path) -> None:
+    run("ablation/run.py", tiny_parent, tmp_path / "out", "--study", study, *SMALL_STUDY)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    first, *others = (result["runs"]["0"]["held_out"] for result in results.values())
+    assert len(others) == (2 if study == "objective" else 1)
+    for other in others:
+        # With the encoder hidden, each is the parent; what it learns differs.
+        for task in other["0"]["hidden_tasks"]:
+            assert other["0"]["hidden_tasks"][task] == pytest.approx(first["0"]["hidden_tasks"][task], rel=0.2)
+        assert other["2"]["loss"] != first["2"]["loss"]
+    if study == "objective":
+        assert list(others[1]["0"]["tasks"]) == ["prefix"]
 
 
 @pytest.mark.slow
