@@ -4,8 +4,8 @@
 
 The pairs are English and German sentences of a small grammar: agreement of verbs, articles in two cases, negation, and
 the verb in second place after an adverb. Held-out sentences are none of those trained on, but of the same words. OUT
-gets the pairs, the packed data, the run and its model. Printed are, by `t5g2 finetune`, the loss, exact match and chrF
-of held-out sentences, and by `t5g2 generate` some translations.
+gets the pairs, the packed data, the run and its model, and curves of the evaluations. Printed are, by `t5g2 finetune`,
+the loss, exact match and chrF of held-out sentences, and by `t5g2 generate` some translations.
 """
 
 import argparse
@@ -74,6 +74,7 @@ def main() -> None:
     )  # fmt: skip
     (out / "prompts.txt").write_text("".join(f"{english}\n" for english, _ in held_out[:8]))
     t5g2("generate", out / "run/model", "--prompts", out / "prompts.txt", "--temperature", 0, "--max-new-tokens", 24)
+    draw(out / "run/evaluation.jsonl", out / "translation.svg")
 
 
 def t5g2(*arguments: str | Path | float) -> None:
@@ -81,6 +82,28 @@ def t5g2(*arguments: str | Path | float) -> None:
     command = [str(argument) for argument in arguments]
     print("$ t5g2", *command, flush=True)
     subprocess.run([sys.executable, "-m", "t5g2convert", *command], check=True)
+
+
+def draw(evaluations: Path, picture: Path) -> None:
+    """Draw the losses and the share of exact translations over the steps; equal numbers give equal bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    every = [json.loads(line) for line in evaluations.read_text().splitlines()]
+    steps = [each["step"] for each in every]
+    # By default the names of elements have a random salt, and the file has today's date.
+    with matplotlib.rc_context({"svg.hashsalt": "t5g2", "svg.fonttype": "none", "font.family": ["sans-serif"]}):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        losses, exact = figure.subplots(1, 2)
+        for seen, label in (("tasks", "encoder visible"), ("hidden", "encoder hidden")):
+            losses.plot(steps, [each[seen]["pairs"] for each in every], label=label, marker="o", markersize=3)
+        exact.plot(steps, [100 * each["generated"]["exact"] for each in every], marker="o", markersize=3)
+        losses.set(xlabel="step", ylabel="held-out loss, nats for each token of the target")
+        exact.set(xlabel="step", ylabel="held-out sentences translated exactly, %")
+        for axes in (losses, exact):
+            axes.grid(alpha=0.3)
+        losses.legend(frameon=False)
+        figure.savefig(picture, format="svg", metadata={"Date": None})
 
 
 def sentences() -> Iterator[Sentence]:

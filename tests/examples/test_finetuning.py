@@ -70,6 +70,7 @@ def test_a_model_learns_to_translate(model: Path, tmp_path: Path) -> None:
     # A line for each prompt.
     _, _, written = printed.rpartition("$ t5g2 generate")
     assert len(written.splitlines()) == 1 + 4
+    assert b"encoder hidden" in (tmp_path / "out/translation.svg").read_bytes()
 
 
 @pytest.mark.slow
