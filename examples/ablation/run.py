@@ -16,7 +16,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +33,7 @@ from t5g2convert.adaptation.data.packed import Packed
 from t5g2convert.adaptation.options import AdaptOptions
 from t5g2convert.adaptation.train.evaluation import read_evaluations
 from t5g2convert.adaptation.train.run_folder import EVALUATION_FILE
-from t5g2convert.adaptation.ul2.mixture import Mixture, read_mixture
+from t5g2convert.adaptation.ul2.mixture import read_mixture
 
 sys.path.append(str(Path(__file__).parent.parent))
 from ablation.config import MODEL_TYPE
@@ -48,42 +48,40 @@ FIRST, SECOND = 1, 2
 """Seeds of the random model: for its embedding table and encoder, and for its decoder."""
 
 
+STUDIES: Final = ("layout", "objective", "start")
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model of a study.
-
-    Attributes:
-        conversion: Options of `convert`.
-        settings: Returns what its training has in other settings, from the parent and the number of steps.
-    """
+    """A model of a study: the options of its conversion, and what its training has in other settings."""
 
     conversion: Mapping[str, Any] = field(default_factory=dict)
-    settings: Callable[[Path, int], Mapping[str, Any]] = lambda _parent, _steps: {}
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def prefix_alone() -> Mixture:
-    """Return the mixture of the prefix task alone."""
-    mixture = read_mixture()
-    return mixture.model_copy(update={"tasks": tuple(task for task in mixture.tasks if task.kind == "prefix")})
-
-
-STUDIES: Final[Mapping[str, Mapping[str, Variant]]] = {
-    "layout": {
-        **{name: Variant({"mapping": str(MAPS / f"{name}.yaml")}) for name in ("untied", "tied", "merged", "full")},
-        RANDOM: Variant(),
-    },
-    "objective": {
-        "ul2": Variant(),
-        "ul2-kd": Variant(settings=lambda parent, _: {"kd": parent}),
-        "prefix-kd": Variant(settings=lambda parent, _: {"kd": parent, "mixture": prefix_alone()}),
-    },
-    "start": {
+def variants(study: str, parent: Path, steps: int) -> dict[str, Variant]:
+    """Return the models of a study by name."""
+    if study == "layout":
+        maps = {name: Variant({"mapping": str(MAPS / f"{name}.yaml")}) for name in ("untied", "tied", "merged", "full")}
+        return {**maps, RANDOM: Variant()}
+    if study == "objective":
+        mixture = read_mixture()
+        prefix = mixture.model_copy(update={"tasks": tuple(task for task in mixture.tasks if task.kind == "prefix")})
+        return {
+            "ul2": Variant(),
+            "ul2-kd": Variant(settings={"kd": parent}),
+            "prefix-kd": Variant(settings={"kd": parent, "mixture": prefix}),
+        }
+    layers = Gemma3TextConfig.from_pretrained(parent).num_hidden_layers
+    half = layers // 2
+    return {
         "keep": Variant(),
-        "frozen-decoder": Variant(
-            settings=lambda _, steps: {"freeze_until": max(1, steps // 3), "trainable": ("model.encoder.*",)}
-        ),
-    },
-}
+        "frozen-decoder": Variant(settings={"freeze_until": max(1, steps // 3), "trainable": ("model.encoder.*",)}),
+        # Full attention is in layers 5, 11, 17, ...: of every other layer, those from 1 keep them.
+        "every-other-layer": Variant({"decoder_layers": f"1:{layers}:2"}),
+        "first-half": Variant({"decoder_layers": f"first:{half}"}),
+        "last-half": Variant({"decoder_layers": f"{layers - half}:{layers}"}),
+    }
 
 
 def main() -> None:
@@ -104,7 +102,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=None, help="number of documents to read (default: all)")
     chosen = parser.parse_args()
     output: Path = chosen.output
-    study = STUDIES[chosen.study]
+    study = variants(chosen.study, chosen.parent, chosen.steps)
     if unknown := set(chosen.models or ()) - set(study):
         parser.error(f"--study {chosen.study} has no {', '.join(sorted(unknown))}, only {', '.join(study)}")
     output.mkdir(parents=True, exist_ok=True)
@@ -184,7 +182,7 @@ def train(output: Path, name: str, variant: Variant, chosen: argparse.Namespace,
         "resume": True,
         "export": False,
     }
-    options = AdaptOptions(**{**settings, **variant.settings(chosen.parent, chosen.steps)})
+    options = AdaptOptions(**{**settings, **variant.settings})
     run = output / f"run-{name}-{seed}"
     request = Request(output / name, output / TRAINING, run, options)
     done = adapt(request, begun=lambda _: None, report=lambda _: None)
