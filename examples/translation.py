@@ -1,6 +1,6 @@
 """Fine-tune a T5Gemma 2 to translate, from pairs to translations, with the commands of t5g2.
 
-    python examples/translation.py MODEL OUT [--steps 400] [--lr 1e-4]
+    python examples/translation.py MODEL OUT [--steps 100] [--lr 1e-4]
 
 The pairs are English and German sentences of a small grammar: agreement of verbs, articles in two cases, negation, and
 the verb in second place after an adverb. Held-out sentences are none of those trained on, but of the same words. OUT
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--pairs", type=int, default=6000, help="sentences to train on")
     parser.add_argument("--held-out", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--eval-every", type=int, default=40, help="steps between evaluations")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--eval-every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
